@@ -1,0 +1,57 @@
+# make demo      compress a trained network on real data and print the evidence
+# make test      lint, types, import directions, and every test but the slow ones
+# Each sets up .venv first; that is done once, and again when pyproject.toml changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  := 2.13.0
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: demo test test-all bench lint format setup clean
+.DEFAULT_GOAL := test
+
+demo: setup
+	$(PY) examples/fashion_mnist/demo.py
+
+test: lint
+	$(PY) -m pytest -m "not slow"
+
+test-all: lint
+	$(PY) -m pytest
+
+bench: $(VENV)/.bench
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+setup: $(VENV)/.package
+
+$(VENV)/.created:
+	"$(PYTHON)" -m venv $(VENV)
+	touch $@
+
+# Torch comes first and pinned: a plain range draws several GB of CUDA packages on a machine without a GPU.
+$(VENV)/.torch-$(TORCH): $(VENV)/.created
+	$(PIP) install torch==$(TORCH)
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch-$(TORCH) pyproject.toml
+	$(PIP) install -e ".[all,dev,examples]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install -e ".[all,dev,examples,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

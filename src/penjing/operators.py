@@ -1,0 +1,59 @@
+"""Penjing's own operators ``penjing::quantize`` and ``penjing::dequantize``; every runtime translates these two.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+CVPR 2018: q = clamp(round(x / scale) + zero_point, low, high), x̂ = (q − zero_point) · scale, rounding half to even.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def integer_dtype(low: int, high: int) -> torch.dtype:
+    """The smallest integer type that torch and the runtimes share for the range low..high."""
+    if low >= 0 and high <= 255:
+        return torch.uint8
+    return torch.int8 if low >= -128 and high <= 127 else torch.int32
+
+
+def _spread(values: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Scales (1,) or (channels,) in a shape that broadcasts over x along `axis`."""
+    if values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = values.numel()
+    return values.reshape(shape)
+
+
+@torch.library.custom_op("penjing::quantize", mutates_args=())
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, low: int, high: int
+) -> torch.Tensor:
+    """Integers of x.
+
+    Args:
+        x: Any shape, floating point.
+        scale: (1,) or (x.shape[axis],), float32, above 0.
+        zero_point: Same shape as `scale`, int32.
+        axis: The channel axis; without meaning where there is one scale.
+        low: Smallest integer.
+        high: Largest integer; low and high choose the type, see `integer_dtype`.
+    """
+    steps = torch.round(x / _spread(scale, x, axis)) + _spread(zero_point, x, axis)
+    return torch.clamp(steps, low, high).to(integer_dtype(low, high))
+
+
+@quantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, low: int, high: int) -> torch.Tensor:
+    return torch.empty_like(x, dtype=integer_dtype(low, high))
+
+
+@torch.library.custom_op("penjing::dequantize", mutates_args=())
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+    """Float32 values of integers; arguments as in `quantize`."""
+    return (q.to(torch.float32) - _spread(zero_point, q, axis)) * _spread(scale, q, axis)
+
+
+@dequantize.register_fake
+def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+    return torch.empty_like(q, dtype=torch.float32)

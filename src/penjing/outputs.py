@@ -1,0 +1,197 @@
+"""What a network returns, as a flat list with a JSON-able structure, and a predictor that speaks NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from penjing.errors import CalibrationError, SourceError
+
+Structure = dict[str, Any]  # {"kind": "tensor" | "tuple" | "dict" | "none" | "constant", ...}
+_REGULAR = "?bBhHiIlLqQefdFD"  # NumPy type characters that torch knows
+
+
+def flatten_outputs(outputs: Any) -> tuple[list[Any], Structure]:
+    """All tensors (or arrays) of a network's outputs in order, and the structure that puts them back.
+
+    Tuples, named tuples and lists become "tuple"; dicts and Hugging Face's ModelOutput become "dict", where
+    entries that are None are dropped. Numbers, strings and booleans are kept in the structure.
+
+    Returns:
+        The leaves as they are (any shape), and for example ``{"kind": "tensor"}``,
+        ``{"kind": "tuple", "items": [...]}`` or ``{"kind": "dict", "items": {"logits": {"kind": "tensor"}}}``.
+
+    Raises:
+        SourceError: An output is neither a tensor nor a container of tensors.
+
+    >>> flatten_outputs({"logits": torch.zeros(2), "loss": None})[1]
+    {'kind': 'dict', 'items': {'logits': {'kind': 'tensor'}}}
+    """
+    leaves: list[Any] = []
+    return leaves, _flatten(outputs, leaves, "output")
+
+
+def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        leaves.append(value)
+        return {"kind": "tensor"}
+    if value is None:
+        return {"kind": "none"}
+    if isinstance(value, bool | int | float | str):
+        return {"kind": "constant", "value": value}
+    if isinstance(value, Mapping):
+        items = {str(k): _flatten(v, leaves, f"{where}[{k!r}]") for k, v in value.items() if v is not None}
+        return {"kind": "dict", "items": items}
+    if isinstance(value, tuple | list):
+        return {"kind": "tuple", "items": [_flatten(v, leaves, f"{where}[{i}]") for i, v in enumerate(value)]}
+    raise SourceError(
+        f"{where} of the network is not a tensor",
+        got=f"{type(value).__module__}.{type(value).__qualname__}",
+        expected="tensors, or tuples, lists or dicts of tensors",
+        remedy="return only tensors from forward; in a Hugging Face model, set config.use_cache = False",
+    )
+
+
+def unflatten_outputs(leaves: Sequence[Any], structure: Structure) -> Any:
+    """The opposite of `flatten_outputs`: tensors, tuples and dicts.
+
+    Raises:
+        SourceError: The number of leaves does not fit the structure.
+
+    >>> unflatten_outputs([1, 2], {"kind": "tuple", "items": [{"kind": "tensor"}, {"kind": "tensor"}]})
+    (1, 2)
+    """
+    expected = len(output_names(structure))
+    if len(leaves) != expected:
+        raise SourceError("the number of outputs has changed", got=len(leaves), expected=f"{expected} tensors")
+    return _unflatten(iter(leaves), structure)
+
+
+def _unflatten(leaves: Iterator[Any], structure: Structure) -> Any:
+    kind = structure["kind"]
+    if kind == "tensor":
+        return next(leaves)
+    if kind == "tuple":
+        return tuple(_unflatten(leaves, item) for item in structure["items"])
+    if kind == "dict":
+        return {key: _unflatten(leaves, item) for key, item in structure["items"].items()}
+    return structure.get("value")  # "constant" holds one, "none" does not
+
+
+def output_names(structure: Structure) -> list[str]:
+    """One unique name per tensor, in order: "output" alone, "output_0" in a tuple, the keys of a dict.
+
+    >>> output_names({"kind": "dict", "items": {"a": {"kind": "tuple", "items": [{"kind": "tensor"}]}}})
+    ['a_0']
+    """
+    paths = list(_paths(structure))
+    names: list[str] = []
+    for path in paths:
+        name = "_".join(path if path and structure["kind"] == "dict" else ("output", *path))
+        while name in names:  # {"a": {"b": x}, "a_b": y} would name both the same
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _paths(structure: Structure, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if structure["kind"] == "tensor":
+        yield prefix
+    elif structure["kind"] == "tuple":
+        for i, item in enumerate(structure["items"]):
+            yield from _paths(item, (*prefix, str(i)))
+    elif structure["kind"] == "dict":
+        for key, item in structure["items"].items():
+            yield from _paths(item, (*prefix, key))
+
+
+def first_output(outputs: Any) -> Any:
+    """The first tensor of a network's outputs: what losses and metrics of built-in tasks look at.
+
+    Raises:
+        SourceError: There is no tensor.
+    """
+    leaves, structure = flatten_outputs(outputs)
+    if not leaves:
+        raise SourceError("the network returned no tensor", got=structure, expected="at least one output tensor")
+    return leaves[0]
+
+
+def to_tensor(value: np.ndarray[Any, Any], where: str = "input") -> torch.Tensor:
+    """A tensor of the same shape and type; shares memory where NumPy allows it.
+
+    Raises:
+        CalibrationError: The array's type is unknown to torch (objects, text, dates).
+    """
+    if value.dtype.char not in _REGULAR:
+        raise CalibrationError(
+            f"{where} holds no numbers",
+            got=f"an array of {value.dtype}",
+            expected="floating-point, integer or boolean values",
+            remedy="turn text into token ids and objects into numbers first",
+        )
+    plain = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+    # torch warns about arrays it must not write to, such as those of a read-only memory map
+    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+
+
+def to_numpy(value: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array of the same shape; bfloat16 becomes float32, which holds every value of it."""
+    if isinstance(value, np.ndarray):
+        return value
+    value = value.detach().cpu()
+    return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).numpy())
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a block with `module` in eval mode and without gradients; every submodule gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    if any(mode for _, mode in modes):
+        with contextlib.suppress(NotImplementedError):  # an exported program's module has one mode only
+            module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if modes[0][1] and not module.training:
+            module.train()
+        for part, mode in modes:
+            part.training = mode
+
+
+def numpy_predictor(module: nn.Module, device: str = "cpu") -> Callable[..., Any]:
+    """`predict`: NumPy inputs (called as the network is called) to NumPy outputs in the network's structure.
+
+    Runs in eval mode without gradients; the modes of the module are put back after each call. The module is
+    moved to `device`. A tensor comes back as an array, a tuple or list as a tuple, a dict or ModelOutput as a
+    dict without its None entries.
+
+    >>> numpy_predictor(nn.ReLU())(np.array([-1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
+    module.to(device)
+
+    def place(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = to_tensor(value)
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {key: place(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(place(item) for item in value)
+        return value
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        with evaluating(module):
+            outputs = module(*place(args), **place(kwargs))
+        leaves, structure = flatten_outputs(outputs)
+        return unflatten_outputs([to_numpy(leaf) for leaf in leaves], structure)
+
+    return predict

@@ -1,0 +1,123 @@
+"""The quantization plan: which edge of the network carries which integers. Data only, no tensors of a network.
+
+An edge is named by its consumer: ``"layer1.0.conv1:in0"`` is the first input of that layer,
+``"layer1.0.conv1:weight"`` its weight, ``"layer1.0/add#0:in1"`` the second input of the first addition that the
+module ``layer1.0`` computes. The names come from the source's own modules, never from graph nodes, so a plan
+survives edits and exports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one edge is quantized: q = clamp(round(x / scale) + zero_point, low, high).
+
+    >>> QuantSpec(bits=8, signed=True, symmetric=True, axis=0).limits
+    (-127, 127)
+    >>> QuantSpec(bits=8, signed=False, symmetric=False).limits
+    (0, 255)
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = True  # zero point is 0 (signed) and the range is narrow: -127..127
+    axis: int | None = None  # the channel axis; None is one scale for the whole tensor
+    range: str = "minmax"  # which estimator chose the range
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        if not self.signed:
+            return 0, 2**self.bits - 1
+        high = 2 ** (self.bits - 1) - 1
+        return (-high if self.symmetric else -high - 1), high
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A spec with its chosen numbers: one scale and zero point, or one each per channel of `spec.axis`."""
+
+    spec: QuantSpec
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edge → `Entry`, and for every site that stays in floating point the reason why."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    floats: Mapping[str, str] = field(default_factory=dict)  # site → reason
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def without(self, sites: Mapping[str, str]) -> Plan:
+        """The same plan with these sites (site → reason) back in floating point."""
+        kept = {edge: e for edge, e in self.entries.items() if edge.rpartition(":")[0] not in sites}
+        return replace(self, entries=kept, floats={**self.floats, **sites})
+
+    def to_json(self) -> str:
+        """Stable JSON; floats are written so that they read back to the same bits."""
+        rows = {
+            edge: {"spec": vars(e.spec), "scale": e.scale, "zero_point": e.zero_point}
+            for edge, e in sorted(self.entries.items())
+        }
+        return json.dumps({"entries": rows, "floats": dict(sorted(self.floats.items()))}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote."""
+        data: dict[str, Any] = json.loads(text)
+        rows = {
+            edge: Entry(QuantSpec(**row["spec"]), tuple(row["scale"]), tuple(row["zero_point"]))
+            for edge, row in data["entries"].items()
+        }
+        return cls(rows, data["floats"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerates:
+    """What a runtime gains from on one kind of processor, as data that a plan is made from and checked against.
+
+    Attributes:
+        runtime: Name of the runtime.
+        precisions: Whole-network precisions that it executes here, for example ("fp32", "bf16", "int8").
+        weight: Format of quantized weights.
+        activation: Format of quantized activations.
+        integer: Kinds of operator (see `penjing.network.kind`) with an integer kernel.
+        absorbs: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
+        passes: Kinds that only move or select values: what goes in keeps its scale on the way out.
+        quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.
+        notes: Sentences for the user, each about this processor.
+    """
+
+    runtime: str
+    precisions: tuple[str, ...]
+    weight: QuantSpec
+    activation: QuantSpec
+    integer: frozenset[str]
+    absorbs: frozenset[str]
+    passes: frozenset[str]
+    quantized_output: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+BIAS_LIMIT = 2**30  # integers of a bias stay below this: int32 with a bit to spare for the accumulator
+
+GENERIC = Accelerates(
+    runtime="any runtime",
+    precisions=("fp32", "int8"),
+    weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
+    activation=QuantSpec(bits=8, signed=False, symmetric=False),
+    integer=frozenset({"conv", "linear", "add", "cat", "avg_pool"}),
+    absorbs=frozenset({"relu", "clip"}),
+    passes=frozenset({"max_pool", "reshape", "transpose"}),
+)
+"""What plans are made for when no runtime is named."""

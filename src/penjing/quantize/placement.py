@@ -1,0 +1,105 @@
+"""Where quantizers stand: the edges of the network that become integers in a runtime, decided before any data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from penjing.network import kind, site, tensor_inputs
+from penjing.plan import Accelerates
+
+SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
+CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which edges are quantized, whose values set their range, and what stays in floating point.
+
+    Attributes:
+        edges: Activation edge ("site:in0") → name of the node whose values it carries.
+        weights: Sites of the layers whose weights are quantized.
+        floats: Site → why it stays in floating point.
+    """
+
+    edges: dict[str, str]
+    weights: tuple[str, ...]
+    floats: dict[str, str]
+
+
+def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str, str]) -> Placement:
+    """Decide the edges for one runtime.
+
+    An operator with an integer kernel has all its inputs quantized. Operators that only move values carry the
+    scale of their input to their output. Where a kernel needs quantized results too, every reader of the result,
+    behind the activation that the runtime fuses, gets a quantizer.
+    """
+    floats = dict(excluded)
+    integer: list[fx.Node] = []
+    for node in network.graph.nodes:
+        what = kind(network, node)
+        reason = _refusal(network, node, what, accelerates)
+        if site(node) in excluded:
+            continue
+        if reason is None:
+            integer.append(node)
+        elif what in CHECKED:
+            floats[site(node)] = reason
+    edges: dict[str, str] = {}
+    for node in integer:
+        for port, producer in enumerate(tensor_inputs(node)):
+            _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges)
+    chosen = {site(n) for n in integer}
+    for node in integer:
+        if kind(network, node) in accelerates.quantized_output:
+            _quantize_readers(network, accelerates, node, chosen, edges)
+    weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "linear"))
+    return Placement(edges, weights, floats)
+
+
+def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
+    """Why a node has no integer kernel; None when it has one."""
+    if node.op not in ("call_module", "call_function"):
+        return "not an operator"
+    if what not in accelerates.integer:
+        return f"{accelerates.runtime} has no integer kernel for {what}"
+    if what in ("conv", "linear") and node.op != "call_module":
+        return "its weight is computed, not stored"
+    tensors = tensor_inputs(node)
+    if any(t.op == "get_attr" for t in tensors):
+        return "one of its inputs is a constant"
+    if what in ("add", "mul", "matmul") and len(tensors) < 2:
+        return "one of its inputs is a number"
+    if what == "add" and node.kwargs.get("alpha", 1) != 1:
+        return "its second input is scaled"
+    return None
+
+
+def _carry(
+    network: fx.GraphModule, accelerates: Accelerates, edge: str, producer: fx.Node, edges: dict[str, str]
+) -> None:
+    """Quantize an edge, and the edges before it as long as the operators only move values."""
+    root = producer
+    before: list[str] = []
+    while (what := kind(network, root)) in accelerates.passes | SILENT:
+        if what not in SILENT:
+            before.append(f"{site(root)}:in0")
+        root = tensor_inputs(root)[0]
+    for name in (edge, *before):
+        edges[name] = root.name
+
+
+def _quantize_readers(
+    network: fx.GraphModule, accelerates: Accelerates, node: fx.Node, chosen: set[str], edges: dict[str, str]
+) -> None:
+    end = node
+    while len(end.users) == 1 and kind(network, next(iter(end.users))) in accelerates.absorbs | SILENT:
+        end = next(iter(end.users))
+    if end is not node and end.op == "output":
+        return
+    for user in end.users:
+        for port, tensor in enumerate(tensor_inputs(user)):
+            name = "output" if user.op == "output" else site(user)
+            if tensor is end and f"{name}:in{port}" not in edges:
+                edges[f"{name}:in{port}"] = end.name

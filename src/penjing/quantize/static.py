@@ -1,0 +1,182 @@
+"""Static post-training quantization: ranges from unlabelled data, one pass over it for all values together.
+
+Jacob et al., CVPR 2018; Krishnamoorthi, 2018. Batch norms are folded first; weights are quantized per output
+channel, activations per tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.network import flat_inputs, sites
+from penjing.plan import BIAS_LIMIT, GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.quantize.affine import scale_and_zero_point, weight_range
+from penjing.quantize.histogram import Histogram
+from penjing.quantize.placement import Placement, place
+from penjing.quantize.ranges import estimate
+from penjing.step import Context
+from penjing.surgery import fold_batch_norms
+from penjing.task import Call, calibration_calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static:
+    """Quantize weights and activations with ranges that are fixed after calibration.
+
+    Attributes:
+        weight_bits: Bits of a weight.
+        activation_bits: Bits of an activation.
+        weight_range: "minmax" or "mse".
+        activation_range: "minmax", "moving_average", "percentile" or "mse".
+        samples: At most so many calibration samples are read.
+        exclude: Name patterns (as in ``layer3.*``) of operators that stay in floating point.
+        settings: Name pattern → other values of the fields above for the operators it matches.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_range: str = "mse"
+    activation_range: str = "mse"
+    samples: int = 300
+    exclude: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with batch norms folded and a plan."""
+        accelerates = context.accelerates or GENERIC
+        draft = draft.copy()
+        edits = fold_batch_norms(draft.network)
+        names = list(sites(draft.network))
+        excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
+        for pattern in self.settings:
+            matches(pattern, names)
+        placement = place(draft.network, accelerates, excluded)
+        statistics = collect(draft.network, set(placement.edges.values()), context, self.samples)
+        entries = self._activations(placement, statistics, accelerates)
+        entries |= self._weights(draft.network, placement, entries, accelerates)
+        plan = Plan(dict(sorted(entries.items())), placement.floats)
+        return replace(draft, plan=plan, edits=draft.edits + edits)
+
+    def _for(self, name: str) -> Static:
+        for pattern, values in self.settings.items():
+            if fnmatchcase(name, pattern):
+                return replace(self, settings={}, **values)
+        return self
+
+    def _activations(
+        self, placement: Placement, statistics: Mapping[str, Histogram], accelerates: Accelerates
+    ) -> dict[str, Entry]:
+        found: dict[tuple[str, QuantSpec], Entry] = {}
+        entries: dict[str, Entry] = {}
+        for edge, value in placement.edges.items():
+            mine = self._for(edge.rpartition(":")[0])
+            spec = replace(accelerates.activation, bits=mine.activation_bits, range=mine.activation_range)
+            if (value, spec) not in found:
+                low, high = estimate(statistics[value], spec)
+                scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
+                found[value, spec] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+            entries[edge] = found[value, spec]
+        return entries
+
+    def _weights(
+        self, network: nn.Module, placement: Placement, activations: Mapping[str, Entry], accelerates: Accelerates
+    ) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for name in placement.weights:
+            mine = self._for(name)
+            bits = min(mine.weight_bits, accelerates.weight.bits)
+            spec = replace(accelerates.weight, bits=bits, range=mine.weight_range)
+            layer = network.get_submodule(name.split("@")[0])
+            weight, bias = layer.weight, layer.bias
+            assert isinstance(weight, torch.Tensor)
+            scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
+            if isinstance(bias, torch.Tensor):
+                # A bias is int32 on the grid weight scale × input scale: a dead channel's grid must not be too fine.
+                finest = bias.detach().abs() / (BIAS_LIMIT * activations[f"{name}:in0"].scale[0])
+                scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
+            entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+        return entries
+
+
+def matches(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that fit a pattern: exactly, as a prefix of module paths, or with the wildcards of `fnmatch`.
+
+    Raises:
+        RecipeError: Nothing fits; names the nearest.
+    """
+    names = list(names)
+    found = [n for n in names if fnmatchcase(n, pattern) or n.startswith((f"{pattern}.", f"{pattern}/", f"{pattern}@"))]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+        raise RecipeError(
+            "a name pattern fits no operator of the network",
+            got=repr(pattern),
+            expected=f"for example {', '.join(map(repr, near))}",
+            remedy="`penjing inspect` lists all names",
+        )
+    return found
+
+
+def collect(network: fx.GraphModule, values: set[str], context: Context, samples: int) -> dict[str, Histogram]:
+    """Histograms of the named values over the calibration data, in one pass; kept in `context.memo`."""
+    memo: dict[str, Histogram] = context.memo.setdefault(("histograms", _fingerprint(network), samples), {})
+    missing = values - set(memo)
+    if missing:
+        memo.update(_observe(network, missing, context, samples))
+    return memo
+
+
+def _observe(network: fx.GraphModule, values: set[str], context: Context, samples: int) -> dict[str, Histogram]:
+    histograms = {name: Histogram() for name in sorted(values)}
+
+    class Observer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.name in histograms and isinstance(result, torch.Tensor):
+                histograms[n.name].update(result)
+            return result
+
+    network.eval()
+    observer = Observer(network)
+    done = 0
+    with torch.no_grad():
+        for call in calibration_calls(context.task):
+            call, size = _first(call, samples - done)
+            observer.run(*flat_inputs(network, call))
+            done += size
+            context.events("progress", label="calibrate", done=done, total=samples)
+            if done >= samples:
+                break
+    return histograms
+
+
+def _first(call: Call, count: int) -> tuple[Call, int]:
+    """At most `count` samples of a call, and how many they are."""
+    args, kwargs = call
+    size = next(int(t.shape[0]) for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim())
+    if size <= count:
+        return call, size
+
+    def cut(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+        return value[:count] if whole else value
+
+    return (tuple(map(cut, args)), {k: cut(v) for k, v in kwargs.items()}), count
+
+
+def _fingerprint(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""A recipe: a tuple of steps, as Python or as YAML, whose order is checked before any compute starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from penjing import quantize
+from penjing.errors import RecipeError
+from penjing.finetune import Finetune
+from penjing.step import Step
+
+CATALOGUE: dict[str, type[Any]] = {
+    "Finetune": Finetune,
+    "quantize.Static": quantize.Static,
+}
+"""Every step by the name that it has in a YAML recipe."""
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """Steps that run one after another.
+
+    >>> Recipe(quantize.Static(weight_bits=8)).to_data()[0]["quantize.Static"]["weight_bits"]
+    8
+    """
+
+    steps: tuple[Step, ...]
+
+    def __init__(self, *steps: Step) -> None:
+        object.__setattr__(self, "steps", tuple(steps))
+        self.check()
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def check(self) -> None:
+        """Raise RecipeError when something is no step, or the order contradicts what the steps do."""
+        quantized: Step | None = None
+        for step in self.steps:
+            if not callable(step) or not dataclasses.is_dataclass(step) or isinstance(step, type):
+                raise RecipeError(
+                    "a recipe holds something that is no step",
+                    got=repr(step),
+                    expected="instances such as pj.quantize.Static(weight_bits=8)",
+                    remedy=f"known steps: {', '.join(CATALOGUE)}",
+                )
+            if quantized is not None and isinstance(step, Finetune):
+                raise RecipeError(
+                    "fine-tuning comes after quantization in this recipe",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected="Finetune before Static: the ranges belong to the weights that they were measured on",
+                    remedy="put Finetune first",
+                )
+            if isinstance(step, quantize.Static):
+                if quantized is not None:
+                    raise RecipeError("a recipe quantizes twice", got="two Static steps", expected="one of them")
+                quantized = step
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a step makes a plan."""
+        return any(isinstance(step, quantize.Static) for step in self.steps)
+
+    def to_data(self) -> list[dict[str, Any]]:
+        """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; what JSON can't hold is written as its repr."""
+        names = {cls: name for name, cls in CATALOGUE.items()}
+        data = [{names.get(type(s), type(s).__name__): _fields(s)} for s in self.steps]
+        plain: list[dict[str, Any]] = json.loads(json.dumps(data, default=repr))
+        return plain
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back."""
+        return str(yaml.safe_dump(self.to_data(), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Read a YAML list of ``- quantize.Static: {weight_bits: 8}`` or ``- quantize.Static``.
+
+        Raises:
+            RecipeError: Unknown steps or settings are named, with the nearest known ones.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError("the recipe is not valid YAML", got=" ".join(str(error).split())) from None
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Recipe:
+        """The inverse of `to_data`."""
+        if not isinstance(data, list):
+            raise RecipeError(
+                "a recipe is a list of steps", got=type(data).__name__, expected="- quantize.Static: {weight_bits: 8}"
+            )
+        return cls(*(_step(item) for item in data))
+
+
+def _fields(step: Any) -> dict[str, Any]:
+    return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+
+
+def _step(item: Any) -> Step:
+    name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items())) if item else ("", {})
+    if name not in CATALOGUE or (isinstance(item, dict) and len(item) != 1):
+        near = difflib.get_close_matches(str(name), CATALOGUE, n=1)
+        raise RecipeError(
+            "the recipe names a step that does not exist",
+            got=repr(item),
+            expected=f"one of {', '.join(CATALOGUE)}",
+            remedy=f"did you mean {near[0]}?" if near else None,
+        )
+    cls = CATALOGUE[name]
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in settings or {}:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise RecipeError(
+                f"{name} has no setting {key!r}",
+                got=key,
+                expected=f"one of {', '.join(known)}",
+                remedy=f"did you mean {near[0]}?" if near else None,
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (settings or {}).items()}
+    try:
+        step: Step = cls(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}") from None
+    return step

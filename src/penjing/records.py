@@ -1,0 +1,281 @@
+"""The evidence of a run: frozen results and their JSON. This module never imports torch.
+
+Units stand in the names: ``latency_ms`` milliseconds, ``size_bytes`` bytes, ``energy_mj`` millijoules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from penjing.errors import OutputError, RecordError
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call; `spread` is the interquartile range divided by the median."""
+
+    median: float
+    p95: float
+    spread: float
+    batch: int
+    threads: int
+    calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """Millijoules of one call; `method` is "measured" or "model"."""
+
+    value: float
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of figures: of the source network, or of one artifact in its runtime."""
+
+    metric: float | None = None
+    latency_ms: Latency | None = None
+    throughput_per_s: float | None = None
+    size_bytes: int | None = None
+    packed_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    parameters: int | None = None
+    macs: int | None = None
+    energy_mj: Energy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Difference between an artifact in its runtime and a torch network, over all outputs.
+
+    `against` is "planned" (the torch network with the same quantizers: what the export should reproduce)
+    or "source" (the network the user gave). `snr_db` is signal power over noise power in decibels.
+    `agreement` is the share of samples with the same largest output, None where no output has classes.
+    """
+
+    against: str
+    largest: float
+    mean: float
+    snr_db: float
+    agreement: float | None
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One layer (or functional operator): its cost, and how the runtime really executed it."""
+
+    name: str
+    kind: str
+    parameters: int = 0
+    macs: int = 0
+    activation_bytes: int = 0
+    weight_bytes: int = 0
+    planned: str = "fp32"  # what the plan asked for
+    executed: str | None = None  # what the runtime's own optimized graph shows; None where it can't be seen
+    reason: str | None = None  # why a convolution, linear or add stayed in floating point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One artifact that was built and measured."""
+
+    name: str  # for example "openvino-int8"
+    runtime: str
+    precision: str
+    folder: str  # relative to the run folder, with forward slashes
+    measured: Measured
+    parity: tuple[Parity, ...] = ()
+    drop: float | None = None
+    relative_drop: float | None = None
+    met: bool = False
+    reason: str = ""
+    integer_operators: dict[str, int] = field(default_factory=dict)  # counted in the runtime's optimized graph
+    float_operators: dict[str, int] = field(default_factory=dict)
+    layers: tuple[LayerRow, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)  # file name → hash of every file of the artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Wall time and peak memory of one step of the pipeline."""
+
+    name: str
+    wall_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the figures were measured."""
+
+    processor: str
+    instruction_sets: tuple[str, ...]
+    cores: int
+    threads: int
+    memory_bytes: int
+    system: str
+    python: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalResult:
+    """The goal as it was asked for, and what came of it."""
+
+    text: str
+    met: bool
+    reason: str
+    chosen: str | None  # name of a candidate
+    pareto: tuple[str, ...] = ()  # names of the candidates that no other beats in every figure of the goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """All the evidence of one run; `record.json` in a run folder."""
+
+    penjing: str
+    versions: dict[str, str]
+    machine: Machine
+    seed: int
+    created: str  # ISO 8601, UTC
+    name: str  # of the source
+    task: str
+    data: dict[str, str]  # sha256 of the calibration and evaluation data, by their role
+    recipe: list[dict[str, Any]]
+    metric_name: str
+    higher_is_better: bool
+    source: Measured
+    artifact: Measured | None
+    candidates: tuple[Candidate, ...]
+    goal: GoalResult
+    layers: tuple[LayerRow, ...]  # of the source network
+    steps: tuple[StepCost, ...]
+    warnings: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that became the artifact."""
+        return next((c for c in self.candidates if c.name == self.goal.chosen), None)
+
+
+def to_json(value: Any) -> str:
+    """JSON text of a record or a part of one; keys in the order of the fields, NaN refused."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_dict(kind: type[T], data: Any) -> T:
+    """Build a frozen record of `kind` from plain JSON data; a field that does not fit is named.
+
+    Fields that a newer Penjing added are ignored; missing fields take their default.
+
+    Raises:
+        RecordError: A required field is missing or has another type.
+    """
+    return typing.cast(T, _build(kind, data, kind.__name__))
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (types.UnionType, typing.Union):
+        if data is None:
+            return None
+        return _build(next(a for a in args if a is not type(None)), data, where)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON object")
+        hints = typing.get_type_hints(kind)
+        values = {}
+        for f in dataclasses.fields(kind):
+            if f.name in data:
+                values[f.name] = _build(hints[f.name], data[f.name], f"{where}.{f.name}")
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise RecordError(f"{where} has no field {f.name!r}", got=sorted(data), expected=f.name)
+        return kind(**values)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON list")
+        return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is list:
+        return [_build(args[0], item, where) for item in data]
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON object")
+        return {k: _build(args[1], v, f"{where}.{k}") for k, v in data.items()}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise RecordError(f"{where} can't be read", got=repr(data), expected=kind.__name__)
+    return data
+
+
+def read(path: Path | str) -> Record:
+    """Read `record.json`, given the file or its run folder. Reading never runs code that the file names.
+
+    Raises:
+        RecordError: The file is missing, is not JSON, or lacks a field.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "record.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(
+            "there is no record here",
+            got=str(path),
+            expected="a run folder that `penjing compress` finished",
+            remedy="name the folder given to --out; an interrupted run goes on with --resume",
+        ) from None
+    except ValueError as error:
+        raise RecordError("the record is not valid JSON", got=f"{path}: {error}") from None
+    if isinstance(data, dict) and data.get("format", FORMAT) > FORMAT:
+        raise RecordError(
+            "the record was written by a newer Penjing",
+            got=f"format {data['format']}",
+            expected=f"format {FORMAT} or older",
+            remedy="pip install --upgrade penjing",
+        )
+    return from_dict(Record, data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file whole or not at all: beside its place first, then renamed over it.
+
+    Raises:
+        OutputError: The disk is full or the folder is not writable; what stood there before is untouched.
+    """
+    path = Path(path)
+    name = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError as error:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+        raise OutputError(
+            f"{path.name} can't be written",
+            got=f"{type(error).__name__}: {error.strerror or error} ({path.parent})",
+            expected="a folder with write permission and free space",
+            remedy="free some space, or choose another folder with --out",
+        ) from error

@@ -1,0 +1,33 @@
+"""Which arithmetic a precision name stands for: the four families that colours and counts go by."""
+
+from __future__ import annotations
+
+import re
+
+from penjing.records import Candidate
+
+INTEGER, HALF, FLOAT, UNSEEN = "integer", "half", "float", "unseen"
+TITLES = {INTEGER: "integer", HALF: "bf16 or fp16", FLOAT: "float", UNSEEN: "fused, or not visible in the runtime"}
+
+_INTEGER = re.compile(r"(?<![a-z0-9])(u?int(eger)?\d*|[iusq][1248]|[iu]16|w\d+a\d+)(?![a-z0-9])", re.IGNORECASE)
+_HALF = re.compile(r"(?<![a-z0-9])(bf16|bfloat16|f16|fp16|float16|half)(?![a-z0-9])", re.IGNORECASE)
+_FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double)(?![a-z0-9])", re.IGNORECASE)
+
+
+def family(name: str | None) -> str:
+    """The family of a precision as runtimes spell it.
+
+    >>> [family(n) for n in ("int8", "u8", "integer", "bf16", "fp32", None, "fused into conv1")]
+    ['integer', 'integer', 'integer', 'half', 'float', 'unseen', 'unseen']
+    """
+    for kind, pattern in ((INTEGER, _INTEGER), (HALF, _HALF), (FLOAT, _FLOAT)):
+        if name is not None and pattern.search(name):
+            return kind
+    return UNSEEN
+
+
+def counted(candidate: Candidate) -> tuple[int, int] | None:
+    """How many operators ran in integers and how many in floating point; None where no one could count."""
+    if not candidate.integer_operators and not candidate.float_operators:
+        return None
+    return sum(candidate.integer_operators.values()), sum(candidate.float_operators.values())

@@ -1,0 +1,179 @@
+"""Source against artifact: every figure of both, and how many times better the artifact is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from penjing import records
+from penjing.report import figures
+
+_SAME = 0.005  # ratios closer to 1 than this read as "same"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of the source beside that of the artifact; `gain` above 1 is an artifact that is better."""
+
+    key: str
+    label: str
+    source: float | None
+    artifact: float | None
+    source_text: str
+    artifact_text: str
+    source_note: str = ""
+    artifact_note: str = ""
+    note: str = ""  # of both
+    gain: float | None = None
+    words: str = ""  # the gain in words: "3.1× faster"
+    optional: bool = False  # of interest only where it was measured
+
+    @property
+    def better(self) -> bool | None:
+        """True where the artifact is better, False where it is worse, None where they are even or not known."""
+        return None if self.gain is None or abs(self.gain - 1) < _SAME else self.gain > 1
+
+
+def rows(record: records.Record) -> tuple[Row, ...]:
+    """All figures in the order of their weight; those that no one measured on either side only if they are basic."""
+    source, artifact = record.source, measured(record)
+    found = (
+        _metric(record, source, artifact),
+        _latency(source, artifact),
+        _p95(source, artifact),
+        _plain("throughput", "Throughput", "/s", source.throughput_per_s, artifact.throughput_per_s, ("more", "less")),
+        _plain("size", "Size on disk", "bytes", source.size_bytes, artifact.size_bytes, ("smaller", "larger")),
+        _plain(
+            "packed", "Packed size", "bytes", source.packed_bytes, artifact.packed_bytes, ("smaller", "larger"), True
+        ),
+        _plain(
+            "memory", "Peak memory", "bytes", source.peak_memory_bytes, artifact.peak_memory_bytes, ("less", "more")
+        ),
+        _plain("parameters", "Parameters", "count", source.parameters, artifact.parameters, ("fewer", "more")),
+        _plain("macs", "Multiply-accumulates", "MACs", source.macs, artifact.macs, ("fewer", "more")),
+        _energy(source, artifact),
+    )
+    return tuple(r for r in found if not r.optional or r.source is not None or r.artifact is not None)
+
+
+def measured(record: records.Record) -> records.Measured:
+    """The figures of the artifact; an empty row where there is none."""
+    chosen = record.chosen
+    return record.artifact or (chosen.measured if chosen else records.Measured())
+
+
+def speedup(record: records.Record, candidate: records.Candidate) -> float | None:
+    """How many times faster a candidate is than the source."""
+    before, after = record.source.latency_ms, candidate.measured.latency_ms
+    return None if before is None or after is None else gain(before.median, after.median)
+
+
+def gain(source: float | None, artifact: float | None, higher_is_better: bool = False) -> float | None:
+    """How many times better the artifact's figure is; None where that can't be said."""
+    if source is None or artifact is None or source <= 0 or artifact <= 0:
+        return None
+    return artifact / source if higher_is_better else source / artifact
+
+
+def in_words(value: float | None, better: str, worse: str) -> str:
+    """A gain in words.
+
+    >>> in_words(3.14, "faster", "slower"), in_words(0.5, "faster", "slower"), in_words(1.0, "faster", "slower")
+    ('3.1× faster', '2.0× slower', 'same')
+    """
+    if value is None:
+        return ""
+    if abs(value - 1) < _SAME:
+        return "same"
+    times = value if value > 1 else 1 / value
+    # Close to 1, two digits would read as "1.0× faster".
+    text = f"{times:.2f}×" if times < 1.095 else figures.figure(times, "×")
+    return f"{text} {better if value > 1 else worse}"
+
+
+def _plain(
+    key: str,
+    label: str,
+    unit: str,
+    source: float | None,
+    artifact: float | None,
+    words: tuple[str, str],
+    optional: bool = False,
+) -> Row:
+    value = gain(source, artifact, higher_is_better=unit == "/s")
+    return Row(
+        key=key,
+        label=label,
+        source=source,
+        artifact=artifact,
+        source_text=figures.figure(source, unit),
+        artifact_text=figures.figure(artifact, unit),
+        gain=value,
+        words=in_words(value, *words),
+        optional=optional,
+    )
+
+
+def _metric(record: records.Record, source: records.Measured, artifact: records.Measured) -> Row:
+    name, before, after = record.metric_name, source.metric, artifact.metric
+    value, words = None, ""
+    if before is not None and after is not None:
+        loss = before - after if record.higher_is_better else after - before
+        points = figures.is_share(name, before, after)
+        amount = f"{100 * abs(loss):.2f} points" if points else figures.significant(abs(loss))
+        # A drop is told in the metric's own unit: as a ratio, 93 % to 92 % would read as nothing.
+        value = 1 - loss / abs(before) if before else None
+        words = "same" if loss == 0 else f"{amount} {'worse' if loss > 0 else 'better'}"
+    return Row(
+        key="metric",
+        label=name,
+        source=before,
+        artifact=after,
+        source_text=figures.metric(before, name),
+        artifact_text=figures.metric(after, name),
+        note="" if record.higher_is_better else "lower is better",
+        gain=value,
+        words=words,
+    )
+
+
+def _latency(source: records.Measured, artifact: records.Measured) -> Row:
+    before, after = source.latency_ms, artifact.latency_ms
+    medians = before.median if before else None, after.median if after else None
+    row = _plain("latency", "Latency", "ms", medians[0], medians[1], ("faster", "slower"))
+    settings = [f"batch {t.batch}, {plural(t.threads, 'thread')}" for t in (before, after) if t]
+    alike = len(set(settings)) == 1
+    return replace(
+        row,
+        source_note=_timing(before, not alike),
+        artifact_note=_timing(after, not alike),
+        note=f"median, {settings[0]}" if alike else "median",
+    )
+
+
+def _timing(latency: records.Latency | None, with_settings: bool) -> str:
+    if latency is None:
+        return ""
+    settings = f", batch {latency.batch}, {plural(latency.threads, 'thread')}" if with_settings else ""
+    return f"p95 {figures.figure(latency.p95, 'ms')}, spread {figures.share(latency.spread)}{settings}"
+
+
+def _p95(source: records.Measured, artifact: records.Measured) -> Row:
+    before, after = source.latency_ms, artifact.latency_ms
+    values = before.p95 if before else None, after.p95 if after else None
+    return _plain("p95", "Latency p95", "ms", values[0], values[1], ("faster", "slower"))
+
+
+def _energy(source: records.Measured, artifact: records.Measured) -> Row:
+    before, after = source.energy_mj, artifact.energy_mj
+    values = before.value if before else None, after.value if after else None
+    row = _plain("energy", "Energy a call", "mJ", values[0], values[1], ("less", "more"), True)
+    return replace(row, source_note=before.method if before else "", artifact_note=after.method if after else "")
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> plural(1, "thread"), plural(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,158 @@
+"""One self-contained HTML page from a record: no script, no font and no picture from elsewhere.
+
+Everything that the record names (layers, candidates, reasons, recipes) comes from files that a stranger may have
+written, so the template escapes it all and a content security policy forbids the page to load or run anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from penjing import records
+from penjing.report import arithmetic, comparison, figures, scatter, skyline, verdict
+
+_NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
+_WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """A step of the recipe with its settings as text."""
+
+    name: str
+    settings: tuple[tuple[str, str], ...]
+
+
+def write(record: records.Record, path: Path | str) -> None:
+    """Write the report of a record, whole or not at all.
+
+    Raises:
+        OutputError: The folder is missing, not writable or full.
+    """
+    records.write_text(path, render(record))
+
+
+def render(record: records.Record) -> str:
+    """The report of a record as HTML text; the same record gives the same text."""
+    chosen = record.chosen
+    rows = chosen.layers if chosen and chosen.layers else record.layers
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("penjing.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(vars_of_page())
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        verdict=verdict.of(record),
+        comparison=comparison.rows(record),
+        trees=trees(record),
+        plots=tuple(p for p in (scatter.plot(record), scatter.plot(record, 350, 400)) if p),
+        rows=rows,
+        rows_are_chosen=bool(chosen and chosen.layers),
+        skylines=(skyline.skyline(rows), skyline.skyline(rows, 350, 90)) if len(rows) > skyline.READABLE else (),
+        heaviest=skyline.heaviest(rows),
+        shares=skyline.shares(rows),
+        stayed_float=stayed_float(record),
+        recipe=recipe(record.recipe),
+    )
+
+
+def vars_of_page() -> Mapping[str, Any]:
+    """What the template may call: formatting functions and the names of the families of arithmetic."""
+    return {
+        "figure": figures.figure,
+        "share": figures.share,
+        "metric": figures.metric,
+        "drop": figures.drop,
+        "exact": _exact,
+        "decibels": _decibels,
+        "plural": comparison.plural,
+        "speedup": comparison.speedup,
+        "in_words": comparison.in_words,
+        "family": arithmetic.family,
+        "families": arithmetic.TITLES,
+        "counted": arithmetic.counted,
+        "parity": scatter.parity,
+        "percent_of": percent_of,
+        "setting": _setting,
+        "measures": skyline.MEASURES,
+        "absent": figures.ABSENT,
+    }
+
+
+def percent_of(value: float | None, most: float | None) -> str:
+    """The length of a bar as CSS wants it; a value above 0 stays visible.
+
+    >>> percent_of(1, 4), percent_of(0, 4), percent_of(1, 1e9), percent_of(None, 4)
+    ('25.00%', '0%', '0.50%', '0%')
+    """
+    if not value or not most or not math.isfinite(value) or not math.isfinite(most) or value < 0:
+        return "0%"
+    return f"{min(100.0, max(0.5, 100 * value / most)):.2f}%"
+
+
+def trees(record: records.Record) -> tuple[float, float] | None:
+    """Heights of the two trees of the page's head, the larger 1: their areas are as the sizes on disk."""
+    before, after = record.source.size_bytes, comparison.measured(record).size_bytes
+    if not before or not after:
+        return None
+    # Below a fifth of the height a tree is a dot.
+    return tuple(max(0.2, math.sqrt(v / max(before, after))) for v in (before, after))  # type: ignore[return-value]
+
+
+def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[records.LayerRow, ...]], ...]:
+    """For every integer candidate the layers that stayed in floating point, the chosen candidate first."""
+    found = []
+    for c in sorted(record.candidates, key=lambda c: c.name != record.goal.chosen):
+        if arithmetic.family(c.precision) == arithmetic.INTEGER and c.layers:
+            found.append((c, tuple(r for r in c.layers if _is_float_work(r))))
+    return tuple(found)
+
+
+def _is_float_work(row: records.LayerRow) -> bool:
+    if row.reason:
+        return True
+    kind = arithmetic.family(row.executed)
+    return kind in (arithmetic.FLOAT, arithmetic.HALF) and any(word in row.kind.lower() for word in _WORK)
+
+
+def recipe(entries: Sequence[Any]) -> tuple[RecipeStep, ...]:
+    """The recipe's steps with their settings as text, whatever their form."""
+    steps = []
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            steps.append(RecipeStep(str(entry), ()))
+            continue
+        key = next((k for k in _NAMES if isinstance(entry.get(k), str)), None)
+        if key is None and len(entry) == 1:  # {"quantize.Static": {...}}
+            (name, inner), *_ = entry.items()
+            rest = inner if isinstance(inner, Mapping) else {"": inner} if inner is not None else {}
+        else:
+            name = entry[key] if key else "step"
+            rest = {k: v for k, v in entry.items() if k != key}
+        steps.append(RecipeStep(str(name), tuple((str(k), _setting(v)) for k, v in rest.items())))
+    return tuple(steps)
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return figures.ABSENT
+    return figures.figure(value, "dB") if math.isfinite(value) else "exact"

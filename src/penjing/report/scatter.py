@@ -1,0 +1,262 @@
+"""Geometry of the Pareto scatter: where points, labels, ticks and goal limits stand. No markup here.
+
+x is the median latency (left is better), y the task's metric or, without one, agreement or signal-to-noise
+against the source (up is better), the bubble's area the size on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from penjing import records
+from penjing.report import arithmetic, figures, labels
+from penjing.report.axis import Axis
+from penjing.report.labels import Label
+
+_LIMIT = re.compile(r"(\w+)\s*(<=|>=|≤|≥|<|>)\s*([0-9]*\.?[0-9]+(?:e[+-]?\d+)?)\s*(%|µs|us|ms|s\b)?", re.IGNORECASE)
+_TO_MS = {"µs": 1e-3, "us": 1e-3, "s": 1e3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bubble:
+    """One candidate, or the source, in pixels."""
+
+    name: str
+    x: float
+    y: float
+    radius: float
+    family: str  # of arithmetic; "source" for the source
+    met: bool = False
+    chosen: bool = False
+    pareto: bool = False
+    title: str = ""
+    label: Label | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of the goal as a line across the plot; `vertical` at x, else horizontal at y."""
+
+    vertical: bool
+    at: float
+    text: str
+    label: Label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Everything the template draws; all positions in pixels from the upper left corner."""
+
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x: Axis
+    y: Axis
+    x_title: str
+    y_title: str
+    bubbles: tuple[Bubble, ...]
+    front: tuple[tuple[float, float], ...]
+    limits: tuple[Limit, ...]
+    beyond: tuple[str, ...] = ()  # limits too far away to draw
+    left_out: tuple[str, ...] = ()  # candidates without both figures
+    unlabelled: int = 0
+
+
+@dataclass(frozen=True)
+class _Point:
+    name: str
+    x: float
+    y: float
+    size: int | None
+    candidate: records.Candidate | None = None
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What stands on the y axis."""
+
+    kind: str  # "metric", "agreement" or "snr_db"
+    title: str
+    higher_is_better: bool = True
+
+    def of(self, candidate: records.Candidate) -> float | None:
+        if self.kind == "metric":
+            return candidate.measured.metric
+        found = parity(candidate)
+        value = None if found is None else getattr(found, self.kind)
+        return value if value is not None and math.isfinite(value) else None
+
+    def write(self, value: float) -> str:
+        if self.kind == "metric":
+            return figures.metric(value, self.title)
+        return figures.figure(value, "%" if self.kind == "agreement" else "dB")
+
+
+def parity(candidate: records.Candidate, against: str = "source") -> records.Parity | None:
+    """The candidate's parity against the source, or whatever other it has."""
+    first = candidate.parity[0] if candidate.parity else None
+    return next((p for p in candidate.parity if p.against == against), first)
+
+
+def plot(record: records.Record, width: int = 760, height: int = 440) -> Plot | None:
+    """Lay out the scatter; None where no candidate has both figures."""
+    measure = _measure(record)
+    points = _points(record, measure)
+    if not any(p.candidate for p in points):
+        return None
+    narrow = width < 500
+    left, right, top, bottom = (52.0 if narrow else 70.0), width - 12.0, 30.0, height - 52.0
+    largest = 17.0 if narrow else 26.0
+    limits, beyond = _limits(record, measure, points)
+    xs = [p.x for p in points] + [v for a, v, _ in limits if a == "x"]
+    x = Axis.spanning(xs, left, right, largest + 8, ticks=4 if narrow else 7, may_log=True)
+    ys = [p.y for p in points] + [v for a, v, _ in limits if a == "y"]
+    ends = (bottom, top) if measure.higher_is_better else (top, bottom)
+    percent = measure.kind == "agreement" or (measure.kind == "metric" and figures.is_share(measure.title, *ys))
+    y = Axis.spanning(ys, *ends, largest + 8, ticks=5, percent=percent)
+    most = max((p.size or 0 for p in points), default=0)
+    bubbles = [_bubble(record, measure, p, x, y, largest, most) for p in points]
+    lines = _lines(limits, x, y, (left, right, top, bottom))
+    bubbles = _labelled(bubbles, lines, (left, right, top, bottom))
+    names = {p.name for p in points}
+    return Plot(
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        x=x,
+        y=y,
+        x_title="latency, ms" + (", log scale" if x.log else ""),
+        y_title=measure.title + (", %" if percent else ", dB" if measure.kind == "snr_db" else ""),
+        bubbles=tuple(bubbles),
+        front=_front(bubbles),
+        limits=lines,
+        beyond=beyond,
+        left_out=tuple(c.name for c in record.candidates if c.name not in names),
+        unlabelled=sum(b.label is None for b in bubbles),
+    )
+
+
+def _measure(record: records.Record) -> _Measure:
+    if any(c.measured.metric is not None for c in record.candidates):
+        return _Measure("metric", record.metric_name, record.higher_is_better)
+    if any((p := parity(c)) is not None and p.agreement is not None for c in record.candidates):
+        return _Measure("agreement", "agreement with the source")
+    return _Measure("snr_db", "signal-to-noise")
+
+
+def _points(record: records.Record, measure: _Measure) -> list[_Point]:
+    found = []
+    for c in record.candidates:
+        value, latency = measure.of(c), c.measured.latency_ms
+        if value is not None and latency is not None and latency.median > 0:
+            found.append(_Point(c.name, latency.median, value, c.measured.size_bytes, c))
+    source = record.source
+    # The source agrees with itself by definition; its signal-to-noise has no end, so it is not drawn there.
+    value = {"metric": source.metric, "agreement": 1.0}.get(measure.kind)
+    if value is not None and source.latency_ms is not None and source.latency_ms.median > 0:
+        found.append(_Point("source", source.latency_ms.median, value, source.size_bytes))
+    return found
+
+
+def _limits(
+    record: records.Record, measure: _Measure, points: list[_Point]
+) -> tuple[list[tuple[str, float, str]], tuple[str, ...]]:
+    """Limits of the goal that belong on an axis, as (axis, value, text); and the texts of those too far away."""
+    near, far = [], []
+    for name, sign, number, unit in _LIMIT.findall(record.goal.text):
+        value = float(number) / (100 if unit == "%" else 1)
+        sense = -1 if record.higher_is_better else 1
+        text = f"{name} {sign.replace('<=', '≤').replace('>=', '≥')} {number}{' ' + unit if unit else ''}"
+        base = record.source.metric
+        if name == "latency_ms":
+            axis, at = "x", float(number) * _TO_MS.get(unit, 1.0)
+        elif measure.kind == "metric" and name in ("metric", record.metric_name):
+            axis, at = "y", value
+        elif measure.kind == "metric" and name == "drop" and base is not None:
+            axis, at = "y", base + sense * value
+        elif measure.kind == "metric" and name == "relative_drop" and base is not None:
+            axis, at = "y", base + sense * value * abs(base)
+        else:
+            continue
+        values = [p.x if axis == "x" else p.y for p in points]
+        reach = 3 * max(max(values) - min(values), 0.02 * abs(max(values)))
+        inside = min(values) - reach <= at <= max(values) + reach and not (axis == "x" and at <= 0)
+        (near.append((axis, at, text)) if inside else far.append(text))
+    return near, tuple(far)
+
+
+def _bubble(
+    record: records.Record, measure: _Measure, point: _Point, x: Axis, y: Axis, largest: float, most: int
+) -> Bubble:
+    # Area, not radius, stands for the size; the smallest still has to be seen and hit by a pointer.
+    radius = max(5.0, largest * math.sqrt(point.size / most)) if point.size and most else 6.0
+    told = [point.name, figures.figure(point.x, "ms"), f"{measure.title} {measure.write(point.y)}"]
+    told.append(figures.figure(point.size, "bytes") if point.size is not None else "size not measured")
+    c = point.candidate
+    if c is not None:
+        told.append(("goal met" if c.met else "goal not met") + (f": {c.reason}" if c.reason else ""))
+    return Bubble(
+        name=point.name,
+        x=round(x.at(point.x), 1),
+        y=round(y.at(point.y), 1),
+        radius=round(radius, 1),
+        family="source" if c is None else arithmetic.family(c.precision),
+        met=c is None or c.met,
+        chosen=c is not None and c.name == record.goal.chosen,
+        pareto=c is not None and c.name in record.goal.pareto,
+        title="\n".join(told),
+    )
+
+
+def _front(bubbles: list[Bubble]) -> tuple[tuple[float, float], ...]:
+    """The Pareto members that no other beats in this plane, from fast to good; a third figure may save the rest."""
+    members = sorted((b for b in bubbles if b.pareto), key=lambda b: (b.x, b.y))
+    line: list[tuple[float, float]] = []
+    for b in members:
+        if not line or b.y < line[-1][1]:
+            line.append((b.x, b.y))
+    return tuple(line)
+
+
+def _lines(
+    limits: list[tuple[str, float, str]], x: Axis, y: Axis, frame: tuple[float, float, float, float]
+) -> tuple[Limit, ...]:
+    left, right, top, _ = frame
+    found = []
+    for axis, value, text in limits:
+        if axis == "x":
+            at = round(x.at(value), 1)
+            anchor = "end" if at > (left + right) / 2 else "start"
+            found.append(Limit(True, at, text, Label.standing(text, at, top - 9, anchor)))
+        else:
+            at = round(y.at(value), 1)
+            found.append(Limit(False, at, text, Label.standing(text, right - 4, at + 15, "end")))
+    return tuple(found)
+
+
+def _labelled(
+    bubbles: list[Bubble], limits: tuple[Limit, ...], frame: tuple[float, float, float, float]
+) -> list[Bubble]:
+    """Give every bubble a label where one fits, the chosen one, the source and Pareto members first."""
+    order = sorted(range(len(bubbles)), key=lambda i: _rank(bubbles[i]))
+    circles = [(b.x, b.y, b.radius) for b in bubbles]
+    taken = [line.label.box for line in limits]
+    placed = list(bubbles)
+    for i in order:
+        label = labels.place(bubbles[i].name, circles[i], circles, taken, frame)
+        if label is not None:
+            taken.append(label.box)
+            placed[i] = replace(bubbles[i], label=label)
+    return placed
+
+
+def _rank(bubble: Bubble) -> tuple[bool, bool, bool, bool, str]:
+    return (not bubble.chosen, bubble.family != "source", not bubble.pareto, not bubble.met, bubble.name)

@@ -1,0 +1,157 @@
+"""Tables for the terminal: source against artifact, the candidates, the layers.
+
+They fit 80 columns, keep what records and networks call things out of rich's markup, and write plain ASCII where
+the terminal knows nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, JustifyMethod
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from penjing import records
+from penjing.report import arithmetic, figures, scatter
+from penjing.report import comparison as compared
+
+_PLAIN = {"×": "x", "→": "->", "µ": "u", "…": "...", "·": "|", "–": "-", "−": "-", "—": "-", "≤": "<=", "≥": ">="}
+_STYLES = {arithmetic.INTEGER: "green", arithmetic.HALF: "cyan", arithmetic.FLOAT: "yellow", arithmetic.UNSEEN: "dim"}
+
+
+class Legible(Text):
+    """Text that becomes what the terminal can show: no control characters, and no letter outside its encoding."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        yield from super(Legible, self._for(options)).__rich_console__(console, options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return super(Legible, self._for(options)).__rich_measure__(console, options)
+
+    def _for(self, options: ConsoleOptions) -> Legible:
+        shown = self.copy()
+        shown.plain = legible(self.plain, options.encoding)
+        return shown
+
+    def copy(self) -> Legible:
+        """A copy of the same kind; rich copies cells while it renders."""
+        return Legible(
+            self.plain, self.style, justify=self.justify, overflow=self.overflow, no_wrap=self.no_wrap, end=self.end
+        )
+
+
+def legible(text: str, encoding: str) -> str:
+    """`text` without control characters, in letters that `encoding` knows.
+
+    >>> legible("3.1× → a\\x1b[31m", "ascii")
+    '3.1x -> a?[31m'
+    """
+    shown = "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
+    try:
+        shown.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        shown = "".join(_PLAIN.get(c, c) for c in shown).encode("ascii", "replace").decode()
+    return shown
+
+
+def comparison(record: records.Record) -> Table:
+    """Source beside artifact, one figure a row, with how many times better the artifact is."""
+    table = _table()
+    _column(table, "")
+    _column(table, "source", "right")
+    _column(table, record.chosen.name if record.chosen else "artifact", "right")
+    _column(table, "")
+    for row in compared.rows(record):
+        style = {True: "green", False: "yellow", None: ""}[row.better]
+        label = f"{row.label} ({row.note})" if row.note else row.label
+        table.add_row(*map(_cell, (label, row.source_text, row.artifact_text)), _cell(row.words, style))
+    return table
+
+
+def candidates(record: records.Record) -> Table:
+    """Every artifact that was built, in the order of the record; the chosen one is marked with a star."""
+    table = _table()
+    _column(table, "candidate")
+    names = (record.metric_name, "drop", "latency", "faster", "size", "SNR dB", "agree", "int ops", "goal")
+    for name in names:
+        _column(table, name, "right")
+    for c in record.candidates:
+        chosen = c.name == record.goal.chosen
+        style = "bold" if chosen else ""
+        cells = (f"{c.name} *" if chosen else c.name, *_figures(record, c))
+        goal = _cell("met" if c.met else "not met", "green" if c.met else "yellow")
+        table.add_row(*(_cell(text, style) for text in cells), goal)
+    reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in record.candidates if c.reason and not c.met)
+    return _captioned(table, list(reasons))
+
+
+def layers(rows: Sequence[records.LayerRow]) -> Table:
+    """Cost of every layer and how it was executed; reasons stand below the table, each once."""
+    table = _table()
+    seen = any(r.executed is not None for r in rows)
+    heads = ("parameters", "MACs", "share", "activations", *(("executed",) if seen else ("planned",)))
+    _column(table, "layer")
+    _column(table, "kind")
+    for head in heads:
+        _column(table, head, "left" if head in ("executed", "planned") else "right")
+    total = sum(r.macs for r in rows)
+    reasons = {text: i for i, text in enumerate(dict.fromkeys(r.reason for r in rows if r.reason), 1)}
+    for r in rows:
+        executed = (r.executed or "-") if seen else r.planned
+        note = f" [{reasons[r.reason]}]" if r.reason else ""
+        table.add_row(
+            *map(_cell, (r.name, r.kind)),
+            _cell(figures.figure(r.parameters, "count") if r.parameters else "-"),
+            _cell(figures.figure(r.macs, "count") if r.macs else "-"),
+            _cell(figures.share(r.macs / total) if total and r.macs else "-"),
+            _cell(figures.figure(r.activation_bytes, "bytes") if r.activation_bytes else "-"),
+            _cell(executed + note, _STYLES[arithmetic.family(executed)]),
+        )
+    return _captioned(table, [f"[{i}] {text}" for text, i in reasons.items()])
+
+
+def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str, ...]:
+    m, parity = candidate.measured, scatter.parity(candidate)
+    counted = arithmetic.counted(candidate)
+    speedup = compared.speedup(record, candidate)
+    found = (
+        figures.metric(m.metric, record.metric_name) if m.metric is not None else None,
+        figures.drop(candidate.drop, record.metric_name) if candidate.drop is not None else None,
+        figures.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
+        figures.figure(speedup, "×") if speedup else None,
+        figures.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
+        _decibels(parity.snr_db) if parity else None,
+        figures.share(parity.agreement) if parity and parity.agreement is not None else None,
+        f"{counted[0]}/{sum(counted)}" if counted else None,
+    )
+    return tuple(text or "-" for text in found)
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact"
+
+
+def _table() -> Table:
+    # One blank between columns: ten columns have to fit 80 letters.
+    return Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold", caption_justify="left")
+
+
+def _column(table: Table, head: str, justify: JustifyMethod = "left") -> None:
+    table.add_column(_cell(head, "bold"), justify=justify, overflow="fold", vertical="bottom" if not head else "top")
+
+
+def _cell(text: str, style: str = "") -> Legible:
+    return Legible(text, style, end="")
+
+
+def _captioned(table: Table, lines: Sequence[str]) -> Table:
+    if lines:
+        table.caption = _cell("\n" + "\n".join(lines))
+        table.caption_style = ""
+    return table

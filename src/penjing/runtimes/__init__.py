@@ -1,0 +1,102 @@
+"""The runtimes that an artifact can be made for, one file each. Importing this does not import any of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from penjing.errors import ArtifactError, MissingDependency, UsageError
+from penjing.plan import Accelerates
+from penjing.runtimes.artifact import Executed, Manifest, read_manifest
+
+_FILES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "eager"}
+_INSTALL = {
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+    "torch": ("torch",),
+}
+DEPLOYED = ("onnxruntime", "openvino")
+"""Runtimes that load an artifact without torch; what `compress` considers when none is named."""
+
+
+class Session(Protocol):
+    """An opened artifact."""
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """One call; inputs and outputs in the order of the manifest."""
+        ...
+
+
+class Runtime(Protocol):
+    """What a runtime's file provides as module-level functions."""
+
+    def accelerates(self, instruction_sets: tuple[str, ...]) -> Accelerates:
+        """What it gains from on a processor with these instruction sets."""
+        ...
+
+    def export(self, network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+        """Write the artifact's files for a frozen network into an empty folder."""
+        ...
+
+    def open_session(self, folder: Path, manifest: Manifest, threads: int) -> Session:
+        """Open the files of an artifact."""
+        ...
+
+    def executed(self, folder: Path, manifest: Manifest) -> list[Executed]:
+        """The operators of the runtime's own optimized graph."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """All runtimes that Penjing knows."""
+    return tuple(_FILES)
+
+
+def installed(name: str) -> bool:
+    """Whether everything that the runtime needs for export and inference is installed."""
+    return all(importlib.util.find_spec(package) is not None for package in _INSTALL[name])
+
+
+def get(name: str) -> Runtime:
+    """The runtime of that name.
+
+    Raises:
+        UsageError: There is no such runtime.
+        MissingDependency: It is not installed; names the install command.
+    """
+    if name not in _FILES:
+        raise UsageError("there is no such runtime", got=repr(name), expected=f"one of {', '.join(_FILES)}")
+    missing = [p for p in _INSTALL[name] if importlib.util.find_spec(p) is None]
+    if missing:
+        raise MissingDependency(
+            f"the runtime {name} is not installed",
+            got=f"no package {', '.join(missing)}",
+            expected=f"{', '.join(_INSTALL[name])}",
+            remedy=f"pip install {' '.join(missing)}",
+        )
+    module: Any = importlib.import_module(f"penjing.runtimes.{_FILES[name]}")
+    return module  # type: ignore[no-any-return]
+
+
+def open_artifact(folder: Path | str, threads: int) -> Session:
+    """Open an artifact folder in its own runtime. Nothing in the folder is executed as code.
+
+    Raises:
+        ArtifactError: There is no artifact, or the runtime can't read it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    runtime = get(manifest.runtime)
+    try:
+        return runtime.open_session(folder, manifest, threads)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{manifest.runtime} can't open the artifact",
+            got=f"{folder}: {' '.join(str(error).split())[:400]}",
+            expected=f"files that {manifest.runtime} loads on this processor",
+            remedy="`penjing verify` tells whether the files are as they were written",
+        ) from error

@@ -1,0 +1,101 @@
+"""Torch itself, eager, as a runtime: how the source is measured, and an artifact for those who stay in torch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penjing.network import export as export_network
+from penjing.network import input_names
+from penjing.plan import GENERIC, Accelerates
+from penjing.runtimes.artifact import Executed, Manifest, Port, Program
+from penjing.task import flatten_outputs, output_names
+
+
+def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+    """Eager torch has no integer kernels for plans: quantized networks run in simulation and gain nothing."""
+    from dataclasses import replace
+
+    return replace(GENERIC, runtime="torch", precisions=("fp32",), notes=("eager torch runs plans in simulation",))
+
+
+def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+    """Write model.pt2."""
+    program = export_network(network, call, dynamic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, folder / "model.pt2")
+    args, kwargs = call
+    values = [*args, *kwargs.values()]
+    inputs = tuple(_port(n, v, dynamic, i) for i, (n, v) in enumerate(zip(input_names(network, *call), values, strict=True)))
+    with torch.no_grad():
+        outputs, _ = flatten_outputs(network(*args, **kwargs))
+    ports = tuple(_port(n, v, None, 0) for n, v in zip(output_names(structure), outputs, strict=True))
+    return Manifest(
+        runtime="torch",
+        precision=precision,
+        programs=(Program(name="main", files=("model.pt2",), inputs=inputs, outputs=ports),),
+        structure=structure,
+        settings={"keywords": ",".join(kwargs)},
+    )
+
+
+def _port(name: str, tensor: torch.Tensor, dynamic: Any, position: int) -> Port:
+    axes = {0: "batch"} if dynamic is None else dynamic.get(name, dynamic.get(position, {}))
+    shape = tuple(axes.get(i, size) for i, size in enumerate(tensor.shape))
+    return Port(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=shape)
+
+
+class _Session:
+    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+        torch.set_num_threads(threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.module = torch.export.load(path).module(check_guards=False)
+        self.keywords = [k for k in manifest.settings.get("keywords", "").split(",") if k]
+
+    @torch.inference_mode()
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
+        split = len(tensors) - len(self.keywords)
+        result = self.module(*tensors[:split], **dict(zip(self.keywords, tensors[split:], strict=True)))
+        return [t.numpy() for t in flatten_outputs(result)[0]]
+
+
+def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+    """Load model.pt2; the number of threads is torch's own, for the whole process."""
+    return _Session(folder / manifest.programs[0].files[0], manifest, threads)
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """Nothing is fused or changed: the graph is what was exported."""
+    return []
+
+
+LOAD = '''\
+"""Open this artifact with torch alone: ``from load import predict``. Needs: numpy, torch."""
+import json, os, pathlib
+import numpy as np
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
+MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+PROGRAM = MANIFEST["programs"][0]
+torch.set_num_threads(int(os.environ.get("THREADS", @THREADS@)))
+module = torch.export.load(HERE / PROGRAM["files"][0]).module()
+KEYWORDS = [k for k in MANIFEST["settings"]["keywords"].split(",") if k]
+
+
+def run(inputs):
+    """Flat list of arrays in, flat list of arrays out."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
+    split = len(tensors) - len(KEYWORDS)
+    with torch.inference_mode():
+        result = module(*tensors[:split], **dict(zip(KEYWORDS, tensors[split:])))
+    return [t.numpy() for t in torch.utils._pytree.tree_leaves(result)]
+
+'''

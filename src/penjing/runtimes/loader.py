@@ -1,0 +1,44 @@
+"""`load.py`: opens an artifact with its runtime alone, and is written beside it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from penjing.records import write_text
+from penjing.runtimes import _FILES
+from penjing.runtimes.artifact import Manifest
+
+_TAIL = '''
+def predict(*args, **kwargs):
+    """Call it as the network is called; NumPy arrays in, NumPy arrays out."""
+    ports = PROGRAM["inputs"]
+    values = list(args) + [kwargs[port["name"]] for port in ports[len(args):]]
+    inputs = [np.ascontiguousarray(np.asarray(x), dtype=port["dtype"]) for x, port in zip(values, ports)]
+    outputs = iter(run(inputs))
+
+    def nest(part):
+        if part["kind"] == "tuple":
+            return tuple(nest(item) for item in part["items"])
+        if part["kind"] == "dict":
+            return {name: nest(item) for name, item in part["items"].items()}
+        return next(outputs)
+
+    return nest(MANIFEST["structure"])
+
+
+if __name__ == "__main__":  # a smoke test: zeros in, shapes out
+    zeros = [
+        np.zeros([1 if isinstance(size, str) else size for size in port["shape"]], dtype=port["dtype"])
+        for port in PROGRAM["inputs"]
+    ]
+    for port, output in zip(PROGRAM["outputs"], run(zeros)):
+        print(port["name"], output.dtype, output.shape)
+'''
+
+
+def write_loader(path: Path, manifest: Manifest, folder: str, threads: int) -> None:
+    """Write `load.py` to `path`, for the artifact in the folder beside it."""
+    head = importlib.import_module(f"penjing.runtimes.{_FILES[manifest.runtime]}").LOAD
+    text = head.replace("@FOLDER@", folder).replace("@THREADS@", str(threads))
+    write_text(path, text + _TAIL)

@@ -1,0 +1,120 @@
+"""ONNX Runtime on the processor: what it accelerates, export, load, and what it really executes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penjing.plan import Accelerates, QuantSpec
+from penjing.runtimes.artifact import Executed, Manifest, Program
+
+# Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
+_INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
+
+
+def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+    """Unsigned activations and signed weights; 7-bit weights where 8 would saturate 16-bit sums (AVX2 without VNNI)."""
+    x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
+    vnni = any("vnni" in name for name in instruction_sets)
+    narrow = x86 and not vnni
+    note = "without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits" if narrow else ""
+    return Accelerates(
+        runtime="onnxruntime",
+        precisions=("fp32", "int8"),
+        weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
+        activation=QuantSpec(bits=8, signed=False, symmetric=False),
+        integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
+        absorbs=frozenset({"relu", "clip"}),
+        passes=frozenset({"max_pool", "reshape", "transpose"}),
+        quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
+        notes=(note,) if note else (),
+    )
+
+
+def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+    """Write model.onnx."""
+    from penjing.runtimes import onnx_file
+    from penjing.task import output_names
+
+    inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), folder / "model.onnx")
+    program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)
+    return Manifest(runtime="onnxruntime", precision=precision, programs=(program,), structure=structure)
+
+
+class _Session:
+    def __init__(self, path: Path, manifest: Manifest, options: Any) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [port.name for port in manifest.programs[0].inputs]
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        result: list[np.ndarray] = self.session.run(None, dict(zip(self.names, inputs, strict=True)))
+        return result
+
+
+def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+    """Open model.onnx with that many threads."""
+    return _Session(folder / manifest.programs[0].files[0], manifest, _options(threads))
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """The operators of the optimized file that ONNX Runtime writes."""
+    import onnx
+    import onnxruntime
+
+    source = folder / manifest.programs[0].files[0]
+    sites = {node.name for node in onnx.load(str(source), load_external_data=False).graph.node}
+    with tempfile.TemporaryDirectory() as aside:
+        optimized = Path(aside) / "optimized.onnx"
+        options = _options(1)
+        options.optimized_model_filepath = str(optimized)
+        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(str(optimized)).graph
+    found = []
+    for node in graph.node:
+        integer = node.op_type.startswith(_INTEGER_TYPES)
+        name = _origin(node.name, sites)
+        found.append(Executed((name,) if name else (), node.op_type, "int8" if integer else "fp32"))
+    return found
+
+
+def _origin(name: str, sites: set[str]) -> str | None:
+    """Fusions append to a node's name ("conv1_token_3"): the longest known name that it starts with."""
+    known = [s for s in sites if s and (name == s or name.startswith((f"{s}_", f"{s}/", f"{s}|")))]
+    return max(known, key=len).split("|")[0] if known else None
+
+
+LOAD = '''\
+"""Open this artifact with ONNX Runtime alone: ``from load import predict``. Needs: numpy, onnxruntime."""
+import json, os, pathlib
+import numpy as np
+import onnxruntime
+
+HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
+MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+PROGRAM = MANIFEST["programs"][0]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(os.environ.get("THREADS", @THREADS@))
+options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(str(HERE / PROGRAM["files"][0]), options, providers=["CPUExecutionProvider"])
+
+
+def run(inputs):
+    """Flat list of arrays in, flat list of arrays out."""
+    return session.run(None, {port["name"]: x for port, x in zip(PROGRAM["inputs"], inputs)})
+
+'''

@@ -1,0 +1,126 @@
+"""OpenVINO on the processor: what it accelerates, export, load, and what it really executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penjing.plan import Accelerates, QuantSpec
+from penjing.runtimes.artifact import Executed, Manifest, Program
+
+_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
+_PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
+
+
+def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+    """Unsigned activations, signed weights; bfloat16 where the processor multiplies it.
+
+    Signed activations with a zero point other than 0 are refused by convolutions on AMX.
+    """
+    bf16 = bool({"avx512_bf16", "amx_bf16"} & set(instruction_sets))
+    vnni = any("vnni" in name or name == "amx_int8" for name in instruction_sets)
+    x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
+    narrow = x86 and not vnni
+    return Accelerates(
+        runtime="openvino",
+        precisions=("fp32", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "int8"),
+        weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
+        activation=QuantSpec(bits=8, signed=False, symmetric=False),
+        integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
+        absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
+        passes=frozenset({"max_pool", "reshape", "transpose"}),
+        notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
+    )
+
+
+def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+    """Write model.xml and model.bin, by way of ONNX."""
+    import openvino
+
+    from penjing.runtimes import onnx_file
+    from penjing.task import output_names
+
+    onnx_path = folder / "crossing.onnx"
+    try:
+        inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
+        model = openvino.Core().read_model(str(onnx_path))
+        openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
+        del model
+    finally:
+        onnx_path.unlink(missing_ok=True)
+    return Manifest(
+        runtime="openvino",
+        precision=precision,
+        programs=(Program(name="main", files=("model.xml", "model.bin"), inputs=inputs, outputs=outputs),),
+        structure=structure,
+        settings={"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
+    )
+
+
+def _compile(folder: Path, manifest: Manifest, threads: int) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(folder / manifest.programs[0].files[0]))
+    return core.compile_model(model, "CPU", {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads)})
+
+
+class _Session:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        self.compiled = _compile(folder, manifest, threads)
+        self.request = self.compiled.create_infer_request()
+        self.outputs = len(manifest.programs[0].outputs)
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        # The request reuses its output memory: what leaves here must outlive the next call.
+        results = self.request.infer(inputs, share_inputs=True, share_outputs=True)
+        return [np.array(results[i]) for i in range(self.outputs)]
+
+
+def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+    """Open model.xml with that many threads and the manifest's settings."""
+    return _Session(folder, manifest, threads)
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """The operators of the compiled model's runtime graph."""
+    runtime_model = _compile(folder, manifest, 1).get_runtime_model()
+    found = []
+    for op in runtime_model.get_ordered_ops():
+        info = op.get_rt_info()
+        kind = info["layerType"].astype(str) if "layerType" in info else op.get_type_name()
+        if kind in ("Const", "Constant", "Input", "Output", "Parameter", "Result", "Reorder"):
+            continue
+        precision = info["runtimePrecision"].astype(str) if "runtimePrecision" in info else "f32"
+        names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else op.get_friendly_name()
+        sites = tuple(dict.fromkeys(_origin(name) for name in names.split(",") if name))
+        found.append(Executed(sites, kind, _PRECISIONS.get(precision.lower(), precision.lower())))
+    return found
+
+
+def _origin(name: str) -> str:
+    """The ONNX reader appends what it made of a node: "conv1/WithoutBiases"."""
+    return name.split("|")[0].removesuffix("/WithoutBiases")
+
+
+LOAD = '''\
+"""Open this artifact with OpenVINO alone: ``from load import predict``. Needs: numpy, openvino."""
+import json, os, pathlib
+import numpy as np
+import openvino
+
+HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
+MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+PROGRAM = MANIFEST["programs"][0]
+settings = {**MANIFEST["settings"], "INFERENCE_NUM_THREADS": os.environ.get("THREADS", "@THREADS@")}
+compiled = openvino.Core().compile_model(str(HERE / PROGRAM["files"][0]), "CPU", settings)
+
+
+def run(inputs):
+    """Flat list of arrays in, flat list of arrays out."""
+    results = compiled(inputs)
+    return [np.array(results[i]) for i in range(len(PROGRAM["outputs"]))]
+
+'''

@@ -1,0 +1,50 @@
+"""The one interface of a compression step, and what a step is told about the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from penjing.draft import Draft
+from penjing.plan import Accelerates
+from penjing.task import Task
+
+
+def _silent(kind: str, **values: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a step may know.
+
+    Attributes:
+        task: The user's data, metric and loss.
+        seed: Every random choice derives from it.
+        device: Where training runs, for example "cpu" or "cuda".
+        accelerates: What the target runtime gains from on this processor; None when no runtime was named.
+        events: `events(kind, **values)` reports progress; `kind` "progress" carries `label`, `done`, `total`.
+        latency: Measures a draft in the target runtime, in milliseconds; None when nothing can be measured.
+        folder: Where a step may keep what it needs to resume; None when nothing is kept.
+        memo: Results that later runs on the same network and data may reuse (collected statistics).
+    """
+
+    task: Task
+    seed: int = 0
+    device: str = "cpu"
+    accelerates: Accelerates | None = None
+    events: Callable[..., None] = _silent
+    latency: Callable[[Draft], float] | None = None
+    folder: Path | None = None
+    memo: MutableMapping[Any, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Step(Protocol):
+    """A frozen dataclass with one method. It never changes the draft that it is given."""
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a new draft."""
+        ...

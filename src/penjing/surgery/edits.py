@@ -1,0 +1,42 @@
+"""Replaying a log of edits on a freshly raised source."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import fx
+
+from penjing.draft import Edit
+from penjing.errors import CheckpointError
+from penjing.surgery.fold import fold_batch_norm
+
+_EDITS = {"fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"])}
+
+
+def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
+    """Apply `edits` in order to a copy of `network`.
+
+    Raises:
+        CheckpointError: An edit is unknown, or names a layer that this network does not have.
+    """
+    network = copy.deepcopy(network)
+    for position, edit in enumerate(edits):
+        apply = _EDITS.get(str(edit.get("edit")))
+        if apply is None:
+            raise CheckpointError(
+                f"edit {position} of the checkpoint is unknown",
+                got=edit,
+                expected=f"one of {sorted(_EDITS)}",
+                remedy="pip install --upgrade penjing",
+            )
+        try:
+            apply(network, edit)
+        except (AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"edit {position} of the checkpoint does not fit this network",
+                got=f"{edit} ({error})",
+                expected="the network that the checkpoint was made from",
+                remedy="load it with the same factory and the same version of its code",
+            ) from None
+    return network

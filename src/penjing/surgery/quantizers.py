@@ -1,0 +1,238 @@
+"""From a plan to a network: fake quantizers for torch (`insert`), integers for a runtime (`freeze`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing import operators
+from penjing.errors import QuantizationError
+from penjing.network import is_tensor, kind, sites, tensor_inputs
+from penjing.plan import Entry, Plan
+
+
+
+class FakeQuantize(nn.Module):
+    """Rounds its input to the values that the integers of `entry` can hold."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__()
+        self.axis = entry.spec.axis or 0
+        self.low, self.high = entry.spec.limits
+        self.register_buffer("scale", torch.tensor(entry.scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape in, the same shape out."""
+        q = torch.ops.penjing.quantize(x, self.scale, self.zero_point, self.axis, self.low, self.high)
+        return torch.ops.penjing.dequantize(q, self.scale, self.zero_point, self.axis)
+
+
+def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
+    """Let port `port` of a node read `new`."""
+    seen = -1
+
+    def swap(n: fx.Node) -> fx.Node:
+        nonlocal seen
+        if is_tensor(n):
+            seen += 1
+        return new if is_tensor(n) and seen == port else n
+
+    args = fx.node.map_arg(node.args, swap)
+    kwargs = fx.node.map_arg(node.kwargs, swap)
+    node.args, node.kwargs = args, kwargs
+
+
+def insert(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of `network` that computes in floating point what the integers of `plan` can express.
+
+    Weights keep their names; the quantizers live under ``quantizers``.
+    """
+    network = copy.deepcopy(network)
+    network.add_module("quantizers", nn.Module())
+
+    def place(producer: fx.Node, entry: Entry) -> fx.Node:
+        holder = network.get_submodule("quantizers")
+        name = str(len(list(holder.children())))
+        holder.add_module(name, FakeQuantize(entry))
+        node = network.graph.call_module(f"quantizers.{name}", (producer,))
+        node.meta["site"] = f"quantizers.{name}"
+        return node
+
+    def weight(layer: str, entry: Entry) -> fx.Node:
+        return place(network.graph.get_attr(f"{layer}.weight"), entry)
+
+    def bias(layer: str, entry: Entry | None) -> fx.Node | None:
+        if network.get_submodule(layer).bias is None:
+            return None
+        stored = network.graph.get_attr(f"{layer}.bias")
+        return stored if entry is None else place(stored, entry)
+
+    _rewire(network, plan, place, weight, bias)
+    return network
+
+
+def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of `network` whose quantized weights are stored as integers: what a runtime's file is made from."""
+    network = copy.deepcopy(network)
+    if not plan:
+        return network
+    network.add_module("integers", nn.Module())
+
+    def constant(name: str, value: torch.Tensor) -> fx.Node:
+        holder: nn.Module = network.get_submodule("integers")
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(holder, part):
+                holder.add_module(part, nn.Module())
+            holder = getattr(holder, part)
+        holder.register_buffer(leaf, value)
+        return network.graph.get_attr(f"integers.{name}")
+
+    def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
+        # A single number has no axis: runtimes take a one-element vector for one channel.
+        shape = (-1,) if len(entry.scale) > 1 else ()
+        dtype = operators.integer_dtype(*entry.spec.limits)
+        return (
+            constant(f"{name}_scale", torch.tensor(entry.scale, dtype=torch.float32).reshape(shape)),
+            constant(f"{name}_zero_point", torch.tensor(entry.zero_point, dtype=dtype).reshape(shape)),
+        )
+
+    def place(producer: fx.Node, entry: Entry) -> fx.Node:
+        scale, zero = numbers(f"activation{len(list(network.get_submodule('integers').buffers()))}", entry)
+        axis = entry.spec.axis or 0
+        call = network.graph.call_function
+        q = call(torch.ops.penjing.quantize.default, (producer, scale, zero, axis, *entry.spec.limits))
+        return call(torch.ops.penjing.dequantize.default, (q, scale, zero, axis))
+
+    def stored(layer: str, role: str, entry: Entry) -> fx.Node:
+        value = getattr(network.get_submodule(layer), role).detach()
+        axis = entry.spec.axis or 0
+        scale = torch.tensor(entry.scale, dtype=torch.float32)
+        zero = torch.tensor(entry.zero_point, dtype=torch.int32)
+        q = torch.ops.penjing.quantize(value, scale, zero, axis, *entry.spec.limits)
+        nodes = (constant(f"{layer}.{role}", q), *numbers(f"{layer}.{role}", entry))
+        return network.graph.call_function(torch.ops.penjing.dequantize.default, (*nodes, axis))
+
+    def weight(layer: str, entry: Entry) -> fx.Node:
+        return stored(layer, "weight", entry)
+
+    def bias(layer: str, entry: Entry | None) -> fx.Node | None:
+        if network.get_submodule(layer).bias is None:
+            return None
+        if entry is None:
+            return constant(f"{layer}.bias", network.get_submodule(layer).bias.detach())
+        return stored(layer, "bias", entry)
+
+    _rewire(network, plan, place, weight, bias)
+    for layer in {edge.rpartition(":")[0] for edge in plan.entries if edge.endswith(":weight")}:
+        network.delete_submodule(layer)  # float weights without a user would stay in a saved program
+    return network
+
+
+def bias_entry(plan: Plan, layer: str) -> Entry | None:
+    """Int32 with scale = weight scale × input scale: the accumulator's own grid; None where there is no such grid."""
+    weight, inputs = plan.entries.get(f"{layer}:weight"), plan.entries.get(f"{layer}:in0")
+    if weight is None or inputs is None:
+        return None
+    spec = type(weight.spec)(bits=32, signed=True, symmetric=True, axis=0 if len(weight.scale) > 1 else None)
+    # In float32, as the runtimes multiply them.
+    scales = (torch.tensor(weight.scale) * torch.tensor(inputs.scale)).tolist()
+    return Entry(spec, tuple(scales), (0,) * len(scales))
+
+
+def _rewire(
+    network: fx.GraphModule,
+    plan: Plan,
+    place: Callable[[fx.Node, Entry], fx.Node],
+    weight: Callable[[str, Entry], fx.Node],
+    bias: Callable[[str, Entry | None], fx.Node | None],
+) -> None:
+    """Put quantizers on the plan's edges; layers with integer weights become functional."""
+    found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
+    placed: dict[tuple[fx.Node, Entry], fx.Node] = {}
+    for edge, entry in plan.entries.items():
+        name, _, port = edge.rpartition(":")
+        if name not in found:
+            raise QuantizationError(
+                "the plan names an operator that the network does not have",
+                got=edge,
+                expected="the network that the plan was made for",
+            )
+        if port == "weight":
+            continue
+        consumer = found[name]
+        producer = tensor_inputs(consumer)[int(port.removeprefix("in"))]
+        if (producer, entry) not in placed:
+            with network.graph.inserting_after(producer if producer.op != "placeholder" else _last_input(network)):
+                placed[producer, entry] = _after(network, producer, entry, place)
+        replace_port(consumer, int(port.removeprefix("in")), placed[producer, entry])
+    for edge, entry in plan.entries.items():
+        name, _, port = edge.rpartition(":")
+        if port == "weight":
+            _functional_layer(network, found[name], plan, entry, weight, bias)
+    network.graph.lint()
+    network.recompile()
+
+
+def _last_input(network: fx.GraphModule) -> fx.Node:
+    return [n for n in network.graph.nodes if n.op == "placeholder"][-1]
+
+
+def _after(
+    network: fx.GraphModule, producer: fx.Node, entry: Entry, place: Callable[[fx.Node, Entry], fx.Node]
+) -> fx.Node:
+    # Nodes made inside one inserting_after land in reverse, so the place is moved behind each new node.
+    following = producer.next if producer.op != "placeholder" else _last_input(network).next
+    with network.graph.inserting_before(following):
+        return place(producer, entry)
+
+
+def _functional_layer(
+    network: fx.GraphModule,
+    node: fx.Node,
+    plan: Plan,
+    entry: Entry,
+    weight: Callable[[str, Entry], fx.Node],
+    bias: Callable[[str, Entry | None], fx.Node | None],
+) -> None:
+    layer, site = str(node.target), str(node.meta["site"])
+    module: Any = network.get_submodule(layer)
+    what = kind(network, node)
+    x = node.args[0]
+    with network.graph.inserting_before(node):
+        w = weight(layer, entry)
+        if what == "linear":
+            # One bias grid needs one integer accumulator; a 3-D linear becomes a matrix product and an addition.
+            b = bias(layer, bias_entry(plan, site) if node.meta.get("rank", 2) == 2 else None)
+            new = network.graph.call_function(torch.ops.aten.linear.default, (x, w, b))
+        else:
+            b = bias(layer, bias_entry(plan, site))
+            new = network.graph.call_function(_convolution(module), (x, w, b, *_conv_settings(module)))
+    new.meta["site"] = site
+    node.replace_all_uses_with(new)
+    network.graph.erase_node(node)
+
+
+def _conv_settings(module: Any) -> tuple[Any, ...]:
+    padding = module.padding if isinstance(module.padding, str) else list(module.padding)
+    return (list(module.stride), padding, list(module.dilation), module.groups)
+
+
+def _convolution(module: nn.Module) -> Any:
+    operator = _CONVOLUTIONS[type(module)]
+    return operator.padding if isinstance(module.padding, str) else operator.default
+
+
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: torch.ops.aten.conv1d,
+    nn.Conv2d: torch.ops.aten.conv2d,
+    nn.Conv3d: torch.ops.aten.conv3d,
+}
