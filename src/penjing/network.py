@@ -4,6 +4,8 @@ A raised network is a `torch.fx.GraphModule`. Layers with parameters (convolutio
 dropout are real `torch.nn` modules under their original names; every other operator is a functional node whose
 sizes are literals that can be edited. It trains, evaluates, deep-copies and exports like any module, and in eval
 mode it computes the same bits as its source.
+Where a source keeps a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
+``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's.
 
 Every operator has a *site*, a name made of the source's own module paths that survives copies and edits:
 ``"layer1.0.conv1"`` for a layer, ``"layer1.0.conv1@1"`` for its second call, ``"layer1.0/add#0"`` for the first
@@ -12,12 +14,13 @@ addition in the forward of ``layer1.0``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,13 +131,19 @@ def export_module(
     args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
     dims: dict[str, Dim] = {}
     shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with _in_eval_mode(model), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, names, shapes))
     except Exception as error:
         raise _export_error(model, error) from error
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
@@ -242,7 +251,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Node name → fake tensor (shape and dtype, no data) for one forward on `call`; tuples are left out."""
+    """Node name → fake tensor (shape and dtype, no data) for one forward in eval mode; tuples are left out."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: dict[str, torch.Tensor] = {}
@@ -254,7 +263,8 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
                 found[n.name] = result
             return result
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    # In eval mode, because in training mode batch norm counts its batches on the real buffer.
+    with _in_eval_mode(network), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, call)
         Recorder(network).run(*flat_inputs(network, fake))
     return found
@@ -348,7 +358,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     if not mutating:
         return program
     if not all(_safe_to_replace(n) for n in mutating):
-        return program.run_decompositions({})  # functionalizes views too, and keeps the layers' operators
+        return _restore_layers(program, program.run_decompositions({}))  # functionalizes views too
     program = copy.copy(program)
     program._graph_module = copy.deepcopy(program.graph_module)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
@@ -359,6 +369,29 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         for user in list(mutated.users):
             if order[user] > order[node]:
                 user.replace_input_with(mutated, node)
+    program.graph_module.recompile()
+    return program
+
+
+def _restore_layers(source: ExportedProgram, program: ExportedProgram) -> ExportedProgram:
+    """Decomposing keeps most layers whole, but not batch norm, nor dropout, which is a copy in eval mode."""
+    rates = {n.name: arguments(n)["p"] for n in source.graph.nodes if n.target is torch.ops.aten.dropout.default}
+    for node in list(program.graph.nodes):
+        origin = node.meta.get("from_node") or ()
+        if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+            *tensors, momentum, eps = node.args
+            users = list(node.users)
+            if any(user.target is not operator.getitem or user.args[1] != 0 for user in users):
+                continue  # something reads the statistics, which the layer does not give
+            node.target = torch.ops.aten.batch_norm.default
+            node.args = (*tensors, False, momentum, eps, False)
+            for user in users:
+                node.meta["val"] = user.meta["val"]
+                user.replace_all_uses_with(node)
+                program.graph.erase_node(user)
+        elif node.target is torch.ops.aten.clone.default and origin and origin[-1].name in rates:
+            node.target, node.kwargs = torch.ops.aten.dropout.default, {}
+            node.args = (node.args[0], rates[origin[-1].name], False)
     program.graph_module.recompile()
     return program
 
@@ -415,6 +448,7 @@ class _Raiser:
         self.modules: dict[str, nn.Module] = {}
         self.calls: Counter[str] = Counter()
         self.ordinals: Counter[tuple[str, str]] = Counter()
+        self.renamed: dict[str, str] = {}
         # One Parameter object per tensor, so that tied weights stay tied.
         self.tensors: dict[str, Any] = dict(flat.named_parameters(remove_duplicate=False))
         self.tensors.update(flat.named_buffers(remove_duplicate=False))
@@ -449,6 +483,7 @@ class _Raiser:
             node.meta = {key: node.meta[key] for key in ("site", "stack_trace") if key in node.meta}
             if isinstance(value, torch.Tensor):
                 node.meta["rank"] = value.dim()
+        raised.meta["renamed"] = self.renamed
         raised.recompile()
         return raised
 
@@ -464,6 +499,7 @@ class _Raiser:
             return
         module, inputs, suffixes = built
         target = self._register(module, path, suffixes)
+        self._note_renamed(target, suffixes)
         node.op, node.target, node.args, node.kwargs = "call_module", target, inputs, {}
         count = self.calls[target]
         self.calls[target] += 1
@@ -477,6 +513,15 @@ class _Raiser:
             name, n = f"{base}_{n}", n + 1
         self.modules.setdefault(name, module)
         return name
+
+    def _note_renamed(self, layer: str, tensors: dict[str, str]) -> None:
+        for role, fqn in tensors.items():
+            key = f"{layer}.{role}"
+            if key not in self.state:
+                self.renamed[key] = fqn
+            counter = fqn.removesuffix("running_mean") + "num_batches_tracked"
+            if role == "running_mean" and f"{layer}.num_batches_tracked" not in self.state and counter in self.state:
+                self.renamed[f"{layer}.num_batches_tracked"] = counter
 
     def _name(self, module: nn.Module, path: str, parameters: dict[str, str]) -> str:
         if not parameters:

@@ -185,7 +185,8 @@ def numpy_predictor(module: nn.Module, device: str = "cpu") -> Callable[..., Any
         if isinstance(value, Mapping):
             return {key: place(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
-            return type(value)(place(item) for item in value)
+            items = [place(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
         return value
 
     def predict(*args: Any, **kwargs: Any) -> Any:

@@ -43,7 +43,11 @@ class Context:
 
 @runtime_checkable
 class Step(Protocol):
-    """A frozen dataclass with one method. It never changes the draft that it is given."""
+    """A frozen dataclass with one method. It never changes the draft that it is given.
+
+    A step whose result depends on the target runtime (`context.accelerates`) says so with a class attribute
+    ``per_runtime = True``; then it runs once for every runtime, and the steps before it only once.
+    """
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a new draft."""

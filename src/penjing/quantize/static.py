@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -42,6 +42,8 @@ class Static:
         exclude: Name patterns (as in ``layer3.*``) of operators that stay in floating point.
         settings: Name pattern → other values of the fields above for the operators it matches.
     """
+
+    per_runtime: ClassVar[bool] = True
 
     weight_bits: int = 8
     activation_bits: int = 8

@@ -167,7 +167,11 @@ def _energy(source: records.Measured, artifact: records.Measured) -> Row:
     before, after = source.energy_mj, artifact.energy_mj
     values = before.value if before else None, after.value if after else None
     row = _plain("energy", "Energy a call", "mJ", values[0], values[1], ("less", "more"), True)
-    return replace(row, source_note=before.method if before else "", artifact_note=after.method if after else "")
+    return replace(row, source_note=_by(before), artifact_note=_by(after))
+
+
+def _by(energy: records.Energy | None) -> str:
+    return "" if energy is None else "from a model" if energy.method == "model" else energy.method
 
 
 def plural(number: int, noun: str) -> str:

@@ -30,6 +30,15 @@ class RecipeStep:
     settings: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class FloatGroup:
+    """Layers that stayed in floating point for the same reason, with their share of all multiply-accumulates."""
+
+    reason: str
+    rows: tuple[records.LayerRow, ...]
+    share: float
+
+
 def write(record: records.Record, path: Path | str) -> None:
     """Write the report of a record, whole or not at all.
 
@@ -83,6 +92,7 @@ def vars_of_page() -> Mapping[str, Any]:
         "families": arithmetic.TITLES,
         "counted": arithmetic.counted,
         "parity": scatter.parity,
+        "ring": scatter.RING,
         "percent_of": percent_of,
         "setting": _setting,
         "measures": skyline.MEASURES,
@@ -110,12 +120,18 @@ def trees(record: records.Record) -> tuple[float, float] | None:
     return tuple(max(0.2, math.sqrt(v / max(before, after))) for v in (before, after))  # type: ignore[return-value]
 
 
-def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[records.LayerRow, ...]], ...]:
-    """For every integer candidate the layers that stayed in floating point, the chosen candidate first."""
+def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[FloatGroup, ...]], ...]:
+    """For every integer candidate the layers that stayed in floating point by reason, the chosen candidate first."""
     found = []
     for c in sorted(record.candidates, key=lambda c: c.name != record.goal.chosen):
-        if arithmetic.family(c.precision) == arithmetic.INTEGER and c.layers:
-            found.append((c, tuple(r for r in c.layers if _is_float_work(r))))
+        if arithmetic.family(c.precision) != arithmetic.INTEGER or not c.layers:
+            continue
+        total = sum(r.macs for r in c.layers) or 1
+        groups: dict[str, list[records.LayerRow]] = {}
+        for row in filter(_is_float_work, c.layers):
+            groups.setdefault(row.reason or "no reason was recorded", []).append(row)
+        listed = (FloatGroup(text, tuple(rows), sum(r.macs for r in rows) / total) for text, rows in groups.items())
+        found.append((c, tuple(sorted(listed, key=lambda g: -g.share))))
     return tuple(found)
 
 

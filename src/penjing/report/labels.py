@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,16 @@ class Label:
         """A label at this place; its box follows from the number of letters."""
         wide = _LETTER * len(text)
         left = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
-        return cls(text, round(x, 1), round(y, 1), anchor, (left, y - _ABOVE, left + wide, y + _BELOW))
+        return cls(text, round(x, 1), round(y, 1), anchor, (left - 4, y - _ABOVE, left + wide + 4, y + _BELOW))
 
 
 def place(
-    text: str, point: Circle, circles: Sequence[Circle], taken: Sequence[Box], frame: tuple[float, float, float, float]
+    text: str,
+    point: Circle,
+    circles: Sequence[Circle],
+    taken: Sequence[Box],
+    frame: tuple[float, float, float, float],
+    lines: Sequence[Box] = (),
 ) -> Label | None:
     """The nearest place around `point` that is free of `circles` and `taken` boxes, inside the frame.
 
@@ -45,18 +51,39 @@ def place(
         circles: All circles of the plot, that of the point among them.
         taken: Boxes where nothing may stand.
         frame: Left, right, upper and lower end of the plot.
+        lines: Boxes that are better left free, but may be crossed before the label goes further away.
     """
     left, right, top, bottom = frame
     for distance in _DISTANCES:
+        free = []
         for dx, dy in _AROUND:
             label = _beside(elided(text), point, distance, dx, dy)
             x0, y0, x1, y1 = label.box
             if x0 < left or x1 > right or y0 < top or y1 > bottom:
                 continue
-            if any(_overlap(label.box, box) for box in taken) or any(_touch(label.box, c) for c in circles):
+            if any(overlap(label.box, box) for box in taken) or any(_touch(label.box, c) for c in circles):
                 continue
-            return label
+            if any(overlap(part, box) for part in trail(label.leader) for box in taken):
+                continue
+            free.append(label)
+        if free:
+            return next((label for label in free if not any(overlap(label.box, line) for line in lines)), free[0])
     return None
+
+
+def trail(line: tuple[float, float, float, float] | None) -> list[Box]:
+    """Small boxes along a line, so that labels can keep clear of it."""
+    if line is None:
+        return []
+    x0, y0, x1, y1 = line
+    count = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / 4))
+    dots = [(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count + 1)]
+    return [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in dots]
+
+
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes have points in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def elided(text: str, longest: int = _LONGEST) -> str:
@@ -82,10 +109,6 @@ def _beside(text: str, point: Circle, distance: float, dx: float, dy: float) -> 
     start = (x + dx * radius, y + dy * radius)
     leader = (round(start[0], 1), round(start[1], 1), round(end[0], 1), round(end[1], 1))
     return Label(label.text, label.x, label.y, label.anchor, label.box, leader)
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _touch(box: Box, circle: Circle) -> bool:

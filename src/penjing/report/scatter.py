@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from penjing import records
 from penjing.report import arithmetic, figures, labels
@@ -16,6 +17,7 @@ from penjing.report.axis import Axis
 from penjing.report.labels import Label
 
 _LIMIT = re.compile(r"(\w+)\s*(<=|>=|≤|≥|<|>)\s*([0-9]*\.?[0-9]+(?:e[+-]?\d+)?)\s*(%|µs|us|ms|s\b)?", re.IGNORECASE)
+RING = 4.0  # pixels between a chosen bubble and the ring around it
 _TO_MS = {"µs": 1e-3, "us": 1e-3, "s": 1e3}
 
 
@@ -103,18 +105,19 @@ def parity(candidate: records.Candidate, against: str = "source") -> records.Par
     return next((p for p in candidate.parity if p.against == against), first)
 
 
-def plot(record: records.Record, width: int = 760, height: int = 440) -> Plot | None:
+def plot(record: records.Record, width: int = 1000, height: int = 460) -> Plot | None:
     """Lay out the scatter; None where no candidate has both figures."""
     measure = _measure(record)
     points = _points(record, measure)
     if not any(p.candidate for p in points):
         return None
     narrow = width < 500
-    left, right, top, bottom = (52.0 if narrow else 70.0), width - 12.0, 30.0, height - 52.0
+    left, right, top, bottom = (52.0 if narrow else 70.0), width - 12.0, 46.0, height - 52.0
     largest = 17.0 if narrow else 26.0
     limits, beyond = _limits(record, measure, points)
     xs = [p.x for p in points] + [v for a, v, _ in limits if a == "x"]
-    x = Axis.spanning(xs, left, right, largest + 8, ticks=4 if narrow else 7, may_log=True)
+    # Room beside the outermost bubbles is room for their names.
+    x = Axis.spanning(xs, left, right, largest + (24 if narrow else 80), ticks=4 if narrow else 7, may_log=True)
     ys = [p.y for p in points] + [v for a, v, _ in limits if a == "y"]
     ends = (bottom, top) if measure.higher_is_better else (top, bottom)
     percent = measure.kind == "agreement" or (measure.kind == "metric" and figures.is_share(measure.title, *ys))
@@ -122,7 +125,8 @@ def plot(record: records.Record, width: int = 760, height: int = 440) -> Plot | 
     most = max((p.size or 0 for p in points), default=0)
     bubbles = [_bubble(record, measure, p, x, y, largest, most) for p in points]
     lines = _lines(limits, x, y, (left, right, top, bottom))
-    bubbles = _labelled(bubbles, lines, (left, right, top, bottom))
+    front = _front(bubbles)
+    bubbles = _labelled(bubbles, lines, front, (left, right, top, bottom))
     names = {p.name for p in points}
     return Plot(
         width=width,
@@ -135,8 +139,9 @@ def plot(record: records.Record, width: int = 760, height: int = 440) -> Plot | 
         y=y,
         x_title="latency, ms" + (", log scale" if x.log else ""),
         y_title=measure.title + (", %" if percent else ", dB" if measure.kind == "snr_db" else ""),
-        bubbles=tuple(bubbles),
-        front=_front(bubbles),
+        # Drawn in this order: the small above the large, the chosen one above all.
+        bubbles=tuple(sorted(bubbles, key=lambda b: (b.chosen, -b.radius, b.name))),
+        front=front,
         limits=lines,
         beyond=beyond,
         left_out=tuple(c.name for c in record.candidates if c.name not in names),
@@ -243,17 +248,24 @@ def _lines(
 
 
 def _labelled(
-    bubbles: list[Bubble], limits: tuple[Limit, ...], frame: tuple[float, float, float, float]
+    bubbles: list[Bubble],
+    limits: tuple[Limit, ...],
+    front: tuple[tuple[float, float], ...],
+    frame: tuple[float, float, float, float],
 ) -> list[Bubble]:
     """Give every bubble a label where one fits, the chosen one, the source and Pareto members first."""
-    order = sorted(range(len(bubbles)), key=lambda i: _rank(bubbles[i]))
-    circles = [(b.x, b.y, b.radius) for b in bubbles]
-    taken = [line.label.box for line in limits]
+    left, right, top, bottom = frame
+    frame = (left, right, 20.0, bottom)  # names may stand above the plot, below the title of its axis
+    circles = [(b.x, b.y, b.radius + (RING if b.chosen else 0)) for b in bubbles]
+    taken = [limit.label.box for limit in limits]
+    drawn = [(m.at, top, m.at, bottom) if m.vertical else (left, m.at, right, m.at) for m in limits]
+    drawn += [(*a, *b) for a, b in pairwise(front)]
+    lines = [box for line in drawn for box in labels.trail(line)]
     placed = list(bubbles)
-    for i in order:
-        label = labels.place(bubbles[i].name, circles[i], circles, taken, frame)
+    for i in sorted(range(len(bubbles)), key=lambda i: _rank(bubbles[i])):
+        label = labels.place(bubbles[i].name, circles[i], circles, taken, frame, lines)
         if label is not None:
-            taken.append(label.box)
+            taken += [label.box, *labels.trail(label.leader)]
             placed[i] = replace(bubbles[i], label=label)
     return placed
 

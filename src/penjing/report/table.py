@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console, ConsoleOptions, JustifyMethod
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
@@ -46,6 +46,16 @@ class Legible(Text):
         )
 
 
+class _Roomy(Table):
+    """A table that puts two blanks between its columns where the terminal has room for them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.padding = 0
+        needed = Measurement.get(console, options.update(max_width=10_000), self).maximum + len(self.columns)
+        self.padding = (0, 1, 0, 0) if needed <= options.max_width else 0
+        yield from super().__rich_console__(console, options)
+
+
 def legible(text: str, encoding: str) -> str:
     """`text` without control characters, in letters that `encoding` knows.
 
@@ -75,17 +85,21 @@ def comparison(record: records.Record) -> Table:
 
 
 def candidates(record: records.Record) -> Table:
-    """Every artifact that was built, in the order of the record; the chosen one is marked with a star."""
+    """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
+
+    ``×`` is how many times faster than the source, ``dB`` signal-to-noise and ``agree`` agreement against the source,
+    ``int`` integer operators of all operators that were counted in the runtime's graph.
+    """
     table = _table()
     _column(table, "candidate")
-    names = (record.metric_name, "drop", "latency", "faster", "size", "SNR dB", "agree", "int ops", "goal")
+    names = (record.metric_name, "drop", "latency", "×", "size", "dB", "agree", "int", "met")
     for name in names:
         _column(table, name, "right")
     for c in record.candidates:
         chosen = c.name == record.goal.chosen
         style = "bold" if chosen else ""
         cells = (f"{c.name} *" if chosen else c.name, *_figures(record, c))
-        goal = _cell("met" if c.met else "not met", "green" if c.met else "yellow")
+        goal = _cell("yes" if c.met else "no", "green" if c.met else "yellow")
         table.add_row(*(_cell(text, style) for text in cells), goal)
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in record.candidates if c.reason and not c.met)
     return _captioned(table, list(reasons))
@@ -127,7 +141,7 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
         figures.figure(speedup, "×") if speedup else None,
         figures.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
         _decibels(parity.snr_db) if parity else None,
-        figures.share(parity.agreement) if parity and parity.agreement is not None else None,
+        _agreement(parity.agreement) if parity and parity.agreement is not None else None,
         f"{counted[0]}/{sum(counted)}" if counted else None,
     )
     return tuple(text or "-" for text in found)
@@ -137,13 +151,17 @@ def _decibels(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "exact"
 
 
+def _agreement(value: float) -> str:
+    return "100 %" if value == 1 else figures.share(value)
+
+
 def _table() -> Table:
     # One blank between columns: ten columns have to fit 80 letters.
-    return Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold", caption_justify="left")
+    return _Roomy(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold", caption_justify="left")
 
 
 def _column(table: Table, head: str, justify: JustifyMethod = "left") -> None:
-    table.add_column(_cell(head, "bold"), justify=justify, overflow="fold", vertical="bottom" if not head else "top")
+    table.add_column(_cell(head, "bold"), justify=justify, overflow="fold")
 
 
 def _cell(text: str, style: str = "") -> Legible:

@@ -35,8 +35,8 @@ def of(record: records.Record) -> Verdict:
     reason = goal.reason or (record.chosen.reason if record.chosen else "")
     title = "Goal met" if goal.met else "Goal not met"
     if record.chosen is None and record.artifact is None:
-        built = len(record.candidates)
-        what = f"none of {comparison.plural(built, 'candidate')} was chosen" if built else "no artifact could be built"
+        built = comparison.plural(len(record.candidates), "candidate")
+        what = f"No artifact was chosen from {built}" if record.candidates else "No artifact could be built"
         return Verdict(goal.met, title, "", (what,), reason)
     return Verdict(goal.met, title, record.chosen.name if record.chosen else "artifact", changes(record), reason)
 

@@ -43,7 +43,7 @@ class Manifest:
         runtime: Name of the runtime.
         precision: For example "int8".
         programs: One or more programs.
-        structure: How the outputs of the network are nested, as `penjing.task.flatten_outputs` describes it.
+        structure: How the outputs of the network are nested, as `penjing.outputs.flatten_outputs` describes it.
         settings: What the runtime must be told when loading, for example {"INFERENCE_PRECISION_HINT": "f32"}.
     """
 
@@ -100,10 +100,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 def predictor(session: Any, manifest: Manifest) -> Callable[..., Any]:
     """`predict` for a session: called as the network is called, NumPy in, NumPy out, in the network's structure."""
+    from penjing.outputs import unflatten_outputs  # brings torch, which opening an artifact does not need
+
     ports = manifest.programs[0].inputs
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        return unflatten(session.run(arrange(ports, args, kwargs)), manifest.structure)
+        return unflatten_outputs(session.run(arrange(ports, args, kwargs)), manifest.structure)
 
     return predict
 
@@ -118,17 +120,3 @@ def arrange(ports: tuple[Port, ...], args: tuple[Any, ...], kwargs: dict[str, An
             expected=f"{[p.name for p in ports]}",
         )
     return [np.ascontiguousarray(np.asarray(v), dtype=p.dtype) for v, p in zip(values, ports, strict=True)]
-
-
-def unflatten(outputs: list[np.ndarray], structure: Any) -> Any:
-    """A flat list of outputs, nested as `structure` says."""
-    remaining = iter(outputs)
-
-    def build(part: Any) -> Any:
-        if part["kind"] == "tuple":
-            return tuple(build(item) for item in part["items"])
-        if part["kind"] == "dict":
-            return {name: build(item) for name, item in part["items"].items()}
-        return next(remaining)
-
-    return build(structure)

@@ -13,7 +13,7 @@ from penjing.network import export as export_network
 from penjing.network import input_names
 from penjing.plan import GENERIC, Accelerates
 from penjing.runtimes.artifact import Executed, Manifest, Port, Program
-from penjing.task import flatten_outputs, output_names
+from penjing.outputs import flatten_outputs, output_names
 
 
 def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:

@@ -22,7 +22,7 @@ def predict(*args, **kwargs):
             return tuple(nest(item) for item in part["items"])
         if part["kind"] == "dict":
             return {name: nest(item) for name, item in part["items"].items()}
-        return next(outputs)
+        return next(outputs) if part["kind"] == "tensor" else part.get("value")
 
     return nest(MANIFEST["structure"])
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
-from penjing.network import export, input_names, operator_name, site
+from penjing.network import export, input_names, is_tensor, kind
 from penjing.runtimes.artifact import Port
 
 OPSET = 18
@@ -62,7 +62,8 @@ def write(
             ) from error
     assert exported is not None
     model = exported.model_proto
-    _rename_nodes(model, _site_by_program_node(network, program))
+    _pool_globally(model)
+    _name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -99,45 +100,76 @@ def _quiet() -> Any:
         logger.setLevel(level)
 
 
-def _site_by_program_node(network: fx.GraphModule, program: torch.export.ExportedProgram) -> dict[str, str]:
-    """Exporting traces the network node by node, so the n-th call of an operator here is the n-th there."""
-    mine: dict[str, list[str]] = defaultdict(list)
+def _name_nodes(model: Any, network: fx.GraphModule) -> None:
+    """Call every ONNX node by the site that it computes.
+
+    Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
+    Where the counts differ (the exporter merged or split some), that kind of operator keeps its generated names.
+    """
+    wanted: dict[str, list[str]] = defaultdict(list)
     for node in network.graph.nodes:
-        if node.op == "call_module":
-            mine[_layer_operator(network.get_submodule(str(node.target)))].append(site(node))
-        elif node.op == "call_function":
-            mine[operator_name(node)].append(str(node.meta.get("site", "")))
-    theirs: dict[str, list[str]] = defaultdict(list)
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            theirs[operator_name(node)].append(node.name)
-    pairs: dict[str, str] = {}
-    for name, nodes in theirs.items():
-        if len(nodes) == len(mine[name]):
-            pairs |= {node: where for node, where in zip(nodes, mine[name], strict=True) if where}
-    return pairs
-
-
-def _layer_operator(module: torch.nn.Module) -> str:
-    name = type(module).__name__
-    fixed = {"Linear": "linear", "Embedding": "embedding", "Dropout": "dropout", "LayerNorm": "layer_norm"}
-    if name.startswith("ConvTranspose"):
-        return f"conv_transpose{name[-2]}d"
-    if name.startswith("Conv"):
-        return f"conv{name[-2]}d"
-    return fixed.get(name, "group_norm" if name == "GroupNorm" else "batch_norm")
-
-
-def _rename_nodes(model: Any, sites: dict[str, str]) -> None:
-    taken: set[str] = set()
+        if node.op in ("call_module", "call_function") and is_tensor(node):
+            wanted[kind(network, node)].append(str(node.meta.get("site", "")))
+    stored = {tensor.name for tensor in model.graph.initializer}
+    found: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
-        origin = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.fx_node"), "")
-        name = origin.split(" ")[0].removeprefix("%").rstrip(":")
-        if name in sites:
-            # One source operator may become several ONNX nodes: the type tells them apart.
-            wanted = sites[name] if sites[name] not in taken else f"{sites[name]}|{node.op_type}"
-            node.name = wanted if wanted not in taken else f"{wanted}|{node.name}"
-        taken.add(node.name)
+        if what := _kind_of(node, stored):
+            found[what].append(node)
+    for what, nodes in found.items():
+        if len(nodes) == len(wanted[what]):
+            for node, name in zip(nodes, wanted[what], strict=True):
+                node.name = name or node.name
+
+
+def _kind_of(node: Any, stored: set[str]) -> str | None:
+    """The kind of operator (see `penjing.network.kind`) that an ONNX node is; None where it is not looked for."""
+    computed = [name for name in node.input if name not in stored]
+    if node.op_type in ("Add", "Mul") and len(computed) == 2:
+        return node.op_type.lower()
+    if node.op_type == "MatMul":
+        return "matmul"
+    return _ONNX_KINDS.get(node.op_type)
+
+
+_ONNX_KINDS = {
+    "Conv": "conv",
+    "ConvTranspose": "conv_transpose",
+    "Gemm": "linear",
+    "Concat": "cat",
+    "Relu": "relu",
+    "Clip": "clip",
+    "MaxPool": "max_pool",
+    "AveragePool": "avg_pool",
+    "GlobalAveragePool": "avg_pool",
+    "ReduceMean": "avg_pool",
+    "HardSwish": "hardswish",
+    "Sigmoid": "sigmoid",
+    "LayerNormalization": "layer_norm",
+    "Softmax": "softmax",
+}
+
+
+def _pool_globally(model: Any) -> None:
+    """ReduceMean over the picture becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in [*graph.value_info, *graph.input, *graph.output]}
+    for position, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        if sorted(a % 4 for a in axes) != [2, 3] or ranks.get(node.input[0]) != 4:
+            continue
+        keeps = all(a.i for a in node.attribute if a.name == "keepdims")
+        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
+        new = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
+        if not keeps:
+            new.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flat", axis=1))
+        del graph.node[position]
+        for offset, made in enumerate(new):
+            graph.node.insert(position + offset, made)
 
 
 def _tidy(model: Any, inputs: list[str], call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any) -> None:

@@ -1,0 +1,67 @@
+"""Penjing makes a trained neural network small and fast, and proves that it is still the network you had.
+
+>>> import penjing as pj
+>>> pj.Goal.parse("minimize latency_ms, drop<=0.5%").max_drop
+0.005
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from penjing import architectures, quantize, records
+    from penjing.checkpoint import load as load_checkpoint
+    from penjing.errors import PenjingError
+    from penjing.finetune import Finetune
+    from penjing.recipe import Recipe
+    from penjing.search.compress import Result, apply, compress, run
+    from penjing.search.goal import Goal
+    from penjing.task import Task
+
+_HOME = {
+    "Finetune": "penjing.finetune",
+    "Goal": "penjing.search.goal",
+    "PenjingError": "penjing.errors",
+    "Recipe": "penjing.recipe",
+    "Result": "penjing.search.compress",
+    "Task": "penjing.task",
+    "apply": "penjing.search.compress",
+    "compress": "penjing.search.compress",
+    "run": "penjing.search.compress",
+}
+_MODULES = ("architectures", "quantize", "records")
+
+__all__ = [
+    "Finetune",
+    "Goal",
+    "PenjingError",
+    "Recipe",
+    "Result",
+    "Task",
+    "apply",
+    "architectures",
+    "compress",
+    "load_checkpoint",
+    "quantize",
+    "records",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when used: reading a record must not import torch.
+    if name in _MODULES:
+        return importlib.import_module(f"penjing.{name}")
+    if name == "load_checkpoint":
+        return importlib.import_module("penjing.checkpoint").load
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'penjing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What a network costs and how it is made. Code in this folder reads a network and never changes it."""

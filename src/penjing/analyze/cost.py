@@ -1,0 +1,274 @@
+"""What every operator of a raised network costs: parameters, multiply-accumulates, bytes.
+
+A multiply-accumulate (MAC) is one multiplication whose product is added to a sum: half of what is called a FLOP
+elsewhere. Counted are convolutions, linear layers, matrix products, attention and recurrent layers; elementwise
+operators, norms and poolings count 0, as in the published figures of networks (ResNet-18: 1.814 billion at 224×224).
+Everything is counted for one sample, on shapes alone: no data is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from penjing.network import arguments, is_tensor, kind, operator_name, shapes, site, tensor_inputs
+from penjing.records import LayerRow
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Shapes = dict[str, torch.Tensor]
+
+# Operators that only name memory in another way, or copy it: no row of their own.
+_FREE = frozenset(
+    {
+        *("reshape", "transpose", "identity", "dropout", "getitem", "select", "slice", "split", "split_with_sizes"),
+        *("chunk", "unbind", "narrow", "expand", "expand_as", "view_as", "movedim", "swapaxes", "diagonal", "detach"),
+        *("to", "_to_copy", "type_as", "lift_fresh_copy", "unfold", "numpy_T", "broadcast_to"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """Sums over the rows of a network."""
+
+    parameters: int
+    macs: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The moment with the most live activations: how many bytes, and the operator that runs then."""
+
+    size_bytes: int
+    site: str
+
+
+def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
+    """One row for every operator that costs something, in the order of execution.
+
+    Views, dropout, arithmetic on sizes and on masks have no row.
+
+    Args:
+        network: A raised network.
+        call: Example inputs (args, kwargs), batch first. One sample of them is counted, or the whole example where
+            the network was exported with a fixed batch.
+
+    Returns:
+        Rows with parameters (a tensor that several layers share counts once, for the first of them), MACs, bytes of
+        the output and bytes of the parameters.
+    """
+    found = _shapes(network, call)
+    counted: set[int] = set()
+    rows: list[LayerRow] = []
+    for node in network.graph.nodes:
+        if not _is_operator(node) or kind(network, node) in _FREE or not tensor_inputs(node):
+            continue
+        parameters = [p for p in _parameters(network, node) if id(p) not in counted]
+        outputs = _outputs(node, found)
+        if not parameters and not any(t.is_floating_point() or t.is_complex() for t in outputs):
+            continue
+        counted.update(map(id, parameters))
+        rows.append(
+            LayerRow(
+                name=site(node),
+                kind=kind(network, node),
+                parameters=sum(p.numel() for p in parameters),
+                macs=_macs(network, node, found),
+                activation_bytes=sum(t.numel() * t.element_size() for t in outputs),
+                weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            )
+        )
+    return tuple(rows)
+
+
+def totals(rows: Iterable[LayerRow]) -> Total:
+    """Parameters, MACs and weight bytes of all rows together."""
+    rows = tuple(rows)
+    return Total(
+        parameters=sum(r.parameters for r in rows),
+        macs=sum(r.macs for r in rows),
+        weight_bytes=sum(r.weight_bytes for r in rows),
+    )
+
+
+def peak_activation_bytes(network: fx.GraphModule, call: Call) -> int:
+    """Bytes of `peak_activation`."""
+    return peak_activation(network, call).size_bytes
+
+
+def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
+    """The most bytes of inputs and activations that are alive at once for one sample, run in the graph's order.
+
+    A tensor lives from the operator that makes it to the last one that reads it or a view of it, the network's
+    outputs to the end. Weights are not among them. A runtime that fuses operators needs less.
+    """
+    found = _shapes(network, call)
+    order = {node: i for i, node in enumerate(network.graph.nodes)}
+    sizes: dict[int, int] = {}
+    born: dict[int, int] = {}
+    dies: dict[int, int] = {}
+    for node, position in order.items():
+        if node.name not in found or _is_constant(network, node) or node.op == "output":
+            continue
+        storage = found[node.name].untyped_storage()
+        key = storage._cdata  # views share it; `found` keeps every storage alive, so none is used twice
+        made = order[node.args[0]] if node.target is operator.getitem else position
+        sizes[key] = storage.nbytes()
+        born[key] = min(born.get(key, made), made)
+        dies[key] = max([dies.get(key, made), made, *(order[user] for user in node.users)])
+    change = [0] * (len(order) + 1)
+    for key, size in sizes.items():
+        change[born[key]] += size
+        change[dies[key] + 1] -= size
+    peak, alive = Peak(size_bytes=0, site=""), 0
+    for node, position in order.items():
+        alive += change[position]
+        if alive > peak.size_bytes:
+            peak = Peak(size_bytes=alive, site=site(node))
+    return peak
+
+
+def _shapes(network: fx.GraphModule, call: Call) -> Shapes:
+    try:
+        return shapes(network, _one_sample(call))
+    except RuntimeError:  # a batch that is fixed stands as a number in the graph's reshapes
+        return shapes(network, call)
+
+
+def _one_sample(call: Call) -> Call:
+    """Every tensor whose first axis is as long as the first input's, cut to one sample."""
+    batch = next((t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()), 1)
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        # A clone, because a cut would keep the memory of the whole.
+        return tensor[:1].clone() if tensor.dim() and tensor.shape[0] == batch else tensor
+
+    return pytree.tree_map_only(torch.Tensor, cut, call)  # type: ignore[no-any-return]
+
+
+def _is_operator(node: fx.Node) -> bool:
+    return node.op in ("call_module", "call_function") and is_tensor(node)
+
+
+def _is_constant(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a stored tensor or a view of one."""
+    if node.op == "get_attr":
+        return True
+    inputs = tensor_inputs(node) if _is_operator(node) and kind(network, node) in _FREE else []
+    return len(inputs) > 0 and _is_constant(network, inputs[0])
+
+
+def _stored(network: fx.GraphModule, node: fx.Node) -> list[Any]:
+    if node.op == "get_attr":
+        return [_attribute(network, str(node.target))]
+    return _stored(network, tensor_inputs(node)[0]) if _is_constant(network, node) else []
+
+
+def _attribute(network: fx.GraphModule, path: str) -> Any:
+    value: Any = network
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _parameters(network: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:
+    """What a layer owns, or what a functional operator reads straight or through views; each once."""
+    if node.op == "call_module":
+        owned: list[Any] = list(network.get_submodule(str(node.target)).parameters())
+    else:
+        owned = [tensor for n in tensor_inputs(node) for tensor in _stored(network, n)]
+    return [p for p in dict.fromkeys(owned) if isinstance(p, nn.Parameter)]
+
+
+def _outputs(node: fx.Node, found: Shapes) -> list[torch.Tensor]:
+    if node.name in found:
+        return [found[node.name]]
+    return [found[user.name] for user in node.users if user.name in found]  # one of several results each
+
+
+# --- multiply-accumulates ---------------------------------------------------------------------------------------
+
+
+def _macs(network: fx.GraphModule, node: fx.Node, found: Shapes) -> int:
+    what = kind(network, node)
+    if node.op == "call_module":
+        weight = getattr(network.get_submodule(str(node.target)), "weight", None)
+        x = found[tensor_inputs(node)[0].name]
+        return _weighted(what, x, weight, found[node.name]) if weight is not None else 0
+    values = {name: fx.node.map_arg(value, lambda n: found.get(n.name, n)) for name, value in arguments(node).items()}
+    if what in ("conv", "conv_transpose", "linear"):
+        return _weighted(what, values["input"], values["weight"], found[node.name])
+    count = _COUNTS.get(what) or _COUNTS.get(operator_name(node))
+    return count(values, _outputs(node, found)) if count else 0
+
+
+def _weighted(what: str, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> int:
+    """MACs of a layer with weight (out, in/groups, …), or (in, out/groups, …) where it is transposed."""
+    if what in ("conv", "linear"):
+        return y.numel() * math.prod(weight.shape[1:])
+    return x.numel() * math.prod(weight.shape[1:]) if what == "conv_transpose" else 0
+
+
+def _product(first: str) -> Callable[[dict[str, Any], list[torch.Tensor]], int]:
+    """(…, n, k)·(…, k, m): k for every element of the result; `first` is the name of the left argument."""
+    return lambda values, outputs: outputs[0].numel() * int(values[first].shape[-1])
+
+
+def _attention(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
+    # Query (…, heads, L, E), key (…, S, E), value (…, S, Ev): all L·S products, also where a mask hides some, for
+    # every head of the query, also where several share a key.
+    out, key = outputs[0], values["key"]
+    rows = out.numel() // max(1, out.shape[-1])
+    return rows * int(key.shape[-2]) * int(key.shape[-1] + out.shape[-1])
+
+
+def _recurrent(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
+    # Every matrix of every layer and direction (gates × inputs, gates × state, projection) once per sample and step.
+    x = values["input"] if "input" in values else values["data"]
+    return x.numel() // x.shape[-1] * sum(p.numel() for p in values["params"] if p.dim() == 2)
+
+
+def _cell(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
+    x = values["input"]
+    return x.numel() // x.shape[-1] * int(values["w_ih"].numel() + values["w_hh"].numel())
+
+
+def _einsum(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
+    """Two operands: the product of all axes. More are multiplied from left to right, each counted so."""
+    terms = values["equation"].replace(" ", "").split("->")[0].split(",")
+    axes: dict[str, int] = {}
+    total = 0
+    for i, (term, tensor) in enumerate(zip(terms, values["tensors"], strict=True)):
+        before, dots, after = term.partition("...")
+        hidden = [f"...{n}" for n in range(tensor.dim() - len(before) - len(after), 0, -1)] if dots else []
+        for axis, size in zip([*before, *hidden, *after], tensor.shape, strict=True):
+            axes[axis] = max(axes.get(axis, 1), int(size))  # an axis of size 1 is broadcast
+        total += math.prod(axes.values()) if i else 0
+    return total
+
+
+_COUNTS: dict[str, Callable[[dict[str, Any], list[torch.Tensor]], int]] = {
+    "matmul": _product("self"),
+    "addmm": _product("mat1"),
+    "baddbmm": _product("batch1"),
+    "mv": _product("self"),
+    "dot": _product("self"),
+    "attention": _attention,
+    "einsum": _einsum,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+    "lstm_cell": _cell,
+    "gru_cell": _cell,
+    "rnn_tanh_cell": _cell,
+    "rnn_relu_cell": _cell,
+}

@@ -1,0 +1,354 @@
+"""The command line. Results go to standard output, progress and messages to standard error.
+
+Exit codes: 0 done and goal met, 1 error, 2 usage, 3 finished but goal not met (or evidence that does not hold).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from penjing import __version__
+from penjing.errors import PenjingError, UsageError
+
+MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
+SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
+TASK_HELP = "file.py:task, package.module:task, a folder of pictures by class, or an .npz file"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    messages = Console(stderr=True)
+    try:
+        return int(parsed.command(parsed, messages))
+    except PenjingError as error:
+        if parsed.json:
+            print(json.dumps({"error": type(error).__name__, **_plain_error(error)}, indent=2))
+        messages.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        messages.print(str(error), markup=False, highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        messages.print("stopped; `--resume` goes on from here", style="yellow")
+        return ERROR
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+
+
+def entry() -> None:
+    """What the installed script calls."""
+    sys.exit(main())
+
+
+def _plain_error(error: PenjingError) -> dict[str, Any]:
+    return {
+        "what": error.what,
+        "got": None if error.got is None else str(error.got),
+        "expected": None if error.expected is None else str(error.expected),
+        "remedy": error.remedy,
+    }
+
+
+def _compress(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing.recipe import Recipe
+    from penjing.report import table
+    from penjing.search.compress import compress
+    from penjing.search.goal import Goal
+    from penjing.task import open_task
+
+    goal = Goal.parse(parsed.goal)
+    recipe = Recipe.from_yaml(_read(parsed.recipe)) if parsed.recipe else None
+    task = open_task(parsed.task)
+    from penjing.console import Progressing
+
+    with Progressing(messages) as progress:
+        result = compress(
+            parsed.source,
+            task,
+            goal,
+            runtime=parsed.runtime,
+            recipe=recipe,
+            out=parsed.out,
+            seed=parsed.seed,
+            threads=parsed.threads,
+            batch=parsed.batch,
+            device=parsed.device,
+            exclude=parsed.exclude,
+            resume=parsed.resume,
+            force=parsed.force,
+            listeners=[progress],
+        )
+    record = result.record
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(record), indent=2))
+    else:
+        out = Console()
+        out.print(table.candidates(record))
+        out.print(table.comparison(record))
+        word = "[bold green]goal met[/bold green]" if result.met else "[bold yellow]goal not met[/bold yellow]"
+        out.print(f"{word}: ", end="")
+        out.print(record.goal.reason, markup=False, highlight=False)
+        for name in ("artifact", "load.py", "record.json", "report.html"):
+            out.print(f"  {result.folder / name}", highlight=False, soft_wrap=True, markup=False)
+    return MET if result.met else NOT_MET
+
+
+def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing.inspection import inspect
+    from penjing.report import table
+    from penjing.report.figures import figure
+    from penjing.source import open_source
+    from penjing.task import Task, open_task
+
+    task = open_task(parsed.task) if parsed.task else None
+    if parsed.shape:
+        import torch
+
+        task = Task(example=torch.zeros(1, *parsed.shape))
+    source = open_source(parsed.source, task=task)
+    if task is None:
+        if source.example is None:
+            raise UsageError(
+                "inspecting this source needs an example input",
+                got="neither --task nor --shape",
+                expected="--shape 3,224,224 (one sample), or --task",
+            )
+        task = Task(example=source.example)
+    with messages.status("exporting and analysing"):
+        found = inspect(source, task)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return MET
+    out = Console()
+    out.print(table.layers(found.layers))
+    out.print(
+        f"{found.name}: {figure(found.parameters, 'count')} parameters, {figure(found.macs, 'MACs')}, "
+        f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
+        highlight=False,
+    )
+    for runtime, reasons in found.floats.items():
+        out.print(f"\n[bold]{runtime}[/bold]: ", end="")
+        out.print("every convolution, linear and addition can be integer" if not reasons else "stays in floating point:")
+        for site, reason in reasons.items():
+            out.print(f"  {site}: {reason}", markup=False, highlight=False)
+        for note in found.notes[runtime]:
+            out.print(f"  note: {note}", markup=False, highlight=False)
+    return MET
+
+
+def _measure(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing.comparison import measure_artifact
+    from penjing.console import Progressing
+    from penjing.events import Events
+    from penjing.task import open_task
+
+    task = open_task(parsed.task) if parsed.task else None
+    with Progressing(messages) as progress:
+        rows = measure_artifact(
+            parsed.artifact,
+            against=parsed.against,
+            task=task,
+            batch=parsed.batch,
+            threads=parsed.threads,
+            events=Events(listeners=(progress,)),
+        )
+    if parsed.json:
+        print(json.dumps({name: dataclasses.asdict(row) for name, row in rows.items()}, indent=2))
+        return MET
+    from penjing.report.figures import figure
+
+    table = Table("", *rows)
+    words: list[tuple[str, Callable[[Any], str]]] = [
+        ("metric", lambda r: "not measured" if r.metric is None else f"{r.metric:.4f}"),
+        ("latency, median", lambda r: figure(r.latency_ms.median, "ms")),
+        ("latency, p95", lambda r: figure(r.latency_ms.p95, "ms")),
+        ("spread (IQR/median)", lambda r: f"{r.latency_ms.spread:.1%}"),
+        ("batch, threads", lambda r: f"{r.latency_ms.batch}, {r.latency_ms.threads}"),
+        ("throughput", lambda r: f"{r.throughput_per_s:.0f} /s"),
+        ("size", lambda r: figure(r.size_bytes, "bytes")),
+        ("peak memory", lambda r: figure(r.peak_memory_bytes, "bytes")),
+    ]
+    for word, show in words:
+        table.add_row(word, *(show(row) for row in rows.values()))
+    Console().print(table)
+    return MET
+
+
+def _verify(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing.console import Progressing
+    from penjing.events import Events
+    from penjing.task import open_task
+    from penjing.verify import verify
+
+    task = open_task(parsed.task) if parsed.task else None
+    with Progressing(messages) as progress:
+        checks = verify(parsed.folder, task, threads=parsed.threads, events=Events(listeners=(progress,)))
+    failed = [c for c in checks if c.holds is False]
+    if parsed.json:
+        print(json.dumps([dataclasses.asdict(c) for c in checks], indent=2))
+    else:
+        table = Table("figure", "recorded", "found now", "", title=str(parsed.folder))
+        for c in checks:
+            word = {True: "[green]holds[/green]", False: "[bold red]differs[/bold red]", None: "[dim]-[/dim]"}[c.holds]
+            table.add_row(c.figure, c.recorded, f"{c.found}\n[dim]{c.note}[/dim]" if c.note else c.found, word)
+        out = Console()
+        out.print(table)
+        held = sum(c.holds is True for c in checks)
+        out.print(f"{held} of {held + len(failed)} figures hold" + ("" if task else "; the metric needs --task"))
+    return NOT_MET if failed else MET
+
+
+def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing import measure, runtimes
+
+    machine = measure.machine(1)
+    versions = measure.versions()
+    found = []
+    for name in runtimes.names():
+        here = runtimes.installed(name)
+        accelerates = runtimes.get(name).accelerates(machine.instruction_sets) if here else None
+        found.append(
+            {
+                "runtime": name,
+                "installed": here,
+                "version": versions.get(name),
+                "precisions": list(accelerates.precisions) if accelerates else [],
+                "integer_operators": sorted(accelerates.integer) if accelerates and "int8" in accelerates.precisions else [],
+                "notes": list(accelerates.notes) if accelerates else [f"pip install 'penjing[{name}]'"],
+            }
+        )
+    if parsed.json:
+        print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))
+        return MET
+    out = Console()
+    out.print(f"{machine.processor}, {machine.cores} cores: {', '.join(machine.instruction_sets)}", highlight=False)
+    table = Table("runtime", "version", "precisions here", "integer operators", "notes")
+    for row in found:
+        cells = (row["precisions"], row["integer_operators"], row["notes"])
+        table.add_row(row["runtime"], row["version"] or "not installed", *(", ".join(map(str, c)) for c in cells))
+    out.print(table)
+    return MET
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError("the recipe can't be read", got=f"{path}: {error.strerror}", expected="a YAML file") from None
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape of one sample, such as 3,224,224")
+    return sizes
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="penjing",
+        description="Makes a trained network small and fast, and proves that it is still the network you had.",
+        epilog="Exit codes: 0 done and goal met, 1 error, 2 usage, 3 finished but goal not met.",
+    )
+    parser.add_argument("--version", action="version", version=f"penjing {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int], help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog="example:\n" + textwrap.indent(example, "  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return sub
+
+    sub = command(
+        "compress",
+        _compress,
+        "Find the smallest or fastest artifact that meets a goal, with the evidence.",
+        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first',
+    )
+    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    sub.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
+    sub.add_argument(
+        "--goal",
+        default="minimize latency_ms, drop<=1%",
+        help="limits and objectives; drop is the change for the worse in the metric's own unit (1%% = 0.01), "
+        "relative_drop the one relative to the source (default: %(default)s)",
+    )
+    sub.add_argument("--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)")
+    sub.add_argument("--recipe", metavar="R.yaml", help="steps to take (default: post-training static quantization)")
+    sub.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    sub.add_argument("--force", action="store_true", help="replace the run in --out")
+    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
+    sub.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
+    sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable")
+    _threads(sub)
+
+    sub = command(
+        "inspect",
+        _inspect,
+        "Cost per layer, and what would stay in floating point in each runtime.",
+        "penjing inspect net.py:trained --task net.py:task\npenjing inspect resnet18 --shape 3,224,224",
+    )
+    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
+    sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
+
+    sub = command(
+        "measure",
+        _measure,
+        "Latency, memory and size of an artifact, side by side with another or with its source.",
+        "penjing measure runs/first --task net.py:task\npenjing measure runs/first --against runs/second",
+    )
+    sub.add_argument("artifact", metavar="ARTIFACT", help="a run folder or an artifact folder")
+    sub.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
+    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
+    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
+    _threads(sub)
+
+    sub = command(
+        "verify",
+        _verify,
+        "Re-run the evidence of a record on this machine and say which figures hold.",
+        "penjing verify runs/first --task net.py:task",
+    )
+    sub.add_argument("folder", metavar="DIR", help="a run folder")
+    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
+    _threads(sub)
+
+    command("runtimes", _runtimes, "Which runtimes are here, and what each accelerates.", "penjing runtimes --json")
+    return parser
+
+
+def _threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
+
+
+if __name__ == "__main__":
+    entry()

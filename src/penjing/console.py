@@ -1,0 +1,72 @@
+"""Progress and messages of the command line, on standard error; results go to standard output."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from penjing.report.figures import metric
+
+
+class Progressing:
+    """Shows events as progress bars with the expected end; on something that is no terminal, as plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.stage, self.started, self.told = "", time.monotonic(), 0.0
+
+    def __enter__(self) -> Progressing:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind = event["kind"]
+        if kind == "progress":
+            self._advance(event)
+        elif kind == "stage":
+            self.stage = event["name"]
+            self.console.print(f"[dim]{time.monotonic() - self.started:6.1f} s[/dim]  {self.stage}", highlight=False)
+        elif kind == "source" and event["metric"] is not None:
+            value = metric(event["metric"], event["metric_name"])
+            text = f"source {event['metric_name']} [bold]{value}[/bold]: as you expect? (if not, stop here: Ctrl-C)"
+            self.console.print(text, highlight=False)
+        elif kind == "candidate" and event["metric"] is not None:
+            self.console.print(f"          {event['name']}: {event['metric']:.4f}", highlight=False)
+        elif kind == "warning":
+            self.console.print(f"warning: {event['text']}", style="yellow", markup=False)
+        elif kind == "resumed":
+            self.console.print(f"          kept: {event.get('candidate') or event.get('step')}", highlight=False)
+
+    def _advance(self, event: dict[str, Any]) -> None:
+        label, done, total = str(event["label"]), int(event["done"]), int(event["total"])
+        if self.console.is_terminal:
+            if label not in self.bars:
+                self.bars[label] = self.progress.add_task(label, total=total)
+            loss = f"  loss {event['loss']:.4f}" if "loss" in event else ""
+            self.progress.update(self.bars[label], completed=done, total=total, description=f"{label}{loss}")
+            if done >= total:
+                self.progress.remove_task(self.bars.pop(label))
+        elif time.monotonic() - self.told > 10:  # a log file: a line every ten seconds
+            self.told = time.monotonic()
+            self.console.print(f"          {label} {done}/{total}", highlight=False)

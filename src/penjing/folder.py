@@ -1,0 +1,130 @@
+"""The run folder: who may write into it, what it keeps to resume, and what is left in it at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from penjing.errors import OutputError
+from penjing.records import write_text
+
+STATE, CANDIDATES, SOURCE, ARTIFACT = "state", "candidates", "source", "artifact"
+RECORD, EVENTS, EVIDENCE = "record.json", "events.jsonl", "evidence.npz"
+_OURS = (
+    STATE, CANDIDATES, SOURCE, ARTIFACT, RECORD, EVENTS, EVIDENCE, "report.html", "load.py",
+    "weights.safetensors", "edits.json", "plan.json",
+)  # fmt: skip
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    Raises:
+        OutputError: It already holds a run (and neither `resume` nor `force` is given), holds something else, or
+            can't be written.
+    """
+
+    def __init__(self, path: Path | str, *, resume: bool = False, force: bool = False) -> None:
+        self.path = Path(path)
+        self.resumed = False
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("the output folder is a file", got=str(self.path), expected="a folder, or nothing yet")
+        held = [name for name in _OURS if (self.path / name).exists()]
+        foreign = [p.name for p in self.path.iterdir() if p.name not in _OURS] if self.path.is_dir() else []
+        if held and not (resume or force):
+            raise OutputError(
+                "the output folder already holds a run",
+                got=f"{self.path} with {', '.join(held[:4])}",
+                expected="an empty folder, or a new name",
+                remedy="--resume goes on with that run, --force replaces it, --out names another folder",
+            )
+        if foreign and not held:
+            raise OutputError(
+                "the output folder holds other files",
+                got=f"{self.path} with {', '.join(sorted(foreign)[:4])}",
+                expected="an empty folder, or a new name",
+                remedy="choose another folder with --out",
+            )
+        if force and not resume:
+            self._clear(held)
+        self.resumed = resume and bool(held)
+        with writing(self.path):
+            (self.path / STATE).mkdir(parents=True, exist_ok=True)
+            probe = self.path / STATE / ".probe"
+            probe.write_text("writable", encoding="utf-8")
+            probe.unlink()
+
+    def _clear(self, names: list[str]) -> None:
+        with writing(self.path):
+            for name in names:
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def claim(self, request: dict[str, Any]) -> None:
+        """Write down what is asked for; a resumed run must be asked for the same.
+
+        Raises:
+            OutputError: The folder's run was asked for something else; names the difference.
+        """
+        path = self.path / STATE / "request.json"
+        plain = json.loads(json.dumps(request, default=repr))
+        if self.resumed and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [k for k in plain if before.get(k) != plain[k]]
+            if changed:
+                raise OutputError(
+                    f"the run in this folder was asked for another {', '.join(changed)}",
+                    got=f"{changed[0]} = {plain[changed[0]]}",
+                    expected=f"{changed[0]} = {before.get(changed[0])}",
+                    remedy="resume with the same request, or start anew with --force",
+                )
+            return
+        write_text(path, json.dumps(plain, indent=1) + "\n")
+
+    def kept(self, name: str) -> Any:
+        """What `keep` stored under this name; None when nothing was."""
+        path = self.path / STATE / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Store plain data for a resume."""
+        write_text(self.path / STATE / f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+    @contextmanager
+    def building(self, name: str) -> Iterator[Path]:
+        """A folder that becomes ``path/name`` when all went well, and vanishes otherwise."""
+        final = self.path / name
+        aside = final.parent / f".{final.name}.new"
+        with writing(self.path):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            try:
+                yield aside
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(aside, final)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Drop what was kept to resume."""
+        shutil.rmtree(self.path / STATE, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Full disks and missing permissions as an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            "the run folder can't be written",
+            got=f"{type(error).__name__}: {error.strerror or error} ({error.filename or folder})",
+            expected="a folder with write permission and free space",
+            remedy="free some space and go on with --resume, or choose another folder with --out",
+        ) from error

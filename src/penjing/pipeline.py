@@ -1,0 +1,316 @@
+"""The one way through: source → network → steps → runtime export → measured in the runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing import checkpoint, measure, runtimes
+from penjing.analyze.cost import cost
+from penjing.draft import Draft
+from penjing.events import Events
+from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder
+from penjing.network import sites
+from penjing.outputs import flatten_outputs, numpy_predictor
+from penjing.plan import Plan
+from penjing.recipe import Recipe
+from penjing.records import Candidate, LayerRow, Measured, Parity, StepCost, from_dict
+from penjing.runtimes.artifact import Manifest, arrange, predictor, read_manifest, write_manifest
+from penjing.runtimes.loader import write_loader
+from penjing.step import Context, Step
+from penjing.surgery import freeze, insert
+from penjing.task import Call, Task, calibration_calls
+
+EVIDENCE_SAMPLES = 32
+INTEGER = ("int8", "int8-bf16")
+COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One artifact to build: a runtime and a precision of the whole network."""
+
+    runtime: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """For example "openvino-int8"."""
+        return f"{self.runtime}-{self.precision}"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run while it goes on: what every stage needs, and what they found."""
+
+    network: fx.GraphModule
+    task: Task
+    folder: RunFolder
+    events: Events
+    seed: int
+    device: str
+    threads: int
+    batch: int
+    instruction_sets: tuple[str, ...]
+    memo: dict[Any, Any] = field(default_factory=dict)
+    costs: list[StepCost] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def context(self, runtime: str | None, folder: Path | None) -> Context:
+        """What a step is told."""
+        accelerates = runtimes.get(runtime).accelerates(self.instruction_sets) if runtime else None
+        return Context(
+            task=self.task,
+            seed=self.seed,
+            device=self.device,
+            accelerates=accelerates,
+            events=self.events,
+            folder=folder,
+            memo=self.memo,
+        )
+
+    @contextmanager
+    def costing(self, name: str) -> Iterator[None]:
+        """Wall time and peak memory of a stage, into the record and the events."""
+        kept = self.folder.kept("costs") or []
+        self.events("stage", name=name)
+        measure.reset_peak()
+        start = time.perf_counter()
+        yield
+        spent = StepCost(
+            name=name, wall_s=round(time.perf_counter() - start, 3), peak_memory_bytes=measure.peak_memory_bytes()
+        )
+        self.costs.append(spent)
+        self.folder.keep("costs", [*kept, dataclasses.asdict(spent)])
+
+
+def source(run: Run) -> tuple[Manifest, Any]:
+    """Store the source as a torch artifact and its answers on a few samples; manifest and output structure."""
+    args, kwargs = evidence_call(run.task)
+    with torch.no_grad():
+        leaves, structure = flatten_outputs(run.network(*args, **kwargs))
+    if not (run.folder.path / SOURCE).exists():
+        with run.costing("export source"), run.folder.building(SOURCE) as aside:
+            manifest = build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
+        inputs = arrange(manifest.programs[0].inputs, *_numpy(args, kwargs))
+        with (run.folder.path / EVIDENCE).open("wb") as file:
+            np.savez(file, **_named("input", inputs), **_named("source", [t.numpy() for t in leaves]))
+    return read_manifest(run.folder.path / SOURCE), structure
+
+
+def draft(run: Run, recipe: Recipe, runtime: str) -> Draft:
+    """The draft after all steps; steps before the first that depends on the runtime run once for all runtimes."""
+    current = Draft(run.network)
+    where = "all"
+    for position, step in enumerate(recipe):
+        if getattr(step, "per_runtime", False):
+            where = runtime
+        key = (where, position)
+        if key not in run.memo:
+            run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
+        current = run.memo[key]
+    return current
+
+
+def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:
+    folder = run.folder.path / "state" / name
+    if (folder / checkpoint.EDITS).exists():
+        run.events("resumed", step=type(step).__name__, where=where)
+        return checkpoint.load(folder, run.network)
+    folder.mkdir(parents=True, exist_ok=True)
+    label = type(step).__name__ + ("" if where == "all" else f" for {where}")
+    with run.costing(label):
+        done = step(current, run.context(None if where == "all" else where, folder))
+    checkpoint.save(done, folder)
+    return done
+
+
+def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path) -> Manifest:
+    """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`."""
+    network = freeze(draft.network, draft.plan if precision in INTEGER else Plan())
+    manifest = runtimes.get(runtime).export(network, task.call(), task.dynamic, precision, structure, folder)
+    write_loader(folder / "load.py", manifest, ".", 1)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def candidate(run: Run, recipe: Recipe, variant: Variant, structure: Any, metric: Callable[[Any], float] | None) -> Candidate:
+    """Build one artifact and measure all but its latency, which is measured side by side with the others."""
+    if kept := run.folder.kept(variant.name):
+        run.events("resumed", candidate=variant.name)
+        return from_dict(Candidate, kept)
+    made = draft(run, recipe, variant.runtime)
+    where = f"{CANDIDATES}/{variant.name}"
+    with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
+        build(made, variant.runtime, variant.precision, run.task, structure, aside)
+    folder = run.folder.path / where
+    with run.costing(f"evaluate {variant.name}"):
+        manifest = read_manifest(folder)
+        session = runtimes.open_artifact(folder, run.threads)
+        plan = made.plan if variant.precision in INTEGER else Plan()
+        parity = _parity(run, session, made.network, plan)
+        rows, integer, floating = _layers(run, made, plan, manifest, folder)
+        value = metric(predictor(session, manifest)) if metric else None
+        del session
+        packed = _packed(run, folder, manifest)
+    found = Candidate(
+        name=variant.name,
+        runtime=variant.runtime,
+        precision=variant.precision,
+        folder=where,
+        measured=Measured(
+            metric=value,
+            size_bytes=measure.size_bytes(folder, manifest.files()),
+            packed_bytes=packed,
+            parameters=sum(p.numel() for p in made.network.parameters()),
+            macs=sum(row.macs for row in rows),
+        ),
+        parity=parity,
+        integer_operators=integer,
+        float_operators=floating,
+        layers=rows,
+        sha256={name: measure.sha256(folder / name) for name in manifest.files()},
+    )
+    run.folder.keep(variant.name, dataclasses.asdict(found))
+    run.events("candidate", name=variant.name, metric=value, size_bytes=found.measured.size_bytes)
+    return found
+
+
+def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Timing]:
+    """Time the source and all candidates side by side, each in a process of its own; "source" is the source."""
+    if kept := run.folder.kept("latency"):
+        return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
+    args, kwargs = one_call(run.task, run.batch)
+    manifest = read_manifest(run.folder.path / SOURCE)
+    inputs = arrange(manifest.programs[0].inputs, *_numpy(args, kwargs))
+    folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
+    targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
+    with run.costing("measure latency"):
+        timings = measure.compare(targets, threads=run.threads, events=run.events)
+    run.folder.keep("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
+    return timings
+
+
+def timed(measured: Measured, timing: measure.Timing) -> Measured:
+    """The figures with latency, throughput and memory filled in."""
+    latency = timing.latency
+    return replace(
+        measured,
+        latency_ms=latency,
+        throughput_per_s=1000 * latency.batch / latency.median,
+        peak_memory_bytes=timing.peak_memory_bytes,
+    )
+
+
+def source_figures(run: Run) -> tuple[Measured, tuple[LayerRow, ...]]:
+    """Size, parameters and MACs of the source; its size is that of its weights and buffers alone."""
+    rows = cost(run.network, run.task.call())
+    state = run.network.state_dict().values()
+    packed = run.folder.kept("packed-source")
+    if packed is None:
+        packed = measure.packed_bytes([run.folder.path / SOURCE / "model.pt2"])
+        run.folder.keep("packed-source", packed)
+    figures = Measured(
+        size_bytes=sum(t.numel() * t.element_size() for t in state),
+        packed_bytes=packed,
+        parameters=sum(p.numel() for p in run.network.parameters()),
+        macs=sum(row.macs for row in rows),
+    )
+    return figures, rows
+
+
+def source_predictor(run: Run) -> Callable[..., Any]:
+    """`predict` of the source, in torch."""
+    return numpy_predictor(run.network)
+
+
+def evidence_call(task: Task, count: int = EVIDENCE_SAMPLES) -> Call:
+    """A few real samples: the first of the calibration data, or the example where there is none."""
+    return one_call(task, count)
+
+
+def one_call(task: Task, batch: int) -> Call:
+    """One call of `batch` samples, repeated from real data where there are fewer."""
+    call = task.call()
+    if task.calibration is not None:
+        call = next(iter(calibration_calls(task, limit=1)))
+    if task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values()):
+        return task.call()  # the batch is fixed
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        times = -(-batch // value.shape[0])
+        return torch.cat([value] * times)[:batch].contiguous()
+
+    return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
+
+
+def _parity(run: Run, session: Any, network: fx.GraphModule, plan: Plan) -> tuple[Parity, ...]:
+    with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
+        inputs = [data[k] for k in data.files if k.startswith("input_")]
+        original = [data[k] for k in data.files if k.startswith("source_")]
+    args, kwargs = evidence_call(run.task)
+    with torch.no_grad():
+        planned = [t.numpy() for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
+    outputs = session.run(inputs)
+    return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
+
+
+def _layers(
+    run: Run, made: Draft, plan: Plan, manifest: Manifest, folder: Path
+) -> tuple[tuple[LayerRow, ...], dict[str, int], dict[str, int]]:
+    """Rows with what the runtime really executed, and the operators counted by kind: integer and floating point."""
+    precision: dict[str, str] = {}
+    for operator in runtimes.get(manifest.runtime).executed(folder, manifest):
+        for name in operator.sites:
+            precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
+    found = sites(made.network)
+    rows = []
+    counts: dict[str, dict[str, int]] = {"int8": {}, "float": {}}
+    for row in cost(made.network, run.task.call()):
+        executed = precision.get(row.name)
+        planned = "int8" if f"{row.name}:in0" in plan.entries else manifest.settings.get("precision", "fp32")
+        reason = None
+        if row.name in found and row.kind in COUNTED and executed is not None:
+            group = counts["int8" if executed == "int8" else "float"]
+            group[row.kind] = group.get(row.kind, 0) + 1
+        if manifest.precision in INTEGER and executed != "int8" and row.kind in COUNTED:
+            reason = plan.floats.get(row.name) or _why_float(planned, executed, manifest.runtime)
+        rows.append(replace(row, planned=planned, executed=executed, reason=reason))
+    return tuple(rows), counts["int8"], counts["float"]
+
+
+def _why_float(planned: str, executed: str | None, runtime: str) -> str:
+    if planned != "int8":
+        return "no edge of it is quantized"
+    if executed is None:
+        return f"{runtime} fused or removed it: its optimized graph does not show it"
+    return f"{runtime} did not use an integer kernel although its inputs are integers"
+
+
+def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
+    total = 0
+    for name in manifest.files():
+        key = ("packed", measure.sha256(folder / name))
+        if key not in run.memo:
+            run.memo[key] = measure.packed_bytes([folder / name])
+        total += run.memo[key]
+    return total
+
+
+def _numpy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(t.numpy() for t in args), {k: t.numpy() for k, t in kwargs.items()}
+
+
+def _named(prefix: str, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}_{i:03d}": array for i, array in enumerate(arrays)}

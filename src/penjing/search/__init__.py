@@ -1,0 +1,1 @@
+"""Search: from a goal to the recipe and the artifact that meet it."""

@@ -1,0 +1,365 @@
+"""From a goal to the best artifact: candidates are built, measured side by side, and the best that meets it wins."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+import penjing
+from penjing import checkpoint, measure, pipeline, runtimes
+from penjing.draft import Draft
+from penjing.errors import MissingDependency, PenjingError
+from penjing.events import Events, Listener
+from penjing.finetune import seed_everything
+from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
+from penjing.network import raise_network
+from penjing.pipeline import Run, Variant
+from penjing.plan import Plan
+from penjing.quantize import Static
+from penjing.recipe import Recipe
+from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, from_dict, to_json, write_text
+from penjing.report import html
+from penjing.runtimes.artifact import read_manifest
+from penjing.runtimes.loader import write_loader
+from penjing.search import goal as goals
+from penjing.search.goal import Goal
+from penjing.source import Source, check_forward, open_source
+from penjing.surgery import insert
+from penjing.task import Task, agreement_task, calibration_calls, fingerprint
+
+DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave back.
+
+    Attributes:
+        record: All the evidence.
+        folder: The run folder.
+    """
+
+    record: Record
+    folder: Path
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal was met."""
+        return self.record.goal.met
+
+    @property
+    def artifact(self) -> Path:
+        """The folder with the chosen artifact."""
+        return self.folder / ARTIFACT
+
+    def __str__(self) -> str:
+        return f"{self.record.goal.reason} ({self.folder})"
+
+
+def compress(
+    model: str | nn.Module | ExportedProgram,
+    task: Task,
+    goal: Goal | str = DEFAULT_GOAL,
+    *,
+    runtime: str | Sequence[str] | None = None,
+    recipe: Recipe | None = None,
+    out: Path | str = "runs/compress",
+    seed: int = 0,
+    threads: int | None = None,
+    batch: int = 1,
+    device: str = "cpu",
+    exclude: Sequence[str] = (),
+    resume: bool = False,
+    force: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> Result:
+    """Find the best artifact that meets a goal.
+
+    Every precision of every runtime that is installed is built, opened in its own runtime and measured: the task's
+    metric, latency side by side with the source, size, memory, parity. The measured best that meets the goal becomes
+    the artifact. When none does, the nearest is kept, with the Pareto set and the reason.
+
+    Args:
+        model: The network, or a SOURCE as on the command line.
+        task: The user's data and metric.
+        goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
+        runtime: One or several of ``penjing runtimes``; None takes all that are installed.
+        recipe: Steps to take; None is post-training static quantization.
+        out: The run folder.
+        seed: Same seed, data, machine kind and threads: same artifact.
+        threads: Threads of the runtimes; None takes every core.
+        batch: Samples of a timed call.
+        device: Where training steps run.
+        exclude: Name patterns that stay in floating point, when `recipe` is None.
+        resume: Go on with the run in `out`.
+        force: Replace the run in `out`.
+        listeners: Called with every event (a dict).
+
+    Raises:
+        PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
+    """
+    goal = Goal.parse(goal) if isinstance(goal, str) else goal
+    names = _runtimes(runtime)
+    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)))
+    threads = threads or measure.machine(1).cores
+    machine = measure.machine(threads)
+    folder = RunFolder(out, resume=resume, force=force)
+    if folder.resumed and (folder.path / RECORD).exists():
+        return Result(penjing.records.read(folder.path), folder.path)
+    events = Events(folder.path / EVENTS, tuple(listeners))
+    torch.set_num_threads(threads)
+    seed_everything(seed)
+    opened = open_source(model, task=task)
+    check_forward(opened, task)
+    run, task = _start(opened, task, folder, events, seed, device, threads, batch, machine.instruction_sets)
+    data = _data(task)
+    folder.claim(_request(opened, goal, steps, names, seed, batch, threads, data))
+    _, structure = pipeline.source(run)
+    source, source_rows = pipeline.source_figures(run)
+    metrics = _source_metrics(run, task)
+    events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
+    looked_at = "select" if task.select is not None else "evaluate"
+    variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
+    found = _candidates(run, steps, variants, structure, getattr(task, looked_at))
+    timings = pipeline.latencies(run, found)
+    source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
+    found = [_judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
+    verdict = goals.choose(goal, found)
+    artifact, verdict = _verdict(run, goal, verdict, found, metrics, looked_at)
+    record = Record(
+        penjing=penjing.__version__,
+        versions=measure.versions(),
+        machine=machine,
+        seed=seed,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        name=opened.name,
+        task=task.name,
+        data=data,
+        recipe=steps.to_data(),
+        metric_name=task.metric_name,
+        higher_is_better=task.higher_is_better,
+        source=source,
+        artifact=artifact,
+        candidates=tuple(found),
+        goal=verdict,
+        layers=source_rows,
+        steps=_costs(run),
+        warnings=tuple(run.warnings),
+    )
+    _deliver(run, steps, record)
+    events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
+    return Result(record, folder.path)
+
+
+def run(
+    recipe: Recipe,
+    model: str | nn.Module | ExportedProgram,
+    task: Task,
+    *,
+    runtime: str,
+    goal: Goal | str | None = None,
+    **options: Any,
+) -> Result:
+    """Run one recipe for one runtime; `options` as in `compress`. Without a goal, the smallest latency is chosen."""
+    return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
+
+
+def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device: str = "cpu") -> nn.Module:
+    """Only the compressed module (with fake quantizers where the recipe quantizes): no artifact, nothing measured."""
+    from penjing.step import Context
+
+    seed_everything(seed)
+    draft = Draft(raise_network(model, *task.call(), task.dynamic))
+    context = Context(task=task, seed=seed, device=device)
+    for step in recipe:
+        draft = step(draft, context)
+    return insert(draft.network, draft.plan) if draft.plan else draft.network
+
+
+def _runtimes(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    if wanted is None:
+        found = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
+        if not found:
+            raise MissingDependency(
+                "no runtime is installed",
+                got="torch alone",
+                expected=f"one of {', '.join(runtimes.DEPLOYED)}",
+                remedy="pip install 'penjing[onnxruntime]' or pip install 'penjing[openvino]'",
+            )
+        return found
+    names = tuple(wanted.replace(",", " ").split()) if isinstance(wanted, str) else tuple(wanted)
+    for name in names:
+        runtimes.get(name)
+    return names
+
+
+def _start(
+    opened: Source,
+    task: Task,
+    folder: RunFolder,
+    events: Events,
+    seed: int,
+    device: str,
+    threads: int,
+    batch: int,
+    instruction_sets: tuple[str, ...],
+) -> tuple[Run, Task]:
+    events("stage", name="raise")
+    network = raise_network(opened.module, *task.call(), task.dynamic)
+    if task.evaluate is None:
+        task = agreement_task(task, network)
+    made = Run(
+        network=network,
+        task=task,
+        folder=folder,
+        events=events,
+        seed=seed,
+        device=device,
+        threads=threads,
+        batch=batch,
+        instruction_sets=instruction_sets,
+    )
+    return made, task
+
+
+def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> list[Variant]:
+    precisions = runtimes.get(name).accelerates(instruction_sets).precisions
+    return [Variant(name, p) for p in precisions if recipe.quantizes or p not in pipeline.INTEGER]
+
+
+def _data(task: Task) -> dict[str, str]:
+    return {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
+
+
+def _request(
+    opened: Source,
+    goal: Goal,
+    recipe: Recipe,
+    names: tuple[str, ...],
+    seed: int,
+    batch: int,
+    threads: int,
+    data: dict[str, str],
+) -> dict[str, Any]:
+    return {
+        "source": opened.name,
+        "goal": goal.text(),
+        "recipe": recipe.to_data(),
+        "runtimes": list(names),
+        "seed": seed,
+        "batch": batch,
+        "threads": threads,
+        "data": data,
+    }
+
+
+def _source_metrics(run: Run, task: Task) -> dict[str, float | None]:
+    """The source's metric, once with `evaluate` and once with `select` where the task has it."""
+    kept: dict[str, float | None] | None = run.folder.kept("source-metrics")
+    if kept is None:
+        predict = pipeline.source_predictor(run)
+        with run.costing("evaluate source"):
+            kept = {
+                name: float(measure_it(predict)) if measure_it is not None else None
+                for name, measure_it in (("evaluate", task.evaluate), ("select", task.select))
+            }
+        run.folder.keep("source-metrics", kept)
+    return kept
+
+
+def _candidates(
+    run: Run,
+    recipe: Recipe,
+    variants: list[Variant],
+    structure: Any,
+    metric: Callable[[Any], float] | None,
+) -> list[Candidate]:
+    """All candidates that could be built; one that can't is a warning, and an error only when none is left."""
+    found: list[Candidate] = []
+    failure: PenjingError | None = None
+    for position, variant in enumerate(variants):
+        run.events("progress", label="candidates", done=position, total=len(variants), name=variant.name)
+        try:
+            found.append(pipeline.candidate(run, recipe, variant, structure, metric))
+        except PenjingError as error:
+            if isinstance(error, penjing.errors.OutputError | penjing.errors.UsageError | penjing.errors.TaskError):
+                raise
+            failure = error
+            run.warnings.append(f"{variant.name} could not be built: {error.what}" + (f" ({error.got})" if error.got else ""))
+            run.events("warning", text=run.warnings[-1])
+    run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
+    if not found:
+        assert failure is not None
+        raise failure
+    return found
+
+
+def _judged(
+    candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task
+) -> Candidate:
+    """The candidate with its latency, its drop, and whether it meets the goal."""
+    drop, relative = _drops(candidate.measured.metric, reference, task.higher_is_better)
+    candidate = replace(
+        candidate, measured=pipeline.timed(candidate.measured, timing), drop=drop, relative_drop=relative
+    )
+    met, reason = goals.check(goal, candidate)
+    return replace(candidate, met=met, reason=reason)
+
+
+def _drops(value: float | None, reference: float | None, higher_is_better: bool) -> tuple[float | None, float | None]:
+    """Change for the worse: in the metric's own unit, and relative to the source."""
+    if value is None or reference is None:
+        return None, None
+    drop = reference - value if higher_is_better else value - reference
+    return drop, drop / abs(reference) if reference else None
+
+
+def _verdict(
+    run: Run, goal: Goal, verdict: GoalResult, found: list[Candidate], metrics: dict[str, float | None], looked_at: str
+) -> tuple[Measured | None, GoalResult]:
+    """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict."""
+    chosen = next((c for c in found if c.name == verdict.chosen), None)
+    if chosen is None:
+        return None, verdict
+    if looked_at == "evaluate" or run.task.evaluate is None:
+        return chosen.measured, verdict
+    kept = run.folder.kept("verdict")
+    if kept is None:
+        with run.costing(f"verdict on {chosen.name}"):
+            folder = run.folder.path / chosen.folder
+            session = runtimes.open_artifact(folder, run.threads)
+            kept = float(run.task.evaluate(runtimes.artifact.predictor(session, read_manifest(folder))))
+        run.folder.keep("verdict", kept)
+    measured = replace(chosen.measured, metric=kept)
+    drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
+    met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
+    return measured, replace(verdict, met=met, reason=reason if verdict.met or not met else verdict.reason)
+
+
+def _costs(run: Run) -> tuple[StepCost, ...]:
+    return tuple(from_dict(StepCost, c) for c in run.folder.kept("costs") or [])
+
+
+def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
+    """Put the chosen artifact, its checkpoint, the record and the report in place; then drop what was for a resume."""
+    chosen = record.chosen
+    assert chosen is not None
+    path = run.folder.path
+    with run.folder.building(ARTIFACT) as aside:
+        shutil.copytree(path / chosen.folder, aside, dirs_exist_ok=True)
+        write_loader(aside / "load.py", read_manifest(aside), ".", run.threads)
+    write_loader(path / "load.py", read_manifest(path / ARTIFACT), ARTIFACT, run.threads)
+    made = pipeline.draft(run, recipe, chosen.runtime)
+    plan = made.plan if chosen.precision in pipeline.INTEGER else Plan()
+    checkpoint.save(replace(made, plan=plan), path)
+    html.write(record, path / "report.html")
+    write_text(path / RECORD, to_json(record))
+    run.folder.finish()

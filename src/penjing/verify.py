@@ -1,0 +1,166 @@
+"""Re-running the evidence of a record on this machine. No code that a record names is imported or executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penjing import measure, records, runtimes
+from penjing.errors import RecordError
+from penjing.folder import ARTIFACT, EVIDENCE, SOURCE
+from penjing.records import Candidate, Parity, Record
+from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
+from penjing.task import Task
+
+SPEED_TOLERANCE = 0.25  # of the speed-up: what a quiet machine repeats
+METRIC_TOLERANCE = 1e-4
+PARITY_TOLERANCE = 0.1  # of the recorded difference: kernels of another processor round elsewhere
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure: what the record says, what was found now, and whether it holds (None: can't be compared here)."""
+
+    figure: str
+    recorded: str
+    found: str
+    holds: bool | None
+    note: str = ""
+
+
+def verify(
+    folder: Path | str,
+    task: Task | None = None,
+    *,
+    threads: int | None = None,
+    seconds: float = 2.0,
+    events: Callable[..., None] | None = None,
+) -> tuple[Check, ...]:
+    """Check hashes, size, integer operators, parity, latency and, given a task, the metric.
+
+    Args:
+        folder: A run folder.
+        task: Needed for the metric alone.
+        threads: None takes the threads of the record.
+        seconds: Timed seconds per artifact.
+        events: Progress of the timing.
+
+    Raises:
+        RecordError: There is no record.
+        ArtifactError: The artifact can't be opened.
+    """
+    folder = Path(folder)
+    record = records.read(folder)
+    chosen = record.chosen
+    if chosen is None:
+        raise RecordError("the record has no artifact", got=record.goal.reason, expected="a run with an artifact")
+    manifest = read_manifest(folder / ARTIFACT)
+    checks = [_hashes(folder, chosen), _size(folder, chosen, manifest), _operators(folder, chosen, manifest)]
+    used = threads or record.machine.threads
+    session = runtimes.open_artifact(folder / ARTIFACT, used)
+    checks += _parities(folder, chosen, session)
+    checks += _speed(folder, record, chosen, manifest, used, seconds, events)
+    if task is not None:
+        checks.append(_metric(record, task, session, manifest))
+    return tuple(checks)
+
+
+def _hashes(folder: Path, chosen: Candidate) -> Check:
+    changed = [n for n, digest in chosen.sha256.items() if measure.sha256(folder / ARTIFACT / n) != digest]
+    found = f"changed: {', '.join(changed)}" if changed else f"{len(chosen.sha256)} files, all equal"
+    return Check("SHA-256 of the files", f"{len(chosen.sha256)} files", found, not changed)
+
+
+def _size(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
+    size = measure.size_bytes(folder / ARTIFACT, manifest.files())
+    recorded = chosen.measured.size_bytes
+    return Check("size in bytes", str(recorded), str(size), size == recorded)
+
+
+def _operators(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
+    kinds = {row.name: row.kind for row in chosen.layers}
+    precision: dict[str, str] = {}
+    for operator in runtimes.get(manifest.runtime).executed(folder / ARTIFACT, manifest):
+        for site in operator.sites:
+            precision[site] = "int8" if precision.get(site) == "int8" else operator.precision
+    counted: dict[str, int] = {}
+    for site, value in precision.items():
+        if value == "int8" and kinds.get(site) in ("conv", "linear", "add", "matmul", "cat", "avg_pool"):
+            counted[kinds[site]] = counted.get(kinds[site], 0) + 1
+    recorded = chosen.integer_operators
+    return Check("integer operators", _counts(recorded), _counts(counted), counted == recorded)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
+
+
+def _parities(folder: Path, chosen: Candidate, session: Any) -> list[Check]:
+    with np.load(folder / EVIDENCE, allow_pickle=False) as data:
+        stored = {key: data[key] for key in data.files}
+    outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
+    checks = []
+    for recorded in chosen.parity:
+        reference = [stored[k] for k in stored if k.startswith(f"{recorded.against}_")]
+        if reference:
+            found = measure.parity([reference], [outputs], recorded.against)
+            holds = found.largest <= recorded.largest * (1 + PARITY_TOLERANCE) + 1e-5
+            checks.append(Check(f"parity with {recorded.against}", _parity(recorded), _parity(found), holds))
+    return checks
+
+
+def _parity(parity: Parity) -> str:
+    return f"largest {parity.largest:.3g}, mean {parity.mean:.3g}, {parity.snr_db:.1f} dB"
+
+
+def _speed(
+    folder: Path,
+    record: Record,
+    chosen: Candidate,
+    manifest: Manifest,
+    threads: int,
+    seconds: float,
+    events: Callable[..., None] | None,
+) -> list[Check]:
+    before, after = record.source.latency_ms, chosen.measured.latency_ms
+    if before is None or after is None:
+        return []
+    inputs = batch_of(folder, manifest.programs[0].inputs, after.batch)
+    targets = [
+        measure.Target("source", folder / SOURCE, inputs, after.batch),
+        measure.Target("artifact", folder / ARTIFACT, inputs, after.batch),
+    ]
+    timings = measure.compare(targets, threads=threads, seconds=seconds, events=events)
+    recorded = before.median / after.median
+    found = measure.ratio(timings["source"], timings["artifact"])
+    same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
+    close = abs(found / recorded - 1) <= SPEED_TOLERANCE
+    note = "" if same else "measured on another machine or with other threads: not comparable"
+    text = f"{timings['artifact'].latency.median:.3f} ms"
+    return [
+        Check("latency", f"{after.median:.3f} ms", text, None, "absolute times drift; the speed-up is what is checked"),
+        Check("speed-up over the source", f"{recorded:.2f}×", f"{found:.2f}×", close if same else None, note),
+    ]
+
+
+def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
+    """Inputs of one call: the stored evidence where there is some, zeros otherwise."""
+    path = folder / EVIDENCE
+    if path.exists():
+        with np.load(path, allow_pickle=False) as data:
+            inputs = [data[k] for k in data.files if k.startswith("input_")]
+        return [np.concatenate([x] * -(-batch // len(x)))[:batch] if x.ndim else x for x in inputs]
+    sizes = [[batch if i == 0 else 8 if isinstance(n, str) else n for i, n in enumerate(p.shape)] for p in ports]
+    return [np.zeros(size, dtype=port.dtype) for size, port in zip(sizes, ports, strict=True)]
+
+
+def _metric(record: Record, task: Task, session: Any, manifest: Manifest) -> Check:
+    recorded = record.artifact.metric if record.artifact is not None else None
+    if task.evaluate is None or recorded is None:
+        return Check(record.metric_name, str(recorded), "the task has no evaluate", None)
+    found = float(task.evaluate(predictor(session, manifest)))
+    return Check(record.metric_name, f"{recorded:.6g}", f"{found:.6g}", abs(found - recorded) <= METRIC_TOLERANCE)

@@ -1,0 +1,248 @@
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import sample_records
+
+from penjing import records
+from penjing.errors import OutputError
+from penjing.report import html
+
+VOID = {"meta", "br", "wbr", "img", "input", "link", "hr"}
+RECORDS = ("big", "deep", "bare", "hostile")
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and text; asserts that every element is closed in its order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.stack, self.elements, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        element = {"tag": tag, "text": "", **dict(attrs)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.stack.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append({"tag": tag, "text": "", **dict(attrs)})
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.stack:
+            element["text"] += data
+        if not any(e["tag"] in ("style", "title") for e in self.stack):
+            self.words.append(data)
+
+    def all(self, tag, **attributes):
+        found = [e for e in self.elements if e["tag"] == tag]
+        return [e for e in found if all(v in (e.get(k) or "").split() for k, v in attributes.items())]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def page(name):
+    return Page(html.render(getattr(sample_records, name)()))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_nothing_comes_from_elsewhere_and_nothing_runs(name):
+    text = html.render(getattr(sample_records, name)())
+    found = Page(text)
+    assert not {e["tag"] for e in found.elements} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "img",
+        "base",
+        "form",
+    }
+    for element in found.elements:
+        assert not {k for k in element if k.startswith("on") or k in ("src", "srcset", "action", "xlink:href")}
+        assert element.get("href", "#").startswith("#")
+    style = found.all("style")[0]["text"]
+    assert not re.search(r"url\(|@import|@font-face|http", style)
+    policy = next(e["content"] for e in found.all("meta") if e.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_page_can_be_read_by_everyone(name):
+    found = page(name)
+    assert found.all("html")[0]["lang"] == "en" and len(found.all("h1")) == 1
+    assert len(found.all("caption")) == len(found.all("table"))
+    ids = [e["id"] for e in found.elements if "id" in e]
+    assert len(ids) == len(set(ids))
+    for element in found.all("svg"):
+        assert element["role"] == "img" and element["aria-labelledby"] in ids
+    for element in found.all("section"):
+        assert element["aria-labelledby"] in ids
+    assert all(e.get("scope") in ("row", "col") for e in found.all("th"))
+
+
+def test_the_head_says_the_verdict():
+    found = page("big")
+    assert " ".join(found.all("h1")[0]["text"].split()) == verdict_of("big")
+    assert "Goal met" in found.all("span", **{"class": "stamp"})[0]["text"]
+    unmet = page("deep")
+    assert "Goal not met" in unmet.all("span", **{"class": "unmet"})[0]["text"]
+    assert sample_records.deep().goal.reason in unmet.text
+
+
+def verdict_of(name):
+    return html.verdict.of(getattr(sample_records, name)()).headline
+
+
+def test_figures_are_those_of_the_record():
+    found, record = page("big"), sample_records.big()
+    entries = {e["data-key"]: " ".join(e["text"].split()) for e in found.all("article")}
+    assert "0.281 ms" in entries["latency"] and "0.872 ms" in entries["latency"] and "3.1× faster" in entries["latency"]
+    assert "p95 1.03 ms, spread 4.1 %" in entries["latency"] and "batch 1, 2 threads" in entries["latency"]
+    assert "93.41 %" in entries["metric"] and "93.34 %" in entries["metric"]
+    assert "1.15 MB" in entries["size"] and "322 kB" in entries["size"]
+    assert "268 MB" in entries["memory"] and "31.0 M MACs" in entries["macs"] and "272 k" in entries["parameters"]
+    for c in record.candidates:
+        assert c.name in found.text and c.reason in found.text
+    for row in record.chosen.layers:
+        assert row.name in found.text.replace(" ", "").replace("\n", "") and (row.reason or "") in found.text
+    for text in (record.machine.processor, "avx512_vnni", "8.20 GB", "2026.4.1", record.created, *record.warnings):
+        assert text in found.text
+    for sha in (*record.data.values(), *record.chosen.sha256.values()):
+        assert sha in found.text
+    for step in record.steps:
+        assert step.name in found.text
+    assert "1 min 15 s" in found.text and "802 MB" in found.text
+    assert "quantize.Static" in found.text and "weight_bits 8" in found.text
+
+
+def test_bars_are_proportional():
+    latency = next(e for e in page("big").elements if e.get("data-key") == "latency")
+    widths = re.findall(r'data-key="latency".*?</article>', html.render(sample_records.big()), re.DOTALL)
+    found = [float(w) for w in re.findall(r"--w:([\d.]+)%", widths[0])]
+    assert latency["tag"] == "article"
+    assert found == pytest.approx([100.0, 100 * 0.281 / 0.872], abs=0.01)
+
+
+def test_the_trees_have_areas_as_the_sizes():
+    source, artifact = html.trees(sample_records.big())
+    assert (artifact / source) ** 2 == pytest.approx(321_750 / 1_147_811)
+    assert html.trees(sample_records.bare()) is None
+    larger = replace(sample_records.big(), artifact=records.Measured(size_bytes=4_591_244))
+    assert html.trees(larger) == (0.5, 1.0)
+
+
+def test_the_chosen_candidate_stands_out_and_operators_are_counted():
+    chosen = page("big").all("tr", **{"class": "chosen"})
+    assert len(chosen) == 1
+    text = " ".join(chosen[0]["text"].split())
+    assert "openvino-int8 chosen" in text and "30 integer, 1 float" in text and "33.8 dB" in text and "99.6 %" in text
+
+
+def test_a_plot_has_a_tooltip_for_every_point():
+    record = sample_records.big()
+    titles = [e["text"] for e in page("big").all("title")]
+    for c in record.candidates:
+        # once in the wide and once in the narrow drawing
+        assert sum(t.startswith(f"{c.name}\n") for t in titles) == 2
+
+
+def test_many_layers_become_a_skyline_with_the_costliest_and_all_in_a_table():
+    found = page("deep")
+    wide = [e for e in found.all("svg", **{"class": "wide"}) if "skyline-wide" in e["aria-labelledby"]]
+    assert len(wide) == 1 and len(found.all("g", **{"class": "column"})) > 3 * 150
+    assert "The 20 costliest" in found.text and "All 150 layers" in found.text
+    assert page("big").all("g", **{"class": "column"}) == []
+
+
+def test_layers_that_stayed_float_are_grouped_by_their_reason():
+    (chosen, groups), *others = html.stayed_float(sample_records.deep())
+    assert chosen.name == "openvino-int8" and not others
+    assert [(g.reason, len(g.rows)) for g in groups] == [
+        ("both inputs are activations; the runtime has no integer kernel for that", 25),
+        ("no reason was recorded", 5),
+    ]
+    record = sample_records.big()
+    hidden = tuple(replace(c, layers=record.layers) for c in record.candidates)
+    assert "does not show how it executed" in Page(html.render(replace(record, candidates=hidden))).text
+    integer = tuple(replace(r, executed="int8") for r in record.layers)
+    whole = tuple(replace(c, layers=integer) for c in record.candidates)
+    assert "ran in integers" in Page(html.render(replace(record, candidates=whole))).text
+
+
+def test_what_is_missing_is_said():
+    text = page("bare").text
+    assert "not measured" in text and "No recipe was recorded." in text and "No step was recorded." in text
+    assert "There is no plot" in text and "The record holds no layers." in text and "None" not in text
+    assert "No candidate was built." in Page(html.render(replace(sample_records.bare(), candidates=()))).text
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_any_one_figure_may_be_missing(name):
+    record = getattr(sample_records, name)()
+    for field in records.Measured.__dataclass_fields__:
+        gaps = tuple(replace(c, measured=replace(c.measured, **{field: None}), drop=None) for c in record.candidates)
+        source = replace(record.source, **{field: None})
+        artifact = record.artifact and replace(record.artifact, **{field: None})
+        Page(html.render(replace(record, candidates=gaps, source=source, artifact=artifact)))
+    plain = tuple(replace(c, parity=(), layers=(), integer_operators={}, float_operators={}) for c in record.candidates)
+    assert "not counted" in Page(html.render(replace(record, candidates=plain, layers=record.layers[:1]))).text
+
+
+def test_hostile_text_is_shown_and_stays_text():
+    text = html.render(sample_records.hostile())
+    assert "<script" not in text and "<img" not in text
+    found = Page(text)
+    assert " ".join(sample_records.ATTACK.split()) in found.text
+    assert sample_records.ATTACK in found.all("title")[0]["text"]
+
+
+def test_recipes_in_every_form():
+    steps = html.recipe(
+        [{"quantize.Static": {"weight_bits": 4}}, {"step": "Finetune", "epochs": 3}, {"prune": None}, "x"]
+    )
+    assert [(s.name, s.settings) for s in steps] == [
+        ("quantize.Static", (("weight_bits", "4"),)),
+        ("Finetune", (("epochs", "3"),)),
+        ("prune", ()),
+        ("x", ()),
+    ]
+
+
+def test_the_same_record_gives_the_same_file(tmp_path):
+    for name in ("a.html", "b.html"):
+        html.write(sample_records.big(), tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert len((tmp_path / "a.html").read_bytes()) < 200_000
+
+
+def test_a_record_survives_the_way_through_its_file(tmp_path):
+    (tmp_path / "record.json").write_text(records.to_json(sample_records.big()), encoding="utf-8")
+    assert html.render(records.read(tmp_path)) == html.render(sample_records.big())
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="can't be written"):
+        html.write(sample_records.bare(), tmp_path / "missing" / "report.html")
+
+
+def test_reports_are_written_without_torch():
+    code = (
+        "import sys; from penjing.report import html, table; import penjing.report.figures; "
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,91 @@
+import io
+
+import pytest
+import sample_records
+from rich.console import Console
+
+from penjing.records import LayerRow
+from penjing.report import table
+
+
+def shown(renderable, width=80, encoding="utf-8", **options):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=file, width=width, **options).print(renderable)
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", ["big", "deep", "bare", "hostile"])
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_tables_fit_and_can_be_written(name, width, encoding):
+    record = getattr(sample_records, name)()
+    rows = record.chosen.layers if record.chosen else record.layers
+    for made in (table.comparison(record), table.candidates(record), table.layers(rows)):
+        text = shown(made, width, encoding)
+        assert max(map(len, text.splitlines())) <= width
+        assert "\x1b" not in text
+
+
+def test_comparison_has_every_figure_on_a_line_of_its_own():
+    lines = [words(line) for line in shown(table.comparison(sample_records.big())).splitlines()]
+    assert "accuracy 93.41 % 93.34 % 0.07 points worse" in lines
+    assert "Latency (median, batch 1, 2 threads) 0.872 ms 0.281 ms 3.1× faster" in lines
+    assert "Size on disk 1.15 MB 322 kB 3.6× smaller" in lines
+    assert "Multiply-accumulates 31.0 M MACs 31.0 M MACs same" in lines
+
+
+def test_candidates_mark_the_chosen_one_and_say_why_others_failed():
+    text = shown(table.candidates(sample_records.big()), 120)
+    lines = [words(line) for line in text.splitlines()]
+    assert "openvino-int8 * 93.34 % 0.07 % 0.281 ms 3.1× 322 kB 33.8 99.6 % 30/31 yes" in lines
+    assert "onnxruntime-fp32 93.41 % 0.00 % 0.512 ms 1.7× 1.12 MB 118.0 100 % 0/31 yes" in lines
+    assert text.count("*") == 1
+    assert "openvino-int8-percentile: drop is 0.82 %, the goal allows 0.5 %" in words(text)
+
+
+def test_the_usual_names_stay_whole_at_80_columns():
+    text = shown(table.candidates(sample_records.big()), 80)
+    for name in ("onnxruntime-fp32", "onnxruntime-int8", "openvino-int8 *"):
+        assert name in text
+
+
+def test_layers_have_their_share_and_every_reason_once():
+    record = sample_records.deep()
+    text = shown(table.layers(record.layers), 120)
+    share = record.layers[0].macs / sum(r.macs for r in record.layers)
+    first = next(words(line) for line in text.splitlines() if "encoder.layers.0.query" in line)
+    assert first == f"encoder.layers.0.query linear 591 k 75.5 M {100 * share:.1f} % 98.3 kB int8"
+    assert text.count("both inputs are activations") == 1 and text.count("bf16 [1]") == 25
+
+
+def test_layers_that_no_runtime_has_seen_show_the_plan():
+    text = shown(table.layers([LayerRow(name="fc", kind="linear", planned="int8")]))
+    assert "planned" in text and "executed" not in text and "int8" in text
+    assert "layer" in shown(table.layers([]))
+
+
+def test_names_are_not_taken_as_markup_and_lose_control_characters():
+    text = shown(table.layers([LayerRow(name="[red]a\x1b[31m\nb[/red]", kind="conv")]), 120)
+    assert "[red]a?[31m" in text and "b[/red]" in text
+
+
+def test_an_ascii_terminal_gets_ascii():
+    text = shown(table.comparison(sample_records.big()), 80, "ascii")
+    assert "3.1x faster" in text and "─" not in text
+
+
+def test_colours_only_where_there_are_any():
+    assert "\x1b[" in shown(table.comparison(sample_records.big()), force_terminal=True, color_system="standard")
+    assert "\x1b[" not in shown(table.comparison(sample_records.big()), force_terminal=True, color_system=None)
+
+
+def test_wide_terminals_get_more_room_and_narrow_ones_still_print():
+    record = sample_records.big()
+    gap = "accuracy    drop"
+    assert gap in shown(table.candidates(record), 120) and gap not in shown(table.candidates(record), 80)
+    assert "yes" in shown(table.candidates(record), 40)
