@@ -259,6 +259,36 @@ def test_in_place_operators_leave_the_inputs_alone():
     assert torch.equal(x, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("view", [lambda x: x.view(-1, 2), lambda x: x.chunk(2, 1)[1], lambda x: x[:, 1:]])
+def test_a_view_taken_before_sees_what_is_written_after(view):
+    class Late(nn.Module):
+        def forward(self, x):
+            seen = view(x)
+            x += 1
+            return seen * 2
+
+    network = raise_network(Late(), (torch.zeros(1, 4),))
+    x = torch.randn(3, 4)
+    before = x.clone()
+    assert torch.equal(network(x), view(before + 1) * 2)
+    assert torch.equal(x, before)
+    assert torch.equal(rerun_of(network, (before,))(x), view(before + 1) * 2)
+
+
+def test_numbers_written_in_the_forward_are_kept():
+    class Scales(nn.Module):
+        def forward(self, x):
+            x = x * torch.tensor([1.0, 2.0, 3.0])
+            x[:, 0] = 5
+            return x
+
+    network = raise_network(Scales(), (torch.zeros(1, 3),))
+    expected = torch.tensor([[5.0, 2.0, 3.0]] * 2)
+    assert torch.equal(network(torch.ones(2, 3)), expected)
+    assert torch.equal(copy.deepcopy(network)(torch.ones(2, 3)), expected)
+    assert torch.equal(rerun_of(network, (torch.ones(2, 3),))(torch.ones(2, 3)), expected)
+
+
 class TestWritingToAView:
     """The exporter then takes layers apart; they come back whole."""
 
@@ -449,6 +479,33 @@ class TestDynamicAxes:
         with pytest.raises(TaskError):
             raise_network(Pooled(), self.call, dynamic={2: {0: "batch"}})
 
+    def test_an_axis_may_be_limited_by_a_table_of_positions(self):
+        class Placed(Pooled):
+            def __init__(self):
+                super().__init__()
+                self.places = nn.Parameter(torch.randn(12, 6))
+
+            def forward(self, words, weights):
+                y = self.table(words) + self.places[: words.shape[1]]
+                return self.head((y * weights.unsqueeze(-1)).mean(1))
+
+        model, dynamic = Placed(), dict.fromkeys((0, 1), {0: "batch", 1: "length"})
+        network = raise_network(model, self.call, dynamic=dynamic)
+        again = rerun_of(network, self.call, dynamic=dynamic)
+        for batch, length in ((1, 2), (4, 12)):
+            inputs = self.words(batch, length)
+            assert_same_bits(run(network, inputs), run(model, inputs))
+            assert_same_bits(run(again, inputs), run(model, inputs))
+
+    def test_an_axis_that_the_network_fixes_is_an_error(self):
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return x.reshape(-1, 12)[:, :3] + x[:, :1, 0]
+
+        with pytest.raises(ExportError) as caught:
+            raise_network(Fixed(), (torch.zeros(1, 3, 4),), dynamic={0: {0: "batch", 1: "length"}})
+        assert "length" in caught.value.got
+
     def test_an_example_of_one_sample_does_not_fix_the_batch(self):
         network = raise_network(nn.Flatten(), (torch.zeros(1, 3, 4),))
         assert network(torch.zeros(9, 3, 4)).shape == (9, 12)
@@ -539,7 +596,8 @@ class TestRealWeights:
         mask = (torch.arange(23) < torch.tensor([[23], [9], [17]])).long()
         more = {"input_ids": torch.randint(0, 1000, (3, 23)), "attention_mask": mask}
         assert_same_bits(run(network, (), more), run(model, (), more))
-        assert set(network.state_dict()) <= set(model.state_dict())
+        stored = {*model.state_dict(), *(name for name, _ in model.named_buffers())}  # positions are not in the state
+        assert set(network.state_dict()) <= stored
         assert_trains(network, (), more)
 
 

@@ -10,83 +10,21 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from penjing.errors import MissingDependency, TaskError
+from penjing.errors import TaskError
 from penjing.outputs import first_output
+from penjing.pictures import IMAGENET_MEAN, IMAGENET_STD, Pictures, picture_files, pillow
 from penjing.task import Task
 from penjing.usercode import suggest
 
 Array = np.ndarray[Any, Any]
 Predict = Callable[..., Any]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue as fractions of 1
-IMAGENET_STD = (0.229, 0.224, 0.225)
-_PICTURES = frozenset({".png", ".jpg", ".jpeg"})
-_TRAIN, _TEST = ("train",), ("val", "test")
-_EVALUATION_SHARE = 5  # of a folder without train and val, every fifth picture of a class is for evaluation
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test", "x_calibration")
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Picture files read as (3, size, size) float32: short side resized, centre cut out, normalised.
-
-    Attributes:
-        files: Paths and class numbers, in a fixed order.
-        size: Side of the square in pixels.
-        resize: Length of the short side before the cut, in pixels.
-        mean: Of red, green and blue, as fractions of 1.
-        std: The same.
-    """
-
-    files: tuple[tuple[Path, int], ...]
-    size: int = 224
-    resize: int = 256
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def inputs(self, indices: Sequence[int]) -> torch.Tensor:
-        """These pictures as (batch, 3, size, size) float32.
-
-        Raises:
-            TaskError: A file is no picture.
-        """
-        return torch.stack([self._read(self.files[i][0]) for i in indices])
-
-    def targets(self, indices: Sequence[int]) -> torch.Tensor:
-        """Their classes as (batch,) int64."""
-        return torch.tensor([self.files[i][1] for i in indices])
-
-    def _read(self, path: Path) -> torch.Tensor:
-        image = _pillow()
-        try:
-            with image.open(path) as file:
-                picture = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as cause:
-            raise TaskError(
-                "a picture can't be read",
-                got=f"{path}: {cause}",
-                expected="a PNG or JPEG file",
-                remedy="remove or replace this file",
-            ) from cause
-        width, height = picture.size
-        scale = self.resize / min(width, height)
-        picture = picture.resize(
-            (max(self.resize, round(width * scale)), max(self.resize, round(height * scale))),
-            image.Resampling.BILINEAR,
-        )
-        left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
-        pixels = np.asarray(picture.crop((left, top, left + self.size, top + self.size)), dtype=np.float32) / 255
-        normal = (pixels - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(np.ascontiguousarray(normal.transpose(2, 0, 1)))
 
 
 @dataclass(frozen=True)
@@ -178,10 +116,10 @@ def image_folder(
         TaskError: There are no pictures, or val has a class that train has not.
         MissingDependency: Pillow is not installed.
     """
-    _pillow()
+    pillow()
     root = Path(root)
     resize = max(size, resize if resize is not None else round(size * 8 / 7))
-    train_files, test_files = _picture_files(root)
+    train_files, test_files = picture_files(root)
     train, test = (Pictures(files, size, resize, mean, std) for files in (train_files, test_files))
     return Task(
         example=torch.zeros(1, 3, size, size),
@@ -284,68 +222,6 @@ def _squared_error(output: Any, target: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(first_output(output).reshape(target.shape), target)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
-
-
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError as cause:
-        raise MissingDependency(
-            "a folder of pictures needs Pillow",
-            got=str(cause),
-            expected="the package pillow",
-            remedy="pip install pillow",
-        ) from cause
-    return Image
-
-
-def _picture_files(root: Path) -> tuple[tuple[tuple[Path, int], ...], tuple[tuple[Path, int], ...]]:
-    """Files for training and for evaluation, with their class numbers."""
-    if not root.is_dir():
-        raise TaskError("the folder of pictures is missing", got=str(root), expected="an existing folder")
-    parts = [next((root / name for name in names if (root / name).is_dir()), None) for names in (_TRAIN, _TEST)]
-    if parts[0] is None and parts[1] is None:
-        classes = _classes(root)
-        train, test = [], []
-        for number, files in enumerate(classes.values()):
-            for i, file in enumerate(files):
-                (test if i % _EVALUATION_SHARE == _EVALUATION_SHARE - 1 else train).append((file, number))
-        return tuple(train), tuple(test)
-    found = [_classes(part) if part is not None else {} for part in parts]
-    names = sorted(found[0] or found[1])
-    strangers = sorted(set(found[1]) - set(names))
-    if strangers:
-        raise TaskError(
-            f"{parts[1]} has classes that {parts[0]} has not",
-            got=", ".join(strangers[:5]),
-            expected=f"some of {', '.join(names[:10])}",
-            remedy=suggest(strangers[0], names) or "give both the same class folders",
-        )
-    number_of = {name: i for i, name in enumerate(names)}
-    train_files, test_files = (
-        tuple((file, number_of[name]) for name, files in classes.items() for file in files) for classes in found
-    )
-    return train_files, test_files
-
-
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name → its pictures, both sorted by name. A class folder without pictures keeps its number."""
-    classes = {}
-    for entry in sorted(folder.iterdir(), key=lambda path: path.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = (p for p in entry.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith("."))
-            classes[entry.name] = sorted(files, key=lambda path: path.name)
-    if not any(classes.values()):
-        raise TaskError(
-            "the folder holds no pictures",
-            got=f"{folder} with {', '.join(list(classes)[:5]) or 'no folders'}",
-            expected="one folder per class with .png or .jpg files: root/cat/1.png",
-            remedy="give the folder whose subfolders are the classes (or train and val)",
-        )
-    return classes
-
-
 # --- arrays -----------------------------------------------------------------------------------------------------
 
 
@@ -384,9 +260,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
 
 
 def _damaged(path: Path, cause: Exception) -> TaskError:
-    return TaskError(
-        f"{path.name} can't be read", got=f"{path}: {cause}", expected="a file written by numpy.savez"
-    )
+    return TaskError(f"{path.name} can't be read", got=f"{path}: {cause}", expected="a file written by numpy.savez")
 
 
 def _inputs(array: Array) -> torch.Tensor:

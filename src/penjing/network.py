@@ -18,6 +18,7 @@ import contextlib
 import copy
 import inspect
 import operator
+import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -129,11 +130,21 @@ def export_module(
     axes = _dynamic_axes(names, [*args, *kwargs.values()], dynamic)
     values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]
     args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-    dims: dict[str, Dim] = {}
-    shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
-    try:
+
+    def attempt(limits: Mapping[str, tuple[int, int]]) -> ExportedProgram:
+        dims = {name: Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
+        shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
         with _in_eval_mode(model), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, names, shapes))
+
+    try:
+        try:
+            return attempt({})
+        except Exception as error:
+            narrower = _narrower_limits(str(error))
+            if not narrower:
+                raise
+            return attempt(narrower)  # a table of 512 positions reads no longer sequence
     except Exception as error:
         raise _export_error(model, error) from error
 
@@ -325,6 +336,14 @@ def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> An
     return pytree.tree_map(spec, value)
 
 
+def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of the axes for which the exporter asks for a narrower range, and for nothing else."""
+    fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
+    found = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
+    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in found if m}
+    return limits if len(limits) == len(fixes) else {}
+
+
 def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
     parameters = inspect.signature(model.forward).parameters
     if all(name in parameters for name in names):
@@ -410,10 +429,8 @@ def _safe_to_replace(node: fx.Node) -> bool:
     functional = getattr(torch.ops.aten, name.rstrip("_"), None)
     if functional is None or target._overloadname not in functional.overloads():
         return False
-    if mutated.op == "placeholder":
-        return mutated.name in {n.name for n in node.graph.nodes if n.op == "placeholder" and n.users} and not (
-            mutated.name.startswith(("p_", "b_", "c_"))
-        )
+    if mutated.op == "placeholder" and mutated.name.startswith(("p_", "b_", "c_")):
+        return False
     return not _aliases(mutated) and not any(_aliases(user) for user in mutated.users if user is not node)
 
 
@@ -452,11 +469,12 @@ class _Raiser:
         # One Parameter object per tensor, so that tied weights stay tied.
         self.tensors: dict[str, Any] = dict(flat.named_parameters(remove_duplicate=False))
         self.tensors.update(flat.named_buffers(remove_duplicate=False))
+        self.tensors = {**state, **self.tensors}  # numbers that a forward wrote as tensors are in the state alone
 
     def build(self) -> fx.GraphModule:
         graph = self.flat.graph
         for node in list(graph.nodes):
-            if node.op == "call_module" or _is_assertion(node):
+            if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 if node.op == "call_module" and node.users:
                     raise ExportError(
                         f"the network holds a higher-order operator that can't be raised: {node.target}",
@@ -483,6 +501,7 @@ class _Raiser:
             node.meta = {key: node.meta[key] for key in ("site", "stack_trace") if key in node.meta}
             if isinstance(value, torch.Tensor):
                 node.meta["rank"] = value.dim()
+                node.meta["floating"] = value.is_floating_point()
         raised.meta["renamed"] = self.renamed
         raised.recompile()
         return raised
@@ -549,10 +568,16 @@ def _is_assertion(node: fx.Node) -> bool:
     return name.startswith(("_assert", "sym_constrain", "assert"))
 
 
+def _writes_input(node: fx.Node) -> bool:
+    """Functionalization ends with writing the inputs back that a forward changed: nothing that a caller wants."""
+    written = node.args[0] if node.target is torch.ops.aten.copy_.default else None
+    return isinstance(written, fx.Node) and written.op == "placeholder" and not node.users
+
+
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    return str(path).split("@")[0]
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path.split("@")[0]
 
 
 def _same_layer(a: nn.Module, b: nn.Module) -> bool:

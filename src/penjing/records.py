@@ -207,7 +207,7 @@ def _build(kind: Any, data: Any, where: str) -> Any:
                 values[f.name] = _build(hints[f.name], data[f.name], f"{where}.{f.name}")
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise RecordError(f"{where} has no field {f.name!r}", got=sorted(data), expected=f.name)
-        return kind(**values)
+        return typing.cast(Any, kind)(**values)
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON list")
@@ -255,6 +255,12 @@ def read(path: Path | str) -> Record:
     return from_dict(Record, data)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file whole or not at all: beside its place first, then renamed over it.
 
@@ -269,6 +275,7 @@ def write_text(path: Path | str, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
         os.replace(name, path)
     except OSError as error:
         if name is not None and os.path.exists(name):

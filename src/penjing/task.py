@@ -142,7 +142,7 @@ def open_task(spec: str) -> Task:
     if parts is not None:
         where, name = parts
         found = load_named(where, name, error=TaskError, role="task")
-        if not isinstance(found, Task) and callable(found):
+        if callable(found) and not isinstance(found, Task | nn.Module):
             found = call_named(found, where, error=TaskError, role="task")
         if isinstance(found, Task):
             return found

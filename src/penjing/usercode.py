@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from penjing.errors import PenjingError
@@ -57,13 +57,20 @@ def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -
     module = _import_file(Path(where), error, role) if where.endswith(".py") else _import_module(where, error, role)
     if hasattr(module, name):
         return getattr(module, name)
-    public = sorted(n for n in vars(module) if not n.startswith("_"))
+    public = sorted(n for n, value in vars(module).items() if not n.startswith("_") and _own(value, module))
     raise error(
         f"the {role}'s file has no {name!r}",
         got=f"{where}, which has {', '.join(public[:20]) or 'no public names'}",
         expected=f"a {role} of that name",
         remedy=suggest(name, public) or "check the name after the colon",
     )
+
+
+def _own(value: Any, module: ModuleType) -> bool:
+    """Whether a module defined a value itself; what it imported is no candidate for a suggestion."""
+    if isinstance(value, ModuleType):
+        return False
+    return not isinstance(value, type | FunctionType) or value.__module__ == module.__name__
 
 
 def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingError], role: str) -> Any:
@@ -112,10 +119,11 @@ def _foreign(filename: str) -> bool:
 def suggest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
     """ "did you mean ...?" with the nearest known names, or None.
 
-    >>> suggest("resnet2O", ["resnet20", "vgg"])
+    >>> suggest("ResNet2O", ["resnet20", "vgg"])
     'did you mean resnet20?'
     """
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    lower = {name.lower(): name for name in known}
+    near = [lower[name] for name in difflib.get_close_matches(word.lower(), list(lower), n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(near)}?" if near else None
 
 

@@ -94,10 +94,10 @@ def test_one_candidate_alone_stands_in_the_middle():
     points=st.lists(st.tuples(st.floats(0.01, 500), st.floats(0, 1), st.integers(0, 10**9)), min_size=1, max_size=25),
     narrow=st.booleans(),
 )
-def test_names_never_overlap_and_the_chosen_one_has_one(points, narrow):
+def test_names_never_overlap_however_many_points_there_are(points, narrow):
     record = sample_records.big()
     made = tuple(
-        sample_records.candidate("openvino-int8", metric, ms, size, name=f"openvino-int8-{i}")
+        replace(sample_records.candidate("openvino-int8", metric, ms, size), name=f"openvino-int8-{i}")
         for i, (ms, metric, size) in enumerate(points)
     )
     goal = replace(record.goal, chosen=made[0].name, pareto=(made[0].name,))

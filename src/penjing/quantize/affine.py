@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from penjing.errors import RecipeError
 from penjing.plan import QuantSpec
 
 SMALLEST_SCALE = 1e-12  # of a range that is zero everywhere: any scale is right, and this one divides safely
@@ -58,7 +59,12 @@ def weight_range(weight: torch.Tensor, spec: QuantSpec, steps: int = 32) -> tupl
 
     Returns:
         low, high, each (channels,) or (1,).
+
+    Raises:
+        RecipeError: There is no such estimator for weights.
     """
+    if spec.range not in ("minmax", "mse"):
+        raise RecipeError("there is no such range estimator for weights", got=spec.range, expected="minmax or mse")
     rows = weight.detach().reshape(1, -1) if spec.axis is None else weight.detach().movedim(spec.axis, 0).flatten(1)
     low, high = rows.amin(1), rows.amax(1)
     if spec.range == "minmax":

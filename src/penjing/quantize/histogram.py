@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from penjing.errors import CalibrationError
+
 BINS = 8192
 SAMPLES_A_BATCH = 1 << 16  # values of one batch that are counted; the extremes are taken over all of them
 
@@ -25,11 +27,22 @@ class Histogram:
         self.batches = 0
 
     def update(self, x: torch.Tensor, momentum: float = 0.9) -> None:
-        """Count the values of x (any shape, finite); `momentum` weighs the past in the moving extremes."""
+        """Count the values of x (any shape); `momentum` weighs the past in the moving extremes.
+
+        Raises:
+            CalibrationError: A value is infinite or not a number.
+        """
         x = x.detach().reshape(-1)
         if x.numel() == 0:
             return
         low, high = (float(v) for v in torch.aminmax(x))
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise CalibrationError(
+                "a value inside the network is not finite on the calibration data",
+                got=f"values from {low} to {high}",
+                expected="finite values wherever a quantizer stands",
+                remedy="leave its operator in floating point with exclude=(...), or check the calibration data",
+            )
         if self.batches == 0:
             self.moving_low, self.moving_high = low, high
         else:
@@ -40,16 +53,17 @@ class Histogram:
         self._grow(max(abs(low), abs(high)))
         # An odd stride, so that it does not fall in step with rows and channels.
         stride = max(1, x.numel() // SAMPLES_A_BATCH) | 1
-        values = x[::stride].float()
-        counts = torch.histc(values, bins=len(self.counts), min=-self.limit, max=self.limit)
-        self.counts += counts.double() * (x.numel() / max(1, values.numel()))
+        values = x[::stride].double()
+        # Scaling by a power of two and rounding down are exact, so a value's bin never depends on when it came.
+        half = len(self.counts) // 2
+        places = torch.floor(values * (half / self.limit)).long() + half
+        counts = torch.bincount(places, minlength=len(self.counts))
+        self.counts += counts.double() * (x.numel() / values.numel())
 
     def _grow(self, largest: float) -> None:
         if self.limit == 0:
-            self.limit = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 2.0**-126
-            if self.limit < largest:
-                self.limit *= 2
-        while largest > self.limit:
+            self.limit = 2.0 ** max(-126, math.frexp(largest)[1]) if largest > 0 else 2.0**-126
+        while largest >= self.limit:  # the last bin ends before the limit
             half = len(self.counts) // 2
             merged = self.counts.reshape(half, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)

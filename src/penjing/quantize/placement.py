@@ -40,7 +40,7 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     for node in network.graph.nodes:
         what = kind(network, node)
         reason = _refusal(network, node, what, accelerates)
-        if site(node) in excluded:
+        if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
             continue
         if reason is None:
             integer.append(node)

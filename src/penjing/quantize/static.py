@@ -60,8 +60,9 @@ class Static:
         edits = fold_batch_norms(draft.network)
         names = list(sites(draft.network))
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
-        for pattern in self.settings:
+        for pattern, values in self.settings.items():
             matches(pattern, names)
+            _check_fields(pattern, values)
         placement = place(draft.network, accelerates, excluded)
         statistics = collect(draft.network, set(placement.edges.values()), context, self.samples)
         entries = self._activations(placement, statistics, accelerates)
@@ -71,7 +72,7 @@ class Static:
 
     def _for(self, name: str) -> Static:
         for pattern, values in self.settings.items():
-            if fnmatchcase(name, pattern):
+            if _fits(pattern, name):
                 return replace(self, settings={}, **values)
         return self
 
@@ -110,6 +111,20 @@ class Static:
         return entries
 
 
+def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
+    known = {"weight_bits", "activation_bits", "weight_range", "activation_range"}
+    if not set(values) <= known:
+        raise RecipeError(
+            f"the settings for {pattern!r} hold a value that cannot differ between operators",
+            got=", ".join(sorted(set(values) - known)),
+            expected=f"some of {sorted(known)}",
+        )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith((f"{pattern}.", f"{pattern}/", f"{pattern}@"))
+
+
 def matches(pattern: str, names: Iterable[str]) -> list[str]:
     """Names that fit a pattern: exactly, as a prefix of module paths, or with the wildcards of `fnmatch`.
 
@@ -117,7 +132,7 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
         RecipeError: Nothing fits; names the nearest.
     """
     names = list(names)
-    found = [n for n in names if fnmatchcase(n, pattern) or n.startswith((f"{pattern}.", f"{pattern}/", f"{pattern}@"))]
+    found = [n for n in names if _fits(pattern, n)]
     if not found:
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
         raise RecipeError(

@@ -6,6 +6,7 @@ written, so the template escapes it all and a content security policy forbids th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -52,15 +53,7 @@ def render(record: records.Record) -> str:
     """The report of a record as HTML text; the same record gives the same text."""
     chosen = record.chosen
     rows = chosen.layers if chosen and chosen.layers else record.layers
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("penjing.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(vars_of_page())
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         record=record,
         verdict=verdict.of(record),
         comparison=comparison.rows(record),
@@ -76,7 +69,20 @@ def render(record: records.Record) -> str:
     )
 
 
-def vars_of_page() -> Mapping[str, Any]:
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("penjing.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(vocabulary())
+    return environment.get_template("report.html.j2")
+
+
+def vocabulary() -> Mapping[str, Any]:
     """What the template may call: formatting functions and the names of the families of arithmetic."""
     return {
         "figure": figures.figure,

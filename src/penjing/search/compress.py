@@ -31,7 +31,7 @@ from penjing.runtimes.artifact import read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
 from penjing.search.goal import Goal
-from penjing.source import Source, check_forward, open_source
+from penjing.source import Source, open_source
 from penjing.surgery import insert
 from penjing.task import Task, agreement_task, calibration_calls, fingerprint
 
@@ -118,7 +118,6 @@ def compress(
     torch.set_num_threads(threads)
     seed_everything(seed)
     opened = open_source(model, task=task)
-    check_forward(opened, task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, machine.instruction_sets)
     data = _data(task)
     folder.claim(_request(opened, goal, steps, names, seed, batch, threads, data))

@@ -32,7 +32,7 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
             )
         try:
             apply(network, edit)
-        except (AttributeError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
                 got=f"{edit} ({error})",

@@ -27,12 +27,21 @@ def fold_batch_norms(network: fx.GraphModule) -> tuple[Edit, ...]:
             and len(before.users) == 1
             and calls[str(before.target)] == 1
             and calls[str(node.target)] == 1
+            and _owns_weights(network, before)
         )
         if foldable and _norm_axis_fits(network, before):
             layer, norm = str(before.target), str(node.target)
             fold_batch_norm(network, layer, norm)
             edits.append({"edit": "fold", "layer": layer, "norm": norm})
     return tuple(edits)
+
+
+def _owns_weights(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether no other layer, and no functional operator, uses the same tensors (tied weights)."""
+    mine = {id(p) for p in network.get_submodule(str(node.target)).parameters()}
+    names = [name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in mine]
+    read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
+    return len(names) == len(mine) and not read & set(names)
 
 
 def _norm_axis_fits(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -43,10 +52,10 @@ def _norm_axis_fits(network: fx.GraphModule, node: fx.Node) -> bool:
 def fold_batch_norm(network: fx.GraphModule, layer: str, norm: str) -> None:
     """Fold `norm` into `layer` in place: w ← w·γ/√(σ²+ε), b ← (b−μ)·γ/√(σ²+ε) + β, computed in float64."""
     module, bn = network.get_submodule(layer), network.get_submodule(norm)
-    assert isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-    assert bn.running_mean is not None and bn.running_var is not None
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    if not isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) or not isinstance(weight, nn.Parameter):
+        raise TypeError(f"{norm} is a {type(bn).__name__}, {layer} a {type(module).__name__}")
+    assert bn.running_mean is not None and bn.running_var is not None
     with torch.no_grad():
         gamma = torch.ones_like(bn.running_mean) if bn.weight is None else bn.weight
         beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias

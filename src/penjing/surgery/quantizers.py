@@ -15,7 +15,6 @@ from penjing.network import is_tensor, kind, sites, tensor_inputs
 from penjing.plan import Entry, Plan
 
 
-
 class FakeQuantize(nn.Module):
     """Rounds its input to the values that the integers of `entry` can hold."""
 
@@ -112,13 +111,24 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         q = call(torch.ops.penjing.quantize.default, (producer, scale, zero, axis, *entry.spec.limits))
         return call(torch.ops.penjing.dequantize.default, (q, scale, zero, axis))
 
+    written: dict[tuple[str, str], list[Entry | None]] = {}
+
+    def name_for(layer: str, role: str, entry: Entry | None) -> str:
+        # A layer that is called twice has two bias grids where its two inputs have two scales.
+        known = written.setdefault((layer, role), [])
+        if entry not in known:
+            known.append(entry)
+        number = known.index(entry)
+        return f"{layer}.{role}_{number}" if number else f"{layer}.{role}"
+
     def stored(layer: str, role: str, entry: Entry) -> fx.Node:
         value = getattr(network.get_submodule(layer), role).detach()
         axis = entry.spec.axis or 0
         scale = torch.tensor(entry.scale, dtype=torch.float32)
         zero = torch.tensor(entry.zero_point, dtype=torch.int32)
         q = torch.ops.penjing.quantize(value, scale, zero, axis, *entry.spec.limits)
-        nodes = (constant(f"{layer}.{role}", q), *numbers(f"{layer}.{role}", entry))
+        name = name_for(layer, role, entry)
+        nodes = (constant(name, q), *numbers(name, entry))
         return network.graph.call_function(torch.ops.penjing.dequantize.default, (*nodes, axis))
 
     def weight(layer: str, entry: Entry) -> fx.Node:
@@ -128,13 +138,20 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if network.get_submodule(layer).bias is None:
             return None
         if entry is None:
-            return constant(f"{layer}.bias", network.get_submodule(layer).bias.detach())
+            return constant(name_for(layer, "bias", None), network.get_submodule(layer).bias.detach())
         return stored(layer, "bias", entry)
 
     _rewire(network, plan, place, weight, bias)
-    for layer in {edge.rpartition(":")[0] for edge in plan.entries if edge.endswith(":weight")}:
-        network.delete_submodule(layer)  # float weights without a user would stay in a saved program
+    for layer, _ in written:
+        if not _is_used(network, layer):
+            network.delete_submodule(layer)  # float weights without a user would stay in a saved program
     return network
+
+
+def _is_used(network: fx.GraphModule, layer: str) -> bool:
+    """Whether a call of the layer is left in floating point, or an operator reads one of its tensors."""
+    targets = (str(n.target) for n in network.graph.nodes if n.op in ("call_module", "get_attr"))
+    return any(target == layer or target.startswith(f"{layer}.") for target in targets)
 
 
 def bias_entry(plan: Plan, layer: str) -> Entry | None:

@@ -1,0 +1,185 @@
+"""The words of a goal: its figures, its units, and errors that point at the word that can't be read.
+
+Grammar: clauses between commas. A clause is ``minimize FIGURE``, ``maximize FIGURE`` or ``FIGURE <= VALUE`` (or
+``>=``), where VALUE is a number with a unit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+from penjing.errors import GoalError
+
+METRICS = ("metric", "drop", "relative_drop")
+_BYTES = ("size_bytes", "packed_bytes", "peak_memory_bytes")
+_COUNTS = ("parameters", "macs")
+FIGURES = (*METRICS, "latency_ms", "throughput_per_s", *_BYTES, "energy_mj", *_COUNTS)
+EXAMPLE = '"latency_ms<=5, drop<=1%, minimize size_bytes"'
+DROP_HELP = (
+    "drop is the absolute change for the worse in the metric's own unit (1% is 0.01: from 0.93 to 0.92); "
+    "relative_drop is that change divided by the source's metric"
+)
+
+_NEARBY = {
+    "latency": "latency_ms",
+    "time": "latency_ms",
+    "speed": "latency_ms",
+    "fps": "throughput_per_s",
+    "throughput": "throughput_per_s",
+    "size": "size_bytes",
+    "bytes": "size_bytes",
+    "memory": "peak_memory_bytes",
+    "ram": "peak_memory_bytes",
+    "energy": "energy_mj",
+    "accuracy": "metric",
+    "loss": "drop",
+    "params": "parameters",
+    "flops": "macs",
+}
+_THOUSANDS: dict[str, int | Decimal] = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY: dict[str, int | Decimal] = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_DECIMAL: dict[str, int | Decimal] = {"B": 1, "KB": 10**3, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_THOUSANDTH = Decimal("0.001")
+UNITS: dict[str, dict[str, int | Decimal]] = {
+    **{name: {"": 1, "%": Decimal("0.01")} for name in METRICS},
+    **{name: {**_THOUSANDS, **_DECIMAL, **_BINARY} for name in _BYTES},
+    **{name: _THOUSANDS for name in _COUNTS},
+    "throughput_per_s": {**_THOUSANDS, "/s": 1},
+    "latency_ms": {"": 1, "ms": 1, "s": 1000, "us": _THOUSANDTH, "µs": _THOUSANDTH},
+    "energy_mj": {"": 1, "mJ": 1, "J": 1000, "uJ": _THOUSANDTH, "µJ": _THOUSANDTH},
+}
+
+_OBJECTIVE = re.compile(r"(minimi[sz]e|maximi[sz]e)(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
+_LIMIT = re.compile(r"([^<>=≤≥!]*?)\s*([<>=≤≥!]+)\s*(.*)", re.DOTALL)
+_VALUE = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*(\S*)")
+_OPERATORS = {"<=": "<=", "≤": "<=", "=<": "<=", ">=": ">=", "≥": ">=", "=>": ">="}
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One clause: `op` is "minimize", "maximize", "<=" or ">="; `start` and `end` say where it stands in the text."""
+
+    op: str
+    figure: str
+    value: float
+    start: int
+    end: int
+
+
+def clauses(text: str) -> Iterator[Clause]:
+    """Read the clauses of a goal from left to right.
+
+    Raises:
+        GoalError: Points at the first word that can't be read.
+    """
+    start = 0
+    for part in text.split(","):
+        begin = start + len(part) - len(part.lstrip())
+        clause = part.strip()
+        if not clause:
+            raise pointing(text, begin, begin + 1, "a clause of the goal is empty", "nothing", f"for example {EXAMPLE}")
+        yield _clause(text, clause, begin)
+        start += len(part) + 1
+
+
+def _clause(text: str, clause: str, begin: int) -> Clause:
+    end = begin + len(clause)
+    objective = _OBJECTIVE.fullmatch(clause)
+    if objective is not None:
+        verb = "minimize" if objective[1].lower().startswith("min") else "maximize"
+        if not objective[2]:
+            raise pointing(text, begin, end, f"{verb} needs a figure", repr(clause), f"{verb} latency_ms")
+        at = begin + objective.start(2)
+        return Clause(verb, _figure(text, objective[2], at), 0.0, begin, end)
+    limit = _LIMIT.fullmatch(clause)
+    if limit is None:
+        word = clause.split()[0]
+        remedy = _suggest(word, ("minimize", "maximize", *FIGURES))
+        expected = "minimize FIGURE, maximize FIGURE or FIGURE<=VALUE"
+        raise pointing(text, begin, end, "a clause of the goal can't be read", repr(clause), expected, remedy)
+    figure = _figure(text, limit[1], begin)
+    op = _OPERATORS.get(limit[2])
+    if op is None:
+        at = begin + limit.start(2)
+        what = f"{limit[2]} is no comparison of a goal"
+        near = ">=" if limit[2].startswith(">") else "<="
+        raise pointing(text, at, at + len(limit[2]), what, limit[2], "<= or >=", f"write {figure}{near}{limit[3]}")
+    return Clause(op, figure, _value(text, figure, limit[3], begin + limit.start(3)), begin, end)
+
+
+def _figure(text: str, word: str, at: int) -> str:
+    if word in FIGURES:
+        return word
+    expected = f"one of {', '.join(FIGURES)}"
+    raise pointing(text, at, at + len(word), "the goal names an unknown figure", repr(word), expected, nearest(word))
+
+
+def _value(text: str, figure: str, word: str, at: int) -> float:
+    match = _VALUE.fullmatch(word)
+    units = UNITS[figure]
+    known = ", ".join(unit for unit in units if unit) or "none"
+    if match is None:
+        what = f"the value of {figure} is no number"
+        expected = f"a number, with a unit of: {known}"
+        raise pointing(text, at, at + len(word), what, repr(word), expected, _help(figure))
+    if match[2] not in units:
+        what = f"{figure} does not take this unit"
+        where = at + match.start(2)
+        raise pointing(text, where, where + len(match[2]), what, repr(match[2]), f"a unit of: {known}", _help(figure))
+    value = float(Decimal(match[1]) * units[match[2]])
+    try:
+        return checked(figure, value)
+    except GoalError as error:
+        raise pointing(text, at, at + len(word), error.what, error.got, error.expected, error.remedy) from None
+
+
+def checked(figure: str, value: float) -> float:
+    """The value of a limit as a float.
+
+    Raises:
+        GoalError: It is not finite, or below 0 for a figure that can't be.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise GoalError(f"the limit of {figure} is no finite number", got=repr(value), expected="a finite number")
+    if value < 0 and figure != "metric" and figure not in METRICS:
+        raise GoalError(f"{figure} is never below 0", got=value, expected="a number of at least 0")
+    return float(value) + 0.0  # minus zero would be written as another goal
+
+
+def exact(figure: str, value: float) -> str:
+    """A value that reads back to the same bits: shares in %, everything else in the figure's own unit."""
+    number = Decimal(repr(value))
+    percent = figure in ("drop", "relative_drop")
+    number = number.scaleb(2) if percent else number
+    plain = -6 < number.adjusted() < 16
+    digits = format(number.normalize(), "f" if plain else "e") if number else "0"
+    return digits + ("%" if percent else "")
+
+
+def nearest(word: str) -> str | None:
+    """ "did you mean latency_ms?" """
+    near = _NEARBY.get(word.lower())
+    return f"did you mean {near}?" if near else _suggest(word, FIGURES)
+
+
+def _suggest(word: str, known: tuple[str, ...]) -> str | None:
+    near = difflib.get_close_matches(word.lower(), known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else None
+
+
+def _help(figure: str) -> str | None:
+    return DROP_HELP if figure in ("drop", "relative_drop") else None
+
+
+def pointing(
+    text: str, start: int, end: int, what: str, got: object, expected: object, remedy: str | None = None
+) -> GoalError:
+    """A GoalError whose first lines show the goal with carets under the word."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    carets = " " * start + "^" * max(1, end - start)
+    return GoalError(f"{what}\n    {line}\n    {carets}", got=got, expected=expected, remedy=remedy)

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penjing.errors import RecipeError
+from penjing.plan import QuantSpec
+from penjing.quantize.affine import scale_and_zero_point
+from penjing.quantize.histogram import Histogram
+from penjing.quantize.ranges import ESTIMATORS, PERCENTILE, estimate
+
+UNSIGNED = {"signed": False, "symmetric": False}
+
+
+def histogram_of(*batches, bins=256):
+    histogram = Histogram(bins)
+    for batch in batches:
+        histogram.update(torch.as_tensor(batch))
+    return histogram
+
+
+def squared_error(histogram, low, high, spec):
+    """Of the histogram's own data, every bin for itself, in plain Python."""
+    scale, zero = (v.item() for v in scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec))
+    smallest, largest = spec.limits
+    total = 0.0
+    for center, count in zip(histogram.centers.tolist(), histogram.counts.tolist(), strict=True):
+        if count:
+            q = min(max(round(center / scale) + zero, smallest), largest)
+            total += count * ((q - zero) * scale - center) ** 2
+    return total
+
+
+SPECS = st.builds(
+    lambda bits, format: QuantSpec(bits=bits, signed=format != "u", symmetric=format == "s"),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from(["u", "s", "a"]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=30), SPECS)
+def test_the_smallest_error_is_never_above_that_of_the_extremes(values, spec):
+    histogram = histogram_of(values)
+    found = squared_error(histogram, *ESTIMATORS["mse"](histogram, spec), spec)
+    extremes = squared_error(histogram, *ESTIMATORS["minmax"](histogram, spec), spec)
+    assert found <= extremes * (1 + 1e-6) + 1e-12
+
+
+def test_it_cuts_an_outlier_at_four_bits():
+    torch.manual_seed(0)
+    histogram = histogram_of(torch.cat([torch.randn(20_000), torch.tensor([40.0])]))
+    spec = QuantSpec(bits=4)
+    low, high = ESTIMATORS["mse"](histogram, spec)
+    assert -8 < low < 0 < high < 8
+    assert squared_error(histogram, low, high, spec) < 0.2 * squared_error(histogram, -40.0, 40.0, spec)
+
+
+def test_it_cuts_the_end_that_has_the_outlier():
+    torch.manual_seed(0)
+    histogram = histogram_of(torch.cat([torch.rand(20_000) * 3 - 1, torch.tensor([60.0])]))
+    spec = QuantSpec(bits=4, **UNSIGNED)
+    low, high = ESTIMATORS["mse"](histogram, spec)
+    best = min(
+        squared_error(histogram, -1.0 * a, 60.0 * b, spec)
+        for a in torch.linspace(1, 0.1, 8).tolist()
+        for b in torch.linspace(1, 0.01, 40).tolist()
+    )
+    assert squared_error(histogram, low, high, spec) <= 1.1 * best
+
+
+def test_extremes_are_those_of_all_batches():
+    histogram = histogram_of([1.0, 5.0], [-2.0, 3.0])
+    assert ESTIMATORS["minmax"](histogram, QuantSpec()) == (-2.0, 5.0)
+
+
+def test_the_moving_average_forgets_a_first_outlier():
+    histogram = histogram_of([0.0, 100.0], *[[0.0, 1.0]] * 60)
+    low, high = ESTIMATORS["moving_average"](histogram, QuantSpec())
+    assert low == 0.0
+    assert high == pytest.approx(1 + 99 * 0.9**60)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_percentile_agrees_with_sorting_all_values(seed):
+    x = torch.randn(60_000, generator=torch.Generator().manual_seed(seed)).exp()
+    histogram = histogram_of(x, bins=8192)
+    low, high = ESTIMATORS["percentile"](histogram, QuantSpec())
+    tail = (1 - PERCENTILE / 100) / 2
+    ordered = x.sort().values.tolist()
+    width = 2 * histogram.limit / 8192
+    assert low == pytest.approx(ordered[int(tail * len(ordered))], abs=2 * width)
+    assert high == pytest.approx(ordered[-1 - int(tail * len(ordered))], abs=2 * width)
+    assert float((x > high).float().mean()) <= tail + 2e-4
+    assert high < float(x.max())
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_a_value_that_never_changes_is_kept(name, value):
+    histogram = histogram_of([value] * 10, [value] * 10)
+    spec = QuantSpec(range=name, **UNSIGNED)
+    low, high = estimate(histogram, spec)
+    scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
+    q = torch.clamp(torch.round(value / scale) + zero, 0, 255)
+    assert float((q - zero) * scale) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_ranges_lie_within_the_extremes(name):
+    torch.manual_seed(1)
+    histogram = histogram_of(*[torch.randn(500) for _ in range(4)])
+    low, high = estimate(histogram, QuantSpec(range=name, **UNSIGNED))
+    assert histogram.low <= low < high <= histogram.high
+
+
+def test_an_unknown_estimator_is_named_with_those_that_exist():
+    with pytest.raises(RecipeError) as caught:
+        estimate(histogram_of([1.0]), QuantSpec(range="entropy"))
+    assert caught.value.got == "entropy"
+    assert "percentile" in caught.value.expected
