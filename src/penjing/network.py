@@ -20,6 +20,7 @@ import inspect
 import operator
 import re
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ from torch.utils import _pytree as pytree
 from penjing.errors import ExportError, TaskError
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
+# Copying a graph module makes torch warn about its own pytree; nobody who uses Penjing can mend that.
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 MAX_BATCH = 4096
 
 # How operators are called in plans, costs and records. What is not listed is called as ATen calls it.
@@ -214,7 +217,7 @@ def operator_name(node: fx.Node) -> str:
     """ATen's name of a functional node without overload and without the trailing underscore of in-place forms."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__.rstrip("_")
+        return str(target.overloadpacket.__name__).rstrip("_")
     return getattr(target, "__name__", str(target))
 
 

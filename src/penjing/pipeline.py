@@ -286,8 +286,20 @@ def _layers(
             group[row.kind] = group.get(row.kind, 0) + 1
         if manifest.precision in INTEGER and executed != "int8" and row.kind in COUNTED:
             reason = plan.floats.get(row.name) or _why_float(planned, executed, manifest.runtime)
-        rows.append(replace(row, planned=planned, executed=executed, reason=reason))
+        stored = _weight_bytes(made.network, row, plan)
+        rows.append(replace(row, planned=planned, executed=executed, reason=reason, weight_bytes=stored))
     return tuple(rows), counts["int8"], counts["float"]
+
+
+def _weight_bytes(network: fx.GraphModule, row: LayerRow, plan: Plan) -> int:
+    """Bytes of a layer's parameters as the artifact stores them: integer weights, int32 biases."""
+    entry = plan.entries.get(f"{row.name}:weight")
+    if entry is None or not row.weight_bytes:
+        return row.weight_bytes
+    weight = network.get_submodule(row.name.split("@")[0]).weight
+    assert isinstance(weight, torch.Tensor)
+    saved = weight.numel() * weight.element_size() - -(-weight.numel() * entry.spec.bits // 8)
+    return row.weight_bytes - saved
 
 
 def _why_float(planned: str, executed: str | None, runtime: str) -> str:

@@ -233,12 +233,12 @@ def _attention(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
 def _recurrent(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
     # Every matrix of every layer and direction (gates × inputs, gates × state, projection) once per sample and step.
     x = values["input"] if "input" in values else values["data"]
-    return x.numel() // x.shape[-1] * sum(p.numel() for p in values["params"] if p.dim() == 2)
+    return int(x.numel() // x.shape[-1] * sum(p.numel() for p in values["params"] if p.dim() == 2))
 
 
 def _cell(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
     x = values["input"]
-    return x.numel() // x.shape[-1] * int(values["w_ih"].numel() + values["w_hh"].numel())
+    return int(x.numel() // x.shape[-1] * (values["w_ih"].numel() + values["w_hh"].numel()))
 
 
 def _einsum(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:

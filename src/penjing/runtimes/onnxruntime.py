@@ -77,7 +77,11 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     import onnxruntime
 
     source = folder / manifest.programs[0].files[0]
-    sites = {node.name for node in onnx.load(str(source), load_external_data=False).graph.node}
+    nodes = onnx.load(str(source), load_external_data=False).graph.node
+    if manifest.precision == "fp32":
+        # It never lowers a precision of its own accord, and its layout transformer drops the nodes' names.
+        return [Executed((node.name,), node.op_type, "fp32") for node in nodes]
+    sites = {node.name for node in nodes}
     with tempfile.TemporaryDirectory() as aside:
         optimized = Path(aside) / "optimized.onnx"
         options = _options(1)
@@ -94,8 +98,8 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
 
 def _origin(name: str, sites: set[str]) -> str | None:
     """Fusions append to a node's name ("conv1_token_3"): the longest known name that it starts with."""
-    known = [s for s in sites if s and (name == s or name.startswith((f"{s}_", f"{s}/", f"{s}|")))]
-    return max(known, key=len).split("|")[0] if known else None
+    known = [s for s in sites if s and (name == s or name.startswith((f"{s}_", f"{s}/")))]
+    return max(known, key=len) if known else None
 
 
 LOAD = '''\

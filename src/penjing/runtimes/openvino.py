@@ -102,8 +102,10 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
 
 
 def _origin(name: str) -> str:
-    """The ONNX reader appends what it made of a node: "conv1/WithoutBiases"."""
-    return name.split("|")[0].removesuffix("/WithoutBiases")
+    """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
+    for made in ("/WithoutBiases", "/Dequantization", "/Fused"):
+        name = name.split(made)[0]
+    return name
 
 
 LOAD = '''\

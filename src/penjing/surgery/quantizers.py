@@ -31,7 +31,8 @@ class FakeQuantize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape in, the same shape out."""
         q = torch.ops.penjing.quantize(x, self.scale, self.zero_point, self.axis, self.low, self.high)
-        return torch.ops.penjing.dequantize(q, self.scale, self.zero_point, self.axis)
+        rounded: torch.Tensor = torch.ops.penjing.dequantize(q, self.scale, self.zero_point, self.axis)
+        return rounded
 
 
 def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
@@ -135,10 +136,11 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         return stored(layer, "weight", entry)
 
     def bias(layer: str, entry: Entry | None) -> fx.Node | None:
-        if network.get_submodule(layer).bias is None:
+        value: Any = network.get_submodule(layer).bias
+        if value is None:
             return None
         if entry is None:
-            return constant(name_for(layer, "bias", None), network.get_submodule(layer).bias.detach())
+            return constant(name_for(layer, "bias", None), value.detach())
         return stored(layer, "bias", entry)
 
     _rewire(network, plan, place, weight, bias)
@@ -200,7 +202,8 @@ def _rewire(
 
 
 def _last_input(network: fx.GraphModule) -> fx.Node:
-    return [n for n in network.graph.nodes if n.op == "placeholder"][-1]
+    last: fx.Node = [n for n in network.graph.nodes if n.op == "placeholder"][-1]
+    return last
 
 
 def _after(
