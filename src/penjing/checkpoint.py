@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import fx
+from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, OutputError
@@ -18,6 +19,15 @@ from penjing.records import write_text
 from penjing.surgery import replay
 
 EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over the names, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save(draft: Draft, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from penjing import __version__
@@ -85,6 +87,7 @@ def _compress(parsed: argparse.Namespace, messages: Console) -> int:
             batch=parsed.batch,
             device=parsed.device,
             exclude=parsed.exclude,
+            seconds=parsed.seconds,
             resume=parsed.resume,
             force=parsed.force,
             listeners=[progress],
@@ -139,7 +142,9 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     )
     for runtime, reasons in found.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
-        out.print("every convolution, linear and addition can be integer" if not reasons else "stays in floating point:")
+        out.print(
+            "every convolution, linear and addition can be integer" if not reasons else "stays in floating point:"
+        )
         for site, reason in reasons.items():
             out.print(f"  {site}: {reason}", markup=False, highlight=False)
         for note in found.notes[runtime]:
@@ -161,6 +166,7 @@ def _measure(parsed: argparse.Namespace, messages: Console) -> int:
             task=task,
             batch=parsed.batch,
             threads=parsed.threads,
+            seconds=parsed.seconds,
             events=Events(listeners=(progress,)),
         )
     if parsed.json:
@@ -193,7 +199,13 @@ def _verify(parsed: argparse.Namespace, messages: Console) -> int:
 
     task = open_task(parsed.task) if parsed.task else None
     with Progressing(messages) as progress:
-        checks = verify(parsed.folder, task, threads=parsed.threads, events=Events(listeners=(progress,)))
+        checks = verify(
+            parsed.folder,
+            task,
+            threads=parsed.threads,
+            seconds=parsed.seconds,
+            events=Events(listeners=(progress,)),
+        )
     failed = [c for c in checks if c.holds is False]
     if parsed.json:
         print(json.dumps([dataclasses.asdict(c) for c in checks], indent=2))
@@ -201,7 +213,8 @@ def _verify(parsed: argparse.Namespace, messages: Console) -> int:
         table = Table("figure", "recorded", "found now", "", title=str(parsed.folder))
         for c in checks:
             word = {True: "[green]holds[/green]", False: "[bold red]differs[/bold red]", None: "[dim]-[/dim]"}[c.holds]
-            table.add_row(c.figure, c.recorded, f"{c.found}\n[dim]{c.note}[/dim]" if c.note else c.found, word)
+            note = f"\n[dim]{escape(c.note)}[/dim]" if c.note else ""
+            table.add_row(escape(c.figure), escape(c.recorded), escape(c.found) + note, word)
         out = Console()
         out.print(table)
         held = sum(c.holds is True for c in checks)
@@ -214,20 +227,16 @@ def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
 
     machine = measure.machine(1)
     versions = measure.versions()
-    found = []
+    found: list[dict[str, Any]] = []
     for name in runtimes.names():
-        here = runtimes.installed(name)
-        accelerates = runtimes.get(name).accelerates(machine.instruction_sets) if here else None
-        found.append(
-            {
-                "runtime": name,
-                "installed": here,
-                "version": versions.get(name),
-                "precisions": list(accelerates.precisions) if accelerates else [],
-                "integer_operators": sorted(accelerates.integer) if accelerates and "int8" in accelerates.precisions else [],
-                "notes": list(accelerates.notes) if accelerates else [f"pip install 'penjing[{name}]'"],
-            }
-        )
+        row: dict[str, Any] = {"runtime": name, "installed": runtimes.installed(name), "version": versions.get(name)}
+        row |= {"precisions": [], "integer_operators": [], "notes": [f"pip install 'penjing[{name}]'"]}
+        if row["installed"]:
+            accelerates = runtimes.get(name).accelerates(machine.instruction_sets)
+            integers = sorted(accelerates.integer) if "int8" in accelerates.precisions else []
+            row |= {"precisions": list(accelerates.precisions), "integer_operators": integers}
+            row["notes"] = list(accelerates.notes)
+        found.append(row)
     if parsed.json:
         print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))
         return MET
@@ -262,6 +271,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,7 +318,9 @@ def _parser() -> argparse.ArgumentParser:
         help="limits and objectives; drop is the change for the worse in the metric's own unit (1%% = 0.01), "
         "relative_drop the one relative to the source (default: %(default)s)",
     )
-    sub.add_argument("--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)")
+    sub.add_argument(
+        "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)"
+    )
     sub.add_argument("--recipe", metavar="R.yaml", help="steps to take (default: post-training static quantization)")
     sub.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -307,8 +328,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
     sub.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
-    sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable")
-    _threads(sub)
+    sub.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable"
+    )
+    _timing(sub, 1.0)
 
     sub = command(
         "inspect",
@@ -330,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
     sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    _threads(sub)
+    _timing(sub, 2.0)
 
     sub = command(
         "verify",
@@ -340,14 +363,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", metavar="DIR", help="a run folder")
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
-    _threads(sub)
+    _timing(sub, 2.0)
 
     command("runtimes", _runtimes, "Which runtimes are here, and what each accelerates.", "penjing runtimes --json")
     return parser
 
 
-def _threads(parser: argparse.ArgumentParser) -> None:
+def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
+    parser.add_argument(
+        "--seconds", type=_duration, default=seconds, help="timed seconds per artifact (default: %(default)s)"
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ class Events:
         self.listeners = listeners
         self._shown: dict[str, float] = {}
 
+    def into(self, path: Path) -> None:
+        """From now on write to this file as well."""
+        self.path = path
+
     def __call__(self, kind: str, **values: Any) -> None:
         """Report one event."""
         if kind == "progress":

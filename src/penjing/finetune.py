@@ -7,15 +7,12 @@ AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -23,11 +20,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing import training_state
+from penjing.call import as_call, to_tensors
 from penjing.draft import Draft
-from penjing.errors import CheckpointError, PenjingError, TaskError
+from penjing.errors import PenjingError, RecipeError, TaskError
+from penjing.outputs import to_tensor
 from penjing.step import Context
-from penjing.task import as_call
-
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,7 +47,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a hook sees. `name` is "start", "gradients" (after backward), "step" (after the update), "epoch", "end"."""
+    """What a hook sees.
+
+    `name` is "start" (once in every process: after a resume `step` is above 0), "gradients" (after backward),
+    "step" (after the update), "epoch" (after a whole pass), "end".
+    """
 
     name: str
     network: nn.Module
@@ -61,18 +63,28 @@ class Moment:
 class Loss(Protocol):
     """One term of the training loss: a scalar tensor from a `Batch`."""
 
-    def __call__(self, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The term of this batch."""
+        ...
 
 
 class Hook(Protocol):
-    """Called at every `Moment`; may change weights or gradients in place."""
+    """Called at every `Moment`; may change weights or gradients in place.
 
-    def __call__(self, moment: Moment) -> None: ...
+    What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
+    """
+
+    def __call__(self, moment: Moment) -> None:
+        """Act on this moment."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """Train the network on `task.train`.
+
+    Raises:
+        RecipeError: A setting makes no sense.
 
     Attributes:
         epochs: Passes over `task.train`; fractions are allowed.
@@ -103,9 +115,16 @@ class Finetune:
     save_every_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "save_every_s"):
-            if not getattr(self, name) > 0:
-                raise TaskError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected="above 0")
+        above = ["epochs", "learning_rate", "save_every_s"]
+        above += [name for name in ("minutes", "max_grad_norm") if getattr(self, name) is not None]
+        fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
+        fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
+        fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
+        fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
+        fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
+        for name, (good, expected) in fine.items():
+            if not good:
+                raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights."""
@@ -113,14 +132,17 @@ class Finetune:
 
 
 def train(network: M, context: Context, settings: Finetune) -> M:
-    """Train `network` in place and return it in eval mode. Same seed, data and threads: same bits.
+    """Train `network` in place and return it in eval mode, where it was. Same seed, data and threads: same bits.
 
-    The loader must draw its order and its augmentation from the global generators of torch, NumPy or `random`,
-    which are seeded at the start of every epoch; then a resumed run continues to the same bits.
+    The loader must start anew at every pass and draw its order and its augmentation from the global generators of
+    torch, NumPy or `random`, which are seeded at the start of every epoch; then a resumed run continues to the same
+    bits. The state to resume from is ``finetune.pt`` in `context.folder`.
 
     Raises:
-        TaskError: The task has no training data or no loss.
-        TrainingError: The loss is not finite.
+        TaskError: The task has no training data or no loss, or they are of the wrong form.
+        TrainingError: Nothing can be trained, or the loss or a weight is not finite.
+        CheckpointError: The saved state is damaged, holds code, or belongs to other settings or another network.
+        OutputError: The state can't be saved.
     """
     return _Loop(network, context, settings).run()  # type: ignore[return-value]
 
@@ -128,14 +150,14 @@ def train(network: M, context: Context, settings: Finetune) -> M:
 def bf16_pays(device: str) -> bool:
     """Whether training in bfloat16 is native on this device."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def seed_everything(seed: int) -> None:
     """Seed the global generators of torch, NumPy and `random`."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
@@ -157,6 +179,9 @@ class _Loop:
                 expected="loss(output, target) -> scalar tensor",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
             )
+        self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
+        if self.home is None:
+            raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
         self.context, self.settings, self.data = context, settings, task.train
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
@@ -166,6 +191,7 @@ class _Loop:
             (lambda: torch.autocast(torch.device(context.device).type, torch.bfloat16)) if bf16 else nullcontext
         )
         self.path = context.folder / "finetune.pt" if context.folder else None
+        self.random_numbers: dict[str, Any] | None = None
 
     def run(self) -> nn.Module:
         if self.memory_format == torch.channels_last:
@@ -174,39 +200,59 @@ class _Loop:
                     p.data = p.data.contiguous(memory_format=torch.channels_last)
         self.optimizer = self._optimizer()
         self.step, self.epoch, self.position = 0, 0, 0
-        self.loss_sum, self.loss_count = 0.0, 0
-        random_state = self._restore()
-        if random_state is None:
+        self.loss_sum, self.loss_count = 0.0, 0.0
+        self.length = self._count_batches()
+        if not self._restore():
             self.steps = self._count_steps()
+            self._save()  # the count may come from timings: a resumed run must not count again
+        seed_everything(self.context.seed)
         self._hook("start")
         saved = time.monotonic()
         while self.step < self.steps:
-            for inputs, target in self._epoch(random_state):
-                random_state = None
+            for inputs, target in self._batches():
                 self._update(inputs, target)
-                if self.path is not None and time.monotonic() - saved > self.settings.save_every_s:
-                    self._save()
-                    saved = time.monotonic()
                 if self.step >= self.steps:
                     break
-            else:
+                if time.monotonic() - saved > self.settings.save_every_s:
+                    self._save()
+                    saved = time.monotonic()
+            if self.step < self.steps or self.position >= self.length:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._hook("epoch")
         self._hook("end")
-        for p in [*self.network.parameters(), *self.network.buffers()]:
-            p.data = p.data.contiguous()
-        self.network.zero_grad(set_to_none=True)
-        return self.network.eval()
+        return self._finished()
 
-    def _epoch(self, random_state: dict[str, Any] | None) -> Iterator[tuple[Any, Any]]:
+    def _finished(self) -> nn.Module:
+        if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
+            raise _diverged("a weight is not finite after training", ", ".join(broken[:3]))
+        for tensor in [*self.network.parameters(), *self.network.buffers()]:
+            tensor.data = tensor.data.contiguous()
+        self.network.zero_grad(set_to_none=True)
+        return self.network.to(self.home).eval()
+
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        """The rest of this epoch's batches."""
         self.network.train()
         seed_everything(self.context.seed * 1_000_003 + self.epoch)
         batches = iter(self.data)
         for _ in range(self.position):
-            next(batches)
-        if random_state is not None:
-            _set_random_state(random_state)
-        yield from batches
+            next(batches, None)
+        if self.random_numbers is not None and self.position:
+            training_state.set_random_numbers(self.random_numbers, self.context.device)
+        self.random_numbers = None
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                remedy = "several inputs stand in a tuple or a dict of their own: ((ids, mask), target)"
+                got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+                raise TaskError("a training batch is no pair", got=got, expected="(inputs, target)", remedy=remedy)
+            yield batch[0], batch[1]
+        if self.position == 0:
+            raise TaskError(
+                f"the training data gave no batch in epoch {self.epoch}",
+                got=f"a {type(self.data).__name__} that gave {self.length} before",
+                expected="data that starts anew at every pass",
+                remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
+            )
 
     def _update(self, inputs: Any, target: Any) -> None:
         rate = self._rate()
@@ -215,12 +261,7 @@ class _Loop:
         loss = self._backward(inputs, target)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is not finite at step {self.step}",
-                got=value,
-                expected="a finite number",
-                remedy=f"a learning rate below {self.settings.learning_rate:g}, or autocast='off'",
-            )
+            raise _diverged(f"the loss is not finite at step {self.step}", value)
         self._hook("gradients")
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_grad_norm)
@@ -238,17 +279,17 @@ class _Loop:
         )
 
     def _backward(self, inputs: Any, target: Any) -> torch.Tensor:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, as_call(inputs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, to_tensors(as_call(inputs)))
+        target = pytree.tree_map_only(np.ndarray, to_tensor, target)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         self.optimizer.zero_grad(set_to_none=True)
         with self.cast():
             output = self.network(*args, **kwargs)
         # Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm.
-        output = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, output)
+        output = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, output)
         batch = Batch((args, kwargs), output, target, self.network, self.step)
-        terms: Iterable[Loss] = self.settings.losses or (self._task_loss,)
-        loss = torch.stack([term(batch) for term in terms]).sum()
-        loss.backward()
+        loss = torch.stack([_scalar(term(batch)) for term in self.settings.losses or (self._task_loss,)]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def _task_loss(self, batch: Batch) -> torch.Tensor:
@@ -281,8 +322,11 @@ class _Loop:
         for hook in self.settings.hooks:
             hook(Moment(name, self.network, self.optimizer, self.step, self.steps))
 
-    def _count_steps(self) -> int:
-        length = len(self.data) if hasattr(self.data, "__len__") else sum(1 for _ in self.data)
+    def _count_batches(self) -> int:
+        try:
+            length = len(self.data)  # type: ignore[arg-type]
+        except TypeError:  # a loader of a stream has no length
+            length = sum(1 for _ in self.data)
         if length == 0:
             raise TaskError(
                 "the training data is empty",
@@ -290,96 +334,66 @@ class _Loop:
                 expected="batches of (inputs, target)",
                 remedy="a generator is exhausted after one pass: give a list or a DataLoader",
             )
-        steps = max(1, round(self.settings.epochs * length))
+        return length
+
+    def _count_steps(self) -> int:
+        steps = max(1, round(self.settings.epochs * self.length))
         if self.settings.minutes is None:
             return steps
         return max(1, min(steps, int(self.settings.minutes * 60 / self._seconds_a_step())))
 
     def _seconds_a_step(self) -> float:
-        """Median time of a few updates on a copy, so that the count of steps is a number that can be kept."""
+        """Median time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
         probe = copy.copy(self)
         probe.network = copy.deepcopy(self.network)
         probe.settings = replace(self.settings, hooks=())
         probe.optimizer = probe._optimizer()
-        probe.position, probe.steps, probe.context = 0, 1000, replace(self.context, events=lambda *a, **k: None)
-        times = []
-        for (inputs, target), _ in zip(probe._epoch(None), range(8), strict=False):
-            start = time.perf_counter()
+        probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
+        times, start = [], time.perf_counter()
+        for _, (inputs, target) in zip(range(8), probe._batches(), strict=False):
             probe._update(inputs, target)
             times.append(time.perf_counter() - start)
+            start = time.perf_counter()
         return float(np.median(times[1:] or times))
 
-    # --- saved state: tensors and plain numbers only, read with weights_only ----------------------------------
-
     def _save(self) -> None:
-        assert self.path is not None
+        if self.path is None:
+            return
         state = {
-            "settings": _settings_text(self.settings),
+            "request": self._request(),
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": _random_state(),
+            "random": training_state.random_numbers(self.context.device),
         }
-        aside = self.path.with_suffix(".new")
-        torch.save(state, aside)
-        os.replace(aside, self.path)
+        training_state.save(self.path, state)
 
-    def _restore(self) -> dict[str, Any] | None:
+    def _restore(self) -> bool:
         if self.path is None or not self.path.exists():
-            return None
-        state = _load(self.path)
-        if state.get("settings") != _settings_text(self.settings):
-            raise CheckpointError(
-                "the saved training state belongs to other settings",
-                got=state.get("settings"),
-                expected=_settings_text(self.settings),
-                remedy=f"resume with the settings of that run, or delete {self.path.name}",
-            )
-        self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
-        self.loss_sum, self.loss_count = state["numbers"][4:]
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        random_state: dict[str, Any] = state["random"]
-        return random_state
+            return False
+        with training_state.loading(self.path, self._request()) as state:
+            self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
+            self.loss_sum, self.loss_count = map(float, state["numbers"][4:])
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.random_numbers = state["random"]
+            training_state.set_random_numbers(self.random_numbers, self.context.device)
+        self.context.events("resumed", step=f"fine-tuning, {self.step} of {self.steps} steps")
+        return True
+
+    def _request(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to end in the same bits."""
+        found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
+        return {name: value for name, value in found.items() if name != "save_every_s"}
 
 
-def _settings_text(settings: Finetune) -> str:
-    plain = {k: v for k, v in vars(settings).items() if k not in ("losses", "hooks", "save_every_s")}
-    return json.dumps(plain | {"losses": [_name(x) for x in settings.losses]}, sort_keys=True)
+def _diverged(what: str, got: object) -> TrainingError:
+    remedy = "a lower learning_rate, max_grad_norm=1.0, or autocast='off'"
+    return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
 
 
-def _name(value: Any) -> str:
-    return (
-        repr(value) if hasattr(value, "__dataclass_fields__") else getattr(value, "__qualname__", type(value).__name__)
-    )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception as error:
-        raise CheckpointError(
-            "the saved training state can't be read",
-            got=f"{path}: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
-            expected="a state written by penjing.finetune: tensors and numbers, no code",
-            remedy="delete the file; the step starts anew",
-        ) from None
-
-
-def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+def _scalar(loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise TaskError("a loss is no single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")

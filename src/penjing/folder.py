@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ _OURS = (
 
 
 class RunFolder:
-    """A folder that holds one run.
+    """A folder that holds one run. Looking at it writes nothing and removes nothing; `claim` does.
 
     Raises:
         OutputError: It already holds a run (and neither `resume` nor `force` is given), holds something else, or
@@ -31,7 +32,6 @@ class RunFolder:
 
     def __init__(self, path: Path | str, *, resume: bool = False, force: bool = False) -> None:
         self.path = Path(path)
-        self.resumed = False
         if self.path.exists() and not self.path.is_dir():
             raise OutputError("the output folder is a file", got=str(self.path), expected="a folder, or nothing yet")
         held = [name for name in _OURS if (self.path / name).exists()]
@@ -50,40 +50,40 @@ class RunFolder:
                 expected="an empty folder, or a new name",
                 remedy="choose another folder with --out",
             )
-        if force and not resume:
-            self._clear(held)
         self.resumed = resume and bool(held)
-        with writing(self.path):
-            (self.path / STATE).mkdir(parents=True, exist_ok=True)
-            probe = self.path / STATE / ".probe"
-            probe.write_text("writable", encoding="utf-8")
-            probe.unlink()
+        self._replaced = [] if resume else held
+        standing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        with writing(self.path), tempfile.TemporaryFile(dir=standing) as probe:
+            probe.write(b"writable")
 
-    def _clear(self, names: list[str]) -> None:
-        with writing(self.path):
-            for name in names:
-                path = self.path / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def claim(self, request: dict[str, Any], finished: dict[str, Any] | None = None) -> None:
+        """Take the folder for a run: what it replaces is removed, and what is asked for is written down.
 
-    def claim(self, request: dict[str, Any]) -> None:
-        """Write down what is asked for; a resumed run must be asked for the same.
+        Args:
+            request: Plain data; a resumed run must be asked for the same.
+            finished: What a run that was finished had been asked for, as far as its record tells.
 
         Raises:
             OutputError: The folder's run was asked for something else; names the difference.
         """
         path = self.path / STATE / "request.json"
         plain = json.loads(json.dumps(request, default=repr))
-        if self.resumed and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [k for k in plain if before.get(k) != plain[k]]
+        before = json.loads(path.read_text(encoding="utf-8")) if self.resumed and path.exists() else finished
+        if before is not None:
+            changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 raise OutputError(
                     f"the run in this folder was asked for another {', '.join(changed)}",
                     got=f"{changed[0]} = {plain[changed[0]]}",
-                    expected=f"{changed[0]} = {before.get(changed[0])}",
+                    expected=f"{changed[0]} = {before[changed[0]]}",
                     remedy="resume with the same request, or start anew with --force",
                 )
             return
+        with writing(self.path):
+            for name in self._replaced:
+                old = self.path / name
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            (self.path / STATE).mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plain, indent=1) + "\n")
 
     def kept(self, name: str) -> Any:

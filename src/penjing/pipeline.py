@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ from torch import fx
 from penjing import checkpoint, measure, runtimes
 from penjing.analyze.cost import cost
 from penjing.draft import Draft
+from penjing.errors import PenjingError, TaskError
 from penjing.events import Events
-from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder
+from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder, writing
 from penjing.network import sites
-from penjing.outputs import flatten_outputs, numpy_predictor
+from penjing.outputs import flatten_outputs, numpy_predictor, to_numpy
 from penjing.plan import Plan
 from penjing.recipe import Recipe
 from penjing.records import Candidate, LayerRow, Measured, Parity, StepCost, from_dict
@@ -29,6 +32,7 @@ from penjing.runtimes.loader import write_loader
 from penjing.step import Context, Step
 from penjing.surgery import freeze, insert
 from penjing.task import Call, Task, calibration_calls
+from penjing.usercode import line_of
 
 EVIDENCE_SAMPLES = 32
 INTEGER = ("int8", "int8-bf16")
@@ -60,6 +64,7 @@ class Run:
     device: str
     threads: int
     batch: int
+    seconds: float
     instruction_sets: tuple[str, ...]
     memo: dict[Any, Any] = field(default_factory=dict)
     costs: list[StepCost] = field(default_factory=list)
@@ -100,20 +105,33 @@ def source(run: Run) -> tuple[Manifest, Any]:
         leaves, structure = flatten_outputs(run.network(*args, **kwargs))
     if not (run.folder.path / SOURCE).exists():
         with run.costing("export source"), run.folder.building(SOURCE) as aside:
-            manifest = build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
+            build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
+    manifest = read_manifest(run.folder.path / SOURCE)
+    evidence = run.folder.path / EVIDENCE
+    if not evidence.exists():
         inputs = arrange(manifest.programs[0].inputs, *_numpy(args, kwargs))
-        with (run.folder.path / EVIDENCE).open("wb") as file:
-            np.savez(file, **_named("input", inputs), **_named("source", [t.numpy() for t in leaves]))
-    return read_manifest(run.folder.path / SOURCE), structure
+        arrays: dict[str, Any] = _named("input", inputs) | _named("source", [to_numpy(t) for t in leaves])
+        aside_file = evidence.with_name(f".{EVIDENCE}.new")
+        with writing(run.folder.path):
+            with aside_file.open("wb") as file:
+                np.savez(file, **arrays)
+            os.replace(aside_file, evidence)
+    return manifest, structure
 
 
-def draft(run: Run, recipe: Recipe, runtime: str) -> Draft:
-    """The draft after all steps; steps before the first that depends on the runtime run once for all runtimes."""
+def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
+    """The draft after all steps; steps before the first that depends on the runtime run once for all runtimes.
+
+    A floating-point variant takes those alone: what is made for one runtime's integers (ranges, corrected biases) is
+    of no use to it.
+    """
     current = Draft(run.network)
     where = "all"
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
-            where = runtime
+            if variant.precision not in INTEGER:
+                break
+            where = variant.runtime
         key = (where, position)
         if key not in run.memo:
             run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
@@ -143,12 +161,14 @@ def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any
     return manifest
 
 
-def candidate(run: Run, recipe: Recipe, variant: Variant, structure: Any, metric: Callable[[Any], float] | None) -> Candidate:
+def candidate(
+    run: Run, recipe: Recipe, variant: Variant, structure: Any, metric: Callable[[Any], float] | None
+) -> Candidate:
     """Build one artifact and measure all but its latency, which is measured side by side with the others."""
     if kept := run.folder.kept(variant.name):
         run.events("resumed", candidate=variant.name)
         return from_dict(Candidate, kept)
-    made = draft(run, recipe, variant.runtime)
+    made = draft(run, recipe, variant)
     where = f"{CANDIDATES}/{variant.name}"
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
         build(made, variant.runtime, variant.precision, run.task, structure, aside)
@@ -159,7 +179,7 @@ def candidate(run: Run, recipe: Recipe, variant: Variant, structure: Any, metric
         plan = made.plan if variant.precision in INTEGER else Plan()
         parity = _parity(run, session, made.network, plan)
         rows, integer, floating = _layers(run, made, plan, manifest, folder)
-        value = metric(predictor(session, manifest)) if metric else None
+        value = metric_of(metric, predictor(session, manifest), variant.name) if metric else None
         del session
         packed = _packed(run, folder, manifest)
     found = Candidate(
@@ -195,9 +215,45 @@ def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Ti
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
     with run.costing("measure latency"):
-        timings = measure.compare(targets, threads=run.threads, events=run.events)
+        timings = measure.compare(targets, threads=run.threads, seconds=run.seconds, events=run.events)
     run.folder.keep("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
     return timings
+
+
+def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name: str) -> float:
+    """The task's metric on one network.
+
+    Args:
+        metric: The task's `evaluate` or `select`.
+        predict: The network, NumPy in, NumPy out.
+        name: What is evaluated, for errors.
+
+    Raises:
+        TaskError: It raised (names the line), or what it returned is no finite number.
+    """
+    try:
+        value = metric(predict)
+    except PenjingError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"the task's metric raised {type(error).__name__} on {name}",
+            got=f"{error} ({line_of(error)})",
+            expected="evaluate(predict) -> float, where predict maps NumPy inputs to NumPy outputs",
+            remedy="try it on a predict of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
+        ) from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TaskError(
+            f"the task's metric of {name} is no finite number",
+            got=repr(value),
+            expected="evaluate(predict) -> float",
+            remedy="return one number from evaluate",
+        )
+    return number
 
 
 def timed(measured: Measured, timing: measure.Timing) -> Measured:
@@ -261,7 +317,7 @@ def _parity(run: Run, session: Any, network: fx.GraphModule, plan: Plan) -> tupl
         original = [data[k] for k in data.files if k.startswith("source_")]
     args, kwargs = evidence_call(run.task)
     with torch.no_grad():
-        planned = [t.numpy() for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
+        planned = [to_numpy(t) for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
     outputs = session.run(inputs)
     return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
 
@@ -271,7 +327,7 @@ def _layers(
 ) -> tuple[tuple[LayerRow, ...], dict[str, int], dict[str, int]]:
     """Rows with what the runtime really executed, and the operators counted by kind: integer and floating point."""
     precision: dict[str, str] = {}
-    for operator in runtimes.get(manifest.runtime).executed(folder, manifest):
+    for operator in runtimes.executed(folder, manifest):
         for name in operator.sites:
             precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
     found = sites(made.network)

@@ -19,6 +19,7 @@ from penjing.step import Step
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
     "quantize.Static": quantize.Static,
+    "quantize.BiasCorrection": quantize.BiasCorrection,
 }
 """Every step by the name that it has in a YAML recipe."""
 
@@ -60,6 +61,12 @@ class Recipe:
                     got=" → ".join(type(s).__name__ for s in self.steps),
                     expected="Finetune before Static: the ranges belong to the weights that they were measured on",
                     remedy="put Finetune first",
+                )
+            if isinstance(step, quantize.BiasCorrection) and quantized is None:
+                raise RecipeError(
+                    "bias correction has nothing to correct yet",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected="quantize.Static before quantize.BiasCorrection",
                 )
             if isinstance(step, quantize.Static):
                 if quantized is not None:

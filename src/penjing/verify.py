@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from penjing import measure, records, runtimes
-from penjing.errors import RecordError
+from penjing.errors import ArtifactError, RecordError
 from penjing.folder import ARTIFACT, EVIDENCE, SOURCE
 from penjing.records import Candidate, Parity, Record
 from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
@@ -50,8 +51,8 @@ def verify(
         events: Progress of the timing.
 
     Raises:
-        RecordError: There is no record.
-        ArtifactError: The artifact can't be opened.
+        RecordError: There is no record, or no evidence beside it.
+        ArtifactError: The artifact is not there.
     """
     folder = Path(folder)
     record = records.read(folder)
@@ -59,9 +60,14 @@ def verify(
     if chosen is None:
         raise RecordError("the record has no artifact", got=record.goal.reason, expected="a run with an artifact")
     manifest = read_manifest(folder / ARTIFACT)
-    checks = [_hashes(folder, chosen), _size(folder, chosen, manifest), _operators(folder, chosen, manifest)]
+    checks = [_hashes(folder, chosen), _size(folder, chosen, manifest)]
     used = threads or record.machine.threads
-    session = runtimes.open_artifact(folder / ARTIFACT, used)
+    try:
+        session = runtimes.open_artifact(folder / ARTIFACT, used)
+        checks.append(_operators(folder, chosen, manifest))
+    except ArtifactError as error:
+        # Damaged files say so in a check: whoever verifies wants to know that, and not why a runtime stumbled.
+        return (*checks, Check(f"opens in {manifest.runtime}", "yes", f"no: {error.got}", False))
     checks += _parities(folder, chosen, session)
     checks += _speed(folder, record, chosen, manifest, used, seconds, events)
     if task is not None:
@@ -70,7 +76,8 @@ def verify(
 
 
 def _hashes(folder: Path, chosen: Candidate) -> Check:
-    changed = [n for n, digest in chosen.sha256.items() if measure.sha256(folder / ARTIFACT / n) != digest]
+    plain = {n: folder / ARTIFACT / Path(n).name for n in chosen.sha256}  # never a file outside the folder
+    changed = [n for n, path in plain.items() if not path.is_file() or measure.sha256(path) != chosen.sha256[n]]
     found = f"changed: {', '.join(changed)}" if changed else f"{len(chosen.sha256)} files, all equal"
     return Check("SHA-256 of the files", f"{len(chosen.sha256)} files", found, not changed)
 
@@ -84,7 +91,7 @@ def _size(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
 def _operators(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
     kinds = {row.name: row.kind for row in chosen.layers}
     precision: dict[str, str] = {}
-    for operator in runtimes.get(manifest.runtime).executed(folder / ARTIFACT, manifest):
+    for operator in runtimes.executed(folder / ARTIFACT, manifest):
         for site in operator.sites:
             precision[site] = "int8" if precision.get(site) == "int8" else operator.precision
     counted: dict[str, int] = {}
@@ -100,8 +107,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _parities(folder: Path, chosen: Candidate, session: Any) -> list[Check]:
-    with np.load(folder / EVIDENCE, allow_pickle=False) as data:
-        stored = {key: data[key] for key in data.files}
+    stored = _evidence(folder)
     outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
     checks = []
     for recorded in chosen.parity:
@@ -111,6 +117,20 @@ def _parities(folder: Path, chosen: Candidate, session: Any) -> list[Check]:
             holds = found.largest <= recorded.largest * (1 + PARITY_TOLERANCE) + 1e-5
             checks.append(Check(f"parity with {recorded.against}", _parity(recorded), _parity(found), holds))
     return checks
+
+
+def _evidence(folder: Path) -> dict[str, np.ndarray]:
+    """Inputs of a few samples, and what the source answered, as the run stored them."""
+    try:
+        with np.load(folder / EVIDENCE, allow_pickle=False) as data:
+            return {key: data[key] for key in data.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RecordError(
+            "the evidence can't be read",
+            got=f"{folder / EVIDENCE}: {error}",
+            expected=f"the {EVIDENCE} that the run wrote",
+            remedy="run `penjing compress` again",
+        ) from None
 
 
 def _parity(parity: Parity) -> str:
@@ -149,10 +169,8 @@ def _speed(
 
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
     """Inputs of one call: the stored evidence where there is some, zeros otherwise."""
-    path = folder / EVIDENCE
-    if path.exists():
-        with np.load(path, allow_pickle=False) as data:
-            inputs = [data[k] for k in data.files if k.startswith("input_")]
+    if (folder / EVIDENCE).exists():
+        inputs = [array for name, array in _evidence(folder).items() if name.startswith("input_")]
         return [np.concatenate([x] * -(-batch // len(x)))[:batch] if x.ndim else x for x in inputs]
     sizes = [[batch if i == 0 else 8 if isinstance(n, str) else n for i, n in enumerate(p.shape)] for p in ports]
     return [np.zeros(size, dtype=port.dtype) for size, port in zip(sizes, ports, strict=True)]

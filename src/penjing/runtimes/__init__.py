@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from penjing.errors import ArtifactError, MissingDependency, UsageError
+from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.plan import Accelerates
 from penjing.runtimes.artifact import Executed, Manifest, read_manifest
 
@@ -91,9 +93,28 @@ def open_artifact(folder: Path | str, threads: int) -> Session:
     folder = Path(folder)
     manifest = read_manifest(folder)
     runtime = get(manifest.runtime)
-    try:
+    with _opening(folder, manifest):
         return runtime.open_session(folder, manifest, threads)
-    except (RuntimeError, ValueError, OSError) as error:
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """The operators of the graph that the artifact's runtime made of it.
+
+    Raises:
+        ArtifactError: The runtime can't read it.
+    """
+    runtime = get(manifest.runtime)
+    with _opening(folder, manifest):
+        return runtime.executed(folder, manifest)
+
+
+@contextlib.contextmanager
+def _opening(folder: Path, manifest: Manifest) -> Iterator[None]:
+    try:
+        yield
+    except PenjingError:
+        raise
+    except Exception as error:  # each runtime has exceptions of its own
         raise ArtifactError(
             f"{manifest.runtime} can't open the artifact",
             got=f"{folder}: {' '.join(str(error).split())[:400]}",

@@ -90,11 +90,15 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (ValueError, RecordError) as error:
         raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: {error}") from None
+    if not manifest.programs or not all(program.files for program in manifest.programs):
+        raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: a program without files", expected="a program")
     for name in manifest.files():
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".", ".."):
             raise ArtifactError(f"{MANIFEST} names a file outside its folder", got=name, expected="a plain file name")
         if not (folder / name).is_file():
-            raise ArtifactError("a file of the artifact is missing", got=str(folder / name), expected=list(manifest.files()))
+            raise ArtifactError(
+                "a file of the artifact is missing", got=str(folder / name), expected=list(manifest.files())
+            )
     return manifest
 
 

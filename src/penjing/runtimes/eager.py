@@ -11,9 +11,10 @@ import torch
 
 from penjing.network import export as export_network
 from penjing.network import input_names
-from penjing.plan import GENERIC, Accelerates
-from penjing.runtimes.artifact import Executed, Manifest, Port, Program
 from penjing.outputs import flatten_outputs, output_names
+from penjing.plan import GENERIC, Accelerates
+from penjing.pt2 import open_program
+from penjing.runtimes.artifact import Executed, Manifest, Port, Program
 
 
 def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
@@ -31,7 +32,9 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         torch.export.save(program, folder / "model.pt2")
     args, kwargs = call
     values = [*args, *kwargs.values()]
-    inputs = tuple(_port(n, v, dynamic, i) for i, (n, v) in enumerate(zip(input_names(network, *call), values, strict=True)))
+    inputs = tuple(
+        _port(n, v, dynamic, i) for i, (n, v) in enumerate(zip(input_names(network, *call), values, strict=True))
+    )
     with torch.no_grad():
         outputs, _ = flatten_outputs(network(*args, **kwargs))
     ports = tuple(_port(n, v, None, 0) for n, v in zip(output_names(structure), outputs, strict=True))
@@ -55,7 +58,7 @@ class _Session:
         torch.set_num_threads(threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.module = torch.export.load(path).module(check_guards=False)
+            self.module = open_program(path).module(check_guards=False)
         self.keywords = [k for k in manifest.settings.get("keywords", "").split(",") if k]
 
     @torch.inference_mode()

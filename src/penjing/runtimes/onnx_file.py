@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -71,10 +73,12 @@ def write(
 
 
 def _translations() -> dict[Any, Any]:
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     def quantize(x, scale, zero_point, axis: int, low: int, high: int):  # type: ignore[no-untyped-def]
-        if low in (-128, 0) and high in (127, 255):
+        if (low, high) in ((-128, 127), (0, 255)):
             return op.QuantizeLinear(x, scale, zero_point, axis=axis)
         # A narrow range has no ONNX type of its own: clip in integers, where the edges are exact.
         q = op.QuantizeLinear(x, scale, zero_point, axis=axis)
@@ -123,12 +127,21 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
 
 def _kind_of(node: Any, stored: set[str]) -> str | None:
     """The kind of operator (see `penjing.network.kind`) that an ONNX node is; None where it is not looked for."""
-    computed = [name for name in node.input if name not in stored]
-    if node.op_type in ("Add", "Mul") and len(computed) == 2:
-        return node.op_type.lower()
+    made_of = _made_of(node)
+    if node.op_type in ("Add", "Mul"):
+        computed = [name for name in node.input if name not in stored]
+        word = str(node.op_type).lower()
+        return word if len(computed) == 2 and made_of == word else None
     if node.op_type == "MatMul":
-        return "matmul"
+        return made_of if made_of == "linear" else "matmul" if made_of in ("matmul", "mm", "bmm") else None
     return _ONNX_KINDS.get(node.op_type)
+
+
+def _made_of(node: Any) -> str:
+    """The ATen operator that the exporter translated: one of several nodes of a linear layer or of an attention."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    found = re.search(r"target=torch\.ops\.aten\.(\w+?)_?\.", notes.get("pkg.torch.onnx.fx_node", ""))
+    return found[1] if found else ""
 
 
 _ONNX_KINDS = {
@@ -166,7 +179,10 @@ def _pool_globally(model: Any) -> None:
         pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
         new = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
         if not keeps:
-            new.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flat", axis=1))
+            # Quantizers move through Squeeze to the pooling's side, through Flatten they do not.
+            square = f"{node.name}_axes"
+            graph.initializer.append(numpy_helper.from_array(np.array([2, 3], dtype=np.int64), square))
+            new.append(helper.make_node("Squeeze", [pooled, square], [node.output[0]], name=f"{node.name}_flat"))
         del graph.node[position]
         for offset, made in enumerate(new):
             graph.node.insert(position + offset, made)

@@ -36,8 +36,8 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.onnx."""
-    from penjing.runtimes import onnx_file
     from penjing.outputs import output_names
+    from penjing.runtimes import onnx_file
 
     inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), folder / "model.onnx")
     program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,15 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     """Write model.xml and model.bin, by way of ONNX."""
     import openvino
 
-    from penjing.runtimes import onnx_file
     from penjing.outputs import output_names
+    from penjing.runtimes import onnx_file
 
     onnx_path = folder / "crossing.onnx"
     try:
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
         # convert_model folds constants, read_model does not: a third of the XML.
         model = openvino.convert_model(str(onnx_path))
+        _name(model, onnx_path)
         openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
         del model
     finally:
@@ -58,6 +60,28 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
     )
+
+
+def _name(model: Any, onnx_path: Path) -> None:
+    """Give the operators names that are their sites, and the same at every export.
+
+    The reader calls an operator that computes an output by the output's name, and others by their number in this
+    process.
+    """
+    import onnx
+
+    graph = onnx.load(str(onnx_path), load_external_data=False).graph
+    nodes = graph.node
+    known = {part.name for part in (*nodes, *graph.initializer, *graph.input)}
+    sites = {tensor: node.name for node in nodes for tensor in node.output}
+    for result in model.get_results():
+        value = result.input_value(0)
+        for tensor in value.get_names() & sites.keys():
+            value.get_node().set_friendly_name(sites[tensor])
+    for position, op in enumerate(model.get_ordered_ops()):
+        name = op.get_friendly_name()
+        if name.partition("/")[0] not in known and name not in known and re.search(r"_\d+", name):
+            op.set_friendly_name(f"{op.get_type_name()}#{position}")
 
 
 def _compile(folder: Path, manifest: Manifest, threads: int) -> Any:
@@ -105,7 +129,7 @@ def _origin(name: str) -> str:
     """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
     for made in ("/WithoutBiases", "/Dequantization", "/Fused"):
         name = name.split(made)[0]
-    return name
+    return name.removesuffix("_original")
 
 
 LOAD = '''\

@@ -14,26 +14,27 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import penjing
-from penjing import checkpoint, measure, pipeline, runtimes
+from penjing import checkpoint, measure, pipeline, records, runtimes
 from penjing.draft import Draft
-from penjing.errors import MissingDependency, PenjingError
+from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events, Listener
 from penjing.finetune import seed_everything
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
 from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
-from penjing.quantize import Static
+from penjing.quantize import BiasCorrection, Static
 from penjing.recipe import Recipe
 from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, from_dict, to_json, write_text
 from penjing.report import html
-from penjing.runtimes.artifact import read_manifest
+from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
+from penjing.search import request as requests
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
-from penjing.task import Task, agreement_task, calibration_calls, fingerprint
+from penjing.task import Task, agreement_task
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
@@ -77,6 +78,7 @@ def compress(
     batch: int = 1,
     device: str = "cpu",
     exclude: Sequence[str] = (),
+    seconds: float = 1.0,
     resume: bool = False,
     force: bool = False,
     listeners: Sequence[Listener] = (),
@@ -92,13 +94,14 @@ def compress(
         task: The user's data and metric.
         goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
         runtime: One or several of ``penjing runtimes``; None takes all that are installed.
-        recipe: Steps to take; None is post-training static quantization.
+        recipe: Steps to take; None is post-training static quantization with bias correction.
         out: The run folder.
         seed: Same seed, data, machine kind and threads: same artifact.
         threads: Threads of the runtimes; None takes every core.
         batch: Samples of a timed call.
         device: Where training steps run.
         exclude: Name patterns that stay in floating point, when `recipe` is None.
+        seconds: Timed seconds per artifact.
         resume: Go on with the run in `out`.
         force: Replace the run in `out`.
         listeners: Called with every event (a dict).
@@ -108,19 +111,25 @@ def compress(
     """
     goal = Goal.parse(goal) if isinstance(goal, str) else goal
     names = _runtimes(runtime)
-    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)))
+    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), BiasCorrection())
     threads = threads or measure.machine(1).cores
     machine = measure.machine(threads)
     folder = RunFolder(out, resume=resume, force=force)
-    if folder.resumed and (folder.path / RECORD).exists():
-        return Result(penjing.records.read(folder.path), folder.path)
-    events = Events(folder.path / EVENTS, tuple(listeners))
+    events = Events(listeners=tuple(listeners))
     torch.set_num_threads(threads)
     seed_everything(seed)
+    requests.check_goal(goal, task)
     opened = open_source(model, task=task)
-    run, task = _start(opened, task, folder, events, seed, device, threads, batch, machine.instruction_sets)
-    data = _data(task)
-    folder.claim(_request(opened, goal, steps, names, seed, batch, threads, data))
+    run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
+    requests.check_recipe(steps, run.network, task)
+    data = requests.data_hashes(task)
+    kept = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
+    wanted = requests.request(run, opened.name, goal, steps, names, data)
+    folder.claim(wanted, requests.asked(kept) if kept is not None else None)
+    if kept is not None:
+        folder.finish()
+        return Result(kept, folder.path)
+    events.into(folder.path / EVENTS)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
     metrics = _source_metrics(run, task)
@@ -209,11 +218,12 @@ def _start(
     device: str,
     threads: int,
     batch: int,
+    seconds: float,
     instruction_sets: tuple[str, ...],
 ) -> tuple[Run, Task]:
     events("stage", name="raise")
     network = raise_network(opened.module, *task.call(), task.dynamic)
-    if task.evaluate is None:
+    if task.evaluate is None and task.calibration is not None:
         task = agreement_task(task, network)
     made = Run(
         network=network,
@@ -224,6 +234,7 @@ def _start(
         device=device,
         threads=threads,
         batch=batch,
+        seconds=seconds,
         instruction_sets=instruction_sets,
     )
     return made, task
@@ -234,32 +245,6 @@ def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> l
     return [Variant(name, p) for p in precisions if recipe.quantizes or p not in pipeline.INTEGER]
 
 
-def _data(task: Task) -> dict[str, str]:
-    return {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
-
-
-def _request(
-    opened: Source,
-    goal: Goal,
-    recipe: Recipe,
-    names: tuple[str, ...],
-    seed: int,
-    batch: int,
-    threads: int,
-    data: dict[str, str],
-) -> dict[str, Any]:
-    return {
-        "source": opened.name,
-        "goal": goal.text(),
-        "recipe": recipe.to_data(),
-        "runtimes": list(names),
-        "seed": seed,
-        "batch": batch,
-        "threads": threads,
-        "data": data,
-    }
-
-
 def _source_metrics(run: Run, task: Task) -> dict[str, float | None]:
     """The source's metric, once with `evaluate` and once with `select` where the task has it."""
     kept: dict[str, float | None] | None = run.folder.kept("source-metrics")
@@ -267,8 +252,8 @@ def _source_metrics(run: Run, task: Task) -> dict[str, float | None]:
         predict = pipeline.source_predictor(run)
         with run.costing("evaluate source"):
             kept = {
-                name: float(measure_it(predict)) if measure_it is not None else None
-                for name, measure_it in (("evaluate", task.evaluate), ("select", task.select))
+                name: pipeline.metric_of(function, predict, "the source") if function is not None else None
+                for name, function in (("evaluate", task.evaluate), ("select", task.select))
             }
         run.folder.keep("source-metrics", kept)
     return kept
@@ -289,10 +274,12 @@ def _candidates(
         try:
             found.append(pipeline.candidate(run, recipe, variant, structure, metric))
         except PenjingError as error:
-            if isinstance(error, penjing.errors.OutputError | penjing.errors.UsageError | penjing.errors.TaskError):
+            if isinstance(error, OutputError | UsageError | TaskError):
                 raise
             failure = error
-            run.warnings.append(f"{variant.name} could not be built: {error.what}" + (f" ({error.got})" if error.got else ""))
+            run.warnings.append(
+                f"{variant.name} could not be built: {error.what}" + (f" ({error.got})" if error.got else "")
+            )
             run.events("warning", text=run.warnings[-1])
     run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
     if not found:
@@ -301,9 +288,7 @@ def _candidates(
     return found
 
 
-def _judged(
-    candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task
-) -> Candidate:
+def _judged(candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task) -> Candidate:
     """The candidate with its latency, its drop, and whether it meets the goal."""
     drop, relative = _drops(candidate.measured.metric, reference, task.higher_is_better)
     candidate = replace(
@@ -335,7 +320,7 @@ def _verdict(
         with run.costing(f"verdict on {chosen.name}"):
             folder = run.folder.path / chosen.folder
             session = runtimes.open_artifact(folder, run.threads)
-            kept = float(run.task.evaluate(runtimes.artifact.predictor(session, read_manifest(folder))))
+            kept = pipeline.metric_of(run.task.evaluate, predictor(session, read_manifest(folder)), chosen.name)
         run.folder.keep("verdict", kept)
     measured = replace(chosen.measured, metric=kept)
     drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
@@ -356,7 +341,7 @@ def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
         shutil.copytree(path / chosen.folder, aside, dirs_exist_ok=True)
         write_loader(aside / "load.py", read_manifest(aside), ".", run.threads)
     write_loader(path / "load.py", read_manifest(path / ARTIFACT), ARTIFACT, run.threads)
-    made = pipeline.draft(run, recipe, chosen.runtime)
+    made = pipeline.draft(run, recipe, Variant(chosen.runtime, chosen.precision))
     plan = made.plan if chosen.precision in pipeline.INTEGER else Plan()
     checkpoint.save(replace(made, plan=plan), path)
     html.write(record, path / "report.html")

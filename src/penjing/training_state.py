@@ -1,0 +1,101 @@
+"""The saved state of a training: tensors and plain numbers in one file, which is read without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penjing.errors import CheckpointError, OutputError, PenjingError
+
+State = dict[str, Any]
+
+
+def save(path: Path, state: State) -> None:
+    """Write a state whole or not at all. ``state["request"]`` says what the training was asked for, in any values.
+
+    Raises:
+        OutputError: The disk is full or the folder can't be written; what was saved before is untouched.
+    """
+    aside = path.with_suffix(".new")
+    try:
+        with aside.open("wb") as file:
+            torch.save({**state, "request": json.dumps(_plain(state["request"]))}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise OutputError(
+            "the state of the training can't be saved",
+            got=f"{type(error).__name__}: {error} ({path.parent})",
+            expected="a folder with write permission and free space",
+            remedy="free some space; what was saved before is untouched",
+        ) from error
+
+
+@contextmanager
+def loading(path: Path, request: dict[str, Any]) -> Iterator[State]:
+    """The state in a file, for a block that puts it in place; what does not fit there is said as of a damaged file.
+
+    Args:
+        path: A file that `save` wrote.
+        request: What the training is asked for now; it must be what was asked for then.
+
+    Raises:
+        CheckpointError: The file is damaged, holds code, or belongs to another request or another network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_request(path, json.loads(state["request"]), _plain(request))
+        yield state
+    except PenjingError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways, deep inside zip, pickle and torch
+        raise CheckpointError(
+            "the saved training state can't be read",
+            got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            expected="a state written by penjing.finetune for this network: tensors and numbers, no code",
+            remedy="delete the file; the step starts anew",
+        ) from None
+
+
+def _check_request(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise CheckpointError(
+            f"the saved training state belongs to another {', '.join(changed)}",
+            got=f"{changed[0]} = {now[changed[0]]}",
+            expected=f"{changed[0]} = {before.get(changed[0])}",
+            remedy=f"resume with the settings of that run, or delete {path}",
+        )
+
+
+def _plain(request: dict[str, Any]) -> dict[str, Any]:
+    # Functions and objects are compared by their repr, in which an address is another one in every process.
+    plain: dict[str, Any] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(request, default=repr)))
+    return plain
+
+
+def random_numbers(device: str) -> State:
+    """Where the global generators of torch, NumPy and `random` stand."""
+    cuda = torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None
+    state: Any = np.random.get_state()
+    # A list instead of an array, which could only be read with NumPy's own code.
+    numpy = [state[0], state[1].tolist(), *state[2:]]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
+
+
+def set_random_numbers(state: State, device: str) -> None:
+    """Put the generators where `random_numbers` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
