@@ -792,6 +792,8 @@ class TestBadInput:
             {"optimizer": "adam"},
             {"autocast": True},
             {"save_every_s": 0},
+            {"losses": ("os.system",)},
+            {"hooks": (lambda moment: None, 3)},
         ],
     )
     def test_settings_that_make_no_sense(self, setting):

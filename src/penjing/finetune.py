@@ -121,6 +121,8 @@ class Finetune:
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
+        for name in ("losses", "hooks"):
+            fine[name] = (all(map(callable, getattr(self, name))), "a tuple of functions")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name, (good, expected) in fine.items():
             if not good:
@@ -258,8 +260,7 @@ class _Loop:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._backward(inputs, target)
-        value = float(loss.detach())
+        value = float(self._backward(inputs, target).detach())
         if not math.isfinite(value):
             raise _diverged(f"the loss is not finite at step {self.step}", value)
         self._hook("gradients")
@@ -270,13 +271,8 @@ class _Loop:
         self.position += 1
         self.loss_sum, self.loss_count = self.loss_sum * 0.98 + value, self.loss_count * 0.98 + 1
         self._hook("step")
-        self.context.events(
-            "progress",
-            label="fine-tune",
-            done=self.step,
-            total=self.steps,
-            loss=round(self.loss_sum / self.loss_count, 5),
-        )
+        loss = round(self.loss_sum / self.loss_count, 5)
+        self.context.events("progress", label="fine-tune", done=self.step, total=self.steps, loss=loss)
 
     def _backward(self, inputs: Any, target: Any) -> torch.Tensor:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, to_tensors(as_call(inputs)))

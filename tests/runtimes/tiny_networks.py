@@ -1,11 +1,23 @@
-"""One small network per pattern, what it is called with, and what has to become integer in it."""
+"""One small network per pattern, what it is called with, and exports of it in each runtime."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+
+from penjing import pipeline, runtimes
+from penjing.draft import Draft
+from penjing.measure import machine
+from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
+from penjing.quantize import Static
+from penjing.runtimes.artifact import Manifest, arrange
+from penjing.step import Context
+from penjing.surgery import insert
+from penjing.task import Task, as_call
 
 
 def conv(inputs, outputs, **more):
@@ -13,6 +25,8 @@ def conv(inputs, outputs, **more):
 
 
 class Residual(nn.Module):
+    """Batch norm, max pooling, a residual addition, global average pooling, a 2-D linear layer."""
+
     def __init__(self):
         super().__init__()
         self.stem = conv(3, 8, bias=False)
@@ -27,7 +41,7 @@ class Residual(nn.Module):
 
 
 class Branches(nn.Module):
-    """Depthwise convolution, concatenation, average pooling; several outputs, nested."""
+    """Depthwise convolution, concatenation, average pooling; several outputs, nested, none of them a layer's."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +59,7 @@ class Branches(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Keyword inputs, 3-D linear layers with a residual addition, a dict of outputs."""
+    """Keyword inputs, 3-D beside 2-D linear layers, residual additions (one is an output), a dict of outputs."""
 
     def __init__(self):
         super().__init__()
@@ -61,6 +75,8 @@ class Tokens(nn.Module):
 
 
 class TwoInputs(nn.Module):
+    """Two positional inputs of different widths."""
+
     def __init__(self):
         super().__init__()
         self.left = conv(3, 4)
@@ -70,24 +86,14 @@ class TwoInputs(nn.Module):
         return F.relu(self.left(picture) + self.right(mask))
 
 
-class Perceptron(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(12, 32)
-        self.norm = nn.BatchNorm1d(32)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x):
-        return self.head(F.relu(self.norm(self.hidden(x))))
-
-
 @dataclass(frozen=True)
 class Case:
     """A network with its inputs: `shapes` are those of one sample, by position or by name."""
 
     build: type[nn.Module]
     shapes: Any
-    integer: dict[str, int] = field(default_factory=dict)
+    integer: dict[str, int]  # operators by kind that have to run on integers
+    outputs: tuple[str, ...]
 
     def inputs(self, samples, seed):
         random = torch.Generator().manual_seed(seed)
@@ -101,9 +107,55 @@ class Case:
 
 
 CASES = {
-    "residual": Case(Residual, ((3, 12, 12),), {"conv": 2, "linear": 1, "add": 1, "avg_pool": 1}),
-    "branches": Case(Branches, ((3, 12, 12),), {"conv": 5}),
-    "tokens": Case(Tokens, {"tokens": (6, 8), "context": (4,)}, {"linear": 4}),
-    "two inputs": Case(TwoInputs, ((3, 8, 8), (1, 8, 8)), {"conv": 2, "add": 1}),
-    "perceptron": Case(Perceptron, ((12,),), {"linear": 2}),
+    "residual": Case(Residual, ((3, 12, 12),), {"conv": 2, "linear": 1, "add": 1, "avg_pool": 1}, ("output",)),
+    "branches": Case(Branches, ((3, 12, 12),), {"conv": 5, "cat": 1, "avg_pool": 2}, ("output_0", "output_1_mean")),
+    "tokens": Case(Tokens, {"tokens": (6, 8), "context": (4,)}, {"linear": 4, "add": 2}, ("logits", "hidden")),
+    "two inputs": Case(TwoInputs, ((3, 8, 8), (1, 8, 8)), {"conv": 2, "add": 1}, ("output",)),
 }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An artifact and the torch network that it should compute like."""
+
+    case: Case
+    network: fx.GraphModule  # the raised source
+    reference: fx.GraphModule  # the source, or what the plan makes of it
+    draft: Draft
+    manifest: Manifest
+    folder: Path
+    task: Task
+    structure: Any
+
+    def arrays(self, samples, seed):
+        """Inputs as the artifact's session takes them."""
+        args, kwargs = as_call(self.case.inputs(samples, seed))
+        named = {name: value.numpy() for name, value in kwargs.items()}
+        return arrange(self.manifest.programs[0].inputs, tuple(value.numpy() for value in args), named)
+
+    def answers(self, samples, seed, network=None):
+        """What torch answers to the same inputs, flat."""
+        args, kwargs = as_call(self.case.inputs(samples, seed))
+        with torch.no_grad():
+            return [leaf.numpy() for leaf in flatten_outputs((network or self.reference)(*args, **kwargs))[0]]
+
+
+def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
+    """Raise, quantize for the runtime, export with an example of two samples."""
+    torch.manual_seed(0)
+    module = case.build()
+    for part in module.modules():  # statistics that folding has to reckon with
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.running_mean, -0.5, 0.5)
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+    task = Task(example=case.inputs(2, seed=0), calibration=[case.inputs(16, seed=seed) for seed in (1, 2)])
+    network = raise_network(module.eval(), *task.call())
+    draft = Draft(network)
+    if precision != "fp32":
+        accelerates = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
+        draft = Static()(draft, Context(task=task, accelerates=accelerates))
+    args, kwargs = task.call()
+    structure = flatten_outputs(network(*args, **kwargs))[1]
+    manifest = pipeline.build(draft, runtime, precision, task, structure, folder)
+    reference = insert(draft.network, draft.plan) if draft.plan else network
+    return Exported(case, network, reference, draft, manifest, folder, task, structure)

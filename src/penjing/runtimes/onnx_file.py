@@ -57,10 +57,14 @@ def write(
                 verbose=False,
             )
         except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the outer ones only say in which step it happened
+                cause = cause.__cause__
             raise ExportError(
                 "the network has no ONNX form",
-                got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+                got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}",
                 expected="operators that the ONNX exporter of torch translates",
+                remedy="write that operator with others, or choose a runtime that does not go by ONNX",
             ) from error
     assert exported is not None
     model = exported.model_proto

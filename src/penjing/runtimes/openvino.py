@@ -80,7 +80,7 @@ def _name(model: Any, onnx_path: Path) -> None:
             value.get_node().set_friendly_name(sites[tensor])
     for position, op in enumerate(model.get_ordered_ops()):
         name = op.get_friendly_name()
-        if name.partition("/")[0] not in known and name not in known and re.search(r"_\d+", name):
+        if name.rpartition("/")[0] not in known and name not in known and re.search(r"_\d+", name):
             op.set_friendly_name(f"{op.get_type_name()}#{position}")
 
 

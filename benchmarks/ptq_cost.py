@@ -1,0 +1,241 @@
+"""What post-training quantization costs and what it gives: time, peak memory, agreement, noise, latency.
+
+EfficientNet-Lite0 on unlabelled pictures, 30, 300 and 1,000 samples (repeated where there are fewer), Penjing's default
+preset against NNCF's and ONNX Runtime's, each run in a process of its own, in turns. Time runs from the fp32
+network in the tool's own form (torch module, OpenVINO model, ONNX file) to the quantized file on disk; importing and
+reading pictures are left out. Peak memory is that of the whole process. Accuracy and latency are those of the files
+of 300 samples: agreement with fp32 on 496 other pictures, and logit signal-to-noise; latency side by side, batch 1.
+
+    python benchmarks/ptq_cost.py [--repeats 3] [--samples 30 300 1000] [--out benchmarks/results/ptq_cost.json]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+TOOLS = ("penjing", "nncf", "ort-minmax")
+THREADS = 2
+
+
+def child(tool: str, samples: int, folder: Path) -> None:
+    """Quantize once; writes result.json with seconds and peak memory into `folder`."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    from examples.imagenet_lite0.network import lite0
+    from examples.imagenet_lite0.task import task as lite0_task
+    from penjing.measure import peak_memory_bytes, reset_peak
+
+    task = lite0_task()
+    batches = list(task.calibration)
+    pictures = torch.cat(batches)
+    pictures = pictures.repeat(-(-samples // len(pictures)), 1, 1, 1)[:samples]
+    run = {"penjing": _penjing, "nncf": _nncf, "ort-minmax": _onnxruntime}[tool]
+    prepared = _prepare(tool, lite0(), folder)
+    reset_peak()
+    start = time.perf_counter()
+    run(prepared, pictures, folder)
+    seconds = time.perf_counter() - start
+    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}))
+
+
+def _prepare(tool, network, folder):
+    """The fp32 network in the form that the tool starts from."""
+    import torch
+
+    if tool == "penjing":
+        return network
+    path = folder / "fp32.onnx"
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    torch.onnx.export(
+        network.eval(), (torch.zeros(2, 3, 224, 224),), str(path), dynamo=True, dynamic_shapes=({0: batch},),
+        input_names=["x"], output_names=["output"], verbose=False, external_data=False,
+    )  # fmt: skip
+    if tool == "nncf":
+        import openvino
+
+        return openvino.convert_model(str(path))
+    return path
+
+
+def _penjing(network, pictures, folder):
+    from dataclasses import replace
+
+    from examples.imagenet_lite0.task import task as lite0_task
+    from penjing import measure, pipeline, runtimes
+    from penjing.draft import Draft
+    from penjing.network import raise_network
+    from penjing.quantize import BiasCorrection, Static
+    from penjing.step import Context
+
+    task = replace(lite0_task(), calibration=list(pictures.split(10)))
+    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    draft = Draft(raise_network(network, *task.call()))
+    context = Context(task=task, accelerates=accelerates)
+    for step in (Static(samples=len(pictures)), BiasCorrection()):
+        draft = step(draft, context)
+    pipeline.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
+
+
+def _nncf(model, pictures, folder):
+    import nncf
+    import openvino
+
+    data = nncf.Dataset([p[None].numpy() for p in pictures])
+    quantized = nncf.quantize(model, data, subset_size=len(pictures))
+    openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
+
+
+def _onnxruntime(path, pictures, folder):
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.rows = iter(pictures)
+
+        def get_next(self):
+            row = next(self.rows, None)
+            return None if row is None else {"x": row[None].numpy()}
+
+    ready = folder / "ready.onnx"
+    quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+    quantize_static(
+        str(ready), str(folder / "model.onnx"), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
+    )  # fmt: skip
+
+
+def opened(tool: str, folder: Path, threads: int = THREADS):
+    """`run(list of arrays)` of a quantized file in its runtime."""
+    if tool == "penjing":
+        from penjing.runtimes import open_artifact
+
+        return open_artifact(folder, threads)
+
+    class Session:
+        def __init__(self):
+            if tool == "nncf":
+                import openvino
+
+                settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(threads),
+                            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}  # fmt: skip
+                self.compiled = openvino.Core().compile_model(str(folder / "model.xml"), "CPU", settings)
+            else:
+                import onnxruntime
+
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads = threads
+                self.session = onnxruntime.InferenceSession(
+                    str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+                )
+
+        def run(self, inputs):
+            if tool == "nncf":
+                return [self.compiled(inputs)[0].copy()]
+            return self.session.run(None, {"x": inputs[0]})
+
+    return Session()
+
+
+def open_folder(folder, threads):
+    """What the latency workers call: the tool is the folder's name."""
+    return opened(Path(folder).name.rsplit("-", 1)[0], Path(folder), threads)
+
+
+def quality(tool: str, folder: Path) -> dict:
+    """Agreement with fp32 and logit signal-to-noise on the held-out pictures."""
+    import numpy as np
+    import torch
+
+    from examples.imagenet_lite0.network import lite0
+    from examples.imagenet_lite0.task import task as lite0_task
+
+    network, session, power, noise = lite0().eval(), opened(tool, folder), [], []
+
+    def predict(x):
+        out = session.run([x])[0]
+        with torch.no_grad():
+            reference = network(torch.from_numpy(x)).numpy()
+        power.append(float((reference.astype(np.float64) ** 2).sum()))
+        noise.append(float(((out - reference).astype(np.float64) ** 2).sum()))
+        return out
+
+    agreement = lite0_task().evaluate(predict)
+    return {"agreement": agreement, "snr_db": 10 * float(np.log10(sum(power) / sum(noise)))}
+
+
+def main() -> None:
+    """Run all, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, nargs="+", default=[30, 300, 1000])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ptq_cost.json")
+    parser.add_argument("--child", nargs=3, metavar=("TOOL", "SAMPLES", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        tool, samples, folder = arguments.child
+        child(tool, int(samples), Path(folder))
+        return
+    import torch
+
+    from examples.imagenet_lite0.task import task as lite0_task
+    from penjing.measure import Target, compare, machine, versions
+
+    torch.set_num_threads(THREADS)
+    picture = next(iter(lite0_task().calibration))[:1].numpy()
+    rows = {tool: {n: [] for n in arguments.samples} for tool in TOOLS}
+    with tempfile.TemporaryDirectory() as aside:
+        for repeat in range(arguments.repeats):
+            for samples in arguments.samples:
+                for tool in TOOLS if repeat % 2 == 0 else TOOLS[::-1]:
+                    folder = Path(aside) / f"{tool}-{samples}"
+                    folder.mkdir(exist_ok=True)
+                    command = [sys.executable, __file__, "--child", tool, str(samples), str(folder)]
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                    rows[tool][samples].append(json.loads((folder / "result.json").read_text()))
+                    last = rows[tool][samples][-1]
+                    print(
+                        f"{tool} {samples}: {last['seconds']:.1f} s, {last['peak_memory_bytes'] / 1e6:.0f} MB",
+                        flush=True,
+                    )
+        shown = 300 if 300 in arguments.samples else arguments.samples[-1]
+        found = {tool: quality(tool, Path(aside) / f"{tool}-{shown}") for tool in TOOLS}
+        targets = [Target(tool, Path(aside) / f"{tool}-{shown}", [picture], 1) for tool in TOOLS]
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        timings = compare(targets, threads=THREADS, seconds=3, opener="ptq_cost:open_folder")
+    data = {"machine": vars(machine(THREADS)), "versions": versions(), "repeats": arguments.repeats, "tools": {}}
+    print(f"\n{'tool':<12}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}{'ms':>8}")
+    for tool in TOOLS:
+        latency = timings[tool].latency
+        data["tools"][tool] = {"quality": found[tool], "latency_ms": vars(latency), "cost": {}}
+        for samples, runs in rows[tool].items():
+            seconds = [r["seconds"] for r in runs]
+            middle, spread = statistics.median(seconds), max(seconds) - min(seconds)
+            peak = statistics.median(r["peak_memory_bytes"] for r in runs)
+            cost = {"seconds": middle, "spread_s": spread, "peak_memory_bytes": peak}
+            data["tools"][tool]["cost"][str(samples)] = cost
+            line = f"{tool:<12}{samples:>8}{middle:>9.1f}{spread:>8.1f}{peak / 1e6:>9.0f}"
+            if samples == shown:
+                line += f"{found[tool]['agreement']:>8.4f}{found[tool]['snr_db']:>8.1f}{latency.median:>8.2f}"
+            print(line)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

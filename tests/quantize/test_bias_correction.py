@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.network import raise_network, sites
+from penjing.quantize import BiasCorrection, Static
+from penjing.quantize.bias_correction import mean_by_channel
+from penjing.step import Context
+from penjing.surgery import insert
+from penjing.task import Task
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+
+
+def quantized(bits: int = 3) -> tuple[Draft, Context, torch.Tensor]:
+    torch.manual_seed(4)
+    data = torch.randn(24, 3, 8, 8)
+    task = Task(example=data[:2], calibration=list(data.split(8)))
+    context = Context(task=task)
+    draft = Static(weight_bits=bits)(Draft(raise_network(network(), *task.call())), context)
+    return draft, context, data
+
+
+def outputs(module: torch.fx.GraphModule, data: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+    found = {}
+
+    class Observer(torch.fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if n.meta.get("site") in names:
+                found[n.meta["site"]] = result
+            return result
+
+    with torch.no_grad():
+        Observer(module).run(data)
+    return found
+
+
+LAYERS = ["0", "2", "6"]
+AXES = {"0": 1, "2": 1, "6": -1}
+
+
+def test_every_layer_keeps_the_mean_of_every_channel():
+    draft, context, data = quantized()
+    corrected = BiasCorrection(samples=24)(draft, context)
+    wanted = outputs(draft.network, data, LAYERS)
+    before = outputs(insert(draft.network, draft.plan), data, LAYERS)
+    after = outputs(insert(corrected.network, corrected.plan), data, LAYERS)
+    for name in LAYERS:
+        target = mean_by_channel(wanted[name], AXES[name])
+        assert (mean_by_channel(after[name], AXES[name]) - target).abs().max() < 1e-5
+        assert (mean_by_channel(before[name], AXES[name]) - target).abs().max() > 1e-3
+
+
+def test_agrees_with_correcting_one_layer_at_a_time():
+    draft, context, data = quantized()
+    slow = draft.copy()
+    for name in LAYERS:  # the obvious way: the whole network again for every layer
+        wanted = mean_by_channel(outputs(draft.network, data, [name])[name], AXES[name])
+        now = mean_by_channel(outputs(insert(slow.network, slow.plan), data, [name])[name], AXES[name])
+        with torch.no_grad():
+            slow.network.get_submodule(name).bias += (wanted - now).float()
+    fast = BiasCorrection(samples=24)(draft, context)
+    for name in LAYERS:
+        torch.testing.assert_close(fast.network.get_submodule(name).bias, slow.network.get_submodule(name).bias)
+
+
+def test_leaves_its_input_and_everything_but_biases_alone():
+    draft, context, _ = quantized()
+    before = {k: v.clone() for k, v in draft.network.state_dict().items()}
+    corrected = BiasCorrection(samples=24)(draft, context)
+    assert all(torch.equal(v, before[k]) for k, v in draft.network.state_dict().items())
+    changed = {k for k, v in corrected.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"{name}.bias" for name in LAYERS}
+    assert corrected.plan == draft.plan and list(sites(corrected.network)) == list(sites(draft.network))
+
+
+def test_without_a_plan_says_what_is_missing():
+    _, context, data = quantized()
+    with pytest.raises(RecipeError, match=r"needs a quantization plan"):
+        BiasCorrection()(Draft(raise_network(network(), (data[:2],))), context)

@@ -1,0 +1,50 @@
+import zipfile
+
+import numpy as np
+import pytest
+from tiny_networks import CASES
+
+from penjing import runtimes
+from penjing.errors import ArtifactError, CheckpointError, PenjingError
+
+
+@pytest.mark.parametrize("case", ["residual", "tokens", "branches"])
+def test_the_stored_source_answers_to_the_bit_at_another_batch(exported, case):
+    made = exported(case, "torch", "fp32")
+    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=4))
+    for mine, theirs in zip(outputs, made.answers(5, seed=4), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    assert tuple(port.name for port in made.manifest.programs[0].outputs) == CASES[case].outputs
+
+
+def test_ports_say_names_types_and_which_axis_varies(exported):
+    program = exported("tokens", "torch", "fp32").manifest.programs[0]
+    assert [(port.name, port.dtype, tuple(port.shape)) for port in program.inputs] == [
+        ("tokens", "float32", ("batch", 6, 8)),
+        ("context", "float32", ("batch", 4)),
+    ]
+    assert [tuple(port.shape) for port in program.outputs] == [("batch", 3), ("batch", 6, 8)]
+
+
+def test_eager_torch_gains_from_no_precision():
+    assert runtimes.get("torch").accelerates(("avx512_vnni", "amx_bf16")).precisions == ("fp32",)
+
+
+def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
+    made = exported("residual", "torch", "fp32")
+    for path in made.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "model.pt2", "a") as archive:
+        archive.writestr("model/data/weights/weight_0.pt", b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(CheckpointError, match="could run code"):
+        runtimes.open_artifact(tmp_path, 1)
+
+
+def test_a_damaged_file_is_an_error(exported, tmp_path):
+    made = exported("residual", "torch", "fp32")
+    for path in made.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.pt2").write_bytes(b"not a zip")
+    with pytest.raises(PenjingError) as error:
+        runtimes.open_artifact(tmp_path, 1)
+    assert isinstance(error.value, ArtifactError | CheckpointError)

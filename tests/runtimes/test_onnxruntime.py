@@ -1,0 +1,65 @@
+import onnxruntime as ort
+import pytest
+
+from penjing import runtimes
+from penjing.runtimes import onnxruntime as runtime
+
+VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
+
+
+@pytest.mark.parametrize(
+    ("instruction_sets", "bits"),
+    [(VNNI, 8), (("avx", "avx2", "fma"), 7), (("avx2", "avx_vnni"), 8), (("neon", "asimddp"), 8), ((), 8)],
+)
+def test_weights_are_narrow_where_sums_of_16_bits_would_saturate(instruction_sets, bits):
+    accelerates = runtime.accelerates(instruction_sets)
+    assert accelerates.weight.bits == bits
+    assert bool(accelerates.notes) == (bits == 7)
+    assert not accelerates.activation.signed
+
+
+def test_the_session_takes_its_threads(exported):
+    made = exported("residual", "onnxruntime", "fp32")
+    session = runtimes.open_artifact(made.folder, 2).session
+    options = session.get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_counting_leaves_the_artifact_as_it_was(exported):
+    made = exported("residual", "onnxruntime", "int8")
+    before = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    runtimes.executed(made.folder, made.manifest)
+    assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
+
+
+def test_integer_operators_are_told_by_their_type_in_the_optimized_file(exported, tmp_path):
+    made = exported("residual", "onnxruntime", "int8")
+    types = {site: op.type for op in runtimes.executed(made.folder, made.manifest) for site in op.sites}
+    assert types["stem"] == types["body"] == "QLinearConv"
+    assert types["head"] == "QGemm"
+    assert types["/add#0"] == "QLinearAdd"
+    # the same file without optimizations holds float operators between its quantizers
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.optimized_model_filepath = str(tmp_path / "plain.onnx")
+    ort.InferenceSession(str(made.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    import onnx
+
+    plain = {node.op_type for node in onnx.load(tmp_path / "plain.onnx").graph.node}
+    assert {"Conv", "Gemm", "Add"} <= plain
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        ("conv1", "conv1"),
+        ("conv1_token_3", "conv1"),
+        ("conv10_nhwc", "conv10"),
+        ("layer/add#0/fused", "layer/add#0"),
+        ("other", None),
+        ("", None),
+    ],
+)
+def test_fused_names_lead_back_to_their_site(name, origin):
+    assert runtime._origin(name, {"conv1", "conv10", "layer/add#0", "layer", ""}) == origin

@@ -1,0 +1,72 @@
+import re
+
+import pytest
+
+from penjing import runtimes
+from penjing.runtimes import openvino as runtime
+
+VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
+
+
+@pytest.mark.parametrize(
+    ("instruction_sets", "bits", "bf16"),
+    [
+        (VNNI, 8, False),
+        ((*VNNI, "avx512_bf16"), 8, True),
+        ((*VNNI, "amx_int8", "amx_bf16"), 8, True),
+        (("avx", "avx2", "fma"), 7, False),
+        (("neon",), 8, False),
+    ],
+)
+def test_what_it_accelerates_follows_the_processor(instruction_sets, bits, bf16):
+    accelerates = runtime.accelerates(instruction_sets)
+    assert accelerates.weight.bits == bits
+    assert ("bf16" in accelerates.precisions) == bf16
+    assert {"fp32", "int8"} <= set(accelerates.precisions)
+    assert not accelerates.activation.signed  # AMX refuses signed activations with a zero point
+
+
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", "f32")])
+def test_the_precision_that_is_not_in_the_file_stands_in_the_manifest(exported, precision, hint):
+    made = exported("residual", "openvino", precision)
+    assert made.manifest.settings["INFERENCE_PRECISION_HINT"] == hint
+    compiled = runtimes.open_artifact(made.folder, 2).compiled
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == hint
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    assert compiled.get_property("NUM_STREAMS") == 1
+
+
+def test_weights_lie_in_the_file_once_and_as_integers(exported):
+    fp32, int8 = (exported("residual", "openvino", precision) for precision in ("fp32", "int8"))
+    sizes = [(made.folder / "model.bin").stat().st_size for made in (fp32, int8)]
+    weights = 8 * 3 * 9 + 8 * 8 * 9 + 5 * 8
+    assert sizes[0] >= 4 * weights
+    assert sizes[1] < 2 * weights  # with scales and shapes; no float weight beside the integers
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_xml_calls_operators_by_their_sites_and_by_no_running_number(exported, precision):
+    made = exported("branches", "openvino", precision)
+    text = (made.folder / "model.xml").read_text(encoding="utf-8")
+    names = set(re.findall(r'<layer id="\d+" name="([^"]+)"', text))
+    stems = {runtime._origin(name) for name in names}
+    assert {"wide", "depthwise", "point", "other", "merge", "/cat#0", "/avg_pool2d#0"} <= stems
+    assert not {name for name in names if re.fullmatch(r"[A-Z][A-Za-z]+_\d{3,}", name)}
+
+
+def test_nothing_of_the_crossing_by_onnx_is_left(exported):
+    made = exported("residual", "openvino", "int8")
+    assert sorted(p.name for p in made.folder.iterdir()) == ["load.py", "manifest.json", "model.bin", "model.xml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        ("conv1", "conv1"),
+        ("conv1/WithoutBiases", "conv1"),
+        ("layer/add#0_original", "layer/add#0"),
+        ("conv1/Dequantization/sub", "conv1"),
+    ],
+)
+def test_names_lead_back_to_their_site(name, origin):
+    assert runtime._origin(name) == origin

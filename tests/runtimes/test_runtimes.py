@@ -1,0 +1,177 @@
+"""What every runtime has to do alike: the same answers as torch, integers where the plan says, a clear refusal."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from tiny_networks import CASES
+
+from penjing import runtimes
+from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
+from penjing.network import kind, sites
+from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
+from penjing.task import as_call
+
+both = pytest.mark.parametrize("runtime", runtimes.DEPLOYED)
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@both
+@every_case
+def test_fp32_answers_as_torch_at_another_batch(exported, runtime, case):
+    made = exported(case, runtime, "fp32")
+    session = runtimes.open_artifact(made.folder, 1)
+    for samples in (1, 5):
+        outputs = session.run(made.arrays(samples, seed=7))
+        for mine, theirs in zip(outputs, made.answers(samples, seed=7), strict=True):
+            assert mine.shape == theirs.shape
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+@both
+@every_case
+def test_int8_answers_as_the_planned_network_at_another_batch(exported, runtime, case):
+    made = exported(case, runtime, "int8")
+    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
+    for mine, planned, source in zip(
+        outputs, made.answers(5, seed=7), made.answers(5, seed=7, network=made.network), strict=True
+    ):
+        step = np.ptp(planned) / 255
+        assert np.abs(mine - planned).max() <= 2 * step  # a rounding may fall to the other side
+        assert np.abs(mine - planned).mean() <= 0.1 * step
+        assert np.abs(mine - source).mean() <= 0.1 * np.ptp(source)  # and it is still the network
+        assert np.abs(mine - source).max() > 0  # which integers can't meet to the bit
+
+
+@both
+@every_case
+def test_every_planned_operator_is_integer_in_the_runtimes_own_graph(exported, runtime, case):
+    made = exported(case, runtime, "int8")
+    assert made.draft.plan.floats == {}
+    found = {}
+    for operator in runtimes.executed(made.folder, made.manifest):
+        for site in operator.sites:
+            found.setdefault(site, set()).add(operator.precision)
+    network = made.draft.network
+    counted = {}
+    for site, node in sites(network).items():
+        what = kind(network, node)
+        if what in made.case.integer:
+            assert "int8" in found.get(site, ()), f"{site} is {found.get(site)}"
+            counted[what] = counted.get(what, 0) + 1
+    assert counted == made.case.integer
+
+
+@both
+def test_nothing_is_integer_in_an_fp32_artifact(exported, runtime):
+    made = exported("residual", runtime, "fp32")
+    operators = runtimes.executed(made.folder, made.manifest)
+    assert {operator.precision for operator in operators} == {"fp32"}
+    assert {"stem", "body", "head", "/add#0"} <= {site for operator in operators for site in operator.sites}
+
+
+@both
+def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(exported, runtime):
+    made = exported("branches", runtime, "fp32")
+    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    scores, rest = predict(made.arrays(3, seed=1)[0])
+    assert scores.shape == (3, 4, 6, 6)
+    assert rest["mean"].shape == (3, 4)
+    made = exported("tokens", runtime, "fp32")
+    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    _, named = as_call(made.case.inputs(3, seed=1))
+    answer = predict(context=named["context"].numpy(), tokens=named["tokens"].double().numpy())  # types are cast
+    assert list(answer) == ["logits", "hidden"]
+    np.testing.assert_allclose(answer["logits"], made.answers(3, seed=1)[0], rtol=0, atol=1e-4)
+    with pytest.raises(TaskError, match="other inputs"):
+        predict(tokens=named["tokens"].numpy())
+
+
+@both
+def test_answers_stay_when_the_session_is_asked_again(exported, runtime):
+    made = exported("residual", runtime, "int8")
+    session = runtimes.open_artifact(made.folder, 1)
+    first = session.run(made.arrays(4, seed=1))[0]
+    kept = first.copy()
+    other = session.run(made.arrays(4, seed=2))[0]
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(first, other)
+    assert np.array_equal(session.run(made.arrays(4, seed=1))[0], kept)
+
+
+@both
+def test_damaged_files_are_an_error_with_a_remedy(exported, tmp_path, runtime):
+    made = exported("residual", runtime, "fp32")
+    for path in made.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = tmp_path / made.manifest.files()[0]
+    model.write_bytes(model.read_bytes()[: model.stat().st_size // 3])
+    with pytest.raises(ArtifactError, match="penjing verify"):
+        runtimes.open_artifact(tmp_path, 1)
+    with pytest.raises(ArtifactError, match="can't open"):
+        runtimes.executed(tmp_path, made.manifest)
+
+
+def test_an_empty_folder_is_no_artifact(tmp_path):
+    with pytest.raises(ArtifactError, match="no artifact") as error:
+        runtimes.open_artifact(tmp_path, 1)
+    assert "artifact folder" in error.value.remedy
+
+
+def tampered(made, folder, change):
+    for path in made.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    change(data)
+    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["../secret.onnx", "/etc/passwd", "..", ".", "", "a/b.onnx"])
+def test_a_manifest_can_name_only_files_of_its_folder(exported, tmp_path, name):
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (tmp_path / "secret.onnx").write_bytes(b"secret")
+    tampered(exported("residual", "onnxruntime", "fp32"), folder, lambda data: data["programs"][0].update(files=[name]))
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(programs=[]),
+        lambda data: data["programs"][0].update(files=[]),
+        lambda data: data["programs"][0].pop("inputs"),
+        lambda data: data.update(programs="model.onnx"),
+        lambda data: data.update(runtime=3),
+    ],
+)
+def test_a_damaged_manifest_is_refused(exported, tmp_path, change):
+    tampered(exported("residual", "onnxruntime", "fp32"), tmp_path, change)
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_manifest(tmp_path)
+
+
+def test_a_missing_file_is_named(exported, tmp_path):
+    made = exported("residual", "openvino", "fp32")
+    tampered(made, tmp_path, lambda data: None)
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.bin"):
+        runtimes.open_artifact(tmp_path, 1)
+
+
+def test_an_unknown_runtime_is_a_usage_error():
+    with pytest.raises(UsageError, match="onnxruntime, openvino") as error:
+        runtimes.get("tensorrt")
+    assert error.value.exit_code == 2
+
+
+@both
+def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch, runtime):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == runtime else real(name, *more))
+    assert not runtimes.installed(runtime)
+    with pytest.raises(MissingDependency, match=f"pip install {runtime}") as error:
+        runtimes.get(runtime)
+    assert error.value.got == f"no package {runtime}"

@@ -1,0 +1,147 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penjing.errors import RecipeError
+from penjing.finetune import Finetune
+from penjing.quantize import Static
+from penjing.recipe import CATALOGUE, Recipe
+from penjing.step import Step
+
+
+@dataclass(frozen=True)
+class Own:
+    """A step of the user's own."""
+
+    size: int = 3
+
+    def __call__(self, draft, context):
+        return draft
+
+
+def refused(make, *args):
+    with pytest.raises(RecipeError) as found:
+        make(*args)
+    assert found.value.exit_code == 2
+    return str(found.value)
+
+
+class TestSteps:
+    def test_it_is_a_sequence_of_its_steps(self):
+        steps = (Finetune(epochs=2), Static())
+        assert tuple(Recipe(*steps)) == Recipe(*steps).steps == steps
+        assert len(Recipe(*steps)) == 2
+        assert list(Recipe()) == []
+
+    def test_equal_recipes_are_equal_values(self):
+        assert Recipe(Static(weight_bits=4)) == Recipe(Static(weight_bits=4))
+        assert Recipe(Static(weight_bits=4)) != Recipe(Static())
+
+    def test_a_step_of_the_users_own_is_a_step(self):
+        assert list(Recipe(Own(), Static())) == [Own(), Static()]
+        assert Recipe(Own()).to_data() == [{"Own": {"size": 3}}]
+
+    @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
+    def test_what_is_no_step_is_refused(self, wrong):
+        text = refused(Recipe, wrong)
+        assert "no step" in text
+        assert "quantize.Static" in text
+
+    def test_it_knows_whether_it_quantizes(self):
+        assert Recipe(Static()).quantizes
+        assert not Recipe(Finetune()).quantizes
+        assert not Recipe().quantizes
+
+    @pytest.mark.parametrize("name", CATALOGUE)
+    def test_every_step_of_the_catalogue_fulfils_the_contract(self, name):
+        step = CATALOGUE[name]()
+        assert isinstance(step, Step)
+        assert step == CATALOGUE[name]()
+        assert name.rpartition(".")[2] == type(step).__name__
+        with pytest.raises(AttributeError):  # frozen
+            step.anything = 1
+
+
+class TestOrder:
+    def test_fine_tuning_comes_before_quantization(self):
+        Recipe(Finetune(), Static())
+        assert "Static → Finetune" in refused(Recipe, Static(), Finetune())
+
+    def test_one_quantization(self):
+        assert "twice" in refused(Recipe, Static(), Static(weight_bits=4))
+
+    def test_it_is_checked_in_yaml_too(self):
+        assert "Finetune before Static" in refused(Recipe.from_yaml, "[quantize.Static, Finetune]")
+
+
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "weight_bits": st.integers(2, 8),
+        "activation_bits": st.integers(2, 8),
+        "weight_range": st.sampled_from(["minmax", "mse"]),
+        "activation_range": st.sampled_from(["minmax", "moving_average", "percentile", "mse"]),
+        "samples": st.integers(1, 10_000),
+        "exclude": st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+        "settings": st.dictionaries(
+            st.text(min_size=1, max_size=9), st.just({"weight_bits": 4, "activation_range": "minmax"}), max_size=2
+        ),
+    },
+)
+
+
+class TestYaml:
+    @given(SETTINGS, st.floats(min_value=1e-3, max_value=100, allow_nan=False))
+    def test_it_reads_back_what_it_wrote(self, settings, epochs):
+        recipe = Recipe(Finetune(epochs=epochs, optimizer="adamw", max_grad_norm=None), Static(**settings))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert Recipe.from_data(recipe.to_data()) == recipe
+
+    def test_its_data_is_plain(self):
+        data = Recipe(Finetune(losses=(len,)), Static(exclude=("head",))).to_data()
+        assert json.loads(json.dumps(data)) == data
+        assert yaml.safe_load(yaml.safe_dump(data)) == data
+        assert data[1]["quantize.Static"]["exclude"] == ["head"]
+        assert "len" in data[0]["Finetune"]["losses"][0]
+
+    def test_settings_may_be_left_out(self):
+        assert Recipe.from_yaml("- quantize.Static") == Recipe(Static())
+        assert Recipe.from_yaml("- quantize.Static:") == Recipe(Static())
+        assert Recipe.from_yaml("- quantize.Static: {weight_bits: 4}") == Recipe(Static(weight_bits=4))
+        assert Recipe.from_yaml("[]") == Recipe()
+
+    def test_lists_become_tuples(self):
+        recipe = Recipe.from_yaml("- quantize.Static:\n    exclude: [conv1, 'layer3.*']\n")
+        assert recipe.steps[0].exclude == ("conv1", "layer3.*")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("- quantize.static", ["does not exist", "did you mean quantize.Static?"]),
+            ("- quantise.Static: {}", ["did you mean quantize.Static?"]),
+            ("- os.system: {command: ls}", ["does not exist", "one of"]),
+            ("- {}", ["does not exist"]),
+            ("-", ["does not exist"]),
+            ("- quantize.Static: {}\n  Finetune: {}", ["does not exist"]),
+            ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),
+            ("- Finetune: {epochs: 0}", ["epochs", "above 0"]),
+            ("- Finetune: {epochs: many}", ["settings of Finetune"]),
+            ("- Finetune: {optimizer: adam}", ["optimizer", "adamw"]),
+            ("quantize.Static: {}", ["a list of steps", "- quantize.Static"]),
+            ("", ["a list of steps"]),
+            ("{a: [", ["not valid YAML", "line 1"]),
+        ],
+    )
+    def test_what_cannot_be_read_is_said(self, text, words):
+        found = refused(Recipe.from_yaml, text)
+        assert [word for word in words if word not in found] == []
+
+    def test_code_in_yaml_does_not_run(self, tmp_path):
+        mark = tmp_path / "ran"
+        text = f"- !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
+        assert "not valid YAML" in refused(Recipe.from_yaml, text)
+        assert not mark.exists()
