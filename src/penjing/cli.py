@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing import __version__
-from penjing.errors import PenjingError, UsageError
+from penjing.errors import OutputError, PenjingError, UsageError
 
 MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
 SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
@@ -35,22 +35,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed, messages))
     except PenjingError as error:
-        if parsed.json:
-            print(json.dumps({"error": type(error).__name__, **_plain_error(error)}, indent=2))
-        messages.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        messages.print(str(error), markup=False, highlight=False)
-        return error.exit_code
+        return _told(error, parsed, messages)
     except KeyboardInterrupt:
         messages.print("stopped; `--resume` goes on from here", style="yellow")
         return ERROR
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
+    except OSError as error:
+        full = OutputError(
+            "a file can't be read or written",
+            got=f"{type(error).__name__}: {error}",
+            expected="permission, and free space in the run folder and the folder for temporary files",
+            remedy="free some space, or set TMPDIR to another folder",
+        )
+        return _told(full, parsed, messages)
 
 
 def entry() -> None:
     """What the installed script calls."""
     sys.exit(main())
+
+
+def _told(error: PenjingError, parsed: argparse.Namespace, messages: Console) -> int:
+    if parsed.json:
+        print(json.dumps({"error": type(error).__name__, **_plain_error(error)}, indent=2))
+    messages.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+    messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
 
 
 def _plain_error(error: PenjingError) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from penjing.analyze.cost import cost
 from penjing.draft import Draft
 from penjing.errors import PenjingError, TaskError
 from penjing.events import Events
-from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder, writing
+from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, STATE, RunFolder, writing
 from penjing.network import sites
 from penjing.outputs import flatten_outputs, numpy_predictor, to_numpy
 from penjing.plan import Plan
@@ -312,14 +312,33 @@ def one_call(task: Task, batch: int) -> Call:
 
 
 def _parity(run: Run, session: Any, network: fx.GraphModule, plan: Plan) -> tuple[Parity, ...]:
-    with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
-        inputs = [data[k] for k in data.files if k.startswith("input_")]
-        original = [data[k] for k in data.files if k.startswith("source_")]
+    stored = _evidence(run)
+    original = [stored[k] for k in stored if k.startswith("source_")]
+    outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
+    planned = _planned(run, network, plan)
+    return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
+
+
+def _planned(run: Run, network: fx.GraphModule, plan: Plan) -> list[np.ndarray]:
+    """What the torch network with the plan's quantizers answers to the evidence."""
     args, kwargs = evidence_call(run.task)
     with torch.no_grad():
-        planned = [to_numpy(t) for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
-    outputs = session.run(inputs)
-    return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
+        return [to_numpy(t) for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
+
+
+def _evidence(run: Run) -> dict[str, np.ndarray]:
+    with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
+
+
+def store_planned(run: Run, network: fx.GraphModule, plan: Plan) -> None:
+    """Add the chosen network's answers to the evidence, so that `verify` can compare without torch code."""
+    stored = {name: x for name, x in _evidence(run).items() if not name.startswith("planned_")}
+    stored |= _named("planned", _planned(run, network, plan))
+    aside = run.folder.path / STATE / EVIDENCE
+    with aside.open("wb") as file:
+        np.savez(file, **stored)  # type: ignore[arg-type]
+    os.replace(aside, run.folder.path / EVIDENCE)
 
 
 def _layers(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from penjing.network import export as export_network
 from penjing.network import input_names
@@ -26,10 +29,12 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.pt2."""
-    program = export_network(network, call, dynamic)
+    program = export_network(_plain(network), call, dynamic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(program, folder / "model.pt2")
+        buffer = io.BytesIO()  # on a full disk torch's own writer fails with a text of its inner workings
+        torch.export.save(program, buffer)
+    (folder / "model.pt2").write_bytes(buffer.getvalue())
     args, kwargs = call
     values = [*args, *kwargs.values()]
     inputs = tuple(
@@ -45,6 +50,18 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"keywords": ",".join(kwargs)},
     )
+
+
+def _plain(network: Any) -> Any:
+    """The network with a plain tuple of outputs: a library's own output class could not be read without the library."""
+    network = copy.deepcopy(network)
+    codegen = network.graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        outputs = next(n for n in network.graph.nodes if n.op == "output").args[0]
+        spec = pytree.tree_structure(tuple(0 for _ in outputs))
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+        network.recompile()
+    return network
 
 
 def _port(name: str, tensor: torch.Tensor, dynamic: Any, position: int) -> Port:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from penjing.errors import ExportError
 from penjing.plan import Accelerates, QuantSpec
 from penjing.runtimes.artifact import Executed, Manifest, Program
 
@@ -38,19 +39,13 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.xml and model.bin, by way of ONNX."""
-    import openvino
-
     from penjing.outputs import output_names
     from penjing.runtimes import onnx_file
 
     onnx_path = folder / "crossing.onnx"
     try:
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
-        # convert_model folds constants, read_model does not: a third of the XML.
-        model = openvino.convert_model(str(onnx_path))
-        _name(model, onnx_path)
-        openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
-        del model
+        _convert(onnx_path, folder / "model.xml")
     finally:
         onnx_path.unlink(missing_ok=True)
     return Manifest(
@@ -60,6 +55,26 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
     )
+
+
+def _convert(onnx_path: Path, path: Path) -> None:
+    import openvino
+
+    try:
+        # convert_model folds constants, read_model does not: a third of the XML.
+        model = openvino.convert_model(str(onnx_path))
+    except Exception as error:
+        raise ExportError(
+            "OpenVINO can't read the network",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            expected="operators that OpenVINO's ONNX reader knows",
+            remedy="write that operator with others, or choose another runtime",
+        ) from error
+    _name(model, onnx_path)
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _name(model: Any, onnx_path: Path) -> None:

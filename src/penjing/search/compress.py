@@ -325,7 +325,10 @@ def _verdict(
     measured = replace(chosen.measured, metric=kept)
     drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
-    return measured, replace(verdict, met=met, reason=reason if verdict.met or not met else verdict.reason)
+    if not met:
+        how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
+        reason = f"{chosen.name} {how}: {reason}"
+    return measured, replace(verdict, met=met, reason=reason)
 
 
 def _costs(run: Run) -> tuple[StepCost, ...]:
@@ -344,6 +347,7 @@ def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
     made = pipeline.draft(run, recipe, Variant(chosen.runtime, chosen.precision))
     plan = made.plan if chosen.precision in pipeline.INTEGER else Plan()
     checkpoint.save(replace(made, plan=plan), path)
+    pipeline.store_planned(run, made.network, plan)
     html.write(record, path / "report.html")
     write_text(path / RECORD, to_json(record))
     run.folder.finish()

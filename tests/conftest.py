@@ -1,0 +1,86 @@
+"""A small network for scikit-learn's digits, trained once, and a finished run of it: what several tests look at."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+NETWORK = '''
+"""A residual network of two convolutions for 8×8 digits."""
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.body = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.max_pool2d(F.relu(self.body(x) + x), 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def trained():
+    network = Net()
+    network.load_state_dict(load_file(Path(__file__).with_name("weights.safetensors")))
+    return network
+'''
+
+
+@pytest.fixture(scope="session")
+def digits_task():
+    """``examples/digits/task.py:task`` on the command line."""
+    pytest.importorskip("sklearn")
+    return str(REPOSITORY / "examples" / "digits" / "task.py") + ":task"
+
+
+@pytest.fixture(scope="session")
+def digits_source(tmp_path_factory, digits_task):
+    """A SOURCE: ``net.py:trained`` in a folder of its own, with weights that were trained for seconds."""
+    import torch
+    from safetensors.torch import save_file
+
+    from examples.digits.network import train
+    from penjing.task import open_task
+    from penjing.usercode import load_named
+
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "net.py").write_text(NETWORK, encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = load_named(str(folder / "net.py"), "Net", error=AssertionError, role="source")()
+        train(network, open_task(digits_task), epochs=12, rate=0.03)
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    return f"{folder / 'net.py'}:trained"
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory, digits_source, digits_task):
+    """The result of a whole run over both runtimes; it is read by many tests and changed by none."""
+    import penjing as pj
+    from penjing.task import open_task
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    events = []
+    result = pj.compress(
+        digits_source, open_task(digits_task), "minimize size_bytes, drop<=2%", out=out, seconds=0.1, threads=1,
+        listeners=[events.append],
+    )  # fmt: skip
+    assert events
+    return result
+
+
+@pytest.fixture
+def digits_copy(tmp_path, digits_run):
+    """A copy of the finished run, to be tampered with."""
+    return Path(shutil.copytree(digits_run.folder, tmp_path / "copy"))
