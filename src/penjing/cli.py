@@ -147,6 +147,7 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
         return MET
     out = Console()
     out.print(table.layers(found.layers))
+    out.print(table.chart(found.layers))
     out.print(
         f"{found.name}: {figure(found.parameters, 'count')} parameters, {figure(found.macs, 'MACs')}, "
         f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",

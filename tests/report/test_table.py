@@ -89,3 +89,13 @@ def test_wide_terminals_get_more_room_and_narrow_ones_still_print():
     gap = "accuracy    drop"
     assert gap in shown(table.candidates(record), 120) and gap not in shown(table.candidates(record), 80)
     assert "yes" in shown(table.candidates(record), 40)
+
+
+def test_chart_draws_the_costliest_layers_first_and_fits_80_columns():
+    rows = [LayerRow(name=f"layer{i}", kind="conv", macs=i * 1000, weight_bytes=100 - i) for i in range(40)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(table.chart(rows, limit=5))
+    lines = console.file.getvalue().splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("layer")]
+    assert named == ["layer39", "layer38", "layer37", "layer36", "layer35"]
+    assert max(map(len, lines)) <= 80 and "39.0 k" in console.file.getvalue()

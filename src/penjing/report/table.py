@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -128,6 +129,24 @@ def layers(rows: Sequence[records.LayerRow]) -> Table:
             _cell(executed + note, _STYLES[arithmetic.family(executed)]),
         )
     return _captioned(table, [f"[{i}] {text}" for text, i in reasons.items()])
+
+
+def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:
+    """The costliest layers as bars: multiply-accumulates, and the bytes of their weights."""
+    table = _table()
+    _column(table, "the costliest layers")
+    for head in ("MACs", "", "weights", ""):
+        _column(table, head, "left" if head else "right")
+    macs, weights = max((r.macs for r in rows), default=0), max((r.weight_bytes for r in rows), default=0)
+    for r in sorted(rows, key=lambda r: -r.macs)[:limit]:
+        table.add_row(
+            _cell(r.name),
+            ProgressBar(total=max(macs, 1), completed=r.macs, width=16),
+            _cell(figures.figure(r.macs, "count")),
+            ProgressBar(total=max(weights, 1), completed=r.weight_bytes, width=16),
+            _cell(figures.figure(r.weight_bytes, "bytes")),
+        )
+    return table
 
 
 def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str, ...]:

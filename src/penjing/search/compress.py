@@ -110,6 +110,13 @@ def compress(
         PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
     """
     goal = Goal.parse(goal) if isinstance(goal, str) else goal
+    if recipe is not None and exclude:
+        raise UsageError(
+            "both a recipe and names to exclude were given",
+            got=f"exclude {', '.join(exclude)}",
+            expected="one of them",
+            remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
+        )
     names = _runtimes(runtime)
     steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), BiasCorrection())
     threads = threads or measure.machine(1).cores

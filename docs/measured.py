@@ -1,0 +1,81 @@
+"""Write the measured tables of README.md and docs/ from the JSON of the benchmarks: ``python docs/measured.py``.
+
+A table stands between ``<!-- measured: NAME -->`` and ``<!-- /measured -->``; nothing else in a text is a figure.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def conditions(machine: dict, versions: dict) -> str:
+    """Processor, threads and versions in one line."""
+    shown = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf") if name in versions
+    )
+    return f"{machine['processor']}, {machine['threads']} threads, {shown}."
+
+
+def candidates(name: str) -> str:
+    """Every candidate of one example network."""
+    run = json.loads((RESULTS / "examples.json").read_text(encoding="utf-8"))[name]
+    lines = [
+        f"| | {run['metric_name']} | latency, median (IQR/median) | size | peak memory | noise against the source "
+        "| integer operators |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in run["rows"]:
+        latency = r["latency_ms"]
+        snr = "" if r["snr_db"] is None else f"{r['snr_db']:.1f} dB"
+        operators = f"{r['integer_operators']} of {r['integer_operators'] + r['float_operators']}"
+        lines.append(
+            f"| {r['name']} | {r['metric']:.2%} | {latency['median']:.2f} ms ({latency['spread']:.0%}) "
+            f"| {r['size_bytes'] / 1e6:.2f} MB | {r['peak_memory_bytes'] / 1e6:.0f} MB | {snr} "
+            f"| {'' if r['snr_db'] is None else operators} |"
+        )
+    return "\n".join([*lines, "", f"Batch 1; {conditions(run['machine'], run['versions'])}"])
+
+
+def cost() -> str:
+    """Time and memory of quantization beside the peers."""
+    data = json.loads((RESULTS / "ptq_cost.json").read_text(encoding="utf-8"))
+    sizes = list(next(iter(data["tools"].values()))["cost"])
+    head = " | ".join(f"{n} samples" for n in sizes)
+    lines = [f"| | {head} | agreement | noise | latency |", "|---|" + "---|" * (len(sizes) + 3)]
+    for tool, row in data["tools"].items():
+        cells = [
+            f"{row['cost'][n]['seconds']:.1f} s, {row['cost'][n]['peak_memory_bytes'] / 1e9:.2f} GB" for n in sizes
+        ]
+        quality = row["quality"]
+        lines.append(
+            f"| {tool} | {' | '.join(cells)} | {quality['agreement']:.3f} | {quality['snr_db']:.1f} dB "
+            f"| {row['latency_ms']['median']:.2f} ms |"
+        )
+    return "\n".join(
+        [*lines, "", f"{data['repeats']} runs each, medians; {conditions(data['machine'], data['versions'])}"]
+    )
+
+
+TABLES = {"resnet20": lambda: candidates("resnet20"), "lite0": lambda: candidates("lite0"), "ptq_cost": cost}
+
+
+def main() -> None:
+    """Fill every marked table."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        filled = re.sub(
+            r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured -->)",
+            lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}",
+            text,
+            flags=re.DOTALL,
+        )
+        if filled != text:
+            path.write_text(filled, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
