@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import shutil
@@ -235,3 +236,17 @@ class TestWriting:
             shutil.copy(folder / name, half)
         with pytest.raises(CheckpointError, match="not complete"):
             checkpoint.load(half, resnet(0))
+
+
+def test_a_run_folder_is_restored_from_the_original_model_and_the_task(tmp_path):
+    import penjing as pj
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    data = torch.randn(16, 1, 8, 8)
+    task = pj.Task(example=data[:2], calibration=[data])
+    draft = pj.quantize.Static()(Draft(raise_network(model, *task.call())), Context(task=task))
+    checkpoint.save(draft, tmp_path)
+    again = pj.load_checkpoint(tmp_path, copy.deepcopy(model), task)
+    assert torch.equal(again.network(data), draft.network(data))
+    assert again.plan == draft.plan and again.edits == draft.edits

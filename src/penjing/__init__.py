@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from penjing import architectures, quantize, records
-    from penjing.checkpoint import load as load_checkpoint
+    from penjing.checkpoint import restore as load_checkpoint
     from penjing.errors import PenjingError
     from penjing.finetune import Finetune
     from penjing.recipe import Recipe
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"penjing.{name}")
     if name == "load_checkpoint":
-        return importlib.import_module("penjing.checkpoint").load
+        return importlib.import_module("penjing.checkpoint").restore
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'penjing' has no attribute {name!r}")

@@ -14,9 +14,11 @@ from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, OutputError
+from penjing.network import raise_network
 from penjing.plan import Plan
 from penjing.records import write_text
 from penjing.surgery import replay
+from penjing.task import Task
 
 EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
 
@@ -91,6 +93,20 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         )
     network.load_state_dict(state)
     return Draft(network.eval(), plan, tuple(log["edits"]))
+
+
+def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
+    """The draft of a run folder, from the original model: its trainable network, its plan, its edits.
+
+    Args:
+        folder: A run folder.
+        model: What the same factory builds; its weights do not matter.
+        task: The run's task; its example and dynamic axes alone are used.
+
+    Raises:
+        CheckpointError: The folder holds no whole checkpoint, or the model is another network.
+    """
+    return load(folder, raise_network(model, *task.call(), task.dynamic))
 
 
 def _difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
