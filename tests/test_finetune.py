@@ -175,12 +175,14 @@ class TestTheContractOfAStep:
 
 class TestDeterminism:
     def test_the_same_seed_gives_the_same_bits(self):
-        torch.manual_seed(1)
-        first = trained(SHORT, network=net())
-        torch.manual_seed(2)  # what was drawn before does not matter
-        random.seed(2)
-        np.random.seed(2)
-        assert same(first, trained(SHORT, network=net()))
+        assert same(self.after_drawing(1, SHORT), self.after_drawing(2, SHORT))
+
+    def after_drawing(self, seed, settings):
+        """What was drawn before the training must not matter."""
+        network = net()
+        for generator in (torch.manual_seed, random.seed, np.random.seed):
+            generator(seed)
+        return trained(settings, network=network)
 
     def test_another_seed_gives_other_bits(self):
         assert not same(trained(SHORT, context_of(seed=0)), trained(SHORT, context_of(seed=1)))
@@ -207,10 +209,7 @@ class TestDeterminism:
                     moment.network.head.weight += torch.randn_like(moment.network.head.weight)
 
         settings = replace(SHORT, hooks=(noise,))
-        torch.manual_seed(1)
-        first = trained(settings)
-        torch.manual_seed(2)
-        assert same(first, trained(settings))
+        assert same(self.after_drawing(1, settings), self.after_drawing(2, settings))
 
 
 class Stop(Exception):

@@ -7,6 +7,7 @@ the commands of `sh` ones. Everything else (console, text, yaml without a title)
 import itertools
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -117,11 +118,13 @@ def test_links_between_pages_lead_somewhere(page):
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_there_is_one_place_for_measured_figures():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = "<!-- measured -->", "<!-- /measured -->"
-    assert (text.count(start), text.count(end)) == (1, 1)
-    assert text.index("## Measured") < text.index(start) < text.index(end)
+def test_every_measured_table_is_one_that_a_benchmark_writes():
+    tables = runpy.run_path(str(ROOT / "docs" / "measured.py"))["TABLES"]
+    marks = [mark for page in PAGES for mark in re.findall(r"<!-- (.+?) -->", page.read_text(encoding="utf-8"))]
+    opened, closed = marks[::2], marks[1::2]
+    assert set(closed) == {"/measured"}
+    assert len(opened) == len(closed)
+    assert {mark.removeprefix("measured: ") for mark in opened} == set(tables)
 
 
 def test_the_commands_of_the_readme_are_those_that_exist():

@@ -121,9 +121,9 @@ class Finetune:
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
+        fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name in ("losses", "hooks"):
             fine[name] = (all(map(callable, getattr(self, name))), "a tuple of functions")
-        fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name, (good, expected) in fine.items():
             if not good:
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
@@ -241,7 +241,6 @@ class _Loop:
             next(batches, None)
         if self.random_numbers is not None and self.position:
             training_state.set_random_numbers(self.random_numbers, self.context.device)
-        self.random_numbers = None
         for batch in batches:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 remedy = "several inputs stand in a tuple or a dict of their own: ((ids, mask), target)"

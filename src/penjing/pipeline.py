@@ -215,7 +215,13 @@ def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Ti
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
     with run.costing("measure latency"):
-        timings = measure.compare(targets, threads=run.threads, seconds=run.seconds, events=run.events)
+        timings = measure.compare(
+            targets,
+            threads=run.threads,
+            seconds=run.seconds,
+            warmup_seconds=min(0.3, run.seconds),
+            events=run.events,
+        )
     run.folder.keep("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
     return timings
 

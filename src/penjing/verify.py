@@ -47,7 +47,7 @@ def verify(
         folder: A run folder.
         task: Needed for the metric alone.
         threads: None takes the threads of the record.
-        seconds: Timed seconds per artifact.
+        seconds: Timed seconds per artifact; 0 leaves latency and speed-up out.
         events: Progress of the timing.
 
     Raises:
@@ -69,7 +69,8 @@ def verify(
         # Damaged files say so in a check: whoever verifies wants to know that, and not why a runtime stumbled.
         return (*checks, Check(f"opens in {manifest.runtime}", "yes", f"no: {error.got}", False))
     checks += _parities(folder, chosen, session)
-    checks += _speed(folder, record, chosen, manifest, used, seconds, events)
+    if seconds > 0:
+        checks += _speed(folder, record, chosen, manifest, used, seconds, events)
     if task is not None:
         checks.append(_metric(record, task, session, manifest))
     return tuple(checks)

@@ -11,7 +11,6 @@ import penjing as pj
 from penjing import records, runtimes
 from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError
 from penjing.folder import ARTIFACT, CANDIDATES
-from penjing.network import raise_network
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.source import open_source
 from penjing.surgery import insert
@@ -145,10 +144,10 @@ class TestFolder:
         assert done["done"] == done["total"]
 
     def test_the_checkpoint_reloads_to_the_same_bits(self, digits_run, digits_source, task):
-        network = raise_network(open_source(digits_source).module, *task.call())
-        draft = pj.load_checkpoint(digits_run.folder, network)
+        model = open_source(digits_source).module
+        draft = pj.load_checkpoint(digits_run.folder, model, task)
         quantized = insert(draft.network, draft.plan)
-        again = pj.load_checkpoint(digits_run.folder, network)
+        again = pj.load_checkpoint(digits_run.folder, model, task)
         with torch.no_grad():
             mine, theirs = quantized(task.calibration[0]), insert(again.network, again.plan)(task.calibration[0])
         assert torch.equal(mine, theirs)
@@ -277,17 +276,6 @@ def test_a_metric_that_fails_is_told_before_anything_costly(tmp_path, digits_sou
     assert found.value.remedy
     assert not (tmp_path / "run" / ARTIFACT).exists()
     assert not (tmp_path / "run" / CANDIDATES).exists()
-
-
-def test_a_network_without_data_is_exported_when_nothing_asks_for_data(tmp_path, digits_source, task):
-    result = pj.compress(
-        digits_source, pj.Task(example=task.example), "minimize size_bytes", recipe=pj.Recipe(), runtime="onnxruntime",
-        out=tmp_path / "run", seconds=0.05, threads=1,
-    )  # fmt: skip
-    assert result.met
-    assert [c.name for c in result.record.candidates] == ["onnxruntime-fp32"]
-    assert result.record.source.metric is None and result.record.artifact.metric is None
-    assert result.record.data == {}
 
 
 def test_a_finished_run_is_given_back_and_not_run_again(digits_copy, digits_source, task):

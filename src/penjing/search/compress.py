@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from penjing.search import request as requests
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
-from penjing.task import Task, agreement_task
+from penjing.task import Task, agreement_task, fingerprint
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
@@ -139,7 +140,7 @@ def compress(
     events.into(folder.path / EVENTS)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
-    metrics = _source_metrics(run, task)
+    metrics = _source_metrics(run, task, data)
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
     variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
@@ -252,18 +253,38 @@ def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> l
     return [Variant(name, p) for p in precisions if recipe.quantizes or p not in pipeline.INTEGER]
 
 
-def _source_metrics(run: Run, task: Task) -> dict[str, float | None]:
-    """The source's metric, once with `evaluate` and once with `select` where the task has it."""
-    kept: dict[str, float | None] | None = run.folder.kept("source-metrics")
+def _source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, float | None]:
+    """The source's metric, once with `evaluate` and once with `select` where the task has it.
+
+    What each of them showed to the network is hashed into `data`.
+    """
+    kept = run.folder.kept("source-metrics")
     if kept is None:
-        predict = pipeline.source_predictor(run)
+        metrics: dict[str, float | None] = {}
+        hashes: dict[str, str] = {}
         with run.costing("evaluate source"):
-            kept = {
-                name: pipeline.metric_of(function, predict, "the source") if function is not None else None
-                for name, function in (("evaluate", task.evaluate), ("select", task.select))
-            }
+            for name, function in (("evaluate", task.evaluate), ("select", task.select)):
+                metrics[name] = None
+                if function is not None:
+                    digest = hashlib.sha256()
+                    predict = _witnessed(pipeline.source_predictor(run), digest)
+                    metrics[name] = pipeline.metric_of(function, predict, "the source")
+                    hashes[name] = digest.hexdigest()
+        kept = {"metrics": metrics, "hashes": hashes}
         run.folder.keep("source-metrics", kept)
-    return kept
+    data.update(kept["hashes"])
+    found: dict[str, float | None] = kept["metrics"]
+    return found
+
+
+def _witnessed(predict: Callable[..., Any], digest: Any) -> Callable[..., Any]:
+    """`predict`, hashing what it is shown."""
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        digest.update(fingerprint([(args, kwargs)]).encode())
+        return predict(*args, **kwargs)
+
+    return seen
 
 
 def _candidates(

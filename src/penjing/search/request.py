@@ -72,5 +72,5 @@ def asked(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
-        "data": record.data,
+        "data": {role: digest for role, digest in record.data.items() if role == "calibration"},
     }
