@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+import os
 import shutil
 
 import pytest
@@ -128,6 +129,11 @@ class TestTiedWeights:
         assert torch.equal(again(**ids)["logits"], network(**ids)["logits"])
         assert again.get_submodule("lm_head").weight is again.get_submodule("transformer.wte").weight
 
+    def test_untied_weights_do_not_fit_a_network_that_ties_them(self, tmp_path):
+        checkpoint.save(Draft(self.gpt2(0, tied=False)), tmp_path)
+        with pytest.raises(CheckpointError, match="one tensor in the network"):
+            checkpoint.load(tmp_path, self.gpt2(1))
+
     def test_equal_values_are_not_a_tie(self, tmp_path):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         model[1].load_state_dict(model[0].state_dict())
@@ -142,6 +148,11 @@ class TestAnotherNetwork:
             checkpoint.load(folder, resnet(seed=0, width=4))
         assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in str(found.value)
         assert found.value.remedy
+
+    def test_another_precision_is_named(self, folder):
+        model = raise_network(build("resnet20", width=8).double().eval(), (pictures(1).double(),))
+        with pytest.raises(CheckpointError, match="is float32, the network's float64"):
+            checkpoint.load(folder, model)
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
@@ -163,9 +174,9 @@ class TestAnotherNetwork:
 
 class TestDamage:
     @pytest.mark.parametrize("name", sorted(FILES))
-    def test_a_missing_file(self, folder, name):
+    def test_a_missing_file_is_named(self, folder, name):
         (folder / name).unlink()
-        with pytest.raises(CheckpointError, match="not complete"):
+        with pytest.raises(CheckpointError, match=f"no {name}"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_missing_folder(self, tmp_path):
@@ -183,6 +194,21 @@ class TestDamage:
         path = folder / "weights.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.load(folder, resnet(0))
+
+    @pytest.mark.parametrize(
+        "log",
+        [{}, [], 3, {"format": 1, "edits": 5, "ties": {}}, {"format": 1, "edits": [3], "ties": {}}]
+        + [{"format": 1, "edits": [], "ties": []}, {"format": "1", "edits": [], "ties": {}}],
+    )
+    def test_a_log_of_another_form(self, folder, log):
+        damage(folder, "edits.json", log)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.load(folder, resnet(0))
+
+    def test_a_newer_format(self, folder):
+        damage(folder, "edits.json", {"format": 2, "edits": [], "ties": {}})
+        with pytest.raises(CheckpointError, match="newer Penjing"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_plan_of_something_else(self, folder):
@@ -218,6 +244,20 @@ class TestDamage:
 
 
 class TestWriting:
+    @pytest.mark.skipif(os.name != "posix", reason="files have other permissions there")
+    def test_others_may_read_it_as_any_new_file(self, folder):
+        (folder / "other").write_text("")
+        assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "other").stat().st_mode}
+
+    def test_one_that_is_replaced_is_unfinished_until_the_end(self, folder, quantized):
+        """New weights must never stand beside old edits, wherever the save is cut off."""
+        (folder / "plan.json").unlink()
+        (folder / "plan.json").mkdir()  # the weights are in place when the save stops here
+        with pytest.raises(OutputError):
+            checkpoint.save(quantized, folder)
+        with pytest.raises(CheckpointError, match="no edits.json"):
+            checkpoint.load(folder, resnet(0))
+
     def test_a_missing_folder_is_an_output_error(self, quantized, tmp_path):
         with pytest.raises(OutputError, match="can't be written"):
             checkpoint.save(quantized, tmp_path / "no")

@@ -251,6 +251,8 @@ class TestCalls:
     def test_a_fixed_batch_stays_as_it_is(self):
         task = Task(example=torch.ones(2, 4), dynamic={})
         assert pipeline.one_call(task, 7)[0][0].shape == (2, 4)
+        assert pipeline.batch_size(task, 7) == 2
+        assert pipeline.batch_size(Task(example=torch.ones(2, 4)), 7) == 7
 
 
 class TestMetric:

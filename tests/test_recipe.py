@@ -108,6 +108,11 @@ class TestYaml:
         assert data[1]["quantize.Static"]["exclude"] == ["head"]
         assert "len" in data[0]["Finetune"]["losses"][0]
 
+    def test_its_data_is_the_same_in_every_process(self):
+        """A resumed run compares its recipe with the one that was asked for."""
+        one, other = (Recipe(Finetune(losses=(lambda batch: 0,))).to_data() for _ in range(2))
+        assert one == other
+
     def test_settings_may_be_left_out(self):
         assert Recipe.from_yaml("- quantize.Static") == Recipe(Static())
         assert Recipe.from_yaml("- quantize.Static:") == Recipe(Static())
@@ -125,6 +130,19 @@ class TestYaml:
             ("- quantise.Static: {}", ["did you mean quantize.Static?"]),
             ("- os.system: {command: ls}", ["does not exist", "one of"]),
             ("- {}", ["does not exist"]),
+            ("- 5", ["does not exist"]),
+            ("- [quantize.Static]", ["does not exist"]),
+            ("- quantize.Static: 5", ["settings of quantize.Static", "no mapping"]),
+            ("- quantize.Static: [weight_bits]", ["settings of quantize.Static", "no mapping"]),
+            ("- quantize.Static: {weight_bits: 99}", ["weight_bits", "from 2 to 8"]),
+            ("- quantize.Static: {weight_bits: 4.0}", ["weight_bits", "from 2 to 8"]),
+            ("- quantize.Static: {activation_range: kl}", ["activation_range", "percentile"]),
+            ("- quantize.Static: {weight_range: percentile}", ["weight_range", "mse"]),
+            ("- quantize.Static: {samples: 0}", ["samples", "above 0"]),
+            ("- quantize.Static: {exclude: head}", ["exclude", "list of patterns"]),
+            ("- quantize.Static: {settings: 3}", ["settings", "no mapping"]),
+            ("- quantize.Static: {settings: {a: {weight_bits: 1}}}", ["weight_bits", "'a'"]),
+            ("- quantize.Static: {settings: {a: {samples: 5}}}", ["'a'", "samples"]),
             ("-", ["does not exist"]),
             ("- quantize.Static: {}\n  Finetune: {}", ["does not exist"]),
             ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),

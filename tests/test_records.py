@@ -187,6 +187,8 @@ class TestReading:
             ("name", 3, ["Record.name", "str"]),
             ("higher_is_better", 1, ["Record.higher_is_better", "bool"]),
             ("machine", [], ["Record.machine", "a JSON object"]),
+            ("recipe", 5, ["Record.recipe", "a JSON list"]),
+            ("format", "2", ["Record.format", "int"]),
             ("candidates", {}, ["Record.candidates", "a JSON list"]),
             ("versions", [], ["Record.versions", "a JSON object"]),
             ("versions", {"torch": 2}, ["Record.versions.torch", "str"]),
@@ -276,6 +278,13 @@ class TestWriteText:
         (tmp_path / "a.json").mkdir()
         with pytest.raises(OutputError):
             write_text(tmp_path / "a.json", "text")
+        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+    def test_text_that_has_no_bytes_leaves_nothing_behind(self, tmp_path):
+        write_text(tmp_path / "a.json", "old")
+        with pytest.raises(UnicodeEncodeError):
+            write_text(tmp_path / "a.json", "\ud800")
+        assert (tmp_path / "a.json").read_text() == "old"
         assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
     def test_a_missing_folder_is_said(self, tmp_path):

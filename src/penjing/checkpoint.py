@@ -12,15 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
-from penjing.draft import Draft
+from penjing.draft import Draft, Edit
 from penjing.errors import CheckpointError, OutputError
 from penjing.network import raise_network
 from penjing.plan import Plan
-from penjing.records import write_text
+from penjing.records import umask, write_text
 from penjing.surgery import replay
 from penjing.task import Task
 
 EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
+FORMAT = 1
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -48,6 +49,8 @@ def save(draft: Draft, folder: Path) -> None:
     aside = folder / f".{WEIGHTS}.new"
     try:
         save_file(stored, aside, metadata={"format": "pt"})
+        os.chmod(aside, 0o666 & ~umask())  # safetensors makes files that nobody else may read
+        (folder / EDITS).unlink(missing_ok=True)  # an older checkpoint ends here: new weights do not fit its edits
         os.replace(aside, folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
@@ -58,7 +61,7 @@ def save(draft: Draft, folder: Path) -> None:
             remedy="free some space, or choose another folder with --out",
         ) from error
     write_text(folder / PLAN, draft.plan.to_json())
-    write_text(folder / EDITS, json.dumps({"format": 1, "edits": draft.edits, "ties": ties}, indent=1) + "\n")
+    write_text(folder / EDITS, json.dumps({"format": FORMAT, "edits": draft.edits, "ties": ties}, indent=1) + "\n")
 
 
 def load(folder: Path | str, source: fx.GraphModule) -> Draft:
@@ -68,23 +71,28 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         CheckpointError: A file is missing or damaged, or the source is another network.
     """
     folder = Path(folder)
-    try:
-        log = json.loads((folder / EDITS).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS)
-        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if missing := [name for name in (EDITS, WEIGHTS, PLAN) if not (folder / name).is_file()]:
         raise CheckpointError(
             "the checkpoint is not complete",
-            got=f"no {Path(error.filename or '').name} in {folder}",
+            got=f"no {', '.join(missing)} in {folder}",
             expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
             remedy="name a run folder that `penjing compress` finished",
+        )
+    try:
+        edits, ties = _read_log(folder)
+        weights = load_file(folder / WEIGHTS)
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            got=f"{folder}: {type(error).__name__}: {error}",
+            expected="the files that penjing wrote",
+            remedy="run `penjing compress` again",
         ) from None
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError("the checkpoint is damaged", got=f"{folder}: {error}") from None
-    network = replay(source, log["edits"])
-    state = {**weights, **{name: weights[of] for name, of in log["ties"].items() if of in weights}}
+    network = replay(source, edits)
+    state = {**weights, **{name: weights[of] for name, of in ties.items() if of in weights}}
     wanted = network.state_dict()
-    if problem := _difference(state, wanted):
+    if problem := _difference(state, wanted) or _untied(state, wanted):
         raise CheckpointError(
             "the checkpoint does not fit this network",
             got=problem,
@@ -92,7 +100,21 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
             remedy="load it with the same factory and the same version of its code",
         )
     network.load_state_dict(state)
-    return Draft(network.eval(), plan, tuple(log["edits"]))
+    return Draft(network.eval(), plan, edits)
+
+
+def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
+    log = json.loads((folder / EDITS).read_text(encoding="utf-8"))
+    if log["format"] > FORMAT:
+        raise CheckpointError(
+            "the checkpoint was written by a newer Penjing",
+            got=f"format {log['format']}",
+            expected=f"format {FORMAT} or older",
+            remedy="pip install --upgrade penjing",
+        )
+    if not all(isinstance(edit, dict) for edit in log["edits"]):
+        raise ValueError(f"{EDITS} holds an edit that is no JSON object")
+    return tuple(log["edits"]), dict(log["ties"].items())
 
 
 def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
@@ -117,5 +139,20 @@ def _difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
         for n in wanted
         if n in got and got[n].shape != wanted[n].shape
     ]
+    shapes += [
+        f"{n} is {got[n].dtype}, the network's {wanted[n].dtype}".replace("torch.", "")
+        for n in wanted
+        if n in got and got[n].dtype != wanted[n].dtype
+    ]
     parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has also {', '.join(more[:3])}" if more else ""]
     return "; ".join(p for p in (*parts, *shapes[:3]) if p) or None
+
+
+def _untied(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+    """The first two names that are one tensor in the network and two in the checkpoint."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in wanted.items():
+        known = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if tensor.numel() and not torch.equal(got[known], got[name]):
+            return f"{known} and {name} differ, and are one tensor in the network"
+    return None

@@ -49,7 +49,8 @@ def measure_artifact(
             folders["source"] = Path(artifact) / SOURCE
         ports = read_manifest(folders["artifact"]).programs[0].inputs
         inputs = batch_of(Path(artifact), ports, batch)
-        targets = [measure.Target(name, folder, inputs, batch) for name, folder in folders.items()]
+        samples = len(inputs[0]) if inputs[0].ndim else batch
+        targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
         timings = measure.compare(targets, threads=threads, seconds=seconds, events=events)
         return {
             name: pipeline.timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()

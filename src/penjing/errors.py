@@ -9,6 +9,7 @@
     │   └── CheckpointError      a checkpoint that is damaged, foreign, or would run code
     ├── TaskError                the task lacks what the recipe or the goal needs
     │   └── CalibrationError     calibration data that is empty, not finite or of the wrong shape
+    ├── TrainingError            training that can't go on: a loss that is not finite, no gradient
     ├── MissingDependency        an optional package is not installed
     ├── QuantizationError        a plan that the chosen runtime can't run
     ├── ArtifactError            an artifact that can't be opened
@@ -84,6 +85,10 @@ class TaskError(PenjingError):
 
 class CalibrationError(TaskError):
     """Calibration data that is empty, not finite, or of the wrong shape or type."""
+
+
+class TrainingError(PenjingError):
+    """Training that can't go on."""
 
 
 class MissingDependency(PenjingError):

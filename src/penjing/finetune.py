@@ -23,15 +23,11 @@ from torch.utils import _pytree as pytree
 from penjing import training_state
 from penjing.call import as_call, to_tensors
 from penjing.draft import Draft
-from penjing.errors import PenjingError, RecipeError, TaskError
+from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.outputs import to_tensor
 from penjing.step import Context
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class TrainingError(PenjingError):
-    """Training that can't go on."""
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,13 @@ def one_call(task: Task, batch: int) -> Call:
     return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
 
 
+def batch_size(task: Task, wanted: int) -> int:
+    """Samples of one call: as many as are wanted, or the number that the network is fixed to."""
+    args, kwargs = one_call(task, wanted)
+    first = next(iter([*args, *kwargs.values()]))
+    return int(first.shape[0]) if first.dim() else wanted
+
+
 def _parity(run: Run, session: Any, network: fx.GraphModule, plan: Plan) -> tuple[Parity, ...]:
     stored = _evidence(run)
     original = [stored[k] for k in stored if k.startswith("source_")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,8 @@ class Recipe:
         """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; what JSON can't hold is written as its repr."""
         names = {cls: name for name, cls in CATALOGUE.items()}
         data = [{names.get(type(s), type(s).__name__): _fields(s)} for s in self.steps]
-        plain: list[dict[str, Any]] = json.loads(json.dumps(data, default=repr))
+        # Without addresses, which are others in every process: a resumed run compares recipes.
+        plain: list[dict[str, Any]] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(data, default=repr)))
         return plain
 
     def to_yaml(self) -> str:
@@ -117,8 +119,9 @@ def _fields(step: Any) -> dict[str, Any]:
 
 
 def _step(item: Any) -> Step:
-    name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items())) if item else ("", {})
-    if name not in CATALOGUE or (isinstance(item, dict) and len(item) != 1):
+    single = isinstance(item, dict) and len(item) == 1
+    name, settings = next(iter(item.items())) if single else (item, None)
+    if not isinstance(name, str) or name not in CATALOGUE:
         near = difflib.get_close_matches(str(name), CATALOGUE, n=1)
         raise RecipeError(
             "the recipe names a step that does not exist",
@@ -126,9 +129,14 @@ def _step(item: Any) -> Step:
             expected=f"one of {', '.join(CATALOGUE)}",
             remedy=f"did you mean {near[0]}?" if near else None,
         )
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise RecipeError(
+            f"the settings of {name} are no mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
+        )
     cls = CATALOGUE[name]
     known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in settings or {}:
+    for key in settings:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise RecipeError(
@@ -137,7 +145,7 @@ def _step(item: Any) -> Step:
                 expected=f"one of {', '.join(known)}",
                 remedy=f"did you mean {near[0]}?" if near else None,
             )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (settings or {}).items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
         step: Step = cls(**values)
     except (TypeError, ValueError) as error:

@@ -213,6 +213,8 @@ def _build(kind: Any, data: Any, where: str) -> Any:
             raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON list")
         return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is list:
+        if not isinstance(data, list):
+            raise RecordError(f"{where} can't be read", got=type(data).__name__, expected="a JSON list")
         return [_build(args[0], item, where) for item in data]
     if origin is dict:
         if not isinstance(data, dict):
@@ -245,7 +247,7 @@ def read(path: Path | str) -> Record:
         ) from None
     except ValueError as error:
         raise RecordError("the record is not valid JSON", got=f"{path}: {error}") from None
-    if isinstance(data, dict) and data.get("format", FORMAT) > FORMAT:
+    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise RecordError(
             "the record was written by a newer Penjing",
             got=f"format {data['format']}",
@@ -255,7 +257,8 @@ def read(path: Path | str) -> Record:
     return from_dict(Record, data)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that a new file does not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -275,14 +278,15 @@ def write_text(path: Path | str, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
+        os.chmod(name, 0o666 & ~umask())  # mkstemp makes files that nobody else may read
         os.replace(name, path)
     except OSError as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
         raise OutputError(
             f"{path.name} can't be written",
             got=f"{type(error).__name__}: {error.strerror or error} ({path.parent})",
             expected="a folder with write permission and free space",
             remedy="free some space, or choose another folder with --out",
         ) from error
+    finally:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)

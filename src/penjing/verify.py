@@ -169,11 +169,13 @@ def _speed(
 
 
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
-    """Inputs of one call: the stored evidence where there is some, zeros otherwise."""
+    """Inputs of one call: the stored evidence where there is some, zeros otherwise; a fixed batch stays as it is."""
     if (folder / EVIDENCE).exists():
         inputs = [array for name, array in _evidence(folder).items() if name.startswith("input_")]
-        return [np.concatenate([x] * -(-batch // len(x)))[:batch] if x.ndim else x for x in inputs]
-    sizes = [[batch if i == 0 else 8 if isinstance(n, str) else n for i, n in enumerate(p.shape)] for p in ports]
+        free = [bool(port.shape) and isinstance(port.shape[0], str) for port in ports]
+        pairs = zip(inputs, free, strict=True)
+        return [np.concatenate([x] * -(-batch // len(x)))[:batch] if varies else x for x, varies in pairs]
+    sizes = [[n if isinstance(n, int) else 8 if i else batch for i, n in enumerate(p.shape)] for p in ports]
     return [np.zeros(size, dtype=port.dtype) for size, port in zip(sizes, ports, strict=True)]
 
 

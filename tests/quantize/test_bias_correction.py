@@ -3,10 +3,9 @@ import torch
 from torch import nn
 
 from penjing.draft import Draft
-from penjing.errors import RecipeError
 from penjing.network import raise_network, sites
 from penjing.quantize import BiasCorrection, Static
-from penjing.quantize.bias_correction import mean_by_channel
+from penjing.quantize.bias_correction import gather, mean_by_channel
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
@@ -92,7 +91,18 @@ def test_leaves_its_input_and_everything_but_biases_alone():
     assert corrected.plan == draft.plan and list(sites(corrected.network)) == list(sites(draft.network))
 
 
-def test_without_a_plan_says_what_is_missing():
+def test_where_nothing_is_quantized_nothing_is_corrected():
     _, context, data = quantized()
-    with pytest.raises(RecipeError, match=r"needs a quantization plan"):
-        BiasCorrection()(Draft(raise_network(network(), (data[:2],))), context)
+    draft = Draft(raise_network(network(), (data[:2],)))
+    assert BiasCorrection()(draft, context) is draft
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_batches_of_different_lengths_can_not_be_joined(by_name):
+    lengths = (5, 5, 9)
+    batches = [{"x": torch.ones(4, n)} if by_name else torch.ones(4, n) for n in lengths]
+    context = Context(task=Task(example=batches[0], calibration=batches, dynamic={"x": {0: "batch", 1: "length"}}))
+    args, named = gather(context, 6)  # the first two are enough
+    assert (named["x"] if by_name else args[0]).shape == (6, 5)
+    args, named = gather(context, 12)
+    assert (named["x"] if by_name else args[0]).shape == (4, 5)

@@ -119,3 +119,9 @@ def test_an_unknown_estimator_is_named_with_those_that_exist():
         estimate(histogram_of([1.0]), QuantSpec(range="entropy"))
     assert caught.value.got == "entropy"
     assert "percentile" in caught.value.expected
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_a_value_that_is_zero_everywhere_has_a_range_that_runtimes_take(name):
+    spec = QuantSpec(bits=8, range=name, **UNSIGNED)
+    assert estimate(histogram_of(torch.zeros(10), torch.zeros(10)), spec) == (0.0, 1.0)

@@ -185,14 +185,14 @@ def test_without_a_metric_agreement_with_the_source_is_measured_and_what_is_excl
 ):
     quiet = pj.Task(example=task.example, calibration=task.calibration, name="unlabelled")
     result = pj.compress(
-        digits_source, quiet, "drop<=5%, minimize size_bytes", runtime="openvino", exclude=["body"],
+        digits_source, quiet, "drop<=5%, minimize size_bytes", runtime="onnxruntime", exclude=["body"],
         out=tmp_path / "run", seconds=0.05, threads=1, batch=4,
     )  # fmt: skip
     record = result.record
     assert record.metric_name == "agreement with the source"
     assert record.source.metric == 1.0
     assert 0.8 < record.artifact.metric <= 1.0
-    found = by_name(record)["openvino-int8"]
+    found = by_name(record)["onnxruntime-int8"]
     rows = {row.name: row for row in found.layers}
     assert rows["body"].reason == "excluded by 'body'"
     assert (rows["body"].planned, rows["body"].executed) == ("fp32", "fp32")
@@ -231,6 +231,30 @@ def test_apply_gives_a_trainable_module_and_leaves_the_model_alone(digits_source
     torch.testing.assert_close(plain(pictures), model(pictures))
 
 
+def test_a_fixed_batch_and_values_that_are_zero_everywhere_go_all_the_way(tmp_path):
+    class Dead(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x) - 100))
+
+    torch.manual_seed(0)
+    data = torch.randn(8, 3, 6, 6)
+    task = pj.Task(example=data[:4], calibration=[data[:4], data[4:]], dynamic={})
+    result = pj.compress(
+        Dead(), task, "minimize size_bytes", runtime="openvino", out=tmp_path / "run", seconds=0.02, threads=1
+    )
+    assert result.record.warnings == ()
+    for candidate in result.record.candidates:
+        assert candidate.measured.metric > 0.99  # cosine or class: the answer is the bias of b
+        assert candidate.measured.latency_ms.batch == 4
+        if candidate.precision == "int8":
+            assert candidate.integer_operators == {"conv": 2}
+    assert [tuple(port.shape) for port in read_manifest(result.artifact).programs[0].inputs] == [(4, 3, 6, 6)]
+
+
 class TestRefusals:
     """Nothing may be written for a request that makes no sense."""
 
@@ -245,6 +269,12 @@ class TestRefusals:
         bare = pj.Task(example=task.example)
         error = self.refused(tmp_path, TaskError, digits_source, bare, "drop<=1%, minimize size_bytes")
         assert "evaluate" in error.remedy
+
+    @pytest.mark.parametrize("example", [(torch.ones(2, 4), True), ([torch.ones(2, 4)],), {"x": torch.ones(2), "k": 3}])
+    def test_inputs_that_are_no_tensors(self, tmp_path, example):
+        bare = pj.Task(example=example)
+        error = self.refused(tmp_path, TaskError, torch.nn.Identity(), bare, "minimize size_bytes")
+        assert "wrap the network" in error.remedy
 
     def test_quantization_without_calibration_data(self, tmp_path, digits_source, task):
         bare = pj.Task(example=task.example)

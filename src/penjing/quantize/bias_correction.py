@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from penjing.draft import Draft
-from penjing.errors import RecipeError
 from penjing.network import flat_inputs, kind, site
 from penjing.step import Context
 from penjing.surgery import insert
@@ -41,13 +40,9 @@ class BiasCorrection:
     samples: int = 64
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with corrected biases; needs a plan, so it stands behind `Static`."""
+        """Return a draft with corrected biases; where nothing is quantized, there is nothing to correct."""
         if not draft.plan:
-            raise RecipeError(
-                "bias correction needs a quantization plan",
-                got="a network without one",
-                expected="quantize.Static before quantize.BiasCorrection",
-            )
+            return draft
         draft = draft.copy()
         calls = gather(context, self.samples)
         wanted = _means(draft.network, calls)
@@ -73,7 +68,7 @@ def gather(context: Context, samples: int) -> Call:
     def join(values: list[Any]) -> Any:
         return torch.cat(values)[:samples] if isinstance(values[0], torch.Tensor) and values[0].dim() else values[0]
 
-    sizes = {tuple(t.shape[1:]) for c in calls for t in c[0][:1]}
+    sizes = {tuple(t.shape[1:] for t in (*c[0], *c[1].values()) if isinstance(t, torch.Tensor)) for c in calls}
     if len(sizes) > 1:  # batches of different lengths can't be joined: the first tells enough
         return calls[0]
     args = tuple(join([c[0][i] for c in calls]) for i in range(len(calls[0][0])))

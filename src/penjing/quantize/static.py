@@ -23,7 +23,7 @@ from penjing.plan import BIAS_LIMIT, GENERIC, Accelerates, Entry, Plan, QuantSpe
 from penjing.quantize.affine import scale_and_zero_point, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
-from penjing.quantize.ranges import estimate
+from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms
 from penjing.task import Call, calibration_calls
@@ -53,6 +53,19 @@ class Static:
     exclude: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_values("", vars(self))
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise RecipeError(
+                "Static(exclude=...) is no list of patterns", got=repr(self.exclude), expected="('head',)"
+            )
+        if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
+            expected = "{'layer3.*': {'activation_range': 'minmax'}}"
+            raise RecipeError("Static(settings=...) is no mapping", got=repr(self.settings), expected=expected)
+        for pattern, values in self.settings.items():
+            _check_fields(pattern, values)
+            _check_values(f" for {pattern!r}", values)
+
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded and a plan."""
         accelerates = context.accelerates or GENERIC
@@ -60,9 +73,8 @@ class Static:
         edits = fold_batch_norms(draft.network)
         names = list(sites(draft.network))
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
-        for pattern, values in self.settings.items():
+        for pattern in self.settings:
             matches(pattern, names)
-            _check_fields(pattern, values)
         placement = place(draft.network, accelerates, excluded)
         statistics = collect(draft.network, set(placement.edges.values()), context, self.samples)
         entries = self._activations(placement, statistics, accelerates)
@@ -109,6 +121,21 @@ class Static:
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
         return entries
+
+
+def _check_values(where: str, values: Mapping[str, Any]) -> None:
+    """Raise RecipeError for bits, ranges or numbers of samples that make no sense."""
+    bits, whole = (range(2, 9), "a whole number from 2 to 8"), (range(1, 2**63), "a whole number above 0")
+    known: dict[str, tuple[Any, str]] = {
+        "weight_bits": bits,
+        "activation_bits": bits,
+        "weight_range": (("minmax", "mse"), "minmax or mse"),
+        "activation_range": (tuple(ESTIMATORS), ", ".join(ESTIMATORS)),
+        "samples": whole,
+    }
+    for name, (allowed, expected) in known.items():
+        if name in values and (isinstance(values[name], bool | float) or values[name] not in allowed):
+            raise RecipeError(f"Static({name}=...){where} can't be used", got=repr(values[name]), expected=expected)
 
 
 def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:

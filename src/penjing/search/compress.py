@@ -127,6 +127,7 @@ def compress(
     torch.set_num_threads(threads)
     seed_everything(seed)
     requests.check_goal(goal, task)
+    requests.check_inputs(task)
     opened = open_source(model, task=task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
     requests.check_recipe(steps, run.network, task)
@@ -241,7 +242,7 @@ def _start(
         seed=seed,
         device=device,
         threads=threads,
-        batch=batch,
+        batch=pipeline.batch_size(task, batch),
         seconds=seconds,
         instruction_sets=instruction_sets,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from penjing import checkpoint
@@ -27,6 +28,19 @@ def check_goal(goal: Goal, task: Task) -> None:
             expected="Task(evaluate=...), or calibration data, on which agreement with the source is measured",
             remedy="give the task an evaluate(predict) -> float, or leave the metric and its drop out of the goal",
         )
+
+
+def check_inputs(task: Task) -> None:
+    """Raise TaskError where an input is no tensor: a runtime's programs take nothing else."""
+    args, kwargs = task.call()
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if not isinstance(value, torch.Tensor):
+            raise TaskError(
+                f"input {name!r} of the task's example is no tensor",
+                got=type(value).__name__,
+                expected="one tensor for every input: a runtime takes nothing else",
+                remedy="wrap the network in a module whose forward takes tensors, and builds or fixes the rest itself",
+            )
 
 
 def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
