@@ -367,7 +367,9 @@ def _layers(
     counts: dict[str, dict[str, int]] = {"int8": {}, "float": {}}
     for row in cost(made.network, run.task.call()):
         executed = precision.get(row.name)
-        planned = "int8" if f"{row.name}:in0" in plan.entries else manifest.settings.get("precision", "fp32")
+        # The input of a float layer may be quantized too: what counts for a layer is its weight.
+        edge = "weight" if row.kind in ("conv", "linear") else "in0"
+        planned = "int8" if f"{row.name}:{edge}" in plan.entries else manifest.settings.get("precision", "fp32")
         reason = None
         if row.name in found and row.kind in COUNTED and executed is not None:
             group = counts["int8" if executed == "int8" else "float"]

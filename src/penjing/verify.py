@@ -18,6 +18,7 @@ from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
 from penjing.task import Task
 
 SPEED_TOLERANCE = 0.25  # of the speed-up: what a quiet machine repeats
+BUSY_SPREAD = 0.4  # IQR over median of timed calls; a quiet machine stays well below
 METRIC_TOLERANCE = 1e-4
 PARITY_TOLERANCE = 0.1  # of the recorded difference: kernels of another processor round elsewhere
 
@@ -161,6 +162,9 @@ def _speed(
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
     close = abs(found / recorded - 1) <= SPEED_TOLERANCE
     note = "" if same else "measured on another machine or with other threads: not comparable"
+    spread = max(timing.latency.spread for timing in timings.values())
+    if same and not close and spread > BUSY_SPREAD:
+        same, note = False, f"this machine is busy (spread {spread:.0%} of the median): measure again when it is quiet"
     text = f"{timings['artifact'].latency.median:.3f} ms"
     return [
         Check("latency", f"{after.median:.3f} ms", text, None, "absolute times drift; the speed-up is what is checked"),

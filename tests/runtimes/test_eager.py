@@ -35,7 +35,8 @@ def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
     for path in made.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with zipfile.ZipFile(tmp_path / "model.pt2", "a") as archive:
-        archive.writestr("model/data/weights/weight_0.pt", b"cos\nsystem\n(S'true'\ntR.")
+        root = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{root}/data/weights/weight_0.pt", b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(CheckpointError, match="could run code"):
         runtimes.open_artifact(tmp_path, 1)
 

@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tiny_networks import CASES
 
-from penjing import runtimes
+from penjing import pipeline, runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
 from penjing.network import kind, sites
 from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
+from penjing.surgery import insert
 from penjing.task import as_call
 
 both = pytest.mark.parametrize("runtime", runtimes.DEPLOYED)
@@ -61,6 +65,37 @@ def test_every_planned_operator_is_integer_in_the_runtimes_own_graph(exported, r
             assert "int8" in found.get(site, ()), f"{site} is {found.get(site)}"
             counted[what] = counted.get(what, 0) + 1
     assert counted == made.case.integer
+
+
+@both
+def test_a_layer_that_the_plan_leaves_out_stays_float_between_quantized_neighbours(exported, tmp_path, runtime):
+    made = exported("residual", runtime, "int8")
+    plan = made.draft.plan
+    kept = {edge: entry for edge, entry in plan.entries.items() if edge != "body:weight"}
+    draft = replace(made.draft, plan=replace(plan, entries=kept))
+    manifest = pipeline.build(draft, runtime, "int8", made.task, made.structure, tmp_path)
+    found = {site: op.precision for op in runtimes.executed(tmp_path, manifest) for site in op.sites}
+    assert (found["stem"], found["body"], found["head"]) == ("int8", "fp32", "int8")
+    reference = insert(draft.network, draft.plan)
+    arrays = made.arrays(5, seed=7)
+    (mine,) = runtimes.open_artifact(tmp_path, 1).run(arrays)
+    (planned,) = made.answers(5, seed=7, network=reference)
+    assert np.abs(mine - planned).max() <= 2 * np.ptp(planned) / 255
+    np.savez(tmp_path / "in.npz", arg_0=arrays[0])
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", ALIKE, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), mine, rtol=0, atol=1e-6)
+
+
+ALIKE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from load import predict
+np.save("out.npy", predict(np.load("in.npz")["arg_0"]))
+"""
 
 
 @both

@@ -41,14 +41,16 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
 
     inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), folder / "model.onnx")
     program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)
-    return Manifest(runtime="onnxruntime", precision=precision, programs=(program,), structure=structure)
+    # It would quantize the weights of a layer that the plan left in floating point between quantized neighbours.
+    settings = {"disabled_optimizers": "WeightBiasQuantization"} if precision == "int8" else {}
+    return Manifest(
+        runtime="onnxruntime", precision=precision, programs=(program,), structure=structure, settings=settings
+    )
 
 
 class _Session:
-    def __init__(self, path: Path, manifest: Manifest, options: Any) -> None:
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        self.session = _inference(folder, manifest, _options(threads))
         self.names = [port.name for port in manifest.programs[0].inputs]
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -58,7 +60,18 @@ class _Session:
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
     """Open model.onnx with that many threads."""
-    return _Session(folder / manifest.programs[0].files[0], manifest, _options(threads))
+    return _Session(folder, manifest, threads)
+
+
+def _inference(folder: Path, manifest: Manifest, options: Any, *disabled: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(
+        str(folder / manifest.programs[0].files[0]),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=[*manifest.settings.get("disabled_optimizers", "").split(), *disabled],
+    )
 
 
 def _options(threads: int) -> Any:
@@ -74,7 +87,6 @@ def _options(threads: int) -> Any:
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     """The operators of the optimized file that ONNX Runtime writes."""
     import onnx
-    import onnxruntime
 
     source = folder / manifest.programs[0].files[0]
     nodes = onnx.load(str(source), load_external_data=False).graph.node
@@ -86,7 +98,8 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         optimized = Path(aside) / "optimized.onnx"
         options = _options(1)
         options.optimized_model_filepath = str(optimized)
-        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        # Blocked layouts are for floating-point operators alone, and their transformer drops the names.
+        _inference(folder, manifest, options, "NchwcTransformer")
         graph = onnx.load(str(optimized)).graph
     found = []
     for node in graph.node:
@@ -114,7 +127,10 @@ PROGRAM = MANIFEST["programs"][0]
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(os.environ.get("THREADS", @THREADS@))
 options.inter_op_num_threads = 1
-session = onnxruntime.InferenceSession(str(HERE / PROGRAM["files"][0]), options, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(
+    str(HERE / PROGRAM["files"][0]), options, providers=["CPUExecutionProvider"],
+    disabled_optimizers=MANIFEST["settings"].get("disabled_optimizers", "").split(),
+)
 
 
 def run(inputs):
