@@ -316,3 +316,24 @@ def test_build_freezes_integers_only_for_integer_precisions(run, tmp_path):
         assert manifest == read_manifest(folder)
         data = (folder / "model.onnx").read_bytes()
         assert (b"QuantizeLinear" in data) == (precision == "int8")
+
+
+def test_a_fixed_batch_and_values_that_are_zero_everywhere_go_all_the_way(tmp_path, told):
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x) - 100))
+
+    data = torch.randn(8, 3, 6, 6)
+    task = Task(example=data[:4], calibration=[data[:4], data[4:]], dynamic={})
+    run = started(tmp_path / "run", task, told, Dead)
+    _, structure = pipeline.source(run)
+    for runtime in runtimes.DEPLOYED:
+        found = pipeline.candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, lambda predict: 1.0)
+        assert found.integer_operators == {"conv": 2}
+        assert found.parity[1].snr_db > 25 and found.parity[1].samples == 4
+        ports = read_manifest(run.folder.path / found.folder).programs[0].inputs
+        assert [tuple(port.shape) for port in ports] == [(4, 3, 6, 6)]
