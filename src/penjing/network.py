@@ -3,7 +3,9 @@
 A raised network is a `torch.fx.GraphModule`. Layers with parameters (convolution, linear, norms, embedding) and
 dropout are real `torch.nn` modules under their original names; every other operator is a functional node whose
 sizes are literals that can be edited. It trains, evaluates, deep-copies and exports like any module, and in eval
-mode it computes the same bits as its source.
+mode it computes the same bits as its source; where torch would take its fused attention kernel instead
+(``torch.backends.mha``), the same to rounding.
+
 Where a source keeps a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
 ``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's.
 
