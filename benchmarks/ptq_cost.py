@@ -11,6 +11,7 @@ of 300 samples: agreement with fp32 on 496 other pictures, and logit signal-to-n
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def main() -> None:
         shown = 300 if 300 in arguments.samples else arguments.samples[-1]
         found = {tool: quality(tool, Path(aside) / f"{tool}-{shown}") for tool in TOOLS}
         targets = [Target(tool, Path(aside) / f"{tool}-{shown}", [picture], 1) for tool in TOOLS]
-        sys.path.insert(0, str(ROOT / "benchmarks"))
+        os.environ["PYTHONPATH"] = str(ROOT / "benchmarks")  # the workers open the peers' files with this module
         timings = compare(targets, threads=THREADS, seconds=3, opener="ptq_cost:open_folder")
     data = {"machine": vars(machine(THREADS)), "versions": versions(), "repeats": arguments.repeats, "tools": {}}
     print(f"\n{'tool':<12}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}{'ms':>8}")
