@@ -47,7 +47,10 @@ def cost() -> str:
     lines = [f"| | {head} | agreement | noise | latency |", "|---|" + "---|" * (len(sizes) + 3)]
     for tool, row in data["tools"].items():
         cells = [
-            f"{row['cost'][n]['seconds']:.1f} s, {row['cost'][n]['peak_memory_bytes'] / 1e9:.2f} GB" for n in sizes
+            f"{row['cost'][n]['seconds']:.1f} s, {row['cost'][n]['peak_memory_bytes'] / 1e9:.2f} GB"
+            if n in row["cost"]
+            else "not run"
+            for n in sizes
         ]
         quality = row["quality"]
         lines.append(

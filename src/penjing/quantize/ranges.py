@@ -2,11 +2,12 @@
 
 Min-max and moving average: Jacob et al., CVPR 2018. Percentile: McKinstry et al., "Discovering Low-Precision
 Networks Close to Full-Precision Networks", 2018. MSE: Nagel et al., "A White Paper on Neural Network
-Quantization", 2021, section 3.1.
+Quantization", 2021, section 3.1. Entropy: Migacz, "8-bit Inference with TensorRT", GTC 2017.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -64,11 +65,56 @@ def mse(histogram: Histogram, spec: QuantSpec, steps: int = 64) -> tuple[float, 
     return low, high
 
 
+def entropy(histogram: Histogram, spec: QuantSpec, candidates: int = 128) -> tuple[float, float]:
+    """The cut of the magnitudes after which the integers still tell most about the values (Kullback-Leibler).
+
+    For every threshold T the values beyond it are moved to it (P), then summed up in as many equal steps as there
+    are integers on one side, each step spread over the bins that were in use (Q); the T with the smallest
+    Σ P·log(P/Q) is taken. Both ends are cut at the same magnitude.
+    """
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    half = len(histogram.counts) // 2
+    magnitudes = histogram.counts[half:] + histogram.counts[:half].flip(0)
+    used = magnitudes.nonzero()
+    if len(used) == 0 or low == high == 0:
+        return low, high
+    # The zeros of a relu say nothing about the range, and would outweigh everything else.
+    magnitudes[0] = magnitudes[1] if magnitudes[0] > magnitudes[1:].sum() else magnitudes[0]
+    top = int(used[-1]) + 1
+    smallest, largest = spec.limits
+    levels = largest if spec.signed else (largest - smallest) // (1 if low == 0 or high == 0 else 2)
+    limit = max(-low, high)
+    if top <= levels:
+        return low, high  # fewer bins than integers: nothing to gain from a cut
+    best, threshold = math.inf, limit
+    for end in sorted({int(e) for e in torch.linspace(max(levels, top // 8), top, candidates).tolist()}):
+        if (divergence := _divergence(magnitudes, end, levels)) < best:
+            best, threshold = divergence, min(limit, end * histogram.limit / half)
+    return max(low, -threshold), min(high, threshold)
+
+
+def _divergence(counts: torch.Tensor, end: int, levels: int) -> float:
+    """Σ P·log(P/Q) of the counts cut at bin `end` and expressed in `levels` steps."""
+    p = counts[:end].clone()
+    used = p > 0
+    steps = torch.arange(end) * levels // end
+    mass = torch.zeros(levels, dtype=p.dtype).index_add_(0, steps, p)
+    bins = torch.zeros(levels, dtype=p.dtype).index_add_(0, steps, used.to(p.dtype))
+    q = torch.where(used, (mass / bins.clamp(min=1))[steps], 0.0)
+    p[-1] += counts[end:].sum()
+    both = (p > 0) & (q > 0)
+    if bool(((p > 0) & ~both).any()):
+        return math.inf
+    p, q = p / p.sum(), q / q.sum()
+    return float((p[both] * (p[both] / q[both]).log()).sum())
+
+
 ESTIMATORS: dict[str, Callable[[Histogram, QuantSpec], tuple[float, float]]] = {
     "minmax": minmax,
     "moving_average": moving_average,
     "percentile": percentile,
     "mse": mse,
+    "entropy": entropy,
 }
 
 
