@@ -233,7 +233,12 @@ def main() -> None:
     print(f"\n{'tool':<16}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}{'ms':>8}")
     for tool in tools:
         latency = timings[tool].latency
-        data["tools"][tool] = {"quality": found[tool], "quality_samples": shown[tool], "latency_ms": vars(latency), "cost": {}}
+        data["tools"][tool] = {
+            "quality": found[tool],
+            "quality_samples": shown[tool],
+            "latency_ms": vars(latency),
+            "cost": {},
+        }
         for samples, runs in rows[tool].items():
             seconds = [r["seconds"] for r in runs]
             middle, spread = statistics.median(seconds), max(seconds) - min(seconds)

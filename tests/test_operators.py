@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,8 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penjing import operators
+from penjing.grid import on_grid
 from penjing.operators import dequantize, integer_dtype, quantize
-from penjing.quantize.affine import fake_quantize
+from penjing.plan import QuantSpec
+
+FORMATS = ((8, False, False), (8, True, False), (8, True, True), (4, False, False), (4, True, True))
+SPECS = [QuantSpec(bits=bits, signed=signed, symmetric=symmetric) for bits, signed, symmetric in FORMATS]
 
 
 def one_by_one(x, scale, zero_point, axis, low, high):
@@ -23,11 +29,13 @@ def one_by_one(x, scale, zero_point, axis, low, high):
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(-40, 40, width=32), min_size=12, max_size=12),
-    st.sampled_from([(0, 255), (-128, 127), (-127, 127), (0, 15), (-7, 7)]),
+    st.sampled_from(SPECS),
     st.sampled_from([None, 0, 1, 2]),
     st.integers(0, 9),
 )
-def test_quantize_equals_a_loop_over_every_number(values, limits, axis, seed):
+def test_quantize_equals_a_loop_over_every_number(values, spec, axis, seed):
+    spec = replace(spec, axis=axis)
+    limits = spec.limits
     x = torch.tensor(values).reshape(2, 3, 2)
     generator = torch.Generator().manual_seed(seed)
     channels = 1 if axis is None else x.shape[axis]
@@ -41,7 +49,7 @@ def test_quantize_equals_a_loop_over_every_number(values, limits, axis, seed):
     shape = [1] * 3
     shape[axis or 0] = channels
     assert torch.equal(back, (expected - zero.reshape(shape)).float() * scale.reshape(shape))
-    assert torch.equal(back, fake_quantize(x, scale.reshape(shape), zero.reshape(shape), *limits))
+    assert torch.equal(back, on_grid(x, scale, zero, spec))
 
 
 def test_halves_round_to_even():

@@ -74,6 +74,7 @@ _KINDS = {
     "bmm": "matmul",
     "mm": "matmul",
     "upsample_nearest2d": "resize",
+    "constant_pad_nd": "pad",
 }
 _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Conv1d, "conv"),

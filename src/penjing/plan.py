@@ -13,6 +13,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+GRIDS = ("uniform", "powers_of_two", "additive_powers_of_two")
+LARGEST = 127  # of a grid that is not uniform: its integers are stored in 8 bits
+
+
+def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
+    """The integers ≥ 0 that a grid holds with so many bits, without a sign bit; in units of the smallest.
+
+    >>> magnitudes("powers_of_two", 3)
+    (0, 1, 2, 4, 8, 16, 32, 64)
+    >>> magnitudes("additive_powers_of_two", 4)
+    (0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 32, 33, 36, 48)
+    """
+    if grid == "powers_of_two":
+        return (0, *(2**i for i in range(2**bits - 1)))
+    # Li et al. 2020, equation 4 with k = 2: every term picks 0 or one of three powers of its own; a single bit that
+    # remains is a term of 0 and one power.
+    terms, spare = divmod(bits, 2)
+    if spare:
+        places: list[list[int]] = _TERMS_WITH_A_SPARE_BIT.get(bits, [])
+    else:
+        places = [[term + terms * i for i in range(3)] for term in range(terms)]
+    top = max((p for term in places for p in term), default=0)
+    sums = {0}
+    for term in places:
+        sums = {a + b for a in sums for b in (0, *(2 ** (top - p) for p in term))}
+    return tuple(sorted(sums))
+
+
+_TERMS_WITH_A_SPARE_BIT = {1: [[0]], 3: [[0, 1, 3], [2]], 5: [[0, 2, 5], [1, 3, 6], [4]]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
@@ -22,6 +52,8 @@ class QuantSpec:
     (-127, 127)
     >>> QuantSpec(bits=8, signed=False, symmetric=False).limits
     (0, 255)
+    >>> QuantSpec(bits=4, grid="powers_of_two").limits
+    (-64, 64)
     """
 
     bits: int = 8
@@ -29,10 +61,16 @@ class QuantSpec:
     symmetric: bool = True  # zero point is 0 (signed) and the range is narrow: -127..127
     axis: int | None = None  # the channel axis; None is one scale for the whole tensor
     range: str = "minmax"  # which estimator chose the range
+    group: int | None = None  # so many neighbouring values of a channel share a scale; None: the whole channel
+    scale: str = "free"  # or "power_of_two": scales that a shift multiplies by
+    grid: str = "uniform"  # one of GRIDS: which of the integers are held
 
     @property
     def limits(self) -> tuple[int, int]:
         """Smallest and largest integer."""
+        if self.grid != "uniform":
+            largest = magnitudes(self.grid, self.bits - self.signed)[-1]
+            return (-largest if self.signed else 0), largest
         if not self.signed:
             return 0, 2**self.bits - 1
         high = 2 ** (self.bits - 1) - 1
@@ -118,6 +156,6 @@ GENERIC = Accelerates(
     activation=QuantSpec(bits=8, signed=False, symmetric=False),
     integer=frozenset({"conv", "linear", "add", "cat", "avg_pool"}),
     absorbs=frozenset({"relu", "clip"}),
-    passes=frozenset({"max_pool", "reshape", "transpose"}),
+    passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
 )
 """What plans are made for when no runtime is named."""

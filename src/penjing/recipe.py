@@ -21,8 +21,12 @@ CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
     "quantize.Static": quantize.Static,
     "quantize.BiasCorrection": quantize.BiasCorrection,
+    "quantize.AdaRound": quantize.AdaRound,
 }
 """Every step by the name that it has in a YAML recipe."""
+
+
+_REPAIRS = (quantize.BiasCorrection, quantize.AdaRound)  # of what a plan has rounded
 
 
 @dataclass(frozen=True, init=False)
@@ -63,11 +67,11 @@ class Recipe:
                     expected="Finetune before Static: the ranges belong to the weights that they were measured on",
                     remedy="put Finetune first",
                 )
-            if isinstance(step, quantize.BiasCorrection) and quantized is None:
+            if isinstance(step, _REPAIRS) and quantized is None:
                 raise RecipeError(
-                    "bias correction has nothing to correct yet",
+                    f"{type(step).__name__} has nothing to repair yet",
                     got=" → ".join(type(s).__name__ for s in self.steps),
-                    expected="quantize.Static before quantize.BiasCorrection",
+                    expected=f"quantize.Static before quantize.{type(step).__name__}",
                 )
             if isinstance(step, quantize.Static):
                 if quantized is not None:

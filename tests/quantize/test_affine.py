@@ -3,8 +3,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from penjing.grid import on_grid
 from penjing.plan import QuantSpec
-from penjing.quantize.affine import SMALLEST_SCALE, fake_quantize, scale_and_zero_point, weight_range
+from penjing.quantize.affine import SMALLEST_SCALE, scale_and_zero_point, weight_range
 
 SPECS = [
     QuantSpec(bits=bits, signed=signed, symmetric=symmetric)
@@ -16,7 +17,7 @@ NUMBERS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
 def rounded(x, low, high, spec):
     scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
-    return fake_quantize(x, scale, zero, *spec.limits), float(scale[0]), int(zero[0])
+    return on_grid(x, scale, zero, spec), float(scale[0]), int(zero[0])
 
 
 def by_hand(x, scale, zero, low, high):
@@ -48,7 +49,7 @@ def test_zero_is_kept_exactly(a, b, spec):
 def test_rounding_equals_a_loop(values, a, b, spec):
     x = torch.tensor(values, dtype=torch.float64)
     scale, zero = scale_and_zero_point(torch.tensor([min(a, b)]), torch.tensor([max(a, b)]), spec)
-    y = fake_quantize(x, scale.double(), zero, *spec.limits)
+    y = on_grid(x, scale.double(), zero, spec)
     assert y.tolist() == [by_hand(v, float(scale), int(zero), *spec.limits) for v in x.tolist()]
 
 
@@ -56,7 +57,7 @@ def test_rounding_equals_a_loop(values, a, b, spec):
 def test_what_was_rounded_stays(spec):
     x = torch.linspace(-3, 5, 101)
     once, scale, zero = rounded(x, -3.0, 5.0, spec)
-    assert torch.equal(fake_quantize(once, torch.tensor(scale), torch.tensor(zero), *spec.limits), once)
+    assert torch.equal(on_grid(once, torch.tensor(scale), torch.tensor(zero), spec), once)
     assert len(once.unique()) <= spec.limits[1] - spec.limits[0] + 1
 
 
@@ -76,12 +77,7 @@ def test_a_range_of_nothing_but_zero_divides_safely():
 
 def squared_error(weight, spec):
     scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
-    shape = [1] * weight.dim()
-    if spec.axis is not None:
-        shape[spec.axis] = -1
-    return float(
-        (fake_quantize(weight, scale.reshape(shape), zero.reshape(shape), *spec.limits) - weight).square().sum()
-    )
+    return float((on_grid(weight, scale, zero, spec) - weight).square().sum())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -135,6 +131,6 @@ def test_a_dead_channel_keeps_its_zeros():
     weight[1] = 0
     spec = QuantSpec(axis=0, range="mse")
     scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
-    y = fake_quantize(weight, scale[:, None], zero[:, None], *spec.limits)
+    y = on_grid(weight, scale, zero, spec)
     assert torch.isfinite(y).all()
     assert torch.equal(y[1], weight[1])

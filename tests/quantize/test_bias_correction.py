@@ -5,7 +5,7 @@ from torch import nn
 from penjing.draft import Draft
 from penjing.network import raise_network, sites
 from penjing.quantize import BiasCorrection, Static
-from penjing.quantize.bias_correction import gather, mean_by_channel
+from penjing.quantize.samples import batches, chunks
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
@@ -32,6 +32,10 @@ def quantized(bits: int = 3) -> tuple[Draft, Context, torch.Tensor]:
     context = Context(task=task)
     draft = Static(weight_bits=bits)(Draft(raise_network(network(), *task.call())), context)
     return draft, context, data
+
+
+def mean_by_channel(x, axis):
+    return x.detach().mean([i for i in range(x.dim()) if i != axis % x.dim()]).double()
 
 
 def outputs(module: torch.fx.GraphModule, data: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -98,11 +102,21 @@ def test_where_nothing_is_quantized_nothing_is_corrected():
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_batches_of_different_lengths_can_not_be_joined(by_name):
+def test_batches_of_different_lengths_are_all_read(by_name):
     lengths = (5, 5, 9)
-    batches = [{"x": torch.ones(4, n)} if by_name else torch.ones(4, n) for n in lengths]
-    context = Context(task=Task(example=batches[0], calibration=batches, dynamic={"x": {0: "batch", 1: "length"}}))
-    args, named = gather(context, 6)  # the first two are enough
-    assert (named["x"] if by_name else args[0]).shape == (6, 5)
-    args, named = gather(context, 12)
-    assert (named["x"] if by_name else args[0]).shape == (4, 5)
+    data = [{"x": torch.ones(4, n)} if by_name else torch.ones(4, n) for n in lengths]
+    context = Context(task=Task(example=data[0], calibration=data, dynamic={"x": {0: "batch", 1: "length"}}))
+    for wanted, shapes in ((6, [(4, 5), (2, 5)]), (12, [(4, 5), (4, 5), (4, 9)]), (99, [(4, 5), (4, 5), (4, 9)])):
+        found = [named["x"] if by_name else args[0] for args, named in batches(context, wanted)]
+        assert [tuple(x.shape) for x in found] == shapes
+
+
+def test_chunks_hold_every_sample_once(monkeypatch):
+    _, context, data = quantized()
+    network_ = raise_network(network(), (data[:2],))
+    whole = chunks(context, network_, 20)
+    assert torch.equal(torch.cat([args[0] for args, _ in whole]), data[:20])
+    monkeypatch.setattr("penjing.quantize.samples.CHUNK_BYTES", 3 * 8 * 8 * 8 * 4)  # three samples of the largest value
+    parts = chunks(context, network_, 20)
+    assert max(len(args[0]) for args, _ in parts) == 3
+    assert torch.equal(torch.cat([args[0] for args, _ in parts]), data[:20])

@@ -216,9 +216,9 @@ class TestNames:
 
     def test_an_unknown_estimator_is_refused(self, draft):
         with pytest.raises(RecipeError):
-            Static(activation_range="entropy")(draft, context_of(SHAPE))
+            Static(activation_range="magic")(draft, context_of(SHAPE))
         with pytest.raises(RecipeError):
-            Static(weight_range="entropy")(draft, context_of(SHAPE))
+            Static(weight_range="percentile")(draft, context_of(SHAPE))
 
 
 class Chain(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from penjing.network import kind, site, tensor_inputs
+from penjing.network import arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
@@ -82,12 +82,20 @@ def _carry(
     """Quantize an edge, and the edges before it as long as the operators only move values."""
     root = producer
     before: list[str] = []
-    while (what := kind(network, root)) in accelerates.passes | SILENT:
+    while (what := kind(network, root)) in accelerates.passes | SILENT and _only_moves(what, root):
         if what not in SILENT:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
     for name in (edge, *before):
         edges[name] = root.name
+
+
+def _only_moves(what: str, node: fx.Node) -> bool:
+    """Whether nothing but values that went in, or zeros, comes out: every grid holds the zero."""
+    if what != "pad":
+        return True
+    given = arguments(node)
+    return given.get("mode", "constant") == "constant" and not given["value"]
 
 
 def _quantize_readers(

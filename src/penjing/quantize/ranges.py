@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from penjing.errors import RecipeError
+from penjing.grid import on_grid
 from penjing.plan import QuantSpec
-from penjing.quantize.affine import fake_quantize, scale_and_zero_point
+from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
 
 PERCENTILE = 99.99
@@ -50,7 +52,8 @@ def mse(histogram: Histogram, spec: QuantSpec, steps: int = 64) -> tuple[float, 
 
     def errors(lows: torch.Tensor, highs: torch.Tensor) -> torch.Tensor:
         scale, zero = scale_and_zero_point(lows, highs, spec)
-        rounded = fake_quantize(centers, scale.double()[:, None], zero[:, None], *spec.limits)
+        tried = centers.expand(len(scale), -1)
+        rounded = on_grid(tried, scale.double(), zero, replace(spec, axis=0, group=None))
         return ((rounded - centers).square() * weights).sum(1)
 
     ratios = torch.linspace(1, 0.1, steps, dtype=torch.float64)

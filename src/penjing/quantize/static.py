@@ -24,9 +24,9 @@ from penjing.quantize.affine import scale_and_zero_point, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
+from penjing.quantize.samples import batches, size_of
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms
-from penjing.task import Call, calibration_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,28 +194,11 @@ def _observe(network: fx.GraphModule, values: set[str], context: Context, sample
     observer = Observer(network)
     done = 0
     with torch.no_grad():
-        for call in calibration_calls(context.task):
-            call, size = _first(call, samples - done)
+        for call in batches(context, samples):
             observer.run(*flat_inputs(network, call))
-            done += size
+            done += size_of(call)
             context.events("progress", label="calibrate", done=done, total=samples)
-            if done >= samples:
-                break
     return histograms
-
-
-def _first(call: Call, count: int) -> tuple[Call, int]:
-    """At most `count` samples of a call, and how many they are."""
-    args, kwargs = call
-    size = next(int(t.shape[0]) for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim())
-    if size <= count:
-        return call, size
-
-    def cut(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
-        return value[:count] if whole else value
-
-    return (tuple(map(cut, args)), {k: cut(v) for k, v in kwargs.items()}), count
 
 
 def _fingerprint(network: nn.Module) -> str:

@@ -11,13 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
 from penjing.network import export, input_names, is_tensor, kind
+from penjing.runtimes import onnx_rewrites
 from penjing.runtimes.artifact import Port
 
 OPSET = 18
@@ -68,7 +68,8 @@ def write(
             ) from error
     assert exported is not None
     model = exported.model_proto
-    _pool_globally(model)
+    onnx_rewrites.pool_globally(model)
+    onnx_rewrites.pad_in_convolutions(model)
     _name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
     onnx.checker.check_model(model)
@@ -164,32 +165,6 @@ _ONNX_KINDS = {
     "LayerNormalization": "layer_norm",
     "Softmax": "softmax",
 }
-
-
-def _pool_globally(model: Any) -> None:
-    """ReduceMean over the picture becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
-    from onnx import helper, numpy_helper
-
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in [*graph.value_info, *graph.input, *graph.output]}
-    for position, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
-            continue
-        axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        if sorted(a % 4 for a in axes) != [2, 3] or ranks.get(node.input[0]) != 4:
-            continue
-        keeps = all(a.i for a in node.attribute if a.name == "keepdims")
-        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
-        new = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
-        if not keeps:
-            # Quantizers move through Squeeze to the pooling's side, through Flatten they do not.
-            square = f"{node.name}_axes"
-            graph.initializer.append(numpy_helper.from_array(np.array([2, 3], dtype=np.int64), square))
-            new.append(helper.make_node("Squeeze", [pooled, square], [node.output[0]], name=f"{node.name}_flat"))
-        del graph.node[position]
-        for offset, made in enumerate(new):
-            graph.node.insert(position + offset, made)
 
 
 def _tidy(model: Any, inputs: list[str], call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any) -> None:

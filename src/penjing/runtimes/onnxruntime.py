@@ -28,7 +28,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
         absorbs=frozenset({"relu", "clip"}),
-        passes=frozenset({"max_pool", "reshape", "transpose"}),
+        passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
         notes=(note,) if note else (),
     )

@@ -32,7 +32,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
         absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
-        passes=frozenset({"max_pool", "reshape", "transpose"}),
+        passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing import operators
+from penjing import grid, operators
 from penjing.errors import QuantizationError
 from penjing.network import is_tensor, kind, sites, tensor_inputs
 from penjing.plan import Entry, Plan
@@ -23,18 +23,13 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, entry: Entry) -> None:
         super().__init__()
-        self.axis = entry.spec.axis or 0
-        self.low, self.high = entry.spec.limits
+        self.spec = entry.spec
         self.register_buffer("scale", torch.tensor(entry.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize, in one buffer."""
-        shape = [1] * x.dim()
-        if self.scale.numel() > 1:
-            shape[self.axis] = -1
-        scale, zero = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        return torch.div(x, scale).round_().clamp_(self.low - zero, self.high - zero).mul_(scale)
+        """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize."""
+        return grid.on_grid(x, self.scale, self.zero_point, self.spec)
 
 
 def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
@@ -126,13 +121,22 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     def stored(layer: str, role: str, entry: Entry) -> fx.Node:
         value = getattr(network.get_submodule(layer), role).detach()
-        axis = entry.spec.axis or 0
         scale = torch.tensor(entry.scale, dtype=torch.float32)
         zero = torch.tensor(entry.zero_point, dtype=torch.int32)
-        q = torch.ops.penjing.quantize(value, scale, zero, axis, *entry.spec.limits)
+        q = grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
         name = name_for(layer, role, entry)
-        nodes = (constant(name, q), *numbers(name, entry))
-        return network.graph.call_function(torch.ops.penjing.dequantize.default, (*nodes, axis))
+        call = network.graph.call_function
+        if entry.spec.group is None:
+            nodes = (constant(name, q), *numbers(name, entry))
+            return call(torch.ops.penjing.dequantize.default, (*nodes, entry.spec.axis or 0))
+        # One row for every scale: per-channel quantization is what every runtime reads.
+        nodes = (
+            constant(name, q.movedim(entry.spec.axis or 0, 0).reshape(-1, entry.spec.group)),
+            *numbers(name, entry),
+        )
+        return call(
+            torch.ops.aten.reshape.default, (call(torch.ops.penjing.dequantize.default, (*nodes, 0)), list(value.shape))
+        )
 
     def weight(layer: str, entry: Entry) -> fx.Node:
         return stored(layer, "weight", entry)

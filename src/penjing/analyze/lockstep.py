@@ -1,0 +1,217 @@
+"""A network and its quantized twin, run side by side, operator by operator, on the same samples.
+
+Whoever watches sees, at every layer, what comes in and goes out of both: enough to measure where noise arises, to
+give a layer back what rounding took from it, and to choose how its weights are rounded, each behind the layers
+before it as they already are. One pass over the samples serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.grid import on_grid
+from penjing.network import flat_inputs, is_tensor, kind, site
+from penjing.plan import Entry, Plan
+from penjing.task import Call
+
+LAYERS = ("conv", "linear")
+Chunks = list[Any]  # one value for every chunk of samples
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a watcher sees at a convolution or linear layer.
+
+    Attributes:
+        site: The layer's name in the plan.
+        kind: "conv" or "linear".
+        module: The layer, with the weights of the floating-point network.
+        weight: The twin's weight: on its grid where the plan has one.
+        entry: The plan's entry of the weight; None where it stays in floating point.
+        inputs: The network's input, one tensor a chunk of samples.
+        twin_inputs: The twin's, quantized where the plan says so.
+        outputs: The network's output.
+    """
+
+    site: str
+    kind: str
+    module: Any
+    weight: torch.Tensor
+    entry: Entry | None
+    inputs: list[torch.Tensor]
+    twin_inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+    def twin_outputs(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What the twin computes, with its own or with another weight and bias."""
+        bias = self.module.bias if bias is None else bias
+        return [apply(self.module, x, self.weight if weight is None else weight, bias) for x in self.twin_inputs]
+
+    @property
+    def axis(self) -> int:
+        """The channel axis of the outputs."""
+        return 1 if self.kind == "conv" else -1
+
+
+Watcher = Callable[[Layer], "list[torch.Tensor] | None"]
+
+
+def run(network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watcher) -> tuple[Chunks, Chunks]:
+    """Run both over `calls` at once.
+
+    Args:
+        network: A raised network in eval mode.
+        plan: What the twin quantizes.
+        calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
+        watch: Called at every convolution and linear layer that is a module, in the order of execution. What it
+            returns replaces the twin's output.
+
+    Returns:
+        The outputs of the network and of the twin, one for each chunk.
+    """
+    inputs = [flat_inputs(network, call) for call in calls]
+    with torch.no_grad():
+        return _Twins(network, plan, inputs, watch).run()
+
+
+def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A convolution or linear module's forward with other tensors."""
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    result: torch.Tensor = module._conv_forward(x, weight, bias)
+    return result
+
+
+class _Twins:
+    def __init__(self, network: fx.GraphModule, plan: Plan, inputs: list[list[Any]], watch: Watcher) -> None:
+        self.network, self.plan, self.watch = network, plan, watch
+        self.inputs = inputs
+        self.source: dict[fx.Node, Chunks] = {}
+        self.twin: dict[fx.Node, Chunks] = {}
+        self.grids: dict[tuple[fx.Node, Entry], Chunks] = {}
+
+    def run(self) -> tuple[Chunks, Chunks]:
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.network.graph.nodes:
+            for read in node.all_input_nodes:
+                last[read] = node
+        placeholders = 0
+        for node in self.network.graph.nodes:
+            if node.op == "placeholder":
+                self.source[node] = [chunk[placeholders] for chunk in self.inputs]
+                self.twin[node] = self.source[node]
+                placeholders += 1
+            elif node.op == "output":
+                break
+            else:
+                self._step(node)
+            for read in [n for n in node.all_input_nodes if last[n] is node] + ([node] if node not in last else []):
+                del self.source[read], self.twin[read]
+                for key in [key for key in self.grids if key[0] is read]:
+                    del self.grids[key]
+        return self._outputs(node, self.source), self._outputs(node, self.twin)
+
+    def _outputs(self, node: fx.Node, env: Mapping[fx.Node, Chunks]) -> Chunks:
+        return [self._arguments(node, env, i)[0][0] for i in range(len(self.inputs))]
+
+    def _step(self, node: fx.Node) -> None:
+        chunks = range(len(self.inputs))
+        self.source[node] = [self._compute(node, *self._arguments(node, self.source, i)) for i in chunks]
+        if node.op == "get_attr":
+            self.twin[node] = self.source[node]
+            return
+        arguments = [self._arguments(node, self.twin, i, self._grid) for i in chunks]
+        what = kind(self.network, node)
+        if node.op == "call_module" and what in LAYERS:
+            self.twin[node] = self._layer(node, what, [a[0][0] for a in arguments])
+        else:
+            self.twin[node] = [self._compute(node, *a) for a in arguments]
+
+    def _layer(self, node: fx.Node, what: str, twin_inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        module: Any = self.network.get_submodule(str(node.target))
+        entry = self.plan.entries.get(f"{site(node)}:weight")
+        weight = module.weight if entry is None else rounded(module.weight, entry)
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        layer = Layer(site(node), what, module, weight, entry, self.source[producer], twin_inputs, self.source[node])
+        replaced = self.watch(layer)
+        return layer.twin_outputs() if replaced is None else replaced
+
+    def _compute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.network.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "get_attr":
+            path, _, leaf = str(node.target).rpartition(".")
+            return getattr(self.network.get_submodule(path), leaf)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _arguments(
+        self,
+        node: fx.Node,
+        env: Mapping[fx.Node, Chunks],
+        chunk: int,
+        grid: Callable[[fx.Node, Entry, int], torch.Tensor] | None = None,
+    ) -> tuple[Any, Any]:
+        port = -1
+
+        def value(n: fx.Node) -> Any:
+            nonlocal port
+            port += is_tensor(n)
+            entry = self.plan.entries.get(f"{site(node)}:in{port}") if grid and is_tensor(n) else None
+            return env[n][chunk] if entry is None or grid is None else grid(n, entry, chunk)
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return args, kwargs
+
+    def _grid(self, node: fx.Node, entry: Entry, chunk: int) -> torch.Tensor:
+        if (node, entry) not in self.grids:
+            self.grids[node, entry] = [rounded(x, entry) for x in self.twin[node]]
+        found: torch.Tensor = self.grids[node, entry][chunk]
+        return found
+
+
+def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """`x` (any shape) with every value on the grid of `entry`."""
+    scale = torch.tensor(entry.scale, dtype=torch.float32)
+    zero = torch.tensor(entry.zero_point, dtype=torch.int32)
+    return on_grid(x, scale, zero, entry.spec)
+
+
+def countable(network: fx.GraphModule) -> tuple[str, ...]:
+    """Convolution and linear layers that are modules called once: those whose tensors one call alone may change."""
+    called: dict[str, int] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module" and kind(network, node) in LAYERS:
+            called[str(node.target)] = called.get(str(node.target), 0) + 1
+    owners: dict[int, int] = {}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return tuple(
+        name
+        for name, count in called.items()
+        if count == 1 and all(owners[id(p)] == 1 for p in network.get_submodule(name).parameters(recurse=False))
+    )
+
+
+def mean_difference(wanted: list[torch.Tensor], found: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Mean of `wanted` − `found` over all chunks and all axes but one: (channels,), float64."""
+    total, count = torch.zeros(()), 0
+    for a, b in zip(wanted, found, strict=True):
+        others = [i for i in range(a.dim()) if i != axis % a.dim()]
+        total = total + (a - b).sum(others, dtype=torch.float64)
+        count += a.numel() // a.shape[axis]
+    return total / count
+
+
+def shifted(outputs: list[torch.Tensor], shift: torch.Tensor, axis: int) -> list[torch.Tensor]:
+    """Every chunk with `shift` (channels,) added along `axis`, in place."""
+    shape = [1] * outputs[0].dim()
+    shape[axis] = -1
+    return [chunk.add_(shift.to(chunk.dtype).reshape(shape)) for chunk in outputs]

@@ -1,0 +1,221 @@
+"""Adaptive rounding: every weight goes up or down so that the layer's output, not the weight, stays what it was.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020. The paper's local objective
+(equation 13), ‖W·x − Ŵ·x̂‖² over the calibration data with the inputs x̂ that the quantized layers before leave, is a
+quadratic form in Ŵ. It is minimized here on the integers themselves, by coordinate descent, instead of by gradient
+descent on a relaxation: no learning rate, no penalty, and one pass over the data for all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from penjing.analyze import lockstep
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.grid import broadcast, integers
+from penjing.plan import Entry
+from penjing.quantize.samples import chunks
+from penjing.step import Context
+
+POSITIONS = 1024  # of a sample's output positions, so many are looked at
+BLOCK = 128  # columns whose updates are applied to the others together
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaRound:
+    """Choose the rounding of every quantized weight, layer by layer, each behind its finished predecessors.
+
+    Biases are corrected on the way (see `BiasCorrection`).
+
+    Attributes:
+        samples: Calibration samples to look at, held in memory together.
+        damping: Pull towards the given weight, as a fraction of the mean power of the inputs.
+        sweeps: At most so many rounds over all weights of a layer.
+    """
+
+    per_runtime: ClassVar[bool] = True
+
+    samples: int = 64
+    damping: float = 0.01
+    sweeps: int = 8
+
+    def __post_init__(self) -> None:
+        fine = {
+            "samples": (_whole(self.samples), "a whole number above 0"),
+            "sweeps": (_whole(self.sweeps), "a whole number above 0"),
+            "damping": (self.damping >= 0, "a number of at least 0"),
+        }
+        for name, (good, expected) in fine.items():
+            if not good:
+                raise RecipeError(f"AdaRound({name}=...) can't be used", got=getattr(self, name), expected=expected)
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with weights on their grids, biases corrected."""
+        if not draft.plan:
+            return draft
+        source = draft.network
+        draft = draft.copy()
+        layers = lockstep.countable(source)
+        done: list[str] = []
+
+        def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
+            if layer.site not in layers:
+                return None
+            weight = layer.weight
+            module: Any = draft.network.get_submodule(layer.site)
+            if layer.entry is not None and (found := gram(layer)) is not None:
+                weight = self._rounded(layer, layer.entry, *found)
+                module.weight.copy_(weight)
+            done.append(layer.site)
+            context.events("progress", label="adaround", done=len(done), total=len(layers))
+            outputs = layer.twin_outputs(weight)
+            if module.bias is None:
+                return outputs
+            shift = lockstep.mean_difference(layer.outputs, outputs, layer.axis)
+            module.bias += shift.to(module.bias.dtype)
+            return lockstep.shifted(outputs, shift, layer.axis)
+
+        lockstep.run(source, draft.plan, chunks(context, source, self.samples), watch)
+        return replace(draft)
+
+    def _rounded(self, layer: lockstep.Layer, entry: Entry, own: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+        """The weight on its grid; shapes of `own` and `cross` as `gram` returns them."""
+        given = layer.module.weight.detach()
+        scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
+        steps, origin = broadcast(scale, given, entry.spec), broadcast(zero, given, entry.spec)
+        start = integers(given, scale, zero, entry.spec) - origin
+        exact = given / steps
+        low, high = entry.spec.limits
+        # Up or down only: with more freedom a layer fits the samples it is shown, and others worse.
+        lowest = torch.minimum(torch.maximum(torch.floor(exact), low - origin), start).expand_as(given)
+        highest = torch.maximum(torch.minimum(torch.ceil(exact), high - origin), start).expand_as(given)
+        groups = own.shape[0]
+
+        def matrix(x: torch.Tensor) -> torch.Tensor:
+            return x.expand_as(given).reshape(groups, given.shape[0] // groups, -1)
+
+        q = descend(
+            matrix(start), matrix(exact), matrix(steps), matrix(lowest), matrix(highest), own, cross,
+            damping=self.damping, sweeps=self.sweeps,
+        )  # fmt: skip
+        return q.reshape(given.shape) * steps
+
+
+def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Covariances of a layer's input patches: of the twin's with themselves, and of the source's with the twin's.
+
+    Returns:
+        own = E[x̂ x̂ᵀ] and cross = E[x x̂ᵀ], both centred, each (groups, columns, columns), where a column is one
+        weight of an output channel; None for layers that have no such form (convolutions in three dimensions).
+    """
+    if isinstance(layer.module, nn.Conv3d) or getattr(layer.module, "padding_mode", "zeros") != "zeros":
+        return None
+    first = patches(layer.module, layer.inputs[0][:1])
+    groups, _, columns = first.shape
+    own, cross = torch.zeros(2, groups, columns, columns).unbind()
+    mean_source, mean_twin = torch.zeros(2, groups, columns).unbind()
+    count = 0
+    for x, twin in zip(layer.inputs, layer.twin_inputs, strict=True):
+        a, b = patches(layer.module, x), patches(layer.module, twin)  # (groups, rows, columns)
+        own.baddbmm_(b.transpose(1, 2), b)
+        cross.baddbmm_(a.transpose(1, 2), b)
+        mean_source += a.sum(1)
+        mean_twin += b.sum(1)
+        count += a.shape[1]
+    mean_source, mean_twin = mean_source / count, mean_twin / count
+    return (
+        (own / count).sub_(mean_twin[:, :, None] * mean_twin[:, None, :]),
+        (cross / count).sub_(mean_source[:, :, None] * mean_twin[:, None, :]),
+    )
+
+
+def patches(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a layer multiplies with its weights: (groups, rows, columns), at most `POSITIONS` rows a sample."""
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        most = POSITIONS * x.shape[0]
+        return rows[:: -(-len(rows) // most)][None]
+    flat = x.dim() == 3  # a convolution in one dimension is one in two with a height of 1
+    if flat:
+        x = x[:, :, None, :]
+    kernel, stride, dilation = ((1,) * flat + tuple(v) for v in (module.kernel_size, module.stride, module.dilation))
+    if isinstance(module.padding, str):
+        total = [d * (k - 1) if module.padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        x = nn.functional.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
+    else:
+        above, beside = (0,) * flat + tuple(module.padding)
+        x = nn.functional.pad(x, [beside, beside, above, above]) if above or beside else x
+    height, width = (
+        (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
+    )
+    sparser = 1
+    while -(-height // sparser) * -(-width // sparser) > POSITIONS:
+        sparser += 1
+    strides = (stride[0] * sparser, stride[1] * sparser)
+    if kernel == (1, 1):
+        columns = x[:, :, :: strides[0], :: strides[1]].flatten(2)
+    else:
+        columns = nn.functional.unfold(x, kernel, dilation=dilation, stride=strides)
+    n, _, positions = columns.shape
+    by_group = columns.reshape(n, module.groups, -1, positions)
+    return by_group.permute(1, 0, 3, 2).reshape(module.groups, n * positions, -1)
+
+
+def descend(
+    q: torch.Tensor, exact: torch.Tensor, steps: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor,
+    own: torch.Tensor, cross: torch.Tensor, *, damping: float, sweeps: int,
+) -> torch.Tensor:  # fmt: skip
+    """Integers that minimize tr(Ŵ·A·Ŵᵀ) − 2·tr(W·C·Ŵᵀ) + λ·‖Ŵ − W‖², one coordinate at a time, to a local minimum.
+
+    Args:
+        q: (groups, out, columns) integers to start from, as floats; Ŵ = q · steps.
+        exact: Same shape, W / steps.
+        steps: Same shape.
+        lowest: Same shape, the smallest integer allowed.
+        highest: Same shape, the largest.
+        own: A, (groups, columns, columns).
+        cross: C, same shape.
+        damping: λ as a fraction of the mean of A's diagonal.
+        sweeps: Rounds over all columns at most.
+
+    Returns:
+        (groups, out, columns) integers as floats.
+    """
+    q = q.clone()
+    diagonal = own.diagonal(dim1=1, dim2=2)
+    ridge = damping * diagonal.mean(1) + 1e-12
+    own = own + ridge[:, None, None] * torch.eye(own.shape[1])
+    given = exact * steps
+    wanted = given @ cross + ridge[:, None, None] * given
+    power = own.diagonal(dim1=1, dim2=2)
+    gradient = (q * steps) @ own - wanted
+    for _ in range(sweeps):
+        moved = False
+        for first in range(0, q.shape[2], BLOCK):
+            block = slice(first, min(first + BLOCK, q.shape[2]))
+            inside = own[:, block, block]
+            here = gradient[:, :, block].clone()
+            change = torch.zeros_like(here)
+            for j in range(here.shape[2]):
+                column = first + j
+                step = steps[:, :, column]
+                best = q[:, :, column] - here[:, :, j] / (power[:, None, column] * step)
+                best = torch.clamp(torch.round(best), lowest[:, :, column], highest[:, :, column])
+                change[:, :, j] = (best - q[:, :, column]) * step
+                q[:, :, column] = best
+                here += change[:, :, j, None] * inside[:, None, j, :]
+            if change.any():
+                moved = True
+                gradient += change @ own[:, block, :]
+        if not moved:
+            break
+    return q
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

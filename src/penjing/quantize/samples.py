@@ -1,0 +1,56 @@
+"""Calibration samples in chunks that a network's values fit into the processor's memory with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.network import shapes
+from penjing.step import Context
+from penjing.task import Call, calibration_calls
+
+CHUNK_BYTES = 1 << 24  # of the largest value in the network: larger ones are taken from the system anew every time
+
+
+def size_of(call: Call) -> int:
+    """Samples of a call: the first axis of its first tensor."""
+    args, kwargs = call
+    return next(int(t.shape[0]) for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim())
+
+
+def part(call: Call, first: int, last: int) -> Call:
+    """Samples first..last of a call."""
+    size = size_of(call)
+
+    def cut(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+        return value[first:last] if whole else value
+
+    return tuple(map(cut, call[0])), {name: cut(value) for name, value in call[1].items()}
+
+
+def batches(context: Context, samples: int) -> Iterator[Call]:
+    """The first calibration samples in the task's own batches."""
+    left = samples
+    for call in calibration_calls(context.task):
+        size = size_of(call)
+        yield call if size <= left else part(call, 0, left)
+        left -= size
+        if left <= 0:
+            return
+
+
+def chunks(context: Context, network: fx.GraphModule, samples: int) -> list[Call]:
+    """The first calibration samples, so many at a time that no value of the network has more than `CHUNK_BYTES`."""
+    found: list[Call] = []
+    most = 0
+    for call in batches(context, samples):
+        size = size_of(call)
+        if not most:
+            largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
+            most = max(1, CHUNK_BYTES * size // largest)
+        found += [part(call, first, min(first + most, size)) for first in range(0, size, most)]
+    return found

@@ -1,0 +1,128 @@
+"""Rewrites of an ONNX file that say the same in operators for which the runtimes have integer kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def pool_globally(model: Any) -> None:
+    """ReduceMean over the picture becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in [*graph.value_info, *graph.input, *graph.output]}
+    for position, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        if sorted(a % 4 for a in axes) != [2, 3] or ranks.get(node.input[0]) != 4:
+            continue
+        keeps = all(a.i for a in node.attribute if a.name == "keepdims")
+        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
+        new = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
+        if not keeps:
+            # Quantizers move through Squeeze to the pooling's side, through Flatten they do not.
+            square = f"{node.name}_axes"
+            graph.initializer.append(numpy_helper.from_array(np.array([2, 3], dtype=np.int64), square))
+            new.append(helper.make_node("Squeeze", [pooled, square], [node.output[0]], name=f"{node.name}_flat"))
+        del graph.node[position]
+        for offset, made in enumerate(new):
+            graph.node.insert(position + offset, made)
+
+
+def pad_in_convolutions(model: Any) -> None:
+    """A Pad with zeros moves into the convolution behind it, which pads for nothing and not evenly where it must.
+
+    Between quantizers the runtimes leave it alone, and then it runs in floating point. Quantizing again behind the
+    Pad, on the same grid, changes nothing, for every grid holds the zero.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    outputs = {value.name for value in graph.output}
+    removed = []
+    for conv in graph.node:
+        if (
+            conv.op_type != "Conv"
+            or conv.input[0] not in made
+            or any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in conv.attribute)
+        ):
+            continue
+        chain = [made[conv.input[0]]]
+        if chain[0].op_type == "DequantizeLinear" and chain[0].input[0] in made:
+            chain += _requantized(chain[0], made)
+        pad = chain[-1]
+        pads = _zero_pads(pad, constants)
+        sole = all(readers[node.output[0]] == 1 and node.output[0] not in outputs for node in chain)
+        if pads is None or not sole or (len(chain) > 1 and not _same_grid(chain[0], made.get(pad.input[0]), constants)):
+            continue
+        before, after = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+        if any(before[:2]) or any(after[:2]):
+            continue  # it pads the batch or the channels
+        own = next((a for a in conv.attribute if a.name == "pads"), None)
+        if own is None:
+            own = conv.attribute.add(name="pads", type=7)
+            own.ints.extend([0] * (len(pads) - 4))
+        summed = [int(a) + int(b) for a, b in zip(own.ints, [*before[2:], *after[2:]], strict=True)]
+        own.ints[:] = summed
+        conv.input[0] = pad.input[0]
+        removed += chain
+    for node in removed:
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in {name for node in removed for name in node.input} - used:
+        if name in constants:
+            graph.initializer.remove(constants[name])
+        elif name in made and made[name].op_type == "Constant":
+            graph.node.remove(made[name])
+
+
+def _pads_itself(conv: Any) -> bool:
+    return any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in conv.attribute)
+
+
+def _requantized(dequantize: Any, made: dict[str, Any]) -> list[Any]:
+    """The quantizer before a dequantizer (with its Clip, where there is one), and what is quantized."""
+    chain = [made[dequantize.input[0]]]
+    if chain[-1].op_type == "Clip" and chain[-1].input[0] in made:
+        chain.append(made[chain[-1].input[0]])
+    if chain[-1].op_type == "QuantizeLinear" and chain[-1].input[0] in made:
+        chain.append(made[chain[-1].input[0]])
+    return chain
+
+
+def _same_grid(dequantize: Any, other: Any, constants: dict[str, Any]) -> bool:
+    """Whether two dequantizers have the same scale and zero point."""
+    from onnx import numpy_helper
+
+    if other is None or other.op_type != "DequantizeLinear":
+        return False
+    names = [*dequantize.input[1:], *other.input[1:]]
+    if len(dequantize.input) != len(other.input) or any(name not in constants for name in names):
+        return False
+    values = [numpy_helper.to_array(constants[name]) for name in names]
+    half = len(values) // 2
+    return all(np.array_equal(a, b) for a, b in zip(values[:half], values[half:], strict=True))
+
+
+def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:
+    """Sizes of a Pad with the constant 0, starts before ends; None where a node is no such Pad."""
+    from onnx import numpy_helper
+
+    if node.op_type != "Pad" or node.input[1] not in constants or len(node.input) > 3 and node.input[3]:
+        return None
+    if any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
+        return None
+    if len(node.input) > 2 and node.input[2]:
+        value = constants.get(node.input[2])
+        if value is None or np.any(numpy_helper.to_array(value)):
+            return None
+    pads: list[int] = numpy_helper.to_array(constants[node.input[1]]).tolist()
+    return pads if all(p >= 0 for p in pads) else None
