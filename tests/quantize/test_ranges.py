@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from penjing.errors import RecipeError
 from penjing.plan import QuantSpec
 from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
-from penjing.quantize.ranges import ESTIMATORS, PERCENTILE, estimate
+from penjing.quantize.ranges import ESTIMATORS, PERCENTILE, UNSEEN, estimate
 
 UNSIGNED = {"signed": False, "symmetric": False}
 
@@ -93,6 +95,67 @@ def test_a_percentile_agrees_with_sorting_all_values(seed):
     assert high == pytest.approx(ordered[-1 - int(tail * len(ordered))], abs=2 * width)
     assert float((x > high).float().mean()) <= tail + 2e-4
     assert high < float(x.max())
+
+
+def entropy_by_hand(histogram, spec, candidates=128):
+    """The threshold whose cut histogram, told in as many steps as there are integers, loses least; plain Python."""
+    counts = histogram.counts.tolist()
+    half = len(counts) // 2
+    magnitudes = [counts[half + i] + counts[half - 1 - i] for i in range(half)]
+    if magnitudes[0] > sum(magnitudes[1:]):
+        magnitudes[0] = magnitudes[1]
+    top = max(i for i, count in enumerate(magnitudes) if count) + 1
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    smallest, largest = spec.limits
+    both_sides = low < 0 < high
+    levels = largest if spec.signed else (largest - smallest) // (2 if both_sides else 1)
+    best, threshold = math.inf, max(-low, high)
+    for end in sorted({int(e) for e in torch.linspace(max(levels, top // 8), top, candidates).tolist()}):
+        steps = {}
+        for i in range(end):
+            steps.setdefault(i * levels // end, []).append(i)
+        p = magnitudes[:end]
+        q = [0.0] * end
+        for bins in steps.values():
+            used = [i for i in bins if p[i]]
+            for i in used:
+                q[i] = sum(p[j] for j in used) / len(used)
+        p[-1] += sum(magnitudes[end:])
+        if p[-1] and not q[-1]:
+            q[-1] = UNSEEN
+        told = sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True) if a and b)
+        if told < best - 1e-12:
+            best, threshold = told, min(max(-low, high), end * histogram.limit / half)
+    return max(low, -threshold), min(high, threshold)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("kind", ["both sides", "relu", "outlier"])
+def test_entropy_agrees_with_a_loop(kind, bits, signed):
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(5))
+    x = {"both sides": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([9.0])])}[kind]
+    histogram = histogram_of(x, bins=512)
+    spec = QuantSpec(bits=bits, signed=signed, symmetric=signed)
+    before = histogram.counts.clone()
+    assert ESTIMATORS["entropy"](histogram, spec) == pytest.approx(entropy_by_hand(histogram, spec))
+    assert torch.equal(histogram.counts, before)
+
+
+def test_entropy_cuts_an_outlier_and_hardly_anything_else():
+    torch.manual_seed(0)
+    histogram = histogram_of(torch.cat([torch.randn(20_000), torch.tensor([40.0])]), bins=8192)
+    low, high = ESTIMATORS["entropy"](histogram, QuantSpec(bits=8, **UNSIGNED))
+    assert 2 < high < 8
+    assert low == pytest.approx(max(histogram.low, -high))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40), SPECS)
+def test_entropy_stays_within_the_extremes_and_zero(values, spec):
+    histogram = histogram_of(values)
+    low, high = ESTIMATORS["entropy"](histogram, spec)
+    assert min(histogram.low, 0.0) <= low <= 0 <= high <= max(histogram.high, 0.0)
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))

@@ -114,10 +114,9 @@ class _Twins:
                 del self.source[read], self.twin[read]
                 for key in [key for key in self.grids if key[0] is read]:
                     del self.grids[key]
-        return self._outputs(node, self.source), self._outputs(node, self.twin)
-
-    def _outputs(self, node: fx.Node, env: Mapping[fx.Node, Chunks]) -> Chunks:
-        return [self._arguments(node, env, i)[0][0] for i in range(len(self.inputs))]
+        chunks = range(len(self.inputs))
+        outputs = [self._arguments(node, self.source, i)[0][0] for i in chunks]
+        return outputs, [self._arguments(node, self.twin, i, self._grid)[0][0] for i in chunks]
 
     def _step(self, node: fx.Node) -> None:
         chunks = range(len(self.inputs))

@@ -48,7 +48,7 @@ class AdaRound:
         fine = {
             "samples": (_whole(self.samples), "a whole number above 0"),
             "sweeps": (_whole(self.sweeps), "a whole number above 0"),
-            "damping": (self.damping >= 0, "a number of at least 0"),
+            "damping": (isinstance(self.damping, int | float) and self.damping >= 0, "a number of at least 0"),
         }
         for name, (good, expected) in fine.items():
             if not good:

@@ -20,6 +20,7 @@ from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
 
 PERCENTILE = 99.99
+UNSEEN = 1e-4  # counts of a bin that holds nothing, in a Kullback-Leibler divergence
 
 
 def minmax(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
@@ -105,11 +106,11 @@ def _divergence(counts: torch.Tensor, end: int, levels: int) -> float:
     bins = torch.zeros(levels, dtype=p.dtype).index_add_(0, steps, used.to(p.dtype))
     q = torch.where(used, (mass / bins.clamp(min=1))[steps], 0.0)
     p[-1] += counts[end:].sum()
-    both = (p > 0) & (q > 0)
-    if bool(((p > 0) & ~both).any()):
-        return math.inf
-    p, q = p / p.sum(), q / q.sum()
-    return float((p[both] * (p[both] / q[both]).log()).sum())
+    if p[-1] > 0 and q[-1] == 0:
+        q[-1] = UNSEEN  # what is cut goes to an empty place: that costs something, but forbids nothing
+    used = p > 0
+    p, q = p[used] / p.sum(), q[used] / q.sum()
+    return float((p * (p / q).log()).sum())
 
 
 ESTIMATORS: dict[str, Callable[[Histogram, QuantSpec], tuple[float, float]]] = {

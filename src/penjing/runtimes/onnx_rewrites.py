@@ -49,11 +49,7 @@ def pad_in_convolutions(model: Any) -> None:
     outputs = {value.name for value in graph.output}
     removed = []
     for conv in graph.node:
-        if (
-            conv.op_type != "Conv"
-            or conv.input[0] not in made
-            or any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in conv.attribute)
-        ):
+        if conv.op_type != "Conv" or conv.input[0] not in made or _pads_itself(conv):
             continue
         chain = [made[conv.input[0]]]
         if chain[0].op_type == "DequantizeLinear" and chain[0].input[0] in made:
@@ -61,7 +57,11 @@ def pad_in_convolutions(model: Any) -> None:
         pad = chain[-1]
         pads = _zero_pads(pad, constants)
         sole = all(readers[node.output[0]] == 1 and node.output[0] not in outputs for node in chain)
-        if pads is None or not sole or (len(chain) > 1 and not _same_grid(chain[0], made.get(pad.input[0]), constants)):
+        if (
+            pads is None
+            or not sole
+            or (len(chain) > 1 and not _holds_all(chain, made.get(pad.input[0]), made, constants))
+        ):
             continue
         before, after = pads[: len(pads) // 2], pads[len(pads) // 2 :]
         if any(before[:2]) or any(after[:2]):
@@ -98,18 +98,28 @@ def _requantized(dequantize: Any, made: dict[str, Any]) -> list[Any]:
     return chain
 
 
-def _same_grid(dequantize: Any, other: Any, constants: dict[str, Any]) -> bool:
-    """Whether two dequantizers have the same scale and zero point."""
+def _holds_all(chain: list[Any], other: Any, made: dict[str, Any], constants: dict[str, Any]) -> bool:
+    """Whether what another dequantizer gives passes through this quantizer (its nodes, last first) unchanged."""
     from onnx import numpy_helper
 
-    if other is None or other.op_type != "DequantizeLinear":
+    if other is None or other.op_type != "DequantizeLinear" or len(chain[0].input) != len(other.input):
         return False
-    names = [*dequantize.input[1:], *other.input[1:]]
-    if len(dequantize.input) != len(other.input) or any(name not in constants for name in names):
-        return False
-    values = [numpy_helper.to_array(constants[name]) for name in names]
-    half = len(values) // 2
-    return all(np.array_equal(a, b) for a, b in zip(values[:half], values[half:], strict=True))
+
+    def value(name: str) -> Any:
+        if name in constants:
+            return numpy_helper.to_array(constants[name])
+        node = made.get(name)
+        stored = [a.t for a in node.attribute if a.name == "value"] if node is not None else []
+        return numpy_helper.to_array(stored[0]) if stored else None
+
+    mine, theirs = [*chain[0].input[1:]], [*other.input[1:]]
+    clip, before = chain[1], made.get(other.input[0])
+    if clip.op_type == "Clip":  # a narrow range: the other has to be as narrow
+        if before is None or before.op_type != "Clip":
+            return False
+        mine, theirs = mine + clip.input[1:], theirs + before.input[1:]
+    pairs = [(value(a), value(b)) for a, b in zip(mine, theirs, strict=True)]
+    return all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
 
 
 def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:

@@ -1,0 +1,233 @@
+"""Rewrites change the operators of a file, never its answers."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from penjing import runtimes
+from penjing.draft import Draft
+from penjing.network import raise_network
+from penjing.quantize import Static
+from penjing.runtimes import onnx_file
+from penjing.runtimes.onnx_rewrites import pad_in_convolutions
+from penjing.step import Context
+from penjing.surgery import freeze, insert
+from penjing.task import Task
+
+RANDOM = np.random.default_rng(0)
+
+
+def constant(name, values, dtype=np.float32):
+    return numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
+
+
+def built(nodes, constants, outputs=("y",), shape=(2, 3, 9, 8)):
+    graph = helper.make_graph(
+        nodes,
+        "a test",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, list("nchw")) for name in outputs],
+        [constant("w", RANDOM.normal(size=(4, 3, 3, 3))), *constants],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def answers(model, shape=(2, 3, 9, 8)):
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})
+
+
+def rewritten(model):
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    pad_in_convolutions(changed)
+    onnx.checker.check_model(changed)
+    for mine, theirs in zip(answers(changed), answers(model), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+    return changed
+
+
+def types(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def quantizers(before, after, grid, clipped=False):
+    nodes = [helper.make_node("QuantizeLinear", [before, *grid], [f"{after}_q"])]
+    last = f"{after}_q"
+    if clipped:
+        nodes.append(helper.make_node("Clip", [last, "low", "high"], [f"{after}_c"]))
+        last = f"{after}_c"
+    return [*nodes, helper.make_node("DequantizeLinear", [last, *grid], [after])]
+
+
+GRID = [constant("scale", 0.05), constant("zero", 117, np.uint8)]
+EDGES = [constant("low", 0, np.uint8), constant("high", 127, np.uint8)]
+PADS = {
+    "even": [0, 0, 1, 1, 0, 0, 1, 1],
+    "uneven": [0, 0, 2, 0, 0, 0, 1, 3],
+    "one side": [0, 0, 0, 1, 0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("own", [None, [0, 1, 2, 0]], ids=["plain", "padded itself"])
+@pytest.mark.parametrize("value", [None, 0.0], ids=["no value", "zero"])
+@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
+def test_a_pad_with_zeros_moves_into_the_convolution(pads, value, own):
+    inputs = ["x", "pads"] + (["value"] if value is not None else [])
+    attributes = {"pads": own} if own else {}
+    model = built(
+        [
+            helper.make_node("Pad", inputs, ["p"]),
+            helper.make_node("Conv", ["p", "w"], ["y"], strides=[2, 1], **attributes),
+        ],
+        [constant("pads", pads, np.int64)] + ([constant("value", value)] if value is not None else []),
+    )
+    changed = rewritten(model)
+    assert types(changed) == ["Conv"]
+    assert {tensor.name for tensor in changed.graph.initializer} == {"w"}
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_between_quantizers_of_one_grid_the_second_goes_too(clipped):
+    grid = ["scale", "zero"]
+    model = built(
+        [
+            *quantizers("x", "a", grid, clipped),
+            helper.make_node("Pad", ["a", "pads"], ["p"]),
+            *quantizers("p", "b", grid, clipped),
+            helper.make_node("Conv", ["b", "w"], ["y"]),
+        ],
+        [*GRID, constant("pads", PADS["uneven"], np.int64), *(EDGES if clipped else [])],
+    )
+    changed = rewritten(model)
+    assert types(changed) == ["QuantizeLinear", *["Clip"] * clipped, "DequantizeLinear", "Conv"]
+
+
+def test_a_quantizer_on_another_grid_stays():
+    model = built(
+        [
+            *quantizers("x", "a", ["scale", "zero"]),
+            helper.make_node("Pad", ["a", "pads"], ["p"]),
+            *quantizers("p", "b", ["other", "zero"]),
+            helper.make_node("Conv", ["b", "w"], ["y"]),
+        ],
+        [*GRID, constant("other", 0.2), constant("pads", PADS["even"], np.int64)],
+    )
+    assert types(rewritten(model)) == types(model)
+
+
+def test_a_narrower_quantizer_behind_the_pad_stays():
+    model = built(
+        [
+            *quantizers("x", "a", ["scale", "zero"]),
+            helper.make_node("Pad", ["a", "pads"], ["p"]),
+            *quantizers("p", "b", ["scale", "zero"], clipped=True),
+            helper.make_node("Conv", ["b", "w"], ["y"]),
+        ],
+        [*GRID, *EDGES, constant("pads", PADS["even"], np.int64)],
+    )
+    assert "Pad" in types(rewritten(model))
+
+
+LEFT = {
+    "ones": (["x", "pads", "one"], {}, [0, 0, 1, 1, 0, 0, 1, 1]),
+    "reflection": (["x", "pads"], {"mode": "reflect"}, [0, 0, 1, 1, 0, 0, 1, 1]),
+    "edges": (["x", "pads"], {"mode": "edge"}, [0, 0, 1, 1, 0, 0, 1, 1]),
+    "cropping": (["x", "pads"], {}, [0, 0, -1, 1, 0, 0, 1, 1]),
+    "batch": (["x", "pads"], {}, [1, 0, 1, 1, 0, 0, 1, 1]),
+    "some axes": (["x", "pads", "", "axes"], {}, [1, 2]),
+    "computed": (["x", "computed"], {}, [0, 0, 1, 1, 0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(("inputs", "attributes", "pads"), LEFT.values(), ids=LEFT)
+def test_other_pads_are_left_alone(inputs, attributes, pads):
+    model = built(
+        [
+            helper.make_node("Abs", ["pads"], ["computed"]),
+            helper.make_node("Pad", inputs, ["p"], **attributes),
+            helper.make_node("Conv", ["p", "w"], ["y"]),
+        ],
+        [constant("pads", pads, np.int64), constant("one", 1.0), constant("axes", [2], np.int64)],
+    )
+    assert types(rewritten(model)) == types(model)
+
+
+@pytest.mark.parametrize("reader", ["Relu", None], ids=["another operator", "an output"])
+def test_a_pad_that_somebody_else_reads_stays(reader):
+    nodes = [helper.make_node("Pad", ["x", "pads"], ["p"]), helper.make_node("Conv", ["p", "w"], ["y"])]
+    if reader:
+        nodes.append(helper.make_node(reader, ["p"], ["z"]))
+    model = built(nodes, [constant("pads", PADS["even"], np.int64)], outputs=("y", "z" if reader else "p"))
+    assert types(rewritten(model)) == types(model)
+
+
+def test_a_convolution_that_chooses_its_own_pads_is_left_alone():
+    model = built(
+        [
+            helper.make_node("Pad", ["x", "pads"], ["p"]),
+            helper.make_node("Conv", ["p", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        ],
+        [constant("pads", PADS["uneven"], np.int64)],
+    )
+    assert types(rewritten(model)) == types(model)
+
+
+def test_two_pads_that_share_their_sizes_both_go():
+    model = built(
+        [
+            helper.make_node("Pad", ["x", "pads"], ["p"]),
+            helper.make_node("Conv", ["p", "w"], ["a"]),
+            helper.make_node("Pad", ["x", "pads"], ["r"]),
+            helper.make_node("Conv", ["r", "w"], ["b"]),
+            helper.make_node("Add", ["a", "b"], ["y"]),
+        ],
+        [constant("pads", PADS["uneven"], np.int64)],
+    )
+    changed = rewritten(model)
+    assert types(changed) == ["Conv", "Conv", "Add"]
+    assert {tensor.name for tensor in changed.graph.initializer} == {"w"}
+
+
+class Padded(nn.Module):
+    """Pads in front of strided convolutions, as in networks that came from TensorFlow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(F.pad(x, (0, 1, 0, 1))))
+        x = F.relu(self.depthwise(F.pad(x, (0, 1, 1, 2))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("accelerates", [None, "onnxruntime", "openvino"])
+@pytest.mark.parametrize("bits", [8, 7])
+def test_a_quantized_network_with_pads_has_none_in_its_file(tmp_path, accelerates, bits):
+    torch.manual_seed(0)
+    data = torch.randn(16, 3, 15, 15)
+    task = Task(example=data[:2], calibration=[data])
+    told = runtimes.get(accelerates).accelerates(("avx512_vnni",)) if accelerates else None
+    network = raise_network(Padded().eval(), *task.call())
+    draft = Static(activation_bits=bits)(Draft(network), Context(task=task, accelerates=told))
+    path = tmp_path / "model.onnx"
+    onnx_file.write(freeze(draft.network, draft.plan), task.call(), None, ["output"], path)
+    assert "Pad" not in types(onnx.load(path))
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
+    with torch.no_grad():
+        planned = insert(draft.network, draft.plan)(data).numpy()
+    step = np.ptp(planned) / 255
+    assert np.abs(found - planned).max() <= 2 * step
+    assert np.abs(found - planned).mean() <= 0.1 * step
