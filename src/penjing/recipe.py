@@ -22,11 +22,14 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.Static": quantize.Static,
     "quantize.BiasCorrection": quantize.BiasCorrection,
     "quantize.AdaRound": quantize.AdaRound,
+    "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
+    "quantize.SmoothQuant": quantize.SmoothQuant,
 }
 """Every step by the name that it has in a YAML recipe."""
 
 
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound)  # of what a plan has rounded
+_RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant)  # the same function with other weights
 
 
 @dataclass(frozen=True, init=False)
@@ -66,6 +69,14 @@ class Recipe:
                     got=" → ".join(type(s).__name__ for s in self.steps),
                     expected="Finetune before Static: the ranges belong to the weights that they were measured on",
                     remedy="put Finetune first",
+                )
+            if quantized is not None and isinstance(step, _RESHAPERS):
+                raise RecipeError(
+                    f"{type(step).__name__} comes after quantization in this recipe",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected=f"{type(step).__name__} before {type(quantized).__name__}: it scales weights and "
+                    "activations, and the plan's ranges belong to those that they were measured on",
+                    remedy=f"put {type(step).__name__} first",
                 )
             if isinstance(step, _REPAIRS) and quantized is None:
                 raise RecipeError(

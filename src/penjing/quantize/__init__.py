@@ -2,6 +2,8 @@
 
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.equalization import CrossLayerEqualization
+from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
 
-__all__ = ["AdaRound", "BiasCorrection", "Static"]
+__all__ = ["AdaRound", "BiasCorrection", "CrossLayerEqualization", "SmoothQuant", "Static"]

@@ -1,0 +1,94 @@
+"""Cross-layer equalization: what one layer multiplies by and the next divides by, shared out between their weights.
+
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1. An
+operator with f(s·x) = s·f(x) for s > 0 lets the scale of a channel move from a layer to the ones behind it: the
+network computes what it did, and no channel of a weight is much smaller than another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.quantize.channels import LAYERS, Couple, by_input, couples, divide, layers, over_channels
+from penjing.step import Context
+from penjing.surgery import fold_batch_norms
+
+CLOSE = 1e-4  # relative change of all scales in a sweep at which they have converged
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossLayerEqualization:
+    """Give every channel the same range in the layer that makes it and in the layers that read it.
+
+    Batch norms are folded first. Channels whose weights are all zero on either side stay as they are.
+
+    Attributes:
+        sweeps: At most so many rounds over all couples of layers; a chain converges after a few dozen.
+        limit: No channel is scaled by more than this, up or down. A channel with tiny weights and an ordinary bias
+            would become an activation that is far larger than all others.
+    """
+
+    sweeps: int = 200
+    limit: float = 100.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
+            _refuse("sweeps", self.sweeps, "a whole number above 0")
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not self.limit >= 1:
+            _refuse("limit", self.limit, "a number of at least 1")
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with batch norms folded that computes the same with other weights."""
+        draft = draft.copy()
+        edits = fold_batch_norms(draft.network)
+        found = couples(draft.network.eval(), context.task.call(), LAYERS, LAYERS)
+        for couple, factor in zip(found, self._factors(draft.network, found), strict=True):
+            divide(draft.network, couple, factor)
+        covered = {name for couple in found for name in (couple.source, *couple.readers)}
+        total = len(layers(draft.network))
+        context.events("covered", step="CrossLayerEqualization", layers=len(covered), total=total)
+        return replace(draft, edits=draft.edits + edits)
+
+    def pairs(self, draft: Draft, context: Context) -> tuple[Couple, ...]:
+        """The layers that are equalized with each other, in the order of execution; the draft stays as it is."""
+        draft = draft.copy()
+        fold_batch_norms(draft.network)
+        return tuple(couples(draft.network.eval(), context.task.call(), LAYERS, LAYERS))
+
+    def _factors(self, network: fx.GraphModule, found: list[Couple]) -> list[torch.Tensor]:
+        """For every couple the number that each channel is divided by in its source, (channels,), float64.
+
+        s = √(r₁/r₂) with r₁ the largest absolute weight of the channel in the source and r₂ the largest in its
+        readers, one couple after the other, until no s moves (the paper's equation 11).
+        """
+        sizes: dict[str, torch.Tensor] = {}  # (groups, out/groups, in/groups): a kernel's taps scale together
+        for couple in found:
+            for name in (couple.source, *couple.readers):
+                sizes[name] = by_input(network.get_submodule(name)).abs().amax(3).double()
+        factors = [torch.ones_like(sizes[couple.source][:, :, 0]).flatten() for couple in found]
+        for _ in range(self.sweeps):
+            moved = 0.0
+            for i, couple in enumerate(found):
+                source = sizes[couple.source]
+                own = source.amax(2).flatten()
+                read = over_channels([sizes[r].amax(1).flatten() for r in couple.readers], couple, len(own))
+                wanted = torch.where((own > 0) & (read > 0), factors[i] * torch.sqrt(own / read), factors[i])
+                wanted = wanted.clamp(1 / self.limit, self.limit)
+                change, factors[i] = wanted / factors[i], wanted
+                source /= change.reshape(*source.shape[:2], 1)
+                for name, columns in zip(couple.readers, couple.columns, strict=True):
+                    sizes[name] *= change[columns].reshape(len(sizes[name]), 1, -1)
+                moved = max(moved, float((change - 1).abs().max()))
+            if moved < CLOSE:
+                break
+        return factors
+
+
+def _refuse(name: str, value: Any, expected: str) -> None:
+    raise RecipeError(f"CrossLayerEqualization({name}=...) can't be used", got=repr(value), expected=expected)

@@ -1,0 +1,98 @@
+"""SmoothQuant: channels of activations that are far larger than the others hand their size to the weights.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023.
+One scale has to serve all channels of an activation, and one for every output channel serves a weight: dividing the
+input channel j by s_j in the norm before, and multiplying the weights' column j by it, moves the difficulty to where
+it costs less. The network computes what it did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.network import flat_inputs
+from penjing.quantize.channels import Couple, couples, divide, layers, over_channels, range_of_inputs
+from penjing.quantize.samples import chunks
+from penjing.step import Context
+
+SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # a multiplication by a stored vector ends a norm written out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant:
+    """Balance the inputs of linear layers with their weights: s_j = max|X_j|^α / max|W_j|^(1−α).
+
+    It covers norms whose readers are all linear layers, and linear layers that feed linear layers through nothing
+    that a scale does not pass (values and output of an attention).
+
+    Attributes:
+        alpha: 0 to 1: how much of the activations' differences moves into the weights.
+        samples: Calibration samples that the maxima of the activations are taken over, in one pass.
+    """
+
+    alpha: float = 0.5
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not 0 <= self.alpha <= 1:
+            _refuse("alpha", self.alpha, "a number from 0 to 1")
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            _refuse("samples", self.samples, "a whole number above 0")
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft that computes the same with other weights."""
+        draft = draft.copy()
+        found = couples(draft.network.eval(), context.task.call(), SOURCES, ("linear",))
+        largest = maxima(draft.network, {name for couple in found for name in couple.readers}, context, self.samples)
+        # All scales come from the given weights; a layer that is both read and reads has one on each side.
+        factors = [self._factor(draft.network, couple, largest) for couple in found]
+        for couple, factor in zip(found, factors, strict=True):
+            divide(draft.network, couple, factor)
+        covered = {name for couple in found for name in couple.readers}
+        context.events("covered", step="SmoothQuant", layers=len(covered), total=len(layers(draft.network)))
+        return replace(draft)
+
+    def pairs(self, draft: Draft, context: Context) -> tuple[Couple, ...]:
+        """The norms and layers that are divided, each with the layers that read it; the draft stays as it is."""
+        return tuple(couples(draft.copy().network.eval(), context.task.call(), SOURCES, ("linear",)))
+
+    def _factor(self, network: fx.GraphModule, couple: Couple, largest: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the source's channels are divided by: (channels,), float64; 1 where all inputs or weights are 0."""
+        channels = len(network.get_parameter(couple.tensors[0]))
+        inputs = over_channels([largest[name] for name in couple.readers], couple, channels)
+        weights = over_channels(
+            [range_of_inputs(network.get_submodule(name)) for name in couple.readers], couple, channels
+        )
+        factor = inputs**self.alpha / weights ** (1 - self.alpha)
+        return torch.where((inputs > 0) & (weights > 0), factor, torch.ones_like(factor))
+
+
+def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
+    """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Observer(fx.Interpreter):
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in names:
+                now = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0)
+                found[target] = torch.maximum(found[target], now) if target in found else now
+            return super().call_module(target, args, kwargs)
+
+    observer = Observer(network)
+    parts = chunks(context, network, samples) if names else []
+    with torch.no_grad():
+        for done, call in enumerate(parts, 1):
+            observer.run(*flat_inputs(network, call))
+            context.events("progress", label="smooth", done=done, total=len(parts))
+    return found
+
+
+def _refuse(name: str, value: Any, expected: str) -> None:
+    raise RecipeError(f"SmoothQuant({name}=...) can't be used", got=repr(value), expected=expected)
