@@ -76,14 +76,14 @@ def _penjing(network, pictures, folder):
     from penjing import measure, pipeline, runtimes
     from penjing.draft import Draft
     from penjing.network import raise_network
-    from penjing.quantize import BiasCorrection, Static
+    from penjing.quantize import AdaRound, Static
     from penjing.step import Context
 
     task = replace(lite0_task(), calibration=list(pictures.split(10)))
     accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
     draft = Draft(raise_network(network, *task.call()))
     context = Context(task=task, accelerates=accelerates)
-    for step in (Static(samples=len(pictures)), BiasCorrection()):
+    for step in (Static(samples=len(pictures)), AdaRound()):
         draft = step(draft, context)
     pipeline.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
 

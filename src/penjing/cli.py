@@ -140,8 +140,15 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
                 expected="--shape 3,224,224 (one sample), or --task",
             )
         task = Task(example=source.example)
-    with messages.status("exporting and analysing"):
-        found = inspect(source, task)
+    from penjing.console import Progressing
+    from penjing.events import Events
+
+    if parsed.noise:
+        with Progressing(messages) as progress:
+            found = inspect(source, task, parsed.noise, Events(listeners=(progress,)))
+    else:
+        with messages.status("exporting and analysing"):
+            found = inspect(source, task)
     if parsed.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return MET
@@ -162,6 +169,9 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
             out.print(f"  {site}: {reason}", markup=False, highlight=False)
         for note in found.notes[runtime]:
             out.print(f"  note: {note}", markup=False, highlight=False)
+    if found.noise:
+        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
+        out.print(table.noise(found.noise))
     return MET
 
 
@@ -350,11 +360,15 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         _inspect,
         "Cost per layer, and what would stay in floating point in each runtime.",
-        "penjing inspect net.py:trained --task net.py:task\npenjing inspect resnet18 --shape 3,224,224",
+        "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
+        "penjing inspect resnet18 --shape 3,224,224",
     )
     sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
     sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
+    sub.add_argument(
+        "--noise", metavar="RUNTIME", help="quantize for it, and show the noise of every operator; needs --task"
+    )
 
     sub = command(
         "measure",

@@ -63,6 +63,18 @@ class Progressing:
             self.console.print(f"          {event['name']}: {event['metric']:.4f}", highlight=False)
         elif kind == "warning":
             self.console.print(f"warning: {event['text']}", style="yellow", markup=False)
+        elif kind == "remedy":
+            word = "kept" if event["kept"] else "no gain"
+            text = f"          {event['name']}: {event['snr_db']:.1f} dB on held-out samples, {word}"
+            self.console.print(text, highlight=False, markup=False)
+        elif kind == "rollback":
+            text = f"          {event['returned']} operators in floating point: {event['snr_db']:.1f} dB"
+            self.console.print(text, highlight=False)
+        elif kind == "rolled_back":
+            self.console.print(f"          {event['site']}: {event['reason']}", highlight=False, markup=False)
+        elif kind == "covered":
+            text = f"          {event['step']} covers {event['layers']} of {event['total']} layers"
+            self.console.print(text, highlight=False)
         elif kind == "resumed":
             self.console.print(f"          kept: {event.get('candidate') or event.get('step')}", highlight=False)
 

@@ -80,6 +80,7 @@ class Run:
             accelerates=accelerates,
             events=self.events,
             folder=folder,
+            source=self.network,
             memo=self.memo,
         )
 
@@ -376,7 +377,7 @@ def _layers(
             group[row.kind] = group.get(row.kind, 0) + 1
         if manifest.precision in INTEGER and executed != "int8" and row.kind in COUNTED:
             reason = plan.floats.get(row.name) or _why_float(planned, executed, manifest.runtime)
-        stored = _weight_bytes(made.network, row, plan)
+        stored = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(made.network, row, plan)
         rows.append(replace(row, planned=planned, executed=executed, reason=reason, weight_bytes=stored))
     return tuple(rows), counts["int8"], counts["float"]
 

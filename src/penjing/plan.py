@@ -92,6 +92,7 @@ class Plan:
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
     floats: Mapping[str, str] = field(default_factory=dict)  # site → reason
+    remedy: str = ""  # what was done against the noise, in words
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -107,7 +108,8 @@ class Plan:
             edge: {"spec": vars(e.spec), "scale": e.scale, "zero_point": e.zero_point}
             for edge, e in sorted(self.entries.items())
         }
-        return json.dumps({"entries": rows, "floats": dict(sorted(self.floats.items()))}, indent=1) + "\n"
+        data = {"entries": rows, "floats": dict(sorted(self.floats.items())), "remedy": self.remedy}
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -117,7 +119,35 @@ class Plan:
             edge: Entry(QuantSpec(**row["spec"]), tuple(row["scale"]), tuple(row["zero_point"]))
             for edge, row in data["entries"].items()
         }
-        return cls(rows, data["floats"])
+        return cls(rows, data["floats"], data.get("remedy", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formats:
+    """Which specs an integer kernel takes; each field lists the values of `QuantSpec` that it may have.
+
+    >>> Formats(per=("tensor",)).refusal(QuantSpec(axis=0))
+    "a scale for every channel, and it takes one for every tensor"
+    """
+
+    bits: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)  # fewer than 8 are stored in 8
+    symmetric: tuple[bool, ...] = (True, False)
+    per: tuple[str, ...] = ("tensor", "channel", "group")
+    grids: tuple[str, ...] = GRIDS
+
+    def refusal(self, spec: QuantSpec) -> str | None:
+        """What about the spec it does not take; None when it takes it."""
+        per = "tensor" if spec.axis is None else "channel" if spec.group is None else "group"
+        if spec.bits not in self.bits:
+            return f"{spec.bits} bits, and it takes {', '.join(map(str, self.bits))}"
+        if spec.symmetric not in self.symmetric:
+            kinds = {True: "symmetric", False: "asymmetric"}
+            return f"{kinds[spec.symmetric]} integers, and it takes {kinds[not spec.symmetric]}"
+        if per not in self.per:
+            return f"a scale for every {per}, and it takes one for every {' or '.join(self.per)}"
+        if spec.grid not in self.grids:
+            return f"the grid {spec.grid}, and it takes {', '.join(self.grids)}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +163,8 @@ class Accelerates:
         absorbs: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
         passes: Kinds that only move or select values: what goes in keeps its scale on the way out.
         quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.
+        weights: Every format of weights that its integer kernels take.
+        activations: Every format of activations that they take.
         notes: Sentences for the user, each about this processor.
     """
 
@@ -144,6 +176,8 @@ class Accelerates:
     absorbs: frozenset[str]
     passes: frozenset[str]
     quantized_output: frozenset[str] = frozenset()
+    weights: Formats = Formats()
+    activations: Formats = Formats()
     notes: tuple[str, ...] = ()
 
 

@@ -24,11 +24,16 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.AdaRound": quantize.AdaRound,
     "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
     "quantize.SmoothQuant": quantize.SmoothQuant,
+    "quantize.QAT": quantize.QAT,
+    "quantize.Rollback": quantize.Rollback,
+    "quantize.Best": quantize.Best,
 }
 """Every step by the name that it has in a YAML recipe."""
 
 
-_REPAIRS = (quantize.BiasCorrection, quantize.AdaRound)  # of what a plan has rounded
+_QUANTIZERS = (quantize.Static, quantize.Best)  # they make the plan
+_REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
+_ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
 _RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant)  # the same function with other weights
 
 
@@ -55,6 +60,7 @@ class Recipe:
     def check(self) -> None:
         """Raise RecipeError when something is no step, or the order contradicts what the steps do."""
         quantized: Step | None = None
+        repaired: Step | None = None
         for step in self.steps:
             if not callable(step) or not dataclasses.is_dataclass(step) or isinstance(step, type):
                 raise RecipeError(
@@ -84,15 +90,30 @@ class Recipe:
                     got=" → ".join(type(s).__name__ for s in self.steps),
                     expected=f"quantize.Static before quantize.{type(step).__name__}",
                 )
-            if isinstance(step, quantize.Static):
+            if isinstance(step, _ROUNDERS):
+                if repaired is not None:
+                    raise RecipeError(
+                        f"{type(step).__name__} comes after {type(repaired).__name__}, which has changed the weights",
+                        got=" → ".join(type(s).__name__ for s in self.steps),
+                        expected="one of BiasCorrection, AdaRound (which corrects biases too) and Rollback (which "
+                        "repairs by itself): each compares with the weights that Static was given",
+                    )
+                repaired = step
+            if isinstance(step, quantize.QAT | quantize.Best):
+                repaired = step
+            if isinstance(step, _QUANTIZERS):
                 if quantized is not None:
-                    raise RecipeError("a recipe quantizes twice", got="two Static steps", expected="one of them")
+                    raise RecipeError(
+                        "a recipe quantizes twice",
+                        got=f"{type(quantized).__name__} and {type(step).__name__}",
+                        expected="one of them",
+                    )
                 quantized = step
 
     @property
     def quantizes(self) -> bool:
         """Whether a step makes a plan."""
-        return any(isinstance(step, quantize.Static) for step in self.steps)
+        return any(isinstance(step, _QUANTIZERS) for step in self.steps)
 
     def to_data(self) -> list[dict[str, Any]]:
         """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; what JSON can't hold is written as its repr."""

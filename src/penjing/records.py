@@ -89,6 +89,25 @@ class LayerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseRow:
+    """What one operator's integers do to the network's outputs when it alone is quantized.
+
+    Signal-to-noise ratios in dB of the outputs; None where nothing is quantized, or nothing is lost.
+    """
+
+    name: str
+    kind: str
+    weights_db: float | None  # weights rounded to the nearest
+    repaired_db: float | None  # weights rounded as `quantize.AdaRound` does
+    activations_db: float | None
+    low: float | None  # range of its first input
+    high: float | None
+    clipped: float | None  # share of that input's values beyond the range
+    share: float  # of the noise of all operators, after the repair
+    remedy: str  # "rounding", "floating point", or nothing
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One artifact that was built and measured."""
 

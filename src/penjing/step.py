@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from torch.fx import GraphModule
+
 from penjing.draft import Draft
 from penjing.plan import Accelerates
 from penjing.task import Task
@@ -28,6 +30,7 @@ class Context:
         events: `events(kind, **values)` reports progress; `kind` "progress" carries `label`, `done`, `total`.
         latency: Measures a draft in the target runtime, in milliseconds; None when nothing can be measured.
         folder: Where a step may keep what it needs to resume; None when nothing is kept.
+        source: The raised source network, the teacher of steps that learn without or beside labels.
         memo: Results that later runs on the same network and data may reuse (collected statistics).
     """
 
@@ -38,6 +41,7 @@ class Context:
     events: Callable[..., None] = _silent
     latency: Callable[[Draft], float] | None = None
     folder: Path | None = None
+    source: GraphModule | None = None
     memo: MutableMapping[Any, Any] = field(default_factory=dict)
 
 

@@ -1,9 +1,21 @@
 """Quantization: fewer bits for weights and activations. One method, one file."""
 
 from penjing.quantize.adaround import AdaRound
+from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.equalization import CrossLayerEqualization
+from penjing.quantize.qat import QAT
+from penjing.quantize.rollback import Rollback
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
 
-__all__ = ["AdaRound", "BiasCorrection", "CrossLayerEqualization", "SmoothQuant", "Static"]
+__all__ = [
+    "QAT",
+    "AdaRound",
+    "Best",
+    "BiasCorrection",
+    "CrossLayerEqualization",
+    "Rollback",
+    "SmoothQuant",
+    "Static",
+]

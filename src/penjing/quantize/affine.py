@@ -31,14 +31,14 @@ def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec)
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     smallest, largest = spec.limits
     if spec.symmetric and spec.signed:
-        scale = _shiftable(torch.maximum(-low, high) / largest, spec)
+        scale = shiftable(torch.maximum(-low, high) / largest, spec)
         return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
-    scale = _shiftable((high - low) / (largest - smallest), spec)
+    scale = shiftable((high - low) / (largest - smallest), spec)
     zero_point = torch.round(smallest - low / scale).clamp(smallest, largest)
     return scale.float(), zero_point.to(torch.int32)
 
 
-def _shiftable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def shiftable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """The scale itself, or the next power of two that covers the same range."""
     scale = scale.clamp(min=SMALLEST_SCALE)
     return torch.exp2(torch.ceil(torch.log2(scale) - 1e-6)) if spec.scale == "power_of_two" else scale

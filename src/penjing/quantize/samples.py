@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from penjing.errors import CalibrationError
 from penjing.network import shapes
 from penjing.step import Context
 from penjing.task import Call, calibration_calls
@@ -54,3 +56,25 @@ def chunks(context: Context, network: fx.GraphModule, samples: int) -> list[Call
             most = max(1, CHUNK_BYTES * size // largest)
         found += [part(call, first, min(first + most, size)) for first in range(0, size, most)]
     return found
+
+
+def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:
+    """Calibration data to fit on, and every third batch (or sample, of fewer than three batches) to judge by.
+
+    Raises:
+        CalibrationError: There are fewer than two samples.
+    """
+    calls = list(batches(context, samples))
+    if len(calls) < 3:
+        calls = [part(call, i, i + 1) for call in calls for i in range(size_of(call))]
+    held = calls[2::3] or calls[1:]
+    if not held:
+        raise CalibrationError(
+            "one calibration sample can't be split into one to fit and one to judge by",
+            got="1 sample",
+            expected="two or more; some hundred are usual",
+            remedy="give more calibration data, or use quantize.Static alone",
+        )
+    kept = [call for i, call in enumerate(calls) if i % 3 != 2] if len(calls) > 2 else calls[:1]
+    task = replace(context.task, calibration=[call[1] or call[0] for call in kept])
+    return replace(context, task=task), held

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -19,8 +19,8 @@ from torch import fx, nn
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.network import flat_inputs, sites
-from penjing.plan import BIAS_LIMIT, GENERIC, Accelerates, Entry, Plan, QuantSpec
-from penjing.quantize.affine import scale_and_zero_point, weight_range
+from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
+from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
@@ -37,10 +37,18 @@ class Static:
         weight_bits: Bits of a weight.
         activation_bits: Bits of an activation.
         weight_range: "minmax" or "mse".
-        activation_range: "minmax", "moving_average", "percentile" or "mse".
+        activation_range: "minmax", "moving_average", "percentile", "mse" or "entropy".
+        weight_per: "channel" or "tensor": what shares a scale.
+        weight_group: So many neighbouring weights of an output channel share a scale instead; a layer whose channels
+            it does not divide keeps one scale a channel.
+        weight_grid: "uniform", "powers_of_two" (up to 4 bits) or "additive_powers_of_two" (up to 6).
+        activation_grid: The same; unsigned activations take a bit less.
+        weight_symmetric: Whether zero points of weights are 0; None is as the runtime wants it.
+        activation_symmetric: The same of activations, which are signed then.
+        scale: "free", or "power_of_two" for processors that only shift.
         samples: At most so many calibration samples are read.
         exclude: Name patterns (as in ``layer3.*``) of operators that stay in floating point.
-        settings: Name pattern → other values of the fields above for the operators it matches.
+        settings: Name pattern → other values of the fields above, down to `scale`, for the operators it matches.
     """
 
     per_runtime: ClassVar[bool] = True
@@ -49,12 +57,20 @@ class Static:
     activation_bits: int = 8
     weight_range: str = "mse"
     activation_range: str = "mse"
+    weight_per: str = "channel"
+    weight_group: int | None = None
+    weight_grid: str = "uniform"
+    activation_grid: str = "uniform"
+    weight_symmetric: bool | None = None
+    activation_symmetric: bool | None = None
+    scale: str = "free"
     samples: int = 300
     exclude: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_values("", vars(self))
+        _check_grids("", vars(self))
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise RecipeError(
                 "Static(exclude=...) is no list of patterns", got=repr(self.exclude), expected="('head',)"
@@ -65,6 +81,7 @@ class Static:
         for pattern, values in self.settings.items():
             _check_fields(pattern, values)
             _check_values(f" for {pattern!r}", values)
+            _check_grids(f" for {pattern!r}", {**vars(self), **values})
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded and a plan."""
@@ -88,6 +105,29 @@ class Static:
                 return replace(self, settings={}, **values)
         return self
 
+    def activation_spec(self, accelerates: Accelerates) -> QuantSpec:
+        """The format of activations in a runtime."""
+        spec = replace(
+            accelerates.activation, bits=self.activation_bits, range=self.activation_range, scale=self.scale,
+            grid=self.activation_grid,
+        )  # fmt: skip
+        if self.activation_symmetric is not None:
+            spec = replace(spec, symmetric=self.activation_symmetric, signed=self.activation_symmetric)
+        return _legal("activations", spec, accelerates, accelerates.activations)
+
+    def weight_spec(self, accelerates: Accelerates, weight: torch.Tensor) -> QuantSpec:
+        """The format of a weight (out, …) in a runtime."""
+        bits = min(self.weight_bits, accelerates.weight.bits)
+        axis = accelerates.weight.axis if self.weight_per == "channel" else None
+        spec = replace(
+            accelerates.weight, bits=bits, range=self.weight_range, scale=self.scale, grid=self.weight_grid, axis=axis
+        )
+        if self.weight_symmetric is not None:
+            spec = replace(spec, symmetric=self.weight_symmetric)
+        if self.weight_group is not None and weight[0].numel() % self.weight_group == 0:
+            spec = replace(spec, axis=0, group=self.weight_group)
+        return _legal("weights", spec, accelerates, accelerates.weights)
+
     def _activations(
         self, placement: Placement, statistics: Mapping[str, Histogram], accelerates: Accelerates
     ) -> dict[str, Entry]:
@@ -95,7 +135,7 @@ class Static:
         entries: dict[str, Entry] = {}
         for edge, value in placement.edges.items():
             mine = self._for(edge.rpartition(":")[0])
-            spec = replace(accelerates.activation, bits=mine.activation_bits, range=mine.activation_range)
+            spec = mine.activation_spec(accelerates)
             if (value, spec) not in found:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
@@ -109,37 +149,78 @@ class Static:
         entries: dict[str, Entry] = {}
         for name in placement.weights:
             mine = self._for(name)
-            bits = min(mine.weight_bits, accelerates.weight.bits)
-            spec = replace(accelerates.weight, bits=bits, range=mine.weight_range)
             layer = network.get_submodule(name.split("@")[0])
             weight, bias = layer.weight, layer.bias
             assert isinstance(weight, torch.Tensor)
+            spec = mine.weight_spec(accelerates, weight)
             scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
-            if isinstance(bias, torch.Tensor):
+            if isinstance(bias, torch.Tensor) and spec.group is None:
                 # A bias is int32 on the grid weight scale × input scale: a dead channel's grid must not be too fine.
                 finest = bias.detach().abs() / (BIAS_LIMIT * activations[f"{name}:in0"].scale[0])
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
+                scale = shiftable(scale, spec)
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
         return entries
+
+
+def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Formats) -> QuantSpec:
+    """The spec, if the runtime has integer kernels for it.
+
+    Raises:
+        RecipeError: It has none; says what it takes.
+    """
+    refusal = formats.refusal(spec)
+    if refusal is None:
+        return spec
+    got, _, expected = refusal.partition(", and it takes ")
+    raise RecipeError(
+        f"{accelerates.runtime} has no integer kernel for {what} of this format",
+        got=got,
+        expected=expected,
+        remedy="change the step's settings; pj.apply(recipe, model, task) computes any format, in torch alone",
+    )
 
 
 def _check_values(where: str, values: Mapping[str, Any]) -> None:
     """Raise RecipeError for bits, ranges or numbers of samples that make no sense."""
     bits, whole = (range(2, 9), "a whole number from 2 to 8"), (range(1, 2**63), "a whole number above 0")
+    three = ((None, True, False), "True, False or None")
     known: dict[str, tuple[Any, str]] = {
         "weight_bits": bits,
         "activation_bits": bits,
         "weight_range": (("minmax", "mse"), "minmax or mse"),
         "activation_range": (tuple(ESTIMATORS), ", ".join(ESTIMATORS)),
+        "weight_per": (("channel", "tensor"), "channel or tensor"),
+        "weight_grid": (GRIDS, ", ".join(GRIDS)),
+        "activation_grid": (GRIDS, ", ".join(GRIDS)),
+        "weight_symmetric": three,
+        "activation_symmetric": three,
+        "scale": (("free", "power_of_two"), "free or power_of_two"),
         "samples": whole,
     }
+    if values.get("weight_group") is not None:
+        known["weight_group"] = whole
     for name, (allowed, expected) in known.items():
-        if name in values and (isinstance(values[name], bool | float) or values[name] not in allowed):
+        number = name.endswith(("bits", "group", "samples"))
+        if name in values and ((number and isinstance(values[name], bool | float)) or values[name] not in allowed):
             raise RecipeError(f"Static({name}=...){where} can't be used", got=repr(values[name]), expected=expected)
 
 
+def _check_grids(where: str, values: Mapping[str, Any]) -> None:
+    """Raise RecipeError for more bits than the integers of a grid of powers of two fit into 8."""
+    for what, sign in (("weight", 1), ("activation", 0)):
+        grid, bits = values[f"{what}_grid"], values[f"{what}_bits"]
+        most = {"powers_of_two": 3, "additive_powers_of_two": 5}.get(grid, 8) + sign
+        if bits > most:
+            raise RecipeError(
+                f"Static({what}_grid={grid!r}, {what}_bits={bits}){where} can't be used",
+                got=f"{bits} bits",
+                expected=f"at most {most}: the powers are stored in 8 bits",
+            )
+
+
 def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
-    known = {"weight_bits", "activation_bits", "weight_range", "activation_range"}
+    known = {f.name for f in fields(Static)} - {"samples", "exclude", "settings"}
     if not set(values) <= known:
         raise RecipeError(
             f"the settings for {pattern!r} hold a value that cannot differ between operators",

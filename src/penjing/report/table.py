@@ -131,6 +131,34 @@ def layers(rows: Sequence[records.LayerRow]) -> Table:
     return _captioned(table, [f"[{i}] {text}" for text, i in reasons.items()])
 
 
+def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
+    """The operators that bring most noise: weights before and after the repair, inputs, range, what to do.
+
+    Decibels of the network's outputs when that operator alone is quantized; ``share`` of all noise after the repair.
+    """
+    table = _table()
+    _column(table, "operator")
+    _column(table, "")
+    for head in ("weights", "repaired", "inputs", "range", "clipped", "share"):
+        _column(table, head, "right")
+    _column(table, "remedy")
+    noisy = sorted(rows, key=lambda r: -max(r.share, 10 ** (-(r.weights_db or 200) / 10)))[:limit]
+    largest = max((r.share for r in noisy), default=0)
+    for r in noisy:
+        decibels = (f"{v:.1f} dB" if v is not None else "-" for v in (r.weights_db, r.repaired_db, r.activations_db))
+        reach = f"{r.low:.3g}..{r.high:.3g}" if r.low is not None and r.high is not None else "-"
+        table.add_row(
+            _cell(r.name),
+            ProgressBar(total=max(largest, 1e-12), completed=r.share, width=10),
+            *map(_cell, decibels),
+            _cell(reach),
+            _cell("-" if r.clipped is None else figures.share(r.clipped)),
+            _cell(figures.share(r.share)),
+            _cell(r.remedy, "yellow" if r.remedy == "floating point" else "green"),
+        )
+    return table
+
+
 def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:
     """The costliest layers as bars: multiply-accumulates, and the bytes of their weights."""
     table = _table()

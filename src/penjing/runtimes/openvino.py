@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import ExportError
-from penjing.plan import Accelerates, QuantSpec
+from penjing.plan import Accelerates, Formats, QuantSpec
 from penjing.runtimes.artifact import Executed, Manifest, Program
 
-_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
+_HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 
@@ -27,25 +27,27 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     narrow = x86 and not vnni
     return Accelerates(
         runtime="openvino",
-        precisions=("fp32", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "int8"),
+        precisions=("fp32", "fp16", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
         absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
+        weights=Formats(symmetric=(True,), per=("tensor", "channel")),
+        activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
     )
 
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
-    """Write model.xml and model.bin, by way of ONNX."""
+    """Write model.xml and model.bin, by way of ONNX. "fp16" is half precision in the file alone."""
     from penjing.outputs import output_names
     from penjing.runtimes import onnx_file
 
     onnx_path = folder / "crossing.onnx"
     try:
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
-        _convert(onnx_path, folder / "model.xml")
+        _convert(onnx_path, folder / "model.xml", half=precision == "fp16")
     finally:
         onnx_path.unlink(missing_ok=True)
     return Manifest(
@@ -57,7 +59,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     )
 
 
-def _convert(onnx_path: Path, path: Path) -> None:
+def _convert(onnx_path: Path, path: Path, half: bool) -> None:
     import openvino
 
     try:
@@ -72,7 +74,7 @@ def _convert(onnx_path: Path, path: Path) -> None:
         ) from error
     _name(model, onnx_path)
     try:
-        openvino.save_model(model, str(path), compress_to_fp16=False)
+        openvino.save_model(model, str(path), compress_to_fp16=half)
     except RuntimeError as error:
         raise OSError(f"{path.name}: {error}") from error
 
@@ -107,16 +109,34 @@ def _compile(folder: Path, manifest: Manifest, threads: int) -> Any:
     return core.compile_model(model, "CPU", {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads)})
 
 
+FIXED_SHAPES = 2
+"""So many input shapes get a compiled network of their own, which is faster than one whose axes vary; the others
+share one that varies, for every compiled network takes memory."""
+
+
 class _Session:
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
-        self.compiled = _compile(folder, manifest, threads)
-        self.request = self.compiled.create_infer_request()
+        import openvino
+
+        self.core = openvino.Core()
+        self.model = self.core.read_model(str(folder / manifest.programs[0].files[0]))
+        self.settings = {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads)}
+        self.requests: dict[Any, Any] = {}
         self.outputs = len(manifest.programs[0].outputs)
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         # The request reuses its output memory: what leaves here must outlive the next call.
-        results = self.request.infer(inputs, share_inputs=True, share_outputs=True)
+        results = self._request(tuple(x.shape for x in inputs)).infer(inputs, share_inputs=True, share_outputs=True)
         return [np.array(results[i]) for i in range(self.outputs)]
+
+    def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        key = shapes if shapes in self.requests or len(self.requests) < FIXED_SHAPES else "any"
+        if key not in self.requests:
+            model = self.model.clone()
+            if key != "any":
+                model.reshape(dict(enumerate(shapes)))
+            self.requests[key] = self.core.compile_model(model, "CPU", self.settings).create_infer_request()
+        return self.requests[key]
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
@@ -136,6 +156,8 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         precision = info["runtimePrecision"].astype(str) if "runtimePrecision" in info else "f32"
         names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else op.get_friendly_name()
         sites = tuple(dict.fromkeys(_origin(name) for name in names.split(",") if name))
+        if precision.lower() == "f16" and manifest.settings["INFERENCE_PRECISION_HINT"] == "f32":
+            precision = "f32"  # it names what the weights are stored in; the products are those of the hint
         found.append(Executed(sites, kind, _PRECISIONS.get(precision.lower(), precision.lower())))
     return found
 
@@ -157,12 +179,25 @@ HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
 MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
 PROGRAM = MANIFEST["programs"][0]
 settings = {**MANIFEST["settings"], "INFERENCE_NUM_THREADS": os.environ.get("THREADS", "@THREADS@")}
-compiled = openvino.Core().compile_model(str(HERE / PROGRAM["files"][0]), "CPU", settings)
+core = openvino.Core()
+model = core.read_model(str(HERE / PROGRAM["files"][0]))
+compiled = {}
+
+
+def compiled_for(shapes):
+    """A network compiled for these shapes alone is faster; from the third on they share one whose axes vary."""
+    key = shapes if shapes in compiled or len(compiled) < 2 else "any"
+    if key not in compiled:
+        copy = model.clone()
+        if key != "any":
+            copy.reshape(dict(enumerate(shapes)))
+        compiled[key] = core.compile_model(copy, "CPU", settings)
+    return compiled[key]
 
 
 def run(inputs):
     """Flat list of arrays in, flat list of arrays out."""
-    results = compiled(inputs)
+    results = compiled_for(tuple(x.shape for x in inputs))(inputs)
     return [np.array(results[i]) for i in range(len(PROGRAM["outputs"]))]
 
 '''

@@ -24,7 +24,7 @@ from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
 from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
-from penjing.quantize import BiasCorrection, Static
+from penjing.quantize import AdaRound, Static
 from penjing.recipe import Recipe
 from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, from_dict, to_json, write_text
 from penjing.report import html
@@ -95,7 +95,7 @@ def compress(
         task: The user's data and metric.
         goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
         runtime: One or several of ``penjing runtimes``; None takes all that are installed.
-        recipe: Steps to take; None is post-training static quantization with bias correction.
+        recipe: Steps to take; None is post-training static quantization with adaptive rounding.
         out: The run folder.
         seed: Same seed, data, machine kind and threads: same artifact.
         threads: Threads of the runtimes; None takes every core.
@@ -119,7 +119,7 @@ def compress(
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
     names = _runtimes(runtime)
-    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), BiasCorrection())
+    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
     threads = threads or measure.machine(1).cores
     machine = measure.machine(threads)
     folder = RunFolder(out, resume=resume, force=force)
@@ -195,7 +195,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
 
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
-    context = Context(task=task, seed=seed, device=device)
+    context = Context(task=task, seed=seed, device=device, source=draft.network)
     for step in recipe:
         draft = step(draft, context)
     return insert(draft.network, draft.plan) if draft.plan else draft.network

@@ -1,0 +1,191 @@
+"""Where a plan's noise comes from: every operator quantized alone, its weights and its inputs apart.
+
+Each is judged by what reaches the network's outputs, as signal power over noise power, in decibels. Only what lies
+behind the operator is computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.analyze.lockstep import apply, mean_difference, rounded, shifted
+from penjing.network import flat_inputs, is_tensor, sites
+from penjing.outputs import flatten_outputs
+from penjing.plan import Entry, Plan
+from penjing.task import Call
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise power over signal power at the outputs when one operator alone is quantized.
+
+    Attributes:
+        weights: From its weights; 0 where they are not quantized.
+        activations: From its inputs.
+    """
+
+    weights: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of both: they hardly know of each other, so their powers add up."""
+        return self.weights + self.activations
+
+
+def decibels(ratio: float) -> float:
+    """Noise over signal as a signal-to-noise ratio in dB; infinite where there is no noise."""
+    return -10 * math.log10(ratio) if ratio > 0 else math.inf
+
+
+def signal_to_noise(reference: nn.Module, network: nn.Module, calls: Iterable[Call]) -> float:
+    """Signal-to-noise ratio of a network's outputs against another's, in dB, over all calls."""
+    signal = noise = 0.0
+    with torch.no_grad():
+        for args, kwargs in calls:
+            wanted, found = reference(*args, **kwargs), network(*args, **kwargs)
+            signal += _power(wanted)
+            noise += _power(_difference(found, wanted))
+    return decibels(noise / signal) if signal else -math.inf
+
+
+def agreement(reference: nn.Module, network: nn.Module, calls: Iterable[Call]) -> float:
+    """Share of the rows of the first output whose largest value stands in the same place."""
+    same = total = 0
+    with torch.no_grad():
+        for args, kwargs in calls:
+            wanted, found = (flatten_outputs(n(*args, **kwargs))[0][0] for n in (reference, network))
+            same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+            total += wanted.numel() // wanted.shape[-1]
+    return same / max(1, total)
+
+
+def isolated(
+    network: fx.GraphModule,
+    plan: Plan,
+    calls: Iterable[Call],
+    progress: Callable[[int, int], None] | None = None,
+    repaired: fx.GraphModule | None = None,
+) -> dict[str, Noise]:
+    """The noise of every operator of the plan, by its site.
+
+    Args:
+        network: A raised network in eval mode, in floating point.
+        plan: What would be quantized.
+        calls: Chunks of samples; all intermediate values of one chunk are held at a time.
+        progress: Called with operators done and to do.
+        repaired: The same network with weights that a repair has put on their grids; their mean error, which a
+            corrected bias takes away, is left out. None rounds the network's own to the nearest.
+    """
+    names = sorted({edge.rpartition(":")[0] for edge in plan.entries} - {"output"})
+    nodes = sites(network)
+    order = {node: i for i, node in enumerate(network.graph.nodes)}
+    names.sort(key=lambda name: order[nodes[name]])
+    power = {name: [0.0, 0.0] for name in names}
+    signal = 0.0
+    chunks = list(calls)
+    with torch.no_grad():
+        for number, call in enumerate(chunks):
+            once = _Once(network, call)
+            signal += _power(once.output)
+            for position, name in enumerate(names):
+                for role, value in enumerate(_alone(once, nodes[name], name, plan, repaired)):
+                    if value is not None:
+                        power[name][role] += _power(_difference(once.rerun(nodes[name], value), once.output))
+                if progress is not None:
+                    progress(number * len(names) + position + 1, len(chunks) * len(names))
+    signal = max(signal, 1e-30)
+    return {name: Noise(weights / signal, inputs / signal) for name, (weights, inputs) in power.items()}
+
+
+def clipped(x: torch.Tensor, entry: Entry) -> float:
+    """Share of the values of x that lie beyond the range of `entry` by more than half a step."""
+    low, high = entry.spec.limits
+    scale, zero = entry.scale[0], entry.zero_point[0]
+    outside = (x < (low - zero - 0.5) * scale) | (x > (high - zero + 0.5) * scale)
+    return float(outside.double().mean())
+
+
+class _Once:
+    """One call of the network with every value kept."""
+
+    def __init__(self, network: fx.GraphModule, call: Call) -> None:
+        self.network = network
+        self.values: dict[fx.Node, Any] = {}
+        inputs = iter(flat_inputs(network, call))
+        for node in network.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = next(inputs)
+            elif node.op == "output":
+                self.end = node
+            else:
+                self.values[node] = self.compute(node, self.values)
+        self.output = fx.node.map_arg(self.end.args[0], lambda n: self.values[n])
+
+    def compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "get_attr":
+            path, _, leaf = str(node.target).rpartition(".")
+            return getattr(self.network.get_submodule(path), leaf)
+        if node.op == "call_module":
+            return self.network.get_submodule(str(node.target))(*args, **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def rerun(self, changed: fx.Node, value: Any) -> Any:
+        """The outputs where `changed` gives `value`."""
+        fresh: dict[fx.Node, Any] = {changed: value}
+        node = changed.next
+        while node.op != "output":
+            if any(read in fresh for read in node.all_input_nodes):
+                fresh[node] = self.compute(node, ChainMap(fresh, self.values))
+            node = node.next
+        return fx.node.map_arg(node.args[0], lambda n: fresh.get(n, self.values[n]))
+
+
+def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.GraphModule | None) -> tuple[Any, Any]:
+    """The operator's result with its weights quantized, and with its inputs; None where they are not."""
+    weights = inputs = None
+    entry = plan.entries.get(f"{name}:weight")
+    if entry is not None:
+        module: Any = once.network.get_submodule(str(node.target))
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        theirs: Any = repaired.get_submodule(str(node.target)) if repaired is not None else module
+        weights = apply(module, once.values[source], rounded(theirs.weight, entry), module.bias)
+        if repaired is not None:
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            weights = shifted([weights], mean_difference([once.values[node]], [weights], axis), axis)[0]
+    port, changed = -1, False
+
+    def value(n: fx.Node) -> Any:
+        nonlocal port, changed
+        port += is_tensor(n)
+        entry = plan.entries.get(f"{name}:in{port}") if is_tensor(n) else None
+        changed = changed or entry is not None
+        return once.values[n] if entry is None else rounded(once.values[n], entry)
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    if changed:
+        if node.op == "call_module":
+            inputs = once.network.get_submodule(str(node.target))(*args, **kwargs)
+        else:
+            assert callable(node.target)
+            inputs = node.target(*args, **kwargs)
+    return weights, inputs
+
+
+def _power(output: Any) -> float:
+    return sum(float(t.double().square().sum()) for t in flatten_outputs(output)[0] if t.is_floating_point())
+
+
+def _difference(found: Any, wanted: Any) -> list[torch.Tensor]:
+    pairs = zip(flatten_outputs(found)[0], flatten_outputs(wanted)[0], strict=True)
+    return [a - b for a, b in pairs if a.is_floating_point()]

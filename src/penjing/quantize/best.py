@@ -1,0 +1,141 @@
+"""The best repair: methods are tried in order of cost, and what helps on held-out calibration data is kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from penjing.analyze import noise
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.network import kind, site
+from penjing.quantize.adaround import AdaRound
+from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.equalization import CrossLayerEqualization
+from penjing.quantize.qat import QAT
+from penjing.quantize.samples import split
+from penjing.quantize.smoothquant import SmoothQuant
+from penjing.quantize.static import Static
+from penjing.step import Context, Step
+from penjing.surgery import insert
+from penjing.task import Call
+
+GAIN_DB = 0.3  # less is within what other samples would change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """Quantize, and try the repairs from the cheapest to the dearest; each stays if the outputs gain by it.
+
+    In this order: `BiasCorrection`, `AdaRound`, additions in floating point (where the runtime is not slower by it,
+    or nothing tells), `SmoothQuant`, `CrossLayerEqualization`, `QAT` without labels for the minutes that are left.
+    A third of the calibration data judges and is not fitted; the winner is made again from all of it.
+
+    Attributes:
+        weight_bits: As in `Static`.
+        activation_bits: As in `Static`.
+        exclude: As in `Static`.
+        samples: As in `Static`.
+        snr_db: Stop as soon as the held-out outputs have this signal-to-noise ratio; None tries everything.
+        minutes: Upper bound for all trials. `QAT` is tried where at least two of them are left.
+    """
+
+    per_runtime: ClassVar[bool] = True
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    exclude: tuple[str, ...] = ()
+    samples: int = 300
+    snr_db: float | None = None
+    minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise RecipeError("Best(minutes=...) can't be used", got=self.minutes, expected="a number above 0")
+        self._static(())
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return the best draft that was found."""
+        search = _Search(self, draft, context)
+        search.run()
+        return search.winner()
+
+    def _static(self, more: tuple[str, ...]) -> Static:
+        return Static(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            exclude=(*self.exclude, *more),
+            samples=self.samples,
+        )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A chain of steps: before quantization, which additions stay in floating point, after it."""
+
+    before: tuple[Step, ...] = ()
+    floats: tuple[str, ...] = ()
+    after: tuple[Step, ...] = ()
+
+
+class _Search:
+    def __init__(self, settings: Best, draft: Draft, context: Context) -> None:
+        self.settings, self.draft, self.context = settings, draft, context
+        self.fitting, self.held = split(replace(context, memo={}))
+        self.start = time.monotonic()
+        self.best, self.snr = _Trial(), -float("inf")
+        self.latency: float | None = None
+
+    def run(self) -> None:
+        self.attempt("Static", _Trial(), always=True)
+        for repair in (BiasCorrection(), AdaRound()):
+            self.attempt(type(repair).__name__, replace(self.best, after=(repair,)))
+        adds = tuple(site(n) for n in self.draft.network.graph.nodes if kind(self.draft.network, n) == "add")
+        made = self._made(replace(self.best, floats=()), self.fitting).plan
+        adds = tuple(name for name in adds if any(edge.startswith(f"{name}:") for edge in made.entries))
+        if adds:
+            self.attempt("additions in floating point", replace(self.best, floats=adds))
+        for step in (SmoothQuant(), CrossLayerEqualization()):
+            self.attempt(type(step).__name__, replace(self.best, before=(*self.best.before, step)))
+        left = self.settings.minutes - (time.monotonic() - self.start) / 60
+        if left >= 2:
+            qat = QAT(data="calibration", epochs=50, minutes=left / 2, learning_rate=1e-4, optimizer="adamw")
+            self.attempt("QAT", replace(self.best, after=(*self.best.after, qat)))
+
+    def attempt(self, name: str, trial: _Trial, *, always: bool = False) -> None:
+        """Make and measure a trial; it becomes the best where it gains."""
+        reached = self.settings.snr_db is not None and self.snr >= self.settings.snr_db
+        spent = (time.monotonic() - self.start) / 60
+        if not always and (reached or spent > self.settings.minutes):
+            return
+        started = time.monotonic()
+        made = self._made(trial, self.fitting)
+        snr = self._judged(made, self.held)
+        slower = False
+        if self.context.latency is not None and trial.floats != self.best.floats:
+            self.latency = self.context.latency(self._made(self.best, self.fitting))
+            slower = self.context.latency(made) > 1.02 * self.latency
+        kept = always or (snr > self.snr + GAIN_DB and not slower)
+        self.context.events(
+            "remedy", name=name, snr_db=snr, before_db=self.snr, kept=kept, slower=slower,
+            seconds=round(time.monotonic() - started, 2),
+        )  # fmt: skip
+        if kept:
+            self.best, self.snr = trial, snr
+
+    def winner(self) -> Draft:
+        made = self._made(self.best, self.context)
+        names = [type(s).__name__ for s in (*self.best.before, self.settings._static(()), *self.best.after)]
+        remedy = " → ".join(names) + (", additions in floating point" if self.best.floats else "")
+        return replace(made, plan=replace(made.plan, remedy=f"{remedy}: {self.snr:.1f} dB on held-out samples"))
+
+    def _made(self, trial: _Trial, context: Context) -> Draft:
+        steps: list[Any] = [*trial.before, self.settings._static(trial.floats), *trial.after]
+        draft = self.draft
+        for step in steps:
+            draft = step(draft, context)
+        return draft
+
+    def _judged(self, made: Draft, held: list[Call]) -> float:
+        return noise.signal_to_noise(self.draft.network, insert(made.network, made.plan), held)

@@ -1,0 +1,90 @@
+"""Why a network loses what it loses in integers, operator by operator, and what mends it."""
+
+from __future__ import annotations
+
+import math
+
+from penjing.analyze import lockstep, noise
+from penjing.draft import Draft
+from penjing.network import kind, sites
+from penjing.plan import Entry
+from penjing.quantize.adaround import AdaRound
+from penjing.quantize.samples import chunks, part, split
+from penjing.quantize.static import Static
+from penjing.records import NoiseRow
+from penjing.step import Context
+
+SAMPLES = 16
+
+
+def explain(draft: Draft, context: Context, static: Static | None = None) -> tuple[NoiseRow, ...]:
+    """The noise of every quantized operator alone, before and after `AdaRound`, on calibration samples held out.
+
+    Args:
+        draft: A network that is not quantized yet.
+        context: Its task needs calibration data.
+        static: How to quantize; None takes the defaults.
+    """
+    fitting, held = split(context)
+    plain = (static or Static())(draft, fitting)
+    repaired = AdaRound()(plain, fitting)
+    few = [part(call, 0, 4) for call in held[: SAMPLES // 4]]
+
+    def progress(done: int, total: int) -> None:
+        context.events("progress", label="noise of every operator", done=done, total=total)
+
+    before = noise.isolated(plain.network, plain.plan, few, progress)
+    after = noise.isolated(plain.network, plain.plan, few, progress, repaired.network)
+    ranges = _clipped(plain, context)
+    total = sum(n.total for n in after.values()) or 1.0
+    nodes = sites(plain.network)
+    rows = []
+    for name, alone in before.items():
+        entry = plain.plan.entries.get(f"{name}:in0")
+        low, high = _range(entry) if entry is not None else (math.nan, math.nan)
+        rows.append(
+            NoiseRow(
+                name=name,
+                kind=kind(plain.network, nodes[name]),
+                weights_db=_finite(noise.decibels(alone.weights)),
+                repaired_db=_finite(noise.decibels(after[name].weights)),
+                activations_db=_finite(noise.decibels(alone.activations)),
+                low=low if entry is not None else None,
+                high=high if entry is not None else None,
+                clipped=ranges.get(name),
+                share=after[name].total / total,
+                remedy=_remedy(alone, after[name], total),
+            )
+        )
+    return tuple(rows)
+
+
+def _remedy(before: noise.Noise, after: noise.Noise, total: float) -> str:
+    """What to do about an operator, from what it brings to the outputs."""
+    if after.total > 0.2 * total:
+        return "floating point"  # a fifth of all noise from one operator
+    if before.weights > 2 * after.weights and before.weights > 0.05 * total:
+        return "rounding"
+    return ""
+
+
+def _range(entry: Entry) -> tuple[float, float]:
+    low, high = entry.spec.limits
+    return (low - entry.zero_point[0]) * entry.scale[0], (high - entry.zero_point[0]) * entry.scale[0]
+
+
+def _clipped(draft: Draft, context: Context) -> dict[str, float]:
+    """Site of a layer → share of its input's values that lie beyond the range."""
+    found: dict[str, float] = {}
+
+    def watch(layer: lockstep.Layer) -> None:
+        entry = draft.plan.entries.get(f"{layer.site}:in0")
+        if entry is not None:
+            found[layer.site] = sum(noise.clipped(x, entry) for x in layer.inputs) / len(layer.inputs)
+
+    lockstep.run(draft.network, type(draft.plan)(), chunks(context, draft.network, SAMPLES), watch)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,164 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from penjing.architectures import build
+from penjing.draft import Draft
+from penjing.errors import RecipeError, TaskError
+from penjing.grid import on_grid
+from penjing.network import raise_network
+from penjing.plan import Plan, QuantSpec
+from penjing.quantize import QAT, Static
+from penjing.quantize.qat import Grid, learned, learner
+from penjing.step import Context, Step
+from penjing.surgery import insert
+from penjing.task import Task
+
+SPECS = [
+    QuantSpec(bits=3, signed=False, symmetric=False),
+    QuantSpec(bits=4, axis=0),
+    QuantSpec(bits=4, axis=0, group=6),
+    QuantSpec(bits=4, axis=0, grid="additive_powers_of_two"),
+]
+
+
+def task_of(count=96):
+    torch.manual_seed(5)
+    x = torch.randn(count, 3, 12, 12)
+    y = (x.mean((2, 3)) @ torch.randn(3, 4)).argmax(1)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, count, 16)]
+    return Task(example=x[:2], calibration=[b for b, _ in batches], train=batches, loss=nn.functional.cross_entropy)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    torch.manual_seed(0)
+    model = build("resnet20", width=4, classes=4)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, -1.5, 1.5)  # negative factors turn the sign of a folded channel
+    task = task_of()
+    source = raise_network(model.eval(), *task.call())
+    context = Context(task=task, source=source)
+    return Static(weight_bits=4, activation_bits=4)(Draft(source), context), context
+
+
+@pytest.fixture(scope="module")
+def weights_alone(prepared):
+    """Rounded activations would jump where two orders of summation differ in the last bit."""
+    draft, context = prepared
+    entries = {edge: entry for edge, entry in draft.plan.entries.items() if edge.endswith(":weight")}
+    return replace(draft, plan=Plan(entries)), context
+
+
+def noise(draft, context):
+    x = torch.cat([x for x in context.task.calibration])
+    with torch.no_grad():
+        wanted, found = context.source(x), insert(draft.network, draft.plan)(x)
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+class TestTheGradient:
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_equals_a_loop_over_the_formula(self, spec):
+        torch.manual_seed(1)
+        x = torch.randn(4, 12).requires_grad_()
+        scales = 1 if spec.axis is None else 4 * (12 // spec.group if spec.group else 1)
+        scale = (torch.rand(scales) * 0.2 + 0.05).requires_grad_()
+        zero = torch.full((scales,), 0 if spec.signed else 3, dtype=torch.int32)
+        weight = torch.randn(4, 12)
+        y = Grid.apply(x, scale, zero, spec, "lsq")
+        assert torch.equal(y, on_grid(x.detach(), scale.detach(), zero, spec))
+        (y * weight).sum().backward()
+        low, high = spec.limits
+        of_x, of_scale = torch.zeros(4, 12), torch.zeros(scales)
+        for i in range(4):
+            for j in range(12):
+                k = 0 if scales == 1 else i if spec.group is None else (i * 12 + j) // spec.group
+                s, z = float(scale[k]), int(zero[k])
+                steps = float(x[i, j]) / s
+                inside = low - z - 0.5 <= steps <= high - z + 0.5
+                of_x[i, j] = weight[i, j] * inside
+                of_scale[k] += float(weight[i, j]) * ((float(y[i, j]) / s) - (steps if inside else 0))
+        values = 48 / scales / (4 if spec.axis is None else 1)
+        torch.testing.assert_close(x.grad, of_x)
+        torch.testing.assert_close(scale.grad, of_scale / (values * high) ** 0.5, rtol=1e-3, atol=1e-4)
+
+    def test_clipping_moves_the_upper_end_alone(self):
+        spec = QuantSpec(bits=2, signed=False, symmetric=False)
+        x = torch.tensor([[-1.0, 0.2, 0.9, 5.0, 7.0]], requires_grad=True)
+        scale = torch.tensor([0.5], requires_grad=True)
+        Grid.apply(x, scale, torch.zeros(1, dtype=torch.int32), spec, "pact").sum().backward()
+        assert x.grad.tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0]]
+        assert float(scale.grad) == pytest.approx(2 * 3 / (5 * 3) ** 0.5)  # two values, each moves by `high` steps
+
+
+class TestTheNetwork:
+    def test_it_is_a_step(self):
+        assert isinstance(QAT(), Step)
+
+    def test_before_the_first_step_it_computes_what_the_plan_computes(self, weights_alone):
+        draft, context = weights_alone
+        network = learner(draft, context, "lsq").eval()
+        x = next(iter(context.task.calibration))
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), insert(draft.network, draft.plan)(x), rtol=1e-3, atol=1e-4)
+
+    def test_what_was_learned_goes_into_scales_and_the_integers_stay(self, weights_alone):
+        draft, context = weights_alone
+        network = learner(draft, context, "lsq").eval()
+        torch.manual_seed(7)
+        with torch.no_grad():  # as after a training
+            for parameter in network.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            for module in network.get_submodule("norms").children():
+                module.weight[::2] *= -1
+        after = learned(draft, network)
+        x = next(iter(context.task.calibration))
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), insert(after.network, after.plan)(x), rtol=1e-3, atol=1e-4)
+        assert set(after.plan.entries) == set(draft.plan.entries)
+        assert any(a.scale != draft.plan.entries[edge].scale for edge, a in after.plan.entries.items())
+        assert len(list(network.get_submodule("norms").children())) > 10
+
+    @pytest.mark.parametrize("method", ["lsq", "pact", "ste"])
+    def test_training_brings_the_answers_nearer(self, prepared, method):
+        draft, context = prepared
+        before = copy.deepcopy(draft.network.state_dict())
+        trained = QAT(method=method, data="calibration", epochs=6, learning_rate=3e-3)(draft, context)
+        assert noise(trained, context) < 0.7 * noise(draft, context)
+        assert all(torch.equal(v, before[k]) for k, v in draft.network.state_dict().items())
+        moved = {e for e, v in trained.plan.entries.items() if v.scale != draft.plan.entries[e].scale}
+        activations = {e for e in trained.plan.entries if not e.endswith(":weight")}
+        assert bool(moved & activations) == (method != "ste")
+
+    def test_labels_are_learned_from_and_the_same_seed_gives_the_same_bits(self, prepared):
+        draft, context = prepared
+        step = QAT(epochs=1, learning_rate=1e-3)
+        one, two = step(draft, context), step(draft, context)
+        assert one.plan == two.plan
+        pairs = zip(one.network.state_dict().values(), two.network.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_without_training_data_it_says_what_to_do(prepared):
+    draft, context = prepared
+    bare = Context(task=Task(example=context.task.example, calibration=context.task.calibration))
+    with pytest.raises(TaskError) as caught:
+        QAT()(draft, bare)
+    assert "Task.train" in caught.value.got and "calibration" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "magic"}, {"data": "test"}, {"distill": -1}, {"temperature": 0}, {"freeze_norms": 2}, {"epochs": 0},
+     {"data": "calibration", "distill": 0.0}],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(RecipeError):
+        QAT(**settings)
