@@ -82,10 +82,10 @@ def test_a_depthwise_convolution_shares_the_scale_of_three():
     for i in range(6):
         before = [draft.network.get_submodule(n).weight for n in ("0", "2", "3")]
         after = [found.get_submodule(n).weight for n in ("0", "2", "3")]
-        ranges = [float(w.abs().max()) for w in (before[0][i], before[1][i], before[2][:, i])]
+        ranges = [w.abs().max().item() for w in (before[0][i], before[1][i], before[2][:, i])]
         geometric = (ranges[0] * ranges[1] * ranges[2]) ** (1 / 3)
         for w in (after[0][i], after[1][i], after[2][:, i]):
-            assert float(w.abs().max()) == pytest.approx(geometric, rel=2e-3)
+            assert w.abs().max().item() == pytest.approx(geometric, rel=2e-3)
 
 
 def test_a_chain_of_dense_layers_ends_balanced():

@@ -81,8 +81,8 @@ def test_the_scales_are_those_of_the_paper(alpha):
     norm, linear = draft.network.get_submodule("0"), draft.network.get_submodule("1")
     inputs = norm(x)
     for j in range(6):  # the obvious way, channel by channel
-        largest = max(abs(float(row[j])) for row in inputs)
-        s = largest**alpha / float(linear.weight[:, j].abs().max()) ** (1 - alpha)
+        largest = max(abs(row[j].item()) for row in inputs)
+        s = largest**alpha / linear.weight[:, j].abs().max().item() ** (1 - alpha)
         torch.testing.assert_close(found.get_submodule("0").weight[j], norm.weight[j] / s)
         torch.testing.assert_close(found.get_submodule("0").bias[j], norm.bias[j] / s)
         torch.testing.assert_close(found.get_submodule("1").weight[:, j], linear.weight[:, j] * s)

@@ -170,5 +170,7 @@ class _Tracer:
             if labels.dim() != module.weight.dim():
                 return None
             labels = labels.movedim(1, -1)
-        rows = labels.reshape(-1, labels.shape[-1])
-        return rows[0].clone() if len(rows) and bool((rows == rows[0]).all()) else None
+        if not labels.numel():
+            return None
+        first = labels[(0,) * (labels.dim() - 1)]
+        return first.clone() if bool((labels == first).all()) else None  # compared in place: labels are views
