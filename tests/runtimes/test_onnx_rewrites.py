@@ -14,7 +14,7 @@ from penjing.draft import Draft
 from penjing.network import raise_network
 from penjing.quantize import Static
 from penjing.runtimes import onnx_file
-from penjing.runtimes.onnx_rewrites import pad_in_convolutions
+from penjing.runtimes.onnx_rewrites import pad_in_convolutions, store_in_half
 from penjing.step import Context
 from penjing.surgery import freeze, insert
 from penjing.task import Task
@@ -231,3 +231,24 @@ def test_a_quantized_network_with_pads_has_none_in_its_file(tmp_path, accelerate
     step = np.ptp(planned) / 255
     assert np.abs(found - planned).max() <= 2 * step
     assert np.abs(found - planned).mean() <= 0.1 * step
+
+
+def test_constants_are_stored_in_half_where_they_fit_and_it_pays():
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("Max", ["a", "mask"], ["b"]),
+        helper.make_node("Add", ["b", "few"], ["c"]),
+        helper.make_node("Reshape", ["c", "sizes"], ["y"]),
+    ]
+    mask = np.full((1, 4, 7, 6), -np.inf)
+    sizes = constant("sizes", [2, 4, 7, 6], np.int64)
+    model = built(nodes, [constant("mask", mask), constant("few", [0.1] * 6), sizes])
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    store_in_half(changed)
+    onnx.checker.check_model(changed)
+    found = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
+    other = {"mask": TensorProto.FLOAT, "few": TensorProto.FLOAT, "sizes": TensorProto.INT64}
+    assert found == {"w_half": TensorProto.FLOAT16, **other}
+    (before,), (after,) = answers(model), answers(changed)
+    assert 0 < np.abs(before - after).max() < 1e-2

@@ -26,6 +26,23 @@ def test_the_session_takes_its_threads(exported):
     assert session.get_providers() == ["CPUExecutionProvider"]
 
 
+def test_half_precision_is_gone_once_the_file_is_loaded(exported, tmp_path):
+    import onnx
+    from onnx import TensorProto
+
+    made = exported("residual", "onnxruntime", "fp16")
+    stored = onnx.load(made.folder / "model.onnx").graph
+    halves = [t for t in stored.initializer if t.data_type == TensorProto.FLOAT16]
+    casts = [node for node in stored.node if node.op_type == "Cast"]
+    assert len(halves) == len(casts) == 2  # the two convolutions; biases and the head are too small
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(made.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(tmp_path / "optimized.onnx").graph
+    assert "Cast" not in {node.op_type for node in loaded.node}
+    assert TensorProto.FLOAT16 not in {t.data_type for t in loaded.initializer}
+
+
 def test_counting_leaves_the_artifact_as_it_was(exported):
     made = exported("residual", "onnxruntime", "int8")
     before = {path.name: path.read_bytes() for path in made.folder.iterdir()}

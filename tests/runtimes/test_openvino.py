@@ -22,15 +22,18 @@ def test_what_it_accelerates_follows_the_processor(instruction_sets, bits, bf16)
     accelerates = runtime.accelerates(instruction_sets)
     assert accelerates.weight.bits == bits
     assert ("bf16" in accelerates.precisions) == bf16
-    assert {"fp32", "int8"} <= set(accelerates.precisions)
+    assert {"fp32", "fp16", "int8"} <= set(accelerates.precisions)
     assert not accelerates.activation.signed  # AMX refuses signed activations with a zero point
 
 
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", "f32")])
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32")])
 def test_the_precision_that_is_not_in_the_file_stands_in_the_manifest(exported, precision, hint):
     made = exported("residual", "openvino", precision)
     assert made.manifest.settings["INFERENCE_PRECISION_HINT"] == hint
-    compiled = runtimes.open_artifact(made.folder, 2).compiled
+    session = runtimes.open_artifact(made.folder, 2)
+    session.run(made.arrays(1, seed=1))
+    (request,) = session.requests.values()
+    compiled = request.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == hint
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
     assert compiled.get_property("NUM_STREAMS") == 1

@@ -1,5 +1,6 @@
 """What every runtime has to do alike: the same answers as torch, integers where the plan says, a clear refusal."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -8,10 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_networks import CASES
+import torch
+from tiny_networks import CASES, Case, export
+from torch import nn
 
 from penjing import pipeline, runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
+from penjing.measure import size_bytes
 from penjing.network import kind, sites
 from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
 from penjing.surgery import insert
@@ -31,6 +35,46 @@ def test_fp32_answers_as_torch_at_another_batch(exported, runtime, case):
         for mine, theirs in zip(outputs, made.answers(samples, seed=7), strict=True):
             assert mine.shape == theirs.shape
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+@both
+def test_fp16_is_half_the_size_and_answers_as_weights_in_half_precision_do(tmp_path, runtime):
+    case = Case(Wide, ((8,),), {}, ("output",))
+    for name in ("fp32", "fp16"):
+        (tmp_path / name).mkdir()
+    fp32, fp16 = (export(case, runtime, name, tmp_path / name) for name in ("fp32", "fp16"))
+    sizes = [size_bytes(made.folder, made.manifest.files()) for made in (fp32, fp16)]
+    assert sizes[1] < 0.6 * sizes[0]
+    network = copy.deepcopy(fp16.network).half().float()
+    (mine,) = runtimes.open_artifact(fp16.folder, 1).run(fp16.arrays(5, seed=7))
+    (plain,), (rounded,) = fp16.answers(5, seed=7), fp16.answers(5, seed=7, network=network)
+    np.testing.assert_allclose(mine, rounded, rtol=0, atol=1e-3 * np.abs(plain - rounded).max() + 1e-6)
+    assert np.abs(plain - rounded).max() > 1e-5
+
+
+class Wide(nn.Module):
+    """Enough weights that a file is hardly anything else, and one that half precision can't hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4, bias=False)
+        )
+        self.register_buffer("mask", torch.full((1, 256), -1e30))
+
+    def forward(self, x):
+        return self.body[2:](torch.maximum(self.body[:2](x), self.mask))
+
+
+@both
+@every_case
+def test_fp16_computes_in_float32(exported, runtime, case):
+    made = exported(case, runtime, "fp16")
+    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
+    for mine, theirs in zip(outputs, made.answers(5, seed=7), strict=True):
+        assert np.abs(mine - theirs).max() <= 5e-3 * max(1, np.ptp(theirs))
+    operators = runtimes.executed(made.folder, made.manifest)
+    assert {operator.precision for operator in operators} == {"fp32"}
 
 
 @both

@@ -151,7 +151,7 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
     task = Task(example=case.inputs(2, seed=0), calibration=[case.inputs(16, seed=seed) for seed in (1, 2)])
     network = raise_network(module.eval(), *task.call())
     draft = Draft(network)
-    if precision != "fp32":
+    if precision in pipeline.INTEGER:
         accelerates = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
         draft = Static()(draft, Context(task=task, accelerates=accelerates))
     args, kwargs = task.call()

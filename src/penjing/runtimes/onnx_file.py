@@ -24,7 +24,12 @@ OPSET = 18
 
 
 def write(
-    network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any, outputs: list[str], path: Path
+    network: fx.GraphModule,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    dynamic: Any,
+    outputs: list[str],
+    path: Path,
+    half: bool = False,
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """Write `path`; nodes are called by the sites of the network, inputs by the parameters of its forward.
 
@@ -34,6 +39,7 @@ def write(
         dynamic: See `Task.dynamic`.
         outputs: Names of the flat outputs.
         path: The file to write.
+        half: Store weights in half precision; they are cast to float32 when the file is loaded.
 
     Returns:
         The ports of the inputs and of the outputs.
@@ -72,6 +78,8 @@ def write(
     onnx_rewrites.pad_in_convolutions(model)
     _name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
+    if half:
+        onnx_rewrites.store_in_half(model)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return _ports(model.graph.input), _ports(model.graph.output)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+SMALLEST_IN_HALF = 64  # values of a constant: below that a Cast takes more bytes than it saves
+
 
 def pool_globally(model: Any) -> None:
     """ReduceMean over the picture becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
@@ -136,3 +138,25 @@ def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:
             return None
     pads: list[int] = numpy_helper.to_array(constants[node.input[1]]).tolist()
     return pads if all(p >= 0 for p in pads) else None
+
+
+def store_in_half(model: Any) -> None:
+    """Floating-point constants are stored in half precision, with a Cast to float32 behind, which folds at load.
+
+    Those with a value beyond what half precision holds stay as they are.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if values.size < SMALLEST_IN_HALF or not np.all(np.abs(values) <= np.finfo(np.float16).max):
+            continue
+        name, half = tensor.name, f"{tensor.name}_half"
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
+        casts.append(helper.make_node("Cast", [half], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
+    for cast in reversed(casts):
+        graph.node.insert(0, cast)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from penjing.plan import Accelerates, QuantSpec
+from penjing.plan import Accelerates, Formats, QuantSpec
 from penjing.runtimes.artifact import Executed, Manifest, Program
 
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
@@ -23,11 +23,13 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     note = "without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits" if narrow else ""
     return Accelerates(
         runtime="onnxruntime",
-        precisions=("fp32", "int8"),
+        precisions=("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
         absorbs=frozenset({"relu", "clip"}),
+        weights=Formats(symmetric=(True,), per=("tensor", "channel")),
+        activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
         notes=(note,) if note else (),
@@ -35,11 +37,12 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
-    """Write model.onnx."""
+    """Write model.onnx. "fp16" is half precision in the file alone: the processor computes in float32."""
     from penjing.outputs import output_names
     from penjing.runtimes import onnx_file
 
-    inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), folder / "model.onnx")
+    path = folder / "model.onnx"
+    inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), path, half=precision == "fp16")
     program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)
     # It would quantize the weights of a layer that the plan left in floating point between quantized neighbours.
     settings = {"disabled_optimizers": "WeightBiasQuantization"} if precision == "int8" else {}
@@ -89,10 +92,13 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     import onnx
 
     source = folder / manifest.programs[0].files[0]
-    nodes = onnx.load(str(source), load_external_data=False).graph.node
-    if manifest.precision == "fp32":
+    graph = onnx.load(str(source), load_external_data=False).graph
+    nodes = graph.node
+    if manifest.precision in ("fp32", "fp16"):
         # It never lowers a precision of its own accord, and its layout transformer drops the nodes' names.
-        return [Executed((node.name,), node.op_type, "fp32") for node in nodes]
+        stored = {tensor.name for tensor in graph.initializer}  # what is cast from there, is cast at load
+        run = [node for node in nodes if node.op_type != "Cast" or node.input[0] not in stored]
+        return [Executed((node.name,), node.op_type, "fp32") for node in run]
     sites = {node.name for node in nodes}
     with tempfile.TemporaryDirectory() as aside:
         optimized = Path(aside) / "optimized.onnx"
