@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +84,8 @@ class Run:
             folder=folder,
             source=self.network,
             memo=self.memo,
+            latency=functools.partial(_side_by_side, self, runtime) if runtime else None,
+            profile=functools.partial(_profiled, self, runtime) if runtime == "openvino" else None,
         )
 
     @contextmanager
@@ -138,6 +142,40 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
             run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
         current = run.memo[key]
     return current
+
+
+def _side_by_side(run: Run, runtime: str, drafts: Sequence[Draft], precision: str) -> list[float]:
+    """Median latencies of drafts in a runtime, in milliseconds, measured in turns."""
+    with tempfile.TemporaryDirectory() as aside:
+        targets = [
+            measure.Target(
+                str(i), _built(run, d, runtime, precision, Path(aside) / str(i)), _timed_inputs(run), run.batch
+            )
+            for i, d in enumerate(drafts)
+        ]
+        timings = measure.compare(targets, threads=run.threads, seconds=run.seconds, warmup_seconds=0.3)
+    return [timings[str(i)].latency.median for i in range(len(drafts))]
+
+
+def _profiled(run: Run, runtime: str, draft: Draft, precision: str) -> list[tuple[tuple[str, ...], float]]:
+    """Times of a draft's operators in a runtime."""
+    with tempfile.TemporaryDirectory() as aside:
+        folder = _built(run, draft, runtime, precision, Path(aside) / "draft")
+        return [(t.sites, t.ms) for t in runtimes.profile(folder, _timed_inputs(run), run.threads)]
+
+
+def _built(run: Run, draft: Draft, runtime: str, precision: str, folder: Path) -> Path:
+    folder.mkdir()
+    args, kwargs = evidence_call(run.task, 2)
+    with torch.no_grad():
+        _, structure = flatten_outputs(run.network(*args, **kwargs))
+    build(draft, runtime, precision, run.task, structure, folder)
+    return folder
+
+
+def _timed_inputs(run: Run) -> list[np.ndarray]:
+    manifest = read_manifest(run.folder.path / SOURCE)
+    return arrange(manifest.programs[0].inputs, *_numpy(*one_call(run.task, run.batch)))
 
 
 def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:
@@ -210,9 +248,7 @@ def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Ti
     """Time the source and all candidates side by side, each in a process of its own; "source" is the source."""
     if kept := run.folder.kept("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
-    args, kwargs = one_call(run.task, run.batch)
-    manifest = read_manifest(run.folder.path / SOURCE)
-    inputs = arrange(manifest.programs[0].inputs, *_numpy(args, kwargs))
+    inputs = _timed_inputs(run)
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
     with run.costing("measure latency"):

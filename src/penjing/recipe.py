@@ -27,11 +27,12 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.QAT": quantize.QAT,
     "quantize.Rollback": quantize.Rollback,
     "quantize.Best": quantize.Best,
+    "quantize.MixedPrecision": quantize.MixedPrecision,
 }
 """Every step by the name that it has in a YAML recipe."""
 
 
-_QUANTIZERS = (quantize.Static, quantize.Best)  # they make the plan
+_QUANTIZERS = (quantize.Static, quantize.Best, quantize.MixedPrecision)  # they make the plan
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
 _RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant)  # the same function with other weights
@@ -99,7 +100,7 @@ class Recipe:
                         "repairs by itself): each compares with the weights that Static was given",
                     )
                 repaired = step
-            if isinstance(step, quantize.QAT | quantize.Best):
+            if isinstance(step, quantize.QAT | quantize.Best | quantize.MixedPrecision):
                 repaired = step
             if isinstance(step, _QUANTIZERS):
                 if quantized is not None:

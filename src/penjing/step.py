@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +28,10 @@ class Context:
         device: Where training runs, for example "cpu" or "cuda".
         accelerates: What the target runtime gains from on this processor; None when no runtime was named.
         events: `events(kind, **values)` reports progress; `kind` "progress" carries `label`, `done`, `total`.
-        latency: Measures a draft in the target runtime, in milliseconds; None when nothing can be measured.
+        latency: Measures drafts side by side in the target runtime, in milliseconds, one figure each, each as the
+            precision that is named; None when nothing can be measured.
+        profile: Measures the operators of one draft in the target runtime: the sites that each computes, and
+            milliseconds; None when nothing can be measured.
         folder: Where a step may keep what it needs to resume; None when nothing is kept.
         source: The raised source network, the teacher of steps that learn without or beside labels.
         memo: Results that later runs on the same network and data may reuse (collected statistics).
@@ -39,7 +42,8 @@ class Context:
     device: str = "cpu"
     accelerates: Accelerates | None = None
     events: Callable[..., None] = _silent
-    latency: Callable[[Draft], float] | None = None
+    latency: Callable[[Sequence[Draft], str], list[float]] | None = None
+    profile: Callable[[Draft, str], list[tuple[tuple[str, ...], float]]] | None = None
     folder: Path | None = None
     source: GraphModule | None = None
     memo: MutableMapping[Any, Any] = field(default_factory=dict)

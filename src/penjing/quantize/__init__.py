@@ -4,6 +4,7 @@ from penjing.quantize.adaround import AdaRound
 from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.equalization import CrossLayerEqualization
+from penjing.quantize.mixed import MixedPrecision
 from penjing.quantize.qat import QAT
 from penjing.quantize.rollback import Rollback
 from penjing.quantize.smoothquant import SmoothQuant
@@ -15,6 +16,7 @@ __all__ = [
     "Best",
     "BiasCorrection",
     "CrossLayerEqualization",
+    "MixedPrecision",
     "Rollback",
     "SmoothQuant",
     "Static",

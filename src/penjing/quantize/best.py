@@ -85,7 +85,6 @@ class _Search:
         self.fitting, self.held = split(replace(context, memo={}))
         self.start = time.monotonic()
         self.best, self.snr = _Trial(), -float("inf")
-        self.latency: float | None = None
 
     def run(self) -> None:
         self.attempt("Static", _Trial(), always=True)
@@ -114,8 +113,8 @@ class _Search:
         snr = self._judged(made, self.held)
         slower = False
         if self.context.latency is not None and trial.floats != self.best.floats:
-            self.latency = self.context.latency(self._made(self.best, self.fitting))
-            slower = self.context.latency(made) > 1.02 * self.latency
+            before, after = self.context.latency([self._made(self.best, self.fitting), made], "int8")
+            slower = after > 1.02 * before
         kept = always or (snr > self.snr + GAIN_DB and not slower)
         self.context.events(
             "remedy", name=name, snr_db=snr, before_db=self.snr, kept=kept, slower=slower,

@@ -13,7 +13,7 @@ import numpy as np
 
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.plan import Accelerates
-from penjing.runtimes.artifact import Executed, Manifest, read_manifest
+from penjing.runtimes.artifact import Executed, Manifest, Timed, read_manifest
 
 _FILES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "eager"}
 _INSTALL = {
@@ -106,6 +106,22 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     runtime = get(manifest.runtime)
     with _opening(folder, manifest):
         return runtime.executed(folder, manifest)
+
+
+def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 30) -> list[Timed]:
+    """Every operator of the runtime's optimized graph with its time, mean of `calls` calls.
+
+    Raises:
+        ArtifactError: The runtime can't read the artifact.
+        UsageError: This runtime does not tell.
+    """
+    manifest = read_manifest(folder)
+    runtime = get(manifest.runtime)
+    if not hasattr(runtime, "profile"):
+        raise UsageError("this runtime does not time its operators", got=manifest.runtime, expected="openvino")
+    with _opening(folder, manifest):
+        timed: list[Timed] = runtime.profile(folder, manifest, inputs, threads, calls)
+        return timed
 
 
 @contextlib.contextmanager

@@ -68,6 +68,15 @@ class Executed:
     precision: str  # "int8", "bf16", "fp16", "fp32"
 
 
+@dataclass(frozen=True)
+class Timed:
+    """One operator of a runtime's optimized graph with its share of a call's time."""
+
+    sites: tuple[str, ...]
+    type: str
+    ms: float
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`."""
     write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 
 from penjing.errors import ExportError
 from penjing.plan import Accelerates, Formats, QuantSpec
-from penjing.runtimes.artifact import Executed, Manifest, Program
+from penjing.runtimes.artifact import Executed, Manifest, Program, Timed
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
@@ -159,6 +159,34 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         if precision.lower() == "f16" and manifest.settings["INFERENCE_PRECISION_HINT"] == "f32":
             precision = "f32"  # it names what the weights are stored in; the products are those of the hint
         found.append(Executed(sites, kind, _PRECISIONS.get(precision.lower(), precision.lower())))
+    return found
+
+
+def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads: int, calls: int) -> list[Timed]:
+    """Mean times of the compiled model's operators, with the shapes of `inputs`."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(folder / manifest.programs[0].files[0]))
+    model.reshape(dict(enumerate(tuple(x.shape) for x in inputs)))
+    settings = {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
+    compiled = core.compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+    total: dict[str, float] = {}
+    for call in range(calls + 5):
+        request.infer(inputs)
+        if call >= 5:  # the first ones warm up
+            for info in request.get_profiling_info():
+                total[info.node_name] = total.get(info.node_name, 0.0) + info.real_time.total_seconds() * 1e3
+    found = []
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        info = op.get_rt_info()
+        name = op.get_friendly_name()
+        names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else name
+        kind = info["layerType"].astype(str) if "layerType" in info else op.get_type_name()
+        if total.get(name):
+            sites = tuple(dict.fromkeys(_origin(part) for part in names.split(",") if part))
+            found.append(Timed(sites, kind, total[name] / calls))
     return found
 
 

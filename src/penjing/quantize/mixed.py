@@ -1,0 +1,310 @@
+"""Mixed precision: which operators take how many bits, solved exactly under a budget and measured as a whole.
+
+Noise per operator: what it alone brings to the outputs (Dong et al., "HAWQ-V2", NeurIPS 2020, rank by curvature; here
+the noise itself is measured). Time per operator: from the runtime's own profile, once all integer and once all
+floating point, and a cost on every edge whose two ends differ, for the conversion between them; layer times alone do
+not add up. The choice is an integer linear program, solved by HiGHS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from penjing.analyze import noise
+from penjing.draft import Draft
+from penjing.errors import RecipeError, UsageError
+from penjing.network import kind, shapes, sites, tensor_inputs
+from penjing.plan import GENERIC, Plan
+from penjing.quantize.adaround import AdaRound
+from penjing.quantize.samples import part, split
+from penjing.quantize.static import Static
+from penjing.step import Context
+from penjing.surgery import insert
+
+RANKED = 16  # samples that noise is measured on
+ROUNDS = 4  # times that the budget is tightened when the measured network exceeds it
+FLOAT = 0  # "bits" of an operator in floating point
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision:
+    """Choose every operator's bits: the least noise within a latency or a mean of bits, or the fastest within a noise.
+
+    Exactly one limit is given. Instead of `Static`; weights are rounded by `AdaRound` at the end.
+
+    Attributes:
+        latency_ms: Largest latency in the target runtime, as measured on the whole network.
+        snr_db: Smallest signal-to-noise ratio of the outputs, as measured on held-out calibration data.
+        average_bits: Largest mean number of bits of a weight.
+        weight_bits: The bits that a weight may have.
+        floats: Whether operators may stay in floating point (as bfloat16 where the candidate's precision says so).
+        precision: "int8" or "int8-bf16": what the operators in floating point are computed in.
+        exclude: As in `Static`.
+        samples: As in `Static`.
+    """
+
+    per_runtime: ClassVar[bool] = True
+
+    latency_ms: float | None = None
+    snr_db: float | None = None
+    average_bits: float | None = None
+    weight_bits: tuple[int, ...] = (8,)
+    floats: bool = True
+    precision: str = "int8"
+    exclude: tuple[str, ...] = ()
+    samples: int = 300
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.latency_ms, self.snr_db, self.average_bits) if v is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                "MixedPrecision takes exactly one limit",
+                got=f"{len(given)} of them",
+                expected="latency_ms=, snr_db= or average_bits=",
+                remedy="for example MixedPrecision(average_bits=5, weight_bits=(8, 4, 2))",
+            )
+        if not self.weight_bits or len(set(self.weight_bits)) != len(self.weight_bits):
+            raise RecipeError("MixedPrecision(weight_bits=...) can't be used", got=self.weight_bits, expected="(8, 4)")
+        if self.precision not in ("int8", "int8-bf16"):
+            raise RecipeError(
+                "MixedPrecision(precision=...) can't be used", got=self.precision, expected="'int8' or 'int8-bf16'"
+            )
+        for bits in self.weight_bits:
+            self._static(bits)
+
+    def _static(self, bits: int) -> Static:
+        return Static(weight_bits=bits, exclude=self.exclude, samples=self.samples)
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a repaired draft with the chosen plan; its `remedy` says what was predicted and measured."""
+        if self.latency_ms is not None and context.profile is None:
+            raise UsageError(
+                "a latency can only be held in a runtime that times its operators",
+                got=context.accelerates.runtime if context.accelerates else "no runtime",
+                expected="openvino, through pj.run or penjing compress",
+            )
+        fitting, held = split(context)
+        drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
+        costs = _costs(self, drafts, held, context)
+        budget = self._budget()
+        best: tuple[Draft, dict[str, int]] | None = None
+        for _ in range(ROUNDS):
+            chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
+            if chosen is None:
+                break
+            made = AdaRound()(_planned(drafts, chosen), fitting)
+            fine, budget = self._measured(draft, made, held, context, budget)
+            best = (made, chosen) if best is None or fine else best
+            if fine:
+                break
+        if best is None:
+            raise RecipeError(
+                "no choice of bits keeps this limit",
+                got=str(next(v for v in (self.latency_ms, self.snr_db, self.average_bits) if v is not None)),
+                expected="a looser limit, or more kinds in weight_bits",
+            )
+        for name, bits in best[1].items():
+            context.events("bits", site=name, bits=bits or "float")
+        final = {bits: self._static(bits)(draft, context) for bits in self.weight_bits}
+        return AdaRound()(_planned(final, best[1]), context)
+
+    def _budget(self) -> float:
+        if self.snr_db is not None:
+            return 10 ** (-self.snr_db / 10)
+        return self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
+
+    def _objective(self) -> str:
+        return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
+
+    def _measured(
+        self, draft: Draft, made: Draft, held: list[Any], context: Context, budget: float
+    ) -> tuple[bool, float]:
+        """Whether the limit holds as measured, and the budget for the next round where it does not."""
+        snr = noise.signal_to_noise(draft.network, insert(made.network, made.plan), held)
+        if self.average_bits is not None:
+            fine, ratio = True, 1.0
+        elif self.snr_db is not None:
+            fine, ratio = snr >= self.snr_db, 10 ** (-(self.snr_db - snr) / 10)
+        else:
+            assert context.latency is not None and self.latency_ms is not None
+            (latency,) = context.latency([made], self.precision)
+            fine, ratio = latency <= self.latency_ms, self.latency_ms / latency
+        context.events("mixed", snr_db=snr, met=fine, budget=budget)
+        return fine, budget * min(ratio, 0.95)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the solver chooses from.
+
+    Attributes:
+        noise: Site → bits → noise power over signal power that it alone brings.
+        ms: Site → bits → time.
+        edges: (producer, consumer) → time of a conversion where one is an integer operator and the other is not.
+        weights: Site → number of weights.
+        rest_ms: Time of everything that is not chosen.
+    """
+
+    noise: Mapping[str, Mapping[int, float]]
+    ms: Mapping[str, Mapping[int, float]]
+    edges: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+    rest_ms: float = 0.0
+
+
+def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str, int] | None:
+    """The best choice, exactly.
+
+    Args:
+        costs: Noise and time of every choice.
+        budget: Milliseconds for "noise", mean bits for "bits", noise power over signal power for "latency".
+        objective: "noise": least noise in a latency; "bits": least noise in a mean of bits; "latency": the fastest.
+        widest: Bits that an operator without weights counts with, and that ties go to.
+
+    Returns:
+        Site → bits, 0 for floating point; None where nothing fits.
+    """
+    names = list(costs.noise)
+    columns = [(name, bits) for name in names for bits in costs.noise[name]]
+    at = {column: i for i, column in enumerate(columns)}
+    edges = [e for e in costs.edges if e[0] in costs.noise and e[1] in costs.noise and costs.edges[e] > 0]
+    size = len(columns) + len(edges)
+    power = np.array([costs.noise[n][b] for n, b in columns] + [0.0] * len(edges))
+    time = np.array([costs.ms.get(n, {}).get(b, 0.0) for n, b in columns] + [costs.edges[e] for e in edges])
+    count = sum(costs.weights.get(n, 0) for n in names) or 1
+    bits = np.array([costs.weights.get(n, 0) * (b or 32) / count for n, b in columns] + [0.0] * len(edges))
+    rows: list[int] = []
+    cols: list[int] = []
+    values: list[float] = []
+    lows: list[float] = []
+    highs: list[float] = []
+
+    def constrain(entries: list[tuple[int, float]], low: float, high: float) -> None:
+        for column, value in entries:
+            rows.append(len(lows))
+            cols.append(column)
+            values.append(value)
+        lows.append(low)
+        highs.append(high)
+
+    for name in names:
+        constrain([(at[name, b], 1.0) for b in costs.noise[name]], 1, 1)
+    for i, (a, b) in enumerate(edges):  # y ≥ |float(a) − float(b)|
+        one, two = at.get((a, FLOAT)), at.get((b, FLOAT))
+        for sign in (1.0, -1.0):
+            entries = [(len(columns) + i, 1.0)]
+            entries += [(one, -sign)] if one is not None else []
+            entries += [(two, sign)] if two is not None else []
+            constrain(entries, 0, np.inf)
+    limited = {"noise": time, "bits": bits, "latency": power}[objective]
+    room = budget - (costs.rest_ms if objective == "noise" else 0.0)
+    scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances
+    constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
+    aim = time if objective == "latency" else power
+    aim = aim / max(aim.max(), 1e-30)
+    matrix = csr_matrix((values, (rows, cols)), shape=(len(lows), size))
+    found = milp(aim, constraints=LinearConstraint(matrix, lows, highs), integrality=np.ones(size), bounds=Bounds(0, 1))
+    if found.x is None:
+        return None
+    return {name: b for (name, b), x in zip(columns, found.x, strict=False) if x > 0.5}
+
+
+def _costs(settings: MixedPrecision, drafts: Mapping[int, Draft], held: list[Any], context: Context) -> Costs:
+    few = [part(call, 0, 4) for call in held[: RANKED // 4]]
+    widest = drafts[max(drafts)]
+    passes = (context.accelerates or GENERIC).passes
+    nodes = sites(widest.network)
+    names = [n for n in nodes if any(e.startswith(f"{n}:") for e in widest.plan.entries)]
+    names = [n for n in names if kind(widest.network, nodes[n]) not in passes]
+    alone: dict[str, dict[int, float]] = {n: {} for n in names}
+    for bits, draft in drafts.items():
+        for name, found in noise.isolated(draft.network, draft.plan, few).items():
+            if name in alone and (f"{name}:weight" in draft.plan.entries or bits == max(drafts)):
+                alone[name][bits] = found.total
+    floats = settings.floats and settings.average_bits is None
+    if floats:
+        for choices in alone.values():
+            choices[FLOAT] = 0.0
+    weights = {n: _numel(widest, n) for n in names}
+    if context.profile is None or not floats:
+        return Costs(noise=alone, ms={}, weights=weights)
+    integer, rest = _attributed(context.profile(widest, settings.precision), set(names))
+    none = replace(widest, plan=Plan())
+    floating, _ = _attributed(context.profile(none, _whole(settings.precision)), set(names))
+    ms = {n: {b: (floating if b == FLOAT else integer).get(n, 0.0) for b in alone[n]} for n in names}
+    sizes = {(a, b): size for a, b, size in _edges(widest, names, context)}
+    return Costs(alone, ms, _conversion(settings, widest, names, ms, sizes, rest, context), weights, rest)
+
+
+def _conversion(
+    settings: MixedPrecision, draft: Draft, names: list[str], ms: Mapping[str, Mapping[int, float]],
+    sizes: Mapping[tuple[str, str], int], rest: float, context: Context,
+) -> dict[tuple[str, str], float]:  # fmt: skip
+    """Time of a conversion on every edge: by its bytes, from a network whose formats alternate."""
+    assert context.profile is not None
+    chosen = {name: FLOAT if i % 2 else max(settings.weight_bits) for i, name in enumerate(names)}
+    timed = context.profile(_planned({max(settings.weight_bits): draft}, chosen), settings.precision)
+    extra = sum(t for _, t in timed) - rest - sum(ms[n][chosen[n]] for n in names)
+    crossing = sum(size for (a, b), size in sizes.items() if (chosen[a] == FLOAT) != (chosen[b] == FLOAT))
+    rate = max(0.0, extra) / crossing if crossing else 0.0
+    context.events("conversion", ms_per_megabyte=rate * 1e6)
+    return {edge: size * rate for edge, size in sizes.items()}
+
+
+def _edges(draft: Draft, names: list[str], context: Context) -> list[tuple[str, str, int]]:
+    """Values that go from one operator to another, through whatever is fused in between: (from, to, bytes)."""
+    found = []
+    known = shapes(draft.network, context.task.call())
+    nodes = sites(draft.network)
+    chosen = {nodes[n]: n for n in names}
+    for name in names:
+        for producer in tensor_inputs(nodes[name]):
+            value = known.get(producer.name)
+            while producer not in chosen and len(tensor_inputs(producer)) == 1:
+                producer = tensor_inputs(producer)[0]
+            if producer in chosen and isinstance(value, torch.Tensor):
+                found.append((chosen[producer], name, value.numel() * value.element_size()))
+    return found
+
+
+def _attributed(timed: list[tuple[tuple[str, ...], float]], names: set[str]) -> tuple[dict[str, float], float]:
+    """Time of every operator, a fused group's to the first of it; and of everything else."""
+    found: dict[str, float] = {}
+    rest = 0.0
+    for group, ms in timed:
+        owner = next((site for site in group if site in names), None)
+        if owner is None:
+            rest += ms
+        else:
+            found[owner] = found.get(owner, 0.0) + ms
+    return found, rest
+
+
+def _planned(drafts: Mapping[int, Draft], chosen: Mapping[str, int]) -> Draft:
+    """The draft with every operator's entries from the plan of its bits."""
+    widest = drafts[max(drafts)]
+    returned = {name: "mixed precision" for name, bits in chosen.items() if bits == FLOAT}
+    entries = dict(widest.plan.without(returned).entries)
+    for name, bits in chosen.items():
+        edge = f"{name}:weight"
+        if bits != FLOAT and edge in drafts[bits].plan.entries:
+            entries[edge] = drafts[bits].plan.entries[edge]
+    return replace(widest, plan=replace(widest.plan.without(returned), entries=entries))
+
+
+def _whole(precision: str) -> str:
+    return "bf16" if precision == "int8-bf16" else "fp32"
+
+
+def _numel(draft: Draft, name: str) -> int:
+    if f"{name}:weight" not in draft.plan.entries:
+        return 0
+    module: Any = draft.network.get_submodule(name.split("@")[0])
+    return int(module.weight.numel())

@@ -1,0 +1,132 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import penjing as pj
+from penjing.draft import Draft
+from penjing.errors import RecipeError, UsageError
+from penjing.network import raise_network
+from penjing.quantize import MixedPrecision
+from penjing.quantize.mixed import FLOAT, Costs, solve
+from penjing.step import Context, Step
+from penjing.task import Task
+
+
+def every_choice(costs, budget, objective):
+    """The obvious way: all of them, in plain Python; the best value of the aim."""
+    names, best = list(costs.noise), None
+    count = sum(costs.weights.values()) or 1
+    for bits in itertools.product(*(costs.noise[n] for n in names)):
+        chosen = dict(zip(names, bits, strict=True))
+        noise = sum(costs.noise[n][b] for n, b in chosen.items())
+        time = costs.rest_ms + sum(costs.ms.get(n, {}).get(b, 0) for n, b in chosen.items())
+        time += sum(t for (a, b), t in costs.edges.items() if (chosen[a] == FLOAT) != (chosen[b] == FLOAT))
+        mean = sum(costs.weights.get(n, 0) * (b or 32) for n, b in chosen.items()) / count
+        limited = {"noise": time, "bits": mean, "latency": noise}[objective]
+        aim = time if objective == "latency" else noise
+        if limited <= budget * (1 + 1e-9) and (best is None or aim < best):
+            best = aim
+    return best
+
+
+def value(costs, chosen, objective):
+    if objective != "latency":
+        return sum(costs.noise[n][b] for n, b in chosen.items())
+    time = costs.rest_ms + sum(costs.ms[n][b] for n, b in chosen.items())
+    return time + sum(t for (a, b), t in costs.edges.items() if (chosen[a] == FLOAT) != (chosen[b] == FLOAT))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("objective", ["noise", "bits", "latency"])
+def test_the_solver_finds_what_trying_every_choice_finds(seed, objective):
+    random = np.random.default_rng(seed)
+    names = [f"l{i}" for i in range(6)]
+    kinds = (8, 4, FLOAT) if objective != "bits" else (8, 4, 2)
+    spread = 10.0 ** random.uniform(-7, -2, 6)
+    noise = {
+        n: {b: 0.0 if b == FLOAT else float(s * 4.0 ** (8 - b)) for b in kinds}
+        for n, s in zip(names, spread, strict=True)
+    }
+    ms = {n: {b: float(random.uniform(1, 3) * (2 if b == FLOAT else 1)) for b in kinds} for n in names}
+    edges = {(a, b): float(random.uniform(0, 1)) for a, b in itertools.pairwise(names)}
+    weights = {n: int(random.integers(1, 100)) for n in names}
+    costs = Costs(noise, ms, edges, weights, rest_ms=0.5)
+    for part in (0.3, 0.6, 0.9):
+        low, high = {"noise": (8, 40), "bits": (2, 8), "latency": (1e-6, 1e-2)}[objective]
+        budget = low + part * (high - low)
+        expected = every_choice(costs, budget, objective)
+        chosen = solve(costs, budget, objective, 8)
+        if expected is None:
+            assert chosen is None
+        else:
+            assert value(costs, chosen, objective) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    ).eval()
+    task = Task(example=torch.zeros(2, 3, 12, 12), calibration=[torch.rand(8, 3, 12, 12) for _ in range(6)])
+    network = raise_network(model, *task.call())
+    return Draft(network), Context(task=task, source=network)
+
+
+class TestTheStep:
+    def test_it_is_a_step(self):
+        assert isinstance(MixedPrecision(average_bits=5), Step)
+
+    def test_the_mean_of_bits_is_kept_and_beats_the_same_bits_everywhere(self, prepared):
+        draft, context = prepared
+        made = MixedPrecision(average_bits=4.5, weight_bits=(8, 4, 2))(draft, context)
+        bits = {e: v.spec.bits for e, v in made.plan.entries.items() if e.endswith(":weight")}
+        sizes = {e: made.network.get_submodule(e.removesuffix(":weight")).weight.numel() for e in bits}
+        assert sum(bits[e] * sizes[e] for e in bits) / sum(sizes.values()) <= 4.5
+        assert len(set(bits.values())) > 1
+
+    def test_a_time_needs_a_runtime_that_tells(self, prepared):
+        draft, context = prepared
+        with pytest.raises(UsageError, match="times its operators"):
+            MixedPrecision(latency_ms=1)(draft, context)
+
+    def test_what_no_choice_keeps_is_refused(self, prepared):
+        draft, context = prepared
+        with pytest.raises(RecipeError, match="no choice"):
+            MixedPrecision(average_bits=3, weight_bits=(8, 4))(draft, context)
+
+    def test_floats_are_paid_for_with_measured_times(self, prepared):
+        draft, context = prepared
+
+        def profile(made, precision):
+            floats = set(made.plan.floats) | (set() if made.plan else {"0", "2", "4", "8"})
+            return [((name,), 2.0 if name in floats else 1.0) for name in ("0", "2", "4", "8")]
+
+        def latency(drafts, precision):
+            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
+
+        context = Context(task=context.task, source=context.source, profile=profile, latency=latency)
+        made = MixedPrecision(latency_ms=6.0)(draft, context)
+        returned = [n for n, reason in made.plan.floats.items() if reason == "mixed precision"]
+        assert latency([made], "int8")[0] <= 6.0 and len([n for n in returned if n in "0248"]) == 2
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"snr_db": 20, "latency_ms": 1}, {"average_bits": 4, "weight_bits": ()},
+                     {"average_bits": 4, "weight_bits": (9,)}, {"snr_db": 20, "precision": "int4"}]
+    )  # fmt: skip
+    def test_settings_that_make_no_sense_are_refused(self, settings):
+        with pytest.raises(RecipeError):
+            MixedPrecision(**settings)
+
+
+def test_it_runs_in_a_runtime_that_times_its_operators(prepared, tmp_path):
+    _, context = prepared
+    pytest.importorskip("openvino")
+    recipe = pj.Recipe(MixedPrecision(snr_db=25.0))
+    result = pj.run(recipe, context.source, context.task, runtime="openvino", out=tmp_path / "run", seconds=0.05)
+    chosen = {c.name: c for c in result.record.candidates}["openvino-int8"]
+    assert chosen.parity and (result.folder / "report.html").exists()
