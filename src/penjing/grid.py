@@ -75,6 +75,19 @@ def on_grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec
     return q.sub_(broadcast(zero_point, x, spec)).mul_(broadcast(scale, x, spec))
 
 
+def measured(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points (scales,) that cover the values of `x` itself; the arithmetic of DynamicQuantizeLinear."""
+    values = rows(x, spec)
+    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+    smallest, largest = spec.limits
+    if spec.symmetric and spec.signed:
+        scale = torch.maximum(-low, high) / largest
+        return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale, dtype=torch.int32)
+    scale = (high - low) / (largest - smallest)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, torch.round((smallest - low / scale).clamp(smallest, largest)).to(torch.int32)
+
+
 def levels(spec: QuantSpec) -> torch.Tensor:
     """The integers that the grid of `spec` holds, rising, float32."""
     low, high = spec.limits

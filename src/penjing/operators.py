@@ -1,4 +1,4 @@
-"""Penjing's own operators ``penjing::quantize`` and ``penjing::dequantize``; every runtime translates these two.
+"""Penjing's own operators ``penjing::quantize``, ``dequantize`` and ``linear_dynamic``, which runtimes translate.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018: q = clamp(round(x / scale) + zero_point, low, high), x̂ = (q − zero_point) · scale, rounding half to even.
@@ -7,6 +7,11 @@ CVPR 2018: q = clamp(round(x / scale) + zero_point, low, high), x̂ = (q − zer
 from __future__ import annotations
 
 import torch
+
+from penjing.grid import integers, measured
+from penjing.plan import QuantSpec
+
+UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
 
 
 def integer_dtype(low: int, high: int) -> torch.dtype:
@@ -57,3 +62,33 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, a
 @dequantize.register_fake
 def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.empty_like(q, dtype=torch.float32)
+
+
+@torch.library.custom_op("penjing::linear_dynamic", mutates_args=())
+def linear_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x · weight + bias, the product in integers; x takes one scale for all of it, from its own extremes.
+
+    Args:
+        x: (…, in), float32.
+        weight: (in, out), int8.
+        scale: (out,) or (), float32, of the weight.
+        zero_point: Same shape, int8.
+        bias: (out,), float32, or None.
+
+    Returns:
+        (…, out), float32.
+    """
+    step, zero = measured(x, UNSIGNED)
+    q = integers(x, step, zero, UNSIGNED) - zero
+    product = q.double() @ (weight.double() - zero_point.double())  # every sum of integers is exact
+    result = product.to(torch.float32) * (step * scale)
+    return result if bias is None else result + bias
+
+
+@linear_dynamic.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))

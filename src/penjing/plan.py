@@ -60,7 +60,7 @@ class QuantSpec:
     signed: bool = True
     symmetric: bool = True  # zero point is 0 (signed) and the range is narrow: -127..127
     axis: int | None = None  # the channel axis; None is one scale for the whole tensor
-    range: str = "minmax"  # which estimator chose the range
+    range: str = "minmax"  # which estimator chose the range; "dynamic": taken anew from every input when it runs
     group: int | None = None  # so many neighbouring values of a channel share a scale; None: the whole channel
     scale: str = "free"  # or "power_of_two": scales that a shift multiplies by
     grid: str = "uniform"  # one of GRIDS: which of the integers are held
@@ -79,11 +79,19 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """A spec with its chosen numbers: one scale and zero point, or one each per channel of `spec.axis`."""
+    """A spec with its chosen numbers: one scale and zero point, or one each per channel of `spec.axis`.
+
+    None where they are chosen when the network runs.
+    """
 
     spec: QuantSpec
-    scale: tuple[float, ...]
-    zero_point: tuple[int, ...]
+    scale: tuple[float, ...] = ()
+    zero_point: tuple[int, ...] = ()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is taken anew from every input."""
+        return self.spec.range == "dynamic"
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ class Accelerates:
         quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.
         weights: Every format of weights that its integer kernels take.
         activations: Every format of activations that they take.
+        dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
         notes: Sentences for the user, each about this processor.
     """
 
@@ -178,6 +187,7 @@ class Accelerates:
     quantized_output: frozenset[str] = frozenset()
     weights: Formats = Formats()
     activations: Formats = Formats()
+    dynamic: QuantSpec | None = QuantSpec(signed=False, symmetric=False, range="dynamic")
     notes: tuple[str, ...] = ()
 
 

@@ -20,6 +20,7 @@ from penjing.step import Step
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
     "quantize.Static": quantize.Static,
+    "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,
     "quantize.AdaRound": quantize.AdaRound,
     "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
@@ -32,7 +33,7 @@ CATALOGUE: dict[str, type[Any]] = {
 """Every step by the name that it has in a YAML recipe."""
 
 
-_QUANTIZERS = (quantize.Static, quantize.Best, quantize.MixedPrecision)  # they make the plan
+_QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
 _RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant)  # the same function with other weights
@@ -90,6 +91,12 @@ class Recipe:
                     f"{type(step).__name__} has nothing to repair yet",
                     got=" → ".join(type(s).__name__ for s in self.steps),
                     expected=f"quantize.Static before quantize.{type(step).__name__}",
+                )
+            if isinstance(step, quantize.QAT) and isinstance(quantized, quantize.Dynamic):
+                raise RecipeError(
+                    "QAT trains ranges, and those of Dynamic are taken at run time",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected="quantize.Static before quantize.QAT",
                 )
             if isinstance(step, _ROUNDERS):
                 if repaired is not None:

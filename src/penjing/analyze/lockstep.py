@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.grid import on_grid
+from penjing.grid import measured, on_grid
 from penjing.network import flat_inputs, is_tensor, kind, site
 from penjing.plan import Entry, Plan
 from penjing.task import Call
@@ -177,6 +177,8 @@ class _Twins:
 
 def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
     """`x` (any shape) with every value on the grid of `entry`."""
+    if entry.dynamic:
+        return on_grid(x, *measured(x, entry.spec), entry.spec)
     scale = torch.tensor(entry.scale, dtype=torch.float32)
     zero = torch.tensor(entry.zero_point, dtype=torch.int32)
     return on_grid(x, scale, zero, entry.spec)

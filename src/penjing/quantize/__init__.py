@@ -3,6 +3,7 @@
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.dynamic import Dynamic
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.mixed import MixedPrecision
 from penjing.quantize.qat import QAT
@@ -16,6 +17,7 @@ __all__ = [
     "Best",
     "BiasCorrection",
     "CrossLayerEqualization",
+    "Dynamic",
     "MixedPrecision",
     "Rollback",
     "SmoothQuant",

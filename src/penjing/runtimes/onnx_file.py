@@ -100,7 +100,18 @@ def _translations() -> dict[Any, Any]:
     def dequantize(q, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
         return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
-    return {torch.ops.penjing.quantize.default: quantize, torch.ops.penjing.dequantize.default: dequantize}
+    def linear_dynamic(x, weight, scale, zero_point, bias=None):  # type: ignore[no-untyped-def]
+        # Runtimes fuse these into one kernel.
+        q, step, zero = op.DynamicQuantizeLinear(x)
+        product = op.Cast(op.MatMulInteger(q, weight, zero, zero_point), to=1)
+        result = op.Mul(product, op.Mul(step, scale))
+        return result if bias is None else op.Add(result, bias)
+
+    return {
+        torch.ops.penjing.quantize.default: quantize,
+        torch.ops.penjing.dequantize.default: dequantize,
+        torch.ops.penjing.linear_dynamic.default: linear_dynamic,
+    }
 
 
 @contextlib.contextmanager
@@ -136,6 +147,10 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
         if len(nodes) == len(wanted[what]):
             for node, name in zip(nodes, wanted[what], strict=True):
                 node.name = name or node.name
+    products = {node.output[0]: node.name for node in found["linear"] if node.op_type == "MatMul"}
+    for node in model.graph.node:
+        if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
+            node.name = f"{products[node.input[0]]}/bias"  # what a runtime fuses is called by its last node
 
 
 def _kind_of(node: Any, stored: set[str]) -> str | None:
@@ -161,6 +176,7 @@ _ONNX_KINDS = {
     "Conv": "conv",
     "ConvTranspose": "conv_transpose",
     "Gemm": "linear",
+    "MatMulInteger": "linear_dynamic",
     "Concat": "cat",
     "Relu": "relu",
     "Clip": "clip",

@@ -13,6 +13,7 @@ from penjing.plan import Accelerates, Formats, QuantSpec
 from penjing.runtimes.artifact import Executed, Manifest, Program, Timed
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
+GROUP = 32  # neighbouring inputs of a linear layer that share a scale where ranges are taken at run time
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 
@@ -35,6 +36,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
     )
 
@@ -55,7 +57,13 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         precision=precision,
         programs=(Program(name="main", files=("model.xml", "model.bin"), inputs=inputs, outputs=outputs),),
         structure=structure,
-        settings={"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
+        settings={
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            # Of linear layers with integer weights and floating-point inputs.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP),
+        },
     )
 
 
@@ -192,7 +200,7 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
 
 def _origin(name: str) -> str:
     """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
-    for made in ("/WithoutBiases", "/Dequantization", "/Fused"):
+    for made in ("/WithoutBiases", "/Dequantization", "/Fused", "/bias"):
         name = name.split(made)[0]
     return name.removesuffix("_original")
 

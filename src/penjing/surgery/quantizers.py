@@ -24,11 +24,14 @@ class FakeQuantize(nn.Module):
     def __init__(self, entry: Entry) -> None:
         super().__init__()
         self.spec = entry.spec
+        self.dynamic = entry.dynamic
         self.register_buffer("scale", torch.tensor(entry.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize."""
+        if self.dynamic:
+            return grid.on_grid(x, *grid.measured(x, self.spec), self.spec)
         return grid.on_grid(x, self.scale, self.zero_point, self.spec)
 
 
@@ -103,6 +106,8 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         )
 
     def place(producer: fx.Node, entry: Entry) -> fx.Node:
+        if entry.dynamic:
+            return producer  # quantized by the operator that reads it
         scale, zero = numbers(f"activation{len(list(network.get_submodule('integers').buffers()))}", entry)
         axis = entry.spec.axis or 0
         call = network.graph.call_function
@@ -141,6 +146,14 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     def weight(layer: str, entry: Entry) -> fx.Node:
         return stored(layer, "weight", entry)
 
+    def dynamic(layer: str, x: fx.Node, entry: Entry) -> fx.Node:
+        value: Any = network.get_submodule(layer).weight
+        scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
+        q = grid.integers(value.detach(), scale, zero, entry.spec).to(torch.int8)
+        name = name_for(layer, "weight", entry)
+        nodes = (constant(name, q.T.contiguous()), *numbers(name, entry), bias(layer, None))
+        return network.graph.call_function(torch.ops.penjing.linear_dynamic.default, (x, *nodes))
+
     def bias(layer: str, entry: Entry | None) -> fx.Node | None:
         value: Any = network.get_submodule(layer).bias
         if value is None:
@@ -149,7 +162,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             return constant(name_for(layer, "bias", None), value.detach())
         return stored(layer, "bias", entry)
 
-    _rewire(network, plan, place, weight, bias)
+    _rewire(network, plan, place, weight, bias, dynamic)
     for layer, _ in written:
         if not _is_used(network, layer):
             network.delete_submodule(layer)  # float weights without a user would stay in a saved program
@@ -165,7 +178,7 @@ def _is_used(network: fx.GraphModule, layer: str) -> bool:
 def bias_entry(plan: Plan, layer: str) -> Entry | None:
     """Int32 with scale = weight scale × input scale: the accumulator's own grid; None where there is no such grid."""
     weight, inputs = plan.entries.get(f"{layer}:weight"), plan.entries.get(f"{layer}:in0")
-    if weight is None or inputs is None:
+    if weight is None or inputs is None or inputs.dynamic:
         return None
     spec = type(weight.spec)(bits=32, signed=True, symmetric=True, axis=0 if len(weight.scale) > 1 else None)
     # In float32, as the runtimes multiply them.
@@ -179,6 +192,7 @@ def _rewire(
     place: Callable[[fx.Node, Entry], fx.Node],
     weight: Callable[[str, Entry], fx.Node],
     bias: Callable[[str, Entry | None], fx.Node | None],
+    dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
     found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
@@ -194,6 +208,12 @@ def _rewire(
         if port == "weight":
             continue
         consumer = found[name]
+        if entry.dynamic and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries):
+            raise QuantizationError(
+                "a range taken at run time is for linear layers with quantized weights",
+                got=f"{edge}, of kind {kind(network, consumer)}",
+                expected="a plan of quantize.Dynamic, or quantize.Static for the others",
+            )
         producer = tensor_inputs(consumer)[int(port.removeprefix("in"))]
         if (producer, entry) not in placed:
             with network.graph.inserting_after(producer if producer.op != "placeholder" else _last_input(network)):
@@ -202,7 +222,7 @@ def _rewire(
     for edge, entry in plan.entries.items():
         name, _, port = edge.rpartition(":")
         if port == "weight":
-            _functional_layer(network, found[name], plan, entry, weight, bias)
+            _functional_layer(network, found[name], plan, entry, weight, bias, dynamic)
     network.graph.lint()
     network.recompile()
 
@@ -228,14 +248,20 @@ def _functional_layer(
     entry: Entry,
     weight: Callable[[str, Entry], fx.Node],
     bias: Callable[[str, Entry | None], fx.Node | None],
+    dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None,
 ) -> None:
     layer, site = str(node.target), str(node.meta["site"])
     module: Any = network.get_submodule(layer)
     what = kind(network, node)
-    x = node.args[0]
+    x: Any = node.args[0]
+    inputs = plan.entries.get(f"{site}:in0")
     with network.graph.inserting_before(node):
-        w = weight(layer, entry)
-        if what == "linear":
+        # With a scale for every few values it is the runtime that quantizes, when it sees integer weights.
+        by_operator = dynamic is not None and inputs is not None and inputs.dynamic and inputs.spec.group is None
+        w = None if by_operator else weight(layer, entry)
+        if dynamic is not None and by_operator:
+            new = dynamic(layer, x, entry)
+        elif what == "linear":
             # One bias grid needs one integer accumulator; a 3-D linear becomes a matrix product and an addition.
             b = bias(layer, bias_entry(plan, site) if node.meta.get("rank", 2) == 2 else None)
             new = network.graph.call_function(torch.ops.aten.linear.default, (x, w, b))

@@ -1,0 +1,101 @@
+"""Dynamic quantization: linear layers in integers, without calibration; the range of an input is taken when it comes.
+
+As in torch's `quantize_dynamic` (2019) and Zafrir et al., "Q8BERT: Quantized 8Bit BERT", EMC2 at NeurIPS 2019, with
+int8 weights per output channel. What is measured at run time costs a pass over the input of every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.network import kind, site, sites
+from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.quantize.affine import scale_and_zero_point, weight_range
+from penjing.quantize.placement import CHECKED
+from penjing.quantize.static import matches
+from penjing.step import Context
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """Quantize the weights of linear layers; their inputs are quantized at run time, to 8 bits.
+
+    Everything else stays in floating point. No calibration data is read.
+
+    Attributes:
+        weight_bits: Bits of a weight.
+        weight_range: "minmax" or "mse".
+        exclude: Name patterns (as in ``layer3.*``) of layers that stay in floating point.
+    """
+
+    per_runtime: ClassVar[bool] = True
+
+    weight_bits: int = 8
+    weight_range: str = "mse"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight_bits, bool) or self.weight_bits not in range(2, 9):
+            expected = "a whole number from 2 to 8"
+            raise RecipeError("Dynamic(weight_bits=...) can't be used", got=repr(self.weight_bits), expected=expected)
+        if self.weight_range not in ("minmax", "mse"):
+            expected = "minmax or mse"
+            raise RecipeError("Dynamic(weight_range=...) can't be used", got=repr(self.weight_range), expected=expected)
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise RecipeError(
+                "Dynamic(exclude=...) is no list of patterns", got=repr(self.exclude), expected="('head',)"
+            )
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with the same network and a plan."""
+        accelerates = context.accelerates or GENERIC
+        names = list(sites(draft.network))
+        floats = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
+        entries: dict[str, Entry] = {}
+        for node in draft.network.graph.nodes:
+            name, what = site(node), kind(draft.network, node)
+            if name in floats or what not in (*CHECKED, *RECURRENT):
+                continue
+            if (reason := _refusal(draft.network, node, what, accelerates)) is not None:
+                floats[name] = reason
+                continue
+            assert accelerates.dynamic is not None
+            entries[f"{name}:in0"] = Entry(accelerates.dynamic)
+            entries[f"{name}:weight"] = self._weight(draft.network.get_submodule(str(node.target)), accelerates)
+        return replace(draft, plan=Plan(dict(sorted(entries.items())), floats))
+
+    def _weight(self, layer: Any, accelerates: Accelerates) -> Entry:
+        bits = min(self.weight_bits, accelerates.weight.bits)
+        spec: QuantSpec = replace(accelerates.weight, bits=bits, range=self.weight_range)
+        scale, zero = scale_and_zero_point(*weight_range(layer.weight, spec), spec)
+        return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+
+
+def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
+    """Why a node stays in floating point; None when it is quantized."""
+    if what in RECURRENT:
+        return "recurrent layers are not quantized: no runtime's integer kernel for them is written yet"
+    if what != "linear":
+        return "its range would be taken at run time, and that is done for linear layers alone"
+    if node.op != "call_module":
+        return "its weight is computed, not stored"
+    if accelerates.dynamic is None:
+        return f"{accelerates.runtime} takes no ranges at run time on this processor"
+    layer = network.get_submodule(str(node.target))
+    assert isinstance(layer, nn.Linear)
+    group = accelerates.dynamic.group
+    if group is not None and layer.in_features % group:
+        return (
+            f"its {layer.in_features} inputs are no multiple of the {group} that share a scale in {accelerates.runtime}"
+        )
+    if layer.weight.dtype != torch.float32:
+        return f"its weight is {layer.weight.dtype}"
+    return None
