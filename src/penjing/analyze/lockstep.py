@@ -8,7 +8,7 @@ before it as they already are. One pass over the samples serves all layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,37 @@ class Layer:
         """What the twin computes, with its own or with another weight and bias."""
         bias = self.module.bias if bias is None else bias
         return [apply(self.module, x, self.weight if weight is None else weight, bias) for x in self.twin_inputs]
+
+    def part(self, first: int, last: int) -> Layer:
+        """The same layer with some of the chunks."""
+        chunks = {name: getattr(self, name)[first:last] for name in ("inputs", "twin_inputs", "outputs")}
+        return replace(self, **chunks)
+
+    def noise(self, weight: torch.Tensor) -> float:
+        """Power of the twin's error with this weight, channel means apart: they are the bias's business."""
+        found = self.twin_outputs(weight)
+        found = shifted(found, self.shift(found), self.axis)
+        errors = [(wanted - twin).square_() for wanted, twin in zip(self.outputs, found, strict=True)]
+        if (weights := self.row_weights()) is not None:
+            errors = [error * w[..., None] for error, w in zip(errors, weights, strict=True)]
+        return sum(float(error.sum()) for error in errors)
+
+    def shift(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """What the bias has to gain so that `found` has the means of the outputs: (channels,), float64."""
+        return mean_difference(self.outputs, found, self.axis, self.row_weights())
+
+    def row_weights(self) -> list[torch.Tensor] | None:
+        """How much every row of the outputs counts, (…) without the channels; None where all count the same.
+
+        A linear layer in a transformer sees tokens, and a few of them (the first, the separators) carry values that
+        are larger by orders of magnitude (Sun et al., "Massive Activations in Large Language Models", 2024). Norms
+        take that size away again, so what counts is a row's error beside the row itself.
+        """
+        if self.kind != "linear" or self.outputs[0].dim() < 3:
+            return None
+        powers = [y.square().sum(-1) for y in self.outputs]
+        typical = torch.cat([p.reshape(-1) for p in powers]).median().clamp(min=1e-30)
+        return [typical / p.clamp(min=0.01 * typical) for p in powers]
 
     @property
     def axis(self) -> int:
@@ -201,13 +232,19 @@ def countable(network: fx.GraphModule) -> tuple[str, ...]:
     )
 
 
-def mean_difference(wanted: list[torch.Tensor], found: list[torch.Tensor], axis: int) -> torch.Tensor:
-    """Mean of `wanted` − `found` over all chunks and all axes but one: (channels,), float64."""
-    total, count = torch.zeros(()), 0
-    for a, b in zip(wanted, found, strict=True):
-        others = [i for i in range(a.dim()) if i != axis % a.dim()]
-        total = total + (a - b).sum(others, dtype=torch.float64)
-        count += a.numel() // a.shape[axis]
+def mean_difference(
+    wanted: list[torch.Tensor], found: list[torch.Tensor], axis: int, weights: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Mean of `wanted` − `found` over all chunks and all axes but one: (channels,), float64.
+
+    `weights`, of the shape without the last axis, say how much every row counts.
+    """
+    total, count = torch.zeros(()), 0.0
+    for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        others = [j for j in range(a.dim()) if j != axis % a.dim()]
+        difference = a - b if weights is None else (a - b) * weights[i][..., None]
+        total = total + difference.sum(others, dtype=torch.float64)
+        count += a.numel() / a.shape[axis] if weights is None else float(weights[i].sum())
     return total / count
 
 

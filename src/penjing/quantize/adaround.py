@@ -23,7 +23,10 @@ from penjing.quantize.samples import chunks
 from penjing.step import Context
 
 POSITIONS = 1024  # of a sample's output positions, so many are looked at
-BLOCK = 128  # columns whose updates are applied to the others together
+BLOCK = 32  # columns whose updates are applied to the others together
+
+
+SETTLED = 1e-3  # a sweep that moves a smaller share of the weights is the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +71,35 @@ class AdaRound:
                 return None
             weight = layer.weight
             module: Any = draft.network.get_submodule(layer.site)
-            if layer.entry is not None and (found := gram(layer)) is not None:
-                weight = self._rounded(layer, layer.entry, *found)
+            if layer.entry is not None:
+                weight = self._chosen(layer, layer.entry)
                 module.weight.copy_(weight)
             done.append(layer.site)
             context.events("progress", label="adaround", done=len(done), total=len(layers))
             outputs = layer.twin_outputs(weight)
             if module.bias is None:
                 return outputs
-            shift = lockstep.mean_difference(layer.outputs, outputs, layer.axis)
+            shift = layer.shift(outputs)
             module.bias += shift.to(module.bias.dtype)
             return lockstep.shifted(outputs, shift, layer.axis)
 
-        lockstep.run(source, draft.plan, chunks(context, source, self.samples), watch)
+        lockstep.run(source, draft.plan, chunks(context, source, self.samples, 8), watch)
         return replace(draft)
+
+    def _chosen(self, layer: lockstep.Layer, entry: Entry) -> torch.Tensor:
+        """The adaptive rounding, or the nearest where that is better on samples that the adaptive one has not seen.
+
+        A layer with many inputs and few samples can be fitted to their noise; the last quarter of them tells.
+        """
+        count = len(layer.inputs)
+        fitted = layer.part(0, count - count // 4) if count > 3 else layer
+        if (found := gram(fitted)) is None:
+            return layer.weight
+        adaptive = self._rounded(layer, entry, *found)
+        if fitted is layer:
+            return adaptive
+        unseen = layer.part(count - count // 4, count)
+        return adaptive if unseen.noise(adaptive) < unseen.noise(layer.weight) else layer.weight
 
     def _rounded(self, layer: lockstep.Layer, entry: Entry, own: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
         """The weight on its grid; shapes of `own` and `cross` as `gram` returns them."""
@@ -119,14 +137,17 @@ def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
     groups, _, columns = first.shape
     own, cross = torch.zeros(2, groups, columns, columns).unbind()
     mean_source, mean_twin = torch.zeros(2, groups, columns).unbind()
-    count = 0
-    for x, twin in zip(layer.inputs, layer.twin_inputs, strict=True):
+    count = 0.0
+    weights = layer.row_weights()
+    for i, (x, twin) in enumerate(zip(layer.inputs, layer.twin_inputs, strict=True)):
         a, b = patches(layer.module, x), patches(layer.module, twin)  # (groups, rows, columns)
+        root = torch.ones(1) if weights is None else patches(layer.module, weights[i][..., None]).sqrt()
+        a, b = (a, b) if weights is None else (a * root, b * root)
         own.baddbmm_(b.transpose(1, 2), b)
         cross.baddbmm_(a.transpose(1, 2), b)
-        mean_source += a.sum(1)
-        mean_twin += b.sum(1)
-        count += a.shape[1]
+        mean_source += (a * root).sum(1)
+        mean_twin += (b * root).sum(1)
+        count += a.shape[1] if weights is None else float(root.square().sum())
     mean_source, mean_twin = mean_source / count, mean_twin / count
     return (
         (own / count).sub_(mean_twin[:, :, None] * mean_twin[:, None, :]),
@@ -195,7 +216,7 @@ def descend(
     power = own.diagonal(dim1=1, dim2=2)
     gradient = (q * steps) @ own - wanted
     for _ in range(sweeps):
-        moved = False
+        moved = 0
         for first in range(0, q.shape[2], BLOCK):
             block = slice(first, min(first + BLOCK, q.shape[2]))
             inside = own[:, block, block]
@@ -208,11 +229,10 @@ def descend(
                 best = torch.clamp(torch.round(best), lowest[:, :, column], highest[:, :, column])
                 change[:, :, j] = (best - q[:, :, column]) * step
                 q[:, :, column] = best
-                here += change[:, :, j, None] * inside[:, None, j, :]
-            if change.any():
-                moved = True
-                gradient += change @ own[:, block, :]
-        if not moved:
+                here[:, :, j + 1 :] += change[:, :, j, None] * inside[:, None, j, j + 1 :]
+            moved += int(change.count_nonzero())
+            gradient += change @ own[:, block, :]
+        if moved <= SETTLED * q.numel():
             break
     return q
 

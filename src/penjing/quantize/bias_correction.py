@@ -44,7 +44,7 @@ class BiasCorrection:
             if module is None or module.bias is None:
                 return None
             outputs = layer.twin_outputs()
-            shift = lockstep.mean_difference(layer.outputs, outputs, layer.axis)
+            shift = layer.shift(outputs)
             module.bias += shift.to(module.bias.dtype)
             done.append(layer.site)
             context.events("progress", label="bias correction", done=len(done), total=len(layers))

@@ -45,15 +45,18 @@ def batches(context: Context, samples: int) -> Iterator[Call]:
             return
 
 
-def chunks(context: Context, network: fx.GraphModule, samples: int) -> list[Call]:
-    """The first calibration samples, so many at a time that no value of the network has more than `CHUNK_BYTES`."""
+def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> list[Call]:
+    """The first calibration samples, so many at a time that no value of the network has more than `CHUNK_BYTES`.
+
+    Where there are as many samples, there are at least `pieces` chunks.
+    """
     found: list[Call] = []
     most = 0
     for call in batches(context, samples):
         size = size_of(call)
         if not most:
             largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
-            most = max(1, CHUNK_BYTES * size // largest)
+            most = max(1, min(CHUNK_BYTES * size // largest, samples // pieces))
         found += [part(call, first, min(first + most, size)) for first in range(0, size, most)]
     return found
 
