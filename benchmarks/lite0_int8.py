@@ -27,15 +27,15 @@ GOAL = 0.93
 STATIC = "quantize.Static"
 RECIPES = {
     "Static": [{STATIC: {}}],
-    "Static, BiasCorrection": [{STATIC: {}}, {"quantize.BiasCorrection": {}}],
-    "Static, AdaRound": [{STATIC: {}}, {"quantize.AdaRound": {}}],
-    "Static, AdaRound, float additions": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.AdaRound": {}}],
+    "Static + BiasCorrection": [{STATIC: {}}, {"quantize.BiasCorrection": {}}],
+    "Static + AdaRound": [{STATIC: {}}, {"quantize.AdaRound": {}}],
+    "Static + AdaRound with float additions": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.AdaRound": {}}],
     "Best": [{"quantize.Best": {}}],
-    "Static, Rollback": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.Rollback": {"agreement": 0.96, "snr_db": 27}}],
+    "Static + Rollback": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.Rollback": {"agreement": 0.96, "snr_db": 27}}],
 }
 CONTESTANTS = {
-    **{f"penjing openvino, {name}": ("openvino", name) for name in RECIPES},
-    **{f"penjing onnxruntime, {name}": ("onnxruntime", name) for name in ("Static, AdaRound", "Best")},
+    **{f"penjing openvino {name}": ("openvino", name) for name in RECIPES},
+    **{f"penjing onnxruntime {name}": ("onnxruntime", name) for name in ("Static + AdaRound", "Best")},
     "penjing openvino bf16": ("openvino", "bf16"),
     "penjing onnxruntime fp32": ("onnxruntime", "fp32"),
     "nncf": ("nncf", "fast"),
@@ -187,7 +187,9 @@ def main() -> None:
         if not (folder / "judged.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, __file__, "--make", name, "--folder", str(folder)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr[-2000:]}")
             (folder / "judged.json").write_text(json.dumps(judge(folder)))
         rows[name] = json.loads((folder / "judged.json").read_text())
         rows[name] |= json.loads((folder / "made.json").read_text())

@@ -45,6 +45,7 @@ class Manifest:
         programs: One or more programs.
         structure: How the outputs of the network are nested, as `penjing.outputs.flatten_outputs` describes it.
         settings: What the runtime must be told when loading, for example {"INFERENCE_PRECISION_HINT": "f32"}.
+        fixed_shapes: Whether the runtime was seen to compile it for fixed input shapes, where that is faster.
     """
 
     runtime: str
@@ -52,6 +53,7 @@ class Manifest:
     programs: tuple[Program, ...]
     structure: Any
     settings: dict[str, str] = field(default_factory=dict)
+    fixed_shapes: bool = False
     format: int = 1
 
     def files(self) -> tuple[str, ...]:

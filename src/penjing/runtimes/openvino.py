@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +50,11 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     from penjing.outputs import output_names
     from penjing.runtimes import onnx_file
 
-    onnx_path = folder / "crossing.onnx"
-    try:
+    # Not in `folder`: OpenVINO takes a comma in a path for the end of it.
+    with tempfile.TemporaryDirectory() as aside:
+        onnx_path = Path(aside) / "crossing.onnx"
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
         _convert(onnx_path, folder / "model.xml", half=precision == "fp16")
-    finally:
-        onnx_path.unlink(missing_ok=True)
     return Manifest(
         runtime="openvino",
         precision=precision,
@@ -64,7 +67,32 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
             # Of linear layers with integer weights and floating-point inputs.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP),
         },
+        fixed_shapes=_compiles_fixed(folder / "model.xml", call, _HINTS[precision]),
     )
+
+
+def _compiles_fixed(path: Path, call: Any, hint: str) -> bool:
+    """Whether OpenVINO compiles the network for the shapes of an example: tried in a process of its own.
+
+    Version 2026.4 ends the process at some networks with fixed shapes (an attention in three dimensions behind a
+    convolution in one) that it compiles with shapes that vary.
+    """
+    args, kwargs = call
+    shapes = [list(t.shape) for t in (*args, *kwargs.values())]
+    command = [sys.executable, "-c", _TRY, str(path), json.dumps(shapes), hint]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+_TRY = """
+import json, sys, openvino
+core = openvino.Core()
+model = core.read_model(sys.argv[1])
+model.reshape(dict(enumerate(json.loads(sys.argv[2]))))
+core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": sys.argv[3]})
+"""
 
 
 def _convert(onnx_path: Path, path: Path, half: bool) -> None:
@@ -129,6 +157,7 @@ class _Session:
         self.core = openvino.Core()
         self.model = self.core.read_model(str(folder / manifest.programs[0].files[0]))
         self.settings = {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads)}
+        self.fixed = FIXED_SHAPES if manifest.fixed_shapes else 0
         self.requests: dict[Any, Any] = {}
         self.outputs = len(manifest.programs[0].outputs)
 
@@ -138,7 +167,7 @@ class _Session:
         return [np.array(results[i]) for i in range(self.outputs)]
 
     def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        key = shapes if shapes in self.requests or len(self.requests) < FIXED_SHAPES else "any"
+        key = shapes if shapes in self.requests or len(self.requests) < self.fixed else "any"
         if key not in self.requests:
             model = self.model.clone()
             if key != "any":
@@ -176,7 +205,8 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
 
     core = openvino.Core()
     model = core.read_model(str(folder / manifest.programs[0].files[0]))
-    model.reshape(dict(enumerate(tuple(x.shape) for x in inputs)))
+    if manifest.fixed_shapes:
+        model.reshape(dict(enumerate(tuple(x.shape) for x in inputs)))
     settings = {**manifest.settings, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
     compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
@@ -218,11 +248,12 @@ settings = {**MANIFEST["settings"], "INFERENCE_NUM_THREADS": os.environ.get("THR
 core = openvino.Core()
 model = core.read_model(str(HERE / PROGRAM["files"][0]))
 compiled = {}
+fixed = 2 if MANIFEST["fixed_shapes"] else 0
 
 
 def compiled_for(shapes):
     """A network compiled for these shapes alone is faster; from the third on they share one whose axes vary."""
-    key = shapes if shapes in compiled or len(compiled) < 2 else "any"
+    key = shapes if shapes in compiled or len(compiled) < fixed else "any"
     if key not in compiled:
         copy = model.clone()
         if key != "any":
