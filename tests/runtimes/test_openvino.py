@@ -1,8 +1,12 @@
 import re
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from penjing import runtimes
+from penjing.network import raise_network
 from penjing.runtimes import openvino as runtime
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
@@ -74,3 +78,45 @@ def test_nothing_of_the_crossing_by_onnx_is_left(exported):
 )
 def test_names_lead_back_to_their_site(name, origin):
     assert runtime._origin(name) == origin
+
+
+class Crashing(nn.Module):
+    """OpenVINO 2026.4 ends the process when it compiles this for fixed shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.up = (nn.Linear(64, 64) for _ in range(4))
+        self.mix = nn.Conv1d(64, 64, 3, padding=1)
+
+    def forward(self, x):
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        x = x + torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) / 8, -1) @ self.v(x)
+        return x + torch.relu(self.up(x))
+
+
+def test_a_network_that_can_not_be_compiled_for_fixed_shapes_runs_all_the_same(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 64)
+    network = raise_network(Crashing().eval(), (x,))
+    folder = tmp_path / "with, a comma"
+    folder.mkdir()
+    manifest = runtime.export(network, ((x,), {}), None, "fp32", {"kind": "tensor"}, folder)
+    session = runtime.open_session(folder, manifest, 1)
+    for size in (1, 2, 3):
+        given = torch.randn(size, 6, 64)
+        with torch.no_grad():
+            assert np.abs(session.run([given.numpy()])[0] - network(given).numpy()).max() < 1e-4
+
+
+def test_fixed_shapes_and_varying_ones_give_the_same_answers(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    network = raise_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)).eval(), (x,))
+    manifest = runtime.export(network, ((x,), {}), None, "fp32", {"kind": "tensor"}, tmp_path)
+    assert manifest.fixed_shapes
+    session = runtime.open_session(tmp_path, manifest, 1)
+    for size in (1, 2, 3, 4):
+        given = torch.randn(size, 3, 16, 16)
+        with torch.no_grad():
+            assert np.abs(session.run([given.numpy()])[0] - network(given).numpy()).max() < 1e-5
+    assert list(session.requests)[2:] == ["any"] and len(session.requests) == 3
