@@ -62,7 +62,77 @@ def cost() -> str:
     )
 
 
-TABLES = {"resnet20": lambda: candidates("resnet20"), "lite0": lambda: candidates("lite0"), "ptq_cost": cost}
+def _read(name: str) -> dict:
+    data: dict = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return data
+
+
+def _ms(latency: dict) -> str:
+    return f"{latency['median']:.2f} ms"
+
+
+def lite0_int8() -> str:
+    """What every method keeps of EfficientNet-Lite0."""
+    data = _read("lite0_int8")
+    lines = [
+        "| | agreement (95 % interval) | noise | batch 1 | batch 8 | made in |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in data["rows"].items():
+        low, high = row["agreement_interval"]
+        lines.append(
+            f"| {name} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
+            f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['8'])} | {row['seconds']:.0f} s |"
+        )
+    return "\n".join([*lines, "", f"496 pictures; {conditions(data['machine'], data['versions'])}"])
+
+
+def minilm_int8() -> str:
+    """What every method keeps of the sentence encoder."""
+    data = _read("minilm_int8")
+    sets = list(next(iter(data["rows"].values()))["cosine"])
+    lines = [
+        f"| | cosine | {' | '.join(f'{name}, points lost' for name in sets)} | batch 1 | batch 16 |",
+        "|---|---|" + "---|" * (len(sets) + 2),
+    ]
+    for name, row in data["rows"].items():
+        drops = " | ".join(f"{row['drop'][s] * 100:+.2f}" for s in sets)
+        lines.append(
+            f"| {name} | {sum(row['cosine'].values()) / len(sets):.4f} | {drops} "
+            f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['16'])} |"
+        )
+    return "\n".join(
+        [*lines, "", f"{data['judged']} texts of each set; {conditions(data['machine'], data['versions'])}"]
+    )
+
+
+def int8_latency() -> str:
+    """Latency of INT8 files beside the peers'."""
+    data = _read("int8_latency")
+    lines = ["| network, batch | " + " | ".join(LATENCIES) + " |", "|---|" + "---|" * len(LATENCIES)]
+    for network, batches in data["networks"].items():
+        for batch, rows in batches.items():
+            cells = (_ms(rows[key.format(batch=batch)]) for key in LATENCIES.values())
+            lines.append(f"| {network}, {batch} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{conditions(data['machine'], data['versions'])}"])
+
+
+LATENCIES = {
+    "Penjing, OpenVINO": "penjing openvino int8",
+    "NNCF, OpenVINO": "nncf",
+    "NNCF, fixed shape": "nncf fixed {batch}",
+    "OpenVINO bf16": "penjing openvino bf16",
+    "Penjing, ONNX Runtime": "penjing onnxruntime int8",
+    "ORT static": "ort-minmax",
+}
+TABLES = {
+    "resnet20": lambda: candidates("resnet20"),
+    "lite0": lambda: candidates("lite0"),
+    "ptq_cost": cost,
+    "lite0_int8": lite0_int8,
+    "minilm_int8": minilm_int8,
+    "int8_latency": int8_latency,
+}
 
 
 def written(name: str) -> str | None:

@@ -188,6 +188,23 @@ class TestInspect:
         assert cli.main(["inspect", "resnet20", "--shape", "3,32,32"]) == 0
         assert "every convolution, linear and addition can be integer" in capsys.readouterr().out
 
+    def test_the_noise_of_every_operator(self, capsys, tmp_path):
+        (tmp_path / "net.py").write_text(
+            "import torch\nfrom penjing.architectures import build\nimport penjing as pj\n"
+            "def trained():\n    torch.manual_seed(0)\n    return build('resnet20', width=4)\n"
+            "def task():\n    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))\n"
+            "    return pj.Task(example=x[:2], calibration=list(x.split(4)))\n"
+        )
+        asked = ["inspect", f"{tmp_path}/net.py:trained", "--task", f"{tmp_path}/net.py:task", "--noise", "onnxruntime"]
+        assert cli.main([*asked, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["noise"]
+        assert {"conv1", "layer1.0/add#0", "classifier"} <= {row["name"] for row in rows}
+        assert sum(row["share"] for row in rows) == pytest.approx(1)
+        assert all(row["weights_db"] is None or row["weights_db"] > 0 for row in rows)
+        assert cli.main(asked) == 0
+        text = capsys.readouterr().out
+        assert "repaired" in text and "classifier" in text
+
     def test_without_an_example_it_asks_for_one(self, capsys, parts):
         assert cli.main(["inspect", f"{parts}:Fine"]) == 2
         assert "--shape 3,224,224" in error_of(capsys)
