@@ -19,10 +19,10 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.body = nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 10)
+        self.stem = nn.Conv2d(1, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.body = nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32, 10)
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)))

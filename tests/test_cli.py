@@ -198,7 +198,7 @@ class TestInspect:
         asked = ["inspect", f"{tmp_path}/net.py:trained", "--task", f"{tmp_path}/net.py:task", "--noise", "onnxruntime"]
         assert cli.main([*asked, "--json"]) == 0
         rows = json.loads(capsys.readouterr().out)["noise"]
-        assert {"conv1", "layer1.0/add#0", "classifier"} <= {row["name"] for row in rows}
+        assert {"conv1", "stages.0.0/add#0", "classifier"} <= {row["name"] for row in rows}
         assert sum(row["share"] for row in rows) == pytest.approx(1)
         assert all(row["weights_db"] is None or row["weights_db"] > 0 for row in rows)
         assert cli.main(asked) == 0
@@ -451,7 +451,7 @@ class TestExitCodes:
         text = capsys.readouterr().out
         assert "goal met" in text and str(out / "report.html") in text
         record = records.read(out)
-        assert [c.name for c in record.candidates] == ["onnxruntime-fp32"]
+        assert [c.name for c in record.candidates] == ["onnxruntime-fp32", "onnxruntime-fp16"]
         assert record.source.metric is None and record.artifact.metric is None and record.data == {}
 
     def test_stopping_by_hand_is_an_error_that_names_resume(self, tmp_path, capsys, parts, digits_source):

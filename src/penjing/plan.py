@@ -135,7 +135,7 @@ class Formats:
     """Which specs an integer kernel takes; each field lists the values of `QuantSpec` that it may have.
 
     >>> Formats(per=("tensor",)).refusal(QuantSpec(axis=0))
-    "a scale for every channel, and it takes one for every tensor"
+    'a scale for every channel, and it takes one for every tensor'
     """
 
     bits: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)  # fewer than 8 are stored in 8

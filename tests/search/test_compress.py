@@ -48,7 +48,7 @@ class TestRecord:
             assert row.throughput_per_s == pytest.approx(1000 / row.latency_ms.median)
             assert row.peak_memory_bytes > 2**20
         assert all(0.9 < row.metric <= 1 for row in rows)
-        assert record.source.macs == 64 * 9 * 16 + 64 * 9 * 16 * 16 + 16 * 10
+        assert record.source.macs == 64 * 9 * 32 + 64 * 9 * 32 * 32 + 32 * 10
         for name in ("export source", "evaluate source", "measure latency", "Static for openvino"):
             step = next(step for step in record.steps if step.name == name)
             assert step.wall_s > 0 and step.peak_memory_bytes > 2**20
