@@ -8,6 +8,7 @@ Every operator is quantized alone; what reaches the logits is signal-to-noise in
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from html import escape
 from pathlib import Path
@@ -81,7 +82,9 @@ def main() -> None:
     found = explain(Draft(raise_network(lite0(), *task.call())), Context(task=task, accelerates=accelerates))
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
-    noisiest = sorted(rows, key=lambda r: min(v for k in WORDS if (v := r[k]) is not None))[: arguments.shown]
+    noisiest = sorted(rows, key=lambda r: min((v for k in WORDS if (v := r[k]) is not None), default=math.inf))[
+        : arguments.shown
+    ]
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     arguments.picture.write_text(picture(noisiest), encoding="utf-8")
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "rows": rows}
