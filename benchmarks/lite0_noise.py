@@ -57,6 +57,10 @@ def picture(rows: list[dict]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _loudest(row: dict) -> float:
+    return min((value for key in WORDS if (value := row[key]) is not None), default=math.inf)
+
+
 def main() -> None:
     """Measure, print, write JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +86,7 @@ def main() -> None:
     found = explain(Draft(raise_network(lite0(), *task.call())), Context(task=task, accelerates=accelerates))
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
-    noisiest = sorted(rows, key=lambda r: min((v for k in WORDS if (v := r[k]) is not None), default=math.inf))[
+    noisiest = sorted(rows, key=_loudest)[: arguments.shown]
         : arguments.shown
     ]
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
