@@ -87,8 +87,6 @@ def main() -> None:
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
     noisiest = sorted(rows, key=_loudest)[: arguments.shown]
-        : arguments.shown
-    ]
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     arguments.picture.write_text(picture(noisiest), encoding="utf-8")
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "rows": rows}
