@@ -7,7 +7,7 @@ import math
 from penjing.analyze import lockstep, noise
 from penjing.draft import Draft
 from penjing.network import kind, sites
-from penjing.plan import Entry
+from penjing.plan import GENERIC, Entry
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.samples import chunks, part, split
 from penjing.quantize.static import Static
@@ -33,11 +33,13 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
     def progress(done: int, total: int) -> None:
         context.events("progress", label="noise of every operator", done=done, total=total)
 
+    nodes, passes = sites(plain.network), (context.accelerates or GENERIC).passes
     before = noise.isolated(plain.network, plain.plan, few, progress)
+    # What only moves values brings the noise of its reader a second time.
+    before = {name: alone for name, alone in before.items() if kind(plain.network, nodes[name]) not in passes}
     after = noise.isolated(plain.network, plain.plan, few, progress, repaired.network)
     ranges = _clipped(plain, context)
-    total = sum(n.total for n in after.values()) or 1.0
-    nodes = sites(plain.network)
+    total = sum(after[name].total for name in before) or 1.0
     rows = []
     for name, alone in before.items():
         entry = plain.plan.entries.get(f"{name}:in0")
