@@ -247,7 +247,8 @@ class TestRefusals:
 
     def test_quantization_without_calibration_data(self, tmp_path, digits_source, task):
         bare = pj.Task(example=task.example)
-        self.refused(tmp_path, CalibrationError, digits_source, bare, "minimize size_bytes")
+        error = self.refused(tmp_path, CalibrationError, digits_source, bare, "minimize size_bytes")
+        assert error.got == "Task.calibration is None"
 
     def test_a_pattern_that_fits_no_operator(self, tmp_path, digits_source, task):
         error = self.refused(tmp_path, RecipeError, digits_source, task, "minimize size_bytes", exclude=["boddy"])
@@ -256,7 +257,8 @@ class TestRefusals:
     def test_calibration_data_with_an_infinity_at_its_very_end(self, tmp_path, digits_source, task):
         late = [*task.calibration, task.calibration[0] / 0]
         broken = dataclasses.replace(task, calibration=late)
-        self.refused(tmp_path, CalibrationError, digits_source, broken, "minimize size_bytes")
+        error = self.refused(tmp_path, CalibrationError, digits_source, broken, "minimize size_bytes")
+        assert "not finite" in error.what and f"batch {len(late) - 1}" in error.what
 
 
 @pytest.mark.parametrize(

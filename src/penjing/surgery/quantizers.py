@@ -108,6 +108,13 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     def place(producer: fx.Node, entry: Entry) -> fx.Node:
         if entry.dynamic:
             return producer  # quantized by the operator that reads it
+        if entry.spec.grid != "uniform":
+            raise QuantizationError(
+                "no runtime rounds activations to powers of two",
+                got=f"an activation on the grid {entry.spec.grid}",
+                expected="activation_grid='uniform'; weights may be of any grid",
+                remedy="pj.apply computes it in torch",
+            )
         scale, zero = numbers(f"activation{len(list(network.get_submodule('integers').buffers()))}", entry)
         axis = entry.spec.axis or 0
         call = network.graph.call_function
@@ -178,7 +185,7 @@ def _is_used(network: fx.GraphModule, layer: str) -> bool:
 def bias_entry(plan: Plan, layer: str) -> Entry | None:
     """Int32 with scale = weight scale × input scale: the accumulator's own grid; None where there is no such grid."""
     weight, inputs = plan.entries.get(f"{layer}:weight"), plan.entries.get(f"{layer}:in0")
-    if weight is None or inputs is None or inputs.dynamic:
+    if weight is None or inputs is None or inputs.dynamic or weight.spec.group is not None:
         return None
     spec = type(weight.spec)(bits=32, signed=True, symmetric=True, axis=0 if len(weight.scale) > 1 else None)
     # In float32, as the runtimes multiply them.
