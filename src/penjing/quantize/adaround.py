@@ -8,7 +8,7 @@ descent on a relaxation: no learning rate, no penalty, and one pass over the dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +19,14 @@ from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.grid import broadcast, integers
 from penjing.plan import Entry
-from penjing.quantize.samples import chunks
+from penjing.quantize.repair import repaired
 from penjing.step import Context
 
 POSITIONS = 1024  # of a sample's output positions, so many are looked at
 BLOCK = 32  # columns whose updates are applied to the others together
 
 
+PIECES = 8  # chunks that the samples come in at least, so that a quarter of them can judge
 SETTLED = 1e-3  # a sweep that moves a smaller share of the weights is the last
 
 
@@ -59,32 +60,10 @@ class AdaRound:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with weights on their grids, biases corrected."""
-        if not draft.plan:
-            return draft
-        source = draft.network
-        draft = draft.copy()
-        layers = lockstep.countable(source)
-        done: list[str] = []
+        return repaired(draft, context, self.samples, "adaround", self._weight, PIECES)
 
-        def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
-            if layer.site not in layers:
-                return None
-            weight = layer.weight
-            module: Any = draft.network.get_submodule(layer.site)
-            if layer.entry is not None:
-                weight = self._chosen(layer, layer.entry)
-                module.weight.copy_(weight)
-            done.append(layer.site)
-            context.events("progress", label="adaround", done=len(done), total=len(layers))
-            outputs = layer.twin_outputs(weight)
-            if module.bias is None:
-                return outputs
-            shift = layer.shift(outputs)
-            module.bias += shift.to(module.bias.dtype)
-            return lockstep.shifted(outputs, shift, layer.axis)
-
-        lockstep.run(source, draft.plan, chunks(context, source, self.samples, 8), watch)
-        return replace(draft)
+    def _weight(self, layer: lockstep.Layer) -> torch.Tensor:
+        return layer.weight if layer.entry is None else self._chosen(layer, layer.entry)
 
     def _chosen(self, layer: lockstep.Layer, entry: Entry) -> torch.Tensor:
         """The adaptive rounding, or the nearest where that is better on samples that the adaptive one has not seen.

@@ -7,14 +7,11 @@ pass over the samples instead of one pass a layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from penjing.analyze import lockstep
 from penjing.draft import Draft
-from penjing.quantize.samples import chunks
+from penjing.quantize.repair import repaired
 from penjing.step import Context
 
 
@@ -32,23 +29,4 @@ class BiasCorrection:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with corrected biases; where nothing is quantized, there is nothing to correct."""
-        if not draft.plan:
-            return draft
-        source = draft.network
-        draft = draft.copy()
-        layers = lockstep.countable(source)
-        done: list[str] = []
-
-        def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
-            module: Any = draft.network.get_submodule(layer.site) if layer.site in layers else None
-            if module is None or module.bias is None:
-                return None
-            outputs = layer.twin_outputs()
-            shift = layer.shift(outputs)
-            module.bias += shift.to(module.bias.dtype)
-            done.append(layer.site)
-            context.events("progress", label="bias correction", done=len(done), total=len(layers))
-            return lockstep.shifted(outputs, shift, layer.axis)
-
-        lockstep.run(source, draft.plan, chunks(context, source, self.samples), watch)
-        return replace(draft)
+        return repaired(draft, context, self.samples, "bias correction", lambda layer: layer.weight)

@@ -9,12 +9,14 @@ from penjing.draft import Draft
 from penjing.network import kind, sites
 from penjing.plan import GENERIC, Entry
 from penjing.quantize.adaround import AdaRound
+from penjing.quantize.placement import carries
 from penjing.quantize.samples import chunks, part, split
 from penjing.quantize.static import Static
 from penjing.records import NoiseRow
 from penjing.step import Context
 
 SAMPLES = 16
+FAINT = 1e-4  # noise over signal, 40 dB: fewer answers change by it than by bfloat16
 
 
 def explain(draft: Draft, context: Context, static: Static | None = None) -> tuple[NoiseRow, ...]:
@@ -33,10 +35,10 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
     def progress(done: int, total: int) -> None:
         context.events("progress", label="noise of every operator", done=done, total=total)
 
-    nodes, passes = sites(plain.network), (context.accelerates or GENERIC).passes
+    nodes, accelerates = sites(plain.network), context.accelerates or GENERIC
     before = noise.isolated(plain.network, plain.plan, few, progress)
     # What only moves values brings the noise of its reader a second time.
-    before = {name: alone for name, alone in before.items() if kind(plain.network, nodes[name]) not in passes}
+    before = {name: alone for name, alone in before.items() if not carries(plain.network, nodes[name], accelerates)}
     after = noise.isolated(plain.network, plain.plan, few, progress, repaired.network)
     ranges = _clipped(plain, context)
     total = sum(after[name].total for name in before) or 1.0
@@ -63,9 +65,9 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
 
 def _remedy(before: noise.Noise, after: noise.Noise, total: float) -> str:
     """What to do about an operator, from what it brings to the outputs."""
-    if after.total > 0.2 * total:
+    if after.total > max(0.2 * total, FAINT):
         return "floating point"  # a fifth of all noise from one operator
-    if before.weights > 2 * after.weights and before.weights > 0.05 * total:
+    if before.weights > 2 * after.weights and before.weights > max(0.05 * total, FAINT):
         return "rounding"
     return ""
 

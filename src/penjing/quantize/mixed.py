@@ -20,9 +20,10 @@ from scipy.sparse import csr_matrix
 from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
-from penjing.network import kind, shapes, sites, tensor_inputs
+from penjing.network import shapes, sites, tensor_inputs
 from penjing.plan import GENERIC, Plan
 from penjing.quantize.adaround import AdaRound
+from penjing.quantize.placement import carries
 from penjing.quantize.samples import part, split
 from penjing.quantize.static import Static
 from penjing.step import Context
@@ -219,10 +220,10 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
 def _costs(settings: MixedPrecision, drafts: Mapping[int, Draft], held: list[Any], context: Context) -> Costs:
     few = [part(call, 0, 4) for call in held[: RANKED // 4]]
     widest = drafts[max(drafts)]
-    passes = (context.accelerates or GENERIC).passes
+    accelerates = context.accelerates or GENERIC
     nodes = sites(widest.network)
     names = [n for n in nodes if any(e.startswith(f"{n}:") for e in widest.plan.entries)]
-    names = [n for n in names if kind(widest.network, nodes[n]) not in passes]
+    names = [n for n in names if not carries(widest.network, nodes[n], accelerates)]
     alone: dict[str, dict[int, float]] = {n: {} for n in names}
     for bits, draft in drafts.items():
         for name, found in noise.isolated(draft.network, draft.plan, few).items():

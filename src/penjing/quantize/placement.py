@@ -82,7 +82,7 @@ def _carry(
     """Quantize an edge, and the edges before it as long as the operators only move values."""
     root = producer
     before: list[str] = []
-    while (what := kind(network, root)) in accelerates.passes | SILENT and _only_moves(what, root):
+    while (what := kind(network, root)) in SILENT or carries(network, root, accelerates):
         if what not in SILENT:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
@@ -90,10 +90,11 @@ def _carry(
         edges[name] = root.name
 
 
-def _only_moves(what: str, node: fx.Node) -> bool:
+def carries(network: fx.GraphModule, node: fx.Node, accelerates: Accelerates) -> bool:
     """Whether nothing but values that went in, or zeros, comes out: every grid holds the zero."""
-    if what != "pad":
-        return True
+    what = kind(network, node)
+    if what != "pad" or what not in accelerates.passes:
+        return what in accelerates.passes
     given = arguments(node)
     return given.get("mode", "constant") == "constant" and not given["value"]
 

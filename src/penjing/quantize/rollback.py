@@ -14,11 +14,12 @@ from typing import ClassVar, Literal
 from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.network import kind, site, sites, tensor_inputs
+from penjing.network import site, sites, tensor_inputs
 from penjing.outputs import numpy_predictor
 from penjing.plan import GENERIC
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.placement import carries
 from penjing.quantize.samples import part, split
 from penjing.step import Context, Step
 from penjing.surgery import insert
@@ -141,7 +142,7 @@ def _returned(draft: Draft, reasons: dict[str, str], count: int, context: Contex
     names = dict(list(reasons.items())[:count])
     for name, reason in list(names.items()):
         for producer in tensor_inputs(found[name]):
-            while kind(draft.network, producer) in accelerates.passes and len(producer.users) == 1:
+            while carries(draft.network, producer, accelerates) and len(producer.users) == 1:
                 names[site(producer)] = reason
                 producer = tensor_inputs(producer)[0]
     return replace(draft, plan=draft.plan.without(names))
@@ -162,6 +163,6 @@ def ranking(draft: Draft, repaired: Draft, held: list[Call], context: Context) -
         context.events("progress", label="rank operators", done=done, total=total)
 
     found = noise.isolated(draft.network, draft.plan, few, progress, repaired.network)
-    nodes, passes = sites(draft.network), (context.accelerates or GENERIC).passes
-    computing = {name: n.total for name, n in found.items() if kind(draft.network, nodes[name]) not in passes}
+    nodes, accelerates = sites(draft.network), context.accelerates or GENERIC
+    computing = {name: n.total for name, n in found.items() if not carries(draft.network, nodes[name], accelerates)}
     return dict(sorted(computing.items(), key=lambda item: -item[1]))
