@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError
+from penjing.exporting import export
 from penjing.finetune import Finetune, TrainingError, bf16_pays, seed_everything, train
-from penjing.network import export, raise_network
+from penjing.network import raise_network
 from penjing.plan import Plan
 from penjing.step import Context, Step
 from penjing.task import Task

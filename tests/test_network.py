@@ -11,19 +11,9 @@ from torch.utils import _pytree as pytree
 from examples import data
 from penjing.architectures import build
 from penjing.errors import ExportError, TaskError
-from penjing.network import (
-    arguments,
-    export,
-    export_module,
-    flat_inputs,
-    input_names,
-    kind,
-    raise_network,
-    shapes,
-    site,
-    sites,
-    tensor_inputs,
-)
+from penjing.exporting import export, export_module, input_names
+from penjing.graph import arguments, flat_inputs, kind, shapes, site, sites, tensor_inputs
+from penjing.network import raise_network
 
 
 def tensors(outputs):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.architectures import build
-from penjing.network import raise_network, sites
+from penjing.graph import sites
+from penjing.network import raise_network
 from penjing.plan import GENERIC, Entry, Plan, QuantSpec
 from penjing.quantize.placement import place
 

@@ -24,7 +24,7 @@ from penjing.draft import Draft
 from penjing.errors import PenjingError, TaskError
 from penjing.events import Events
 from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, STATE, RunFolder, writing
-from penjing.network import sites
+from penjing.graph import sites
 from penjing.outputs import flatten_outputs, numpy_predictor, to_numpy
 from penjing.plan import Plan
 from penjing.recipe import Recipe

@@ -167,7 +167,7 @@ class Accelerates:
         precisions: Whole-network precisions that it executes here, for example ("fp32", "bf16", "int8").
         weight: Format of quantized weights.
         activation: Format of quantized activations.
-        integer: Kinds of operator (see `penjing.network.kind`) with an integer kernel.
+        integer: Kinds of operator (see `penjing.graph.kind`) with an integer kernel.
         absorbs: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
         passes: Kinds that only move or select values: what goes in keeps its scale on the way out.
         quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.

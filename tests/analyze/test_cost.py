@@ -5,7 +5,8 @@ from torch import nn
 
 from penjing.analyze.cost import cost, peak_activation, peak_activation_bytes, totals
 from penjing.architectures import build
-from penjing.network import raise_network, shapes
+from penjing.graph import shapes
+from penjing.network import raise_network
 
 
 def rows_of(model, *args, dynamic=None, **kwargs):

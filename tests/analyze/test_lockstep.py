@@ -7,7 +7,8 @@ from torch import nn
 
 from penjing.analyze import lockstep
 from penjing.draft import Draft
-from penjing.network import flat_inputs, raise_network
+from penjing.graph import flat_inputs
+from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.plan import GENERIC
 from penjing.quantize import Static

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from penjing.draft import Draft
-from penjing.network import raise_network, sites
+from penjing.graph import sites
+from penjing.network import raise_network
 from penjing.quantize import BiasCorrection, Static
 from penjing.quantize.samples import batches, chunks
 from penjing.step import Context

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.architectures import build
-from penjing.network import raise_network, sites
+from penjing.graph import sites
+from penjing.network import raise_network
 from penjing.plan import GENERIC
 from penjing.quantize.placement import place
 from penjing.surgery import fold_batch_norms

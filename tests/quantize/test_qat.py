@@ -12,7 +12,7 @@ from penjing.grid import on_grid
 from penjing.network import raise_network
 from penjing.plan import Plan, QuantSpec
 from penjing.quantize import QAT, Static
-from penjing.quantize.qat import Grid, learned, learner
+from penjing.quantize.learner import Grid, learned, learner
 from penjing.step import Context, Step
 from penjing.surgery import insert
 from penjing.task import Task

@@ -6,7 +6,8 @@ from torch import nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.network import raise_network, sites
+from penjing.graph import sites
+from penjing.network import raise_network
 from penjing.quantize import SmoothQuant, Static
 from penjing.recipe import Recipe
 from penjing.step import Context

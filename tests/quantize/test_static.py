@@ -8,7 +8,8 @@ from torch import nn
 from penjing.architectures import build
 from penjing.draft import Draft
 from penjing.errors import CalibrationError, RecipeError
-from penjing.network import raise_network, sites
+from penjing.graph import sites
+from penjing.network import raise_network
 from penjing.plan import BIAS_LIMIT
 from penjing.quantize import Static
 from penjing.quantize.static import collect, matches

@@ -13,7 +13,8 @@ from tiny_networks import CASES, export
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network import kind, raise_network, sites
+from penjing.graph import kind, sites
+from penjing.network import raise_network
 from penjing.plan import Entry, Plan, QuantSpec
 from penjing.runtimes import onnx_file
 from penjing.surgery import freeze, insert

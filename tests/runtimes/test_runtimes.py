@@ -15,8 +15,8 @@ from torch import nn
 
 from penjing import pipeline, runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
+from penjing.graph import kind, sites
 from penjing.measure import size_bytes
-from penjing.network import kind, sites
 from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
 from penjing.surgery import insert
 from penjing.task import as_call

@@ -9,7 +9,9 @@ from torch import nn
 from penjing.architectures import build
 from penjing.draft import Draft
 from penjing.errors import QuantizationError
-from penjing.network import export, raise_network, site, sites
+from penjing.exporting import export
+from penjing.graph import site, sites
+from penjing.network import raise_network
 from penjing.plan import BIAS_LIMIT, GENERIC, Entry, Plan, QuantSpec
 from penjing.quantize import Static
 from penjing.step import Context

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from penjing.graph import compute, flat_inputs, is_tensor, kind, site
 from penjing.grid import measured, on_grid
-from penjing.network import flat_inputs, is_tensor, kind, site
 from penjing.plan import Entry, Plan
 from penjing.task import Call
 
@@ -151,7 +151,7 @@ class _Twins:
 
     def _step(self, node: fx.Node) -> None:
         chunks = range(len(self.inputs))
-        self.source[node] = [self._compute(node, *self._arguments(node, self.source, i)) for i in chunks]
+        self.source[node] = [compute(self.network, node, *self._arguments(node, self.source, i)) for i in chunks]
         if node.op == "get_attr":
             self.twin[node] = self.source[node]
             return
@@ -160,7 +160,7 @@ class _Twins:
         if node.op == "call_module" and what in LAYERS:
             self.twin[node] = self._layer(node, what, [a[0][0] for a in arguments])
         else:
-            self.twin[node] = [self._compute(node, *a) for a in arguments]
+            self.twin[node] = [compute(self.network, node, *a) for a in arguments]
 
     def _layer(self, node: fx.Node, what: str, twin_inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         module: Any = self.network.get_submodule(str(node.target))
@@ -171,15 +171,6 @@ class _Twins:
         layer = Layer(site(node), what, module, weight, entry, self.source[producer], twin_inputs, self.source[node])
         replaced = self.watch(layer)
         return layer.twin_outputs() if replaced is None else replaced
-
-    def _compute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.op == "call_module":
-            return self.network.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "get_attr":
-            path, _, leaf = str(node.target).rpartition(".")
-            return getattr(self.network.get_submodule(path), leaf)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
 
     def _arguments(
         self,

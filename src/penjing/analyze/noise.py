@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.lockstep import apply, mean_difference, rounded, shifted
-from penjing.network import flat_inputs, is_tensor, sites
+from penjing.graph import compute, flat_inputs, is_tensor, sites
 from penjing.outputs import flatten_outputs
 from penjing.plan import Entry, Plan
 from penjing.task import Call
@@ -130,14 +130,7 @@ class _Once:
         self.output = fx.node.map_arg(self.end.args[0], lambda n: self.values[n])
 
     def compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if node.op == "get_attr":
-            path, _, leaf = str(node.target).rpartition(".")
-            return getattr(self.network.get_submodule(path), leaf)
-        if node.op == "call_module":
-            return self.network.get_submodule(str(node.target))(*args, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return compute(self.network, node, *fx.node.map_arg((node.args, node.kwargs), lambda n: values[n]))
 
     def rerun(self, changed: fx.Node, value: Any) -> Any:
         """The outputs where `changed` gives `value`."""
@@ -174,11 +167,7 @@ def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.Graph
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     if changed:
-        if node.op == "call_module":
-            inputs = once.network.get_submodule(str(node.target))(*args, **kwargs)
-        else:
-            assert callable(node.target)
-            inputs = node.target(*args, **kwargs)
+        inputs = compute(once.network, node, args, kwargs)
     return weights, inputs
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.network import kind, site
+from penjing.graph import kind, site
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.equalization import CrossLayerEqualization

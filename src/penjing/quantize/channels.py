@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.network import kind, operator_name, tensor_inputs
+from penjing.graph import kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
 from penjing.task import Call
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.network import kind, site, sites
+from penjing.graph import kind, site, sites
 from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, weight_range
 from penjing.quantize.placement import CHECKED

@@ -6,7 +6,7 @@ import math
 
 from penjing.analyze import lockstep, noise
 from penjing.draft import Draft
-from penjing.network import kind, sites
+from penjing.graph import kind, sites
 from penjing.plan import GENERIC, Entry
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.placement import carries

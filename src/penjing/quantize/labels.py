@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.network import arguments, flat_inputs, kind, operator_name
+from penjing.graph import arguments, flat_inputs, kind, operator_name
 from penjing.task import Call
 
 ELEMENTWISE = frozenset({"relu", "leaky_relu", "prelu", "dropout"})  # f(s·x) = s·f(x) for every s > 0

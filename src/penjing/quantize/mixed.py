@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
-from penjing.network import shapes, sites, tensor_inputs
+from penjing.graph import shapes, sites, tensor_inputs
 from penjing.plan import GENERIC, Plan
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.placement import carries

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from penjing.network import arguments, kind, site, tensor_inputs
+from penjing.graph import arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes

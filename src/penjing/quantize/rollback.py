@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.network import site, sites, tensor_inputs
+from penjing.graph import site, sites, tensor_inputs
 from penjing.outputs import numpy_predictor
 from penjing.plan import GENERIC
 from penjing.quantize.adaround import AdaRound

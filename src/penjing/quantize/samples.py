@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from penjing.errors import CalibrationError
-from penjing.network import shapes
+from penjing.graph import shapes
 from penjing.step import Context
 from penjing.task import Call, calibration_calls
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.network import flat_inputs
+from penjing.graph import flat_inputs
 from penjing.quantize.channels import Couple, couples, divide, layers, over_channels, range_of_inputs
 from penjing.quantize.samples import chunks
 from penjing.step import Context

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.network import flat_inputs, sites
+from penjing.graph import flat_inputs, sites
 from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram

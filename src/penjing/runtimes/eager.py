@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from penjing.network import export as export_network
-from penjing.network import input_names
+from penjing.exporting import export as export_network
+from penjing.exporting import input_names
 from penjing.outputs import flatten_outputs, output_names
 from penjing.plan import GENERIC, Accelerates
 from penjing.pt2 import open_program

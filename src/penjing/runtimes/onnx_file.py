@@ -16,7 +16,8 @@ from torch import fx
 
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
-from penjing.network import export, input_names, is_tensor, kind
+from penjing.exporting import export, input_names
+from penjing.graph import is_tensor, kind
 from penjing.runtimes import onnx_rewrites
 from penjing.runtimes.artifact import Port
 
@@ -154,7 +155,7 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
 
 
 def _kind_of(node: Any, stored: set[str]) -> str | None:
-    """The kind of operator (see `penjing.network.kind`) that an ONNX node is; None where it is not looked for."""
+    """The kind of operator (see `penjing.graph.kind`) that an ONNX node is; None where it is not looked for."""
     made_of = _made_of(node)
     if node.op_type in ("Add", "Mul"):
         computed = [name for name in node.input if name not in stored]

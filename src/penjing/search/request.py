@@ -9,7 +9,7 @@ from torch import fx
 
 from penjing import checkpoint
 from penjing.errors import TaskError
-from penjing.network import sites
+from penjing.graph import sites
 from penjing.pipeline import Run
 from penjing.quantize import Static
 from penjing.quantize.static import matches

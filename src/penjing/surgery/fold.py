@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from penjing.draft import Edit
-from penjing.network import kind
+from penjing.graph import kind
 
 
 def fold_batch_norms(network: fx.GraphModule) -> tuple[Edit, ...]:

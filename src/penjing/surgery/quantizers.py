@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from penjing import grid, operators
 from penjing.errors import QuantizationError
-from penjing.network import is_tensor, kind, sites, tensor_inputs
+from penjing.graph import is_tensor, kind, sites, tensor_inputs
 from penjing.plan import Entry, Plan
 
 

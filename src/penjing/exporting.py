@@ -1,0 +1,155 @@
+"""Exporting a module with torch, with axes that vary: the way in for sources and the way out for raised networks."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from penjing.errors import ExportError, TaskError
+from penjing.graph import in_eval_mode
+
+Dynamic = Mapping[str | int, Mapping[int, str]] | None
+MAX_BATCH = 4096
+
+
+def export_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, dynamic: Dynamic = None
+) -> ExportedProgram:
+    """Export in eval mode with a dynamic batch; an example of batch 1 is widened to 2 first.
+
+    Raises:
+        ExportError: With the line of the user's code where the export stopped.
+    """
+    kwargs = dict(kwargs or {})
+    names = input_names(model, args, kwargs)
+    axes = _dynamic_axes(names, [*args, *kwargs.values()], dynamic)
+    values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]
+    args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def attempt(limits: Mapping[str, tuple[int, int]]) -> ExportedProgram:
+        dims = {name: Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
+        shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
+        with in_eval_mode(model), torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, names, shapes))
+
+    try:
+        try:
+            return attempt({})
+        except Exception as error:
+            narrower = _narrower_limits(str(error))
+            if not narrower:
+                raise
+            return attempt(narrower)  # a table of 512 positions reads no longer sequence
+    except Exception as error:
+        raise _export_error(model, error) from error
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs in the order args, kwargs; ``x_0, x_1`` for what a ``*x`` parameter collects."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TaskError(
+            "the example inputs do not fit the network's forward",
+            got=f"{len(args)} positional, keywords {sorted(kwargs)}: {error}",
+            expected=f"forward{signature}",
+            remedy="give Task(example=...) as a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+        ) from None
+    names: list[str] = []
+    for name in bound.arguments:
+        parameter = signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{name}_{i}" for i in range(len(bound.arguments[name]))]
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in kwargs:
+            names.append(name)
+    return names + list(kwargs)
+
+
+def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Dynamic) -> ExportedProgram:
+    """Export a raised (and edited) network again. Weights are made contiguous first.
+
+    In channels-last memory format, pooling decomposes into ``as_strided``, which runtimes misread.
+    """
+    network = copy.deepcopy(network).eval()
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data = tensor.data.contiguous()
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.contiguous(), call)
+    return export_module(network, args, kwargs, dynamic)
+
+
+def _dynamic_axes(names: list[str], values: list[Any], dynamic: Dynamic) -> dict[str, Mapping[int, str]]:
+    if dynamic is None:
+        return {name: {0: "batch"} for name in names}
+    known = {*names, *range(len(names))}
+    for key in dynamic:
+        if key not in known:
+            raise TaskError(
+                "Task.dynamic names an input that the network does not have",
+                got=repr(key),
+                expected=f"one of {names} or a position below {len(names)}",
+            )
+    return {name: dynamic.get(name, dynamic.get(i, {})) for i, name in enumerate(names)}
+
+
+def _widen(value: Any, axes: Mapping[int, str]) -> Any:
+    # A size of 1 would be taken for a constant by the export, silently.
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        for axis in axes:
+            if axis < tensor.dim() and tensor.shape[axis] == 1:
+                tensor = torch.cat([tensor, tensor], dim=axis)
+        return tensor
+
+    return pytree.tree_map_only(torch.Tensor, widen, value)
+
+
+def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> Any:
+    def spec(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        for name in axes.values():
+            dims.setdefault(name, Dim(name, min=1, max=MAX_BATCH))
+        return {axis: dims[name] for axis, name in axes.items() if axis < tensor.dim()} or None
+
+    return pytree.tree_map(spec, value)
+
+
+def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of the axes for which the exporter asks for a narrower range, and for nothing else."""
+    fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
+    found = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
+    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in found if m}
+    return limits if len(limits) == len(fixes) else {}
+
+
+def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in names):
+        return dict(zip(names, shapes, strict=True))
+    starred = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    return (tuple(shapes),) if starred and len(parameters) == 1 else tuple(shapes)
+
+
+def _export_error(model: nn.Module, error: Exception) -> ExportError:
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [
+        f for f in frames if "torch" not in f.filename.replace("\\", "/").split("/") and "penjing" not in f.filename
+    ]
+    where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
+    message = str(error).strip().splitlines()
+    return ExportError(
+        f"the network can't be exported: {where}",
+        got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
+        expected="a forward without control flow that depends on the values of tensors",
+        remedy="rewrite that line with torch.where or torch.cond; if a size can't vary, "
+        "fix it with Task(dynamic={}) or name the axes that do vary",
+    )

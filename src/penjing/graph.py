@@ -1,0 +1,204 @@
+"""Reading the graph of a raised network: what its operators are, how they are called, what they read and compute.
+
+Every operator has a *site*, a name made of the source's own module paths that survives copies and edits:
+``"layer1.0.conv1"`` for a layer, ``"layer1.0.conv1@1"`` for its second call, ``"layer1.0/add#0"`` for the first
+addition in the forward of ``layer1.0``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+# How operators are called in plans, costs and records. What is not listed is called as ATen calls it.
+_KINDS = {
+    "conv1d": "conv",
+    "conv2d": "conv",
+    "conv3d": "conv",
+    "conv_transpose1d": "conv_transpose",
+    "conv_transpose2d": "conv_transpose",
+    "conv_transpose3d": "conv_transpose",
+    "hardtanh": "clip",
+    "relu6": "clip",
+    "clamp": "clip",
+    "adaptive_avg_pool1d": "avg_pool",
+    "adaptive_avg_pool2d": "avg_pool",
+    "avg_pool1d": "avg_pool",
+    "avg_pool2d": "avg_pool",
+    "max_pool1d": "max_pool",
+    "max_pool2d": "max_pool",
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+    "flatten": "reshape",
+    "unflatten": "reshape",
+    "squeeze": "reshape",
+    "unsqueeze": "reshape",
+    "permute": "transpose",
+    "t": "transpose",
+    "concat": "cat",
+    "scaled_dot_product_attention": "attention",
+    "dropout": "dropout",
+    "alias": "identity",
+    "contiguous": "identity",
+    "clone": "identity",
+    "detach_": "identity",
+    "bmm": "matmul",
+    "mm": "matmul",
+    "upsample_nearest2d": "resize",
+    "constant_pad_nd": "pad",
+}
+_MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Conv1d, "conv"),
+    (nn.Conv2d, "conv"),
+    (nn.Conv3d, "conv"),
+    (nn.ConvTranspose1d, "conv_transpose"),
+    (nn.ConvTranspose2d, "conv_transpose"),
+    (nn.ConvTranspose3d, "conv_transpose"),
+    (nn.Linear, "linear"),
+    (nn.BatchNorm1d, "batch_norm"),
+    (nn.BatchNorm2d, "batch_norm"),
+    (nn.BatchNorm3d, "batch_norm"),
+    (nn.LayerNorm, "layer_norm"),
+    (nn.GroupNorm, "group_norm"),
+    (nn.Embedding, "embedding"),
+    (nn.Dropout, "dropout"),
+)
+
+
+def kind(network: fx.GraphModule, node: fx.Node) -> str:
+    """What a node computes, in one word: "conv", "linear", "add", "clip", "avg_pool", "reshape", …"""
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        for cls, name in _MODULE_KINDS:
+            if isinstance(module, cls):
+                return name
+        return type(module).__name__.lower()
+    if node.op != "call_function":
+        return {"placeholder": "input", "get_attr": "constant"}.get(node.op, node.op)
+    name = operator_name(node)
+    if name == "mean" and _is_spatial_mean(node):
+        return "avg_pool"
+    return _KINDS.get(name, name)
+
+
+def operator_name(node: fx.Node) -> str:
+    """ATen's name of a functional node without overload and without the trailing underscore of in-place forms."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__).rstrip("_")
+    return getattr(target, "__name__", str(target))
+
+
+def site(node: fx.Node) -> str:
+    """The stable name of an operator, see the module's docstring; inputs are called by their own name."""
+    return str(node.meta.get("site", node.name))
+
+
+def sites(network: fx.GraphModule) -> dict[str, fx.Node]:
+    """Every operator of the network by its site, in the order of execution."""
+    return {site(n): n for n in network.graph.nodes if n.op in ("call_module", "call_function")}
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node yields tensors: sizes (`sym_size`) and arithmetic on them do not."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op != "call_function":
+        return node.op != "output"
+    if node.target is operator.getitem:  # one of several results
+        return is_tensor(node.args[0])
+    return isinstance(node.target, torch._ops.OpOverload) and operator_name(node) not in ("sym_size", "item")
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator reads, in the order of its ports; what a layer module owns is not among them."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if is_tensor(n) else None)
+    return found
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen node by the names of its schema, defaults filled in."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Node name → fake tensor (shape and dtype, no data) for one forward in eval mode; tuples are left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                found[n.name] = result
+            return result
+
+    # In eval mode, because in training mode batch norm counts its batches on the real buffer.
+    with in_eval_mode(network), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, call)
+        Recorder(network).run(*flat_inputs(network, fake))
+    return found
+
+
+def flat_inputs(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+    """The inputs of a call in the order of the graph's placeholders."""
+    codegen = network.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        return list(network.graph.process_inputs(*_ordered_call(network, call)))
+    return [*call[0], *call[1].values()]
+
+
+def _ordered_call(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+    args, kwargs = call
+    if not kwargs:
+        return list(args)
+    bound = inspect.signature(network.forward).bind(*args, **kwargs)
+    return [*bound.args, *bound.kwargs.values()]
+
+
+def compute(network: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node gives for these arguments; placeholders and the output compute nothing."""
+    if node.op == "call_module":
+        return network.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "get_attr":
+        path, _, leaf = str(node.target).rpartition(".")
+        return getattr(network.get_submodule(path), leaf)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every part of `model` in eval mode, and afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_spatial_mean(node: fx.Node) -> bool:
+    a = arguments(node)
+    dims = a.get("dim")
+    return isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
