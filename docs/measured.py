@@ -106,12 +106,32 @@ def minilm_int8() -> str:
     )
 
 
+def int8_latency() -> str:
+    """Latency of INT8 files beside the peers'."""
+    data = _read("int8_latency")
+    lines = ["| network, batch | " + " | ".join(LATENCIES) + " |", "|---|" + "---|" * len(LATENCIES)]
+    for network, batches in data["networks"].items():
+        for batch, rows in batches.items():
+            cells = (_ms(rows[key.format(batch=batch)]) for key in LATENCIES.values())
+            lines.append(f"| {network}, {batch} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{conditions(data['machine'], data['versions'])}"])
+
+
+LATENCIES = {
+    "Penjing, OpenVINO": "penjing openvino int8",
+    "NNCF, OpenVINO": "nncf",
+    "NNCF, fixed shape": "nncf fixed {batch}",
+    "OpenVINO bf16": "penjing openvino bf16",
+    "Penjing, ONNX Runtime": "penjing onnxruntime int8",
+    "ORT static": "ort-minmax",
+}
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
     "ptq_cost": cost,
     "lite0_int8": lite0_int8,
     "minilm_int8": minilm_int8,
+    "int8_latency": int8_latency,
 }
 
 
