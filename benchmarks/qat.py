@@ -9,7 +9,7 @@ of the network in torch (*simulated*): no runtime has kernels for these activati
 Brevitas: its quantizers for training, per-channel weights with scales from statistics or learned from an MSE start,
 learned activation scales, ranges first calibrated with its `calibration_mode` on the same pictures.
 
-    python benchmarks/qat.py [--bits 4 2] [--epochs 2] [--grid-epochs 0.5] [--rates 0.005 0.02] [--seeds 0 1 2]
+    python benchmarks/qat.py [--bits 4 2] [--epochs 1.5] [--grid-epochs 0.3] [--rates 0.02 0.05 0.1] [--seeds 0 1 2]
 
 Every finished run is written at once; a second call goes on where the first stopped.
 """
@@ -81,8 +81,9 @@ def brevitas(name, bits, rate, epochs, seed, raised, task, module):
     context = Context(task=task, source=raised, seed=seed)
     labels = lambda batch: task.loss(batch.output, batch.target)  # noqa: E731
     settings = Finetune(
-        epochs=epochs, learning_rate=rate, weight_decay=1e-4, losses=(labels, Distance(raised, 4.0, 1.0))
-    )
+        epochs=epochs, learning_rate=rate, weight_decay=1e-4, max_grad_norm=1.0,
+        losses=(labels, Distance(raised, 4.0, 1.0)),
+    )  # fmt: skip
     return numpy_predictor(train(network, context, settings))
 
 
@@ -156,9 +157,9 @@ def main() -> None:
     """Run all that is missing, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--grid-epochs", type=float, default=0.5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02])
+    parser.add_argument("--epochs", type=float, default=1.5)
+    parser.add_argument("--grid-epochs", type=float, default=0.3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.05, 0.1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[*PENJING, *BREVITAS])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/qat.json")

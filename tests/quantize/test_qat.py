@@ -109,6 +109,16 @@ class TestTheNetwork:
         with torch.no_grad():
             torch.testing.assert_close(network(x), insert(draft.network, draft.plan)(x), rtol=1e-3, atol=1e-4)
 
+    def test_every_channel_before_a_batch_norm_begins_with_the_same_size(self, prepared):
+        draft, context = prepared
+        network = learner(draft, context, "lsq")
+        names = [name for name, _ in network.get_submodule("norms").named_children()]
+        assert len(names) == 21  # every convolution of ResNet-20
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv2d):
+                sizes = module.weight.detach().flatten(1).norm(dim=1)
+                torch.testing.assert_close(sizes, torch.full_like(sizes, 2**0.5))
+
     def test_what_was_learned_goes_into_scales_and_the_integers_stay(self, weights_alone):
         draft, context = weights_alone
         network = learner(draft, context, "lsq").eval()

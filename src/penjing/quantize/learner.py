@@ -7,6 +7,7 @@ Learned step size (LSQ): Esser et al., ICLR 2020. Clipping that is learned (PACT
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -95,14 +96,18 @@ def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
     """The network with quantizers that learn, and with the batch norms that were folded alive behind its layers."""
     network = insert(draft.network, draft.plan)
     weights = {f"{name}:weight" for name in sites(draft.network)}
+    scales: dict[str, Learner] = {}
     for edge, node in _quantizers(network, draft.plan).items():
         entry = draft.plan.entries[edge]
         fixed = entry.spec.scale == "power_of_two" or (method == "pact" and edge in weights)
-        _replace(network, str(node.target), Learner(entry, "ste" if fixed else method))
+        made = Learner(entry, "ste" if fixed else method)
+        _replace(network, str(node.target), made)
+        if edge in weights:
+            scales[edge.removesuffix(":weight")] = made
     for name, module in list(network.named_modules()):
         if isinstance(module, FakeQuantize):  # of a bias: its grid follows from scales that still move
             _replace(network, name, nn.Identity())
-    _revive_norms(network, draft, context)
+    _revive_norms(network, draft, context, scales)
     network.recompile()
     return network
 
@@ -126,8 +131,13 @@ def _replace(network: fx.GraphModule, name: str, module: nn.Module) -> None:
 _NORMS: dict[int, type[nn.Module]] = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context) -> None:
-    """Put a batch norm, at first an identity, behind every layer that one was folded into."""
+def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context, scales: Mapping[str, Learner]) -> None:
+    """Put a batch norm, at first an identity, behind every layer that one was folded into.
+
+    Folding left channels of very different sizes, and behind a batch norm a step changes a channel by the inverse of
+    its size squared. So every channel takes the size that He et al. (ICCV 2015) begin with, √2, and its scale with it:
+    the integers stay, the batch norm divides it out again, and learning rates mean what they mean elsewhere.
+    """
     folded = {str(edit["layer"]) for edit in draft.edits if edit.get("edit") == "fold"}
     wanted = {
         name
@@ -153,10 +163,16 @@ def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context) -> No
             continue
         mean, variance = statistics[site(node)]
         norm: Any = _NORMS[_rank(draft, site(node))](len(mean))
+        layer: Any = network.get_submodule(site(node))
         with torch.no_grad():
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-            norm.weight.copy_(torch.sqrt(variance + norm.eps))
+            sizes = layer.weight.flatten(1).norm(dim=1)
+            factor = torch.where(sizes > 1e-6, math.sqrt(2) / sizes.clamp(min=1e-6), 1.0)
+            layer.weight *= factor.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            layer.bias *= factor
+            scales[site(node)].scale.mul_(factor)
+            norm.running_mean.copy_(mean * factor)
+            norm.running_var.copy_(variance * factor**2)
+            norm.weight.copy_(torch.sqrt(norm.running_var + norm.eps) / factor)
             norm.bias.copy_(mean)
         name = site(node).replace(".", "_")
         holder.add_module(name, norm)

@@ -44,6 +44,8 @@ class QAT:
         learning_rate: Peak of the schedule.
         optimizer: "sgd" or "adamw".
         weight_decay: On weights.
+        max_grad_norm: Clip the gradient's L2 norm; None leaves it alone. The first steps after few bits came in are
+            far from the teacher.
         distill: Weight of the distance to the source network's outputs beside `Task.loss`; 0 leaves it out.
         temperature: Of the softened classes that are compared (Hinton et al. 2015).
         freeze_norms: Fraction of the steps after which batch norms keep their statistics.
@@ -60,6 +62,7 @@ class QAT:
     learning_rate: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 1e-4
+    max_grad_norm: float | None = 1.0
     distill: float = 1.0
     temperature: float = 4.0
     freeze_norms: float = 0.7
@@ -119,6 +122,7 @@ class QAT:
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
             autocast=self.autocast,
             losses=losses,
             hooks=hooks,
