@@ -114,7 +114,7 @@ class TestTheNetwork:
         network = learner(draft, context, "lsq")
         names = [name for name, _ in network.get_submodule("norms").named_children()]
         assert len(names) == 21  # every convolution of ResNet-20
-        for name, module in network.named_modules():
+        for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 sizes = module.weight.detach().flatten(1).norm(dim=1)
                 torch.testing.assert_close(sizes, torch.full_like(sizes, 2**0.5))
