@@ -71,6 +71,9 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Dropout, "dropout"),
 )
 
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+"""Kinds that are a stack of layers in one operator."""
+
 
 def kind(network: fx.GraphModule, node: fx.Node) -> str:
     """What a node computes, in one word: "conv", "linear", "add", "clip", "avg_pool", "reshape", …"""
@@ -99,6 +102,11 @@ def operator_name(node: fx.Node) -> str:
 def site(node: fx.Node) -> str:
     """The stable name of an operator, see the module's docstring; inputs are called by their own name."""
     return str(node.meta.get("site", node.name))
+
+
+def layer_site(name: str, layer: int) -> str:
+    """What a layer of a recurrent stack is called: the first one as the stack."""
+    return f"{name}/layer{layer}" if layer else name
 
 
 def sites(network: fx.GraphModule) -> dict[str, fx.Node]:

@@ -1,4 +1,6 @@
-"""Penjing's own operators ``penjing::quantize``, ``dequantize`` and ``linear_dynamic``, which runtimes translate.
+"""Penjing's own operators ``penjing::quantize``, ``dequantize``, ``linear_dynamic`` and ``lstm_dynamic``.
+
+Runtimes translate them.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018: q = clamp(round(x / scale) + zero_point, low, high), x̂ = (q − zero_point) · scale, rounding half to even.
@@ -80,10 +82,7 @@ def linear_dynamic(
     Returns:
         (…, out), float32.
     """
-    step, zero = measured(x, UNSIGNED)
-    q = integers(x, step, zero, UNSIGNED) - zero
-    product = q.double() @ (weight.double() - zero_point.double())  # every sum of integers is exact
-    result = product.to(torch.float32) * (step * scale)
+    result = _product(x, weight.double() - zero_point.double(), scale)
     return result if bias is None else result + bias
 
 
@@ -92,3 +91,72 @@ def _(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@torch.library.custom_op("penjing::lstm_dynamic", mutates_args=())
+def lstm_dynamic(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One LSTM layer whose products are computed in integers.
+
+    The input takes one scale for all of it, the hidden state one at every step, from their own extremes. Gates stand
+    in the order input, output, forget, cell; sums and gates are float32.
+
+    Args:
+        x: (steps, batch, in), float32.
+        hidden: (directions, batch, hidden), float32, the state before the first step.
+        cell: The same of the cell.
+        input_weight: (directions, in, 4·hidden), int8; the second direction reads from the end.
+        input_scale: (directions, 4·hidden), float32.
+        hidden_weight: (directions, hidden, 4·hidden), int8.
+        hidden_scale: (directions, 4·hidden), float32.
+        bias: (directions, 8·hidden), float32: that of the input's product, then that of the state's.
+
+    Returns:
+        (steps, batch, directions·hidden), and hidden state and cell after the last step.
+    """
+    outputs, states, cells = [], [], []
+    for d in range(len(input_weight)):
+        h, c = hidden[d], cell[d]
+        given = _product(x, input_weight[d], input_scale[d]) + bias[d].reshape(2, -1).sum(0)
+        steps: list[torch.Tensor] = []
+        for gates in given.flip(0) if d else given:
+            i, o, f, g = (gates + _product(h, hidden_weight[d], hidden_scale[d])).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            steps.append(h)
+        outputs.append(torch.stack(steps[::-1] if d else steps))
+        states.append(h)
+        cells.append(c)
+    return torch.cat(outputs, -1), torch.stack(states), torch.stack(cells)
+
+
+@lstm_dynamic.register_fake
+def _(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = hidden_weight.shape[0] * hidden_weight.shape[1]
+    state = (hidden_weight.shape[0], x.shape[1], hidden_weight.shape[1])
+    return x.new_empty((x.shape[0], x.shape[1], width)), x.new_empty(state), x.new_empty(state)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (…, in) · weight (in, out) in integers, x on a grid over its own extremes: (…, out), float32."""
+    step, zero = measured(x, UNSIGNED)
+    q = integers(x, step, zero, UNSIGNED) - zero
+    # In double precision, where every sum of integers is exact.
+    return (q.double() @ weight.double()).to(torch.float32) * (step * scale)

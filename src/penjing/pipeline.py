@@ -24,7 +24,7 @@ from penjing.draft import Draft
 from penjing.errors import PenjingError, TaskError
 from penjing.events import Events
 from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, STATE, RunFolder, writing
-from penjing.graph import sites
+from penjing.graph import RECURRENT, sites
 from penjing.outputs import flatten_outputs, numpy_predictor, to_numpy
 from penjing.plan import Plan
 from penjing.recipe import Recipe
@@ -33,12 +33,13 @@ from penjing.runtimes.artifact import Manifest, arrange, predictor, read_manifes
 from penjing.runtimes.loader import write_loader
 from penjing.step import Context, Step
 from penjing.surgery import freeze, insert
+from penjing.surgery.recurrent import weights
 from penjing.task import Call, Task, calibration_calls
 from penjing.usercode import line_of
 
 EVIDENCE_SAMPLES = 32
 INTEGER = ("int8", "int8-bf16")
-COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool")
+COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool", *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -420,13 +421,15 @@ def _layers(
 
 def _weight_bytes(network: fx.GraphModule, row: LayerRow, plan: Plan) -> int:
     """Bytes of a layer's parameters as the artifact stores them: integer weights, int32 biases."""
-    entry = plan.entries.get(f"{row.name}:weight")
-    if entry is None or not row.weight_bytes:
-        return row.weight_bytes
-    weight = network.get_submodule(row.name.split("@")[0]).weight
-    assert isinstance(weight, torch.Tensor)
-    saved = weight.numel() * weight.element_size() - -(-weight.numel() * entry.spec.bits // 8)
-    return row.weight_bytes - saved
+    stored: dict[str, Any] = {}
+    if row.kind in RECURRENT and f"{row.name}:in0" in plan.entries:
+        stored = weights(network, sites(network)[row.name])
+    elif f"{row.name}:weight" in plan.entries and row.weight_bytes:
+        stored = {f"{row.name}:weight": network.get_submodule(row.name.split("@")[0]).weight}
+    saved = sum(
+        w.numel() * w.element_size() - -(-w.numel() * plan.entries[edge].spec.bits // 8) for edge, w in stored.items()
+    )
+    return row.weight_bytes - int(saved)
 
 
 def _why_float(planned: str, executed: str | None, runtime: str) -> str:

@@ -174,6 +174,7 @@ class Accelerates:
         weights: Every format of weights that its integer kernels take.
         activations: Every format of activations that they take.
         dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
+        recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
         notes: Sentences for the user, each about this processor.
     """
 
@@ -188,6 +189,7 @@ class Accelerates:
     weights: Formats = Formats()
     activations: Formats = Formats()
     dynamic: QuantSpec | None = QuantSpec(signed=False, symmetric=False, range="dynamic")
+    recurrent: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -201,5 +203,6 @@ GENERIC = Accelerates(
     integer=frozenset({"conv", "linear", "add", "cat", "avg_pool"}),
     absorbs=frozenset({"relu", "clip"}),
     passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+    recurrent=frozenset({"lstm"}),
 )
 """What plans are made for when no runtime is named."""

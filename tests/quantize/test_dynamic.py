@@ -64,7 +64,7 @@ def test_linear_layers_are_planned_without_any_data_and_the_rest_says_why_not():
     for name in LINEAR:
         assert draft.plan.entries[f"{name}:in0"] == Entry(UNSIGNED)
         assert len(draft.plan.entries[f"{name}:weight"].scale) == draft.network.get_submodule(name).out_features
-    assert "linear layers alone" in draft.plan.floats["mix"]
+    assert "linear and recurrent layers alone" in draft.plan.floats["mix"]
     assert "/add#0" in draft.plan.floats
     assert Plan.from_json(draft.plan.to_json()) == draft.plan
 
@@ -207,20 +207,98 @@ def test_openvino_leaves_widths_that_no_groups_fill_in_floating_point():
     assert not plan and "at run time" in plan.floats["1"]
 
 
-@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
-def test_recurrent_layers_stay_in_floating_point_and_say_so(cls):
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cells, self.head = cls(8, 16, batch_first=True), nn.Linear(16, 3)
+class Tagger(nn.Module):
+    """Tokens to classes: an embedding, a recurrent stack in both directions, a linear layer; (batch, 9) to (…, 5)."""
 
-        def forward(self, x):
-            return self.head(self.cells(x)[0][:, -1])
+    def __init__(self, cell=nn.LSTM, **settings):
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.cells = cell(16, 24, **{"num_layers": 2, "batch_first": True, "bidirectional": True} | settings)
+        self.head = nn.Linear(48 if self.cells.bidirectional else 24, 5)
 
-    task = Task(example=torch.randn(2, 5, 8))
-    draft = Dynamic()(Draft(raise_network(Recurrent().eval(), *task.call())), Context(task=task))
-    assert set(draft.plan.entries) == {"head:in0", "head:weight"}
-    assert [reason for reason in draft.plan.floats.values() if "recurrent" in reason]
+    def forward(self, ids):
+        words = self.words(ids) if self.cells.batch_first else self.words(ids).transpose(0, 1)
+        every, last = self.cells(words)
+        every = every if self.cells.batch_first else every.transpose(0, 1)
+        state = last[0] if isinstance(last, tuple) else last
+        return self.head(every), state
+
+
+def recurrent(runtime=None, cell=nn.LSTM, **settings):
+    torch.manual_seed(3)
+    model = Tagger(cell, **settings)
+    with torch.no_grad():
+        for parameter in model.cells.parameters():
+            parameter *= 3  # gates that open and close
+    task = Task(example=torch.randint(0, 50, (2, 9)))
+    network = raise_network(model.eval(), *task.call())
+    accelerates = here(runtime) if runtime else None
+    return Dynamic()(Draft(network), Context(task=task, accelerates=accelerates)), task
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_layers": 1, "bidirectional": False},
+        {"num_layers": 3, "bidirectional": False, "batch_first": False},
+        {"bias": False},
+    ],
+)
+def test_an_lstm_computes_in_integers_what_torch_says_it_does(tmp_path, settings):
+    draft, task = recurrent("onnxruntime", **settings)
+    assert "cells/lstm#0:in0" in draft.plan.entries and "cells/lstm#0" not in draft.plan.floats
+    manifest = artifact(draft, task, "onnxruntime", tmp_path)
+    simulated = insert(draft.network, draft.plan)
+    session = runtimes.open_artifact(tmp_path, 1)
+    for samples in (1, 5):
+        x = torch.randint(0, 50, (samples, 9))
+        with torch.no_grad():
+            planned, source = simulated(x), draft.network(x)
+        for mine, wanted, exact in zip(session.run([x.numpy()]), planned, source, strict=True):
+            assert mine.shape == wanted.shape
+            noise = (wanted - exact).abs().max()
+            assert 1e-4 < noise < 0.1
+            np.testing.assert_allclose(mine, wanted.numpy(), atol=0.1 * float(noise))
+    executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
+    assert executed["cells/lstm#0"] == "int8"
+    matrices = sum(p.numel() for n, p in draft.network.named_parameters() if n.startswith("cells.weight"))
+    others = sum(p.numel() for p in draft.network.parameters()) - matrices
+    assert (tmp_path / "model.onnx").stat().st_size < matrices + 4 * others + 15_000
+
+
+def test_an_lstm_in_floating_point_is_found_in_the_runtime(tmp_path):
+    draft, task = recurrent("onnxruntime")
+    structure = flatten_outputs(draft.network(*task.call()[0]))[1]
+    manifest = pipeline.build(draft, "onnxruntime", "fp32", task, structure, tmp_path)
+    executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
+    assert executed["cells/lstm#0"] == "fp32"
+
+
+def test_the_lstm_operator_is_a_good_citizen_of_torch():
+    torch.manual_seed(0)
+    state = torch.randn(2, 3, 4)
+    q = [torch.randint(-127, 128, (2, n, 16), dtype=torch.int8) for n in (5, 4)]
+    scales = [torch.rand(2, 16) * 0.01 for _ in q]
+    arguments = (torch.randn(6, 3, 5), state, state, q[0], scales[0], q[1], scales[1], torch.randn(2, 32))
+    torch.library.opcheck(torch.ops.penjing.lstm_dynamic.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "runtime, cell, settings, why",
+    [
+        ("openvino", nn.LSTM, {}, "openvino has no integer kernel for lstm"),
+        ("onnxruntime", nn.GRU, {}, "onnxruntime has no integer kernel for gru"),
+        (None, nn.RNN, {"nonlinearity": "relu"}, "no integer kernel for rnn_relu"),
+        (None, nn.LSTM, {"proj_size": 24, "hidden_size": 30, "input_size": 16}, "state is projected"),
+    ],
+)
+def test_recurrent_layers_without_a_kernel_stay_in_floating_point_and_say_why(runtime, cell, settings, why):
+    if "proj_size" in settings:
+        cell, settings = (lambda *_, **more: nn.LSTM(16, 30, proj_size=24, **more)), {}
+    draft, _ = recurrent(runtime, cell, **settings)
+    assert not [edge for edge in draft.plan.entries if edge.startswith("cells")]
+    assert [reason for reason in draft.plan.floats.values() if why in reason], draft.plan.floats
 
 
 @both

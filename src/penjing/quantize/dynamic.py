@@ -1,4 +1,4 @@
-"""Dynamic quantization: linear layers in integers, without calibration; the range of an input is taken when it comes.
+"""Dynamic quantization: linear and recurrent layers in integers, without calibration; ranges are taken at run time.
 
 As in torch's `quantize_dynamic` (2019) and Zafrir et al., "Q8BERT: Quantized 8Bit BERT", EMC2 at NeurIPS 2019, with
 int8 weights per output channel. What is measured at run time costs a pass over the input of every layer.
@@ -14,19 +14,18 @@ from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import kind, site, sites
+from penjing.graph import RECURRENT, kind, site, sites
 from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, weight_range
 from penjing.quantize.placement import CHECKED
 from penjing.quantize.static import matches
 from penjing.step import Context
-
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+from penjing.surgery import recurrent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Quantize the weights of linear layers; their inputs are quantized at run time, to 8 bits.
+    """Quantize the weights of linear layers and LSTMs; what they multiply is quantized at run time, to 8 bits.
 
     Everything else stays in floating point. No calibration data is read.
 
@@ -69,22 +68,29 @@ class Dynamic:
                 continue
             assert accelerates.dynamic is not None
             entries[f"{name}:in0"] = Entry(accelerates.dynamic)
-            entries[f"{name}:weight"] = self._weight(draft.network.get_submodule(str(node.target)), accelerates)
+            if what in RECURRENT:
+                matrices = recurrent.weights(draft.network, node)
+                entries |= {edge: self._weight(weight, accelerates) for edge, weight in matrices.items()}
+            else:
+                layer: Any = draft.network.get_submodule(str(node.target))
+                entries[f"{name}:weight"] = self._weight(layer.weight, accelerates)
         return replace(draft, plan=Plan(dict(sorted(entries.items())), floats))
 
-    def _weight(self, layer: Any, accelerates: Accelerates) -> Entry:
+    def _weight(self, weight: torch.Tensor, accelerates: Accelerates) -> Entry:
         bits = min(self.weight_bits, accelerates.weight.bits)
         spec: QuantSpec = replace(accelerates.weight, bits=bits, range=self.weight_range)
-        scale, zero = scale_and_zero_point(*weight_range(layer.weight, spec), spec)
+        scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
         return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
     """Why a node stays in floating point; None when it is quantized."""
     if what in RECURRENT:
-        return "recurrent layers are not quantized: no runtime's integer kernel for them is written yet"
+        if what not in accelerates.recurrent:
+            return f"{accelerates.runtime} has no integer kernel for {what} that takes its ranges at run time"
+        return recurrent.refusal(network, node)
     if what != "linear":
-        return "its range would be taken at run time, and that is done for linear layers alone"
+        return "its range would be taken at run time, and that is done for linear and recurrent layers alone"
     if node.op != "call_module":
         return "its weight is computed, not stored"
     if accelerates.dynamic is None:

@@ -17,7 +17,7 @@ from torch import fx
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
 from penjing.exporting import export, input_names
-from penjing.graph import is_tensor, kind
+from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site
 from penjing.runtimes import onnx_rewrites
 from penjing.runtimes.artifact import Port
 
@@ -108,11 +108,55 @@ def _translations() -> dict[Any, Any]:
         result = op.Mul(product, op.Mul(step, scale))
         return result if bias is None else op.Add(result, bias)
 
+    lstm_operator = onnxscript.values.Op(
+        onnxscript.values.Opset("com.microsoft", 1), "DynamicQuantizeLSTM", _lstm_schema()
+    )
+
+    def lstm_dynamic(x, hidden, cell, w, w_scale, r, r_scale, bias):  # type: ignore[no-untyped-def]
+        directions, _, gates = w.shape
+        y, hidden, cell = lstm_operator(
+            x, w, r, bias, None, hidden, cell, None,
+            w_scale, op.Cast(op.Mul(w_scale, 0.0), to=3), r_scale, op.Cast(op.Mul(r_scale, 0.0), to=3),
+            direction="bidirectional" if directions == 2 else "forward", hidden_size=gates // 4,
+        )  # fmt: skip
+        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
+
     return {
+        torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
         torch.ops.penjing.quantize.default: quantize,
         torch.ops.penjing.dequantize.default: dequantize,
         torch.ops.penjing.linear_dynamic.default: linear_dynamic,
     }
+
+
+def _lstm_schema() -> Any:
+    """ONNX Runtime's operator: what the exporter asks of one that is not in the standard."""
+    import onnx
+
+    schema = onnx.defs.OpSchema
+    inputs = (
+        ("X", "T"), ("W", "I"), ("R", "I"), ("B", "T"), ("sequence_lens", "L"), ("initial_h", "T"), ("initial_c", "T"),
+        ("P", "T"), ("W_scale", "T"), ("W_zero_point", "I"), ("R_scale", "T"), ("R_zero_point", "I"),
+    )  # fmt: skip
+    option = schema.FormalParameterOption.Optional
+    kinds = onnx.defs.OpSchema.AttrType
+    return schema(
+        "DynamicQuantizeLSTM",
+        "com.microsoft",
+        1,
+        inputs=[
+            schema.FormalParameter(name, kind, param_option=option)
+            if name in ("sequence_lens", "P")
+            else schema.FormalParameter(name, kind)
+            for name, kind in inputs
+        ],
+        outputs=[schema.FormalParameter(name, "T") for name in ("Y", "Y_h", "Y_c")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int8)"], ""), ("L", ["tensor(int32)"], "")],
+        attributes=[
+            schema.Attribute("direction", kinds.STRING, required=False),
+            schema.Attribute("hidden_size", kinds.INT, required=False),
+        ],
+    )
 
 
 @contextlib.contextmanager
@@ -138,7 +182,9 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
     wanted: dict[str, list[str]] = defaultdict(list)
     for node in network.graph.nodes:
         if node.op in ("call_module", "call_function") and is_tensor(node):
-            wanted[kind(network, node)].append(str(node.meta.get("site", "")))
+            made = kind(network, node)
+            layers = arguments(node)["num_layers"] if made in RECURRENT else 1  # the exporter writes a node for each
+            wanted[made] += [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
     stored = {tensor.name for tensor in model.graph.initializer}
     found: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
@@ -178,6 +224,9 @@ _ONNX_KINDS = {
     "ConvTranspose": "conv_transpose",
     "Gemm": "linear",
     "MatMulInteger": "linear_dynamic",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "DynamicQuantizeLSTM": "lstm_dynamic",
     "Concat": "cat",
     "Relu": "relu",
     "Clip": "clip",

@@ -32,6 +32,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
+        recurrent=frozenset({"lstm"}),
         notes=(note,) if note else (),
     )
 

@@ -11,8 +11,9 @@ from torch import fx, nn
 
 from penjing import grid, operators
 from penjing.errors import QuantizationError
-from penjing.graph import is_tensor, kind, sites, tensor_inputs
+from penjing.graph import RECURRENT, is_tensor, kind, sites, tensor_inputs
 from penjing.plan import Entry, Plan
+from penjing.surgery import recurrent
 
 
 class FakeQuantize(nn.Module):
@@ -75,7 +76,10 @@ def insert(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         stored = network.graph.get_attr(f"{layer}.bias")
         return stored if entry is None else place(stored, entry)
 
-    _rewire(network, plan, place, weight, bias)
+    def keep(name: str, value: torch.Tensor) -> fx.Node:
+        return _stored(network, f"quantizers.{name}", value)
+
+    _rewire(network, plan, place, weight, bias, keep)
     return network
 
 
@@ -87,14 +91,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     network.add_module("integers", nn.Module())
 
     def constant(name: str, value: torch.Tensor) -> fx.Node:
-        holder: nn.Module = network.get_submodule("integers")
-        *path, leaf = name.split(".")
-        for part in path:
-            if not hasattr(holder, part):
-                holder.add_module(part, nn.Module())
-            holder = getattr(holder, part)
-        holder.register_buffer(leaf, value)
-        return network.graph.get_attr(f"integers.{name}")
+        return _stored(network, f"integers.{name}", value)
 
     def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
         # A single number has no axis: runtimes take a one-element vector for one channel.
@@ -169,11 +166,23 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             return constant(name_for(layer, "bias", None), value.detach())
         return stored(layer, "bias", entry)
 
-    _rewire(network, plan, place, weight, bias, dynamic)
+    _rewire(network, plan, place, weight, bias, constant, dynamic)
     for layer, _ in written:
         if not _is_used(network, layer):
             network.delete_submodule(layer)  # float weights without a user would stay in a saved program
     return network
+
+
+def _stored(network: fx.GraphModule, path: str, value: torch.Tensor) -> fx.Node:
+    """Keep a tensor under a dotted path and read it."""
+    holder: nn.Module = network
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    holder.register_buffer(leaf, value)
+    return network.graph.get_attr(path)
 
 
 def _is_used(network: fx.GraphModule, layer: str) -> bool:
@@ -199,11 +208,13 @@ def _rewire(
     place: Callable[[fx.Node, Entry], fx.Node],
     weight: Callable[[str, Entry], fx.Node],
     bias: Callable[[str, Entry | None], fx.Node | None],
+    store: Callable[[str, torch.Tensor], fx.Node],
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
     found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
     placed: dict[tuple[fx.Node, Entry], fx.Node] = {}
+    cells: dict[str, fx.Node] = {}
     for edge, entry in plan.entries.items():
         name, _, port = edge.rpartition(":")
         if name not in found:
@@ -215,6 +226,9 @@ def _rewire(
         if port == "weight":
             continue
         consumer = found[name]
+        if kind(network, consumer) in RECURRENT:
+            cells[name] = consumer
+            continue
         if entry.dynamic and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries):
             raise QuantizationError(
                 "a range taken at run time is for linear layers with quantized weights",
@@ -230,6 +244,8 @@ def _rewire(
         name, _, port = edge.rpartition(":")
         if port == "weight":
             _functional_layer(network, found[name], plan, entry, weight, bias, dynamic)
+    for node in cells.values():
+        recurrent.in_integers(network, node, plan, store)
     network.graph.lint()
     network.recompile()
 
