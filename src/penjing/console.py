@@ -26,6 +26,7 @@ class Progressing:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bars: dict[str, TaskID] = {}
+        self.covered: set[str] = set()  # a repair that is tried many times says once how far it reaches
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,7 +75,9 @@ class Progressing:
             self.console.print(f"          {event['site']}: {event['reason']}", highlight=False, markup=False)
         elif kind == "covered":
             text = f"          {event['step']} covers {event['layers']} of {event['total']} layers"
-            self.console.print(text, highlight=False)
+            if text not in self.covered:
+                self.console.print(text, highlight=False)
+            self.covered.add(text)
         elif kind == "resumed":
             self.console.print(f"          kept: {event.get('candidate') or event.get('step')}", highlight=False)
 

@@ -60,12 +60,12 @@ class AdaRound:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with weights on their grids, biases corrected."""
-        return repaired(draft, context, self.samples, "adaround", self._weight, PIECES)
+        return repaired(draft, context, self.samples, "AdaRound", self._weight, PIECES)
 
-    def _weight(self, layer: lockstep.Layer) -> torch.Tensor:
+    def _weight(self, layer: lockstep.Layer) -> torch.Tensor | None:
         return layer.weight if layer.entry is None else self._chosen(layer, layer.entry)
 
-    def _chosen(self, layer: lockstep.Layer, entry: Entry) -> torch.Tensor:
+    def _chosen(self, layer: lockstep.Layer, entry: Entry) -> torch.Tensor | None:
         """The adaptive rounding, or the nearest where that is better on samples that the adaptive one has not seen.
 
         A layer with many inputs and few samples can be fitted to their noise; the last quarter of them tells.
@@ -73,7 +73,7 @@ class AdaRound:
         count = len(layer.inputs)
         fitted = layer.part(0, count - count // 4) if count > 3 else layer
         if (found := gram(fitted)) is None:
-            return layer.weight
+            return None
         adaptive = self._rounded(layer, entry, *found)
         if fitted is layer:
             return adaptive

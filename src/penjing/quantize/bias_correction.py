@@ -29,4 +29,7 @@ class BiasCorrection:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with corrected biases; where nothing is quantized, there is nothing to correct."""
-        return repaired(draft, context, self.samples, "bias correction", lambda layer: layer.weight)
+        return repaired(
+            draft, context, self.samples, "BiasCorrection",
+            lambda layer: None if layer.module.bias is None else layer.weight,
+        )  # fmt: skip

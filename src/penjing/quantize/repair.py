@@ -19,7 +19,7 @@ def repaired(
     context: Context,
     samples: int,
     label: str,
-    weigh: Callable[[lockstep.Layer], torch.Tensor],
+    weigh: Callable[[lockstep.Layer], torch.Tensor | None],
     pieces: int = 1,
 ) -> Draft:
     """A draft whose layers were repaired in the order of execution, each behind its repaired predecessors.
@@ -29,7 +29,8 @@ def repaired(
         context: Its task has the calibration data.
         samples: So many of them are held in memory together.
         label: What progress is reported as.
-        weigh: The weight that a layer shall have; `layer.weight` where it keeps its own.
+        weigh: The weight that a layer shall have; `layer.weight` where it keeps its own, None where the repair does
+            not reach it. How many of the quantized layers it reaches is reported as "covered".
         pieces: The samples come in at least so many chunks.
     """
     if not draft.plan:
@@ -38,13 +39,18 @@ def repaired(
     draft = draft.copy()
     layers = lockstep.countable(source)
     done: list[str] = []
+    covered: set[str] = set()
 
     def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
         if layer.site not in layers:
             return None
         module: Any = draft.network.get_submodule(layer.site)
         weight = weigh(layer)
-        if weight is not layer.weight:
+        if weight is not None and layer.entry is not None:
+            covered.add(layer.site)
+        if weight is None:
+            weight = layer.weight
+        elif weight is not layer.weight:
             module.weight.copy_(weight)
         done.append(layer.site)
         context.events("progress", label=label, done=len(done), total=len(layers))
@@ -56,4 +62,6 @@ def repaired(
         return lockstep.shifted(outputs, shift, layer.axis)
 
     lockstep.run(source, draft.plan, chunks(context, source, samples, pieces), watch)
+    total = sum(edge.endswith(":weight") for edge in draft.plan.entries)
+    context.events("covered", step=label, layers=len(covered), total=total)
     return replace(draft)
