@@ -59,7 +59,7 @@ def build(name: str, folder: Path) -> list[str]:
     import ptq_cost
     import torch
 
-    from penjing import measure, pipeline, runtimes
+    from penjing import building, measure, runtimes
     from penjing.draft import Draft
     from penjing.network import raise_network
     from penjing.quantize import Static
@@ -81,7 +81,7 @@ def build(name: str, folder: Path) -> list[str]:
                 quantized = Static()(draft, Context(task=task, accelerates=accelerates))
             aside = folder / f"penjing {runtime} {precision}"
             aside.mkdir()
-            pipeline.build(quantized, runtime, precision, task, {"kind": "tensor"}, aside)
+            building.build(quantized, runtime, precision, task, {"kind": "tensor"}, aside)
             made.append(aside.name)
     for peer in ("nncf", "ort-minmax"):
         aside = folder / peer

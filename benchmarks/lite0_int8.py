@@ -75,7 +75,7 @@ def make(name: str, folder: Path) -> None:
             )  # fmt: skip
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
-        from penjing import measure, pipeline, runtimes
+        from penjing import building, measure, runtimes
         from penjing.draft import Draft
         from penjing.network import raise_network
         from penjing.recipe import Recipe
@@ -91,7 +91,7 @@ def make(name: str, folder: Path) -> None:
         context = Context(task=task, accelerates=accelerates, source=raised, events=events)
         for step in Recipe.from_data(RECIPES.get(how, [])):
             draft = step(draft, context)
-        pipeline.build(draft, kind, "int8" if how in RECIPES else how, task, {"kind": "tensor"}, folder)
+        building.build(draft, kind, "int8" if how in RECIPES else how, task, {"kind": "tensor"}, folder)
     seconds = time.perf_counter() - start
     (folder / "made.json").write_text(json.dumps({"seconds": seconds, "log": log}, default=str))
 

@@ -121,7 +121,7 @@ def make(name: str, folder: Path) -> None:
             )  # fmt: skip
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
-        from penjing import measure, pipeline, runtimes
+        from penjing import building, measure, runtimes
         from penjing.draft import Draft
         from penjing.network import raise_network
         from penjing.recipe import Recipe
@@ -134,7 +134,7 @@ def make(name: str, folder: Path) -> None:
         accelerates = runtimes.get(kind).accelerates(measure.machine(THREADS).instruction_sets)
         for step in Recipe.from_data(recipe):
             draft = step(draft, Context(task=task, accelerates=accelerates, source=raised))
-        pipeline.build(draft, kind, precision, task, {"kind": "tensor"}, folder)
+        building.build(draft, kind, precision, task, {"kind": "tensor"}, folder)
     (folder / "made.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
 
 

@@ -38,10 +38,10 @@ def judged(draft, task, network, folder: Path) -> dict:
     import numpy as np
     import torch
 
-    from penjing import measure, pipeline, runtimes
+    from penjing import building, measure, runtimes
     from penjing.runtimes.artifact import predictor, read_manifest
 
-    manifest = pipeline.build(draft, "onnxruntime", "int8", task, {"kind": "tensor"}, folder)
+    manifest = building.build(draft, "onnxruntime", "int8", task, {"kind": "tensor"}, folder)
     predict = predictor(runtimes.open_artifact(folder, THREADS), read_manifest(folder))
     signal, noise = [], []
 

@@ -73,7 +73,7 @@ def _penjing(network, pictures, folder):
     from dataclasses import replace
 
     from examples.imagenet_lite0.task import task as lite0_task
-    from penjing import measure, pipeline, runtimes
+    from penjing import building, measure, runtimes
     from penjing.draft import Draft
     from penjing.network import raise_network
     from penjing.quantize import AdaRound, Static
@@ -85,7 +85,7 @@ def _penjing(network, pictures, folder):
     context = Context(task=task, accelerates=accelerates)
     for step in (Static(samples=len(pictures)), AdaRound()):
         draft = step(draft, context)
-    pipeline.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
+    building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
 
 
 def _nncf(model, pictures, folder):

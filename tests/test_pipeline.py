@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import measure, pipeline, records, runtimes
+from penjing import building, evidence, measure, pipeline, records, runtimes
 from penjing.errors import ArtifactError, TaskError
 from penjing.events import Events
 from penjing.folder import EVIDENCE, RunFolder
@@ -91,7 +91,7 @@ class TestSource:
         assert manifest.runtime == "torch"
         with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
             stored = dict(data)
-        assert stored["input_000"].shape == (pipeline.EVIDENCE_SAMPLES, 3, 8, 8)
+        assert stored["input_000"].shape == (evidence.SAMPLES, 3, 8, 8)
         batches = [batch.numpy() for batch in run.task.calibration]
         np.testing.assert_array_equal(stored["input_000"][:20], batches[0])
         with torch.no_grad():
@@ -198,7 +198,7 @@ class TestCandidate:
         _, structure = pipeline.source(run)
         variant = Variant("onnxruntime", "fp32")
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "write_loader", lambda *arguments: 1 / 0)
+            patch.setattr(building, "write_loader", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 pipeline.candidate(run, Recipe(), variant, structure, None)
         assert list((run.folder.path / "candidates").iterdir()) == []
@@ -238,21 +238,21 @@ class TestCalls:
     def test_a_call_has_as_many_real_samples_as_were_asked_for(self, run):
         data = run.task.calibration[0]
         for batch in (1, 20, 33):
-            (x,), named = pipeline.one_call(run.task, batch)
+            (x,), named = evidence.one_call(run.task, batch)
             assert named == {} and x.shape == (batch, 3, 8, 8)
             assert torch.equal(x[: min(batch, 20)], data[:batch])
-        assert torch.equal(pipeline.one_call(run.task, 33)[0][0][20:], data[:13])  # from the start again
+        assert torch.equal(evidence.one_call(run.task, 33)[0][0][20:], data[:13])  # from the start again
 
     def test_without_calibration_data_it_is_the_example(self):
         task = Task(example={"x": torch.ones(1, 4), "y": torch.ones(1, 2)})
-        args, named = pipeline.one_call(task, 3)
+        args, named = evidence.one_call(task, 3)
         assert args == () and named["x"].shape == (3, 4) and named["y"].shape == (3, 2)
 
     def test_a_fixed_batch_stays_as_it_is(self):
         task = Task(example=torch.ones(2, 4), dynamic={})
-        assert pipeline.one_call(task, 7)[0][0].shape == (2, 4)
-        assert pipeline.batch_size(task, 7) == 2
-        assert pipeline.batch_size(Task(example=torch.ones(2, 4)), 7) == 7
+        assert evidence.one_call(task, 7)[0][0].shape == (2, 4)
+        assert evidence.batch_size(task, 7) == 2
+        assert evidence.batch_size(Task(example=torch.ones(2, 4)), 7) == 7
 
 
 class TestMetric:

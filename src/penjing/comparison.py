@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from penjing import measure, pipeline, runtimes
+from penjing import building, measure, pipeline, runtimes
 from penjing.draft import Draft
 from penjing.errors import TaskError
 from penjing.folder import ARTIFACT, SOURCE
@@ -74,7 +74,7 @@ def _other(spec: str, task: Task | None, aside: Path) -> Path:
     network = raise_network(source.module, *task.call(), task.dynamic)
     args, kwargs = task.call()
     structure = flatten_outputs(network(*args, **kwargs))[1]
-    pipeline.build(Draft(network), "torch", "fp32", task, structure, aside)
+    building.build(Draft(network), "torch", "fp32", task, structure, aside)
     return aside
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,32 +11,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from penjing import checkpoint, measure, runtimes
+from penjing import checkpoint, evidence, measure, runtimes
 from penjing.analyze.cost import cost
+from penjing.building import INTEGER, build, executed_rows
 from penjing.draft import Draft
 from penjing.errors import PenjingError, TaskError
 from penjing.events import Events
-from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, STATE, RunFolder, writing
-from penjing.graph import RECURRENT, sites
-from penjing.outputs import flatten_outputs, numpy_predictor, to_numpy
+from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder
+from penjing.outputs import flatten_outputs, numpy_predictor
 from penjing.plan import Plan
 from penjing.recipe import Recipe
-from penjing.records import Candidate, LayerRow, Measured, Parity, StepCost, from_dict
-from penjing.runtimes.artifact import Manifest, arrange, predictor, read_manifest, write_manifest
-from penjing.runtimes.loader import write_loader
+from penjing.records import Candidate, LayerRow, Measured, StepCost, from_dict
+from penjing.runtimes.artifact import Manifest, predictor, read_manifest
 from penjing.step import Context, Step
-from penjing.surgery import freeze, insert
-from penjing.surgery.recurrent import weights
-from penjing.task import Call, Task, calibration_calls
+from penjing.task import Task
+from penjing.trial import Trial
 from penjing.usercode import line_of
-
-EVIDENCE_SAMPLES = 32
-INTEGER = ("int8", "int8-bf16")
-COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool", *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -76,6 +66,15 @@ class Run:
     def context(self, runtime: str | None, folder: Path | None) -> Context:
         """What a step is told."""
         accelerates = runtimes.get(runtime).accelerates(self.instruction_sets) if runtime else None
+        trial = Trial(
+            runtime=runtime or "torch",
+            source=self.network,
+            stored=self.folder.path / SOURCE,
+            task=self.task,
+            threads=self.threads,
+            batch=self.batch,
+            seconds=self.seconds,
+        )
         return Context(
             task=self.task,
             seed=self.seed,
@@ -85,8 +84,8 @@ class Run:
             folder=folder,
             source=self.network,
             memo=self.memo,
-            latency=functools.partial(_side_by_side, self, runtime) if runtime else None,
-            profile=functools.partial(_profiled, self, runtime) if runtime == "openvino" else None,
+            latency=trial.latency if runtime else None,
+            profile=trial.profile if runtime == "openvino" else None,
         )
 
     @contextmanager
@@ -106,22 +105,15 @@ class Run:
 
 def source(run: Run) -> tuple[Manifest, Any]:
     """Store the source as a torch artifact and its answers on a few samples; manifest and output structure."""
-    args, kwargs = evidence_call(run.task)
+    args, kwargs = evidence.one_call(run.task, evidence.SAMPLES)
     with torch.no_grad():
         leaves, structure = flatten_outputs(run.network(*args, **kwargs))
     if not (run.folder.path / SOURCE).exists():
         with run.costing("export source"), run.folder.building(SOURCE) as aside:
             build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
     manifest = read_manifest(run.folder.path / SOURCE)
-    evidence = run.folder.path / EVIDENCE
-    if not evidence.exists():
-        inputs = arrange(manifest.programs[0].inputs, *_numpy(args, kwargs))
-        arrays: dict[str, Any] = _named("input", inputs) | _named("source", [to_numpy(t) for t in leaves])
-        aside_file = evidence.with_name(f".{EVIDENCE}.new")
-        with writing(run.folder.path):
-            with aside_file.open("wb") as file:
-                np.savez(file, **arrays)
-            os.replace(aside_file, evidence)
+    if not (run.folder.path / EVIDENCE).exists():
+        evidence.store_source(run.folder, run.task, manifest, leaves)
     return manifest, structure
 
 
@@ -145,40 +137,6 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
     return current
 
 
-def _side_by_side(run: Run, runtime: str, drafts: Sequence[Draft], precision: str) -> list[float]:
-    """Median latencies of drafts in a runtime, in milliseconds, measured in turns."""
-    with tempfile.TemporaryDirectory() as aside:
-        targets = [
-            measure.Target(
-                str(i), _built(run, d, runtime, precision, Path(aside) / str(i)), _timed_inputs(run), run.batch
-            )
-            for i, d in enumerate(drafts)
-        ]
-        timings = measure.compare(targets, threads=run.threads, seconds=run.seconds, warmup_seconds=0.3)
-    return [timings[str(i)].latency.median for i in range(len(drafts))]
-
-
-def _profiled(run: Run, runtime: str, draft: Draft, precision: str) -> list[tuple[tuple[str, ...], float]]:
-    """Times of a draft's operators in a runtime."""
-    with tempfile.TemporaryDirectory() as aside:
-        folder = _built(run, draft, runtime, precision, Path(aside) / "draft")
-        return [(t.sites, t.ms) for t in runtimes.profile(folder, _timed_inputs(run), run.threads)]
-
-
-def _built(run: Run, draft: Draft, runtime: str, precision: str, folder: Path) -> Path:
-    folder.mkdir()
-    args, kwargs = evidence_call(run.task, 2)
-    with torch.no_grad():
-        _, structure = flatten_outputs(run.network(*args, **kwargs))
-    build(draft, runtime, precision, run.task, structure, folder)
-    return folder
-
-
-def _timed_inputs(run: Run) -> list[np.ndarray]:
-    manifest = read_manifest(run.folder.path / SOURCE)
-    return arrange(manifest.programs[0].inputs, *_numpy(*one_call(run.task, run.batch)))
-
-
 def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:
     folder = run.folder.path / "state" / name
     if (folder / checkpoint.EDITS).exists():
@@ -190,15 +148,6 @@ def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:
         done = step(current, run.context(None if where == "all" else where, folder))
     checkpoint.save(done, folder)
     return done
-
-
-def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path) -> Manifest:
-    """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`."""
-    network = freeze(draft.network, draft.plan if precision in INTEGER else Plan())
-    manifest = runtimes.get(runtime).export(network, task.call(), task.dynamic, precision, structure, folder)
-    write_loader(folder / "load.py", manifest, ".", 1)
-    write_manifest(folder, manifest)
-    return manifest
 
 
 def candidate(
@@ -217,8 +166,8 @@ def candidate(
         manifest = read_manifest(folder)
         session = runtimes.open_artifact(folder, run.threads)
         plan = made.plan if variant.precision in INTEGER else Plan()
-        parity = _parity(run, session, made.network, plan)
-        rows, integer, floating = _layers(run, made, plan, manifest, folder)
+        parity = evidence.parity(run.folder, run.task, session, made.network, plan)
+        rows, integer, floating = executed_rows(made.network, plan, run.task.call(), manifest, folder)
         value = metric_of(metric, predictor(session, manifest), variant.name) if metric else None
         del session
         packed = _packed(run, folder, manifest)
@@ -249,7 +198,7 @@ def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Ti
     """Time the source and all candidates side by side, each in a process of its own; "source" is the source."""
     if kept := run.folder.kept("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
-    inputs = _timed_inputs(run)
+    inputs = evidence.arrays(read_manifest(run.folder.path / SOURCE), evidence.one_call(run.task, run.batch))
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
     with run.costing("measure latency"):
@@ -333,113 +282,6 @@ def source_predictor(run: Run) -> Callable[..., Any]:
     return numpy_predictor(run.network)
 
 
-def evidence_call(task: Task, count: int = EVIDENCE_SAMPLES) -> Call:
-    """A few real samples: the first of the calibration data, or the example where there is none."""
-    return one_call(task, count)
-
-
-def one_call(task: Task, batch: int) -> Call:
-    """One call of `batch` samples, repeated from real data where there are fewer."""
-    call = task.call()
-    if task.calibration is not None:
-        call = next(iter(calibration_calls(task, limit=1)))
-    if task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values()):
-        return task.call()  # the batch is fixed
-
-    def resize(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return value
-        times = -(-batch // value.shape[0])
-        return torch.cat([value] * times)[:batch].contiguous()
-
-    return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
-
-
-def batch_size(task: Task, wanted: int) -> int:
-    """Samples of one call: as many as are wanted, or the number that the network is fixed to."""
-    args, kwargs = one_call(task, wanted)
-    first = next(iter([*args, *kwargs.values()]))
-    return int(first.shape[0]) if first.dim() else wanted
-
-
-def _parity(run: Run, session: Any, network: fx.GraphModule, plan: Plan) -> tuple[Parity, ...]:
-    stored = _evidence(run)
-    original = [stored[k] for k in stored if k.startswith("source_")]
-    outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
-    planned = _planned(run, network, plan)
-    return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
-
-
-def _planned(run: Run, network: fx.GraphModule, plan: Plan) -> list[np.ndarray]:
-    """What the torch network with the plan's quantizers answers to the evidence."""
-    args, kwargs = evidence_call(run.task)
-    with torch.no_grad():
-        return [to_numpy(t) for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
-
-
-def _evidence(run: Run) -> dict[str, np.ndarray]:
-    with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
-        return {name: data[name] for name in data.files}
-
-
-def store_planned(run: Run, network: fx.GraphModule, plan: Plan) -> None:
-    """Add the chosen network's answers to the evidence, so that `verify` can compare without torch code."""
-    stored = {name: x for name, x in _evidence(run).items() if not name.startswith("planned_")}
-    stored |= _named("planned", _planned(run, network, plan))
-    aside = run.folder.path / STATE / EVIDENCE
-    with aside.open("wb") as file:
-        np.savez(file, **stored)  # type: ignore[arg-type]
-    os.replace(aside, run.folder.path / EVIDENCE)
-
-
-def _layers(
-    run: Run, made: Draft, plan: Plan, manifest: Manifest, folder: Path
-) -> tuple[tuple[LayerRow, ...], dict[str, int], dict[str, int]]:
-    """Rows with what the runtime really executed, and the operators counted by kind: integer and floating point."""
-    precision: dict[str, str] = {}
-    for operator in runtimes.executed(folder, manifest):
-        for name in operator.sites:
-            precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
-    found = sites(made.network)
-    rows = []
-    counts: dict[str, dict[str, int]] = {"int8": {}, "float": {}}
-    for row in cost(made.network, run.task.call()):
-        executed = precision.get(row.name)
-        # The input of a float layer may be quantized too: what counts for a layer is its weight.
-        edge = "weight" if row.kind in ("conv", "linear") else "in0"
-        planned = "int8" if f"{row.name}:{edge}" in plan.entries else manifest.settings.get("precision", "fp32")
-        reason = None
-        if row.name in found and row.kind in COUNTED and executed is not None:
-            group = counts["int8" if executed == "int8" else "float"]
-            group[row.kind] = group.get(row.kind, 0) + 1
-        if manifest.precision in INTEGER and executed != "int8" and row.kind in COUNTED:
-            reason = plan.floats.get(row.name) or _why_float(planned, executed, manifest.runtime)
-        stored = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(made.network, row, plan)
-        rows.append(replace(row, planned=planned, executed=executed, reason=reason, weight_bytes=stored))
-    return tuple(rows), counts["int8"], counts["float"]
-
-
-def _weight_bytes(network: fx.GraphModule, row: LayerRow, plan: Plan) -> int:
-    """Bytes of a layer's parameters as the artifact stores them: integer weights, int32 biases."""
-    stored: dict[str, Any] = {}
-    if row.kind in RECURRENT and f"{row.name}:in0" in plan.entries:
-        stored = weights(network, sites(network)[row.name])
-    elif f"{row.name}:weight" in plan.entries and row.weight_bytes:
-        stored = {f"{row.name}:weight": network.get_submodule(row.name.split("@")[0]).weight}
-    saved = sum(
-        w.numel() * w.element_size() - -(-w.numel() * plan.entries[edge].spec.bits // 8) for edge, w in stored.items()
-    )
-    return row.weight_bytes - int(saved)
-
-
-def _why_float(planned: str, executed: str | None, runtime: str) -> str:
-    if planned != "int8":
-        return "no edge of it is quantized"
-    if executed is None:
-        return f"{runtime} fused or removed it: its optimized graph does not show it"
-    return f"{runtime} did not use an integer kernel although its inputs are integers"
-
-
 def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
     total = 0
     for name in manifest.files():
@@ -448,11 +290,3 @@ def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
             run.memo[key] = measure.packed_bytes([folder / name])
         total += run.memo[key]
     return total
-
-
-def _numpy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(t.numpy() for t in args), {k: t.numpy() for k, t in kwargs.items()}
-
-
-def _named(prefix: str, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"{prefix}_{i:03d}": array for i, array in enumerate(arrays)}

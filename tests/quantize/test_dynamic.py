@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import pipeline, runtimes
+from penjing import building, runtimes
 from penjing.analyze import lockstep
 from penjing.draft import Draft
 from penjing.errors import QuantizationError, RecipeError
@@ -138,7 +138,7 @@ def test_the_operator_multiplies_what_the_simulation_rounds():
 def artifact(draft, task, runtime, folder):
     args, kwargs = task.call()
     structure = flatten_outputs(draft.network(*args, **kwargs))[1]
-    return pipeline.build(draft, runtime, "int8", task, structure, folder)
+    return building.build(draft, runtime, "int8", task, structure, folder)
 
 
 def here(runtime):
@@ -270,7 +270,7 @@ def test_an_lstm_computes_in_integers_what_torch_says_it_does(tmp_path, settings
 def test_an_lstm_in_floating_point_is_found_in_the_runtime(tmp_path):
     draft, task = recurrent("onnxruntime")
     structure = flatten_outputs(draft.network(*task.call()[0]))[1]
-    manifest = pipeline.build(draft, "onnxruntime", "fp32", task, structure, tmp_path)
+    manifest = building.build(draft, "onnxruntime", "fp32", task, structure, tmp_path)
     executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
     assert executed["cells/lstm#0"] == "fp32"
 

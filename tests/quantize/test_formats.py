@@ -7,11 +7,11 @@ from torch import nn
 
 import penjing as pj
 from penjing import runtimes
+from penjing.building import build
 from penjing.draft import Draft
 from penjing.errors import QuantizationError, RecipeError
 from penjing.grid import levels, rows
 from penjing.network import raise_network
-from penjing.pipeline import build
 from penjing.plan import GRIDS, Formats, QuantSpec
 from penjing.quantize import Static
 from penjing.step import Context

@@ -13,7 +13,7 @@ import torch
 from tiny_networks import CASES, Case, export
 from torch import nn
 
-from penjing import pipeline, runtimes
+from penjing import building, runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
 from penjing.graph import kind, sites
 from penjing.measure import size_bytes
@@ -117,7 +117,7 @@ def test_a_layer_that_the_plan_leaves_out_stays_float_between_quantized_neighbou
     plan = made.draft.plan
     kept = {edge: entry for edge, entry in plan.entries.items() if edge != "body:weight"}
     draft = replace(made.draft, plan=replace(plan, entries=kept))
-    manifest = pipeline.build(draft, runtime, "int8", made.task, made.structure, tmp_path)
+    manifest = building.build(draft, runtime, "int8", made.task, made.structure, tmp_path)
     found = {site: op.precision for op in runtimes.executed(tmp_path, manifest) for site in op.sites}
     assert (found["stem"], found["body"], found["head"]) == ("int8", "fp32", "int8")
     reference = insert(draft.network, draft.plan)

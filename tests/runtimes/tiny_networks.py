@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from penjing import pipeline, runtimes
+from penjing import building, pipeline, runtimes
 from penjing.draft import Draft
 from penjing.measure import machine
 from penjing.network import raise_network
@@ -156,6 +156,6 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
         draft = Static()(draft, Context(task=task, accelerates=accelerates))
     args, kwargs = task.call()
     structure = flatten_outputs(network(*args, **kwargs))[1]
-    manifest = pipeline.build(draft, runtime, precision, task, structure, folder)
+    manifest = building.build(draft, runtime, precision, task, structure, folder)
     reference = insert(draft.network, draft.plan) if draft.plan else network
     return Exported(case, network, reference, draft, manifest, folder, task, structure)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import penjing
-from penjing import checkpoint, measure, pipeline, records, runtimes
+from penjing import checkpoint, evidence, measure, pipeline, records, runtimes
+from penjing.building import INTEGER
 from penjing.draft import Draft
 from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events, Listener
@@ -242,7 +243,7 @@ def _start(
         seed=seed,
         device=device,
         threads=threads,
-        batch=pipeline.batch_size(task, batch),
+        batch=evidence.batch_size(task, batch),
         seconds=seconds,
         instruction_sets=instruction_sets,
     )
@@ -251,7 +252,7 @@ def _start(
 
 def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> list[Variant]:
     precisions = runtimes.get(name).accelerates(instruction_sets).precisions
-    return [Variant(name, p) for p in precisions if recipe.quantizes or p not in pipeline.INTEGER]
+    return [Variant(name, p) for p in precisions if recipe.quantizes or p not in INTEGER]
 
 
 def _source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, float | None]:
@@ -374,9 +375,9 @@ def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
         write_loader(aside / "load.py", read_manifest(aside), ".", run.threads)
     write_loader(path / "load.py", read_manifest(path / ARTIFACT), ARTIFACT, run.threads)
     made = pipeline.draft(run, recipe, Variant(chosen.runtime, chosen.precision))
-    plan = made.plan if chosen.precision in pipeline.INTEGER else Plan()
+    plan = made.plan if chosen.precision in INTEGER else Plan()
     checkpoint.save(replace(made, plan=plan), path)
-    pipeline.store_planned(run, made.network, plan)
+    evidence.store_planned(run.folder, run.task, made.network, plan)
     html.write(record, path / "report.html")
     write_text(path / RECORD, to_json(record))
     run.folder.finish()

@@ -1,0 +1,70 @@
+"""Drafts built and timed while a step is at work: for steps that decide by what a runtime measures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing import measure, runtimes
+from penjing.building import build
+from penjing.draft import Draft
+from penjing.evidence import arrays, one_call
+from penjing.outputs import flatten_outputs
+from penjing.runtimes.artifact import read_manifest
+from penjing.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Where drafts are tried out.
+
+    Attributes:
+        runtime: Its name.
+        source: The source network, for the form of its outputs.
+        stored: Folder of the source's artifact, for the order of its inputs.
+        task: Gives the samples.
+        threads: As many as the run measures with.
+        batch: Samples of a call.
+        seconds: Time for every draft.
+    """
+
+    runtime: str
+    source: fx.GraphModule
+    stored: Path
+    task: Task
+    threads: int
+    batch: int
+    seconds: float
+
+    def latency(self, drafts: Sequence[Draft], precision: str) -> list[float]:
+        """Median latencies in milliseconds, measured in turns."""
+        with tempfile.TemporaryDirectory() as aside:
+            targets = [
+                measure.Target(str(i), self._built(d, precision, Path(aside) / str(i)), self._inputs(), self.batch)
+                for i, d in enumerate(drafts)
+            ]
+            timings = measure.compare(targets, threads=self.threads, seconds=self.seconds, warmup_seconds=0.3)
+        return [timings[str(i)].latency.median for i in range(len(drafts))]
+
+    def profile(self, draft: Draft, precision: str) -> list[tuple[tuple[str, ...], float]]:
+        """Sites and milliseconds of a draft's operators."""
+        with tempfile.TemporaryDirectory() as aside:
+            folder = self._built(draft, precision, Path(aside) / "draft")
+            return [(t.sites, t.ms) for t in runtimes.profile(folder, self._inputs(), self.threads)]
+
+    def _built(self, draft: Draft, precision: str, folder: Path) -> Path:
+        folder.mkdir()
+        args, kwargs = one_call(self.task, 2)
+        with torch.no_grad():
+            _, structure = flatten_outputs(self.source(*args, **kwargs))
+        build(draft, self.runtime, precision, self.task, structure, folder)
+        return folder
+
+    def _inputs(self) -> list[np.ndarray]:
+        return arrays(read_manifest(self.stored), one_call(self.task, self.batch))
