@@ -106,6 +106,8 @@ class _Raiser:
             if isinstance(value, torch.Tensor):
                 node.meta["rank"] = value.dim()
                 node.meta["floating"] = value.is_floating_point()
+                if value.dim() and isinstance(value.shape[-1], int):
+                    node.meta["width"] = value.shape[-1]
         raised.meta["renamed"] = self.renamed
         raised.recompile()
         return raised

@@ -174,6 +174,7 @@ class Accelerates:
         weights: Every format of weights that its integer kernels take.
         activations: Every format of activations that they take.
         dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
+        symmetric_products: Whether a product of two activations is in integers only where neither has a zero point.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
         notes: Sentences for the user, each about this processor.
     """
@@ -189,6 +190,7 @@ class Accelerates:
     weights: Formats = Formats()
     activations: Formats = Formats()
     dynamic: QuantSpec | None = QuantSpec(signed=False, symmetric=False, range="dynamic")
+    symmetric_products: bool = False
     recurrent: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 

@@ -21,11 +21,13 @@ class Placement:
         edges: Activation edge ("site:in0") → name of the node whose values it carries.
         weights: Sites of the layers whose weights are quantized.
         floats: Site → why it stays in floating point.
+        products: Names of the nodes whose values a product of two activations reads.
     """
 
     edges: dict[str, str]
     weights: tuple[str, ...]
     floats: dict[str, str]
+    products: frozenset[str]
 
 
 def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str, str]) -> Placement:
@@ -55,7 +57,8 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
         if kind(network, node) in accelerates.quantized_output:
             _quantize_readers(network, accelerates, node, chosen, edges)
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "linear"))
-    return Placement(edges, weights, floats)
+    products = {edges[f"{site(n)}:in{i}"] for n in integer if kind(network, n) == "matmul" for i in range(2)}
+    return Placement(edges, weights, floats, frozenset(products))
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:

@@ -26,7 +26,7 @@ from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.samples import batches, size_of
 from penjing.step import Context
-from penjing.surgery import fold_batch_norms
+from penjing.surgery import fold_batch_norms, unfold_attentions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,12 @@ class Static:
         draft = draft.copy()
         edits = fold_batch_norms(draft.network)
         names = list(sites(draft.network))
+        if "matmul" in accelerates.integer:
+            kept = {name for pattern in self.exclude for name in names if _fits(pattern, name)}
+            edits += unfold_attentions(draft.network, kept)
+            names = list(dict.fromkeys([*names, *sites(draft.network)]))
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
+        excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
             matches(pattern, names)
         placement = place(draft.network, accelerates, excluded)
@@ -136,6 +141,8 @@ class Static:
         for edge, value in placement.edges.items():
             mine = self._for(edge.rpartition(":")[0])
             spec = mine.activation_spec(accelerates)
+            if accelerates.symmetric_products and value in placement.products and statistics[value].low < 0:
+                spec = replace(spec, symmetric=True, signed=True)
             if (value, spec) not in found:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)

@@ -194,10 +194,12 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
         if len(nodes) == len(wanted[what]):
             for node, name in zip(nodes, wanted[what], strict=True):
                 node.name = name or node.name
-    products = {node.output[0]: node.name for node in found["linear"] if node.op_type == "MatMul"}
-    for node in model.graph.node:
+    products = {node.output[0]: node.name for node in found["linear"] + found["matmul"] if node.op_type == "MatMul"}
+    for node in model.graph.node:  # what a runtime fuses is called by its last node
         if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
-            node.name = f"{products[node.input[0]]}/bias"  # what a runtime fuses is called by its last node
+            node.name = f"{products[node.input[0]]}/bias"
+        elif node.op_type == "Mul" and node.input[0] in products and node.input[1] in stored:
+            node.name = f"{products[node.input[0]]}/scale"
 
 
 def _kind_of(node: Any, stored: set[str]) -> str | None:

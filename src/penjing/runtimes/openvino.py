@@ -40,6 +40,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
     )
@@ -230,8 +231,7 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
 
 def _origin(name: str) -> str:
     """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
-    for made in ("/WithoutBiases", "/Dequantization", "/Fused", "/bias"):
-        name = name.split(made)[0]
+    name = re.split(r"/(?:WithoutBiases|Dequantization|Fused|bias\b|scale\b)", name)[0]
     return name.removesuffix("_original")
 
 

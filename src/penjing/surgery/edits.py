@@ -9,9 +9,13 @@ from torch import fx
 
 from penjing.draft import Edit
 from penjing.errors import CheckpointError
+from penjing.surgery.attention import unfold_attention
 from penjing.surgery.fold import fold_batch_norm
 
-_EDITS = {"fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"])}
+_EDITS = {
+    "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
+    "unfold_attention": lambda network, edit: unfold_attention(network, edit["site"]),
+}
 
 
 def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:

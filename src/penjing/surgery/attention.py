@@ -1,0 +1,80 @@
+"""Attention as the operators it is made of, so that its two products can have integers.
+
+Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation 1: softmax(Q·Kᵀ·scale + mask)·V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.draft import Edit
+from penjing.graph import arguments, kind, sites
+
+HIDDEN = -1e30  # added where a mask hides: exp of it is 0, and sums with it stay finite
+
+
+def unfold_attentions(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Edit, ...]:
+    """Unfold, in place, every attention whose site is not in `keep`; returns the edits."""
+    names = [
+        name
+        for name, node in sites(network).items()
+        if kind(network, node) == "attention" and name not in keep and _is_plain(node)
+    ]
+    for name in names:
+        unfold_attention(network, name)
+    return tuple({"edit": "unfold_attention", "site": name} for name in names)
+
+
+def unfold_attention(network: fx.GraphModule, name: str) -> None:
+    """Replace one attention in place by ``NAME.scores``, ``NAME.softmax``, ``NAME.values`` and what is between.
+
+    As torch does, a row whose mask hides everything gives zeros.
+    """
+    node = sites(network)[name]
+    if kind(network, node) != "attention" or not _is_plain(node):
+        raise TypeError(f"{name} is no attention that can be unfolded")
+    given = arguments(node)
+    query, key, value, mask = (given[word] for word in ("query", "key", "value", "attn_mask"))
+
+    def call(operator: Any, *args: Any, word: str | None = None) -> fx.Node:
+        made: fx.Node = network.graph.call_function(operator, args)
+        made.meta = {"site": f"{name}.{word or made.name}", "floating": word is not None, "rank": node.meta.get("rank")}
+        return made
+
+    aten = torch.ops.aten
+    with network.graph.inserting_before(node):
+        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(query.meta["width"])
+        turned = call(aten.transpose.int, key, -2, -1, word="key")
+        scores = call(aten.matmul.default, query, turned, word="scores")
+        scores = call(aten.mul.Tensor, scores, scale, word="scaled")
+        if given["is_causal"]:
+            sizes = [call(aten.sym_size.int, x, -2) for x in (query, key)]
+            ones = call(aten.new_ones.default, query, sizes)
+            seen = call(aten.gt.Scalar, call(aten.tril.default, ones), 0)
+            scores = call(aten.where.ScalarOther, seen, scores, HIDDEN, word="causal")
+        rows = None
+        if isinstance(mask, fx.Node) and not mask.meta.get("floating", True):
+            scores = call(aten.where.ScalarOther, mask, scores, HIDDEN, word="masked")
+            rows = call(aten.any.dim, mask, -1, True)
+        elif isinstance(mask, fx.Node):
+            scores = call(aten.add.Tensor, scores, call(aten.clamp.default, mask, HIDDEN), word="masked")
+            rows = call(aten.any.dim, call(aten.gt.Scalar, mask, -math.inf), -1, True)
+        weights = call(aten.softmax.int, scores, -1, word="softmax")
+        result = call(aten.matmul.default, weights, value, word="values")
+        if rows is not None:
+            result = call(aten.mul.Tensor, result, rows, word="seen")
+    node.replace_all_uses_with(result)
+    network.graph.erase_node(node)
+    network.recompile()
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether it is the attention of the equation: no dropout, no keys that several heads share, a known scale."""
+    given = arguments(node)
+    scaled = given["scale"] is not None or given["query"].meta.get("width") is not None
+    return scaled and not given["dropout_p"] and not given["enable_gqa"]

@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from penjing import building, measure, runtimes
+from penjing.draft import Draft
+from penjing.graph import kind, sites
+from penjing.network import raise_network
+from penjing.quantize import Static
+from penjing.step import Context
+from penjing.surgery import insert, replay, unfold_attentions
+from penjing.task import Task
+
+SITE = "/scaled_dot_product_attention#0"
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q, k, v, mask=None):
+        return attention(q, k, v, attn_mask=mask, **self.settings)
+
+
+def masks():
+    visible = torch.rand(2, 1, 5, 7) < 0.6
+    visible[0, 0, 2] = False  # a row that sees nothing
+    numbers = torch.randn(2, 1, 5, 7)
+    return {
+        "none": None,
+        "bool": visible,
+        "float": numbers,
+        "minus infinity": numbers.masked_fill(~visible, -math.inf),
+        "lowest number": numbers.masked_fill(~visible, torch.finfo(torch.float32).min),
+    }
+
+
+def call(mask):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
+    return (q, k, v) if mask is None else (q, k, v, mask)
+
+
+@pytest.mark.parametrize("word", masks())
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.3}], ids=["own scale", "given scale"])
+def test_an_unfolded_attention_computes_what_torch_computes(word, settings):
+    torch.manual_seed(1)
+    args = call(masks()[word])
+    network = raise_network(Attention(**settings).eval(), args, {})
+    wanted = network(*args)
+    edits = unfold_attentions(network)
+    assert edits == ({"edit": "unfold_attention", "site": SITE},)
+    assert "attention" not in {kind(network, n) for n in network.graph.nodes}
+    assert {f"{SITE}.{w}" for w in ("scores", "softmax", "values")} <= set(sites(network))
+    torch.testing.assert_close(network(*args), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_causal_one_too_at_any_length():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 8) for _ in range(3))
+    axes = {i: {0: "batch", 2: "length"} for i in range(3)}
+    network = raise_network(Attention(is_causal=True).eval(), (q, k, v), {}, axes)
+    unfold_attentions(network)
+    for length in (6, 1, 11):
+        q, k, v = (torch.randn(4, 3, length, 8) for _ in range(3))
+        torch.testing.assert_close(network(q, k, v), attention(q, k, v, is_causal=True), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_and_what_is_not_plain_stays():
+    args = call(None)
+    network = raise_network(Attention().eval(), args, {})
+    assert unfold_attentions(network, {SITE}) == () and SITE in sites(network)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    shared = raise_network(Attention(enable_gqa=True).eval(), (q, k, v), {})
+    assert unfold_attentions(shared) == ()
+
+
+def test_the_edit_can_be_replayed():
+    args = call(masks()["bool"])
+    network = raise_network(Attention().eval(), args, {})
+    fresh = raise_network(Attention().eval(), args, {})
+    edits = unfold_attentions(network)
+    again = replay(fresh, edits)
+    assert list(sites(again)) == list(sites(network))
+    assert torch.equal(again(*args), network(*args))
+
+
+class Block(nn.Module):
+    """Self-attention with a mask of positions and a linear layer on each side; (batch, 8, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        visible = torch.ones(8, 8, dtype=torch.bool).tril()
+        return self.out(attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_both_products_run_on_integers(tmp_path, runtime):
+    torch.manual_seed(0)
+    data = torch.randn(64, 8, 64)
+    task = Task(example=data[:2], calibration=[data])
+    source = raise_network(Block().eval(), *task.call())
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(source), Context(task=task, accelerates=accelerates))
+    for port in ("in0", "in1"):
+        spec = draft.plan.entries[f"{SITE}.scores:{port}"].spec
+        assert spec.symmetric == accelerates.symmetric_products
+    assert draft.plan.entries[f"{SITE}.values:in0"].spec.signed is False  # probabilities keep all eight bits
+    manifest = building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
+    executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
+    assert executed[f"{SITE}.scores"] == "int8"
+    (found,) = runtimes.open_artifact(tmp_path, 1).run([data.numpy()])
+    with torch.no_grad():
+        wanted, exact = insert(draft.network, draft.plan)(data), source(data)
+    noise = (wanted - exact).square().mean()
+    assert noise < exact.square().mean() / 1000
+    assert (torch.from_numpy(found) - wanted).square().mean() < noise / 4
+
+
+def test_an_attention_can_be_left_out():
+    data = torch.randn(4, 8, 64)
+    task = Task(example=data[:2], calibration=[data])
+    accelerates = runtimes.get("openvino").accelerates(("avx512_vnni",))
+    source = raise_network(Block().eval(), *task.call())
+    draft = Static(exclude=("*attention*",))(Draft(source), Context(task=task, accelerates=accelerates))
+    assert draft.plan.floats[SITE] == "excluded by '*attention*'"
+    assert not [edge for edge in draft.plan.entries if edge.startswith(SITE)]
