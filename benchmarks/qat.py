@@ -170,10 +170,10 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     module, raised, task = prepared()
-    data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "runs": {}}
+    data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "runs": {}, "table": {}}
     data["versions"]["brevitas"] = importlib.metadata.version("brevitas")
     if arguments.out.exists():
-        data["runs"] = json.loads(arguments.out.read_text())["runs"]
+        data |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in ("runs", "table")}
 
     def ran(contestant, bits, rate, epochs, seed, judge):
         key = f"W{bits}A{bits} {contestant} rate {rate:g} epochs {epochs:g} seed {seed} {judge}"
@@ -194,7 +194,6 @@ def main() -> None:
     from penjing.outputs import numpy_predictor
 
     data["source"] = task.evaluate(numpy_predictor(raised))
-    data["table"] = {}
     for bits in arguments.bits:
         for side in (PENJING, BREVITAS):
             grid = [(c, rate) for c in side if c in arguments.only for rate in arguments.rates]

@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def conditions(machine: dict, versions: dict) -> str:
     """Processor, threads and versions in one line."""
     shown = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf") if name in versions
+        f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas") if name in versions
     )
     return f"{machine['processor']}, {machine['threads']} threads, {shown}."
 
@@ -117,6 +117,19 @@ def int8_latency() -> str:
     return "\n".join([*lines, "", f"{conditions(data['machine'], data['versions'])}"])
 
 
+def qat() -> str:
+    """Accuracy after quantization-aware training beside Brevitas."""
+    data = _read("qat")
+    lines = ["| | settings | learning rate | epochs | accuracy, median (all seeds) | lost |", "|---|---|---|---|---|---|"]
+    for name, row in data["table"].items():
+        lines.append(
+            f"| {name} | {row['settings'].split()[1]} | {row['learning_rate']:g} | {row['epochs']:g} "
+            f"| {row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%}) | {row['gap'] * 100:.2f} points |"
+        )
+    conditioned = conditions(data["machine"], data["versions"])
+    return "\n".join([*lines, "", f"The given network: {data['source']:.2%}, simulated accuracies; {conditioned}"])
+
+
 LATENCIES = {
     "Penjing, OpenVINO": "penjing openvino int8",
     "NNCF, OpenVINO": "nncf",
@@ -132,6 +145,7 @@ TABLES = {
     "lite0_int8": lite0_int8,
     "minilm_int8": minilm_int8,
     "int8_latency": int8_latency,
+    "qat": qat,
 }
 
 
