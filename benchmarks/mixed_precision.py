@@ -1,14 +1,20 @@
-"""Bits of every layer chosen, against the same bits in all: what the answers and the packed file are like.
+"""Bits of every operator chosen, against the same bits in all: what the answers, the file and the time are like.
 
-ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0. Both sides are rounded by `AdaRound` on the same calibration data and
-run in ONNX Runtime, where weights of fewer bits are stored in 8 and compute to the bit; size is that of the packed
-file. Noise and the metric are read on held-out data.
+ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0, in two parts. Noise and the metric are read on held-out data.
 
-    python benchmarks/mixed_precision.py [--networks resnet20 lite0] [--bits 8 6 5 4 3]
+`bits`: both sides are rounded by `AdaRound` on the same calibration data and run in ONNX Runtime, where weights of
+fewer bits are stored in 8 and compute to the bit; size is that of the packed file.
+
+`latency`: in OpenVINO, budgets between the latency of the network all in integers and all in bfloat16. All files, and
+NNCF's INT8 beside them, are measured again in turns at the end, and every budget is held against that.
+
+    python benchmarks/mixed_precision.py [--networks resnet20 lite0] [--parts bits latency] [--bits 8 6 5 4 3]
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 THREADS = 2
 CHOICES = (8, 6, 5, 4, 3, 2)
+SHARES = (0.25, 0.5, 0.75)  # of the way from the integers' latency to bfloat16's
 
 
 def source(name: str):
@@ -33,16 +40,21 @@ def source(name: str):
     return resnet20(), task()
 
 
-def judged(draft, task, network, folder: Path) -> dict:
-    """The draft's file in its runtime."""
+def judged(folder: Path, task, network) -> dict:
+    """What an artifact answers in its runtime."""
     import numpy as np
     import torch
 
-    from penjing import building, measure, runtimes
-    from penjing.runtimes.artifact import predictor, read_manifest
+    if folder.name == "nncf":
+        session = open_folder(folder, THREADS)
 
-    manifest = building.build(draft, "onnxruntime", "int8", task, {"kind": "tensor"}, folder)
-    predict = predictor(runtimes.open_artifact(folder, THREADS), read_manifest(folder))
+        def predict(x):
+            return session.run([x])[0]
+    else:
+        from penjing import runtimes
+        from penjing.runtimes.artifact import predictor, read_manifest
+
+        predict = predictor(runtimes.open_artifact(folder, THREADS), read_manifest(folder))
     signal, noise = [], []
 
     def seen(x):
@@ -54,58 +66,176 @@ def judged(draft, task, network, folder: Path) -> dict:
         return found
 
     metric = task.evaluate(seen)
-    return {
-        "metric": metric,
-        "snr_db": float(10 * np.log10(sum(signal) / sum(noise))),
-        "packed_bytes": measure.packed_bytes([folder / name for name in manifest.files()]),
-    }
+    return {"metric": metric, "snr_db": float(10 * np.log10(sum(signal) / max(sum(noise), 1e-30)))}
+
+
+def open_folder(folder, threads):
+    """What the latency workers call."""
+    if Path(folder).name == "nncf":
+        import int8_latency
+
+        return int8_latency.open_folder(folder, threads)
+    from penjing.runtimes import open_artifact
+
+    return open_artifact(folder, threads)
+
+
+def by_bits(raised, network, task, wanted) -> list[dict]:
+    """Uniform and mixed bits in weights."""
+    from penjing import building, measure, runtimes
+    from penjing.draft import Draft
+    from penjing.quantize import AdaRound, MixedPrecision, Static
+    from penjing.step import Context
+
+    accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
+    context = Context(task=task, accelerates=accelerates, source=raised)
+    rows = []
+    print(f"{'':<10}{'bits':>6}{'metric':>9}{'SNR dB':>8}{'packed kB':>11}")
+    for bits in wanted:
+        kinds = {"uniform": (Static(weight_bits=bits), AdaRound())}
+        if bits < 8:
+            kinds["mixed"] = (MixedPrecision(average_bits=bits, weight_bits=CHOICES),)
+        for kind, steps in kinds.items():
+            start = time.perf_counter()
+            draft = Draft(raised)
+            for step in steps:
+                draft = step(draft, context)
+            weights = {e: v for e, v in draft.plan.entries.items() if e.endswith(":weight")}
+            sizes = {e: draft.network.get_submodule(e.removesuffix(":weight")).weight.numel() for e in weights}
+            row = {
+                "kind": kind,
+                "bits": sum(v.spec.bits * sizes[e] for e, v in weights.items()) / sum(sizes.values()),
+                "seconds": time.perf_counter() - start,
+            }
+            with tempfile.TemporaryDirectory() as aside:
+                folder = Path(aside)
+                manifest = building.build(draft, "onnxruntime", "int8", task, {"kind": "tensor"}, folder)
+                row |= judged(folder, task, network)
+                row["packed_bytes"] = measure.packed_bytes([folder / name for name in manifest.files()])
+            rows.append(row)
+            line = f"{kind:<10}{row['bits']:>6.2f}{row['metric']:>9.4f}{row['snr_db']:>8.1f}"
+            print(f"{line}{row['packed_bytes'] / 1e3:>11.0f}", flush=True)
+    return rows
+
+
+def by_latency(raised, network, task, seconds: float) -> list[dict]:
+    """One format in all operators, and mixed ones under budgets between them."""
+    import torch
+
+    from penjing import building, measure, runtimes
+    from penjing.draft import Draft
+    from penjing.errors import RecipeError
+    from penjing.quantize import AdaRound, MixedPrecision, Static
+    from penjing.step import Context
+    from penjing.trial import Trial
+
+    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    pictures = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        made: dict[str, dict] = {}
+
+        def build(name, draft, precision, **values):
+            (folder / name).mkdir()
+            building.build(draft, "openvino", precision, task, {"kind": "tensor"}, folder / name)
+            made[name] = values
+
+        draft = Draft(raised)
+        build("fp32", draft, "fp32")
+        trial = Trial(
+            runtime="openvino", source=raised, stored=folder / "fp32", task=task, threads=THREADS, batch=1,
+            seconds=seconds,
+        )  # fmt: skip
+        context = Context(
+            task=task, accelerates=accelerates, source=raised, latency=trial.latency, profile=trial.profile
+        )
+        integer = AdaRound()(Static()(draft, context), context)
+        build("int8", integer, "int8")
+        build("bf16", draft, "bf16")
+        build("int8, rest bf16", integer, "int8-bf16")
+        peer(network, pictures, folder / "nncf")
+        made["nncf"] = {}
+        (fast,) = trial.latency([integer], "int8-bf16")
+        (slow,) = trial.latency([draft], "bf16")
+        for share in SHARES:
+            budget = fast + share * (slow - fast)
+            start = time.perf_counter()
+            try:
+                mixed = MixedPrecision(latency_ms=budget, precision="int8-bf16")(draft, context)
+            except RecipeError as error:
+                print(f"budget {budget:.3f} ms: {error}")
+                continue
+            back = sum(reason == "mixed precision" for reason in mixed.plan.floats.values())
+            name = f"mixed, {share:.0%}"
+            build(name, mixed, "int8-bf16", budget_ms=budget, floats=back, seconds=time.perf_counter() - start)
+        inputs = [task.call()[0][0][:1].numpy()]
+        targets = [measure.Target(name, folder / name, inputs, 1) for name in made]
+        timings = measure.compare(targets, threads=THREADS, seconds=seconds, opener="mixed_precision:open_folder")
+        rows = []
+        print(f"{'':<20}{'budget':>9}{'ms':>8}{'metric':>9}{'SNR dB':>8}{'floats':>8}")
+        for name, values in made.items():
+            row = {"name": name, **values, "latency_ms": vars(timings[name].latency)}
+            row |= judged(folder / name, task, network)
+            rows.append(row)
+            budget = f"{row['budget_ms']:.3f}" if "budget_ms" in row else ""
+            print(
+                f"{name:<20}{budget:>9}{row['latency_ms']['median']:>8.3f}{row['metric']:>9.4f}{row['snr_db']:>8.1f}"
+                f"{row.get('floats', ''):>8}",
+                flush=True,
+            )
+    return rows
+
+
+def peer(network, pictures, folder: Path) -> None:
+    """NNCF's file with its default preset."""
+    import nncf
+    import openvino
+    import torch
+
+    folder.mkdir()
+    path = folder / "fp32.onnx"
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    torch.onnx.export(
+        network.eval(), (pictures[:2],), str(path), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"],
+        output_names=["output"], verbose=False, external_data=False,
+    )  # fmt: skip
+    data = nncf.Dataset([p[None].numpy() for p in pictures])
+    quantized = nncf.quantize(openvino.convert_model(str(path)), data, subset_size=min(300, len(pictures)))
+    openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
 
 
 def main() -> None:
     """Run all, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "lite0"])
+    parser.add_argument("--parts", nargs="+", default=["bits", "latency"], choices=["bits", "latency"])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3])
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mixed_precision.json")
     arguments = parser.parse_args()
     import torch
 
-    from penjing import measure, runtimes
-    from penjing.draft import Draft
+    from penjing import measure
     from penjing.network import raise_network
-    from penjing.quantize import AdaRound, MixedPrecision, Static
-    from penjing.step import Context
 
     torch.set_num_threads(THREADS)
-    accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "networks": {}}
+    data["versions"]["nncf"] = importlib.metadata.version("nncf")
     if arguments.out.exists():
         data["networks"] = json.loads(arguments.out.read_text())["networks"]
     for name in arguments.networks:
         network, task = source(name)
         raised = raise_network(network, *task.call())
-        context = Context(task=task, accelerates=accelerates, source=raised)
-        rows = data["networks"][name] = []
-        print(f"\n{name}\n{'':<10}{'bits':>6}{'metric':>9}{'SNR dB':>8}{'packed kB':>11}")
-        for bits in arguments.bits:
-            kinds = {"uniform": (Static(weight_bits=bits), AdaRound())}
-            if bits < 8:
-                kinds["mixed"] = (MixedPrecision(average_bits=bits, weight_bits=CHOICES),)
-            for kind, steps in kinds.items():
-                start = time.perf_counter()
-                draft = Draft(raised)
-                for step in steps:
-                    draft = step(draft, context)
-                weights = {e: v for e, v in draft.plan.entries.items() if e.endswith(":weight")}
-                sizes = {e: draft.network.get_submodule(e.removesuffix(":weight")).weight.numel() for e in weights}
-                mean = sum(v.spec.bits * sizes[e] for e, v in weights.items()) / sum(sizes.values())
-                with tempfile.TemporaryDirectory() as aside:
-                    row = judged(draft, task, network, Path(aside))
-                rows.append({"kind": kind, "bits": mean, "seconds": time.perf_counter() - start} | row)
-                line = f"{kind:<10}{mean:>6.2f}{row['metric']:>9.4f}{row['snr_db']:>8.1f}"
-                print(f"{line}{row['packed_bytes'] / 1e3:>11.0f}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+        found = data["networks"].setdefault(name, {})
+        for part in arguments.parts:
+            print(f"\n{name}, {part}")
+            if part == "bits":
+                found[part] = by_bits(raised, network, task, arguments.bits)
+            else:
+                found[part] = by_latency(raised, network, task, arguments.seconds)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")
 
 

@@ -230,10 +230,12 @@ def mean_difference(
 
     `weights`, of the shape without the last axis, say how much every row counts.
     """
-    total, count = torch.zeros(()), 0.0
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
-        others = [j for j in range(a.dim()) if j != axis % a.dim()]
         difference = a - b if weights is None else (a - b) * weights[i][..., None]
+        others = [j for j in range(a.dim()) if j != axis % a.dim()]
+        if others[1:]:  # one sample's positions in 32 bits, which is fast and loses nothing beside the rest
+            difference = difference.sum(others[1:], keepdim=True)
         total = total + difference.sum(others, dtype=torch.float64)
         count += a.numel() / a.shape[axis] if weights is None else float(weights[i].sum())
     return total / count
