@@ -14,7 +14,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 def conditions(machine: dict, versions: dict) -> str:
     """Processor, threads and versions in one line."""
     shown = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas") if name in versions
+        f"{name} {versions[name]}"
+        for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas")
+        if name in versions
     )
     return f"{machine['processor']}, {machine['threads']} threads, {shown}."
 
@@ -120,7 +122,10 @@ def int8_latency() -> str:
 def qat() -> str:
     """Accuracy after quantization-aware training beside Brevitas."""
     data = _read("qat")
-    lines = ["| | settings | learning rate | epochs | accuracy, median (all seeds) | lost |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | settings | learning rate | epochs | accuracy, median (all seeds) | lost |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in data["table"].items():
         lines.append(
             f"| {name} | {row['settings'].split()[1]} | {row['learning_rate']:g} | {row['epochs']:g} "

@@ -92,6 +92,8 @@ class _Raiser:
         for node in graph.nodes:
             if node.target is torch.ops.aten.copy.default:  # left by functionalization; has no derivative
                 node.target, node.args = torch.ops.aten.expand_as.default, (node.args[1], node.args[0])
+            elif node.target is torch.ops.aten.view.default:  # the same values, in every memory format
+                node.target = torch.ops.aten.reshape.default
         for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
                 graph.erase_node(node)

@@ -82,13 +82,14 @@ def test_memory_does_not_grow_with_the_samples():
 
     torch.manual_seed(0)
     histogram = Histogram()
-    histogram.update(torch.randn(4, 100))
+    for _ in range(2):
+        histogram.update(torch.randn(4, 100))
     before, names = footprint(histogram), set(vars(histogram))
     for _ in range(50):
         histogram.update(torch.randn(4, 100) * 7)
     assert footprint(histogram) <= before + 8  # an integer may take another word
     assert set(vars(histogram)) == names
-    assert float(histogram.counts.sum()) == 51 * 400
+    assert float(histogram.counts.sum()) == 52 * 400
 
 
 def test_a_large_batch_is_sampled_evenly_and_weighs_as_much_as_it_holds():
@@ -123,6 +124,32 @@ def test_moving_extremes_follow_their_formula():
     assert (histogram.moving_low, histogram.moving_high) == pytest.approx(expected)
 
 
+def test_a_batch_in_parts_moves_the_extremes_once_and_counts_as_much():
+    torch.manual_seed(0)
+    batches = [torch.randn(6, 40) * size for size in (1, 5, 2)]
+    whole, parts = Histogram(), Histogram()
+    for batch in batches:
+        whole.update(batch)
+        for i, part in enumerate(batch.split(2)):
+            parts.update(part, share=1 / 3, more=i > 0)
+    assert (parts.moving_low, parts.moving_high) == pytest.approx((whole.moving_low, whole.moving_high))
+    assert torch.equal(parts.counts, whole.counts)
+
+
+def test_channels_last_counts_the_same_values_and_is_not_in_step_with_the_channels():
+    x = torch.zeros(2, 3, 256, 256)
+    x[:, 0] = 1.0
+    histogram = Histogram()
+    histogram.update(x.contiguous(memory_format=torch.channels_last))
+    ones = float(histogram.counts[len(histogram.counts) // 2 + 1 :].sum())
+    assert ones / x.numel() == pytest.approx(1 / 3, rel=0.05)
+    few = torch.randn(2, 3, 8, 8)
+    one, other = Histogram(), Histogram()
+    one.update(few)
+    other.update(few.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(one.counts, other.counts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_other_number_types_count_as_well(dtype):
     histogram = Histogram(16)
@@ -139,7 +166,7 @@ def test_centers_lie_in_their_bins_and_within_the_extremes():
 def test_an_empty_batch_changes_nothing():
     histogram = filled([[1.0]])
     histogram.update(torch.zeros(0, 3))
-    assert histogram.batches == 1
+    assert histogram.batch == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

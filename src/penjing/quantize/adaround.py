@@ -157,14 +157,14 @@ def patches(module: Any, x: torch.Tensor) -> torch.Tensor:
     sparser = 1
     while -(-height // sparser) * -(-width // sparser) > POSITIONS:
         sparser += 1
-    strides = (stride[0] * sparser, stride[1] * sparser)
-    if kernel == (1, 1):
-        columns = x[:, :, :: strides[0], :: strides[1]].flatten(2)
-    else:
-        columns = nn.functional.unfold(x, kernel, dilation=dilation, stride=strides)
-    n, _, positions = columns.shape
-    by_group = columns.reshape(n, module.groups, -1, positions)
-    return by_group.permute(1, 0, 3, 2).reshape(module.groups, n * positions, -1)
+    down, right = (
+        [slice(i * d, i * d + (n - 1) * s + 1, s * sparser) for i in range(k)]
+        for k, d, n, s in zip(kernel, dilation, (height, width), stride, strict=True)
+    )
+    x = x.permute(0, 2, 3, 1)  # every tap of the kernel: (samples, height, width, channels)
+    taps = [x[:, i, j] for i in down for j in right]
+    columns = torch.stack(taps, dim=-1) if len(taps) > 1 else taps[0]
+    return columns.reshape(-1, module.groups, columns[0, 0, 0].numel() // module.groups).transpose(0, 1)
 
 
 def descend(

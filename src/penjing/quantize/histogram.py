@@ -24,17 +24,27 @@ class Histogram:
         self.limit = 0.0
         self.low, self.high = math.inf, -math.inf
         self.moving_low, self.moving_high = math.nan, math.nan
-        self.batches = 0
+        self.batch: tuple[float, float] | None = None  # extremes of the batch that came last
+        self.past: tuple[float, float] | None = None  # the moving extremes before it
 
-    def update(self, x: torch.Tensor, momentum: float = 0.9) -> None:
-        """Count the values of x (any shape); `momentum` weighs the past in the moving extremes.
+    def update(self, x: torch.Tensor, momentum: float = 0.9, *, share: float = 1.0, more: bool = False) -> None:
+        """Count the values of x (any shape).
+
+        Args:
+            x: Values of a batch, or of some of its samples.
+            momentum: Weighs the past in the moving extremes.
+            share: What part of a batch this is.
+            more: It belongs to the batch of the call before.
 
         Raises:
             CalibrationError: A value is infinite or not a number.
         """
-        x = x.detach().reshape(-1)
+        x = x.detach()
         if x.numel() == 0:
             return
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)  # in the order in which they lie
+        sample, x = x.shape[1:].numel(), x.reshape(-1)
         low, high = (float(v) for v in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
             raise CalibrationError(
@@ -43,16 +53,18 @@ class Histogram:
                 expected="finite values wherever a quantizer stands",
                 remedy="leave its operator in floating point with exclude=(...), or check the calibration data",
             )
-        if self.batches == 0:
-            self.moving_low, self.moving_high = low, high
-        else:
-            self.moving_low += (1 - momentum) * (low - self.moving_low)
-            self.moving_high += (1 - momentum) * (high - self.moving_high)
-        self.batches += 1
+        if not more and self.batch is not None:
+            self.past = self.moving_low, self.moving_high
+        self.batch = (min(low, self.batch[0]), max(high, self.batch[1])) if more and self.batch else (low, high)
+        past = self.past or self.batch
+        self.moving_low, self.moving_high = (
+            then + (1 - momentum) * (now - then) for then, now in zip(past, self.batch, strict=True)
+        )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow(max(abs(low), abs(high)))
-        # An odd stride, so that it does not fall in step with rows and channels.
-        stride = max(1, x.numel() // SAMPLES_A_BATCH) | 1
+        stride = max(1, x.numel() // max(1, int(SAMPLES_A_BATCH * share)))
+        while math.gcd(stride, sample) > 1:  # or it would fall in step with rows and channels
+            stride += 1
         values = x[::stride].double()
         # Scaling by a power of two and rounding down are exact, so a value's bin never depends on when it came.
         half = len(self.counts) // 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from penjing.errors import CalibrationError
 from penjing.graph import shapes
@@ -45,20 +45,39 @@ def batches(context: Context, samples: int) -> Iterator[Call]:
             return
 
 
-def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> list[Call]:
-    """The first calibration samples, so many at a time that no value of the network has more than `CHUNK_BYTES`.
+def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> Iterator[list[Call]]:
+    """Every batch of the first calibration samples in chunks, so small that no value has more than `CHUNK_BYTES`.
 
-    Where there are as many samples, there are at least `pieces` chunks.
+    Pictures come channels last where the network has convolutions: processors compute these faster.
+
+    Args:
+        context: Its task has the samples.
+        network: What they are for.
+        samples: So many of them.
+        pieces: There are at least so many chunks in all, where there are as many samples.
     """
-    found: list[Call] = []
     most = 0
+    pictures = any(isinstance(m, nn.Conv2d) for m in network.modules())
     for call in batches(context, samples):
         size = size_of(call)
         if not most:
             largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
             most = max(1, min(CHUNK_BYTES * size // largest, samples // pieces))
-        found += [part(call, first, min(first + most, size)) for first in range(0, size, most)]
-    return found
+        found = [part(call, first, min(first + most, size)) for first in range(0, size, most)]
+        yield [_channels_last(piece) for piece in found] if pictures else found
+
+
+def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> list[Call]:
+    """The chunks of all batches together."""
+    return [call for batch in in_chunks(context, network, samples, pieces) for call in batch]
+
+
+def _channels_last(call: Call) -> Call:
+    def laid(value: Any) -> Any:
+        picture = isinstance(value, torch.Tensor) and value.dim() == 4
+        return value.contiguous(memory_format=torch.channels_last) if picture else value
+
+    return tuple(map(laid, call[0])), {name: laid(value) for name, value in call[1].items()}
 
 
 def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:

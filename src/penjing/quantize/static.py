@@ -24,7 +24,7 @@ from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_rang
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
-from penjing.quantize.samples import batches, size_of
+from penjing.quantize.samples import in_chunks, size_of
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms, unfold_attentions
 
@@ -275,17 +275,20 @@ def _observe(network: fx.GraphModule, values: set[str], context: Context, sample
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if n.name in histograms and isinstance(result, torch.Tensor):
-                histograms[n.name].update(result)
+                histograms[n.name].update(result, share=share, more=more)  # of the loop below
             return result
 
     network.eval()
     observer = Observer(network)
     done = 0
     with torch.no_grad():
-        for call in batches(context, samples):
-            observer.run(*flat_inputs(network, call))
-            done += size_of(call)
-            context.events("progress", label="calibrate", done=done, total=samples)
+        for batch in in_chunks(context, network, samples):
+            share = 1 / len(batch)
+            for i, call in enumerate(batch):
+                more = i > 0
+                observer.run(*flat_inputs(network, call))
+                done += size_of(call)
+                context.events("progress", label="calibrate", done=done, total=samples)
     return histograms
 
 
