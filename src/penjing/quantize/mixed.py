@@ -2,8 +2,9 @@
 
 Noise per operator: what it alone brings to the outputs (Dong et al., "HAWQ-V2", NeurIPS 2020, rank by curvature; here
 the noise itself is measured). Time per operator: from the runtime's own profile, once all integer and once all
-floating point, and a cost on every edge whose two ends differ, for the conversion between them; layer times alone do
-not add up. The choice is an integer linear program, solved by HiGHS.
+floating point, scaled to the latency of the whole network, and a cost on every edge whose two ends differ, for the
+conversion between them; layer times alone do not add up. The choice is an integer linear program, solved by HiGHS, and
+every choice is measured: what took longer than reckoned makes conversions dearer in the next round.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from penjing.surgery import insert
 RANKED = 16  # samples that noise is measured on
 ROUNDS = 4  # times that the budget is tightened when the measured network exceeds it
 FLOAT = 0  # "bits" of an operator in floating point
+CALL_BYTES = 50_000  # a conversion costs at least what so many bytes cost: its call, some microseconds
+LEAST_RATE = 1e-8  # milliseconds a byte: no conversion is free, or the choice would be arbitrary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class MixedPrecision:
         return Static(weight_bits=bits, exclude=self.exclude, samples=self.samples)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a repaired draft with the chosen plan; its `remedy` says what was predicted and measured."""
+        """Return a repaired draft with the chosen plan: the first that keeps the limit, or the one that comes nearest."""
         if self.latency_ms is not None and context.profile is None:
             raise UsageError(
                 "a latency can only be held in a runtime that times its operators",
@@ -94,27 +97,33 @@ class MixedPrecision:
         fitting, held = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
         costs = _costs(self, drafts, held, context)
-        budget = self._budget()
-        best: tuple[Draft, dict[str, int]] | None = None
+        limit = budget = self._budget()
+        tried: list[tuple[float, dict[str, int]]] = []  # by how much the limit was missed, and the choice
         for _ in range(ROUNDS):
             chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
             if chosen is None:
                 break
             made = AdaRound()(_planned(drafts, chosen), fitting)
-            fine, budget = self._measured(draft, made, held, context, budget)
-            best = (made, chosen) if best is None or fine else best
-            if fine:
+            snr = noise.signal_to_noise(draft.network, insert(made.network, made.plan), held)
+            missed, costs, budget = self._judged(made, chosen, snr, costs, budget, context)
+            context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed)
+            tried.append((missed, chosen))
+            if missed <= 1:
                 break
-        if best is None:
+        if not tried:
             raise RecipeError(
                 "no choice of bits keeps this limit",
                 got=str(next(v for v in (self.latency_ms, self.snr_db, self.average_bits) if v is not None)),
                 expected="a looser limit, or more kinds in weight_bits",
             )
-        for name, bits in best[1].items():
+        if tried[-1][0] > 1 and self.latency_ms is not None:
+            plain = dict.fromkeys(costs.noise, max(self.weight_bits))
+            tried.append((costs.time(plain) / limit, plain))
+        best = min(tried, key=lambda t: max(t[0], 1.0))[1]
+        for name, bits in best.items():
             context.events("bits", site=name, bits=bits or "float")
         final = {bits: self._static(bits)(draft, context) for bits in self.weight_bits}
-        return AdaRound()(_planned(final, best[1]), context)
+        return AdaRound()(_planned(final, best), context)
 
     def _budget(self) -> float:
         if self.snr_db is not None:
@@ -124,21 +133,21 @@ class MixedPrecision:
     def _objective(self) -> str:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
 
-    def _measured(
-        self, draft: Draft, made: Draft, held: list[Any], context: Context, budget: float
-    ) -> tuple[bool, float]:
-        """Whether the limit holds as measured, and the budget for the next round where it does not."""
-        snr = noise.signal_to_noise(draft.network, insert(made.network, made.plan), held)
+    def _judged(
+        self, made: Draft, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float, context: Context
+    ) -> tuple[float, Costs, float]:
+        """How many times the limit was measured, and what the next round reckons with."""
         if self.average_bits is not None:
-            fine, ratio = True, 1.0
-        elif self.snr_db is not None:
-            fine, ratio = snr >= self.snr_db, 10 ** (-(self.snr_db - snr) / 10)
-        else:
-            assert context.latency is not None and self.latency_ms is not None
-            (latency,) = context.latency([made], self.precision)
-            fine, ratio = latency <= self.latency_ms, self.latency_ms / latency
-        context.events("mixed", snr_db=snr, met=fine, budget=budget)
-        return fine, budget * min(ratio, 0.95)
+            return 1.0, costs, budget
+        if self.snr_db is not None:
+            missed = 10 ** ((self.snr_db - snr) / 10)
+            return missed, costs, budget * min(1 / missed, 0.95)
+        assert context.latency is not None and self.latency_ms is not None
+        (latency,) = context.latency([made], self.precision)
+        costs = costs.corrected(chosen, latency)
+        if costs.time(chosen) <= budget:  # conversions don't explain it: ask for less
+            budget *= min(self.latency_ms / latency, 0.95)
+        return latency / self.latency_ms, costs, budget
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,23 @@ class Costs:
     edges: Mapping[tuple[str, str], float] = field(default_factory=dict)
     weights: Mapping[str, int] = field(default_factory=dict)
     rest_ms: float = 0.0
+
+    def crossings(self, chosen: Mapping[str, int]) -> list[tuple[str, str]]:
+        """The edges that convert."""
+        return [(a, b) for a, b in self.edges if (chosen[a] == FLOAT) != (chosen[b] == FLOAT)]
+
+    def time(self, chosen: Mapping[str, int]) -> float:
+        """Milliseconds of a choice."""
+        own = sum(self.ms.get(name, {}).get(bits, 0.0) for name, bits in chosen.items())
+        return self.rest_ms + own + sum(self.edges[e] for e in self.crossings(chosen))
+
+    def corrected(self, chosen: Mapping[str, int], measured: float) -> Costs:
+        """The same with conversions as much dearer as this choice, as measured, took longer."""
+        crossing = sum(self.edges[e] for e in self.crossings(chosen))
+        extra = measured - self.time(chosen)
+        if extra <= 0 or not crossing:
+            return self
+        return replace(self, edges={e: ms * (1 + extra / crossing) for e, ms in self.edges.items()})
 
 
 def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str, int] | None:
@@ -234,29 +260,37 @@ def _costs(settings: MixedPrecision, drafts: Mapping[int, Draft], held: list[Any
         for choices in alone.values():
             choices[FLOAT] = 0.0
     weights = {n: _numel(widest, n) for n in names}
-    if context.profile is None or not floats:
+    if context.profile is None or context.latency is None or not floats:
         return Costs(noise=alone, ms={}, weights=weights)
-    integer, rest = _attributed(context.profile(widest, settings.precision), set(names))
-    none = replace(widest, plan=Plan())
-    floating, _ = _attributed(context.profile(none, _whole(settings.precision)), set(names))
-    ms = {n: {b: (floating if b == FLOAT else integer).get(n, 0.0) for b in alone[n]} for n in names}
-    sizes = {(a, b): size for a, b, size in _edges(widest, names, context)}
-    return Costs(alone, ms, _conversion(settings, widest, names, ms, sizes, rest, context), weights, rest)
+    edges = [e for e in _edges(widest, names, context) if e[0] != e[1]]
+    return _timed(settings, widest, names, Costs(alone, {}, {}, weights), edges, context)
 
 
-def _conversion(
-    settings: MixedPrecision, draft: Draft, names: list[str], ms: Mapping[str, Mapping[int, float]],
-    sizes: Mapping[tuple[str, str], int], rest: float, context: Context,
-) -> dict[tuple[str, str], float]:  # fmt: skip
-    """Time of a conversion on every edge: by its bytes, from a network whose formats alternate."""
-    assert context.profile is not None
-    chosen = {name: FLOAT if i % 2 else max(settings.weight_bits) for i, name in enumerate(names)}
-    timed = context.profile(_planned({max(settings.weight_bits): draft}, chosen), settings.precision)
-    extra = sum(t for _, t in timed) - rest - sum(ms[n][chosen[n]] for n in names)
-    crossing = sum(size for (a, b), size in sizes.items() if (chosen[a] == FLOAT) != (chosen[b] == FLOAT))
-    rate = max(0.0, extra) / crossing if crossing else 0.0
+def _timed(
+    settings: MixedPrecision, integer: Draft, names: list[str], costs: Costs, edges: list[tuple[str, str, int]],
+    context: Context,
+) -> Costs:  # fmt: skip
+    """`costs` with times: shares of operators from profiles, scaled to what whole networks take.
+
+    A network whose formats alternate gives the time of conversions.
+    """
+    assert context.profile is not None and context.latency is not None
+    floating = replace(integer, plan=Plan())
+    alternating = {name: FLOAT if i % 2 else max(settings.weight_bits) for i, name in enumerate(names)}
+    mixed = _planned({max(settings.weight_bits): integer}, alternating)
+    whole = context.latency([integer, floating, mixed], settings.precision)
+    own, rest = _attributed(context.profile(integer, settings.precision), set(names))
+    scale = whole[0] / (sum(own.values()) + rest)
+    own, rest = {n: ms * scale for n, ms in own.items()}, rest * scale
+    other, _ = _attributed(context.profile(floating, _whole(settings.precision)), set(names))
+    scale = max(0.0, whole[1] - rest) / sum(other.values())
+    ms = {n: {b: other.get(n, 0.0) * scale if b == FLOAT else own.get(n, 0.0) for b in costs.noise[n]} for n in names}
+    sizes = {(a, b): size + CALL_BYTES for a, b, size in edges}
+    costs = replace(costs, ms=ms, rest_ms=rest, edges=dict.fromkeys(sizes, 0.0))
+    crossing = sum(sizes[e] for e in costs.crossings(alternating))
+    rate = max(LEAST_RATE, (whole[2] - costs.time(alternating)) / crossing) if crossing else LEAST_RATE
     context.events("conversion", ms_per_megabyte=rate * 1e6)
-    return {edge: size * rate for edge, size in sizes.items()}
+    return replace(costs, edges={e: size * rate for e, size in sizes.items()})
 
 
 def _edges(draft: Draft, names: list[str], context: Context) -> list[tuple[str, str, int]]:
