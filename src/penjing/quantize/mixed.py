@@ -87,7 +87,7 @@ class MixedPrecision:
         return Static(weight_bits=bits, exclude=self.exclude, samples=self.samples)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a repaired draft with the chosen plan: the first that keeps the limit, or the one that comes nearest."""
+        """Return a repaired draft with the first plan that keeps the limit, or the nearest."""
         if self.latency_ms is not None and context.profile is None:
             raise UsageError(
                 "a latency can only be held in a runtime that times its operators",
