@@ -7,7 +7,7 @@ and reads each contestant's, and latency at batch 1 and 16 with 128 tokens, side
 Peers with the settings that their documentation recommends: ONNX Runtime's dynamic quantization (per channel, after its
 pre-processing), NNCF with `ModelType.TRANSFORMER`.
 
-    python benchmarks/minilm_int8.py [--fitted 2000] [--judged 1000] [--folder DIR]
+    python benchmarks/minilm_int8.py [--fitted 4000] [--judged 10000] [--folder DIR]
 """
 
 import argparse
@@ -188,8 +188,8 @@ def vectors(run, texts):
 def main() -> None:
     """Run all, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fitted", type=int, default=2000, help="texts that each logistic regression is fitted to")
-    parser.add_argument("--judged", type=int, default=1000, help="texts of each test part")
+    parser.add_argument("--fitted", type=int, default=4000, help="texts that each logistic regression is fitted to")
+    parser.add_argument("--judged", type=int, default=10000, help="at most so many texts of each test part")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "penjing-minilm-int8")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/minilm_int8.json")

@@ -104,7 +104,7 @@ def minilm_int8() -> str:
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['16'])} |"
         )
     return "\n".join(
-        [*lines, "", f"{data['judged']} texts of each set; {conditions(data['machine'], data['versions'])}"]
+        [*lines, "", f"At most {data['judged']} texts of each test set; {conditions(data['machine'], data['versions'])}"]
     )
 
 
@@ -135,6 +135,45 @@ def qat() -> str:
     return "\n".join([*lines, "", f"The given network: {data['source']:.2%}, simulated accuracies; {conditioned}"])
 
 
+def lstm_int8() -> str:
+    """A recurrent network in INT8."""
+    data = _read("lstm_int8")
+    lines = ["| | accuracy | noise | size | batch 1 | batch 16 |", "|---|---|---|---|---|---|"]
+    for name, row in data["rows"].items():
+        lines.append(
+            f"| {name} | {row['metric']:.2%} | {row['snr_db']:.1f} dB | {row['size_bytes'] / 1e6:.2f} MB "
+            f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['16'])} |"
+        )
+    return "\n".join([*lines, "", conditions(data["machine"], data["versions"])])
+
+
+def mixed_latency() -> str:
+    """Formats chosen under a latency."""
+    data = _read("mixed_precision")
+    lines = ["| | budget | latency | operators in bf16 | metric | noise |", "|---|---|---|---|---|---|"]
+    for network, parts in data["networks"].items():
+        for row in parts["latency"]:
+            budget = f"{row['budget_ms']:.3f} ms" if "budget_ms" in row else ""
+            lines.append(
+                f"| {network}, {row['name']} | {budget} | {row['latency_ms']['median']:.3f} ms "
+                f"| {row.get('floats', '')} | {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
+            )
+    return "\n".join([*lines, "", f"Batch 1; {conditions(data['machine'], data['versions'])}"])
+
+
+def mixed_bits() -> str:
+    """Bits of weights chosen under a mean."""
+    data = _read("mixed_precision")
+    lines = ["| | bits of a weight, mean | packed | metric | noise |", "|---|---|---|---|---|"]
+    for network, parts in data["networks"].items():
+        for row in parts["bits"]:
+            lines.append(
+                f"| {network}, {row['kind']} | {row['bits']:.2f} | {row['packed_bytes'] / 1e3:.0f} kB "
+                f"| {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
+            )
+    return "\n".join([*lines, "", conditions(data["machine"], data["versions"])])
+
+
 LATENCIES = {
     "Penjing, OpenVINO": "penjing openvino int8",
     "NNCF, OpenVINO": "nncf",
@@ -151,6 +190,9 @@ TABLES = {
     "minilm_int8": minilm_int8,
     "int8_latency": int8_latency,
     "qat": qat,
+    "lstm_int8": lstm_int8,
+    "mixed_latency": mixed_latency,
+    "mixed_bits": mixed_bits,
 }
 
 
