@@ -52,13 +52,16 @@ class QuantSpec:
     (-127, 127)
     >>> QuantSpec(bits=8, signed=False, symmetric=False).limits
     (0, 255)
+    >>> QuantSpec(bits=8, signed=True, symmetric=True, narrow=False).limits
+    (-128, 127)
     >>> QuantSpec(bits=4, grid="powers_of_two").limits
     (-64, 64)
     """
 
     bits: int = 8
     signed: bool = True
-    symmetric: bool = True  # zero point is 0 (signed) and the range is narrow: -127..127
+    symmetric: bool = True  # zero point is 0
+    narrow: bool = True  # a symmetric signed range leaves out the lowest integer: -127..127
     axis: int | None = None  # the channel axis; None is one scale for the whole tensor
     range: str = "minmax"  # which estimator chose the range; "dynamic": taken anew from every input when it runs
     group: int | None = None  # so many neighbouring values of a channel share a scale; None: the whole channel
@@ -74,7 +77,7 @@ class QuantSpec:
         if not self.signed:
             return 0, 2**self.bits - 1
         high = 2 ** (self.bits - 1) - 1
-        return (-high if self.symmetric else -high - 1), high
+        return (-high if self.symmetric and self.narrow else -high - 1), high
 
 
 @dataclass(frozen=True)

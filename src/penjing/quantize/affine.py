@@ -31,7 +31,7 @@ def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec)
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     smallest, largest = spec.limits
     if spec.symmetric and spec.signed:
-        scale = shiftable(torch.maximum(-low, high) / largest, spec)
+        scale = shiftable(torch.maximum(low / smallest, high / largest), spec)
         return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
     scale = shiftable((high - low) / (largest - smallest), spec)
     zero_point = torch.round(smallest - low / scale).clamp(smallest, largest)

@@ -117,7 +117,8 @@ class Static:
             grid=self.activation_grid,
         )  # fmt: skip
         if self.activation_symmetric is not None:
-            spec = replace(spec, symmetric=self.activation_symmetric, signed=self.activation_symmetric)
+            # Not narrow: a file has no type of its own for −127..127, and the clip would stand between fused operators.
+            spec = replace(spec, symmetric=self.activation_symmetric, signed=self.activation_symmetric, narrow=False)
         return _legal("activations", spec, accelerates, accelerates.activations)
 
     def weight_spec(self, accelerates: Accelerates, weight: torch.Tensor) -> QuantSpec:
@@ -142,7 +143,7 @@ class Static:
             mine = self._for(edge.rpartition(":")[0])
             spec = mine.activation_spec(accelerates)
             if accelerates.symmetric_products and value in placement.products and statistics[value].low < 0:
-                spec = replace(spec, symmetric=True, signed=True)
+                spec = replace(spec, symmetric=True, signed=True, narrow=False)
             if (value, spec) not in found:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
