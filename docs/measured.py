@@ -104,7 +104,11 @@ def minilm_int8() -> str:
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['16'])} |"
         )
     return "\n".join(
-        [*lines, "", f"At most {data['judged']} texts of each test set; {conditions(data['machine'], data['versions'])}"]
+        [
+            *lines,
+            "",
+            f"At most {data['judged']} texts of each test set; {conditions(data['machine'], data['versions'])}",
+        ]
     )
 
 

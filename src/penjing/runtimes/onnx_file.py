@@ -18,7 +18,7 @@ from penjing import operators  # noqa: F401  registers the operators that are tr
 from penjing.errors import ExportError
 from penjing.exporting import export, input_names
 from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site
-from penjing.runtimes import onnx_rewrites
+from penjing.runtimes import onnx_kept, onnx_rewrites
 from penjing.runtimes.artifact import Port
 
 OPSET = 18
@@ -50,6 +50,23 @@ def write(
     """
     import onnx
 
+    key = onnx_kept.fingerprint(network, call, dynamic, outputs)
+    data = onnx_kept.recall(key)
+    if data is None:
+        data = _exported(network, call, dynamic, outputs)
+        onnx_kept.keep(key, data)
+    model = onnx.load_from_string(data)
+    if half:
+        onnx_rewrites.store_in_half(model)
+        data = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(model)
+    path.write_bytes(data)
+    return _ports(model.graph.input), _ports(model.graph.output)
+
+
+def _exported(
+    network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any, outputs: list[str]
+) -> bytes:
     program = export(network, call, dynamic)
     inputs = input_names(network, *call)
     with _quiet():
@@ -79,11 +96,8 @@ def write(
     onnx_rewrites.pad_in_convolutions(model)
     _name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
-    if half:
-        onnx_rewrites.store_in_half(model)
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    return _ports(model.graph.input), _ports(model.graph.output)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _translations() -> dict[Any, Any]:
