@@ -155,8 +155,8 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
         build("int8, rest bf16", integer, "int8-bf16")
         peer(network, pictures, folder / "nncf")
         made["nncf"] = {}
-        (fast,) = trial.latency([integer], "int8-bf16")
-        (slow,) = trial.latency([draft], "bf16")
+        ends = timed(folder, ("int8, rest bf16", "bf16"), task, seconds)
+        fast, slow = sorted(ends[name].latency.median for name in ends)
         for share in SHARES:
             budget = fast + share * (slow - fast)
             start = time.perf_counter()
@@ -168,9 +168,7 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
             back = sum(reason == "mixed precision" for reason in mixed.plan.floats.values())
             name = f"mixed, {share:.0%}"
             build(name, mixed, "int8-bf16", budget_ms=budget, floats=back, seconds=time.perf_counter() - start)
-        inputs = [task.call()[0][0][:1].numpy()]
-        targets = [measure.Target(name, folder / name, inputs, 1) for name in made]
-        timings = measure.compare(targets, threads=THREADS, seconds=seconds, opener="mixed_precision:open_folder")
+        timings = timed(folder, made, task, seconds)
         rows = []
         print(f"{'':<20}{'budget':>9}{'ms':>8}{'metric':>9}{'SNR dB':>8}{'floats':>8}")
         for name, values in made.items():
@@ -184,6 +182,15 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
                 flush=True,
             )
     return rows
+
+
+def timed(folder: Path, names, task, seconds: float) -> dict:
+    """Latencies at batch 1, in turns."""
+    from penjing import measure
+
+    inputs = [task.call()[0][0][:1].numpy()]
+    targets = [measure.Target(name, folder / name, inputs, 1) for name in names]
+    return measure.compare(targets, threads=THREADS, seconds=seconds, opener="mixed_precision:open_folder")
 
 
 def peer(network, pictures, folder: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import penjing as pj
+from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
 from penjing.network import raise_network
@@ -106,6 +107,41 @@ class TestTheStep:
         draft, context = prepared
         with pytest.raises(RecipeError, match="no choice"):
             MixedPrecision(average_bits=3, weight_bits=(8, 4))(draft, context)
+
+    def test_the_fastest_is_given_where_no_choice_is_as_fast_as_wanted(self, prepared):
+        draft, context = prepared
+        events = []
+
+        def profile(made, precision):
+            floats = set(made.plan.floats) | (set() if made.plan else {"0", "2", "4", "8"})
+            return [((name,), 2.0 if name in floats else 1.0) for name in ("0", "2", "4", "8")]
+
+        def latency(drafts, precision):
+            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
+
+        context = Context(
+            task=context.task, source=context.source, profile=profile, latency=latency,
+            events=lambda name, **values: events.append((name, values)),
+        )  # fmt: skip
+        made = MixedPrecision(latency_ms=1.0)(draft, context)
+        assert latency([made], "int8") == [4.0] and not made.plan.floats
+        assert [values["met"] for name, values in events if name == "mixed"][-1] is False
+
+    def test_operators_in_floating_point_pay_for_bfloat16(self, prepared):
+        draft, context = prepared
+        calls = [((torch.rand(8, 3, 12, 12),), {})]
+        found = noise.in_bfloat16(draft.network, ["0", "8"], calls)
+        wanted = draft.network(*calls[0][0])
+        assert draft.network.get_submodule("8").weight.dtype == torch.float32
+        body = nn.Sequential(*(draft.network.get_submodule(str(i)) for i in (0, 2, 4)))
+        assert all(0 < ratio < 1e-4 for ratio in found.values()) and len(body) == 3
+        x = calls[0][0][0]
+        for convolution in body:
+            x = convolution(x).relu()
+        head, x = draft.network.get_submodule("8"), x.mean((2, 3))
+        half = nn.functional.linear(x.bfloat16().float(), head.weight.bfloat16().float(), head.bias.bfloat16().float())
+        ratio = (half - wanted).double().square().sum() / wanted.double().square().sum()
+        assert found["8"] == pytest.approx(float(ratio.detach()), rel=1e-3)
 
     def test_floats_are_paid_for_with_measured_times(self, prepared):
         draft, context = prepared

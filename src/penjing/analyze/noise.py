@@ -105,6 +105,43 @@ def isolated(
     return {name: Noise(weights / signal, inputs / signal) for name, (weights, inputs) in power.items()}
 
 
+def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[Call]) -> dict[str, float]:
+    """Noise power over signal power at the outputs when one operator alone reads bfloat16, by its site.
+
+    Inputs and weights are rounded to bfloat16; products are summed up in float32, as processors do.
+
+    Args:
+        network: A raised network in eval mode, in floating point.
+        names: Sites.
+        calls: Chunks of samples.
+    """
+    nodes = sites(network)
+    power = dict.fromkeys(names, 0.0)
+    signal = 0.0
+    with torch.no_grad():
+        for call in calls:
+            once = _Once(network, call)
+            signal += _power(once.output)
+            for name in power:
+                found = once.rerun(nodes[name], _halved(once, nodes[name]))
+                power[name] += _power(_difference(found, once.output))
+    signal = max(signal, 1e-30)
+    return {name: noise / signal for name, noise in power.items()}
+
+
+def _halved(once: _Once, node: fx.Node) -> Any:
+    def half(value: Any) -> Any:
+        floats = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.bfloat16().float() if floats else value
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: half(once.values[n]))
+    if node.op != "call_module":
+        return compute(once.network, node, args, kwargs)
+    module = once.network.get_submodule(str(node.target))
+    weights = {name: half(tensor) for name, tensor in module.named_parameters()}
+    return torch.func.functional_call(module, weights, args, kwargs)
+
+
 def clipped(x: torch.Tensor, entry: Entry) -> float:
     """Share of the values of x that lie beyond the range of `entry` by more than half a step."""
     low, high = entry.spec.limits

@@ -9,6 +9,7 @@ every choice is measured: what took longer than reckoned makes conversions deare
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -101,6 +102,7 @@ class MixedPrecision:
         tried: list[tuple[float, dict[str, int]]] = []  # by how much the limit was missed, and the choice
         for _ in range(ROUNDS):
             chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
+            chosen = chosen or (self._nearest(costs) if not tried else None)
             if chosen is None:
                 break
             made = AdaRound()(_planned(drafts, chosen), fitting)
@@ -113,7 +115,7 @@ class MixedPrecision:
         if not tried:
             raise RecipeError(
                 "no choice of bits keeps this limit",
-                got=str(next(v for v in (self.latency_ms, self.snr_db, self.average_bits) if v is not None)),
+                got=f"average_bits={self.average_bits} of {self.weight_bits}",
                 expected="a looser limit, or more kinds in weight_bits",
             )
         if tried[-1][0] > 1 and self.latency_ms is not None:
@@ -129,6 +131,14 @@ class MixedPrecision:
         if self.snr_db is not None:
             return 10 ** (-self.snr_db / 10)
         return self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
+
+    def _nearest(self, costs: Costs) -> dict[str, int] | None:
+        """What comes nearest to a limit that nothing keeps as reckoned: it may keep it as measured."""
+        if self.latency_ms is not None:
+            return solve(costs, math.inf, "latency", max(self.weight_bits))
+        if self.snr_db is not None:
+            return {name: min(choices, key=lambda b: choices[b]) for name, choices in costs.noise.items()}
+        return None
 
     def _objective(self) -> str:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
@@ -232,8 +242,9 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
             constrain(entries, 0, np.inf)
     limited = {"noise": time, "bits": bits, "latency": power}[objective]
     room = budget - (costs.rest_ms if objective == "noise" else 0.0)
-    scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances
-    constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
+    if room < math.inf:
+        scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances
+        constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
     aim = time if objective == "latency" else power
     aim = aim / max(aim.max(), 1e-30)
     matrix = csr_matrix((values, (rows, cols)), shape=(len(lows), size))
@@ -257,8 +268,9 @@ def _costs(settings: MixedPrecision, drafts: Mapping[int, Draft], held: list[Any
                 alone[name][bits] = found.total
     floats = settings.floats and settings.average_bits is None
     if floats:
-        for choices in alone.values():
-            choices[FLOAT] = 0.0
+        halves = noise.in_bfloat16(widest.network, names, few) if settings.precision == "int8-bf16" else {}
+        for name, choices in alone.items():
+            choices[FLOAT] = halves.get(name, 0.0)
     weights = {n: _numel(widest, n) for n in names}
     if context.profile is None or context.latency is None or not floats:
         return Costs(noise=alone, ms={}, weights=weights)
