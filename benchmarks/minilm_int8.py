@@ -31,6 +31,8 @@ CONTESTANTS = {
     "penjing onnxruntime int8": ("onnxruntime", "int8", [{"quantize.Static": NO_ADDS}, {"quantize.AdaRound": {}}]),
     "penjing openvino int8, rest bf16": ("openvino", "int8-bf16", [{"quantize.Static": NO_ADDS},
                                                                   {"quantize.AdaRound": {}}]),
+    "penjing openvino int8, outliers fp32": ("openvino", "int8", [{"quantize.SplitOutliers": {}},
+                                             {"quantize.Static": NO_ADDS}, {"quantize.AdaRound": {}}]),
     "penjing onnxruntime dynamic int8": ("onnxruntime", "int8", [{"quantize.Dynamic": {}}]),
     "penjing onnxruntime fp32": ("onnxruntime", "fp32", []),
     "penjing openvino fp32": ("openvino", "fp32", []),

@@ -25,6 +25,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.AdaRound": quantize.AdaRound,
     "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
     "quantize.SmoothQuant": quantize.SmoothQuant,
+    "quantize.SplitOutliers": quantize.SplitOutliers,
     "quantize.QAT": quantize.QAT,
     "quantize.Rollback": quantize.Rollback,
     "quantize.Best": quantize.Best,
@@ -36,7 +37,8 @@ CATALOGUE: dict[str, type[Any]] = {
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
-_RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant)  # the same function with other weights
+# The same function with other weights.
+_RESHAPERS = (quantize.CrossLayerEqualization, quantize.SmoothQuant, quantize.SplitOutliers)
 
 
 @dataclass(frozen=True, init=False)

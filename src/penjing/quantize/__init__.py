@@ -6,6 +6,7 @@ from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.dynamic import Dynamic
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.mixed import MixedPrecision
+from penjing.quantize.outliers import SplitOutliers
 from penjing.quantize.qat import QAT
 from penjing.quantize.rollback import Rollback
 from penjing.quantize.smoothquant import SmoothQuant
@@ -21,5 +22,6 @@ __all__ = [
     "MixedPrecision",
     "Rollback",
     "SmoothQuant",
+    "SplitOutliers",
     "Static",
 ]

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.graph import kind, operator_name, tensor_inputs
+from penjing.graph import flat_inputs, kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
+from penjing.quantize.samples import chunks
+from penjing.step import Context
 from penjing.task import Call
 
 LAYERS = ("conv", "linear")
@@ -174,3 +176,23 @@ class _Tracer:
             return None
         first = labels[(0,) * (labels.dim() - 1)]
         return first.clone() if bool((labels == first).all()) else None  # compared in place: labels are views
+
+
+def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
+    """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Observer(fx.Interpreter):
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in names:
+                now = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0)
+                found[target] = torch.maximum(found[target], now) if target in found else now
+            return super().call_module(target, args, kwargs)
+
+    observer = Observer(network)
+    parts = chunks(context, network, samples) if names else []
+    with torch.no_grad():
+        for done, call in enumerate(parts, 1):
+            observer.run(*flat_inputs(network, call))
+            context.events("progress", label="magnitudes", done=done, total=len(parts))
+    return found

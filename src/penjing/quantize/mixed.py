@@ -107,7 +107,7 @@ class MixedPrecision:
                 break
             made = AdaRound()(_planned(drafts, chosen), fitting)
             snr = noise.signal_to_noise(draft.network, insert(made.network, made.plan), held)
-            missed, costs, budget = self._judged(made, chosen, snr, costs, budget, context)
+            missed, costs, budget = self._judged(made, drafts[max(drafts)], chosen, snr, costs, budget, context)
             context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed)
             tried.append((missed, chosen))
             if missed <= 1:
@@ -144,16 +144,22 @@ class MixedPrecision:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
 
     def _judged(
-        self, made: Draft, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float, context: Context
-    ) -> tuple[float, Costs, float]:
-        """How many times the limit was measured, and what the next round reckons with."""
+        self, made: Draft, plain: Draft, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float,
+        context: Context,
+    ) -> tuple[float, Costs, float]:  # fmt: skip
+        """How many times the limit was measured, and what the next round reckons with.
+
+        `plain` is the network all in integers, measured beside `made`.
+        """
         if self.average_bits is not None:
             return 1.0, costs, budget
         if self.snr_db is not None:
             missed = 10 ** ((self.snr_db - snr) / 10)
             return missed, costs, budget * min(1 / missed, 0.95)
         assert context.latency is not None and self.latency_ms is not None
-        (latency,) = context.latency([made], self.precision)
+        integer, latency = context.latency([plain, made], self.precision)
+        if reckoned := costs.time(dict.fromkeys(chosen, max(self.weight_bits))):
+            latency *= reckoned / integer  # a machine is not always as fast as when the times were taken
         costs = costs.corrected(chosen, latency)
         if costs.time(chosen) <= budget:  # conversions don't explain it: ask for less
             budget *= min(self.latency_ms / latency, 0.95)

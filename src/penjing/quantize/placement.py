@@ -65,6 +65,8 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
     """Why a node has no integer kernel; None when it has one."""
     if node.op not in ("call_module", "call_function"):
         return "not an operator"
+    if "float" in node.meta:
+        return str(node.meta["float"])
     if what not in accelerates.integer:
         return f"{accelerates.runtime} has no integer kernel for {what}"
     if what in ("conv", "linear") and node.op != "call_module":

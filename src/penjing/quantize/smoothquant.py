@@ -16,9 +16,7 @@ from torch import fx
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import flat_inputs
-from penjing.quantize.channels import Couple, couples, divide, layers, over_channels, range_of_inputs
-from penjing.quantize.samples import chunks
+from penjing.quantize.channels import Couple, couples, divide, layers, maxima, over_channels, range_of_inputs
 from penjing.step import Context
 
 SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # a multiplication by a stored vector ends a norm written out
@@ -72,26 +70,6 @@ class SmoothQuant:
         )
         factor = inputs**self.alpha / weights ** (1 - self.alpha)
         return torch.where((inputs > 0) & (weights > 0), factor, torch.ones_like(factor))
-
-
-def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
-    """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
-    found: dict[str, torch.Tensor] = {}
-
-    class Observer(fx.Interpreter):
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target in names:
-                now = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0)
-                found[target] = torch.maximum(found[target], now) if target in found else now
-            return super().call_module(target, args, kwargs)
-
-    observer = Observer(network)
-    parts = chunks(context, network, samples) if names else []
-    with torch.no_grad():
-        for done, call in enumerate(parts, 1):
-            observer.run(*flat_inputs(network, call))
-            context.events("progress", label="smooth", done=done, total=len(parts))
-    return found
 
 
 def _refuse(name: str, value: Any, expected: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
@@ -11,9 +11,11 @@ from penjing.draft import Edit
 from penjing.errors import CheckpointError
 from penjing.surgery.attention import unfold_attention
 from penjing.surgery.fold import fold_batch_norm
+from penjing.surgery.outliers import split_outliers
 
-_EDITS = {
+_EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
+    "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),
     "unfold_attention": lambda network, edit: unfold_attention(network, edit["site"]),
 }
 
@@ -36,7 +38,7 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
             )
         try:
             apply(network, edit)
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
                 got=f"{edit} ({error})",

@@ -1,0 +1,91 @@
+"""Outliers in floating point: a linear layer's few input channels that are far larger than the others.
+
+Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", NeurIPS 2022. There the channels
+are found anew in every input; here once, on calibration data, so that the file holds two products with fixed shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.graph import site
+from penjing.quantize.channels import maxima
+from penjing.step import Context
+from penjing.surgery import split_outliers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOutliers:
+    """Take input channels with outliers out of linear layers, before `Static`: they are multiplied in floating point.
+
+    A channel has outliers where its largest magnitude is more than `factor` times the median channel's. The other
+    channels have a range of their own then, and both products are summed in floating point.
+
+    Attributes:
+        factor: Above 1. LLM.int8() takes magnitudes above 6 where the others are about 1.
+        most: Largest share of a layer's input channels that is split off; the largest ones first.
+        samples: Calibration samples that the magnitudes are taken over, in one pass.
+    """
+
+    factor: float = 6.0
+    most: float = 0.02
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("factor", 1, math.inf), ("most", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+                _refuse(name, value, f"a number above {low}" + (f" and below {high}" if high < math.inf else ""))
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            _refuse("samples", self.samples, "a whole number above 0")
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft that computes the same with more layers."""
+        draft = draft.copy()
+        groups = _readers(draft.network.eval())
+        largest = maxima(draft.network, {site(nodes[0]) for nodes in groups}, context, self.samples)
+        edits = []
+        split = 0
+        for nodes in groups:
+            channels = self.channels(largest[site(nodes[0])])
+            if channels:
+                edits.append(split_outliers(draft.network, [site(n) for n in nodes], channels))
+                split += len(nodes)
+        context.events("covered", step="SplitOutliers", layers=split, total=sum(map(len, groups)))
+        return replace(draft, edits=(*draft.edits, *edits))
+
+    def channels(self, largest: torch.Tensor) -> list[int]:
+        """The channels with outliers, of the largest magnitude of each, (in,)."""
+        order = largest.argsort(descending=True)[: int(self.most * len(largest))]
+        return sorted(int(i) for i in order if largest[i] > self.factor * largest.median())
+
+
+def _readers(network: fx.GraphModule) -> list[list[fx.Node]]:
+    """Linear layers by the value that they read: modules called once, with weights of their own."""
+    called: dict[str, int] = {}
+    owners: dict[int, int] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            called[str(node.target)] = called.get(str(node.target), 0) + 1
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or called[str(node.target)] > 1 or "float" in node.meta:
+            continue
+        module = network.get_submodule(str(node.target))
+        source = node.args[0]
+        if isinstance(module, nn.Linear) and isinstance(source, fx.Node) and owners[id(module.weight)] == 1:
+            found.setdefault(source, []).append(node)
+    return list(found.values())
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise RecipeError(f"SplitOutliers({name}=...) can't be used", got=repr(value), expected=expected)

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from torch import nn
+
+import penjing as pj
+from penjing.checkpoint import restore, save
+from penjing.draft import Draft
+from penjing.errors import CheckpointError, RecipeError
+from penjing.graph import sites
+from penjing.network import raise_network
+from penjing.quantize import QAT, AdaRound, SplitOutliers, Static
+from penjing.recipe import Recipe
+from penjing.step import Context
+from penjing.surgery import insert, replay
+from penjing.task import Task
+
+LARGE = [3, 20]
+
+
+class Perceptron(nn.Module):
+    """Two layers that read one value, and one behind a curve; two of the channels are outliers that matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.down = nn.Linear(128, 24), nn.Linear(128, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.left(x)) * torch.sigmoid(self.right(x)))
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    torch.manual_seed(0)
+    model = Perceptron().eval()
+    x = torch.randn(64, 7, 128)
+    x[..., LARGE] *= 60
+    with torch.no_grad():
+        for layer in (model.left, model.right):
+            layer.weight[:, LARGE] /= 20
+    task = Task(
+        example=x[:2], calibration=list(x.split(16)), train=[(part, part[..., :5]) for part in x.split(16)],
+        loss=nn.functional.mse_loss,
+    )  # fmt: skip
+    return model, x, task, Draft(raise_network(model, *task.call())), Context(task=task)
+
+
+def noise(network, wanted, x):
+    with torch.no_grad():
+        return float((network(x) - wanted).square().mean() / wanted.square().mean())
+
+
+def test_the_network_computes_what_it_did(prepared):
+    model, x, _, draft, context = prepared
+    made = SplitOutliers()(draft, context)
+    assert made.edits == ({"edit": "split_outliers", "layers": ["left", "right"], "channels": LARGE},)
+    with torch.no_grad():
+        torch.testing.assert_close(made.network(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not made.network.get_submodule("left").weight[:, LARGE].any()
+    assert torch.equal(made.network.get_submodule("right_outliers").weight, model.right.weight[:, LARGE])
+    assert torch.equal(draft.network.get_submodule("left").weight, model.left.weight)  # the draft before is as it was
+
+
+def test_outliers_stay_in_floating_point_and_the_others_get_a_narrow_range(prepared):
+    model, x, _, draft, context = prepared
+    static = Static(activation_range="minmax")
+    plain, split = static(draft, context), static(SplitOutliers()(draft, context), context)
+    few = {"left_outliers", "right_outliers", "left_outliers.sum", "right_outliers.sum"}
+    assert few <= set(split.plan.floats) and all("outliers" in split.plan.floats[name] for name in few)
+    assert not few & {edge.rpartition(":")[0] for edge in split.plan.entries}
+    assert split.plan.entries["left:in0"] == split.plan.entries["right:in0"]  # one value, one quantizer
+    assert split.plan.entries["left:in0"].scale[0] < plain.plan.entries["left:in0"].scale[0] / 20
+    wanted = model(x).detach()
+    alone, both = (noise(insert(made.network, made.plan), wanted, x) for made in (plain, split))
+    assert both < alone / 20
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_runs_one_part_in_integers_and_the_other_not(prepared, runtime, tmp_path):
+    pytest.importorskip(runtime)
+    model, _, task, _, _ = prepared
+    recipe = Recipe(SplitOutliers(), Static())
+    result = pj.run(recipe, model, task, runtime=runtime, out=tmp_path / "run", seconds=0.05)
+    row = next(c for c in result.record.candidates if c.name == f"{runtime}-int8")
+    executed = {layer.name: layer.executed for layer in row.layers}
+    assert executed["left"] == executed["right"] == "int8"
+    assert executed["left_outliers"] == executed["right_outliers"] == "fp32"
+    assert next(p for p in row.parity if p.against == "planned").snr_db > 50
+
+
+def test_the_checkpoint_has_it(prepared, tmp_path):
+    model, x, task, draft, context = prepared
+    made = Static()(SplitOutliers()(draft, context), context)
+    save(made, tmp_path)
+    loaded = restore(tmp_path, Perceptron(), task)
+    assert loaded.plan == made.plan
+    with torch.no_grad():
+        assert torch.equal(loaded.network(x), made.network(x))
+        assert torch.equal(insert(loaded.network, loaded.plan)(x), insert(made.network, made.plan)(x))
+
+
+def test_repair_and_training_follow(prepared):
+    model, x, _, draft, context = prepared
+    split = Static(weight_bits=4)(SplitOutliers()(draft, context), context)
+    repaired = AdaRound()(split, context)
+    wanted = model(x).detach()
+    before, after = (noise(insert(made.network, made.plan), wanted, x) for made in (split, repaired))
+    assert after < before
+    trained = QAT(epochs=1, learning_rate=1e-3)(split, context)
+    assert torch.isfinite(insert(trained.network, trained.plan)(x)).all()
+
+
+def test_without_outliers_nothing_is_split(prepared):
+    _, _, _, draft, context = prepared
+    made = SplitOutliers(factor=1000.0)(draft, context)
+    assert made.edits == () and list(sites(made.network)) == list(sites(draft.network))
+
+
+def test_no_more_than_the_share_is_split_the_largest_first():
+    largest = torch.tensor([1.0] * 97 + [50.0, 100.0, 20.0])
+    assert SplitOutliers(most=0.02).channels(largest) == [97, 98]
+    assert SplitOutliers(most=0.5).channels(largest) == [97, 98, 99]
+    assert SplitOutliers(most=0.009).channels(largest) == []
+
+
+def test_events_tell_how_many_layers_there_are(prepared):
+    _, _, task, draft, _ = prepared
+    told = []
+    SplitOutliers()(draft, Context(task=task, events=lambda kind, **values: told.append((kind, values))))
+    assert ("covered", {"step": "SplitOutliers", "layers": 2, "total": 3}) in told
+
+
+@pytest.mark.parametrize(
+    "settings", [{"factor": 1}, {"factor": float("nan")}, {"most": 0}, {"most": 1.5}, {"samples": 0}, {"factor": "6"}]
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(RecipeError, match="SplitOutliers"):
+        SplitOutliers(**settings)
+
+
+def test_it_goes_before_quantization():
+    with pytest.raises(RecipeError):
+        Recipe(Static(), SplitOutliers())
+    assert Recipe(SplitOutliers(), Static()).to_data()[0]["quantize.SplitOutliers"]["factor"] == 6.0
+
+
+@pytest.mark.parametrize("edit", [{"layers": ["left", "down"]}, {"layers": ["nowhere"]}, {"channels": [500]}])
+def test_an_edit_of_another_network_is_refused(prepared, edit):
+    _, _, _, draft, _ = prepared
+    with pytest.raises(CheckpointError):
+        replay(draft.network, [{"edit": "split_outliers", "layers": ["left"], "channels": [1], **edit}])
