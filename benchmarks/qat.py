@@ -11,7 +11,7 @@ learned activation scales, ranges first calibrated with its `calibration_mode` o
 
     python benchmarks/qat.py [--bits 4 2] [--epochs 1.5] [--grid-epochs 0.3] [--rates 0.02 0.05 0.1] [--seeds 0 1 2]
 
-Every finished run is written at once; a second call goes on where the first stopped.
+Every finished run is written at once; a second call goes on where the first stopped. Rows of other epochs are kept.
 """
 
 import argparse
@@ -197,9 +197,11 @@ def main() -> None:
     for bits in arguments.bits:
         for side in (PENJING, BREVITAS):
             grid = [(c, rate) for c in side if c in arguments.only for rate in arguments.rates]
+            if not grid:
+                continue
             chosen, rate = max(grid, key=lambda g: ran(g[0], bits, g[1], arguments.grid_epochs, 0, "select"))
             found = [ran(chosen, bits, rate, arguments.epochs, seed, "evaluate") for seed in arguments.seeds]
-            data["table"][f"W{bits}A{bits} {side[0].split()[0]}"] = {
+            data["table"][f"W{bits}A{bits} {side[0].split()[0]}, {arguments.epochs:g} epochs"] = {
                 "settings": chosen,
                 "learning_rate": rate,
                 "epochs": arguments.epochs,
@@ -209,10 +211,10 @@ def main() -> None:
                 "gap": data["source"] - statistics.median(found),
             }
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    print(f"\nsource {data['source']:.4f}\n{'':<18}{'settings':<18}{'rate':>7}{'accuracy':>10}{'spread':>18}{'gap':>9}")
+    print(f"\nsource {data['source']:.4f}\n{'':<30}{'settings':<18}{'rate':>7}{'accuracy':>10}{'spread':>18}{'gap':>9}")
     for name, row in data["table"].items():
         spread = f"{row['lowest']:.4f} - {row['highest']:.4f}"
-        print(f"{name:<18}{row['settings']:<18}{row['learning_rate']:>7g}{row['accuracy']:>10.4f}{spread:>18}", end="")
+        print(f"{name:<30}{row['settings']:<18}{row['learning_rate']:>7g}{row['accuracy']:>10.4f}{spread:>18}", end="")
         print(f"{row['gap']:>9.4f}")
     print(f"\n{arguments.out}")
 

@@ -130,9 +130,9 @@ def qat() -> str:
         "| | settings | learning rate | epochs | accuracy, median (all seeds) | lost |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in data["table"].items():
+    for name, row in sorted(data["table"].items(), key=lambda item: (-int(item[0][1]), item[1]["epochs"])):
         lines.append(
-            f"| {name} | {row['settings'].split()[1]} | {row['learning_rate']:g} | {row['epochs']:g} "
+            f"| {name.partition(',')[0]} | {row['settings'].split()[1]} | {row['learning_rate']:g} | {row['epochs']:g} "
             f"| {row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%}) | {row['gap'] * 100:.2f} points |"
         )
     conditioned = conditions(data["machine"], data["versions"])
