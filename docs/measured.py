@@ -159,7 +159,7 @@ def mixed_latency() -> str:
         "|---|---|---|---|---|---|",
     ]
     for network, parts in data["networks"].items():
-        for row in parts["latency"]:
+        for row in parts.get("latency", []):
             budget = f"{row['budget']:.2f}" if "budget" in row else ""
             lines.append(
                 f"| {network}, {row['name']} | {budget} | {row['latency']:.2f} ({row['latency_ms']['median']:.2f} ms) "
@@ -173,7 +173,7 @@ def mixed_bits() -> str:
     data = _read("mixed_precision")
     lines = ["| | bits of a weight, mean | packed | metric | noise |", "|---|---|---|---|---|"]
     for network, parts in data["networks"].items():
-        for row in parts["bits"]:
+        for row in parts.get("bits", []):
             lines.append(
                 f"| {network}, {row['kind']} | {row['bits']:.2f} | {row['packed_bytes'] / 1e3:.0f} kB "
                 f"| {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
