@@ -69,6 +69,11 @@ def _read(name: str) -> dict:
     return data
 
 
+def _under(lines: list[str], data: dict, before: str = "") -> str:
+    """The table with the conditions it was measured under."""
+    return "\n".join([*lines, "", before + conditions(data["machine"], data["versions"])])
+
+
 def _ms(latency: dict) -> str:
     return f"{latency['median']:.2f} ms"
 
@@ -86,7 +91,7 @@ def lite0_int8() -> str:
             f"| {name} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['8'])} | {row['seconds']:.0f} s |"
         )
-    return "\n".join([*lines, "", f"496 pictures; {conditions(data['machine'], data['versions'])}"])
+    return _under(lines, data, "496 pictures; ")
 
 
 def minilm_int8() -> str:
@@ -120,7 +125,7 @@ def int8_latency() -> str:
         for batch, rows in batches.items():
             cells = (_ms(rows[key.format(batch=batch)]) for key in LATENCIES.values())
             lines.append(f"| {network}, {batch} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{conditions(data['machine'], data['versions'])}"])
+    return _under(lines, data)
 
 
 def qat() -> str:
@@ -148,7 +153,7 @@ def lstm_int8() -> str:
             f"| {name} | {row['metric']:.2%} | {row['snr_db']:.1f} dB | {row['size_bytes'] / 1e6:.2f} MB "
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['16'])} |"
         )
-    return "\n".join([*lines, "", conditions(data["machine"], data["versions"])])
+    return _under(lines, data)
 
 
 def mixed_latency() -> str:
@@ -165,7 +170,7 @@ def mixed_latency() -> str:
                 f"| {network}, {row['name']} | {budget} | {row['latency']:.2f} ({row['latency_ms']['median']:.2f} ms) "
                 f"| {row.get('floats', '')} | {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
             )
-    return "\n".join([*lines, "", f"Batch 1; {conditions(data['machine'], data['versions'])}"])
+    return _under(lines, data, "Batch 1; ")
 
 
 def mixed_bits() -> str:
@@ -178,7 +183,7 @@ def mixed_bits() -> str:
                 f"| {network}, {row['kind']} | {row['bits']:.2f} | {row['packed_bytes'] / 1e3:.0f} kB "
                 f"| {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
             )
-    return "\n".join([*lines, "", conditions(data["machine"], data["versions"])])
+    return _under(lines, data)
 
 
 LATENCIES = {

@@ -68,6 +68,28 @@ def test_an_edit_in_place_makes_another_network(edit):
     assert mark(given) != before
 
 
+def test_a_constant_that_is_no_buffer_counts():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.ones(3, 1, 1)
+
+        def forward(self, x):
+            return x + self.shift
+
+    given = raise_network(Shifted().eval(), (X,), {})
+    node = next(n for n in given.graph.nodes if n.op == "get_attr")
+    before = mark(given)
+    path, _, leaf = str(node.target).rpartition(".")
+    owner, old = given.get_submodule(path), getattr(given.get_submodule(path), leaf).clone()
+    delattr(owner, leaf)
+    setattr(owner, leaf, old)  # a plain attribute
+    assert leaf not in dict(owner.named_buffers())
+    plain = mark(given)
+    getattr(owner, leaf).add_(1)
+    assert len({before, plain, mark(given)}) == 3
+
+
 def test_inputs_and_names_count_and_their_values_do_not():
     given = network()
     assert mark(given, ((X + 1,), {})) == mark(given)

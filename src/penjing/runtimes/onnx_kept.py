@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from penjing.graph import compute
+
 LIMIT = 2**29  # bytes of all files that are kept
 
 _kept: OrderedDict[str, bytes] = OrderedDict()
@@ -50,9 +52,13 @@ def fingerprint(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, 
             return None
         if not isinstance(module, fx.GraphModule):
             tell(name, type(module).__qualname__, module.extra_repr(), _numbers(module))
+    tensors: list[tuple[str, Any]] = [*network.named_parameters(), *network.named_buffers()]
+    tell(getattr(network.graph._codegen, "pytree_info", None))  # the names of the inputs
     for node in network.graph.nodes:
         tell(node.op, node.name, str(node.target), node.args, node.kwargs, node.meta.get("site"))
-    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if node.op == "get_attr":  # a constant need be no buffer
+            tensors.append((node.name, compute(network, node, (), {})))
+    for name, tensor in tensors:
         tell(name, tensor.dtype, tuple(tensor.shape))
         told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     flat, structure = pytree.tree_flatten(call)
