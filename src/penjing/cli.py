@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from penjing import __version__
+from penjing.command_line import parser
 from penjing.errors import OutputError, PenjingError, UsageError
 
 MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
-SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
-TASK_HELP = "file.py:task, package.module:task, a folder of pictures by class, or an .npz file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parser(COMMANDS).parse_args(arguments)
     messages = Console(stderr=True)
     try:
         return int(parsed.command(parsed, messages))
@@ -280,127 +276,13 @@ def _read(path: str) -> str:
         raise UsageError("the recipe can't be read", got=f"{path}: {error.strerror}", expected="a YAML file") from None
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape of one sample, such as 3,224,224")
-    return sizes
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
-
-
-def _duration(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds of at least 0")
-    return seconds
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="penjing",
-        description="Makes a trained network small and fast, and proves that it is still the network you had.",
-        epilog="Exit codes: 0 done and goal met, 1 error, 2 usage, 3 finished but goal not met.",
-    )
-    parser.add_argument("--version", action="version", version=f"penjing {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[..., int], help: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog="example:\n" + textwrap.indent(example, "  "),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=run)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        return sub
-
-    sub = command(
-        "compress",
-        _compress,
-        "Find the smallest or fastest artifact that meets a goal, with the evidence.",
-        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first',
-    )
-    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    sub.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
-    sub.add_argument(
-        "--goal",
-        default="minimize latency_ms, drop<=1%",
-        help="limits and objectives; drop is the change for the worse in the metric's own unit (1%% = 0.01), "
-        "relative_drop the one relative to the source (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)"
-    )
-    sub.add_argument("--recipe", metavar="R.yaml", help="steps to take (default: post-training static quantization)")
-    sub.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
-    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    sub.add_argument("--force", action="store_true", help="replace the run in --out")
-    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    sub.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
-    sub.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable"
-    )
-    _timing(sub, 1.0)
-
-    sub = command(
-        "inspect",
-        _inspect,
-        "Cost per layer, and what would stay in floating point in each runtime.",
-        "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
-        "penjing inspect resnet18 --shape 3,224,224",
-    )
-    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
-    sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
-    sub.add_argument(
-        "--noise", metavar="RUNTIME", help="quantize for it, and show the noise of every operator; needs --task"
-    )
-
-    sub = command(
-        "measure",
-        _measure,
-        "Latency, memory and size of an artifact, side by side with another or with its source.",
-        "penjing measure runs/first --task net.py:task\npenjing measure runs/first --against runs/second",
-    )
-    sub.add_argument("artifact", metavar="ARTIFACT", help="a run folder or an artifact folder")
-    sub.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
-    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    _timing(sub, 2.0)
-
-    sub = command(
-        "verify",
-        _verify,
-        "Re-run the evidence of a record on this machine and say which figures hold.",
-        "penjing verify runs/first --task net.py:task",
-    )
-    sub.add_argument("folder", metavar="DIR", help="a run folder")
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
-    _timing(sub, 2.0)
-
-    command("runtimes", _runtimes, "Which runtimes are here, and what each accelerates.", "penjing runtimes --json")
-    return parser
-
-
-def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
-    parser.add_argument(
-        "--seconds", type=_duration, default=seconds, help="timed seconds per artifact (default: %(default)s)"
-    )
+COMMANDS = {
+    "compress": _compress,
+    "inspect": _inspect,
+    "measure": _measure,
+    "verify": _verify,
+    "runtimes": _runtimes,
+}
 
 
 if __name__ == "__main__":
