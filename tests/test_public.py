@@ -16,6 +16,7 @@ PUBLIC = [
     "architectures",
     "compress",
     "load_checkpoint",
+    "prune",
     "quantize",
     "records",
     "run",

@@ -12,6 +12,7 @@
     ├── TrainingError            training that can't go on: a loss that is not finite, no gradient
     ├── MissingDependency        an optional package is not installed
     ├── QuantizationError        a plan that the chosen runtime can't run
+    ├── PruningError             a target that can't be reached, or a network that can't be pruned
     ├── ArtifactError            an artifact that can't be opened
     ├── RecordError              a record that can't be read
     └── OutputError              the output folder holds a run, is full or not writable
@@ -97,6 +98,10 @@ class MissingDependency(PenjingError):
 
 class QuantizationError(PenjingError):
     """A quantization plan that the chosen runtime can't run."""
+
+
+class PruningError(PenjingError):
+    """A target that can't be reached by pruning, or a network that can't be pruned."""
 
 
 class ArtifactError(PenjingError):

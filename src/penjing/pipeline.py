@@ -127,7 +127,7 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
     where = "all"
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
-            if variant.precision not in INTEGER:
+            if variant.precision not in INTEGER and not getattr(step, "for_floats", False):
                 break
             where = variant.runtime
         key = (where, position)

@@ -179,6 +179,7 @@ class Accelerates:
         dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
         symmetric_products: Whether a product of two activations is in integers only where neither has a zero point.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
+        channel_multiple: Channels that its kernels compute at once: others are padded to a multiple of them.
         notes: Sentences for the user, each about this processor.
     """
 
@@ -195,7 +196,19 @@ class Accelerates:
     dynamic: QuantSpec | None = QuantSpec(signed=False, symmetric=False, range="dynamic")
     symmetric_products: bool = False
     recurrent: frozenset[str] = frozenset()
+    channel_multiple: int = 8
     notes: tuple[str, ...] = ()
+
+
+def channel_multiple(instruction_sets: tuple[str, ...]) -> int:
+    """float32 values in a vector register.
+
+    >>> channel_multiple(("avx2", "avx512f"))
+    16
+    """
+    if any(name.startswith("avx512") for name in instruction_sets):
+        return 16
+    return 8 if any(name.startswith("avx") for name in instruction_sets) else 4
 
 
 BIAS_LIMIT = 2**30  # integers of a bias stay below this: int32 with a bit to spare for the accumulator

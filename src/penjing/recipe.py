@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from penjing import quantize
+from penjing import prune, quantize
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.step import Step
 
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
+    "prune.Channels": prune.Channels,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,

@@ -54,7 +54,8 @@ class Step(Protocol):
     """A frozen dataclass with one method. It never changes the draft that it is given.
 
     A step whose result depends on the target runtime (`context.accelerates`) says so with a class attribute
-    ``per_runtime = True``; then it runs once for every runtime, and the steps before it only once.
+    ``per_runtime = True``; then it runs once for every runtime, and the steps before it only once. Floating-point
+    artifacts go without it and what follows, unless it says ``for_floats = True``.
     """
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,25 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def resized_macs(
+    network: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> int:
+    """MACs of the network with other sizes, without building it.
+
+    Args:
+        network: A raised network.
+        sizes: Node name → shape of its result.
+        stored: Name of a parameter → its shape, where it is another than in the network.
+    """
+    found = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
+    total = 0
+    for node in network.graph.nodes:
+        if _is_operator(node) and kind(network, node) not in _FREE:
+            weight = stored.get(f"{node.target}.weight") if node.op == "call_module" else None
+            total += _macs(network, node, found, None if weight is None else torch.empty(weight, device="meta"))
+    return total
 
 
 def totals(rows: Iterable[LayerRow]) -> Total:
@@ -197,10 +216,12 @@ def _outputs(node: fx.Node, found: Shapes) -> list[torch.Tensor]:
 # --- multiply-accumulates ---------------------------------------------------------------------------------------
 
 
-def _macs(network: fx.GraphModule, node: fx.Node, found: Shapes) -> int:
+def _macs(network: fx.GraphModule, node: fx.Node, found: Shapes, weight: torch.Tensor | None = None) -> int:
+    """MACs of one operator; `weight` stands for that of a layer."""
     what = kind(network, node)
     if node.op == "call_module":
-        weight = getattr(network.get_submodule(str(node.target)), "weight", None)
+        if weight is None:
+            weight = getattr(network.get_submodule(str(node.target)), "weight", None)
         x = found[tensor_inputs(node)[0].name]
         return _weighted(what, x, weight, found[node.name]) if weight is not None else 0
     values = {name: fx.node.map_arg(value, lambda n: found.get(n.name, n)) for name, value in arguments(node).items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from penjing.plan import Accelerates, Formats, QuantSpec
+from penjing.plan import Accelerates, Formats, QuantSpec, channel_multiple
 from penjing.runtimes.artifact import Executed, Manifest, Program
 
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
@@ -33,6 +33,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
         recurrent=frozenset({"lstm"}),
+        channel_multiple=channel_multiple(instruction_sets),
         notes=(note,) if note else (),
     )
 

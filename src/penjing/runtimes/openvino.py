@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import ExportError
-from penjing.plan import Accelerates, Formats, QuantSpec
+from penjing.plan import Accelerates, Formats, QuantSpec, channel_multiple
 from penjing.runtimes.artifact import Executed, Manifest, Program, Timed
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
@@ -42,6 +42,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
+        channel_multiple=channel_multiple(instruction_sets),
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
     )
 

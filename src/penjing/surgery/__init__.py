@@ -1,7 +1,9 @@
 """The only code that edits a network. Every edit is logged as one JSON object, and a log can be replayed.
 
-The vocabulary of edits: ``fold`` (a batch norm into the layer before it), ``split_outliers`` (a linear layer's input
-channels with outliers into a layer of their own), ``unfold_attention`` (into its operators).
+The vocabulary of edits: ``fold`` (a batch norm into the layer before it), ``slice`` (a stored tensor loses positions of
+an axis), ``literal`` (a number in an operator or layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a
+selection in the place of operators that permute an axis), ``split_outliers`` (a linear layer's input channels with
+outliers into a layer of their own), ``unfold_attention`` (into its operators).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -9,5 +11,15 @@ from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.quantizers import FakeQuantize, freeze, insert
+from penjing.surgery.resize import resize
 
-__all__ = ["FakeQuantize", "fold_batch_norms", "freeze", "insert", "replay", "split_outliers", "unfold_attentions"]
+__all__ = [
+    "FakeQuantize",
+    "fold_batch_norms",
+    "freeze",
+    "insert",
+    "replay",
+    "resize",
+    "split_outliers",
+    "unfold_attentions",
+]

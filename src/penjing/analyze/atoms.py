@@ -1,0 +1,188 @@
+"""One atom for every position along every axis of every stored tensor, and what joins them.
+
+An atom is what can be removed. Every value in the network has *labels*: for each of its axes an array that says which
+atom every position belongs to, or None where the axis never changes (batch, height, width, tokens). Operators join
+atoms (an addition needs the same channels on both sides), rearrange labels (a concatenation), or hold atoms fixed
+where nothing can be proven. What is joined is removed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import fx
+
+from penjing.graph import site
+
+Axis = np.ndarray | None  # atoms along an axis, FIXED where a position never goes; None: the whole axis never changes
+Labels = tuple[Axis, ...]
+FIXED = -1
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number in the network that follows from how many positions of an axis are kept.
+
+    Attributes:
+        where: The operator's site.
+        argument: Name of the argument (or of the layer's attribute), with an index in a list: ("shape", 2).
+        labels: The number is the kept positions of these, divided by `divisor`.
+        divisor: See `labels`.
+        value: Where this is given, it becomes the argument as soon as anything of `labels` is removed.
+    """
+
+    where: str
+    argument: tuple[str | int, ...]
+    labels: np.ndarray
+    divisor: int = 1
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A split into parts whose lengths become explicit."""
+
+    where: str
+    axis: int
+    parts: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """Rearranging operators from `first` to `last` that only permute one axis: position i comes from `order[i]`."""
+
+    first: str
+    last: str
+    axis: int
+    order: np.ndarray
+    labels: np.ndarray  # of the input
+
+
+Change = Literal | Partition | Reordering
+
+
+@dataclass
+class Walk:
+    """What is known while the operators of a network are visited in the order of execution."""
+
+    network: fx.GraphModule
+    shapes: dict[str, tuple[int, ...]]
+    stored_tensors: dict[str, torch.Tensor]
+    names: dict[int, str]  # id of a tensor → its first name
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # Labels; a list of them for several results
+    changes: list[Change] = field(default_factory=list)
+    tensors: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # (name, axis) → first atom, length
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # what an axis is to its layer, in words
+    joins: list[tuple[np.ndarray, np.ndarray, str]] = field(default_factory=list)
+    holds: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    statistics: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    free: list[tuple[int, int]] = field(default_factory=list)  # atoms that no stored tensor holds
+    count: int = 0
+
+    @classmethod
+    def start(cls, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> Walk:
+        """Nothing is known but the shapes of all values (`penjing.graph.shapes`)."""
+        tensors: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
+        tensors.update(network.named_buffers(remove_duplicate=False))
+        names: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            names.setdefault(id(tensor), name)
+        return cls(network, shapes, tensors, names)
+
+    # --- atoms ----------------------------------------------------------------------------------------------------
+
+    def new(self, length: int) -> np.ndarray:
+        """Atoms of their own, that no stored tensor holds: lengths that are free to follow others."""
+        self.count += length
+        self.free.append((self.count - length, self.count))
+        return np.arange(self.count - length, self.count)
+
+    def is_free(self, axis: np.ndarray) -> bool:
+        """Whether an axis is one of `new`."""
+        return any(first <= axis[0] < last for first, last in self.free)
+
+    def stored(self, name: str, axis: int, role: str) -> Axis:
+        """The atoms of an axis of a parameter or buffer; an axis of length 1 never changes.
+
+        A tensor that is stored under several names has the atoms of the first.
+        """
+        tensor = self.stored_tensors[name]
+        name, size = self.names[id(tensor)], tensor.shape[axis]
+        if size == 1 or not tensor.is_floating_point():
+            return None
+        key = (name, axis)
+        if key not in self.tensors:
+            self.tensors[key] = (self.count, size)
+            self.count += size
+            self.roles[key] = role
+        first, length = self.tensors[key]
+        return np.arange(first, first + length)
+
+    def join(self, a: Axis, b: Axis, why: str) -> None:
+        """Positions of two axes go together; where one never changes, the other does not either."""
+        if a is None or b is None:
+            self.hold(b if a is None else a, why)
+            return
+        free = (a != FIXED) & (b != FIXED)
+        if not free.all():
+            self.hold(np.where(b == FIXED, a, FIXED), why)
+            self.hold(np.where(a == FIXED, b, FIXED), why)
+        if not np.array_equal(a[free], b[free]):
+            self.joins.append((a[free], b[free], why))
+
+    def hold(self, axis: Axis, why: str) -> None:
+        """These atoms are never removed."""
+        if axis is not None and (axis != FIXED).any():
+            self.holds.append((axis[axis != FIXED], why))
+
+    def depends(self, axis: Axis, where: str) -> None:
+        """The operator `where` takes statistics over these atoms: without some of them the others change."""
+        if axis is not None:
+            self.statistics.append((axis[axis != FIXED], where))
+
+    def components(self) -> np.ndarray:
+        """Component of every atom."""
+        if not self.joins:
+            return np.arange(self.count)
+        rows, columns = (np.concatenate([join[side] for join in self.joins]) for side in (0, 1))
+        graph = coo_matrix((np.ones(len(rows), bool), (rows, columns)), (self.count, self.count))
+        found: np.ndarray = connected_components(graph, directed=False)[1]
+        return found
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def of(self, node: Any) -> Labels:
+        """Labels of a tensor."""
+        labels: Labels = self.values[node]
+        return labels
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        """Shape of a tensor, for the example."""
+        return self.shapes[node.name]
+
+    def length(self, node: fx.Node, argument: tuple[str | int, ...], given: Any, axis: Axis, divisor: int = 1) -> bool:
+        """Note that the number `given` follows from an axis; False where it is computed and can't follow."""
+        if axis is None or given == -1:
+            return True
+        if not isinstance(given, int):
+            return False
+        self.changes.append(Literal(site(node), argument, axis, divisor))
+        return True
+
+
+def fixed(rank: int) -> Labels:
+    """Labels of a value none of whose axes ever changes."""
+    return (None,) * rank
+
+
+def concatenated(axes: Sequence[Axis], lengths: Sequence[int]) -> Axis:
+    """Labels of parts behind one another."""
+    if all(axis is None for axis in axes):
+        return None
+    return np.concatenate([np.full(n, FIXED) if axis is None else axis for axis, n in zip(axes, lengths, strict=True)])

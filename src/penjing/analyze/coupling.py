@@ -1,0 +1,355 @@
+"""Which channels of a network belong together, so that they can only be removed together.
+
+The relation between inputs and outputs is derived operator by operator on the raised network. Every position along
+every axis of every stored tensor is an atom; operators join atoms, and what is joined is one *unit*: the rows and
+columns of the weights that go with one channel, one head, one neuron. Units that the same layers make form a *group*.
+What can't be proven is held as it is, with the operator's name, and the rest goes on.
+
+The idea of coupled groups is that of Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from penjing.analyze.atoms import FIXED, Change, Literal, Partition, Reordering, Walk, fixed
+from penjing.analyze.rearrangements import MOVING
+from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
+from penjing.draft import Edit
+from penjing.errors import RecipeError
+from penjing.graph import is_tensor, kind, shapes, site, tensor_inputs
+from penjing.positions import to_text
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """What one group has of one axis of one stored tensor.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        axis: Its axis.
+        positions: (n,) positions along that axis, those of the first unit first.
+        units: (n,) the unit of each.
+        role: What the axis is to its layer.
+    """
+
+    tensor: str
+    axis: int
+    positions: np.ndarray
+    units: np.ndarray
+    role: str
+
+    def of(self, units: Collection[int]) -> np.ndarray:
+        """The positions of these units."""
+        mine: np.ndarray = self.positions[np.isin(self.units, list(units))]
+        return mine
+
+    def __str__(self) -> str:
+        units = len(np.unique(self.units))
+        each = len(self.positions) // units
+        many = f"{units} × {each}" if each > 1 else f"{units}"
+        return f"{self.tensor} axis {self.axis} ({self.role}): {many} positions"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that the same layers make, and that can be removed one by one with all of their positions.
+
+    A member may hold some of the units alone: after a shuffle or a split other layers read other channels.
+
+    Attributes:
+        name: The layer that makes the channels first.
+        units: How many there are.
+        members: Every axis of a stored tensor that is cut, those that make the units first.
+        because: Why the members belong together: the operators that join them.
+        statistics: Norms and averages that are taken over these channels. Where there are some, removing units
+            changes what is computed from the others: the result is an approximation.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    because: tuple[str, ...]
+    statistics: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.units} units"]
+        lines += [f"  {member}" for member in self.members]
+        lines += [f"  because {reason}" for reason in self.because]
+        lines += [f"  approximate: {where} takes statistics over them" for where in self.statistics]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """All groups of a network, and what is held as it is.
+
+    Attributes:
+        groups: Groups by name.
+        held: For every axis of a weight that gives outputs and never changes, the reason.
+    """
+
+    groups: Mapping[str, Group]
+    held: Mapping[str, str]
+    _walk: Walk
+    _unit: np.ndarray  # component of every atom
+    _units: Mapping[str, np.ndarray]  # group → components of its units
+
+    def edits(self, removed: Mapping[str, Collection[int]]) -> tuple[Edit, ...]:
+        """The edits that remove these units of these groups from the network.
+
+        Raises:
+            RecipeError: A group does not exist, or a layer would lose its last channel.
+        """
+        gone = self.removed_atoms(removed)
+        if not gone.any():
+            return ()
+        edits: list[Edit] = []
+        for (tensor, axis), (first, length) in self._walk.tensors.items():
+            cut = np.flatnonzero(gone[first : first + length])
+            if len(cut) == length:
+                raise RecipeError(
+                    f"every channel of {tensor} would be removed",
+                    got=f"{length} of {length} along axis {axis}",
+                    expected="at least one that is kept",
+                    remedy="remove fewer",
+                )
+            if len(cut):
+                edits.append({"edit": "slice", "tensor": tensor, "axis": axis, "removed": to_text(cut.tolist())})
+        for change in self._walk.changes:
+            edits.extend(_edit(change, gone))
+        return tuple(edits)
+
+    def removed_atoms(self, removed: Mapping[str, Collection[int]]) -> np.ndarray:
+        """Whether each atom goes."""
+        flags = np.zeros(int(self._unit.max(initial=-1)) + 1, bool)
+        for name, units in removed.items():
+            if name not in self.groups:
+                near = difflib.get_close_matches(name, self.groups, n=3)
+                raise RecipeError(
+                    "there is no such group of channels",
+                    got=name,
+                    expected=f"one of {len(self.groups)} groups",
+                    remedy=f"did you mean {' or '.join(near)}?" if near else None,
+                )
+            flags[self._units[name][list(units)]] = True
+        gone: np.ndarray = flags[self._unit]
+        return gone
+
+    def emptied(self, removed: Mapping[str, Collection[int]]) -> list[list[tuple[str, int]]]:
+        """For every axis of a tensor that would lose all of its positions, the units on it."""
+        gone = self.removed_atoms(removed)
+        owner = {int(c): (name, i) for name, units in self._units.items() for i, c in enumerate(units)}
+        found: list[list[tuple[str, int]]] = []
+        for first, length in self._walk.tensors.values():
+            if gone[first : first + length].all():
+                found.append([owner[c] for c in np.unique(self._unit[first : first + length]).tolist()])
+        return found
+
+    def sizes(self, gone: np.ndarray) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Shapes of all values by node, and of all stored tensors that are cut, once these atoms are gone."""
+        values: dict[str, tuple[int, ...]] = {}
+        for node in self._walk.network.graph.nodes:
+            shape = self._walk.shapes.get(node.name)
+            if shape is not None:
+                kept = self.kept(node, gone) or [None] * len(shape)
+                values[node.name] = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, kept, strict=True))
+        stored: dict[str, tuple[int, ...]] = {}
+        for (name, axis), (first, length) in self._walk.tensors.items():
+            shape = stored.get(name, tuple(self._walk.stored_tensors[name].shape))
+            stored[name] = (*shape[:axis], int((~gone[first : first + length]).sum()), *shape[axis + 1 :])
+        return values, stored
+
+    def kept(self, node: fx.Node, gone: np.ndarray) -> list[np.ndarray | None]:
+        """For every axis of a value which positions are kept; None where all are."""
+        labels = self._walk.values.get(node)
+        if not isinstance(labels, tuple):
+            return []
+        return [None if axis is None else _kept(axis, gone) for axis in labels]
+
+
+def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], keep: Iterable[str] = ()) -> Coupling:
+    """Derive the groups of a raised network.
+
+    Args:
+        network: A raised network.
+        call: Example inputs (args, kwargs), batch first.
+        keep: Layers (or parts with several layers) whose outputs stay whole.
+
+    Raises:
+        RecipeError: `keep` names a layer that does not exist.
+    """
+    found = {name: tuple(int(n) for n in t.shape) for name, t in shapes(network, call).items()}
+    walk = Walk.start(network, found)
+    for node in network.graph.nodes:
+        _visit(walk, node)
+    _keep(walk, network, keep)
+    return _grouped(walk)
+
+
+def _visit(walk: Walk, node: fx.Node) -> None:
+    if node.op == "output":
+        for x in tensor_inputs(node):
+            for axis in walk.of(x):
+                walk.hold(axis, "it is an output of the network")
+        return
+    if not is_tensor(node) or node in walk.values:
+        return
+    if node.op == "placeholder":
+        walk.values[node] = fixed(len(walk.shapes.get(node.name, ())))
+        return
+    if node.op == "get_attr":
+        name = str(node.target)
+        rank = len(walk.shapes[node.name])
+        known = name in walk.stored_tensors
+        walk.values[node] = tuple(walk.stored(name, d, "a stored value") if known else None for d in range(rank))
+        return
+    what = kind(walk.network, node)
+    rule = RULES.get(what) or MOVING.get(what)
+    if rule is None and node.op == "call_function" and POINTWISE in getattr(node.target, "tags", ()):
+        rule = elementwise
+    if rule is None or (node.op == "call_function" and what in ("conv", "conv_transpose", "linear", "embedding")):
+        walk.values[node] = refuse(walk, node, f"nothing is known about the channels of {what}")
+        return
+    noted = len(walk.changes)
+    try:
+        result = rule(walk, node)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # a form of the operator that no rule foresaw
+        del walk.changes[noted:]
+        result = refuse(walk, node, f"{what} in a form that is not known ({type(error).__name__}: {error})")
+    if node.name in walk.shapes and len(result) != len(walk.shapes[node.name]):
+        del walk.changes[noted:]
+        result = refuse(walk, node, f"{what} in a form that is not known")
+    if node.name in walk.shapes:  # an axis of length 1 is broadcast: it can't be told from one that is repeated
+        for axis, size in zip(result, walk.shapes[node.name], strict=True):
+            if size == 1:
+                walk.hold(axis, f"{site(node)}: a single channel")
+        result = tuple(None if n == 1 else a for a, n in zip(result, walk.shapes[node.name], strict=True))
+    walk.values.setdefault(node, result)
+
+
+def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
+    layers = {name.rpartition(".")[0] for name, _ in walk.tensors}
+    for wanted in keep:
+        mine = [key for key in walk.tensors if key[0] == wanted or key[0].startswith(f"{wanted}.")]
+        if not mine:
+            near = difflib.get_close_matches(wanted, layers, n=3)
+            raise RecipeError(
+                "a layer that shall stay whole does not exist",
+                got=wanted,
+                expected="the name of a layer or of a part of the network",
+                remedy=f"did you mean {' or '.join(near)}?" if near else None,
+            )
+        for key in mine:
+            if walk.roles[key] != "its inputs":
+                first, length = walk.tensors[key]
+                walk.hold(np.arange(first, first + length), f"{wanted} shall stay whole")
+
+
+def _grouped(walk: Walk) -> Coupling:
+    unit = walk.components()
+    held: dict[int, str] = {}
+    for atoms, why in walk.holds:
+        for component in np.unique(unit[atoms]).tolist():
+            held.setdefault(component, why)
+    makers: dict[int, list[tuple[int, int]]] = {}
+    others: dict[int, list[tuple[int, int]]] = {}
+    keys = list(walk.tensors)
+    fixed_axes: dict[str, str] = {}
+    for position, key in enumerate(keys):
+        first, length = walk.tensors[key]
+        components, counts = np.unique(unit[first : first + length], return_counts=True)
+        makes = walk.roles[key] == "its outputs"
+        reasons = [held[c] for c in components.tolist() if c in held]
+        if reasons and makes:
+            fixed_axes[f"{key[0]}:{key[1]}"] = reasons[0]
+        for component, count in zip(components.tolist(), counts.tolist(), strict=True):
+            if component not in held:
+                (makers if makes else others).setdefault(component, []).append((position, count))
+    joined, statistics = _by_component(unit, walk.joins), _by_component(unit, [(a, a, w) for a, w in walk.statistics])
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for component in sorted({*makers, *others}):
+        signature = makers.get(component) or others[component]
+        alike.setdefault((tuple(signature), statistics.get(component, ())), []).append(component)
+    groups: dict[str, Group] = {}
+    units: dict[str, np.ndarray] = {}
+    for (_, taken), mine in alike.items():
+        places = dict.fromkeys(p for c in mine for p, _ in (*makers.get(c, ()), *others.get(c, ())))
+        ordered = sorted(places, key=lambda p: (walk.roles[keys[p]] != "its outputs", p))
+        members = tuple(_member(walk, unit, keys[p], mine) for p in ordered)
+        name = _name(members, groups)
+        because = dict.fromkeys(text for c in mine for text in joined.get(c, ()))
+        groups[name] = Group(name, len(mine), members, tuple(because), taken)
+        units[name] = np.array(mine)
+    return Coupling(groups, fixed_axes, walk, unit, units)
+
+
+def _by_component(unit: np.ndarray, notes: list[tuple[np.ndarray, np.ndarray, str]]) -> dict[int, tuple[str, ...]]:
+    found: dict[int, dict[str, None]] = {}
+    for atoms, _, text in notes:
+        for component in np.unique(unit[atoms]).tolist():
+            found.setdefault(component, {})[text] = None
+    return {component: tuple(texts) for component, texts in found.items()}
+
+
+def _member(walk: Walk, unit: np.ndarray, key: tuple[str, int], components: list[int]) -> Member:
+    first, length = walk.tensors[key]
+    rank = np.full(int(unit.max()) + 1, -1)
+    rank[components] = np.arange(len(components))
+    mine = rank[unit[first : first + length]]
+    positions = np.flatnonzero(mine >= 0)
+    positions = positions[np.argsort(mine[positions], kind="stable")]
+    return Member(key[0], key[1], positions, mine[positions], walk.roles[key])
+
+
+def _name(members: tuple[Member, ...], taken: Mapping[str, Group]) -> str:
+    makes = next((m for m in members if m.role == "its outputs"), members[0])
+    name = base = makes.tensor.rpartition(".")[0] or makes.tensor
+    n = 2
+    while name in taken:
+        name, n = f"{base} ({n})", n + 1
+    return name
+
+
+def _kept(axis: np.ndarray, gone: np.ndarray) -> np.ndarray:
+    kept = np.ones(len(axis), bool)
+    known = axis != FIXED
+    kept[known] = ~gone[axis[known]]
+    return kept
+
+
+def _edit(change: Change, gone: np.ndarray) -> list[Edit]:
+    if isinstance(change, Literal):
+        kept = _kept(change.labels, gone)
+        if kept.all():
+            return []
+        value = change.value if change.value is not None else int(kept.sum()) // change.divisor
+        return [{"edit": "literal", "site": change.where, "argument": list(change.argument), "value": value}]
+    if isinstance(change, Partition):
+        sizes = [int(_kept(part, gone).sum()) for part in change.parts]
+        if sizes == [len(part) for part in change.parts]:
+            return []
+        return [{"edit": "partition", "site": change.where, "axis": change.axis, "sizes": sizes}]
+    kept = _kept(change.labels, gone)
+    if kept.all():
+        return []
+    renumbered = np.cumsum(kept) - 1
+    order = renumbered[change.order[kept[change.order]]]
+    return [
+        {
+            "edit": "reorder",
+            "first": change.first,
+            "last": change.last,
+            "axis": change.axis,
+            "order": to_text(order.tolist()),
+        }
+    ]
+
+
+__all__ = ["Coupling", "Group", "Member", "Reordering", "couple"]

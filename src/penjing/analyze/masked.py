@@ -1,0 +1,187 @@
+"""The reference that pruning is held against: the whole network, in which removed channels are masked.
+
+The weights, biases, norms and states of removed channels are 0, and so are the weights that read them. Norms, means,
+maxima and softmaxes over channels are taken over the kept ones, and attention keeps its scale. What a pruned network
+gives has to be this, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.analyze.coupling import Coupling
+from penjing.graph import arguments, flat_inputs, kind
+
+Masks = list[torch.Tensor | None]
+
+
+def masked(network: fx.GraphModule, coupling: Coupling, removed: dict[str, list[int]]) -> Callable[..., Any]:
+    """A function with the network's arguments that computes the reference, in eval mode and without gradients.
+
+    Args:
+        network: The network before pruning; it stays as it is.
+        coupling: Its groups (`penjing.analyze.coupling.couple`).
+        removed: Group → units that are masked.
+    """
+    model = copy.deepcopy(network).eval()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, units in removed.items():
+            for member in coupling.groups[name].members:
+                gone = torch.from_numpy(member.of(units))
+                tensors[member.tensor].index_fill_(member.axis, gone, 0)
+    gone_atoms = coupling.removed_atoms(removed)
+    masks: dict[str, Masks] = {}
+    for node in network.graph.nodes:
+        kept = coupling.kept(node, gone_atoms)
+        if any(k is not None and not k.all() for k in kept):
+            masks[node.name] = [None if k is None or k.all() else torch.from_numpy(k) for k in kept]
+    interpreter = _Masked(model, masks)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return interpreter.run(*flat_inputs(model, (args, kwargs)))
+
+    return run
+
+
+class _Masked(fx.Interpreter):
+    def __init__(self, model: fx.GraphModule, masks: dict[str, Masks]) -> None:
+        super().__init__(model)
+        self.model, self.masks = model, masks
+
+    def run_node(self, n: fx.Node) -> Any:
+        reads = [x for x in n.all_input_nodes if x.name in self.masks]
+        rule = _RULES.get(kind(self.model, n)) if reads else None
+        if rule is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return rule(self, n, args, kwargs)
+
+    def zeroed(self, n: fx.Node, fill: float = 0.0) -> torch.Tensor:
+        """The value of a node with `fill` where a channel is masked."""
+        value: torch.Tensor = self.env[n]
+        for axis, keep in enumerate(self.masks.get(n.name, [])):
+            if keep is not None:
+                value = value.masked_fill(~_along(keep, axis, value.dim()), fill)
+        return value
+
+    def share(self, n: fx.Node, axis: int) -> torch.Tensor | None:
+        """Which positions of an axis are kept; None where all are."""
+        mine = self.masks.get(n.name)
+        return None if mine is None else mine[axis]
+
+
+def _along(keep: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
+    shape = [1] * rank
+    shape[axis] = -1
+    return keep.reshape(shape)
+
+
+def _product(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Sums of products: what is masked adds nothing."""
+    values = {x: run.zeroed(x) for x in n.all_input_nodes if isinstance(run.env[x], torch.Tensor)}
+    return _call(run, n, values)
+
+
+def _call(run: _Masked, n: fx.Node, values: dict[fx.Node, torch.Tensor]) -> Any:
+    args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda x: values.get(x, run.env[x]))
+    if n.op == "call_module":
+        return run.model.get_submodule(str(n.target))(*args, **kwargs)
+    return n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _norm(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Layer norm over the kept positions of the last axes."""
+    x: Any = n.all_input_nodes[0]
+    if n.op == "call_module":
+        layer: Any = run.model.get_submodule(str(n.target))
+        shape, weight, bias, eps = layer.normalized_shape, layer.weight, layer.bias, layer.eps
+    else:
+        given = arguments(n)
+        shape, eps = given["normalized_shape"], given["eps"]
+        weight, bias = (run.env[given[w]] if given.get(w) is not None else None for w in ("weight", "bias"))
+    value = run.zeroed(x)
+    axes = tuple(range(value.dim() - len(shape), value.dim()))
+    keep, count = _kept_over(run, x, value, axes)
+    if kind(run.model, n) == "rms_norm":
+        eps = torch.finfo(value.dtype).eps if eps is None else eps
+        value = value * torch.rsqrt((value**2).sum(axes, keepdim=True) / count + eps)
+    else:
+        centred = (value - value.sum(axes, keepdim=True) / count) * keep
+        value = centred * torch.rsqrt((centred**2).sum(axes, keepdim=True) / count + eps)
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias
+
+
+def _kept_over(
+    run: _Masked, x: fx.Node, value: torch.Tensor, axes: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mask over the axes of a reduction, and how many of their positions are kept."""
+    keep = torch.ones([value.shape[d] if d in axes else 1 for d in range(value.dim())], dtype=value.dtype)
+    for d in axes:
+        mine = run.share(x, d)
+        if mine is not None:
+            keep = keep * _along(mine, d, value.dim())
+    return keep, keep.sum()
+
+
+def _group_norm(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Statistics of every group over its kept channels; a group without any gives 0."""
+    x: Any = n.all_input_nodes[0]
+    if n.op == "call_module":
+        layer: Any = run.model.get_submodule(str(n.target))
+        groups, weight, bias, eps = layer.num_groups, layer.weight, layer.bias, layer.eps
+    else:
+        given = arguments(n)
+        groups, eps = given["num_groups"], given["eps"]
+        weight, bias = (run.env[given[w]] if given[w] is not None else None for w in ("weight", "bias"))
+    value = run.zeroed(x)
+    mask = run.share(x, 1)
+    keep = torch.ones(value.shape[1], dtype=value.dtype) if mask is None else mask.to(value.dtype)
+    rows = value.reshape(len(value), groups, -1)
+    inner = value.numel() // (value.shape[0] * value.shape[1])
+    spread = keep.repeat_interleave(inner).reshape(1, groups, -1)
+    count = spread.sum(-1, keepdim=True).clamp(min=1)
+    centred = (rows - rows.sum(-1, keepdim=True) / count) * spread
+    normal = (centred * torch.rsqrt((centred**2).sum(-1, keepdim=True) / count + eps)).reshape(value.shape)
+    if weight is not None:
+        normal = normal * _along(weight, 1, value.dim())
+    return normal if bias is None else normal + _along(bias, 1, value.dim())
+
+
+def _mean(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    x: Any = n.all_input_nodes[0]
+    value = run.zeroed(x)
+    given = arguments(n)
+    dims = given.get("dim")
+    axes = tuple(d % value.dim() for d in dims) if dims else tuple(range(value.dim()))
+    count = torch.tensor(1.0, dtype=value.dtype)
+    for d in axes:
+        mine = run.share(x, d)
+        count = count * (value.shape[d] if mine is None else int(mine.sum()))
+    return value.sum(axes, keepdim=bool(given.get("keepdim", False))) / count
+
+
+def _extreme(fill: float) -> Callable[..., Any]:
+    def rule(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        return _call(run, n, {n.all_input_nodes[0]: run.zeroed(n.all_input_nodes[0], fill)})
+
+    return rule
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("matmul", "addmm", "baddbmm", "mv", "einsum", "attention", "sum", "norm"), _product),
+    "linalg_vector_norm": _product,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "group_norm": _group_norm,
+    "mean": _mean,
+    **dict.fromkeys(("amax", "max", "softmax", "log_softmax", "logsumexp"), _extreme(float("-inf"))),
+    **dict.fromkeys(("amin", "min"), _extreme(float("inf"))),
+}

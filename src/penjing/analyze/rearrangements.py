@@ -1,0 +1,548 @@
+"""How labels move through operators that only move values: reshape, transpose, concatenation, slices, indexing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Reordering, Walk, concatenated, fixed
+from penjing.analyze.relations import aligned, hold_all, refuse, same, unchanged
+from penjing.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
+
+_PARTS = ("select", "getitem", "unbind", "split", "chunk", "split_with_sizes", "slice", "cat", "expand")
+MOVES = ("reshape", "transpose", "movedim", "swapaxes", "numpy_T", "identity")
+
+
+_ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", "mean")
+
+# --- reshape -------------------------------------------------------------------------------------------------------
+
+
+def reshape(walk: Walk, node: fx.Node) -> Labels:
+    """Axes are merged and split in blocks of equal size; a split axis goes by whole rows or by columns."""
+    if shuffle(walk, node):
+        return fixed(len(walk.shape(node)))
+    source = tensor_inputs(node)[0]
+    before, after = walk.shape(source), walk.shape(node)
+    x = list(walk.of(source))
+    out: list[Axis] = [None] * len(after)
+    for ins, outs in blocks(before, after):
+        labels = _merged(walk, node, [x[i] for i in ins], [before[i] for i in ins])
+        if labels is not None:
+            sizes = [after[i] for i in outs]
+            for i, axis in zip(outs, _split(walk, node, labels, sizes), strict=True):
+                out[i] = axis
+    _sizes(walk, node, out)
+    return tuple(out)
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes with equal products; axes of length 1 are left out.
+
+    >>> blocks((2, 12, 49), (2, 3, 4, 49))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    found: list[tuple[list[int], list[int]]] = []
+    while left and right:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        while (a := math.prod(before[i] for i in ins)) != (b := math.prod(after[i] for i in outs)):
+            if a < b:
+                ins.append(left.pop(0))
+            else:
+                outs.append(right.pop(0))
+        found.append((ins, outs))
+    return found
+
+
+def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Axis:
+    """One axis from several: a position goes with the one axis of them that changes."""
+    changing = [i for i, axis in enumerate(axes) if axis is not None]
+    if not changing:
+        return None
+    # What repeats a value can keep its length; of two axes with weights the last one may change.
+    keep = max(changing, key=lambda i: (not walk.is_free(axes[i]), i))  # type: ignore[arg-type]
+    others = [axes[i] for i in changing if i != keep]
+    hold_all(walk, node, others, "it merges two axes that both could change")
+    shape = [1] * len(sizes)
+    shape[keep] = sizes[keep]
+    labels = axes[keep]
+    assert labels is not None
+    return np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
+
+
+def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int]) -> list[Axis]:
+    """Several axes from one: one of them changes, and what lies along the others goes together."""
+    if len(sizes) == 1:
+        return [labels]
+    table = labels.reshape(sizes)
+    constant = [d for d in range(len(sizes)) if _varies_along(table, d)]
+    if len(constant) == 1:
+        pick = constant[0]
+    else:
+        longest = max(range(len(sizes)), key=sizes.__getitem__)
+        pick = _heads(sizes) if _reaches_product(walk, node) else longest
+    rows = np.moveaxis(table, pick, 0).reshape(sizes[pick], -1)
+    for k in range(1, rows.shape[1]):
+        walk.join(rows[:, 0], rows[:, k], f"{site(node)} splits the axis into {' × '.join(map(str, sizes))}")
+    if (rows == -1).any():
+        walk.hold(rows.reshape(-1), f"{site(node)}: some of it never changes")
+    result: list[Axis] = [None] * len(sizes)
+    result[pick] = rows[:, 0]
+    return result
+
+
+def _varies_along(table: np.ndarray, axis: int) -> bool:
+    """Whether the table varies along `axis` alone."""
+    first = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
+    return bool((first == first[:, :1]).all())
+
+
+def _heads(sizes: list[int]) -> int:
+    """Of heads × width, three × heads × width or heads × three × width the heads; three are query, key and value."""
+    return 0 if len(sizes) == 3 and sizes[1] == 3 != sizes[0] else len(sizes) - 2
+
+
+def _reaches_product(walk: Walk, node: fx.Node) -> bool:
+    """Whether the value goes, moved or scaled, into a product of two activations: then a part of it are heads."""
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            if user in seen or not is_tensor(user):
+                continue
+            seen.add(user)
+            what = kind(walk.network, user)
+            if what in ("attention", "matmul", "einsum", "baddbmm"):
+                return True
+            pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+            if pointwise or what in _ON_THE_WAY:
+                queue.append(user)
+    return False
+
+
+def _sizes(walk: Walk, node: fx.Node, out: list[Axis]) -> None:
+    """Note the sizes that stand as numbers in the call."""
+    name, given = operator_name(node), arguments(node)
+    word = next((w for w in ("shape", "size", "sizes") if w in given), None)
+    if word is None or name not in ("view", "reshape", "unflatten", "_unsafe_view"):
+        return
+    offset = int(given["dim"]) % len(walk.shape(tensor_inputs(node)[0])) if name == "unflatten" else 0
+    for i, size in enumerate(given[word]):
+        if not walk.length(node, (word, i), size, out[offset + i]):
+            hold_all(walk, node, [out[offset + i]], "the size is computed")
+
+
+# --- channel shuffles ----------------------------------------------------------------------------------------------
+
+
+def shuffle(walk: Walk, node: fx.Node) -> bool:
+    """Note a chain of moves from here on that as a whole permutes one axis; its last operator gets the labels."""
+    source = tensor_inputs(node)[0]
+    start, x = walk.shape(source), walk.of(source)
+    chain = [node]
+    while len(chain[-1].users) == 1:
+        follower = next(iter(chain[-1].users))
+        moves = is_tensor(follower) and kind(walk.network, follower) in MOVES
+        if not moves or tensor_inputs(follower) != [chain[-1]]:
+            break
+        chain.append(follower)
+        if walk.shape(follower) == start and len(chain) > 2:
+            break
+    if len(chain) < 3 or walk.shape(chain[-1]) != start:
+        return False
+    axes = [d for d in range(len(start)) if x[d] is not None]
+    if len(axes) != 1:
+        return False
+    order = _order(walk, chain, start, axes[0])
+    if order is None or np.array_equal(order, np.arange(len(order))):
+        return False
+    labels = x[axes[0]]
+    assert labels is not None
+    walk.changes.append(Reordering(site(chain[0]), site(chain[-1]), axes[0], order, labels))
+    for inner in chain[1:-1]:
+        walk.values[inner] = fixed(len(walk.shape(inner)))
+    shuffled = list(x)
+    shuffled[axes[0]] = labels[order]
+    walk.values[chain[-1]] = tuple(shuffled)
+    return True
+
+
+def _order(walk: Walk, chain: list[fx.Node], start: tuple[int, ...], axis: int) -> np.ndarray | None:
+    """The permutation that the chain makes of `axis`, found by moving numbered positions; None where it is none."""
+    positions = torch.arange(math.prod(start)).reshape(start)
+    value = positions
+    for node in chain:
+        value = _moved(node, value, walk.shape(node))
+    shape = [1] * len(start)
+    shape[axis] = start[axis]
+    stride = math.prod(start[axis + 1 :])
+    order = value[tuple(slice(None) if d == axis else 0 for d in range(len(start)))] // stride
+    expected = torch.index_select(positions, axis, order)
+    return order.numpy() if torch.equal(value, expected) else None
+
+
+def _moved(node: fx.Node, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if operator_name(node) in ("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T"):
+        moved: torch.Tensor = node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        return moved
+    return x.reshape(shape)
+
+
+# --- transposes, parts and wholes ------------------------------------------------------------------------------------
+
+
+def transpose(walk: Walk, node: fx.Node) -> Labels:
+    """Axes in another order, found by moving an empty tensor whose strides name its axes."""
+    x = walk.of(tensor_inputs(node)[0])
+    numbered = torch.empty_strided((2,) * len(x), tuple(10**i for i in range(len(x))), device="meta")
+    moved = node.target(numbered, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return tuple(x[int(round(math.log10(stride)))] for stride in moved.stride())
+
+
+def cat(walk: Walk, node: fx.Node) -> Labels:
+    """Labels behind one another along one axis, joined along the others."""
+    given = arguments(node)
+    parts = list(given["tensors"])
+    rank = len(walk.shape(node))
+    dim = int(given["dim"]) % rank
+    parts = [p for p in parts if len(walk.shape(p)) == rank]  # torch takes empty vectors too
+    out: list[Axis] = []
+    for d in range(rank):
+        sides = [walk.of(p)[d] for p in parts]
+        if d == dim:
+            out.append(concatenated(sides, [walk.shape(p)[d] for p in parts]))
+        else:
+            out.append(_joined(walk, node, sides))
+    return tuple(out)
+
+
+def stack(walk: Walk, node: fx.Node) -> Labels:
+    """A new axis; the others are joined."""
+    given = arguments(node)
+    sides = [walk.of(p) for p in given["tensors"]]
+    joined = [_joined(walk, node, list(axes)) for axes in zip(*sides, strict=True)]
+    joined.insert(int(given["dim"]) % len(walk.shape(node)), None)
+    return tuple(joined)
+
+
+def _joined(walk: Walk, node: fx.Node, sides: list[Axis]) -> Axis:
+    known = next((s for s in sides if s is not None), None)
+    for side in sides:
+        walk.join(known, side, f"{site(node)} combines it")
+    return None if any(s is None for s in sides) else known
+
+
+def split(walk: Walk, node: fx.Node) -> list[Labels]:
+    """Parts of one axis: chunk, split and split_with_sizes."""
+    given = arguments(node)
+    source = tensor_inputs(node)[0]
+    x = walk.of(source)
+    dim = int(given["dim"]) % len(x)
+    length = walk.shape(source)[dim]
+    sizes = _parts(given, length)
+    axis = x[dim]
+    parts: list[Axis] = [None] * len(sizes)
+    if axis is not None:
+        ends = np.cumsum(sizes)
+        parts = [axis[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        walk.changes.append(Partition(site(node), dim, tuple(p for p in parts if p is not None)))
+    return [(*x[:dim], part, *x[dim + 1 :]) for part in parts]
+
+
+def _parts(given: dict[str, Any], length: int) -> list[int]:
+    if "split_sizes" in given:
+        return [int(n) for n in given["split_sizes"]]
+    each = int(given["split_size"]) if "split_size" in given else -(-length // int(given["chunks"]))
+    return [min(each, length - first) for first in range(0, length, each)]
+
+
+def unbind(walk: Walk, node: fx.Node) -> list[Labels]:
+    """Every position of one axis by itself."""
+    source = tensor_inputs(node)[0]
+    x = walk.of(source)
+    dim = int(arguments(node)["dim"]) % len(x)
+    hold_all(walk, node, [x[dim]], "it gives every position by itself")
+    return [(*x[:dim], *x[dim + 1 :])] * walk.shape(source)[dim]
+
+
+def getitem(walk: Walk, node: fx.Node) -> Any:
+    """One of several results."""
+    results: Any = walk.values[node.args[0]]  # type: ignore[index]
+    index: Any = node.args[1]
+    return results[index]
+
+
+def select(walk: Walk, node: fx.Node) -> Labels:
+    """One position of an axis, by its number."""
+    given = arguments(node)
+    x, shape = walk.of(given["self"]), walk.shape(given["self"])
+    dim = int(given["dim"]) % len(x)
+    axis = x[dim]
+    if axis is not None:
+        index = given["index"]
+        if isinstance(index, int):
+            index %= shape[dim]
+            walk.hold(axis[index : index + 1], f"{site(node)} picks it")
+            if index:
+                walk.changes.append(Literal(site(node), ("index",), axis[:index]))
+        else:
+            hold_all(walk, node, [axis], "it picks a position that is computed")
+    return (*x[:dim], *x[dim + 1 :])
+
+
+def slice_(walk: Walk, node: fx.Node) -> Labels:
+    """A run of positions of an axis."""
+    given = arguments(node)
+    x, shape = walk.of(given["self"]), walk.shape(given["self"])
+    dim = int(given["dim"]) % len(x)
+    axis, size = x[dim], shape[dim]
+    if axis is None:
+        return x
+    start, end, step = (given[w] for w in ("start", "end", "step"))
+    if not all(isinstance(n, int) or n is None for n in (start, end, step)) or step not in (1, None):
+        return refuse(walk, node, "it takes positions that are computed, or some of every few")  # type: ignore[no-any-return]
+    first, last, _ = slice(start, end).indices(size)
+    if first:
+        walk.changes.append(Literal(site(node), ("start",), axis[:first]))
+    if end is not None and last < size:
+        walk.changes.append(Literal(site(node), ("end",), axis[:last]))
+    elif end is not None and end <= size:
+        walk.changes.append(Literal(site(node), ("end",), axis))
+    return (*x[:dim], axis[first:last], *x[dim + 1 :])
+
+
+def narrow(walk: Walk, node: fx.Node) -> Labels:
+    """A run of positions, by start and length."""
+    given = arguments(node)
+    x = walk.of(given["self"])
+    dim = int(given["dim"]) % len(x)
+    axis = x[dim]
+    if axis is None:
+        return x
+    start, length = given["start"], given["length"]
+    if not isinstance(start, int) or not isinstance(length, int):
+        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
+    part = axis[start : start + length]
+    walk.changes.append(Literal(site(node), ("length",), part))
+    if start:
+        walk.changes.append(Literal(site(node), ("start",), axis[:start]))
+    return (*x[:dim], part, *x[dim + 1 :])
+
+
+def expand(walk: Walk, node: fx.Node) -> Labels:
+    """Axes of length 1 repeated; a length that stands as a number can follow what the result is combined with."""
+    given = arguments(node)
+    x, before, after = walk.of(given["self"]), walk.shape(given["self"]), walk.shape(node)
+    out: list[Axis] = []
+    sizes = given["size"]
+    for i, size in enumerate(sizes):
+        old = i - (len(after) - len(before))
+        if old >= 0 and before[old] == after[i]:
+            axis = x[old]
+        else:
+            axis = walk.new(after[i]) if isinstance(size, int) and after[i] > 1 else None
+        if not walk.length(node, ("size", i), size, axis):
+            hold_all(walk, node, [axis], "the size is computed")
+        out.append(axis)
+    return tuple(out)
+
+
+def like(walk: Walk, node: fx.Node) -> Labels:
+    """expand_as, view_as: the shape of another value."""
+    x, other = tensor_inputs(node)[:2]
+    if operator_name(node) != "expand_as":
+        return refuse(walk, node, "a shape taken from another value")  # type: ignore[no-any-return]
+    rank = len(walk.shape(node))
+    operands = [(walk.of(n), walk.shape(n)) for n in (x, other)]
+    return tuple(aligned(walk, node, d, rank, operands) for d in range(rank))
+
+
+def repeat(walk: Walk, node: fx.Node) -> Labels:
+    """The whole value so many times along every axis."""
+    given = arguments(node)
+    times = list(given.get("repeats") or given.get("dims") or ())
+    x, before = walk.of(tensor_inputs(node)[0]), walk.shape(tensor_inputs(node)[0])
+    after = walk.shape(node)
+    out: list[Axis] = []
+    times = [1] * (len(after) - len(times)) + times
+    for i, many in enumerate(times):
+        old = i - (len(after) - len(before))
+        axis = x[old] if old >= 0 else None
+        out.append(axis if axis is None or many == 1 else np.tile(axis, after[i] // before[old]))
+    return tuple(out)
+
+
+def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
+    """Every position so many times."""
+    given = arguments(node)
+    source = tensor_inputs(node)[0]
+    x = walk.of(source)
+    if given.get("dim") is None or not isinstance(given.get("repeats"), int):
+        return refuse(walk, node, "how often it repeats is computed")  # type: ignore[no-any-return]
+    dim = int(given["dim"]) % len(x)
+    axis = x[dim]
+    return (*x[:dim], None if axis is None else np.repeat(axis, given["repeats"]), *x[dim + 1 :])
+
+
+def pad(walk: Walk, node: fx.Node) -> Labels:
+    """Positions before and after an axis; where it is padded with a number they can go too."""
+    given = arguments(node)
+    source = tensor_inputs(node)[0]
+    x, before = list(walk.of(source)), walk.shape(source)
+    amounts = given["pad"]
+    plain = given.get("mode", "constant") == "constant"
+    for pair in range(len(amounts) // 2):
+        d = len(x) - 1 - pair
+        low, high = amounts[2 * pair], amounts[2 * pair + 1]
+        if x[d] is None or (low == 0 and high == 0):
+            continue
+        if not plain or not isinstance(low, int) or not isinstance(high, int) or min(low, high) < 0:
+            return refuse(walk, node, "it pads channels with computed values or amounts")  # type: ignore[no-any-return]
+        ends = [walk.new(n) for n in (low, high)]
+        for i, axis in enumerate(ends):
+            if len(axis):
+                walk.changes.append(Literal(site(node), ("pad", 2 * pair + i), axis))
+        x[d] = concatenated([ends[0], x[d], ends[1]], [low, before[d], high])
+    return tuple(x)
+
+
+def pixel_shuffle(walk: Walk, node: fx.Node) -> Labels:
+    """(N, C·r², H, W) to (N, C, H·r, W·r)."""
+    x = walk.of(tensor_inputs(node)[0])
+    factor = int(arguments(node)["upscale_factor"])
+    axis = x[-3]
+    if axis is not None:
+        rows = axis.reshape(-1, factor * factor)
+        for k in range(1, rows.shape[1]):
+            walk.join(rows[:, 0], rows[:, k], f"{site(node)} makes one channel of {factor * factor}")
+        axis = rows[:, 0]
+    return (*x[:-3], axis, None, None)
+
+
+def pixel_unshuffle(walk: Walk, node: fx.Node) -> Labels:
+    """(N, C, H·r, W·r) to (N, C·r², H, W)."""
+    x = walk.of(tensor_inputs(node)[0])
+    factor = int(arguments(node)["downscale_factor"])
+    return (*x[:-3], None if x[-3] is None else np.repeat(x[-3], factor * factor), None, None)
+
+
+def roll(walk: Walk, node: fx.Node) -> Labels:
+    """Positions shifted along some axes."""
+    x = walk.of(tensor_inputs(node)[0])
+    dims = arguments(node).get("dims") or range(len(x))
+    hold_all(walk, node, [x[d] for d in dims], "it shifts positions along this axis")
+    return tuple(None if d in [i % len(x) for i in dims] else axis for d, axis in enumerate(x))
+
+
+# --- indexing ------------------------------------------------------------------------------------------------------
+
+
+def index_select(walk: Walk, node: fx.Node) -> Labels:
+    """Positions of one axis by computed numbers."""
+    given = arguments(node)
+    x = walk.of(given["self"])
+    dim = int(given["dim"]) % len(x)
+    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
+    return (*x[:dim], None, *x[dim + 1 :])
+
+
+def index(walk: Walk, node: fx.Node) -> Labels:
+    """x[…, i, j, …] with tensors of numbers."""
+    given = arguments(node)
+    x, picks = walk.of(given["self"]), list(given["indices"])
+    picks += [None] * (len(x) - len(picks))
+    places = [d for d, pick in enumerate(picks) if pick is not None]
+    hold_all(walk, node, [x[d] for d in places], "it picks positions by computed numbers")
+    rank = len(walk.shape(node))
+    picked = rank - (len(x) - len(places))
+    adjacent = places == list(range(places[0], places[-1] + 1))
+    first = places[0] if adjacent else 0
+    rest = [axis for d, axis in enumerate(x) if d not in places]
+    return (*rest[:first], *fixed(picked), *rest[first:])
+
+
+def gather(walk: Walk, node: fx.Node) -> Labels:
+    """Positions of one axis by numbers of the result's shape: the other axes follow the numbers' own."""
+    given = arguments(node)
+    x, numbers = walk.of(given["self"]), walk.of(given["index"])
+    dim = int(given["dim"]) % len(x)
+    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
+    for d in range(len(x)):
+        if d != dim:
+            walk.join(x[d], numbers[d], f"{site(node)} reads it")
+    return numbers
+
+
+def filled(walk: Walk, node: fx.Node) -> Labels:
+    """A value made from a shape: lengths that stand as numbers can follow what it is combined with."""
+    given = arguments(node)
+    sizes = given.get("size")
+    if sizes is None or node.name not in walk.shapes:
+        return unchanged(walk, node)  # type: ignore[no-any-return]
+    out: list[Axis] = []
+    for i, size in enumerate(sizes):
+        axis = walk.new(size) if isinstance(size, int) and size > 1 else None
+        walk.length(node, ("size", i), size, axis)
+        out.append(axis)
+    return tuple(out)
+
+
+def made(walk: Walk, node: fx.Node) -> Labels:
+    """A value that depends on no channel: a range, a number."""
+    return unchanged(walk, node)  # type: ignore[no-any-return]
+
+
+MOVING = {
+    "reshape": reshape,
+    "transpose": transpose,
+    "movedim": transpose,
+    "swapaxes": transpose,
+    "numpy_T": transpose,
+    "cat": cat,
+    "stack": stack,
+    "split": split,
+    "split_with_sizes": split,
+    "unsafe_split": split,
+    "chunk": split,
+    "unsafe_chunk": split,
+    "unbind": unbind,
+    "getitem": getitem,
+    "select": select,
+    "slice": slice_,
+    "narrow": narrow,
+    "expand": expand,
+    "broadcast_to": expand,
+    "expand_as": like,
+    "view_as": like,
+    "repeat": repeat,
+    "tile": repeat,
+    "repeat_interleave": repeat_interleave,
+    "pad": pad,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "roll": roll,
+    "index_select": index_select,
+    "index": index,
+    "gather": gather,
+    "zeros": filled,
+    "ones": filled,
+    "full": filled,
+    "empty": filled,
+    "new_zeros": filled,
+    "new_ones": filled,
+    "new_full": filled,
+    "new_empty": filled,
+    "arange": made,
+    "scalar_tensor": made,
+    "full_": made,
+    "eye": made,
+    "tril": same,
+    "triu": same,
+}
+"""Kind of operator → its rule."""

@@ -1,0 +1,369 @@
+"""Structured pruning: whole channels, heads and neurons are removed, and every runtime gains from it.
+
+Channels that belong together (`penjing.analyze.coupling`) go together. What is left is held against a reference in
+which they are masked (`penjing.analyze.masked`), and has to agree to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from penjing.analyze.cost import cost, resized_macs
+from penjing.analyze.coupling import Coupling, Group, couple
+from penjing.analyze.masked import masked
+from penjing.draft import Draft
+from penjing.errors import PruningError, RecipeError
+from penjing.prune import criteria
+from penjing.step import Context
+from penjing.surgery import resize
+
+Removed = dict[str, list[int]]  # group → its units
+
+UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
+AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """Remove channels until a fraction of the cost is left.
+
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017; Fang et al., "DepGraph", CVPR 2023.
+
+    Exactly one of the first five is given: the fraction that is *kept*.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        macs: Of the multiply-accumulates.
+        params: Of the parameters.
+        channels: Of the units of all groups that take part (with scope "layer": of each).
+        size_bytes: Of the bytes of parameters and buffers.
+        latency_ms: Of the latency, measured in the target runtime.
+        criterion: What a unit matters, one of `penjing.prune.criteria.CRITERIA`; "auto" is "taylor" where the task
+            has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
+        scope: "global" compares units of all groups, "layer" takes the same fraction of each.
+        round_to: Channels of a group are kept in multiples of this; None takes what the runtime gains from, or 8.
+        keep: Layers, or parts of the network, whose outputs stay whole.
+        approximate: Also groups that norms and averages take statistics over (a transformer's residual width): what
+            is left of them computes something else than before.
+        least: The smallest part of a group that is kept.
+        batches: Batches of data that a criterion reads.
+        precision: Of the measured latency.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+    size_bytes: float | None = None
+    latency_ms: float | None = None
+    criterion: str = "auto"
+    scope: Literal["global", "layer"] = "global"
+    round_to: int | None = None
+    keep: tuple[str, ...] = ()
+    approximate: bool = False
+    least: float = 0.1
+    batches: int = 20
+    precision: str = "fp32"
+    for_floats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise RecipeError(
+                "Channels takes exactly one target",
+                got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
+                expected=" or ".join(f"{name}=" for name in UNITS),
+                remedy="for example Channels(macs=0.5) keeps half of the multiply-accumulates",
+            )
+        fine = {name: (0 < value <= 1, "the fraction to keep, above 0 and at most 1") for name, value in given.items()}
+        fine["criterion"] = (self.criterion in ("auto", *criteria.CRITERIA), f"auto, {', '.join(criteria.CRITERIA)}")
+        fine["scope"] = (self.scope in ("global", "layer"), "'global' or 'layer'")
+        fine["round_to"] = (self.round_to is None or self.round_to >= 1, "a whole number of at least 1")
+        fine["least"] = (0 <= self.least < 1, "a fraction below 1")
+        fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
+        for name, (good, expected) in fine.items():
+            if not good:
+                raise RecipeError(f"Channels({name}=...) can't be used", got=getattr(self, name), expected=expected)
+
+    @property
+    def per_runtime(self) -> bool:
+        """Whether what is removed depends on the runtime."""
+        return self.latency_ms is not None
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft without the channels that matter least.
+
+        Raises:
+            PruningError: The target can't be reached, or the network left over is not what it should be.
+        """
+        coupling = couple(draft.network, context.task.call(), self.keep)
+        ranking = Ranking.of(self, draft.network, coupling, context)
+        removed = self._chosen(draft, ranking, context)
+        pruned = remove(draft, coupling, removed)
+        error = disagreement(draft.network, pruned.network, coupling, removed, context.task.call())
+        context.events(
+            "pruned",
+            groups=len(removed),
+            units=sum(map(len, removed.values())),
+            held=len(coupling.held),
+            disagreement=error,
+        )
+        if not error < AGREEMENT:
+            raise PruningError(
+                "the pruned network is not what it should be; this is a defect of Penjing",
+                got=f"outputs that differ by {error:.1e} of the largest from the network with masked channels",
+                expected=f"less than {AGREEMENT:.0e}",
+                remedy="name the layers in keep=... that stand in the report, and tell us about the network",
+            )
+        return pruned
+
+    @property
+    def unit(self) -> str:
+        """What the target is a fraction of, one of `UNITS`."""
+        return next(name for name in UNITS if getattr(self, name) is not None)
+
+    def _chosen(self, draft: Draft, ranking: Ranking, context: Context) -> Removed:
+        wanted = float(getattr(self, self.unit))
+        if wanted == 1:
+            return {}
+        left = _meter(self.unit, draft, ranking, context, self.precision)
+        low, high = 0, ranking.steps  # so many steps of the ranking are too few, or enough
+        least = left(ranking.removed(high))
+        if least > wanted:
+            raise PruningError(
+                f"so few {self.unit} can't be reached",
+                got=f"{self.unit}={wanted:g}; {least:.3g} is what is left without all that may go",
+                expected=f"a fraction of at least {least:.3g}",
+                remedy=_in_the_way(self, ranking),
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if left(ranking.removed(middle)) <= wanted else (middle, high)
+            done = math.log2(ranking.steps / (high - low))
+            context.events("progress", label="channels", done=round(done), total=round(math.log2(ranking.steps)))
+        removed = ranking.removed(high)
+        if self.unit == "latency_ms":  # measured anew for every group it would take minutes
+            return removed
+        for name, fewer in ranking.refills(removed):
+            if left(fuller := {**removed, name: fewer}) <= wanted:
+                removed = {n: units for n, units in fuller.items() if units}
+        return removed
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Units in the order in which they go.
+
+    Attributes:
+        coupling: The groups.
+        order: (group, unit), the least important first.
+        most: Group → how many of its units may go.
+        multiple: Group → units are kept in multiples of this.
+        scope: As in `Channels`.
+        steps: How many choices `removed` has, from nothing to everything that may go.
+    """
+
+    coupling: Coupling
+    order: Sequence[tuple[str, int]]
+    most: Mapping[str, int]
+    multiple: Mapping[str, int]
+    scope: str
+    steps: int
+
+    @classmethod
+    def of(cls, step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
+        """Score all units."""
+        groups = {n: g for n, g in coupling.groups.items() if g.units > 1 and (step.approximate or not g.statistics)}
+        if not groups:
+            raise PruningError(
+                "the network has no channels that can be removed",
+                got="; ".join(f"{k}: {v}" for k, v in list(coupling.held.items())[:3]) or "no layer with channels",
+                remedy="approximate=True takes those that norms look at, too"
+                if coupling.groups
+                else "`penjing inspect` shows the reason for every layer",
+            )
+        criterion = criterion_for(step, context)
+        scores = criteria.score(criterion, network, coupling, context, step.batches, seed=context.seed)
+        scores = {name: scores[name] for name in groups}
+        if criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
+            prices = _prices(step.unit, network, coupling, context)
+            scores = {name: value / prices[name] for name, value in scores.items()}
+        else:
+            scores = criteria.relative(scores)
+        accelerates = context.accelerates
+        round_to = step.round_to or (accelerates.channel_multiple if accelerates else 8)
+        multiple = {name: _multiple(group, round_to) for name, group in groups.items()}
+        most = {n: g.units - max(1, multiple[n], math.ceil(step.least * g.units)) for n, g in groups.items()}
+        order = sorted(
+            ((name, unit) for name, value in scores.items() for unit in range(len(value))),
+            key=lambda u: (scores[u[0]][u[1]], u),
+        )
+        steps = len(order) if step.scope == "global" else max(g.units for g in groups.values())
+        return cls(coupling, order, most, multiple, step.scope, steps)
+
+    def removed(self, step: int) -> Removed:
+        """What goes at a step of the ranking."""
+        ranked: dict[str, list[int]] = {name: [] for name in self.most}
+        for name, unit in self.order:
+            ranked[name].append(unit)
+        counts = dict.fromkeys(self.most, 0)
+        if self.scope == "global":
+            for name, _ in self.order[:step]:
+                counts[name] += 1
+        else:
+            counts = {name: round(len(units) * step / self.steps) for name, units in ranked.items()}
+        found: Removed = {}
+        for name, count in counts.items():
+            kept, multiple = len(ranked[name]) - count, self.multiple[name]
+            kept = max(round(kept / multiple) * multiple, len(ranked[name]) - self.most[name])
+            if kept < len(ranked[name]):
+                found[name] = sorted(ranked[name][: len(ranked[name]) - kept])
+        return self._with_one_of_each(found)
+
+    def _with_one_of_each(self, removed: Removed) -> Removed:
+        """The same, but a layer that would lose all of its channels keeps the one that matters most."""
+        place = {unit: i for i, unit in enumerate(self.order)}
+        while emptied := self.coupling.emptied(removed):
+            name, unit = max(emptied[0], key=lambda u: place.get(u, -1))
+            removed[name] = [u for u in removed[name] if u != unit]
+        return {name: units for name, units in removed.items() if units}
+
+    def refills(self, removed: Removed) -> list[tuple[str, list[int]]]:
+        """For every group what goes when the most important multiple of its removed units stays, best first.
+
+        What was rounded down to a multiple, or went with the last step, leaves room below a target.
+        """
+        place = {unit: i for i, unit in enumerate(self.order)}
+        found: list[tuple[int, str, list[int]]] = []
+        for name, units in removed.items():
+            ranked = sorted(units, key=lambda u, name=name: place[name, u])  # type: ignore[misc]
+            fewer = ranked[: max(0, len(ranked) - self.multiple[name])]
+            found.append((-place[name, ranked[-1]], name, sorted(fewer)))
+        return [(name, fewer) for _, name, fewer in sorted(found)]
+
+
+def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Context) -> dict[str, float]:
+    """What one unit of a group costs: multiply-accumulates, which stand for a latency too, or numbers that it holds."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    rows = cost(network, context.task.call()) if unit in ("macs", "latency_ms") else ()
+    macs = {row.name: row.macs for row in rows}
+    prices: dict[str, float] = {}
+    for name, group in coupling.groups.items():
+        price = 0.0
+        for member in group.members:
+            tensor = tensors[member.tensor]
+            layer, _, role = member.tensor.rpartition(".")
+            part = len(member.positions) / group.units / tensor.shape[member.axis]
+            price += part * (macs.get(layer, 0) if macs and role == "weight" else 0 if macs else tensor.numel())
+        prices[name] = 1.0 if unit == "channels" else max(price, 1.0)
+    return prices
+
+
+def criterion_for(step: Channels, context: Context) -> str:
+    """The criterion that "auto" stands for."""
+    if step.criterion != "auto":
+        return step.criterion
+    task = context.task
+    if task.train is not None and task.loss is not None:
+        return "taylor"
+    return "jacobian" if task.calibration is not None else "l2"
+
+
+def _multiple(group: Group, round_to: int) -> int:
+    """Units that together are a multiple of `round_to` channels; less where a group is small."""
+    each = len(group.members[0].positions) // group.units
+    multiple = round_to // math.gcd(each, round_to)
+    while multiple > 1 and group.units < 4 * multiple:
+        multiple //= 2
+    return max(1, multiple)
+
+
+def remove(draft: Draft, coupling: Coupling, removed: Mapping[str, Sequence[int]]) -> Draft:
+    """A draft without these units; the one that is given stays as it is.
+
+    Args:
+        draft: Its network is the one that was coupled.
+        coupling: `penjing.analyze.coupling.couple` of it.
+        removed: Group → units.
+    """
+    edits = coupling.edits(removed)
+    network = copy.deepcopy(draft.network)
+    resize(network, edits)
+    return replace(draft, network=network, edits=(*draft.edits, *edits))
+
+
+def disagreement(
+    before: fx.GraphModule, after: fx.GraphModule, coupling: Coupling, removed: Removed, call: Any
+) -> float:
+    """The largest difference between the pruned network and the masked one, as a part of the largest output."""
+    wanted = masked(before, coupling, removed)(*call[0], **call[1])
+    with torch.no_grad():
+        got = copy.deepcopy(after).eval()(*call[0], **call[1])
+    worst = 0.0
+    for a, b in zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
+            scale = float(a.abs().max())
+            difference = float((a - b).abs().max())
+            worst = max(worst, difference / scale if scale else difference)
+            worst = math.inf if math.isnan(difference) else worst
+    return worst
+
+
+def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precision: str) -> Callable[[Removed], float]:
+    """A function that says which fraction of the cost is left."""
+    coupling = ranking.coupling
+    if unit == "latency_ms":
+        if context.latency is None:
+            raise PruningError(
+                "a latency can only be aimed at in a runtime",
+                got="no runtime",
+                expected="pj.run(..., runtime=...) or penjing compress",
+            )
+        measure = context.latency
+
+        def latency(removed: Removed) -> float:
+            before, after = measure([draft, remove(draft, coupling, removed)], precision)
+            return after / before
+
+        return latency
+    if unit == "channels":
+        every = sum(coupling.groups[name].units for name in ranking.most)
+        return lambda removed: 1 - sum(map(len, removed.values())) / every
+    network = draft.network
+    tensors = {n: t for n, t in [*network.named_parameters(), *network.named_buffers()]}
+    if unit == "params":
+        tensors = dict(network.named_parameters())
+    weight = {name: tensor.element_size() if unit == "size_bytes" else 1 for name, tensor in tensors.items()}
+
+    def amount(removed: Removed) -> float:
+        values, stored = coupling.sizes(coupling.removed_atoms(removed))
+        if unit == "macs":
+            return float(resized_macs(network, values, stored))
+        return float(sum(each * math.prod(stored.get(n, tensors[n].shape)) for n, each in weight.items()))
+
+    whole = amount({})
+    return lambda removed: amount(removed) / max(whole, 1.0)
+
+
+def _in_the_way(step: Channels, ranking: Ranking) -> str:
+    held = ranking.coupling.held
+    left_out = [name for name, group in ranking.coupling.groups.items() if group.statistics]
+    reasons = [f"{name} ({why})" for name, why in list(held.items())[:3]]
+    texts = [f"least={step.least:g} of every group is kept"] if step.least else []
+    if reasons:
+        texts.append(f"held: {', '.join(reasons)}{' …' if len(held) > 3 else ''}")
+    if left_out and not step.approximate:
+        texts.append(f"approximate=True frees {', '.join(left_out[:3])}")
+    return "; ".join(texts)
+
+
+__all__ = ["AGREEMENT", "Channels", "Ranking", "Removed", "criterion_for", "disagreement", "remove"]

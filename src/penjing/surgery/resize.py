@@ -1,0 +1,145 @@
+"""Removing channels from a network: tensors are cut, and the numbers that follow from their sizes are written anew.
+
+Four edits: ``slice`` cuts a stored tensor, ``literal`` writes a number, ``partition`` gives a split explicit lengths,
+``reorder`` puts one selection in the place of operators that permute an axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Edit
+from penjing.graph import operator_name, sites
+from penjing.positions import from_text
+
+RESIZING = ("slice", "literal", "partition", "reorder")
+"""The four kinds."""
+
+
+def resize(network: fx.GraphModule, edits: tuple[Edit, ...]) -> None:
+    """Apply edits of the four kinds in place, in order."""
+    operators = sites(network)
+    for edit in edits:
+        _APPLY[edit["edit"]](network, operators, edit)
+    network.graph.lint()
+    network.recompile()
+
+
+def _slice(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
+    tensor = _tensor(network, edit["tensor"])
+    axis = int(edit["axis"])
+    kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
+    removed = from_text(edit["removed"])
+    if removed and max(removed) >= len(kept):
+        raise IndexError(f"{edit['tensor']} has {len(kept)} positions along axis {axis}, not {max(removed) + 1}")
+    kept[removed] = False
+    smaller = tensor.detach().index_select(axis, kept.nonzero().reshape(-1).to(tensor.device)).clone()
+    new: torch.Tensor = smaller
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+    for module in network.modules():
+        for store in (module._parameters, module._buffers):
+            for role, value in store.items():
+                if value is tensor:
+                    store[role] = new  # type: ignore[assignment]
+                    _sizes(module)
+
+
+def _literal(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
+    (word, *index), value = edit["argument"], edit["value"]
+    node = operators.get(edit["site"])
+    if node is None or node.op == "call_module":
+        layer = network.get_submodule(edit["site"])
+        if not isinstance(getattr(layer, word), int):
+            raise TypeError(f"{edit['site']} has no number {word}")
+        setattr(layer, word, int(value))
+        _sizes(layer)
+        return
+    set_argument(node, word, value, index[0] if index else None)
+
+
+def set_argument(node: fx.Node, word: str, value: Any, index: int | None = None) -> None:
+    """Write one argument of a functional operator, by the name in its schema, or one number of a list.
+
+    Raises:
+        TypeError: The operator has no such argument.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise TypeError(f"{node.target} is no operator with named arguments")
+    arguments = target._schema.arguments
+    position = next((i for i, a in enumerate(arguments) if a.name == word), None)
+    if position is None:
+        raise TypeError(f"{target} has no argument {word}")
+    before = node.args[position] if position < len(node.args) else arguments[position].default_value
+    given = node.kwargs.get(word, before)
+    if index is not None:
+        numbers: list[Any] = list(given)  # type: ignore[arg-type]
+        numbers[index] = value
+        value = numbers
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(word, value)
+
+
+def _partition(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
+    node = operators[edit["site"]]
+    if operator_name(node) not in ("chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk"):
+        raise TypeError(f"{edit['site']} is no split")
+    node.target = torch.ops.aten.split_with_sizes.default
+    node.args, node.kwargs = (node.args[0], list(edit["sizes"]), int(edit["axis"])), {}
+
+
+def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
+    first, last = operators[edit["first"]], operators[edit["last"]]
+    name = "order_" + "".join(c if c.isalnum() else "_" for c in edit["last"])
+    network.register_buffer(name, torch.tensor(from_text(edit["order"])))
+    with network.graph.inserting_after(last):
+        chosen = network.graph.get_attr(name)
+    chosen.meta = {"site": f"{edit['last']}.order", "floating": False, "rank": 1}
+    with network.graph.inserting_after(chosen):
+        made = network.graph.call_function(
+            torch.ops.aten.index_select.default, (first.args[0], int(edit["axis"]), chosen)
+        )
+    made.meta = dict(last.meta)
+    last.replace_all_uses_with(made)
+    node: Any = last
+    while node is not first:
+        before = node.args[0]
+        network.graph.erase_node(node)
+        node = before
+    network.graph.erase_node(first)
+
+
+_APPLY = {"slice": _slice, "literal": _literal, "partition": _partition, "reorder": _reorder}
+
+
+def _tensor(network: fx.GraphModule, name: str) -> torch.Tensor:
+    path, _, role = name.rpartition(".")
+    value = getattr(network.get_submodule(path), role)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is no tensor")
+    return value
+
+
+def _sizes(layer: nn.Module) -> None:
+    """Make a layer say the sizes that its tensors have."""
+    known: Any = layer
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        known.in_channels, known.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        known.out_channels, known.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.Linear):
+        known.out_features, known.in_features = layer.weight.shape
+    elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        known.num_features = len(layer.running_mean)  # type: ignore[arg-type]
+    elif isinstance(layer, nn.LayerNorm):
+        known.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        known.num_channels = len(layer.weight)
+    elif isinstance(layer, nn.Embedding):
+        known.num_embeddings, known.embedding_dim = layer.weight.shape

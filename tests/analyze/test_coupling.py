@@ -1,0 +1,264 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from penjing.analyze.coupling import couple
+from penjing.analyze.masked import masked
+from penjing.errors import RecipeError
+from penjing.network import raise_network
+from penjing.surgery import replay, resize
+from tests.analyze.topologies import TOPOLOGIES, Attention, Residual, Shuffle, scattered
+
+
+def coupled(model, *args, keep=()):
+    network = raise_network(scattered(model), args)
+    return network, couple(network, (args, {}), keep)
+
+
+def some(coupling, seed, most=0.6):
+    """At random some units of every group, never all of them."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, group in coupling.groups.items():
+        count = random.integers(0, max(1, int(group.units * most)) + 1) if group.units > 1 else 0
+        if count:
+            found[name] = sorted(random.permutation(group.units)[:count].tolist())
+    return found
+
+
+def in_double(value):
+    return value.double() if value.is_floating_point() else value
+
+
+def agree(network, coupling, removed, args, tolerance):
+    pruned = copy.deepcopy(network)
+    resize(pruned, coupling.edits(removed))
+    wanted = masked(network, coupling, removed)(*args)
+    with torch.no_grad():
+        got = pruned(*args)
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+    return pruned
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_pruned_network_is_its_masked_reference(name):
+    torch.manual_seed(0)
+    make, example = TOPOLOGIES[name]
+    model, x = make(), example()
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # its first states are float32
+    network, coupling = coupled(model, x)
+    assert coupling.groups
+    tolerance = 1e-5 if recurrent else 1e-12
+    if not recurrent:
+        network, x = network.double(), in_double(x)
+    for seed in range(3):
+        removed = some(coupling, seed)
+        pruned = agree(network, coupling, removed, (x,), tolerance)
+        assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
+    torch.manual_seed(0)
+    make, example = TOPOLOGIES[name]
+    x = example()
+    network, coupling = coupled(make(), x)
+    pruned = agree(network, coupling, some(coupling, 1), (x,), 1e-4)
+    pruned.train()
+    pruned(torch.cat([x, x, x[:1]])).sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
+
+
+def test_groups_say_what_belongs_together_and_why():
+    _, coupling = coupled(Residual(), torch.randn(2, 3, 6, 6))
+    stem, inner = coupling.groups["stem"], coupling.groups["a"]
+    assert {(m.tensor, m.axis) for m in stem.members} == {
+        ("stem.weight", 0), ("stem.bias", 0), ("a.weight", 1), ("b.weight", 0), ("b.bias", 0), ("out.weight", 1),
+    }  # fmt: skip
+    assert {m.tensor for m in inner.members} >= {"norm.weight", "norm.running_mean", "b.weight"}
+    assert (stem.units, inner.units) == (8, 12)
+    assert "/add#0 combines it" in stem.because
+    assert "a.weight axis 0 (its outputs): 12 positions" in str(inner)
+    assert coupling.held == {
+        "out.weight:0": "it is an output of the network",
+        "out.bias:0": "it is an output of the network",
+    }
+
+
+def test_heads_go_whole_and_attention_keeps_its_scale():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Attention(), x)
+    heads = coupling.groups["qkv"]
+    assert heads.units == 4
+    qkv = next(m for m in heads.members if m.tensor == "qkv.weight")
+    assert qkv.of([1]).tolist() == [*range(4, 8), *range(20, 24), *range(36, 40)]
+    agree(network.double(), coupling, {"qkv": [0, 2]}, (x.double(),), 1e-12)
+
+
+def test_a_width_under_a_norm_is_called_approximate():
+    _, coupling = coupled(Attention(), torch.randn(2, 3, 6, 6))
+    approximate = {name: group.statistics for name, group in coupling.groups.items() if group.statistics}
+    assert approximate == {"tokens": ("norm", "norm2")}
+    assert "approximate: norm takes statistics over them" in str(coupling.groups["tokens"])
+
+
+def test_a_shuffle_leaves_every_channel_free():
+    network, coupling = coupled(Shuffle(), torch.randn(2, 3, 6, 6))
+    assert sum(group.units for group in coupling.groups.values()) == 12 + 4 * 6
+    pruned = copy.deepcopy(network)
+    resize(pruned, coupling.edits({"stem": [0, 1, 2]}))
+    assert pruned.stem.out_channels == 9
+
+
+def test_the_log_of_edits_rebuilds_the_network_to_the_bit():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Shuffle(), x)
+    edits = coupling.edits(some(coupling, 2))
+    pruned = copy.deepcopy(network)
+    resize(pruned, edits)
+    again = replay(network, edits)
+    assert torch.equal(pruned(x), again(x))
+    assert {k: v.shape for k, v in pruned.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
+
+
+def test_what_is_not_known_is_refused_by_name_and_the_rest_goes_on():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.c(F.relu(self.b(torch.cumsum(self.a(x), -1))))
+
+    _, coupling = coupled(Odd(), torch.randn(2, 4))
+    assert set(coupling.groups) == {"b"}
+    assert "cumsum#0" in coupling.held["a.weight:0"]
+
+
+def test_an_operator_without_a_rule_holds_what_it_reads():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.c(F.relu(self.b(torch.linalg.vander(self.a(x), N=6)[:, 0])))
+
+    _, coupling = coupled(Odd(), torch.randn(2, 4))
+    assert "nothing is known about the channels of" in coupling.held["a.weight:0"]
+    assert "b" in coupling.groups
+
+
+def test_channels_added_to_an_input_stay():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x) + x)
+
+    _, coupling = coupled(Odd(), torch.randn(2, 4))
+    assert not coupling.groups
+    assert coupling.held["a.weight:0"] == "/add#0 combines it"
+
+
+def test_the_last_channel_is_never_removed():
+    _, coupling = coupled(Residual(), torch.randn(2, 3, 6, 6))
+    with pytest.raises(RecipeError, match="every channel of a.weight"):
+        coupling.edits({"a": range(12)})
+
+
+def test_layers_that_stay_whole_are_held_and_a_wrong_name_gets_the_nearest():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Residual(), x, keep=["a"])
+    assert set(coupling.groups) == {"stem"}
+    assert coupling.held["a.weight:0"] == "a shall stay whole"
+    with pytest.raises(RecipeError, match="did you mean stem"):
+        couple(network, ((x,), {}), keep=["stm"])
+    with pytest.raises(RecipeError, match="no such group"):
+        coupling.edits({"a": [0]})
+
+
+def test_a_sizes_prediction_is_what_pruning_gives():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Attention(), x)
+    removed = some(coupling, 3)
+    values, stored = coupling.sizes(coupling.removed_atoms(removed))
+    pruned = replay(network, coupling.edits(removed))
+    tensors = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    assert {name: tuple(tensors[name].shape) for name in stored} == stored
+    from penjing.graph import shapes
+
+    found = {name: tuple(t.shape) for name, t in shapes(pruned, ((x,), {})).items()}
+    assert {name: values[name] for name in found if name in values} == {n: s for n, s in found.items() if n in values}
+
+
+class Random(nn.Module):
+    """A network drawn from a list of numbers: convolutions, norms, additions, products, concatenations, splits."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.steps = []
+        widths = [3]
+        for kind, left, right, width in plan:
+            a, b = left % len(widths), right % len(widths)
+            if kind == "conv":
+                self.steps.append(("layer", a, len(self.layers)))
+                self.layers.append(nn.Conv2d(widths[a], width, 3, padding=1))
+                widths.append(width)
+            elif kind == "depthwise":
+                self.steps.append(("layer", a, len(self.layers)))
+                self.layers.append(nn.Conv2d(widths[a], widths[a], 3, padding=1, groups=widths[a]))
+                widths.append(widths[a])
+            elif kind == "norm":
+                self.steps.append(("layer", a, len(self.layers)))
+                self.layers.append(nn.BatchNorm2d(widths[a]))
+                widths.append(widths[a])
+            elif kind == "cat":
+                self.steps.append(("cat", a, b))
+                widths.append(widths[a] + widths[b])
+            elif kind == "half" and widths[a] % 2 == 0:
+                self.steps.append(("half", a, b))
+                widths.append(widths[a] // 2)
+            elif kind in ("add", "mul") and widths[a] == widths[b]:
+                self.steps.append((kind, a, b))
+                widths.append(widths[a])
+        self.out = nn.Linear(widths[-1], 2)
+
+    def forward(self, x):
+        values = [x]
+        for step, a, b in self.steps:
+            if step == "layer":
+                values.append(torch.sigmoid(self.layers[b](values[a])))
+            elif step == "cat":
+                values.append(torch.cat([values[a], values[b]], 1))
+            elif step == "half":
+                values.append(values[a].chunk(2, 1)[b % 2])
+            else:
+                values.append(values[a] + values[b] if step == "add" else values[a] * values[b])
+        return self.out(values[-1].mean((2, 3)))
+
+
+STEP = st.tuples(
+    st.sampled_from(["conv", "conv", "conv", "depthwise", "norm", "cat", "half", "add", "mul"]),
+    st.integers(0, 20), st.integers(0, 20), st.sampled_from([4, 6]),
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plan=st.lists(STEP, min_size=2, max_size=9), seed=st.integers(0, 1000))
+def test_random_networks_are_their_masked_reference(plan, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3, 4, 4)
+    network, coupling = coupled(Random(plan), x)
+    removed = some(coupling, seed, most=0.7)
+    if removed:
+        agree(network.double(), coupling, removed, (x.double(),), 1e-11)

@@ -1,0 +1,234 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing import checkpoint
+from penjing.analyze.cost import cost, totals
+from penjing.analyze.coupling import couple
+from penjing.draft import Draft
+from penjing.errors import CheckpointError, PruningError, RecipeError
+from penjing.network import raise_network
+from penjing.prune import Channels, channels
+from penjing.recipe import Recipe
+from penjing.step import Context
+from penjing.task import Task
+from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
+
+
+def pictures(count, seed=0):
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+TASK = Task(
+    example=pictures(1),
+    calibration=[pictures(8)],
+    train=[(pictures(8), torch.arange(8) % 3)],
+    loss=F.cross_entropy,
+)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 3, padding=1)
+        self.norm = nn.BatchNorm2d(48)
+        self.c = nn.Conv2d(48, 24, 1)
+        self.out = nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.out(F.relu(self.c(F.relu(self.norm(self.b(F.relu(self.a(x))))))).mean((2, 3)))
+
+
+def draft(model, seed=0):
+    torch.manual_seed(seed)
+    return Draft(raise_network(scattered(model), (pictures(2),)))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return draft(Wide())
+
+
+def left(before, after, what):
+    a, b = (totals(cost(d.network, TASK.call())) for d in (before, after))
+    return getattr(b, what) / getattr(a, what)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize(("unit", "what"), [("macs", "macs"), ("params", "parameters"), ("size_bytes", "weight_bytes")])
+def test_a_target_is_met_as_counted_on_the_pruned_network(wide, unit, what, scope):
+    pruned = Channels(**{unit: 0.5}, criterion="l2", scope=scope, round_to=1)(wide, Context(task=TASK))
+    assert 0.44 < left(wide, pruned, what) <= 0.5 + (0.01 if unit == "size_bytes" else 0)
+
+
+def test_a_share_of_channels_of_every_layer(wide):
+    pruned = Channels(channels=0.5, criterion="l1", scope="layer", round_to=1)(wide, Context(task=TASK))
+    assert [pruned.network.get_submodule(n).out_channels for n in "abc"] == [16, 24, 12]
+
+
+def test_channels_come_in_multiples(wide):
+    pruned = Channels(macs=0.5, round_to=8)(wide, Context(task=TASK))
+    assert all(pruned.network.get_submodule(n).out_channels % 8 == 0 for n in "abc")
+
+
+def test_the_draft_that_is_given_stays_and_the_seed_repeats(wide):
+    before = copy.deepcopy(wide.network.state_dict())
+    one, two = (Channels(macs=0.6)(wide, Context(task=TASK, seed=3)) for _ in range(2))
+    assert all(torch.equal(before[k], v) for k, v in wide.network.state_dict().items())
+    assert one.edits == two.edits
+    assert all(torch.equal(one.network.state_dict()[k], v) for k, v in two.network.state_dict().items())
+
+
+def test_what_is_left_agrees_with_the_masked_network_and_says_by_how_much(wide):
+    told = {}
+    context = Context(task=TASK, events=lambda kind, **values: told.update({kind: values}))
+    Channels(macs=0.5)(wide, context)
+    assert told["pruned"]["disagreement"] < 1e-5
+    assert told["pruned"]["units"] > 20
+
+
+def test_a_network_that_does_not_agree_is_never_given_back(wide, monkeypatch):
+    monkeypatch.setattr(channels, "disagreement", lambda *_: 0.2)
+    with pytest.raises(PruningError, match="defect of Penjing"):
+        Channels(macs=0.5)(wide, Context(task=TASK))
+
+
+def test_a_pruned_network_still_trains(wide):
+    pruned = Channels(macs=0.5)(wide, Context(task=TASK))
+    loss = F.cross_entropy(copy.deepcopy(pruned.network).train()(pictures(4)), torch.arange(4))
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_widths_under_norms_go_only_where_that_is_asked_for():
+    transformer = draft(Attention())
+    context = Context(task=TASK)
+    exact = Channels(channels=0.5, scope="layer", round_to=1)(transformer, context)
+    assert exact.network.norm.normalized_shape == (16,)
+    assert exact.network.qkv.out_features == 24
+    assert exact.network.up.out_features == 10
+    less = Channels(channels=0.5, scope="layer", round_to=1, approximate=True)(transformer, context)
+    assert less.network.norm.normalized_shape == (8,)
+
+
+def test_a_layer_that_reads_few_channels_keeps_one():
+    shuffled = draft(Shuffle())
+    pruned = Channels(channels=0.35, criterion="random", least=0, round_to=1)(shuffled, Context(task=TASK))
+    assert all(block.in_channels >= 1 for block in pruned.network.blocks.children())
+
+
+def test_layers_that_are_named_stay_whole(wide):
+    pruned = Channels(macs=0.6, keep=("b",))(wide, Context(task=TASK))
+    assert pruned.network.b.out_channels == 48
+    assert pruned.network.a.out_channels < 32
+
+
+def test_a_latency_is_aimed_at_by_measuring(wide):
+    calls = []
+
+    def latency(drafts, precision):
+        calls.append(precision)
+        return [totals(cost(d.network, TASK.call())).macs / 1e4 for d in drafts]
+
+    step = Channels(latency_ms=0.6, criterion="l2", round_to=1)
+    pruned = step(wide, Context(task=TASK, latency=latency))
+    assert step.per_runtime and not Channels(macs=0.5).per_runtime
+    assert left(wide, pruned, "macs") <= 0.6
+    assert set(calls) == {"fp32"}
+    with pytest.raises(PruningError, match="no runtime"):
+        step(wide, Context(task=TASK))
+
+
+def test_a_target_out_of_reach_says_how_far_it_got_and_why(wide):
+    with pytest.raises(PruningError, match=r"least=0.5.*") as caught:
+        Channels(macs=0.05, least=0.5)(wide, Context(task=TASK))
+    assert "is what is left" in caught.value.got
+    assert "out.weight:0 (it is an output of the network)" in caught.value.remedy
+
+
+def test_a_network_without_free_channels_is_refused():
+    single = Draft(raise_network(nn.Linear(4, 2), (torch.randn(2, 4),)))
+    with pytest.raises(PruningError, match="no channels that can be removed"):
+        Channels(macs=0.5)(single, Context(task=Task(example=torch.zeros(1, 4))))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": 1.2}, {"channels": -0.1}, {"macs": 0.5, "least": 1},
+        {"macs": 0.5, "criterion": "magic"}, {"macs": 0.5, "scope": "some"}, {"macs": 0.5, "round_to": 0},
+        {"macs": 0.5, "batches": 0},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_named(settings):
+    with pytest.raises(RecipeError, match="Channels"):
+        Channels(**settings)
+
+
+def test_a_layer_that_does_not_exist_gets_the_nearest_name(wide):
+    with pytest.raises(RecipeError, match="did you mean norm"):
+        Channels(macs=0.5, keep=("nrm",))(wide, Context(task=TASK))
+
+
+def test_recipes_hold_it_in_yaml():
+    recipe = Recipe.from_yaml("- prune.Channels: {macs: 0.5, criterion: l2, keep: [b]}\n- quantize.Static")
+    assert recipe.steps[0] == Channels(macs=0.5, criterion="l2", keep=("b",))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("criterion", ["auto", "l2"])
+def test_auto_takes_what_the_task_has(criterion):
+    step, bare = Channels(macs=0.5, criterion=criterion), Task(example=pictures(1))
+    tasks = (TASK, Task(example=pictures(1), calibration=[pictures(2)]), bare)
+    found = [channels.criterion_for(step, Context(task=t)) for t in tasks]
+    assert found == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
+
+
+LOADING = """
+import sys, torch
+sys.path[:0] = {paths}
+from penjing.checkpoint import restore
+from tests.prune.test_channels import TASK, pictures
+from tests.analyze.topologies import {model}
+draft = restore({folder!r}, {model}(), TASK)
+with torch.no_grad():
+    torch.save(draft.network(pictures(3, seed=9)), {out!r})
+"""
+
+
+@pytest.mark.parametrize("model", [Residual, Shuffle, Attention])
+def test_another_process_rebuilds_it_from_the_factory_to_the_bit(model, tmp_path):
+    pruned = Channels(channels=0.6, criterion="random", round_to=1)(draft(model()), Context(task=TASK))
+    checkpoint.save(pruned, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"edits.json", "plan.json", "weights.safetensors"}
+    out = str(tmp_path / "out.pt")
+    code = LOADING.format(paths=sys.path, model=model.__name__, folder=str(tmp_path), out=out)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(out, weights_only=True), pruned.network(pictures(3, seed=9)))
+
+
+def test_a_factory_that_has_changed_is_named(tmp_path):
+    pruned = Channels(macs=0.6, criterion="l2")(draft(Residual()), Context(task=TASK))
+    checkpoint.save(pruned, tmp_path)
+
+    class Changed(Residual):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(6)
+            self.b = nn.Conv2d(6, 8, 1)
+
+    with pytest.raises(CheckpointError, match="does not fit this network"):
+        checkpoint.restore(tmp_path, Changed(), TASK)
+
+
+def test_removing_nothing_is_no_edit(wide):
+    assert Channels(macs=1)(wide, Context(task=TASK)).edits == ()
+    assert couple(wide.network, TASK.call()).edits({}) == ()
