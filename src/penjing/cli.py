@@ -156,6 +156,10 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
         f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
         highlight=False,
     )
+    if parsed.group:
+        return _show_group(found, parsed, out)
+    out.print("\n[bold]channels that belong together[/bold]")
+    out.print(table.groups(found.groups, found.held))
     for runtime, reasons in found.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
         out.print(
@@ -168,6 +172,29 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     if found.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
         out.print(table.noise(found.noise))
+    return MET
+
+
+def _show_group(found: Any, parsed: argparse.Namespace, out: Console) -> int:
+    import difflib
+
+    from penjing import records
+    from penjing.report import strips
+
+    row = next((group for group in found.groups if group.name == parsed.group), None)
+    if row is None:
+        names = [group.name for group in found.groups]
+        near = difflib.get_close_matches(parsed.group, names, n=3)
+        raise UsageError(
+            "there is no such group of channels",
+            got=parsed.group,
+            expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",
+            remedy=f"did you mean {' or '.join(near)}?" if near else None,
+        )
+    out.print(strips.text(row), markup=False, highlight=False)
+    if parsed.picture:
+        records.write_text(Path(parsed.picture), strips.picture(row))
+        out.print(parsed.picture, markup=False, highlight=False)
     return MET
 
 

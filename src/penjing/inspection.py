@@ -1,19 +1,20 @@
-"""What a network costs and what stands in the way of integers, before anything is run on data."""
+"""What a network costs, which channels belong together, and what stands in the way of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
+from penjing.analyze.coupling import Group, couple
 from penjing.draft import Draft
 from penjing.network import raise_network
 from penjing.quantize.explanation import explain
 from penjing.quantize.placement import place
-from penjing.records import LayerRow, NoiseRow
+from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow
 from penjing.source import Source, check_forward
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms
@@ -22,7 +23,7 @@ from penjing.task import Task
 
 @dataclass(frozen=True)
 class Inspection:
-    """Cost per layer, and for every runtime the operators that would stay in floating point, with the reason."""
+    """Cost per layer, coupled channels, and for every runtime the operators that would stay in floating point."""
 
     name: str
     layers: tuple[LayerRow, ...]
@@ -32,6 +33,8 @@ class Inspection:
     floats: dict[str, dict[str, str]]
     notes: dict[str, tuple[str, ...]]
     noise: tuple[NoiseRow, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
+    held: Mapping[str, str] = field(default_factory=dict)  # tensor and axis of outputs that never change → reason
 
 
 def inspect(
@@ -55,8 +58,38 @@ def inspect(
         accelerates = runtimes.get(noise).accelerates(measure.machine(1).instruction_sets)
         context = Context(task=task, accelerates=accelerates, source=network)
         explained = explain(Draft(network), replace(context, events=events) if events else context)
+    coupling = couple(network, task.call())
+    groups = tuple(_group_row(network, group, rows) for group in coupling.groups.values())
     floats, notes = _blockers(network)
-    return Inspection(source.name, rows, parameters, sum(r.macs for r in rows), int(peak), floats, notes, explained)
+    macs = sum(r.macs for r in rows)
+    return Inspection(
+        source.name, rows, parameters, macs, int(peak), floats, notes, explained, groups, dict(coupling.held)
+    )
+
+
+def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]) -> GroupRow:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    layers = {member.tensor.rpartition(".")[0] for member in group.members}
+    cuts = tuple(
+        CutRow(
+            tensor=m.tensor,
+            axis=m.axis,
+            role=m.role,
+            length=tensors[m.tensor].shape[m.axis],
+            positions=tuple(m.positions.tolist()),
+            units=tuple(m.units.tolist()),
+        )
+        for m in group.members
+    )
+    return GroupRow(
+        name=group.name,
+        units=group.units,
+        macs=sum(row.macs for row in rows if row.name in layers),
+        parameters=sum(tensors[c.tensor].numel() * len(c.positions) // c.length for c in cuts),
+        cuts=cuts,
+        because=group.because,
+        statistics=group.statistics,
+    )
 
 
 def _blockers(network: fx.GraphModule) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:

@@ -89,6 +89,50 @@ class LayerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CutRow:
+    """What a group of coupled channels has of one axis of one stored tensor.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        axis: Its axis.
+        role: What the axis is to its layer.
+        length: Positions along the axis.
+        positions: Those of the group.
+        units: The unit of each.
+    """
+
+    tensor: str
+    axis: int
+    role: str
+    length: int
+    positions: tuple[int, ...]
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """Channels that can only be removed together, one unit at a time.
+
+    Attributes:
+        name: The layer that makes them first.
+        units: How many there are.
+        macs: Multiply-accumulates of the layers that make or read them.
+        parameters: Numbers that go when all of them go.
+        cuts: Every axis of a stored tensor that is cut.
+        because: The operators that join them.
+        statistics: Norms and averages over them: removing some is an approximation.
+    """
+
+    name: str
+    units: int
+    macs: int
+    parameters: int
+    cuts: tuple[CutRow, ...]
+    because: tuple[str, ...]
+    statistics: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoiseRow:
     """What one operator's integers do to the network's outputs when it alone is quantized.
 

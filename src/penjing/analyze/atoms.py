@@ -23,6 +23,7 @@ from penjing.graph import site
 Axis = np.ndarray | None  # atoms along an axis, FIXED where a position never goes; None: the whole axis never changes
 Labels = tuple[Axis, ...]
 FIXED = -1
+STORED = "a stored value"  # the role of an axis until an operator says more
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,12 @@ class Walk:
             self.roles[key] = role
         first, length = self.tensors[key]
         return np.arange(first, first + length)
+
+    def name_role(self, name: str, axis: int, role: str) -> None:
+        """Say what an axis of a stored value is, once an operator tells."""
+        key = (self.names[id(self.stored_tensors[name])], axis) if name in self.stored_tensors else (name, axis)
+        if self.roles.get(key) == STORED:
+            self.roles[key] = role
 
     def join(self, a: Axis, b: Axis, why: str) -> None:
         """Positions of two axes go together; where one never changes, the other does not either."""

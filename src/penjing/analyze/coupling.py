@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from penjing.analyze.atoms import FIXED, Change, Literal, Partition, Reordering, Walk, fixed
+from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reordering, Walk, fixed
 from penjing.analyze.rearrangements import MOVING
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
 from penjing.draft import Edit
@@ -208,7 +208,7 @@ def _visit(walk: Walk, node: fx.Node) -> None:
         name = str(node.target)
         rank = len(walk.shapes[node.name])
         known = name in walk.stored_tensors
-        walk.values[node] = tuple(walk.stored(name, d, "a stored value") if known else None for d in range(rank))
+        walk.values[node] = tuple(walk.stored(name, d, STORED) if known else None for d in range(rank))
         return
     what = kind(walk.network, node)
     rule = RULES.get(what) or MOVING.get(what)

@@ -268,6 +268,9 @@ def product(walk: Walk, node: fx.Node) -> Labels:
         for d in range(rank)
     ]
     labels = (*outer, *own)
+    if isinstance(right, fx.Node) and right.op == "get_attr" and len(b) == 2:  # a linear layer's weight (in, out)
+        for axis, role in ((0, "its inputs"), (1, "its outputs")):
+            walk.name_role(str(right.target), axis, role)
     if operator_name(node) in ("addmm", "baddbmm"):
         bias = given["self"]
         labels = tuple(

@@ -28,6 +28,7 @@ from penjing.surgery import resize
 Removed = dict[str, list[int]]  # group → its units
 
 UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
+SHARES = 1000  # with scope "layer", shares of every group are tried in steps of a thousandth
 AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
 
 
@@ -135,6 +136,8 @@ class Channels:
         wanted = float(getattr(self, self.unit))
         if wanted == 1:
             return {}
+        if self.unit == "channels" and self.scope == "layer":
+            return ranking.removed(round((1 - wanted) * ranking.steps))
         left = _meter(self.unit, draft, ranking, context, self.precision)
         low, high = 0, ranking.steps  # so many steps of the ranking are too few, or enough
         least = left(ranking.removed(high))
@@ -207,7 +210,7 @@ class Ranking:
             ((name, unit) for name, value in scores.items() for unit in range(len(value))),
             key=lambda u: (scores[u[0]][u[1]], u),
         )
-        steps = len(order) if step.scope == "global" else max(g.units for g in groups.values())
+        steps = len(order) if step.scope == "global" else SHARES
         return cls(coupling, order, most, multiple, step.scope, steps)
 
     def removed(self, step: int) -> Removed:
@@ -220,7 +223,7 @@ class Ranking:
             for name, _ in self.order[:step]:
                 counts[name] += 1
         else:
-            counts = {name: round(len(units) * step / self.steps) for name, units in ranked.items()}
+            counts = {name: -(-len(units) * step // self.steps) for name, units in ranked.items()}
         found: Removed = {}
         for name, count in counts.items():
             kept, multiple = len(ranked[name]) - count, self.multiple[name]

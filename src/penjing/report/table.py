@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
@@ -157,6 +157,32 @@ def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
             _cell(r.remedy, "yellow" if r.remedy == "floating point" else "green"),
         )
     return table
+
+
+def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int = 15) -> Table:
+    """Coupled channels, those with the most parameters first."""
+    table = _table()
+    for head, justify in (("channels made by", "left"), ("units", "right"), ("tensors", "right")):
+        _column(table, head, "right" if justify == "right" else "left")
+    for head in ("parameters", "MACs of its layers"):
+        _column(table, head, "right")
+    _column(table, "pruning is")
+    for row in sorted(rows, key=lambda r: -r.parameters)[:limit]:
+        exact = f"approximate: {', '.join(row.statistics[:2])}" if row.statistics else "exact"
+        table.add_row(
+            _cell(row.name),
+            _cell(str(row.units)),
+            _cell(str(len({cut.tensor for cut in row.cuts}))),
+            _cell(figures.figure(row.parameters, "count")),
+            _cell(figures.figure(row.macs, "MACs")),
+            _cell(exact),
+        )
+    units = sum(row.units for row in rows)
+    lines = [f"{len(rows)} groups with {units} units that can be removed"]
+    lines += [f"and {len(rows) - limit} groups more"] if len(rows) > limit else []
+    lines += [f"held: {tensor} ({why})" for tensor, why in list(held.items())[:5]]
+    lines += [f"and {len(held) - 5} more are held"] if len(held) > 5 else []
+    return _captioned(table, lines)
 
 
 def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:

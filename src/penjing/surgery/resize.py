@@ -96,15 +96,19 @@ def _partition(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edi
 
 def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
     first, last = operators[edit["first"]], operators[edit["last"]]
-    name = "order_" + "".join(c if c.isalnum() else "_" for c in edit["last"])
-    network.register_buffer(name, torch.tensor(from_text(edit["order"])))
+    name, axis, order = _buffer(edit["last"]), int(edit["axis"]), from_text(edit["order"])
+    # One position more than the order has, and cut off again: OpenVINO 2026.4 moves a whole permutation of channels
+    # into the weights of the next convolution, and there it takes the inverse one.
+    network.register_buffer(name, torch.tensor([*order, order[0]]))
+    call = network.graph.call_function
     with network.graph.inserting_after(last):
-        chosen = network.graph.get_attr(name)
-    chosen.meta = {"site": f"{edit['last']}.order", "floating": False, "rank": 1}
+        positions = network.graph.get_attr(name)
+    with network.graph.inserting_after(positions):
+        chosen = call(torch.ops.aten.index_select.default, (first.args[0], axis, positions))
     with network.graph.inserting_after(chosen):
-        made = network.graph.call_function(
-            torch.ops.aten.index_select.default, (first.args[0], int(edit["axis"]), chosen)
-        )
+        made = call(torch.ops.aten.slice.Tensor, (chosen, axis, 0, len(order)))
+    positions.meta = {"site": f"{edit['last']}.order", "floating": False, "rank": 1}
+    chosen.meta = {**last.meta, "site": f"{edit['last']}.chosen"}
     made.meta = dict(last.meta)
     last.replace_all_uses_with(made)
     node: Any = last
@@ -113,6 +117,10 @@ def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit)
         network.graph.erase_node(node)
         node = before
     network.graph.erase_node(first)
+
+
+def _buffer(where: str) -> str:
+    return "order_" + "".join(c if c.isalnum() else "_" for c in where)
 
 
 _APPLY = {"slice": _slice, "literal": _literal, "partition": _partition, "reorder": _reorder}

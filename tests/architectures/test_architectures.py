@@ -1,0 +1,192 @@
+"""What holds for every built-in architecture; each family's own tests stand beside this file."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from penjing.analyze.cost import cost, totals
+from penjing.analyze.coupling import couple
+from penjing.architectures import build, names
+from penjing.architectures.shufflenet_v2 import shuffled
+from penjing.building import build as export
+from penjing.draft import Draft
+from penjing.errors import SourceError
+from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
+from penjing.prune import Channels
+from penjing.prune.channels import Ranking, disagreement, remove
+from penjing.runtimes import open_artifact
+from penjing.runtimes.artifact import predictor, read_manifest
+from penjing.step import Context
+from penjing.task import Task
+
+TOKENS = ("bert", "gpt", "lstm")
+WIDTHS = {"resne": 4, "vgg": 4, "vit": 16, "bert": 16, "gpt": 16, "lstm": 8, "densenet": 4, "unet": 4}
+
+# Published or customary parameter counts; those of families with a test file of their own stand there.
+PARAMETERS = {
+    "vgg11": 132_863_336,
+    "vgg13": 133_047_848,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "vgg16_small": 14_724_042,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "googlenet": 6_624_904,
+    "inception_v3": 23_834_568,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_large": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
+    "shufflenet_v2_x0_5": 1_366_792,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "shufflenet_v2_x1_5": 3_503_624,
+    "shufflenet_v2_x2_0": 7_393_996,
+    "squeezenet1_0": 1_248_424,
+    "squeezenet1_1": 1_235_496,
+    "mnasnet0_5": 2_218_512,
+    "mnasnet1_0": 4_383_312,
+}
+
+# Multiply-accumulates in millions at 224×224 (Inception v3 at 299×299), as the papers or the usual weights give them.
+MACS = {
+    "resnext50_32x4d": 4230,
+    "googlenet": 1498,
+    "inception_v3": 5713,
+    "mobilenet_v1": 569,
+    "mobilenet_v2": 300.8,
+    "mobilenet_v3_large": 216.6,
+    "mobilenet_v3_small": 56.5,
+    "shufflenet_v2_x1_0": 145,
+    "squeezenet1_1": 349,
+    "mnasnet1_0": 314,
+}
+
+# One of every family: what is checked by exporting takes seconds each.
+FAMILIES = (
+    "vgg16_small", "resnet20", "resnext50_32x4d", "googlenet", "inception_v3", "mobilenet_v1", "mobilenet_v2",
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "efficientnet_lite0", "ghostnet", "mnasnet0_5",
+    "squeezenet1_1", "densenet121", "vit_tiny", "bert_tiny", "gpt_tiny", "unet", "lstm_tagger",
+)  # fmt: skip
+
+
+def tiny(name):
+    """A narrow network of the family, scattered norms, and an example of two samples."""
+    torch.manual_seed(0)
+    token = name.startswith(TOKENS)
+    settings = {"width": next((w for start, w in WIDTHS.items() if name.startswith(start)), 0.25)}
+    if name.startswith("gpt"):
+        settings["vocabulary"] = 30
+    else:
+        settings["classes"] = 3
+    side = 80 if name == "inception_v3" else 32
+    if not token:
+        settings["in_channels"] = 1
+    if name.startswith("vit"):
+        settings |= {"resolution": 32, "depth": 2, "patch": 8, "heads": 2}
+    if name.startswith(("bert", "gpt")):
+        settings |= {"heads": 2}
+    model = build(name, **settings)
+    for module in model.modules():
+        for role, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_floating_point() and tensor.dim() == 1:
+                with torch.no_grad():
+                    tensor.uniform_(0.5, 1.5) if role in ("weight", "running_var") else tensor.normal_(0, 0.1)
+    return model.eval(), torch.randint(0, 30, (2, 9)) if token else torch.randn(2, 1, side, side)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_it_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert f"{PARAMETERS[name]:,} parameters" in sys.modules[type(model).__module__].__dict__[name].__doc__
+
+
+@pytest.mark.parametrize("name", MACS)
+def test_it_has_the_published_number_of_multiplications(name):
+    x = torch.zeros(2, 3, *[299 if name == "inception_v3" else 224] * 2)
+    found = totals(cost(raise_network(build(name).eval(), (x,)), ((x,), {}))).macs / 1e6
+    assert found == pytest.approx(MACS[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n not in ("resnext101_32x8d", "densenet169", "densenet201")])
+def test_every_architecture_computes_and_learns(name):
+    model, x = tiny(name)
+    out = model.train()(x)
+    loss = F.cross_entropy(out.flatten(2).transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out.flatten(0, -2),
+                           torch.randint(0, 3, (out.numel() // out.shape[1 if out.dim() == 4 else -1],)))  # fmt: skip
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not [n for n in without if "segment" not in n]  # of a single segment
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
+    model, x = tiny(name)
+    network = raise_network(model, (x,))
+    task = Task(example=x)
+    coupling = couple(network, task.call())
+    step = Channels(channels=0.6, scope="layer", criterion="random", approximate=True, round_to=1, least=0)
+    ranking = Ranking.of(step, network, coupling, Context(task=task))
+    removed = ranking.removed(400)
+    pruned = remove(Draft(network), coupling, removed)
+    assert sum(p.numel() for p in pruned.network.parameters()) < 0.8 * sum(p.numel() for p in network.parameters())
+    recurrent = name == "lstm_tagger"  # makes its first state in float32
+    if not recurrent:
+        network, pruned = network.double(), Draft(pruned.network.double())
+        x = x.double() if x.is_floating_point() else x
+    assert disagreement(network, pruned.network, coupling, removed, ((x,), {})) < (1e-5 if recurrent else 1e-11)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_makes_the_outputs_is_held(name):
+    model, x = tiny(name)
+    coupling = couple(raise_network(model, (x,)), ((x,), {}))
+    reasons = {why for where, why in coupling.held.items()}
+    assert reasons <= {"it is an output of the network"}
+    assert not coupling.held or all(where.startswith(("classifier", "tokens")) for where in coupling.held)
+
+
+DEPLOYED = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "vit_tiny", "gpt_tiny", "unet", "lstm_tagger")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in DEPLOYED]
+
+
+@pytest.mark.parametrize("name", [*DEPLOYED, *REST])
+def test_every_family_runs_pruned_in_the_runtimes(name, tmp_path):
+    model, x = tiny(name)
+    task = Task(example=x)
+    network = raise_network(model, (x,))
+    step = Channels(channels=0.7, scope="layer", criterion="l2", approximate=True, round_to=1)
+    pruned = step(Draft(network), Context(task=task))
+    with torch.no_grad():
+        wanted, structure = flatten_outputs(copy.deepcopy(pruned.network)(x))
+    for runtime in ("onnxruntime", "openvino"):
+        where = tmp_path / runtime
+        where.mkdir()
+        export(pruned, runtime, "fp32", task, structure, where)
+        got, _ = flatten_outputs(predictor(open_artifact(where, 1), read_manifest(where))(x.numpy()))
+        for a, b in zip(wanted, got, strict=True):
+            assert np.abs(a.numpy() - b).max() < 1e-4 * max(1, float(a.abs().max()))
+
+
+def test_the_catalogue_loads_without_building_anything():
+    code = "import penjing.architectures as a; print(len(a.names()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) == len(names()) >= 50
+
+
+def test_a_shuffle_mixes_the_halves():
+    x = torch.arange(8.0).reshape(1, 8, 1, 1)
+    assert shuffled(x).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@pytest.mark.parametrize("name", sorted({*PARAMETERS} - {"resnext101_32x8d"}))
+def test_settings_below_one_are_named(name):
+    with pytest.raises(SourceError, match="classes"):
+        build(name, classes=0)
