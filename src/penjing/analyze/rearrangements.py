@@ -444,12 +444,31 @@ def roll(walk: Walk, node: fx.Node) -> Labels:
 
 
 def index_select(walk: Walk, node: fx.Node) -> Labels:
-    """Positions of one axis by computed numbers."""
+    """Positions of one axis by computed numbers, or by those that an earlier reordering stored."""
     given = arguments(node)
     x = walk.of(given["self"])
     dim = int(given["dim"]) % len(x)
+    order, last = _stored_order(walk, node)
+    axis = x[dim]
+    if axis is not None and order is not None:
+        walk.changes.append(Reordering(site(node), site(last), dim, order, axis))
+        walk.values[last] = (*x[:dim], axis[order], *x[dim + 1 :])
+        return fixed(len(x))
     hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
     return (*x[:dim], None, *x[dim + 1 :])
+
+
+def _stored_order(walk: Walk, node: fx.Node) -> tuple[np.ndarray | None, fx.Node]:
+    """The order that a reordering selects by, and its last operator, which cuts off the position too many."""
+    numbers = arguments(node)["index"]
+    cut = next(iter(node.users)) if len(node.users) == 1 else node
+    stored = walk.stored_tensors.get(str(numbers.target)) if numbers.op == "get_attr" else None
+    if stored is None or kind(walk.network, cut) != "slice":
+        return None, node
+    given = arguments(cut)
+    if (given["start"], given["end"], given["step"]) != (0, len(stored) - 1, 1):
+        return None, node
+    return stored[:-1].cpu().numpy(), cut
 
 
 def index(walk: Walk, node: fx.Node) -> Labels:

@@ -75,7 +75,8 @@ def convolution(walk: Walk, node: fx.Node) -> Labels:
     else:
         out = _grouped(walk, name, before, (reads, gives, groups), transposed)
     if layer.bias is not None and out is not None:
-        walk.join(walk.stored(f"{name}.bias", 0, "its outputs"), out, f"{name} adds its bias")
+        role = "its channels" if groups == reads == gives else "its outputs"
+        walk.join(walk.stored(f"{name}.bias", 0, role), out, f"{name} adds its bias")
     return (*fixed(channels), out, *fixed(spatial))
 
 
@@ -90,7 +91,8 @@ def _grouped(walk: Walk, name: str, before: np.ndarray, sizes: tuple[int, int, i
         for k in range(1, each_in):
             walk.join(rows[:, 0], rows[:, k], why)
         walk.changes.append(Literal(name, ("groups",), before, each_in))
-        first = walk.stored(weight, 0, "its inputs" if transposed else "its outputs")
+        single = each_in == 1 == each_out  # depthwise: it makes no channels, it passes them on
+        first = walk.stored(weight, 0, "its channels" if single else "its inputs" if transposed else "its outputs")
         if transposed:
             walk.join(first, before, f"{name} reads it")
             walk.hold(walk.stored(weight, 1, "its outputs"), f"{name}: whole groups go")

@@ -12,6 +12,7 @@ from penjing import records
 
 _WIDTH, _ROW, _LABEL, _RIGHT = 640, 22, 330, 150  # pixels
 _QUIET = "#59636e"
+_WORDS = {"its outputs": "makes", "its channels": "passes", "its inputs": "reads"}
 _MOST = 60  # so many strips are read with pleasure
 
 
@@ -30,7 +31,7 @@ def picture(row: records.GroupRow) -> str:
 
     Vectors (biases, norms) are cut like the weights before them and left out.
     """
-    cuts = [cut for cut in row.cuts if cut.role in ("its outputs", "its inputs") and cut.tensor.endswith("weight")]
+    cuts = [cut for cut in row.cuts if cut.role in _WORDS and cut.tensor.endswith("weight")]
     cuts = (cuts or list(row.cuts))[:_MOST]
     left_out = len(row.cuts) - len(cuts)
     height = 64 + _ROW * len(cuts) + 20 * (1 + len(row.statistics[:3]))
@@ -55,10 +56,9 @@ def picture(row: records.GroupRow) -> str:
 
 
 def _strip(cut: records.CutRow, units: int, top: int) -> list[str]:
-    makes = cut.role == "its outputs"
     layer = cut.tensor.rpartition(".")[0] or cut.tensor
     shown = layer if len(layer) <= 40 else "…" + layer[-39:]
-    word = "makes" if makes else "reads" if cut.role == "its inputs" else "holds"
+    word = _WORDS.get(cut.role, "holds")
     parts = [
         _words(12, top + 13, shown, "#1f2328"),
         _words(_LABEL - 46, top + 13, word, _QUIET),

@@ -111,12 +111,16 @@ def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit)
     chosen.meta = {**last.meta, "site": f"{edit['last']}.chosen"}
     made.meta = dict(last.meta)
     last.replace_all_uses_with(made)
+    numbers = first.all_input_nodes[1:]  # of an order that this one replaces
     node: Any = last
     while node is not first:
         before = node.args[0]
         network.graph.erase_node(node)
         node = before
     network.graph.erase_node(first)
+    for old in numbers:
+        if not old.users:
+            network.graph.erase_node(old)
 
 
 def _buffer(where: str) -> str:
