@@ -188,6 +188,22 @@ class TestInspect:
         assert cli.main(["inspect", "resnet20", "--shape", "3,32,32"]) == 0
         assert "every convolution, linear and addition can be integer" in capsys.readouterr().out
 
+    def test_a_group_of_channels_is_shown_and_drawn(self, tmp_path, capsys):
+        picture = tmp_path / "group.svg"
+        asked = ["inspect", "resnet20", "--shape", "3,32,32", "--group"]
+        assert cli.main([*asked, "stages.0.0.conv1", "--picture", str(picture)]) == 0
+        out = capsys.readouterr().out
+        assert "stages.0.0.conv2.weight axis 1 (its inputs): 16 of 16 positions" in " ".join(out.split())
+        assert picture.read_text().startswith("<svg")
+        assert cli.main([*asked, "stages.0.0.conv"]) == 2
+        assert "did you mean stages.0.0.conv1" in " ".join(capsys.readouterr().err.split())
+
+    def test_channels_that_belong_together_are_listed(self, capsys):
+        assert cli.main(["inspect", "resnet20", "--shape", "3,32,32"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "12 groups with" in out
+        assert "held: classifier.weight:0 (it is an output of the network)" in out
+
     def test_the_noise_of_every_operator(self, capsys, tmp_path):
         (tmp_path / "net.py").write_text(
             "import torch\nfrom penjing.architectures import build\nimport penjing as pj\n"
