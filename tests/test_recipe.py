@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
+from penjing.prune import Channels
 from penjing.quantize import Static
 from penjing.recipe import CATALOGUE, Recipe
 from penjing.step import Step
@@ -58,7 +59,12 @@ class TestSteps:
 
     @pytest.mark.parametrize("name", CATALOGUE)
     def test_every_step_of_the_catalogue_fulfils_the_contract(self, name):
-        limit = {"quantize.Rollback": {"snr_db": 20.0}, "quantize.MixedPrecision": {"average_bits": 5.0}}.get(name, {})
+        limit = {
+            "quantize.Rollback": {"snr_db": 20.0},
+            "quantize.MixedPrecision": {"average_bits": 5.0},
+            "prune.Channels": {"macs": 0.5},
+            "prune.Iterative": {"step": Channels(macs=0.5), "finetune": Finetune()},
+        }.get(name, {})
         step = CATALOGUE[name](**limit)
         assert isinstance(step, Step)
         assert step == CATALOGUE[name](**limit)
@@ -71,6 +77,10 @@ class TestOrder:
     def test_fine_tuning_comes_before_quantization(self):
         Recipe(Finetune(), Static())
         assert "Static → Finetune" in refused(Recipe, Static(), Finetune())
+
+    def test_pruning_comes_before_quantization(self):
+        Recipe(Channels(macs=0.5), Static())
+        assert "Static → Channels" in refused(Recipe, Static(), Channels(macs=0.5))
 
     def test_one_quantization(self):
         assert "twice" in refused(Recipe, Static(), Static(weight_bits=4))

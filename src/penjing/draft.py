@@ -27,6 +27,12 @@ class Draft:
     plan: Plan = field(default_factory=Plan)
     edits: tuple[Edit, ...] = ()
 
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Names of the parameters whose zeros stay zeros in whatever trains them."""
+        marked = (edit["tensors"] for edit in self.edits if edit.get("edit") == "sparse")
+        return tuple(dict.fromkeys(name for tensors in marked for name in tensors))
+
     def copy(self) -> Draft:
         """A draft whose network can be edited without touching this one."""
         return replace(self, network=copy.deepcopy(self.network))

@@ -26,6 +26,7 @@ from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.outputs import to_tensor
 from penjing.step import Context
+from penjing.surgery.sparse import KeepZeros
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -125,8 +126,9 @@ class Finetune:
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with trained weights."""
-        return replace(draft, network=train(copy.deepcopy(draft.network), context, self))
+        """Return a draft with trained weights; the zeros of `draft.sparse` stay."""
+        settings = replace(self, hooks=(*self.hooks, KeepZeros(draft.sparse))) if draft.sparse else self
+        return replace(draft, network=train(copy.deepcopy(draft.network), context, settings))
 
 
 def train(network: M, context: Context, settings: Finetune) -> M:

@@ -20,6 +20,7 @@ from penjing.step import Step
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
     "prune.Channels": prune.Channels,
+    "prune.Iterative": prune.Iterative,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,
@@ -36,6 +37,7 @@ CATALOGUE: dict[str, type[Any]] = {
 
 
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
+_PRUNERS = (prune.Channels, prune.Iterative)
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
 # The same function with other weights.
@@ -80,6 +82,14 @@ class Recipe:
                     got=" → ".join(type(s).__name__ for s in self.steps),
                     expected="Finetune before Static: the ranges belong to the weights that they were measured on",
                     remedy="put Finetune first",
+                )
+            if quantized is not None and isinstance(step, _PRUNERS):
+                raise RecipeError(
+                    f"{type(step).__name__} comes after quantization in this recipe",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected=f"{type(step).__name__} before {type(quantized).__name__}: the plan's ranges and scales "
+                    "belong to the channels that they were measured on",
+                    remedy=f"put {type(step).__name__} first",
                 )
             if quantized is not None and isinstance(step, _RESHAPERS):
                 raise RecipeError(
@@ -128,8 +138,7 @@ class Recipe:
 
     def to_data(self) -> list[dict[str, Any]]:
         """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; what JSON can't hold is written as its repr."""
-        names = {cls: name for name, cls in CATALOGUE.items()}
-        data = [{names.get(type(s), type(s).__name__): _fields(s)} for s in self.steps]
+        data = [_data(step) for step in self.steps]
         # Without addresses, which are others in every process: a resumed run compares recipes.
         plain: list[dict[str, Any]] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(data, default=repr)))
         return plain
@@ -161,8 +170,12 @@ class Recipe:
         return cls(*(_step(item) for item in data))
 
 
-def _fields(step: Any) -> dict[str, Any]:
-    return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+def _data(step: Any) -> dict[str, Any]:
+    """A step as plain data, and the steps within it too."""
+    names = {cls: name for name, cls in CATALOGUE.items()}
+    fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+    plain = {name: _data(value) if type(value) in names else value for name, value in fields.items()}
+    return {names.get(type(step), type(step).__name__): plain}
 
 
 def _step(item: Any) -> Step:
@@ -193,6 +206,8 @@ def _step(item: Any) -> Step:
                 remedy=f"did you mean {near[0]}?" if near else None,
             )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    values = {k: _step(v) if isinstance(v, dict) and len(v) == 1 and set(v) <= set(CATALOGUE) else v
+              for k, v in values.items()}  # fmt: skip
     try:
         step: Step = cls(**values)
     except (TypeError, ValueError) as error:

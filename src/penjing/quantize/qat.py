@@ -22,6 +22,7 @@ from penjing.outputs import flatten_outputs
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.quantize.samples import batches
 from penjing.step import Context
+from penjing.surgery import KeepZeros
 from penjing.task import Call
 
 METHODS = ("lsq", "pact", "ste")
@@ -108,7 +109,7 @@ class QAT:
             task = replace(task, train=_Unlabelled(context), loss=None)
         elif task.loss is not None:
             losses = (_Labels(context), *losses)
-        hooks: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges),)
+        hooks: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
         bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
         settings = self._settings(losses, hooks)
         if self.autocast == "auto" and max(bits, default=8) > 4:

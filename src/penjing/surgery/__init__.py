@@ -2,8 +2,9 @@
 
 The vocabulary of edits: ``fold`` (a batch norm into the layer before it), ``slice`` (a stored tensor loses positions of
 an axis), ``literal`` (a number in an operator or layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a
-selection in the place of operators that permute an axis), ``split_outliers`` (a linear layer's input channels with
-outliers into a layer of their own), ``unfold_attention`` (into its operators).
+selection in the place of operators that permute an axis), ``sparse`` (tensors whose zeros stay; the network stays as
+it is), ``split_outliers`` (a linear layer's input channels with outliers into a layer of their own),
+``unfold_attention`` (into its operators).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -12,12 +13,15 @@ from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.quantizers import FakeQuantize, freeze, insert
 from penjing.surgery.resize import resize
+from penjing.surgery.sparse import KeepZeros, mark_sparse
 
 __all__ = [
     "FakeQuantize",
+    "KeepZeros",
     "fold_batch_norms",
     "freeze",
     "insert",
+    "mark_sparse",
     "replay",
     "resize",
     "split_outliers",

@@ -1,0 +1,188 @@
+"""Which weights stay, given a score for each: free, N of every M neighbours, or in blocks; pure maths on tensors.
+
+Scores have the shape (out, in, *kernel) of a convolution's or linear layer's weight; (out, in) is the case without a
+kernel. The larger ones stay. Of equal scores those that stand first go, so the same scores give the same mask.
+
+| pattern | what goes | source |
+|---|---|---|
+| ``free`` | any weight | Han et al., "Learning both Weights and Connections", NeurIPS 2015 |
+| ``N:M`` | all but N of every M neighbours | Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 |
+| ``RxC`` | whole blocks of R outputs by C inputs | Narang et al., "Block-Sparse Recurrent Neural Networks", 2017 |
+
+Neighbours lie along the *input channels* of one output at one position of the kernel, and so do the columns of a
+block: the weight (out, in, kh, kw) is read as kh·kw matrices (out, in). Where M, R or C does not divide a width, the
+remainder is a group of its own, and it stays whole; a convolution with one input channel a group has nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from penjing.errors import RecipeError
+
+SCOPES = ("tensor", "row", "global")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern that was read from its text.
+
+    Attributes:
+        kept: N of "N:M"; 0 in other patterns.
+        of: M of "N:M"; 0 in other patterns.
+        rows: R of "RxC", else 1.
+        columns: C of "RxC", else 1.
+    """
+
+    kept: int = 0
+    of: int = 0
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def free(self) -> bool:
+        """Whether every weight is for itself."""
+        return not self.of and self.rows * self.columns == 1
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "free", "2:4" or "1x4".
+
+        Raises:
+            RecipeError: It is none of them.
+        """
+        if text == "free":
+            return cls()
+        found = re.fullmatch(r"([1-9]\d*)([:x])([1-9]\d*)", text) if isinstance(text, str) else None
+        if found and found[2] == ":" and int(found[1]) < int(found[3]):
+            return cls(kept=int(found[1]), of=int(found[3]))
+        if found and found[2] == "x" and int(found[1]) * int(found[3]) > 1:
+            return cls(rows=int(found[1]), columns=int(found[3]))
+        raise RecipeError(
+            "there is no such pattern of zeros",
+            got=repr(text),
+            expected='"free", "N:M" with N below M (for example "2:4"), or a block "RxC" (for example "1x4")',
+        )
+
+
+def fraction(sparsity: float | None, pattern: str) -> float:
+    """The fraction of weights that goes: `sparsity`, or what "N:M" says; without either one half.
+
+    Raises:
+        RecipeError: It is no fraction, or "N:M" says another.
+    """
+    read = Pattern.parse(pattern)
+    said = 1 - read.kept / read.of if read.of else None
+    if sparsity is None:
+        return 0.5 if said is None else said
+    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity < 1:
+        raise RecipeError("the sparsity can't be used", got=repr(sparsity), expected="a fraction, at least 0, below 1")
+    if said is not None and abs(sparsity - said) > 1e-9:
+        raise RecipeError(
+            "the sparsity and the pattern contradict each other",
+            got=f"sparsity={sparsity:g}, pattern={pattern!r}",
+            expected=f"sparsity={said:g}, which is what {pattern!r} leaves out",
+            remedy="leave sparsity out",
+        )
+    return float(sparsity)
+
+
+def check_scope(scope: str, pattern: str) -> None:
+    """Raise RecipeError for a scope that does not exist, or that the pattern has no use for."""
+    if scope not in SCOPES:
+        raise RecipeError("there is no such scope", got=repr(scope), expected=" or ".join(map(repr, SCOPES)))
+    if scope == "global" and not Pattern.parse(pattern).free:
+        raise RecipeError(
+            f"the pattern {pattern!r} is not compared between layers",
+            got="scope='global'",
+            expected="scope='tensor' or scope='row'",
+        )
+
+
+def removed_count(sparsity: float, count: int) -> int:
+    """How many of `count` go: rounded down, so that never more go than were asked for."""
+    return int(sparsity * count + 1e-6)  # 0.29 · 100 is 28.999999999999996
+
+
+def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True at exactly `count` of the smallest in every row; of equal ones at the first.
+
+    Args:
+        scores: (rows, n), no NaN.
+        count: 0 to n.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    edge = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = scores < edge, scores == edge
+    missing = count - below.sum(1, keepdim=True)
+    return below | (equal & (equal.cumsum(1) <= missing))
+
+
+def keep(scores: torch.Tensor, sparsity: float, pattern: str = "free", scope: str = "tensor") -> torch.Tensor:
+    """True where a weight stays.
+
+    The count is exact: with "free" and the scope "tensor" ⌊sparsity · weights⌋ go, with the scope "row" as many of
+    every output. With blocks it is that part of the whole blocks (with "row": of every row of blocks). With "N:M"
+    the pattern alone says how many.
+
+    Args:
+        scores: (out, in, *kernel).
+        sparsity: The fraction that goes.
+        pattern: "free", "N:M" or "RxC".
+        scope: "tensor" or "row".
+    """
+    read = Pattern.parse(pattern)
+    if read.of:
+        return _neighbours(scores, read)
+    if not read.free:
+        return _blocks(scores, sparsity, read, scope)
+    flat = scores.reshape(1, -1) if scope == "tensor" else scores.reshape(len(scores), -1)
+    return ~smallest(flat, removed_count(sparsity, flat.shape[1])).reshape(scores.shape)
+
+
+def keep_each(
+    scores: Mapping[str, torch.Tensor], sparsity: float, pattern: str = "free", scope: str = "tensor"
+) -> dict[str, torch.Tensor]:
+    """`keep` of several layers: each for itself, or with the scope "global" the smallest of all together.
+
+    With "global", ⌊sparsity · weights⌋ of all go; equal scores in the order of the layers.
+    """
+    if scope != "global":
+        return {name: keep(value, sparsity, pattern, scope) for name, value in scores.items()}
+    if not scores:
+        return {}
+    every = torch.cat([value.reshape(-1) for value in scores.values()])[None]
+    gone = smallest(every, removed_count(sparsity, every.shape[1]))[0]
+    parts = gone.split([value.numel() for value in scores.values()])
+    return {name: ~part.reshape(scores[name].shape) for (name, part) in zip(scores, parts, strict=True)}
+
+
+def _neighbours(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    lines = scores.movedim(1, -1)  # (out, *kernel, in)
+    whole = lines.shape[-1] // pattern.of * pattern.of
+    kept = torch.ones_like(lines, dtype=torch.bool)
+    groups = lines[..., :whole].reshape(-1, pattern.of)
+    kept[..., :whole] = ~smallest(groups, pattern.of - pattern.kept).reshape(*lines.shape[:-1], whole)
+    return kept.movedim(-1, 1).contiguous()
+
+
+def _blocks(scores: torch.Tensor, sparsity: float, pattern: Pattern, scope: str) -> torch.Tensor:
+    taps = scores.reshape(*scores.shape[:2], -1).permute(0, 2, 1)  # (out, taps, in)
+    high, wide = taps.shape[0] // pattern.rows, taps.shape[2] // pattern.columns
+    kept = torch.ones_like(taps, dtype=torch.bool)
+    whole = taps[: high * pattern.rows, :, : wide * pattern.columns]
+    sums = whole.reshape(high, pattern.rows, taps.shape[1], wide, pattern.columns).sum((1, 4))  # (high, taps, wide)
+    flat = sums.reshape(1, -1) if scope == "tensor" else sums.reshape(high, -1)
+    gone = smallest(flat, removed_count(sparsity, flat.shape[1])).reshape(high, 1, taps.shape[1], wide, 1)
+    spread = gone.expand(-1, pattern.rows, -1, -1, pattern.columns).reshape(whole.shape)
+    kept[: high * pattern.rows, :, : wide * pattern.columns] = ~spread
+    return kept.permute(0, 2, 1).reshape(scores.shape)
+
+
+__all__ = ["SCOPES", "Pattern", "check_scope", "fraction", "keep", "keep_each", "removed_count", "smallest"]

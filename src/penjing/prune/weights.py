@@ -1,0 +1,121 @@
+"""Which weights may become zero, in what layout they are compared, and how a draft with zeros is made of a mask."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Draft
+from penjing.errors import PruningError, RecipeError
+from penjing.graph import kind
+from penjing.step import Context
+from penjing.surgery import mark_sparse
+
+LAYERS = ("conv", "linear", "conv_transpose")
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable[str] = ()) -> dict[str, Any]:
+    """Layer → module of every convolution and linear layer whose weight may get zeros, in the order of execution.
+
+    A weight that an embedding or an operator without a layer reads too is left out: as a table its rows are values,
+    not connections. A weight that several layers share counts once.
+
+    Args:
+        network: A raised network.
+        layers: Layers, or parts of the network; empty takes all.
+        keep: Layers, or parts of the network, that are left out.
+
+    Raises:
+        RecipeError: A name does not exist.
+        PruningError: Nothing is left.
+    """
+    owners: dict[int, set[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    called = {str(n.target): kind(network, n) for n in network.graph.nodes if n.op == "call_module"}
+    fitting = {f"{name}.weight" for name, what in called.items() if what in LAYERS}
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, what in called.items():
+        module: Any = network.get_submodule(name)
+        if what in LAYERS and owners[id(module.weight)] <= fitting and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[name] = module
+    wanted, left_out = _named(found, network, layers), _named(found, network, keep)
+    chosen = {n: m for n, m in found.items() if n not in left_out and (n in wanted or not tuple(layers))}
+    if not chosen:
+        raise PruningError(
+            "no layer is left whose weights can be pruned",
+            got=f"{len(found)} convolution and linear layers, all of them left out by layers= and keep=",
+            expected="at least one",
+        )
+    return chosen
+
+
+def _named(known: Mapping[str, Any], network: fx.GraphModule, wanted: Iterable[str]) -> set[str]:
+    modules = {name for name, _ in network.named_modules()}
+    found: set[str] = set()
+    for word in wanted:
+        if word not in modules:
+            near = difflib.get_close_matches(word, known, n=3)
+            raise RecipeError(
+                "a layer that is named does not exist",
+                got=word,
+                expected="the name of a layer or of a part of the network",
+                remedy=f"did you mean {' or '.join(near)}?" if near else None,
+            )
+        found |= {name for name in known if name == word or name.startswith(f"{word}.")}
+    return found
+
+
+def by_output(module: nn.Module, stored: torch.Tensor) -> torch.Tensor:
+    """A tensor in the shape of a layer's weight as (out, in, *kernel), `in` being the input channels of one group."""
+    if not isinstance(module, _TRANSPOSED):
+        return stored
+    grouped = stored.reshape(module.groups, -1, *stored.shape[1:]).transpose(1, 2)  # (groups, out, in, *kernel)
+    return grouped.reshape(module.out_channels, -1, *stored.shape[2:])
+
+
+def as_stored(module: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """The inverse of `by_output`."""
+    if not isinstance(module, _TRANSPOSED):
+        return values
+    grouped = values.reshape(module.groups, -1, *values.shape[1:]).transpose(1, 2)  # (groups, in, out, *kernel)
+    return grouped.reshape(module.in_channels, -1, *values.shape[2:])
+
+
+def with_zeros(draft: Draft, context: Context, step: str, weights: Mapping[str, torch.Tensor]) -> Draft:
+    """A draft with these weights, whose zeros are logged to stay.
+
+    Args:
+        draft: Stays as it is.
+        context: Is told how many zeros there are.
+        step: Who has made them.
+        weights: Layer → its weight, in the layer's own layout.
+    """
+    draft = draft.copy()
+    zeros = count = 0
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameter = draft.network.get_parameter(f"{name}.weight")
+            parameter.copy_(weight)
+            zeros, count = zeros + int((parameter == 0).sum()), count + parameter.numel()
+    context.events("sparse", step=step, layers=len(weights), zeros=zeros, weights=count)
+    return marked(draft, weights)
+
+
+def marked(draft: Draft, layers: Iterable[str]) -> Draft:
+    """The draft with the weights of these layers in its log of tensors whose zeros stay."""
+    known = set(draft.sparse)
+    names = [name for layer in layers if (name := f"{layer}.weight") not in known]
+    return replace(draft, edits=(*draft.edits, mark_sparse(draft.network, names))) if names else draft
+
+
+__all__ = ["LAYERS", "as_stored", "by_output", "marked", "prunable", "with_zeros"]
