@@ -66,7 +66,7 @@ PICTURES = {
     "vit_base": (64, ["classifier"], {"resolution": 64}),
     "unet": (64, ["classifier"], {}),
 }
-TOKENS = {"bert_small": ["classifier"], "gpt_tiny": ["tokens"], "lstm_tagger": ["classifier"]}
+TOKENS = {"bert_small": ["classifier"], "gpt_tiny": ["head"], "lstm_tagger": ["classifier"]}
 TRANSFORMERS = (
     "hf-resnet50", "hf-vit", "hf-deit", "hf-swin", "hf-convnext", "hf-segformer", "hf-regnet", "hf-mobilevit",
     "hf-bert", "hf-distilbert", "hf-roberta", "hf-gpt2", "hf-llama", "hf-t5-encoder",
@@ -115,8 +115,8 @@ def from_transformers(name):
                               intermediate_size=1536)  # fmt: skip
         return t.DeiTForImageClassification(config), pictures, ["classifier"]
     if name == "hf-swin":
-        config = t.SwinConfig(image_size=112, window_size=7, num_labels=1000)
-        return t.SwinForImageClassification(config), torch.randn(2, 3, 112, 112), ["classifier"]
+        model = t.SwinForImageClassification(t.SwinConfig(num_labels=1000))
+        return model, torch.randn(2, 3, 224, 224), ["classifier"]
     if name == "hf-convnext":
         return t.ConvNextForImageClassification(t.ConvNextConfig(num_labels=1000)), pictures, ["classifier"]
     if name == "hf-segformer":
