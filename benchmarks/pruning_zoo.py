@@ -352,7 +352,7 @@ def measured(side, name):
         path = Path(aside) / "result.json"
         if path.exists():
             return json.loads(path.read_text())
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip() and not line.startswith("  ")]
         return {"error": lines[-1][:200] if lines else f"ended with {done.returncode}"}
 
 

@@ -86,7 +86,7 @@ def test_int8_answers_as_the_planned_network_at_another_batch(exported, runtime,
         outputs, made.answers(5, seed=7), made.answers(5, seed=7, network=made.network), strict=True
     ):
         step = np.ptp(planned) / 255
-        assert np.abs(mine - planned).max() <= 2 * step  # a rounding may fall to the other side
+        assert np.abs(mine - planned).max() <= 3 * step  # a rounding may fall to the other side, here and behind it
         assert np.abs(mine - planned).mean() <= 0.1 * step
         assert np.abs(mine - source).mean() <= 0.1 * np.ptp(source)  # and it is still the network
         assert np.abs(mine - source).max() > 0  # which integers can't meet to the bit
