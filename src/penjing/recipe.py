@@ -21,6 +21,11 @@ CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
     "prune.Channels": prune.Channels,
     "prune.Iterative": prune.Iterative,
+    "prune.Magnitude": prune.Magnitude,
+    "prune.Wanda": prune.Wanda,
+    "prune.SparseGPT": prune.SparseGPT,
+    "prune.Movement": prune.Movement,
+    "prune.Gradual": prune.Gradual,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,
@@ -37,7 +42,9 @@ CATALOGUE: dict[str, type[Any]] = {
 
 
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
-_PRUNERS = (prune.Channels, prune.Iterative)
+_PRUNERS = (
+    prune.Channels, prune.Iterative, prune.Magnitude, prune.Wanda, prune.SparseGPT, prune.Movement, prune.Gradual,
+)  # fmt: skip
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights
 # The same function with other weights.
@@ -150,6 +157,8 @@ class Recipe:
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
         """Read a YAML list of ``- quantize.Static: {weight_bits: 8}`` or ``- quantize.Static``.
+
+        A setting that is a step stands as one: ``- prune.Movement: {finetune: {Finetune: {epochs: 3}}}``.
 
         Raises:
             RecipeError: Unknown steps or settings are named, with the nearest known ones.

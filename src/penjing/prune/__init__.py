@@ -1,6 +1,11 @@
 """Pruning: weights that matter least are removed. One method, one file."""
 
 from penjing.prune.channels import Channels
+from penjing.prune.gradual import Gradual
 from penjing.prune.iterative import Iterative
+from penjing.prune.magnitude import Magnitude
+from penjing.prune.movement import Movement
+from penjing.prune.sparsegpt import SparseGPT
+from penjing.prune.wanda import Wanda
 
-__all__ = ["Channels", "Iterative"]
+__all__ = ["Channels", "Gradual", "Iterative", "Magnitude", "Movement", "SparseGPT", "Wanda"]

@@ -159,7 +159,7 @@ def keep_each(
         return {}
     every = torch.cat([value.reshape(-1) for value in scores.values()])[None]
     gone = smallest(every, removed_count(sparsity, every.shape[1]))[0]
-    parts = gone.split([value.numel() for value in scores.values()])
+    parts = torch.split(gone, [value.numel() for value in scores.values()])
     return {name: ~part.reshape(scores[name].shape) for (name, part) in zip(scores, parts, strict=True)}
 
 
@@ -176,6 +176,8 @@ def _blocks(scores: torch.Tensor, sparsity: float, pattern: Pattern, scope: str)
     taps = scores.reshape(*scores.shape[:2], -1).permute(0, 2, 1)  # (out, taps, in)
     high, wide = taps.shape[0] // pattern.rows, taps.shape[2] // pattern.columns
     kept = torch.ones_like(taps, dtype=torch.bool)
+    if not high * wide:  # not one whole block
+        return kept.permute(0, 2, 1).reshape(scores.shape)
     whole = taps[: high * pattern.rows, :, : wide * pattern.columns]
     sums = whole.reshape(high, pattern.rows, taps.shape[1], wide, pattern.columns).sum((1, 4))  # (high, taps, wide)
     flat = sums.reshape(1, -1) if scope == "tensor" else sums.reshape(high, -1)

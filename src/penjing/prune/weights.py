@@ -40,7 +40,8 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
     for name, parameter in network.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
     called = {str(n.target): kind(network, n) for n in network.graph.nodes if n.op == "call_module"}
-    fitting = {f"{name}.weight" for name, what in called.items() if what in LAYERS}
+    read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
+    fitting = {f"{name}.weight" for name, what in called.items() if what in LAYERS} - read
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for name, what in called.items():
@@ -101,14 +102,18 @@ def with_zeros(draft: Draft, context: Context, step: str, weights: Mapping[str, 
         weights: Layer → its weight, in the layer's own layout.
     """
     draft = draft.copy()
-    zeros = count = 0
     with torch.no_grad():
         for name, weight in weights.items():
-            parameter = draft.network.get_parameter(f"{name}.weight")
-            parameter.copy_(weight)
-            zeros, count = zeros + int((parameter == 0).sum()), count + parameter.numel()
-    context.events("sparse", step=step, layers=len(weights), zeros=zeros, weights=count)
+            draft.network.get_parameter(f"{name}.weight").copy_(weight)
+    tell(draft, context, step, weights)
     return marked(draft, weights)
+
+
+def tell(draft: Draft, context: Context, step: str, layers: Iterable[str]) -> None:
+    """Report how many weights of these layers are zero."""
+    weights = [draft.network.get_parameter(f"{name}.weight") for name in layers]
+    zeros, count = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    context.events("sparse", step=step, layers=len(weights), zeros=zeros, weights=count)
 
 
 def marked(draft: Draft, layers: Iterable[str]) -> Draft:
@@ -118,4 +123,4 @@ def marked(draft: Draft, layers: Iterable[str]) -> Draft:
     return replace(draft, edits=(*draft.edits, mark_sparse(draft.network, names))) if names else draft
 
 
-__all__ = ["LAYERS", "as_stored", "by_output", "marked", "prunable", "with_zeros"]
+__all__ = ["LAYERS", "as_stored", "by_output", "marked", "prunable", "tell", "with_zeros"]

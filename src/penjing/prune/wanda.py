@@ -1,0 +1,114 @@
+"""Weights that are small, or that multiply small inputs, become zeros.
+
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024. A weight's score is
+|w_ij|·‖x_j‖₂, the size of what it adds to the output over the calibration data, and it is compared with those of the
+same output alone. Nothing is trained and no weight that stays is changed.
+
+For convolutions ‖x_j‖₂ is taken over an input channel, not over every position of the unfolded patch: positions of
+one channel see the same values but for the border and what a stride skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.graph import in_eval_mode
+from penjing.prune.masks import fraction, keep
+from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
+from penjing.step import Context
+from penjing.task import calibration_calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda:
+    """Set the weights with the smallest |w|·‖x‖ of every output to zero. It needs calibration data, and no labels.
+
+    Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        sparsity: The fraction of every output's weights that becomes zero; None is what the pattern "N:M" says, else
+            one half.
+        pattern: "free", "N:M" (for example "2:4") or blocks "RxC", compared within a row of blocks.
+        layers: Layers, or parts of the network, that take part; empty takes all.
+        keep: Layers, or parts of the network, that stay as they are.
+        batches: At most so many calibration batches are read, in one pass; sums alone are held.
+    """
+
+    sparsity: float | None = None
+    pattern: str = "free"
+    layers: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    batches: int = 20
+
+    def __post_init__(self) -> None:
+        fraction(self.sparsity, self.pattern)
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise RecipeError("Wanda(batches=...) can't be used", got=self.batches, expected="a whole number above 0")
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with zeros."""
+        modules = prunable(draft.network, self.layers, self.keep)
+        norms = input_norms(draft.network, modules, context, self.batches)
+        weights: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            weight = module.weight.detach()
+            found = scores(by_output(module, weight), norms[name])
+            mask = keep(found, fraction(self.sparsity, self.pattern), self.pattern, "row")
+            weights[name] = weight.masked_fill(~as_stored(module, mask), 0)
+        return with_zeros(draft, context, "Wanda", weights)
+
+
+def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """|w|·‖x‖ of every weight.
+
+    Args:
+        weight: (out, in, *kernel), `in` being the input channels of one group.
+        norms: (groups · in,), those of all input channels.
+
+    Returns:
+        (out, in, *kernel).
+    """
+    by_group = norms.to(weight.dtype).reshape(-1, weight.shape[1])
+    rows = by_group.repeat_interleave(weight.shape[0] // by_group.shape[0], dim=0)
+    return weight.abs() * rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+
+
+def input_norms(
+    network: fx.GraphModule, modules: Mapping[str, Any], context: Context, batches: int
+) -> dict[str, torch.Tensor]:
+    """Layer → ‖x_j‖₂ of its input channels over the calibration data, (in_channels,), float64."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def note(name: str, axis: int) -> Any:
+        def hook(_: nn.Module, inputs: Any) -> None:
+            power = inputs[0].detach().movedim(axis, 0).flatten(1).square().sum(1, dtype=torch.float64)
+            sums[name] = sums.get(name, torch.zeros_like(power)) + power
+
+        return hook
+
+    hooks = []
+    for name, module in modules.items():
+        # The channels of one sample without a batch axis stand first, those of a batch second.
+        axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()
+        hooks.append(module.register_forward_pre_hook(note(name, axis)))
+    try:
+        with in_eval_mode(network), torch.no_grad():
+            for args, kwargs in calibration_calls(context.task, limit=batches):
+                network(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: value.sqrt() for name, value in sums.items()}
+
+
+__all__ = ["Wanda", "input_norms", "scores"]

@@ -1,0 +1,267 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing import checkpoint, quantize
+from penjing.draft import Draft
+from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
+from penjing.grid import integers
+from penjing.network import raise_network
+from penjing.prune import Magnitude, magnitude
+from penjing.prune.weights import as_stored, by_output, prunable
+from penjing.recipe import Recipe
+from penjing.step import Context
+from penjing.task import Task
+
+
+class Net(nn.Module):
+    """Convolutions with and without groups, a transposed one, a norm, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2, groups=3)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head(F.relu(self.up(F.relu(self.grouped(x)))).mean((2, 3)))
+
+
+LAYERS = ("stem", "grouped", "up", "head")
+COUNT = 8 * 27 + 12 * 36 + 12 * 8 + 30
+
+
+def pictures(count, seed=0):
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+TRAIN = [(pictures(8, seed), torch.arange(8) % 5) for seed in range(3)]
+TASK = Task(example=pictures(1), calibration=[x for x, _ in TRAIN], train=TRAIN, loss=F.cross_entropy)
+
+
+def draft(seed=0):
+    torch.manual_seed(seed)
+    return Draft(raise_network(Net().eval(), (pictures(2),)))
+
+
+def zeros(made, name):
+    return int((made.network.get_parameter(f"{name}.weight") == 0).sum())
+
+
+def total(made):
+    return sum(zeros(made, name) for name in LAYERS)
+
+
+def bits(made):
+    return {k: v.clone() for k, v in made.network.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("criterion", magnitude.CRITERIA)
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_exactly_as_many_weights_as_asked_for_become_zero(criterion, scope):
+    start = draft()
+    before = bits(start)
+    step = Magnitude(sparsity=0.7, criterion=criterion, scope=scope)
+    made, again = (step(start, Context(task=TASK, seed=4)) for _ in range(2))
+    wanted = {
+        "global": int(0.7 * COUNT),
+        "tensor": sum(int(0.7 * n) for n in (216, 432, 96, 30)),
+        "row": 8 * int(0.7 * 27) + 12 * int(0.7 * 36) + 6 * int(0.7 * 16) + 5 * int(0.7 * 6),
+    }[scope]
+    assert total(made) == wanted
+    assert same(bits(start), before) and start.edits == () and same(bits(made), bits(again))
+    for name, value in made.network.state_dict().items():
+        if name.rpartition(".")[0] in LAYERS and name.endswith("weight"):
+            assert torch.equal(value[value != 0], before[name][value != 0])
+        else:
+            assert torch.equal(value, before[name])
+    assert made.sparse == tuple(f"{name}.weight" for name in LAYERS)
+
+
+def test_the_smallest_of_all_layers_go():
+    start = draft()
+    made = Magnitude(sparsity=0.6)(start, Context(task=TASK))
+    sizes = torch.cat([start.network.get_parameter(f"{n}.weight").detach().abs().flatten() for n in LAYERS])
+    edge = sizes.sort().values[int(0.6 * COUNT)]
+    for name in LAYERS:
+        weight = start.network.get_parameter(f"{name}.weight").detach()
+        assert torch.equal(made.network.get_parameter(f"{name}.weight") == 0, weight.abs() < edge)
+
+
+def test_a_threshold_removes_what_is_smaller():
+    start = draft()
+    made = Magnitude(threshold=0.1)(start, Context(task=TASK))
+    for name in LAYERS:
+        weight = start.network.get_parameter(f"{name}.weight").detach()
+        assert torch.equal(made.network.get_parameter(f"{name}.weight"), torch.where(weight.abs() < 0.1, 0.0, weight))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_n_of_m_holds_along_the_input_channels_of_every_output(name):
+    start = draft()
+    made = Magnitude(pattern="1:2")(start, Context(task=TASK))
+    module = made.network.get_submodule(name)
+    rows = by_output(module, module.weight.detach())
+    lines = rows.reshape(*rows.shape[:2], -1).permute(0, 2, 1)
+    whole = lines.shape[2] // 2 * 2
+    assert (lines[..., :whole].reshape(-1, 2).count_nonzero(1) == 1).all()
+    assert (lines[..., whole:] != 0).all()
+
+
+def test_the_layout_by_output_of_a_transposed_convolution_comes_back():
+    module = nn.ConvTranspose2d(12, 6, 2, groups=3)
+    rows = by_output(module, module.weight.detach())
+    assert rows.shape == (6, 4, 2, 2)
+    assert torch.equal(as_stored(module, rows), module.weight)
+    assert torch.equal(
+        rows[3, 2], module.weight[1 * 4 + 2, 1]
+    )  # the second output of the second group, its third input
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "taylor", "fisher"])
+def test_gradients_are_taken_as_a_loop_over_batches_takes_them(criterion):
+    network = draft().network
+    found = magnitude.scores(criterion, network, prunable(network), Context(task=TASK), 2)
+    weight, slow = network.head.weight, torch.zeros(5, 6)
+    for x, y in TRAIN[:2]:
+        (g,) = torch.autograd.grad(F.cross_entropy(network(x), y), weight)
+        w = weight.detach()
+        slow += {"gradient": g.abs(), "taylor": (w * g).abs(), "fisher": w**2 * g**2}[criterion]
+    torch.testing.assert_close(found["head"], slow / 2)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_taylor_keeps_the_loss_better_than_chance():
+    start = draft()
+    x, y = TRAIN[0]
+    losses = {}
+    for criterion in ("taylor", "random"):
+        made = Magnitude(sparsity=0.5, criterion=criterion)(start, Context(task=TASK))
+        with torch.no_grad():
+            losses[criterion] = abs(float(F.cross_entropy(made.network(x), y) - F.cross_entropy(start.network(x), y)))
+    assert losses["taylor"] < losses["random"]
+
+
+def test_layers_are_chosen_by_name_and_left_out_by_name():
+    some = Magnitude(layers=("stem", "head"), keep=("head",))(draft(), Context(task=TASK))
+    assert (zeros(some, "stem"), total(some)) == (108, 108)
+    assert some.sparse == ("stem.weight",)
+    with pytest.raises(RecipeError, match="did you mean stem"):
+        Magnitude(keep=("stemm",))(draft(), Context(task=TASK))
+    with pytest.raises(RecipeError, match="did you mean grouped"):
+        Magnitude(layers=("groupd",))(draft(), Context(task=TASK))
+    with pytest.raises(PruningError, match="no layer is left"):
+        Magnitude(layers=("head",), keep=("head",))(draft(), Context(task=TASK))
+
+
+def test_more_in_a_second_step_contains_what_went_in_the_first():
+    context = Context(task=TASK)
+    first = Magnitude(sparsity=0.3)(draft(), context)
+    for criterion in ("magnitude", "random", "taylor"):
+        second = Magnitude(sparsity=0.6, criterion=criterion)(first, context)
+        assert total(second) == int(0.6 * COUNT)
+        for name in LAYERS:
+            gone = first.network.get_parameter(f"{name}.weight") == 0
+            assert (second.network.get_parameter(f"{name}.weight")[gone] == 0).all()
+        assert second.edits == first.edits  # the same tensors, logged once
+
+
+def test_an_embedding_that_is_an_output_layer_too_stays():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.body = nn.Embedding(11, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(self.body(self.table(x)))
+
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    start = Draft(raise_network(Tied(), (ids,)))
+    made = Magnitude()(start, Context(task=Task(example=ids)))
+    assert made.sparse == ("body.weight",)
+    assert torch.equal(made.network.head.weight, start.network.head.weight)
+
+
+def test_a_checkpoint_keeps_the_zeros_and_the_log(tmp_path):
+    made = Magnitude(sparsity=0.7, pattern="1x2")(draft(), Context(task=TASK))
+    checkpoint.save(made, tmp_path)
+    again = checkpoint.load(tmp_path, draft(seed=1).network)
+    assert again.sparse == made.sparse and same(bits(again), bits(made))
+
+    class Other(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Identity()
+
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.load(tmp_path, raise_network(Other().eval(), (pictures(2),)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_symmetric": False, "weight_bits": 4}])
+def test_zeros_become_the_integer_of_zero(settings):
+    context = Context(task=TASK)
+    pruned = Magnitude(sparsity=0.6)(draft(), context)
+    made = quantize.Static(**settings)(pruned, context)
+    for name in ("stem", "grouped", "head"):
+        entry = made.plan.entries[f"{name}:weight"]
+        scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
+        weight = made.network.get_parameter(f"{name}.weight").detach()
+        gone = pruned.network.get_parameter(f"{name}.weight") == 0
+        shape = (-1, *[1] * (weight.dim() - 1)) if len(zero) > 1 else ()
+        steps = integers(weight, scale, zero, entry.spec) - zero.reshape(shape)
+        assert gone.sum() > 0 and (steps[gone] == 0).all()
+    assert made.sparse == pruned.sparse
+
+
+def test_how_many_there_are_is_told():
+    told = []
+    Magnitude()(draft(), Context(task=TASK, events=lambda kind, **values: told.append((kind, values))))
+    assert told == [("sparse", {"step": "Magnitude", "layers": 4, "zeros": COUNT // 2, "weights": COUNT})]
+
+
+def test_what_is_pruned_still_trains():
+    made = Magnitude()(draft(), Context(task=TASK))
+    loss = F.cross_entropy(copy.deepcopy(made.network).train()(TRAIN[0][0]), TRAIN[0][1])
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_labels_that_are_missing_are_asked_for():
+    with pytest.raises(TaskError, match="labelled data") as found:
+        Magnitude(criterion="fisher")(draft(), Context(task=Task(example=pictures(1))))
+    assert "prune.Wanda" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sparsity": 1}, {"sparsity": -0.1}, {"sparsity": 0.5, "pattern": "1:4"}, {"pattern": "4:2"}, {"batches": 0},
+        {"scope": "layer"}, {"scope": "global", "pattern": "2:4"}, {"criterion": "l2"}, {"keep": "head"},
+        {"layers": "head"}, {"threshold": -1}, {"threshold": 0.1, "sparsity": 0.5},
+        {"threshold": 0.1, "pattern": "2:4"}, {"threshold": 0.1, "criterion": "random"}, {"threshold": "small"},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_named(settings):
+    with pytest.raises(RecipeError) as found:
+        Magnitude(**settings)
+    assert found.value.expected is not None
+
+
+def test_recipes_hold_it_in_yaml_and_before_quantization():
+    recipe = Recipe.from_yaml("- prune.Magnitude: {sparsity: 0.8, keep: [stem]}\n- Finetune\n- quantize.Static")
+    assert recipe.steps[0] == Magnitude(sparsity=0.8, keep=("stem",))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    with pytest.raises(RecipeError, match="Magnitude comes after quantization"):
+        Recipe(quantize.Static(), Magnitude())

@@ -1,0 +1,107 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing.draft import Draft
+from penjing.errors import CalibrationError, RecipeError
+from penjing.network import raise_network
+from penjing.prune import Magnitude, Wanda, wanda
+from penjing.prune.weights import by_output
+from penjing.recipe import Recipe
+from penjing.step import Context
+from penjing.task import Task
+from tests.prune.test_magnitude import COUNT, LAYERS, TASK, bits, draft, same, total, zeros
+
+
+def test_scores_are_those_of_the_slowest_loop():
+    weight, norms = torch.randn(6, 2, 3), torch.rand(4).double()  # two groups of two channels each
+    slow = torch.zeros(6, 2, 3)
+    for o in range(6):
+        for i in range(2):
+            for k in range(3):
+                slow[o, i, k] = abs(weight[o, i, k]) * norms[(o // 3) * 2 + i]
+    torch.testing.assert_close(wanda.scores(weight, norms), slow)
+
+
+def test_norms_are_taken_over_all_calibration_data():
+    network = draft().network
+    found = wanda.input_norms(network, {n: network.get_submodule(n) for n in LAYERS}, Context(task=TASK), 20)
+    x = torch.cat(TASK.calibration)
+    with torch.no_grad():
+        hidden = F.relu(network.norm(network.stem(x)))
+        last = F.relu(network.up(F.relu(network.grouped(hidden)))).mean((2, 3))
+    torch.testing.assert_close(found["stem"], x.double().square().sum((0, 2, 3)).sqrt())
+    torch.testing.assert_close(found["grouped"], hidden.double().square().sum((0, 2, 3)).sqrt())
+    torch.testing.assert_close(found["head"], last.double().square().sum(0).sqrt())
+
+
+def test_every_output_loses_the_same_number_and_the_draft_stays():
+    start = draft()
+    before = bits(start)
+    made, again = (Wanda(sparsity=0.6)(start, Context(task=TASK)) for _ in range(2))
+    for name in LAYERS:
+        module = made.network.get_submodule(name)
+        rows = by_output(module, module.weight.detach()).flatten(1)
+        assert set((rows == 0).sum(1).tolist()) == {int(0.6 * rows.shape[1])}
+    assert same(bits(start), before) and same(bits(made), bits(again)) and made.sparse
+    assert not any(m._forward_pre_hooks for m in start.network.modules())
+
+
+def test_n_of_m_and_blocks():
+    made = Wanda(pattern="2:4")(draft(), Context(task=TASK))
+    weight = made.network.grouped.weight.detach()
+    assert (weight.count_nonzero(1) == 2).all()
+    assert zeros(made, "stem") == 0  # three input channels are no group of four
+    assert 0 < total(Wanda(sparsity=0.5, pattern="1x2")(draft(), Context(task=TASK))) <= COUNT // 2
+
+
+def correlated(count, seed):
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-2, 1, 32)
+    return torch.randn(count, 32, generator=g) * scale[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+
+
+def test_it_errs_less_than_magnitude_where_inputs_differ_in_size():
+    torch.manual_seed(0)
+    start = Draft(raise_network(nn.Linear(32, 24), (correlated(2, 0),)))
+    task = Task(example=correlated(1, 0), calibration=[correlated(64, seed) for seed in range(4)])
+    x = correlated(256, 9)
+    errors = {}
+    for step in (Wanda(), Magnitude(scope="row")):
+        with torch.no_grad():
+            errors[type(step)] = float((step(start, Context(task=task)).network(x) - start.network(x)).square().sum())
+    assert errors[Wanda] < 0.5 * errors[Magnitude]
+
+
+def test_a_layer_that_is_called_twice_is_seen_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.body(self.body(x))
+
+    x = torch.randn(8, 4)
+    network = raise_network(Twice(), (x,))
+    task = Task(example=x[:1], calibration=[x])
+    found = wanda.input_norms(network, {"body": network.body}, Context(task=task), 20)["body"]
+    with torch.no_grad():
+        slow = (x.double().square().sum(0) + network.body(x).double().square().sum(0)).sqrt()
+    torch.testing.assert_close(found, slow)
+
+
+def test_bad_input():
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        Wanda()(draft(), Context(task=Task(example=torch.zeros(1, 3, 6, 6))))
+    for settings in ({"sparsity": 1.5}, {"pattern": "4:2"}, {"batches": 0}, {"sparsity": 0.3, "pattern": "2:4"}):
+        with pytest.raises(RecipeError):
+            Wanda(**settings)
+    with pytest.raises(RecipeError, match="did you mean head"):
+        Wanda(keep=("haed",))(draft(), Context(task=TASK))
+
+
+def test_recipes_hold_it_in_yaml():
+    recipe = Recipe.from_yaml("- prune.Wanda: {pattern: '2:4'}")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe == Recipe(Wanda(pattern="2:4"))
