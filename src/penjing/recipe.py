@@ -19,6 +19,7 @@ from penjing.step import Step
 
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
+    "prune.Blocks": prune.Blocks,
     "prune.Channels": prune.Channels,
     "prune.Iterative": prune.Iterative,
     "prune.Magnitude": prune.Magnitude,
@@ -26,6 +27,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "prune.SparseGPT": prune.SparseGPT,
     "prune.Movement": prune.Movement,
     "prune.Gradual": prune.Gradual,
+    "prune.Regularized": prune.Regularized,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,
@@ -43,7 +45,8 @@ CATALOGUE: dict[str, type[Any]] = {
 
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
 _PRUNERS = (
-    prune.Channels, prune.Iterative, prune.Magnitude, prune.Wanda, prune.SparseGPT, prune.Movement, prune.Gradual,
+    prune.Blocks, prune.Channels, prune.Iterative, prune.Magnitude, prune.Wanda, prune.SparseGPT, prune.Movement,
+    prune.Gradual, prune.Regularized,
 )  # fmt: skip
 _REPAIRS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback, quantize.QAT)  # of what a plan has rounded
 _ROUNDERS = (quantize.BiasCorrection, quantize.AdaRound, quantize.Rollback)  # they compare with unrounded weights

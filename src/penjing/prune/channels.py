@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -21,7 +22,7 @@ from penjing.analyze.coupling import Coupling, Group, couple
 from penjing.analyze.masked import masked
 from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.prune import criteria
+from penjing.prune import criteria, sensitivity
 from penjing.step import Context
 from penjing.surgery import resize
 
@@ -51,7 +52,8 @@ class Channels:
         latency_ms: Of the latency, measured in the target runtime.
         criterion: What a unit matters, one of `penjing.prune.criteria.CRITERIA`; "auto" is "taylor" where the task
             has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
-        scope: "global" compares units of all groups, "layer" takes the same fraction of each.
+        scope: "global" compares units of all groups, "layer" takes the same fraction of each, "sensitivity" what the
+            outputs lose by each group alone (`penjing.prune.sensitivity`; it needs calibration data and minutes).
         round_to: Channels of a group are kept in multiples of this; None takes what the runtime gains from, or 8.
         keep: Layers, or parts of the network, whose outputs stay whole.
         approximate: Also groups that norms and averages take statistics over (a transformer's residual width): what
@@ -67,7 +69,7 @@ class Channels:
     size_bytes: float | None = None
     latency_ms: float | None = None
     criterion: str = "auto"
-    scope: Literal["global", "layer"] = "global"
+    scope: Literal["global", "layer", "sensitivity"] = "global"
     round_to: int | None = None
     keep: tuple[str, ...] = ()
     approximate: bool = False
@@ -87,7 +89,7 @@ class Channels:
             )
         fine = {name: (0 < value <= 1, "the fraction to keep, above 0 and at most 1") for name, value in given.items()}
         fine["criterion"] = (self.criterion in ("auto", *criteria.CRITERIA), f"auto, {', '.join(criteria.CRITERIA)}")
-        fine["scope"] = (self.scope in ("global", "layer"), "'global' or 'layer'")
+        fine["scope"] = (self.scope in ("global", "layer", "sensitivity"), "'global', 'layer' or 'sensitivity'")
         fine["round_to"] = (self.round_to is None or self.round_to >= 1, "a whole number of at least 1")
         fine["least"] = (0 <= self.least < 1, "a fraction below 1")
         fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
@@ -197,7 +199,9 @@ class Ranking:
         criterion = criterion_for(step, context)
         scores = criteria.score(criterion, network, coupling, context, step.batches, seed=context.seed)
         scores = {name: scores[name] for name in groups}
-        if criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
+        if step.scope == "sensitivity":
+            scores = _by_sensitivity(step, network, coupling, context, scores)
+        elif criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
             prices = _prices(step.unit, network, coupling, context)
             scores = {name: value / prices[name] for name, value in scores.items()}
         else:
@@ -210,7 +214,7 @@ class Ranking:
             ((name, unit) for name, value in scores.items() for unit in range(len(value))),
             key=lambda u: (scores[u[0]][u[1]], u),
         )
-        steps = len(order) if step.scope == "global" else SHARES
+        steps = SHARES if step.scope == "layer" else len(order)
         return cls(coupling, order, most, multiple, step.scope, steps)
 
     def removed(self, step: int) -> Removed:
@@ -219,7 +223,7 @@ class Ranking:
         for name, unit in self.order:
             ranked[name].append(unit)
         counts = dict.fromkeys(self.most, 0)
-        if self.scope == "global":
+        if self.scope != "layer":
             for name, _ in self.order[:step]:
                 counts[name] += 1
         else:
@@ -252,6 +256,24 @@ class Ranking:
             fewer = ranked[: max(0, len(ranked) - self.multiple[name])]
             found.append((-place[name, ranked[-1]], name, sorted(fewer)))
         return [(name, fewer) for _, name, fewer in sorted(found)]
+
+
+def _by_sensitivity(
+    step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
+) -> criteria.Scores:
+    """For every unit the noise that it adds where its group goes in the order of `scores`, for what it saves."""
+    ranked = {name: np.argsort(value, kind="stable") for name, value in scores.items()}
+    kept = context.folder / sensitivity.FILE if context.folder else None
+    order = {name: units.tolist() for name, units in ranked.items()}
+    found = sensitivity.scan(network, coupling, order, context, step.batches, kept=kept)
+    prices = _prices(step.unit, network, coupling, context)
+    marginal: criteria.Scores = {}
+    for name, units in ranked.items():
+        places = np.empty(len(units))
+        # Of units that add the same the ranked order decides: by less than any figure that was measured.
+        places[units] = found[name].marginal() * (1 + 1e-9 * np.arange(len(units)))
+        marginal[name] = places / prices[name]
+    return marginal
 
 
 def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Context) -> dict[str, float]:

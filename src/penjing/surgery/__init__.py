@@ -2,7 +2,8 @@
 
 The vocabulary of edits: ``fold`` (a batch norm into the layer before it), ``slice`` (a stored tensor loses positions of
 an axis), ``literal`` (a number in an operator or layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a
-selection in the place of operators that permute an axis), ``sparse`` (tensors whose zeros stay; the network stays as
+selection in the place of operators that permute an axis), ``skip`` (one operator's value in the place of another's, and
+what lies between is gone), ``sparse`` (tensors whose zeros stay; the network stays as
 it is), ``split_outliers`` (a linear layer's input channels with outliers into a layer of their own),
 ``unfold_attention`` (into its operators).
 """
@@ -13,6 +14,7 @@ from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.quantizers import FakeQuantize, freeze, insert
 from penjing.surgery.resize import resize
+from penjing.surgery.skip import skip
 from penjing.surgery.sparse import KeepZeros, mark_sparse
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "mark_sparse",
     "replay",
     "resize",
+    "skip",
     "split_outliers",
     "unfold_attentions",
 ]

@@ -13,10 +13,12 @@ from penjing.surgery.attention import unfold_attention
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.resize import RESIZING, resize
+from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
+    "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),
     "unfold_attention": lambda network, edit: unfold_attention(network, edit["site"]),

@@ -1,0 +1,226 @@
+"""Structured pruning of depth: whole residual blocks and layers are taken out, those first whose loss costs least.
+
+Blocks are tried one by one, on the network that is left, and judged by what the outputs lose for what is saved: no
+labels are needed. Chen & Zhao, "Shallowing Deep Networks: Layer-wise Pruning Based on Feature Representations", TPAMI
+2019; Men et al., "ShortGPT", 2024, with the whole network's outputs in the place of a layer's.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from penjing.analyze.bypasses import Bypass, bypasses
+from penjing.analyze.cost import cost, totals
+from penjing.draft import Draft
+from penjing.errors import PruningError, RecipeError
+from penjing.graph import in_eval_mode
+from penjing.outputs import flatten_outputs
+from penjing.step import Context
+from penjing.surgery import skip
+from penjing.task import Call, calibration_calls
+
+UNITS = ("blocks", "macs", "params", "size_bytes", "latency_ms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Take out whole residual blocks, and layers where asked for, until a fraction of the cost is left.
+
+    A block that stands beside a shortcut leaves the shortcut: the network computes what it would compute if the
+    block's last values were 0. Exactly one of the first five is given.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        blocks: How many are taken out.
+        macs: Fraction of the multiply-accumulates that is kept.
+        params: Of the parameters.
+        size_bytes: Of the bytes of parameters and buffers.
+        latency_ms: Of the latency, measured in the target runtime.
+        layers: Also layers without a shortcut whose input and output have one shape, with their norm and activation.
+        keep: Layers, or parts of the network, that stay.
+        batches: Batches of calibration data on which every candidate is tried.
+        precision: Of the measured latency.
+    """
+
+    blocks: int | None = None
+    macs: float | None = None
+    params: float | None = None
+    size_bytes: float | None = None
+    latency_ms: float | None = None
+    layers: bool = False
+    keep: tuple[str, ...] = ()
+    batches: int = 2
+    precision: str = "fp32"
+    for_floats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise RecipeError(
+                "Blocks takes exactly one target",
+                got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
+                expected=" or ".join(f"{name}=" for name in UNITS),
+                remedy="for example Blocks(blocks=2) takes out two, Blocks(macs=0.75) keeps three quarters",
+            )
+        fine = {n: (0 < v <= 1, "the fraction to keep, above 0 and at most 1") for n, v in given.items()}
+        if "blocks" in given:
+            whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
+            fine["blocks"] = (whole and given["blocks"] >= 0, "a whole number of at least 0")
+        fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
+        fine["keep"] = (not isinstance(self.keep, str), "a tuple of names")
+        for name, (good, expected) in fine.items():
+            if not good:
+                raise RecipeError(f"Blocks({name}=...) can't be used", got=getattr(self, name), expected=expected)
+
+    @property
+    def unit(self) -> str:
+        """What the target is given in, one of `UNITS`."""
+        return next(name for name in UNITS if getattr(self, name) is not None)
+
+    @property
+    def per_runtime(self) -> bool:
+        """Whether what is taken out depends on the runtime."""
+        return self.latency_ms is not None
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft without the blocks that matter least.
+
+        Raises:
+            PruningError: The network has no such block, or the target can't be reached.
+        """
+        kept = self._kept(draft.network)
+        if not self._candidates(draft, context, kept):
+            raise PruningError(
+                "the network has no block that can be taken out",
+                got="no residual addition" + (", and no layer with equal shapes around it" if self.layers else ""),
+                expected="a branch beside a shortcut, outside of keep=...",
+                remedy="layers=True also takes out layers without a shortcut; prune.Channels makes layers narrower",
+            )
+        calls = list(calibration_calls(context.task, limit=self.batches))
+        wanted = [_outputs(draft.network, call) for call in calls]
+        left, target = self._meter(draft, context), float(getattr(self, self.unit))
+        done: list[str] = []
+        current, noise = draft, 0.0
+        while not (len(done) >= target if self.unit == "blocks" else left(current) <= target):
+            tried: list[tuple[float, float, str, Draft]] = []
+            candidates = self._candidates(current, context, kept)
+            prices = _prices(self.unit, current.network, candidates, context)
+            for i, part in enumerate(candidates):
+                context.events("progress", label=f"block {len(done) + 1}", done=i, total=len(candidates))
+                without = _without(current, part)
+                worse = _noise(without.network, calls, wanted)
+                tried.append(((worse - noise) / prices[part], worse, part.name, without))
+            if not tried:
+                so_far = "" if self.unit == "blocks" else f", {left(current):.3g} is left"
+                raise PruningError(
+                    "no block is left that can be taken out",
+                    got=f"{self.unit}={target:g}; {', '.join(done)} went{so_far}",
+                    expected=f"at most {len(done)} blocks" if self.unit == "blocks" else "a larger fraction",
+                    remedy="prune.Channels reaches other fractions"
+                    + ("" if self.layers else "; layers=True also takes out layers without a shortcut"),
+                )
+            _, noise, name, current = min(tried, key=lambda t: t[0])
+            done.append(name)
+            context.events("block", name=name, noise_db=-10 * math.log10(noise) if noise > 0 else math.inf)
+        return current
+
+    def _kept(self, network: fx.GraphModule) -> tuple[str, ...]:
+        """Prefixes of layers that stay."""
+        modules = {name for name, _ in network.named_modules()}
+        for word in self.keep:
+            if word not in modules:
+                near = difflib.get_close_matches(word, modules, n=3)
+                raise RecipeError(
+                    "a part of the network that shall stay does not exist",
+                    got=word,
+                    expected="the name of a layer or of a part of the network",
+                    remedy=f"did you mean {' or '.join(near)}?" if near else None,
+                )
+        return tuple(f"{word}." for word in self.keep)
+
+    def _candidates(self, draft: Draft, context: Context, kept: tuple[str, ...]) -> list[Bypass]:
+        every = bypasses(draft.network, context.task.call())
+        found = [c for c in every if self.layers or c.kind == "block"]
+        return [c for c in found if not any(f"{name}.".startswith(kept) for name in c.layers)]
+
+    def _meter(self, draft: Draft, context: Context) -> Callable[[Draft], float]:
+        """A function that says which fraction of the cost is left."""
+        if self.unit == "latency_ms":
+            if context.latency is None:
+                raise PruningError(
+                    "a latency can only be aimed at in a runtime",
+                    got="no runtime",
+                    expected="pj.run(..., runtime=...) or penjing compress",
+                )
+            measure, precision = context.latency, self.precision
+
+            def latency(now: Draft) -> float:
+                before, after = (1.0, 1.0) if now is draft else measure([draft, now], precision)
+                return after / before
+
+            return latency
+        amount = _amount(self.unit, context)
+        whole = amount(draft)
+        return lambda now: amount(now) / max(whole, 1.0)
+
+
+def _without(draft: Draft, part: Bypass) -> Draft:
+    network = copy.deepcopy(draft.network)
+    edit = skip(network, part.last, part.by)
+    return replace(draft, network=network, edits=(*draft.edits, edit))
+
+
+def _outputs(network: fx.GraphModule, call: Call) -> list[torch.Tensor]:
+    args, kwargs = call
+    with torch.no_grad(), in_eval_mode(network):
+        return [x.double() for x in flatten_outputs(network(*args, **kwargs))[0] if x.is_floating_point()]
+
+
+def _noise(network: fx.GraphModule, calls: Sequence[Call], wanted: Sequence[list[torch.Tensor]]) -> float:
+    """Noise power over signal power at the outputs."""
+    signal = noise = 0.0
+    for call, whole in zip(calls, wanted, strict=True):
+        for a, b in zip(whole, _outputs(network, call), strict=True):
+            signal += float(a.square().sum())
+            noise += float((a - b).square().sum())
+    ratio = noise / signal if signal else 0.0
+    return ratio if math.isfinite(ratio) else 1e9
+
+
+def _prices(unit: str, network: fx.GraphModule, candidates: Sequence[Bypass], context: Context) -> dict[Bypass, float]:
+    """What every candidate's layers cost: multiply-accumulates, which stand for a latency too, or parameters."""
+    if unit == "blocks":
+        return dict.fromkeys(candidates, 1.0)
+    if unit in ("macs", "latency_ms"):
+        each = {row.name: float(row.macs) for row in cost(network, context.task.call())}
+    else:
+        names = {name for part in candidates for name in part.layers}
+        each = {name: float(sum(p.numel() for p in network.get_submodule(name).parameters())) for name in names}
+    return {part: max(1.0, sum(each.get(name, 0.0) for name in part.layers)) for part in candidates}
+
+
+def _amount(unit: str, context: Context) -> Callable[[Draft], float]:
+    """What a draft costs in this unit."""
+    if unit == "macs":
+        return lambda draft: float(totals(cost(draft.network, context.task.call())).macs)
+
+    def stored(draft: Draft) -> float:
+        if unit == "params":
+            return float(sum(p.numel() for p in draft.network.parameters()))
+        tensors = [*draft.network.parameters(), *draft.network.buffers()]
+        return float(sum(t.numel() * t.element_size() for t in tensors))
+
+    return stored
+
+
+__all__ = ["Blocks"]

@@ -1,0 +1,173 @@
+"""What the outputs lose when one group of channels alone is pruned: a scan, and ratios per layer that follow from it.
+
+Every group is cut to several fractions of its units, the rest of the network stays whole, and the outputs are held
+against those of the whole network on calibration data: no labels are needed. A scan depends on the network, the samples
+and the order in which units go, and on nothing else; it is kept under a digest of these and read again.
+
+Scans of layers alone are those of Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. A budget is met by
+what each layer loses for what it saves, as in Yang et al., "NetAdapt", ECCV 2018.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing.analyze.coupling import Coupling
+from penjing.graph import in_eval_mode
+from penjing.outputs import flatten_outputs
+from penjing.records import write_text
+from penjing.step import Context
+from penjing.surgery import resize
+from penjing.task import Call, calibration_calls
+
+SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+"""Fractions of a group's units that are removed, one after the other."""
+
+BATCHES = 4
+"""So many batches are read at most: every one of them for every share of every group."""
+
+FILE = "sensitivity.json"
+
+Scan = dict[str, "Curve"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is lost as one group loses units.
+
+    Attributes:
+        units: How many units the group has.
+        removed: How many are removed, rising.
+        noise: For each, noise power over signal power at the outputs.
+    """
+
+    units: int
+    removed: tuple[int, ...]
+    noise: tuple[float, ...]
+
+    def marginal(self) -> np.ndarray:
+        """(units,) noise that the n-th removed unit adds, never less than that of the one before it.
+
+        Noise ends near 1 once nothing is left of the signal. A later unit must not look cheap for that.
+        """
+        x = np.array([0, *self.removed, self.units])
+        y = np.maximum.accumulate(np.array([0.0, *self.noise, max(1.0, *self.noise)]))
+        slopes = np.repeat(np.diff(y) / np.diff(x), np.diff(x))
+        rising: np.ndarray = np.maximum.accumulate(slopes)
+        return rising
+
+
+def scan(
+    network: fx.GraphModule,
+    coupling: Coupling,
+    ranked: Mapping[str, Sequence[int]],
+    context: Context,
+    batches: int,
+    shares: Sequence[float] = SHARES,
+    kept: Path | None = None,
+) -> Scan:
+    """Prune every group alone, several times, and see what the outputs lose.
+
+    Args:
+        network: A raised network; it stays as it is.
+        coupling: Its groups.
+        ranked: Group → its units, the first to go first; groups that are not named are left out.
+        context: For its data; reports progress.
+        batches: How many batches of calibration data are read, `BATCHES` at most.
+        shares: Fractions of a group's units.
+        kept: A JSON file that finished groups are written to and read from.
+    """
+    calls = list(calibration_calls(context.task, limit=min(batches, BATCHES)))
+    digest = _digest(network, ranked, calls, shares)
+    known = _read(kept, digest)
+    found: Scan = {}
+    with torch.no_grad(), in_eval_mode(network):
+        wanted = [_outputs(network, call) for call in calls]
+        for done, (name, units) in enumerate(ranked.items()):
+            context.events("progress", label="sensitivity", done=done, total=len(ranked))
+            found[name] = known.get(name) or _curve(network, coupling, name, units, calls, wanted, shares)
+            if kept and name not in known:
+                _write(kept, digest, {**known, **found})
+    context.events("progress", label="sensitivity", done=len(ranked), total=len(ranked))
+    return found
+
+
+def _curve(
+    network: fx.GraphModule,
+    coupling: Coupling,
+    name: str,
+    units: Sequence[int],
+    calls: Sequence[Call],
+    wanted: Sequence[list[torch.Tensor]],
+    shares: Sequence[float],
+) -> Curve:
+    counts = sorted({min(max(1, round(share * len(units))), len(units) - 1) for share in shares} - {0})
+    curve: dict[int, float] = {}
+    for count in counts:
+        removed = {name: list(units[:count])}
+        if coupling.emptied(removed):  # of a layer that reads some of the units alone, nothing would be left
+            break
+        smaller = copy.deepcopy(network)
+        resize(smaller, coupling.edits(removed))
+        signal = noise = 0.0
+        for call, whole in zip(calls, wanted, strict=True):
+            for a, b in zip(whole, _outputs(smaller, call), strict=True):
+                signal += float(a.square().sum())
+                noise += float((a - b).square().sum())
+        ratio = noise / signal if signal else 0.0
+        curve[count] = ratio if math.isfinite(ratio) else 1e9
+    return Curve(len(units), tuple(curve), tuple(curve.values()))
+
+
+def _outputs(network: fx.GraphModule, call: Call) -> list[torch.Tensor]:
+    args, kwargs = call
+    return [x.double() for x in flatten_outputs(network(*args, **kwargs))[0] if x.is_floating_point()]
+
+
+def _digest(
+    network: fx.GraphModule, ranked: Mapping[str, Sequence[int]], calls: Sequence[Call], shares: Sequence[float]
+) -> str:
+    known = hashlib.sha256(str(network.code).encode())
+    stored = [*network.named_parameters(), *network.named_buffers()]
+    given = [(str(i), x) for i, (args, kwargs) in enumerate(calls) for x in (*args, *kwargs.values())]
+    for name, value in [*stored, *given]:
+        known.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            known.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    known.update(json.dumps([{n: list(map(int, u)) for n, u in ranked.items()}, list(shares)]).encode())
+    return known.hexdigest()
+
+
+def _read(kept: Path | None, digest: str) -> Scan:
+    """What a file knows of this very scan; nothing if it is of another one, or damaged."""
+    if kept is None or not kept.is_file():
+        return {}
+    try:
+        told = json.loads(kept.read_text("utf-8"))
+        if told["digest"] != digest:
+            return {}
+        rows = told["groups"].items()
+        return {
+            n: Curve(int(c["units"]), tuple(map(int, c["removed"])), tuple(map(float, c["noise"]))) for n, c in rows
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(kept: Path, digest: str, found: Scan) -> None:
+    rows = {n: {"units": c.units, "removed": list(c.removed), "noise": list(c.noise)} for n, c in found.items()}
+    write_text(kept, json.dumps({"digest": digest, "groups": rows}, indent=1) + "\n")
+
+
+__all__ = ["BATCHES", "FILE", "SHARES", "Curve", "Scan", "scan"]

@@ -1,0 +1,52 @@
+"""Taking whole parts out of a network: what read their output reads their input, and what nobody needs goes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from penjing.draft import Edit
+from penjing.graph import site, sites
+
+
+def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
+    """Put the value of one operator in the place of another's, in place, and return the edit that says so.
+
+    Args:
+        network: A raised network.
+        last: Site of the operator whose value is replaced: the addition at the end of a residual block, the last
+            operator of a layer.
+        by: Site of the operator, or name of the input, whose value takes its place. It has the same shape.
+
+    Raises:
+        KeyError: One of them does not exist.
+    """
+    operators = {site(n): n for n in network.graph.nodes if n.op == "placeholder"} | sites(network)
+    operators[last].replace_all_uses_with(operators[by])
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    _drop_unread(network)
+    network.graph.lint()
+    network.recompile()
+    return {"edit": "skip", "last": last, "by": by}
+
+
+def _drop_unread(network: fx.GraphModule) -> None:
+    """Remove tensors that neither the graph nor a layer reads: `delete_all_unused_submodules` leaves them."""
+    called = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
+    for path, module in network.named_modules():
+        if any(path == name or path.startswith(f"{name}.") for name in called):
+            continue
+        for store in (module._parameters, module._buffers):
+            for role, value in list(store.items()):
+                if value is not None and (f"{path}.{role}" if path else role) not in read:
+                    _drop(module, role)
+
+
+def _drop(module: nn.Module, role: str) -> None:
+    module._parameters.pop(role, None)
+    module._buffers.pop(role, None)
+    module._non_persistent_buffers_set.discard(role)
+
+
+__all__ = ["skip"]
