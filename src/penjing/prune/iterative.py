@@ -1,19 +1,35 @@
-"""Pruning in rounds with training between them: what was removed is made up for before the next channels go.
+"""Pruning in rounds with training between them: what was removed is made up for before more goes.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, section 3.3 (iterative
 pruning); Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017.
+
+Rewinding the weights: Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; late rewinding: Frankle et al.,
+"Stabilizing the Lottery Ticket Hypothesis", 2019, and "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+ICML 2020. Without it, rounds are what Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning",
+ICLR 2020, call learning-rate rewinding: weights go on from where they are, and every training starts its schedule anew.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.finetune import Finetune
+from penjing.finetune import Finetune, Hook, Moment, train
 from penjing.prune.channels import Channels
+from penjing.prune.magnitude import Magnitude
+from penjing.prune.masks import Pattern, fraction
 from penjing.step import Context
+from penjing.surgery import KeepZeros, resize
+from penjing.surgery.resize import RESIZING
+
+_EARLY = "_early"  # the part of a network that holds its early state while it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,47 +37,155 @@ class Iterative:
     """Prune in rounds, and fine-tune after each.
 
     Every round keeps the same fraction of what the round before it left, so that all rounds together keep what `step`
-    asks for: 0.5 in three rounds is three times 0.794.
+    asks for: 0.5 in three rounds is three times 0.794. A sparsity s is 1 − (1 − s)^(k/rounds) after round k.
+
+    With ``rewind="weights"`` the network is trained once before the first round; then every round prunes the trained
+    network, puts what is left back to its early weights, and trains it again. That is one training more than there are
+    rounds. The first one starts at the given weights, and stops for nothing: the early state is noted on the way.
+
+    In YAML: ``- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {Finetune: {epochs: 1}}}``.
 
     Raises:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        step: What is pruned, with the target of all rounds together.
-        finetune: The training after every round.
+        step: What is pruned, with the target of all rounds together: `Channels`, or a `Magnitude` with a sparsity.
+        finetune: The training after every round. Each has the whole schedule of the learning rate.
         rounds: How many there are; 1 is pruning at once.
+        rewind: "weights" puts the weights that stay back after every round's pruning, and the statistics of batch norms
+            with them; "none" leaves them as they are.
+        rewind_epochs: Back to where the first training was after so many of its epochs; 0 is the network as given.
+            Where `finetune.minutes` shortens the training, it shortens these too.
     """
 
-    step: Channels
+    step: Channels | Magnitude
     finetune: Finetune
     rounds: int = 3
+    rewind: Literal["none", "weights"] = "none"
+    rewind_epochs: float = 0
     for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        rounds = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)
         fine = {
-            "step": (isinstance(self.step, Channels), "prune.Channels(...)"),
+            "step": (isinstance(self.step, Channels | Magnitude), "prune.Channels(...) or prune.Magnitude(...)"),
             "finetune": (isinstance(self.finetune, Finetune), "Finetune(...)"),
-            "rounds": (isinstance(self.rounds, int) and self.rounds >= 1, "a whole number of at least 1"),
+            "rounds": (rounds and self.rounds >= 1, "a whole number of at least 1"),
+            "rewind": (self.rewind in ("none", "weights"), "'none' or 'weights'"),
         }
         for name, (good, expected) in fine.items():
             if not good:
                 raise RecipeError(f"Iterative({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        self._check_rounds()
+        self._check_rewind()
+
+    def _check_rounds(self) -> None:
+        if not isinstance(self.step, Magnitude):
+            return
+        fine = {
+            "a sparsity, and no threshold": self.step.threshold is None,
+            'a pattern with sparsities in between: "free" or blocks': not Pattern.parse(self.step.pattern).of,
+        }
+        if wrong := [reason for reason, good in fine.items() if not good]:
+            raise RecipeError(
+                "Iterative(step=...) can't be reached in rounds",
+                got=self.step,
+                expected=wrong[0],
+                remedy="for example Iterative(step=Magnitude(sparsity=0.9), finetune=Finetune(epochs=1))",
+            )
+
+    def _check_rewind(self) -> None:
+        epochs = self.rewind_epochs
+        number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
+        if not number or not 0 <= epochs < self.finetune.epochs or math.isnan(epochs):
+            expected = f"a number of at least 0, below finetune.epochs={self.finetune.epochs:g}"
+        elif epochs and self.rewind == "none":
+            expected = "rewind='weights' with it"
+        else:
+            return
+        raise RecipeError("Iterative(rewind_epochs=...) can't be used", got=repr(epochs), expected=expected)
 
     @property
     def per_runtime(self) -> bool:
         """Whether what is removed depends on the runtime."""
-        return self.step.per_runtime
+        return isinstance(self.step, Channels) and self.step.per_runtime
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a pruned and trained draft."""
-        unit = self.step.unit
-        share = getattr(self.step, unit) ** (1 / self.rounds)
+        early: Draft | None = None
+        if self.rewind == "weights":
+            draft, early = self._train_first(draft, _inside(context, "before"))
         for turn in range(self.rounds):
             context.events("progress", label="pruning rounds", done=turn, total=self.rounds)
-            folder = context.folder / f"round-{turn}" if context.folder else None
-            if folder:
-                folder.mkdir(exist_ok=True)
-            draft = replace(self.step, **{unit: share})(draft, context)
-            draft = self.finetune(draft, replace(context, folder=folder))
+            inside = _inside(context, f"round-{turn}")
+            draft = self._of_round(turn)(draft, inside)
+            if early is not None:
+                draft = early = rewound(early, draft)
+            draft = self.finetune(draft, inside)
         context.events("progress", label="pruning rounds", done=self.rounds, total=self.rounds)
         return draft
+
+    def _of_round(self, turn: int) -> Channels | Magnitude:
+        """What this round prunes: for `Channels` of what the last one left, for `Magnitude` of all there was."""
+        if isinstance(self.step, Magnitude):
+            final = fraction(self.step.sparsity, self.step.pattern)
+            return replace(self.step, sparsity=1 - (1 - final) ** ((turn + 1) / self.rounds))
+        unit = self.step.unit
+        return replace(self.step, **{unit: getattr(self.step, unit) ** (1 / self.rounds)})
+
+    def _train_first(self, draft: Draft, context: Context) -> tuple[Draft, Draft]:
+        """The trained draft, and it with the weights and statistics that it had early in the training."""
+        trained, early = draft.copy(), draft.copy()
+        held = nn.Module()
+        for number, value in enumerate(early.network.state_dict().values()):
+            held.register_buffer(str(number), value.clone())  # saved with the network: a resumed training has it
+        trained.network.add_submodule(_EARLY, held)
+        hooks: tuple[Hook, ...] = (*self.finetune.hooks, KeepZeros(draft.sparse))
+        if self.rewind_epochs:
+            hooks = (*hooks, _Note(self.rewind_epochs / self.finetune.epochs))
+        train(trained.network, context, replace(self.finetune, hooks=hooks))
+        noted = zip(early.network.state_dict(), held.state_dict().values(), strict=True)
+        early.network.load_state_dict(dict(noted))
+        trained.network.delete_submodule(_EARLY)
+        return trained, early
+
+
+def rewound(early: Draft, pruned: Draft) -> Draft:
+    """A draft with the structure and the zeros of `pruned`, and all weights and buffers as they are in `early`.
+
+    Args:
+        early: The draft before it was pruned; its log of edits is where that of `pruned` begins.
+        pruned: Channels and weights were removed from it; what is left has any values.
+    """
+    network = copy.deepcopy(early.network)
+    resize(network, tuple(e for e in pruned.edits[len(early.edits) :] if e["edit"] in RESIZING))
+    with torch.no_grad():
+        for name in pruned.sparse:
+            network.get_parameter(name).masked_fill_(pruned.network.get_parameter(name) == 0, 0.0)
+    return replace(pruned, network=network.eval())
+
+
+@dataclass(frozen=True)
+class _Note:
+    """A hook that notes weights and buffers after a part of the training, in buffers of the network."""
+
+    part: float
+
+    def __call__(self, moment: Moment) -> None:
+        if moment.name != "step" or moment.step != max(1, round(self.part * moment.steps)):
+            return
+        held = moment.network.get_submodule(_EARLY).state_dict()
+        now = {name: value for name, value in moment.network.state_dict().items() if not name.startswith(f"{_EARLY}.")}
+        for kept, value in zip(held.values(), now.values(), strict=True):
+            kept.copy_(value)
+
+
+def _inside(context: Context, name: str) -> Context:
+    """The same context with a folder of its own in the folder."""
+    if context.folder is None:
+        return context
+    (context.folder / name).mkdir(exist_ok=True)
+    return replace(context, folder=context.folder / name)
+
+
+__all__ = ["Iterative", "rewound"]
