@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,11 +8,14 @@ import torch.nn.functional as F
 from penjing.analyze.cost import cost, totals
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
-from penjing.prune import Channels, Iterative
+from penjing.prune import Channels, Iterative, Magnitude
 from penjing.recipe import Recipe
 from penjing.step import Context
+from penjing.surgery import replay
 from penjing.task import Task
+from tests.prune import test_gradual
 from tests.prune.test_channels import Wide, draft, pictures
+from tests.test_finetune import Interrupt, Stop, bits, context_of, same
 
 TRAIN = [(pictures(16, seed), torch.arange(16) % 5) for seed in range(3)]
 TASK = Task(example=pictures(1), calibration=[pictures(8)], train=TRAIN, loss=F.cross_entropy)
@@ -50,14 +54,165 @@ def test_yaml_holds_the_steps_within():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     text = "- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {Finetune: {epochs: 2}}, rounds: 2}"
     assert Recipe.from_yaml(text).steps[0].step == Channels(macs=0.5)
+    text = "- prune.Iterative: {step: {prune.Magnitude: {sparsity: 0.9}}, finetune: {Finetune: {}}, rewind: weights}"
+    recipe = Recipe.from_yaml(text)
+    assert recipe.steps[0] == Iterative(step=Magnitude(sparsity=0.9), finetune=Finetune(), rewind="weights")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-@pytest.mark.parametrize("settings", [{"rounds": 0}, {"step": Finetune()}, {"finetune": None}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rounds": 0}, {"rounds": True}, {"step": Finetune()}, {"finetune": None}, {"rewind": "rate"},
+        {"step": Magnitude(threshold=0.1)}, {"step": Magnitude(pattern="2:4")}, {"rewind_epochs": 0.5},
+        {"rewind_epochs": -1, "rewind": "weights"}, {"rewind_epochs": 1.0, "rewind": "weights"},
+        {"rewind_epochs": "1", "rewind": "weights"}, {"rewind_epochs": float("nan"), "rewind": "weights"},
+    ],
+)  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with pytest.raises(RecipeError, match=f"Iterative\\({next(iter(settings))}"):
+    with pytest.raises(RecipeError, match=f"Iterative\\({next(iter(settings))}") as found:
         Iterative(**{"step": Channels(macs=0.5), "finetune": Finetune(), **settings})
+    assert found.value.expected
 
 
 def test_a_folder_keeps_a_state_for_every_round(tmp_path):
     STEP(draft(Wide()), Context(task=TASK, folder=tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0", "round-1", "round-2"]
+
+
+# Single weights, and rewinding. A network with statistics and dropout; 4 steps an epoch.
+
+TRAINING = Finetune(epochs=1.5, learning_rate=0.05, autocast="off")  # 6 steps
+SPARSE = Iterative(step=Magnitude(sparsity=0.9), finetune=TRAINING, rounds=3)
+LESS = Iterative(step=Channels(channels=0.5, criterion="l2", round_to=1, least=0), finetune=TRAINING, rounds=2)
+COUNT = test_gradual.COUNT
+
+
+class Watch:
+    """A hook that keeps the state of the network at the start, after so many steps and at the end of every training."""
+
+    def __init__(self, at=None):
+        self.at, self.starts, self.noted, self.ends = at, [], [], []
+
+    def __call__(self, moment):
+        state = {name: value for name, value in bits(moment.network).items() if not name.startswith("_early.")}
+        if moment.name == "start":
+            self.starts.append(state)
+        if moment.name == "step" and moment.step == self.at:
+            self.noted.append(state)
+        if moment.name == "end":
+            self.ends.append(state)
+
+
+def watched(step, at=None, start=None, **fields):
+    """The draft that a step makes, and what was seen on the way."""
+    watch = Watch(at)
+    step = replace(step, finetune=replace(step.finetune, hooks=(watch,)))
+    return step(test_gradual.draft() if start is None else start, context_of(**fields)), watch
+
+
+def zeros(state):
+    return sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("conv", "head"))
+
+
+def test_single_weights_go_in_rounds_and_stay_away():
+    made, watch = watched(SPARSE)
+    assert [zeros(state) for state in watch.starts] == [int((1 - 0.1 ** (k / 3)) * COUNT + 1e-6) for k in (1, 2, 3)]
+    assert [zeros(state) for state in watch.ends] == [zeros(state) for state in watch.starts]
+    for before, after in zip(watch.ends, watch.starts[1:], strict=False):
+        assert all(((after[n] == 0) | (before[n] != 0)).all() for n in ("conv.weight", "head.weight"))
+        kept = after["head.weight"] != 0
+        assert torch.equal(after["head.weight"][kept], before["head.weight"][kept])  # nothing is rewound
+    assert made.sparse == ("conv.weight", "head.weight")
+    assert zeros(bits(made.network)) == int(0.9 * COUNT)
+
+
+def test_half_of_the_blocks_go_where_nothing_is_said():
+    step = replace(SPARSE, step=Magnitude(pattern="1x4", keep=("conv",)), rounds=2)
+    kept = (watched(step)[0].network.head.weight.reshape(10, -1, 4) != 0).sum(2)
+    assert set(kept.flatten().tolist()) == {0, 4} and int((kept == 0).sum()) == kept.numel() // 2
+
+
+@pytest.mark.parametrize("epochs", [0, 0.5])
+def test_weights_that_stay_go_back_and_statistics_with_them(epochs):
+    start = test_gradual.draft()
+    made, watch = watched(replace(SPARSE, rewind="weights", rewind_epochs=epochs), at=2, start=start)
+    early = watch.noted[0] if epochs else bits(start.network)
+    assert len(watch.starts) == 4 and same(watch.starts[0], bits(start.network))
+    for turn, found in enumerate(watch.starts[1:]):
+        assert zeros(found) == int((1 - 0.1 ** ((turn + 1) / 3)) * COUNT + 1e-6)
+        for name, value in found.items():
+            kept = value != 0 if name in made.sparse else torch.ones_like(value, dtype=torch.bool)
+            assert torch.equal(value[kept], early[name][kept]), name
+    assert early["norm.num_batches_tracked"] == (2 if epochs else 0)
+    assert zeros(bits(made.network)) == int(0.9 * COUNT)
+    assert not same(watch.starts[-1], bits(made.network)) and not made.network.training
+
+
+def test_the_trained_weights_say_what_goes():
+    start = test_gradual.draft()
+    _, watch = watched(replace(SPARSE, rounds=1, rewind="weights"), start=start)
+    trained = TRAINING(start, context_of())
+    assert same(watch.ends[0], bits(trained.network))
+    pruned = Magnitude(sparsity=0.9)(trained, context_of())
+    for name in pruned.sparse:
+        assert torch.equal(watch.starts[1][name] == 0, pruned.network.get_parameter(name) == 0)
+
+
+@pytest.mark.parametrize("epochs", [0, 0.5])
+def test_channels_that_stay_go_back(epochs):
+    """Against all edits replayed on the early network."""
+    start = test_gradual.draft()
+    made, watch = watched(replace(LESS, rewind="weights", rewind_epochs=epochs), at=2, start=start)
+    early = copy.deepcopy(start.network)
+    early.load_state_dict(watch.noted[0] if epochs else bits(start.network))
+    assert same(watch.starts[-1], bits(replay(early, made.edits)))
+    assert [len(state["conv.weight"]) for state in watch.starts] == [8, 5, 3]  # √½ of what is left, rounded down
+    assert made.network.conv.out_channels == made.network.norm.num_features == 3
+
+
+def test_zeros_of_a_step_before_stay_when_channels_go_back():
+    first = Magnitude(sparsity=0.5, scope="tensor")(test_gradual.draft(), context_of())
+    made, watch = watched(replace(LESS, rewind="weights"), start=first)
+    expected = bits(replay(first.network, made.edits[len(first.edits) :]))
+    assert same(watch.starts[-1], expected)
+    for name in made.sparse:
+        assert (made.network.get_parameter(name)[expected[name] == 0] == 0).all()
+
+
+def test_the_seed_repeats_and_minutes_leave_no_trace():
+    step = replace(SPARSE, rewind="weights", rewind_epochs=0.5)
+    start = test_gradual.draft()
+    before = bits(start.network)
+    one, _ = watched(step, start=start, seed=3)
+    two, _ = watched(replace(step, finetune=replace(TRAINING, minutes=1e9)), seed=3)
+    assert same(bits(one.network), bits(two.network)) and one.edits == two.edits
+    assert same(bits(start.network), before) and start.edits == ()
+    assert one.network.state_dict().keys() == before.keys()
+    assert zeros(bits(replace(TRAINING, epochs=0.25)(one, context_of()).network)) == int(0.9 * COUNT)
+
+
+@pytest.mark.parametrize("step", [SPARSE, LESS], ids=["weights", "channels"])
+@pytest.mark.parametrize("count", [3, 9])  # in the first training behind the early state, and in the round after it
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, count):
+    step = replace(step, rounds=2, rewind="weights", rewind_epochs=0.5)
+    step = replace(step, finetune=replace(TRAINING, save_every_s=test_gradual.EVERY_STEP))
+
+    class Counted(Interrupt):
+        steps = 0
+
+        def __call__(self, moment):
+            self.steps += moment.name == "step"
+            if self.steps == self.step:
+                raise Stop
+
+    def run(hook, **fields):
+        made = replace(step, finetune=replace(step.finetune, hooks=(hook,)))
+        return made(test_gradual.draft(), context_of(**fields))
+
+    whole = run(Counted())
+    with pytest.raises(Stop):
+        run(Counted(step=count), folder=tmp_path)
+    resumed = run(Counted(), folder=tmp_path)
+    assert same(bits(resumed.network), bits(whole.network)) and resumed.edits == whole.edits
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "round-0", "round-1"]
