@@ -1,4 +1,5 @@
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from penjing.analyze.cost import cost, totals
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.prune import Channels, Iterative, Magnitude
+from penjing.prune.iterative import left
 from penjing.recipe import Recipe
 from penjing.step import Context
 from penjing.surgery import replay
@@ -26,12 +28,17 @@ STEP = Iterative(
 )
 
 
+@functools.cache  # no step changes the draft that it is given
+def wide():
+    return draft(Wide())
+
+
 def macs(made):
     return totals(cost(made.network, TASK.call())).macs
 
 
 def test_rounds_together_keep_what_is_asked_for_and_train_between():
-    start = draft(Wide())
+    start = wide()
     before = copy.deepcopy(start.network.state_dict())
     events = []
     made = STEP(start, Context(task=TASK, events=lambda kind, **v: events.append((kind, v))))
@@ -42,9 +49,31 @@ def test_rounds_together_keep_what_is_asked_for_and_train_between():
     assert all(torch.equal(before[k], v) for k, v in start.network.state_dict().items())
 
 
+@pytest.mark.parametrize("unit", ["macs", "params", "size_bytes", "channels"])
+def test_what_one_round_took_too_much_the_next_takes_less(unit):
+    """Steps of 8 channels: a round that knew only the one before it would end far below the target."""
+    step = Channels(**{unit: 0.4}, criterion="l2", round_to=8, least=0)
+    once = step(wide(), Context(task=TASK))
+    made = replace(STEP, step=step, rounds=4)(wide(), Context(task=TASK))
+    parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, made)]
+    assert 0.8 * parts[0] < parts[1] <= 0.41
+
+
+def test_a_latency_is_aimed_at_from_the_start():
+    """Latencies that a runtime would measure; here they are the multiply-accumulates."""
+    asked = []
+
+    def latency(drafts, precision):
+        asked.append(precision)
+        return [float(macs(d)) for d in drafts]
+
+    step = replace(STEP, step=Channels(latency_ms=0.5, criterion="l2", round_to=4, least=0), rounds=3)
+    made = step(wide(), Context(task=TASK, latency=latency))
+    assert 0.4 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
+
+
 def test_the_same_seed_gives_the_same_bits():
-    start = draft(Wide())
-    one, two = (STEP(start, Context(task=TASK, seed=5)) for _ in range(2))
+    one, two = (STEP(wide(), Context(task=TASK, seed=5)) for _ in range(2))
     assert one.edits == two.edits
     assert all(torch.equal(v, two.network.state_dict()[k]) for k, v in one.network.state_dict().items())
 
@@ -76,7 +105,7 @@ def test_settings_that_make_no_sense_are_named(settings):
 
 
 def test_a_folder_keeps_a_state_for_every_round(tmp_path):
-    STEP(draft(Wide()), Context(task=TASK, folder=tmp_path))
+    STEP(wide(), Context(task=TASK, folder=tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0", "round-1", "round-2"]
 
 
@@ -86,6 +115,11 @@ TRAINING = Finetune(epochs=1.5, learning_rate=0.05, autocast="off")  # 6 steps
 SPARSE = Iterative(step=Magnitude(sparsity=0.9), finetune=TRAINING, rounds=3)
 LESS = Iterative(step=Channels(channels=0.5, criterion="l2", round_to=1, least=0), finetune=TRAINING, rounds=2)
 COUNT = test_gradual.COUNT
+
+
+@functools.cache  # no step changes the draft that it is given
+def small():
+    return test_gradual.draft()
 
 
 class Watch:
@@ -108,7 +142,7 @@ def watched(step, at=None, start=None, **fields):
     """The draft that a step makes, and what was seen on the way."""
     watch = Watch(at)
     step = replace(step, finetune=replace(step.finetune, hooks=(watch,)))
-    return step(test_gradual.draft() if start is None else start, context_of(**fields)), watch
+    return step(small() if start is None else start, context_of(**fields)), watch
 
 
 def zeros(state):
@@ -135,7 +169,7 @@ def test_half_of_the_blocks_go_where_nothing_is_said():
 
 @pytest.mark.parametrize("epochs", [0, 0.5])
 def test_weights_that_stay_go_back_and_statistics_with_them(epochs):
-    start = test_gradual.draft()
+    start = small()
     made, watch = watched(replace(SPARSE, rewind="weights", rewind_epochs=epochs), at=2, start=start)
     early = watch.noted[0] if epochs else bits(start.network)
     assert len(watch.starts) == 4 and same(watch.starts[0], bits(start.network))
@@ -150,7 +184,7 @@ def test_weights_that_stay_go_back_and_statistics_with_them(epochs):
 
 
 def test_the_trained_weights_say_what_goes():
-    start = test_gradual.draft()
+    start = small()
     _, watch = watched(replace(SPARSE, rounds=1, rewind="weights"), start=start)
     trained = TRAINING(start, context_of())
     assert same(watch.ends[0], bits(trained.network))
@@ -162,17 +196,17 @@ def test_the_trained_weights_say_what_goes():
 @pytest.mark.parametrize("epochs", [0, 0.5])
 def test_channels_that_stay_go_back(epochs):
     """Against all edits replayed on the early network."""
-    start = test_gradual.draft()
+    start = small()
     made, watch = watched(replace(LESS, rewind="weights", rewind_epochs=epochs), at=2, start=start)
     early = copy.deepcopy(start.network)
     early.load_state_dict(watch.noted[0] if epochs else bits(start.network))
     assert same(watch.starts[-1], bits(replay(early, made.edits)))
-    assert [len(state["conv.weight"]) for state in watch.starts] == [8, 5, 3]  # √½ of what is left, rounded down
-    assert made.network.conv.out_channels == made.network.norm.num_features == 3
+    assert [len(state["conv.weight"]) for state in watch.starts] == [8, 5, 4]  # 5.7 and 4, rounded down
+    assert made.network.conv.out_channels == made.network.norm.num_features == 4
 
 
 def test_zeros_of_a_step_before_stay_when_channels_go_back():
-    first = Magnitude(sparsity=0.5, scope="tensor")(test_gradual.draft(), context_of())
+    first = Magnitude(sparsity=0.5, scope="tensor")(small(), context_of())
     made, watch = watched(replace(LESS, rewind="weights"), start=first)
     expected = bits(replay(first.network, made.edits[len(first.edits) :]))
     assert same(watch.starts[-1], expected)
@@ -182,7 +216,7 @@ def test_zeros_of_a_step_before_stay_when_channels_go_back():
 
 def test_the_seed_repeats_and_minutes_leave_no_trace():
     step = replace(SPARSE, rewind="weights", rewind_epochs=0.5)
-    start = test_gradual.draft()
+    start = small()
     before = bits(start.network)
     one, _ = watched(step, start=start, seed=3)
     two, _ = watched(replace(step, finetune=replace(TRAINING, minutes=1e9)), seed=3)
@@ -208,7 +242,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, count):
 
     def run(hook, **fields):
         made = replace(step, finetune=replace(step.finetune, hooks=(hook,)))
-        return made(test_gradual.draft(), context_of(**fields))
+        return made(small(), context_of(**fields))
 
     whole = run(Counted())
     with pytest.raises(Stop):

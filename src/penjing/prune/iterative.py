@@ -19,6 +19,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from penjing.analyze.cost import cost, totals
+from penjing.analyze.coupling import couple
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune, Hook, Moment, train
@@ -36,8 +38,9 @@ _EARLY = "_early"  # the part of a network that holds its early state while it t
 class Iterative:
     """Prune in rounds, and fine-tune after each.
 
-    Every round keeps the same fraction of what the round before it left, so that all rounds together keep what `step`
-    asks for: 0.5 in three rounds is three times 0.794. A sparsity s is 1 − (1 − s)^(k/rounds) after round k.
+    After round k of n a part of s^(k/n) is kept, so that all rounds together keep the s that `step` asks for: 0.5 in
+    three rounds is 0.794, then 0.63, then 0.5. What a round took too much, as channels come in multiples, the next one
+    takes less. A sparsity s is 1 − (1 − s)^(k/n) after round k.
 
     With ``rewind="weights"`` the network is trained once before the first round; then every round prunes the trained
     network, puts what is left back to its early weights, and trains it again. That is one training more than there are
@@ -112,26 +115,28 @@ class Iterative:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a pruned and trained draft."""
-        early: Draft | None = None
+        start, early = draft, None
         if self.rewind == "weights":
             draft, early = self._train_first(draft, _inside(context, "before"))
         for turn in range(self.rounds):
             context.events("progress", label="pruning rounds", done=turn, total=self.rounds)
             inside = _inside(context, f"round-{turn}")
-            draft = self._of_round(turn)(draft, inside)
+            draft = self._of_round(turn, start, draft, context)(draft, inside)
             if early is not None:
                 draft = early = rewound(early, draft)
             draft = self.finetune(draft, inside)
         context.events("progress", label="pruning rounds", done=self.rounds, total=self.rounds)
         return draft
 
-    def _of_round(self, turn: int) -> Channels | Magnitude:
-        """What this round prunes: for `Channels` of what the last one left, for `Magnitude` of all there was."""
+    def _of_round(self, turn: int, start: Draft, draft: Draft, context: Context) -> Channels | Magnitude:
+        """What this round prunes: `Channels` of what the last one left, `Magnitude` of all there was."""
+        part = (turn + 1) / self.rounds
         if isinstance(self.step, Magnitude):
             final = fraction(self.step.sparsity, self.step.pattern)
-            return replace(self.step, sparsity=1 - (1 - final) ** ((turn + 1) / self.rounds))
-        unit = self.step.unit
-        return replace(self.step, **{unit: getattr(self.step, unit) ** (1 / self.rounds)})
+            return replace(self.step, sparsity=1 - (1 - final) ** part)
+        wanted = getattr(self.step, self.step.unit) ** part
+        share = min(1.0, wanted / left(self.step, start, draft, context)) if turn else wanted
+        return replace(self.step, **{self.step.unit: share})
 
     def _train_first(self, draft: Draft, context: Context) -> tuple[Draft, Draft]:
         """The trained draft, and it with the weights and statistics that it had early in the training."""
@@ -148,6 +153,27 @@ class Iterative:
         early.network.load_state_dict(dict(noted))
         trained.network.delete_submodule(_EARLY)
         return trained, early
+
+
+def left(step: Channels, start: Draft, draft: Draft, context: Context) -> float:
+    """Which fraction of the start is left, in the unit of the step's target."""
+    if step.unit == "latency_ms" and context.latency is not None:
+        before, after = context.latency([start, draft], step.precision)
+    else:
+        before, after = (_amount(step, d, context) for d in (start, draft))
+    return after / before
+
+
+def _amount(step: Channels, draft: Draft, context: Context) -> float:
+    network, call = draft.network, context.task.call()
+    if step.unit == "macs":
+        return totals(cost(network, call)).macs
+    if step.unit == "channels":
+        groups = couple(network, call, step.keep).groups.values()
+        return sum(group.units for group in groups if step.approximate or not group.statistics)
+    if step.unit == "params":
+        return sum(p.numel() for p in network.parameters())
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
 
 def rewound(early: Draft, pruned: Draft) -> Draft:
@@ -188,4 +214,4 @@ def _inside(context: Context, name: str) -> Context:
     return replace(context, folder=context.folder / name)
 
 
-__all__ = ["Iterative", "rewound"]
+__all__ = ["Iterative", "left", "rewound"]
