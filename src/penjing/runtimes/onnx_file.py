@@ -69,7 +69,9 @@ def _exported(
 ) -> bytes:
     program = export(network, call, dynamic)
     inputs = input_names(network, *call)
-    with _quiet():
+    # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
+    # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
+    with _quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(
                 program,
