@@ -26,6 +26,7 @@ STEP = Iterative(
     finetune=Finetune(epochs=1, autocast="off"),
     rounds=3,
 )
+BRIEF = Finetune(epochs=1 / 3, autocast="off")  # one batch
 
 
 @functools.cache  # no step changes the draft that it is given
@@ -54,7 +55,7 @@ def test_what_one_round_took_too_much_the_next_takes_less(unit):
     """Steps of 8 channels: a round that knew only the one before it would end far below the target."""
     step = Channels(**{unit: 0.4}, criterion="l2", round_to=8, least=0)
     once = step(wide(), Context(task=TASK))
-    made = replace(STEP, step=step, rounds=4)(wide(), Context(task=TASK))
+    made = Iterative(step=step, finetune=BRIEF, rounds=4)(wide(), Context(task=TASK))
     parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, made)]
     assert 0.8 * parts[0] < parts[1] <= 0.41
 
@@ -67,8 +68,8 @@ def test_a_latency_is_aimed_at_from_the_start():
         asked.append(precision)
         return [float(macs(d)) for d in drafts]
 
-    step = replace(STEP, step=Channels(latency_ms=0.5, criterion="l2", round_to=4, least=0), rounds=3)
-    made = step(wide(), Context(task=TASK, latency=latency))
+    step = Channels(latency_ms=0.5, criterion="l2", round_to=8, least=0)
+    made = Iterative(step=step, finetune=BRIEF, rounds=2)(wide(), Context(task=TASK, latency=latency))
     assert 0.4 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
 
 
