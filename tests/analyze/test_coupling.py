@@ -13,7 +13,7 @@ from penjing.analyze.masked import masked
 from penjing.errors import RecipeError
 from penjing.network import raise_network
 from penjing.surgery import replay, resize
-from tests.analyze.topologies import TOPOLOGIES, Attention, Residual, Shuffle, scattered
+from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
 
 
 def coupled(model, *args, keep=()):
@@ -154,6 +154,34 @@ def test_what_is_not_known_is_refused_by_name_and_the_rest_goes_on():
     _, coupling = coupled(Odd(), torch.randn(2, 4))
     assert set(coupling.groups) == {"b"}
     assert "cumsum#0" in coupling.held["a.weight:0"]
+
+
+def test_a_computed_size_is_what_is_left_over():
+    x = torch.randn(2, 3, 6, 6)
+    network, coupling = coupled(Patches(), x)
+    assert {name: group.units for name, group in coupling.groups.items()} == {"stem": 8, "join": 6}
+    assert set(coupling.held) == {"out.weight:0", "out.bias:0"}
+    edits = coupling.edits({"stem": [0, 5]})
+    computed = [e["argument"] for e in edits if e["edit"] == "literal" and e["value"] == -1]
+    assert computed == [["shape", 0], ["shape", 0]]
+    again = couple(replay(network, edits), ((x,), {}))  # -1 is a size like any other
+    assert {name: group.units for name, group in again.groups.items()} == {"stem": 6, "join": 6}
+
+
+def test_two_sizes_that_are_computed_or_open_hold_what_they_read():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            n, length, _ = x.shape
+            y = self.a(x).transpose(1, 2).reshape(n * 6, -1, 1)
+            return self.b(y.reshape(n, 6, length).transpose(1, 2))
+
+    _, coupling = coupled(Odd(), torch.randn(2, 5, 4))
+    assert not coupling.groups
+    assert coupling.held["a.weight:0"] == "/reshape#0: the size is computed, and another one is open"
 
 
 def test_an_operator_without_a_rule_holds_what_it_reads():

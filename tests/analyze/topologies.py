@@ -236,6 +236,75 @@ class GroupedQueries(nn.Module):
         return self.out(y.transpose(1, 2).reshape(n, length, 24))
 
 
+class Windows(nn.Module):
+    """Swin: attention inside windows of 3 × 3 pixels, with a learned bias for every head and distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 1)
+        self.q, self.k, self.v, self.project = (nn.Linear(12, 12) for _ in range(4))
+        self.bias = nn.Parameter(torch.randn(25, 4))
+        place = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        apart = place[:, None] - place + 2
+        self.register_buffer("distance", apart[..., 0] * 5 + apart[..., 1])
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        n = x.shape[0]
+        y = x.view(n, 2, 3, 2, 3, 12).transpose(2, 3).contiguous().view(-1, 9, 12)
+        q, k, v = (f(y).view(4 * n, 9, -1, 3).transpose(1, 2) for f in (self.q, self.k, self.v))
+        bias = self.bias[self.distance.view(-1)].view(9, 9, -1).permute(2, 0, 1)[None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = self.project(y.transpose(1, 2).reshape(4 * n, 9, -1))
+        y = y.view(-1, 2, 2, 3, 3, 12).transpose(2, 3).contiguous().view(-1, 6, 6, 12)
+        return self.out(x + y)
+
+
+class Distances(nn.Module):
+    """T5: a norm of squares alone, and one table of biases by distance that every layer's heads share."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.table = nn.Embedding(20, 12), nn.Embedding(5, 4)
+        self.scales = nn.ParameterList(nn.Parameter(torch.rand(12)) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.ModuleList(nn.Linear(12, 16, bias=False) for _ in range(3)) for _ in range(2))
+        self.project = nn.ModuleList(nn.Linear(16, 12, bias=False) for _ in range(2))
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        n, length, _ = x.shape
+        apart = (torch.arange(length)[:, None] - torch.arange(length)).clamp(-2, 2) + 2
+        bias = self.table(apart).permute(2, 0, 1).unsqueeze(0)
+        for scale, qkv, project in zip(self.scales, self.qkv, self.project, strict=True):
+            y = scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+            q, k, v = (f(y).view(n, length, -1, 4).transpose(1, 2) for f in qkv)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            x = x + project(y.transpose(1, 2).reshape(n, length, -1))
+        return self.out(x)
+
+
+class Patches(nn.Module):
+    """MobileViT: channels and batch are one axis while pictures are cut into patches and put together again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.join = nn.Conv2d(8, 6, 3, padding=1)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, c, _, _ = x.shape
+        x = x.reshape(n * c * 3, 2, 3, 2).transpose(1, 2).reshape(n, c, 9, 4)
+        x = x.transpose(1, 3).reshape(n * 4, 9, -1)
+        x = (x + self.mix(self.norm(x))).view(n, 4, 9, -1).transpose(1, 3)
+        x = x.reshape(n * c * 3, 3, 2, 2).transpose(1, 2).reshape(n, c, 6, 6)
+        return self.out(F.relu(self.join(x)).mean((2, 3)))
+
+
 def picture():
     return torch.randn(2, 3, 6, 6)
 
@@ -262,6 +331,9 @@ TOPOLOGIES = {
     "slices": (Slices, lambda: torch.randn(2, 5)),
     "normalised": (Normalised, lambda: torch.randn(2, 5)),
     "products": (Products, lambda: torch.randn(2, 4, 5)),
+    "windows": (Windows, picture),
+    "distances": (Distances, ids),
+    "patches": (Patches, picture),
 }
 
 

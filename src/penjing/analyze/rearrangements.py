@@ -127,15 +127,26 @@ def _reaches_product(walk: Walk, node: fx.Node) -> bool:
 
 
 def _sizes(walk: Walk, node: fx.Node, out: list[Axis]) -> None:
-    """Note the sizes that stand as numbers in the call."""
+    """Note the sizes that stand in the call; what is left over once the others are known can take the place of one.
+
+    A size that the forward computes (batch × channels) need not be understood: where the call has no −1 yet, −1 gives
+    the same, whatever is removed.
+    """
     name, given = operator_name(node), arguments(node)
     word = next((w for w in ("shape", "size", "sizes") if w in given), None)
     if word is None or name not in ("view", "reshape", "unflatten", "_unsafe_view"):
         return
     offset = int(given["dim"]) % len(walk.shape(tensor_inputs(node)[0])) if name == "unflatten" else 0
+    open_size = -1 in given[word]
     for i, size in enumerate(given[word]):
-        if not walk.length(node, (word, i), size, out[offset + i]):
-            hold_all(walk, node, [out[offset + i]], "the size is computed")
+        axis = out[offset + i]
+        if axis is None or walk.length(node, (word, i), size, axis):
+            continue
+        if open_size:
+            hold_all(walk, node, [axis], "the size is computed, and another one is open")
+        else:
+            walk.changes.append(Literal(site(node), (word, i), axis, value=-1))
+            open_size = True
 
 
 # --- channel shuffles ----------------------------------------------------------------------------------------------
