@@ -27,12 +27,14 @@ from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
 from penjing.quantize import AdaRound, Static
 from penjing.recipe import Recipe
-from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, from_dict, to_json, write_text
+from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, Zeros, from_dict, to_json, write_text
 from penjing.report import html
+from penjing.report import verdict as verdicts
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
 from penjing.search import request as requests
+from penjing.search import zeros
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
@@ -152,6 +154,7 @@ def compress(
     found = [_judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
     artifact, verdict = _verdict(run, goal, verdict, found, metrics, looked_at)
+    gained = _zeros(run, steps, next((c for c in found if c.name == verdict.chosen), None), structure)
     record = Record(
         penjing=penjing.__version__,
         versions=measure.versions(),
@@ -171,6 +174,7 @@ def compress(
         layers=source_rows,
         steps=_costs(run),
         warnings=tuple(run.warnings),
+        zeros=gained,
     )
     _deliver(run, steps, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
@@ -359,6 +363,18 @@ def _verdict(
         how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
         reason = f"{chosen.name} {how}: {reason}"
     return measured, replace(verdict, met=met, reason=reason)
+
+
+def _zeros(run: Run, recipe: Recipe, chosen: Candidate | None, structure: Any) -> Zeros | None:
+    """What the chosen candidate's zeros gain, where it has any; a warning where that is nothing."""
+    if chosen is None:
+        return None
+    made = pipeline.draft(run, recipe, Variant(chosen.runtime, chosen.precision))
+    found = zeros.gained(run, made, chosen, structure)
+    if found is not None and (text := verdicts.idle_zeros(found, chosen)):
+        run.warnings.append(text)
+        run.events("warning", text=text)
+    return found
 
 
 def _costs(run: Run) -> tuple[StepCost, ...]:
