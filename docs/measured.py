@@ -230,6 +230,77 @@ def coupling_cost() -> str:
     return _under(lines, data)
 
 
+def sparse_runtimes() -> str:
+    """Zeros among the weights: what they cost, what they save, and how fast files with them run."""
+    data = _read("sparse_runtimes")
+    titles = {"resnet20": "ResNet-20", "minilm": "MiniLM"}
+    parts = []
+    for name, network in data["networks"].items():
+        if network["rows"]:
+            parts += [_sparse_cost(titles[name], network), _sparse_speed(titles[name], network)]
+            parts += [_sparse_kernels(titles[name], network)] if "openvino_int8" in network else []
+    return _under(["\n\n".join(filter(None, parts))], data, "Spread: interquartile range / median. ")
+
+
+def _sparse_cost(title: str, network: dict) -> str:
+    """Metric by method, and bytes."""
+    metric, methods = network["metric"], ("Magnitude", "Wanda", "SparseGPT")
+    lines = [
+        f"| {title} | zeros | {' | '.join(f'{metric}, {m}' for m in methods)} | ONNX file | zip | xz | INT8, xz |",
+        "|---|" + "---|" * (len(methods) + 5),
+    ]
+
+    def figure(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}" if metric == "accuracy" else f"{value:.4f}"
+
+    def size(value: int | None) -> str:
+        return "" if value is None else f"{value / 1e6:.2f} MB"
+
+    for pattern, row in network["rows"].items():
+        found = row[metric]
+        cells = [figure(found.get(m, found.get("dense"))) for m in methods]
+        cells += [size(row.get("bytes", {}).get(key)) for key in ("file", "zip", "xz")]
+        cells.append(size(row.get("int8_bytes", {}).get("xz")))
+        lines.append(f"| {pattern} | {row['zeros']:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sparse_speed(title: str, network: dict) -> str:
+    """Dense latencies, and how many times faster the files with zeros are."""
+    rows = {pattern: row["latency_ms"] for pattern, row in network["rows"].items() if "latency_ms" in row}
+    if not rows:
+        return ""
+    runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch, eager"}
+    columns = [(runtime, batch) for runtime in runtimes for batch in rows["dense"].get(runtime, {})]
+    head = " | ".join(f"{runtimes[runtime]}, batch {batch}" for runtime, batch in columns)
+    lines = [f"| {title} | {head} |", "|---|" + "---|" * len(columns)]
+    for pattern, row in rows.items():
+        cells = (_against_dense(row[runtime][batch], pattern == "dense") for runtime, batch in columns)
+        lines.append(f"| {pattern} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sparse_kernels(title: str, network: dict) -> str:
+    """What is there for zeros in OpenVINO and torch."""
+    tables = {"OpenVINO INT8": network["openvino_int8"]}
+    if isinstance(csr := network.get("torch_sparse", {}).get("csr"), dict):
+        tables["torch modules"] = csr
+    batches = list(next(iter(network["openvino_int8"].values())))
+    lines = [f"| {title} | {' | '.join(f'batch {b}' for b in batches)} |", "|---|" + "---|" * len(batches)]
+    for what, rows in tables.items():
+        for position, (name, row) in enumerate(rows.items()):
+            shown = name.replace("CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE", "with the option for sparse weights")
+            cells = " | ".join(_against_dense(row[b], position == 0) for b in batches)
+            lines.append(f"| {what}, {shown} | {cells} |")
+    return "\n".join(lines)
+
+
+def _against_dense(latency: dict, dense: bool) -> str:
+    return (
+        f"{_ms(latency)} ({latency['spread']:.0%})" if dense else f"{latency['speedup']:.2f}× ({latency['spread']:.0%})"
+    )
+
+
 LATENCIES = {
     "Penjing, OpenVINO": "penjing openvino int8",
     "NNCF, OpenVINO": "nncf",
@@ -251,6 +322,7 @@ TABLES = {
     "mixed_bits": mixed_bits,
     "pruning_zoo": pruning_zoo,
     "coupling_cost": coupling_cost,
+    "sparse_runtimes": sparse_runtimes,
 }
 
 
