@@ -301,8 +301,8 @@ def torch_sparse(name, options):
     for key in ("dense", *(f"{p}{kind}" for p in CSR for kind in ("", ", CSR"))):
         folders[key] = folder = options.folder / name / "modules" / key
         folder.mkdir(parents=True, exist_ok=True)
-        state = pruned(name, key.removesuffix(", CSR")).network.state_dict()
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "weights.safetensors")
+        state = dict(pruned(name, key.removesuffix(", CSR")).network.named_parameters())
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, folder / "weights.safetensors")
     return {"semi_structured": semi, "csr": timed(name, folders, options, opener="sparse_runtimes:open_modules")}
 
 
@@ -316,7 +316,8 @@ def open_modules(folder, threads):
     torch.set_num_threads(threads)
     folder = Path(folder)
     model = minilm_int8.encoder()
-    model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    if unknown := model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys:
+        raise KeyError(unknown)  # what is missing is the pooler, which nothing reads
 
     class Sparse(torch.nn.Module):
         def __init__(self, linear):
@@ -333,7 +334,7 @@ def open_modules(folder, threads):
                     setattr(module, child, Sparse(inner))
 
     class Session:
-        @torch.inference_mode()
+        @torch.no_grad()  # sparse matrices know no inference mode
         def run(self, arrays):
             return [model(*map(torch.from_numpy, arrays)).numpy()]
 
@@ -367,6 +368,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "penjing-sparse-runtimes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sparse_runtimes.json")
     options = parser.parse_args()
+    import psutil
     import torch
 
     from penjing.errors import MissingDependency
@@ -400,7 +402,12 @@ def main() -> None:
         if "bytes" in options.parts:
             sizes(name, entry["rows"], options, save)
         if "latency" in options.parts:
-            entry["latency_settings"] = {"rounds": options.repeats, "seconds": options.seconds, "threads": THREADS}
+            entry["latency_settings"] = {
+                "rounds": options.repeats,
+                "seconds": options.seconds,
+                "threads": THREADS,
+                "others": psutil.cpu_percent(interval=3) / 100,  # share of the processor that others use
+            }
             latency(name, entry["rows"], options, save)
             sparse_kernels(name, entry, options, save)
     save()

@@ -230,15 +230,26 @@ def coupling_cost() -> str:
     return _under(lines, data)
 
 
+QUIET = 0.1
+"""The share of the processor that others may use: above it a latency says more of them than of the file."""
+
+
 def sparse_runtimes() -> str:
     """Zeros among the weights: what they cost, what they save, and how fast files with them run."""
     data = _read("sparse_runtimes")
     titles = {"resnet20": "ResNet-20", "minilm": "MiniLM"}
     parts = []
     for name, network in data["networks"].items():
-        if network["rows"]:
-            parts += [_sparse_cost(titles[name], network), _sparse_speed(titles[name], network)]
-            parts += [_sparse_kernels(titles[name], network)] if "openvino_int8" in network else []
+        if not network["rows"]:
+            continue
+        parts.append(_sparse_cost(titles[name], network))
+        others = network.get("latency_settings", {}).get("others")
+        if others is None or others > QUIET:
+            busy = "not measured" if others is None else f"left out, others used {others:.0%} of the processor"
+            parts.append(f"{titles[name]}'s latency: {busy}.")
+            continue
+        parts += [_sparse_speed(titles[name], network)]
+        parts += [_sparse_kernels(titles[name], network)] if "openvino_int8" in network else []
     return _under(["\n\n".join(filter(None, parts))], data, "Spread: interquartile range / median. ")
 
 
@@ -262,7 +273,8 @@ def _sparse_cost(title: str, network: dict) -> str:
         cells += [size(row.get("bytes", {}).get(key)) for key in ("file", "zip", "xz")]
         cells.append(size(row.get("int8_bytes", {}).get("xz")))
         lines.append(f"| {pattern} | {row['zeros']:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    judged = ["", f"Cosine: the mean over {network['texts']} texts."] if network.get("texts") else []
+    return "\n".join([*lines, *judged])
 
 
 def _sparse_speed(title: str, network: dict) -> str:
@@ -277,7 +289,8 @@ def _sparse_speed(title: str, network: dict) -> str:
     for pattern, row in rows.items():
         cells = (_against_dense(row[runtime][batch], pattern == "dense") for runtime, batch in columns)
         lines.append(f"| {pattern} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    settings = network["latency_settings"]
+    return "\n".join([*lines, "", f"{settings['rounds']} turns of every file, {settings['seconds']:g} s in all."])
 
 
 def _sparse_kernels(title: str, network: dict) -> str:
