@@ -62,6 +62,7 @@ class TestSteps:
         limit = {
             "quantize.Rollback": {"snr_db": 20.0},
             "quantize.MixedPrecision": {"average_bits": 5.0},
+            "prune.Blocks": {"blocks": 1},
             "prune.Channels": {"macs": 0.5},
             "prune.Iterative": {"step": Channels(macs=0.5), "finetune": Finetune()},
         }.get(name, {})

@@ -139,9 +139,10 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     from penjing.console import Progressing
     from penjing.events import Events
 
-    if parsed.noise:
+    if parsed.noise or parsed.sensitivity:
+        kept = Path(parsed.sensitivity) if parsed.sensitivity else None
         with Progressing(messages) as progress:
-            found = inspect(source, task, parsed.noise, Events(listeners=(progress,)))
+            found = inspect(source, task, parsed.noise, Events(listeners=(progress,)), kept)
     else:
         with messages.status("exporting and analysing"):
             found = inspect(source, task)
@@ -158,6 +159,8 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     )
     if parsed.group:
         return _show_group(found, parsed, out)
+    if found.sensitivity:
+        return _show_sensitivity(found, parsed, out)
     out.print("\n[bold]channels that belong together[/bold]")
     out.print(table.groups(found.groups, found.held))
     for runtime, reasons in found.floats.items():
@@ -172,6 +175,17 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     if found.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
         out.print(table.noise(found.noise))
+    return MET
+
+
+def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Console) -> int:
+    from penjing import records
+    from penjing.report import sensitivity
+
+    out.print(sensitivity.text(found.sensitivity), markup=False, highlight=False, soft_wrap=True)
+    if parsed.picture:
+        records.write_text(Path(parsed.picture), sensitivity.picture(found.sensitivity))
+        out.print(parsed.picture, markup=False, highlight=False)
     return MET
 
 

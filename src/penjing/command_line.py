@@ -93,13 +93,17 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
         "inspect",
         "Cost per layer, channels that belong together, and what would stay in floating point.",
         "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
-        "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg",
+        "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
+        "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
     )
     sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
     sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
     sub.add_argument("--group", metavar="NAME", help="everything that goes with the channels of this layer")
-    sub.add_argument("--picture", metavar="FILE.svg", help="with --group: draws it")
+    sub.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: draws it")
+    sub.add_argument(
+        "--sensitivity", metavar="FILE.json", help="prune every group alone, and show what is lost; needs --task"
+    )
     sub.add_argument(
         "--noise", metavar="RUNTIME", help="quantize for it, and show the noise of every operator; needs --task"
     )

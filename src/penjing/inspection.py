@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import fx
 
@@ -12,9 +14,10 @@ from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.draft import Draft
 from penjing.network import raise_network
+from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
 from penjing.quantize.placement import place
-from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow
+from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.source import Source, check_forward
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms
@@ -35,18 +38,25 @@ class Inspection:
     noise: tuple[NoiseRow, ...] = ()
     groups: tuple[GroupRow, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)  # tensor and axis of outputs that never change → reason
+    sensitivity: tuple[SensitivityRow, ...] = ()
 
 
 def inspect(
-    source: Source, task: Task, noise: str | None = None, events: Callable[..., None] | None = None
+    source: Source,
+    task: Task,
+    noise: str | None = None,
+    events: Callable[..., None] | None = None,
+    sensitivity: Path | None = None,
 ) -> Inspection:
     """Analyse a source; needs the example of the task alone.
 
     Args:
         source: The network.
-        task: Its example; for `noise` its calibration data too.
+        task: Its example; for `noise` and `sensitivity` its calibration data too.
         noise: A runtime, for whose integers the noise of every operator is looked for.
         events: Reports progress.
+        sensitivity: A JSON file: every group of channels is pruned alone, and what the outputs lose is written there,
+            or read from there.
     """
     check_forward(source, task)
     network = raise_network(source.module, *task.call(), task.dynamic)
@@ -60,10 +70,25 @@ def inspect(
         explained = explain(Draft(network), replace(context, events=events) if events else context)
     coupling = couple(network, task.call())
     groups = tuple(_group_row(network, group, rows) for group in coupling.groups.values())
+    scan: tuple[SensitivityRow, ...] = ()
+    if sensitivity is not None:
+        context = Context(task=task, source=network)
+        found = scanned(network, coupling, replace(context, events=events) if events else context, sensitivity)
+        macs_of = {group.name: group.macs for group in groups}
+        scan = tuple(
+            SensitivityRow(
+                name=name,
+                units=curve.units,
+                macs=macs_of[name],
+                removed=curve.removed,
+                noise_db=tuple(-10 * math.log10(ratio) if ratio > 0 else None for ratio in curve.noise),
+            )
+            for name, curve in found.items()
+        )
     floats, notes = _blockers(network)
     macs = sum(r.macs for r in rows)
     return Inspection(
-        source.name, rows, parameters, macs, int(peak), floats, notes, explained, groups, dict(coupling.held)
+        source.name, rows, parameters, macs, int(peak), floats, notes, explained, groups, dict(coupling.held), scan
     )
 
 

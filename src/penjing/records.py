@@ -133,6 +133,25 @@ class GroupRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SensitivityRow:
+    """What the network's outputs lose when one group of channels alone is pruned.
+
+    Attributes:
+        name: The group.
+        units: How many it has.
+        macs: Multiply-accumulates of the layers that make or read them.
+        removed: How many of them are removed, rising.
+        noise_db: For each, signal-to-noise ratio of the outputs in dB; None where nothing is lost.
+    """
+
+    name: str
+    units: int
+    macs: int
+    removed: tuple[int, ...]
+    noise_db: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoiseRow:
     """What one operator's integers do to the network's outputs when it alone is quantized.
 

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -258,6 +259,24 @@ class Ranking:
         return [(name, fewer) for _, name, fewer in sorted(found)]
 
 
+def scanned(
+    network: fx.GraphModule, coupling: Coupling, context: Context, kept: Path | None = None
+) -> sensitivity.Scan:
+    """What the outputs lose by every group that `Channels` would prune as it is, in the order of its criterion.
+
+    Args:
+        network: A raised network.
+        coupling: `penjing.analyze.coupling.couple` of it.
+        context: For its data.
+        kept: A JSON file that finished groups are written to and read from.
+    """
+    step = Channels(macs=0.5)
+    groups = {name: g for name, g in coupling.groups.items() if g.units > 1 and not g.statistics}
+    scores = criteria.score(criterion_for(step, context), network, coupling, context, step.batches, seed=context.seed)
+    ranked = {name: np.argsort(scores[name], kind="stable").tolist() for name in groups}
+    return sensitivity.scan(network, coupling, ranked, context, step.batches, kept)
+
+
 def _by_sensitivity(
     step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
 ) -> criteria.Scores:
@@ -265,7 +284,7 @@ def _by_sensitivity(
     ranked = {name: np.argsort(value, kind="stable") for name, value in scores.items()}
     kept = context.folder / sensitivity.FILE if context.folder else None
     order = {name: units.tolist() for name, units in ranked.items()}
-    found = sensitivity.scan(network, coupling, order, context, step.batches, kept=kept)
+    found = sensitivity.scan(network, coupling, order, context, step.batches, kept)
     prices = _prices(step.unit, network, coupling, context)
     marginal: criteria.Scores = {}
     for name, units in ranked.items():
@@ -391,4 +410,4 @@ def _in_the_way(step: Channels, ranking: Ranking) -> str:
     return "; ".join(texts)
 
 
-__all__ = ["AGREEMENT", "Channels", "Ranking", "Removed", "criterion_for", "disagreement", "remove"]
+__all__ = ["AGREEMENT", "Channels", "Ranking", "Removed", "criterion_for", "disagreement", "remove", "scanned"]

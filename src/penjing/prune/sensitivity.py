@@ -73,8 +73,8 @@ def scan(
     ranked: Mapping[str, Sequence[int]],
     context: Context,
     batches: int,
-    shares: Sequence[float] = SHARES,
     kept: Path | None = None,
+    shares: Sequence[float] = SHARES,
 ) -> Scan:
     """Prune every group alone, several times, and see what the outputs lose.
 
@@ -84,8 +84,8 @@ def scan(
         ranked: Group → its units, the first to go first; groups that are not named are left out.
         context: For its data; reports progress.
         batches: How many batches of calibration data are read, `BATCHES` at most.
-        shares: Fractions of a group's units.
         kept: A JSON file that finished groups are written to and read from.
+        shares: Fractions of a group's units.
     """
     calls = list(calibration_calls(context.task, limit=min(batches, BATCHES)))
     digest = _digest(network, ranked, calls, shares)
