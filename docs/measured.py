@@ -230,6 +230,59 @@ def coupling_cost() -> str:
     return _under(lines, data)
 
 
+def pruning_accuracy() -> str:
+    """Accuracy and speed of pruned picture networks beside Torch-Pruning."""
+    data = _read("pruning_accuracy")
+    parts, titles = [], {"resnet20": "ResNet-20", "vgg16": "VGG-16"}
+    for name, network in data["networks"].items():
+        lines = [
+            f"| {titles[name]} | MACs left | chosen | epochs | accuracy, median (all seeds) |",
+            "|---|---|---|---|---|",
+            f"| as given | 100% | | | {network['source']['accuracy']:.2%} |",
+        ]
+        for target, sides in network.get("accuracy", {}).items():
+            lines += [f"{_pruned_row(f'{side} at {target}', row)}" for side, row in sides.items()]
+        parts.append("\n".join(lines))
+        if speed := network.get("speed"):
+            parts.append(_pruned_speed(titles[name], speed))
+    return _under(["\n\n".join(parts)], data, "Spread: interquartile range / median. ")
+
+
+def minilm_pruning() -> str:
+    """Accuracy and speed of a pruned sentence encoder beside Torch-Pruning."""
+    data = _read("minilm_pruning")
+    lines = [
+        "| MiniLM, 20 Newsgroups | MACs left | chosen | texts | accuracy, median (all seeds) |",
+        "|---|---|---|---|---|",
+        f"| as given | 100% | | | {data['source']['accuracy']:.2%} |",
+    ]
+    lines += [_pruned_row(side, row, "texts") for side, row in data["accuracy"].items()]
+    if data.get("speed"):
+        lines += ["", _pruned_speed("MiniLM", data["speed"])]
+    return _under(lines, data, "Spread: interquartile range / median. ")
+
+
+def _pruned_row(title: str, row: dict, length: str = "epochs") -> str:
+    return (
+        f"| {title.replace('torch-pruning', 'Torch-Pruning').replace('penjing', 'Penjing')} | {row['macs']:.1%} "
+        f"| {row['settings'].replace('_', ' ')} | {row[length]:g} "
+        f"| {row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%}) |"
+    )
+
+
+def _pruned_speed(title: str, speed: dict) -> str:
+    lines = [f"| {title} | latency | spread | MACs left | faster | of MACs |", "|---|---|---|---|---|---|"]
+    for name, row in speed.items():
+        for word, shown in {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "penjing": "Penjing",
+                            "torch-pruning": "Torch-Pruning"}.items():  # fmt: skip
+            name = name.replace(word, shown)
+        lines.append(
+            f"| {name} | {row['median_ms']:.2f} ms | {row['spread']:.0%} | {row['macs']:.1%} | {row['speedup']:.2f}× "
+            f"| {row['speedup'] * row['macs']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 QUIET = 0.1
 """The share of the processor that others may use: above it a latency says more of them than of the file."""
 
@@ -335,6 +388,8 @@ TABLES = {
     "mixed_bits": mixed_bits,
     "pruning_zoo": pruning_zoo,
     "coupling_cost": coupling_cost,
+    "pruning_accuracy": pruning_accuracy,
+    "minilm_pruning": minilm_pruning,
     "sparse_runtimes": sparse_runtimes,
 }
 

@@ -204,6 +204,31 @@ class TestInspect:
         assert "12 groups with" in out
         assert "held: classifier.weight:0 (it is an output of the network)" in out
 
+    def test_what_each_group_of_channels_alone_is_worth(self, capsys, tmp_path):
+        (tmp_path / "net.py").write_text(
+            "import torch\nimport penjing as pj\nfrom torch import nn\n"
+            "def trained():\n    torch.manual_seed(0)\n"
+            "    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+            "def task():\n    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))\n"
+            "    return pj.Task(example=x[:2], calibration=list(x.split(4)))\n"
+        )
+        scan, drawn = tmp_path / "scan.json", tmp_path / "scan.svg"
+        asked = ["inspect", f"{tmp_path}/net.py:trained", "--task", f"{tmp_path}/net.py:task"]
+        asked += ["--sensitivity", str(scan)]
+        assert cli.main([*asked, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["sensitivity"]
+        assert {row["name"]: row["units"] for row in rows} == {"0": 16, "2": 8}
+        assert all(len(row["snr_db"]) == len(row["removed"]) for row in rows)
+        finished = scan.read_text()
+        assert cli.main([*asked, "--picture", str(drawn)]) == 0  # read again, not scanned again
+        assert "dB" in capsys.readouterr().out
+        assert scan.read_text() == finished and drawn.read_text().startswith("<svg")
+
+    def test_a_scan_needs_a_task(self, capsys, tmp_path):
+        asked = ["inspect", "resnet20", "--shape", "3,32,32", "--sensitivity", str(tmp_path / "scan.json")]
+        assert cli.main(asked) == 1
+        assert "the task has no calibration data" in capsys.readouterr().err
+
     def test_the_noise_of_every_operator(self, capsys, tmp_path):
         (tmp_path / "net.py").write_text(
             "import torch\nfrom penjing.architectures import build\nimport penjing as pj\n"

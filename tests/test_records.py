@@ -23,6 +23,7 @@ from penjing.records import (
     Parity,
     Record,
     StepCost,
+    Zeros,
     from_dict,
     to_json,
     write_text,
@@ -51,6 +52,7 @@ LAYERS = some(st.builds(LayerRow, name=TEXT, kind=TEXT, macs=COUNT, executed=st.
 PARITY = st.builds(
     Parity, against=TEXT, largest=NUMBER, mean=NUMBER, snr_db=NUMBER, agreement=st.none() | NUMBER, samples=COUNT
 )
+ZEROS = st.builds(Zeros, count=COUNT, weights=COUNT, speedup=NUMBER, low=NUMBER, high=NUMBER)
 CANDIDATE = st.builds(
     Candidate,
     name=TEXT,
@@ -94,6 +96,7 @@ RECORD = st.builds(
     layers=LAYERS,
     steps=some(st.builds(StepCost, name=TEXT, wall_s=NUMBER, peak_memory_bytes=COUNT)),
     warnings=some(TEXT),
+    zeros=st.none() | ZEROS,
     format=st.just(FORMAT),
 )
 

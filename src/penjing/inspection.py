@@ -81,7 +81,7 @@ def inspect(
                 units=curve.units,
                 macs=macs_of[name],
                 removed=curve.removed,
-                noise_db=tuple(-10 * math.log10(ratio) if ratio > 0 else None for ratio in curve.noise),
+                snr_db=tuple(-10 * math.log10(ratio) if ratio > 0 else None for ratio in curve.noise),
             )
             for name, curve in found.items()
         )

@@ -141,14 +141,14 @@ class SensitivityRow:
         units: How many it has.
         macs: Multiply-accumulates of the layers that make or read them.
         removed: How many of them are removed, rising.
-        noise_db: For each, signal-to-noise ratio of the outputs in dB; None where nothing is lost.
+        snr_db: For each, signal-to-noise ratio of the outputs in dB; None where nothing is lost.
     """
 
     name: str
     units: int
     macs: int
     removed: tuple[int, ...]
-    noise_db: tuple[float | None, ...]
+    snr_db: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def test_a_target_is_met_and_no_block_more_goes(target):
     (wanted,) = target.values()
     one_less = Draft(replay(network, draft.edits[:-1]))
     assert left(draft) <= wanted < left(one_less)
-    assert [values["noise_db"] for kind, values in told if kind == "block"]
+    assert [values["snr_db"] for kind, values in told if kind == "block"]
 
 
 def test_blocks_of_a_transformer_go_one_after_the_other_and_reload(tmp_path):
@@ -161,4 +161,4 @@ def test_noise_is_told_in_decibels():
     told = []
     Blocks(blocks=1)(Draft(network), Context(task=task, events=lambda kind, **v: told.append((kind, v))))
     (values,) = [v for kind, v in told if kind == "block"]
-    assert math.isfinite(values["noise_db"]) and values["name"]
+    assert math.isfinite(values["snr_db"]) and values["name"]

@@ -6,8 +6,8 @@ from penjing.records import SensitivityRow
 from penjing.report import sensitivity
 
 ROWS = (
-    SensitivityRow(name="a<b>", units=16, macs=1000, removed=(2, 8), noise_db=(30.25, -1.5)),
-    SensitivityRow(name="conv", units=8, macs=500, removed=(1, 4), noise_db=(None, 12.0)),
+    SensitivityRow(name="a<b>", units=16, macs=1000, removed=(2, 8), snr_db=(30.25, -1.5)),
+    SensitivityRow(name="conv", units=8, macs=500, removed=(1, 4), snr_db=(None, 12.0)),
 )
 
 

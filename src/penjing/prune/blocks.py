@@ -131,7 +131,7 @@ class Blocks:
                 )
             _, noise, name, current = min(tried, key=lambda t: t[0])
             done.append(name)
-            context.events("block", name=name, noise_db=-10 * math.log10(noise) if noise > 0 else math.inf)
+            context.events("block", name=name, snr_db=-10 * math.log10(noise) if noise > 0 else math.inf)
         return current
 
     def _kept(self, network: fx.GraphModule) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def text(rows: Sequence[records.SensitivityRow]) -> str:
     longest = max((len(row.name) for row in rows), default=0)
     lines = [_SHOWN]
     for row in rows:
-        cells = " ".join(f"{_share(row, i):>5}: {_decibels(db):>5}" for i, db in enumerate(row.noise_db))
+        cells = " ".join(f"{_share(row, i):>5}: {_decibels(db):>5}" for i, db in enumerate(row.snr_db))
         lines.append(f"  {row.name:<{longest}} {row.units:>5}  {cells}")
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def picture(rows: Sequence[records.SensitivityRow]) -> str:
         name = row.name if len(row.name) <= 34 else "…" + row.name[-33:]
         parts.append(_words(12, top + 14, name, _INK))
         parts.append(_words(_LABEL - 10, top + 14, str(row.units), _QUIET, 'text-anchor="end"'))
-        for i, decibels in enumerate(row.noise_db):
+        for i, decibels in enumerate(row.snr_db):
             parts += _cell(row, i, decibels, _LABEL + _CELL * i, top)
         bar = _BAR * row.macs / most
         parts.append(
