@@ -45,9 +45,10 @@ def child(tool: str, samples: int, folder: Path) -> None:
     prepared = _prepare(tool, lite0(), folder)
     reset_peak()
     start = time.perf_counter()
-    run(prepared, pictures, folder)
+    stages = run(prepared, pictures, folder)
     seconds = time.perf_counter() - start
-    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}))
+    result = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()} | ({"stages_s": stages} if stages else {})
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 def _prepare(tool, network, folder):
@@ -70,6 +71,7 @@ def _prepare(tool, network, folder):
 
 
 def _penjing(network, pictures, folder):
+    """Quantize, and tell the seconds of every stage: no calibration is as cheap as the ways into and out of torch."""
     from dataclasses import replace
 
     from examples.imagenet_lite0.task import task as lite0_task
@@ -81,11 +83,15 @@ def _penjing(network, pictures, folder):
 
     task = replace(lite0_task(), calibration=list(pictures.split(10)))
     accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    context, ends = Context(task=task, accelerates=accelerates), {"": time.perf_counter()}
     draft = Draft(raise_network(network, *task.call()))
-    context = Context(task=task, accelerates=accelerates)
+    ends["raising"] = time.perf_counter()
     for step in (Static(samples=len(pictures)), AdaRound()):
         draft = step(draft, context)
+        ends[type(step).__name__] = time.perf_counter()
     building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
+    ends["export"] = time.perf_counter()
+    return {name: ends[name] - before for name, before in zip(list(ends)[1:], ends.values(), strict=False)}
 
 
 def _nncf(model, pictures, folder):
@@ -244,6 +250,8 @@ def main() -> None:
             middle, spread = statistics.median(seconds), max(seconds) - min(seconds)
             peak = statistics.median(r["peak_memory_bytes"] for r in runs)
             cost = {"seconds": middle, "spread_s": spread, "peak_memory_bytes": peak}
+            if "stages_s" in runs[0]:
+                cost["stages_s"] = {k: statistics.median(r["stages_s"][k] for r in runs) for k in runs[0]["stages_s"]}
             data["tools"][tool]["cost"][str(samples)] = cost
             line = f"{tool:<16}{samples:>8}{middle:>9.1f}{spread:>8.1f}{peak / 1e6:>9.0f}"
             if samples == shown[tool]:

@@ -59,6 +59,9 @@ def cost() -> str:
             f"| {tool} | {' | '.join(cells)} | {quality['agreement']:.3f} | {quality['snr_db']:.1f} dB "
             f"| {row['latency_ms']['median']:.2f} ms |"
         )
+    stages = data["tools"]["penjing"]["cost"][sizes[-1]].get("stages_s", {})
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
+    lines += ["", f"Penjing's seconds at {sizes[-1]} samples: {spent}."] if stages else []
     return "\n".join(
         [*lines, "", f"{data['repeats']} runs each, medians; {conditions(data['machine'], data['versions'])}"]
     )
