@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from penjing import architectures, prune, quantize, records
+    from penjing import architectures, distill, prune, quantize, records
     from penjing.checkpoint import restore as load_checkpoint
     from penjing.errors import PenjingError
     from penjing.finetune import Finetune
@@ -33,7 +33,7 @@ _HOME = {
     "compress": "penjing.search.compress",
     "run": "penjing.search.compress",
 }
-_MODULES = ("architectures", "prune", "quantize", "records")
+_MODULES = ("architectures", "distill", "prune", "quantize", "records")
 
 __all__ = [
     "Finetune",
@@ -45,6 +45,7 @@ __all__ = [
     "apply",
     "architectures",
     "compress",
+    "distill",
     "load_checkpoint",
     "prune",
     "quantize",

@@ -27,6 +27,8 @@ from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.outputs import to_tensor
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
+from penjing.task import Task, calibration_calls
+from penjing.teaching import Distillation, Teaching, in_fp32
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -94,6 +96,10 @@ class Finetune:
         autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
         losses: Terms that are summed; empty takes `task.loss` alone.
+        distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
+        teacher: Who is imitated: None takes the source network, "self" the network as it is before the training;
+            or any module, or several, whose outputs are averaged.
+        labels: Weight of `losses` beside a teacher; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
         save_every_s: Seconds between two saved states, if the context has a folder.
     """
@@ -108,6 +114,9 @@ class Finetune:
     autocast: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool = True
     losses: tuple[Loss, ...] = ()
+    distill: Distillation | tuple[Distillation, ...] = ()
+    teacher: nn.Module | tuple[nn.Module, ...] | Literal["self"] | None = None
+    labels: float = 1.0
     hooks: tuple[Hook, ...] = ()
     save_every_s: float = 60.0
 
@@ -117,6 +126,8 @@ class Finetune:
         fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
+        fine["labels"] = (0 <= self.labels < math.inf, "a number of at least 0")
+        fine["distill"] = (all(hasattr(d, "term") for d in self.distillations), "penjing.distill.Logits() and its like")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name in ("losses", "hooks"):
@@ -124,6 +135,18 @@ class Finetune:
         for name, (good, expected) in fine.items():
             if not good:
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
+
+        if self.labels == 0 and not self.distillations:
+            raise RecipeError(
+                "training without labels and without a teacher learns nothing",
+                got="labels=0, distill=()",
+                expected="labels above 0, or distill=penjing.distill.Logits()",
+            )
+
+    @property
+    def distillations(self) -> tuple[Distillation, ...]:
+        """`distill` as a tuple."""
+        return self.distill if isinstance(self.distill, tuple) else (self.distill,)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights; the zeros of `draft.sparse` stay."""
@@ -173,14 +196,17 @@ def seed_everything(seed: int) -> None:
 class _Loop:
     def __init__(self, network: nn.Module, context: Context, settings: Finetune) -> None:
         task = context.task
-        if task.train is None:
+        data = task.train
+        if data is None and not settings.labels and task.calibration is not None:
+            data = _Unlabelled(task)
+        if data is None:
             raise TaskError(
                 "fine-tuning needs training data",
                 got="Task.train is None",
                 expected="an iterable of (inputs, target)",
                 remedy="give Task(train=loader, loss=...), or leave fine-tuning out of the recipe",
             )
-        if not settings.losses and task.loss is None:
+        if settings.labels and not settings.losses and task.loss is None:
             raise TaskError(
                 "fine-tuning needs a loss",
                 got="Task.loss is None",
@@ -190,7 +216,7 @@ class _Loop:
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
-        self.context, self.settings, self.data = context, settings, task.train
+        self.context, self.settings, self.data = context, settings, data
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
         last = settings.channels_last and conv and _channels_last_pays(context.device)
@@ -198,6 +224,11 @@ class _Loop:
         bf16 = settings.autocast == "bf16" or (settings.autocast == "auto" and bf16_pays(context.device))
         self.cast: Callable[[], AbstractContextManager[Any]] = (
             (lambda: torch.autocast(torch.device(context.device).type, torch.bfloat16)) if bf16 else nullcontext
+        )
+        self.teaching = (
+            Teaching(self.network, settings.teacher, settings.distillations, context)
+            if settings.distillations
+            else None
         )
         self.path = context.folder / "finetune.pt" if context.folder else None
         self.random_numbers: dict[str, Any] | None = None
@@ -207,6 +238,8 @@ class _Loop:
             for p in self.network.parameters():
                 if p.dim() == 4:
                     p.data = p.data.contiguous(memory_format=torch.channels_last)
+        if self.teaching:
+            self.teaching.prepare(self.cast)
         self.optimizer = self._optimizer()
         self.step, self.epoch, self.position = 0, 0, 0
         self.loss_sum, self.loss_count = 0.0, 0.0
@@ -268,7 +301,8 @@ class _Loop:
             group["lr"] = rate
         value = float(self._backward(inputs, target).detach())
         if not math.isfinite(value):
-            raise _diverged(f"the loss is not finite at step {self.step}", value)
+            broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
+            raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
         self._hook("gradients")
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_grad_norm)
@@ -286,11 +320,17 @@ class _Loop:
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         self.optimizer.zero_grad(set_to_none=True)
         with self.cast():
-            output = self.network(*args, **kwargs)
-        # Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm.
-        output = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, output)
-        batch = Batch((args, kwargs), output, target, self.network, self.step)
-        loss = torch.stack([_scalar(term(batch)) for term in self.settings.losses or (self._task_loss,)]).sum()
+            output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
+            lesson = self.teaching.lesson(output, target, args, kwargs) if self.teaching else None
+        batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
+        losses = (self.settings.losses or (self._task_loss,)) if self.settings.labels else ()
+        terms = [self.settings.labels * _scalar(term(batch)) for term in losses]
+        self.terms = {f"loss {i}": term.detach() for i, term in enumerate(terms)}
+        if self.teaching and lesson:
+            taught = {name: _scalar(term) for name, term in self.teaching.terms(lesson).items()}
+            self.terms |= {name: term.detach() for name, term in taught.items()}
+            terms += taught.values()
+        loss = torch.stack(terms).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -310,8 +350,9 @@ class _Loop:
         return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        weights = [p for p in self.network.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.network.parameters() if p.requires_grad and p.dim() <= 1]
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        trained += self.teaching.adapters.parameters() if self.teaching else []
+        weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
         groups: list[dict[str, Any]] = [
             {"params": weights, "weight_decay": self.settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -348,6 +389,7 @@ class _Loop:
         """Median time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
         probe = copy.copy(self)
         probe.network = copy.deepcopy(self.network)
+        probe.teaching = self.teaching.of(probe.network) if self.teaching else None
         probe.settings = replace(self.settings, hooks=())
         probe.optimizer = probe._optimizer()
         probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
@@ -365,6 +407,7 @@ class _Loop:
             "request": self._request(),
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
             "network": self.network.state_dict(),
+            "adapters": self.teaching.adapters.state_dict() if self.teaching else {},
             "optimizer": self.optimizer.state_dict(),
             "random": training_state.random_numbers(self.context.device),
         }
@@ -377,6 +420,8 @@ class _Loop:
             self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
             self.loss_sum, self.loss_count = map(float, state["numbers"][4:])
             self.network.load_state_dict(state["network"])
+            if self.teaching:
+                self.teaching.adapters.load_state_dict(state["adapters"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.random_numbers = state["random"]
             training_state.set_random_numbers(self.random_numbers, self.context.device)
@@ -386,7 +431,19 @@ class _Loop:
     def _request(self) -> dict[str, Any]:
         """What must be the same for a resumed run to end in the same bits."""
         found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
+        found["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in found.items() if name != "save_every_s"}
+
+
+class _Unlabelled:
+    """Calibration data as a loader without labels."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __iter__(self) -> Iterator[tuple[Any, None]]:
+        for args, kwargs in calibration_calls(self.task):
+            yield kwargs or args, None
 
 
 def _diverged(what: str, got: object) -> TrainingError:

@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from penjing import prune, quantize
+from penjing import distill, prune, quantize
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.step import Step
@@ -41,6 +41,10 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.MixedPrecision": quantize.MixedPrecision,
 }
 """Every step by the name that it has in a YAML recipe."""
+
+
+SETTINGS: dict[str, type[Any]] = {f"distill.{name}": getattr(distill, name) for name in distill.__all__}
+"""What is no step but a setting of one, by the name that it has in a YAML recipe."""
 
 
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
@@ -184,17 +188,31 @@ class Recipe:
 
 def _data(step: Any) -> dict[str, Any]:
     """A step as plain data, and the steps within it too."""
-    names = {cls: name for name, cls in CATALOGUE.items()}
-    fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
-    plain = {name: _data(value) if type(value) in names else value for name, value in fields.items()}
-    return {names.get(type(step), type(step).__name__): plain}
+    names = {cls: name for name, cls in (CATALOGUE | SETTINGS).items()}
+
+    def plain(value: Any) -> Any:
+        if type(value) in names:
+            return _data(value)
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    fields = {f.name: plain(getattr(step, f.name)) for f in dataclasses.fields(step)}
+    return {names.get(type(step), type(step).__name__): fields}
 
 
-def _step(item: Any) -> Step:
+def _setting(value: Any) -> Any:
+    """A value of a recipe's YAML: lists become tuples, and what is written as a step or a setting becomes one."""
+    if isinstance(value, list):
+        return tuple(map(_setting, value))
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= set(CATALOGUE | SETTINGS):
+        return _step(value, CATALOGUE | SETTINGS)
+    return value
+
+
+def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     single = isinstance(item, dict) and len(item) == 1
     name, settings = next(iter(item.items())) if single else (item, None)
-    if not isinstance(name, str) or name not in CATALOGUE:
-        near = difflib.get_close_matches(str(name), CATALOGUE, n=1)
+    if not isinstance(name, str) or name not in catalogue:
+        near = difflib.get_close_matches(str(name), catalogue, n=1)
         raise RecipeError(
             "the recipe names a step that does not exist",
             got=repr(item),
@@ -206,7 +224,7 @@ def _step(item: Any) -> Step:
         raise RecipeError(
             f"the settings of {name} are no mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
         )
-    cls = CATALOGUE[name]
+    cls = catalogue[name]
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in settings:
         if key not in known:
@@ -217,11 +235,7 @@ def _step(item: Any) -> Step:
                 expected=f"one of {', '.join(known)}",
                 remedy=f"did you mean {near[0]}?" if near else None,
             )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    values = {k: _step(v) if isinstance(v, dict) and len(v) == 1 and set(v) <= set(CATALOGUE) else v
-              for k, v in values.items()}  # fmt: skip
     try:
-        step: Step = cls(**values)
+        return cls(**{key: _setting(value) for key, value in settings.items()})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}") from None
-    return step

@@ -1,0 +1,12 @@
+"""Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`."""
+
+from penjing.distill.attention import AttentionTransfer
+from penjing.distill.dist import DIST
+from penjing.distill.dkd import DKD
+from penjing.distill.hard import HardLabels
+from penjing.distill.hints import Hints
+from penjing.distill.logits import Logits
+from penjing.distill.rkd import RKD
+from penjing.distill.similarity import SimilarityPreserving
+
+__all__ = ["DIST", "DKD", "RKD", "AttentionTransfer", "HardLabels", "Hints", "Logits", "SimilarityPreserving"]

@@ -1,0 +1,76 @@
+"""Attention transfer: the student looks where the teacher looks.
+
+Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from penjing.distill.settings import check, paired
+from penjing.errors import TaskError
+from penjing.teaching import Lesson, Term
+
+
+def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared distance of attention maps: the sum of all channels' squares, of length 1; the mean over samples.
+
+    Widths may differ. Of two sizes the larger is averaged down to the smaller.
+
+    Args:
+        student: (samples, channels, height, width).
+        teacher: (samples, channels, height, width).
+
+    Returns:
+        A scalar from 0 to 2.
+    """
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+
+    def attention(x: torch.Tensor) -> torch.Tensor:  # (samples, pixels)
+        return F.normalize(F.adaptive_avg_pool2d(x.square().sum(1, keepdim=True), size).flatten(1), dim=1)
+
+    return (attention(student) - attention(teacher)).square().sum(1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTransfer:
+    """Where both networks look (`attention_transfer`), the sum over all pairs.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        features: (student's, teacher's) sites, or parts of the networks, with pictures of many channels. A name alone
+            stands for the same name in both.
+        weight: Of this term in the training loss.
+    """
+
+    features: tuple[tuple[str, str], ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, weight=self.weight)
+        object.__setattr__(self, "features", paired(self, self.features))
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch.
+
+        Raises:
+            TaskError: A feature is no picture.
+        """
+        for names, values in zip(self.features, lesson.pairs(self.features), strict=True):
+            if any(value.dim() != 4 for value in values):
+                raise TaskError(
+                    "attention transfer looks at pictures",
+                    got=", ".join(f"{n}: {tuple(v.shape)}" for n, v in zip(names, values, strict=True)),
+                    expected="(samples, channels, height, width)",
+                    remedy="distill.Hints takes values of any shape",
+                )
+
+        def loss(lesson: Lesson) -> torch.Tensor:
+            return torch.stack([attention_transfer(*pair) for pair in lesson.pairs(self.features)]).sum()
+
+        return loss

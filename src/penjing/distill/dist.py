@@ -1,0 +1,76 @@
+"""DIST: student and teacher agree on how classes and samples compare, not on exact probabilities.
+
+Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penjing.distill.settings import check
+from penjing.teaching import Lesson, Term
+
+
+def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 − Pearson's correlation of softened probabilities, over classes and over samples, times temperature².
+
+    Args:
+        student: Logits (samples, classes).
+        teacher: Logits (samples, classes).
+        temperature: What both are divided by, above 0.
+
+    Returns:
+        Two scalars: between the classes of each sample (the mean over samples), and between the samples of each class
+        (the mean over classes).
+    """
+    found, wanted = (torch.softmax(x / temperature, dim=1) for x in (student, teacher))
+    between = 1 - _pearson(found, wanted).mean()
+    within = 1 - _pearson(found.t(), wanted.t()).mean()
+    return between * temperature**2, within * temperature**2
+
+
+def _pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Correlation of every row of (rows, values) with its fellow."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return torch.cosine_similarity(a, b, dim=1, eps=1e-8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DIST:
+    """Correlations instead of probabilities (`correlations`): for teachers much stronger than the student.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        temperature: What both networks' logits are divided by.
+        between: Weight of how the classes of a sample compare.
+        within: Weight of how the samples of a class compare.
+        weight: Of this term in the training loss.
+    """
+
+    temperature: float = 1.0
+    between: float = 2.0
+    within: float = 2.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, temperature=self.temperature, between=self.between, within=self.within, weight=self.weight)
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """(student's, teacher's) values inside the networks that are looked at: none."""
+        return ()
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+        lesson.logits()  # other classes are refused before anything is trained
+
+        def loss(lesson: Lesson) -> torch.Tensor:
+            student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
+            between, within = correlations(student, teacher, self.temperature)
+            return self.between * between + self.within * within
+
+        return loss

@@ -1,0 +1,87 @@
+"""Decoupled distillation: how probable the true class is, and how the others compare, are weighed apart.
+
+Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from penjing.distill.settings import check
+from penjing.teaching import Lesson, Term
+
+_OUT = 1000.0
+"""Subtracted from the true class's logit: its probability among the others becomes 0."""
+
+
+def decoupled(
+    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float, alpha: float, beta: float
+) -> torch.Tensor:
+    """α · KL of (true class, all others) + β · KL among the other classes, times the temperature's square.
+
+    With α = 1 and β = the teacher's probability of all other classes it is the soft targets' loss.
+
+    Args:
+        student: Logits (samples, classes).
+        teacher: Logits (samples, classes).
+        target: True classes (samples,) int64.
+        temperature: What both are divided by, above 0.
+        alpha: Weight of the true class against all others.
+        beta: Weight of the others among themselves.
+
+    Returns:
+        A scalar, in nats.
+    """
+    true = F.one_hot(target, student.shape[1]).bool()
+    found, wanted = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+
+    def two(logs: torch.Tensor) -> torch.Tensor:  # (samples, 2): the true class, all others
+        return torch.stack([logs[true], torch.logsumexp(logs.masked_fill(true, -torch.inf), dim=1)], dim=1)
+
+    def others(x: torch.Tensor) -> torch.Tensor:  # (samples, classes): among the others
+        return F.log_softmax(x / temperature - _OUT * true, dim=1)
+
+    target_class = F.kl_div(two(found), two(wanted), reduction="batchmean", log_target=True)
+    other_classes = F.kl_div(others(student), others(teacher), reduction="batchmean", log_target=True)
+    return (alpha * target_class + beta * other_classes) * temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKD:
+    """Decoupled distillation (`decoupled`); it needs labels, classes as int64.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        temperature: What both networks' logits are divided by.
+        alpha: Weight of the true class against all others.
+        beta: Weight of the others among themselves; the paper takes 2 to 8, more for a surer teacher.
+        weight: Of this term in the training loss.
+    """
+
+    temperature: float = 4.0
+    alpha: float = 1.0
+    beta: float = 4.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, temperature=self.temperature, alpha=self.alpha, beta=self.beta, weight=self.weight)
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """(student's, teacher's) values inside the networks that are looked at: none."""
+        return ()
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+        lesson.logits()  # other classes are refused before anything is trained
+
+        def loss(lesson: Lesson) -> torch.Tensor:
+            student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
+            return decoupled(student, teacher, lesson.classes(), self.temperature, self.alpha, self.beta)
+
+        return loss

@@ -1,0 +1,56 @@
+"""Hard labels: the teacher's most probable class takes the place of the label.
+
+Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, at a temperature that goes to 0;
+Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from penjing.distill.settings import check
+from penjing.teaching import Lesson, Term
+
+
+def hard_labels(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy to the teacher's most probable class, the mean over all samples.
+
+    Args:
+        student: Logits (…, classes).
+        teacher: Logits (…, classes).
+
+    Returns:
+        A scalar, in nats.
+    """
+    classes = student.shape[-1]
+    return F.cross_entropy(student.reshape(-1, classes), teacher.reshape(-1, classes).argmax(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardLabels:
+    """The teacher's most probable class as label (`hard_labels`).
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        weight: Of this term in the training loss.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, weight=self.weight)
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """(student's, teacher's) values inside the networks that are looked at: none."""
+        return ()
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+        lesson.logits()  # other classes are refused before anything is trained
+        return lambda lesson: hard_labels(*lesson.logits())

@@ -1,0 +1,79 @@
+"""Hints: values inside the student become those inside the teacher, through an adapter where the widths differ.
+
+Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from penjing.distill.settings import check, paired
+from penjing.teaching import Lesson, Term
+
+
+def hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference, as a part of the teacher's mean square: 0 is equal, 1 what zeros would have.
+
+    Args:
+        student: Any shape.
+        teacher: The same shape.
+
+    Returns:
+        A scalar without a unit.
+    """
+    return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hints:
+    """Values inside both networks (`hint`), the mean over all pairs.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        features: (student's, teacher's) sites, or parts of the networks, whose last value is meant. A name alone stands
+            for the same name in both.
+        weight: Of this term in the training loss.
+    """
+
+    features: tuple[tuple[str, str], ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, weight=self.weight)
+        object.__setattr__(self, "features", paired(self, self.features))
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch, a module with one adapter a pair."""
+        return _Hints(self.features, lesson)
+
+
+class _Hints(nn.Module):
+    def __init__(self, features: tuple[tuple[str, str], ...], lesson: Lesson) -> None:
+        super().__init__()
+        self.features = features
+        self.adapters = nn.ModuleList(
+            _adapter(lesson.student_features[mine], lesson.teacher_features[theirs]) for mine, theirs in features
+        )
+
+    def forward(self, lesson: Lesson) -> torch.Tensor:
+        parts = []
+        for adapter, (mine, theirs) in zip(self.adapters, self.features, strict=True):
+            found, wanted = adapter(lesson.student_features[mine]), lesson.teacher_features[theirs]
+            if found.dim() > 3 and found.shape[2:] != wanted.shape[2:]:
+                found = nn.functional.adaptive_avg_pool2d(found, (wanted.shape[2], wanted.shape[3]))
+            parts.append(hint(found, wanted))
+        return torch.stack(parts).mean()
+
+
+def _adapter(student: torch.Tensor, teacher: torch.Tensor) -> nn.Module:
+    """A convolution of one pixel for pictures (channels second), a linear layer for everything else (channels last)."""
+    if student.dim() > 3:
+        narrow, wide = student.shape[1], teacher.shape[1]
+        return nn.Identity() if narrow == wide else nn.Conv2d(narrow, wide, 1)
+    narrow, wide = student.shape[-1], teacher.shape[-1]
+    return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)

@@ -1,0 +1,87 @@
+"""Relational distillation: distances and angles between the samples of a batch, not the samples themselves.
+
+Park et al., "Relational Knowledge Distillation", CVPR 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from penjing.distill.settings import check, paired
+from penjing.teaching import Lesson, Term
+
+
+def distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Huber loss between all pairs' distances, each as a part of their mean.
+
+    Args:
+        student: (samples, values).
+        teacher: (samples, values), as many as they may be.
+
+    Returns:
+        A scalar, the mean over all ordered pairs, a sample with itself included.
+    """
+    return F.smooth_l1_loss(_distances(student), _distances(teacher))
+
+
+def angles(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Huber loss between the cosines of the angles that every three samples make.
+
+    Args:
+        student: (samples, values).
+        teacher: (samples, values), as many as they may be.
+
+    Returns:
+        A scalar, the mean over all ordered triples, those with a sample twice included.
+    """
+    return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+
+
+def _distances(x: torch.Tensor) -> torch.Tensor:
+    found = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact where samples are close
+    return found / found[found > 0].mean().clamp_min(1e-12)
+
+
+def _cosines(x: torch.Tensor) -> torch.Tensor:
+    lines = F.normalize(x[None] - x[:, None], dim=2)  # (corner, to, values)
+    return lines @ lines.transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKD:
+    """Distances and angles between samples (`distances`, `angles`), the sum over all pairs of features.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        features: (student's, teacher's) sites, or parts of the networks, whose values are flattened. A name alone
+            stands for the same name in both; without any the outputs are taken.
+        distance: Weight of the distances.
+        angle: Weight of the angles.
+        weight: Of this term in the training loss.
+    """
+
+    features: tuple[tuple[str, str], ...] = ()
+    distance: float = 25.0
+    angle: float = 50.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, distance=self.distance, angle=self.angle, weight=self.weight)
+        object.__setattr__(self, "features", paired(self, self.features, least=0))
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+
+        def loss(lesson: Lesson) -> torch.Tensor:
+            parts = []
+            for found, wanted in lesson.pairs(self.features):
+                a, b = found.flatten(1), wanted.flatten(1)
+                parts.append(self.distance * distances(a, b) + self.angle * angles(a, b))
+            return torch.stack(parts).sum()
+
+        return loss

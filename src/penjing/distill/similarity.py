@@ -1,0 +1,57 @@
+"""Similarity-preserving distillation: samples that are alike in the teacher are alike in the student.
+
+Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from penjing.distill.settings import check, paired
+from penjing.teaching import Lesson, Term
+
+
+def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the samples' products with each other, every row of them of length 1.
+
+    Args:
+        student: (samples, …), flattened to vectors.
+        teacher: (samples, …), as long as they may be.
+
+    Returns:
+        A scalar: the sum over all pairs of samples, divided by their number.
+    """
+
+    def similarity(x: torch.Tensor) -> torch.Tensor:  # (samples, samples)
+        x = x.flatten(1)
+        return F.normalize(x @ x.t(), dim=1)
+
+    return (similarity(student) - similarity(teacher)).square().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityPreserving:
+    """Which samples are alike (`similarity_preserving`), the sum over all pairs of features.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        features: (student's, teacher's) sites, or parts of the networks. A name alone stands for the same name in
+            both; without any the outputs are taken.
+        weight: Of this term in the training loss; the paper takes 3,000.
+    """
+
+    features: tuple[tuple[str, str], ...] = ()
+    weight: float = 3000.0
+
+    def __post_init__(self) -> None:
+        check(self, weight=self.weight)
+        object.__setattr__(self, "features", paired(self, self.features, least=0))
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+        return lambda lesson: torch.stack([similarity_preserving(*pair) for pair in lesson.pairs(self.features)]).sum()

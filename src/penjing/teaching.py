@@ -1,0 +1,229 @@
+"""A lesson: what student and teacher say to the same batch, and what a distillation makes of it.
+
+Ways to imitate a teacher stand in `penjing.distill`; the training loop of `penjing.finetune` calls them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from penjing.errors import TaskError
+from penjing.network import raise_network
+from penjing.outputs import evaluating, first_output
+from penjing.step import Context
+from penjing.surgery.taps import Tapped
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a distillation sees of one batch: the same call of student and teacher.
+
+    Attributes:
+        student: The student's output.
+        teacher: The teacher's, without gradients.
+        target: The labels; None where there are none.
+        student_features: Values inside the student, by the names that were asked for.
+        teacher_features: Values inside the teacher.
+    """
+
+    student: Any
+    teacher: Any
+    target: Any
+    student_features: Mapping[str, torch.Tensor]
+    teacher_features: Mapping[str, torch.Tensor]
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first output of both, classes last: (…, classes) each.
+
+        Of four dimensions and more the second is taken for the classes, as in segmentation.
+
+        Raises:
+            TaskError: The two differ in shape.
+        """
+        student, teacher = first_output(self.student), first_output(self.teacher)
+        if student.shape != teacher.shape:
+            raise TaskError(
+                "student and teacher have different outputs",
+                got=f"{tuple(student.shape)} and {tuple(teacher.shape)}",
+                expected="the same classes in the same order",
+                remedy="a teacher of other classes teaches by its features alone, for example distill.Hints",
+            )
+        classes = 1 if student.dim() > 3 else -1
+        return student.movedim(classes, -1), teacher.movedim(classes, -1)
+
+    def pairs(self, features: Sequence[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(student's, teacher's) values of features; the first outputs where there are none."""
+        if not features:
+            return [(first_output(self.student), first_output(self.teacher))]
+        return [(self.student_features[mine], self.teacher_features[theirs]) for mine, theirs in features]
+
+    def classes(self) -> torch.Tensor:
+        """The labels as (samples,) int64.
+
+        Raises:
+            TaskError: There are none, or they are no classes.
+        """
+        if not isinstance(self.target, torch.Tensor) or self.target.is_floating_point():
+            raise TaskError(
+                "this distillation needs classes as labels",
+                got=f"{self.target.dtype} {tuple(self.target.shape)}"
+                if isinstance(self.target, torch.Tensor)
+                else type(self.target).__name__,
+                expected="a tensor of int64",
+                remedy="distill.Logits needs no labels",
+            )
+        return self.target.reshape(-1)
+
+
+Term = Callable[[Lesson], torch.Tensor]
+
+
+class Distillation(Protocol):
+    """A way to imitate a teacher: a frozen dataclass."""
+
+    @property
+    def weight(self) -> float:
+        """Of the term in the training loss."""
+        ...
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of values inside student and teacher that are looked at: sites, or parts of the networks."""
+        ...
+
+    def term(self, lesson: Lesson) -> Term:
+        """A scalar from a lesson; `lesson` is the first one, for its shapes.
+
+        Where it is a module, its parameters are trained beside the student and thrown away at the end.
+        """
+        ...
+
+
+Teacher = nn.Module | tuple[nn.Module, ...] | Literal["self"] | None
+
+
+class Teaching:
+    """Student and teachers of one training.
+
+    Args:
+        student: The network that is trained.
+        teacher: See `penjing.Finetune.teacher`.
+        distillations: What is imitated.
+        context: For the source network, the example and the device.
+
+    Raises:
+        TaskError: There is no teacher, or values inside several teachers are asked for.
+        RecipeError: A feature does not exist.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: Teacher, distillations: Sequence[Distillation], context: Context
+    ) -> None:
+        self.distillations, self.context = tuple(distillations), context
+        self.teachers = _teachers(student, teacher, context)
+        self.pairs = [pair for distillation in self.distillations for pair in distillation.features]
+        self.teacher_view = self._teacher_view()
+        self.student = self._student_view(student)
+        self.adapters = nn.ModuleList()
+        self.made: dict[str, tuple[float, Term]] = {}
+
+    def of(self, student: nn.Module) -> Teaching:
+        """The same lessons for another student of the same form, with adapters of its own."""
+        found = copy.copy(self)
+        found.student = found._student_view(student)
+        found.made, found.adapters = copy.deepcopy((self.made, self.adapters))
+        return found
+
+    def prepare(self, cast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Make the terms, and their adapters, from the shapes of the task's example."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
+        module = self.student.view if isinstance(self.student, Tapped) else self.student
+        with evaluating(module), cast():
+            lesson = self.lesson(self.student(*args, **kwargs), None, args, kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.context.seed)
+            for distillation in self.distillations:
+                word, again = type(distillation).__name__, 1
+                while word in self.made:
+                    word, again = f"{type(distillation).__name__} {again + 1}", again + 1
+                self.made[word] = distillation.weight, distillation.term(lesson)
+        self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
+        self.adapters.to(self.context.device).train()
+
+    def lesson(self, output: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lesson:
+        """What the teachers say to the call that the student has just answered."""
+        found = self.student.values() if isinstance(self.student, Tapped) else {}
+        with torch.no_grad():
+            taught = [model(*args, **kwargs) for model in self.teacher_view]
+        wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
+        said = taught[0] if len(taught) == 1 else torch.stack([first_output(t) for t in taught]).mean(0)
+        return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)))
+
+    def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
+        """Every weighted term by the name of its distillation."""
+        return {name: weight * term(lesson) for name, (weight, term) in self.made.items()}
+
+    def digest(self) -> str:
+        """Of the teachers' weights: a training that goes on has to have the same."""
+        found = hashlib.sha256()
+        for model in self.teachers:
+            for name, tensor in model.state_dict().items():
+                found.update(name.encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def _student_view(self, student: nn.Module) -> Any:
+        names = [name for name, _ in self.pairs]
+        if not names:
+            return student
+        if not isinstance(student, fx.GraphModule):
+            raise TaskError(
+                "values inside the student can't be read",
+                got=f"a {type(student).__name__}",
+                expected="a raised network, as a recipe trains it",
+                remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
+            )
+        return Tapped(student, names)
+
+    def _teacher_view(self) -> list[Any]:
+        names = [name for _, name in self.pairs]
+        if not names:
+            return list(self.teachers)
+        if len(self.teachers) > 1:
+            raise TaskError(
+                "values inside several teachers can't be averaged",
+                got=f"{len(self.teachers)} teachers and the features {', '.join(names)}",
+                expected="one teacher, or distillations of outputs alone",
+            )
+        (model,) = self.teachers
+        if not isinstance(model, fx.GraphModule):
+            task = self.context.task
+            model = raise_network(model, *task.call(), task.dynamic).to(self.context.device)
+        return [Tapped(model, names)]
+
+
+def in_fp32(output: Any) -> Any:
+    """Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, output)
+
+
+def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
+    found = copy.deepcopy(student) if teacher == "self" else context.source if teacher is None else teacher
+    if found is None or isinstance(found, str):
+        raise TaskError(
+            "there is no teacher",
+            got=f"teacher={teacher!r}, and no source network" if teacher is None else f"teacher={teacher!r}",
+            expected="the network that is imitated",
+            remedy="Finetune(distill=..., teacher=network), or teacher='self'",
+        )
+    models = found if isinstance(found, tuple) else (found,)
+    return [model.to(context.device).eval() for model in models]

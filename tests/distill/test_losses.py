@@ -1,0 +1,248 @@
+"""Every loss against a slow reference: loops over samples and classes with Python's own arithmetic."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penjing import distill
+from penjing.distill.attention import attention_transfer
+from penjing.distill.dist import correlations
+from penjing.distill.dkd import decoupled
+from penjing.distill.hard import hard_labels
+from penjing.distill.hints import hint
+from penjing.distill.logits import soft_targets
+from penjing.distill.rkd import angles, distances
+from penjing.distill.similarity import similarity_preserving
+from penjing.errors import RecipeError, TaskError
+from penjing.teaching import Lesson
+
+SEEDS = st.integers(0, 10**6)
+
+
+def two(seed, samples=5, classes=4):
+    generator = torch.Generator().manual_seed(seed)
+    return [3 * torch.randn(samples, classes, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def softened(row, temperature):
+    powers = [math.exp(float(x) / temperature) for x in row]
+    return [p / sum(powers) for p in powers]
+
+
+def divergence(wanted, found):
+    return sum(p * math.log(p / q) for p, q in zip(wanted, found, strict=True) if p > 0)
+
+
+def pearson(a, b):
+    n, ma, mb = len(a), sum(a) / len(a), sum(b) / len(b)
+    covariance = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True)) / n
+    return covariance / math.sqrt(sum((x - ma) ** 2 for x in a) / n * sum((y - mb) ** 2 for y in b) / n)
+
+
+@given(seed=SEEDS, temperature=st.floats(0.5, 8))
+def test_soft_targets(seed, temperature):
+    student, teacher = two(seed)
+    rows = [
+        divergence(softened(t, temperature), softened(s, temperature)) for s, t in zip(student, teacher, strict=True)
+    ]
+    assert float(soft_targets(student, teacher, temperature)) == pytest.approx(
+        temperature**2 * sum(rows) / len(rows), rel=1e-9
+    )
+
+
+@given(seed=SEEDS)
+def test_hard_labels(seed):
+    student, teacher = two(seed)
+    rows = [-math.log(softened(s, 1)[max(range(4), key=lambda c, t=t: float(t[c]))])
+            for s, t in zip(student, teacher, strict=True)]  # fmt: skip
+    assert float(hard_labels(student, teacher)) == pytest.approx(sum(rows) / len(rows), rel=1e-9)
+
+
+@given(seed=SEEDS, temperature=st.floats(0.5, 8))
+def test_decoupled(seed, temperature):
+    student, teacher = two(seed)
+    target = torch.arange(5) % 4
+    total = 0.0
+    for s, t, true in zip(student, teacher, target.tolist(), strict=True):
+        found, wanted = softened(s, temperature), softened(t, temperature)
+        binary = divergence([wanted[true], 1 - wanted[true]], [found[true], 1 - found[true]])
+        others = [c for c in range(4) if c != true]
+        among = divergence(
+            [wanted[c] / (1 - wanted[true]) for c in others], [found[c] / (1 - found[true]) for c in others]
+        )
+        total += 1.5 * binary + 6.0 * among
+    found = decoupled(student, teacher, target, temperature, 1.5, 6.0)
+    assert float(found) == pytest.approx(temperature**2 * total / 5, rel=1e-6, abs=1e-9)
+
+
+def test_decoupled_weighed_as_they_are_is_soft_targets():
+    student, teacher = (x[:1] for x in two(3))
+    target = torch.tensor([2])
+    beta = 1 - float(torch.softmax(teacher / 2, 1)[0, 2])
+    assert float(decoupled(student, teacher, target, 2.0, 1.0, beta)) == pytest.approx(
+        float(soft_targets(student, teacher, 2.0)), rel=1e-9
+    )
+
+
+@given(seed=SEEDS, temperature=st.floats(0.5, 8))
+def test_correlations(seed, temperature):
+    student, teacher = two(seed)
+    found = [softened(s, temperature) for s in student]
+    wanted = [softened(t, temperature) for t in teacher]
+    between = sum(1 - pearson(a, b) for a, b in zip(found, wanted, strict=True)) / 5
+    within = sum(1 - pearson([r[c] for r in found], [r[c] for r in wanted]) for c in range(4)) / 4
+    got = correlations(student, teacher, temperature)
+    # The correlation of rows that hardly vary is a quotient of very small numbers.
+    assert [float(x) for x in got] == pytest.approx([temperature**2 * between, temperature**2 * within], abs=1e-4)
+
+
+@pytest.mark.parametrize("way", [distill.Logits(), distill.HardLabels(), distill.DKD(), distill.DIST()])
+class TestEvery:
+    def loss(self, way, student, teacher, target=None):
+        lesson = Lesson(student, teacher, target, {}, {})
+        return way.term(lesson)(lesson)
+
+    def test_falls_to_its_least_at_the_teacher(self, way):
+        student, teacher = two(0)
+        student.requires_grad_()
+        target = teacher.argmax(1)
+        start = float(self.loss(way, student, teacher, target).detach())
+        optimizer = torch.optim.Adam([student], lr=0.1)
+        for _ in range(300):
+            optimizer.zero_grad()
+            self.loss(way, student, teacher, target).backward()
+            optimizer.step()
+        assert float(self.loss(way, student, teacher, target)) < 0.02 * start + 1e-6
+
+    def test_the_second_of_four_axes_are_the_classes(self, way):
+        student, teacher = (x.reshape(5, 2, 2, 3).movedim(-1, 1) for x in two(0, 20, 3))
+        flat = [x.movedim(1, -1).reshape(20, 3) for x in (student, teacher)]
+        target = flat[1].argmax(1)
+        assert torch.equal(
+            self.loss(way, student, teacher, target.reshape(5, 2, 2)), self.loss(way, *flat, target=target)
+        )
+
+    def test_other_classes_are_refused(self, way):
+        with pytest.raises(TaskError, match="different outputs") as caught:
+            self.loss(way, torch.zeros(5, 3), torch.zeros(5, 4), torch.zeros(5).long())
+        assert "(5, 3) and (5, 4)" in str(caught.value)
+
+
+def test_labels_that_are_no_classes_are_refused():
+    lesson = Lesson(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
+    with pytest.raises(TaskError, match="needs classes"):
+        distill.DKD().term(lesson)(lesson)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("cls", [distill.Logits, distill.DKD, distill.DIST])
+def test_a_temperature_is_above_0(cls, temperature):
+    with pytest.raises(RecipeError, match="temperature"):
+        cls(temperature=temperature)
+
+
+def test_weights_are_not_negative():
+    with pytest.raises(RecipeError, match="weight"):
+        distill.HardLabels(weight=-1)
+
+
+def test_soft_targets_are_those_of_torch():
+    student, teacher = two(1)
+    wanted = F.kl_div(F.log_softmax(student / 4, 1), F.softmax(teacher / 4, 1), reduction="batchmean") * 16
+    assert torch.allclose(soft_targets(student, teacher, 4.0), wanted)
+
+
+def values(seed, samples=5, width=4):
+    return torch.randn(samples, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def huber(a, b):
+    return 0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5
+
+
+def length(v):
+    return math.sqrt(sum(float(x) ** 2 for x in v))
+
+
+@given(seed=SEEDS)
+def test_hint(seed):
+    a, b = values(seed), values(seed + 1)
+    squares = [(float(x), float(y)) for x, y in zip(a.flatten(), b.flatten(), strict=True)]
+    wanted = sum((x - y) ** 2 for x, y in squares) / sum(y**2 for _, y in squares)
+    assert float(hint(a, b)) == pytest.approx(wanted, rel=1e-9)
+
+
+@given(seed=SEEDS)
+def test_attention_transfer(seed):
+    a, b = values(seed, 2, 3 * 4).reshape(2, 3, 2, 2), values(seed + 1, 2, 5 * 4).reshape(2, 5, 2, 2)
+
+    def maps(x):
+        rows = [[sum(float(c[i, j]) ** 2 for c in sample) for i in range(2) for j in range(2)] for sample in x]
+        return [[value / length(row) for value in row] for row in rows]
+
+    rows = [sum((p - q) ** 2 for p, q in zip(*pair, strict=True)) for pair in zip(maps(a), maps(b), strict=True)]
+    assert float(attention_transfer(a, b)) == pytest.approx(sum(rows) / 2, rel=1e-9)
+
+
+def test_attention_of_two_sizes_is_compared_at_the_smaller():
+    a = values(0, 2, 3 * 16).reshape(2, 3, 4, 4)
+    averaged = F.avg_pool2d(a.square().sum(1, keepdim=True), 2).sqrt()
+    assert float(attention_transfer(a, averaged)) == pytest.approx(0, abs=1e-12)
+
+
+@given(seed=SEEDS)
+def test_distances(seed):
+    a, b = values(seed), values(seed + 1, width=7)
+
+    def all_distances(x):
+        found = [[length(p - q) for q in x] for p in x]
+        mean = sum(map(sum, found)) / (5 * 4)
+        return [d / mean for row in found for d in row]
+
+    pairs = list(zip(all_distances(a), all_distances(b), strict=True))
+    assert float(distances(a, b)) == pytest.approx(sum(huber(*p) for p in pairs) / 25, rel=1e-6)
+
+
+@given(seed=SEEDS)
+def test_angles(seed):
+    a, b = values(seed, 4), values(seed + 1, 4, 7)
+
+    def cosine(x, corner, i, j):
+        u, v = x[i] - x[corner], x[j] - x[corner]
+        return 0.0 if corner in (i, j) else sum(float(p) * float(q) for p, q in zip(u, v, strict=True)) / (
+            length(u) * length(v))  # fmt: skip
+
+    triples = [(c, i, j) for c in range(4) for i in range(4) for j in range(4)]
+    wanted = sum(huber(cosine(a, *t), cosine(b, *t)) for t in triples) / 64
+    assert float(angles(a, b)) == pytest.approx(wanted, rel=1e-6)
+
+
+@given(seed=SEEDS)
+def test_similarity_preserving(seed):
+    a, b = values(seed), values(seed + 1, width=7)
+
+    def rows(x):
+        found = [[sum(float(p) * float(q) for p, q in zip(u, v, strict=True)) for v in x] for u in x]
+        return [[value / length(row) for value in row] for row in found]
+
+    squares = [(p - q) ** 2 for one, two in zip(rows(a), rows(b), strict=True) for p, q in zip(one, two, strict=True)]
+    assert float(similarity_preserving(a, b)) == pytest.approx(sum(squares) / 25, rel=1e-9)
+
+
+@pytest.mark.parametrize("compare", [distances, angles, similarity_preserving])
+def test_relations_do_not_see_a_rotation(compare):
+    a = values(0)
+    turned = a @ torch.linalg.qr(values(1, 4, 4))[0]
+    assert float(compare(a, turned)) == pytest.approx(0, abs=1e-12)
+
+
+def test_samples_that_coincide_have_finite_gradients():
+    a = values(0)
+    a[1] = a[0]
+    a.requires_grad_()
+    (distances(a, values(1)) + angles(a, values(1))).backward()
+    assert torch.isfinite(a.grad).all()

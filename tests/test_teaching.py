@@ -1,0 +1,333 @@
+import copy
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import penjing as pj
+from penjing import distill
+from penjing.architectures import build
+from penjing.errors import CheckpointError, RecipeError, TaskError, TrainingError
+from penjing.finetune import Finetune, train
+from penjing.network import raise_network
+from penjing.recipe import Recipe
+from penjing.step import Context
+from penjing.surgery.taps import Tapped
+from penjing.task import Task
+
+SHORT = Finetune(epochs=2, learning_rate=0.05, autocast="off", save_every_s=1e-9)
+
+
+class Small(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width * 16, 10)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+def raised(width=6, seed=0):
+    torch.manual_seed(seed)
+    return raise_network(Small(width), (torch.zeros(2, 1, 8, 8),))
+
+
+def task(**fields):
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor((x[:400] - 4.9) / 6, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y[:400])
+    pairs = list(zip(x.split(50), y.split(50), strict=True))
+    fields = {"train": pairs, "loss": F.cross_entropy, "calibration": [a for a, _ in pairs]} | fields
+    return Task(example=torch.zeros(2, 1, 8, 8), **fields)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return train(raised(16, seed=1), Context(task=task()), replace(SHORT, epochs=10))
+
+
+def context(teacher, **fields):
+    return Context(task=task(**fields), source=teacher)
+
+
+def agreement(student, teacher):
+    x = torch.cat(task().calibration)
+    with torch.no_grad():
+        return float((student(x).argmax(1) == teacher(x).argmax(1)).float().mean())
+
+
+WAYS = [
+    distill.Logits(),
+    distill.HardLabels(),
+    distill.DIST(),
+    distill.Hints(features=("conv",)),
+    distill.AttentionTransfer(features=(("norm", "conv"),), weight=10),
+    distill.RKD(),
+    distill.SimilarityPreserving(),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
+def test_a_student_without_labels_comes_nearer_to_its_teacher(way, teacher):
+    told = []
+    settings = replace(SHORT, epochs=4, distill=way, labels=0, max_grad_norm=1.0)
+    where = replace(context(teacher, train=None, loss=None), events=lambda kind, **v: told.append(v.get("loss")))
+    student = train(raised(), where, settings)
+    assert told[-1] < 0.8 * told[0]
+    assert not student.training and [p.shape for p in student.parameters()] == [p.shape for p in raised().parameters()]
+
+
+def test_soft_targets_teach_the_classes(teacher):
+    student = train(
+        raised(), context(teacher, train=None, loss=None), replace(SHORT, epochs=8, distill=WAYS[0], labels=0)
+    )
+    assert agreement(student, teacher) > 0.9 > 0.5 > agreement(raised(), teacher)
+
+
+def test_decoupled_distillation_takes_labels(teacher):
+    student = train(raised(), context(teacher), replace(SHORT, epochs=8, distill=distill.DKD()))
+    assert agreement(student, teacher) > 0.85 > 0.5 > agreement(raised(), teacher)
+
+
+def test_labels_and_teacher_are_added(teacher):
+    seen = {}
+
+    def note(name):
+        def hook(moment):
+            if moment.name == "gradients" and moment.step == 0:
+                seen[name] = [p.grad.clone() for p in moment.network.parameters()]
+
+        return hook
+
+    ways = {"labels": (), "soft": replace(WAYS[0], weight=0.5), "both": replace(WAYS[0], weight=0.5)}
+    for name, way in ways.items():
+        weight = {"labels": 2.0, "soft": 0.0, "both": 2.0}[name]
+        train(raised(), context(teacher), replace(SHORT, epochs=0.1, distill=way, labels=weight, hooks=(note(name),)))
+    for one, two, both in zip(seen["labels"], seen["soft"], seen["both"], strict=True):
+        assert torch.allclose(one + two, both, atol=1e-5)
+
+
+def test_several_teachers_are_averaged(teacher):
+    other = raised(16, seed=5)
+    x = torch.cat(task().calibration)[:50]
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = teacher, other
+
+        def forward(self, x):
+            return (self.one(x) + self.two(x)) / 2
+
+    settings = replace(SHORT, epochs=0.25, distill=WAYS[0])
+    several = train(raised(), context(None), replace(settings, teacher=(teacher, other)))
+    mean = train(raised(), context(None), replace(settings, teacher=Mean()))
+    assert torch.allclose(several(x), mean(x), atol=1e-4)
+
+
+def test_the_network_before_the_training_can_teach(teacher):
+    student = copy.deepcopy(teacher)
+    settings = replace(SHORT, epochs=1, distill=WAYS[0], labels=0, teacher="self")
+    assert agreement(train(student, context(None, train=None), settings), teacher) > 0.97
+
+
+def test_features_of_other_widths_have_adapters_that_are_thrown_away(teacher):
+    found = []
+
+    def look(moment):
+        found.append(sum(len(group["params"]) for group in moment.optimizer.param_groups))
+
+    settings = replace(SHORT, epochs=0.25, distill=distill.Hints(features=("conv", "norm")), hooks=(look,))
+    student = train(raised(), context(teacher), settings)
+    own = len(list(student.parameters()))
+    assert found[0] == own + 2 * 2  # weight and bias of two convolutions
+    assert student.state_dict().keys() == raised().state_dict().keys()
+    assert [str(n) for n in student.graph.nodes] == [str(n) for n in raised().graph.nodes]
+
+
+def test_the_teacher_stays_as_it_is(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    train(raised(), context(teacher), replace(SHORT, distill=(WAYS[0], distill.Hints(features=("norm",)))))
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
+
+
+def test_minutes_are_counted_without_training_the_student(teacher):
+    settings = replace(SHORT, minutes=10, epochs=0.01, distill=distill.Hints(features=("conv",)))
+    limited, plain = (
+        train(raised(), context(teacher), s) for s in (settings, replace(settings, minutes=None))
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(limited.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_recipe_distils_from_its_source(teacher):
+    recipe = pj.Recipe(
+        pj.prune.Channels(params=0.6, criterion="l2", round_to=1),
+        replace(SHORT, epochs=8, distill=(pj.distill.Logits(), pj.distill.Hints(features=("norm",))), labels=0),
+    )
+    small = pj.apply(recipe, teacher, task(train=None, loss=None))
+    assert sum(p.numel() for p in small.parameters()) < 0.62 * sum(p.numel() for p in teacher.parameters())
+    assert agreement(small, teacher) > 0.9
+
+
+def test_yaml():
+    recipe = Recipe(
+        Finetune(distill=(distill.Logits(temperature=2), distill.Hints(features=(("a", "b"),))), labels=0.5)
+    )
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    text = "- Finetune: {distill: {distill.DKD: {beta: 8}}}"
+    assert Recipe.from_yaml(text) == Recipe(Finetune(distill=distill.DKD(beta=8)))
+    with pytest.raises(RecipeError, match="does not exist"):
+        Recipe.from_yaml("- distill.Logits")
+
+
+class TestResume:
+    SETTINGS = replace(SHORT, distill=(distill.Logits(), distill.Hints(features=("conv",))))
+
+    @dataclass(frozen=True)
+    class Stop:
+        step: int
+
+        def __call__(self, moment):
+            if moment.name == "step" and moment.step == self.step:
+                raise KeyboardInterrupt
+
+        def __repr__(self):
+            return "Stop"
+
+    def test_adapters_go_on_where_they_were(self, teacher, tmp_path):
+        settings = replace(self.SETTINGS, hooks=(self.Stop(9),))
+        with pytest.raises(KeyboardInterrupt):
+            train(raised(), replace(context(teacher), folder=tmp_path), settings)
+        resumed = train(raised(), replace(context(teacher), folder=tmp_path), replace(settings, hooks=(self.Stop(99),)))
+        whole = train(raised(), context(teacher), self.SETTINGS)
+        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+    def test_another_teacher_is_refused(self, teacher, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            train(raised(), replace(context(teacher), folder=tmp_path), replace(self.SETTINGS, hooks=(self.Stop(3),)))
+        with pytest.raises(CheckpointError, match="teacher"):
+            train(raised(), replace(context(raised(16)), folder=tmp_path), self.SETTINGS)
+
+    def test_killed_in_the_middle(self, tmp_path):
+        code = textwrap.dedent(
+            f"""
+            import os, signal, sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import torch
+            torch.set_num_threads(1)
+            from dataclasses import replace
+            from pathlib import Path
+            from test_teaching import SHORT, TestResume, context, raised, train
+
+            class Die:
+                def __call__(self, moment):
+                    if sys.argv[2] == "die" and moment.name == "step" and moment.step == 7:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                def __repr__(self):
+                    return "Die"
+
+            teacher = raised(16, seed=1).eval()
+            folder = Path(sys.argv[1])
+            folder.mkdir(exist_ok=True)
+            settings = replace(TestResume.SETTINGS, hooks=(Die(),))
+            student = train(raised(), replace(context(teacher), folder=folder), settings)
+            torch.save(student.state_dict(), folder / "student.pt")
+            """
+        )
+
+        def ran(folder, how):
+            return subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / folder), how], capture_output=True, text=True
+            )
+
+        assert ran("killed", "die").returncode in (-signal.SIGKILL, 1)
+        for folder in ("killed", "whole"):
+            done = ran(folder, "live")
+            assert done.returncode == 0, done.stderr
+        one, two = (torch.load(tmp_path / f / "student.pt", weights_only=True) for f in ("killed", "whole"))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+class TestBadInput:
+    def test_no_teacher(self):
+        with pytest.raises(TaskError, match="there is no teacher"):
+            train(raised(), context(None), replace(SHORT, distill=distill.Logits()))
+
+    def test_neither_labels_nor_teacher(self):
+        with pytest.raises(RecipeError, match="learns nothing"):
+            Finetune(labels=0)
+
+    def test_what_is_no_distillation(self):
+        with pytest.raises(RecipeError, match="distill"):
+            Finetune(distill="logits")
+
+    def test_other_classes_say_which_and_how_many(self, teacher):
+        student = raise_network(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), (torch.zeros(2, 1, 8, 8),))
+        with pytest.raises(TaskError, match="different outputs") as caught:
+            train(student, context(teacher), replace(SHORT, distill=distill.Logits()))
+        assert "7" in str(caught.value) and "10" in str(caught.value)
+
+    def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher):
+        with pytest.raises(RecipeError, match="does not exist") as caught:
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=("conf",))))
+        assert "conv" in str(caught.value)
+
+    def test_attention_of_vectors(self, teacher):
+        with pytest.raises(TaskError, match="looks at pictures"):
+            train(raised(), context(teacher), replace(SHORT, distill=distill.AttentionTransfer(features=("head",))))
+
+    def test_features_of_several_teachers(self, teacher):
+        settings = replace(SHORT, distill=distill.Hints(features=("conv",)), teacher=(teacher, raised(16)))
+        with pytest.raises(TaskError, match="can't be averaged"):
+            train(raised(), context(None), settings)
+
+    def test_features_of_a_plain_module(self, teacher):
+        with pytest.raises(TaskError, match="can't be read"):
+            train(Small(), context(teacher), replace(SHORT, distill=distill.Hints(features=("conv",))))
+
+    @pytest.mark.parametrize("features", [(), "conv", (3,), (("a", "b", "c"),)])
+    def test_features_are_names(self, features):
+        with pytest.raises(RecipeError, match="Hints"):
+            distill.Hints(features=features)
+
+    def test_a_loss_that_is_no_number_says_which_and_when(self, teacher):
+        broken = copy.deepcopy(teacher)
+        with torch.no_grad():
+            broken.head.bias.fill_(math.nan)
+        with pytest.raises(TrainingError, match="at step 0") as caught:
+            train(raised(), context(broken), replace(SHORT, distill=distill.Logits()))
+        assert "Logits is nan" in str(caught.value) and "loss 0 is" in str(caught.value)
+
+
+class TestTaps:
+    def test_layers_operators_and_parts(self):
+        torch.manual_seed(0)
+        network = raise_network(build("resnet20", width=4), (torch.zeros(2, 3, 16, 16),))
+        tapped = Tapped(network, ["conv1", "stages.1", "stages.0.0/add#0"])
+        x = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            assert torch.equal(tapped(x), network(x))
+            values = tapped.values()
+            assert torch.equal(values["conv1"], network.conv1(x))
+        assert {k: tuple(v.shape) for k, v in values.items()} == {
+            "conv1": (2, 4, 16, 16), "stages.1": (2, 8, 8, 8), "stages.0.0/add#0": (2, 4, 16, 16)
+        }  # fmt: skip
+        assert not tapped.values()  # they are told once
+
+    def test_weights_are_those_of_the_network(self):
+        network = raised()
+        tapped = Tapped(network, ["norm"])
+        F.cross_entropy(tapped(torch.randn(4, 1, 8, 8)), torch.zeros(4).long()).backward()
+        assert all(p.grad is not None for p in network.parameters())
