@@ -12,10 +12,10 @@ Penjing: `prune.Channels(macs=...)` with several criteria and scopes. Torch-Prun
 and local.
 
 Speed: ONNX and OpenVINO files of whole and pruned networks, batch 32, timed in turns. *Of MACs* is the measured
-speed-up as a part of the ratio of multiply-accumulates.
+speed-up as a part of the ratio of multiply-accumulates. `--parts widths` times one convolution of many widths alone.
 
     python benchmarks/pruning_accuracy.py [--networks resnet20 vgg16] [--targets 0.5 0.25] [--seeds 0 1 2]
-        [--epochs 2] [--select-epochs 0.2] [--parts accuracy speed] [--train-epochs 3]
+        [--epochs 2] [--select-epochs 0.2] [--parts accuracy speed widths] [--train-epochs 3]
 
 VGG-16 is trained first (`--train-epochs`) and kept in the cache folder. Every finished run is written at once; a second
 call goes on where the first stopped.
@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 THREADS = 2
 BATCH = 32
 ROUND_TO = {"resnet20": 4, "vgg16": 8}
+WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 RATE = {"resnet20": 0.05, "vgg16": 0.02}
 PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global")
 TORCH_PRUNING = ("taylor global", "taylor local", "hessian global", "bn_scale global", "l2 global", "l2 local",
@@ -259,6 +260,46 @@ def speeds(arguments, name, data, save):
     save()
 
 
+def widths(arguments, name, data, save):
+    """One 3x3 convolution of many widths, alone: what a channel less is worth in each runtime."""
+    import torch
+
+    from penjing import building
+    from penjing.draft import Draft
+    from penjing.measure import Target, compare
+    from penjing.network import raise_network
+    from penjing.task import Task
+
+    pixels, targets = 28, []
+    with tempfile.TemporaryDirectory() as aside:
+        for width in WIDTHS:
+            picture = torch.randn(BATCH, width, pixels, pixels)
+            task = Task(example=picture[:2], calibration=[picture])
+            network = torch.nn.Sequential(torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.ReLU())
+            raised = raise_network(network, *task.call(), task.dynamic)
+            for runtime in ("onnxruntime", "openvino"):
+                folder = Path(aside) / f"{width} {runtime}"
+                folder.mkdir()
+                building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folder)
+                targets.append(Target(folder.name, folder, [picture.numpy()], BATCH))
+        timings = compare(targets, threads=THREADS, seconds=arguments.seconds)
+    found = data["widths"] = {"batch": BATCH, "pixels": pixels, "rows": {}}
+    for width in WIDTHS:
+        macs = BATCH * pixels**2 * 9 * width**2
+        row = {runtime: timings[f"{width} {runtime}"].latency for runtime in ("onnxruntime", "openvino")}
+        found["rows"][str(width)] = {
+            runtime: {"median_ms": t.median, "spread": t.spread, "gmacs_per_s": macs / t.median / 1e6}
+            for runtime, t in row.items()
+        }
+        print(
+            f"{width:>4} channels", {k: f"{v['gmacs_per_s']:.1f} GMAC/s" for k, v in found["rows"][str(width)].items()}
+        )
+    save()
+
+
+PARTS = {"accuracy": accuracies, "speed": speeds, "widths": widths}
+
+
 def main() -> None:
     """Run all that is missing, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,7 +310,7 @@ def main() -> None:
     parser.add_argument("--select-epochs", type=float, default=0.2)
     parser.add_argument("--train-epochs", type=float, default=3.0)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed"], choices=["accuracy", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed"], choices=list(PARTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/pruning_accuracy.json")
     arguments = parser.parse_args()
     import torch
@@ -280,7 +321,7 @@ def main() -> None:
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "runs": {}, "networks": {}}
     data["versions"]["torch-pruning"] = importlib.metadata.version("torch-pruning")
     if arguments.out.exists():
-        data |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in ("runs", "networks")}
+        data |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in ("runs", "networks", "widths")}
 
     def save():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +329,7 @@ def main() -> None:
 
     for name in arguments.networks:
         for part in arguments.parts:
-            {"accuracy": accuracies, "speed": speeds}[part](arguments, name, data, save)
+            PARTS[part](arguments, name, data, save)
     for name, found in data["networks"].items():
         print(f"\n{name}, whole {found['source']['accuracy']:.4f}")
         for target, sides in found.get("accuracy", {}).items():

@@ -248,6 +248,15 @@ def pruning_accuracy() -> str:
         parts.append("\n".join(lines))
         if speed := network.get("speed"):
             parts.append(_pruned_speed(titles[name], speed))
+    if widths := data.get("widths"):
+        rows = widths["rows"]
+        runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+        title = f"3×3 convolution, {widths['pixels']}×{widths['pixels']}, batch {widths['batch']}: GMAC/s"
+        lines = [f"| {title} | {' | '.join(f'{w} channels' for w in rows)} |", "|---|" + "---|" * len(rows)]
+        for word, shown in runtimes.items():
+            cells = " | ".join(f"{row[word]['gmacs_per_s']:.0f}" for row in rows.values())
+            lines.append(f"| {shown} | {cells} |")
+        parts.append("\n".join(lines))
     return _under(["\n\n".join(parts)], data, "Spread: interquartile range / median. ")
 
 
