@@ -68,9 +68,10 @@ def brevitas(name, bits, rate, epochs, seed, raised, task, module):
     import torch
     from brevitas.graph.calibrate import calibration_mode
 
+    from penjing.clipping import Clip
+    from penjing.distill import Outputs
     from penjing.finetune import Finetune, train
     from penjing.outputs import numpy_predictor
-    from penjing.quantize.qat import Distance
     from penjing.step import Context
 
     network = brevitas_network(copy.deepcopy(module), bits, name.endswith("learned"))
@@ -79,11 +80,7 @@ def brevitas(name, bits, rate, epochs, seed, raised, task, module):
         for x in task.calibration:
             network(x)
     context = Context(task=task, source=raised, seed=seed)
-    labels = lambda batch: task.loss(batch.output, batch.target)  # noqa: E731
-    settings = Finetune(
-        epochs=epochs, learning_rate=rate, weight_decay=1e-4, max_grad_norm=1.0,
-        losses=(labels, Distance(raised, 4.0, 1.0)),
-    )  # fmt: skip
+    settings = Finetune(epochs=epochs, learning_rate=rate, weight_decay=1e-4, clip=Clip(), distill=Outputs())
     return numpy_predictor(train(network, context, settings))
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from penjing import checkpoint, quantize
+from penjing.clipping import Clip
 from penjing.draft import Draft
 from penjing.errors import CheckpointError
 from penjing.finetune import Finetune
@@ -48,10 +49,10 @@ def learned(before, after):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("clip", [(), Clip(threshold=0.1)])
 def test_zeros_stay_through_a_training(pruned, optimizer, clip):
     rate = 0.05 if optimizer == "sgd" else 0.005
-    settings = replace(TRAINING, optimizer=optimizer, learning_rate=rate, max_grad_norm=clip)
+    settings = replace(TRAINING, optimizer=optimizer, learning_rate=rate, clip=clip)
     done = settings(pruned, context_of())
     learned(pruned, done)
     assert done.edits == pruned.edits and not any(p.grad is not None for p in done.network.parameters())

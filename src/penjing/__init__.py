@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from penjing import architectures, distill, prune, quantize, records
     from penjing.checkpoint import restore as load_checkpoint
+    from penjing.clipping import Clip
     from penjing.errors import PenjingError
     from penjing.finetune import Finetune
     from penjing.recipe import Recipe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from penjing.task import Task
 
 _HOME = {
+    "Clip": "penjing.clipping",
     "Finetune": "penjing.finetune",
     "Goal": "penjing.search.goal",
     "PenjingError": "penjing.errors",
@@ -36,6 +38,7 @@ _HOME = {
 _MODULES = ("architectures", "distill", "prune", "quantize", "records")
 
 __all__ = [
+    "Clip",
     "Finetune",
     "Goal",
     "PenjingError",

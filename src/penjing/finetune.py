@@ -7,12 +7,13 @@ AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -21,16 +22,25 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing import training_state
+from penjing.averaging import Average
 from penjing.call import as_call, to_tensors
+from penjing.clipping import Clip
+from penjing.distill.outputs import Outputs
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError, TrainingError
-from penjing.outputs import to_tensor
+from penjing.outputs import first_output, to_tensor
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.task import Task, calibration_calls
 from penjing.teaching import Distillation, Teaching, in_fp32
 
 M = TypeVar("M", bound=nn.Module)
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+POINTS = 100  # of a training's curve
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,25 @@ class Finetune:
 
     Attributes:
         epochs: Passes over `task.train`; fractions are allowed.
+        steps: Updates of the weights, in the place of `epochs`.
         minutes: An upper bound. The steps that fit are counted once, from timed steps, and then kept.
         learning_rate: Peak of the schedule.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         weight_decay: On weights of two and more dimensions; biases and norms are spared.
-        warmup: Fraction of the steps in which the rate rises to its peak; then a cosine down to zero.
-        max_grad_norm: Clip the gradient's L2 norm (Pascanu et al. 2013); None leaves it alone.
+        warmup: Fraction of the steps in which the rate rises to its peak.
+        schedule: How the rate goes on from its peak: "cosine" or "linear" down to zero, or "constant".
+        accumulate: Batches whose gradients make one update; batch norms see each batch by itself.
+        label_smoothing: Part of the labels' weight that all classes share (Szegedy et al. 2016); for losses that are
+            cross-entropies of classes.
+        ema: Decay of a running average of weights and statistics, for example 0.999, which is what is returned (Polyak
+            & Juditsky 1992); it is shorter in the first steps. None returns the last weights.
+        clip: What keeps gradients or weights within a norm (`penjing.Clip`), one or several.
         autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
         losses: Terms that are summed; empty takes `task.loss` alone.
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
+            "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, and
+            where `labels` is 0.
         teacher: Who is imitated: None takes the source network, "self" the network as it is before the training;
             or any module, or several, whose outputs are averaged.
         labels: Weight of `losses` beside a teacher; with 0 the training needs neither labels nor a loss.
@@ -105,16 +124,21 @@ class Finetune:
     """
 
     epochs: float = 1.0
+    steps: int | None = None
     minutes: float | None = None
     learning_rate: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 5e-4
     warmup: float = 0.05
-    max_grad_norm: float | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    clip: Clip | tuple[Clip, ...] = ()
     autocast: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool = True
     losses: tuple[Loss, ...] = ()
-    distill: Distillation | tuple[Distillation, ...] = ()
+    distill: Distillation | tuple[Distillation, ...] | Literal["auto"] = "auto"
     teacher: nn.Module | tuple[nn.Module, ...] | Literal["self"] | None = None
     labels: float = 1.0
     hooks: tuple[Hook, ...] = ()
@@ -122,12 +146,20 @@ class Finetune:
 
     def __post_init__(self) -> None:
         above = ["epochs", "learning_rate", "save_every_s"]
-        above += [name for name in ("minutes", "max_grad_norm") if getattr(self, name) is not None]
+        above += ["minutes"] if self.minutes is not None else []
         fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
+        for name in ("steps", "accumulate"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            fine[name] = (whole or (name == "steps" and value is None), "a whole number of at least 1")
+        fine["label_smoothing"] = (0 <= self.label_smoothing < 1, "a fraction of at least 0, below 1")
+        fine["ema"] = (self.ema is None or 0 < self.ema < 1, "a number between 0 and 1, for example 0.999")
+        fine["clip"] = (all(isinstance(c, Clip) for c in self.clips), "penjing.Clip(threshold=1.0), one or several")
         fine["labels"] = (0 <= self.labels < math.inf, "a number of at least 0")
         fine["distill"] = (all(hasattr(d, "term") for d in self.distillations), "penjing.distill.Logits() and its like")
+        fine["schedule"] = (self.schedule in SCHEDULES, "'cosine', 'linear' or 'constant'")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name in ("losses", "hooks"):
@@ -136,21 +168,46 @@ class Finetune:
             if not good:
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
 
-        if self.labels == 0 and not self.distillations:
+        if self.label_smoothing and self.losses:
             raise RecipeError(
-                "training without labels and without a teacher learns nothing",
-                got="labels=0, distill=()",
-                expected="labels above 0, or distill=penjing.distill.Logits()",
+                "label smoothing is of the task's own loss",
+                got=f"label_smoothing={self.label_smoothing:g} and losses of its own",
+                expected="one of them",
+                remedy="smooth in that loss: torch.nn.functional.cross_entropy(..., label_smoothing=0.1)",
             )
+        if self.labels == 0 and self.distill == ():
+            raise _nothing_to_learn("labels=0, distill=()")
 
     @property
     def distillations(self) -> tuple[Distillation, ...]:
-        """`distill` as a tuple."""
+        """`distill` as a tuple; "auto" is none yet."""
+        if self.distill == "auto":
+            return ()
         return self.distill if isinstance(self.distill, tuple) else (self.distill,)
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """`clip` as a tuple."""
+        return self.clip if isinstance(self.clip, tuple) else (self.clip,)
+
+    def resolved(self, context: Context, changed: bool) -> Finetune:
+        """These settings with "auto" replaced: by the source network's outputs where the network was changed.
+
+        Raises:
+            RecipeError: There are neither labels nor a teacher.
+        """
+        if self.distill != "auto":
+            return self
+        taught = context.source is not None if self.teacher is None else True
+        if self.labels == 0 and not taught:
+            raise _nothing_to_learn("labels=0, and no teacher")
+        return replace(self, distill=(Outputs(),) if taught and (changed or self.labels == 0) else ())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights; the zeros of `draft.sparse` stay."""
-        settings = replace(self, hooks=(*self.hooks, KeepZeros(draft.sparse))) if draft.sparse else self
+        settings = self.resolved(context, changed=bool(draft.edits))
+        if draft.sparse:
+            settings = replace(settings, hooks=(*settings.hooks, KeepZeros(draft.sparse)))
         return replace(draft, network=train(copy.deepcopy(draft.network), context, settings))
 
 
@@ -195,6 +252,7 @@ def seed_everything(seed: int) -> None:
 
 class _Loop:
     def __init__(self, network: nn.Module, context: Context, settings: Finetune) -> None:
+        settings = settings.resolved(context, changed=False)
         task = context.task
         data = task.train
         if data is None and not settings.labels and task.calibration is not None:
@@ -241,8 +299,10 @@ class _Loop:
         if self.teaching:
             self.teaching.prepare(self.cast)
         self.optimizer = self._optimizer()
+        self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
         self.step, self.epoch, self.position = 0, 0, 0
         self.loss_sum, self.loss_count = 0.0, 0.0
+        self.clipped = [_Clipped(clip) for clip in self.settings.clips]
         self.length = self._count_batches()
         if not self._restore():
             self.steps = self._count_steps()
@@ -251,8 +311,8 @@ class _Loop:
         self._hook("start")
         saved = time.monotonic()
         while self.step < self.steps:
-            for inputs, target in self._batches():
-                self._update(inputs, target)
+            for group in self._groups():
+                self._update(group)
                 if self.step >= self.steps:
                     break
                 if time.monotonic() - saved > self.settings.save_every_s:
@@ -261,6 +321,10 @@ class _Loop:
             if self.step < self.steps or self.position >= self.length:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._hook("epoch")
+                self._tell_clips()
+        self._tell_clips()
+        if self.average is not None:
+            self.average.into(self.network)
         self._hook("end")
         return self._finished()
 
@@ -271,6 +335,12 @@ class _Loop:
             tensor.data = tensor.data.contiguous()
         self.network.zero_grad(set_to_none=True)
         return self.network.to(self.home).eval()
+
+    def _groups(self) -> Iterator[list[tuple[Any, Any]]]:
+        """The rest of this epoch's batches, as many together as make one update; the last ones may be fewer."""
+        batches = self._batches()
+        while group := list(itertools.islice(batches, self.settings.accumulate)):
+            yield group
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         """The rest of this epoch's batches."""
@@ -295,30 +365,53 @@ class _Loop:
                 remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
             )
 
-    def _update(self, inputs: Any, target: Any) -> None:
+    def _update(self, batches: list[tuple[Any, Any]]) -> None:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        value = float(self._backward(inputs, target).detach())
-        if not math.isfinite(value):
-            broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
-            raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
+        self.optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for inputs, target in batches:
+            value += float(self._backward(inputs, target, 1 / len(batches)).detach())
+            if not math.isfinite(value):
+                broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
+                raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
         self._hook("gradients")
-        if self.settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_grad_norm)
+        self._clip("gradients")
         self.optimizer.step()
+        self._clip("weights")
         self.step += 1
-        self.position += 1
+        self.position += len(batches)
         self.loss_sum, self.loss_count = self.loss_sum * 0.98 + value, self.loss_count * 0.98 + 1
         self._hook("step")
+        if self.average is not None:
+            self.average.update(self.network, self.step)
+        self._tell(rate)
+
+    def _tell(self, rate: float) -> None:
         loss = round(self.loss_sum / self.loss_count, 5)
         self.context.events("progress", label="fine-tune", done=self.step, total=self.steps, loss=loss)
+        if self.step % max(1, self.steps // POINTS) == 0 or self.step == self.steps:
+            terms = {name: float(term) for name, term in self.terms.items()}
+            self.context.events("training", step=self.step, steps=self.steps, loss=loss, rate=rate, terms=terms)
 
-    def _backward(self, inputs: Any, target: Any) -> torch.Tensor:
+    def _clip(self, what: str) -> None:
+        for clipped in self.clipped:
+            if clipped.clip.what == what:
+                clipped.lengths.append(clipped.clip(self.network.named_parameters()))
+
+    def _tell_clips(self) -> None:
+        for clipped in self.clipped:
+            if lengths := clipped.lengths:
+                values = {"what": clipped.clip.what, "norm": clipped.clip.norm, "step": self.step}
+                over = sum(length > 1 for length in lengths)
+                self.context.events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
+                lengths.clear()
+
+    def _backward(self, inputs: Any, target: Any, part: float) -> torch.Tensor:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, to_tensors(as_call(inputs)))
         target = pytree.tree_map_only(np.ndarray, to_tensor, target)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
-        self.optimizer.zero_grad(set_to_none=True)
         with self.cast():
             output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
             lesson = self.teaching.lesson(output, target, args, kwargs) if self.teaching else None
@@ -330,13 +423,14 @@ class _Loop:
             taught = {name: _scalar(term) for name, term in self.teaching.terms(lesson).items()}
             self.terms |= {name: term.detach() for name, term in taught.items()}
             terms += taught.values()
-        loss = torch.stack(terms).sum()
+        loss = torch.stack(terms).sum() * part
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def _task_loss(self, batch: Batch) -> torch.Tensor:
         assert self.context.task.loss is not None
-        return self.context.task.loss(batch.output, batch.target)
+        loss, part = self.context.task.loss(batch.output, batch.target), self.settings.label_smoothing
+        return loss if not part else (1 - part) * _scalar(loss) + part * _uniform(batch)
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.context.device)
@@ -347,7 +441,7 @@ class _Loop:
         if self.step < warm:
             return self.settings.learning_rate * (self.step + 1) / warm
         done = (self.step - warm) / max(1, self.steps - warm)
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.settings.learning_rate * SCHEDULES[self.settings.schedule](done)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.network.parameters() if p.requires_grad]
@@ -380,7 +474,8 @@ class _Loop:
         return length
 
     def _count_steps(self) -> int:
-        steps = max(1, round(self.settings.epochs * self.length))
+        updates = math.ceil(self.length / self.settings.accumulate)
+        steps = self.settings.steps or max(1, round(self.settings.epochs * updates))
         if self.settings.minutes is None:
             return steps
         return max(1, min(steps, int(self.settings.minutes * 60 / self._seconds_a_step())))
@@ -392,10 +487,12 @@ class _Loop:
         probe.teaching = self.teaching.of(probe.network) if self.teaching else None
         probe.settings = replace(self.settings, hooks=())
         probe.optimizer = probe._optimizer()
+        probe.average = copy.deepcopy(self.average)
+        probe.clipped = [_Clipped(clip) for clip in self.settings.clips]
         probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
         times, start = [], time.perf_counter()
-        for _, (inputs, target) in zip(range(8), probe._batches(), strict=False):
-            probe._update(inputs, target)
+        for _, group in zip(range(8), probe._groups(), strict=False):
+            probe._update(group)
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
         return float(np.median(times[1:] or times))
@@ -408,6 +505,7 @@ class _Loop:
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
             "network": self.network.state_dict(),
             "adapters": self.teaching.adapters.state_dict() if self.teaching else {},
+            "average": self.average.state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "random": training_state.random_numbers(self.context.device),
         }
@@ -422,6 +520,8 @@ class _Loop:
             self.network.load_state_dict(state["network"])
             if self.teaching:
                 self.teaching.adapters.load_state_dict(state["adapters"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.random_numbers = state["random"]
             training_state.set_random_numbers(self.random_numbers, self.context.device)
@@ -435,6 +535,14 @@ class _Loop:
         return {name: value for name, value in found.items() if name != "save_every_s"}
 
 
+@dataclass
+class _Clipped:
+    """What a `Clip` has done since it was last told: the lengths over what is allowed, one a step."""
+
+    clip: Clip
+    lengths: list[float] = field(default_factory=list)
+
+
 class _Unlabelled:
     """Calibration data as a loader without labels."""
 
@@ -446,9 +554,33 @@ class _Unlabelled:
             yield kwargs or args, None
 
 
+def _nothing_to_learn(got: str) -> RecipeError:
+    return RecipeError(
+        "training without labels and without a teacher learns nothing",
+        got=got,
+        expected="labels above 0, or distill=penjing.distill.Logits()",
+    )
+
+
 def _diverged(what: str, got: object) -> TrainingError:
-    remedy = "a lower learning_rate, max_grad_norm=1.0, or autocast='off'"
+    remedy = "a lower learning_rate, clip=penjing.Clip(threshold=1.0), or autocast='off'"
     return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
+
+
+def _uniform(batch: Batch) -> torch.Tensor:
+    """Cross-entropy with all classes alike."""
+    output, target = first_output(batch.output), batch.target
+    good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
+    if not good or target.shape != output.shape[:1] + output.shape[2:]:
+        got = " and ".join(f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+                           for x in (output, target))  # fmt: skip
+        raise TaskError(
+            "label smoothing needs classes",
+            got=got,
+            expected="logits (samples, classes, …) and integers (samples, …)",
+            remedy="leave label_smoothing at 0 and smooth in the task's own loss",
+        )
+    return -nn.functional.log_softmax(output, 1).mean()
 
 
 def _scalar(loss: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from penjing import distill, prune, quantize
+from penjing.clipping import Clip
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.step import Step
@@ -43,7 +44,9 @@ CATALOGUE: dict[str, type[Any]] = {
 """Every step by the name that it has in a YAML recipe."""
 
 
-SETTINGS: dict[str, type[Any]] = {f"distill.{name}": getattr(distill, name) for name in distill.__all__}
+SETTINGS: dict[str, type[Any]] = {
+    "Clip": Clip, **{f"distill.{name}": getattr(distill, name) for name in distill.__all__}
+}  # fmt: skip
 """What is no step but a setting of one, by the name that it has in a YAML recipe."""
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze.coupling import couple
+from penjing.clipping import Clip
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
 from penjing.finetune import Finetune
@@ -140,10 +141,10 @@ class Term:
         return self.step.strength * grown * formula(self.step.penalty, batch.network, self.units)
 
 
-@pytest.mark.parametrize(("growing", "clip"), [(False, None), (True, 0.5)])
+@pytest.mark.parametrize(("growing", "clip"), [(False, ()), (True, Clip(threshold=0.5))])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_it_trains_as_with_a_term_of_the_loss(penalty, growing, clip):
-    finetune = replace(SHORT, learning_rate=0.02, max_grad_norm=clip)
+    finetune = replace(SHORT, learning_rate=0.02, clip=clip)
     step = Regularized(penalty=penalty, strength=0.05, growing=growing, finetune=finetune)
     start, context = draft(), context_of()
 

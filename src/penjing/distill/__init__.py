@@ -6,7 +6,18 @@ from penjing.distill.dkd import DKD
 from penjing.distill.hard import HardLabels
 from penjing.distill.hints import Hints
 from penjing.distill.logits import Logits
+from penjing.distill.outputs import Outputs
 from penjing.distill.rkd import RKD
 from penjing.distill.similarity import SimilarityPreserving
 
-__all__ = ["DIST", "DKD", "RKD", "AttentionTransfer", "HardLabels", "Hints", "Logits", "SimilarityPreserving"]
+__all__ = [
+    "DIST",
+    "DKD",
+    "RKD",
+    "AttentionTransfer",
+    "HardLabels",
+    "Hints",
+    "Logits",
+    "Outputs",
+    "SimilarityPreserving",
+]

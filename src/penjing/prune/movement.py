@@ -80,7 +80,7 @@ class Movement:
         owners = _mask(network, modules, draft.sparse)
         others = tuple(name for name in draft.sparse if name.removesuffix(".weight") not in owners)
         hooks: tuple[Hook, ...] = (*self.finetune.hooks, KeepZeros(others), _Renew(tuple(modules), self))
-        train(network, context, replace(self.finetune, hooks=hooks))
+        train(network, context, replace(self.finetune.resolved(context, changed=True), hooks=hooks))
         for name in owners:
             parametrize.remove_parametrizations(network.get_submodule(name), "weight", leave_parametrized=True)
         done = draft.copy()

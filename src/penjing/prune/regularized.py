@@ -44,7 +44,7 @@ class Regularized:
     Liu et al., "Network Slimming", ICCV 2017; Wen et al., "Learning Structured Sparsity", NeurIPS 2016.
 
     The penalty's subgradient (0 where a weight, or a whole unit, is 0) is added to the loss' between backward and the
-    update, in 32 bits also under autocast, and before `Finetune.max_grad_norm` clips the sum: the same as if the
+    update, in 32 bits also under autocast, and before `Finetune.clip` clips the sum: the same as if the
     penalty were a term of the loss. Zeros of earlier steps stay.
 
     In YAML: ``- prune.Regularized: {penalty: bn_l1, finetune: {Finetune: {epochs: 2}}}``.

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing.clipping import Clip
+from penjing.distill import Outputs
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.finetune import Batch, Finetune, Hook, Loss, Moment, train
-from penjing.outputs import flatten_outputs
+from penjing.finetune import Finetune, Hook, Moment, train
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.quantize.samples import batches
 from penjing.step import Context
@@ -45,10 +46,9 @@ class QAT:
         learning_rate: Peak of the schedule.
         optimizer: "sgd" or "adamw".
         weight_decay: On weights.
-        max_grad_norm: Clip the gradient's L2 norm; None leaves it alone. The first steps after few bits came in are
-            far from the teacher.
+        clip: What keeps gradients within a norm. The first steps after few bits came in are far from the teacher.
         distill: Weight of the distance to the source network's outputs beside `Task.loss`; 0 leaves it out.
-        temperature: Of the softened classes that are compared (Hinton et al. 2015).
+        temperature: Of the softened classes that are compared, see `penjing.distill.Outputs`.
         freeze_norms: Fraction of the steps after which batch norms keep their statistics.
         freeze_ranges: Fraction of the steps after which scales stay.
         autocast: As in `Finetune`; "auto" is off where weights have more than 4 bits, for bfloat16 keeps 8.
@@ -63,7 +63,7 @@ class QAT:
     learning_rate: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 1e-4
-    max_grad_norm: float | None = 1.0
+    clip: Clip | tuple[Clip, ...] = Clip()
     distill: float = 1.0
     temperature: float = 4.0
     freeze_norms: float = 0.7
@@ -88,7 +88,7 @@ class QAT:
                 got="data='calibration', distill=0",
                 expected="distill above 0, or data='train'",
             )
-        self._settings((), ())
+        self._settings(())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights and the plan's learned scales."""
@@ -103,81 +103,28 @@ class QAT:
             )
         network = learner(draft, context, self.method)
         teacher = context.source if context.source is not None else draft.network
-        losses: tuple[Loss, ...] = (Distance(teacher, self.temperature, self.distill),) if self.distill else ()
         task = context.task
         if self.data == "calibration":
             task = replace(task, train=_Unlabelled(context), loss=None)
-        elif task.loss is not None:
-            losses = (_Labels(context), *losses)
         hooks: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
         bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
-        settings = self._settings(losses, hooks)
+        settings = replace(self._settings(hooks), labels=1.0 if task.loss is not None else 0.0)
         if self.autocast == "auto" and max(bits, default=8) > 4:
             settings = replace(settings, autocast="off")
-        return learned(draft, train(network, replace(context, task=task), settings))
+        return learned(draft, train(network, replace(context, task=task, source=teacher), settings))
 
-    def _settings(self, losses: tuple[Loss, ...], hooks: tuple[Hook, ...]) -> Finetune:
+    def _settings(self, hooks: tuple[Hook, ...]) -> Finetune:
         return Finetune(
             epochs=self.epochs,
             minutes=self.minutes,
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
+            clip=self.clip,
             autocast=self.autocast,
-            losses=losses,
+            distill=(Outputs(temperature=self.temperature, weight=self.distill),) if self.distill else (),
             hooks=hooks,
         )
-
-
-class Distance:
-    """How far the network's outputs are from the teacher's: KL divergence of softened classes, or relative noise.
-
-    Classes are what is compared where the task has a loss of its own, and the output is (batch, classes); without
-    labels, and for all other outputs, it is the noise power over the signal power.
-    """
-
-    def __init__(self, teacher: fx.GraphModule, temperature: float, weight: float) -> None:
-        self.teacher, self.temperature, self.weight = teacher.eval(), temperature, weight
-
-    def __repr__(self) -> str:
-        return f"Distance(temperature={self.temperature}, weight={self.weight})"
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """A scalar."""
-        args, kwargs = batch.call
-        with torch.no_grad():
-            wanted = _floats(self.teacher(*args, **kwargs))
-        found = _floats(batch.output)
-        if batch.target is not None and len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1:
-            t = self.temperature
-            divergence = nn.functional.kl_div(
-                nn.functional.log_softmax(found[0] / t, 1),
-                nn.functional.log_softmax(wanted[0] / t, 1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            return divergence * (t * t * self.weight)
-        noise = torch.stack([(a - b).square().sum() for a, b in zip(found, wanted, strict=True)]).sum()
-        return noise / torch.stack([b.square().sum() for b in wanted]).sum().clamp(min=1e-12) * self.weight
-
-
-def _floats(output: Any) -> list[torch.Tensor]:
-    return [t.float() for t in flatten_outputs(output)[0] if t.is_floating_point()]
-
-
-class _Labels:
-    """The task's own loss."""
-
-    def __init__(self, context: Context) -> None:
-        self.loss = context.task.loss
-
-    def __repr__(self) -> str:
-        return "Task.loss"
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        assert self.loss is not None
-        return self.loss(batch.output, batch.target)
 
 
 class _Freeze:

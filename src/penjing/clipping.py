@@ -1,0 +1,100 @@
+"""Clipping: gradients or weights that are longer than a threshold are made as long as it.
+
+Gradients: Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013; adaptive: Brock et al.,
+"High-Performance Large-Scale Image Recognition Without Normalization", ICML 2021. Weights: Srivastava et al.,
+"Dropout", JMLR 2014, section 5.1; adaptive: Elsayed et al., "Weight Clipping for Deep Continual and Reinforcement
+Learning", RLC 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from penjing.errors import RecipeError
+
+ORDERS = {"l1": 1.0, "l2": 2.0, "max": math.inf}
+LEAST = 1e-3  # the norm that a layer's weights are taken to have at least, or zeros would never learn (Brock et al.)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Keep gradients, or weights, within a norm. A setting of `penjing.Finetune(clip=...)`.
+
+    In "l1" and "l2" all values of a whole are scaled alike; in "max" each value is cut by itself.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        what: "gradients", before every update; "weights" of two and more dimensions, after it.
+        norm: "l1", "l2" or "max".
+        threshold: The norm that is allowed; a factor where `adaptive`.
+        per: "network" takes all for one whole, "layer" each layer by itself.
+        adaptive: The threshold is a factor. Of gradients: times the same norm of the weights that they change. Of
+            weights: times the norm of values that are all 1/√fan_in, the bound that layers are drawn from.
+    """
+
+    what: Literal["gradients", "weights"] = "gradients"
+    norm: Literal["l1", "l2", "max"] = "l2"
+    threshold: float = 1.0
+    per: Literal["network", "layer"] = "network"
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        fine = {
+            "what": (self.what in ("gradients", "weights"), "'gradients' or 'weights'"),
+            "norm": (self.norm in ORDERS, "'l1', 'l2' or 'max'"),
+            "threshold": (0 < self.threshold < math.inf, "a number above 0"),
+            "per": (self.per in ("network", "layer"), "'network' or 'layer'"),
+        }
+        for name, (good, expected) in fine.items():
+            if not good:
+                raise RecipeError(f"Clip({name}=...) can't be used", got=getattr(self, name), expected=expected)
+
+    def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> float:
+        """Clip in place.
+
+        Args:
+            named: A network's parameters by name, with their gradients.
+
+        Returns:
+            The longest whole's norm over what is allowed: above 1 something was clipped.
+        """
+        wholes: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in named:
+            if parameter.requires_grad and (parameter.dim() > 1 if self.what == "weights" else True):
+                layer = name.rpartition(".")[0] if self.per == "layer" else ""
+                if self.what == "weights" or parameter.grad is not None:
+                    wholes.setdefault(layer, []).append(parameter)
+        with torch.no_grad():
+            return max((self._clip(parameters) for parameters in wholes.values()), default=0.0)
+
+    def _clip(self, parameters: Sequence[nn.Parameter]) -> float:
+        found = [p.data if self.what == "weights" else p.grad for p in parameters]
+        values = [value for value in found if value is not None]
+        order = ORDERS[self.norm]
+        length = float(nn.utils.get_total_norm(values, order))
+        allowed = self.threshold * (self._reference(parameters) if self.adaptive else 1.0)
+        if length > allowed:
+            if self.norm == "max":
+                torch._foreach_clamp_min_(values, -allowed)
+                torch._foreach_clamp_max_(values, allowed)
+            else:
+                torch._foreach_mul_(values, allowed / (length + 1e-6))
+        return length / allowed
+
+    def _reference(self, parameters: Sequence[nn.Parameter]) -> float:
+        """What an adaptive threshold is a factor of."""
+        if self.what == "gradients":
+            return max(LEAST, float(nn.utils.get_total_norm([p.data for p in parameters], ORDERS[self.norm])))
+        bounds = torch.tensor([1 / math.sqrt(p.numel() / p.shape[0]) for p in parameters])
+        counts = torch.tensor([float(p.numel()) for p in parameters])
+        if self.norm == "max":
+            return float(bounds.max())
+        return float((counts * bounds ** ORDERS[self.norm]).sum() ** (1 / ORDERS[self.norm]))

@@ -1,0 +1,86 @@
+"""The source network's outputs, whatever they are: what a network learns from that was pruned or quantized.
+
+Classes: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penjing.distill.logits import soft_targets
+from penjing.distill.settings import check
+from penjing.errors import TaskError
+from penjing.outputs import flatten_outputs
+from penjing.teaching import Lesson, Term
+
+
+def relative_noise(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
+    """The power of the differences over the power of the teacher's values, of all outputs together.
+
+    Args:
+        student: Tensors of any shapes.
+        teacher: Tensors of the same shapes.
+
+    Returns:
+        A scalar without a unit: 0 is equal, 1 is what zeros would have.
+    """
+    noise = torch.stack([(a - b).square().sum() for a, b in zip(student, teacher, strict=True)]).sum()
+    return noise / torch.stack([b.square().sum() for b in teacher]).sum().clamp_min(1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Soft targets (`soft_targets`) where labels show that the output is of classes, else `relative_noise`.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        temperature: What both networks' logits are divided by.
+        weight: Of this term in the training loss.
+    """
+
+    temperature: float = 4.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, temperature=self.temperature, weight=self.weight)
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """(student's, teacher's) values inside the networks that are looked at: none."""
+        return ()
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch."""
+        found, wanted = _floats(lesson.student), _floats(lesson.teacher)
+        if [x.shape for x in found] != [x.shape for x in wanted]:
+            raise TaskError(
+                "student and teacher have different outputs",
+                got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (found, wanted)),
+                expected="the same outputs in the same order",
+                remedy="another teacher, or a distillation of features alone, for example distill.Hints",
+            )
+
+        def loss(lesson: Lesson) -> torch.Tensor:
+            if _of_classes(lesson):
+                return soft_targets(*lesson.logits(), self.temperature)
+            return relative_noise(_floats(lesson.student), _floats(lesson.teacher))
+
+        return loss
+
+
+def _floats(output: object) -> list[torch.Tensor]:
+    return [x.float() for x in flatten_outputs(output)[0] if x.is_floating_point()]
+
+
+def _of_classes(lesson: Lesson) -> bool:
+    """Whether the labels are integers, one for each row of the only output's logits."""
+    outputs, target = _floats(lesson.student), lesson.target
+    if len(outputs) != 1 or not isinstance(target, torch.Tensor) or target.is_floating_point():
+        return False
+    (shape,) = (x.shape for x in outputs)
+    rows = [shape[:1] + shape[2:], shape[:-1]]
+    return len(shape) > 1 and min(shape[1], shape[-1]) > 1 and target.shape in rows
