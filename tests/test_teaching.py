@@ -16,6 +16,7 @@ from torch import nn
 import penjing as pj
 from penjing import distill
 from penjing.architectures import build
+from penjing.architectures.bert import BERT
 from penjing.clipping import Clip
 from penjing.errors import CheckpointError, RecipeError, TaskError, TrainingError
 from penjing.finetune import Finetune, train
@@ -75,6 +76,8 @@ WAYS = [
     distill.AttentionTransfer(features=(("norm", "conv"),), weight=10),
     distill.RKD(),
     distill.SimilarityPreserving(),
+    distill.CRD(negatives=128),
+    distill.Outputs(),
 ]
 
 
@@ -336,3 +339,53 @@ class TestTaps:
         tapped = Tapped(network, ["norm"])
         F.cross_entropy(tapped(torch.randn(4, 1, 8, 8)), torch.zeros(4).long()).backward()
         assert all(p.grad is not None for p in network.parameters())
+
+    @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+    def test_scores_are_what_the_softmax_gets(self, mask):
+        class Attends(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x, seen):
+                query, key = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key))
+                given = {"none": None, "bool": seen, "float": torch.where(seen, 0.0, -1e9), "causal": None}[mask]
+                return F.scaled_dot_product_attention(query, key, key, given, is_causal=mask == "causal").sum(1)
+
+        torch.manual_seed(0)
+        module = Attends().eval()
+        x, seen = torch.randn(3, 5, 8), torch.rand(3, 1, 1, 5) > 0.3
+        seen[..., 0] = True
+        tapped = Tapped(raise_network(module, (x, seen)), ["/scaled_dot_product_attention#0:scores"])
+        with torch.no_grad():
+            tapped(x, seen)
+            query, key = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (module.query, module.key))
+        scores = query @ key.transpose(-2, -1) / 2
+        hidden = {"none": torch.zeros(5, 5).bool(), "causal": torch.ones(5, 5).triu(1).bool()}.get(mask, ~seen)
+        assert torch.allclose(
+            tapped.values()["/scaled_dot_product_attention#0:scores"], scores.masked_fill(hidden, 0.0), atol=1e-6
+        )
+
+    def test_a_part_without_an_attention_says_where_they_are(self):
+        network = raised()
+        with pytest.raises(RecipeError, match="an attention of the network does not exist"):
+            Tapped(network, ["conv:scores"])
+
+
+def test_a_transformer_learns_from_the_layers_of_a_wider_one():
+    def made(width, depth, seed):
+        torch.manual_seed(seed)
+        return BERT(width=width, depth=depth, heads=2, vocabulary=50, length=12, classes=3, dropout=0.0).eval()
+
+    tokens = torch.randint(0, 50, (64, 12), generator=torch.Generator().manual_seed(1))
+    data = Task(example=tokens[:2], calibration=list(tokens.split(16)))
+    teacher = raise_network(made(16, 4, 0), *data.call())
+    student = raise_network(made(8, 2, 1), *data.call())
+    layers = (("blocks.0", "blocks.1"), ("blocks.1", "blocks.3"))
+    told = []
+    events = lambda kind, **v: told.append(v["terms"]["TinyBERT"]) if kind == "training" else None  # noqa: E731
+    way = distill.TinyBERT(hidden=layers, attention=layers)
+    settings = replace(SHORT, epochs=10, distill=way, labels=0, optimizer="adamw", learning_rate=0.01)
+    train(student, Context(task=data, source=teacher, events=events), settings)
+    assert told[-1] < 0.6 * told[0]
+    assert "adapters" not in dict(student.named_modules())

@@ -26,6 +26,7 @@ from penjing.averaging import Average
 from penjing.call import as_call, to_tensors
 from penjing.clipping import Clip
 from penjing.distill.outputs import Outputs
+from penjing.distill.stored import Stored
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.outputs import first_output, to_tensor
@@ -304,6 +305,8 @@ class _Loop:
         self.loss_sum, self.loss_count = 0.0, 0.0
         self.clipped = [_Clipped(clip) for clip in self.settings.clips]
         self.length = self._count_batches()
+        if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
+            self._check_reproducible()
         if not self._restore():
             self.steps = self._count_steps()
             self._save()  # the count may come from timings: a resumed run must not count again
@@ -472,6 +475,18 @@ class _Loop:
                 remedy="a generator is exhausted after one pass: give a list or a DataLoader",
             )
         return length
+
+    def _check_reproducible(self) -> None:
+        """Stored answers are found by what was asked: the same seed has to give the same samples."""
+        first, again = (pytree.tree_leaves(to_tensors(as_call(next(self._batches())[0]))) for _ in range(2))
+        pairs = zip(first, again, strict=True)
+        if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
+            raise TaskError(
+                "a teacher's answers can't be stored for data that differ at every pass",
+                got="two passes with one seed, whose first batches differ",
+                expected="order and augmentation drawn from the global generators of torch, NumPy or random",
+                remedy="seed the augmentation so, or give the network itself as the teacher",
+            )
 
     def _count_steps(self) -> int:
         updates = math.ceil(self.length / self.settings.accumulate)

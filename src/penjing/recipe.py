@@ -45,7 +45,7 @@ CATALOGUE: dict[str, type[Any]] = {
 
 
 SETTINGS: dict[str, type[Any]] = {
-    "Clip": Clip, **{f"distill.{name}": getattr(distill, name) for name in distill.__all__}
+    "Clip": Clip, **{f"distill.{name}": getattr(distill, name) for name in distill.__all__ if name != "Stored"}
 }  # fmt: skip
 """What is no step but a setting of one, by the name that it has in a YAML recipe."""
 

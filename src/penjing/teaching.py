@@ -174,12 +174,7 @@ class Teaching:
 
     def digest(self) -> str:
         """Of the teachers' weights: a training that goes on has to have the same."""
-        found = hashlib.sha256()
-        for model in self.teachers:
-            for name, tensor in model.state_dict().items():
-                found.update(name.encode())
-                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return digest(self.teachers)
 
     def _student_view(self, student: nn.Module) -> Any:
         names = [name for name, _ in self.pairs]
@@ -205,10 +200,27 @@ class Teaching:
                 expected="one teacher, or distillations of outputs alone",
             )
         (model,) = self.teachers
+        if getattr(model, "outputs_only", False):
+            raise TaskError(
+                "stored answers have no values inside",
+                got=f"the features {', '.join(names)}",
+                expected="distillations of outputs alone, for example distill.Logits",
+                remedy="give the network itself as the teacher",
+            )
         if not isinstance(model, fx.GraphModule):
             task = self.context.task
             model = raise_network(model, *task.call(), task.dynamic).to(self.context.device)
         return [Tapped(model, names)]
+
+
+def digest(models: Sequence[nn.Module]) -> str:
+    """SHA-256 over names and values of all weights and buffers."""
+    found = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def in_fp32(output: Any) -> Any:

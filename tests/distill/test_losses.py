@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from penjing import distill
 from penjing.distill.attention import attention_transfer
+from penjing.distill.crd import contrastive
 from penjing.distill.dist import correlations
 from penjing.distill.dkd import decoupled
 from penjing.distill.hard import hard_labels
@@ -17,6 +18,7 @@ from penjing.distill.hints import hint
 from penjing.distill.logits import soft_targets
 from penjing.distill.rkd import angles, distances
 from penjing.distill.similarity import similarity_preserving
+from penjing.distill.tinybert import layer_to_layer
 from penjing.errors import RecipeError, TaskError
 from penjing.teaching import Lesson
 
@@ -246,3 +248,61 @@ def test_samples_that_coincide_have_finite_gradients():
     a.requires_grad_()
     (distances(a, values(1)) + angles(a, values(1))).backward()
     assert torch.isfinite(a.grad).all()
+
+
+@given(seed=SEEDS, temperature=st.floats(0.07, 2))
+def test_contrastive(seed, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    anchors, same, others = (
+        F.normalize(torch.randn(n, 3, generator=generator, dtype=torch.float64), dim=1) for n in (4, 4, 6)
+    )
+    scale = torch.tensor(1.7, dtype=torch.float64)
+    rows = []
+    for i in range(4):
+        ratio = math.exp(float((anchors[i] * same[i]).sum()) / temperature) / 1.7
+        row = -math.log(ratio / (ratio + 6))
+        for other in others:
+            ratio = math.exp(float((anchors[i] * other).sum()) / temperature) / 1.7
+            row -= math.log(6 / (ratio + 6))
+        rows.append(row)
+    assert float(contrastive(anchors, same, others, temperature, scale)) == pytest.approx(sum(rows) / 4, rel=1e-6)
+
+
+def test_samples_that_were_seen_are_what_others_are_told_from():
+    x, y = torch.randn(4, 5), torch.randn(4, 7)
+    lesson = Lesson(x, y, None, {}, {})
+    term = distill.CRD(dimensions=3, negatives=6).term(lesson)
+    before = term.pairs[0].seen_by_teacher.clone()
+    term(lesson)
+    embedded = F.normalize(term.pairs[0].embed[1](y), dim=1)
+    assert torch.equal(term.pairs[0].seen_by_teacher, torch.cat([before, embedded])[-6:])
+    with torch.no_grad():
+        mine = F.normalize(term.pairs[0].embed[0](x), dim=1)
+    assert float(term.pairs[0].scales[0]) == pytest.approx(float(torch.exp(mine @ before.t() / 0.07).mean()), rel=1e-5)
+
+
+@given(seed=SEEDS)
+def test_layer_to_layer(seed):
+    student, teacher = two(seed)
+    slow = sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)) / 20
+    assert float(layer_to_layer(student, teacher)) == pytest.approx(slow, rel=1e-9)
+
+
+def test_layers_of_other_widths_need_adapters_and_other_heads_are_refused():
+    values = {"a": torch.randn(2, 4, 6), "b": torch.randn(2, 4, 9), "a:scores": torch.randn(2, 3, 4, 4)}
+    values["b:scores"] = torch.randn(2, 3, 4, 4)
+    lesson = Lesson(None, None, None, values, values)
+    term = distill.TinyBERT(hidden=(("a", "b"),), attention=(("a", "b"),)).term(lesson)
+    hidden, scores = term.adapters[0](values["a"]) - values["b"], values["a:scores"] - values["b:scores"]
+    assert float(term(lesson)) == pytest.approx(float(hidden.square().mean() + scores.square().mean()), rel=1e-5)
+    values["b:scores"] = torch.randn(2, 2, 4, 4)
+    with pytest.raises(TaskError, match="can't be compared"):
+        distill.TinyBERT(attention=(("a", "b"),)).term(lesson)
+    with pytest.raises(RecipeError, match="needs layers"):
+        distill.TinyBERT()
+
+
+@pytest.mark.parametrize("wrong", [{"dimensions": 0}, {"negatives": 1.5}, {"temperature": 0}])
+def test_contrastive_settings_that_make_no_sense(wrong):
+    with pytest.raises(RecipeError, match="CRD"):
+        distill.CRD(**wrong)

@@ -1,6 +1,7 @@
 """Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`."""
 
 from penjing.distill.attention import AttentionTransfer
+from penjing.distill.crd import CRD
 from penjing.distill.dist import DIST
 from penjing.distill.dkd import DKD
 from penjing.distill.hard import HardLabels
@@ -9,8 +10,11 @@ from penjing.distill.logits import Logits
 from penjing.distill.outputs import Outputs
 from penjing.distill.rkd import RKD
 from penjing.distill.similarity import SimilarityPreserving
+from penjing.distill.stored import Stored
+from penjing.distill.tinybert import TinyBERT
 
 __all__ = [
+    "CRD",
     "DIST",
     "DKD",
     "RKD",
@@ -20,4 +24,6 @@ __all__ = [
     "Logits",
     "Outputs",
     "SimilarityPreserving",
+    "Stored",
+    "TinyBERT",
 ]

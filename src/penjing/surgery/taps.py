@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from penjing.errors import RecipeError
-from penjing.graph import is_tensor
+from penjing.graph import arguments, is_tensor, kind
+
+SCORES = ":scores"
 
 
 class Tap(nn.Module):
@@ -23,6 +27,31 @@ class Tap(nn.Module):
         self.value = x
 
 
+class Scores(nn.Module):
+    """Keeps what an attention computes before its softmax: Q·Kᵀ·scale, and 0 where something is hidden.
+
+    Args:
+        scale: Of the products; None is 1/√width.
+        causal: Tokens do not see later ones.
+    """
+
+    value: torch.Tensor | None = None
+
+    def __init__(self, scale: float | None, causal: bool) -> None:
+        super().__init__()
+        self.scale, self.causal = scale, causal
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Keep (samples, heads, queries, keys)."""
+        scale = self.scale if self.scale is not None else 1 / math.sqrt(query.shape[-1])
+        scores = query @ key.transpose(-2, -1) * scale
+        if self.causal:
+            scores = scores.tril()
+        if mask is not None:
+            scores = scores.where(mask if mask.dtype == torch.bool else mask > -1e4, 0.0)
+        self.value = scores
+
+
 class Tapped:
     """A network that tells values inside it, and is called as the network is called.
 
@@ -30,7 +59,8 @@ class Tapped:
 
     Args:
         network: A raised network.
-        names: Sites, or parts of the network, whose last value is meant.
+        names: Sites, or parts of the network, whose last value is meant; with ``:scores`` behind it, the scores of
+            the last attention.
 
     Raises:
         RecipeError: A name does not exist; the nearest are suggested.
@@ -38,12 +68,19 @@ class Tapped:
 
     def __init__(self, network: fx.GraphModule, names: Sequence[str]) -> None:
         self.view = fx.GraphModule(network, copy.deepcopy(network.graph))
-        found = {name: _node(self.view, name) for name in dict.fromkeys(names)}
-        self.taps = {name: Tap() for name in found}
-        for position, (name, node) in enumerate(found.items()):
+        self.taps: dict[str, Tap | Scores] = {}
+        for position, name in enumerate(dict.fromkeys(names)):
+            of_scores = name.endswith(SCORES)
+            node = _node(self.view, name.removesuffix(SCORES), attention=of_scores)
+            given: tuple[Any, ...] = (node,)
+            self.taps[name] = Tap()
+            if of_scores:
+                call = arguments(node)
+                self.taps[name] = Scores(call["scale"], bool(call["is_causal"]))
+                given = (call["query"], call["key"], call["attn_mask"])
             self.view.add_submodule(f"tap_{position}", self.taps[name])
             with self.view.graph.inserting_after(node):
-                self.view.graph.call_module(f"tap_{position}", (node,))
+                self.view.graph.call_module(f"tap_{position}", given)
         self.view.recompile()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -58,10 +95,12 @@ class Tapped:
         return found
 
 
-def _node(network: fx.GraphModule, name: str) -> fx.Node:
+def _node(network: fx.GraphModule, name: str, attention: bool) -> fx.Node:
     """The operator of a site, or the last one of a part of the network, as it stands in the forward."""
     sites: dict[str, fx.Node] = {
-        str(n.meta["site"]): n for n in network.graph.nodes if n.meta.get("site") and is_tensor(n)
+        str(n.meta["site"]): n
+        for n in network.graph.nodes
+        if n.meta.get("site") and is_tensor(n) and (not attention or kind(network, n) == "attention")
     }
     if name in sites:
         return sites[name]
@@ -70,9 +109,10 @@ def _node(network: fx.GraphModule, name: str) -> fx.Node:
         return list(parts.values())[-1]
     known = [*sites, *{site.rpartition("/")[0].rpartition(".")[0] for site in sites}]
     near = difflib.get_close_matches(name, [k for k in known if k], n=3, cutoff=0.4)
+    what, whose = ("an attention", "an attention") if attention else ("a feature", "a layer, of an operator")
     raise RecipeError(
-        "a feature of the network does not exist",
+        f"{what} of the network does not exist",
         got=name,
-        expected="the name of a layer, of an operator, or of a part of the network",
+        expected=f"the name of {whose}, or of a part of the network",
         remedy=f"the nearest are {', '.join(near)}" if near else "`penjing inspect` lists the layers",
     )

@@ -1,0 +1,130 @@
+"""Contrastive representation distillation: a sample in the student is nearest to the same sample in the teacher.
+
+Tian, Krishnan & Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10, 17 and 18.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from penjing.distill.settings import check, paired
+from penjing.errors import RecipeError
+from penjing.teaching import Lesson, Term
+
+
+def contrastive(
+    anchors: torch.Tensor, same: torch.Tensor, others: torch.Tensor, temperature: float, scale: torch.Tensor
+) -> torch.Tensor:
+    """Noise-contrastive loss: is this pair of one sample, or of two?
+
+    With r = exp(anchor·other / temperature) / scale and K others, a pair is taken for one sample's with r / (r + K).
+
+    Args:
+        anchors: (samples, dimensions), of length 1.
+        same: (samples, dimensions), of the same samples in the other network, of length 1.
+        others: (K, dimensions), of other samples in the other network, of length 1.
+        temperature: What products are divided by, above 0.
+        scale: The mean of exp(product / temperature), which makes r a ratio of probabilities.
+
+    Returns:
+        A scalar, in nats: the mean over all samples.
+    """
+    count = len(others)
+    log_scale = scale.log()
+    one = (anchors * same).sum(1) / temperature - log_scale  # log r
+    two = anchors @ others.t() / temperature - log_scale
+    log_count = torch.log(torch.tensor(float(count), device=one.device))
+    # log(r / (r + K)) and log(K / (r + K)), without overflow
+    found = F.logsigmoid(one - log_count)
+    refused = F.logsigmoid(log_count - two).sum(1)
+    return -(found + refused).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRD:
+    """Both networks' samples told apart by each other (`contrastive`), the sum over all pairs of features.
+
+    Linear layers embed both sides; they are trained beside the student and thrown away. The others are the last samples
+    that were seen, of earlier batches: the paper draws them from all.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        features: (student's, teacher's) sites, or parts of the networks, whose last value is meant; none takes the
+            outputs. A name alone stands for the same name in both.
+        dimensions: Of the embedding.
+        negatives: How many other samples a sample is told from.
+        temperature: What products of embeddings are divided by.
+        weight: Of this term in the training loss.
+    """
+
+    features: tuple[tuple[str, str], ...] = ()
+    dimensions: int = 128
+    negatives: int = 1024
+    temperature: float = 0.07
+    weight: float = 0.8
+
+    def __post_init__(self) -> None:
+        check(self, temperature=self.temperature, weight=self.weight)
+        for name in ("dimensions", "negatives"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RecipeError(f"CRD({name}=...) can't be used", got=value, expected="a whole number of at least 1")
+        object.__setattr__(self, "features", paired(self, self.features, least=0))
+
+    def term(self, lesson: Lesson) -> Term:
+        """The loss of a batch, a module with two embeddings a pair and the samples that were seen."""
+        return _CRD(self, lesson)
+
+
+class _CRD(nn.Module):
+    def __init__(self, settings: CRD, lesson: Lesson) -> None:
+        super().__init__()
+        self.settings = settings
+        self.pairs = nn.ModuleList(_Pair(settings, *pair) for pair in lesson.pairs(settings.features))
+
+    def forward(self, lesson: Lesson) -> torch.Tensor:
+        pairs = zip(self.pairs, lesson.pairs(self.settings.features), strict=True)
+        return torch.stack([pair(*values) for pair, values in pairs]).sum()
+
+
+class _Pair(nn.Module):
+    """Both embeddings of one pair of features, and the last samples seen in each."""
+
+    def __init__(self, settings: CRD, student: torch.Tensor, teacher: torch.Tensor) -> None:
+        super().__init__()
+        self.temperature = settings.temperature
+        self.embed = nn.ModuleList(nn.Linear(_vectors(x).shape[1], settings.dimensions) for x in (student, teacher))
+        for name in ("seen_by_student", "seen_by_teacher"):
+            seen = F.normalize(torch.randn(settings.negatives, settings.dimensions), dim=1)
+            self.register_buffer(name, seen)
+        self.register_buffer("scales", torch.zeros(2))
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        mine, theirs = (
+            F.normalize(embed(_vectors(x)), dim=1) for embed, x in zip(self.embed, (student, teacher), strict=True)
+        )
+        seen = self.get_buffer("seen_by_student"), self.get_buffer("seen_by_teacher")
+        scales = self.get_buffer("scales")
+        if not scales.any():  # by the first batch, as in the authors' program
+            with torch.no_grad():
+                for i, (anchors, others) in enumerate(((mine, seen[1]), (theirs, seen[0]))):
+                    scales[i] = torch.exp(anchors @ others.t() / self.temperature).mean()
+        told = contrastive(mine, theirs, seen[1].clone(), self.temperature, scales[0])
+        told = told + contrastive(theirs, mine, seen[0].clone(), self.temperature, scales[1])
+        with torch.no_grad():
+            for held, new in zip(seen, (mine, theirs), strict=True):
+                held.copy_(torch.cat([held, new])[-len(held) :])
+        return told
+
+
+def _vectors(x: torch.Tensor) -> torch.Tensor:
+    """(samples, values): pictures of many channels and sequences are averaged over places."""
+    if x.dim() > 3:
+        return x.flatten(2).mean(2)
+    return x.mean(1) if x.dim() == 3 else x.flatten(1)

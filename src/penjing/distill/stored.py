@@ -1,0 +1,192 @@
+"""A teacher's answers, written once and read from then on: a costly teacher is asked about each sample once.
+
+Answers are found by the content of what was asked, so that a sample that was augmented in another way has another
+answer: Shen & Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep crops and
+answers together too; Wu et al., "TinyViT", ECCV 2022, keep answers by augmentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from penjing.errors import OutputError, TaskError
+from penjing.outputs import first_output
+from penjing.records import write_text
+from penjing.teaching import digest
+
+VERSION = 1
+KEY = 16  # bytes of a sample's digest
+
+
+class Stored(nn.Module):
+    """A teacher for `penjing.Finetune(teacher=...)` that keeps its first output for every sample in a folder.
+
+    ``about.json`` says whose answers they are, ``keys.bin`` has 16 bytes a sample, ``answers.bin`` as many floats as
+    the teacher gives, in the same order, read by memory map. Both grow while samples come that are new; a run that is
+    killed leaves what was written. Writing is for one process at a time.
+
+    Args:
+        folder: Where the answers are, or will be.
+        teacher: The network that is asked about samples that are new; None reads only.
+
+    Raises:
+        TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
+    """
+
+    outputs_only: ClassVar[bool] = True
+
+    def __init__(self, folder: str | Path, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        object.__setattr__(self, "teacher", teacher.eval() if teacher is not None else None)  # no weight of this module
+        self.teacher: nn.Module | None
+        self.rows: dict[bytes, int] = {}
+        self.shape: tuple[int, ...] | None = None
+        self.answers: np.ndarray[Any, Any] | None = None
+        self.asked = 0  # samples about which the teacher was asked in this process
+        self.name = name = digest([teacher]) if teacher is not None else ""
+        about = self.folder / "about.json"
+        if about.exists():
+            self._open(about, name)
+        elif not name:
+            raise self._wrong(
+                "there are no stored answers", "no about.json", "give the teacher: Stored(folder, network)"
+            )
+        self.register_buffer("of", torch.frombuffer(bytearray(bytes.fromhex(self.name)), dtype=torch.uint8))
+
+    def __repr__(self) -> str:
+        return f"Stored({self.name})"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The teacher's first output, (samples, …) in fp32.
+
+        Raises:
+            TaskError: A sample has no answer, and there is no teacher.
+            OutputError: The disk is full.
+        """
+        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        keys = _keys(leaves)
+        new = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self.rows}
+        if new:
+            self._ask(args, kwargs, new, len(keys))
+        assert self.answers is not None and self.shape is not None
+        found = self.answers[[self.rows[key] for key in keys]]
+        return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(leaves[0].device)
+
+    def _ask(self, args: Any, kwargs: Any, new: dict[bytes, int], samples: int) -> None:
+        if self.teacher is None:
+            raise TaskError(
+                "samples of the training have no stored answer",
+                got=f"{len(new)} of {samples} samples of a batch are not in {self.folder}",
+                expected="the data, order of seeds and augmentation that the answers were stored with",
+                remedy="give the teacher, which is then asked: Stored(folder, network)",
+            )
+        with torch.no_grad():
+            said = first_output(self.teacher(*args, **kwargs)).float().cpu()
+        if len(said) != samples:
+            raise TaskError(
+                "the teacher's answers can't be stored",
+                got=f"an output of shape {tuple(said.shape)} for {samples} samples",
+                expected="one row a sample",
+            )
+        shape = tuple(said.shape[1:])
+        if self.shape is None:
+            self.shape = shape
+            self._begin()
+        if shape != self.shape:
+            raise TaskError(
+                "the teacher's answers differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
+            )
+        self._append(list(new), said[list(new.values())].numpy())
+        self.asked += len(new)
+
+    def _begin(self) -> None:
+        about = {"version": VERSION, "teacher": self.name, "shape": self.shape}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "about.json", json.dumps(about) + "\n")
+        except OSError as error:
+            raise _full(self.folder, error) from error
+
+    def _append(self, keys: list[bytes], rows: np.ndarray[Any, Any]) -> None:
+        try:
+            for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
+                with (self.folder / name).open("ab") as file:
+                    file.write(data)
+        except OSError as error:
+            raise _full(self.folder, error) from error
+        for key in keys:
+            self.rows[key] = len(self.rows)
+        self._map()
+
+    def _open(self, about: Path, name: str) -> None:
+        try:
+            said = json.loads(about.read_text(encoding="utf-8"))
+            version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
+            bytes.fromhex(self.name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._wrong("the stored answers can't be read", f"{type(error).__name__}: {error}") from None
+        if version != VERSION:
+            raise self._wrong("the stored answers are of another version", version)
+        if name and name != self.name:
+            raise self._wrong("the stored answers are another teacher's", f"weights {self.name[:12]}, not {name[:12]}")
+        self.shape = shape
+        width = 4 * int(np.prod(shape, dtype=np.int64))
+        sizes = [p.stat().st_size if p.exists() else 0 for p in (self.folder / "answers.bin", self.folder / "keys.bin")]
+        count = min(sizes[0] // width, sizes[1] // KEY)
+        # A process that was killed between the two files, or within one, leaves a last part that has no other half.
+        for file, size in (("answers.bin", count * width), ("keys.bin", count * KEY)):
+            if (path := self.folder / file).exists() and path.stat().st_size > size:
+                with path.open("r+b") as cut:
+                    cut.truncate(size)
+        if count:
+            keys = (self.folder / "keys.bin").read_bytes()
+            self.rows = {keys[i * KEY : (i + 1) * KEY]: i for i in range(count)}
+            self._map()
+
+    def _map(self) -> None:
+        assert self.shape is not None
+        width = int(np.prod(self.shape, dtype=np.int64))
+        self.answers = np.memmap(self.folder / "answers.bin", dtype="<f4", mode="r").reshape(-1, width)
+
+    def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
+        remedy = remedy or f"delete {self.folder}; the teacher is asked again"
+        expected = "a folder that Stored(folder, network) wrote for this teacher"
+        return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
+
+
+def _keys(leaves: Sequence[torch.Tensor]) -> list[bytes]:
+    """A digest of every sample: its part of every input, bytes, types and shapes."""
+    samples = len(leaves[0])
+    kinds = repr([(str(x.dtype), tuple(x.shape[1:])) for x in leaves]).encode()
+    arrays = [x.detach().cpu().contiguous().numpy() for x in leaves]
+    found = []
+    for i in range(samples):
+        key = hashlib.blake2b(kinds, digest_size=KEY)
+        for array in arrays:
+            key.update((array[i] if len(array) == samples else array).tobytes())
+        found.append(key.digest())
+    return found
+
+
+def _full(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        "a teacher's answers can't be written",
+        got=f"{error.strerror or error} ({folder})",
+        expected="a folder with write permission and free space",
+        remedy="free some space; what was written before is used again",
+    )

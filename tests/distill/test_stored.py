@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from penjing import distill
+from penjing.errors import CheckpointError, TaskError
+from penjing.finetune import Finetune, train
+from penjing.step import Context
+from penjing.task import Task
+
+SETTINGS = Finetune(epochs=3, autocast="off", learning_rate=0.1, distill=distill.Logits(), save_every_s=1e-9)
+
+
+def net(width=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 6, generator=generator)
+    return x, (x[:, :3]).argmax(1)
+
+
+def task(data, **fields):
+    loader = DataLoader(TensorDataset(*data), batch_size=8, shuffle=True)
+    return Task(**{"example": data[0][:2], "train": loader, "loss": F.cross_entropy} | fields)
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.samples = net(16, 1), 0
+
+    def forward(self, x):
+        self.samples += len(x)
+        return self.inner(x)
+
+
+def run(data, teacher, **fields):
+    return train(net(), Context(task=task(data), **fields), replace(SETTINGS, teacher=teacher))
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_every_sample_is_asked_about_once_and_the_student_is_the_same_to_the_bit(data, tmp_path):
+    teacher = Counted()
+    asked = run(data, teacher)
+    teacher.samples = 0
+    first = run(data, distill.Stored(tmp_path, teacher))
+    assert teacher.samples <= 40 + 8  # a batch with one new sample is asked about whole
+    second = run(data, distill.Stored(tmp_path))
+    assert same(asked, first) and same(asked, second)
+    assert (tmp_path / "answers.bin").stat().st_size == 40 * 3 * 4
+    assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
+
+
+def test_a_sample_augmented_in_another_way_has_another_answer(data, tmp_path):
+    stored, teacher = distill.Stored(tmp_path, net(16, 1)), net(16, 1)
+    x = data[0][:4]
+    with torch.no_grad():
+        assert torch.equal(stored(x), teacher(x)) and torch.equal(stored(x.flip(1)), teacher(x.flip(1)))
+        assert stored.asked == 8
+        mixed = torch.cat([x[2:], x.flip(1)[:1]])
+        assert torch.equal(stored(mixed), torch.cat([teacher(x)[2:], teacher(x.flip(1))[:1]]))
+    assert stored.asked == 8
+
+
+def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Hook:
+        def __init__(self, step):
+            self.step = step
+
+        def __repr__(self):
+            return "Hook"
+
+        def __call__(self, moment):
+            if moment.name == "step" and moment.step == self.step:
+                raise Stop
+
+    answers, state = tmp_path / "answers", tmp_path / "state"
+    state.mkdir()
+    whole = run(data, distill.Stored(answers, net(16, 1)))
+    for step, teacher in ((6, distill.Stored(answers, net(16, 1))), (0, distill.Stored(answers))):
+        settings = replace(SETTINGS, teacher=teacher, hooks=(Hook(step),))
+        context = Context(task=task(data), folder=state)
+        if step:
+            with pytest.raises(Stop):
+                train(net(), context, settings)
+        else:
+            assert same(train(net(), context, settings), whole)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        train(net(), context, replace(settings, teacher=distill.Stored(tmp_path / "others", net(16, 2))))
+
+
+class TestBadInput:
+    def test_data_that_differ_at_every_pass(self, data, tmp_path):
+        noise = np.random.default_rng()  # a generator of its own, which nobody seeds
+
+        class Noisy:
+            def __iter__(self):
+                yield data[0] + torch.tensor(noise.normal(size=(40, 6)), dtype=torch.float32), data[1]
+
+            def __len__(self):
+                return 1
+
+        context = Context(task=task(data, train=Noisy()))
+        with pytest.raises(TaskError, match="differ at every pass"):
+            train(net(), context, replace(SETTINGS, teacher=distill.Stored(tmp_path, net(16, 1))))
+
+    def test_no_answers_and_no_teacher(self, tmp_path):
+        with pytest.raises(TaskError, match="no stored answers"):
+            distill.Stored(tmp_path)
+
+    def test_samples_that_have_no_answer(self, data, tmp_path):
+        with torch.no_grad():
+            distill.Stored(tmp_path, net(16, 1))(data[0][:8])
+        with pytest.raises(TaskError, match="no stored answer") as error:
+            distill.Stored(tmp_path)(data[0][4:12])
+        assert "4 of 8 samples" in str(error.value)
+
+    def test_answers_of_another_teacher(self, data, tmp_path):
+        with torch.no_grad():
+            distill.Stored(tmp_path, net(16, 1))(data[0][:8])
+        with pytest.raises(TaskError, match="another teacher's"):
+            distill.Stored(tmp_path, net(16, 2))
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"version": 1, "teacher": "xy", "shape": [3]})])
+    def test_a_damaged_folder(self, tmp_path, text):
+        (tmp_path / "about.json").write_text(text)
+        with pytest.raises(TaskError, match="can't be read"):
+            distill.Stored(tmp_path)
+
+    def test_values_inside(self, data, tmp_path):
+        from penjing.network import raise_network
+
+        student = raise_network(net(), (data[0][:2],))
+        way = distill.Hints(features=("0",))
+        with pytest.raises(TaskError, match="no values inside"):
+            train(
+                student, Context(task=task(data)),
+                replace(SETTINGS, distill=way, teacher=distill.Stored(tmp_path, net(16, 1))),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [("answers.bin", 5), ("keys.bin", 3), ("keys.bin", 40)])
+def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
+    teacher = net(16, 1)
+    with torch.no_grad():
+        wanted = distill.Stored(tmp_path, teacher)(data[0])
+        name, lost = cut
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-lost])
+        again = distill.Stored(tmp_path, teacher)
+        assert 0 < len(again.rows) < 40
+        assert torch.equal(again(data[0]), wanted)
+    assert torch.equal(distill.Stored(tmp_path)(data[0]), wanted)
