@@ -62,6 +62,8 @@ class TestSteps:
         limit = {
             "quantize.Rollback": {"snr_db": 20.0},
             "quantize.MixedPrecision": {"average_bits": 5.0},
+            "distill.FewerLayers": {"of": "blocks", "keep": 3},
+            "distill.Student": {"architecture": "resnet20"},
             "prune.Blocks": {"blocks": 1},
             "prune.Channels": {"macs": 0.5},
             "prune.Iterative": {"step": Channels(macs=0.5), "finetune": Finetune()},

@@ -20,6 +20,8 @@ from penjing.step import Step
 
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
+    "distill.FewerLayers": distill.FewerLayers,
+    "distill.Student": distill.Student,
     "prune.Blocks": prune.Blocks,
     "prune.Channels": prune.Channels,
     "prune.Iterative": prune.Iterative,
@@ -45,8 +47,9 @@ CATALOGUE: dict[str, type[Any]] = {
 
 
 SETTINGS: dict[str, type[Any]] = {
-    "Clip": Clip, **{f"distill.{name}": getattr(distill, name) for name in distill.__all__ if name != "Stored"}
-}  # fmt: skip
+    "Clip": Clip,
+    **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "term")},
+}
 """What is no step but a setting of one, by the name that it has in a YAML recipe."""
 
 
@@ -92,6 +95,21 @@ class Recipe:
                     got=repr(step),
                     expected="instances such as pj.quantize.Static(weight_bits=8)",
                     remedy=f"known steps: {', '.join(CATALOGUE)}",
+                )
+            if isinstance(step, distill.Student) and step is not self.steps[0]:
+                raise RecipeError(
+                    "Student is not the first step of this recipe",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected="Student first: it is a new network, on which nothing that was done before is left",
+                    remedy="put Student first",
+                )
+            if quantized is not None and isinstance(step, distill.FewerLayers):
+                raise RecipeError(
+                    "FewerLayers comes after quantization in this recipe",
+                    got=" → ".join(type(s).__name__ for s in self.steps),
+                    expected="FewerLayers before the step that quantizes: the plan's ranges belong to the values that "
+                    "they were measured on",
+                    remedy="put FewerLayers first",
                 )
             if quantized is not None and isinstance(step, Finetune):
                 raise RecipeError(

@@ -1,9 +1,13 @@
-"""Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`."""
+"""Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`.
+
+`FewerLayers` and `Student` are steps that make a student; `Stored` is a teacher.
+"""
 
 from penjing.distill.attention import AttentionTransfer
 from penjing.distill.crd import CRD
 from penjing.distill.dist import DIST
 from penjing.distill.dkd import DKD
+from penjing.distill.fewer_layers import FewerLayers
 from penjing.distill.hard import HardLabels
 from penjing.distill.hints import Hints
 from penjing.distill.logits import Logits
@@ -11,6 +15,7 @@ from penjing.distill.outputs import Outputs
 from penjing.distill.rkd import RKD
 from penjing.distill.similarity import SimilarityPreserving
 from penjing.distill.stored import Stored
+from penjing.distill.student import Student
 from penjing.distill.tinybert import TinyBERT
 
 __all__ = [
@@ -19,11 +24,13 @@ __all__ = [
     "DKD",
     "RKD",
     "AttentionTransfer",
+    "FewerLayers",
     "HardLabels",
     "Hints",
     "Logits",
     "Outputs",
     "SimilarityPreserving",
     "Stored",
+    "Student",
     "TinyBERT",
 ]

@@ -1,14 +1,15 @@
 """The only code that edits a network. Every edit is logged as one JSON object, and a log can be replayed.
 
-The vocabulary of edits: ``fold`` (a batch norm into the layer before it), ``slice`` (a stored tensor loses positions of
-an axis), ``literal`` (a number in an operator or layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a
-selection in the place of operators that permute an axis), ``skip`` (one operator's value in the place of another's, and
-what lies between is gone), ``sparse`` (tensors whose zeros stay; the network stays as
-it is), ``split_outliers`` (a linear layer's input channels with outliers into a layer of their own),
-``unfold_attention`` (into its operators).
+The vocabulary of edits: ``build`` (a built-in architecture in the place of the network), ``fold`` (a batch norm into
+the layer before it), ``slice`` (a stored tensor loses positions of an axis), ``literal`` (a number in an operator or
+layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a selection in the place of operators that permute
+an axis), ``skip`` (one operator's value in the place of another's, and what lies between is gone), ``sparse`` (tensors
+whose zeros stay; the network stays as it is), ``split_outliers`` (a linear layer's input channels with outliers into a
+layer of their own), ``unfold_attention`` (into its operators).
 """
 
 from penjing.surgery.attention import unfold_attentions
+from penjing.surgery.build import build, building
 from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
@@ -20,6 +21,8 @@ from penjing.surgery.sparse import KeepZeros, mark_sparse
 __all__ = [
     "FakeQuantize",
     "KeepZeros",
+    "build",
+    "building",
     "fold_batch_norms",
     "freeze",
     "insert",

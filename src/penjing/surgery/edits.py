@@ -10,6 +10,7 @@ from torch import fx
 from penjing.draft import Edit
 from penjing.errors import CheckpointError
 from penjing.surgery.attention import unfold_attention
+from penjing.surgery.build import build
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.resize import RESIZING, resize
@@ -17,6 +18,7 @@ from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
+    "build": lambda network, edit: build(edit),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
@@ -43,8 +45,9 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
                 remedy="pip install --upgrade penjing",
             )
         try:
-            apply(network, edit)
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+            found = apply(network, edit)
+            network = found if isinstance(found, fx.GraphModule) else network
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
                 got=f"{edit} ({error})",

@@ -22,7 +22,8 @@ def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
     """
     operators = {site(n): n for n in network.graph.nodes if n.op == "placeholder"} | sites(network)
     operators[last].replace_all_uses_with(operators[by])
-    network.graph.eliminate_dead_code()
+    # torch keeps attentions, which may draw dropout; a raised network's operators change nothing but their results
+    network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     network.delete_all_unused_submodules()
     _drop_unread(network)
     network.graph.lint()

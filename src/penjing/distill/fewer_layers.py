@@ -1,0 +1,119 @@
+"""A student with fewer layers: some of the teacher's repeated layers, with their weights.
+
+Sanh et al., "DistilBERT, a distilled version of BERT", 2019, section 3: every second layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import fx
+
+from penjing.draft import Draft, Edit
+from penjing.errors import RecipeError
+from penjing.graph import shapes, site, tensor_inputs
+from penjing.step import Context
+from penjing.surgery import skip
+from penjing.task import Call
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerLayers:
+    """Keep some of a stack's layers and take the others out, one after another.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
+    Attributes:
+        of: The stack, for example "encoder.layer": its parts are called "encoder.layer.0", "encoder.layer.1", …
+        keep: How many layers stay, evenly spread from the first one on; or the numbers of those that stay.
+    """
+
+    of: str
+    keep: int | tuple[int, ...]
+    for_floats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        many = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
+        those = isinstance(self.keep, tuple) and len(self.keep) > 0 and all(isinstance(i, int) for i in self.keep)
+        if not many and not those:
+            raise RecipeError(
+                "FewerLayers(keep=...) can't be used", got=self.keep, expected="3, or the numbers of layers, (0, 2, 4)"
+            )
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft without the layers.
+
+        Raises:
+            RecipeError: There is no such stack, or a layer's output can't be replaced by its input.
+        """
+        layers = self._layers(draft.network)
+        kept = _spread(len(layers), self.keep) if isinstance(self.keep, int) else self.keep
+        if wrong := [i for i in kept if not 0 <= i < len(layers)]:
+            raise RecipeError(
+                f"FewerLayers keeps a layer that {self.of} does not have",
+                got=", ".join(map(str, wrong)),
+                expected=f"numbers from 0 to {len(layers) - 1}",
+            )
+        if isinstance(self.keep, int) and self.keep > len(layers):
+            raise RecipeError(f"FewerLayers keeps more layers than {self.of} has", got=self.keep, expected=len(layers))
+        network = copy.deepcopy(draft.network)
+        edits: list[Edit] = []
+        for number, name in enumerate(layers):
+            if number not in kept:
+                edits.append(skip(network, *_ends(network, name, context.task.call())))
+        context.events("layers", of=self.of, kept=sorted(kept), removed=len(edits))
+        return replace(draft, network=network, edits=(*draft.edits, *edits))
+
+    def _layers(self, network: fx.GraphModule) -> list[str]:
+        """The stack's parts in the order of execution."""
+        found: dict[str, None] = {}
+        stacks: dict[str, None] = {}
+        for node in network.graph.nodes:
+            words = site(node).replace("/", ".").split(".")
+            for depth, word in enumerate(words):
+                if word.isdigit() and depth and depth < len(words) - 1:
+                    stacks[".".join(words[:depth])] = None
+                    if ".".join(words[:depth]) == self.of:
+                        found[".".join(words[: depth + 1])] = None
+        if not found:
+            near = difflib.get_close_matches(self.of, stacks, n=3, cutoff=0.3) or list(stacks)[:3]
+            raise RecipeError(
+                "the network has no such stack of layers",
+                got=self.of,
+                expected="the name of a list of layers, without the number",
+                remedy=f"did you mean {' or '.join(near)}?" if near else "`penjing inspect` lists the layers",
+            )
+        return list(found)
+
+
+def _spread(count: int, keep: int) -> tuple[int, ...]:
+    """
+    >>> _spread(6, 3), _spread(12, 4), _spread(5, 2)
+    ((0, 2, 4), (0, 3, 6, 9), (0, 2))
+    """
+    return tuple(dict.fromkeys(i * count // keep for i in range(keep)))
+
+
+def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
+    """The operator whose value leaves a part, and the one outside whose value of the same shape enters it."""
+    sizes = {node: tuple(value.shape) for node, value in shapes(network, call).items()}
+    inside = [n for n in network.graph.nodes if site(n).startswith((f"{name}.", f"{name}/")) and n.op != "placeholder"]
+    held = set(inside)
+    leaving = [n for n in inside if any(user not in held for user in n.users)]
+    entering = [x for n in inside for x in tensor_inputs(n) if x not in held and x.op != "get_attr"]
+    alike = [
+        x for x in dict.fromkeys(entering) if len(leaving) == 1 and sizes.get(x.name) == sizes.get(leaving[0].name)
+    ]
+    if not alike:
+        said = ", ".join(f"{site(n)} {sizes.get(n.name)}" for n in leaving)
+        raise RecipeError(
+            f"{name} can't be taken out",
+            got=f"out of it: {said or 'nothing'}; into it: {', '.join(str(sizes.get(x.name)) for x in entering)}",
+            expected="one value that leaves it, of the shape of one that enters",
+            remedy="prune.Channels makes layers narrower",
+        )
+    return site(leaving[0]), site(alike[0])

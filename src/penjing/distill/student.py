@@ -1,0 +1,97 @@
+"""A student of another kind: a built-in architecture in the place of the network, which then is its teacher.
+
+Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from penjing.draft import Draft
+from penjing.errors import PenjingError, RecipeError, TaskError
+from penjing.graph import in_eval_mode
+from penjing.outputs import first_output, flatten_outputs
+from penjing.plan import Plan
+from penjing.step import Context
+from penjing.surgery import build, building
+from penjing.task import Call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """Put a new network in the place of the source, with random weights, for the training that follows.
+
+    It stands first in a recipe: ``Recipe(Student(architecture="mobilenet_v2"), Finetune(epochs=30))``.
+
+    Attributes:
+        architecture: One of `penjing.architectures.names()`.
+        settings: What its factory takes. Where they are not given, ``classes`` is read from the source's output, and
+            ``in_channels`` from the example.
+    """
+
+    architecture: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    for_floats: ClassVar[bool] = True
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft of the new network.
+
+        Raises:
+            RecipeError: The architecture can't be built, or does not take these inputs.
+            TaskError: Its outputs are not those of the source.
+        """
+        call = context.task.call()
+        wanted = _outputs(draft.network, call)
+        try:
+            edit, network = self._built(call, wanted, context)
+        except (PenjingError, TypeError) as error:
+            raise RecipeError(
+                f"the student {self.architecture} can't be built",
+                got=" ".join(str(error).split()),
+                expected="an architecture for the inputs of the source",
+                remedy="Student(architecture=..., settings={...}) passes settings on",
+            ) from error
+        found = _outputs(network, call)
+        if found != wanted:
+            raise TaskError(
+                "student and teacher have different outputs",
+                got=f"{self.architecture}: {found}, the source: {wanted}",
+                expected="outputs of the same shapes",
+                remedy="for example Student(..., settings={'classes': 10})",
+            )
+        return replace(draft, network=network, plan=Plan(), edits=(edit,))
+
+    def _built(
+        self, call: Call, wanted: list[tuple[int, ...]], context: Context
+    ) -> tuple[dict[str, Any], fx.GraphModule]:
+        """The first combination of what is read from the source that the factory takes."""
+        args, kwargs = call
+        first = next(iter((*args, *kwargs.values())))
+        read = {"classes": wanted[0][1] if len(wanted[0]) > 1 else 1}
+        if first.dim() == 4:
+            read["in_channels"] = first.shape[1]
+        tries = [read, {"classes": read["classes"]}, {}]
+        for position, more in enumerate(tries):
+            settings = {**more, **self.settings}
+            edit = building(self.architecture, settings, call, context.task.dynamic)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(context.seed)
+                try:
+                    return edit, build(edit)
+                except PenjingError:
+                    if position == len(tries) - 1:
+                        raise
+        raise AssertionError("unreachable")
+
+
+def _outputs(network: fx.GraphModule, call: Call) -> list[tuple[int, ...]]:
+    args, kwargs = call
+    with torch.no_grad(), in_eval_mode(network):
+        found = network(*args, **kwargs)
+    first_output(found)
+    return [tuple(x.shape) for x in flatten_outputs(found)[0]]

@@ -1,0 +1,165 @@
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import penjing as pj
+from penjing import distill
+from penjing.architectures.bert import BERT
+from penjing.errors import RecipeError, TaskError
+from penjing.network import raise_network
+from penjing.step import Context
+from penjing.surgery import replay
+from penjing.task import Task
+
+
+def draft_of(module, call):
+    return pj.draft.Draft(raise_network(module, call))
+
+
+def text():
+    torch.manual_seed(0)
+    module = BERT(width=8, depth=6, heads=2, vocabulary=40, length=10, classes=3, dropout=0.0).eval()
+    tokens = torch.randint(0, 40, (2, 10))
+    return module, Task(example=tokens)
+
+
+class TestFewerLayers:
+    def test_every_second_layer_is_what_is_left_of_the_module(self):
+        module, task = text()
+        source = draft_of(module, task.call()[0])
+        small = distill.FewerLayers(of="blocks", keep=3)(source, Context(task=task))
+        module.blocks = nn.ModuleList([module.blocks[i] for i in (0, 2, 4)])
+        x = torch.randint(0, 40, (5, 10))
+        with torch.no_grad():
+            assert torch.equal(small.network(x), module(x))
+        assert [e["edit"] for e in small.edits] == ["skip"] * 3
+        again = replay(source.network, small.edits)
+        with torch.no_grad():
+            assert torch.equal(again(x), small.network(x))
+        assert not any(name.startswith("blocks.1.") for name in small.network.state_dict())
+
+    def test_those_that_are_named_stay(self):
+        module, task = text()
+        small = distill.FewerLayers(of="blocks", keep=(0, 5))(draft_of(module, task.call()[0]), Context(task=task))
+        module.blocks = nn.ModuleList([module.blocks[0], module.blocks[5]])
+        x = torch.randint(0, 40, (5, 10))
+        with torch.no_grad():
+            assert torch.equal(small.network(x), module(x))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"of": "block", "keep": 2}, "did you mean blocks"),
+            ({"of": "blocks", "keep": 7}, "more layers than"),
+            ({"of": "blocks", "keep": (0, 6)}, "does not have"),
+        ],
+    )
+    def test_what_does_not_exist(self, settings, message):
+        module, task = text()
+        with pytest.raises(RecipeError, match=message):
+            distill.FewerLayers(**settings)(draft_of(module, task.call()[0]), Context(task=task))
+
+    @pytest.mark.parametrize("keep", [0, True, (), "2", (1.5,)])
+    def test_settings_that_make_no_sense(self, keep):
+        with pytest.raises(RecipeError, match="keep"):
+            distill.FewerLayers(of="blocks", keep=keep)
+
+    def test_a_layer_that_changes_the_width_stays(self):
+        module = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in ((4, 6), (6, 6), (6, 3)))).eval()
+        wrapped = nn.Sequential()
+        wrapped.add_module("layers", module)
+        task = Task(example=torch.rand(2, 4))
+        with pytest.raises(RecipeError, match="can't be taken out") as error:
+            distill.FewerLayers(of="layers", keep=(0, 1))(draft_of(wrapped, task.call()[0]), Context(task=task))
+        assert "(2, 3)" in str(error.value)
+        small = distill.FewerLayers(of="layers", keep=(0, 2))(draft_of(wrapped, task.call()[0]), Context(task=task))
+        assert torch.equal(small.network(task.example), module[2](module[0](task.example)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 32, 3, padding=1)
+        self.head = nn.Linear(32 * 16, 10)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1))
+
+
+def digits():
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor((x - 4.9) / 6, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y)
+    train = list(zip(x[:1200].split(50), y[:1200].split(50), strict=True))
+    judged = list(zip(x[1200:].split(100), y[1200:].split(100), strict=True))
+
+    def accuracy(predict):
+        return float(np.mean(np.concatenate([predict(a.numpy()).argmax(1) == b.numpy() for a, b in judged])))
+
+    return Task(
+        example=x[:2], train=train, loss=F.cross_entropy, evaluate=accuracy, calibration=list(x[:200].split(50))
+    )
+
+
+class TestStudent:
+    def test_classes_and_channels_are_read_from_the_source_and_the_seed_gives_the_weights(self):
+        task = digits()
+        source = draft_of(Net().eval(), task.call()[0])
+        one, again, other = (
+            distill.Student(architecture="mobilenet_v1")(source, Context(task=task, seed=seed)) for seed in (1, 1, 2)
+        )
+        assert one.edits[0]["settings"] == {"classes": 10, "in_channels": 1}
+        states = [draft.network.state_dict() for draft in (one, again, other)]
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+        assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
+        rebuilt = replay(source.network, json.loads(json.dumps(one.edits)))
+        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in states[0].items()}
+
+    def test_from_the_source_to_a_file_that_the_runtime_loads(self, tmp_path):
+        torch.manual_seed(0)
+        task, model = digits(), Net()
+        context = Context(task=task)
+        model = pj.finetune.train(model, context, pj.Finetune(epochs=2, learning_rate=0.05)).eval()
+        recipe = pj.Recipe(
+            distill.Student(architecture="resnet20", settings={"width": 4}),
+            pj.Finetune(epochs=2, learning_rate=0.05),
+            pj.quantize.Static(),
+        )
+        result = pj.run(recipe, model, task, runtime="onnxruntime", out=tmp_path / "run", seconds=0.05)
+        folder = result.folder / "artifact"
+        draft = pj.load_checkpoint(result.folder, Net(), task)
+        x = task.call()[0][0]
+        session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")))
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        assert found.shape == (2, 10) and np.isfinite(found).all()
+        assert "stages.0.0.conv1.weight" in draft.network.state_dict()
+        events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
+        assert any("Outputs" in event.get("terms", {}) for event in events)
+
+    def test_other_outputs_are_refused(self):
+        task = digits()
+        with pytest.raises(TaskError, match="different outputs") as error:
+            distill.Student(architecture="resnet20", settings={"classes": 7})(
+                draft_of(Net().eval(), task.call()[0]), Context(task=task)
+            )
+        assert "(2, 7)" in str(error.value) and "(2, 10)" in str(error.value)
+
+    def test_an_unknown_architecture(self):
+        task = digits()
+        with pytest.raises(RecipeError, match="resnet20"):
+            distill.Student(architecture="resnet19")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
+
+    def test_it_stands_first(self):
+        with pytest.raises(RecipeError, match="not the first"):
+            pj.Recipe(pj.prune.Magnitude(sparsity=0.5), distill.Student(architecture="resnet20"))
+
+    def test_both_are_read_back_from_yaml(self):
+        recipe = pj.Recipe(
+            distill.Student(architecture="resnet20", settings={"width": 4}), distill.FewerLayers(of="stages.0", keep=2)
+        )
+        assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe
