@@ -45,7 +45,7 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.created
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch-$(TORCH) pyproject.toml
-	$(PIP) install -e ".[all,dev,examples]"
+	$(PIP) install -e ".[all,dev,examples,cluster]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.package

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from penjing import architectures, distill, prune, quantize, records
+    from penjing import architectures, distill, prune, quantize, recipes, records
     from penjing.checkpoint import restore as load_checkpoint
     from penjing.clipping import Clip
     from penjing.errors import PenjingError
@@ -35,7 +35,7 @@ _HOME = {
     "compress": "penjing.search.compress",
     "run": "penjing.search.compress",
 }
-_MODULES = ("architectures", "distill", "prune", "quantize", "records")
+_MODULES = ("architectures", "distill", "prune", "quantize", "recipes", "records")
 
 __all__ = [
     "Clip",
@@ -52,6 +52,7 @@ __all__ = [
     "load_checkpoint",
     "prune",
     "quantize",
+    "recipes",
     "records",
     "run",
 ]

@@ -71,6 +71,7 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
 
 
 def _compress(parsed: argparse.Namespace, messages: Console) -> int:
+    from penjing import recipes
     from penjing.recipe import Recipe
     from penjing.report import table
     from penjing.search.compress import compress
@@ -78,7 +79,10 @@ def _compress(parsed: argparse.Namespace, messages: Console) -> int:
     from penjing.task import open_task
 
     goal = Goal.parse(parsed.goal)
-    recipe = Recipe.from_yaml(_read(parsed.recipe)) if parsed.recipe else None
+    if parsed.recipe in recipes.NAMES:
+        recipe: Recipe | None = recipes.NAMES[parsed.recipe]()
+    else:
+        recipe = Recipe.from_yaml(_read(parsed.recipe)) if parsed.recipe else None
     task = open_task(parsed.task)
     from penjing.console import Progressing
 

@@ -77,7 +77,12 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     sub.add_argument(
         "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)"
     )
-    sub.add_argument("--recipe", metavar="R.yaml", help="steps to take (default: post-training static quantization)")
+    sub.add_argument(
+        "--recipe",
+        metavar="R.yaml",
+        help="steps to take, or one of joint and label-free: pruned, trained, quantized "
+        "(default: post-training static quantization)",
+    )
     sub.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
     sub.add_argument("--force", action="store_true", help="replace the run in --out")

@@ -22,6 +22,8 @@ Each says what went wrong, what was found, what was expected, and what to do abo
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PenjingError(Exception):
     """An error with a remedy.
@@ -52,6 +54,15 @@ class PenjingError(Exception):
             if value is not None:
                 lines.append(f"  {word + ':':<9} {value}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """All four parts go with it into another process; what was got goes as text."""
+        got = None if self.got is None else str(self.got)
+        return _again, (type(self), self.what, got, self.expected and str(self.expected), self.remedy)
+
+
+def _again(kind: type[PenjingError], what: str, got: str | None, expected: str | None, remedy: str | None) -> Any:
+    return kind(what, got=got, expected=expected, remedy=remedy)
 
 
 class UsageError(PenjingError):

@@ -30,6 +30,7 @@ from penjing.distill.stored import Stored
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.outputs import first_output, to_tensor
+from penjing.parallel import Group, spread
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.task import Task, calibration_calls
@@ -121,6 +122,8 @@ class Finetune:
             or any module, or several, whose outputs are averaged.
         labels: Weight of `losses` beside a teacher; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
+        workers: Processes that share every batch, see `penjing.parallel`.
+        cluster: Where they run: "local" starts Ray on this machine; else an address that `ray.init` takes.
         save_every_s: Seconds between two saved states, if the context has a folder.
     """
 
@@ -143,6 +146,8 @@ class Finetune:
     teacher: nn.Module | tuple[nn.Module, ...] | Literal["self"] | None = None
     labels: float = 1.0
     hooks: tuple[Hook, ...] = ()
+    workers: int = 1
+    cluster: str | None = None
     save_every_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -151,7 +156,11 @@ class Finetune:
         fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
-        for name in ("steps", "accumulate"):
+        fine["cluster"] = (
+            self.workers == 1 or isinstance(self.cluster, str),
+            "'local', or an address, for workers > 1",
+        )
+        for name in ("steps", "accumulate", "workers"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             fine[name] = (whole or (name == "steps" and value is None), "a whole number of at least 1")
@@ -225,7 +234,16 @@ def train(network: M, context: Context, settings: Finetune) -> M:
         CheckpointError: The saved state is damaged, holds code, or belongs to other settings or another network.
         OutputError: The state can't be saved.
     """
-    return _Loop(network, context, settings).run()  # type: ignore[return-value]
+    if settings.workers > 1 and settings.cluster is not None:
+        home = next((p.device for p in network.parameters()), None)
+        resolved = settings.resolved(context, changed=False)
+        spread(_work, network, context, resolved, settings.cluster, settings.workers)
+        return network.to(home).eval()
+    return _work(network, context, settings, Group())  # type: ignore[return-value]
+
+
+def _work(network: nn.Module, context: Context, settings: Finetune, group: Group) -> nn.Module:
+    return _Loop(network, context, settings, group).run()
 
 
 def bf16_pays(device: str) -> bool:
@@ -252,7 +270,7 @@ def seed_everything(seed: int) -> None:
 
 
 class _Loop:
-    def __init__(self, network: nn.Module, context: Context, settings: Finetune) -> None:
+    def __init__(self, network: nn.Module, context: Context, settings: Finetune, group: Group) -> None:
         settings = settings.resolved(context, changed=False)
         task = context.task
         data = task.train
@@ -275,7 +293,7 @@ class _Loop:
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
-        self.context, self.settings, self.data = context, settings, data
+        self.context, self.settings, self.data, self.group = context, settings, data, group
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
         last = settings.channels_last and conv and _channels_last_pays(context.device)
@@ -308,7 +326,7 @@ class _Loop:
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():
-            self.steps = self._count_steps()
+            self.steps = self.group.first(self._count_steps())
             self._save()  # the count may come from timings: a resumed run must not count again
         seed_everything(self.context.seed)
         self._hook("start")
@@ -326,6 +344,7 @@ class _Loop:
                 self._hook("epoch")
                 self._tell_clips()
         self._tell_clips()
+        self._average_statistics()
         if self.average is not None:
             self.average.into(self.network)
         self._hook("end")
@@ -375,10 +394,11 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for inputs, target in batches:
-            value += float(self._backward(inputs, target, 1 / len(batches)).detach())
+            value += self.group.sum(self._backward(inputs, target, 1 / len(batches)))
             if not math.isfinite(value):
                 broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
                 raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
+        self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self._hook("gradients")
         self._clip("gradients")
         self.optimizer.step()
@@ -411,7 +431,22 @@ class _Loop:
                 self.context.events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
                 lengths.clear()
 
-    def _backward(self, inputs: Any, target: Any, part: float) -> torch.Tensor:
+    def _average_statistics(self) -> None:
+        self.group.average_statistics(self.network)
+        if self.average is not None:
+            self.group.average_statistics(self.average)
+
+    def _backward(self, inputs: Any, target: Any, part: float) -> float:
+        """Add the gradients of this worker's part of a batch; the loss, weighted as they are."""
+        if self.group.size == 1:
+            return self._gradients(inputs, target, part)
+        inputs, target, share = self.group.part(inputs, target)
+        # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.context.seed * 1_000_003 + self.step) * self.group.size + self.group.rank)
+            return self._gradients(inputs, target, part * share) if share else 0.0
+
+    def _gradients(self, inputs: Any, target: Any, part: float) -> float:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, to_tensors(as_call(inputs)))
         target = pytree.tree_map_only(np.ndarray, to_tensor, target)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
@@ -428,7 +463,7 @@ class _Loop:
             terms += taught.values()
         loss = torch.stack(terms).sum() * part
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        return float(loss.detach())
 
     def _task_loss(self, batch: Batch) -> torch.Tensor:
         assert self.context.task.loss is not None
@@ -515,6 +550,9 @@ class _Loop:
     def _save(self) -> None:
         if self.path is None:
             return
+        self._average_statistics()
+        if self.group.rank:
+            return
         state = {
             "request": self._request(),
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
@@ -525,6 +563,7 @@ class _Loop:
             "random": training_state.random_numbers(self.context.device),
         }
         training_state.save(self.path, state)
+        self.group.saved(self.path)
 
     def _restore(self) -> bool:
         if self.path is None or not self.path.exists():
@@ -547,7 +586,7 @@ class _Loop:
         """What must be the same for a resumed run to end in the same bits."""
         found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
         found["teacher"] = self.teaching.digest() if self.teaching else None
-        return {name: value for name, value in found.items() if name != "save_every_s"}
+        return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
 
 
 @dataclass

@@ -11,7 +11,9 @@ from torch import nn
 import penjing as pj
 from penjing import distill
 from penjing.architectures.bert import BERT
+from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
+from penjing.finetune import train
 from penjing.network import raise_network
 from penjing.step import Context
 from penjing.surgery import replay
@@ -19,7 +21,7 @@ from penjing.task import Task
 
 
 def draft_of(module, call):
-    return pj.draft.Draft(raise_network(module, call))
+    return Draft(raise_network(module, call))
 
 
 def text():
@@ -124,7 +126,7 @@ class TestStudent:
         torch.manual_seed(0)
         task, model = digits(), Net()
         context = Context(task=task)
-        model = pj.finetune.train(model, context, pj.Finetune(epochs=2, learning_rate=0.05)).eval()
+        model = train(model, context, pj.Finetune(epochs=2, learning_rate=0.05)).eval()
         recipe = pj.Recipe(
             distill.Student(architecture="resnet20", settings={"width": 4}),
             pj.Finetune(epochs=2, learning_rate=0.05),

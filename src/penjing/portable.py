@@ -1,0 +1,98 @@
+"""A raised network as data that another process builds it from again.
+
+Pickling a graph module traces it anew, which loses the names of its operators and turns sizes into numbers; here every
+node is written down as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node that another one reads, by its position."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """An operator of torch by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A raised network that can be pickled; `network` builds it again."""
+
+    layers: nn.Module
+    nodes: tuple[tuple[str, Any, Any, Any, str, dict[str, Any]], ...]
+    codegen: Any
+
+    @classmethod
+    def of(cls, network: fx.GraphModule) -> Portable:
+        """What the network is made of; its layers are shared with it."""
+        positions = {node: i for i, node in enumerate(network.graph.nodes)}
+
+        def plain(value: Any) -> Any:
+            return fx.node.map_arg(value, lambda node: _Node(positions[node]))  # type: ignore[arg-type, return-value]
+
+        nodes = tuple(
+            (n.op, _named(n.target), plain(n.args), plain(n.kwargs), n.name, _plain(n.meta))
+            for n in network.graph.nodes
+        )
+        layers = nn.Module()
+        for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(layers, store, copy.copy(getattr(network, store)))
+        return cls(layers, nodes, network.graph._codegen)
+
+    def network(self) -> fx.GraphModule:
+        """The network, in eval mode: same names, same sites, same values."""
+        graph = fx.Graph()
+        built: list[fx.Node] = []
+
+        def read(value: Any) -> Any:
+            if isinstance(value, _Node):
+                return built[value.position]
+            if isinstance(value, tuple):
+                return tuple(map(read, value))
+            if isinstance(value, list):
+                return [read(v) for v in value]
+            if isinstance(value, dict):
+                return {k: read(v) for k, v in value.items()}
+            if isinstance(value, slice):
+                return slice(read(value.start), read(value.stop), read(value.step))
+            return value
+
+        for op, target, args, kwargs, name, meta in self.nodes:
+            node = graph.create_node(op, _operator(target), read(args), read(kwargs), name)
+            node.meta = dict(meta)
+            built.append(node)
+        graph.set_codegen(self.codegen)
+        return fx.GraphModule(self.layers, graph).eval()
+
+
+def _named(target: Any) -> Any:
+    return _Operator(str(target)) if isinstance(target, torch._ops.OpOverload) else target
+
+
+def _operator(target: Any) -> Any:
+    if not isinstance(target, _Operator):
+        return target
+    space, packet, overload = target.name.split(".")
+    return getattr(getattr(getattr(torch.ops, space), packet), overload)
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """What Penjing notes about a node; what torch notes for itself stays behind."""
+    return {word: meta[word] for word in ("site", "floating", "rank", "width", "stack_trace") if word in meta}
+
+
+__all__ = ["Portable"]
