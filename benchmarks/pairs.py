@@ -1,0 +1,60 @@
+"""Every technique before every other, on a small network: parity of the artifact, or the reason of the refusal.
+
+The orders and the network are those of `tests/pairs.py`: a residual network on scikit-learn's digits, trained for
+seconds. *Noise* is what the ONNX file answers in ONNX Runtime beside the network in torch.
+
+    python benchmarks/pairs.py
+
+Every finished order is written at once; a second call goes on where the first stopped.
+"""
+
+import copy
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+RESULTS = ROOT / "benchmarks" / "results" / "pairs.json"
+VERSIONS = ("penjing", "torch", "onnxruntime")
+
+
+def main():
+    import pairs
+
+    from penjing import measure
+    from penjing.errors import RecipeError
+    from penjing.recipe import Recipe
+
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"orders": {}}
+    found["machine"] = vars(measure.machine(1))
+    found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
+    found["techniques"] = {name: family for name, (family, _) in pairs.TECHNIQUES.items()}
+    data = pairs.task()
+    source = pairs.trained(data)
+    for first in pairs.TECHNIQUES:
+        for second in pairs.TECHNIQUES:
+            order = f"{first} → {second}"
+            if order in found["orders"]:
+                continue
+            recipe = Recipe(*pairs.steps(first, second))
+            try:
+                recipe.check()
+            except RecipeError as error:
+                row = {"refused": error.what, "expected": str(error.expected)}
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    row = pairs.artifact(recipe, copy.deepcopy(source), data, Path(folder))
+            print(f"{order:80} {row.get('refused') or '{:.0f} dB'.format(row['snr_db'])}", flush=True)
+            found["orders"][order] = row
+            aside = RESULTS.with_suffix(".new")
+            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Recipes that are known to work together: pruning, learning from the source and integers in one run.
+
+One teacher throughout, the source network: Polino et al., "Model compression via distillation and quantization", ICLR
+2018; pruning in rounds: Molchanov et al., "Pruning Convolutional Neural Networks", ICLR 2017.
+
+>>> import penjing as pj
+>>> [type(step).__name__ for step in pj.recipes.joint(macs=0.5, epochs=10)]
+['Iterative', 'Finetune', 'Static', 'QAT']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from penjing import prune, quantize
+from penjing.distill import Outputs
+from penjing.finetune import Finetune
+from penjing.recipe import Recipe
+from penjing.step import Step
+
+ROUNDS = 0.3  # of all epochs go to the rounds of pruning
+QUANTIZED = 0.2  # train behind quantizers
+
+
+def joint(
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    epochs: float = 10.0,
+    rounds: int = 2,
+    learning_rate: float = 0.02,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    temperature: float = 4.0,
+) -> Recipe:
+    """Prune in rounds, learn from the source, and learn on with integers in place.
+
+    Args:
+        macs: Fraction of the multiply-accumulates that is kept; 0.5 where no target is given.
+        params: Of the parameters, in its place.
+        latency_ms: Of the latency in the runtime, in its place.
+        epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers.
+        rounds: In how many the channels go.
+        learning_rate: Peak of the trainings; a tenth of it behind quantizers.
+        optimizer: "sgd" or "adamw".
+        weight_bits: Of weights.
+        activation_bits: Of activations.
+        temperature: Of the softened classes that are compared with the source's.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+    """
+    learn = Finetune(learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
+    trained = quantize.QAT(
+        epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
+    )
+    return _composed(_target(macs, params, latency_ms), epochs, rounds, learn, (weight_bits, activation_bits), trained)
+
+
+def label_free(
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    epochs: float = 10.0,
+    rounds: int = 2,
+    learning_rate: float = 0.02,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+) -> Recipe:
+    """`joint` for those who have samples without labels: what the outputs lose is all that counts.
+
+    Without `Task.train` the calibration data are what is learned from; a few hundred samples are soon learned by heart.
+
+    Args:
+        macs: As in `joint`.
+        params: As in `joint`.
+        latency_ms: As in `joint`.
+        epochs: As in `joint`.
+        rounds: As in `joint`.
+        learning_rate: As in `joint`.
+        optimizer: As in `joint`.
+        weight_bits: As in `joint`.
+        activation_bits: As in `joint`.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+    """
+    learn = Finetune(learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
+    trained = quantize.QAT(
+        epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
+    )
+    target = _target(macs, params, latency_ms) | {"criterion": "jacobian"}
+    return _composed(target, epochs, rounds, learn, (weight_bits, activation_bits), trained)
+
+
+NAMES: dict[str, Callable[[], Recipe]] = {"joint": joint, "label-free": label_free}
+"""What ``penjing compress --recipe`` knows by name, with default settings."""
+
+
+def _target(macs: float | None, params: float | None, latency_ms: float | None) -> dict[str, float | str]:
+    given: dict[str, float | str] = {
+        name: value
+        for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms))
+        if value is not None
+    }
+    return given or {"macs": 0.5}
+
+
+def _composed(
+    target: dict[str, float | str],
+    epochs: float,
+    rounds: int,
+    learn: Finetune,
+    bits: tuple[int, int],
+    trained: quantize.QAT,
+) -> Recipe:
+    after = replace(learn, epochs=(1 - ROUNDS - QUANTIZED) * epochs)
+    channels = prune.Channels(**target)  # type: ignore[arg-type]
+    gone: Step = prune.Iterative(
+        step=channels, finetune=replace(learn, epochs=ROUNDS * epochs / max(1, rounds)), rounds=rounds
+    )
+    return Recipe(gone, after, quantize.Static(weight_bits=bits[0], activation_bits=bits[1]), trained)
+
+
+__all__ = ["NAMES", "joint", "label_free"]

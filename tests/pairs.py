@@ -1,0 +1,125 @@
+"""Every technique before every other: what is run, on which network, and which orders are against the nature of things.
+
+A technique joins by a line in `TECHNIQUES`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+from penjing import building, distill, measure, prune, quantize, runtimes
+from penjing.draft import Draft
+from penjing.finetune import Finetune, train
+from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
+from penjing.recipe import Recipe
+from penjing.runtimes.artifact import predictor, read_manifest
+from penjing.step import Context
+from penjing.surgery import insert
+from penjing.task import Task
+
+SHORT = Finetune(steps=3, autocast="off", learning_rate=0.01)
+
+# name in a recipe → (family, step)
+TECHNIQUES = {
+    "Finetune": ("training", SHORT),
+    "Finetune with a teacher's layers": ("training", Finetune(steps=3, autocast="off", distill=distill.Logits())),
+    "distill.Student": ("student", distill.Student(architecture="resnet20", settings={"width": 4})),
+    "distill.FewerLayers": ("student", distill.FewerLayers(of="blocks", keep=2)),
+    "prune.Blocks": ("channels", prune.Blocks(blocks=1)),
+    "prune.Channels": ("channels", prune.Channels(macs=0.6)),
+    "prune.Iterative": ("channels", prune.Iterative(step=prune.Channels(macs=0.6), finetune=SHORT, rounds=2)),
+    "prune.Regularized": ("channels", prune.Regularized(penalty="l1", strength=1e-4, finetune=SHORT)),
+    "prune.Magnitude": ("zeros", prune.Magnitude(sparsity=0.5)),
+    "prune.Wanda": ("zeros", prune.Wanda(sparsity=0.5)),
+    "prune.SparseGPT": ("zeros", prune.SparseGPT(sparsity=0.5)),
+    "prune.Movement": ("zeros", prune.Movement(sparsity=0.5, finetune=SHORT)),
+    "prune.Gradual": ("zeros", prune.Gradual(step=prune.Magnitude(sparsity=0.5), finetune=SHORT)),
+    "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
+    "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),
+    "quantize.SplitOutliers": ("equalization", quantize.SplitOutliers()),
+    "quantize.Static": ("integers", quantize.Static()),
+    "quantize.Dynamic": ("integers", quantize.Dynamic()),
+    "quantize.Best": ("integers", quantize.Best(minutes=0.02)),
+    "quantize.MixedPrecision": ("integers", quantize.MixedPrecision(average_bits=6, weight_bits=(8, 4))),
+    "quantize.BiasCorrection": ("repair", quantize.BiasCorrection()),
+    "quantize.AdaRound": ("repair", quantize.AdaRound()),
+    "quantize.Rollback": ("repair", quantize.Rollback(snr_db=10)),
+    "quantize.QAT": ("repair", quantize.QAT(epochs=0.1)),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    """Residual blocks, then linear layers behind a norm: something for every technique."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Block(8), Block(8), Block(8))
+        self.norm = nn.LayerNorm(32)
+        self.hidden = nn.Linear(32, 24)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.blocks(F.relu(self.stem(x))), 2).flatten(1)
+        return self.head(F.relu(self.hidden(self.norm(x))))
+
+
+def task() -> Task:
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor((x - 4.9) / 6, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y)
+    pairs = list(zip(x[:400].split(40), y[:400].split(40), strict=True))
+    return Task(example=x[:2], train=pairs, loss=F.cross_entropy, calibration=list(x[:120].split(40)))
+
+
+def trained(data: Task):
+    """The raised network after a few epochs: its answers mean something."""
+    torch.manual_seed(0)
+    raised = raise_network(Net(), *data.call(), data.dynamic)
+    return train(raised, Context(task=data), Finetune(epochs=4, learning_rate=0.05, autocast="off"))
+
+
+def steps(first: str, second: str) -> tuple:
+    """Both, and what they need: repairs come behind a quantizer, and `Regularized` before what removes channels."""
+    found = []
+    for name in (first, second):
+        family, step = TECHNIQUES[name]
+        if family == "repair" and not any(TECHNIQUES[n][0] == "integers" for n in (first,) if name == second):
+            if not any(isinstance(s, quantize.Static) for s in found):
+                found.append(quantize.Static())
+        found.append(step)
+    return tuple(found)
+
+
+def artifact(recipe: Recipe, source, data: Task, folder, runtime: str = "onnxruntime") -> dict:
+    """Run the steps, build a file, run it in the runtime; what it answers beside the network in torch, in decibels."""
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    context = Context(task=data, source=source, accelerates=accelerates)
+    draft = Draft(source)
+    for step in recipe:
+        draft = step(draft, context)
+    x = data.example[:2]
+    with torch.no_grad():
+        wanted = (insert(draft.network, draft.plan) if draft.plan else draft.network)(x)
+        _, structure = flatten_outputs(wanted)
+    building.build(draft, runtime, "int8" if draft.plan else "fp32", data, structure, folder)
+    predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+    found, wanted = np.asarray(predict(x.numpy()), dtype=np.float64), wanted.numpy().astype(np.float64)
+    noise = ((found - wanted) ** 2).sum()
+    return {"snr_db": float(10 * np.log10((wanted**2).sum() / max(noise, 1e-30))), "integers": bool(draft.plan)}

@@ -1,0 +1,87 @@
+"""Every technique before every other, on a small trained network: an artifact that answers as torch, or a reason."""
+
+import copy
+
+import pairs
+import pytest
+
+from penjing.errors import RecipeError
+from penjing.recipe import CATALOGUE, Recipe
+
+pytest.importorskip("onnxruntime")
+NAMES = tuple(pairs.TECHNIQUES)
+ORDERS = [(first, second) for first in NAMES for second in NAMES]
+PARITY_DB = 60  # what is written out computes what torch computes, to the rounding of fp32
+
+
+def refused(first, second):
+    """What `check` says about an order, before anything is computed; None where it is legal."""
+    try:
+        Recipe(*pairs.steps(first, second)).check()
+    except RecipeError as error:
+        return error
+    return None
+
+
+LEGAL = [order for order in ORDERS if refused(*order) is None]
+
+
+def one_per_family():
+    """The first legal order of every two families."""
+    found = {}
+    for first, second in LEGAL:
+        found.setdefault((pairs.TECHNIQUES[first][0], pairs.TECHNIQUES[second][0]), (first, second))
+    return list(found.values())
+
+
+FEW = one_per_family()
+REST = [order for order in LEGAL if order not in FEW]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return pairs.task()
+
+
+@pytest.fixture(scope="module")
+def source(data):
+    return pairs.trained(data)
+
+
+def holds(first, second, source, data, folder):
+    found = pairs.artifact(Recipe(*pairs.steps(first, second)), copy.deepcopy(source), data, folder)
+    assert found["snr_db"] >= PARITY_DB
+    families = {pairs.TECHNIQUES[name][0] for name in (first, second)}
+    assert found["integers"] == bool(families & {"integers", "repair"})
+
+
+@pytest.mark.parametrize(("first", "second"), FEW, ids=map("-".join, FEW))
+def test_one_order_of_every_two_families(first, second, source, data, tmp_path):
+    holds(first, second, source, data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), REST, ids=map("-".join, REST))
+def test_every_legal_order(first, second, source, data, tmp_path):
+    holds(first, second, source, data, tmp_path)
+
+
+def test_every_step_is_in_the_matrix():
+    listed = {name for step in pairs.TECHNIQUES.values() for name, kind in CATALOGUE.items() if type(step[1]) is kind}
+    assert listed == set(CATALOGUE)
+
+
+def test_what_is_refused_says_why():
+    for first, second in ORDERS:
+        error = refused(first, second)
+        if error is not None:
+            text = f"{error.what} {error.expected}"
+            assert error.expected and "support" not in text, f"{first} → {second}: {error}"
+
+
+def test_orders_without_a_contradiction_are_legal():
+    families = {order: tuple(pairs.TECHNIQUES[name][0] for name in order) for order in ORDERS}
+    free = {"training", "channels", "zeros"}
+    for order, (one, two) in families.items():
+        if {one, two} <= free or (one in free and two in ("equalization", "integers", "repair")):
+            assert order in LEGAL or "Regularized" in order[0], order
