@@ -1,18 +1,17 @@
-"""What post-training quantization costs and what it gives: time, peak memory, agreement, noise, latency.
+"""What post-training quantization costs and what it gives: time, peak memory, agreement, noise.
 
 EfficientNet-Lite0 on unlabelled pictures, 30, 300 and 1,000 samples (repeated where there are fewer), Penjing's default
 preset against NNCF's and ONNX Runtime's, each run in a process of its own, in turns. Time runs from the fp32
 network in the tool's own form (torch module, OpenVINO model, ONNX file) to the quantized file on disk; importing and
-reading pictures are left out. Peak memory is that of the whole process. Accuracy and latency are those of the files
-of 300 samples (of 30 for ONNX Runtime's percentile, which keeps every activation): agreement with fp32 on 496 other
-pictures, and logit signal-to-noise; latency side by side, batch 1.
+reading pictures are left out. Peak memory is that of the whole process. Accuracy is that of the files of 300 samples
+(of 30 for ONNX Runtime's percentile, which keeps every activation): agreement with fp32 on 496 other pictures, and
+logit signal-to-noise. How fast the files run is what `int8_latency.py` measures.
 
     python benchmarks/ptq_cost.py [--repeats 3] [--samples 30 300 1000] [--out benchmarks/results/ptq_cost.json]
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -165,11 +164,6 @@ def opened(tool: str, folder: Path, threads: int = THREADS):
     return Session()
 
 
-def open_folder(folder, threads):
-    """What the latency workers call: the tool is the folder's name."""
-    return opened(Path(folder).name.rsplit("-", 1)[0], Path(folder), threads)
-
-
 def quality(tool: str, folder: Path) -> dict:
     """Agreement with fp32 and logit signal-to-noise on the held-out pictures."""
     import numpy as np
@@ -206,11 +200,9 @@ def main() -> None:
         return
     import torch
 
-    from examples.imagenet_lite0.task import task as lite0_task
-    from penjing.measure import Target, compare, machine, versions
+    from penjing.measure import machine, versions
 
     torch.set_num_threads(THREADS)
-    picture = next(iter(lite0_task().calibration))[:1].numpy()
     counts = {tool: [n for n in arguments.samples if n <= MOST.get(tool, n)] for tool in TOOLS}
     tools = [tool for tool in TOOLS if counts[tool]]
     rows = {tool: {n: [] for n in counts[tool]} for tool in tools}
@@ -232,17 +224,12 @@ def main() -> None:
                     )
         shown = {tool: 300 if 300 in counts[tool] else counts[tool][-1] for tool in tools}
         found = {tool: quality(tool, Path(aside) / f"{tool}-{shown[tool]}") for tool in tools}
-        targets = [Target(tool, Path(aside) / f"{tool}-{shown[tool]}", [picture], 1) for tool in tools]
-        os.environ["PYTHONPATH"] = str(ROOT / "benchmarks")  # the workers open the peers' files with this module
-        timings = compare(targets, threads=THREADS, seconds=3, opener="ptq_cost:open_folder")
     data = {"machine": vars(machine(THREADS)), "versions": versions(), "repeats": arguments.repeats, "tools": {}}
-    print(f"\n{'tool':<16}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}{'ms':>8}")
+    print(f"\n{'tool':<16}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}")
     for tool in tools:
-        latency = timings[tool].latency
         data["tools"][tool] = {
             "quality": found[tool],
             "quality_samples": shown[tool],
-            "latency_ms": vars(latency),
             "cost": {},
         }
         for samples, runs in rows[tool].items():
@@ -255,7 +242,7 @@ def main() -> None:
             data["tools"][tool]["cost"][str(samples)] = cost
             line = f"{tool:<16}{samples:>8}{middle:>9.1f}{spread:>8.1f}{peak / 1e6:>9.0f}"
             if samples == shown[tool]:
-                line += f"{found[tool]['agreement']:>8.4f}{found[tool]['snr_db']:>8.1f}{latency.median:>8.2f}"
+                line += f"{found[tool]['agreement']:>8.4f}{found[tool]['snr_db']:>8.1f}"
             print(line)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")

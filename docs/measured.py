@@ -46,7 +46,7 @@ def cost() -> str:
     data = json.loads((RESULTS / "ptq_cost.json").read_text(encoding="utf-8"))
     sizes = list(next(iter(data["tools"].values()))["cost"])
     head = " | ".join(f"{n} samples" for n in sizes)
-    lines = [f"| | {head} | agreement | noise | latency |", "|---|" + "---|" * (len(sizes) + 3)]
+    lines = [f"| | {head} | agreement | noise |", "|---|" + "---|" * (len(sizes) + 2)]
     for tool, row in data["tools"].items():
         cells = [
             f"{row['cost'][n]['seconds']:.1f} s, {row['cost'][n]['peak_memory_bytes'] / 1e9:.2f} GB"
@@ -55,10 +55,7 @@ def cost() -> str:
             for n in sizes
         ]
         quality = row["quality"]
-        lines.append(
-            f"| {tool} | {' | '.join(cells)} | {quality['agreement']:.3f} | {quality['snr_db']:.1f} dB "
-            f"| {row['latency_ms']['median']:.2f} ms |"
-        )
+        lines.append(f"| {tool} | {' | '.join(cells)} | {quality['agreement']:.3f} | {quality['snr_db']:.1f} dB |")
     stages = data["tools"]["penjing"]["cost"][sizes[-1]].get("stages_s", {})
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
     lines += ["", f"Penjing's seconds at {sizes[-1]} samples: {spent}."] if stages else []
@@ -120,9 +117,9 @@ def minilm_int8() -> str:
     )
 
 
-def int8_latency() -> str:
-    """Latency of INT8 files beside the peers'."""
-    data = _read("int8_latency")
+def int8_latency(name: str = "int8_latency") -> str:
+    """Latency of INT8 files beside the peers', on one machine."""
+    data = _read(name)
     lines = ["| network, batch | " + " | ".join(LATENCIES) + " |", "|---|" + "---|" * len(LATENCIES)]
     for network, batches in data["networks"].items():
         for batch, rows in batches.items():
@@ -387,6 +384,60 @@ LATENCIES = {
     "Penjing, ONNX Runtime": "penjing onnxruntime int8",
     "ORT static": "ort-minmax",
 }
+
+
+def joint() -> str:
+    """The joint recipe beside the chain of separate tools."""
+    data = _read("joint")
+    lines = [
+        "| | accuracy, median (all seeds) | batch 1 | times fp32 | batch 32 | times fp32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in data["speed"]["1"]:
+        row = data["accuracy"].get(name)
+        shown = f"{row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%})" if row else ""
+        if name.startswith("fp32"):
+            shown = f"{data['source']['accuracy']:.2%}"
+        cells = []
+        for batch in ("1", "32"):
+            rows = data["speed"][batch]
+            cells += [_ms(rows[name]), f"{rows['fp32 openvino']['median'] / rows[name]['median']:.1f}"]
+        lines.append(f"| {name} | {shown} | {' | '.join(cells)} |")
+    lines.append("")
+    for name, win in data["wins"].items():
+        lines.append(f"- {name}: *{win['by']}* is at least as accurate, and {win['times']:.2f} times faster.")
+    epochs = next(iter(data["accuracy"].values()))["epochs"]
+    return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {epochs:g} epochs in all on both sides; ")
+
+
+def pairs() -> str:
+    """Every technique before every other."""
+    data = _read("pairs")
+    names = list(data["techniques"])
+    letters: dict[str, str] = {}
+    lines = [
+        "| first, then | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for i, first in enumerate(names):
+        cells = []
+        for second in names:
+            row = data["orders"][f"{first} → {second}"]
+            if "refused" in row:
+                reason = re.sub(r"^\S+ comes after (?!q)\S+", "a repair comes after another step", row["refused"])
+                reason = re.sub(r"^\S+ comes", "it comes", reason)
+                cells.append(letters.setdefault(reason, "abcdefghijklm"[len(letters)]))
+            else:
+                cells.append(f"{row['snr_db']:.0f}")
+        lines.append(f"| {i + 1} {first} | {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"- {letter}: {reason}" for reason, letter in letters.items()]
+    done = [row["snr_db"] for row in data["orders"].values() if "snr_db" in row]
+    refused = len(data["orders"]) - len(done)
+    told = f"{len(done)} orders to an artifact, the noisiest {min(done):.0f} dB, {refused} refused; "
+    return _under(lines, data, told)
+
+
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -394,6 +445,7 @@ TABLES = {
     "lite0_int8": lite0_int8,
     "minilm_int8": minilm_int8,
     "int8_latency": int8_latency,
+    "int8_latency_amx": lambda: int8_latency("int8_latency_amx"),
     "qat": qat,
     "lstm_int8": lstm_int8,
     "mixed_latency": mixed_latency,
@@ -403,6 +455,8 @@ TABLES = {
     "pruning_accuracy": pruning_accuracy,
     "minilm_pruning": minilm_pruning,
     "sparse_runtimes": sparse_runtimes,
+    "joint": joint,
+    "pairs": pairs,
 }
 
 

@@ -25,6 +25,9 @@ def test_what_it_is_made_of():
 def test_without_a_target_half_of_the_macs_stay():
     for make in recipes.NAMES.values():
         assert make().steps[0].step.macs == 0.5
+    blocks, after, *_ = recipes.joint(blocks=2, epochs=10).steps
+    assert blocks == prune.Blocks(blocks=2) and after.epochs == pytest.approx(8)
+    assert [type(s) for s in recipes.joint(blocks=2, macs=0.8).steps[:2]] == [prune.Blocks, prune.Iterative]
     assert recipes.joint(latency_ms=0.6).steps[0].step == prune.Channels(latency_ms=0.6)
 
 

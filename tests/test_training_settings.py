@@ -235,14 +235,14 @@ class TestTheSourceTeaches:
 
     def test_what_was_pruned_learns_from_it_too(self):
         tune = Finetune(steps=1, autocast="off")
-        assert list(self.terms(tune)[0]) == ["loss 0"]
-        assert list(self.terms(pj.prune.Channels(macs=0.5), tune)[0]) == ["loss 0", "Outputs"]
-        assert list(self.terms(pj.prune.Magnitude(sparsity=0.5), tune)[0]) == ["loss 0", "Outputs"]
-        assert list(self.terms(pj.prune.Movement(sparsity=0.5, finetune=tune))[0]) == ["loss 0", "Outputs"]
+        assert list(self.terms(tune)[0]) == ["labels"]
+        assert list(self.terms(pj.prune.Channels(macs=0.5), tune)[0]) == ["labels", "Outputs"]
+        assert list(self.terms(pj.prune.Magnitude(sparsity=0.5), tune)[0]) == ["labels", "Outputs"]
+        assert list(self.terms(pj.prune.Movement(sparsity=0.5, finetune=tune))[0]) == ["labels", "Outputs"]
 
     def test_unless_it_is_told_not_to(self):
         plain = Finetune(steps=1, autocast="off", distill=())
-        assert list(self.terms(pj.prune.Channels(macs=0.5), plain)[0]) == ["loss 0"]
+        assert list(self.terms(pj.prune.Channels(macs=0.5), plain)[0]) == ["labels"]
 
     def test_classes_are_soft_targets_and_numbers_are_noise(self):
         from penjing.distill.logits import soft_targets

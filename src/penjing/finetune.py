@@ -321,6 +321,7 @@ class _Loop:
         self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
         self.step, self.epoch, self.position = 0, 0, 0
         self.loss_sum, self.loss_count = 0.0, 0.0
+        self.curve: list[dict[str, Any]] = []
         self.clipped = [_Clipped(clip) for clip in self.settings.clips]
         self.length = self._count_batches()
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
@@ -344,6 +345,7 @@ class _Loop:
                 self._hook("epoch")
                 self._tell_clips()
         self._tell_clips()
+        self.context.events("trained", curve=self.curve)
         self._average_statistics()
         if self.average is not None:
             self.average.into(self.network)
@@ -415,8 +417,10 @@ class _Loop:
         loss = round(self.loss_sum / self.loss_count, 5)
         self.context.events("progress", label="fine-tune", done=self.step, total=self.steps, loss=loss)
         if self.step % max(1, self.steps // POINTS) == 0 or self.step == self.steps:
-            terms = {name: float(term) for name, term in self.terms.items()}
-            self.context.events("training", step=self.step, steps=self.steps, loss=loss, rate=rate, terms=terms)
+            point: dict[str, Any] = {"step": self.step, "loss": loss, "rate": rate}
+            point["terms"] = {name: float(term) for name, term in self.terms.items()}
+            self.curve.append(point)
+            self.context.events("training", steps=self.steps, **point)
 
     def _clip(self, what: str) -> None:
         for clipped in self.clipped:
@@ -456,7 +460,7 @@ class _Loop:
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
         losses = (self.settings.losses or (self._task_loss,)) if self.settings.labels else ()
         terms = [self.settings.labels * _scalar(term(batch)) for term in losses]
-        self.terms = {f"loss {i}": term.detach() for i, term in enumerate(terms)}
+        self.terms = {_called(loss, i): term.detach() for i, (loss, term) in enumerate(zip(losses, terms, strict=True))}
         if self.teaching and lesson:
             taught = {name: _scalar(term) for name, term in self.teaching.terms(lesson).items()}
             self.terms |= {name: term.detach() for name, term in taught.items()}
@@ -556,6 +560,7 @@ class _Loop:
         state = {
             "request": self._request(),
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
+            "curve": self.curve,
             "network": self.network.state_dict(),
             "adapters": self.teaching.adapters.state_dict() if self.teaching else {},
             "average": self.average.state_dict() if self.average is not None else {},
@@ -571,6 +576,7 @@ class _Loop:
         with training_state.loading(self.path, self._request()) as state:
             self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
             self.loss_sum, self.loss_count = map(float, state["numbers"][4:])
+            self.curve = state["curve"]
             self.network.load_state_dict(state["network"])
             if self.teaching:
                 self.teaching.adapters.load_state_dict(state["adapters"])
@@ -642,3 +648,10 @@ def _scalar(loss: Any) -> torch.Tensor:
         return loss.reshape(())
     got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
     raise TaskError("a loss is no single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
+
+
+def _called(loss: Any, position: int) -> str:
+    """What a term of the user's is called in the events: the task's own loss is "labels"."""
+    if getattr(loss, "__func__", None) is _Loop._task_loss:
+        return "labels"
+    return getattr(loss, "__name__", type(loss).__name__) + (f" {position + 1}" if position else "")

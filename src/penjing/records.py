@@ -220,6 +220,24 @@ class StepCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """What a training was like after so many steps."""
+
+    step: int
+    loss: float  # mean over the last steps, each worth 2 % less than the next
+    rate: float  # learning rate
+    terms: dict[str, float] = field(default_factory=dict)  # what the loss of this step was made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training of the run, up to a hundred points."""
+
+    name: str  # of the step that trained
+    curve: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Where the figures were measured."""
 
@@ -266,6 +284,7 @@ class Record:
     steps: tuple[StepCost, ...]
     warnings: tuple[str, ...] = ()
     zeros: Zeros | None = None  # where the recipe made any
+    trainings: tuple[Training, ...] = ()
     format: int = FORMAT
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from penjing import records
-from penjing.report import arithmetic, comparison, figures, scatter, skyline, verdict
+from penjing.report import arithmetic, comparison, curves, figures, scatter, skyline, verdict
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
 _WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
@@ -66,6 +66,7 @@ def render(record: records.Record) -> str:
         shares=skyline.shares(rows),
         stayed_float=stayed_float(record),
         recipe=recipe(record.recipe),
+        charts=curves.charts(record.trainings),
     )
 
 

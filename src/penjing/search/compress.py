@@ -34,7 +34,7 @@ from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
 from penjing.search import request as requests
-from penjing.search import zeros
+from penjing.search import trainings, zeros
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
@@ -175,6 +175,7 @@ def compress(
         steps=_costs(run),
         warnings=tuple(run.warnings),
         zeros=gained,
+        trainings=trainings.read(folder.path / EVENTS),
     )
     _deliver(run, steps, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)

@@ -1,0 +1,221 @@
+"""One recipe against the chain of separate tools: pruned, learned from the source and quantized, on ResNet-20.
+
+Fashion-MNIST. Both sides start from the same trained network and train for the same epochs in all.
+
+`joint`: `penjing.recipes.joint`, written out for OpenVINO. `chain`: Torch-Pruning with the settings that were best for
+it in `pruning_accuracy.py`, fine-tuning with labels in the same loop at the same learning rate, then NNCF's
+`quantize` with its default preset on the same calibration pictures, in OpenVINO.
+
+Accuracy is that of the INT8 file in its runtime, on the test pictures, by every seed. Latency: the files of the first
+seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 32, in turns. Every chain
+is held against the fastest joint file whose median accuracy is at least the chain's.
+
+    python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed]
+
+Every finished run is written at once, its file is kept in the cache folder; a second call goes on where the first
+stopped.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+RESULTS = ROOT / "benchmarks" / "results"
+THREADS = 2
+RATE = 0.05
+JOINT = {
+    "joint, 3 blocks less": {"blocks": 3},
+    "joint, 4 blocks less": {"blocks": 4},
+    "joint, macs 0.5": {"macs": 0.5},
+}
+CHAIN = {"chain, macs 0.5": 0.5, "chain, macs 0.25": 0.25}
+
+
+def joint(settings, module, task, seed, epochs, folder):
+    """Run the recipe and write the OpenVINO file."""
+    from pruning_accuracy import shown
+
+    from penjing import building, measure, recipes, runtimes
+    from penjing.draft import Draft
+    from penjing.finetune import seed_everything
+    from penjing.network import raise_network
+    from penjing.step import Context
+
+    seed_everything(seed)
+    raised = raise_network(module, *task.call(), task.dynamic)
+    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    context = Context(task=task, source=raised, seed=seed, accelerates=accelerates, events=shown(folder.name))
+    draft = Draft(raised)
+    for step in recipes.joint(**settings, epochs=epochs, learning_rate=RATE):
+        draft = step(draft, context)
+    building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
+
+
+def chain(target, module, task, seed, epochs, folder):
+    """Torch-Pruning, fine-tuning, NNCF."""
+    import pruning_accuracy
+    import ptq_cost
+    import torch
+
+    best = json.loads((RESULTS / "pruning_accuracy.json").read_text())["networks"]["resnet20"]["accuracy"]
+    settings = best[f"{target:g}"]["torch-pruning"]["settings"]
+    pruned = pruning_accuracy.torch_pruning(settings, "resnet20", module, task, target, seed)
+    trained = pruning_accuracy.finetuned(pruned, "resnet20", task, seed, epochs, folder.name).eval()
+    path, batch = folder / "fp32.onnx", torch.export.Dim("batch", min=1, max=4096)
+    torch.onnx.export(trained, (task.example,), str(path), dynamo=True, dynamic_shapes=({0: batch},),
+                      input_names=["x"], output_names=["output"], verbose=False, external_data=False)  # fmt: skip
+    import openvino
+
+    ptq_cost._nncf(openvino.convert_model(str(path)), torch.cat(list(task.calibration)), folder)
+
+
+def opened(folder, threads=THREADS):
+    """What the latency workers call."""
+    import ptq_cost
+
+    folder = Path(folder)
+    return ptq_cost.opened("nncf" if folder.name.startswith("chain") else "penjing", folder, threads)
+
+
+def accuracies(arguments, data, save):
+    """Make every file, and read the test pictures with it."""
+    from examples.data import cache
+    from examples.fashion_mnist.network import resnet20
+    from examples.fashion_mnist.task import task as fashion
+    from penjing.outputs import numpy_predictor
+
+    task, module = fashion(), resnet20()
+    data.setdefault("source", {"accuracy": task.evaluate(numpy_predictor(module))})
+    sides = {"joint": (joint, JOINT), "chain": (chain, CHAIN)}
+    for seed in arguments.seeds:
+        for side in arguments.sides:
+            make, every = sides[side]
+            for name, settings in every.items():
+                key = f"{name} epochs {arguments.epochs:g} seed {seed}"
+                folder = cache() / "joint" / key
+                if key not in data["runs"]:
+                    start = time.perf_counter()
+                    folder.mkdir(parents=True, exist_ok=True)
+                    make(settings, resnet20(), task, seed, arguments.epochs, folder)
+                    session = opened(folder)
+                    found = task.evaluate(lambda x, session=session: session.run([x])[0])
+                    data["runs"][key] = {"accuracy": found, "seconds": time.perf_counter() - start}
+                    save()
+                print(
+                    f"{key:<60}{data['runs'][key]['accuracy']:>8.4f}{data['runs'][key]['seconds']:>7.0f} s", flush=True
+                )
+    data["accuracy"] = {}
+    for name in (*JOINT, *CHAIN):
+        values = [
+            row["accuracy"]
+            for key, row in data["runs"].items()
+            if key.startswith(f"{name} epochs {arguments.epochs:g} ")
+        ]
+        if values:
+            data["accuracy"][name] = {
+                "accuracy": statistics.median(values), "lowest": min(values), "highest": max(values),
+                "seeds": len(values), "epochs": arguments.epochs,
+            }  # fmt: skip
+    save()
+
+
+def speeds(arguments, data, save):
+    """Every file of the first seed and the whole network, in turns."""
+    import tempfile
+
+    import torch
+
+    from examples.data import cache
+    from examples.fashion_mnist.network import resnet20
+    from examples.fashion_mnist.task import task as fashion
+    from penjing import building
+    from penjing.draft import Draft
+    from penjing.measure import Target, compare
+    from penjing.network import raise_network
+    from penjing.outputs import to_numpy
+
+    task = fashion()
+    pictures = to_numpy(torch.cat(list(task.calibration)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    data["speed"] = {}
+    with tempfile.TemporaryDirectory() as aside:
+        folders = {}
+        raised = raise_network(resnet20(), *task.call(), task.dynamic)
+        for runtime in ("openvino", "onnxruntime", "torch"):
+            folders[f"fp32 {runtime}"] = Path(aside) / f"fp32 {runtime}"
+            folders[f"fp32 {runtime}"].mkdir()
+            building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folders[f"fp32 {runtime}"])
+        for name in data["accuracy"]:
+            folders[name] = cache() / "joint" / f"{name} epochs {arguments.epochs:g} seed {arguments.seeds[0]}"
+        for batch in (1, 32):
+            targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
+            timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="joint:opened")
+            rows = data["speed"][str(batch)] = {n: vars(timings[n].latency) for n in folders}
+            for name, row in rows.items():
+                times = rows["fp32 openvino"]["median"] / row["median"]
+                print(
+                    f"batch {batch:>2} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}  {times:.2f}x",
+                    flush=True,
+                )
+    data["wins"] = wins(data)
+    save()
+
+
+def wins(data):
+    """For every chain the fastest joint file that is as accurate: how many times faster it is."""
+    found = {}
+    for batch, rows in data["speed"].items():
+        for name in (n for n in CHAIN if n in data["accuracy"]):
+            needed = data["accuracy"][name]["accuracy"]
+            able = [n for n in JOINT if n in data["accuracy"] and data["accuracy"][n]["accuracy"] >= needed]
+            if able:
+                best = min(able, key=lambda n: rows[n]["median"])
+                times = rows[name]["median"] / rows[best]["median"]
+                found[f"{name}, batch {batch}"] = {"by": best, "times": times}
+                print(f"batch {batch:>2} {name}: {best} is as accurate and {times:.2f}x faster")
+    return found
+
+
+def main() -> None:
+    """Run all that is missing, print the tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sides", nargs="+", default=["joint", "chain"], choices=["joint", "chain"])
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed"], choices=["accuracy", "speed"])
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "joint.json")
+    arguments = parser.parse_args()
+    import torch
+
+    from penjing import measure
+
+    torch.set_num_threads(THREADS)
+    data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
+    data |= {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+    data["versions"] |= {name: importlib.metadata.version(name) for name in ("torch-pruning", "nncf")}
+
+    def save():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+    for part in arguments.parts:
+        {"accuracy": accuracies, "speed": speeds}[part](arguments, data, save)
+    print(f"\nsource {data['source']['accuracy']:.4f}")
+    for name, row in data.get("accuracy", {}).items():
+        print(f"{name:<40}{row['accuracy']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f})")
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
