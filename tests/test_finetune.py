@@ -246,6 +246,18 @@ class TestResume:
         assert resumed[0] == "resumed"
         assert resumed.count("progress") == 10 - (step - 1)
 
+    def test_the_curve_is_told_once_and_as_if_nothing_had_happened(self, tmp_path):
+        def told(into):
+            return lambda kind, **values: into.append(values["curve"]) if kind == "trained" else None
+
+        whole, parts = [], []
+        trained(replace(SHORT, hooks=(Interrupt(),)), context_of(events=told(whole)))
+        with pytest.raises(Stop):
+            trained(replace(SHORT, hooks=(Interrupt("step", 6),)), context_of(folder=tmp_path, events=told(parts)))
+        trained(replace(SHORT, hooks=(Interrupt(),)), context_of(folder=tmp_path, events=told(parts)))
+        assert parts == whole and [point["step"] for point in whole[0]] == list(range(1, 11))
+        assert all(list(point["terms"]) == ["labels"] for point in whole[0])
+
     def test_with_a_torch_loader(self, tmp_path):
         data = DataLoader(TensorDataset(digits().x, digits().y), batch_size=100, shuffle=True)
         settings = replace(SHORT, hooks=(Interrupt(),))
