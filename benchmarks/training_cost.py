@@ -1,0 +1,144 @@
+"""What Penjing's training loop costs: a step of `Finetune` beside the same step in a bare PyTorch loop.
+
+ResNet-20, batches of 256 Fashion-MNIST pictures, SGD with Nesterov momentum, cosine schedule, the same autocast and
+memory format on all sides. `bare` is the module in a loop of ten lines; `Finetune` trains the raised network with
+everything that it watches and tells; `stored teacher` reads the answers of the source from a file (`distill.Stored`,
+written before) and learns from labels and answers. In turns, each from the same weights; seconds run from the first
+step to the last.
+
+    python benchmarks/training_cost.py [--steps 40] [--rounds 7]
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+THREADS = 2
+BATCHES = 8
+RATE = 0.01
+
+
+class Clock:
+    """A hook that notes when the first step begins and the last one has ended."""
+
+    def __call__(self, moment):
+        if moment.name == "start":
+            self.start = time.perf_counter()
+        elif moment.name == "end":
+            self.seconds = time.perf_counter() - self.start
+
+
+def bare(module, batches, steps):
+    """Seconds of a plain loop with the same settings."""
+    import math
+
+    import torch
+
+    from penjing.finetune import bf16_pays
+
+    module = module.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    start = time.perf_counter()
+    for step in range(steps):
+        x, y = batches[step % len(batches)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays("cpu")):
+            output = module(x.to(memory_format=torch.channels_last))
+        loss = torch.nn.functional.cross_entropy(output.float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return time.perf_counter() - start
+
+
+def penjing(module, task, settings):
+    """Seconds of `Finetune` with the same settings."""
+    from penjing.finetune import train
+    from penjing.network import raise_network
+    from penjing.step import Context
+
+    clock = Clock()
+    raised = raise_network(module, *task.call(), task.dynamic)
+    train(raised, Context(task=task, source=raised), settings(clock))
+    return clock.seconds
+
+
+def main() -> None:
+    """Run all in turns, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_cost.json")
+    arguments = parser.parse_args()
+    from dataclasses import replace
+    from itertools import islice
+
+    import torch
+
+    from examples.fashion_mnist.network import resnet20
+    from examples.fashion_mnist.task import task as fashion
+    from penjing import distill, measure
+    from penjing.finetune import Finetune
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    whole = fashion()
+    batches = list(islice(whole.train, BATCHES))
+    task, module = replace(whole, train=batches), resnet20()
+
+    def plain(clock):
+        return Finetune(steps=arguments.steps, learning_rate=RATE, warmup=0.0, distill=(), hooks=(clock,))
+
+    with tempfile.TemporaryDirectory() as folder:
+        stored = distill.Stored(folder, resnet20())
+        with torch.no_grad():
+            for x, _ in batches:
+                stored(x)
+
+        def taught(clock):
+            return replace(plain(clock), distill=distill.Logits(), teacher=stored)
+
+        sides = {
+            "bare": lambda: bare(copy.deepcopy(module), batches, arguments.steps),
+            "Finetune": lambda: penjing(copy.deepcopy(module), task, plain),
+            "stored teacher": lambda: penjing(copy.deepcopy(module), task, taught),
+        }
+        seconds = {name: [] for name in sides}
+        for turn in range(-1, arguments.rounds):  # the first turn warms up
+            for name in list(sides) if turn % 2 else list(reversed(sides)):
+                found = sides[name]()
+                if turn >= 0:
+                    seconds[name].append(found)
+        asked = stored.asked
+    data = {
+        "machine": vars(measure.machine(THREADS)),
+        "versions": measure.versions(),
+        "steps": arguments.steps,
+        "rows": {},
+    }
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["bare"], strict=True)]
+        data["rows"][name] = {
+            "ms_a_step": 1000 * statistics.median(values) / arguments.steps,
+            "of_bare": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        }  # fmt: skip
+        row = data["rows"][name]
+        print(f"{name:<16}{row['ms_a_step']:>9.1f} ms a step  {row['of_bare']:.3f} of bare "
+              f"({row['lowest']:.3f} to {row['highest']:.3f})")  # fmt: skip
+    data["samples_asked_of_the_teacher"] = asked
+    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
