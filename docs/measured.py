@@ -410,6 +410,16 @@ def joint() -> str:
     return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {epochs:g} epochs in all on both sides; ")
 
 
+def training_cost() -> str:
+    """What a training step costs beside a bare loop."""
+    data = _read("training_cost")
+    lines = ["| | a step | of the bare loop (all rounds) |", "|---|---|---|"]
+    for name, row in data["rows"].items():
+        told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+        lines.append(f"| {name} | {row['ms_a_step']:.1f} ms | {told} |")
+    return _under(lines, data, "Batches of 256; ")
+
+
 def pairs() -> str:
     """Every technique before every other."""
     data = _read("pairs")
@@ -457,6 +467,7 @@ TABLES = {
     "sparse_runtimes": sparse_runtimes,
     "joint": joint,
     "pairs": pairs,
+    "training_cost": training_cost,
 }
 
 

@@ -163,11 +163,28 @@ def recipe(entries: Sequence[Any]) -> tuple[RecipeStep, ...]:
         else:
             name = entry[key] if key else "step"
             rest = {k: v for k, v in entry.items() if k != key}
-        steps.append(RecipeStep(str(name), tuple((str(k), _setting(v)) for k, v in rest.items())))
+        steps.append(RecipeStep(str(name), tuple((str(k), _setting(v)) for k, v in rest.items() if not _unset(v))))
     return tuple(steps)
 
 
+def _unset(value: Any) -> bool:
+    return value is None or value in ([], {}, ())
+
+
 def _setting(value: Any) -> str:
+    """A setting as text; a step within a step as its name and its settings.
+
+    >>> _setting({"Finetune": {"epochs": 2, "minutes": None, "clip": [{"Clip": {"norm": "l2"}}]}})
+    'Finetune(epochs 2, clip Clip(norm l2))'
+    """
+    if isinstance(value, Mapping):
+        inner = [(k, v) for k, v in value.items() if not _unset(v)]
+        if len(inner) == 1 and isinstance(inner[0][1], Mapping):
+            name, settings = inner[0]
+            return f"{name}({', '.join(f'{k} {_setting(v)}' for k, v in settings.items() if not _unset(v))})"
+        return ", ".join(f"{k} {_setting(v)}" for k, v in inner)
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(v) for v in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
