@@ -227,8 +227,9 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "networks": {}}
-    data["versions"]["nncf"] = importlib.metadata.version("nncf")
+    where = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+    where["versions"]["nncf"] = importlib.metadata.version("nncf")
+    data = {"networks": {}}
     if arguments.out.exists():
         data["networks"] = json.loads(arguments.out.read_text())["networks"]
     for name in arguments.networks:
@@ -241,6 +242,7 @@ def main() -> None:
                 found[part] = by_bits(raised, network, task, arguments.bits)
             else:
                 found[part] = by_latency(raised, network, task, arguments.seconds)
+            found[f"{part} measured on"] = where
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")

@@ -170,7 +170,7 @@ def mixed_latency() -> str:
                 f"| {network}, {row['name']} | {budget} | {row['latency']:.2f} ({row['latency_ms']['median']:.2f} ms) "
                 f"| {row.get('floats', '')} | {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
             )
-    return _under(lines, data, "Batch 1; ")
+    return _part(lines, data, "latency", "Batch 1; ")
 
 
 def mixed_bits() -> str:
@@ -183,7 +183,17 @@ def mixed_bits() -> str:
                 f"| {network}, {row['kind']} | {row['bits']:.2f} | {row['packed_bytes'] / 1e3:.0f} kB "
                 f"| {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
             )
-    return _under(lines, data)
+    return _part(lines, data, "bits")
+
+
+def _part(lines: list[str], data: dict, part: str, before: str = "") -> str:
+    """The table with the machines on which that part of `mixed_precision` was measured."""
+    told: dict[str, list[str]] = {}
+    for network, parts in data["networks"].items():
+        if part in parts:
+            told.setdefault(conditions(**parts[f"{part} measured on"]), []).append(network)
+    ends = [where if len(told) == 1 else f"{', '.join(names)}: {where}" for where, names in told.items()]
+    return "\n".join([*lines, "", before + " ".join(ends)])
 
 
 def pruning_zoo() -> str:
