@@ -1,0 +1,162 @@
+"""MiniLM's six layers become three: learned from labels alone, and from the whole network besides.
+
+The classifier of `minilm_pruning.py` (all-MiniLM-L6-v2, 20 Newsgroups). The student keeps every second layer with its
+weights (`distill.FewerLayers`, as DistilBERT) and is trained on the same texts in the same order, with the same
+optimizer, learning rate and steps: `labels` from labels alone, `Logits` from the teacher's softened answers besides,
+`Logits and TinyBERT` from hidden states and attention scores of the teacher's layers too. *Gap closed* is the part of
+what the student from labels lacks to the teacher. The test texts are read once per seed.
+
+Speed: ONNX and OpenVINO files of both, batch 1 and 16, 128 tokens, timed in turns.
+
+    python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 6000] [--train-texts 6000] [--parts accuracy speed]
+
+Every finished run is written at once; a second call goes on where the first stopped.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+STACK = "model.encoder.layer"
+KEPT = (0, 2, 4)  # of six; the student's layer i answers for the teacher's i + 1
+
+
+def ways():
+    """What the student learns from, by name."""
+    from penjing import distill
+
+    pairs = tuple((f"{STACK}.{i}", f"{STACK}.{i + 1}") for i in KEPT)
+    logits = distill.Logits()
+    return {
+        "labels": (),
+        "Logits": logits,
+        "Logits and TinyBERT": (logits, distill.TinyBERT(hidden=pairs, attention=pairs)),
+    }
+
+
+def student(module, task):
+    """A draft of the network with three layers."""
+    from penjing.distill import FewerLayers
+    from penjing.draft import Draft
+    from penjing.network import raise_network
+    from penjing.step import Context
+
+    raised = raise_network(module, *task.call(), task.dynamic)
+    return FewerLayers(of=STACK, keep=KEPT)(Draft(raised), Context(task=task)), raised
+
+
+def accuracies(arguments, module, task, data, save):
+    """Train the student in every way with every seed."""
+    from benchmarks.minilm_pruning import RATE, TRAIN_BATCH, macs, shown
+    from penjing.finetune import Finetune, train
+    from penjing.outputs import numpy_predictor
+    from penjing.step import Context
+
+    if "teacher" not in data:
+        data["teacher"] = {"accuracy": task.evaluate(numpy_predictor(module)), "macs": macs(module, task)}
+        save()
+    print(f"teacher {data['teacher']['accuracy']:.4f}", flush=True)
+    for seed in arguments.seeds:
+        for name, way in ways().items():
+            key = f"{name}, {arguments.texts} texts, seed {seed}"
+            if key not in data["runs"]:
+                start = time.perf_counter()
+                draft, source = student(module, task)
+                settings = Finetune(
+                    epochs=arguments.texts / TRAIN_BATCH / len(task.train), learning_rate=RATE, optimizer="adamw",
+                    weight_decay=0.01, distill=way,
+                )  # fmt: skip
+                context = Context(task=task, source=source, seed=seed, events=shown(key))
+                network = train(draft.network, context, settings)
+                accuracy = task.evaluate(numpy_predictor(network.eval()))
+                data["runs"][key] = {"accuracy": accuracy, "seconds": time.perf_counter() - start}
+                save()
+            print(f"{key:<50}{data['runs'][key]['accuracy']:>8.4f}{data['runs'][key]['seconds']:>7.0f} s", flush=True)
+    data["accuracy"] = {}
+    for name in ways():
+        values = [data["runs"][f"{name}, {arguments.texts} texts, seed {seed}"]["accuracy"] for seed in arguments.seeds]
+        data["accuracy"][name] = {
+            "accuracy": statistics.median(values), "mean": statistics.mean(values), "lowest": min(values),
+            "highest": max(values), "seeds": len(values), "texts": arguments.texts,
+        }  # fmt: skip
+    plain, teacher = data["accuracy"]["labels"]["mean"], data["teacher"]["accuracy"]
+    for row in data["accuracy"].values():
+        row["gap_closed"] = (row["mean"] - plain) / (teacher - plain)
+    save()
+
+
+def speeds(arguments, module, task, data, save):
+    """Teacher and student in both runtimes, in turns."""
+    from benchmarks.minilm_pruning import BATCHES, THREADS
+    from penjing import building
+    from penjing.draft import Draft
+    from penjing.measure import Target, compare
+
+    fewer, whole = student(module, task)
+    with tempfile.TemporaryDirectory() as aside:
+        targets = []
+        for label, draft in (("teacher", Draft(whole)), ("student", fewer)):
+            for runtime in ("onnxruntime", "openvino"):
+                folder = Path(aside) / f"{label} {runtime}"
+                folder.mkdir()
+                building.build(draft, runtime, "fp32", task, {"kind": "tensor"}, folder)
+                for batch in BATCHES:
+                    call = {k: v[:batch].numpy() for k, v in task.calibration[0].items()}
+                    inputs = [call["input_ids"], call["attention_mask"]]
+                    targets.append(Target(f"{folder.name}, batch {batch}", folder, inputs, batch))
+        timings = compare(targets, threads=THREADS, seconds=arguments.seconds)
+    data["speed"] = {}
+    for target in targets:
+        latency = timings[target.name].latency
+        before = timings[target.name.replace("student", "teacher")].latency
+        times = before.median / latency.median
+        data["speed"][target.name] = {"median_ms": latency.median, "spread": latency.spread, "speedup": times}
+        print(f"{target.name:<34}{latency.median:>9.2f} ms  spread {latency.spread:>4.0%}  {times:.2f}x", flush=True)
+    save()
+
+
+def main() -> None:
+    """Run all that is missing, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=int, default=6000)
+    parser.add_argument("--train-texts", type=int, default=6000)
+    parser.add_argument("--judged", type=int, default=7528)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed"], choices=["accuracy", "speed"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/minilm_layers.json")
+    arguments = parser.parse_args()
+    import torch
+
+    from benchmarks.minilm_pruning import THREADS, prepared, source
+    from penjing import measure
+
+    torch.set_num_threads(THREADS)
+    task, classes = prepared(arguments.judged)
+    module = source(task, classes, arguments.train_texts)
+    data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
+    data |= {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+
+    def save():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+    for part in arguments.parts:
+        {"accuracy": accuracies, "speed": speeds}[part](arguments, module, task, data, save)
+    print(f"\nteacher {data['teacher']['accuracy']:.4f}")
+    for name, row in data.get("accuracy", {}).items():
+        print(f"{name:<24}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f})  "
+              f"gap closed {row['gap_closed']:.2f}")  # fmt: skip
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
