@@ -1,5 +1,6 @@
 """Training on a cluster: two workers on this machine, held against one."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from penjing import distill
 from penjing.architectures import build
 from penjing.architectures.bert import BERT
 from penjing.clipping import Clip
-from penjing.errors import RecipeError, TrainingError
+from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.finetune import Finetune, train
 from penjing.network import raise_network
 from penjing.parallel import Group
@@ -66,22 +67,46 @@ def test_a_cluster_that_does_not_run():  # before a test starts one, which would
         train(raised(), Context(task=task()), replace(SETTINGS, workers=2, cluster="127.0.0.1:1"))
 
 
-def test_two_workers_give_what_one_gives(cluster, teacher, tmp_path):
+def test_two_workers_give_what_one_gives(cluster, teacher):
     way = (distill.Logits(), distill.DKD())
     settings = replace(SETTINGS, distill=way, accumulate=2)
     told = []
     one = train(raised(), Context(task=task(), source=teacher), settings)
     events = lambda kind, **values: told.append((kind, values))  # noqa: E731
-    where = Context(task=task(), source=teacher, events=events, folder=tmp_path)
+    where = Context(task=task(), source=teacher, events=events)
     two = train(raised(), where, replace(settings, workers=2, cluster=cluster))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert not torch.allclose(next(two.parameters()), next(raised().parameters()), atol=1e-3)
     assert [v["done"] for kind, v in told if kind == "progress"] == list(range(1, 7))
-    assert (tmp_path / "finetune.pt").exists()
-    # the saved state is that of one worker, who goes on with it
-    again = train(raised(), replace(where, events=lambda *a, **k: None), replace(settings, workers=2, cluster=cluster))
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), two.parameters(), strict=True))
+
+
+class StopOnce:
+    """A hook that ends the first process that comes to a step."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __repr__(self):
+        return "StopOnce"
+
+    def __call__(self, moment):
+        if moment.name == "step" and moment.step == 4 and not self.file.exists():
+            self.file.touch()
+            os._exit(1)
+
+
+def test_workers_that_were_killed_go_on_to_the_same_bits(cluster, tmp_path):
+    settings = replace(SETTINGS, workers=2, cluster=cluster, save_every_s=1e-9)
+    (tmp_path / "there").touch()
+    whole = train(raised(norm=True), Context(task=task()), replace(settings, hooks=(StopOnce(tmp_path / "there"),)))
+    stopping = replace(settings, hooks=(StopOnce(tmp_path / "stopped"),))
+    where = Context(task=task(), folder=tmp_path)
+    with pytest.raises(TrainingError, match="a worker of the cluster failed"):
+        train(raised(norm=True), where, stopping)
+    assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3
+    again = train(raised(norm=True, seed=5), where, stopping)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
 def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(cluster):
@@ -100,10 +125,19 @@ def test_an_error_of_a_worker_is_told_as_it_is(cluster):
     assert error.value.remedy
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0, "cluster": "local"}, {"workers": 2}, {"workers": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"workers": 0}, {"workers": 2}, {"workers": 1.5, "cluster": "local"}, {"cluster": "local"}]
+)
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(RecipeError, match="Finetune"):
         Finetune(**wrong)
+
+
+def test_a_batch_without_one_number_of_samples_is_not_shared():
+    lists = [{"boxes": torch.zeros(n, 4)} for n in (3, 1)]
+    for inputs, target in ((torch.zeros(2, 3), lists), (torch.zeros(4, 3), torch.zeros(2)), ([], [])):
+        with pytest.raises(TaskError, match="can't be shared"):
+            Group(0, 2).part(inputs, target)
 
 
 def test_parts_are_whole_batches_together():

@@ -13,7 +13,7 @@ from penjing.errors import CheckpointError
 from penjing.finetune import Finetune
 from penjing.grid import integers
 from penjing.network import raise_network
-from penjing.prune import Magnitude
+from penjing.prune import Gradual, Magnitude
 from penjing.step import Context
 from penjing.surgery import KeepZeros, mark_sparse, replay
 from penjing.task import Task
@@ -73,6 +73,14 @@ def test_a_resumed_training_has_the_same_zeros_and_the_same_bits(pruned, tmp_pat
     resumed = settings(pruned, context_of(folder=tmp_path))
     learned(pruned, resumed)
     assert same(bits(resumed.network), bits(whole.network))
+
+
+def test_an_average_of_weights_has_the_zeros_that_came_on_the_way():
+    draft = Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
+    training = replace(TRAINING, ema=0.99)
+    found = Gradual(step=Magnitude(sparsity=0.8), finetune=training, every=1)(draft, context_of())
+    zeros = sum(int((found.network.get_parameter(n) == 0).sum()) for n in found.sparse)
+    assert zeros == pytest.approx(0.8 * sum(found.network.get_parameter(n).numel() for n in found.sparse), abs=2)
 
 
 def test_a_draft_without_zeros_trains_as_before():

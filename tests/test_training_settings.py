@@ -57,6 +57,12 @@ class TestAccumulation:
         two = (torch.cat([data[0][0], data[1][0]]), torch.cat([data[0][1], data[1][1]]))
         assert close(ragged, trained(task(train=[two, data[2]]), epochs=1)[0])
 
+    def test_more_batches_than_an_epoch_has_make_one_update_of_all(self):
+        whole, _ = trained(task(batch=24, samples=24), epochs=2)
+        parts, told = trained(task(batch=6, samples=24), epochs=2, accumulate=9)
+        assert close(whole, parts) and not close(whole, net())
+        assert [v["done"] for kind, v in told if kind == "progress"] == [1, 2]
+
     def test_it_resumes_to_the_bit(self, tmp_path):
         class Stop(Exception):
             pass

@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing import training_state
-from penjing.averaging import Average
-from penjing.call import as_call, to_tensors
+from penjing.averaging import Average, statistics
+from penjing.call import Call, as_call, to_tensors
 from penjing.clipping import Clip
 from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
@@ -157,8 +157,8 @@ class Finetune:
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
         fine["cluster"] = (
-            self.workers == 1 or isinstance(self.cluster, str),
-            "'local', or an address, for workers > 1",
+            self.cluster is None if self.workers == 1 else isinstance(self.cluster, str),
+            "'local', or an address, for workers above 1; None for one",
         )
         for name in ("steps", "accumulate", "workers"):
             value = getattr(self, name)
@@ -237,6 +237,13 @@ def train(network: M, context: Context, settings: Finetune) -> M:
     if settings.workers > 1 and settings.cluster is not None:
         home = next((p.device for p in network.parameters()), None)
         resolved = settings.resolved(context, changed=False)
+        if any(isinstance(t, Stored) and t.teacher is not None for t in pytree.tree_leaves(settings.teacher)):
+            raise TaskError(
+                "several workers can't write a teacher's answers into one folder",
+                got=f"Stored with its teacher, workers={settings.workers}",
+                expected="Stored(folder), whose answers are all there",
+                remedy="train one epoch with workers=1 first, or ask the teacher at every step",
+            )
         spread(_work, network, context, resolved, settings.cluster, settings.workers)
         return network.to(home).eval()
     return _work(network, context, settings, Group())  # type: ignore[return-value]
@@ -322,6 +329,7 @@ class _Loop:
         self.step, self.epoch, self.position = 0, 0, 0
         self.loss_sum, self.loss_count = 0.0, 0.0
         self.curve: list[dict[str, Any]] = []
+        self.terms: dict[str, torch.Tensor] = {}  # of the last batch; with several workers, of this one's part
         self.clipped = [_Clipped(clip) for clip in self.settings.clips]
         self.length = self._count_batches()
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
@@ -337,7 +345,8 @@ class _Loop:
                 self._update(group)
                 if self.step >= self.steps:
                     break
-                if time.monotonic() - saved > self.settings.save_every_s:
+                # The first worker's clock counts: all have to meet in what is summed for the saved state.
+                if self.group.first(time.monotonic() - saved > self.settings.save_every_s):
                     self._save()
                     saved = time.monotonic()
             if self.step < self.steps or self.position >= self.length:
@@ -346,9 +355,9 @@ class _Loop:
                 self._tell_clips()
         self._tell_clips()
         self.context.events("trained", curve=self.curve)
-        self._average_statistics()
         if self.average is not None:
-            self.average.into(self.network)
+            held = (hook.tensors for hook in self.settings.hooks if isinstance(hook, KeepZeros))
+            self.average.into(self.network, itertools.chain.from_iterable(held))
         self._hook("end")
         return self._finished()
 
@@ -375,13 +384,15 @@ class _Loop:
             next(batches, None)
         if self.random_numbers is not None and self.position:
             training_state.set_random_numbers(self.random_numbers, self.context.device)
+        came = self.position > 0
         for batch in batches:
+            came = True
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 remedy = "several inputs stand in a tuple or a dict of their own: ((ids, mask), target)"
                 got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
                 raise TaskError("a training batch is no pair", got=got, expected="(inputs, target)", remedy=remedy)
             yield batch[0], batch[1]
-        if self.position == 0:
+        if not came:
             raise TaskError(
                 f"the training data gave no batch in epoch {self.epoch}",
                 got=f"a {type(self.data).__name__} that gave {self.length} before",
@@ -395,8 +406,8 @@ class _Loop:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         value = 0.0
-        for inputs, target in batches:
-            value += self.group.sum(self._backward(inputs, target, 1 / len(batches)))
+        for number, (inputs, target) in enumerate(batches):
+            value += self.group.sum(self._backward(inputs, target, 1 / len(batches), self.position + number))
             if not math.isfinite(value):
                 broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
                 raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
@@ -405,6 +416,7 @@ class _Loop:
         self._clip("gradients")
         self.optimizer.step()
         self._clip("weights")
+        self.group.average(statistics(self.network))
         self.step += 1
         self.position += len(batches)
         self.loss_sum, self.loss_count = self.loss_sum * 0.98 + value, self.loss_count * 0.98 + 1
@@ -435,24 +447,20 @@ class _Loop:
                 self.context.events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
                 lengths.clear()
 
-    def _average_statistics(self) -> None:
-        self.group.average_statistics(self.network)
-        if self.average is not None:
-            self.group.average_statistics(self.average)
-
-    def _backward(self, inputs: Any, target: Any, part: float) -> float:
+    def _backward(self, inputs: Any, target: Any, part: float, position: int) -> float:
         """Add the gradients of this worker's part of a batch; the loss, weighted as they are."""
+        call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
         if self.group.size == 1:
-            return self._gradients(inputs, target, part)
-        inputs, target, share = self.group.part(inputs, target)
+            return self._gradients(call, target, part)
+        call, target, share = self.group.part(call, target)
         # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.context.seed * 1_000_003 + self.step) * self.group.size + self.group.rank)
-            return self._gradients(inputs, target, part * share) if share else 0.0
+            batch = (self.context.seed * 1_000_003 + self.epoch) * 1_000_003 + position
+            torch.manual_seed(batch * self.group.size + self.group.rank)
+            return self._gradients(call, target, part * share) if share else 0.0
 
-    def _gradients(self, inputs: Any, target: Any, part: float) -> float:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, to_tensors(as_call(inputs)))
-        target = pytree.tree_map_only(np.ndarray, to_tensor, target)
+    def _gradients(self, call: Call, target: Any, part: float) -> float:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, call)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         with self.cast():
             output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
@@ -554,7 +562,6 @@ class _Loop:
     def _save(self) -> None:
         if self.path is None:
             return
-        self._average_statistics()
         if self.group.rank:
             return
         state = {
@@ -654,4 +661,5 @@ def _called(loss: Any, position: int) -> str:
     """What a term of the user's is called in the events: the task's own loss is "labels"."""
     if getattr(loss, "__func__", None) is _Loop._task_loss:
         return "labels"
-    return getattr(loss, "__name__", type(loss).__name__) + (f" {position + 1}" if position else "")
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return name if name != "loss" and not position else f"{name} {position + 1}"

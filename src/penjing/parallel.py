@@ -2,8 +2,8 @@
 
 The parts' gradients are summed, weighted by their samples, so that the step is that of the whole batch: Goyal et al.,
 "Accurate, Large Minibatch SGD", 2017, section 2.3. Batch norms see their worker's part alone, as there, and their
-running statistics are averaged over all workers; losses that compare samples with each other, or with the size of a
-batch's values (hints), do so within one part.
+running statistics are averaged over all workers after every update; losses that compare samples with each other, or
+with the size of a batch's values (hints), do so within one part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
@@ -22,9 +23,10 @@ import torch
 from torch import distributed, fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.errors import MissingDependency, PenjingError, TaskError, TrainingError
+from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, TrainingError
 from penjing.portable import Portable
 from penjing.step import Context
+from penjing.usercode import USER_MODULE
 
 STATE = "finetune.pt"
 
@@ -44,15 +46,26 @@ class Group:
     saved: Callable[[Path], None] = lambda path: None
 
     def part(self, inputs: Any, target: Any) -> tuple[Any, Any, float]:
-        """This worker's samples of a batch, and which part of the batch they are; it may have none."""
+        """This worker's samples of a batch, and which part of the batch they are; it may have none.
+
+        Raises:
+            TaskError: Something in the batch has another number of samples, or is a list with an entry a sample.
+        """
         if self.size == 1:
             return inputs, target, 1.0
-        first = next(x for x in pytree.tree_leaves(inputs) if hasattr(x, "shape") and len(x.shape))
-        samples = len(first)
+        lengths = {len(x) for x in pytree.tree_leaves((inputs, target)) if hasattr(x, "shape") and len(x.shape)}
+        if len(lengths) != 1:
+            raise TaskError(
+                "a batch can't be shared by several workers",
+                got=f"arrays of {', '.join(map(str, sorted(lengths))) or 'no'} samples",
+                expected="inputs and targets whose first axis are the samples",
+                remedy="train with workers=1",
+            )
+        (samples,) = lengths
         start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))
 
         def cut(x: Any) -> Any:
-            return x[start:end] if hasattr(x, "shape") and len(x.shape) and len(x) == samples else x
+            return x[start:end] if hasattr(x, "shape") and len(x.shape) else x
 
         mine = pytree.tree_map(cut, (inputs, target))
         return mine[0], mine[1], (end - start) / samples
@@ -89,12 +102,15 @@ class Group:
         distributed.broadcast(held, 0)
         return int(held)
 
-    def average_statistics(self, network: nn.Module) -> None:
-        """Average floating-point buffers over all workers, in place."""
-        for buffer in network.buffers() if self.size > 1 else ():
-            if buffer.is_floating_point():
-                distributed.all_reduce(buffer)
-                buffer /= self.size
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average tensors over all workers, in place."""
+        every = list(tensors) if self.size > 1 else []
+        if not every:
+            return
+        flat = torch.cat([t.reshape(-1).float() for t in every])
+        distributed.all_reduce(flat)
+        for t, mean in zip(every, torch.split(flat / self.size, [t.numel() for t in every]), strict=True):
+            t.copy_(mean.reshape(t.shape))
 
 
 Work = Callable[[nn.Module, Context, Any, Group], nn.Module]
@@ -132,7 +148,11 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
         "state": kept.read_bytes() if kept is not None and kept.exists() else None,
         "keeps": kept is not None,
     }
+    # The user's own files are no modules that another process could import: what they define goes along.
+    files = [module for name, module in sys.modules.items() if name.startswith(USER_MODULE)]
     try:
+        for module in files:
+            cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
         data = cloudpickle.dumps(sent)  # type: ignore[no-untyped-call]
     except Exception as error:  # pickle raises what the objects raise
         raise TaskError(
@@ -141,12 +161,21 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
             expected="a task, losses and hooks that can be pickled: no open files, no database connections",
             remedy="open such things in the dataset, when it is first read",
         ) from None
+    finally:
+        for module in files:
+            cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
     mine = not ray.is_initialized()  # else the user has connected, and that cluster is taken
     try:
         if cluster == "local":  # one processor for each worker and one for what leads them, also where there are fewer
             processors = max(os.cpu_count() or 1, workers + 1)
-            ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-                     ignore_reinit_error=True)  # fmt: skip
+            ray.init(
+                address="local",
+                num_cpus=processors,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                ignore_reinit_error=True,
+            )
         else:
             _knock(cluster)
             ray.init(address=cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
@@ -158,12 +187,13 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
             remedy="ray status tells whether it runs; cluster='local' starts one here",
         ) from None
     try:
-        with tempfile.TemporaryDirectory() as aside:
+        cuda = torch.device(context.device).type == "cuda"
+        _check_room(ray.cluster_resources(), workers, cuda)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as aside:
             queue = Queue()
-            cuda = torch.device(context.device).type == "cuda"
             trainer = TorchTrainer(
                 _worker,
-                train_loop_config={"data": ray.put(data), "queue": queue},
+                train_loop_config={"data": ray.put(data), "queue": queue, "at": os.getcwd(), "path": sys.path},
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda),
                 run_config=RunConfig(storage_path=aside, name="penjing"),
@@ -172,6 +202,17 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
+    for kind, needed in (("CPU", workers), *((("GPU", workers),) if cuda else ())):
+        if resources.get(kind, 0) < needed:
+            raise TrainingError(
+                "the cluster is too small",
+                got=f"{resources.get(kind, 0):g} {kind}",
+                expected=f"{needed}, one for each worker",
+                remedy="fewer workers, or a larger cluster",
+            )
 
 
 def _knock(cluster: str) -> None:
@@ -209,9 +250,7 @@ def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept
         if kind == "event":
             context.events(value[0], **value[1])
         elif kind == "state" and kept is not None:
-            aside = kept.with_suffix(".new")
-            aside.write_bytes(value)
-            aside.replace(kept)
+            _keep(kept, value)
         elif kind == "error":
             raise value
         elif kind == "done":
@@ -220,6 +259,20 @@ def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept
         said = " ".join(str(failed[0]).split())[-300:] if failed else "no result"
         raise TrainingError("a worker of the cluster failed", got=said, expected="a trained network")
     network.load_state_dict(torch.load(io.BytesIO(found), weights_only=True))
+
+
+def _keep(path: Path, state: bytes) -> None:
+    aside = path.with_suffix(".new")
+    try:
+        aside.write_bytes(state)
+        aside.replace(path)
+    except OSError as error:
+        raise OutputError(
+            "the state of the training can't be saved",
+            got=f"{error.strerror or error} ({path.parent})",
+            expected="a folder with write permission and free space",
+            remedy="free some space; what was saved before is untouched",
+        ) from error
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -231,6 +284,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     place, queue = train.get_context(), config["queue"]
     rank = place.get_world_rank()
+    sys.path += [folder for folder in config["path"] if folder not in sys.path]
+    if os.path.isdir(config["at"]):  # another machine may not have it
+        os.chdir(config["at"])  # Ray has changed to a folder of its own, and a data set may name files relatively
     sent = pickle.loads(ray.get(config["data"]))
 
     def tell(kind: str, **values: Any) -> None:

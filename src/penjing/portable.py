@@ -76,7 +76,11 @@ class Portable:
             node.meta = dict(meta)
             built.append(node)
         graph.set_codegen(self.codegen)
-        return fx.GraphModule(self.layers, graph).eval()
+        found = fx.GraphModule(self.layers, graph)
+        for name, layer in self.layers.named_children():  # what the graph does not read: the notes of a hook
+            if name not in found._modules:
+                found.add_module(name, layer)
+        return found.eval()
 
 
 def _named(target: Any) -> Any:

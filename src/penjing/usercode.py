@@ -23,6 +23,7 @@ from typing import Any
 
 from penjing.errors import PenjingError
 
+USER_MODULE = "penjing_user_"  # how the modules of files that were named begin
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -162,7 +163,7 @@ def _import_file(path: Path, error: type[PenjingError], role: str) -> ModuleType
     # network.py do not meet
     digest = hashlib.sha256(os.path.normcase(str(path)).encode()).hexdigest()[:12]
     stem = re.sub(r"\W", "_", path.stem)
-    name = f"penjing_user_{digest}_{stem}"
+    name = f"{USER_MODULE}{digest}_{stem}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -72,6 +72,13 @@ class Movement:
             raise RecipeError(
                 "Movement(finetune=...) is no training", got=repr(self.finetune), expected="Finetune(epochs=3)"
             )
+        if self.finetune.workers > 1:
+            raise RecipeError(
+                "Movement trains with one worker",
+                got=f"workers={self.finetune.workers}",
+                expected="workers=1: scores gather what every sample does to a weight, and belong in one place",
+                remedy="prune.Gradual shares its batches",
+            )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights and zeros."""
