@@ -40,7 +40,7 @@ BATCH = 32
 ROUND_TO = {"resnet20": 4, "vgg16": 8}
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 RATE = {"resnet20": 0.05, "vgg16": 0.02}
-PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global")
+PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global", "l2 layer", "taylor layer")
 TORCH_PRUNING = ("taylor global", "taylor local", "hessian global", "bn_scale global", "l2 global", "l2 local",
                  "lamp global")  # fmt: skip
 

@@ -27,7 +27,7 @@ SHORT = Finetune(steps=3, autocast="off", learning_rate=0.01)
 # name in a recipe → (family, step)
 TECHNIQUES = {
     "Finetune": ("training", SHORT),
-    "Finetune with a teacher's layers": ("training", Finetune(steps=3, autocast="off", distill=distill.Logits())),
+    "Finetune with a teacher": ("training", Finetune(steps=3, autocast="off", distill=distill.Logits())),
     "distill.Student": ("student", distill.Student(architecture="resnet20", settings={"width": 4})),
     "distill.FewerLayers": ("student", distill.FewerLayers(of="blocks", keep=2)),
     "prune.Blocks": ("channels", prune.Blocks(blocks=1)),
