@@ -40,7 +40,8 @@ BATCH = 32
 ROUND_TO = {"resnet20": 4, "vgg16": 8}
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 RATE = {"resnet20": 0.05, "vgg16": 0.02}
-PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global", "l2 layer", "taylor layer")
+PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global", "l2 layer", "taylor layer",
+           "jacobian layer", "jacobian sensitivity")  # fmt: skip
 TORCH_PRUNING = ("taylor global", "taylor local", "hessian global", "bn_scale global", "l2 global", "l2 local",
                  "lamp global")  # fmt: skip
 
@@ -318,10 +319,11 @@ def main() -> None:
     from penjing import measure
 
     torch.set_num_threads(THREADS)
-    data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "runs": {}, "networks": {}}
-    data["versions"]["torch-pruning"] = importlib.metadata.version("torch-pruning")
+    where = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+    where["versions"]["torch-pruning"] = importlib.metadata.version("torch-pruning")
+    data = {"runs": {}, "networks": {}}
     if arguments.out.exists():
-        data |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in ("runs", "networks", "widths")}
+        data |= json.loads(arguments.out.read_text())
 
     def save():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -330,6 +332,8 @@ def main() -> None:
     for name in arguments.networks:
         for part in arguments.parts:
             PARTS[part](arguments, name, data, save)
+            (data["widths"] if part == "widths" else data["networks"][name])[f"{part} measured on"] = where
+            save()
     for name, found in data["networks"].items():
         print(f"\n{name}, whole {found['source']['accuracy']:.4f}")
         for target, sides in found.get("accuracy", {}).items():

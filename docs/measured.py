@@ -255,6 +255,7 @@ def pruning_accuracy() -> str:
         parts.append("\n".join(lines))
         if speed := network.get("speed"):
             parts.append(_pruned_speed(titles[name], speed))
+            parts.append(f"Spread: interquartile range / median. {conditions(**network['speed measured on'])}")
     if widths := data.get("widths"):
         rows = widths["rows"]
         runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -263,8 +264,8 @@ def pruning_accuracy() -> str:
         for word, shown in runtimes.items():
             cells = " | ".join(f"{row[word]['gmacs_per_s']:.0f}" for row in rows.values())
             lines.append(f"| {shown} | {cells} |")
-        parts.append("\n".join(lines))
-    return _under(["\n\n".join(parts)], data, "Spread: interquartile range / median. ")
+        parts += ["\n".join(lines), conditions(**widths["widths measured on"])]
+    return "\n\n".join(parts)
 
 
 def minilm_pruning() -> str:
