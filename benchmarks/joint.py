@@ -32,11 +32,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 THREADS = 2
 RATE = 0.05
 JOINT = {
-    "joint, 3 blocks less": {"blocks": 3},
-    "joint, 4 blocks less": {"blocks": 4},
-    "joint, macs 0.5": {"macs": 0.5},
+    "joint 3 blocks less": {"blocks": 3},
+    "joint 4 blocks less": {"blocks": 4},
+    "joint macs 0.5": {"macs": 0.5},
 }
-CHAIN = {"chain, macs 0.5": 0.5, "chain, macs 0.25": 0.25}
+CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
 
 def joint(settings, module, task, seed, epochs, folder):
