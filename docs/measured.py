@@ -18,7 +18,8 @@ def conditions(machine: dict, versions: dict) -> str:
         for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas", "torch-pruning", "transformers")
         if name in versions
     )
-    return f"{machine['processor']}, {machine['threads']} threads, {shown}."
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{machine['processor']}, {threads}, {shown}."
 
 
 def candidates(name: str) -> str:
@@ -417,8 +418,9 @@ def joint() -> str:
     lines.append("")
     for name, win in data["wins"].items():
         lines.append(f"- {name}: *{win['by']}* is at least as accurate, and {win['times']:.2f} times faster.")
-    epochs = next(iter(data["accuracy"].values()))["epochs"]
-    return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {epochs:g} epochs in all on both sides; ")
+    first = next(iter(data["accuracy"].values()))
+    told = f"{first['epochs']:g} epochs in all on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
+    return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {told}; ")
 
 
 def training_cost() -> str:

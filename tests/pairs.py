@@ -103,6 +103,8 @@ def steps(first: str, second: str) -> tuple:
         if family == "repair" and not any(TECHNIQUES[n][0] == "integers" for n in (first,) if name == second):
             if not any(isinstance(s, quantize.Static) for s in found):
                 found.append(quantize.Static())
+        if found and isinstance(found[0], distill.Student) and isinstance(step, distill.FewerLayers):
+            step = distill.FewerLayers(of="stages.0", keep=2)  # the new network's layers have other names
         found.append(step)
     return tuple(found)
 
