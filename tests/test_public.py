@@ -6,6 +6,7 @@ import pytest
 import penjing
 
 PUBLIC = [
+    "Clip",
     "Finetune",
     "Goal",
     "PenjingError",
@@ -19,6 +20,7 @@ PUBLIC = [
     "load_checkpoint",
     "prune",
     "quantize",
+    "recipes",
     "records",
     "run",
 ]
