@@ -40,12 +40,15 @@ def masks(draft):
     return {name: draft.network.get_parameter(name).detach() == 0 for name in draft.sparse}
 
 
-def learned(before, after):
-    """Zeros are where they were and nowhere else; everything else has moved."""
+def lost(before, after):
+    """Tensors of which a zero has moved, or too much else has stayed."""
+    wrong = []
     for name, gone in masks(before).items():
         weight = after.network.get_parameter(name).detach()
-        assert (weight[gone] == 0).all(), name
-        assert (weight[~gone] != before.network.get_parameter(name)[~gone]).float().mean() > 0.9, name
+        moved = (weight[~gone] != before.network.get_parameter(name)[~gone]).float().mean()
+        if (weight[gone] != 0).any() or moved <= 0.9:
+            wrong.append(name)
+    return wrong
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -54,13 +57,13 @@ def test_zeros_stay_through_a_training(pruned, optimizer, clip):
     rate = 0.05 if optimizer == "sgd" else 0.005
     settings = replace(TRAINING, optimizer=optimizer, learning_rate=rate, clip=clip)
     done = settings(pruned, context_of())
-    learned(pruned, done)
+    assert not lost(pruned, done)
     assert done.edits == pruned.edits and not any(p.grad is not None for p in done.network.parameters())
 
 
 @pytest.mark.parametrize("autocast", ["bf16", "off"])
 def test_in_other_formats_too(pruned, autocast):
-    learned(pruned, replace(TRAINING, epochs=1, autocast=autocast, channels_last=True)(pruned, context_of()))
+    assert not lost(pruned, replace(TRAINING, epochs=1, autocast=autocast, channels_last=True)(pruned, context_of()))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -71,7 +74,7 @@ def test_a_resumed_training_has_the_same_zeros_and_the_same_bits(pruned, tmp_pat
     with pytest.raises(Stop):
         replace(settings, hooks=(Interrupt("step", step),))(pruned, context_of(folder=tmp_path))
     resumed = settings(pruned, context_of(folder=tmp_path))
-    learned(pruned, resumed)
+    assert not lost(pruned, resumed)
     assert same(bits(resumed.network), bits(whole.network))
 
 
@@ -95,7 +98,7 @@ def test_a_hook_of_the_users_own_that_changes_gradients_comes_before(pruned):
         if moment.name == "gradients":
             moment.network.head.weight.grad.add_(1.0)
 
-    learned(pruned, replace(TRAINING, epochs=1, hooks=(push,))(pruned, context_of()))
+    assert not lost(pruned, replace(TRAINING, epochs=1, hooks=(push,))(pruned, context_of()))
 
 
 def test_weights_that_were_frozen_are_no_trouble(pruned):
@@ -109,7 +112,7 @@ def test_a_checkpoint_between_keeps_them(pruned, tmp_path):
     checkpoint.save(pruned, tmp_path)
     again = checkpoint.load(tmp_path, raise_network(net(seed=5).eval(), (torch.zeros(1, 1, 8, 8),)))
     assert again.sparse == SPARSE
-    learned(pruned, TRAINING(again, context_of()))
+    assert not lost(pruned, TRAINING(again, context_of()))
 
 
 @pytest.mark.parametrize("bits_of_weights", [8, 4])
