@@ -6,8 +6,8 @@ import pytest
 
 import penjing as pj
 from examples.digits import task as digits
-from penjing import prune, quantize, recipes
-from penjing.errors import RecipeError
+from penjing import cli, prune, quantize, recipes
+from penjing.errors import RecipeError, UsageError
 
 
 def test_what_it_is_made_of():
@@ -37,6 +37,14 @@ def test_without_a_target_half_of_the_macs_stay():
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(RecipeError):
         recipes.joint(**wrong)
+
+
+def test_the_command_line_takes_them_by_name(tmp_path):
+    assert cli._recipe("joint") == recipes.joint() and cli._recipe("label-free") == recipes.label_free()
+    (tmp_path / "own.yaml").write_text(recipes.joint(macs=0.3).to_yaml(), encoding="utf-8")
+    assert cli._recipe(str(tmp_path / "own.yaml")) == recipes.joint(macs=0.3)
+    with pytest.raises(UsageError, match="or one of joint, label-free"):
+        cli._recipe("joints")
 
 
 def test_the_joint_recipe_gives_integers_that_answer_right(digits_source, tmp_path):

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,9 @@ from rich.table import Table
 
 from penjing.command_line import parser
 from penjing.errors import OutputError, PenjingError, UsageError
+
+if TYPE_CHECKING:
+    from penjing.recipe import Recipe
 
 MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
 
@@ -71,18 +74,13 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
 
 
 def _compress(parsed: argparse.Namespace, messages: Console) -> int:
-    from penjing import recipes
-    from penjing.recipe import Recipe
     from penjing.report import table
     from penjing.search.compress import compress
     from penjing.search.goal import Goal
     from penjing.task import open_task
 
     goal = Goal.parse(parsed.goal)
-    if parsed.recipe in recipes.NAMES:
-        recipe: Recipe | None = recipes.NAMES[parsed.recipe]()
-    else:
-        recipe = Recipe.from_yaml(_read(parsed.recipe)) if parsed.recipe else None
+    recipe = _recipe(parsed.recipe) if parsed.recipe else None
     task = open_task(parsed.task)
     from penjing.console import Progressing
 
@@ -314,11 +312,22 @@ def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
     return MET
 
 
-def _read(path: str) -> str:
+def _recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a file."""
+    from penjing import recipes
+    from penjing.recipe import Recipe
+
+    if name in recipes.NAMES:
+        return recipes.NAMES[name]()
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError("the recipe can't be read", got=f"{path}: {error.strerror}", expected="a YAML file") from None
+        raise UsageError(
+            "the recipe can't be read",
+            got=f"{name}: {error.strerror}",
+            expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
+        ) from None
+    return Recipe.from_yaml(text)
 
 
 COMMANDS = {
