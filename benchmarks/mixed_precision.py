@@ -5,9 +5,10 @@ ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0, in two parts. Noise and the me
 `bits`: both sides are rounded by `AdaRound` on the same calibration data and run in ONNX Runtime, where weights of
 fewer bits are stored in 8 and compute to the bit; size is that of the packed file.
 
-`latency`: in OpenVINO, budgets between the latency of the network all in integers and all in bfloat16. All files, and
-NNCF's INT8 beside them, are measured again in turns at the end, and every budget is held against that; budgets and
-latencies are given as multiples of the integers' latency of the same minute, for a machine is not always as fast.
+`latency`: in OpenVINO, budgets between the latency of the network all in integers and all in bfloat16; the step chooses
+whether the rest is computed in fp32 or in bfloat16. All files, and NNCF's INT8 beside them, are measured again in turns
+at the end, and every budget is held against that; budgets and latencies are multiples of the integers' latency, round
+by round, for a machine is not always as fast.
 
     python benchmarks/mixed_precision.py [--networks resnet20 lite0] [--parts bits latency] [--bits 8 6 5 4 3]
 """
@@ -156,29 +157,28 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
         peer(network, pictures, folder / "nncf")
         made["nncf"] = {}
         ends = timed(folder, (INTEGER, "bf16"), task, seconds)
-        fast, slow = sorted(ends[name].latency.median for name in ends)
-        unit = ends[INTEGER].latency.median
+        fast, slow = sorted((1.0, measure.ratio(ends["bf16"], ends[INTEGER])))
         for share in SHARES:
             budget = fast + share * (slow - fast)
             start = time.perf_counter()
-            mixed = MixedPrecision(latency_ms=budget)(draft, context)
+            mixed = MixedPrecision(latency_ratio=budget)(draft, context)
             back = sum(reason == "mixed precision" for reason in mixed.plan.floats.values())
             name = f"mixed, {share:.0%}"
-            values = {"budget_ms": budget, "budget": budget / unit, "seconds": time.perf_counter() - start}
-            build(name, mixed, "int8", floats=back, **values)
+            values = {"budget": budget, "seconds": time.perf_counter() - start}
+            build(name, mixed, mixed.plan.precision, floats=back, rest=mixed.plan.precision, **values)
         timings = timed(folder, made, task, seconds)
         rows = []
-        print(f"{'':<20}{'budget':>9}{'latency':>9}{'ms':>8}{'metric':>9}{'SNR dB':>8}{'floats':>8}")
+        print(f"{'':<20}{'budget':>9}{'latency':>9}{'ms':>8}{'metric':>9}{'SNR dB':>8}{'floats':>8}  precision")
         for name, values in made.items():
             latency = timings[name].latency
-            row = {"name": name, **values, "latency": latency.median / timings[INTEGER].latency.median}
+            row = {"name": name, **values, "latency": measure.ratio(timings[name], timings[INTEGER])}
             row["latency_ms"] = vars(latency)
             row |= judged(folder / name, task, network)
             rows.append(row)
             budget = f"{row['budget']:.3f}" if "budget" in row else ""
             print(
                 f"{name:<20}{budget:>9}{row['latency']:>9.3f}{latency.median:>8.3f}{row['metric']:>9.4f}"
-                f"{row['snr_db']:>8.1f}{row.get('floats', ''):>8}",
+                f"{row['snr_db']:>8.1f}{row.get('floats', ''):>8}  {row.get('rest', '')}",
                 flush=True,
             )
     return rows
@@ -190,7 +190,7 @@ def timed(folder: Path, names, task, seconds: float) -> dict:
 
     inputs = [task.call()[0][0][:1].numpy()]
     targets = [measure.Target(name, folder / name, inputs, 1) for name in names]
-    return measure.compare(targets, threads=THREADS, seconds=seconds, opener="mixed_precision:open_folder")
+    return measure.compare(targets, threads=THREADS, seconds=seconds, rounds=15, opener="mixed_precision:open_folder")
 
 
 def peer(network, pictures, folder: Path) -> None:

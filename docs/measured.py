@@ -161,15 +161,16 @@ def mixed_latency() -> str:
     """Formats chosen under a latency."""
     data = _read("mixed_precision")
     lines = [
-        "| | budget (of INT8's latency) | latency | operators in fp32 | metric | noise |",
+        "| | budget (of INT8's latency) | latency | operators not in integers | metric | noise |",
         "|---|---|---|---|---|---|",
     ]
     for network, parts in data["networks"].items():
         for row in parts.get("latency", []):
+            rest = {"int8": " fp32", "int8-bf16": " bf16"}.get(row.get("rest", ""), "") if row.get("floats") else ""
             budget = f"{row['budget']:.2f}" if "budget" in row else ""
             lines.append(
                 f"| {network}, {row['name']} | {budget} | {row['latency']:.2f} ({row['latency_ms']['median']:.2f} ms) "
-                f"| {row.get('floats', '')} | {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
+                f"| {row.get('floats', '')}{rest} | {row['metric']:.2%} | {row['snr_db']:.1f} dB |"
             )
     return _part(lines, data, "latency", "Batch 1; ")
 

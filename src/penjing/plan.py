@@ -104,6 +104,7 @@ class Plan:
     entries: Mapping[str, Entry] = field(default_factory=dict)
     floats: Mapping[str, str] = field(default_factory=dict)  # site → reason
     remedy: str = ""  # what was done against the noise, in words
+    precision: str = ""  # of the artifact that the choice of `floats` was made for, such as "int8-bf16"; "" is any
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -120,6 +121,7 @@ class Plan:
             for edge, e in sorted(self.entries.items())
         }
         data = {"entries": rows, "floats": dict(sorted(self.floats.items())), "remedy": self.remedy}
+        data |= {"precision": self.precision} if self.precision else {}
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
@@ -130,7 +132,7 @@ class Plan:
             edge: Entry(QuantSpec(**row["spec"]), tuple(row["scale"]), tuple(row["zero_point"]))
             for edge, row in data["entries"].items()
         }
-        return cls(rows, data["floats"], data.get("remedy", ""))
+        return cls(rows, data["floats"], data.get("remedy", ""), data.get("precision", ""))
 
 
 @dataclass(frozen=True, kw_only=True)

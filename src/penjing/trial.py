@@ -19,6 +19,10 @@ from penjing.outputs import flatten_outputs
 from penjing.runtimes.artifact import read_manifest
 from penjing.task import Task
 
+ROUNDS = 15  # turns of every draft
+REPEATS = 3  # times that a measurement is taken at most while others disturb the machine
+STEADY = 0.05  # half of the turns' ratios lie within this part of their median, or the measurement is taken again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -43,14 +47,26 @@ class Trial:
     seconds: float
 
     def latency(self, drafts: Sequence[Draft], precision: str) -> list[float]:
-        """Median latencies in milliseconds, measured in turns."""
+        """Latencies in milliseconds, measured in turns: the first's median, the others' as multiples of it.
+
+        Each turn is divided by the first draft's of the same round, for what disturbs the machine meets both; as long
+        as these ratios scatter, more turns are taken.
+        """
         with tempfile.TemporaryDirectory() as aside:
             targets = [
                 measure.Target(str(i), self._built(d, precision, Path(aside) / str(i)), self._inputs(), self.batch)
                 for i, d in enumerate(drafts)
             ]
-            timings = measure.compare(targets, threads=self.threads, seconds=self.seconds, warmup_seconds=0.3)
-        return [timings[str(i)].latency.median for i in range(len(drafts))]
+            turns = np.empty((len(drafts), 0))
+            for _ in range(REPEATS):
+                timings = measure.compare(
+                    targets, threads=self.threads, seconds=self.seconds, rounds=ROUNDS, warmup_seconds=0.3
+                )
+                turns = np.hstack([turns, [timings[target.name].rounds for target in targets]])
+                low, ratios, high = np.percentile(turns / turns[0], [25, 50, 75], axis=1)
+                if ((high - low) <= STEADY * ratios).all():
+                    break
+        return [float(ratio * np.median(turns[0])) for ratio in ratios]
 
     def profile(self, draft: Draft, precision: str) -> list[tuple[tuple[str, ...], float]]:
         """Sites and milliseconds of a draft's operators."""

@@ -1,10 +1,14 @@
 """Mixed precision: which operators take how many bits, solved exactly under a budget and measured as a whole.
 
-Noise per operator: what it alone brings to the outputs (Dong et al., "HAWQ-V2", NeurIPS 2020, rank by curvature; here
-the noise itself is measured). Time per operator: from the runtime's own profile, once all integer and once all
-floating point, scaled to the latency of the whole network, and a cost on every edge whose two ends differ, for the
-conversion between them; layer times alone do not add up. The choice is an integer linear program, solved by HiGHS, and
-every choice is measured: what took longer than reckoned makes conversions dearer in the next round.
+Noise per operator: what it alone brings to the outputs, its weights rounded as they will be (Dong et al., "HAWQ-V2",
+NeurIPS 2020, rank by curvature; here the noise itself is measured). Time per operator: from the runtime's own profile,
+once all integer and once all floating point, scaled to the latency of the whole network, and a cost on every edge whose
+two ends differ, for the conversion between them; layer times alone do not add up. The choice is an integer linear
+program, solved by HiGHS, and every choice is measured: what took longer than reckoned makes conversions dearer in the
+next round.
+
+A file has one floating-point format beside its integers, fp32 or bfloat16: the choice is made once for each that the
+processor multiplies, and the better of them is kept.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from penjing.surgery import insert
 
 RANKED = 16  # samples that noise is measured on
 ROUNDS = 4  # times that the budget is tightened when the measured network exceeds it
+MARGIN = 0.97  # of a latency: the same network, measured again, is some percent off
+INTEGERS = ("int8", "int8-bf16")  # precisions of an artifact with integers in it
 FLOAT = 0  # "bits" of an operator in floating point
 CALL_BYTES = 50_000  # a conversion costs at least what so many bytes cost: its call, some microseconds
 LEAST_RATE = 1e-8  # milliseconds a byte: no conversion is free, or the choice would be arbitrary
@@ -46,11 +52,14 @@ class MixedPrecision:
 
     Attributes:
         latency_ms: Largest latency in the target runtime, as measured on the whole network.
+        latency_ratio: The same as a multiple of the latency of the network all in integers (of the most bits), measured
+            beside it: it means the same on a machine whose clock or neighbours change.
         snr_db: Smallest signal-to-noise ratio of the outputs, as measured on held-out calibration data.
         average_bits: Largest mean number of bits of a weight.
         weight_bits: The bits that a weight may have.
-        floats: Whether operators may stay in floating point (as bfloat16 where the candidate's precision says so).
-        precision: "int8" or "int8-bf16": what the operators in floating point are computed in.
+        floats: Whether operators may stay in floating point.
+        precision: What the operators in floating point are computed in: "int8" is fp32, "int8-bf16" bfloat16; "auto"
+            tries both where the runtime multiplies bfloat16 here. What was taken stands in `Plan.precision`.
         exclude: As in `Static`.
         samples: As in `Static`.
     """
@@ -58,28 +67,32 @@ class MixedPrecision:
     per_runtime: ClassVar[bool] = True
 
     latency_ms: float | None = None
+    latency_ratio: float | None = None
     snr_db: float | None = None
     average_bits: float | None = None
     weight_bits: tuple[int, ...] = (8,)
     floats: bool = True
-    precision: str = "int8"
+    precision: str = "auto"
     exclude: tuple[str, ...] = ()
     samples: int = 300
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.latency_ms, self.snr_db, self.average_bits) if v is not None]
+        limits = (self.latency_ms, self.latency_ratio, self.snr_db, self.average_bits)
+        given = [v for v in limits if v is not None]
         if len(given) != 1:
             raise RecipeError(
                 "MixedPrecision takes exactly one limit",
                 got=f"{len(given)} of them",
-                expected="latency_ms=, snr_db= or average_bits=",
+                expected="latency_ms=, latency_ratio=, snr_db= or average_bits=",
                 remedy="for example MixedPrecision(average_bits=5, weight_bits=(8, 4, 2))",
             )
         if not self.weight_bits or len(set(self.weight_bits)) != len(self.weight_bits):
             raise RecipeError("MixedPrecision(weight_bits=...) can't be used", got=self.weight_bits, expected="(8, 4)")
-        if self.precision not in ("int8", "int8-bf16"):
+        if self.precision not in ("auto", *INTEGERS):
             raise RecipeError(
-                "MixedPrecision(precision=...) can't be used", got=self.precision, expected="'int8' or 'int8-bf16'"
+                "MixedPrecision(precision=...) can't be used",
+                got=self.precision,
+                expected="'auto', 'int8' or 'int8-bf16'",
             )
         for bits in self.weight_bits:
             self._static(bits)
@@ -89,52 +102,86 @@ class MixedPrecision:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a repaired draft with the first plan that keeps the limit, or the nearest."""
-        if self.latency_ms is not None and context.profile is None:
+        if self._timed and context.profile is None:
             raise UsageError(
                 "a latency can only be held in a runtime that times its operators",
                 got=context.accelerates.runtime if context.accelerates else "no runtime",
                 expected="openvino, through pj.run or penjing compress",
             )
+        precisions = self._precisions(context)
         fitting, held = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
-        costs = _costs(self, drafts, held, context)
-        limit = budget = self._budget()
-        tried: list[tuple[float, dict[str, int]]] = []  # by how much the limit was missed, and the choice
-        for _ in range(ROUNDS):
-            chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
-            chosen = chosen or (self._nearest(costs) if not tried else None)
-            if chosen is None:
-                break
-            made = AdaRound()(_planned(drafts, chosen), fitting)
-            snr = noise.signal_to_noise(draft.network, insert(made.network, made.plan), held)
-            missed, costs, budget = self._judged(made, drafts[max(drafts)], chosen, snr, costs, budget, context)
-            context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed)
-            tried.append((missed, chosen))
-            if missed <= 1:
-                break
+        alone = _alone(drafts, fitting, held)
+        tried: list[_Tried] = []
+        for precision in precisions:
+            costs = _costs(self, drafts, alone, precision, held, context)
+            tried += self._rounds(_Candidates(draft, drafts, costs, precision), fitting, held, context)
         if not tried:
             raise RecipeError(
                 "no choice of bits keeps this limit",
                 got=f"average_bits={self.average_bits} of {self.weight_bits}",
                 expected="a looser limit, or more kinds in weight_bits",
             )
-        if tried[-1][0] > 1 and self.latency_ms is not None:
-            plain = dict.fromkeys(costs.noise, max(self.weight_bits))
-            tried.append((costs.time(plain) / limit, plain))
-        best = min(tried, key=lambda t: max(t[0], 1.0))[1]
-        for name, bits in best.items():
-            context.events("bits", site=name, bits=bits or "float")
+        best = min(tried, key=lambda t: (max(t.missed, 1.0), t.worth))
+        for name, bits in best.chosen.items():
+            context.events("bits", site=name, bits=bits or "float", precision=best.precision)
         final = {bits: self._static(bits)(draft, context) for bits in self.weight_bits}
-        return AdaRound()(_planned(final, best), context)
+        made = AdaRound()(_planned(final, best.chosen), context)
+        return replace(made, plan=replace(made.plan, precision=best.precision))
 
-    def _budget(self) -> float:
+    def _precisions(self, context: Context) -> tuple[str, ...]:
+        """What the rest may be computed in: the artifacts' precisions to choose from."""
+        there = [p for p in (context.accelerates or GENERIC).precisions if p in INTEGERS]
+        if self.precision == "auto":
+            return tuple(there) if self.floats and self.average_bits is None else ("int8",)
+        if self.precision not in there:
+            raise UsageError(
+                "MixedPrecision(precision=...) is not to be had in this runtime on this processor",
+                got=self.precision,
+                expected=" or ".join(there),
+                remedy="precision='auto' takes what there is",
+            )
+        return (self.precision,)
+
+    def _rounds(self, candidates: _Candidates, fitting: Context, held: list[Any], context: Context) -> list[_Tried]:
+        """Choices with one floating-point format, each made and measured, until one keeps the limit."""
+        costs, precision = candidates.costs, candidates.precision
+        limit = budget = self._limit(costs)
+        tried: list[_Tried] = []
+        for _ in range(ROUNDS):
+            chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
+            chosen = chosen or (self._nearest(costs) if not tried else None)
+            if chosen is None:
+                break
+            made = AdaRound()(_planned(candidates.drafts, chosen), fitting)
+            snr = noise.signal_to_noise(candidates.draft.network, insert(made.network, made.plan), held)
+            power = 10 ** (-snr / 10) + sum(costs.noise[n][FLOAT] for n, bits in chosen.items() if bits == FLOAT)
+            snr = noise.decibels(power)
+            missed, costs, budget = self._judged(made, candidates, chosen, snr, costs, budget, context)
+            context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed, precision=precision)
+            tried.append(_Tried(missed, costs.time(chosen) if self.snr_db is not None else power, precision, chosen))
+            if missed <= 1:
+                break
+        if tried and tried[-1].missed > 1 and self._timed:
+            plain = dict.fromkeys(costs.noise, max(self.weight_bits))
+            tried.append(_Tried(costs.time(plain) / limit, math.inf, precision, plain))
+        return tried
+
+    @property
+    def _timed(self) -> bool:
+        return self.latency_ms is not None or self.latency_ratio is not None
+
+    def _limit(self, costs: Costs) -> float:
+        """In the unit that is limited: milliseconds, noise power over signal power, or mean bits."""
         if self.snr_db is not None:
             return 10 ** (-self.snr_db / 10)
-        return self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
+        if self.latency_ratio is not None:
+            return MARGIN * self.latency_ratio * costs.time(dict.fromkeys(costs.noise, max(self.weight_bits)))
+        return MARGIN * self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
 
     def _nearest(self, costs: Costs) -> dict[str, int] | None:
         """What comes nearest to a limit that nothing keeps as reckoned: it may keep it as measured."""
-        if self.latency_ms is not None:
+        if self._timed:
             return solve(costs, math.inf, "latency", max(self.weight_bits))
         if self.snr_db is not None:
             return {name: min(choices, key=lambda b: choices[b]) for name, choices in costs.noise.items()}
@@ -144,26 +191,48 @@ class MixedPrecision:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
 
     def _judged(
-        self, made: Draft, plain: Draft, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float,
+        self, made: Draft, candidates: _Candidates, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float,
         context: Context,
     ) -> tuple[float, Costs, float]:  # fmt: skip
         """How many times the limit was measured, and what the next round reckons with.
 
-        `plain` is the network all in integers, measured beside `made`.
+        The network all in integers is measured beside `made`.
         """
         if self.average_bits is not None:
             return 1.0, costs, budget
         if self.snr_db is not None:
             missed = 10 ** ((self.snr_db - snr) / 10)
             return missed, costs, budget * min(1 / missed, 0.95)
-        assert context.latency is not None and self.latency_ms is not None
-        integer, latency = context.latency([plain, made], self.precision)
+        assert context.latency is not None
+        limit = self._limit(costs)
+        plain = candidates.drafts[max(candidates.drafts)]
+        integer, latency = context.latency([plain, made], candidates.precision)
         if reckoned := costs.time(dict.fromkeys(chosen, max(self.weight_bits))):
             latency *= reckoned / integer  # a machine is not always as fast as when the times were taken
         costs = costs.corrected(chosen, latency)
         if costs.time(chosen) <= budget:  # conversions don't explain it: ask for less
-            budget *= min(self.latency_ms / latency, 0.95)
-        return latency / self.latency_ms, costs, budget
+            budget *= min(limit / latency, 0.95)
+        return latency / limit, costs, budget
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """What the choices of one floating-point format are made from: the source, drafts by bits, and their costs."""
+
+    draft: Draft
+    drafts: Mapping[int, Draft]
+    costs: Costs
+    precision: str
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A choice that was measured: how many times the limit it takes, what to have little of, and itself."""
+
+    missed: float
+    worth: float
+    precision: str
+    chosen: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -260,32 +329,46 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
     return {name: b for (name, b), x in zip(columns, found.x, strict=False) if x > 0.5}
 
 
-def _costs(settings: MixedPrecision, drafts: Mapping[int, Draft], held: list[Any], context: Context) -> Costs:
-    few = [part(call, 0, 4) for call in held[: RANKED // 4]]
+def _alone(drafts: Mapping[int, Draft], fitting: Context, held: list[Any]) -> dict[str, dict[int, float]]:
+    """Site → bits → noise of its integers alone, for every operator that there is a choice for."""
+    few = _few(held)
     widest = drafts[max(drafts)]
-    accelerates = context.accelerates or GENERIC
+    accelerates = fitting.accelerates or GENERIC
     nodes = sites(widest.network)
     names = [n for n in nodes if any(e.startswith(f"{n}:") for e in widest.plan.entries)]
     names = [n for n in names if not carries(widest.network, nodes[n], accelerates)]
     alone: dict[str, dict[int, float]] = {n: {} for n in names}
     for bits, draft in drafts.items():
-        for name, found in noise.isolated(draft.network, draft.plan, few).items():
+        repaired = AdaRound()(draft, fitting).network
+        for name, found in noise.isolated(draft.network, draft.plan, few, repaired=repaired).items():
             if name in alone and (f"{name}:weight" in draft.plan.entries or bits == max(drafts)):
                 alone[name][bits] = found.total
-    floats = settings.floats and settings.average_bits is None
-    if floats:
-        halves = noise.in_bfloat16(widest.network, names, few) if settings.precision == "int8-bf16" else {}
-        for name, choices in alone.items():
-            choices[FLOAT] = halves.get(name, 0.0)
+    return alone
+
+
+def _costs(
+    settings: MixedPrecision, drafts: Mapping[int, Draft], alone: Mapping[str, Mapping[int, float]], precision: str,
+    held: list[Any], context: Context,
+) -> Costs:  # fmt: skip
+    """What the solver chooses from, with one floating-point format."""
+    widest, names = drafts[max(drafts)], list(alone)
     weights = {n: _numel(widest, n) for n in names}
-    if context.profile is None or context.latency is None or not floats:
+    if not settings.floats or settings.average_bits is not None:
         return Costs(noise=alone, ms={}, weights=weights)
+    halves = noise.in_bfloat16(widest.network, names, _few(held)) if precision == "int8-bf16" else {}
+    both = {name: {**choices, FLOAT: halves.get(name, 0.0)} for name, choices in alone.items()}
+    if context.profile is None or context.latency is None:
+        return Costs(noise=both, ms={}, weights=weights)
     edges = [e for e in _edges(widest, names, context) if e[0] != e[1]]
-    return _timed(settings, widest, names, Costs(alone, {}, {}, weights), edges, context)
+    return _timed(precision, widest, names, Costs(both, {}, {}, weights), edges, context)
+
+
+def _few(held: list[Any]) -> list[Any]:
+    return [part(call, 0, 4) for call in held[: RANKED // 4]]
 
 
 def _timed(
-    settings: MixedPrecision, integer: Draft, names: list[str], costs: Costs, edges: list[tuple[str, str, int]],
+    precision: str, integer: Draft, names: list[str], costs: Costs, edges: list[tuple[str, str, int]],
     context: Context,
 ) -> Costs:  # fmt: skip
     """`costs` with times: shares of operators from profiles, scaled to what whole networks take.
@@ -294,20 +377,21 @@ def _timed(
     """
     assert context.profile is not None and context.latency is not None
     floating = replace(integer, plan=Plan())
-    alternating = {name: FLOAT if i % 2 else max(settings.weight_bits) for i, name in enumerate(names)}
-    mixed = _planned({max(settings.weight_bits): integer}, alternating)
-    whole = context.latency([integer, floating, mixed], settings.precision)
-    own, rest = _attributed(context.profile(integer, settings.precision), set(names))
+    widest = max(bits for choices in costs.noise.values() for bits in choices)
+    alternating = {name: FLOAT if i % 2 else widest for i, name in enumerate(names)}
+    mixed = _planned({widest: integer}, alternating)
+    whole = context.latency([integer, floating, mixed], precision)
+    own, rest = _attributed(context.profile(integer, precision), set(names))
     scale = whole[0] / (sum(own.values()) + rest)
     own, rest = {n: ms * scale for n, ms in own.items()}, rest * scale
-    other, _ = _attributed(context.profile(floating, _whole(settings.precision)), set(names))
+    other, _ = _attributed(context.profile(floating, "bf16" if precision == "int8-bf16" else "fp32"), set(names))
     scale = max(0.0, whole[1] - rest) / sum(other.values())
     ms = {n: {b: other.get(n, 0.0) * scale if b == FLOAT else own.get(n, 0.0) for b in costs.noise[n]} for n in names}
     sizes = {(a, b): size + CALL_BYTES for a, b, size in edges}
     costs = replace(costs, ms=ms, rest_ms=rest, edges=dict.fromkeys(sizes, 0.0))
     crossing = sum(sizes[e] for e in costs.crossings(alternating))
     rate = max(LEAST_RATE, (whole[2] - costs.time(alternating)) / crossing) if crossing else LEAST_RATE
-    context.events("conversion", ms_per_megabyte=rate * 1e6)
+    context.events("conversion", ms_per_megabyte=rate * 1e6, precision=precision)
     return replace(costs, edges={e: size * rate for e, size in sizes.items()})
 
 
@@ -350,10 +434,6 @@ def _planned(drafts: Mapping[int, Draft], chosen: Mapping[str, int]) -> Draft:
         if bits != FLOAT and edge in drafts[bits].plan.entries:
             entries[edge] = drafts[bits].plan.entries[edge]
     return replace(widest, plan=replace(widest.plan.without(returned), entries=entries))
-
-
-def _whole(precision: str) -> str:
-    return "bf16" if precision == "int8-bf16" else "fp32"
 
 
 def _numel(draft: Draft, name: str) -> int:

@@ -1,0 +1,189 @@
+"""Every way to imitate a teacher, on two pairs of networks: what a student gains over labels alone.
+
+Fashion-MNIST. `resnet`: ResNet-56 teaches ResNet-20. `mobilenet`: MobileNetV2 teaches MobileNetV2 of `--width`. The
+student begins with random weights; all see the same batches in the same order, with the same optimizer, learning rate
+and epochs: `labels` learns from labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add what
+their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
+student from labels lacks to the teacher. The test pictures are read once per run.
+
+Every way is run with the first seed; `labels`, `Logits` and the best of the others (by held-out training pictures) with
+all seeds.
+
+    python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 8] [--seeds 0 1 2]
+        [--width 0.35] [--ways labels Logits ...]
+
+Teachers are trained first and kept in the cache folder. Every finished run is written at once; a second call goes on
+where the first stopped.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+THREADS = 2
+RATE = {"resnet": 0.1, "mobilenet": 0.05}
+# Values inside, student's and teacher's: behind each stage; behind the blocks where the picture was made smaller.
+INSIDE = {
+    "resnet": tuple((f"stages.{i}", f"stages.{i}") for i in range(3)),
+    "mobilenet": tuple((f"blocks.{i}", f"blocks.{i}") for i in (2, 5, 12, 16)),
+}
+
+
+def networks(pair, width):
+    """Teacher and student, with random weights."""
+    from penjing.architectures import build
+
+    if pair == "resnet":
+        return build("resnet56", in_channels=1, classes=10), build("resnet20", in_channels=1, classes=10)
+    return tuple(build("mobilenet_v2", in_channels=1, classes=10, width=w) for w in (1.0, width))
+
+
+def ways(pair):
+    """What the student learns from beside labels, by name."""
+    from penjing import distill
+
+    inside, logits = INSIDE[pair], distill.Logits()
+    return {
+        "labels": (),
+        "Logits": logits,
+        "HardLabels": distill.HardLabels(),
+        "DKD": distill.DKD(),
+        "DIST": distill.DIST(),
+        "Hints": distill.Hints(features=inside[1:2]),
+        "AttentionTransfer": distill.AttentionTransfer(features=inside, weight=5.0),
+        "RKD": distill.RKD(),
+        "SimilarityPreserving": distill.SimilarityPreserving(features=inside[-1:]),
+        "CRD": distill.CRD(features=inside[-1:]),
+        "Logits and AttentionTransfer": (logits, distill.AttentionTransfer(features=inside, weight=5.0)),
+        "Logits and CRD": (logits, distill.CRD(features=inside[-1:])),
+    }
+
+
+def taught(pair, arguments, task):
+    """The teacher, trained once with Penjing's loop and kept in the cache folder."""
+    from pruning_accuracy import shown
+    from safetensors.torch import load_file, save_file
+
+    from examples.data import cache
+    from penjing.finetune import Finetune, seed_everything, train
+    from penjing.step import Context
+
+    seed_everything(0)
+    teacher, _ = networks(pair, arguments.width)
+    path = cache() / f"teacher-{pair}-fashion-mnist-{arguments.teacher_epochs:g}.safetensors"
+    if not path.exists():
+        state = cache() / f"{path.stem}-training"
+        state.mkdir(exist_ok=True)
+        context = Context(task=task, seed=0, folder=state, events=shown(f"teacher of {pair}"))
+        train(teacher, context, Finetune(epochs=arguments.teacher_epochs, learning_rate=2 * RATE[pair], warmup=0.1))
+        save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, path)
+    teacher.load_state_dict(load_file(path))
+    return teacher.eval()
+
+
+def measured(pair, arguments, task, data, save):
+    """Train the student in every way."""
+    from pruning_accuracy import macs, shown
+
+    from penjing.finetune import Finetune, seed_everything, train
+    from penjing.network import raise_network
+    from penjing.outputs import numpy_predictor
+    from penjing.step import Context
+
+    found = data["pairs"].setdefault(pair, {})
+    teacher = taught(pair, arguments, task)
+    source = raise_network(teacher, *task.call(), task.dynamic)
+    key = f"teacher epochs {arguments.teacher_epochs:g}"
+    if found.get("teacher", {}).get("epochs") != key:
+        found["teacher"] = {
+            "epochs": key, "accuracy": task.evaluate(numpy_predictor(teacher)), "macs": macs(teacher, task),
+            "student_macs": macs(networks(pair, arguments.width)[1], task),
+        }  # fmt: skip
+        save()
+    print(f"{pair}: teacher {found['teacher']['accuracy']:.4f}", flush=True)
+    every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
+
+    def ran(name, seed):
+        key = (
+            f"{pair} {arguments.width:g} {name} epochs {arguments.epochs:g} of {arguments.teacher_epochs:g} seed {seed}"
+        )
+        if key not in data["runs"]:
+            start = time.perf_counter()
+            seed_everything(seed)
+            student = raise_network(networks(pair, arguments.width)[1], *task.call(), task.dynamic)
+            settings = Finetune(epochs=arguments.epochs, learning_rate=RATE[pair], distill=every[name])
+            context = Context(task=task, source=source, seed=seed, events=shown(key))
+            predict = numpy_predictor(train(student, context, settings).eval())
+            data["runs"][key] = {
+                "held_out": task.select(predict), "accuracy": task.evaluate(predict),
+                "seconds": time.perf_counter() - start,
+            }  # fmt: skip
+            save()
+        row = data["runs"][key]
+        print(f"{key:<78}{row['held_out']:>8.4f}{row['accuracy']:>8.4f}{row['seconds']:>7.0f} s", flush=True)
+        return row
+
+    first = {name: ran(name, arguments.seeds[0]) for name in every}
+    others = [name for name in every if name not in ("labels", "Logits")]
+    best = max(others, key=lambda n: first[n]["held_out"], default="Logits")
+    found["best"] = best
+    found["accuracy"] = {}
+    for name in every:
+        seeds = arguments.seeds if name in ("labels", "Logits", best) else arguments.seeds[:1]
+        values = [ran(name, seed)["accuracy"] for seed in seeds]
+        found["accuracy"][name] = {
+            "mean": statistics.mean(values), "lowest": min(values), "highest": max(values), "seeds": len(seeds),
+            "epochs": arguments.epochs, "seconds": first[name]["seconds"],
+        }  # fmt: skip
+    if "labels" in found["accuracy"]:
+        top = found["teacher"]["accuracy"]
+        for name, row in found["accuracy"].items():
+            # One seed is held against the same seed's labels, several against the mean of theirs.
+            plain = found["accuracy"]["labels"]["mean"] if row["seeds"] > 1 else first["labels"]["accuracy"]
+            row["gap_closed"] = (row["mean"] - plain) / (top - plain)
+            print(f"  {name:<30}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f}, "
+                  f"{row['seeds']} seeds)  gap closed {row['gap_closed']:+.2f}")  # fmt: skip
+    save()
+
+
+def main() -> None:
+    """Run all that is missing, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=["resnet", "mobilenet"], choices=list(RATE))
+    parser.add_argument("--ways", nargs="+")
+    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--teacher-epochs", type=float, default=8.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--width", type=float, default=0.35)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/students.json")
+    arguments = parser.parse_args()
+    import torch
+
+    from examples.fashion_mnist.task import task as fashion_mnist
+    from penjing import measure
+
+    torch.set_num_threads(THREADS)
+    task = fashion_mnist()
+    data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}, "pairs": {}}
+
+    def save():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+    for pair in arguments.pairs:
+        measured(pair, arguments, task, data, save)
+        where = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+        data["pairs"][pair]["measured on"] = where
+        save()
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
