@@ -5,11 +5,13 @@ prune once to the same fraction, and fine-tune in the same loop: the same batche
 same optimizer, learning rate and epochs. Channels are kept in multiples of 4 (ResNet-20) and 8 (VGG-16) on both sides.
 
 Every side may choose: each of its settings is pruned and trained for `--select-epochs`, and the one with the best
-accuracy on held-out training pictures is trained in full with every seed. The test pictures are read once per seed.
+accuracy on held-out training pictures is trained in full with every seed. The test pictures are read twice per seed,
+before and after the training.
 
-Penjing: `prune.Channels(macs=...)` with several criteria and scopes. Torch-Pruning: `BasePruner` with
+Penjing: `prune.Channels(macs=..., reconstruct=True)` with several criteria and scopes; *fitted* is that the layers that
+read what went are fitted again, without labels, to what they computed. Torch-Pruning: `BasePruner` with
 `iterative_steps`, stepped until the target is met, as its own benchmarks do, with several of its importances, global
-and local.
+and local. *Untrained* is the accuracy before any training.
 
 Speed: ONNX and OpenVINO files of whole and pruned networks, batch 32, timed in turns. *Of MACs* is the measured
 speed-up as a part of the ratio of multiply-accumulates. `--parts widths` times one convolution of many widths alone.
@@ -40,8 +42,8 @@ BATCH = 32
 ROUND_TO = {"resnet20": 4, "vgg16": 8}
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 RATE = {"resnet20": 0.05, "vgg16": 0.02}
-PENJING = ("taylor global", "taylor sensitivity", "l2 sensitivity", "bn_scale global", "l2 layer", "taylor layer",
-           "jacobian layer", "jacobian sensitivity")  # fmt: skip
+PENJING = ("taylor global fitted", "taylor layer fitted", "taylor sensitivity fitted", "l2 layer fitted",
+           "jacobian layer fitted", "bn_scale global fitted")  # fmt: skip
 TORCH_PRUNING = ("taylor global", "taylor local", "hessian global", "bn_scale global", "l2 global", "l2 local",
                  "lamp global")  # fmt: skip
 
@@ -98,9 +100,9 @@ def penjing(settings, name, module, task, target, seed):
     from penjing.prune import Channels
     from penjing.step import Context
 
-    criterion, scope = settings.split()
+    criterion, scope, *fitted = settings.split()
     raised = raise_network(module, *task.call())
-    step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO[name])
+    step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO[name], reconstruct=bool(fitted))
     return step(Draft(raised), Context(task=task, source=raised, seed=seed)).network
 
 
@@ -192,10 +194,13 @@ def accuracies(arguments, name, data, save):
             start = time.perf_counter()
             network = SIDES[side][0](settings, name, module, task, target, seed)
             pruned_s, share = time.perf_counter() - start, macs(network, task) / found["source"]["macs"]
+            untrained = getattr(task, judge)(numpy_predictor(network.eval()))
             network = finetuned(network, name, task, seed, epochs, key)
             accuracy = getattr(task, judge)(numpy_predictor(network.eval()))
             seconds = time.perf_counter() - start
-            data["runs"][key] = {"accuracy": accuracy, "macs": share, "prune_s": pruned_s, "seconds": seconds}
+            data["runs"][key] = {
+                "accuracy": accuracy, "untrained": untrained, "macs": share, "prune_s": pruned_s, "seconds": seconds,
+            }  # fmt: skip
             save()
         row = data["runs"][key]
         print(f"{key:<84}{row['accuracy']:>8.4f}{row['macs']:>8.1%}{row['seconds']:>7.0f} s", flush=True)
@@ -215,6 +220,7 @@ def accuracies(arguments, name, data, save):
                 "lowest": min(values),
                 "highest": max(values),
                 "macs": max(row["macs"] for row in rows),
+                "untrained": statistics.median(row["untrained"] for row in rows),
             }
             save()
 

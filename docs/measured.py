@@ -248,13 +248,15 @@ def pruning_accuracy() -> str:
     parts, titles = [], {"resnet20": "ResNet-20", "vgg16": "VGG-16"}
     for name, network in data["networks"].items():
         lines = [
-            f"| {titles[name]} | MACs left | chosen | epochs | accuracy, mean of three seeds |",
-            "|---|---|---|---|---|",
-            f"| as given | 100% | | | {network['source']['accuracy']:.2%} |",
+            f"| {titles[name]} | MACs left | chosen | epochs | accuracy, mean of three seeds | untrained |",
+            "|---|---|---|---|---|---|",
+            f"| as given | 100% | | | {network['source']['accuracy']:.2%} | |",
         ]
         for target, sides in network.get("accuracy", {}).items():
-            lines += [f"{_pruned_row(f'{side} at {target}', row)}" for side, row in sides.items()]
+            lines += [f"{_pruned_row(f'{side} at {target}', r)} {r['untrained']:.2%} |" for side, r in sides.items()]
         parts.append("\n".join(lines))
+        if where := network.get("accuracy measured on"):
+            parts.append(conditions(**where))
         if speed := network.get("speed"):
             parts.append(_pruned_speed(titles[name], speed))
             parts.append(f"Spread: interquartile range / median. {conditions(**network['speed measured on'])}")

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze import lockstep
+from penjing.analyze.samples import chunks
 from penjing.draft import Draft
 from penjing.graph import flat_inputs
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.plan import GENERIC
 from penjing.quantize import Static
-from penjing.quantize.samples import chunks
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry

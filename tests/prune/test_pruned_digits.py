@@ -13,7 +13,7 @@ from penjing.task import open_task
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, digits_source, digits_task):
     task = open_task(digits_task)
-    recipe = pj.Recipe(pj.prune.Channels(macs=0.4), pj.Finetune(epochs=6, learning_rate=0.03), pj.quantize.Static())
+    recipe = pj.Recipe(pj.prune.Channels(macs=0.4), pj.Finetune(epochs=6, learning_rate=0.01), pj.quantize.Static())
     out = tmp_path_factory.mktemp("runs") / "pruned"
     goal = pj.Goal(minimize="size_bytes", max_drop=0.06)
     return pj.compress(digits_source, task, goal, recipe=recipe, out=out, seconds=0.1, threads=1)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from penjing.analyze.samples import batches, chunks
 from penjing.draft import Draft
 from penjing.graph import sites
 from penjing.network import raise_network
 from penjing.quantize import BiasCorrection, Static
-from penjing.quantize.samples import batches, chunks
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
@@ -117,7 +117,7 @@ def test_chunks_hold_every_sample_once(monkeypatch):
     network_ = raise_network(network(), (data[:2],))
     whole = chunks(context, network_, 20)
     assert torch.equal(torch.cat([args[0] for args, _ in whole]), data[:20])
-    monkeypatch.setattr("penjing.quantize.samples.CHUNK_BYTES", 3 * 8 * 8 * 8 * 4)  # three samples of the largest value
+    monkeypatch.setattr("penjing.analyze.samples.CHUNK_BYTES", 3 * 8 * 8 * 8 * 4)  # three samples of the largest value
     parts = chunks(context, network_, 20)
     assert max(len(args[0]) for args, _ in parts) == 3
     assert torch.equal(torch.cat([args[0] for args, _ in parts]), data[:20])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class Coupling:
         for node in self._walk.network.graph.nodes:
             shape = self._walk.shapes.get(node.name)
             if shape is not None:
-                kept = self.kept(node, gone) or [None] * len(shape)
+                kept = self.kept(node.name, gone) or [None] * len(shape)
                 values[node.name] = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, kept, strict=True))
         stored: dict[str, tuple[int, ...]] = {}
         for (name, axis), (first, length) in self._walk.tensors.items():
@@ -166,9 +167,13 @@ class Coupling:
             stored[name] = (*shape[:axis], int((~gone[first : first + length]).sum()), *shape[axis + 1 :])
         return values, stored
 
-    def kept(self, node: fx.Node, gone: np.ndarray) -> list[np.ndarray | None]:
-        """For every axis of a value which positions are kept; None where all are."""
-        labels = self._walk.values.get(node)
+    @cached_property
+    def _labels(self) -> dict[str, Any]:
+        return {node.name: labels for node, labels in self._walk.values.items()}
+
+    def kept(self, node: str, gone: np.ndarray) -> list[np.ndarray | None]:
+        """For every axis of a value, by the name of its node, which positions are kept; None where all are."""
+        labels = self._labels.get(node)
         if not isinstance(labels, tuple):
             return []
         return [None if axis is None else _kept(axis, gone) for axis in labels]

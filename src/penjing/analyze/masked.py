@@ -25,7 +25,7 @@ def masked(network: fx.GraphModule, coupling: Coupling, removed: dict[str, list[
 
     Args:
         network: The network before pruning; it stays as it is.
-        coupling: Its groups (`penjing.analyze.coupling.couple`).
+        coupling: Its groups (`penjing.analyze.coupling.couple`), or those of a network that it is a copy of.
         removed: Group → units that are masked.
     """
     model = copy.deepcopy(network).eval()
@@ -38,7 +38,7 @@ def masked(network: fx.GraphModule, coupling: Coupling, removed: dict[str, list[
     gone_atoms = coupling.removed_atoms(removed)
     masks: dict[str, Masks] = {}
     for node in network.graph.nodes:
-        kept = coupling.kept(node, gone_atoms)
+        kept = coupling.kept(node.name, gone_atoms)
         if any(k is not None and not k.all() for k in kept):
             masks[node.name] = [None if k is None or k.all() else torch.from_numpy(k) for k in kept]
     interpreter = _Masked(model, masks)

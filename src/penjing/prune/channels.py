@@ -24,10 +24,9 @@ from penjing.analyze.masked import masked
 from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
 from penjing.prune import criteria, sensitivity
-from penjing.prune.reconstruction import reconstructed
+from penjing.prune.reconstruction import reconstructed, samples
 from penjing.step import Context
 from penjing.surgery import resize
-from penjing.task import calibration_calls
 
 Removed = dict[str, list[int]]  # group → its units
 
@@ -64,7 +63,8 @@ class Channels:
         least: The smallest part of a group that is kept.
         batches: Batches of data that a criterion reads.
         reconstruct: Fit the layers that read what goes to what they computed with it (`penjing.prune.reconstruction`),
-            on calibration data; layers with weights that are zeros to stay keep theirs.
+            without labels; None does so where the task has calibration data. Layers whose zeros have to stay keep
+            their weights.
         precision: Of the measured latency.
     """
 
@@ -80,7 +80,7 @@ class Channels:
     approximate: bool = False
     least: float = 0.1
     batches: int = 20
-    reconstruct: bool = False
+    reconstruct: bool | None = None
     precision: str = "fp32"
     for_floats: ClassVar[bool] = True
 
@@ -117,8 +117,9 @@ class Channels:
         coupling = couple(draft.network, context.task.call(), self.keep)
         ranking = Ranking.of(self, draft.network, coupling, context)
         removed = self._chosen(draft, ranking, context)
-        if self.reconstruct and removed:
-            calls = calibration_calls(context.task, limit=self.batches)
+        fit = context.task.calibration is not None if self.reconstruct is None else self.reconstruct
+        if fit and removed:
+            calls = samples(draft.network, context)
             draft = replace(draft, network=reconstructed(draft.network, coupling, removed, calls, draft.sparse))
         pruned = remove(draft, coupling, removed)
         error = disagreement(draft.network, pruned.network, coupling, removed, context.task.call())

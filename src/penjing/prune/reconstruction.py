@@ -15,12 +15,25 @@ from torch import fx, nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.coupling import Coupling
+from penjing.analyze.samples import batches, size_of
+from penjing.graph import shapes
 from penjing.plan import Plan
-from penjing.task import Call
+from penjing.step import Context
+from penjing.task import Call, calibration_calls
 
 RIDGE = 1e-3  # of the mean square of an input: how dear it is to leave the weights that are there
 POSITIONS = 256  # of a picture, evenly spread, that a convolution is fitted on
 CHUNK = 16  # samples that are unfolded at a time
+SAMPLES, FEWEST = 512, 16  # that are fitted on
+BYTES = 1 << 28  # of the network's largest value for all samples: some such values are held at a time
+
+
+def samples(network: fx.GraphModule, context: Context) -> list[Call]:
+    """Calibration samples to fit on: as many as the network's values leave room for, at most `SAMPLES`."""
+    first = next(calibration_calls(context.task))
+    largest = max((t.numel() * t.element_size() for t in shapes(network, first).values()), default=1)
+    count = BYTES * size_of(first) // max(1, largest)
+    return list(batches(context, max(FEWEST, min(SAMPLES, count))))
 
 
 def correction(gram: torch.Tensor, cross: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
@@ -107,7 +120,7 @@ def _fitted(layer: lockstep.Layer, weight: torch.Tensor, rows: list[int], column
     gram = torch.zeros(size, size, dtype=torch.float64)
     cross = torch.zeros(len(made), size, dtype=torch.float64)
     for inputs, wanted, found in zip(layer.twin_inputs, layer.outputs, layer.twin_outputs(weight), strict=True):
-        for some, error in zip(inputs.split(CHUNK), (wanted - found).split(CHUNK), strict=True):
+        for some, error in zip(torch.split(inputs, CHUNK), torch.split(wanted - found, CHUNK), strict=True):
             x, e = _rows(layer.module, some, error, read, made)
             gram += (x.T @ x).double()
             cross += (e.T @ x).double()
@@ -131,4 +144,4 @@ def _rows(
     return x.transpose(1, 2).reshape(-1, x.shape[1]), e.transpose(1, 2).reshape(-1, e.shape[1])
 
 
-__all__ = ["correction", "reconstructed"]
+__all__ = ["correction", "reconstructed", "samples"]

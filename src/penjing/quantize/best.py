@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from penjing.analyze import noise
+from penjing.analyze.samples import split
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.graph import kind, site
@@ -14,7 +15,6 @@ from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.qat import QAT
-from penjing.quantize.samples import split
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
 from penjing.step import Context, Step

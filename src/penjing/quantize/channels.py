@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from penjing.analyze.samples import chunks
 from penjing.graph import flat_inputs, kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
-from penjing.quantize.samples import chunks
 from penjing.step import Context
 from penjing.task import Call
 

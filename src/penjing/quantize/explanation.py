@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from penjing.analyze import lockstep, noise
+from penjing.analyze.samples import chunks, part, split
 from penjing.draft import Draft
 from penjing.graph import kind, sites
 from penjing.plan import GENERIC, Entry
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.placement import carries
-from penjing.quantize.samples import chunks, part, split
 from penjing.quantize.static import Static
 from penjing.records import NoiseRow
 from penjing.step import Context

@@ -15,11 +15,11 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze import lockstep
+from penjing.analyze.samples import chunks
 from penjing.draft import Draft
 from penjing.graph import site, sites, tensor_inputs
 from penjing.grid import broadcast, on_grid, rows
 from penjing.plan import Entry, Plan, QuantSpec
-from penjing.quantize.samples import chunks
 from penjing.step import Context
 from penjing.surgery import FakeQuantize, insert
 

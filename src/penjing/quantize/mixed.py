@@ -24,13 +24,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from penjing.analyze import noise
+from penjing.analyze.samples import part, split
 from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
 from penjing.graph import shapes, sites, tensor_inputs
 from penjing.plan import GENERIC, Plan
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.placement import carries
-from penjing.quantize.samples import part, split
 from penjing.quantize.static import Static
 from penjing.step import Context
 from penjing.surgery import insert

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing.analyze.samples import batches
 from penjing.clipping import Clip
 from penjing.distill import Outputs
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
 from penjing.finetune import Finetune, Hook, Moment, train
 from penjing.quantize.learner import Learner, learned, learner
-from penjing.quantize.samples import batches
 from penjing.step import Context
 from penjing.surgery import KeepZeros
 from penjing.task import Call

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from penjing.analyze import lockstep
+from penjing.analyze.samples import chunks
 from penjing.draft import Draft
-from penjing.quantize.samples import chunks
 from penjing.step import Context
 
 

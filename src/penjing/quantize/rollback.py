@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from penjing.analyze import noise
+from penjing.analyze.samples import part, split
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
 from penjing.graph import site, sites, tensor_inputs
@@ -20,7 +21,6 @@ from penjing.plan import GENERIC
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.placement import carries
-from penjing.quantize.samples import part, split
 from penjing.step import Context, Step
 from penjing.surgery import insert
 from penjing.task import Call

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from penjing.analyze.samples import in_chunks, size_of
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.graph import flat_inputs, sites
@@ -24,7 +25,6 @@ from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_rang
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
-from penjing.quantize.samples import in_chunks, size_of
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms, unfold_attentions
 
