@@ -45,9 +45,9 @@ def joint(settings, module, task, seed, epochs, folder):
 
     from penjing import building, measure, recipes, runtimes
     from penjing.draft import Draft
-    from penjing.finetune import seed_everything
     from penjing.network import raise_network
     from penjing.step import Context
+    from penjing.training import seed_everything
 
     seed_everything(seed)
     raised = raise_network(module, *task.call(), task.dynamic)

@@ -157,7 +157,7 @@ def source(task, classes, texts):
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
-    from penjing.finetune import seed_everything
+    from penjing.training import seed_everything
 
     path = cache() / f"minilm-20newsgroups-{texts}.safetensors"
     seed_everything(0)
@@ -188,7 +188,7 @@ def torch_pruning(settings, module, task, target, seed):
     """The module that Torch-Pruning leaves."""
     import torch_pruning as tp
 
-    from penjing.finetune import seed_everything
+    from penjing.training import seed_everything
 
     word, scope = settings.split()
     seed_everything(seed)

@@ -65,8 +65,9 @@ def trained_vgg(task, epochs):
 
     from examples.data import cache
     from penjing.architectures import build
-    from penjing.finetune import Finetune, seed_everything, train
+    from penjing.finetune import Finetune, train
     from penjing.step import Context
+    from penjing.training import seed_everything
 
     path = cache() / f"vgg16_small-fashion-mnist-{epochs:g}.safetensors"
     seed_everything(0)
@@ -111,7 +112,7 @@ def torch_pruning(settings, name, module, task, target, seed):
     import torch
     import torch_pruning as tp
 
-    from penjing.finetune import seed_everything
+    from penjing.training import seed_everything
 
     seed_everything(seed)
     model, example = copy.deepcopy(module), task.example[:1]

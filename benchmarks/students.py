@@ -72,8 +72,9 @@ def taught(pair, arguments, task):
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
-    from penjing.finetune import Finetune, seed_everything, train
+    from penjing.finetune import Finetune, train
     from penjing.step import Context
+    from penjing.training import seed_everything
 
     seed_everything(0)
     teacher, _ = networks(pair, arguments.width)
@@ -92,10 +93,11 @@ def measured(pair, arguments, task, data, save):
     """Train the student in every way."""
     from pruning_accuracy import macs, shown
 
-    from penjing.finetune import Finetune, seed_everything, train
+    from penjing.finetune import Finetune, train
     from penjing.network import raise_network
     from penjing.outputs import numpy_predictor
     from penjing.step import Context
+    from penjing.training import seed_everything
 
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)

@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from penjing.clipping import Clip
 from penjing.draft import Draft
-from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError
+from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError, TrainingError
 from penjing.exporting import export
-from penjing.finetune import Finetune, TrainingError, bf16_pays, seed_everything, train
+from penjing.finetune import Finetune, train
 from penjing.network import raise_network
 from penjing.plan import Plan
 from penjing.step import Context, Step
 from penjing.task import Task
+from penjing.training import bf16_pays, seed_everything
 
 EVERY_STEP = 1e-9  # seconds between two saved states
 

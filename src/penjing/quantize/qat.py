@@ -20,11 +20,12 @@ from penjing.clipping import Clip
 from penjing.distill import Outputs
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.finetune import Finetune, Hook, Moment, train
+from penjing.finetune import Finetune, train
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.step import Context
 from penjing.surgery import KeepZeros
 from penjing.task import Call
+from penjing.training import Hook, Moment
 
 METHODS = ("lsq", "pact", "ste")
 

@@ -20,7 +20,6 @@ from penjing.building import INTEGER
 from penjing.draft import Draft
 from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events, Listener
-from penjing.finetune import seed_everything
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
 from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
@@ -39,6 +38,7 @@ from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
 from penjing.task import Task, agreement_task, fingerprint
+from penjing.training import seed_everything
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 

@@ -11,7 +11,7 @@ from torch import fx
 from penjing.draft import Edit
 
 if TYPE_CHECKING:
-    from penjing.finetune import Moment
+    from penjing.training import Moment
 
 
 def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:

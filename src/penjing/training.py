@@ -1,0 +1,493 @@
+"""The loop that carries out a training: batches, updates, hooks, saved states."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from penjing import training_state
+from penjing.averaging import Average, statistics
+from penjing.call import Call, as_call, to_tensors
+from penjing.clipping import Clip
+from penjing.distill.stored import Stored
+from penjing.errors import TaskError, TrainingError
+from penjing.outputs import first_output, to_tensor
+from penjing.parallel import Group
+from penjing.step import Context
+from penjing.surgery.sparse import KeepZeros
+from penjing.task import Task, calibration_calls
+from penjing.teaching import Teaching, in_fp32
+
+if TYPE_CHECKING:
+    from penjing.finetune import Finetune
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+POINTS = 100  # of a training's curve
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees: the call that was made, its output, the target, the network and the step's number."""
+
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Any
+    target: Any
+    network: nn.Module
+    step: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a hook sees.
+
+    `name` is "start" (once in every process: after a resume `step` is above 0), "gradients" (after backward),
+    "step" (after the update), "epoch" (after a whole pass), "end".
+    """
+
+    name: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    steps: int
+
+
+class Loss(Protocol):
+    """One term of the training loss: a scalar tensor from a `Batch`."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The term of this batch."""
+        ...
+
+
+class Hook(Protocol):
+    """Called at every `Moment`; may change weights or gradients in place.
+
+    What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
+    """
+
+    def __call__(self, moment: Moment) -> None:
+        """Act on this moment."""
+        ...
+
+
+def bf16_pays(device: str) -> bool:
+    """Whether training in bfloat16 is native on this device."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def _channels_last_pays(device: str) -> bool:
+    """Whether 2-D convolutions train faster so, and give the same bits at every run.
+
+    With AVX2 alone, oneDNN's gradients of channels-last convolutions differ from run to run in their last bits.
+    """
+    return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and `random`."""
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class Loop:
+    """One training of one network: what it is at, and how it goes on from there."""
+
+    def __init__(self, network: nn.Module, context: Context, settings: Finetune, group: Group) -> None:
+        settings = settings.resolved(context, changed=False)
+        task = context.task
+        data = task.train
+        if data is None and not settings.labels and task.calibration is not None:
+            data = _Unlabelled(task)
+        if data is None:
+            raise TaskError(
+                "fine-tuning needs training data",
+                got="Task.train is None",
+                expected="an iterable of (inputs, target)",
+                remedy="give Task(train=loader, loss=...), or leave fine-tuning out of the recipe",
+            )
+        if settings.labels and not settings.losses and task.loss is None:
+            raise TaskError(
+                "fine-tuning needs a loss",
+                got="Task.loss is None",
+                expected="loss(output, target) -> scalar tensor",
+                remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
+            )
+        self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
+        if self.home is None:
+            raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
+        self.context, self.settings, self.data, self.group = context, settings, data, group
+        self.network = network.to(context.device)
+        conv = any(p.dim() == 4 for p in network.parameters())
+        last = settings.channels_last and conv and _channels_last_pays(context.device)
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        bf16 = settings.autocast == "bf16" or (settings.autocast == "auto" and bf16_pays(context.device))
+        self.cast: Callable[[], AbstractContextManager[Any]] = (
+            (lambda: torch.autocast(torch.device(context.device).type, torch.bfloat16)) if bf16 else nullcontext
+        )
+        self.teaching = (
+            Teaching(self.network, settings.teacher, settings.distillations, context)
+            if settings.distillations
+            else None
+        )
+        self.path = context.folder / "finetune.pt" if context.folder else None
+        self.random_numbers: dict[str, Any] | None = None
+
+    def run(self) -> nn.Module:
+        """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
+        if self.memory_format == torch.channels_last:
+            for p in self.network.parameters():
+                if p.dim() == 4:
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+        if self.teaching:
+            self.teaching.prepare(self.cast)
+        self.optimizer = self._optimizer()
+        self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
+        self.step, self.epoch, self.position = 0, 0, 0
+        self.loss_sum, self.loss_count = 0.0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.terms: dict[str, torch.Tensor] = {}  # of the last batch; with several workers, of this one's part
+        self.clipped = [_Clipped(clip) for clip in self.settings.clips]
+        self.length = self._count_batches()
+        if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
+            self._check_reproducible()
+        if not self._restore():
+            self.steps = self.group.first(self._count_steps())
+            self._save()  # the count may come from timings: a resumed run must not count again
+        seed_everything(self.context.seed)
+        self._hook("start")
+        saved = time.monotonic()
+        while self.step < self.steps:
+            for group in self._groups():
+                self._update(group)
+                if self.step >= self.steps:
+                    break
+                # The first worker's clock counts: all have to meet in what is summed for the saved state.
+                if self.group.first(time.monotonic() - saved > self.settings.save_every_s):
+                    self._save()
+                    saved = time.monotonic()
+            if self.step < self.steps or self.position >= self.length:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._hook("epoch")
+                self._tell_clips()
+        self._tell_clips()
+        self.context.events("trained", curve=self.curve)
+        if self.average is not None:
+            held = (hook.tensors for hook in self.settings.hooks if isinstance(hook, KeepZeros))
+            self.average.into(self.network, itertools.chain.from_iterable(held))
+        self._hook("end")
+        return self._finished()
+
+    def _finished(self) -> nn.Module:
+        if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
+            raise _diverged("a weight is not finite after training", ", ".join(broken[:3]))
+        for tensor in [*self.network.parameters(), *self.network.buffers()]:
+            tensor.data = tensor.data.contiguous()
+        self.network.zero_grad(set_to_none=True)
+        return self.network.to(self.home).eval()
+
+    def _groups(self) -> Iterator[list[tuple[Any, Any]]]:
+        """The rest of this epoch's batches, as many together as make one update; the last ones may be fewer."""
+        batches = self._batches()
+        while group := list(itertools.islice(batches, self.settings.accumulate)):
+            yield group
+
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        """The rest of this epoch's batches."""
+        self.network.train()
+        seed_everything(self.context.seed * 1_000_003 + self.epoch)
+        batches = iter(self.data)
+        for _ in range(self.position):
+            next(batches, None)
+        if self.random_numbers is not None and self.position:
+            training_state.set_random_numbers(self.random_numbers, self.context.device)
+        came = self.position > 0
+        for batch in batches:
+            came = True
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                remedy = "several inputs stand in a tuple or a dict of their own: ((ids, mask), target)"
+                got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+                raise TaskError("a training batch is no pair", got=got, expected="(inputs, target)", remedy=remedy)
+            yield batch[0], batch[1]
+        if not came:
+            raise TaskError(
+                f"the training data gave no batch in epoch {self.epoch}",
+                got=f"a {type(self.data).__name__} that gave {self.length} before",
+                expected="data that starts anew at every pass",
+                remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
+            )
+
+    def _update(self, batches: list[tuple[Any, Any]]) -> None:
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for number, (inputs, target) in enumerate(batches):
+            value += self.group.sum(self._backward(inputs, target, 1 / len(batches), self.position + number))
+            if not math.isfinite(value):
+                broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
+                raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
+        self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
+        self._hook("gradients")
+        self._clip("gradients")
+        self.optimizer.step()
+        self._clip("weights")
+        self.group.average(statistics(self.network))
+        self.step += 1
+        self.position += len(batches)
+        self.loss_sum, self.loss_count = self.loss_sum * 0.98 + value, self.loss_count * 0.98 + 1
+        self._hook("step")
+        if self.average is not None:
+            self.average.update(self.network, self.step)
+        self._tell(rate)
+
+    def _tell(self, rate: float) -> None:
+        loss = round(self.loss_sum / self.loss_count, 5)
+        self.context.events("progress", label="fine-tune", done=self.step, total=self.steps, loss=loss)
+        if self.step % max(1, self.steps // POINTS) == 0 or self.step == self.steps:
+            point: dict[str, Any] = {"step": self.step, "loss": loss, "rate": rate}
+            point["terms"] = {name: float(term) for name, term in self.terms.items()}
+            self.curve.append(point)
+            self.context.events("training", steps=self.steps, **point)
+
+    def _clip(self, what: str) -> None:
+        for clipped in self.clipped:
+            if clipped.clip.what == what:
+                clipped.lengths.append(clipped.clip(self.network.named_parameters()))
+
+    def _tell_clips(self) -> None:
+        for clipped in self.clipped:
+            if lengths := clipped.lengths:
+                values = {"what": clipped.clip.what, "norm": clipped.clip.norm, "step": self.step}
+                over = sum(length > 1 for length in lengths)
+                self.context.events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
+                lengths.clear()
+
+    def _backward(self, inputs: Any, target: Any, part: float, position: int) -> float:
+        """Add the gradients of this worker's part of a batch; the loss, weighted as they are."""
+        call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
+        if self.group.size == 1:
+            return self._gradients(call, target, part)
+        call, target, share = self.group.part(call, target)
+        # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
+        with torch.random.fork_rng(devices=[]):
+            batch = (self.context.seed * 1_000_003 + self.epoch) * 1_000_003 + position
+            torch.manual_seed(batch * self.group.size + self.group.rank)
+            return self._gradients(call, target, part * share) if share else 0.0
+
+    def _gradients(self, call: Call, target: Any, part: float) -> float:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, call)
+        target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
+        with self.cast():
+            output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
+            lesson = self.teaching.lesson(output, target, args, kwargs) if self.teaching else None
+        batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
+        losses = (self.settings.losses or (self._task_loss,)) if self.settings.labels else ()
+        terms = [self.settings.labels * _scalar(term(batch)) for term in losses]
+        self.terms = {_called(loss, i): term.detach() for i, (loss, term) in enumerate(zip(losses, terms, strict=True))}
+        if self.teaching and lesson:
+            taught = {name: _scalar(term) for name, term in self.teaching.terms(lesson).items()}
+            self.terms |= {name: term.detach() for name, term in taught.items()}
+            terms += taught.values()
+        loss = torch.stack(terms).sum() * part
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _task_loss(self, batch: Batch) -> torch.Tensor:
+        assert self.context.task.loss is not None
+        loss, part = self.context.task.loss(batch.output, batch.target), self.settings.label_smoothing
+        return loss if not part else (1 - part) * _scalar(loss) + part * _uniform(batch)
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.context.device)
+        return tensor.contiguous(memory_format=self.memory_format) if tensor.dim() == 4 else tensor
+
+    def _rate(self) -> float:
+        warm = max(1, round(self.settings.warmup * self.steps))
+        if self.step < warm:
+            return self.settings.learning_rate * (self.step + 1) / warm
+        done = (self.step - warm) / max(1, self.steps - warm)
+        return self.settings.learning_rate * SCHEDULES[self.settings.schedule](done)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        trained += self.teaching.adapters.parameters() if self.teaching else []
+        weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "weight_decay": self.settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        if self.settings.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.settings.learning_rate)
+        return torch.optim.SGD(groups, lr=self.settings.learning_rate, momentum=0.9, nesterov=True)
+
+    def _hook(self, name: str) -> None:
+        for hook in self.settings.hooks:
+            hook(Moment(name, self.network, self.optimizer, self.step, self.steps))
+
+    def _count_batches(self) -> int:
+        try:
+            length = len(self.data)  # type: ignore[arg-type]
+        except TypeError:  # a loader of a stream has no length
+            length = sum(1 for _ in self.data)
+        if length == 0:
+            raise TaskError(
+                "the training data is empty",
+                got="no batch",
+                expected="batches of (inputs, target)",
+                remedy="a generator is exhausted after one pass: give a list or a DataLoader",
+            )
+        return length
+
+    def _check_reproducible(self) -> None:
+        """Stored answers are found by what was asked: the same seed has to give the same samples."""
+        first, again = (pytree.tree_leaves(to_tensors(as_call(next(self._batches())[0]))) for _ in range(2))
+        pairs = zip(first, again, strict=True)
+        if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
+            raise TaskError(
+                "a teacher's answers can't be stored for data that differ at every pass",
+                got="two passes with one seed, whose first batches differ",
+                expected="order and augmentation drawn from the global generators of torch, NumPy or random",
+                remedy="seed the augmentation so, or give the network itself as the teacher",
+            )
+
+    def _count_steps(self) -> int:
+        updates = math.ceil(self.length / self.settings.accumulate)
+        steps = self.settings.steps or max(1, round(self.settings.epochs * updates))
+        if self.settings.minutes is None:
+            return steps
+        return max(1, min(steps, int(self.settings.minutes * 60 / self._seconds_a_step())))
+
+    def _seconds_a_step(self) -> float:
+        """Median time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
+        probe = copy.copy(self)
+        probe.network = copy.deepcopy(self.network)
+        probe.teaching = self.teaching.of(probe.network) if self.teaching else None
+        probe.settings = replace(self.settings, hooks=())
+        probe.optimizer = probe._optimizer()
+        probe.average = copy.deepcopy(self.average)
+        probe.clipped = [_Clipped(clip) for clip in self.settings.clips]
+        probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
+        times, start = [], time.perf_counter()
+        for _, group in zip(range(8), probe._groups(), strict=False):
+            probe._update(group)
+            times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        return float(np.median(times[1:] or times))
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        if self.group.rank:
+            return
+        state = {
+            "request": self._request(),
+            "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
+            "curve": self.curve,
+            "network": self.network.state_dict(),
+            "adapters": self.teaching.adapters.state_dict() if self.teaching else {},
+            "average": self.average.state_dict() if self.average is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "random": training_state.random_numbers(self.context.device),
+        }
+        training_state.save(self.path, state)
+        self.group.saved(self.path)
+
+    def _restore(self) -> bool:
+        if self.path is None or not self.path.exists():
+            return False
+        with training_state.loading(self.path, self._request()) as state:
+            self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
+            self.loss_sum, self.loss_count = map(float, state["numbers"][4:])
+            self.curve = state["curve"]
+            self.network.load_state_dict(state["network"])
+            if self.teaching:
+                self.teaching.adapters.load_state_dict(state["adapters"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.random_numbers = state["random"]
+            training_state.set_random_numbers(self.random_numbers, self.context.device)
+        self.context.events("resumed", step=f"fine-tuning, {self.step} of {self.steps} steps")
+        return True
+
+    def _request(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to end in the same bits."""
+        found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
+        found["teacher"] = self.teaching.digest() if self.teaching else None
+        return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
+
+
+@dataclass
+class _Clipped:
+    """What a `Clip` has done since it was last told: the lengths over what is allowed, one a step."""
+
+    clip: Clip
+    lengths: list[float] = field(default_factory=list)
+
+
+class _Unlabelled:
+    """Calibration data as a loader without labels."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __iter__(self) -> Iterator[tuple[Any, None]]:
+        for args, kwargs in calibration_calls(self.task):
+            yield kwargs or args, None
+
+
+def _diverged(what: str, got: object) -> TrainingError:
+    remedy = "a lower learning_rate, clip=penjing.Clip(threshold=1.0), or autocast='off'"
+    return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
+
+
+def _uniform(batch: Batch) -> torch.Tensor:
+    """Cross-entropy with all classes alike."""
+    output, target = first_output(batch.output), batch.target
+    good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
+    if not good or target.shape != output.shape[:1] + output.shape[2:]:
+        got = " and ".join(f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+                           for x in (output, target))  # fmt: skip
+        raise TaskError(
+            "label smoothing needs classes",
+            got=got,
+            expected="logits (samples, classes, …) and integers (samples, …)",
+            remedy="leave label_smoothing at 0 and smooth in the task's own loss",
+        )
+    return -nn.functional.log_softmax(output, 1).mean()
+
+
+def _scalar(loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise TaskError("a loss is no single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
+
+
+def _called(loss: Any, position: int) -> str:
+    """What a term of the user's is called in the events: the task's own loss is "labels"."""
+    if getattr(loss, "__func__", None) is Loop._task_loss:
+        return "labels"
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return name if name != "loss" and not position else f"{name} {position + 1}"
