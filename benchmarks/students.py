@@ -102,7 +102,7 @@ def measured(pair, arguments, task, data, save):
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)
     source = raise_network(teacher, *task.call(), task.dynamic)
-    key = f"teacher epochs {arguments.teacher_epochs:g}"
+    key = f"{arguments.teacher_epochs:g}, student's width {arguments.width:g}"
     if found.get("teacher", {}).get("epochs") != key:
         found["teacher"] = {
             "epochs": key, "accuracy": task.evaluate(numpy_predictor(teacher)), "macs": macs(teacher, task),

@@ -152,12 +152,17 @@ def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:
 
 def candidate(
     run: Run, recipe: Recipe, variant: Variant, structure: Any, metric: Callable[[Any], float] | None
-) -> Candidate:
-    """Build one artifact and measure all but its latency, which is measured side by side with the others."""
+) -> Candidate | None:
+    """Build one artifact and measure all but its latency, which is measured side by side with the others.
+
+    None where the plan was chosen for another precision of the same runtime, and is not what was measured then.
+    """
     if kept := run.folder.kept(variant.name):
         run.events("resumed", candidate=variant.name)
         return from_dict(Candidate, kept)
     made = draft(run, recipe, variant)
+    if variant.precision in INTEGER and made.plan.precision not in ("", variant.precision):
+        return None
     where = f"{CANDIDATES}/{variant.name}"
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
         build(made, variant.runtime, variant.precision, run.task, structure, aside)

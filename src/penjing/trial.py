@@ -19,7 +19,6 @@ from penjing.outputs import flatten_outputs
 from penjing.runtimes.artifact import read_manifest
 from penjing.task import Task
 
-ROUNDS = 15  # turns of every draft
 REPEATS = 3  # times that a measurement is taken at most while others disturb the machine
 STEADY = 0.05  # half of the turns' ratios lie within this part of their median, or the measurement is taken again
 
@@ -59,9 +58,7 @@ class Trial:
             ]
             turns = np.empty((len(drafts), 0))
             for _ in range(REPEATS):
-                timings = measure.compare(
-                    targets, threads=self.threads, seconds=self.seconds, rounds=ROUNDS, warmup_seconds=0.3
-                )
+                timings = measure.compare(targets, threads=self.threads, seconds=self.seconds, warmup_seconds=0.3)
                 turns = np.hstack([turns, [timings[target.name].rounds for target in targets]])
                 low, ratios, high = np.percentile(turns / turns[0], [25, 50, 75], axis=1)
                 if ((high - low) <= STEADY * ratios).all():

@@ -92,7 +92,9 @@ class Layer:
 Watcher = Callable[[Layer], "list[torch.Tensor] | None"]
 
 
-def run(network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watcher) -> tuple[Chunks, Chunks]:
+def run(
+    network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watcher, twin: fx.GraphModule | None = None
+) -> tuple[Chunks, Chunks]:
     """Run both over `calls` at once.
 
     Args:
@@ -101,13 +103,15 @@ def run(network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watch
         calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
         watch: Called at every convolution and linear layer that is a module, in the order of execution. What it
             returns replaces the twin's output.
+        twin: What the twin computes with in all that is not watched: a copy of the network with other tensors. None
+            is the network itself.
 
     Returns:
         The outputs of the network and of the twin, one for each chunk.
     """
     inputs = [flat_inputs(network, call) for call in calls]
     with torch.no_grad():
-        return _Twins(network, plan, inputs, watch).run()
+        return _Twins(network, plan, inputs, watch, twin or network).run()
 
 
 def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -119,8 +123,10 @@ def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 class _Twins:
-    def __init__(self, network: fx.GraphModule, plan: Plan, inputs: list[list[Any]], watch: Watcher) -> None:
-        self.network, self.plan, self.watch = network, plan, watch
+    def __init__(
+        self, network: fx.GraphModule, plan: Plan, inputs: list[list[Any]], watch: Watcher, other: fx.GraphModule
+    ) -> None:
+        self.network, self.plan, self.watch, self.other = network, plan, watch, other
         self.inputs = inputs
         self.source: dict[fx.Node, Chunks] = {}
         self.twin: dict[fx.Node, Chunks] = {}
@@ -153,14 +159,15 @@ class _Twins:
         chunks = range(len(self.inputs))
         self.source[node] = [compute(self.network, node, *self._arguments(node, self.source, i)) for i in chunks]
         if node.op == "get_attr":
-            self.twin[node] = self.source[node]
+            own = self.other is not self.network
+            self.twin[node] = [compute(self.other, node, (), {}) for _ in chunks] if own else self.source[node]
             return
         arguments = [self._arguments(node, self.twin, i, self._grid) for i in chunks]
         what = kind(self.network, node)
         if node.op == "call_module" and what in LAYERS:
             self.twin[node] = self._layer(node, what, [a[0][0] for a in arguments])
         else:
-            self.twin[node] = [compute(self.network, node, *a) for a in arguments]
+            self.twin[node] = [compute(self.other, node, *a) for a in arguments]
 
     def _layer(self, node: fx.Node, what: str, twin_inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         module: Any = self.network.get_submodule(str(node.target))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from penjing.call import leaves, map_leaves
 from penjing.errors import CalibrationError
 from penjing.graph import shapes
 from penjing.step import Context
@@ -18,9 +19,9 @@ CHUNK_BYTES = 1 << 24  # of the largest value in the network: larger ones are ta
 
 
 def size_of(call: Call) -> int:
-    """Samples of a call: the first axis of its first tensor."""
-    args, kwargs = call
-    return next(int(t.shape[0]) for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim())
+    """Samples of a call: the first axis of its first tensor; 1 where no tensor has an axis."""
+    tensors = (leaf for _, _, leaf in leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((int(t.shape[0]) for t in tensors), 1)
 
 
 def part(call: Call, first: int, last: int) -> Call:
@@ -31,15 +32,16 @@ def part(call: Call, first: int, last: int) -> Call:
         whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
         return value[first:last] if whole else value
 
-    return tuple(map(cut, call[0])), {name: cut(value) for name, value in call[1].items()}
+    return map_leaves(cut, call[0]), map_leaves(cut, call[1])
 
 
 def batches(context: Context, samples: int) -> Iterator[Call]:
-    """The first calibration samples in the task's own batches."""
-    left = samples
+    """The first calibration samples in the task's own batches; whole ones where the batch does not vary."""
+    dynamic, left = context.task.dynamic, samples
+    varies = dynamic is None or any(0 in axes for axes in dynamic.values())
     for call in calibration_calls(context.task):
         size = size_of(call)
-        yield call if size <= left else part(call, 0, left)
+        yield call if size <= left or not varies else part(call, 0, left)
         left -= size
         if left <= 0:
             return

@@ -22,11 +22,12 @@ from penjing.analyze.cost import cost, resized_macs
 from penjing.analyze.coupling import Coupling, Group, couple
 from penjing.analyze.masked import masked
 from penjing.draft import Draft
-from penjing.errors import PruningError, RecipeError
+from penjing.errors import CalibrationError, PruningError, RecipeError
 from penjing.prune import criteria, sensitivity
 from penjing.prune.reconstruction import reconstructed, samples
 from penjing.step import Context
 from penjing.surgery import resize
+from penjing.task import Call
 
 Removed = dict[str, list[int]]  # group → its units
 
@@ -117,9 +118,7 @@ class Channels:
         coupling = couple(draft.network, context.task.call(), self.keep)
         ranking = Ranking.of(self, draft.network, coupling, context)
         removed = self._chosen(draft, ranking, context)
-        fit = context.task.calibration is not None if self.reconstruct is None else self.reconstruct
-        if fit and removed:
-            calls = samples(draft.network, context)
+        if removed and (calls := self._samples(draft, context)):
             draft = replace(draft, network=reconstructed(draft.network, coupling, removed, calls, draft.sparse))
         pruned = remove(draft, coupling, removed)
         error = disagreement(draft.network, pruned.network, coupling, removed, context.task.call())
@@ -138,6 +137,18 @@ class Channels:
                 remedy="name the layers in keep=... that stand in the report, and tell us about the network",
             )
         return pruned
+
+    def _samples(self, draft: Draft, context: Context) -> list[Call]:
+        """What to reconstruct with; nothing where that is not asked for, or was left open and can't be done."""
+        if self.reconstruct is False or (self.reconstruct is None and context.task.calibration is None):
+            return []
+        try:
+            return samples(context, draft.network)
+        except CalibrationError as error:
+            if self.reconstruct:
+                raise
+            context.events("warning", text=f"pruned without reconstruction: {error.what}")
+            return []
 
     @property
     def unit(self) -> str:

@@ -137,7 +137,9 @@ class Iterative:
             return replace(self.step, sparsity=1 - (1 - final) ** part)
         wanted = getattr(self.step, self.step.unit) ** part
         share = min(1.0, wanted / left(self.step, start, draft, context)) if turn else wanted
-        return replace(self.step, **{self.step.unit: share})
+        # What is rewound throws its weights away.
+        step = self.step if self.rewind == "none" else replace(self.step, reconstruct=False)
+        return replace(step, **{step.unit: share})
 
     def _train_first(self, draft: Draft, context: Context) -> tuple[Draft, Draft]:
         """The trained draft, and it with the weights and statistics that it had early in the training."""

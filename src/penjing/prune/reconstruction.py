@@ -1,12 +1,14 @@
 """What is left makes up for what went: layers that read removed channels are fitted again to what they computed.
 
 He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; Luo et al., "ThiNet", ICCV 2017. All
-layers are fitted in one pass over unlabelled samples, each behind the layers before it as they already are.
+layers are fitted in one pass over unlabelled samples, each behind the layers before it as they already are. How far the
+weights may go is decided for every layer on samples that it is not fitted to.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,42 +17,66 @@ from torch import fx, nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.coupling import Coupling
-from penjing.analyze.samples import batches, size_of
+from penjing.analyze.samples import batches, part, size_of
 from penjing.graph import shapes
 from penjing.plan import Plan
 from penjing.step import Context
-from penjing.task import Call, calibration_calls
+from penjing.task import Call
 
-RIDGE = 1e-3  # of the mean square of an input: how dear it is to leave the weights that are there
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of an input: how dear it is to leave the weights that are there
+HELD = 3  # every third sample judges, and is not fitted to
 POSITIONS = 256  # of a picture, evenly spread, that a convolution is fitted on
-CHUNK = 16  # samples that are unfolded at a time
+LARGEST = 5000  # inputs of a layer that is fitted: its equations have as many unknowns for every output
 SAMPLES, FEWEST = 512, 16  # that are fitted on
 BYTES = 1 << 28  # of the network's largest value for all samples: some such values are held at a time
+UNFOLDED = 1 << 26  # bytes of a convolution's inputs that are laid out at a time
 
 
-def samples(network: fx.GraphModule, context: Context) -> list[Call]:
-    """Calibration samples to fit on: as many as the network's values leave room for, at most `SAMPLES`."""
-    first = next(calibration_calls(context.task))
+def samples(context: Context, network: fx.GraphModule) -> list[Call]:
+    """Calibration samples to fit on: as many as the network's values leave room for, at most `SAMPLES`.
+
+    Raises:
+        CalibrationError: There are none, or an iterator has been read before.
+    """
+    calls = batches(context, SAMPLES)
+    first = next(calls)
     largest = max((t.numel() * t.element_size() for t in shapes(network, first).values()), default=1)
-    count = BYTES * size_of(first) // max(1, largest)
-    return list(batches(context, max(FEWEST, min(SAMPLES, count))))
+    room = max(FEWEST, BYTES * size_of(first) // max(1, largest))
+    found: list[Call] = []
+    for call in itertools.chain([first], calls):
+        found.append(part(call, 0, room) if size_of(call) > room and context.task.dynamic is None else call)
+        room -= size_of(call)
+        if room <= 0:
+            break
+    return found
 
 
-def correction(gram: torch.Tensor, cross: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+def correction(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
     """The change of weights that takes most of an error away, by least squares with a penalty on the change.
 
     Args:
-        gram: Σ x·xᵀ over all rows of inputs, (inputs, inputs).
-        cross: Σ error·xᵀ, (outputs, inputs).
+        gram: Σ x·xᵀ over all rows of inputs, (inputs, inputs), float64.
+        cross: Σ error·xᵀ, (outputs, inputs), float64.
         ridge: Weight of the penalty, as a part of the mean of gram's diagonal.
 
     Returns:
-        (outputs, inputs), float64.
+        (outputs, inputs), float64; zeros where the equations have no solution.
     """
-    gram, cross = gram.double(), cross.double()
-    penalty = ridge * gram.diagonal().mean().clamp(min=1e-30)
-    factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
+    penalised = gram.clone()
+    penalised.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
+    factor, failed = torch.linalg.cholesky_ex(penalised)
     return torch.zeros_like(cross) if failed else torch.cholesky_solve(cross.T, factor).T
+
+
+def gain(change: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> float:
+    """By how much a change of weights lowers the squared error on the rows that gram and cross are made of.
+
+    Args:
+        change: (outputs, inputs).
+        gram: As in `correction`.
+        cross: As in `correction`.
+    """
+    return float(2 * (change * cross).sum() - ((change @ gram) * change).sum())
 
 
 def reconstructed(
@@ -62,8 +88,9 @@ def reconstructed(
 ) -> fx.GraphModule:
     """A copy of the network, of the same shapes, that computes without the removed units what it computed with them.
 
-    The weights that read removed units are 0 in it; the others of those layers are fitted. Layers that are called
-    several times, share their weights, or convolve in groups or in other than two dimensions keep theirs.
+    The weights that read removed units are 0 in it; the others of those layers, and their biases, are fitted. What is
+    no linear layer and no plain convolution in two dimensions keeps its weights, as do layers that are called several
+    times, share their weights, or have more than `LARGEST` inputs.
 
     Args:
         network: A raised network in eval mode; it stays as it is.
@@ -74,25 +101,26 @@ def reconstructed(
     """
     copied = copy.deepcopy(network).eval()
     gone = _positions(coupling, removed)
-    alone = set(lockstep.countable(copied))
-    weights: dict[str, torch.Tensor] = {}
+    _zero(copied, gone)
+    alone = set(lockstep.countable(network))
+    parameters: dict[str, torch.Tensor] = {}
 
     def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
-        module = layer.site.partition("@")[0]
-        rows, columns = (sorted(gone.get((f"{module}.weight", axis), ())) for axis in (0, 1))
-        if not columns:
-            return None
-        weight = layer.module.weight.detach().clone()
-        weight[:, columns] = 0
-        if module in alone and _plain(layer.module) and f"{module}.weight" not in keep:
-            weight = _fitted(layer, weight, rows, columns)
-        weights[f"{module}.weight"] = weight
-        return layer.twin_outputs(weight)
+        name = layer.site.partition("@")[0]
+        rows, columns = (gone.get((f"{name}.weight", axis), set()) for axis in (0, 1))
+        own: Any = copied.get_submodule(name)
+        weight, bias = own.weight.detach(), None if own.bias is None else own.bias.detach()
+        if columns and name in alone and _plain(layer.module) and f"{name}.weight" not in keep:
+            weight, bias = _fitted(layer, weight, bias, rows, columns)
+            parameters[f"{name}.weight"] = weight
+            if bias is not None:
+                parameters[f"{name}.bias"] = bias
+        return layer.twin_outputs(weight, bias)
 
-    lockstep.run(copied, Plan(), calls, watch)
     with torch.no_grad():
-        for name, weight in weights.items():
-            copied.get_parameter(name).copy_(weight)
+        lockstep.run(network, Plan(), calls, watch, twin=copied)
+        for name, value in parameters.items():
+            copied.get_parameter(name).copy_(value)
     return copied
 
 
@@ -105,6 +133,14 @@ def _positions(coupling: Coupling, removed: Mapping[str, Sequence[int]]) -> dict
     return found
 
 
+def _zero(network: nn.Module, gone: Mapping[tuple[str, int], Collection[int]]) -> None:
+    """Everything that makes or reads what goes becomes 0, in place."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    with torch.no_grad():
+        for (name, axis), positions in gone.items():
+            tensors[name].index_fill_(axis, torch.tensor(sorted(positions)), 0)
+
+
 def _plain(module: Any) -> bool:
     """Whether the layer is one product of a matrix with what `_rows` takes out of its inputs."""
     if isinstance(module, nn.Conv2d):
@@ -112,22 +148,54 @@ def _plain(module: Any) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _fitted(layer: lockstep.Layer, weight: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
-    """`weight`, in which columns are 0, with the others fitted to the layer's outputs, but for rows that go too."""
-    read = torch.tensor([i for i in range(weight.shape[1]) if i not in set(columns)])
-    made = torch.tensor([i for i in range(weight.shape[0]) if i not in set(rows)])
+def _fitted(
+    layer: lockstep.Layer, weight: torch.Tensor, bias: torch.Tensor | None, rows: set[int], columns: set[int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias fitted to the layer's outputs, but for the rows and columns that go."""
+    read = torch.tensor([i for i in range(weight.shape[1]) if i not in columns])
+    made = torch.tensor([i for i in range(weight.shape[0]) if i not in rows])
     size = len(read) * weight[0, 0].numel()
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(len(made), size, dtype=torch.float64)
-    for inputs, wanted, found in zip(layer.twin_inputs, layer.outputs, layer.twin_outputs(weight), strict=True):
-        for some, error in zip(torch.split(inputs, CHUNK), torch.split(wanted - found, CHUNK), strict=True):
-            x, e = _rows(layer.module, some, error, read, made)
-            gram += (x.T @ x).double()
-            cross += (e.T @ x).double()
+    if size > LARGEST or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.twin_inputs):
+        return weight, bias
+    gram = torch.zeros(2, size + (bias is not None), size + (bias is not None), dtype=torch.float64)
+    cross = torch.zeros(2, len(made), gram.shape[1], dtype=torch.float64)
+    sample = 0
+    for inputs, wanted, found in zip(layer.twin_inputs, layer.outputs, layer.twin_outputs(weight, bias), strict=True):
+        if inputs.dim() < 2:
+            return weight, bias  # one row that is the same for every sample
+        unfolded = 4 * size * wanted[0, 0].numel() if weight.dim() == 4 else 0  # bytes a sample
+        many = max(1, UNFOLDED // unfolded) if unfolded else len(inputs)
+        for some, error in zip(torch.split(inputs, many), torch.split(wanted - found, many), strict=True):
+            judging = (torch.arange(sample, sample + len(some)) % HELD) == HELD - 1
+            for role, chosen in enumerate((~judging, judging)):
+                x, e = _rows(layer.module, some[chosen], error[chosen], read, made)
+                x = x if bias is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+                gram[role] += (x.T @ x).double()
+                cross[role] += (e.T @ x).double()
+            sample += len(some)
+    change = _change(gram, cross)
+    if change is None:
+        return weight, bias
     fitted = weight.clone()
-    change = correction(gram, cross).to(weight.dtype).reshape(len(made), len(read), *weight.shape[2:])
-    fitted[made[:, None], read[None, :]] += change
-    return fitted
+    fitted[made[:, None], read[None, :]] += (
+        change[:, :size].to(weight.dtype).reshape(len(made), len(read), *weight.shape[2:])
+    )
+    if bias is not None:
+        bias = bias.clone()
+        bias[made] += change[:, size].to(bias.dtype)
+    return fitted, bias
+
+
+def _change(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
+    """The change fitted to all samples with the penalty that serves the judging ones best; None where none does.
+
+    Args:
+        gram: (2, inputs, inputs), of the fitted and of the judging samples.
+        cross: (2, outputs, inputs).
+    """
+    gains = {ridge: gain(correction(gram[0], cross[0], ridge), gram[1], cross[1]) for ridge in RIDGES}
+    best = max(gains, key=lambda ridge: gains[ridge])
+    return correction(gram.sum(0), cross.sum(0), best) if gains[best] > 0 else None
 
 
 def _rows(
@@ -144,4 +212,4 @@ def _rows(
     return x.transpose(1, 2).reshape(-1, x.shape[1]), e.transpose(1, 2).reshape(-1, e.shape[1])
 
 
-__all__ = ["correction", "reconstructed", "samples"]
+__all__ = ["correction", "gain", "reconstructed", "samples"]

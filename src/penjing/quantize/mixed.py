@@ -112,10 +112,13 @@ class MixedPrecision:
         fitting, held = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
         alone = _alone(drafts, fitting, held)
+        costs = {precision: _costs(self, drafts, alone, precision, held, context) for precision in precisions}
+        plain = dict.fromkeys(alone, max(self.weight_bits))
+        limit = self._limit(min(c.time(plain) for c in costs.values()))
         tried: list[_Tried] = []
         for precision in precisions:
-            costs = _costs(self, drafts, alone, precision, held, context)
-            tried += self._rounds(_Candidates(draft, drafts, costs, precision), fitting, held, context)
+            candidates = _Candidates(draft, drafts, costs[precision], precision, plain)
+            tried += self._rounds(candidates, limit, fitting, held, context)
         if not tried:
             raise RecipeError(
                 "no choice of bits keeps this limit",
@@ -132,21 +135,23 @@ class MixedPrecision:
     def _precisions(self, context: Context) -> tuple[str, ...]:
         """What the rest may be computed in: the artifacts' precisions to choose from."""
         there = [p for p in (context.accelerates or GENERIC).precisions if p in INTEGERS]
-        if self.precision == "auto":
-            return tuple(there) if self.floats and self.average_bits is None else ("int8",)
-        if self.precision not in there:
+        if not there or self.precision not in ("auto", *there):
             raise UsageError(
                 "MixedPrecision(precision=...) is not to be had in this runtime on this processor",
                 got=self.precision,
-                expected=" or ".join(there),
-                remedy="precision='auto' takes what there is",
+                expected=" or ".join(there) or "a runtime with integers",
+                remedy="precision='auto' takes what there is" if there else "`penjing runtimes` lists them",
             )
-        return (self.precision,)
+        if self.precision != "auto":
+            return (self.precision,)
+        return tuple(there) if self.floats and self.average_bits is None else tuple(there[:1])
 
-    def _rounds(self, candidates: _Candidates, fitting: Context, held: list[Any], context: Context) -> list[_Tried]:
+    def _rounds(
+        self, candidates: _Candidates, limit: float, fitting: Context, held: list[Any], context: Context
+    ) -> list[_Tried]:
         """Choices with one floating-point format, each made and measured, until one keeps the limit."""
-        costs, precision = candidates.costs, candidates.precision
-        limit = budget = self._limit(costs)
+        costs, precision, plain = candidates.costs, candidates.precision, candidates.plain
+        budget = MARGIN * limit if self._timed else limit
         tried: list[_Tried] = []
         for _ in range(ROUNDS):
             chosen = solve(costs, budget, self._objective(), max(self.weight_bits))
@@ -157,13 +162,12 @@ class MixedPrecision:
             snr = noise.signal_to_noise(candidates.draft.network, insert(made.network, made.plan), held)
             power = 10 ** (-snr / 10) + sum(costs.noise[n][FLOAT] for n, bits in chosen.items() if bits == FLOAT)
             snr = noise.decibels(power)
-            missed, costs, budget = self._judged(made, candidates, chosen, snr, costs, budget, context)
+            missed, costs, budget = self._judged(made, candidates, chosen, snr, costs, limit, budget, context)
             context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed, precision=precision)
             tried.append(_Tried(missed, costs.time(chosen) if self.snr_db is not None else power, precision, chosen))
             if missed <= 1:
                 break
         if tried and tried[-1].missed > 1 and self._timed:
-            plain = dict.fromkeys(costs.noise, max(self.weight_bits))
             tried.append(_Tried(costs.time(plain) / limit, math.inf, precision, plain))
         return tried
 
@@ -171,13 +175,16 @@ class MixedPrecision:
     def _timed(self) -> bool:
         return self.latency_ms is not None or self.latency_ratio is not None
 
-    def _limit(self, costs: Costs) -> float:
-        """In the unit that is limited: milliseconds, noise power over signal power, or mean bits."""
+    def _limit(self, integer_ms: float) -> float:
+        """In the unit that is limited: milliseconds, noise power over signal power, or mean bits.
+
+        `integer_ms` is what the network all in integers takes, with the rest in the format that is faster.
+        """
         if self.snr_db is not None:
             return 10 ** (-self.snr_db / 10)
         if self.latency_ratio is not None:
-            return MARGIN * self.latency_ratio * costs.time(dict.fromkeys(costs.noise, max(self.weight_bits)))
-        return MARGIN * self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
+            return self.latency_ratio * integer_ms
+        return self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
 
     def _nearest(self, costs: Costs) -> dict[str, int] | None:
         """What comes nearest to a limit that nothing keeps as reckoned: it may keep it as measured."""
@@ -191,38 +198,46 @@ class MixedPrecision:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
 
     def _judged(
-        self, made: Draft, candidates: _Candidates, chosen: Mapping[str, int], snr: float, costs: Costs, budget: float,
-        context: Context,
+        self, made: Draft, candidates: _Candidates, chosen: Mapping[str, int], snr: float, costs: Costs, limit: float,
+        budget: float, context: Context,
     ) -> tuple[float, Costs, float]:  # fmt: skip
         """How many times the limit was measured, and what the next round reckons with.
 
-        The network all in integers is measured beside `made`.
+        The network all in integers is measured beside `made`. A latency has to be kept with a margin, but for that
+        network itself, which nothing is faster than but by other formats.
         """
         if self.average_bits is not None:
             return 1.0, costs, budget
         if self.snr_db is not None:
             missed = 10 ** ((self.snr_db - snr) / 10)
             return missed, costs, budget * min(1 / missed, 0.95)
+        reckoned = costs.time(candidates.plain)
+        if chosen == candidates.plain:
+            return reckoned / limit, costs, budget * 0.95
         assert context.latency is not None
-        limit = self._limit(costs)
-        plain = candidates.drafts[max(candidates.drafts)]
-        integer, latency = context.latency([plain, made], candidates.precision)
-        if reckoned := costs.time(dict.fromkeys(chosen, max(self.weight_bits))):
+        widest = candidates.drafts[max(candidates.drafts)]
+        integer, latency = context.latency([widest, made], candidates.precision)
+        if reckoned:
             latency *= reckoned / integer  # a machine is not always as fast as when the times were taken
         costs = costs.corrected(chosen, latency)
+        aim = MARGIN * limit
         if costs.time(chosen) <= budget:  # conversions don't explain it: ask for less
-            budget *= min(limit / latency, 0.95)
-        return latency / limit, costs, budget
+            budget *= min(aim / latency, 0.95)
+        return latency / aim, costs, budget
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What the choices of one floating-point format are made from: the source, drafts by bits, and their costs."""
+    """What the choices of one floating-point format are made from.
+
+    The source, drafts by bits, their costs, the format, and the choice of the most bits for all.
+    """
 
     draft: Draft
     drafts: Mapping[int, Draft]
     costs: Costs
     precision: str
+    plain: Mapping[str, int]
 
 
 @dataclass(frozen=True)

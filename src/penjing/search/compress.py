@@ -301,13 +301,17 @@ def _candidates(
     structure: Any,
     metric: Callable[[Any], float] | None,
 ) -> list[Candidate]:
-    """All candidates that could be built; one that can't is a warning, and an error only when none is left."""
+    """All candidates that could be built; one that can't is a warning, and an error only when none is left.
+
+    One whose plan was chosen for another precision is none.
+    """
     found: list[Candidate] = []
     failure: PenjingError | None = None
     for position, variant in enumerate(variants):
         run.events("progress", label="candidates", done=position, total=len(variants), name=variant.name)
         try:
-            found.append(pipeline.candidate(run, recipe, variant, structure, metric))
+            made = pipeline.candidate(run, recipe, variant, structure, metric)
+            found += [made] if made else []
         except PenjingError as error:
             if isinstance(error, OutputError | UsageError | TaskError):
                 raise
