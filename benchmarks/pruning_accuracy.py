@@ -42,8 +42,7 @@ BATCH = 32
 ROUND_TO = {"resnet20": 4, "vgg16": 8}
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 RATE = {"resnet20": 0.05, "vgg16": 0.02}
-PENJING = ("taylor global fitted", "taylor layer fitted", "taylor sensitivity fitted", "l2 layer fitted",
-           "jacobian layer fitted", "bn_scale global fitted")  # fmt: skip
+PENJING = ("taylor global fitted", "taylor layer fitted", "taylor sensitivity fitted", "l2 layer fitted")
 TORCH_PRUNING = ("taylor global", "taylor local", "hessian global", "bn_scale global", "l2 global", "l2 local",
                  "lamp global")  # fmt: skip
 
