@@ -161,7 +161,7 @@ def test_values_are_let_go_when_nobody_reads_them_any_more(example):
         nonlocal largest
         largest = max(largest, len(twins.source))
 
-    twins = lockstep._Twins(draft.network, draft.plan, inputs, watch)
+    twins = lockstep._Twins(draft.network, draft.plan, inputs, watch, draft.network)
     with torch.no_grad():
         twins.run()
     read_by_output = next(n for n in draft.network.graph.nodes if n.op == "output").all_input_nodes

@@ -70,7 +70,7 @@ def test_a_latency_is_aimed_at_from_the_start():
 
     step = Channels(latency_ms=0.5, criterion="l2", round_to=8, least=0)
     made = Iterative(step=step, finetune=BRIEF, rounds=2)(wide(), Context(task=TASK, latency=latency))
-    assert 0.4 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
+    assert 0.35 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
 
 
 def test_the_same_seed_gives_the_same_bits():
