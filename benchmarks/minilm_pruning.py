@@ -8,9 +8,9 @@ Every side may choose: each of its settings is pruned and trained on `--select-t
 accuracy on held-out training texts is trained on `--texts` texts with every seed. The test texts are read once per
 seed.
 
-Penjing: `prune.Channels(macs=0.5)` with several criteria and scopes. Torch-Pruning: `BasePruner` with `num_heads`,
-`prune_num_heads` and the residual layers ignored, as its own example for BERT does; the target's part of the heads,
-and the ratio of the neurons by bisection, with several of its importances, global and local.
+Penjing: `prune.Channels(macs=0.5, reconstruct=False)` with several criteria and scopes. Torch-Pruning: `BasePruner`
+with `num_heads`, `prune_num_heads` and the residual layers ignored, as its own example for BERT does; the target's part
+of the heads, and the ratio of the neurons by bisection, with several of its importances, global and local.
 
 Speed: ONNX and OpenVINO files of whole and pruned networks, batch 1 and 16, 128 tokens, timed in turns.
 
@@ -180,7 +180,7 @@ def penjing(settings, module, task, target, seed):
 
     criterion, scope = settings.split()
     raised = raise_network(module, *task.call(), task.dynamic)
-    step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO, batches=10)
+    step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO, batches=10, reconstruct=False)
     return step(Draft(raised), Context(task=task, source=raised, seed=seed)).network
 
 
