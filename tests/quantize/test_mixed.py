@@ -13,7 +13,7 @@ from penjing.errors import RecipeError, UsageError
 from penjing.network import raise_network
 from penjing.plan import GENERIC, Plan
 from penjing.quantize import MixedPrecision, Static
-from penjing.quantize.mixed import FLOAT, Costs, solve
+from penjing.quantize.choice import FLOAT, Costs, solve
 from penjing.step import Context, Step
 from penjing.task import Task
 

@@ -1,0 +1,113 @@
+"""Which operator takes which format: what the formats cost, and the best choice under a limit, exactly.
+
+An integer linear program with a cost on every edge whose ends differ in format, solved by HiGHS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+FLOAT = 0  # "bits" of an operator in floating point
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the solver chooses from.
+
+    Attributes:
+        noise: Site → bits → noise power over signal power that it alone brings.
+        ms: Site → bits → time.
+        edges: (producer, consumer) → time of a conversion where one is an integer operator and the other is not.
+        weights: Site → number of weights.
+        rest_ms: Time of everything that is not chosen.
+    """
+
+    noise: Mapping[str, Mapping[int, float]]
+    ms: Mapping[str, Mapping[int, float]]
+    edges: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+    rest_ms: float = 0.0
+
+    def crossings(self, chosen: Mapping[str, int]) -> list[tuple[str, str]]:
+        """The edges that convert."""
+        return [(a, b) for a, b in self.edges if (chosen[a] == FLOAT) != (chosen[b] == FLOAT)]
+
+    def time(self, chosen: Mapping[str, int]) -> float:
+        """Milliseconds of a choice."""
+        own = sum(self.ms.get(name, {}).get(bits, 0.0) for name, bits in chosen.items())
+        return self.rest_ms + own + sum(self.edges[e] for e in self.crossings(chosen))
+
+    def corrected(self, chosen: Mapping[str, int], measured: float) -> Costs:
+        """The same with conversions as much dearer as this choice, as measured, took longer."""
+        crossing = sum(self.edges[e] for e in self.crossings(chosen))
+        extra = measured - self.time(chosen)
+        if extra <= 0 or not crossing:
+            return self
+        return replace(self, edges={e: ms * (1 + extra / crossing) for e, ms in self.edges.items()})
+
+
+def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str, int] | None:
+    """The best choice, exactly.
+
+    Args:
+        costs: Noise and time of every choice.
+        budget: Milliseconds for "noise", mean bits for "bits", noise power over signal power for "latency".
+        objective: "noise": least noise in a latency; "bits": least noise in a mean of bits; "latency": the fastest.
+        widest: Bits that an operator without weights counts with, and that ties go to.
+
+    Returns:
+        Site → bits, 0 for floating point; None where nothing fits.
+    """
+    names = list(costs.noise)
+    columns = [(name, bits) for name in names for bits in costs.noise[name]]
+    at = {column: i for i, column in enumerate(columns)}
+    edges = [e for e in costs.edges if e[0] in costs.noise and e[1] in costs.noise and costs.edges[e] > 0]
+    size = len(columns) + len(edges)
+    power = np.array([costs.noise[n][b] for n, b in columns] + [0.0] * len(edges))
+    time = np.array([costs.ms.get(n, {}).get(b, 0.0) for n, b in columns] + [costs.edges[e] for e in edges])
+    count = sum(costs.weights.get(n, 0) for n in names) or 1
+    bits = np.array([costs.weights.get(n, 0) * (b or 32) / count for n, b in columns] + [0.0] * len(edges))
+    rows: list[int] = []
+    cols: list[int] = []
+    values: list[float] = []
+    lows: list[float] = []
+    highs: list[float] = []
+
+    def constrain(entries: list[tuple[int, float]], low: float, high: float) -> None:
+        for column, value in entries:
+            rows.append(len(lows))
+            cols.append(column)
+            values.append(value)
+        lows.append(low)
+        highs.append(high)
+
+    for name in names:
+        constrain([(at[name, b], 1.0) for b in costs.noise[name]], 1, 1)
+    for i, (a, b) in enumerate(edges):  # y ≥ |float(a) − float(b)|
+        one, two = at.get((a, FLOAT)), at.get((b, FLOAT))
+        for sign in (1.0, -1.0):
+            entries = [(len(columns) + i, 1.0)]
+            entries += [(one, -sign)] if one is not None else []
+            entries += [(two, sign)] if two is not None else []
+            constrain(entries, 0, np.inf)
+    limited = {"noise": time, "bits": bits, "latency": power}[objective]
+    room = budget - (costs.rest_ms if objective == "noise" else 0.0)
+    if room < math.inf:
+        scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances
+        constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
+    aim = time if objective == "latency" else power
+    aim = aim / max(aim.max(), 1e-30)
+    matrix = csr_matrix((values, (rows, cols)), shape=(len(lows), size))
+    found = milp(aim, constraints=LinearConstraint(matrix, lows, highs), integrality=np.ones(size), bounds=Bounds(0, 1))
+    if found.x is None:
+        return None
+    return {name: b for (name, b), x in zip(columns, found.x, strict=False) if x > 0.5}
+
+
+__all__ = ["FLOAT", "Costs", "solve"]
