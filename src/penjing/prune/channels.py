@@ -18,21 +18,19 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from penjing.analyze.cost import cost, resized_macs
-from penjing.analyze.coupling import Coupling, Group, couple
+from penjing.analyze.cost import resized_macs
+from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
 from penjing.draft import Draft
 from penjing.errors import CalibrationError, PruningError, RecipeError
 from penjing.prune import criteria, sensitivity
+from penjing.prune.ranking import Ranking, Removed, criterion_for
 from penjing.prune.reconstruction import reconstructed, samples
 from penjing.step import Context
 from penjing.surgery import resize
 from penjing.task import Call
 
-Removed = dict[str, list[int]]  # group → its units
-
 UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
-SHARES = 1000  # with scope "layer", shares of every group are tried in steps of a thousandth
 AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
 
 
@@ -185,100 +183,6 @@ class Channels:
         return removed
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """Units in the order in which they go.
-
-    Attributes:
-        coupling: The groups.
-        order: (group, unit), the least important first.
-        most: Group → how many of its units may go.
-        multiple: Group → units are kept in multiples of this.
-        scope: As in `Channels`.
-        steps: How many choices `removed` has, from nothing to everything that may go.
-    """
-
-    coupling: Coupling
-    order: Sequence[tuple[str, int]]
-    most: Mapping[str, int]
-    multiple: Mapping[str, int]
-    scope: str
-    steps: int
-
-    @classmethod
-    def of(cls, step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
-        """Score all units."""
-        groups = {n: g for n, g in coupling.groups.items() if g.units > 1 and (step.approximate or not g.statistics)}
-        if not groups:
-            raise PruningError(
-                "the network has no channels that can be removed",
-                got="; ".join(f"{k}: {v}" for k, v in list(coupling.held.items())[:3]) or "no layer with channels",
-                remedy="approximate=True takes those that norms look at, too"
-                if coupling.groups
-                else "`penjing inspect` shows the reason for every layer",
-            )
-        criterion = criterion_for(step, context)
-        scores = criteria.score(criterion, network, coupling, context, step.batches, seed=context.seed)
-        scores = {name: scores[name] for name in groups}
-        if step.scope == "sensitivity":
-            scores = _by_sensitivity(step, network, coupling, context, scores)
-        elif criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
-            prices = _prices(step.unit, network, coupling, context)
-            scores = {name: value / prices[name] for name, value in scores.items()}
-        else:
-            scores = criteria.relative(scores)
-        accelerates = context.accelerates
-        round_to = step.round_to or (accelerates.channel_multiple if accelerates else 8)
-        multiple = {name: _multiple(group, round_to) for name, group in groups.items()}
-        most = {n: g.units - max(1, multiple[n], math.ceil(step.least * g.units)) for n, g in groups.items()}
-        order = sorted(
-            ((name, unit) for name, value in scores.items() for unit in range(len(value))),
-            key=lambda u: (scores[u[0]][u[1]], u),
-        )
-        steps = SHARES if step.scope == "layer" else len(order)
-        return cls(coupling, order, most, multiple, step.scope, steps)
-
-    def removed(self, step: int) -> Removed:
-        """What goes at a step of the ranking."""
-        ranked: dict[str, list[int]] = {name: [] for name in self.most}
-        for name, unit in self.order:
-            ranked[name].append(unit)
-        counts = dict.fromkeys(self.most, 0)
-        if self.scope != "layer":
-            for name, _ in self.order[:step]:
-                counts[name] += 1
-        else:
-            counts = {name: -(-len(units) * step // self.steps) for name, units in ranked.items()}
-        found: Removed = {}
-        for name, count in counts.items():
-            kept, multiple = len(ranked[name]) - count, self.multiple[name]
-            kept = max(round(kept / multiple) * multiple, len(ranked[name]) - self.most[name])
-            if kept < len(ranked[name]):
-                found[name] = sorted(ranked[name][: len(ranked[name]) - kept])
-        return self._with_one_of_each(found)
-
-    def _with_one_of_each(self, removed: Removed) -> Removed:
-        """The same, but a layer that would lose all of its channels keeps the one that matters most."""
-        place = {unit: i for i, unit in enumerate(self.order)}
-        while emptied := self.coupling.emptied(removed):
-            name, unit = max(emptied[0], key=lambda u: place.get(u, -1))
-            removed[name] = [u for u in removed[name] if u != unit]
-        return {name: units for name, units in removed.items() if units}
-
-    def refills(self, removed: Removed) -> list[tuple[str, list[int]]]:
-        """For every group what goes when the most important multiple of its removed units stays, best first.
-
-        What was rounded down to a multiple, or went with the last step, leaves room below a target.
-        """
-        place = {unit: i for i, unit in enumerate(self.order)}
-        found: list[tuple[int, str, list[int]]] = []
-        for name, units in removed.items():
-            ranked = sorted(units, key=lambda u, name=name: place[name, u])  # type: ignore[misc]
-            fewer = ranked[: max(0, len(ranked) - self.multiple[name])]
-            found.append((-place[name, ranked[-1]], name, sorted(fewer)))
-        return [(name, fewer) for _, name, fewer in sorted(found)]
-
-
 def scanned(
     network: fx.GraphModule, coupling: Coupling, context: Context, kept: Path | None = None
 ) -> sensitivity.Scan:
@@ -295,60 +199,6 @@ def scanned(
     scores = criteria.score(criterion_for(step, context), network, coupling, context, step.batches, seed=context.seed)
     ranked = {name: np.argsort(scores[name], kind="stable").tolist() for name in groups}
     return sensitivity.scan(network, coupling, ranked, context, step.batches, kept)
-
-
-def _by_sensitivity(
-    step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
-) -> criteria.Scores:
-    """For every unit the noise that it adds where its group goes in the order of `scores`, for what it saves."""
-    ranked = {name: np.argsort(value, kind="stable") for name, value in scores.items()}
-    kept = context.folder / sensitivity.FILE if context.folder else None
-    order = {name: units.tolist() for name, units in ranked.items()}
-    found = sensitivity.scan(network, coupling, order, context, step.batches, kept)
-    prices = _prices(step.unit, network, coupling, context)
-    marginal: criteria.Scores = {}
-    for name, units in ranked.items():
-        places = np.empty(len(units))
-        # Of units that add the same the ranked order decides: by less than any figure that was measured.
-        places[units] = found[name].marginal() * (1 + 1e-9 * np.arange(len(units)))
-        marginal[name] = places / prices[name]
-    return marginal
-
-
-def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Context) -> dict[str, float]:
-    """What one unit of a group costs: multiply-accumulates, which stand for a latency too, or numbers that it holds."""
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    rows = cost(network, context.task.call()) if unit in ("macs", "latency_ms") else ()
-    macs = {row.name: row.macs for row in rows}
-    prices: dict[str, float] = {}
-    for name, group in coupling.groups.items():
-        price = 0.0
-        for member in group.members:
-            tensor = tensors[member.tensor]
-            layer, _, role = member.tensor.rpartition(".")
-            part = len(member.positions) / group.units / tensor.shape[member.axis]
-            price += part * (macs.get(layer, 0) if macs and role == "weight" else 0 if macs else tensor.numel())
-        prices[name] = 1.0 if unit == "channels" else max(price, 1.0)
-    return prices
-
-
-def criterion_for(step: Channels, context: Context) -> str:
-    """The criterion that "auto" stands for."""
-    if step.criterion != "auto":
-        return step.criterion
-    task = context.task
-    if task.train is not None and task.loss is not None:
-        return "taylor"
-    return "jacobian" if task.calibration is not None else "l2"
-
-
-def _multiple(group: Group, round_to: int) -> int:
-    """Units that together are a multiple of `round_to` channels; less where a group is small."""
-    each = len(group.members[0].positions) // group.units
-    multiple = round_to // math.gcd(each, round_to)
-    while multiple > 1 and group.units < 4 * multiple:
-        multiple //= 2
-    return max(1, multiple)
 
 
 def remove(draft: Draft, coupling: Coupling, removed: Mapping[str, Sequence[int]]) -> Draft:
