@@ -1,7 +1,9 @@
 """Every way to imitate a teacher, on two pairs of networks: what a student gains over labels alone.
 
 Fashion-MNIST. `resnet`: ResNet-56 teaches ResNet-20. `mobilenet`: MobileNetV2 teaches MobileNetV2 of `--width`. The
-student begins with random weights; all see the same batches in the same order, with the same optimizer, learning rate
+student begins with random weights, or, where a way is called *copied*, with the teacher's: ResNet-20 with the first,
+fourth and seventh block of every stage (`distill.FewerLayers`), MobileNetV2 with the channels that `prune.Channels`
+leaves at the MACs of the narrow one. All see the same batches in the same order, with the same optimizer, learning rate
 and epochs: `labels` learns from labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add what
 their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
 student from labels lacks to the teacher. The test pictures are read once per run.
@@ -63,7 +65,34 @@ def ways(pair):
         "CRD": distill.CRD(features=inside[-1:]),
         "Logits and AttentionTransfer": (logits, distill.AttentionTransfer(features=inside, weight=5.0)),
         "Logits and CRD": (logits, distill.CRD(features=inside[-1:])),
+        "copied, labels": (),
+        "copied, Logits": logits,
+        "copied, Logits and AttentionTransfer": (logits, distill.AttentionTransfer(features=inside, weight=5.0)),
     }
+
+
+def student(pair, name, arguments, task, source, seed):
+    """The network that a way begins with, in fp32."""
+    from pruning_accuracy import macs
+
+    from penjing import distill, prune
+    from penjing.draft import Draft
+    from penjing.network import raise_network
+    from penjing.step import Context
+    from penjing.training import seed_everything
+
+    seed_everything(seed)
+    teacher, narrow = networks(pair, arguments.width)
+    if not name.startswith("copied"):
+        return raise_network(narrow, *task.call(), task.dynamic)
+    if pair == "resnet":
+        steps = [distill.FewerLayers(of=f"stages.{i}", keep=3) for i in range(3)]
+    else:
+        steps = [prune.Channels(macs=macs(narrow, task) / macs(teacher, task))]
+    draft = Draft(source)
+    for step in steps:
+        draft = step(draft, Context(task=task, source=source, seed=seed))
+    return draft.network
 
 
 def taught(pair, arguments, task):
@@ -97,7 +126,6 @@ def measured(pair, arguments, task, data, save):
     from penjing.network import raise_network
     from penjing.outputs import numpy_predictor
     from penjing.step import Context
-    from penjing.training import seed_everything
 
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)
@@ -118,13 +146,12 @@ def measured(pair, arguments, task, data, save):
         )
         if key not in data["runs"]:
             start = time.perf_counter()
-            seed_everything(seed)
-            student = raise_network(networks(pair, arguments.width)[1], *task.call(), task.dynamic)
+            begun = student(pair, name, arguments, task, source, seed)
             settings = Finetune(epochs=arguments.epochs, learning_rate=RATE[pair], distill=every[name])
             context = Context(task=task, source=source, seed=seed, events=shown(key))
-            predict = numpy_predictor(train(student, context, settings).eval())
+            predict = numpy_predictor(train(begun, context, settings).eval())
             data["runs"][key] = {
-                "held_out": task.select(predict), "accuracy": task.evaluate(predict),
+                "held_out": task.select(predict), "accuracy": task.evaluate(predict), "macs": macs(begun, task),
                 "seconds": time.perf_counter() - start,
             }  # fmt: skip
             save()

@@ -426,6 +426,49 @@ def joint() -> str:
     return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {told}; ")
 
 
+def students() -> str:
+    """What students learn in every way from a teacher."""
+    data = _read("students")
+    titles = {"resnet": "ResNet-56 teaches ResNet-20", "mobilenet": "MobileNetV2 teaches a narrow MobileNetV2"}
+    parts = []
+    for pair, found in data["pairs"].items():
+        teacher = found["teacher"]
+        lines = [
+            f"| {titles[pair]} | accuracy, mean (all seeds) | gap closed | seconds |",
+            "|---|---|---|---|",
+            f"| the teacher, {teacher['macs'] / teacher['student_macs']:.1f} times the MACs "
+            f"| {teacher['accuracy']:.2%} | | |",
+        ]
+        rows = sorted(found["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
+        for name, row in rows:
+            told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
+            lines.append(f"| {name} | {row['mean']:.2%}{told} | {row['gap_closed']:+.2f} | {row['seconds']:.0f} |")
+        epochs = next(iter(found["accuracy"].values()))["epochs"]
+        parts.append(_under(lines, found["measured on"], f"Fashion-MNIST, {epochs:g} epochs; "))
+    return "\n\n".join(parts)
+
+
+def minilm_layers() -> str:
+    """Three of MiniLM's six layers."""
+    data = _read("minilm_layers")
+    lines = [
+        "| | accuracy, mean (all seeds) | gap closed |",
+        "|---|---|---|",
+        f"| the teacher, six layers | {data['teacher']['accuracy']:.2%} | |",
+    ]
+    for name, row in data["accuracy"].items():
+        told = f" ({row['lowest']:.2%} to {row['highest']:.2%})"
+        lines.append(f"| {name} | {row['mean']:.2%}{told} | {row['gap_closed']:+.2f} |")
+    first = next(iter(data["accuracy"].values()))
+    lines += ["", f"20 Newsgroups, {first['texts']} texts of training, {first['seeds']} seeds.", ""]
+    if speed := data.get("speed"):
+        lines += ["| | latency | spread | faster |", "|---|---|---|---|"]
+        for name, row in speed.items():
+            shown = name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
+            lines.append(f"| {shown} | {row['median_ms']:.2f} ms | {row['spread']:.0%} | {row['speedup']:.2f}× |")
+    return _under(lines, data, "Spread: interquartile range / median. ")
+
+
 def training_cost() -> str:
     """What a training step costs beside a bare loop."""
     data = _read("training_cost")
@@ -484,6 +527,8 @@ TABLES = {
     "joint": joint,
     "pairs": pairs,
     "training_cost": training_cost,
+    "students": students,
+    "minilm_layers": minilm_layers,
 }
 
 

@@ -9,7 +9,7 @@ Learning", RLC 2024.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,3 +98,25 @@ class Clip:
         if self.norm == "max":
             return float(bounds.max())
         return float((counts * bounds ** ORDERS[self.norm]).sum() ** (1 / ORDERS[self.norm]))
+
+
+class Clips:
+    """Every `Clip` of a training, and what each has done since it was last told."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self._lengths: list[tuple[Clip, list[float]]] = [(clip, []) for clip in clips]
+
+    def apply(self, what: str, network: nn.Module) -> None:
+        """Clip a network's "gradients" or "weights", where there is a clip for them."""
+        for clip, lengths in self._lengths:
+            if clip.what == what:
+                lengths.append(clip(network.named_parameters()))
+
+    def tell(self, events: Callable[..., None], step: int) -> None:
+        """One event of every clip: in how many steps of how many something was cut, and the longest length."""
+        for clip, lengths in self._lengths:
+            if lengths:
+                values = {"what": clip.what, "norm": clip.norm, "step": step}
+                over = sum(length > 1 for length in lengths)
+                events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
+                lengths.clear()

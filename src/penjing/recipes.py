@@ -20,7 +20,8 @@ from penjing.finetune import Finetune
 from penjing.recipe import Recipe
 from penjing.step import Step
 
-ROUNDS = 0.3  # of all epochs go to the rounds of pruning
+SHALLOW = 0.2  # of all epochs train what is left of the blocks, where channels go after them
+ROUNDS = 0.3  # go to the rounds of pruning
 QUANTIZED = 0.2  # train behind quantizers
 
 
@@ -46,7 +47,9 @@ def joint(
         latency_ms: Of the latency in the runtime, in its place.
         blocks: Residual blocks that are taken out first. A fraction is of what they leave, and without one all channels
             stay. Where channels are fewer than a processor's vectors hold, a block less saves more time.
-        epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers.
+        epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers. Of
+            the 50, 20 come before the rounds where blocks went: channels of a network that does not work are ranked,
+            and what is left fitted, by what means nothing.
         rounds: In how many the channels go.
         learning_rate: Peak of the trainings; a tenth of it behind quantizers.
         optimizer: "sgd" or "adamw".
@@ -132,6 +135,9 @@ def _composed(
     after = 1 - QUANTIZED
     if target:
         after -= ROUNDS
+        if blocks:
+            after -= SHALLOW
+            steps.append(replace(learn, epochs=SHALLOW * epochs))
         channels = prune.Channels(**target, criterion=criterion)  # type: ignore[arg-type]
         each = replace(learn, epochs=ROUNDS * epochs / max(1, rounds))
         steps.append(prune.Iterative(step=channels, finetune=each, rounds=rounds))

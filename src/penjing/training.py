@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from penjing import training_state
 from penjing.averaging import Average, statistics
 from penjing.call import Call, as_call, to_tensors
-from penjing.clipping import Clip
+from penjing.clipping import Clips
 from penjing.distill.stored import Stored
 from penjing.errors import TaskError, TrainingError
-from penjing.outputs import first_output, to_tensor
+from penjing.objective import Batch, Objective, scalar
+from penjing.outputs import to_tensor
 from penjing.parallel import Group
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
@@ -42,17 +43,6 @@ POINTS = 100  # of a training's curve
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a loss sees: the call that was made, its output, the target, the network and the step's number."""
-
-    call: tuple[tuple[Any, ...], dict[str, Any]]
-    output: Any
-    target: Any
-    network: nn.Module
-    step: int
-
-
-@dataclass(frozen=True)
 class Moment:
     """What a hook sees.
 
@@ -65,14 +55,6 @@ class Moment:
     optimizer: torch.optim.Optimizer
     step: int
     steps: int
-
-
-class Loss(Protocol):
-    """One term of the training loss: a scalar tensor from a `Batch`."""
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """The term of this batch."""
-        ...
 
 
 class Hook(Protocol):
@@ -125,13 +107,7 @@ class Loop:
                 expected="an iterable of (inputs, target)",
                 remedy="give Task(train=loader, loss=...), or leave fine-tuning out of the recipe",
             )
-        if settings.labels and not settings.losses and task.loss is None:
-            raise TaskError(
-                "fine-tuning needs a loss",
-                got="Task.loss is None",
-                expected="loss(output, target) -> scalar tensor",
-                remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
-            )
+        self.objective = Objective(task, settings.losses, settings.labels, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
@@ -166,7 +142,7 @@ class Loop:
         self.loss_sum, self.loss_count = 0.0, 0.0
         self.curve: list[dict[str, Any]] = []
         self.terms: dict[str, torch.Tensor] = {}  # of the last batch; with several workers, of this one's part
-        self.clipped = [_Clipped(clip) for clip in self.settings.clips]
+        self.clips = Clips(self.settings.clips)
         self.length = self._count_batches()
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
             self._check_reproducible()
@@ -188,8 +164,8 @@ class Loop:
             if self.step < self.steps or self.position >= self.length:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._hook("epoch")
-                self._tell_clips()
-        self._tell_clips()
+                self.clips.tell(self.context.events, self.step)
+        self.clips.tell(self.context.events, self.step)
         self.context.events("trained", curve=self.curve)
         if self.average is not None:
             held = (hook.tensors for hook in self.settings.hooks if isinstance(hook, KeepZeros))
@@ -249,9 +225,9 @@ class Loop:
                 raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self._hook("gradients")
-        self._clip("gradients")
+        self.clips.apply("gradients", self.network)
         self.optimizer.step()
-        self._clip("weights")
+        self.clips.apply("weights", self.network)
         self.group.average(statistics(self.network))
         self.step += 1
         self.position += len(batches)
@@ -269,19 +245,6 @@ class Loop:
             point["terms"] = {name: float(term) for name, term in self.terms.items()}
             self.curve.append(point)
             self.context.events("training", steps=self.steps, **point)
-
-    def _clip(self, what: str) -> None:
-        for clipped in self.clipped:
-            if clipped.clip.what == what:
-                clipped.lengths.append(clipped.clip(self.network.named_parameters()))
-
-    def _tell_clips(self) -> None:
-        for clipped in self.clipped:
-            if lengths := clipped.lengths:
-                values = {"what": clipped.clip.what, "norm": clipped.clip.norm, "step": self.step}
-                over = sum(length > 1 for length in lengths)
-                self.context.events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
-                lengths.clear()
 
     def _backward(self, inputs: Any, target: Any, part: float, position: int) -> float:
         """Add the gradients of this worker's part of a batch; the loss, weighted as they are."""
@@ -302,21 +265,13 @@ class Loop:
             output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
             lesson = self.teaching.lesson(output, target, args, kwargs) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
-        losses = (self.settings.losses or (self._task_loss,)) if self.settings.labels else ()
-        terms = [self.settings.labels * _scalar(term(batch)) for term in losses]
-        self.terms = {_called(loss, i): term.detach() for i, (loss, term) in enumerate(zip(losses, terms, strict=True))}
+        terms = self.objective(batch)
         if self.teaching and lesson:
-            taught = {name: _scalar(term) for name, term in self.teaching.terms(lesson).items()}
-            self.terms |= {name: term.detach() for name, term in taught.items()}
-            terms += taught.values()
-        loss = torch.stack(terms).sum() * part
+            terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
+        self.terms = {name: term.detach() for name, term in terms}
+        loss = torch.stack([term for _, term in terms]).sum() * part
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
-
-    def _task_loss(self, batch: Batch) -> torch.Tensor:
-        assert self.context.task.loss is not None
-        loss, part = self.context.task.loss(batch.output, batch.target), self.settings.label_smoothing
-        return loss if not part else (1 - part) * _scalar(loss) + part * _uniform(batch)
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.context.device)
@@ -386,7 +341,7 @@ class Loop:
         probe.settings = replace(self.settings, hooks=())
         probe.optimizer = probe._optimizer()
         probe.average = copy.deepcopy(self.average)
-        probe.clipped = [_Clipped(clip) for clip in self.settings.clips]
+        probe.clips = Clips(self.settings.clips)
         probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
         times, start = [], time.perf_counter()
         for _, group in zip(range(8), probe._groups(), strict=False):
@@ -396,9 +351,7 @@ class Loop:
         return float(np.median(times[1:] or times))
 
     def _save(self) -> None:
-        if self.path is None:
-            return
-        if self.group.rank:
+        if self.path is None or self.group.rank:
             return
         state = {
             "request": self._request(),
@@ -438,14 +391,6 @@ class Loop:
         return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
 
 
-@dataclass
-class _Clipped:
-    """What a `Clip` has done since it was last told: the lengths over what is allowed, one a step."""
-
-    clip: Clip
-    lengths: list[float] = field(default_factory=list)
-
-
 class _Unlabelled:
     """Calibration data as a loader without labels."""
 
@@ -460,34 +405,3 @@ class _Unlabelled:
 def _diverged(what: str, got: object) -> TrainingError:
     remedy = "a lower learning_rate, clip=penjing.Clip(threshold=1.0), or autocast='off'"
     return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
-
-
-def _uniform(batch: Batch) -> torch.Tensor:
-    """Cross-entropy with all classes alike."""
-    output, target = first_output(batch.output), batch.target
-    good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
-    if not good or target.shape != output.shape[:1] + output.shape[2:]:
-        got = " and ".join(f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-                           for x in (output, target))  # fmt: skip
-        raise TaskError(
-            "label smoothing needs classes",
-            got=got,
-            expected="logits (samples, classes, …) and integers (samples, …)",
-            remedy="leave label_smoothing at 0 and smooth in the task's own loss",
-        )
-    return -nn.functional.log_softmax(output, 1).mean()
-
-
-def _scalar(loss: Any) -> torch.Tensor:
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return loss.reshape(())
-    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-    raise TaskError("a loss is no single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
-
-
-def _called(loss: Any, position: int) -> str:
-    """What a term of the user's is called in the events: the task's own loss is "labels"."""
-    if getattr(loss, "__func__", None) is Loop._task_loss:
-        return "labels"
-    name = getattr(loss, "__name__", type(loss).__name__)
-    return name if name != "loss" and not position else f"{name} {position + 1}"

@@ -108,15 +108,20 @@ def test_it_needs_calibration_data(prepared):
         Channels(macs=0.5, criterion="l2", reconstruct=True)(draft, bare)
 
 
+def known(model, samples):
+    """The task with these samples, the raised network, and what is coupled in it."""
+    task = Task(example=torch.zeros(2, *samples.shape[1:]), calibration=[samples])
+    network = raise_network(model, *task.call())
+    return task, network, couple(network, task.call())
+
+
 def test_layers_that_convolve_in_groups_keep_their_weights():
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU()),
         *(nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     ).eval()
-    task = Task(example=torch.zeros(2, 3, 6, 6), calibration=[torch.randn(32, 3, 6, 6)])
-    network = raise_network(model, *task.call())
-    coupling = couple(network, task.call())
+    task, network, coupling = known(model, torch.randn(32, 3, 6, 6))
     removed = {"0": [0], "4": [1]}
     made = reconstructed(network, coupling, removed, calibration_calls(task))
     before, after = network.get_parameter("2.weight"), made.get_parameter("2.weight")
@@ -150,9 +155,7 @@ def test_what_is_fitted_stands_behind_the_pruned_network():
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, stride=2), nn.ReLU()),
         *(nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     ).eval()
-    task = Task(example=torch.zeros(2, 3, 8, 8), calibration=[torch.randn(48, 3, 8, 8)])
-    network = raise_network(model, *task.call())
-    coupling = couple(network, task.call())
+    task, network, coupling = known(model, torch.randn(48, 3, 8, 8))
     removed = {"0": [0, 1, 2], "4": [0, 1]}
     made = reconstructed(network, coupling, removed, calibration_calls(task))
     x = task.calibration[0]

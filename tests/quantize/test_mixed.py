@@ -8,13 +8,15 @@ from torch import nn
 
 import penjing as pj
 from penjing.analyze import noise
+from penjing.analyze.samples import split
 from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
 from penjing.network import raise_network
 from penjing.plan import GENERIC, Plan
-from penjing.quantize import MixedPrecision, Static
+from penjing.quantize import AdaRound, MixedPrecision, Static
 from penjing.quantize.choice import FLOAT, Costs, solve
 from penjing.step import Context, Step
+from penjing.surgery import insert
 from penjing.task import Task
 
 
@@ -76,6 +78,31 @@ def test_time_counts_conversions_and_a_measurement_corrects_them():
     assert costs.corrected(chosen, 3.0) == costs  # what is faster than reckoned needs no correction
 
 
+SITES = ("0", "2", "4", "8")
+
+
+def on_a_machine(context, price, rest=lambda precision: 0.0, conversions=lambda floats: 0.0, **others):
+    """The context on a machine where an operator takes `price(in floating point, precision)` milliseconds.
+
+    `rest` is what all else takes, `conversions` what a network of these formats takes besides.
+    """
+
+    def floats(made):
+        return [name in made.plan.floats or not made.plan for name in SITES]
+
+    def profile(made, precision):
+        own = [((name,), price(f, precision)) for name, f in zip(SITES, floats(made), strict=True)]
+        return [*own, ((), rest(precision))]
+
+    def latency(drafts, precision):
+        return [sum(ms for _, ms in profile(d, precision)) + conversions(floats(d)) for d in drafts]
+
+    return replace(context, profile=profile, latency=latency, **others)
+
+
+BOTH = replace(GENERIC, precisions=("fp32", "bf16", "int8", "int8-bf16"))
+
+
 @pytest.fixture(scope="module")
 def prepared():
     torch.manual_seed(0)
@@ -100,6 +127,24 @@ class TestTheStep:
         assert sum(bits[e] * sizes[e] for e in bits) / sum(sizes.values()) <= 4.5
         assert len(set(bits.values())) > 1
 
+    def test_of_both_ways_to_judge_operators_the_better_network_is_taken(self, prepared):
+        draft, context = prepared
+        events = []
+        context = replace(context, events=lambda name, **values: events.append((name, values)))
+        made = MixedPrecision(average_bits=3, weight_bits=(8, 4, 3, 2))(draft, context)
+        told = [values["snr_db"] for name, values in events if name == "mixed"]
+        chosen = {values["site"]: values["bits"] for name, values in events if name == "bits"}
+        fitting, held = split(context)
+        plans = {bits: Static(weight_bits=bits)(draft, fitting) for bits in (8, 4, 3, 2)}
+        edges = {f"{n}:weight": bits for n, bits in chosen.items() if f"{n}:weight" in plans[8].plan.entries}
+        entries = {edge: plans[bits].plan.entries[edge] for edge, bits in edges.items()}
+        assert entries.keys() < made.plan.entries.keys()
+        assert all(made.plan.entries[e].spec == entry.spec for e, entry in entries.items())
+        plan = replace(plans[8].plan, entries={**plans[8].plan.entries, **entries})
+        again = AdaRound()(replace(plans[8], plan=plan), fitting)
+        snr = noise.signal_to_noise(draft.network, insert(again.network, again.plan), held)
+        assert len(told) == 2 and snr == pytest.approx(max(told))
+
     def test_a_time_needs_a_runtime_that_tells(self, prepared):
         draft, context = prepared
         with pytest.raises(UsageError, match="times its operators"):
@@ -113,20 +158,11 @@ class TestTheStep:
     def test_the_fastest_is_given_where_no_choice_is_as_fast_as_wanted(self, prepared):
         draft, context = prepared
         events = []
-
-        def profile(made, precision):
-            floats = set(made.plan.floats) | (set() if made.plan else {"0", "2", "4", "8"})
-            return [((name,), 2.0 if name in floats else 1.0) for name in ("0", "2", "4", "8")]
-
-        def latency(drafts, precision):
-            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
-
-        context = Context(
-            task=context.task, source=context.source, profile=profile, latency=latency,
-            events=lambda name, **values: events.append((name, values)),
-        )  # fmt: skip
+        context = on_a_machine(
+            context, lambda f, precision: 1.0 + f, events=lambda name, **values: events.append((name, values))
+        )
         made = MixedPrecision(latency_ms=1.0)(draft, context)
-        assert latency([made], "int8") == [4.0] and not made.plan.floats
+        assert context.latency([made], "int8") == [4.0] and not made.plan.floats
         assert [values["met"] for name, values in events if name == "mixed"][-1] is False
 
     def test_operators_in_floating_point_pay_for_bfloat16(self, prepared):
@@ -147,15 +183,8 @@ class TestTheStep:
 
     def test_floats_are_paid_for_with_measured_times(self, prepared):
         draft, context = prepared
-
-        def profile(made, precision):
-            floats = set(made.plan.floats) | (set() if made.plan else {"0", "2", "4", "8"})
-            return [((name,), 2.0 if name in floats else 1.0) for name in ("0", "2", "4", "8")]
-
-        def latency(drafts, precision):
-            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
-
-        context = Context(task=context.task, source=context.source, profile=profile, latency=latency)
+        context = on_a_machine(context, lambda f, precision: 1.0 + f)
+        latency = context.latency
         again = MixedPrecision(latency_ratio=6.2 / latency([Static()(draft, context)], "int8")[0])(draft, context)
         made = MixedPrecision(latency_ms=6.2)(draft, context)
         assert again.plan == made.plan
@@ -164,86 +193,51 @@ class TestTheStep:
 
     def test_conversions_that_cost_more_than_reckoned_are_learnt_from_measurements(self, prepared):
         draft, context = prepared
-        names = ("0", "2", "4", "8")
 
-        def profile(made, precision):
-            floats = set(made.plan.floats) | (set() if made.plan else set(names))
-            return [((name,), 1.5 if name in floats else 1.0) for name in names]
+        def conversions(floats):
+            """Much for every change of format, but where formats alternate, as they do when they are timed."""
+            alternating = floats == [False, True, False, True]
+            return 0.0 if alternating else 2.0 * sum(a != b for a, b in itertools.pairwise(floats))
 
-        def latency(drafts, precision):
-            """Layers, and much for every change of format in a small part of the network only."""
-            found = []
-            for made in drafts:
-                floats = [name in made.plan.floats or not made.plan for name in names]
-                alternating = floats == [False, True, False, True]
-                changes = sum(a != b for a, b in itertools.pairwise(floats))
-                found.append(sum(1.5 if f else 1.0 for f in floats) + (0.0 if alternating else 2.0 * changes))
-            return found
-
-        context = Context(task=context.task, source=context.source, profile=profile, latency=latency)
+        context = on_a_machine(context, lambda f, precision: 1.0 + f / 2, conversions=conversions)
         made = MixedPrecision(latency_ms=5.0)(draft, context)
-        assert latency([made], "int8")[0] <= 5.0
+        assert context.latency([made], "int8")[0] <= 5.0
 
     @pytest.mark.parametrize(("half", "taken"), [(0.5, "int8-bf16"), (9.0, "int8")])
     def test_the_rest_is_in_the_format_that_keeps_the_limit_with_the_least_noise(self, prepared, half, taken):
         """A 2-bit operator takes 1 ms, one in fp32 8, one in bfloat16 `half`; 6.7 ms are allowed."""
         draft, context = prepared
-        names = ("0", "2", "4", "8")
 
-        def profile(made, precision):
-            floats = set(made.plan.floats) | (set() if made.plan else set(names))
-            price = half if precision in ("bf16", "int8-bf16") else 8.0
-            return [((name,), price if name in floats else 1.0) for name in names]
+        def price(f, precision):
+            return (half if precision in ("bf16", "int8-bf16") else 8.0) if f else 1.0
 
-        def latency(drafts, precision):
-            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
-
-        accelerates = replace(GENERIC, precisions=("fp32", "bf16", "int8", "int8-bf16"))
-        context = Context(
-            task=context.task, source=context.source, profile=profile, latency=latency, accelerates=accelerates
-        )
+        context = on_a_machine(context, price, accelerates=BOTH)
         made = MixedPrecision(latency_ms=6.7, weight_bits=(2,))(draft, context)
         assert made.plan.precision == taken and Plan.from_json(made.plan.to_json()) == made.plan
-        assert latency([made], taken)[0] <= 6.7
+        assert context.latency([made], taken)[0] <= 6.7
         with pytest.raises(UsageError, match="int8-bf16"):
             MixedPrecision(latency_ms=6.7, precision="int8-bf16")(draft, replace(context, accelerates=GENERIC))
 
     def test_a_ratio_is_of_the_faster_network_in_integers(self, prepared):
         """The rest takes 4 ms beside fp32 and 12 beside bfloat16, whose integers are no measure then."""
         draft, context = prepared
-        names = ("0", "2", "4", "8")
 
-        def profile(made, precision):
-            half = precision in ("bf16", "int8-bf16")
-            floats = set(made.plan.floats) | (set() if made.plan else set(names))
-            own = [((name,), (0.5 if half else 3.0) if name in floats else 1.0) for name in names]
-            return [*own, ((), 12.0 if half else 4.0)]
+        def price(f, precision):
+            return (0.5 if precision in ("bf16", "int8-bf16") else 3.0) if f else 1.0
 
-        def latency(drafts, precision):
-            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
+        def rest(precision):
+            return 12.0 if precision in ("bf16", "int8-bf16") else 4.0
 
-        accelerates = replace(GENERIC, precisions=("fp32", "bf16", "int8", "int8-bf16"))
-        context = Context(
-            task=context.task, source=context.source, profile=profile, latency=latency, accelerates=accelerates
-        )
+        context = on_a_machine(context, price, rest, accelerates=BOTH)
         made = MixedPrecision(latency_ratio=1.1, weight_bits=(2,))(draft, context)
-        assert made.plan.precision == "int8" and latency([made], "int8")[0] <= 1.1 * 8
+        assert made.plan.precision == "int8" and context.latency([made], "int8")[0] <= 1.1 * 8
 
     def test_all_integers_keep_the_ratio_of_one(self, prepared):
         draft, context = prepared
         events = []
-
-        def profile(made, precision):
-            floats = set(made.plan.floats) | (set() if made.plan else {"0", "2", "4", "8"})
-            return [((name,), 2.0 if name in floats else 1.0) for name in ("0", "2", "4", "8")]
-
-        def latency(drafts, precision):
-            return [sum(ms for _, ms in profile(d, precision)) for d in drafts]
-
-        context = Context(
-            task=context.task, source=context.source, profile=profile, latency=latency,
-            events=lambda name, **values: events.append((name, values)),
-        )  # fmt: skip
+        context = on_a_machine(
+            context, lambda f, precision: 1.0 + f, events=lambda name, **values: events.append((name, values))
+        )
         made = MixedPrecision(latency_ratio=1.0)(draft, context)
         assert not made.plan.floats
         assert [values["met"] for name, values in events if name == "mixed"][-1] is True

@@ -20,6 +20,7 @@ import numpy as np
 from torch import fx
 
 from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reordering, Walk, fixed
+from penjing.analyze.layers import LAYERS
 from penjing.analyze.rearrangements import MOVING
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
 from penjing.draft import Edit
@@ -216,7 +217,7 @@ def _visit(walk: Walk, node: fx.Node) -> None:
         walk.values[node] = tuple(walk.stored(name, d, STORED) if known else None for d in range(rank))
         return
     what = kind(walk.network, node)
-    rule = RULES.get(what) or MOVING.get(what)
+    rule = LAYERS.get(what) or RULES.get(what) or MOVING.get(what)
     if rule is None and node.op == "call_function" and POINTWISE in getattr(node.target, "tags", ()):
         rule = elementwise
     if rule is None or (node.op == "call_function" and what in ("conv", "conv_transpose", "linear", "embedding")):

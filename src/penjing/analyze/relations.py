@@ -1,7 +1,7 @@
-"""How the channels of an operator's inputs, weights and outputs belong together: layers, norms, products, reductions.
+"""How the channels of an operator's inputs and outputs belong together: products, reductions, pointwise operators.
 
-Each rule takes the `Walk` and a node, joins what goes together, and returns the labels of the result. What only moves
-values stands in `penjing.analyze.rearrangements`.
+Each rule takes the `Walk` and a node, joins what goes together, and returns the labels of the result. Layers with
+weights of their own stand in `penjing.analyze.layers`, what only moves values in `penjing.analyze.rearrangements`.
 """
 
 from __future__ import annotations
@@ -48,208 +48,6 @@ def hold_all(walk: Walk, node: fx.Node, axes: list[Axis], why: str) -> None:
     """Hold axes because of an operator."""
     for axis in axes:
         walk.hold(axis, f"{site(node)}: {why}")
-
-
-# --- layers ------------------------------------------------------------------------------------------------------
-
-
-def convolution(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (out, in/groups, …), or (in, out/groups, …) where it is transposed; input (N, in, …)."""
-    name, layer = str(node.target), walk.network.get_submodule(str(node.target))
-    x = walk.of(node.args[0])
-    spatial = len(layer.kernel_size)  # type: ignore[arg-type]
-    channels = len(x) - spatial - 1  # 1, or 0 where there is no batch
-    hold_all(walk, node, [*x[:channels], *x[channels + 1 :]], "a convolution slides along this axis")
-    reads, gives, groups = int(layer.in_channels), int(layer.out_channels), int(layer.groups)  # type: ignore[arg-type]
-    transposed = bool(layer.transposed)
-    inner, outer = (0, 1) if transposed else (1, 0)
-    weight = f"{name}.weight"
-    before = x[channels]
-    if groups == 1:
-        walk.join(walk.stored(weight, inner, "its inputs"), before, f"{name} reads it")
-        out = walk.stored(weight, outer, "its outputs")
-    elif before is None:
-        for axis in (inner, outer):
-            walk.hold(walk.stored(weight, axis, "its channels"), f"{name}: the number of its groups never changes")
-        out = None
-    else:
-        out = _grouped(walk, name, before, (reads, gives, groups), transposed)
-    if layer.bias is not None and out is not None:
-        role = "its channels" if groups == reads == gives else "its outputs"
-        walk.join(walk.stored(f"{name}.bias", 0, role), out, f"{name} adds its bias")
-    return (*fixed(channels), out, *fixed(spatial))
-
-
-def _grouped(walk: Walk, name: str, before: np.ndarray, sizes: tuple[int, int, int], transposed: bool) -> Axis:
-    """Output labels of a convolution whose input channels fall into groups."""
-    reads, gives, groups = sizes
-    each_in, each_out = reads // groups, gives // groups
-    weight, why = f"{name}.weight", f"{name} has groups of channels"
-    rows = before.reshape(groups, each_in)
-    whole = groups > each_in  # whole groups go, where these are more than the channels of one
-    if whole:
-        for k in range(1, each_in):
-            walk.join(rows[:, 0], rows[:, k], why)
-        walk.changes.append(Literal(name, ("groups",), before, each_in))
-        single = each_in == 1 == each_out  # depthwise: it makes no channels, it passes them on
-        first = walk.stored(weight, 0, "its channels" if single else "its inputs" if transposed else "its outputs")
-        if transposed:
-            walk.join(first, before, f"{name} reads it")
-            walk.hold(walk.stored(weight, 1, "its outputs"), f"{name}: whole groups go")
-            return np.repeat(rows[:, 0], each_out)
-        walk.join(first, np.repeat(rows[:, 0], each_out), f"{name} reads it group by group")
-        walk.hold(walk.stored(weight, 1, "its inputs"), f"{name}: whole groups go")
-        return first
-    for g in range(1, groups):
-        walk.join(rows[0], rows[g], why)
-    if transposed:
-        walk.join(walk.stored(weight, 0, "its inputs"), before, f"{name} reads it")
-        each = walk.stored(weight, 1, "its outputs")
-        return None if each is None else np.tile(each, groups)
-    walk.join(walk.stored(weight, 1, "its inputs"), rows[0] if each_in > 1 else None, f"{name} reads it")
-    out = walk.stored(weight, 0, "its outputs")
-    if out is not None:
-        columns = out.reshape(groups, each_out)
-        for g in range(1, groups):
-            walk.join(columns[0], columns[g], why)
-    return out
-
-
-def linear(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (out, in); input (…, in)."""
-    name, layer = str(node.target), walk.network.get_submodule(str(node.target))
-    x = walk.of(node.args[0])
-    walk.join(walk.stored(f"{name}.weight", 1, "its inputs"), x[-1], f"{name} reads it")
-    out = walk.stored(f"{name}.weight", 0, "its outputs")
-    if layer.bias is not None and out is not None:
-        walk.join(walk.stored(f"{name}.bias", 0, "its outputs"), out, f"{name} adds its bias")
-    return (*x[:-1], out)
-
-
-def embedding(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (rows, width); indices (…)."""
-    weight = f"{node.target}.weight"
-    walk.hold(walk.stored(weight, 0, "its rows"), f"{node.target}: its rows are looked up by number")
-    return (*walk.of(node.args[0]), walk.stored(weight, 1, "its outputs"))
-
-
-def batch_norm(walk: Walk, node: fx.Node) -> Labels:
-    """One weight, bias, mean and variance for every channel of (N, channels, …)."""
-    x = walk.of(node.args[0])
-    layer = walk.network.get_submodule(str(node.target))
-    for role in ("weight", "bias", "running_mean", "running_var"):
-        if getattr(layer, role, None) is not None:
-            walk.join(walk.stored(f"{node.target}.{role}", 0, "one of every channel"), x[1], f"{node.target} scales it")
-    return x
-
-
-def layer_norm(walk: Walk, node: fx.Node) -> Labels:
-    """Statistics over the last axes; one weight and bias for every position of them."""
-    x = walk.of(node.args[0])
-    if node.op == "call_module":
-        layer = walk.network.get_submodule(str(node.target))
-        count = len(layer.normalized_shape)  # type: ignore[arg-type]
-        for role in ("weight", "bias"):
-            for axis in range(count if getattr(layer, role) is not None else 0):
-                mine = walk.stored(f"{node.target}.{role}", axis, "one of every channel")
-                walk.join(mine, x[len(x) - count + axis], f"{node.target} scales it")
-    else:
-        given = arguments(node)
-        count = len(given["normalized_shape"])
-        for i, size in enumerate(given["normalized_shape"]):
-            axis_labels = x[len(x) - count + i]
-            if not walk.length(node, ("normalized_shape", i), size, axis_labels):
-                hold_all(walk, node, [axis_labels], "the shape it normalizes is computed")
-        for role in ("weight", "bias"):
-            if given.get(role) is not None:
-                for mine, other in zip(walk.of(given[role]), x[len(x) - count :], strict=True):
-                    walk.join(mine, other, f"{site(node)} scales it")
-    for axis_labels in x[len(x) - count :]:
-        walk.depends(axis_labels, site(node))
-    return x
-
-
-def group_norm(walk: Walk, node: fx.Node) -> Labels:
-    """Statistics over groups of the channels of (N, channels, …)."""
-    x = walk.of(node.args[0])
-    if node.op == "call_module":
-        layer = walk.network.get_submodule(str(node.target))
-        groups, where = int(layer.num_groups), (str(node.target), ("num_groups",))  # type: ignore[arg-type]
-        vectors = [walk.stored(f"{node.target}.{r}", 0, "one of every channel") for r in ("weight", "bias")]
-    else:
-        given = arguments(node)
-        groups, where = int(given["num_groups"]), (site(node), ("num_groups",))
-        vectors = [walk.of(given[r])[0] for r in ("weight", "bias") if given[r] is not None]
-    for mine in vectors:
-        walk.join(mine, x[1], f"{where[0]} scales it")
-    if x[1] is None:
-        return x
-    rows, why = x[1].reshape(groups, -1), f"{where[0]} has groups of channels"
-    if groups > rows.shape[1]:
-        for k in range(1, rows.shape[1]):
-            walk.join(rows[:, 0], rows[:, k], why)
-        walk.changes.append(Literal(*where, x[1], rows.shape[1]))
-    else:
-        for g in range(1, groups):
-            walk.join(rows[0], rows[g], why)
-    return x
-
-
-def channelwise(walk: Walk, node: fx.Node) -> Labels:
-    """A functional operator with vectors of one value for every channel of (N, channels, …)."""
-    given = arguments(node)
-    x = walk.of(given.get("input") or given["self"])
-    for role in ("weight", "bias", "running_mean", "running_var"):
-        vector = given.get(role)
-        if isinstance(vector, fx.Node) and walk.shape(vector) != (1,):
-            walk.join(walk.of(vector)[0], x[1], f"{site(node)} scales it")
-    return x
-
-
-def recurrent(walk: Walk, node: fx.Node) -> Any:
-    """LSTM, GRU and plain recurrent stacks: matrices of (gates·hidden, in) and (gates·hidden, hidden).
-
-    The units of all layers and states come and go together: a state tensor has one axis for them all.
-    """
-    given = arguments(node)
-    if "data" in given or len(given["params"]) != _expected(given):
-        return refuse(walk, node, "a packed or projected recurrent layer")
-    if any(p.op != "get_attr" for p in given["params"]):
-        return refuse(walk, node, "its weights are computed")
-    states = given["hx"] if isinstance(given["hx"], list | tuple) else [given["hx"]]
-    hidden = walk.of(states[0])[-1]
-    both, step = 1 + given["bidirectional"], 4 if given["has_biases"] else 2
-    x: Axis = walk.of(given["input"])[-1]
-    why = f"{site(node)} computes it"
-    width = int(walk.shape(states[0])[-1])
-    units = walk.stored(str(given["params"][1].target), 1, "its state")
-    if units is None:
-        return refuse(walk, node, "a single unit")
-    for state in states:
-        walk.join(walk.of(state)[-1], units, why)
-    if hidden is None:
-        walk.hold(units, f"{site(node)}: its initial state is given")
-    outputs: list[Axis] = []
-    for i in range(0, len(given["params"]), step):
-        names = [str(p.target) for p in given["params"][i : i + step]]
-        direction = (i // step) % both
-        if direction == 0 and outputs:
-            x, outputs = np.concatenate([units, units]) if both == 2 else units, []
-        gates = walk.stored_tensors[names[0]].shape[0] // width
-        walk.join(walk.stored(names[0], 1, "its inputs"), x, f"{site(node)} reads it")
-        walk.join(walk.stored(names[1], 1, "its state"), units, why)
-        for name in (names[0], *names[1:]):
-            walk.join(walk.stored(name, 0, "its gates"), np.tile(units, gates), why)
-        outputs.append(units)
-    last = np.concatenate([units, units]) if both == 2 else units
-    sequence = (*walk.of(given["input"])[:-1], last)
-    state_labels = (*walk.of(states[0])[:-1], units)
-    return [sequence, *([state_labels] * len(states))]
-
-
-def _expected(given: dict[str, Any]) -> int:
-    each = 4 if given["has_biases"] else 2
-    return each * int(given["num_layers"]) * (1 + int(given["bidirectional"]))
 
 
 # --- products ----------------------------------------------------------------------------------------------------
@@ -438,16 +236,6 @@ def spatial(walk: Walk, node: fx.Node) -> Any:
 
 
 RULES: dict[str, Rule] = {
-    "embedding": embedding,
-    "linear": linear,
-    "conv": convolution,
-    "conv_transpose": convolution,
-    "batch_norm": batch_norm,
-    "layer_norm": layer_norm,
-    "rms_norm": layer_norm,
-    "group_norm": group_norm,
-    "instance_norm": channelwise,
-    "prelu": channelwise,
     "matmul": product,
     "addmm": product,
     "baddbmm": product,
@@ -513,10 +301,6 @@ RULES: dict[str, Rule] = {
     "any": position,
     "all": position,
     "prod": position,
-    "lstm": recurrent,
-    "gru": recurrent,
-    "rnn_tanh": recurrent,
-    "rnn_relu": recurrent,
 }
 """Kind of operator (`penjing.graph.kind`) → its rule. Operators that torch calls pointwise need none."""
 

@@ -1,7 +1,9 @@
 """Mixed precision: which operators take how many bits, solved exactly under a budget and measured as a whole.
 
 Noise per operator: what it alone brings to the outputs, its weights rounded as they will be (Dong et al., "HAWQ-V2",
-NeurIPS 2020, rank by curvature; here the noise itself is measured). Time per operator: from the runtime's own profile,
+NeurIPS 2020, rank by curvature; here the noise itself is measured). At very few bits noises do not add up, and what
+rounding to the nearest brings ranks operators as well or better: a mean of bits is kept in both ways, and the better of
+the two networks is taken. Time per operator: from the runtime's own profile,
 once all integer and once all floating point, scaled to the latency of the whole network, and a cost on every edge whose
 two ends differ, for the conversion between them; layer times alone do not add up. The choice is an integer linear
 program, solved by HiGHS, and every choice is measured: what took longer than reckoned makes conversions dearer in the
@@ -108,13 +110,17 @@ class MixedPrecision:
         precisions = self._precisions(context)
         fitting, held = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
-        alone = _alone(drafts, fitting, held)
-        costs = {precision: _costs(self, drafts, alone, precision, held, context) for precision in precisions}
-        plain = dict.fromkeys(alone, max(self.weight_bits))
-        limit = self._limit(min(c.time(plain) for c in costs.values()))
+        ways = [_alone(drafts, fitting, held, repaired=r) for r in ((True, False) if self.average_bits else (True,))]
+        plain = dict.fromkeys(ways[0], max(self.weight_bits))
+        reckoned = [
+            (precision, _costs(self, drafts, alone, precision, held, context))
+            for precision in precisions
+            for alone in ways
+        ]
+        limit = self._limit(min(costs.time(plain) for _, costs in reckoned))
         tried: list[_Tried] = []
-        for precision in precisions:
-            candidates = _Candidates(draft, drafts, costs[precision], precision, plain)
+        for precision, costs in reckoned:
+            candidates = _Candidates(draft, drafts, costs, precision, plain)
             tried += self._rounds(candidates, limit, fitting, held, context)
         if not tried:
             raise RecipeError(
@@ -247,8 +253,13 @@ class _Tried:
     chosen: Mapping[str, int]
 
 
-def _alone(drafts: Mapping[int, Draft], fitting: Context, held: list[Any]) -> dict[str, dict[int, float]]:
-    """Site → bits → noise of its integers alone, for every operator that there is a choice for."""
+def _alone(
+    drafts: Mapping[int, Draft], fitting: Context, held: list[Any], *, repaired: bool
+) -> dict[str, dict[int, float]]:
+    """Site → bits → noise of its integers alone, for every operator that there is a choice for.
+
+    Weights are those that AdaRound gives, or, where not `repaired`, rounded to the nearest.
+    """
     few = _few(held)
     widest = drafts[max(drafts)]
     accelerates = fitting.accelerates or GENERIC
@@ -257,8 +268,8 @@ def _alone(drafts: Mapping[int, Draft], fitting: Context, held: list[Any]) -> di
     names = [n for n in names if not carries(widest.network, nodes[n], accelerates)]
     alone: dict[str, dict[int, float]] = {n: {} for n in names}
     for bits, draft in drafts.items():
-        repaired = AdaRound()(draft, fitting).network
-        for name, found in noise.isolated(draft.network, draft.plan, few, repaired=repaired).items():
+        rounded = AdaRound()(draft, fitting).network if repaired else None
+        for name, found in noise.isolated(draft.network, draft.plan, few, repaired=rounded).items():
             if name in alone and (f"{name}:weight" in draft.plan.entries or bits == max(drafts)):
                 alone[name][bits] = found.total
     return alone

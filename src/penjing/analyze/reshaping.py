@@ -1,0 +1,200 @@
+"""How labels move where axes are merged and split: reshapes, and chains of moves that shuffle channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing.analyze.atoms import Axis, Labels, Literal, Reordering, Walk, fixed
+from penjing.analyze.relations import hold_all
+from penjing.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
+
+_PARTS = ("select", "getitem", "unbind", "split", "chunk", "split_with_sizes", "slice", "cat", "expand")
+MOVES = ("reshape", "transpose", "movedim", "swapaxes", "numpy_T", "identity")
+_ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", "mean")
+
+
+def reshape(walk: Walk, node: fx.Node) -> Labels:
+    """Axes are merged and split in blocks of equal size; a split axis goes by whole rows or by columns."""
+    if shuffle(walk, node):
+        return fixed(len(walk.shape(node)))
+    source = tensor_inputs(node)[0]
+    before, after = walk.shape(source), walk.shape(node)
+    x = list(walk.of(source))
+    out: list[Axis] = [None] * len(after)
+    for ins, outs in blocks(before, after):
+        labels = _merged(walk, node, [x[i] for i in ins], [before[i] for i in ins])
+        if labels is not None:
+            sizes = [after[i] for i in outs]
+            for i, axis in zip(outs, _split(walk, node, labels, sizes), strict=True):
+                out[i] = axis
+    _sizes(walk, node, out)
+    return tuple(out)
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes with equal products; axes of length 1 are left out.
+
+    >>> blocks((2, 12, 49), (2, 3, 4, 49))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    found: list[tuple[list[int], list[int]]] = []
+    while left and right:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        while (a := math.prod(before[i] for i in ins)) != (b := math.prod(after[i] for i in outs)):
+            if a < b:
+                ins.append(left.pop(0))
+            else:
+                outs.append(right.pop(0))
+        found.append((ins, outs))
+    return found
+
+
+def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Axis:
+    """One axis from several: a position goes with the one axis of them that changes."""
+    changing = [i for i, axis in enumerate(axes) if axis is not None]
+    if not changing:
+        return None
+    # What repeats a value can keep its length; of two axes with weights the last one may change.
+    keep = max(changing, key=lambda i: (not walk.is_free(axes[i]), i))  # type: ignore[arg-type]
+    others = [axes[i] for i in changing if i != keep]
+    hold_all(walk, node, others, "it merges two axes that both could change")
+    shape = [1] * len(sizes)
+    shape[keep] = sizes[keep]
+    labels = axes[keep]
+    assert labels is not None
+    return np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
+
+
+def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int]) -> list[Axis]:
+    """Several axes from one: one of them changes, and what lies along the others goes together."""
+    if len(sizes) == 1:
+        return [labels]
+    table = labels.reshape(sizes)
+    constant = [d for d in range(len(sizes)) if _varies_along(table, d)]
+    if len(constant) == 1:
+        pick = constant[0]
+    else:
+        longest = max(range(len(sizes)), key=sizes.__getitem__)
+        pick = _heads(sizes) if _reaches_product(walk, node) else longest
+    rows = np.moveaxis(table, pick, 0).reshape(sizes[pick], -1)
+    for k in range(1, rows.shape[1]):
+        walk.join(rows[:, 0], rows[:, k], f"{site(node)} splits the axis into {' × '.join(map(str, sizes))}")
+    if (rows == -1).any():
+        walk.hold(rows.reshape(-1), f"{site(node)}: some of it never changes")
+    result: list[Axis] = [None] * len(sizes)
+    result[pick] = rows[:, 0]
+    return result
+
+
+def _varies_along(table: np.ndarray, axis: int) -> bool:
+    """Whether the table varies along `axis` alone."""
+    first = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
+    return bool((first == first[:, :1]).all())
+
+
+def _heads(sizes: list[int]) -> int:
+    """Of heads × width, three × heads × width or heads × three × width the heads; three are query, key and value."""
+    return 0 if len(sizes) == 3 and sizes[1] == 3 != sizes[0] else len(sizes) - 2
+
+
+def _reaches_product(walk: Walk, node: fx.Node) -> bool:
+    """Whether the value goes, moved or scaled, into a product of two activations: then a part of it are heads."""
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            if user in seen or not is_tensor(user):
+                continue
+            seen.add(user)
+            what = kind(walk.network, user)
+            if what in ("attention", "matmul", "einsum", "baddbmm"):
+                return True
+            pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+            if pointwise or what in _ON_THE_WAY:
+                queue.append(user)
+    return False
+
+
+def _sizes(walk: Walk, node: fx.Node, out: list[Axis]) -> None:
+    """Note the sizes that stand in the call; what is left over once the others are known can take the place of one.
+
+    A size that the forward computes (batch × channels) need not be understood: where the call has no −1 yet, −1 gives
+    the same, whatever is removed.
+    """
+    name, given = operator_name(node), arguments(node)
+    word = next((w for w in ("shape", "size", "sizes") if w in given), None)
+    if word is None or name not in ("view", "reshape", "unflatten", "_unsafe_view"):
+        return
+    offset = int(given["dim"]) % len(walk.shape(tensor_inputs(node)[0])) if name == "unflatten" else 0
+    open_size = -1 in given[word]
+    for i, size in enumerate(given[word]):
+        axis = out[offset + i]
+        if axis is None or walk.length(node, (word, i), size, axis):
+            continue
+        if open_size:
+            hold_all(walk, node, [axis], "the size is computed, and another one is open")
+        else:
+            walk.changes.append(Literal(site(node), (word, i), axis, value=-1))
+            open_size = True
+
+
+# --- channel shuffles ----------------------------------------------------------------------------------------------
+
+
+def shuffle(walk: Walk, node: fx.Node) -> bool:
+    """Note a chain of moves from here on that as a whole permutes one axis; its last operator gets the labels."""
+    source = tensor_inputs(node)[0]
+    start, x = walk.shape(source), walk.of(source)
+    chain = [node]
+    while len(chain[-1].users) == 1:
+        follower = next(iter(chain[-1].users))
+        moves = is_tensor(follower) and kind(walk.network, follower) in MOVES
+        if not moves or tensor_inputs(follower) != [chain[-1]]:
+            break
+        chain.append(follower)
+        if walk.shape(follower) == start and len(chain) > 2:
+            break
+    if len(chain) < 3 or walk.shape(chain[-1]) != start:
+        return False
+    axes = [d for d in range(len(start)) if x[d] is not None]
+    if len(axes) != 1:
+        return False
+    order = _order(walk, chain, start, axes[0])
+    if order is None or np.array_equal(order, np.arange(len(order))):
+        return False
+    labels = x[axes[0]]
+    assert labels is not None
+    walk.changes.append(Reordering(site(chain[0]), site(chain[-1]), axes[0], order, labels))
+    for inner in chain[1:-1]:
+        walk.values[inner] = fixed(len(walk.shape(inner)))
+    shuffled = list(x)
+    shuffled[axes[0]] = labels[order]
+    walk.values[chain[-1]] = tuple(shuffled)
+    return True
+
+
+def _order(walk: Walk, chain: list[fx.Node], start: tuple[int, ...], axis: int) -> np.ndarray | None:
+    """The permutation that the chain makes of `axis`, found by moving numbered positions; None where it is none."""
+    positions = torch.arange(math.prod(start)).reshape(start)
+    value = positions
+    for node in chain:
+        value = _moved(node, value, walk.shape(node))
+    shape = [1] * len(start)
+    shape[axis] = start[axis]
+    stride = math.prod(start[axis + 1 :])
+    order = value[tuple(slice(None) if d == axis else 0 for d in range(len(start)))] // stride
+    expected = torch.index_select(positions, axis, order)
+    return order.numpy() if torch.equal(value, expected) else None
+
+
+def _moved(node: fx.Node, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if operator_name(node) in ("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T"):
+        moved: torch.Tensor = node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        return moved
+    return x.reshape(shape)
