@@ -3,7 +3,7 @@
 Fashion-MNIST. Both sides start from the same trained network and train for the same epochs in all.
 
 `joint`: `penjing.recipes.joint`, written out for OpenVINO. `chain`: Torch-Pruning with the settings that were best for
-it in `pruning_accuracy.py`, fine-tuning with labels in the same loop at the same learning rate, then NNCF's
+it in `pruning_accuracy.py`, plain fine-tuning with labels in the same loop at the same learning rate, then NNCF's
 `quantize` with its default preset on the same calibration pictures, in OpenVINO.
 
 Accuracy is that of the INT8 file in its runtime, on the test pictures, by every seed. Latency: the files of the first

@@ -18,6 +18,7 @@ def test_what_it_is_made_of():
     assert (static.weight_bits, static.activation_bits) == (4, 8)
     assert after.learning_rate == 0.1 and qat.learning_rate == pytest.approx(0.01)
     assert isinstance(qat, quantize.QAT)
+    assert gone.finetune.clip == after.clip == qat.clip == pj.Clip()
     recipe.check()
     assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe
 

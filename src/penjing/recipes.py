@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from penjing import prune, quantize
+from penjing.clipping import Clip
 from penjing.distill import Outputs
 from penjing.finetune import Finetune
 from penjing.recipe import Recipe
@@ -23,6 +24,7 @@ from penjing.step import Step
 SHALLOW = 0.2  # of all epochs train what is left of the blocks, where channels go after them
 ROUNDS = 0.3  # go to the rounds of pruning
 QUANTIZED = 0.2  # train behind quantizers
+_LEARN = Finetune(clip=Clip())  # what was just pruned and fitted is thrown far off by the first long gradients
 
 
 def joint(
@@ -60,7 +62,7 @@ def joint(
     Raises:
         RecipeError: A setting makes no sense.
     """
-    learn = Finetune(learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
+    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
     trained = quantize.QAT(
         epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
     )
@@ -100,7 +102,7 @@ def label_free(
     Raises:
         RecipeError: A setting makes no sense.
     """
-    learn = Finetune(learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
+    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
     trained = quantize.QAT(
         epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
     )
