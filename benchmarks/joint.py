@@ -34,7 +34,6 @@ RATE = 0.05
 JOINT = {
     "joint 3 blocks less": {"blocks": 3},
     "joint 3 blocks less, macs 0.6": {"blocks": 3, "macs": 0.6},
-    "joint 7 blocks less": {"blocks": 7},
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
