@@ -9,10 +9,10 @@ their name says to the labels, feature losses together with `Logits` and alone. 
 student from labels lacks to the teacher. The test pictures are read once per run.
 
 Every way is run with the first seed; `labels`, `Logits` and the best of the others (by held-out training pictures) with
-all seeds.
+all seeds. With `--long` epochs `labels` and that best are trained once more, to where labels alone bring the student.
 
     python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 8] [--seeds 0 1 2]
-        [--width 0.35] [--ways labels Logits ...]
+        [--width 0.35] [--ways labels Logits ...] [--long 12]
 
 Teachers are trained first and kept in the cache folder. Every finished run is written at once; a second call goes on
 where the first stopped.
@@ -140,14 +140,12 @@ def measured(pair, arguments, task, data, save):
     print(f"{pair}: teacher {found['teacher']['accuracy']:.4f}", flush=True)
     every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
 
-    def ran(name, seed):
-        key = (
-            f"{pair} {arguments.width:g} {name} epochs {arguments.epochs:g} of {arguments.teacher_epochs:g} seed {seed}"
-        )
+    def ran(name, seed, epochs=arguments.epochs):
+        key = f"{pair} {arguments.width:g} {name} epochs {epochs:g} of {arguments.teacher_epochs:g} seed {seed}"
         if key not in data["runs"]:
             start = time.perf_counter()
             begun = student(pair, name, arguments, task, source, seed)
-            settings = Finetune(epochs=arguments.epochs, learning_rate=RATE[pair], distill=every[name])
+            settings = Finetune(epochs=epochs, learning_rate=RATE[pair], distill=every[name])
             context = Context(task=task, source=source, seed=seed, events=shown(key))
             predict = numpy_predictor(train(begun, context, settings).eval())
             data["runs"][key] = {
@@ -179,6 +177,9 @@ def measured(pair, arguments, task, data, save):
             row["gap_closed"] = (row["mean"] - plain) / (top - plain)
             print(f"  {name:<30}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f}, "
                   f"{row['seeds']} seeds)  gap closed {row['gap_closed']:+.2f}")  # fmt: skip
+    if arguments.long:
+        longer = {name: ran(name, arguments.seeds[0], arguments.long)["accuracy"] for name in ("labels", best)}
+        found["long"] = {"epochs": arguments.long, "accuracy": longer}
     save()
 
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--teacher-epochs", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--long", type=float)
     parser.add_argument("--width", type=float, default=0.35)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/students.json")
     arguments = parser.parse_args()
