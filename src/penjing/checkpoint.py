@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from penjing.draft import Draft, Edit
 from penjing.errors import CheckpointError, OutputError
+from penjing.files import umask, write_text
 from penjing.network import raise_network
 from penjing.plan import Plan
-from penjing.records import umask, write_text
 from penjing.surgery import replay
 from penjing.task import Task
 

@@ -181,12 +181,12 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
 
 
 def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Console) -> int:
-    from penjing import records
+    from penjing import files
     from penjing.report import sensitivity
 
     out.print(sensitivity.text(found.sensitivity), markup=False, highlight=False, soft_wrap=True)
     if parsed.picture:
-        records.write_text(Path(parsed.picture), sensitivity.picture(found.sensitivity))
+        files.write_text(Path(parsed.picture), sensitivity.picture(found.sensitivity))
         out.print(parsed.picture, markup=False, highlight=False)
     return MET
 
@@ -194,7 +194,7 @@ def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Console) -> i
 def _show_group(found: Any, parsed: argparse.Namespace, out: Console) -> int:
     import difflib
 
-    from penjing import records
+    from penjing import files
     from penjing.report import strips
 
     row = next((group for group in found.groups if group.name == parsed.group), None)
@@ -209,7 +209,7 @@ def _show_group(found: Any, parsed: argparse.Namespace, out: Console) -> int:
         )
     out.print(strips.text(row), markup=False, highlight=False)
     if parsed.picture:
-        records.write_text(Path(parsed.picture), strips.picture(row))
+        files.write_text(Path(parsed.picture), strips.picture(row))
         out.print(parsed.picture, markup=False, highlight=False)
     return MET
 

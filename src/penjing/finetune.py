@@ -19,12 +19,13 @@ from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
+from penjing.hooks import Hook
 from penjing.objective import Loss
 from penjing.parallel import Group, spread
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.teaching import Distillation
-from penjing.training import SCHEDULES, Hook, Loop
+from penjing.training import SCHEDULES, Loop
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penjing.errors import OutputError
-from penjing.records import write_text
+from penjing.files import write_text
 
 STATE, CANDIDATES, SOURCE, ARTIFACT = "state", "candidates", "source", "artifact"
 RECORD, EVENTS, EVIDENCE = "record.json", "events.jsonl", "evidence.npz"

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from penjing.errors import OutputError, RecordError
+from penjing.errors import RecordError
 
 FORMAT = 1
 T = TypeVar("T")
@@ -377,38 +375,3 @@ def read(path: Path | str) -> Record:
             remedy="pip install --upgrade penjing",
         )
     return from_dict(Record, data)
-
-
-def umask() -> int:
-    """The permissions that a new file does not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file whole or not at all: beside its place first, then renamed over it.
-
-    Raises:
-        OutputError: The disk is full or the folder is not writable; what stood there before is untouched.
-    """
-    path = Path(path)
-    name = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~umask())  # mkstemp makes files that nobody else may read
-        os.replace(name, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path.name} can't be written",
-            got=f"{type(error).__name__}: {error.strerror or error} ({path.parent})",
-            expected="a folder with write permission and free space",
-            remedy="free some space, or choose another folder with --out",
-        ) from error
-    finally:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)

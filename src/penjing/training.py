@@ -9,8 +9,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from penjing.call import Call, as_call, to_tensors
 from penjing.clipping import Clips
 from penjing.distill.stored import Stored
 from penjing.errors import TaskError, TrainingError
+from penjing.hooks import Moment
 from penjing.objective import Batch, Objective, scalar
 from penjing.outputs import to_tensor
 from penjing.parallel import Group
@@ -40,32 +41,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
 }
 POINTS = 100  # of a training's curve
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What a hook sees.
-
-    `name` is "start" (once in every process: after a resume `step` is above 0), "gradients" (after backward),
-    "step" (after the update), "epoch" (after a whole pass), "end".
-    """
-
-    name: str
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int
-    steps: int
-
-
-class Hook(Protocol):
-    """Called at every `Moment`; may change weights or gradients in place.
-
-    What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
-    """
-
-    def __call__(self, moment: Moment) -> None:
-        """Act on this moment."""
-        ...
 
 
 def bf16_pays(device: str) -> bool:

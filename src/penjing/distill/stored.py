@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.errors import OutputError, TaskError
+from penjing.files import write_text
 from penjing.outputs import first_output
-from penjing.records import write_text
 from penjing.teaching import digest
 
 VERSION = 1

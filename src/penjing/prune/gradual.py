@@ -18,11 +18,11 @@ import torch
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
+from penjing.hooks import Moment
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.step import Context
-from penjing.training import Moment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,13 @@ from penjing.analyze.coupling import couple
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune, train
+from penjing.hooks import Hook, Moment
 from penjing.prune.channels import Channels
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.step import Context
 from penjing.surgery import KeepZeros, resize
 from penjing.surgery.resize import RESIZING
-from penjing.training import Hook, Moment
 
 _EARLY = "_early"  # the part of a network that holds its early state while it trains
 

@@ -31,9 +31,9 @@ from penjing.analyze.coupling import Coupling, Group, couple
 from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
 from penjing.finetune import Finetune
+from penjing.hooks import Moment
 from penjing.prune.weights import prunable
 from penjing.step import Context
-from penjing.training import Moment
 
 PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
 

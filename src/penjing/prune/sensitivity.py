@@ -23,9 +23,9 @@ import torch
 from torch import fx
 
 from penjing.analyze.coupling import Coupling
+from penjing.files import write_text
 from penjing.graph import in_eval_mode
 from penjing.outputs import flatten_outputs
-from penjing.records import write_text
 from penjing.step import Context
 from penjing.surgery import resize
 from penjing.task import Call, calibration_calls

@@ -21,11 +21,11 @@ from penjing.distill import Outputs
 from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
 from penjing.finetune import Finetune, train
+from penjing.hooks import Hook, Moment
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.step import Context
 from penjing.surgery import KeepZeros
 from penjing.task import Call
-from penjing.training import Hook, Moment
 
 METHODS = ("lsq", "pact", "ste")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from penjing import records
+from penjing import files, records
 from penjing.report import arithmetic, comparison, curves, figures, scatter, skyline, verdict
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
@@ -46,7 +46,7 @@ def write(record: records.Record, path: Path | str) -> None:
     Raises:
         OutputError: The folder is missing, not writable or full.
     """
-    records.write_text(path, render(record))
+    files.write_text(path, render(record))
 
 
 def render(record: records.Record) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import ArtifactError, RecordError, TaskError
-from penjing.records import from_dict, write_text
+from penjing.files import write_text
+from penjing.records import from_dict
 
 MANIFEST = "manifest.json"
 

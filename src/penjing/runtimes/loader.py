@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from penjing.records import write_text
+from penjing.files import write_text
 from penjing.runtimes import _FILES
 from penjing.runtimes.artifact import Manifest
 

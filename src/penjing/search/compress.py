@@ -20,13 +20,14 @@ from penjing.building import INTEGER
 from penjing.draft import Draft
 from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events, Listener
+from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
 from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
 from penjing.quantize import AdaRound, Static
 from penjing.recipe import Recipe
-from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, Zeros, from_dict, to_json, write_text
+from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, Zeros, from_dict, to_json
 from penjing.report import html
 from penjing.report import verdict as verdicts
 from penjing.runtimes.artifact import predictor, read_manifest

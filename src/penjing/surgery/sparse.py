@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from penjing.draft import Edit
-
-if TYPE_CHECKING:
-    from penjing.training import Moment
+from penjing.hooks import Moment
 
 
 def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:

@@ -1,0 +1,35 @@
+"""What is called while a training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a hook sees.
+
+    `name` is "start" (once in every process: after a resume `step` is above 0), "gradients" (after backward),
+    "step" (after the update), "epoch" (after a whole pass), "end".
+    """
+
+    name: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    steps: int
+
+
+class Hook(Protocol):
+    """Called at every `Moment`; may change weights or gradients in place.
+
+    What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
+    """
+
+    def __call__(self, moment: Moment) -> None:
+        """Act on this moment."""
+        ...
