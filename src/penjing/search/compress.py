@@ -27,14 +27,14 @@ from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
 from penjing.quantize import AdaRound, Static
 from penjing.recipe import Recipe
-from penjing.records import Candidate, GoalResult, Measured, Record, StepCost, Zeros, from_dict, to_json
+from penjing.records import Candidate, Record, StepCost, Zeros, from_dict, to_json
 from penjing.report import html
 from penjing.report import verdict as verdicts
-from penjing.runtimes.artifact import predictor, read_manifest
+from penjing.runtimes.artifact import read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
+from penjing.search import judging, trainings, zeros
 from penjing.search import request as requests
-from penjing.search import trainings, zeros
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
@@ -152,9 +152,9 @@ def compress(
     found = _candidates(run, steps, variants, structure, getattr(task, looked_at))
     timings = pipeline.latencies(run, found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
-    found = [_judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
+    found = [judging.judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
-    artifact, verdict = _verdict(run, goal, verdict, found, metrics, looked_at)
+    artifact, verdict = judging.final(run, goal, verdict, found, metrics, looked_at)
     gained = _zeros(run, steps, next((c for c in found if c.name == verdict.chosen), None), structure)
     record = Record(
         penjing=penjing.__version__,
@@ -326,49 +326,6 @@ def _candidates(
         assert failure is not None
         raise failure
     return found
-
-
-def _judged(candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task) -> Candidate:
-    """The candidate with its latency, its drop, and whether it meets the goal."""
-    drop, relative = _drops(candidate.measured.metric, reference, task.higher_is_better)
-    candidate = replace(
-        candidate, measured=pipeline.timed(candidate.measured, timing), drop=drop, relative_drop=relative
-    )
-    met, reason = goals.check(goal, candidate)
-    return replace(candidate, met=met, reason=reason)
-
-
-def _drops(value: float | None, reference: float | None, higher_is_better: bool) -> tuple[float | None, float | None]:
-    """Change for the worse: in the metric's own unit, and relative to the source."""
-    if value is None or reference is None:
-        return None, None
-    drop = reference - value if higher_is_better else value - reference
-    return drop, drop / abs(reference) if reference else None
-
-
-def _verdict(
-    run: Run, goal: Goal, verdict: GoalResult, found: list[Candidate], metrics: dict[str, float | None], looked_at: str
-) -> tuple[Measured | None, GoalResult]:
-    """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict."""
-    chosen = next((c for c in found if c.name == verdict.chosen), None)
-    if chosen is None:
-        return None, verdict
-    if looked_at == "evaluate" or run.task.evaluate is None:
-        return chosen.measured, verdict
-    kept = run.folder.kept("verdict")
-    if kept is None:
-        with run.costing(f"verdict on {chosen.name}"):
-            folder = run.folder.path / chosen.folder
-            session = runtimes.open_artifact(folder, run.threads)
-            kept = pipeline.metric_of(run.task.evaluate, predictor(session, read_manifest(folder)), chosen.name)
-        run.folder.keep("verdict", kept)
-    measured = replace(chosen.measured, metric=kept)
-    drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
-    met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
-    if not met:
-        how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
-        reason = f"{chosen.name} {how}: {reason}"
-    return measured, replace(verdict, met=met, reason=reason)
 
 
 def _zeros(run: Run, recipe: Recipe, chosen: Candidate | None, structure: Any) -> Zeros | None:
