@@ -10,7 +10,10 @@ Accuracy is that of the INT8 file in its runtime, on the test pictures, by every
 seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 32, in turns. Every chain
 is held against the fastest joint file whose median accuracy is at least the chain's.
 
-    python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed]
+`limit`: how many residual blocks have to go before one picture takes a third of fp32's time, and what is left of the
+accuracy then, trained for `--limit-epochs` with the first seed.
+
+    python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed limit]
 
 Every finished run is written at once, its file is kept in the cache folder; a second call goes on where the first
 stopped.
@@ -37,6 +40,7 @@ JOINT = {
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
+LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (3, 5, 6, 7)}
 CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
 
@@ -135,27 +139,15 @@ def speeds(arguments, data, save):
     import torch
 
     from examples.data import cache
-    from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
-    from penjing import building
-    from penjing.draft import Draft
     from penjing.measure import Target, compare
-    from penjing.network import raise_network
     from penjing.outputs import to_numpy
 
     task = fashion()
     pictures = to_numpy(torch.cat(list(task.calibration)))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
     data["speed"] = {}
     with tempfile.TemporaryDirectory() as aside:
-        folders = {}
-        raised = raise_network(resnet20(), *task.call(), task.dynamic)
-        for runtime in ("openvino", "onnxruntime", "torch"):
-            folders[f"fp32 {runtime}"] = Path(aside) / f"fp32 {runtime}"
-            folders[f"fp32 {runtime}"].mkdir()
-            building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folders[f"fp32 {runtime}"])
+        folders = whole(Path(aside), task)
         for name in data["accuracy"]:
             folders[name] = cache() / "joint" / f"{name} epochs {arguments.epochs:g} seed {arguments.seeds[0]}"
         for batch in (1, 32):
@@ -170,6 +162,58 @@ def speeds(arguments, data, save):
                 )
     data["wins"] = wins(data)
     save()
+
+
+def limit(arguments, data, save):
+    """Ever shorter networks: accuracy and time of one picture, beside the whole network's in every runtime."""
+    import tempfile
+
+    import torch
+
+    from examples.data import cache
+    from examples.fashion_mnist.network import resnet20
+    from examples.fashion_mnist.task import task as fashion
+    from penjing.measure import Target, compare
+    from penjing.outputs import to_numpy
+
+    task, seed = fashion(), arguments.seeds[0]
+    data.setdefault("limit", {"accuracy": {}})["epochs"] = arguments.limit_epochs
+    folders = {}
+    for name, settings in LIMIT.items():
+        folders[name] = folder = cache() / "joint" / f"{name} epochs {arguments.limit_epochs:g} seed {seed}"
+        if not (folder / "manifest.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            joint(settings, resnet20(), task, seed, arguments.limit_epochs, folder)
+        session = opened(folder)
+        data["limit"]["accuracy"][name] = task.evaluate(lambda x, session=session: session.run([x])[0])
+        print(f"{folder.name:<50}{data['limit']['accuracy'][name]:>8.4f}", flush=True)
+        save()
+    with tempfile.TemporaryDirectory() as aside:
+        folders |= whole(Path(aside), task)
+        picture = to_numpy(torch.cat(list(task.calibration)))[:1]
+        targets = [Target(name, folder, [picture], 1) for name, folder in folders.items()]
+        timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="joint:opened")
+    data["limit"]["speed"] = {name: vars(timings[name].latency) for name in folders}
+    data["limit"]["measured on"] = {"machine": data["machine"], "versions": data["versions"]}
+    for name, row in data["limit"]["speed"].items():
+        print(f"{name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}")
+    save()
+
+
+def whole(aside, task):
+    """The whole network in fp32, a folder for every runtime."""
+    from examples.fashion_mnist.network import resnet20
+    from penjing import building
+    from penjing.draft import Draft
+    from penjing.network import raise_network
+
+    folders = {}
+    raised = raise_network(resnet20(), *task.call(), task.dynamic)
+    for runtime in ("openvino", "onnxruntime", "torch"):
+        folders[f"fp32 {runtime}"] = folder = aside / f"fp32 {runtime}"
+        folder.mkdir()
+        building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folder)
+    return folders
 
 
 def wins(data):
@@ -193,7 +237,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", default=["joint", "chain"], choices=["joint", "chain"])
-    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed"], choices=["accuracy", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["accuracy", "speed", "limit"],
+                        choices=["accuracy", "speed", "limit"])  # fmt: skip
+    parser.add_argument("--limit-epochs", type=float, default=6.0)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "joint.json")
     arguments = parser.parse_args()
@@ -202,6 +248,9 @@ def main() -> None:
     from penjing import measure
 
     torch.set_num_threads(THREADS)
+    os.environ["PYTHONPATH"] = os.pathsep.join(  # for the processes that time
+        [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
     data |= {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
     data["versions"] |= {name: importlib.metadata.version(name) for name in ("torch-pruning", "nncf")}
@@ -211,7 +260,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
 
     for part in arguments.parts:
-        {"accuracy": accuracies, "speed": speeds}[part](arguments, data, save)
+        {"accuracy": accuracies, "speed": speeds, "limit": limit}[part](arguments, data, save)
     print(f"\nsource {data['source']['accuracy']:.4f}")
     for name, row in data.get("accuracy", {}).items():
         print(f"{name:<40}{row['accuracy']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f})")

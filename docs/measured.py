@@ -426,6 +426,21 @@ def joint() -> str:
     return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {told}; ")
 
 
+def joint_limit() -> str:
+    """How short a network has to be before one picture takes a third of the time."""
+    data = _read("joint")["limit"]
+    whole = {name: row for name, row in data["speed"].items() if name.startswith("fp32")}
+    fastest = min(row["median"] for row in whole.values())
+    lines = ["| | accuracy | batch 1 | spread | times the fastest fp32 |", "|---|---|---|---|---|"]
+    for name, row in (whole | data["speed"]).items():
+        accuracy = data["accuracy"].get(name)
+        lines.append(
+            f"| {name} | {'' if accuracy is None else f'{accuracy:.2%}'} | {_ms(row)} | {row['spread']:.0%} "
+            f"| {fastest / row['median']:.1f} |"
+        )
+    return _under(lines, data["measured on"], f"{data['epochs']:g} epochs, one seed; ")
+
+
 def students() -> str:
     """What students learn in every way from a teacher."""
     data = _read("students")
@@ -444,6 +459,9 @@ def students() -> str:
             told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
             lines.append(f"| {name} | {row['mean']:.2%}{told} | {row['gap_closed']:+.2f} | {row['seconds']:.0f} |")
         epochs = next(iter(found["accuracy"].values()))["epochs"]
+        if longer := found.get("long"):
+            told = ", ".join(f"{name} {value:.2%}" for name, value in longer["accuracy"].items())
+            lines += ["", f"After {longer['epochs']:g} epochs, one seed: {told}."]
         parts.append(_under(lines, found["measured on"], f"Fashion-MNIST, {epochs:g} epochs; "))
     return "\n\n".join(parts)
 
@@ -525,6 +543,7 @@ TABLES = {
     "minilm_pruning": minilm_pruning,
     "sparse_runtimes": sparse_runtimes,
     "joint": joint,
+    "joint_limit": joint_limit,
     "pairs": pairs,
     "training_cost": training_cost,
     "students": students,
