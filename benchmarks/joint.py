@@ -40,7 +40,7 @@ JOINT = {
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
-LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (3, 5, 6, 7)}
+LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (5, 6, 7)}
 CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
 
