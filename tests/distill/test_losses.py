@@ -256,7 +256,7 @@ def test_contrastive(seed, temperature):
     anchors, same, others = (
         F.normalize(torch.randn(n, 3, generator=generator, dtype=torch.float64), dim=1) for n in (4, 4, 6)
     )
-    scale = torch.tensor(1.7, dtype=torch.float64)
+    log_scale = torch.tensor(math.log(1.7), dtype=torch.float64)
     rows = []
     for i in range(4):
         ratio = math.exp(float((anchors[i] * same[i]).sum()) / temperature) / 1.7
@@ -265,20 +265,34 @@ def test_contrastive(seed, temperature):
             ratio = math.exp(float((anchors[i] * other).sum()) / temperature) / 1.7
             row -= math.log(6 / (ratio + 6))
         rows.append(row)
-    assert float(contrastive(anchors, same, others, temperature, scale)) == pytest.approx(sum(rows) / 4, rel=1e-6)
+    assert float(contrastive(anchors, same, others, temperature, log_scale)) == pytest.approx(sum(rows) / 4, rel=1e-6)
 
 
 def test_samples_that_were_seen_are_what_others_are_told_from():
     x, y = torch.randn(4, 5), torch.randn(4, 7)
     lesson = Lesson(x, y, None, {}, {})
     term = distill.CRD(dimensions=3, negatives=6).term(lesson)
-    before = term.pairs[0].seen_by_teacher.clone()
+    (pair,) = term.pairs
+    mine, theirs = (F.normalize(embed(z), dim=1).detach() for embed, z in zip(pair.embed, (x, y), strict=True))
+    first = torch.exp(mine @ theirs.t() / 0.07).mean().log()
     term(lesson)
-    embedded = F.normalize(term.pairs[0].embed[1](y), dim=1)
-    assert torch.equal(term.pairs[0].seen_by_teacher, torch.cat([before, embedded])[-6:])
-    with torch.no_grad():
-        mine = F.normalize(term.pairs[0].embed[0](x), dim=1)
-    assert float(term.pairs[0].scales[0]) == pytest.approx(float(torch.exp(mine @ before.t() / 0.07).mean()), rel=1e-5)
+    assert torch.equal(pair.seen_by_teacher[-4:], theirs) and not pair.seen_by_teacher[:2].any()
+    assert pair.log_scales[0] == pytest.approx(float(first), rel=1e-5)
+    found = float(term(lesson).detach())  # told from the four that were seen, and not from places that are still empty
+    wanted = contrastive(mine, theirs, theirs, 0.07, first) + contrastive(theirs, mine, mine, 0.07, first)
+    assert found == pytest.approx(float(wanted), rel=1e-4)
+    assert torch.equal(pair.seen_by_teacher, torch.cat([theirs, theirs])[-6:])
+
+
+def test_samples_that_all_look_alike_do_not_outweigh_the_labels():
+    """As in a network that was not trained: with a scale of the first batch the loss was in the thousands."""
+    generator = torch.Generator().manual_seed(0)
+    lessons = [
+        Lesson(*(1 + 0.05 * torch.randn(32, 8, generator=generator) for _ in range(2)), None, {}, {}) for _ in range(40)
+    ]
+    term = distill.CRD(negatives=1024).term(lessons[0])
+    told = [float(term(lesson).detach()) for lesson in lessons]
+    assert max(told) < 2 * (math.log(1024) + 2)
 
 
 @given(seed=SEEDS)

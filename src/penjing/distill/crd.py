@@ -5,6 +5,7 @@ Tian, Krishnan & Isola, "Contrastive Representation Distillation", ICLR 2020, eq
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,11 @@ from penjing.distill.settings import check, paired
 from penjing.errors import RecipeError
 from penjing.teaching import Lesson, Term
 
+FOLLOW = 0.1  # how fast the scale follows the samples, a batch
+
 
 def contrastive(
-    anchors: torch.Tensor, same: torch.Tensor, others: torch.Tensor, temperature: float, scale: torch.Tensor
+    anchors: torch.Tensor, same: torch.Tensor, others: torch.Tensor, temperature: float, log_scale: torch.Tensor
 ) -> torch.Tensor:
     """Noise-contrastive loss: is this pair of one sample, or of two?
 
@@ -28,13 +31,13 @@ def contrastive(
         same: (samples, dimensions), of the same samples in the other network, of length 1.
         others: (K, dimensions), of other samples in the other network, of length 1.
         temperature: What products are divided by, above 0.
-        scale: The mean of exp(product / temperature), which makes r a ratio of probabilities.
+        log_scale: Logarithm of the scale, the mean of exp(anchor·other / temperature), with which r is a ratio of
+            probabilities.
 
     Returns:
         A scalar, in nats: the mean over all samples.
     """
     count = len(others)
-    log_scale = scale.log()
     one = (anchors * same).sum(1) / temperature - log_scale  # log r
     two = anchors @ others.t() / temperature - log_scale
     log_count = torch.log(torch.tensor(float(count), device=one.device))
@@ -49,7 +52,9 @@ class CRD:
     """Both networks' samples told apart by each other (`contrastive`), the sum over all pairs of features.
 
     Linear layers embed both sides; they are trained beside the student and thrown away. The others are the last samples
-    that were seen, of earlier batches: the paper draws them from all.
+    that were seen, of earlier batches: the paper draws them from all. The scale follows them: features of an untrained
+    network all point one way, and with the scale of the first batch, which the authors keep, thousands of others that
+    look alike would outweigh every label.
 
     Raises:
         RecipeError: A setting makes no sense.
@@ -101,26 +106,37 @@ class _Pair(nn.Module):
         self.temperature = settings.temperature
         self.embed = nn.ModuleList(nn.Linear(_vectors(x).shape[1], settings.dimensions) for x in (student, teacher))
         for name in ("seen_by_student", "seen_by_teacher"):
-            seen = F.normalize(torch.randn(settings.negatives, settings.dimensions), dim=1)
-            self.register_buffer(name, seen)
-        self.register_buffer("scales", torch.zeros(2))
+            self.register_buffer(name, torch.zeros(settings.negatives, settings.dimensions))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("log_scales", torch.zeros(2))
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         mine, theirs = (
             F.normalize(embed(_vectors(x)), dim=1) for embed, x in zip(self.embed, (student, teacher), strict=True)
         )
-        seen = self.get_buffer("seen_by_student"), self.get_buffer("seen_by_teacher")
-        scales = self.get_buffer("scales")
-        if not scales.any():  # by the first batch, as in the authors' program
-            with torch.no_grad():
-                for i, (anchors, others) in enumerate(((mine, seen[1]), (theirs, seen[0]))):
-                    scales[i] = torch.exp(anchors @ others.t() / self.temperature).mean()
-        told = contrastive(mine, theirs, seen[1].clone(), self.temperature, scales[0])
-        told = told + contrastive(theirs, mine, seen[0].clone(), self.temperature, scales[1])
+        banks = self.get_buffer("seen_by_student"), self.get_buffer("seen_by_teacher")
+        seen, log_scales = self.get_buffer("seen"), self.get_buffer("log_scales")
+        count = min(int(seen), len(banks[0]))
+        # The first batch has nothing but itself to be told from.
+        by_student, by_teacher = (
+            bank[-count:].clone() if count else x.detach() for bank, x in zip(banks, (mine, theirs), strict=True)
+        )
         with torch.no_grad():
-            for held, new in zip(seen, (mine, theirs), strict=True):
-                held.copy_(torch.cat([held, new])[-len(held) :])
+            pairs = (mine, by_teacher), (theirs, by_student)
+            now = torch.stack([_log_scale(anchors, others, self.temperature) for anchors, others in pairs])
+            log_scales.copy_(torch.lerp(log_scales, now, FOLLOW if count else 1.0))
+        told = contrastive(mine, theirs, by_teacher, self.temperature, log_scales[0].clone())
+        told = told + contrastive(theirs, mine, by_student, self.temperature, log_scales[1].clone())
+        with torch.no_grad():
+            for bank, new in zip(banks, (mine, theirs), strict=True):
+                bank.copy_(torch.cat([bank, new])[-len(bank) :])
+            seen += len(mine)
         return told
+
+
+def _log_scale(anchors: torch.Tensor, others: torch.Tensor, temperature: float) -> torch.Tensor:
+    products = (anchors @ others.t() / temperature).flatten()
+    return torch.logsumexp(products, 0) - math.log(products.numel())
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
