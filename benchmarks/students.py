@@ -6,7 +6,7 @@ fourth and seventh block of every stage (`distill.FewerLayers`), MobileNetV2 wit
 leaves at the MACs of the narrow one. All see the same batches in the same order, with the same optimizer, learning rate
 and epochs: `labels` learns from labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add what
 their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
-student from labels lacks to the teacher. The test pictures are read once per run.
+student from labels lacks to the teacher, in the mean of its seeds. The test pictures are read once per run.
 
 Every way is run with the first seed; `labels`, `Logits` and the best of the others (by held-out training pictures) with
 all seeds. With `--long` epochs `labels` and that best are trained once more, to where labels alone bring the student.
@@ -170,10 +170,8 @@ def measured(pair, arguments, task, data, save):
             "epochs": arguments.epochs, "seconds": first[name]["seconds"],
         }  # fmt: skip
     if "labels" in found["accuracy"]:
-        top = found["teacher"]["accuracy"]
+        top, plain = found["teacher"]["accuracy"], found["accuracy"]["labels"]["mean"]
         for name, row in found["accuracy"].items():
-            # One seed is held against the same seed's labels, several against the mean of theirs.
-            plain = found["accuracy"]["labels"]["mean"] if row["seeds"] > 1 else first["labels"]["accuracy"]
             row["gap_closed"] = (row["mean"] - plain) / (top - plain)
             print(f"  {name:<30}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f}, "
                   f"{row['seeds']} seeds)  gap closed {row['gap_closed']:+.2f}")  # fmt: skip
