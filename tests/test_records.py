@@ -217,7 +217,8 @@ class TestReading:
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe{}", b"\x80\x04."])
     def test_what_is_no_record_is_refused(self, tmp_path, content):
         (tmp_path / "record.json").write_bytes(content)
-        self.refused(tmp_path)
+        text = self.refused(tmp_path)
+        assert "not valid JSON" in text or "a JSON object" in text
 
     def test_a_missing_record_says_where_one_is(self, tmp_path):
         text = self.refused(tmp_path)
