@@ -29,7 +29,6 @@ from pathlib import Path
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-THREADS = 2
 RATE = {"resnet": 0.1, "mobilenet": 0.05}
 # Values inside, student's and teacher's: behind each stage; behind the blocks where the picture was made smaller.
 INSIDE = {
@@ -191,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--long", type=float)
     parser.add_argument("--width", type=float, default=0.35)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/students.json")
     arguments = parser.parse_args()
     import torch
@@ -198,7 +198,7 @@ def main() -> None:
     from examples.fashion_mnist.task import task as fashion_mnist
     from penjing import measure
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     task = fashion_mnist()
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}, "pairs": {}}
 
@@ -208,7 +208,7 @@ def main() -> None:
 
     for pair in arguments.pairs:
         measured(pair, arguments, task, data, save)
-        where = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
+        where = {"machine": vars(measure.machine(arguments.threads)), "versions": measure.versions()}
         data["pairs"][pair]["measured on"] = where
         save()
     print(f"\n{arguments.out}")

@@ -287,9 +287,10 @@ class TestBadInput:
             train(student, context(teacher), replace(SHORT, distill=distill.Logits()))
         assert "7" in str(caught.value) and "10" in str(caught.value)
 
-    def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher):
+    @pytest.mark.parametrize("name", ["conf", "66"])
+    def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher, name):
         with pytest.raises(RecipeError, match="does not exist") as caught:
-            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=("conf",))))
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=(name,))))
         assert "conv" in str(caught.value)
 
     def test_attention_of_vectors(self, teacher):

@@ -108,11 +108,11 @@ def _node(network: fx.GraphModule, name: str, attention: bool) -> fx.Node:
     if parts and name:
         return list(parts.values())[-1]
     known = [*sites, *{site.rpartition("/")[0].rpartition(".")[0] for site in sites}]
-    near = difflib.get_close_matches(name, [k for k in known if k], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, [k for k in known if k], n=3, cutoff=0.0)
     what, whose = ("an attention", "an attention") if attention else ("a feature", "a layer, of an operator")
     raise RecipeError(
         f"{what} of the network does not exist",
         got=name,
         expected=f"the name of {whose}, or of a part of the network",
-        remedy=f"the nearest are {', '.join(near)}" if near else "`penjing inspect` lists the layers",
+        remedy=(f"the nearest are {', '.join(near)}; " if near else "") + "`penjing inspect` lists the layers",
     )
