@@ -30,6 +30,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 RATE = {"resnet": 0.1, "mobilenet": 0.05}
+BATCH = 64  # small, so that few epochs have many steps
 # Values inside, student's and teacher's: behind each stage; behind the blocks where the picture was made smaller.
 INSIDE = {
     "resnet": tuple((f"stages.{i}", f"stages.{i}") for i in range(3)),
@@ -106,12 +107,12 @@ def taught(pair, arguments, task):
 
     seed_everything(0)
     teacher, _ = networks(pair, arguments.width)
-    path = cache() / f"teacher-{pair}-fashion-mnist-{arguments.teacher_epochs:g}.safetensors"
+    path = cache() / f"teacher-{pair}-fashion-mnist-{arguments.teacher_epochs:g}-{BATCH}.safetensors"
     if not path.exists():
         state = cache() / f"{path.stem}-training"
         state.mkdir(exist_ok=True)
         context = Context(task=task, seed=0, folder=state, events=shown(f"teacher of {pair}"))
-        train(teacher, context, Finetune(epochs=arguments.teacher_epochs, learning_rate=2 * RATE[pair], warmup=0.1))
+        train(teacher, context, Finetune(epochs=arguments.teacher_epochs, learning_rate=RATE[pair]))
         save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, path)
     teacher.load_state_dict(load_file(path))
     return teacher.eval()
@@ -199,7 +200,7 @@ def main() -> None:
     from penjing import measure
 
     torch.set_num_threads(arguments.threads)
-    task = fashion_mnist()
+    task = fashion_mnist(BATCH)
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}, "pairs": {}}
 
     def save():

@@ -64,8 +64,8 @@ def accuracy(pictures: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable
     return evaluate
 
 
-def task() -> Task:
-    """Everything Penjing needs to know about Fashion-MNIST."""
+def task(batch: int = 256) -> Task:
+    """Everything Penjing needs to know about Fashion-MNIST; `batch` pictures train at a time."""
     arrays = {name: torch.from_numpy(array) for name, array in fashion_mnist().items()}
     train, labels = arrays["train_images"][:, None], arrays["train_labels"].long()
     kept = len(labels) - HELD_OUT
@@ -74,7 +74,7 @@ def task() -> Task:
         metric_name="accuracy",
         example=normalise(train[:2]),
         calibration=list(normalise(train[:CALIBRATION]).split(64)),
-        train=Batches(train[:kept], labels[:kept]),
+        train=Batches(train[:kept], labels[:kept], batch),
         select=accuracy(train[kept:], labels[kept:]),
         evaluate=accuracy(arrays["test_images"][:, None], arrays["test_labels"].long()),
         loss=F.cross_entropy,

@@ -21,6 +21,7 @@ from penjing.network import raise_network
 from penjing.outputs import evaluating, first_output
 from penjing.step import Context
 from penjing.surgery.taps import Tapped
+from penjing.task import Call
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Lesson:
         target: The labels; None where there are none.
         student_features: Values inside the student, by the names that were asked for.
         teacher_features: Values inside the teacher.
+        done: Part of the training's steps that lie behind, from 0 to 1.
     """
 
     student: Any
@@ -40,6 +42,7 @@ class Lesson:
     target: Any
     student_features: Mapping[str, torch.Tensor]
     teacher_features: Mapping[str, torch.Tensor]
+    done: float = 1.0
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first output of both, classes last: (…, classes) each.
@@ -148,7 +151,7 @@ class Teaching:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
         module = self.student.view if isinstance(self.student, Tapped) else self.student
         with evaluating(module), cast():
-            lesson = self.lesson(self.student(*args, **kwargs), None, args, kwargs)
+            lesson = self.lesson(self.student(*args, **kwargs), None, (args, kwargs), done=0.0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
             for distillation in self.distillations:
@@ -159,14 +162,15 @@ class Teaching:
         self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
         self.adapters.to(self.context.device).train()
 
-    def lesson(self, output: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lesson:
+    def lesson(self, output: Any, target: Any, call: Call, done: float) -> Lesson:
         """What the teachers say to the call that the student has just answered."""
+        args, kwargs = call
         found = self.student.values() if isinstance(self.student, Tapped) else {}
         with torch.no_grad():
             taught = [model(*args, **kwargs) for model in self.teacher_view]
         wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
         said = taught[0] if len(taught) == 1 else torch.stack([first_output(t) for t in taught]).mean(0)
-        return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)))
+        return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done)
 
     def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
         """Every weighted term by the name of its distillation."""

@@ -238,7 +238,8 @@ class Loop:
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         with self.cast():
             output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
-            lesson = self.teaching.lesson(output, target, args, kwargs) if self.teaching else None
+            done = self.step / self.steps
+            lesson = self.teaching.lesson(output, target, (args, kwargs), done) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
         terms = self.objective(batch)
         if self.teaching and lesson:

@@ -134,6 +134,23 @@ class TestEvery:
         assert "(5, 3) and (5, 4)" in str(caught.value)
 
 
+def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
+    student, teacher = two(0)
+    target = teacher.argmax(1)
+    whole = decoupled(student, teacher, target, 4.0, 1.0, 4.0)
+
+    def loss(done, **settings):
+        lesson = Lesson(student, teacher, target, {}, {}, done)
+        return distill.DKD(**settings).term(lesson)(lesson) / whole
+
+    found = [float(loss(done, warmup=0.2)) for done in (0.0, 0.05, 0.1, 0.2, 0.9)]
+    assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
+    assert float(loss(0.0, warmup=0.0)) == pytest.approx(1.0)
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(RecipeError, match="warmup"):
+            distill.DKD(warmup=wrong)
+
+
 def test_labels_that_are_no_classes_are_refused():
     lesson = Lesson(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
     with pytest.raises(TaskError, match="needs classes"):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check
+from penjing.errors import RecipeError
 from penjing.teaching import Lesson, Term
 
 _OUT = 1000.0
@@ -60,16 +61,21 @@ class DKD:
         temperature: What both networks' logits are divided by.
         alpha: Weight of the true class against all others.
         beta: Weight of the others among themselves; the paper takes 2 to 8, more for a surer teacher.
+        warmup: Part of the training over which the term grows to its weight: with such a `beta` it is many times the
+            labels' loss at first. The paper takes 20 of 240 epochs.
         weight: Of this term in the training loss.
     """
 
     temperature: float = 4.0
     alpha: float = 1.0
     beta: float = 4.0
+    warmup: float = 0.1
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check(self, temperature=self.temperature, alpha=self.alpha, beta=self.beta, weight=self.weight)
+        if not 0 <= self.warmup <= 1:
+            raise RecipeError("DKD(warmup=...) can't be used", got=self.warmup, expected="a fraction from 0 to 1")
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
@@ -82,6 +88,7 @@ class DKD:
 
         def loss(lesson: Lesson) -> torch.Tensor:
             student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
-            return decoupled(student, teacher, lesson.classes(), self.temperature, self.alpha, self.beta)
+            grown = min(1.0, lesson.done / self.warmup) if self.warmup else 1.0
+            return grown * decoupled(student, teacher, lesson.classes(), self.temperature, self.alpha, self.beta)
 
         return loss
