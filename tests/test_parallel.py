@@ -96,12 +96,14 @@ class StopOnce:
             os._exit(1)
 
 
-def test_workers_that_were_killed_go_on_to_the_same_bits(cluster, tmp_path):
-    settings = replace(SETTINGS, workers=2, cluster=cluster, save_every_s=1e-9)
+def test_workers_that_were_killed_go_on_to_the_same_bits(cluster, teacher, tmp_path):
+    crd = distill.CRD(negatives=64)  # what a worker has seen is that worker's own
+    settings = replace(SETTINGS, workers=2, cluster=cluster, save_every_s=1e-9, distill=crd)
     (tmp_path / "there").touch()
-    whole = train(raised(norm=True), Context(task=task()), replace(settings, hooks=(StopOnce(tmp_path / "there"),)))
+    here = Context(task=task(), source=teacher)
+    whole = train(raised(norm=True), here, replace(settings, hooks=(StopOnce(tmp_path / "there"),)))
     stopping = replace(settings, hooks=(StopOnce(tmp_path / "stopped"),))
-    where = Context(task=task(), folder=tmp_path)
+    where = replace(here, folder=tmp_path)
     with pytest.raises(TrainingError, match="a worker of the cluster failed"):
         train(raised(norm=True), where, stopping)
     assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3

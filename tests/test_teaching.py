@@ -25,6 +25,7 @@ from penjing.recipe import Recipe
 from penjing.step import Context
 from penjing.surgery.taps import Tapped
 from penjing.task import Task
+from penjing.teaching import Teaching
 
 SHORT = Finetune(epochs=2, learning_rate=0.05, autocast="off", save_every_s=1e-9)
 
@@ -103,6 +104,76 @@ def test_soft_targets_teach_the_classes(teacher):
 def test_decoupled_distillation_takes_labels(teacher):
     student = train(raised(), context(teacher), replace(SHORT, epochs=8, distill=distill.DKD()))
     assert agreement(student, teacher) > 0.85 > 0.5 > agreement(raised(), teacher)
+
+
+class TestTheTeacherStaysWhatItWas:
+    def test_its_modes(self, teacher):
+        other = copy.deepcopy(teacher)
+        other.get_submodule("head").train()
+        before = [part.training for part in other.modules()]
+        assert any(before)
+        train(raised(), context(other), replace(SHORT, epochs=1, distill=distill.Logits()))
+        assert [part.training for part in other.modules()] == before
+        with pytest.raises(RecipeError, match="does not exist"):
+            train(raised(), context(other), replace(SHORT, distill=distill.Hints(features=("conv", "no"))))
+        assert [part.training for part in other.modules()] == before
+
+    def test_a_network_that_teaches_itself_is_copied(self):
+        network = raised()
+        seen = []
+
+        class Seen(nn.Module):
+            def forward(self, x):
+                seen.append(self.training)
+                return x
+
+        network.add_submodule("seen", Seen())
+        last = list(network.graph.nodes)[-1]
+        with network.graph.inserting_before(last):
+            last.args = (network.graph.call_module("seen", (last.args[0],)),)
+        network.recompile()
+        train(network, context(network), replace(SHORT, steps=1, distill=distill.Logits()))
+        assert seen.count(True) == 1 and seen[-2:] in ([True, False], [False, True])
+
+    def test_the_place_where_it_was(self, teacher):
+        other = copy.deepcopy(teacher)
+        teaching = Teaching(raised(), other, (distill.Logits(),), replace(context(None), device="meta"))
+        assert {p.device.type for p in other.parameters()} == {"meta"}
+        teaching.homes = ["meta"]  # nothing comes back from there
+        teaching.release()
+        inside = Tapped(other, ["conv"])
+        assert inside.view.conv is other.conv
+
+
+def test_a_student_in_double_precision_has_adapters_of_its_own_kind(teacher):
+    double = task()
+    pairs = [(x.double(), y) for x, y in double.train]
+    where = Context(
+        task=replace(double, example=double.example.double(), train=pairs, calibration=None),
+        source=copy.deepcopy(teacher).double(),
+    )
+    torch.manual_seed(0)
+    student = raise_network(Small().double(), (torch.zeros(2, 1, 8, 8).double(),))
+    train(student, where, replace(SHORT, steps=2, distill=distill.Hints(features=("conv",))))
+    assert student.get_parameter("conv.weight").dtype == torch.float64
+
+
+def test_an_operator_with_several_results_is_named_by_them():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    network = raise_network(Reads().eval(), (torch.zeros(2, 6, 4),))
+    with pytest.raises(RecipeError, match="does not exist") as caught:
+        Tapped(network, ["lstm/lstm#0"])
+    assert "lstm/getitem#0" in str(caught.value)
+    tapped = Tapped(network, ["lstm"])
+    tapped(torch.zeros(2, 6, 4))
+    assert tapped.values()["lstm"].shape == (2, 6, 5)
 
 
 def test_labels_and_teacher_are_added(teacher):

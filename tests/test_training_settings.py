@@ -9,7 +9,7 @@ from torch import nn
 import penjing as pj
 from penjing.averaging import Average
 from penjing.clipping import Clip
-from penjing.errors import RecipeError, TaskError
+from penjing.errors import RecipeError, TaskError, TrainingError
 from penjing.finetune import Finetune, train
 from penjing.step import Context
 from penjing.task import Task
@@ -120,8 +120,25 @@ class TestAverage:
         average.into(norm)
         assert torch.allclose(norm.running_mean, torch.full((2,), 9.0)) and int(norm.num_batches_tracked) == 7
 
+    def test_of_16_bits_does_not_stand_still(self):
+        layer = nn.Linear(2, 2).to(torch.bfloat16)
+        average = Average(layer, decay=0.999)
+        layer.weight.data += 1
+        for step in range(1000, 8000):
+            average.update(layer, step)
+        wanted = layer.weight.detach().clone()
+        average.into(layer)
+        assert layer.weight.dtype == torch.bfloat16 and torch.allclose(layer.weight, wanted, atol=0.01)
+
 
 class TestLabelSmoothing:
+    def test_labels_below_0_are_left_out_as_in_torch(self):
+        data = task()
+        train = [(x, y.masked_fill(torch.arange(len(y)) % 3 == 0, -100)) for x, y in data.train]
+        ours, _ = trained(task(train=train), epochs=1, label_smoothing=0.2)
+        smooth = lambda a, b: F.cross_entropy(a, b, label_smoothing=0.2)  # noqa: E731
+        assert close(ours, trained(task(train=train, loss=smooth), epochs=1)[0])
+
     def test_it_is_that_of_torch(self):
         ours, _ = trained(task(), epochs=1, label_smoothing=0.2)
         theirs, _ = trained(task(loss=lambda a, b: F.cross_entropy(a, b, label_smoothing=0.2)), epochs=1)
@@ -213,6 +230,22 @@ class TestClip:
             Clip(**wrong)
 
 
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "wrong", [{"epochs": "3"}, {"labels": "1"}, {"learning_rate": None}, {"ema": "0.9"}, {"warmup": True},
+                  {"hooks": print}, {"losses": print}, {"teacher": ()}, {"teacher": "other"}, {"teacher": [nn.ReLU()]},
+                  {"teacher": (nn.ReLU(), "self")}],
+    )  # fmt: skip
+    def test_of_another_type(self, wrong):
+        with pytest.raises(RecipeError, match=rf"Finetune\({next(iter(wrong))}=...\) can't be used"):
+            Finetune(**wrong)
+
+    def test_a_loss_without_a_gradient(self):
+        with pytest.raises(TrainingError, match="the loss has no gradient") as caught:
+            trained(task(loss=lambda a, b: F.cross_entropy(a.detach(), b)), epochs=1)
+        assert "labels" in str(caught.value) and "detach" in str(caught.value)
+
+
 class TestTheSourceTeaches:
     def network(self):
         torch.manual_seed(0)
@@ -245,6 +278,10 @@ class TestTheSourceTeaches:
         assert list(self.terms(pj.prune.Channels(macs=0.5), tune)[0]) == ["labels", "Outputs"]
         assert list(self.terms(pj.prune.Magnitude(sparsity=0.5), tune)[0]) == ["labels", "Outputs"]
         assert list(self.terms(pj.prune.Movement(sparsity=0.5, finetune=tune))[0]) == ["labels", "Outputs"]
+
+    def test_a_teacher_that_is_named_is_imitated(self):
+        tune = Finetune(steps=1, autocast="off", teacher=self.network())
+        assert list(self.terms(tune)[0]) == ["labels", "Outputs"]
 
     def test_unless_it_is_told_not_to(self):
         plain = Finetune(steps=1, autocast="off", distill=())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 STATISTICS = ("running_mean", "running_var")
+HALF = (torch.bfloat16, torch.float16)
 
 
 def statistics(network: nn.Module) -> list[torch.Tensor]:
@@ -35,7 +36,9 @@ class Average(nn.Module):
         parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         self.averaged = tuple(name in parameters or name.endswith(STATISTICS) for name in self.names)
         for position, value in enumerate(network.state_dict().values()):
-            self.register_buffer(str(position), value.detach().clone())
+            value = value.detach().clone()
+            # A thousandth of a difference is nothing in 16 bits: the average would stand still.
+            self.register_buffer(str(position), value.float() if value.dtype in HALF else value)
 
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the weights after update number `step`, which counts from 1."""
@@ -45,7 +48,7 @@ class Average(nn.Module):
             for position, name in enumerate(self.names):
                 mean, value = self.get_buffer(str(position)), now[name]
                 if self.averaged[position] and mean.is_floating_point():
-                    mean.lerp_(value, 1 - decay)
+                    mean.lerp_(value.to(mean.dtype), 1 - decay)
                 else:
                     mean.copy_(value)
 

@@ -56,8 +56,8 @@ class Finetune:
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
         losses: Terms that are summed; empty takes `task.loss` alone.
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
-            "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, and
-            where `labels` is 0.
+            "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, where
+            `labels` is 0, and where a teacher is named.
         teacher: Who is imitated: None takes the source network, "self" the network as it is before the training;
             or any module, or several, whose outputs are averaged.
         labels: Weight of `losses` beside a teacher; with 0 the training needs neither labels nor a loss.
@@ -93,6 +93,10 @@ class Finetune:
     def __post_init__(self) -> None:
         above = ["epochs", "learning_rate", "save_every_s"]
         above += ["minutes"] if self.minutes is not None else []
+        numbers = [*above, "weight_decay", "warmup", "label_smoothing", "labels", *(["ema"] if self.ema else [])]
+        for name in numbers:
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise RecipeError(f"Finetune({name}=...) can't be used", got=repr(value), expected="a number")
         fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
@@ -113,7 +117,11 @@ class Finetune:
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name in ("losses", "hooks"):
-            fine[name] = (all(map(callable, getattr(self, name))), "a tuple of functions")
+            value = getattr(self, name)
+            fine[name] = (isinstance(value, tuple) and all(map(callable, value)), "a tuple of functions")
+        several = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+        named = self.teacher is None or self.teacher == "self" or all(isinstance(t, nn.Module) for t in several)
+        fine["teacher"] = (named and several != (), "a network, a tuple of networks, 'self', or None: the source")
         for name, (good, expected) in fine.items():
             if not good:
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
@@ -141,7 +149,7 @@ class Finetune:
         return self.clip if isinstance(self.clip, tuple) else (self.clip,)
 
     def resolved(self, context: Context, changed: bool) -> Finetune:
-        """These settings with "auto" replaced: by the source network's outputs where the network was changed.
+        """These settings with "auto" replaced: by the teacher's outputs where the network was changed, or one is named.
 
         Raises:
             RecipeError: There are neither labels nor a teacher.
@@ -151,7 +159,8 @@ class Finetune:
         taught = context.source is not None if self.teacher is None else True
         if self.labels == 0 and not taught:
             raise _nothing_to_learn("labels=0, and no teacher")
-        return replace(self, distill=(Outputs(),) if taught and (changed or self.labels == 0) else ())
+        wanted = changed or self.labels == 0 or self.teacher is not None
+        return replace(self, distill=(Outputs(),) if taught and wanted else ())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights; the zeros of `draft.sparse` stay."""

@@ -78,7 +78,7 @@ class Objective:
 
 
 def _uniform(batch: Batch) -> torch.Tensor:
-    """Cross-entropy with all classes alike."""
+    """Cross-entropy with all classes alike; labels below 0 (`ignore_index` of torch's losses) are left out."""
     output, target = first_output(batch.output), batch.target
     good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
     if not good or target.shape != output.shape[:1] + output.shape[2:]:
@@ -90,7 +90,7 @@ def _uniform(batch: Batch) -> torch.Tensor:
             expected="logits (samples, classes, …) and integers (samples, …)",
             remedy="leave label_smoothing at 0 and smooth in the task's own loss",
         )
-    return -nn.functional.log_softmax(output, 1).mean()
+    return -nn.functional.log_softmax(output, 1).mean(1)[target >= 0].mean()
 
 
 def scalar(loss: Any) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 The parts' gradients are summed, weighted by their samples, so that the step is that of the whole batch: Goyal et al.,
 "Accurate, Large Minibatch SGD", 2017, section 2.3. Batch norms see their worker's part alone, as there, and their
-running statistics are averaged over all workers after every update; losses that compare samples with each other, or
-with the size of a batch's values (hints), do so within one part.
+running statistics are averaged over all workers after every update; losses that compare samples with each other, with
+the size of a batch's values (hints), or divide by how many labels there are, do so within one part.
 """
 
 from __future__ import annotations
@@ -101,6 +101,14 @@ class Group:
         held = torch.tensor([value])
         distributed.broadcast(held, 0)
         return int(held)
+
+    def each(self, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Every worker's tensors, in the order of their numbers."""
+        if self.size == 1:
+            return [state]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, state)
+        return found
 
     def average(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average tensors over all workers, in place."""

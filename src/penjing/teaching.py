@@ -45,12 +45,10 @@ class Lesson:
     done: float = 1.0
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first output of both, classes last: (…, classes) each.
-
-        Of four dimensions and more the second is taken for the classes, as in segmentation.
+        """The first output of both, classes last: (…, classes) each; `axis` says where they were.
 
         Raises:
-            TaskError: The two differ in shape.
+            TaskError: The two differ in shape, or have no classes.
         """
         student, teacher = first_output(self.student), first_output(self.teacher)
         if student.shape != teacher.shape:
@@ -60,8 +58,29 @@ class Lesson:
                 expected="the same classes in the same order",
                 remedy="a teacher of other classes teaches by its features alone, for example distill.Hints",
             )
-        classes = 1 if student.dim() > 3 else -1
-        return student.movedim(classes, -1), teacher.movedim(classes, -1)
+        axis = self.axis(student)
+        if student.dim() < 2 or student.shape[axis] < 2:
+            raise TaskError(
+                "this distillation compares classes",
+                got=f"an output of shape {tuple(student.shape)}",
+                expected="logits of at least two classes, (samples, classes, …)",
+                remedy="distill.Outputs compares outputs of every kind",
+            )
+        return student.movedim(axis, -1), teacher.movedim(axis, -1)
+
+    def axis(self, output: torch.Tensor) -> int:
+        """Where an output has its classes: the axis that labels of integers lack.
+
+        Where that is none, or more than one: the second of four and more axes, as in segmentation, else the last.
+        """
+        usual = (1, -1) if output.dim() > 3 else (-1, 1)
+        if output.dim() < 2:
+            return -1
+        if isinstance(self.target, torch.Tensor) and not self.target.is_floating_point():
+            lacks = {1: output.shape[:1] + output.shape[2:], -1: output.shape[:-1]}
+            if told := [axis for axis in usual if self.target.shape == lacks[axis]]:
+                return told[0]
+        return next((axis for axis in usual if output.shape[axis] > 1), -1)
 
     def pairs(self, features: Sequence[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(student's, teacher's) values of features; the first outputs where there are none."""
@@ -70,7 +89,7 @@ class Lesson:
         return [(self.student_features[mine], self.teacher_features[theirs]) for mine, theirs in features]
 
     def classes(self) -> torch.Tensor:
-        """The labels as (samples,) int64.
+        """The labels as (samples,) int64; what is below 0 is no class (`ignore_index` of torch's losses).
 
         Raises:
             TaskError: There are none, or they are no classes.
@@ -84,7 +103,7 @@ class Lesson:
                 expected="a tensor of int64",
                 remedy="distill.Logits needs no labels",
             )
-        return self.target.reshape(-1)
+        return self.target.reshape(-1).long()
 
 
 Term = Callable[[Lesson], torch.Tensor]
@@ -133,11 +152,29 @@ class Teaching:
     ) -> None:
         self.distillations, self.context = tuple(distillations), context
         self.teachers = _teachers(student, teacher, context)
+        self.modes = [(part, part.training) for model in self.teachers for part in model.modules()]
+        self.homes = [next((t.device for t in model.state_dict().values()), None) for model in self.teachers]
         self.pairs = [pair for distillation in self.distillations for pair in distillation.features]
-        self.teacher_view = self._teacher_view()
-        self.student = self._student_view(student)
+        try:
+            for model in self.teachers:
+                model.eval()
+            self.teacher_view = self._teacher_view()
+            for view in self.teacher_view:
+                (view.view if isinstance(view, Tapped) else view).to(context.device)
+            self.student = self._student_view(student)
+        except BaseException:
+            self.release()
+            raise
         self.adapters = nn.ModuleList()
         self.made: dict[str, tuple[float, Term]] = {}
+
+    def release(self) -> None:
+        """Put the teachers back where they were, in the modes that they were in."""
+        for model, home in zip(self.teachers, self.homes, strict=True):
+            if home is not None:
+                model.to(home)
+        for part, mode in self.modes:
+            part.training = mode
 
     def of(self, student: nn.Module) -> Teaching:
         """The same lessons for another student of the same form, with adapters of its own."""
@@ -160,7 +197,9 @@ class Teaching:
                     word, again = f"{type(distillation).__name__} {again + 1}", again + 1
                 self.made[word] = distillation.weight, distillation.term(lesson)
         self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
-        self.adapters.to(self.context.device).train()
+        values = pytree.tree_leaves((lesson.student_features, lesson.student))
+        exact = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
+        self.adapters.to(self.context.device, torch.float64 if exact else torch.float32).train()
 
     def lesson(self, output: Any, target: Any, call: Call, done: float) -> Lesson:
         """What the teachers say to the call that the student has just answered."""
@@ -213,7 +252,7 @@ class Teaching:
             )
         if not isinstance(model, fx.GraphModule):
             task = self.context.task
-            model = raise_network(model, *task.call(), task.dynamic).to(self.context.device)
+            model = raise_network(model, *task.call(), task.dynamic)
         return [Tapped(model, names)]
 
 
@@ -229,7 +268,8 @@ def digest(models: Sequence[nn.Module]) -> str:
 
 def in_fp32(output: Any) -> Any:
     """Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, output)
+    half = (torch.bfloat16, torch.float16)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, output)
 
 
 def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
@@ -242,4 +282,4 @@ def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn
             remedy="Finetune(distill=..., teacher=network), or teacher='self'",
         )
     models = found if isinstance(found, tuple) else (found,)
-    return [model.to(context.device).eval() for model in models]
+    return [copy.deepcopy(model) if model is student else model for model in models]

@@ -46,7 +46,7 @@ POINTS = 100  # of a training's curve
 def bf16_pays(device: str) -> bool:
     """Whether training in bfloat16 is native on this device."""
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
@@ -105,6 +105,13 @@ class Loop:
 
     def run(self) -> nn.Module:
         """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
+        try:
+            return self._run()
+        finally:
+            if self.teaching:
+                self.teaching.release()
+
+    def _run(self) -> nn.Module:
         if self.memory_format == torch.channels_last:
             for p in self.network.parameters():
                 if p.dim() == 4:
@@ -246,6 +253,13 @@ class Loop:
             terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
         self.terms = {name: term.detach() for name, term in terms}
         loss = torch.stack([term for _, term in terms]).sum() * part
+        if not loss.requires_grad:
+            raise TrainingError(
+                "the loss has no gradient",
+                got=", ".join(name for name, _ in terms) + ": no way back to a weight",
+                expected="a loss that is computed from the network's output by torch",
+                remedy="leave out .detach(), .numpy() and torch.no_grad() in the loss and in the network",
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -327,14 +341,17 @@ class Loop:
         return float(np.median(times[1:] or times))
 
     def _save(self) -> None:
-        if self.path is None or self.group.rank:
+        if self.path is None:
+            return
+        adapters = self.group.each(self.teaching.adapters.state_dict() if self.teaching else {})
+        if self.group.rank:
             return
         state = {
             "request": self._request(),
             "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
             "curve": self.curve,
             "network": self.network.state_dict(),
-            "adapters": self.teaching.adapters.state_dict() if self.teaching else {},
+            "adapters": adapters,
             "average": self.average.state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "random": training_state.random_numbers(self.context.device),
@@ -351,7 +368,7 @@ class Loop:
             self.curve = state["curve"]
             self.network.load_state_dict(state["network"])
             if self.teaching:
-                self.teaching.adapters.load_state_dict(state["adapters"])
+                self.teaching.adapters.load_state_dict(state["adapters"][self.group.rank])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])

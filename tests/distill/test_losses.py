@@ -128,6 +128,22 @@ class TestEvery:
             self.loss(way, student, teacher, target.reshape(5, 2, 2)), self.loss(way, *flat, target=target)
         )
 
+    @pytest.mark.parametrize("places", [(3,), (2, 2)])
+    @pytest.mark.parametrize("axis", [1, -1])
+    def test_labels_tell_which_axis_the_classes_are(self, way, axis, places):
+        shape = (5, *places, 4)
+        student, teacher = two(0, 5 * math.prod(places))
+        target = teacher.argmax(1)
+        flat = self.loss(way, student, teacher, target)
+        moved = (x.reshape(shape).movedim(-1, axis) for x in (student, teacher))
+        assert torch.allclose(self.loss(way, *moved, target=target.reshape(shape[:-1])), flat)
+
+    @pytest.mark.parametrize("shape", [(8,), (8, 1)])
+    def test_an_output_without_classes_is_refused(self, way, shape):
+        with pytest.raises(TaskError, match="compares classes") as caught:
+            self.loss(way, torch.randn(shape), torch.randn(shape))
+        assert str(shape) in str(caught.value) and "distill.Outputs" in str(caught.value)
+
     def test_other_classes_are_refused(self, way):
         with pytest.raises(TaskError, match="different outputs") as caught:
             self.loss(way, torch.zeros(5, 3), torch.zeros(5, 4), torch.zeros(5).long())
@@ -149,6 +165,24 @@ def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
     for wrong in (-0.1, 1.1):
         with pytest.raises(RecipeError, match="warmup"):
             distill.DKD(warmup=wrong)
+
+
+def test_decoupled_distillation_leaves_out_labels_below_0():
+    student, teacher = two(0, samples=6)
+    student.requires_grad_()
+    target = teacher.argmax(1)
+    target[[1, 4]] = -100
+    rest = [0, 2, 3, 5]
+
+    def loss(target, keep=slice(None)):
+        lesson = Lesson(student[keep], teacher[keep], target, {}, {})
+        return distill.DKD().term(lesson)(lesson)
+
+    assert torch.allclose(loss(target), loss(target[rest], rest))
+    assert torch.allclose(loss(target[rest].to(torch.uint8), rest), loss(target[rest], rest))
+    nothing = loss(torch.full((6,), -100))
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and not student.grad.any()
 
 
 def test_labels_that_are_no_classes_are_refused():
@@ -257,6 +291,45 @@ def test_relations_do_not_see_a_rotation(compare):
     a = values(0)
     turned = a @ torch.linalg.qr(values(1, 4, 4))[0]
     assert float(compare(a, turned)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [torch.randn(1, 3), torch.ones(4, 3)])
+def test_without_a_distance_there_is_nothing_to_learn(samples):
+    student = samples.clone().requires_grad_()
+    lesson = Lesson(student, torch.randn(len(samples), 3), None, {}, {})
+    loss = distill.RKD().term(lesson)(lesson)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("way", [distill.RKD(), distill.SimilarityPreserving(), distill.CRD()])
+def test_relations_of_one_number_a_sample(way):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, generator=generator) for _ in range(2))
+    seen = []
+    for shape in ((6,), (6, 1)):
+        lesson = Lesson(student.reshape(shape), teacher.reshape(shape), None, {}, {})
+        torch.manual_seed(0)
+        seen.append(float(way.term(lesson)(lesson)))
+    assert seen[0] == seen[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((2, 4, 7), (2, 8, 7)), ((2, 1, 7), (2, 8, 7)), ((2, 7, 4), (2, 7, 8)), ((2, 4), (2, 9)),
+                             ((2, 4, 6, 6), (2, 8, 3, 3)), ((2, 4, 3, 3, 3), (2, 8, 3, 3, 3))]
+)  # fmt: skip
+def test_hints_of_other_widths(student, teacher):
+    lesson = Lesson(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
+    term = distill.Hints(features=(("a", "b"),)).term(lesson)
+    assert float(term(lesson)) > 0 and len(list(term.parameters())) == 2
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((2, 4, 6), (2, 8, 7)), ((2, 4, 6, 6), (2, 4)), ((2, 4), (2, 4, 1))])
+def test_hints_of_other_shapes_are_refused_before_the_training(student, teacher):
+    lesson = Lesson(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
+    with pytest.raises(TaskError, match="can't be compared") as caught:
+        distill.Hints(features=(("a", "b"),)).term(lesson)
+    assert str(student) in str(caught.value) and str(teacher) in str(caught.value)
 
 
 def test_samples_that_coincide_have_finite_gradients():

@@ -105,6 +105,33 @@ def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
         train(net(), context, replace(settings, teacher=distill.Stored(tmp_path / "others", net(16, 2))))
 
 
+def test_two_on_one_folder_answer_what_the_teacher_answers(data, tmp_path):
+    teacher, x = net(16, 1), data[0][:6]
+    one, two = (distill.Stored(tmp_path, teacher) for _ in range(2))
+    with torch.no_grad():
+        wanted = teacher(x)
+        for stored, order in ((one, [0, 1, 2]), (two, [3, 2, 1]), (one, [5, 3, 4])):
+            assert torch.allclose(stored(x[order]), wanted[order], atol=1e-6)
+        assert torch.allclose(distill.Stored(tmp_path)(x), wanted, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale, by=1.0):
+        return (x * scale).float() * by
+
+
+def test_all_that_is_asked_is_part_of_the_question(tmp_path):
+    stored = distill.Stored(tmp_path, Scaled())
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for scale, by in ((torch.tensor(2.0), 1.0), (torch.tensor(2.0), 5.0), (torch.tensor(3.0), 5.0)):
+        assert torch.equal(stored(x, scale, by=by), x * scale * by)
+        half = x.to(torch.bfloat16)
+        assert torch.equal(stored(half, scale.to(torch.bfloat16), by=by), x * scale * by)
+    assert stored.asked == 12
+    with pytest.raises(TaskError, match="can't be found again"):
+        stored(torch.tensor(1.0), torch.tensor(2.0))
+
+
 class TestBadInput:
     def test_data_that_differ_at_every_pass(self, data, tmp_path):
         noise = np.random.default_rng()  # a generator of its own, which nobody seeds

@@ -63,7 +63,8 @@ class CRD:
         features: (student's, teacher's) sites, or parts of the networks, whose last value is meant; none takes the
             outputs. A name alone stands for the same name in both.
         dimensions: Of the embedding.
-        negatives: How many other samples a sample is told from.
+        negatives: How many other samples a sample is told from, the last that were seen: fewer than the data has, or a
+            sample is told from itself.
         temperature: What products of embeddings are divided by.
         weight: Of this term in the training loss.
     """
@@ -143,4 +144,4 @@ def _vectors(x: torch.Tensor) -> torch.Tensor:
     """(samples, values): pictures of many channels and sequences are averaged over places."""
     if x.dim() > 3:
         return x.flatten(2).mean(2)
-    return x.mean(1) if x.dim() == 3 else x.flatten(1)
+    return x.mean(1) if x.dim() == 3 else x.reshape(len(x), -1)

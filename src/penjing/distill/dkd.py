@@ -52,7 +52,7 @@ def decoupled(
 
 @dataclass(frozen=True, kw_only=True)
 class DKD:
-    """Decoupled distillation (`decoupled`); it needs labels, classes as int64.
+    """Decoupled distillation (`decoupled`); it needs labels, integers. Labels below 0 are left out.
 
     Raises:
         RecipeError: A setting makes no sense.
@@ -88,7 +88,12 @@ class DKD:
 
         def loss(lesson: Lesson) -> torch.Tensor:
             student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
+            classes = lesson.classes()
+            there = classes >= 0
+            if not there.any():
+                return 0.0 * student.sum()
             grown = min(1.0, lesson.done / self.warmup) if self.warmup else 1.0
-            return grown * decoupled(student, teacher, lesson.classes(), self.temperature, self.alpha, self.beta)
+            student, teacher, classes = student[there], teacher[there], classes[there]
+            return grown * decoupled(student, teacher, classes, self.temperature, self.alpha, self.beta)
 
         return loss

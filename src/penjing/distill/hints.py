@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from penjing.distill.settings import check, paired
+from penjing.errors import TaskError
 from penjing.teaching import Lesson, Term
 
 
@@ -48,7 +49,11 @@ class Hints:
         object.__setattr__(self, "features", paired(self, self.features))
 
     def term(self, lesson: Lesson) -> Term:
-        """The loss of a batch, a module with one adapter a pair."""
+        """The loss of a batch, a module with one adapter a pair.
+
+        Raises:
+            TaskError: Values of a pair differ in more than their width, and are no pictures of two sizes.
+        """
         return _Hints(self.features, lesson)
 
 
@@ -57,23 +62,40 @@ class _Hints(nn.Module):
         super().__init__()
         self.features = features
         self.adapters = nn.ModuleList(
-            _adapter(lesson.student_features[mine], lesson.teacher_features[theirs]) for mine, theirs in features
+            _adapter((mine, theirs), lesson.student_features[mine], lesson.teacher_features[theirs])
+            for mine, theirs in features
         )
 
     def forward(self, lesson: Lesson) -> torch.Tensor:
         parts = []
         for adapter, (mine, theirs) in zip(self.adapters, self.features, strict=True):
             found, wanted = adapter(lesson.student_features[mine]), lesson.teacher_features[theirs]
-            if found.dim() > 3 and found.shape[2:] != wanted.shape[2:]:
+            if found.dim() == 4 and found.shape[2:] != wanted.shape[2:]:
                 found = nn.functional.adaptive_avg_pool2d(found, (wanted.shape[2], wanted.shape[3]))
             parts.append(hint(found, wanted))
         return torch.stack(parts).mean()
 
 
-def _adapter(student: torch.Tensor, teacher: torch.Tensor) -> nn.Module:
-    """A convolution of one pixel for pictures (channels second), a linear layer for everything else (channels last)."""
-    if student.dim() > 3:
-        narrow, wide = student.shape[1], teacher.shape[1]
-        return nn.Identity() if narrow == wide else nn.Conv2d(narrow, wide, 1)
-    narrow, wide = student.shape[-1], teacher.shape[-1]
-    return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+def _adapter(names: tuple[str, str], student: torch.Tensor, teacher: torch.Tensor) -> nn.Module:
+    """A convolution of one pixel where the channels stand second, a linear layer where they stand last."""
+    mine, theirs = tuple(student.shape), tuple(teacher.shape)
+    axes = [len(mine) - 1] if len(mine) < 3 else [2, 1] if len(mine) == 3 else [1]
+
+    def alike(axis: int) -> bool:  # but for the width; of pictures the larger is averaged down to the smaller
+        others = [i for i in range(len(mine)) if i != axis and not (len(mine) == 4 and i > 1)]
+        return len(mine) == len(theirs) and all(mine[i] == theirs[i] for i in others)
+
+    axis = next((axis for axis in axes if alike(axis)), None)
+    if axis is None:
+        raise TaskError(
+            "values inside student and teacher can't be compared",
+            got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
+            expected="shapes that differ in their width alone, or pictures",
+            remedy="name values at the same depth of both networks; distill.RKD compares values of any shapes",
+        )
+    if mine[axis] == theirs[axis]:
+        return nn.Identity()
+    if axis == len(mine) - 1:
+        return nn.Linear(mine[axis], theirs[axis])
+    convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(mine)]
+    return convolution(mine[axis], theirs[axis], 1)

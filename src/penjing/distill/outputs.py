@@ -81,6 +81,7 @@ def _of_classes(lesson: Lesson) -> bool:
     outputs, target = _floats(lesson.student), lesson.target
     if len(outputs) != 1 or not isinstance(target, torch.Tensor) or target.is_floating_point():
         return False
-    (shape,) = (x.shape for x in outputs)
+    (output,) = outputs
+    shape = output.shape
     rows = [shape[:1] + shape[2:], shape[:-1]]
-    return len(shape) > 1 and min(shape[1], shape[-1]) > 1 and target.shape in rows
+    return len(shape) > 1 and target.shape in rows and shape[lesson.axis(output)] > 1

@@ -42,7 +42,8 @@ def angles(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
     found = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact where samples are close
-    return found / found[found > 0].mean().clamp_min(1e-12)
+    mean = found.sum() / (found > 0).sum().clamp_min(1)  # a sample alone, or all alike, has no distance
+    return found / mean.clamp_min(1e-12)
 
 
 def _cosines(x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,7 @@ class RKD:
         def loss(lesson: Lesson) -> torch.Tensor:
             parts = []
             for found, wanted in lesson.pairs(self.features):
-                a, b = found.flatten(1), wanted.flatten(1)
+                a, b = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
                 parts.append(self.distance * distances(a, b) + self.angle * angles(a, b))
             return torch.stack(parts).sum()
 

@@ -26,7 +26,7 @@ def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch
     """
 
     def similarity(x: torch.Tensor) -> torch.Tensor:  # (samples, samples)
-        x = x.flatten(1)
+        x = x.reshape(len(x), -1)
         return F.normalize(x @ x.t(), dim=1)
 
     return (similarity(student) - similarity(teacher)).square().mean()

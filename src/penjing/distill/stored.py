@@ -78,14 +78,15 @@ class Stored(nn.Module):
             TaskError: A sample has no answer, and there is no teacher.
             OutputError: The disk is full.
         """
-        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = pytree.tree_leaves((args, kwargs))
         keys = _keys(leaves)
         new = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self.rows}
         if new:
             self._ask(args, kwargs, new, len(keys))
         assert self.answers is not None and self.shape is not None
         found = self.answers[[self.rows[key] for key in keys]]
-        return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(leaves[0].device)
+        device = next(x.device for x in leaves if isinstance(x, torch.Tensor))
+        return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(device)
 
     def _ask(self, args: Any, kwargs: Any, new: dict[bytes, int], samples: int) -> None:
         if self.teacher is None:
@@ -124,13 +125,13 @@ class Stored(nn.Module):
 
     def _append(self, keys: list[bytes], rows: np.ndarray[Any, Any]) -> None:
         try:
+            count = self._count()  # another object, or a write that failed, may have left more than is known here
             for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
                 with (self.folder / name).open("ab") as file:
                     file.write(data)
         except OSError as error:
             raise _full(self.folder, error) from error
-        for key in keys:
-            self.rows[key] = len(self.rows)
+        self.rows |= {key: count + i for i, key in enumerate(keys)}
         self._map()
 
     def _open(self, about: Path, name: str) -> None:
@@ -145,18 +146,22 @@ class Stored(nn.Module):
         if name and name != self.name:
             raise self._wrong("the stored answers are another teacher's", f"weights {self.name[:12]}, not {name[:12]}")
         self.shape = shape
-        width = 4 * int(np.prod(shape, dtype=np.int64))
+        if count := self._count():
+            keys = (self.folder / "keys.bin").read_bytes()
+            self.rows = {keys[i * KEY : (i + 1) * KEY]: i for i in range(count)}
+            self._map()
+
+    def _count(self) -> int:
+        """How many answers there are; what a killed process has left of another one is cut off."""
+        assert self.shape is not None
+        width = 4 * int(np.prod(self.shape, dtype=np.int64))
         sizes = [p.stat().st_size if p.exists() else 0 for p in (self.folder / "answers.bin", self.folder / "keys.bin")]
         count = min(sizes[0] // width, sizes[1] // KEY)
-        # A process that was killed between the two files, or within one, leaves a last part that has no other half.
         for file, size in (("answers.bin", count * width), ("keys.bin", count * KEY)):
             if (path := self.folder / file).exists() and path.stat().st_size > size:
                 with path.open("r+b") as cut:
                     cut.truncate(size)
-        if count:
-            keys = (self.folder / "keys.bin").read_bytes()
-            self.rows = {keys[i * KEY : (i + 1) * KEY]: i for i in range(count)}
-            self._map()
+        return count
 
     def _map(self) -> None:
         assert self.shape is not None
@@ -169,16 +174,24 @@ class Stored(nn.Module):
         return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
 
 
-def _keys(leaves: Sequence[torch.Tensor]) -> list[bytes]:
-    """A digest of every sample: its part of every input, bytes, types and shapes."""
-    samples = len(leaves[0])
-    kinds = repr([(str(x.dtype), tuple(x.shape[1:])) for x in leaves]).encode()
-    arrays = [x.detach().cpu().contiguous().numpy() for x in leaves]
+def _keys(leaves: Sequence[Any]) -> list[bytes]:
+    """A digest of every sample: its part of every input, bytes, types and shapes; and the numbers that all share."""
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    samples = next((len(x) for x in tensors if x.dim()), None)
+    if samples is None:
+        raise TaskError("a call can't be found again", got="no tensor with an axis", expected="(samples, …)")
+    numbers = [x for x in leaves if isinstance(x, bool | int | float | str)]
+    kinds = repr([(str(x.dtype), tuple(x.shape[1:])) for x in tensors]) + (repr(numbers) if numbers else "")
+    parts = []
+    for x in tensors:
+        rows = samples if x.dim() and len(x) == samples else 1  # what all samples share is part of each one's key
+        plain = x.detach().cpu().contiguous().reshape(-1)
+        parts.append(plain.view(torch.uint8).numpy().reshape(rows, -1))
     found = []
     for i in range(samples):
-        key = hashlib.blake2b(kinds, digest_size=KEY)
-        for array in arrays:
-            key.update((array[i] if len(array) == samples else array).tobytes())
+        key = hashlib.blake2b(kinds.encode(), digest_size=KEY)
+        for part in parts:
+            key.update(part[i if len(part) == samples else 0].tobytes())
         found.append(key.digest())
     return found
 

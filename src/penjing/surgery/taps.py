@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,12 +96,18 @@ class Tapped:
         return found
 
 
+def _several(node: fx.Node) -> bool:
+    """Whether an operator has several results, each of which has a name of its own."""
+    return bool(node.users) and all(user.target is operator.getitem for user in node.users)
+
+
 def _node(network: fx.GraphModule, name: str, attention: bool) -> fx.Node:
     """The operator of a site, or the last one of a part of the network, as it stands in the forward."""
     sites: dict[str, fx.Node] = {
         str(n.meta["site"]): n
         for n in network.graph.nodes
-        if n.meta.get("site") and is_tensor(n) and (not attention or kind(network, n) == "attention")
+        if n.meta.get("site") and is_tensor(n) and not _several(n)
+        if not attention or kind(network, n) == "attention"
     }
     if name in sites:
         return sites[name]
