@@ -91,6 +91,13 @@ class TestResume:
         folder.claim(REQUEST)
         assert RunFolder(run, resume=True).kept("latency") == [1.5, 2.5]
 
+    def test_the_difference_is_named_and_not_all_that_is_the_same(self, run):
+        wanted = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
+        with pytest.raises(OutputError, match="another recipe") as found:
+            RunFolder(run, resume=True).claim(wanted)
+        place = "recipe[0].quantize.Static.exclude[0]"
+        assert (found.value.got, found.value.expected) == (f"{place} = b", f"{place} = a")
+
     def test_another_request_is_refused_by_name(self, run):
         folder = RunFolder(run, resume=True)
         with pytest.raises(OutputError, match="another goal, seed") as found:

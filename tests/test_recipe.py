@@ -6,6 +6,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penjing.clipping import Clip
+from penjing.distill import DKD, Logits
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.prune import Channels
@@ -133,6 +135,21 @@ class TestYaml:
         assert Recipe.from_yaml("- quantize.Static: {weight_bits: 4}") == Recipe(Static(weight_bits=4))
         assert Recipe.from_yaml("[]") == Recipe()
 
+    def test_numbers_and_words_are_those_of_yaml_1_2(self):
+        text = "- Finetune: {learning_rate: 1e-3, weight_decay: 5.e-4, ema: .9, autocast: off, steps: 3}"
+        settings = Finetune(learning_rate=0.001, weight_decay=0.0005, ema=0.9, autocast="off", steps=3)
+        assert Recipe.from_yaml(text) == Recipe(settings)
+
+    @pytest.mark.parametrize("name", ["1e3", "off", "yes", ".5", "true", "3", "1_0"])
+    def test_a_name_that_looks_like_something_else_stays_a_name(self, name):
+        recipe = Recipe(Static(exclude=(name,)))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+    def test_settings_of_settings_may_be_names_alone(self):
+        text = "- Finetune: {distill: [distill.Logits, {distill.DKD: {beta: 2}}], clip: Clip}"
+        assert Recipe.from_yaml(text) == Recipe(Finetune(distill=(Logits(), DKD(beta=2)), clip=Clip()))
+        assert Recipe.from_yaml("- Finetune: {distill: auto}") == Recipe(Finetune())
+
     def test_lists_become_tuples(self):
         recipe = Recipe.from_yaml("- quantize.Static:\n    exclude: [conv1, 'layer3.*']\n")
         assert recipe.steps[0].exclude == ("conv1", "layer3.*")
@@ -158,10 +175,16 @@ class TestYaml:
             ("- quantize.Static: {settings: {a: {weight_bits: 1}}}", ["weight_bits", "'a'"]),
             ("- quantize.Static: {settings: {a: {samples: 5}}}", ["'a'", "samples"]),
             ("-", ["does not exist"]),
-            ("- quantize.Static: {}\n  Finetune: {}", ["does not exist"]),
+            ("- quantize.Static: {}\n  Finetune: {}", ["two steps", "a dash before each"]),
+            ("- distill.Logits: {}", ["is no step", "- Finetune: {distill"]),
+            ("- Finetune: {distill: {Logits: {}}}", ["setting that does not exist", "did you mean distill.Logits?"]),
+            ("- Finetune: {distill: [distill.Logit]}", ["did you mean distill.Logits?"]),
+            ("- prune.Movement: {finetune: {Finetun: {}}}", ["did you mean Finetune?"]),
+            ("- Finetune: {epochs: 1, epochs: 5}", ["not valid YAML", "'epochs' stands twice"]),
+            ("- Finetune: {channels_last: 'no'}", ["channels_last", "True or False"]),
             ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),
             ("- Finetune: {epochs: 0}", ["epochs", "above 0"]),
-            ("- Finetune: {epochs: many}", ["settings of Finetune"]),
+            ("- Finetune: {epochs: many}", ["epochs", "'many'", "a number"]),
             ("- Finetune: {optimizer: adam}", ["optimizer", "adamw"]),
             ("quantize.Static: {}", ["a list of steps", "- quantize.Static"]),
             ("", ["a list of steps"]),

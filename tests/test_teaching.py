@@ -360,9 +360,17 @@ class TestBadInput:
 
     @pytest.mark.parametrize("name", ["conf", "66"])
     def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher, name):
-        with pytest.raises(RecipeError, match="does not exist") as caught:
-            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=(name,))))
+        with pytest.raises(RecipeError, match="of the teacher does not exist") as caught:
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=(("conv", name),))))
         assert "conv" in str(caught.value)
+        with pytest.raises(RecipeError, match="of the student does not exist"):
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=((name, "conv"),))))
+
+    def test_teachers_that_differ(self, teacher):
+        other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        with pytest.raises(TaskError, match="teachers have different outputs") as caught:
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=(teacher, other)))
+        assert "(2, 10), (2, 3)" in str(caught.value)
 
     def test_attention_of_vectors(self, teacher):
         with pytest.raises(TaskError, match="looks at pictures"):

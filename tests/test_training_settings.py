@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -234,11 +235,39 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "wrong", [{"epochs": "3"}, {"labels": "1"}, {"learning_rate": None}, {"ema": "0.9"}, {"warmup": True},
                   {"hooks": print}, {"losses": print}, {"teacher": ()}, {"teacher": "other"}, {"teacher": [nn.ReLU()]},
-                  {"teacher": (nn.ReLU(), "self")}],
+                  {"teacher": (nn.ReLU(), "self")}, {"schedule": ["cosine"]}, {"channels_last": "no"}, {"workers": 0},
+                  {"distill": pj.distill.Logits}, {"distill": [pj.distill.Logits()]}, {"optimizer": None}],
     )  # fmt: skip
     def test_of_another_type(self, wrong):
         with pytest.raises(RecipeError, match=rf"Finetune\({next(iter(wrong))}=...\) can't be used"):
             Finetune(**wrong)
+
+    def test_a_teacher_and_nothing_to_learn_from_it(self):
+        with pytest.raises(RecipeError, match="a teacher is named, and nothing is learned"):
+            Finetune(teacher=nn.ReLU(), distill=())
+
+    @pytest.mark.parametrize(
+        ("train", "what", "shown"),
+        [
+            ([(torch.rand(4, 6), torch.full((4,), 7))], "the loss can't take", "int64 (4,)"),
+            ([(torch.rand(4, 6), None)], "the loss can't take", "labels None"),
+            ([(torch.rand(4, 5), torch.zeros(4).long())], "the network can't take", "float32 (4, 5)"),
+            ([(torch.rand(4, 6).double(), torch.zeros(4).long())], "the network can't take", "float64 (4, 6)"),
+            (5, "is no loader", "int"),
+        ],
+    )
+    def test_a_batch_that_does_not_fit_is_shown_beside_the_example(self, train, what, shown):
+        with pytest.raises(TaskError, match=what) as caught:
+            trained(task(train=train), epochs=1)
+        assert shown in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("x", "what"),
+        [(torch.full((4, 6), math.nan), "values that are not finite"), (torch.rand(0, 6), "without samples")],
+    )
+    def test_samples_that_no_training_can_use(self, x, what):
+        with pytest.raises(TrainingError, match=what):
+            trained(task(train=[(x, torch.zeros(len(x)).long())]), epochs=1)
 
     def test_a_loss_without_a_gradient(self):
         with pytest.raises(TrainingError, match="the loss has no gradient") as caught:
@@ -282,6 +311,18 @@ class TestTheSourceTeaches:
     def test_a_teacher_that_is_named_is_imitated(self):
         tune = Finetune(steps=1, autocast="off", teacher=self.network())
         assert list(self.terms(tune)[0]) == ["labels", "Outputs"]
+
+    def test_without_labels_gradients_are_kept_within_bounds(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+        network[2].weight.data *= 100  # outputs far from 1
+        calls = [torch.randn(8, 6) for _ in range(8)]
+        data = Task(example=calls[0], calibration=calls)
+        assert Finetune(labels=0).resolved(Context(task=data, source=network), changed=False).clip == Clip()
+        student = copy.deepcopy(network)
+        student[0].weight.data *= 3
+        found = train(student, Context(task=data, source=network), Finetune(labels=0, epochs=3))
+        assert all(torch.isfinite(p).all() for p in found.parameters())
 
     def test_unless_it_is_told_not_to(self):
         plain = Finetune(steps=1, autocast="off", distill=())

@@ -1,4 +1,5 @@
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -27,6 +28,22 @@ def test_tensors_and_numbers_come_back(path):
     with training_state.loading(path, {"seed": 1}) as state:
         assert torch.equal(state["weights"], torch.arange(3.0))
     assert [p.name for p in path.parent.iterdir()] == ["state.pt"]
+
+
+def test_an_interrupt_waits_until_the_state_is_written(path, monkeypatch):
+    whole = torch.save
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        whole(*args)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, seed=1)
+    assert [p.name for p in path.parent.iterdir()] == ["state.pt"] and signal.getsignal(signal.SIGINT) is before
+    with training_state.loading(path, {"seed": 1}) as state:
+        assert torch.equal(state["weights"], torch.arange(3.0))
 
 
 def test_the_generators_go_on_where_they_stood(path):

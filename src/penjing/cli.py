@@ -327,6 +327,8 @@ def _recipe(name: str) -> Recipe:
             got=f"{name}: {error.strerror}",
             expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
         ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError("the recipe is no text", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None
     return Recipe.from_yaml(text)
 
 

@@ -49,13 +49,13 @@ class Clip:
     def __post_init__(self) -> None:
         fine = {
             "what": (self.what in ("gradients", "weights"), "'gradients' or 'weights'"),
-            "norm": (self.norm in ORDERS, "'l1', 'l2' or 'max'"),
-            "threshold": (0 < self.threshold < math.inf, "a number above 0"),
+            "norm": (self.norm in tuple(ORDERS), "'l1', 'l2' or 'max'"),
+            "threshold": (_number(self.threshold) and 0 < self.threshold < math.inf, "a number above 0"),
             "per": (self.per in ("network", "layer"), "'network' or 'layer'"),
         }
         for name, (good, expected) in fine.items():
             if not good:
-                raise RecipeError(f"Clip({name}=...) can't be used", got=getattr(self, name), expected=expected)
+                raise RecipeError(f"Clip({name}=...) can't be used", got=repr(getattr(self, name)), expected=expected)
 
     def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> float:
         """Clip in place.
@@ -120,3 +120,7 @@ class Clips:
                 over = sum(length > 1 for length in lengths)
                 events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
                 lengths.clear()
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

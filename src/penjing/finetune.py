@@ -51,7 +51,9 @@ class Finetune:
             cross-entropies of classes.
         ema: Decay of a running average of weights and statistics, for example 0.999, which is what is returned (Polyak
             & Juditsky 1992); it is shorter in the first steps. None returns the last weights.
-        clip: What keeps gradients or weights within a norm (`penjing.Clip`), one or several.
+        clip: What keeps gradients or weights within a norm (`penjing.Clip`), one or several. Without labels, gradients
+            are kept within `Clip()` where nothing else is said: outputs of any size are followed, and their squares
+            have no bound.
         autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
         losses: Terms that are summed; empty takes `task.loss` alone.
@@ -100,20 +102,22 @@ class Finetune:
         fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
         fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
         fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
-        fine["cluster"] = (
-            self.cluster is None if self.workers == 1 else isinstance(self.cluster, str),
-            "'local', or an address, for workers above 1; None for one",
-        )
         for name in ("steps", "accumulate", "workers"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             fine[name] = (whole or (name == "steps" and value is None), "a whole number of at least 1")
+        fine["cluster"] = (
+            self.cluster is None if self.workers == 1 else isinstance(self.cluster, str),
+            "'local', or an address, for workers above 1; None for one",
+        )
+        fine["channels_last"] = (isinstance(self.channels_last, bool), "True or False")
         fine["label_smoothing"] = (0 <= self.label_smoothing < 1, "a fraction of at least 0, below 1")
         fine["ema"] = (self.ema is None or 0 < self.ema < 1, "a number between 0 and 1, for example 0.999")
         fine["clip"] = (all(isinstance(c, Clip) for c in self.clips), "penjing.Clip(threshold=1.0), one or several")
         fine["labels"] = (0 <= self.labels < math.inf, "a number of at least 0")
-        fine["distill"] = (all(hasattr(d, "term") for d in self.distillations), "penjing.distill.Logits() and its like")
-        fine["schedule"] = (self.schedule in SCHEDULES, "'cosine', 'linear' or 'constant'")
+        ways = [hasattr(d, "term") and not isinstance(d, type) for d in self.distillations]
+        fine["distill"] = (all(ways), "penjing.distill.Logits() or its like, or a tuple of them")
+        fine["schedule"] = (self.schedule in tuple(SCHEDULES), "'cosine', 'linear' or 'constant'")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
         for name in ("losses", "hooks"):
@@ -124,8 +128,8 @@ class Finetune:
         fine["teacher"] = (named and several != (), "a network, a tuple of networks, 'self', or None: the source")
         for name, (good, expected) in fine.items():
             if not good:
-                raise RecipeError(f"Finetune({name}=...) can't be used", got=getattr(self, name), expected=expected)
-
+                got = repr(getattr(self, name))
+                raise RecipeError(f"Finetune({name}=...) can't be used", got=got, expected=expected)
         if self.label_smoothing and self.losses:
             raise RecipeError(
                 "label smoothing is of the task's own loss",
@@ -135,6 +139,13 @@ class Finetune:
             )
         if self.labels == 0 and self.distill == ():
             raise _nothing_to_learn("labels=0, distill=()")
+        if self.teacher is not None and self.distill == ():
+            raise RecipeError(
+                "a teacher is named, and nothing is learned from it",
+                got="teacher=..., distill=()",
+                expected="a way to imitate it, for example distill=penjing.distill.Logits()",
+                remedy="leave distill at 'auto', or leave out the teacher",
+            )
 
     @property
     def distillations(self) -> tuple[Distillation, ...]:
@@ -154,6 +165,8 @@ class Finetune:
         Raises:
             RecipeError: There are neither labels nor a teacher.
         """
+        if self.labels == 0 and self.clip == ():
+            return replace(self, clip=Clip()).resolved(context, changed)
         if self.distill != "auto":
             return self
         taught = context.source is not None if self.teacher is None else True

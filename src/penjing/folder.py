@@ -72,10 +72,11 @@ class RunFolder:
         if before is not None:
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
+                where, now, then = _difference(changed[0], plain[changed[0]], before[changed[0]])
                 raise OutputError(
                     f"the run in this folder was asked for another {', '.join(changed)}",
-                    got=f"{changed[0]} = {plain[changed[0]]}",
-                    expected=f"{changed[0]} = {before[changed[0]]}",
+                    got=f"{where} = {now}",
+                    expected=f"{where} = {then}",
                     remedy="resume with the same request, or start anew with --force",
                 )
             return
@@ -114,6 +115,21 @@ class RunFolder:
     def finish(self) -> None:
         """Drop what was kept to resume."""
         shutil.rmtree(self.path / STATE, ignore_errors=True)
+
+
+def _difference(where: str, now: Any, then: Any) -> tuple[str, Any, Any]:
+    """The innermost place where two plain values differ, and both values there.
+
+    >>> _difference("recipe", [{"Finetune": {"labels": 0.7}}], [{"Finetune": {"labels": 0.5}}])
+    ('recipe[0].Finetune.labels', 0.7, 0.5)
+    """
+    if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
+        name = next(name for name in now if now[name] != then[name])
+        return _difference(f"{where}.{name}", now[name], then[name])
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        place = next(i for i in range(len(now)) if now[i] != then[i])
+        return _difference(f"{where}[{place}]", now[place], then[place])
+    return where, now, then
 
 
 @contextmanager

@@ -123,18 +123,40 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
     A floating-point variant takes those alone: what is made for one runtime's integers (ranges, corrected biases) is
     of no use to it.
     """
-    current = Draft(run.network)
+    current = shared(run, recipe)
     where = "all"
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
             if variant.precision not in INTEGER and not getattr(step, "for_floats", False):
                 break
             where = variant.runtime
-        key = (where, position)
-        if key not in run.memo:
-            run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
-        current = run.memo[key]
+        if where != "all":
+            current = _once(run, step, current, where, position)
     return current
+
+
+def shared(run: Run, recipe: Recipe) -> Draft:
+    """The draft after the steps before the first that depends on the runtime."""
+    current = Draft(run.network)
+    for position, step in enumerate(recipe):
+        if getattr(step, "per_runtime", False):
+            break
+        current = _once(run, step, current, "all", position)
+    return current
+
+
+def _once(run: Run, step: Step, current: Draft, where: str, position: int) -> Draft:
+    """What a step makes, or how it fails: neither is computed twice."""
+    key = (where, position)
+    if key not in run.memo:
+        try:
+            run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
+        except PenjingError as error:
+            run.memo[key] = error
+    if isinstance(run.memo[key], PenjingError):
+        raise run.memo[key]
+    made: Draft = run.memo[key]
+    return made
 
 
 def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:

@@ -180,7 +180,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back."""
-        return str(yaml.safe_dump(self.to_data(), sort_keys=False))
+        return str(yaml.dump(self.to_data(), Dumper=_Dumper, sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
@@ -192,7 +192,7 @@ class Recipe:
             RecipeError: Unknown steps or settings are named, with the nearest known ones.
         """
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise RecipeError("the recipe is not valid YAML", got=" ".join(str(error).split())) from None
         return cls.from_data(data)
@@ -205,6 +205,39 @@ class Recipe:
                 "a recipe is a list of steps", got=type(data).__name__, expected="- quantize.Static: {weight_bits: 8}"
             )
         return cls(*(_step(item) for item in data))
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.2's numbers and truth values, where PyYAML's are those of 1.1: 1e-3 is a number, and `off` a word.
+
+    A name that stands twice in a mapping is an error, not what was written last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dict of different keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes what would be no text for either version of YAML."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in known if tag not in (_BOOL, _FLOAT)]
+    for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _reads_or_writes in (_Loader, _Dumper):
+    _reads_or_writes.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"^(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+        list("-+0123456789."),
+    )
 
 
 def _data(step: Any) -> dict[str, Any]:
@@ -220,24 +253,43 @@ def _data(step: Any) -> dict[str, Any]:
     return {names.get(type(step), type(step).__name__): fields}
 
 
-def _setting(value: Any) -> Any:
+_NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step": CATALOGUE}
+
+
+def _setting(value: Any, key: str) -> Any:
     """A value of a recipe's YAML: lists become tuples, and what is written as a step or a setting becomes one."""
     if isinstance(value, list):
-        return tuple(map(_setting, value))
-    if isinstance(value, dict) and len(value) == 1 and set(value) <= set(CATALOGUE | SETTINGS):
-        return _step(value, CATALOGUE | SETTINGS)
+        return tuple(_setting(one, key) for one in value)
+    if key in _NESTED and (isinstance(value, dict) or (isinstance(value, str) and value != "auto")):
+        return _step(value, _NESTED[key])
+    every = CATALOGUE | SETTINGS
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= set(every):
+        return _step(value, every)
     return value
 
 
 def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     single = isinstance(item, dict) and len(item) == 1
     name, settings = next(iter(item.items())) if single else (item, None)
-    if not isinstance(name, str) or name not in catalogue:
-        near = difflib.get_close_matches(str(name), catalogue, n=1)
+    if isinstance(item, dict) and len(item) > 1 and set(item) <= set(catalogue):
         raise RecipeError(
-            "the recipe names a step that does not exist",
+            "two steps stand in one entry of the recipe",
+            got=", ".join(map(str, item)),
+            expected="a dash before each of them",
+        )
+    if isinstance(name, str) and name in SETTINGS and name not in catalogue:
+        raise RecipeError(
+            f"{name} is no step",
             got=repr(item),
-            expected=f"one of {', '.join(CATALOGUE)}",
+            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, or {clip: {Clip: {}}}",
+        )
+    if not isinstance(name, str) or name not in catalogue:
+        whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
+        near = difflib.get_close_matches(whole, catalogue, n=1)
+        raise RecipeError(
+            f"the recipe names a {'setting' if catalogue is SETTINGS else 'step'} that does not exist",
+            got=repr(item),
+            expected=f"one of {', '.join(catalogue)}",
             remedy=f"did you mean {near[0]}?" if near else None,
         )
     settings = {} if settings is None else settings
@@ -257,6 +309,6 @@ def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
                 remedy=f"did you mean {near[0]}?" if near else None,
             )
     try:
-        return cls(**{key: _setting(value) for key, value in settings.items()})
+        return cls(**{key: _setting(value, key) for key, value in settings.items()})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}") from None

@@ -208,7 +208,7 @@ class Teaching:
         with torch.no_grad():
             taught = [model(*args, **kwargs) for model in self.teacher_view]
         wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
-        said = taught[0] if len(taught) == 1 else torch.stack([first_output(t) for t in taught]).mean(0)
+        said = taught[0] if len(taught) == 1 else _mean([first_output(t) for t in taught])
         return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done)
 
     def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
@@ -230,7 +230,7 @@ class Teaching:
                 expected="a raised network, as a recipe trains it",
                 remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
             )
-        return Tapped(student, names)
+        return Tapped(student, names, "student")
 
     def _teacher_view(self) -> list[Any]:
         names = [name for _, name in self.pairs]
@@ -253,7 +253,18 @@ class Teaching:
         if not isinstance(model, fx.GraphModule):
             task = self.context.task
             model = raise_network(model, *task.call(), task.dynamic)
-        return [Tapped(model, names)]
+        return [Tapped(model, names, "teacher")]
+
+
+def _mean(said: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What several teachers say in the mean."""
+    if len({tuple(one.shape) for one in said}) > 1:
+        raise TaskError(
+            "the teachers have different outputs",
+            got=", ".join(str(tuple(one.shape)) for one in said),
+            expected="the same classes in the same order",
+        )
+    return torch.stack(list(said)).mean(0)
 
 
 def digest(models: Sequence[nn.Module]) -> str:

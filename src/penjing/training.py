@@ -29,8 +29,8 @@ from penjing.outputs import to_tensor
 from penjing.parallel import Group
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
-from penjing.task import Task, calibration_calls
 from penjing.teaching import Teaching, in_fp32
+from penjing.training_data import diverged, explained, loader, not_finite
 
 if TYPE_CHECKING:
     from penjing.finetune import Finetune
@@ -72,16 +72,7 @@ class Loop:
     def __init__(self, network: nn.Module, context: Context, settings: Finetune, group: Group) -> None:
         settings = settings.resolved(context, changed=False)
         task = context.task
-        data = task.train
-        if data is None and not settings.labels and task.calibration is not None:
-            data = _Unlabelled(task)
-        if data is None:
-            raise TaskError(
-                "fine-tuning needs training data",
-                got="Task.train is None",
-                expected="an iterable of (inputs, target)",
-                remedy="give Task(train=loader, loss=...), or leave fine-tuning out of the recipe",
-            )
+        data = loader(task, settings.labels)
         self.objective = Objective(task, settings.losses, settings.labels, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
@@ -157,7 +148,7 @@ class Loop:
 
     def _finished(self) -> nn.Module:
         if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
-            raise _diverged("a weight is not finite after training", ", ".join(broken[:3]))
+            raise diverged("a weight is not finite after training", ", ".join(broken[:3]))
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             tensor.data = tensor.data.contiguous()
         self.network.zero_grad(set_to_none=True)
@@ -203,8 +194,7 @@ class Loop:
         for number, (inputs, target) in enumerate(batches):
             value += self.group.sum(self._backward(inputs, target, 1 / len(batches), self.position + number))
             if not math.isfinite(value):
-                broken = ", ".join(f"{name} is {float(term):g}" for name, term in self.terms.items())
-                raise _diverged(f"the loss is not finite at step {self.step}", broken if self.teaching else value)
+                raise not_finite(self.step, to_tensors(as_call(inputs)), self.terms, value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self._hook("gradients")
         self.clips.apply("gradients", self.network)
@@ -243,14 +233,18 @@ class Loop:
     def _gradients(self, call: Call, target: Any, part: float) -> float:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, call)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
+        task = self.context.task
         with self.cast():
-            output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
-            done = self.step / self.steps
-            lesson = self.teaching.lesson(output, target, (args, kwargs), done) if self.teaching else None
+            with explained("the network", call, target, task):
+                output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
+            with explained("the teacher", call, target, task):
+                done = self.step / self.steps
+                lesson = self.teaching.lesson(output, target, (args, kwargs), done) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
-        terms = self.objective(batch)
-        if self.teaching and lesson:
-            terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
+        with explained("the loss", call, target, task):
+            terms = self.objective(batch)
+            if self.teaching and lesson:
+                terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
         self.terms = {name: term.detach() for name, term in terms}
         loss = torch.stack([term for _, term in terms]).sum() * part
         if not loss.requires_grad:
@@ -292,7 +286,7 @@ class Loop:
 
     def _count_batches(self) -> int:
         try:
-            length = len(self.data)  # type: ignore[arg-type]
+            length = len(self.data)
         except TypeError:  # a loader of a stream has no length
             length = sum(1 for _ in self.data)
         if length == 0:
@@ -382,19 +376,3 @@ class Loop:
         found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
         found["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
-
-
-class _Unlabelled:
-    """Calibration data as a loader without labels."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __iter__(self) -> Iterator[tuple[Any, None]]:
-        for args, kwargs in calibration_calls(self.task):
-            yield kwargs or args, None
-
-
-def _diverged(what: str, got: object) -> TrainingError:
-    remedy = "a lower learning_rate, clip=penjing.Clip(threshold=1.0), or autocast='off'"
-    return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)

@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,37 @@ def save(path: Path, state: State) -> None:
     """
     aside = path.with_suffix(".new")
     try:
-        with aside.open("wb") as file:
-            torch.save({**state, "request": json.dumps(_plain(state["request"]))}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with _undisturbed():
+            with aside.open("wb") as file:
+                torch.save({**state, "request": json.dumps(_plain(state["request"]))}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        with suppress(OSError):
+            aside.unlink()
         raise OutputError(
             "the state of the training can't be saved",
             got=f"{type(error).__name__}: {error} ({path.parent})",
             expected="a folder with write permission and free space",
             remedy="free some space; what was saved before is untouched",
         ) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """CTRL-C waits for the end of the block: inside torch's writer it would come out as a broken file."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    came: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 @contextmanager

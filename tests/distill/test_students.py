@@ -108,6 +108,12 @@ def digits():
     )
 
 
+@pytest.mark.parametrize("wrong", [{"keep": (0, 0)}, {"keep": (3, 0)}, {"of": 5}])
+def test_layers_that_can_t_be_named(wrong):
+    with pytest.raises(RecipeError, match=f"FewerLayers\\({next(iter(wrong))}"):
+        distill.FewerLayers(**{"of": "stack", "keep": 1, **wrong})
+
+
 class TestStudent:
     def test_classes_and_channels_are_read_from_the_source_and_the_seed_gives_the_weights(self):
         task = digits()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import penjing as pj
 from penjing import records, runtimes
-from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError
+from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError, TrainingError, UsageError
 from penjing.folder import ARTIFACT, CANDIDATES
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.source import open_source
@@ -254,6 +255,36 @@ class TestRefusals:
         error = self.refused(tmp_path, RecipeError, digits_source, task, "minimize size_bytes", exclude=["boddy"])
         assert "body" in error.expected
 
+    def test_a_device_that_is_not_there(self, tmp_path, digits_source, task):
+        for device in ("gpu", "cuda:99"):
+            error = self.refused(tmp_path, UsageError, digits_source, task, "minimize size_bytes", device=device)
+            assert device in error.got
+
+    @pytest.mark.parametrize(
+        "step", [pj.Finetune(), pj.prune.Iterative(step=pj.prune.Channels(macs=0.5), finetune=pj.Finetune())]
+    )
+    def test_a_training_without_data(self, tmp_path, digits_source, task, step):
+        bare = dataclasses.replace(task, train=None)
+        recipe = pj.Recipe(pj.prune.Magnitude(sparsity=0.5), step)
+        error = self.refused(tmp_path, TaskError, digits_source, bare, "minimize size_bytes", recipe=recipe)
+        assert error.what == "fine-tuning needs training data"
+        with pytest.raises(TaskError, match="needs training data"):
+            pj.apply(recipe, open_source(digits_source).module, bare)
+
+    @pytest.mark.parametrize(
+        ("features", "whose"), [((("stem", "setm"),), "teacher"), ((("setm", "stem"),), "student")]
+    )
+    def test_a_feature_that_does_not_exist(self, tmp_path, digits_source, task, pair, whose):
+        learns = pj.Finetune(distill=pj.distill.Hints(features=(pair,)))
+        recipe = pj.Recipe(pj.Finetune(), learns)
+        error = self.refused(tmp_path, RecipeError, digits_source, task, "minimize size_bytes", recipe=recipe)
+        assert f"of the {whose} does not exist" in error.what and "stem" in error.remedy
+
+    def test_what_is_no_recipe(self, digits_source, task):
+        for wrong in (pj.Finetune(), "joint"):
+            with pytest.raises(RecipeError, match="compressed by a recipe"):
+                pj.apply(wrong, open_source(digits_source).module, task)
+
     def test_calibration_data_with_an_infinity_at_its_very_end(self, tmp_path, digits_source, task):
         late = [*task.calibration, task.calibration[0] / 0]
         broken = dataclasses.replace(task, calibration=late)
@@ -293,3 +324,39 @@ def test_a_finished_run_is_given_back_and_not_run_again(digits_copy, digits_sour
     with pytest.raises(OutputError, match="another data"):
         pj.compress(digits_source, fewer, goal, out=digits_copy, resume=True, threads=1)
     assert {path: path.stat().st_mtime_ns for path in digits_copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_that_all_candidates_need_fails_once_and_by_its_own_name(tmp_path, digits_source, task):
+    x, y = task.calibration[0], torch.zeros(len(task.calibration[0])).long()
+    seen = []
+
+    def loss(output, target):
+        seen.append(1)
+        return torch.nn.functional.cross_entropy(output, target) * (math.nan if len(seen) == 3 else 1.0)
+
+    broken = dataclasses.replace(task, train=[(x, y)] * 4, loss=loss)
+    recipe = pj.Recipe(pj.Finetune(epochs=1))
+    with pytest.raises(TrainingError, match="not finite at step 2"):
+        pj.compress(digits_source, broken, "minimize size_bytes", recipe=recipe, out=tmp_path / "run", threads=1)
+    assert len(seen) == 3
+
+
+def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for(tmp_path, digits_source, task):
+    x, y = task.calibration[0], torch.zeros(len(task.calibration[0])).long()
+
+    def stops(output, target):
+        raise KeyboardInterrupt
+
+    first = dataclasses.replace(task, train=[(x, y)], loss=stops)
+    asked = {"goal": "minimize size_bytes", "recipe": pj.Recipe(pj.Finetune()), "threads": 1, "out": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        pj.compress(digits_source, first, **asked)
+    with pytest.raises(OutputError, match="another data") as found:
+        pj.compress(digits_source, dataclasses.replace(first, train=[(x, y + 1)]), resume=True, **asked)
+    assert found.value.got.startswith("data.train = ")
+    other = dataclasses.replace(first, loss=torch.nn.functional.cross_entropy)
+    with pytest.raises(OutputError, match="another loss") as found:
+        pj.compress(digits_source, other, resume=True, **asked)
+    assert found.value.got == "loss = cross_entropy"
+    with pytest.raises(KeyboardInterrupt):
+        pj.compress(digits_source, first, resume=True, **asked)

@@ -37,11 +37,16 @@ class FewerLayers:
     for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.of, str):
+            raise RecipeError("FewerLayers(of=...) can't be used", got=repr(self.of), expected='"encoder.layer"')
         many = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
         those = isinstance(self.keep, tuple) and len(self.keep) > 0 and all(isinstance(i, int) for i in self.keep)
+        those = those and sorted(set(self.keep)) == list(self.keep)  # type: ignore[arg-type]
         if not many and not those:
             raise RecipeError(
-                "FewerLayers(keep=...) can't be used", got=self.keep, expected="3, or the numbers of layers, (0, 2, 4)"
+                "FewerLayers(keep=...) can't be used",
+                got=repr(self.keep),
+                expected="3, or the numbers of layers, ascending: (0, 2, 4)",
             )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

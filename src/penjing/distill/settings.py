@@ -15,12 +15,13 @@ def check(term: object, **values: float) -> None:
     """
     for name, value in values.items():
         above = name == "temperature"
-        if not (0 < value < math.inf if above else 0 <= value < math.inf):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (0 < value < math.inf if above else 0 <= value < math.inf):
             raise RecipeError(
                 f"{type(term).__name__}({name}=...) can't be used",
-                got=value,
+                got=repr(value),
                 expected="a number above 0" if above else "a number of at least 0",
-                remedy="4 is usual: the higher, the more the improbable classes count" if above else None,
+                remedy=f"{getattr(type(term), name):g} where nothing is said",
             )
 
 

@@ -7,6 +7,7 @@ answers together too; Wu et al., "TinyViT", ECCV 2022, keep answers by augmentat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -46,6 +47,12 @@ class Stored(nn.Module):
 
     def __init__(self, folder: str | Path, teacher: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(folder, str | Path) or not isinstance(teacher, nn.Module | None):
+            raise TaskError(
+                "Stored takes a folder and a network",
+                got=f"{type(folder).__name__} and {type(teacher).__name__}",
+                expected='Stored("answers", network), or Stored("answers") to read only',
+            )
         self.folder = Path(folder)
         object.__setattr__(self, "teacher", teacher.eval() if teacher is not None else None)  # no weight of this module
         self.teacher: nn.Module | None
@@ -197,9 +204,10 @@ def _keys(leaves: Sequence[Any]) -> list[bytes]:
 
 
 def _full(folder: Path, error: OSError) -> OutputError:
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return OutputError(
         "a teacher's answers can't be written",
         got=f"{error.strerror or error} ({folder})",
         expected="a folder with write permission and free space",
-        remedy="free some space; what was written before is used again",
+        remedy="free some space; what was written before is used again" if full else "name another folder",
     )

@@ -18,7 +18,7 @@ import penjing
 from penjing import checkpoint, evidence, measure, pipeline, records, runtimes
 from penjing.building import INTEGER
 from penjing.draft import Draft
-from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
+from penjing.errors import MissingDependency, OutputError, PenjingError, RecipeError, TaskError, UsageError
 from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
@@ -123,6 +123,7 @@ def compress(
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
     names = _runtimes(runtime)
+    requests.check_device(device)
     steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
     threads = threads or measure.machine(1).cores
     machine = measure.machine(threads)
@@ -149,6 +150,8 @@ def compress(
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
     variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
+    if not all(folder.kept(variant.name) for variant in variants):
+        pipeline.shared(run, steps)  # what all candidates need fails once, and by its own name
     found = _candidates(run, steps, variants, structure, getattr(task, looked_at))
     timings = pipeline.latencies(run, found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
@@ -200,8 +203,16 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
     """Only the compressed module (with fake quantizers where the recipe quantizes): no artifact, nothing measured."""
     from penjing.step import Context
 
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            "a network is compressed by a recipe",
+            got=repr(recipe),
+            expected="penjing.Recipe(step, …), or one of penjing.recipes",
+        )
+    requests.check_device(device)
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
+    requests.check_recipe(recipe, draft.network, task)
     context = Context(task=task, seed=seed, device=device, source=draft.network)
     for step in recipe:
         draft = step(draft, context)

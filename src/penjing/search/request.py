@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from penjing import checkpoint
-from penjing.errors import TaskError
+from penjing.errors import TaskError, UsageError
+from penjing.finetune import Finetune
 from penjing.graph import sites
+from penjing.objective import Objective
 from penjing.pipeline import Run
 from penjing.quantize import Static
 from penjing.quantize.static import matches
 from penjing.recipe import Recipe
 from penjing.records import Record
 from penjing.search.goal import Goal, needs_metric
+from penjing.surgery.taps import Tapped
 from penjing.task import Task, calibration_calls, fingerprint
+from penjing.training import seed_everything
+from penjing.training_data import loader
+from penjing.training_state import random_numbers, set_random_numbers
 
 
 def check_goal(goal: Goal, task: Task) -> None:
@@ -44,19 +52,83 @@ def check_inputs(task: Task) -> None:
 
 
 def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
-    """Raise CalibrationError where a step would lack its data, RecipeError where it names what is not there."""
+    """Raise what a step would raise that lacks its data, or that names what is not there, before any is at work.
+
+    Values inside the student are looked for while it is still built as the source is; later steps name what earlier
+    ones have made.
+
+    Raises:
+        CalibrationError: The calibration data is missing or unfit.
+        TaskError: The training data or the loss is missing.
+        RecipeError: A pattern fits nothing, or a feature does not exist.
+    """
     if recipe.quantizes:
         calibration_calls(task)
     names = list(sites(network))
+    changed = False
     for step in recipe:
         if isinstance(step, Static):
             for pattern in (*step.exclude, *step.settings):
                 matches(pattern, names)
+        changed = changed or not isinstance(step, Finetune)
+        for training in _trainings(step):
+            loader(task, training.labels)
+            Objective(task, training.losses, training.labels, training.label_smoothing)
+            features = [pair for way in training.distillations for pair in way.features]
+            if training.teacher is None:
+                Tapped(network, [theirs for _, theirs in features], "teacher")
+            if not changed:
+                Tapped(network, [mine for mine, _ in features], "student")
+
+
+def _trainings(step: object) -> Iterator[Finetune]:
+    """A step that trains, or the trainings within it."""
+    if isinstance(step, Finetune):
+        yield step
+    elif dataclasses.is_dataclass(step):
+        for field in dataclasses.fields(step):
+            if isinstance(value := getattr(step, field.name), Finetune):
+                yield value
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where there is no such device, or torch was built without it."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others of its own
+        raise UsageError(
+            "the device can't be used",
+            got=f"{device!r}: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            expected="'cpu', or a device that this torch knows: 'cuda', 'cuda:1', 'mps', 'xpu'",
+            remedy="--device cpu trains everywhere; python -c 'import torch; print(torch.cuda.is_available())' tells",
+        ) from None
 
 
 def data_hashes(task: Task) -> dict[str, str]:
-    """SHA-256 of the data by its role; reads all of it, and so checks all of it."""
-    return {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
+    """SHA-256 of the data by its role.
+
+    Of the calibration data all is read, and so checked; of the training data the first batch, where it is the same
+    again after the same seed.
+    """
+    found = {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
+    first = _first_batch(task)
+    return found | ({"train": first} if first is not None else {})
+
+
+def _first_batch(task: Task) -> str | None:
+    if task.train is None:
+        return None
+    before = random_numbers("cpu")
+    try:
+        seen = []
+        for _ in range(2):
+            seed_everything(0)
+            seen.append(fingerprint([((next(iter(task.train)),), {})]))
+    except Exception:  # a loader that fails is told by the training, with the step that it fails at
+        return None
+    finally:
+        set_random_numbers(before, "cpu")
+    return seen[0] if seen[0] == seen[1] else None
 
 
 def request(
@@ -73,7 +145,13 @@ def request(
         "batch": run.batch,
         "threads": run.threads,
         "data": data,
+        "loss": _called(run.task.loss),
     }
+
+
+def _called(loss: object) -> str | None:
+    """A loss by its name: what it computes can't be compared."""
+    return None if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def asked(record: Record) -> dict[str, Any]:
@@ -86,5 +164,5 @@ def asked(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
-        "data": {role: digest for role, digest in record.data.items() if role == "calibration"},
+        "data": {role: digest for role, digest in record.data.items() if role in ("calibration", "train")},
     }

@@ -62,17 +62,18 @@ class Tapped:
         network: A raised network.
         names: Sites, or parts of the network, whose last value is meant; with ``:scores`` behind it, the scores of
             the last attention.
+        called: What errors call the network.
 
     Raises:
         RecipeError: A name does not exist; the nearest are suggested.
     """
 
-    def __init__(self, network: fx.GraphModule, names: Sequence[str]) -> None:
+    def __init__(self, network: fx.GraphModule, names: Sequence[str], called: str = "network") -> None:
         self.view = fx.GraphModule(network, copy.deepcopy(network.graph))
         self.taps: dict[str, Tap | Scores] = {}
         for position, name in enumerate(dict.fromkeys(names)):
             of_scores = name.endswith(SCORES)
-            node = _node(self.view, name.removesuffix(SCORES), attention=of_scores)
+            node = _node(self.view, name.removesuffix(SCORES), of_scores, called)
             given: tuple[Any, ...] = (node,)
             self.taps[name] = Tap()
             if of_scores:
@@ -101,7 +102,7 @@ def _several(node: fx.Node) -> bool:
     return bool(node.users) and all(user.target is operator.getitem for user in node.users)
 
 
-def _node(network: fx.GraphModule, name: str, attention: bool) -> fx.Node:
+def _node(network: fx.GraphModule, name: str, attention: bool, called: str) -> fx.Node:
     """The operator of a site, or the last one of a part of the network, as it stands in the forward."""
     sites: dict[str, fx.Node] = {
         str(n.meta["site"]): n
@@ -118,8 +119,9 @@ def _node(network: fx.GraphModule, name: str, attention: bool) -> fx.Node:
     near = difflib.get_close_matches(name, [k for k in known if k], n=3, cutoff=0.0)
     what, whose = ("an attention", "an attention") if attention else ("a feature", "a layer, of an operator")
     raise RecipeError(
-        f"{what} of the network does not exist",
+        f"{what} of the {called} does not exist",
         got=name,
         expected=f"the name of {whose}, or of a part of the network",
-        remedy=(f"the nearest are {', '.join(near)}; " if near else "") + "`penjing inspect` lists the layers",
+        remedy=(f"the nearest are {', '.join(near)}; " if near else "")
+        + "`penjing inspect` lists the layers; a pair names the student's and the teacher's",
     )
