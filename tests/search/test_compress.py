@@ -271,9 +271,7 @@ class TestRefusals:
         with pytest.raises(TaskError, match="needs training data"):
             pj.apply(recipe, open_source(digits_source).module, bare)
 
-    @pytest.mark.parametrize(
-        ("features", "whose"), [((("stem", "setm"),), "teacher"), ((("setm", "stem"),), "student")]
-    )
+    @pytest.mark.parametrize(("pair", "whose"), [(("stem", "setm"), "teacher"), (("setm", "stem"), "student")])
     def test_a_feature_that_does_not_exist(self, tmp_path, digits_source, task, pair, whose):
         learns = pj.Finetune(distill=pj.distill.Hints(features=(pair,)))
         recipe = pj.Recipe(pj.Finetune(), learns)
