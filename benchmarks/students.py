@@ -11,7 +11,7 @@ student from labels lacks to the teacher, in the mean of its seeds. The test pic
 Every way is run with the first seed; `labels`, `Logits` and the best of the others (by held-out training pictures) with
 all seeds. With `--long` epochs `labels` and that best are trained once more, to where labels alone bring the student.
 
-    python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 8] [--seeds 0 1 2]
+    python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 5 6] [--seeds 0 1 2]
         [--width 0.35] [--ways labels Logits ...] [--long 12]
 
 Teachers are trained first and kept in the cache folder. Every finished run is written at once; a second call goes on
@@ -95,8 +95,17 @@ def student(pair, name, arguments, task, source, seed):
     return draft.network
 
 
+def cycles(arguments, count=None):
+    """The cycles of the teacher's training as text."""
+    return "+".join(f"{epochs:g}" for epochs in arguments.teacher_epochs[:count])
+
+
 def taught(pair, arguments, task):
-    """The teacher, trained once with Penjing's loop and kept in the cache folder."""
+    """The teacher, trained once with Penjing's loop and kept in the cache folder.
+
+    Every number of `--teacher-epochs` is a cycle: the learning rate rises anew (warm restarts, Loshchilov & Hutter
+    2017), and the cycles before are kept.
+    """
     from pruning_accuracy import shown
     from safetensors.torch import load_file, save_file
 
@@ -107,12 +116,17 @@ def taught(pair, arguments, task):
 
     seed_everything(0)
     teacher, _ = networks(pair, arguments.width)
-    path = cache() / f"teacher-{pair}-fashion-mnist-{arguments.teacher_epochs:g}-{BATCH}.safetensors"
-    if not path.exists():
+    path = None
+    for cycle in range(1, 1 + len(arguments.teacher_epochs)):
+        before, path = path, cache() / f"teacher-{pair}-fashion-mnist-{cycles(arguments, cycle)}-{BATCH}.safetensors"
+        if path.exists():
+            continue
+        if before is not None:
+            teacher.load_state_dict(load_file(before))
         state = cache() / f"{path.stem}-training"
         state.mkdir(exist_ok=True)
-        context = Context(task=task, seed=0, folder=state, events=shown(f"teacher of {pair}"))
-        train(teacher, context, Finetune(epochs=arguments.teacher_epochs, learning_rate=RATE[pair]))
+        context = Context(task=task, seed=cycle - 1, folder=state, events=shown(f"teacher of {pair}, cycle {cycle}"))
+        train(teacher, context, Finetune(epochs=arguments.teacher_epochs[cycle - 1], learning_rate=RATE[pair]))
         save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, path)
     teacher.load_state_dict(load_file(path))
     return teacher.eval()
@@ -130,7 +144,7 @@ def measured(pair, arguments, task, data, save):
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)
     source = raise_network(teacher, *task.call(), task.dynamic)
-    key = f"{arguments.teacher_epochs:g}, student's width {arguments.width:g}"
+    key = f"{cycles(arguments)}, student's width {arguments.width:g}"
     if found.get("teacher", {}).get("epochs") != key:
         found["teacher"] = {
             "epochs": key, "accuracy": task.evaluate(numpy_predictor(teacher)), "macs": macs(teacher, task),
@@ -141,7 +155,7 @@ def measured(pair, arguments, task, data, save):
     every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
 
     def ran(name, seed, epochs=arguments.epochs):
-        key = f"{pair} {arguments.width:g} {name} epochs {epochs:g} of {arguments.teacher_epochs:g} seed {seed}"
+        key = f"{pair} {arguments.width:g} {name} epochs {epochs:g} of {cycles(arguments)} seed {seed}"
         if key not in data["runs"]:
             start = time.perf_counter()
             begun = student(pair, name, arguments, task, source, seed)
@@ -187,7 +201,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=["resnet", "mobilenet"], choices=list(RATE))
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--teacher-epochs", type=float, default=8.0)
+    parser.add_argument("--teacher-epochs", type=float, nargs="+", default=[5.0, 6.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--long", type=float)
     parser.add_argument("--width", type=float, default=0.35)
