@@ -36,7 +36,17 @@ def test_without_a_target_half_of_the_macs_stay():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"macs": 0.5, "params": 0.5}, {"macs": 1.5}, {"epochs": 0}, {"rounds": 0}, {"weight_bits": 11}]
+    "wrong",
+    [
+        {"macs": 0.5, "params": 0.5},
+        {"macs": 1.5},
+        {"macs": "x"},
+        {"epochs": 0},
+        {"epochs": "3"},
+        {"rounds": 0},
+        {"rounds": "2"},
+        {"weight_bits": 11},
+    ],
 )
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(RecipeError):

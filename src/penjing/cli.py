@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PenjingError as error:
         return _told(error, parsed, messages)
     except KeyboardInterrupt:
-        messages.print("stopped; `--resume` goes on from here", style="yellow")
+        goes_on = hasattr(parsed, "resume")
+        messages.print("stopped" + ("; `--resume` goes on from here" if goes_on else ""), style="yellow")
         return ERROR
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

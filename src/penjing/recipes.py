@@ -17,6 +17,7 @@ from typing import Literal
 from penjing import prune, quantize
 from penjing.clipping import Clip
 from penjing.distill import Outputs
+from penjing.errors import RecipeError
 from penjing.finetune import Finetune
 from penjing.recipe import Recipe
 from penjing.step import Step
@@ -133,6 +134,9 @@ def _composed(
     bits: tuple[int, int],
     trained: quantize.QAT,
 ) -> Recipe:
+    for name, value in {"epochs": epochs, "rounds": rounds, "blocks": blocks, **target}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"a joint recipe can't use {name}", got=repr(value), expected="a number")
     steps: list[Step] = [prune.Blocks(blocks=blocks)] if blocks else []
     after = 1 - QUANTIZED
     if target:

@@ -15,6 +15,7 @@ from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
 from penjing.finetune import train
 from penjing.network import raise_network
+from penjing.search.request import untrained
 from penjing.step import Context
 from penjing.surgery import replay
 from penjing.task import Task
@@ -156,6 +157,21 @@ class TestStudent:
                 draft_of(Net().eval(), task.call()[0]), Context(task=task)
             )
         assert "(2, 7)" in str(error.value) and "(2, 10)" in str(error.value)
+        assert "{'classes': 10}" in error.value.remedy
+
+    def test_pictures_that_are_too_small_are_the_reason_that_is_told(self):
+        task = digits()
+        with pytest.raises(RecipeError, match="squeezenet1_1 can't be built") as error:
+            distill.Student(architecture="squeezenet1_1")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
+        assert "too small" in error.value.got
+
+    def test_without_a_training_a_run_warns(self):
+        student = distill.Student(architecture="resnet20")
+        assert "no step of the recipe trains it" in untrained(pj.Recipe(student))
+        assert "no step" in untrained(pj.Recipe(student, pj.prune.Magnitude(sparsity=0.5)))
+        assert untrained(pj.Recipe(student, pj.Finetune())) is None
+        assert untrained(pj.Recipe(student, pj.prune.Movement(sparsity=0.5))) is None
+        assert untrained(pj.Recipe(pj.prune.Magnitude(sparsity=0.5))) is None
 
     def test_an_unknown_architecture(self):
         task = digits()

@@ -62,7 +62,7 @@ class Student:
                 "student and teacher have different outputs",
                 got=f"{self.architecture}: {found}, the source: {wanted}",
                 expected="outputs of the same shapes",
-                remedy="for example Student(..., settings={'classes': 10})",
+                remedy=f"for example Student(..., settings={{'classes': {wanted[0][-1]}}})",
             )
         return replace(draft, network=network, plan=Plan(), edits=(edit,))
 
@@ -75,18 +75,18 @@ class Student:
         read = {"classes": wanted[0][1] if len(wanted[0]) > 1 else 1}
         if first.dim() == 4:
             read["in_channels"] = first.shape[1]
-        tries = [read, {"classes": read["classes"]}, {}]
-        for position, more in enumerate(tries):
+        failures: list[PenjingError] = []
+        for more in (read, {"classes": read["classes"]}, {}):
             settings = {**more, **self.settings}
             edit = building(self.architecture, settings, call, context.task.dynamic)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(context.seed)
                 try:
                     return edit, build(edit)
-                except PenjingError:
-                    if position == len(tries) - 1:
-                        raise
-        raise AssertionError("unreachable")
+                except PenjingError as error:
+                    failures.append(error)
+        # What the factory says of settings that it takes; that it takes no `in_channels` is no reason.
+        raise next((e for e in failures if "unexpected keyword" not in str(e)), failures[0])
 
 
 def _outputs(network: fx.GraphModule, call: Call) -> list[tuple[int, ...]]:

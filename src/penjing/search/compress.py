@@ -144,6 +144,9 @@ def compress(
         folder.finish()
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
+    if text := requests.untrained(steps):
+        run.warnings.append(text)
+        events("warning", text=text)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
     metrics = _source_metrics(run, task, data)

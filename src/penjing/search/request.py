@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from penjing import checkpoint
+from penjing.distill import Student
 from penjing.errors import TaskError, UsageError
 from penjing.finetune import Finetune
 from penjing.graph import sites
 from penjing.objective import Objective
 from penjing.pipeline import Run
-from penjing.quantize import Static
+from penjing.quantize import QAT, Static
 from penjing.quantize.static import matches
 from penjing.recipe import Recipe
 from penjing.records import Record
@@ -79,6 +80,14 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
                 Tapped(network, [theirs for _, theirs in features], "teacher")
             if not changed:
                 Tapped(network, [mine for mine, _ in features], "student")
+
+
+def untrained(recipe: Recipe) -> str | None:
+    """A warning where a student with random weights is never trained."""
+    student = any(isinstance(step, Student) for step in recipe)
+    if student and not any(isinstance(step, QAT) or list(_trainings(step)) for step in recipe):
+        return "Student has random weights, and no step of the recipe trains it: put Finetune behind it"
+    return None
 
 
 def _trainings(step: object) -> Iterator[Finetune]:
