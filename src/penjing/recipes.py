@@ -63,6 +63,7 @@ def joint(
     Raises:
         RecipeError: A setting makes no sense.
     """
+    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
     trained = quantize.QAT(
         epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
@@ -103,6 +104,7 @@ def label_free(
     Raises:
         RecipeError: A setting makes no sense.
     """
+    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
     trained = quantize.QAT(
         epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
@@ -113,6 +115,12 @@ def label_free(
 
 NAMES: dict[str, Callable[[], Recipe]] = {"joint": joint, "label-free": label_free}
 """What ``penjing compress --recipe`` knows by name, with default settings."""
+
+
+def _check(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise RecipeError(f"a joint recipe can't use {name}", got=repr(value), expected="a number")
 
 
 def _target(macs: float | None, params: float | None, latency_ms: float | None, blocks: int) -> dict[str, float | str]:
@@ -134,9 +142,6 @@ def _composed(
     bits: tuple[int, int],
     trained: quantize.QAT,
 ) -> Recipe:
-    for name, value in {"epochs": epochs, "rounds": rounds, "blocks": blocks, **target}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"a joint recipe can't use {name}", got=repr(value), expected="a number")
     steps: list[Step] = [prune.Blocks(blocks=blocks)] if blocks else []
     after = 1 - QUANTIZED
     if target:
