@@ -125,7 +125,7 @@ def data_hashes(task: Task) -> dict[str, str]:
 
 
 def _first_batch(task: Task) -> str | None:
-    if task.train is None:
+    if task.train is None or isinstance(task.train, Iterator):  # which gives every batch once
         return None
     before = random_numbers("cpu")
     try:
