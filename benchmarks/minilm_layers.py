@@ -2,10 +2,11 @@
 
 The classifier of `minilm_pruning.py` (all-MiniLM-L6-v2, 20 Newsgroups), trained on `--train-texts` texts. The student
 has every second layer and is trained on the same texts in the same order, with the same optimizer, learning rate and
-steps. *Plain* knows no teacher: the layers of the encoder as it was published, a new classifier, labels alone. All
-others begin with the teacher's layers (`distill.FewerLayers`, as DistilBERT): `labels` goes on from labels alone, the
-others add what their name says to the labels. *Gap closed* is the part of what the plain student lacks to the teacher,
-in the mean of its seeds. The test texts are read once per run.
+steps. *Plain* knows no teacher: the layers of the encoder as it was published, a new classifier, labels alone; once
+also with as many texts more as the teacher was trained on, whose layers carry what it has seen. All others begin with
+the teacher's layers (`distill.FewerLayers`, as DistilBERT): `labels` goes on from labels alone, the others add what
+their name says to the labels. *Gap closed* is the part of what the plain student lacks to the teacher, in the mean of
+its seeds. The test texts are read once per run.
 
 Every way is run with the first seed; plain, `labels` and the best of the others (by held-out training texts) with all
 seeds.
@@ -34,7 +35,7 @@ STACK = "model.encoder.layer"
 KEPT = (0, 2, 4)  # of six; the student's layer i answers for the teacher's i + 1
 
 
-PLAIN = "plain"
+PLAIN, LONGER = "plain", "plain, the teacher's texts besides"
 ALWAYS = (PLAIN, "labels")
 
 
@@ -46,6 +47,7 @@ def ways():
     logits = distill.Logits()
     return {
         PLAIN: (),
+        LONGER: (),
         "labels": (),
         "Logits": logits,
         "HardLabels": distill.HardLabels(),
@@ -87,14 +89,15 @@ def accuracies(arguments, module, task, data, save):
     every = {name: way for name, way in ways().items() if name in (arguments.ways or ways())}
 
     def ran(name, seed):
+        texts = arguments.texts + (arguments.train_texts if name == LONGER else 0)
         key = f"{name}, {arguments.texts} texts of {arguments.train_texts}, seed {seed}"
         if key not in data["runs"]:
             start = time.perf_counter()
             seed_everything(seed)
-            begun = classifier(module.classifier.out_features) if name == PLAIN else module
+            begun = classifier(module.classifier.out_features) if name in (PLAIN, LONGER) else module
             draft, source = student(begun, task)
             settings = Finetune(
-                epochs=arguments.texts / TRAIN_BATCH / len(task.train), learning_rate=RATE, optimizer="adamw",
+                epochs=texts / TRAIN_BATCH / len(task.train), learning_rate=RATE, optimizer="adamw",
                 weight_decay=0.01, distill=every[name],
             )  # fmt: skip
             context = Context(task=task, source=source, seed=seed, events=shown(key))
@@ -109,7 +112,7 @@ def accuracies(arguments, module, task, data, save):
         return row
 
     first = {name: ran(name, arguments.seeds[0]) for name in every}
-    best = max((n for n in every if n not in ALWAYS), key=lambda n: first[n]["held_out"], default="Logits")
+    best = max((n for n in every if n not in (*ALWAYS, LONGER)), key=lambda n: first[n]["held_out"], default="Logits")
     data["best"], data["accuracy"] = best, {}
     for name in every:
         seeds = arguments.seeds if name in (*ALWAYS, best) else arguments.seeds[:1]
