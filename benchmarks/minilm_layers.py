@@ -13,7 +13,7 @@ seeds.
 
 Speed: ONNX and OpenVINO files of both, batch 1 and 16, 128 tokens, timed in turns.
 
-    python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 6000] [--train-texts 6000] [--ways plain labels ...]
+    python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 10000] [--train-texts 6000 10000] [--ways plain labels ...]
         [--parts accuracy speed]
 
 Every finished run is written at once; a second call goes on where the first stopped.
@@ -62,6 +62,30 @@ def ways():
     }
 
 
+def cycles(arguments, count=None):
+    """The cycles of the teacher's training as text."""
+    return "+".join(map(str, arguments.train_texts[:count]))
+
+
+def taught(arguments, task, classes):
+    """The whole classifier; every number of `--train-texts` is a cycle, whose learning rate rises anew."""
+    from safetensors.torch import load_file, save_file
+
+    from benchmarks.minilm_pruning import source, trained
+    from examples.data import cache
+
+    module = source(task, classes, arguments.train_texts[0])
+    for cycle in range(2, 1 + len(arguments.train_texts)):
+        path = cache() / f"minilm-20newsgroups-{cycles(arguments, cycle)}.safetensors"
+        if not path.exists():
+            state = cache() / f"{path.stem}-training"
+            state.mkdir(exist_ok=True)
+            trained(module, task, cycle - 1, arguments.train_texts[cycle - 1], f"teacher, cycle {cycle}", state)
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path)
+        module.load_state_dict(load_file(path))
+    return module.eval()
+
+
 def student(module, task):
     """A draft of the network with three layers."""
     from penjing.distill import FewerLayers
@@ -81,16 +105,16 @@ def accuracies(arguments, module, task, data, save):
     from penjing.step import Context
     from penjing.training import seed_everything
 
-    if data.get("teacher", {}).get("texts") != arguments.train_texts:
+    if data.get("teacher", {}).get("texts") != cycles(arguments):
         accuracy = task.evaluate(numpy_predictor(module))
-        data["teacher"] = {"accuracy": accuracy, "macs": macs(module, task), "texts": arguments.train_texts}
+        data["teacher"] = {"accuracy": accuracy, "macs": macs(module, task), "texts": cycles(arguments)}
         save()
     print(f"teacher {data['teacher']['accuracy']:.4f}", flush=True)
     every = {name: way for name, way in ways().items() if name in (arguments.ways or ways())}
 
     def ran(name, seed):
-        texts = arguments.texts + (arguments.train_texts if name == LONGER else 0)
-        key = f"{name}, {arguments.texts} texts of {arguments.train_texts}, seed {seed}"
+        texts = arguments.texts + (sum(arguments.train_texts) if name == LONGER else 0)
+        key = f"{name}, {arguments.texts} texts of {cycles(arguments)}, seed {seed}"
         if key not in data["runs"]:
             start = time.perf_counter()
             seed_everything(seed)
@@ -161,8 +185,8 @@ def main() -> None:
     """Run all that is missing, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--texts", type=int, default=6000)
-    parser.add_argument("--train-texts", type=int, default=6000)
+    parser.add_argument("--texts", type=int, default=10000)
+    parser.add_argument("--train-texts", type=int, nargs="+", default=[6000, 10000])
     parser.add_argument("--judged", type=int, default=7528)
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--threads", type=int, default=2)
@@ -172,12 +196,12 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from benchmarks.minilm_pruning import prepared, source
+    from benchmarks.minilm_pruning import prepared
     from penjing import measure
 
     torch.set_num_threads(arguments.threads)
     task, classes = prepared(arguments.judged)
-    module = source(task, classes, arguments.train_texts)
+    module = taught(arguments, task, classes)
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
     data |= {"machine": vars(measure.machine(arguments.threads)), "versions": measure.versions()}
 
