@@ -13,8 +13,8 @@ seeds.
 
 Speed: ONNX and OpenVINO files of both, batch 1 and 16, 128 tokens, timed in turns.
 
-    python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 10000] [--train-texts 6000 10000] [--ways plain labels ...]
-        [--parts accuracy speed]
+    python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 10000] [--train-texts 6000 10000]
+        [--ways plain labels ...] [--parts accuracy speed]
 
 Every finished run is written at once; a second call goes on where the first stopped.
 """
