@@ -154,7 +154,7 @@ def accuracies(arguments, module, task, data, save):
 def speeds(arguments, module, task, data, save):
     """Teacher and student in both runtimes, in turns."""
     from benchmarks.minilm_pruning import BATCHES
-    from penjing import building
+    from penjing import building, measure
     from penjing.draft import Draft
     from penjing.measure import Target, compare
 
@@ -171,12 +171,13 @@ def speeds(arguments, module, task, data, save):
                     inputs = [call["input_ids"], call["attention_mask"]]
                     targets.append(Target(f"{folder.name}, batch {batch}", folder, inputs, batch))
         timings = compare(targets, threads=arguments.threads, seconds=arguments.seconds)
-    data["speed"] = {}
+    where = {"machine": vars(measure.machine(arguments.threads)), "versions": measure.versions()}
+    data["speed"] = {"rows": {}, "measured on": where}
     for target in targets:
         latency = timings[target.name].latency
         before = timings[target.name.replace("student", "teacher")].latency
         times = before.median / latency.median
-        data["speed"][target.name] = {"median_ms": latency.median, "spread": latency.spread, "speedup": times}
+        data["speed"]["rows"][target.name] = {"median_ms": latency.median, "spread": latency.spread, "speedup": times}
         print(f"{target.name:<34}{latency.median:>9.2f} ms  spread {latency.spread:>4.0%}  {times:.2f}x", flush=True)
     save()
 
