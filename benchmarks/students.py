@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-RATE = {"resnet": 0.1, "mobilenet": 0.05}
+RATE = {"resnet": 0.1, "mobilenet": 0.02}
 BATCH = 64  # small, so that few epochs have many steps
 # Values inside, student's and teacher's: behind each stage; behind the blocks where the picture was made smaller.
 INSIDE = {
