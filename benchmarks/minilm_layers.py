@@ -100,6 +100,7 @@ def student(module, task):
 def accuracies(arguments, module, task, data, save):
     """Train the student in every way."""
     from benchmarks.minilm_pruning import RATE, TRAIN_BATCH, classifier, macs, shown
+    from penjing import measure
     from penjing.finetune import Finetune, train
     from penjing.outputs import numpy_predictor
     from penjing.step import Context
@@ -145,6 +146,7 @@ def accuracies(arguments, module, task, data, save):
             "mean": statistics.mean(values), "lowest": min(values), "highest": max(values), "seeds": len(values),
             "texts": arguments.texts,
         }  # fmt: skip
+    data |= {"machine": vars(measure.machine(arguments.threads)), "versions": measure.versions()}
     plain, teacher = data["accuracy"][PLAIN]["mean"], data["teacher"]["accuracy"]
     for row in data["accuracy"].values():
         row["gap_closed"] = (row["mean"] - plain) / (teacher - plain)
@@ -198,13 +200,11 @@ def main() -> None:
     import torch
 
     from benchmarks.minilm_pruning import prepared
-    from penjing import measure
 
     torch.set_num_threads(arguments.threads)
     task, classes = prepared(arguments.judged)
     module = taught(arguments, task, classes)
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
-    data |= {"machine": vars(measure.machine(arguments.threads)), "versions": measure.versions()}
 
     def save():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
