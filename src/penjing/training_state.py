@@ -52,14 +52,14 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    came: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
