@@ -43,7 +43,7 @@ def bare(module, batches, steps):
 
     import torch
 
-    from penjing.training import bf16_pays
+    from penjing.autocast import bf16_pays
 
     module = module.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from penjing.autocast import bf16_pays
 from penjing.clipping import Clip
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError, TrainingError
@@ -29,7 +30,7 @@ from penjing.network import raise_network
 from penjing.plan import Plan
 from penjing.step import Context, Step
 from penjing.task import Task
-from penjing.training import bf16_pays, seed_everything
+from penjing.training import seed_everything
 
 EVERY_STEP = 1e-9  # seconds between two saved states
 

@@ -54,7 +54,8 @@ class Finetune:
         clip: What keeps gradients or weights within a norm (`penjing.Clip`), one or several. Without labels, gradients
             are kept within `Clip()` where nothing else is said: outputs of any size are followed, and their squares
             have no bound.
-        autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide.
+        autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide. On a CPU
+            depthwise convolutions stay in 32 bits, in which they are faster.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
         losses: Terms that are summed; empty takes `task.loss` alone.
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.

@@ -8,7 +8,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing import training_state
+from penjing.autocast import caster
 from penjing.averaging import Average, statistics
 from penjing.call import Call, as_call, to_tensors
 from penjing.clipping import Clips
@@ -41,14 +41,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
 }
 POINTS = 100  # of a training's curve
-
-
-def bf16_pays(device: str) -> bool:
-    """Whether training in bfloat16 is native on this device."""
-    if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def _channels_last_pays(device: str) -> bool:
@@ -82,10 +74,7 @@ class Loop:
         conv = any(p.dim() == 4 for p in network.parameters())
         last = settings.channels_last and conv and _channels_last_pays(context.device)
         self.memory_format = torch.channels_last if last else torch.contiguous_format
-        bf16 = settings.autocast == "bf16" or (settings.autocast == "auto" and bf16_pays(context.device))
-        self.cast: Callable[[], AbstractContextManager[Any]] = (
-            (lambda: torch.autocast(torch.device(context.device).type, torch.bfloat16)) if bf16 else nullcontext
-        )
+        self.cast = caster(settings.autocast, self.network, context.device)
         self.teaching = (
             Teaching(self.network, settings.teacher, settings.distillations, context)
             if settings.distillations
@@ -103,10 +92,9 @@ class Loop:
                 self.teaching.release()
 
     def _run(self) -> nn.Module:
+        # `to` also orders the strides of a single channel; `contiguous` leaves those, and depthwise layers are slow.
         if self.memory_format == torch.channels_last:
-            for p in self.network.parameters():
-                if p.dim() == 4:
-                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.teaching:
             self.teaching.prepare(self.cast)
         self.optimizer = self._optimizer()
@@ -259,7 +247,7 @@ class Loop:
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.context.device)
-        return tensor.contiguous(memory_format=self.memory_format) if tensor.dim() == 4 else tensor
+        return tensor.to(memory_format=self.memory_format) if tensor.dim() == 4 else tensor
 
     def _rate(self) -> float:
         warm = max(1, round(self.settings.warmup * self.steps))
