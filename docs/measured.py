@@ -493,9 +493,10 @@ def training_cost() -> str:
     """What a training step costs beside a bare loop."""
     data = _read("training_cost")
     lines = ["| | a step | of the bare loop (all rounds) |", "|---|---|---|"]
-    for name, row in data["rows"].items():
-        told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
-        lines.append(f"| {name} | {row['ms_a_step']:.1f} ms | {told} |")
+    for network, rows in data["rows"].items():
+        for name, row in rows.items():
+            told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+            lines.append(f"| {network}, {name} | {row['ms_a_step']:.1f} ms | {told} |")
     return _under(lines, data, "Batches of 256; ")
 
 
