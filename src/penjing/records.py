@@ -283,7 +283,13 @@ class Record:
     warnings: tuple[str, ...] = ()
     zeros: Zeros | None = None  # where the recipe made any
     trainings: tuple[Training, ...] = ()
+    selected: float | None = None  # of the source by `Task.select`, where that gave the candidates' metrics
     format: int = FORMAT
+
+    @property
+    def reference(self) -> float | None:
+        """The source's metric that the candidates' are to be seen beside."""
+        return self.source.metric if self.selected is None else self.selected
 
     @property
     def chosen(self) -> Candidate | None:

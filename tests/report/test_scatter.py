@@ -49,6 +49,13 @@ def test_the_front_only_falls_and_joins_only_pareto_members():
     assert all(a[0] <= b[0] and a[1] > b[1] for a, b in zip(plot.front, plot.front[1:], strict=False))
 
 
+def test_the_source_and_its_limits_stand_where_the_candidates_were_compared():
+    plot = scatter.plot(replace(sample_records.big(), selected=0.91))
+    assert bubble(plot, "source").y == pytest.approx(plot.y.at(0.91), abs=0.1)
+    assert plot.limits[0].text == "drop ≤ 0.5 %"
+    assert plot.limits[0].at == pytest.approx(plot.y.at(0.91 - 0.005), abs=0.1)
+
+
 def test_limits_of_the_goal_stand_where_their_values_are():
     plot = scatter.plot(sample_records.deep())
     across = {limit.text: limit for limit in plot.limits}

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 import sample_records
@@ -46,6 +47,13 @@ def test_candidates_mark_the_chosen_one_and_say_why_others_failed():
     assert "onnxruntime-fp32 93.41 % 0.00 % 0.512 ms 1.7× 1.12 MB 118.0 100 % 0/31 yes" in lines
     assert text.count("*") == 1
     assert "openvino-int8-percentile: drop is 0.82 %, the goal allows 0.5 %" in words(text)
+
+
+def test_candidates_say_where_select_compared_them():
+    record = sample_records.big()
+    assert "Task.select" not in shown(table.candidates(record))
+    text = shown(table.candidates(replace(record, selected=0.9125)), 120)
+    assert "accuracy: by Task.select, where the source has 91.25 %" in words(text)
 
 
 def test_the_usual_names_stay_whole_at_80_columns():

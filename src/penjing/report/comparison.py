@@ -67,6 +67,11 @@ def speedup(record: records.Record, candidate: records.Candidate) -> float | Non
     return None if before is None or after is None else gain(before.median, after.median)
 
 
+def by_select(record: records.Record) -> str:
+    """That the candidates' metrics are of other data than those of source and artifact."""
+    return f"by Task.select, where the source has {figures.metric(record.selected, record.metric_name)}"
+
+
 def gain(source: float | None, artifact: float | None, higher_is_better: bool = False) -> float | None:
     """How many times better the artifact's figure is; None where that can't be said."""
     if source is None or artifact is None or source <= 0 or artifact <= 0:

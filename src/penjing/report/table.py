@@ -103,7 +103,8 @@ def candidates(record: records.Record) -> Table:
         goal = _cell("yes" if c.met else "no", "green" if c.met else "yellow")
         table.add_row(*(_cell(text, style) for text in cells), goal)
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in record.candidates if c.reason and not c.met)
-    return _captioned(table, list(reasons))
+    told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
+    return _captioned(table, told + list(reasons))
 
 
 def layers(rows: Sequence[records.LayerRow]) -> Table:

@@ -183,6 +183,7 @@ def compress(
         warnings=tuple(run.warnings),
         zeros=gained,
         trainings=trainings.read(folder.path / EVENTS),
+        selected=metrics["select"],
     )
     _deliver(run, steps, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
