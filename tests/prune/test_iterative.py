@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from penjing.analyze.cost import cost, totals
-from penjing.errors import RecipeError
+from penjing.errors import PruningError, RecipeError
 from penjing.finetune import Finetune
 from penjing.prune import Channels, Iterative, Magnitude
 from penjing.prune.iterative import left
@@ -58,6 +58,13 @@ def test_what_one_round_took_too_much_the_next_takes_less(unit):
     made = Iterative(step=step, finetune=BRIEF, rounds=4)(wide(), Context(task=TASK))
     parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, made)]
     assert 0.8 * parts[0] < parts[1] <= 0.41
+
+
+def test_what_can_not_be_reached_is_told_with_the_round_and_the_whole_target():
+    step = Iterative(step=Channels(macs=1e-6, criterion="l2"), finetune=BRIEF, rounds=2)
+    told = r"round 1 of 2 towards macs=1e-06: so few macs can't be reached\n  got:      macs=0\.001;"
+    with pytest.raises(PruningError, match=told):
+        step(wide(), Context(task=TASK))
 
 
 def test_a_latency_is_aimed_at_from_the_start():

@@ -22,7 +22,7 @@ from torch import nn
 from penjing.analyze.cost import cost, totals
 from penjing.analyze.coupling import couple
 from penjing.draft import Draft
-from penjing.errors import RecipeError
+from penjing.errors import PruningError, RecipeError
 from penjing.finetune import Finetune, train
 from penjing.hooks import Hook, Moment
 from penjing.prune.channels import Channels
@@ -122,7 +122,12 @@ class Iterative:
         for turn in range(self.rounds):
             context.events("progress", label="pruning rounds", done=turn, total=self.rounds)
             inside = _inside(context, f"round-{turn}")
-            draft = self._of_round(turn, start, draft, context)(draft, inside)
+            try:
+                draft = self._of_round(turn, start, draft, context)(draft, inside)
+            except PruningError as error:
+                unit = self.step.unit if isinstance(self.step, Channels) else "sparsity"
+                what = f"round {turn + 1} of {self.rounds} towards {unit}={getattr(self.step, unit)}: {error.what}"
+                raise PruningError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
             if early is not None:
                 draft = early = rewound(early, draft)
             draft = self.finetune(draft, inside)
