@@ -58,6 +58,7 @@ def ways(pair):
         "HardLabels": distill.HardLabels(),
         "DKD": distill.DKD(),
         "DIST": distill.DIST(),
+        "DIST, temperature 4": distill.DIST(temperature=4.0),
         "Hints": distill.Hints(features=inside[1:2]),
         "Hints, every stage": distill.Hints(features=inside),
         "AttentionTransfer": distill.AttentionTransfer(features=inside, weight=5.0),
