@@ -297,9 +297,36 @@ class TestResume:
         parts, seen = seen, []
         trained(replace(SHORT, hooks=(Recording(),)), context_of(folder=tmp_path))
         assert seen[0] == ("start", 4)  # in a new process; its step says that it is a resume
-        assert (
-            parts + [("epoch", 4)] * (("epoch", 4) not in parts) + [m for m in seen[1:] if m != ("epoch", 4)] == whole
-        )
+        assert seen.index(("pass", 4)) < seen.index(("gradients", 4))  # and the network was put into training mode
+        again = {("epoch", 4), ("pass", 4)}  # may be on both sides of where the state was saved
+        first = [m for m in (("epoch", 4), ("pass", 4)) if m not in parts]
+        assert parts + first + [m for m in seen[1:] if m not in again] == whole
+
+    @pytest.mark.parametrize("stop", [2, 6])
+    def test_what_a_hook_freezes_at_a_pass_is_frozen_after_a_resume_too(self, tmp_path, stop):
+        modes = []
+
+        class Freeze(Interrupt):
+            def __call__(self, moment):
+                super().__call__(moment)
+                norm = moment.network.get_submodule("norm")
+                if moment.name == "pass":
+                    norm.eval()
+                modes.append(norm.training)
+
+        whole = trained(replace(SHORT, hooks=(Freeze(),)))
+        with pytest.raises(Stop):
+            trained(replace(SHORT, hooks=(Freeze("gradients", stop),)), context_of(folder=tmp_path))
+        modes.clear()
+        assert same(trained(replace(SHORT, hooks=(Freeze(),)), context_of(folder=tmp_path)), whole)
+        assert not any(modes[1:])
+
+    def test_norms_whose_weights_are_frozen_keep_their_statistics(self):
+        frozen, free = net(), net()
+        frozen.norm.requires_grad_(False)
+        before = frozen.norm.running_mean.clone()
+        assert torch.equal(trained(SHORT, network=frozen).norm.running_mean, before)
+        assert not torch.equal(trained(SHORT, network=free).norm.running_mean, before)
 
     def test_it_is_saved_no_more_often_than_asked(self, tmp_path):
         with pytest.raises(Stop):
@@ -521,7 +548,8 @@ class TestHooks:
 
         trained(replace(SHORT, epochs=1.5, hooks=(hook,)), context_of(digits(200)))  # 2 batches an epoch
         update = lambda i: [("gradients", i, 3), ("step", i + 1, 3)]  # noqa: E731
-        assert seen == [("start", 0, 3), *update(0), *update(1), ("epoch", 2, 3), *update(2), ("end", 3, 3)]
+        first = [("start", 0, 3), ("pass", 0, 3), *update(0), *update(1), ("epoch", 2, 3)]
+        assert seen == [*first, ("pass", 2, 3), *update(2), ("end", 3, 3)]
         moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
         assert moved == [name == "step" for name, _, _ in seen[1:]]
 
@@ -781,15 +809,70 @@ class TestBadInput:
         with pytest.raises(TaskError, match="needs a loss"):
             trained(SHORT, context_of(loss=None))
 
-    @pytest.mark.parametrize("data", [[], iter(())])
-    def test_no_batch(self, data):
+    def test_no_batch(self):
         with pytest.raises(TaskError, match="is empty"):
-            trained(SHORT, context_of(data))
+            trained(SHORT, context_of([]))
 
-    def test_data_that_can_be_read_only_once(self):
-        with pytest.raises(TaskError, match="gave no batch") as found:
-            trained(SHORT, context_of(batch for batch in digits()))
+    def test_fewer_samples_than_a_batch_that_are_dropped(self):
+        samples = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), torch.zeros(5).long())
+        with pytest.raises(TaskError, match="drop_last=True, and batches of 8"):
+            trained(SHORT, context_of(torch.utils.data.DataLoader(samples, batch_size=8, drop_last=True)))
+
+    @pytest.mark.parametrize("data", [iter(()), (batch for batch in digits())])
+    def test_data_that_can_be_read_only_once(self, data):
+        with pytest.raises(TaskError, match="only once") as found:
+            trained(SHORT, context_of(data))
         assert "DataLoader" in str(found.value)
+
+    def test_a_pass_without_batches(self):
+        class Once:
+            def __init__(self):
+                self.batches = list(digits())
+
+            def __len__(self):
+                return 4
+
+            def __iter__(self):
+                batches, self.batches = self.batches, []
+                return iter(batches)
+
+        with pytest.raises(TaskError, match="gave no batch in epoch 1") as found:
+            trained(SHORT, context_of(Once()))
+        assert "gave 4 before" in found.value.got
+
+    def test_a_stream_without_an_end_is_read_as_far_as_it_is_needed(self):
+        class Stream:
+            read = 0
+
+            def __iter__(self):
+                while True:
+                    self.read += 1
+                    yield from digits()
+
+        stream = Stream()
+        trained(replace(SHORT, steps=6), context_of(stream))
+        assert stream.read == 2  # of 4 batches each
+
+    def test_a_batch_that_fails_is_named_by_its_place(self):
+        data = [*digits(), (torch.zeros(1, 1, 8, 8), torch.zeros(1).long())]
+
+        class Features(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head, self.norm = nn.Linear(64, 10), nn.BatchNorm1d(10)
+
+            def forward(self, x):
+                return self.norm(self.head(x.flatten(1)))
+
+        with pytest.raises(TaskError, match="can't take batch 4 of epoch 0") as found:
+            trained(SHORT, context_of(data), Features())
+        assert "drop_last=True" in found.value.remedy
+
+    @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), {"x": torch.zeros(2, 1, 8, 8)}])
+    def test_without_labels_inputs_may_stand_alone(self, batch):
+        network, source = net(), net(1).eval()
+        trained(replace(SHORT, steps=1, labels=0.0), context_of([batch], loss=None, source=source), network)
+        assert not same(network, net())
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),), {"x": torch.zeros(2)}])
     def test_batches_that_are_no_pairs(self, batch):

@@ -347,5 +347,5 @@ class TestTheSourceTeaches:
 
 
 def every_step(seen):
-    """Weights after each update, of what a hook saw at all moments: start, (gradients, step)…, epoch, end."""
-    return seen[2:-2:2]
+    """Weights after each update, of what a hook saw at all moments: start, pass, (gradients, step)…, epoch, end."""
+    return seen[3:-2:2]

@@ -34,16 +34,17 @@ def bf16_pays(device: str) -> bool:
 def caster(
     choice: Literal["auto", "bf16", "off"], network: nn.Module, device: str
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """What the forward pass of a training runs in.
+    """A function that gives the context of a training's forward pass.
 
     Args:
         choice: "auto" is bfloat16 where the device computes it natively.
         network: What is trained.
-        device: Where.
+        device: Where it is.
 
     Returns:
-        A function that gives a context. On a CPU depthwise convolutions stay in 32 bits in it: they do one
-        multiplication per value read, so bfloat16 saves nothing, and oneDNN's gradients of them take longer in it.
+        On a CPU, depthwise convolutions compute in 32 bits in that context, and give what autocast would have given,
+        bfloat16. They do one multiplication per value read, so bfloat16 saves nothing, and oneDNN's gradients of them
+        take longer in it.
     """
     if choice == "off" or (choice == "auto" and not bf16_pays(device)):
         return nullcontext
@@ -66,7 +67,8 @@ class _DepthwiseInFp32(TorchFunctionMode):
             return func(*args, **kwargs)
         args = [_long(value) for value in args]
         with torch.autocast("cpu", enabled=False):
-            return func(*args, **{key: _long(value) for key, value in kwargs.items()})
+            found = func(*args, **{key: _long(value) for key, value in kwargs.items()})
+        return found.to(torch.bfloat16) if found.dtype == torch.float32 else found
 
 
 def _depthwise(*args: Any, **kwargs: Any) -> bool:

@@ -222,9 +222,9 @@ class CurvePoint:
     """What a training was like after so many steps."""
 
     step: int
-    loss: float  # mean over the last steps, each worth 2 % less than the next
+    loss: float  # mean over the last steps: a twentieth of the training, at most 50
     rate: float  # learning rate
-    terms: dict[str, float] = field(default_factory=dict)  # what the loss of this step was made of
+    terms: dict[str, float] = field(default_factory=dict)  # what the loss was made of, means over the same steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from penjing.parallel import Group
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.teaching import Teaching, in_fp32
-from penjing.training_data import diverged, explained, loader, not_finite
+from penjing.training_data import count, diverged, explained, loader, not_finite, pair
 
 if TYPE_CHECKING:
     from penjing.finetune import Finetune
@@ -40,6 +40,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
 }
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 POINTS = 100  # of a training's curve
 
 
@@ -56,6 +57,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def _frozen(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(p.requires_grad for p in own)
 
 
 class Loop:
@@ -86,25 +92,28 @@ class Loop:
     def run(self) -> nn.Module:
         """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
         try:
-            return self._run()
+            with training_state.same_random_numbers(self.context.device):
+                return self._run()
         finally:
             if self.teaching:
                 self.teaching.release()
 
     def _run(self) -> nn.Module:
         # `to` also orders the strides of a single channel; `contiguous` leaves those, and depthwise layers are slow.
-        if self.memory_format == torch.channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for p in self.network.parameters():
+            if p.dim() == 4:
+                p.data = p.data.to(memory_format=self.memory_format)
         if self.teaching:
             self.teaching.prepare(self.cast)
         self.optimizer = self._optimizer()
         self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
         self.step, self.epoch, self.position = 0, 0, 0
-        self.loss_sum, self.loss_count = 0.0, 0.0
         self.curve: list[dict[str, Any]] = []
-        self.terms: dict[str, torch.Tensor] = {}  # of the last batch; with several workers, of this one's part
+        self.means: dict[str, float] = {}  # of the loss and its terms, over the last steps
+        self.terms: dict[str, float] = {}  # of this step; with several workers, of this one's parts
         self.clips = Clips(self.settings.clips)
-        self.length = self._count_batches()
+        self.length = count(self.data, needed=self.settings.steps is None)
+        self.request = self._request()  # now: what hooks and losses remember may show in their repr
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():
@@ -138,19 +147,23 @@ class Loop:
         if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
             raise diverged("a weight is not finite after training", ", ".join(broken[:3]))
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
-            tensor.data = tensor.data.contiguous()
+            tensor.data = tensor.data.to(memory_format=torch.contiguous_format)
         self.network.zero_grad(set_to_none=True)
         return self.network.to(self.home).eval()
 
     def _groups(self) -> Iterator[list[tuple[Any, Any]]]:
         """The rest of this epoch's batches, as many together as make one update; the last ones may be fewer."""
+        self.network.train()
+        for module in self.network.modules():
+            if isinstance(module, _BATCH_NORMS) and _frozen(module):
+                module.eval()
+        self._hook("pass")
         batches = self._batches()
         while group := list(itertools.islice(batches, self.settings.accumulate)):
             yield group
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         """The rest of this epoch's batches."""
-        self.network.train()
         seed_everything(self.context.seed * 1_000_003 + self.epoch)
         batches = iter(self.data)
         for _ in range(self.position):
@@ -160,15 +173,11 @@ class Loop:
         came = self.position > 0
         for batch in batches:
             came = True
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                remedy = "several inputs stand in a tuple or a dict of their own: ((ids, mask), target)"
-                got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-                raise TaskError("a training batch is no pair", got=got, expected="(inputs, target)", remedy=remedy)
-            yield batch[0], batch[1]
+            yield pair(batch, self.settings.labels)
         if not came:
             raise TaskError(
                 f"the training data gave no batch in epoch {self.epoch}",
-                got=f"a {type(self.data).__name__} that gave {self.length} before",
+                got=f"a {type(self.data).__name__}" + (f" that gave {self.length} before" if self.epoch else ""),
                 expected="data that starts anew at every pass",
                 remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
             )
@@ -178,9 +187,11 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        value = 0.0
+        value, self.terms = 0.0, {}
         for number, (inputs, target) in enumerate(batches):
-            value += self.group.sum(self._backward(inputs, target, 1 / len(batches), self.position + number))
+            position = self.position + number
+            self.place = f"batch {position} of epoch {self.epoch}"
+            value += self.group.sum(self._backward(inputs, target, 1 / len(batches), position))
             if not math.isfinite(value):
                 raise not_finite(self.step, to_tensors(as_call(inputs)), self.terms, value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
@@ -191,18 +202,25 @@ class Loop:
         self.group.average(statistics(self.network))
         self.step += 1
         self.position += len(batches)
-        self.loss_sum, self.loss_count = self.loss_sum * 0.98 + value, self.loss_count * 0.98 + 1
+        self._remember({"": value} | self.terms)
         self._hook("step")
         if self.average is not None:
             self.average.update(self.network, self.step)
         self._tell(rate)
 
+    def _remember(self, values: dict[str, float]) -> None:
+        """Take a step into the means: over a twentieth of the training, at most 50 steps."""
+        weight = 1 / min(max(self.steps / 20, 1.0), 50.0)
+        weight = max(weight, 1 / self.step)  # the first steps count alike
+        for name, value in values.items():
+            self.means[name] = self.means.get(name, value) * (1 - weight) + value * weight
+
     def _tell(self, rate: float) -> None:
-        loss = round(self.loss_sum / self.loss_count, 5)
+        loss = round(self.means[""], 5)
         self.context.events("progress", label="fine-tune", done=self.step, total=self.steps, loss=loss)
         if self.step % max(1, self.steps // POINTS) == 0 or self.step == self.steps:
             point: dict[str, Any] = {"step": self.step, "loss": loss, "rate": rate}
-            point["terms"] = {name: float(term) for name, term in self.terms.items()}
+            point["terms"] = {name: mean for name, mean in self.means.items() if name in self.terms}
             self.curve.append(point)
             self.context.events("training", steps=self.steps, **point)
 
@@ -215,26 +233,27 @@ class Loop:
         # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
         with torch.random.fork_rng(devices=[]):
             batch = (self.context.seed * 1_000_003 + self.epoch) * 1_000_003 + position
-            torch.manual_seed(batch * self.group.size + self.group.rank)
-            return self._gradients(call, target, part * share) if share else 0.0
+            torch.manual_seed((batch * self.group.size + self.group.rank) % 2**63)
+            return self._gradients(call, target, part, share) if share else 0.0
 
-    def _gradients(self, call: Call, target: Any, part: float) -> float:
+    def _gradients(self, call: Call, target: Any, part: float, share: float = 1.0) -> float:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._place, call)
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         task = self.context.task
         with self.cast():
-            with explained("the network", call, target, task):
+            with explained("the network", call, target, task, self.place):
                 output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
-            with explained("the teacher", call, target, task):
+            with explained("the teacher", call, target, task, self.place):
                 done = self.step / self.steps
                 lesson = self.teaching.lesson(output, target, (args, kwargs), done) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
-        with explained("the loss", call, target, task):
+        with explained("the loss", call, target, task, self.place):
             terms = self.objective(batch)
             if self.teaching and lesson:
                 terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
-        self.terms = {name: term.detach() for name, term in terms}
-        loss = torch.stack([term for _, term in terms]).sum() * part
+        for name, term in terms:
+            self.terms[name] = self.terms.get(name, 0.0) + part * float(term.detach())
+        loss = torch.stack([term for _, term in terms]).sum() * (part * share)
         if not loss.requires_grad:
             raise TrainingError(
                 "the loss has no gradient",
@@ -272,20 +291,6 @@ class Loop:
         for hook in self.settings.hooks:
             hook(Moment(name, self.network, self.optimizer, self.step, self.steps))
 
-    def _count_batches(self) -> int:
-        try:
-            length = len(self.data)
-        except TypeError:  # a loader of a stream has no length
-            length = sum(1 for _ in self.data)
-        if length == 0:
-            raise TaskError(
-                "the training data is empty",
-                got="no batch",
-                expected="batches of (inputs, target)",
-                remedy="a generator is exhausted after one pass: give a list or a DataLoader",
-            )
-        return length
-
     def _check_reproducible(self) -> None:
         """Stored answers are found by what was asked: the same seed has to give the same samples."""
         first, again = (pytree.tree_leaves(to_tensors(as_call(next(self._batches())[0]))) for _ in range(2))
@@ -299,14 +304,14 @@ class Loop:
             )
 
     def _count_steps(self) -> int:
-        updates = math.ceil(self.length / self.settings.accumulate)
-        steps = self.settings.steps or max(1, round(self.settings.epochs * updates))
+        updates = self.length / self.settings.accumulate
+        steps = self.settings.steps or max(1, round(self.settings.epochs * math.ceil(updates)))
         if self.settings.minutes is None:
             return steps
         return max(1, min(steps, int(self.settings.minutes * 60 / self._seconds_a_step())))
 
     def _seconds_a_step(self) -> float:
-        """Median time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
+        """Time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
         probe = copy.copy(self)
         probe.network = copy.deepcopy(self.network)
         probe.teaching = self.teaching.of(probe.network) if self.teaching else None
@@ -320,7 +325,9 @@ class Loop:
             probe._update(group)
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
-        return float(np.median(times[1:] or times))
+        usual = float(np.mean(times[1:] or times))
+        begin = max(0.0, times[0] - usual) / max(1.0, self.length / self.settings.accumulate)  # once in every epoch
+        return usual + begin
 
     def _save(self) -> None:
         if self.path is None:
@@ -329,8 +336,9 @@ class Loop:
         if self.group.rank:
             return
         state = {
-            "request": self._request(),
-            "numbers": [self.step, self.epoch, self.position, self.steps, self.loss_sum, self.loss_count],
+            "request": self.request,
+            "numbers": [self.step, self.epoch, self.position, self.steps],
+            "means": self.means,
             "curve": self.curve,
             "network": self.network.state_dict(),
             "adapters": adapters,
@@ -344,10 +352,9 @@ class Loop:
     def _restore(self) -> bool:
         if self.path is None or not self.path.exists():
             return False
-        with training_state.loading(self.path, self._request()) as state:
-            self.step, self.epoch, self.position, self.steps = map(int, state["numbers"][:4])
-            self.loss_sum, self.loss_count = map(float, state["numbers"][4:])
-            self.curve = state["curve"]
+        with training_state.loading(self.path, self.request) as state:
+            self.step, self.epoch, self.position, self.steps = map(int, state["numbers"])
+            self.means, self.curve = dict(state["means"]), list(state["curve"])
             self.network.load_state_dict(state["network"])
             if self.teaching:
                 self.teaching.adapters.load_state_dict(state["adapters"][self.group.rank])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,8 +57,56 @@ def loader(task: Task, labels: float) -> Any:
     return data
 
 
+def count(data: Any, needed: bool) -> float:
+    """Batches of a pass; infinite where a stream does not tell, and nobody needs to know.
+
+    Raises:
+        TaskError: There is none, or the data can be read only once.
+    """
+    if isinstance(data, Iterator):
+        raise TaskError(
+            "the training data can be read only once",
+            got=f"a {type(data).__name__}",
+            expected="data that starts anew at every pass",
+            remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
+        )
+    try:
+        length = len(data)
+    except TypeError:  # a loader of a stream has no length
+        if not needed:
+            return math.inf
+        length = sum(1 for _ in data)
+    if length == 0:
+        dropped = getattr(data, "drop_last", False)
+        raise TaskError(
+            "the training data is empty",
+            got="no batch" + (f": drop_last=True, and batches of {data.batch_size}" if dropped else ""),
+            expected="batches of (inputs, target)",
+            remedy="a smaller batch_size, or drop_last=False" if dropped else "look at len(task.train)",
+        )
+    return length
+
+
+def pair(batch: Any, labels: float) -> tuple[Any, Any]:
+    """Inputs and target of a batch; without labels to learn from, tensors and dicts are inputs alone.
+
+    Raises:
+        TaskError: It is something else.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if not labels and isinstance(batch, torch.Tensor | np.ndarray | Mapping):
+        return batch, None
+    raise TaskError(
+        "a training batch is no pair",
+        got=type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
+        expected="(inputs, target)" if labels else "(inputs, None), or a tensor or a dict",
+        remedy="several inputs stand in a tuple or a dict of their own: ((ids, mask), target)",
+    )
+
+
 @contextmanager
-def explained(who: str, inputs: Any, target: Any, task: Task) -> Iterator[None]:
+def explained(who: str, inputs: Any, target: Any, task: Task, place: str) -> Iterator[None]:
     """What the user's network or loss raises on a batch, as a TaskError that shows the batch beside the example."""
     try:
         yield
@@ -66,15 +115,18 @@ def explained(who: str, inputs: Any, target: Any, task: Task) -> Iterator[None]:
     except Exception as error:
         args, kwargs = task.call()
         said = next(iter(str(error).strip().splitlines()), "")
+        remedy = "try one: inputs, labels = next(iter(task.train)); task.loss(network(inputs), labels)"
+        if "more than 1 value per channel" in said:
+            remedy = "batch norms need two samples: DataLoader(..., drop_last=True), or another batch_size"
         raise TaskError(
-            f"{who} can't take a training batch",
+            f"{who} can't take {place}",
             got=f"{type(error).__name__}: {said[:300]} (inputs {_shown(inputs)}, labels {_shown(target)})",
             expected=f"inputs as in Task.example: {_shown((args, kwargs))}, and the labels that Task.loss takes",
-            remedy="try one: inputs, labels = next(iter(task.train)); task.loss(network(inputs), labels)",
+            remedy=remedy,
         ) from error
 
 
-def not_finite(step: int, call: Any, terms: dict[str, torch.Tensor], value: float) -> TrainingError:
+def not_finite(step: int, call: Any, terms: dict[str, float], value: float) -> TrainingError:
     """Why a loss is not finite: a batch without samples, inputs that are not finite, or a training that diverged."""
     tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
     if any(x.numel() == 0 for x in tensors):
@@ -88,8 +140,7 @@ def not_finite(step: int, call: Any, terms: dict[str, torch.Tensor], value: floa
             expected="finite numbers",
             remedy="look for NaN in the samples, and for a division by a deviation of 0",
         )
-    told = {name: float(term) for name, term in terms.items()}
-    broken = ", ".join(f"{name} is {number:g}" for name, number in told.items()) if len(told) > 1 else f"{value:g}"
+    broken = ", ".join(f"{name} is {number:g}" for name, number in terms.items()) if len(terms) > 1 else f"{value:g}"
     return diverged(f"the loss is not finite at step {step}", broken)
 
 

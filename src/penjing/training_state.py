@@ -113,6 +113,16 @@ def random_numbers(device: str) -> State:
     return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
+@contextmanager
+def same_random_numbers(device: str = "cpu") -> Iterator[None]:
+    """The user's global generators stand after the block where they stood before it."""
+    before = random_numbers(device)
+    try:
+        yield
+    finally:
+        set_random_numbers(before, device)
+
+
 def set_random_numbers(state: State, device: str) -> None:
     """Put the generators where `random_numbers` found them."""
     torch.set_rng_state(state["torch"])

@@ -17,6 +17,7 @@ from penjing.step import Context, Step
 from penjing.surgery import insert
 from penjing.task import Task
 
+settings = QAT._settings
 SPECS = [
     QuantSpec(bits=3, signed=False, symmetric=False),
     QuantSpec(bits=4, axis=0),
@@ -154,6 +155,33 @@ class TestTheNetwork:
         assert one.plan == two.plan
         pairs = zip(one.network.state_dict().values(), two.network.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("stop", [7, 9, 11])
+def test_a_resumed_training_ends_in_the_same_bits_after_norms_and_scales_were_frozen(prepared, tmp_path, stop):
+    draft, context = prepared
+    step = QAT(epochs=2, learning_rate=1e-3)  # of 6 batches; norms are frozen from step 9, scales from step 11
+
+    class Stop(Exception):
+        pass
+
+    saved = []
+
+    def events(kind, **values):
+        if kind == "progress" and values.get("label") == "fine-tune":
+            saved.append(values["done"])
+            if values["done"] == stop + 1 and len(saved) == stop + 1:
+                raise Stop
+
+    whole = step(draft, context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QAT, "_settings", lambda self, hooks: replace(settings(self, hooks), save_every_s=1e-9))
+        with pytest.raises(Stop):
+            step(draft, replace(context, folder=tmp_path, events=events))
+        resumed = step(draft, replace(context, folder=tmp_path))
+    assert resumed.plan == whole.plan
+    pairs = zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_without_training_data_it_says_what_to_do(prepared):

@@ -142,7 +142,6 @@ class _Freeze:
         for module in moment.network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and done >= self.norms:
                 module.eval()
-                module.momentum = 0.0  # the first step of an epoch sees its own statistics, and does not keep them
             if isinstance(module, Learner) and done >= self.ranges:
                 module.scale.requires_grad_(False)
                 module.scale.grad = None
