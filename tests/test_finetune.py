@@ -589,14 +589,16 @@ class TestLosses:
         def small_weights(batch):
             return 0.01 * batch.network.head.weight.square().sum()
 
-        both = trained(replace(SHORT, losses=(cross_entropy, small_weights)))
+        both = trained(replace(SHORT, losses=(cross_entropy, small_weights)), context_of(loss=None))
         network = net()
         sum_of_both = lambda output, target: (  # noqa: E731
             F.cross_entropy(output, target) + 0.01 * network.head.weight.square().sum()
         )
         one = trained(SHORT, context_of(loss=sum_of_both), network)
         assert same(both, one)
-        assert not same(both, trained(replace(SHORT, losses=(cross_entropy,))))
+        assert not same(both, trained(replace(SHORT, losses=(cross_entropy,)), context_of(loss=None)))
+        assert same(both, trained(replace(SHORT, losses=(small_weights,))))  # the task's own loss is one of them
+        assert same(both, trained(replace(SHORT, labels=0.0, losses=(cross_entropy, small_weights))))
 
     def test_a_term_sees_the_whole_step(self):
         seen = []
@@ -619,7 +621,7 @@ class TestLosses:
         def term(batch):
             return F.cross_entropy(batch.output, batch.target).reshape(shape)
 
-        assert same(trained(replace(SHORT, losses=(term,))), trained(SHORT))
+        assert same(trained(replace(SHORT, losses=(term,)), context_of(loss=None)), trained(SHORT))
 
     @pytest.mark.parametrize("loss", [lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: 0.5])
     def test_what_is_no_single_number_is_refused(self, loss):

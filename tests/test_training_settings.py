@@ -150,9 +150,18 @@ class TestLabelSmoothing:
         with pytest.raises(TaskError, match="label smoothing needs classes"):
             trained(data, label_smoothing=0.1)
 
-    def test_beside_losses_of_its_own_it_is_refused(self):
-        with pytest.raises(RecipeError, match="task's own loss"):
-            Finetune(label_smoothing=0.1, losses=(lambda batch: batch.output.mean(),))
+    def test_without_a_loss_of_the_task_it_is_refused(self):
+        with pytest.raises(TaskError, match="task's own loss"):
+            trained(task(loss=None), label_smoothing=0.1, losses=(lambda batch: batch.output.mean(),))
+
+    def test_labels_beyond_the_classes_are_left_out(self):
+        x, y = torch.rand(6, 6), torch.tensor([0, 1, 255, 2, 255, 3])
+        train = [(x, y)]
+        ours, _ = trained(
+            task(train=train, loss=lambda a, b: F.cross_entropy(a, b, ignore_index=255)), epochs=1, label_smoothing=0.2
+        )
+        smooth = lambda a, b: F.cross_entropy(a, b, ignore_index=255, label_smoothing=0.2)  # noqa: E731
+        assert close(ours, trained(task(train=train, loss=smooth), epochs=1)[0])
 
 
 class TestClip:

@@ -34,7 +34,8 @@ class Clip:
     Attributes:
         what: "gradients", before every update; "weights" of two and more dimensions, after it.
         norm: "l1", "l2" or "max".
-        threshold: The norm that is allowed; a factor where `adaptive`.
+        threshold: The norm that is allowed; a factor where `adaptive`. None is 1; of weights, whose length depends on
+            the network, only where `adaptive`.
         per: "network" takes all for one whole, "layer" each layer by itself.
         adaptive: The threshold is a factor. Of gradients: times the same norm of the weights that they change. Of
             weights: times the norm of values that are all 1/√fan_in, the bound that layers are drawn from.
@@ -42,7 +43,7 @@ class Clip:
 
     what: Literal["gradients", "weights"] = "gradients"
     norm: Literal["l1", "l2", "max"] = "l2"
-    threshold: float = 1.0
+    threshold: float | None = None
     per: Literal["network", "layer"] = "network"
     adaptive: bool = False
 
@@ -50,12 +51,22 @@ class Clip:
         fine = {
             "what": (self.what in ("gradients", "weights"), "'gradients' or 'weights'"),
             "norm": (self.norm in tuple(ORDERS), "'l1', 'l2' or 'max'"),
-            "threshold": (_number(self.threshold) and 0 < self.threshold < math.inf, "a number above 0"),
+            "threshold": (
+                self.threshold is None or (_number(self.threshold) and 0 < self.threshold < math.inf),
+                "a number above 0",
+            ),
             "per": (self.per in ("network", "layer"), "'network' or 'layer'"),
         }
         for name, (good, expected) in fine.items():
             if not good:
                 raise RecipeError(f"Clip({name}=...) can't be used", got=repr(getattr(self, name)), expected=expected)
+        if self.what == "weights" and self.threshold is None and not self.adaptive:
+            raise RecipeError(
+                "clipping weights needs a threshold",
+                got="Clip(what='weights') alone",
+                expected="the norm that is allowed, or adaptive=True",
+                remedy="Clip(what='weights', per='layer', adaptive=True) bounds every layer by what it was drawn from",
+            )
 
     def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> float:
         """Clip in place.
@@ -80,7 +91,9 @@ class Clip:
         values = [value for value in found if value is not None]
         order = ORDERS[self.norm]
         length = float(nn.utils.get_total_norm(values, order))
-        allowed = self.threshold * (self._reference(parameters) if self.adaptive else 1.0)
+        allowed = (1.0 if self.threshold is None else self.threshold) * (
+            self._reference(parameters) if self.adaptive else 1.0
+        )
         if length > allowed:
             if self.norm == "max":
                 torch._foreach_clamp_min_(values, -allowed)

@@ -40,7 +40,7 @@ class Finetune:
     Attributes:
         epochs: Passes over `task.train`; fractions are allowed.
         steps: Updates of the weights, in the place of `epochs`.
-        minutes: An upper bound. The steps that fit are counted once, from timed steps, and then kept.
+        minutes: An upper bound, hooks aside. The steps that fit are counted once, from a few timed ones, and then kept.
         learning_rate: Peak of the schedule.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         weight_decay: On weights of two and more dimensions; biases and norms are spared.
@@ -57,13 +57,13 @@ class Finetune:
         autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide. On a CPU
             depthwise convolutions stay in 32 bits, in which they are faster.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
-        losses: Terms that are summed; empty takes `task.loss` alone.
+        losses: Terms of yours that are added to `task.loss` (which `labels=0` leaves out).
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
             "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, where
-            `labels` is 0, and where a teacher is named.
+            `labels` is 0 without `losses`, and where a teacher is named.
         teacher: Who is imitated: None takes the source network, "self" the network as it is before the training;
             or any module, or several, whose outputs are averaged.
-        labels: Weight of `losses` beside a teacher; with 0 the training needs neither labels nor a loss.
+        labels: Weight of `task.loss`; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
         workers: Processes that share every batch, see `penjing.parallel`.
         cluster: Where they run: "local" starts Ray on this machine; else an address that `ray.init` takes.
@@ -116,8 +116,12 @@ class Finetune:
         fine["ema"] = (self.ema is None or 0 < self.ema < 1, "a number between 0 and 1, for example 0.999")
         fine["clip"] = (all(isinstance(c, Clip) for c in self.clips), "penjing.Clip(threshold=1.0), one or several")
         fine["labels"] = (0 <= self.labels < math.inf, "a number of at least 0")
-        ways = [hasattr(d, "term") and not isinstance(d, type) for d in self.distillations]
-        fine["distill"] = (all(ways), "penjing.distill.Logits() or its like, or a tuple of them")
+        ways = [
+            all(hasattr(d, name) for name in ("term", "features", "weight")) and not isinstance(d, type)
+            for d in self.distillations
+        ]
+        like = "penjing.distill.Logits() or its like, with term, features and weight; or a tuple of them"
+        fine["distill"] = (all(ways), like)
         fine["schedule"] = (self.schedule in tuple(SCHEDULES), "'cosine', 'linear' or 'constant'")
         fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
@@ -131,14 +135,7 @@ class Finetune:
             if not good:
                 got = repr(getattr(self, name))
                 raise RecipeError(f"Finetune({name}=...) can't be used", got=got, expected=expected)
-        if self.label_smoothing and self.losses:
-            raise RecipeError(
-                "label smoothing is of the task's own loss",
-                got=f"label_smoothing={self.label_smoothing:g} and losses of its own",
-                expected="one of them",
-                remedy="smooth in that loss: torch.nn.functional.cross_entropy(..., label_smoothing=0.1)",
-            )
-        if self.labels == 0 and self.distill == ():
+        if self.labels == 0 and self.distill == () and not self.losses:
             raise _nothing_to_learn("labels=0, distill=()")
         if self.teacher is not None and self.distill == ():
             raise RecipeError(
@@ -166,14 +163,15 @@ class Finetune:
         Raises:
             RecipeError: There are neither labels nor a teacher.
         """
-        if self.labels == 0 and self.clip == ():
+        alone = self.labels == 0 and not self.losses
+        if alone and self.clip == ():
             return replace(self, clip=Clip()).resolved(context, changed)
         if self.distill != "auto":
             return self
         taught = context.source is not None if self.teacher is None else True
-        if self.labels == 0 and not taught:
+        if alone and not taught:
             raise _nothing_to_learn("labels=0, and no teacher")
-        wanted = changed or self.labels == 0 or self.teacher is not None
+        wanted = changed or alone or self.teacher is not None
         return replace(self, distill=(Outputs(),) if taught and wanted else ())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

@@ -1,4 +1,4 @@
-"""The loss of a training batch: the task's, or the terms of the user, and what classes share where labels are smoothed.
+"""The loss of a training batch: the task's, the terms of the user, and what classes share where labels are smoothed.
 
 Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
 """
@@ -40,9 +40,9 @@ class Objective:
     """What the labels say to a batch: terms with their names.
 
     Args:
-        task: Its loss is the one term where `losses` is empty.
-        losses: Terms of the user.
-        weight: Of all terms; 0 leaves them out, and then no label is needed.
+        task: Its loss is a term, where it has one.
+        losses: Terms of the user, beside it.
+        weight: Of the task's loss; 0 leaves it out.
         label_smoothing: Part of the task's loss that all classes share.
 
     Raises:
@@ -57,19 +57,24 @@ class Objective:
                 expected="loss(output, target) -> scalar tensor",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
             )
+        if label_smoothing and task.loss is None:
+            raise TaskError(
+                "label smoothing is of the task's own loss",
+                got=f"label_smoothing={label_smoothing:g}, and Task.loss is None",
+                expected="loss(output, target) -> scalar tensor",
+                remedy="smooth in the loss that is there: cross_entropy(..., label_smoothing=0.1)",
+            )
         self.task, self.losses, self.weight, self.label_smoothing = task, losses, weight, label_smoothing
 
     def __call__(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
-        """The weighted terms of a batch, scalars each; the task's own is called "labels".
+        """The terms of a batch, scalars each; the task's own is called "labels".
 
         Raises:
             TaskError: A term is no single number.
         """
-        if not self.weight:
-            return []
-        if not self.losses:
-            return [("labels", self.weight * scalar(self._task_loss(batch)))]
-        return [(_called(loss, i), self.weight * scalar(loss(batch))) for i, loss in enumerate(self.losses)]
+        labels = self.weight and self.task.loss is not None
+        own = [("labels", self.weight * scalar(self._task_loss(batch)))] if labels else []
+        return own + [(_called(loss, i), scalar(loss(batch))) for i, loss in enumerate(self.losses)]
 
     def _task_loss(self, batch: Batch) -> torch.Tensor:
         assert self.task.loss is not None
@@ -78,7 +83,7 @@ class Objective:
 
 
 def _uniform(batch: Batch) -> torch.Tensor:
-    """Cross-entropy with all classes alike; labels below 0 (`ignore_index` of torch's losses) are left out."""
+    """Cross-entropy with all classes alike; labels that are no class (`ignore_index` of torch's) are left out."""
     output, target = first_output(batch.output), batch.target
     good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
     if not good or target.shape != output.shape[:1] + output.shape[2:]:
@@ -90,7 +95,8 @@ def _uniform(batch: Batch) -> torch.Tensor:
             expected="logits (samples, classes, …) and integers (samples, …)",
             remedy="leave label_smoothing at 0 and smooth in the task's own loss",
         )
-    return -nn.functional.log_softmax(output, 1).mean(1)[target >= 0].mean()
+    there = (target >= 0) & (target < output.shape[1])
+    return -nn.functional.log_softmax(output, 1).mean(1)[there].mean()
 
 
 def scalar(loss: Any) -> torch.Tensor:

@@ -62,6 +62,8 @@ class Group:
                 remedy="train with workers=1",
             )
         (samples,) = lengths
+        if not samples:
+            raise TaskError("the training data has a batch without samples", got="(0, …)", expected="(samples, …)")
         start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))
 
         def cut(x: Any) -> Any:
@@ -80,11 +82,8 @@ class Group:
         some = [p for p, yes in zip(every, has.tolist(), strict=True) if yes]
         if not some:
             return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
-        flat = torch.cat([g.reshape(-1).float() for g in grads])
-        distributed.all_reduce(flat)
-        for p, found in zip(some, torch.split(flat, [g.numel() for g in grads]), strict=True):
-            p.grad = found.reshape(p.shape).to(p.dtype)
+        for p, found in zip(some, _summed([_gradient(p) for p in some]), strict=True):
+            p.grad = found.to(p.dtype)
 
     def sum(self, value: float) -> float:
         """The sum of a number over all workers."""
@@ -115,10 +114,21 @@ class Group:
         every = list(tensors) if self.size > 1 else []
         if not every:
             return
-        flat = torch.cat([t.reshape(-1).float() for t in every])
-        distributed.all_reduce(flat)
-        for t, mean in zip(every, torch.split(flat / self.size, [t.numel() for t in every]), strict=True):
-            t.copy_(mean.reshape(t.shape))
+        for t, found in zip(every, _summed(every), strict=True):
+            t.copy_(found / self.size)
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _summed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each summed over all workers, in 32 bits, or in 64 where one of them has as many."""
+    exact = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = torch.cat([t.reshape(-1).to(exact) for t in tensors])
+    distributed.all_reduce(flat)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 Work = Callable[[nn.Module, Context, Any, Group], nn.Module]

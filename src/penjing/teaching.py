@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.errors import TaskError
+from penjing.errors import ExportError, PenjingError, TaskError
 from penjing.network import raise_network
 from penjing.outputs import evaluating, first_output
 from penjing.step import Context
@@ -188,7 +188,19 @@ class Teaching:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
         module = self.student.view if isinstance(self.student, Tapped) else self.student
         with evaluating(module), cast():
-            lesson = self.lesson(self.student(*args, **kwargs), None, (args, kwargs), done=0.0)
+            output = self.student(*args, **kwargs)
+            try:
+                lesson = self.lesson(output, None, (args, kwargs), done=0.0)
+            except PenjingError:
+                raise
+            except Exception as error:
+                said = next(iter(str(error).strip().splitlines()), "")
+                raise TaskError(
+                    "the teacher can't take Task.example",
+                    got=f"{type(error).__name__}: {said[:300]}",
+                    expected="a network that is called as the student is",
+                    remedy="a module whose forward turns the student's inputs into the teacher's",
+                ) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
             for distillation in self.distillations:
@@ -208,7 +220,7 @@ class Teaching:
         with torch.no_grad():
             taught = [model(*args, **kwargs) for model in self.teacher_view]
         wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
-        said = taught[0] if len(taught) == 1 else _mean([first_output(t) for t in taught])
+        said = taught[0] if len(taught) == 1 else _mean(taught)
         return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done)
 
     def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
@@ -252,19 +264,31 @@ class Teaching:
             )
         if not isinstance(model, fx.GraphModule):
             task = self.context.task
-            model = raise_network(model, *task.call(), task.dynamic)
+            try:
+                model = raise_network(model, *task.call(), task.dynamic)
+            except ExportError as error:
+                what = f"the teacher: {error.what}"
+                raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
         return [Tapped(model, names, "teacher")]
 
 
-def _mean(said: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What several teachers say in the mean."""
-    if len({tuple(one.shape) for one in said}) > 1:
+def _mean(said: Sequence[Any]) -> Any:
+    """What several teachers say in the mean, output by output."""
+    every = [pytree.tree_flatten(one) for one in said]
+    shapes = [[tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves] for leaves, _ in every]
+    if any(form != every[0][1] for _, form in every) or any(one != shapes[0] for one in shapes):
         raise TaskError(
             "the teachers have different outputs",
-            got=", ".join(str(tuple(one.shape)) for one in said),
-            expected="the same classes in the same order",
+            got=", ".join(map(str, shapes)),
+            expected="the same outputs, with the same classes in the same order",
         )
-    return torch.stack(list(said)).mean(0)
+    means = [_average(same) for same in zip(*(leaves for leaves, _ in every), strict=True)]
+    return pytree.tree_unflatten(means, every[0][1])
+
+
+def _average(values: Sequence[Any]) -> Any:
+    numbers = isinstance(values[0], torch.Tensor) and values[0].is_floating_point()
+    return torch.stack(list(values)).mean(0) if numbers else values[0]
 
 
 def digest(models: Sequence[nn.Module]) -> str:

@@ -102,7 +102,9 @@ def test_yaml_holds_the_steps_within():
     [
         {"rounds": 0}, {"rounds": True}, {"step": Finetune()}, {"finetune": None}, {"rewind": "rate"},
         {"step": Magnitude(threshold=0.1)}, {"step": Magnitude(pattern="2:4")}, {"rewind_epochs": 0.5},
-        {"rewind_epochs": -1, "rewind": "weights"}, {"rewind_epochs": 1.0, "rewind": "weights"},
+        {"rewind_epochs": -1, "rewind": "weights"},
+        {"rewind_epochs": 0.5, "rewind": "weights", "finetune": Finetune(steps=40)},
+        {"rewind_epochs": 1.0, "rewind": "weights"},
         {"rewind_epochs": "1", "rewind": "weights"}, {"rewind_epochs": float("nan"), "rewind": "weights"},
     ],
 )  # fmt: skip

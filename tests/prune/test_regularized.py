@@ -148,11 +148,8 @@ def test_it_trains_as_with_a_term_of_the_loss(penalty, growing, clip):
     step = Regularized(penalty=penalty, strength=0.05, growing=growing, finetune=finetune)
     start, context = draft(), context_of()
 
-    def task_loss(batch):
-        return F.cross_entropy(batch.output, batch.target)
-
     term = Term(step, 6, start.network, context)
-    slow = dict(replace(finetune, losses=(task_loss, term))(start, context).network.named_parameters())
+    slow = dict(replace(finetune, losses=(term,))(start, context).network.named_parameters())
     plain = dict(finetune(start, context).network.named_parameters())
     done = dict(step(start, context).network.named_parameters())
     wrong, moved = (sum(float((slow[n] - p).detach().abs().sum()) for n, p in x.items()) for x in (done, plain))

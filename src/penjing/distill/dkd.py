@@ -89,7 +89,7 @@ class DKD:
         def loss(lesson: Lesson) -> torch.Tensor:
             student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
             classes = lesson.classes()
-            there = classes >= 0
+            there = (classes >= 0) & (classes < student.shape[1])
             if not there.any():
                 return 0.0 * student.sum()
             grown = min(1.0, lesson.done / self.warmup) if self.warmup else 1.0

@@ -61,7 +61,9 @@ class Outputs:
                 "student and teacher have different outputs",
                 got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (found, wanted)),
                 expected="the same outputs in the same order",
-                remedy="another teacher, or a distillation of features alone, for example distill.Hints",
+                remedy="another teacher, or a distillation of features alone, for example distill.Hints"
+                if len(found) <= len(wanted)
+                else "distill.Logits learns from the first output alone, which is what distill.Stored keeps",
             )
 
         def loss(lesson: Lesson) -> torch.Tensor:

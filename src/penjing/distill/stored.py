@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.errors import OutputError, TaskError
 from penjing.files import write_text
-from penjing.outputs import first_output
+from penjing.outputs import evaluating, first_output
 from penjing.teaching import digest
 
 VERSION = 1
@@ -54,7 +54,7 @@ class Stored(nn.Module):
                 expected='Stored("answers", network), or Stored("answers") to read only',
             )
         self.folder = Path(folder)
-        object.__setattr__(self, "teacher", teacher.eval() if teacher is not None else None)  # no weight of this module
+        object.__setattr__(self, "teacher", teacher)  # no weight of this module
         self.teacher: nn.Module | None
         self.rows: dict[bytes, int] = {}
         self.shape: tuple[int, ...] | None = None
@@ -103,7 +103,7 @@ class Stored(nn.Module):
                 expected="the data, order of seeds and augmentation that the answers were stored with",
                 remedy="give the teacher, which is then asked: Stored(folder, network)",
             )
-        with torch.no_grad():
+        with evaluating(self.teacher), torch.no_grad():
             said = first_output(self.teacher(*args, **kwargs)).float().cpu()
         if len(said) != samples:
             raise TaskError(

@@ -101,7 +101,9 @@ class Iterative:
     def _check_rewind(self) -> None:
         epochs = self.rewind_epochs
         number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
-        if not number or not 0 <= epochs < self.finetune.epochs or math.isnan(epochs):
+        if number and epochs and self.finetune.steps is not None:
+            expected = f"0 where the training counts steps, as with Finetune(steps={self.finetune.steps})"
+        elif not number or not 0 <= epochs < self.finetune.epochs or math.isnan(epochs):
             expected = f"a number of at least 0, below finetune.epochs={self.finetune.epochs:g}"
         elif epochs and self.rewind == "none":
             expected = "rewind='weights' with it"
@@ -156,7 +158,8 @@ class Iterative:
         hooks: tuple[Hook, ...] = (*self.finetune.hooks, KeepZeros(draft.sparse))
         if self.rewind_epochs:
             hooks = (*hooks, _Note(self.rewind_epochs / self.finetune.epochs))
-        train(trained.network, context, replace(self.finetune, hooks=hooks))
+        settings = self.finetune.resolved(context, changed=bool(draft.edits))
+        train(trained.network, context, replace(settings, hooks=hooks))
         noted = zip(early.network.state_dict(), held.state_dict().values(), strict=True)
         early.network.load_state_dict(dict(noted))
         trained.network.delete_submodule(_EARLY)

@@ -102,6 +102,13 @@ class QAT:
                 expected="an iterable of (inputs, target)",
                 remedy="give Task(train=loader, loss=...), or QAT(data='calibration') to learn without labels",
             )
+        if self.data == "train" and self.distill == 0 and context.task.loss is None:
+            raise TaskError(
+                "quantization-aware training has nothing to learn from",
+                got="Task.loss is None, and QAT(distill=0)",
+                expected="loss(output, target) -> scalar tensor, or distill above 0",
+                remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
+            )
         network = learner(draft, context, self.method)
         teacher = context.source if context.source is not None else draft.network
         task = context.task
