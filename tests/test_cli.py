@@ -383,6 +383,10 @@ class TestBadInput:
         assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--recipe", str(file) + "l") == 2
         assert "can't be read" in error_of(capsys)
 
+    def test_a_recipe_whose_name_is_nearly_right(self, parts, capsys):
+        assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--recipe", "label_free") == 2
+        assert "did you mean label-free?" in error_of(capsys)
+
     def test_a_recipe_beside_names_to_exclude(self, parts, capsys):
         file = parts.parent / "recipe.yaml"
         file.write_text("- quantize.Static", encoding="utf-8")

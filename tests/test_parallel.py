@@ -142,6 +142,11 @@ def test_a_batch_without_one_number_of_samples_is_not_shared():
             Group(0, 2).part(inputs, target)
 
 
+def test_a_batch_without_samples():
+    with pytest.raises(TaskError, match="without samples"):
+        Group(0, 2).part(((torch.zeros(0, 3),), {}), torch.zeros(0))
+
+
 def test_parts_are_whole_batches_together():
     x, y = torch.arange(7), torch.arange(7) + 10
     parts = [Group(rank, 3).part({"x": x, "k": 3}, y) for rank in range(3)]

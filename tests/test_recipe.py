@@ -10,7 +10,7 @@ from penjing.clipping import Clip
 from penjing.distill import DKD, Logits
 from penjing.errors import RecipeError
 from penjing.finetune import Finetune
-from penjing.prune import Channels
+from penjing.prune import Channels, Iterative
 from penjing.quantize import Static
 from penjing.recipe import CATALOGUE, Recipe
 from penjing.step import Step
@@ -126,6 +126,10 @@ class TestYaml:
 
     def test_its_data_is_the_same_in_every_process(self):
         """A resumed run compares its recipe with the one that was asked for."""
+        with pytest.raises(RecipeError, match=r"Finetune\(losses=...\) can't be written as YAML"):
+            Recipe(Finetune(losses=(len,))).to_yaml()
+        with pytest.raises(RecipeError, match=r"Iterative\(hooks=...\)"):
+            Recipe(Iterative(step=Channels(macs=0.5), finetune=Finetune(hooks=(print,)))).to_yaml()
         one, other = (Recipe(Finetune(losses=(lambda batch: 0,))).to_data() for _ in range(2))
         assert one == other
 
@@ -162,6 +166,10 @@ class TestYaml:
             ("- os.system: {command: ls}", ["does not exist", "one of"]),
             ("- {}", ["does not exist"]),
             ("- 5", ["does not exist"]),
+            (
+                "- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {epochs: 1}}",
+                ["does not exist", 'did you mean {Finetune: {"epochs": 1}}?'],
+            ),
             ("- [quantize.Static]", ["does not exist"]),
             ("- quantize.Static: 5", ["settings of quantize.Static", "no mapping"]),
             ("- quantize.Static: [weight_bits]", ["settings of quantize.Static", "no mapping"]),

@@ -194,6 +194,34 @@ def test_labels_and_teacher_are_added(teacher):
         assert torch.allclose(one + two, both, atol=1e-5)
 
 
+class Two(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.classes, self.box = nn.Linear(64, 4), nn.Linear(64, 2)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return {"classes": self.classes(x), "box": self.box(x)}
+
+
+def test_every_output_of_several_teachers_is_averaged():
+    x = torch.cat([a for a, _ in task().train])
+    teachers = (Two(1), Two(2))
+    wanted = [(a + b) / 2 for a, b in zip(*(t(x).values() for t in teachers), strict=True)]
+    settings = replace(SHORT, epochs=60, labels=0.0, teacher=teachers, weight_decay=0.0)
+    found = train(Two(0), context(None), settings)(x).values()
+    noise = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, wanted, strict=True)]
+    assert max(noise) < 0.05
+
+
+def test_stored_answers_of_a_network_with_two_outputs_are_of_its_first(tmp_path):
+    with pytest.raises(TaskError, match="different outputs") as caught:
+        settings = replace(SHORT, labels=0.0, teacher=distill.Stored(tmp_path, Two(1)))
+        train(Two(0), context(None), settings)
+    assert "distill.Logits" in caught.value.remedy
+
+
 def test_several_teachers_are_averaged(teacher):
     other = raised(16, seed=5)
     x = torch.cat(task().calibration)[:50]
@@ -370,7 +398,13 @@ class TestBadInput:
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         with pytest.raises(TaskError, match="teachers have different outputs") as caught:
             train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=(teacher, other)))
-        assert "(2, 10), (2, 3)" in str(caught.value)
+        assert "[(2, 10)], [(2, 3)]" in str(caught.value)
+
+    @pytest.mark.parametrize("wrong", [nn.Conv2d(3, 4, 3), nn.Bilinear(64, 64, 10)])
+    def test_a_teacher_that_can_not_take_the_example(self, teacher, wrong):
+        with pytest.raises(TaskError, match=r"the teacher can't take Task\.example") as caught:
+            train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=wrong))
+        assert "Error: " in caught.value.got and caught.value.remedy
 
     def test_attention_of_vectors(self, teacher):
         with pytest.raises(TaskError, match="looks at pictures"):

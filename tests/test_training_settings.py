@@ -155,7 +155,7 @@ class TestLabelSmoothing:
             trained(task(loss=None), label_smoothing=0.1, losses=(lambda batch: batch.output.mean(),))
 
     def test_labels_beyond_the_classes_are_left_out(self):
-        x, y = torch.rand(6, 6), torch.tensor([0, 1, 255, 2, 255, 3])
+        x, y = torch.rand(6, 6), torch.tensor([0, 1, 255, 2, 255, 0])
         train = [(x, y)]
         ours, _ = trained(
             task(train=train, loss=lambda a, b: F.cross_entropy(a, b, ignore_index=255)), epochs=1, label_smoothing=0.2
@@ -185,6 +185,13 @@ class TestClip:
                 assert torch.equal(new, old.clamp(-0.01, 0.01))
             else:
                 assert torch.allclose(F.normalize(new.flatten(), dim=0), F.normalize(old.flatten(), dim=0), atol=1e-5)
+
+    def test_weights_need_a_bound(self):
+        with pytest.raises(RecipeError, match="needs a threshold") as caught:
+            Clip(what="weights")
+        assert "adaptive=True" in caught.value.remedy
+        network = net()
+        Clip(what="weights", adaptive=True)(network.named_parameters())
 
     def test_the_whole_network_in_l2_is_that_of_torch(self):
         one, two = net(), net()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -323,10 +324,12 @@ def _recipe(name: str) -> Recipe:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:
+        near = difflib.get_close_matches(name.replace("_", "-"), recipes.NAMES, n=1)
         raise UsageError(
             "the recipe can't be read",
             got=f"{name}: {error.strerror}",
             expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
+            remedy=f"did you mean {near[0]}?" if near else None,
         ) from None
     except UnicodeDecodeError as error:
         raise UsageError("the recipe is no text", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None

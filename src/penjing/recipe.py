@@ -179,7 +179,19 @@ class Recipe:
         return plain
 
     def to_yaml(self) -> str:
-        """YAML text that `from_yaml` reads back."""
+        """YAML text that `from_yaml` reads back.
+
+        Raises:
+            RecipeError: A setting is a function, a network or another object, which only Python can hold.
+        """
+        for step in self.steps:
+            if found := next(_objects(step), None):
+                raise RecipeError(
+                    f"{type(step).__name__}({found[0]}=...) can't be written as YAML",
+                    got=repr(found[1])[:200],
+                    expected="settings of numbers, words, and steps",
+                    remedy="leave it out and give it in Python: dataclasses.replace(step, ...)",
+                )
         return str(yaml.dump(self.to_data(), Dumper=_Dumper, sort_keys=False))
 
     @classmethod
@@ -253,6 +265,26 @@ def _data(step: Any) -> dict[str, Any]:
     return {names.get(type(step), type(step).__name__): fields}
 
 
+def _objects(step: Any) -> Iterator[tuple[str, Any]]:
+    """Settings that YAML can't hold, by their names."""
+    known = (*CATALOGUE.values(), *SETTINGS.values())
+
+    def within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, tuple | list):
+            for one in value:
+                yield from within(name, one)
+        elif isinstance(value, Mapping):
+            for one in value.values():
+                yield from within(name, one)
+        elif isinstance(value, known):
+            yield from _objects(value)
+        elif not isinstance(value, str | int | float | None):
+            yield name, value
+
+    for field in dataclasses.fields(step):
+        yield from within(field.name, getattr(step, field.name))
+
+
 _NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step": CATALOGUE}
 
 
@@ -286,6 +318,9 @@ def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     if not isinstance(name, str) or name not in catalogue:
         whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
         near = difflib.get_close_matches(whole, catalogue, n=1)
+        fields = {f.name for f in dataclasses.fields(Finetune)}
+        if not near and isinstance(item, dict) and "Finetune" in catalogue and set(item) <= fields:
+            near = [f"{{Finetune: {json.dumps(item)}}}"]
         raise RecipeError(
             f"the recipe names a {'setting' if catalogue is SETTINGS else 'step'} that does not exist",
             got=repr(item),

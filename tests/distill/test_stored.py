@@ -64,6 +64,12 @@ def test_every_sample_is_asked_about_once_and_the_student_is_the_same_to_the_bit
     assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
 
 
+def test_the_teacher_keeps_its_mode(data, tmp_path):
+    teacher = Counted().train()
+    run(data, distill.Stored(tmp_path, teacher))
+    assert teacher.samples and teacher.training and teacher.inner.training
+
+
 def test_a_sample_augmented_in_another_way_has_another_answer(data, tmp_path):
     stored, teacher = distill.Stored(tmp_path, net(16, 1)), net(16, 1)
     x = data[0][:4]

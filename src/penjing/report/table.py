@@ -244,6 +244,6 @@ def _cell(text: str, style: str = "") -> Legible:
 
 def _captioned(table: Table, lines: Sequence[str]) -> Table:
     if lines:
-        table.caption = _cell("\n" + "\n".join(lines))
+        table.caption = Legible("\n" + "\n".join(lines))  # which ends its line: another table may follow
         table.caption_style = ""
     return table
