@@ -114,8 +114,9 @@ def random_numbers(device: str) -> State:
 
 
 @contextmanager
-def same_random_numbers(device: str = "cpu") -> Iterator[None]:
-    """The user's global generators stand after the block where they stood before it."""
+def same_random_numbers(device: str | None = None) -> Iterator[None]:
+    """The user's global generators stand after the block where they stood before it; None takes CUDA's along."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     before = random_numbers(device)
     try:
         yield

@@ -40,6 +40,7 @@ from penjing.source import Source, open_source
 from penjing.surgery import insert
 from penjing.task import Task, agreement_task, fingerprint
 from penjing.training import seed_everything
+from penjing.training_state import same_random_numbers
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
@@ -70,6 +71,7 @@ class Result:
         return f"{self.record.goal.reason} ({self.folder})"
 
 
+@same_random_numbers()
 def compress(
     model: str | nn.Module | ExportedProgram,
     task: Task,
@@ -203,6 +205,7 @@ def run(
     return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
 
 
+@same_random_numbers()
 def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device: str = "cpu") -> nn.Module:
     """Only the compressed module (with fake quantizers where the recipe quantizes): no artifact, nothing measured."""
     from penjing.step import Context

@@ -21,6 +21,7 @@ from penjing.quantize.static import matches
 from penjing.recipe import Recipe
 from penjing.records import Record
 from penjing.search.goal import Goal, needs_metric
+from penjing.search.rehearsal import rehearse
 from penjing.surgery.taps import Tapped
 from penjing.task import Task, calibration_calls, fingerprint
 from penjing.training import seed_everything
@@ -53,7 +54,7 @@ def check_inputs(task: Task) -> None:
 
 
 def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
-    """Raise what a step would raise that lacks its data, or that names what is not there, before any is at work.
+    """Raise what a step would raise that lacks its data, names what is not there, or can't take it, before any begins.
 
     Values inside the student are looked for while it is still built as the source is; later steps name what earlier
     ones have made.
@@ -67,7 +68,7 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
         calibration_calls(task)
     names = list(sites(network))
     changed = False
-    for step in recipe:
+    for position, step in enumerate(recipe):
         if isinstance(step, Static):
             for pattern in (*step.exclude, *step.settings):
                 matches(pattern, names)
@@ -80,6 +81,8 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
                 Tapped(network, [theirs for _, theirs in features], "teacher")
             if not changed:
                 Tapped(network, [mine for mine, _ in features], "student")
+            if position or step is not training:
+                rehearse(training, network, task, changed)
 
 
 def untrained(recipe: Recipe) -> str | None:

@@ -1,0 +1,88 @@
+"""A training that comes after other steps, tried on its first batch: what it refuses is told before they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from penjing.call import as_call, to_tensors
+from penjing.distill.stored import Stored
+from penjing.finetune import Finetune
+from penjing.graph import in_eval_mode
+from penjing.objective import Batch, Objective
+from penjing.outputs import to_tensor
+from penjing.step import Context
+from penjing.task import Task
+from penjing.teaching import Teaching
+from penjing.training_data import count, explained, loader, pair
+from penjing.training_state import same_random_numbers
+
+
+def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: bool) -> None:
+    """Teachers answer the example, and the first batch gets a loss. Nothing is trained.
+
+    Args:
+        training: Its settings.
+        network: The source network, which has the outputs of what will be trained.
+        task: The user's.
+        changed: What will be trained is built otherwise: values inside it can't be looked at yet.
+
+    Raises:
+        TaskError: Teacher, labels, loss or batch do not fit.
+    """
+    place = next((t.device for t in network.state_dict().values()), None)
+    context = Context(task=task, source=network, device=str(place or "cpu"))
+    ways = tuple(way for way in training.distillations if not (changed and way.features))
+    if training.teacher is not None and not training.distillations:
+        ways = training.resolved(context, changed).distillations
+    data = loader(task, training.labels)
+    objective = Objective(task, training.losses, training.labels, training.label_smoothing)
+    count(data, needed=False)
+    teacher, reads = _asked(training.teacher)
+    with same_random_numbers(context.device):
+        teaching = Teaching(network, teacher, ways, context) if ways and not reads else None
+        try:
+            if teaching:
+                teaching.prepare(nullcontext)
+            _first_batch(training, network, context, objective, teaching, data)
+        finally:
+            if teaching:
+                teaching.release()
+
+
+def _asked(teacher: Any) -> tuple[Any, bool]:
+    """The networks themselves where answers are kept, so that none is written; whether one has answers alone."""
+    several = teacher if isinstance(teacher, tuple) else (teacher,)
+    reads = any(isinstance(one, Stored) and one.teacher is None for one in several)
+    found = tuple(one.teacher if isinstance(one, Stored) else one for one in several)
+    return (found if isinstance(teacher, tuple) else found[0]), reads
+
+
+def _first_batch(
+    training: Finetune,
+    network: fx.GraphModule,
+    context: Context,
+    objective: Objective,
+    teaching: Teaching | None,
+    data: Iterable[object],
+) -> None:
+    first = next(iter(data), None)
+    if first is None:
+        return
+    inputs, target = pair(first, training.labels)
+    call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
+    place = "batch 0 of epoch 0"
+    with in_eval_mode(network):
+        with explained("the network", call, target, context.task, place):
+            output = (teaching.student if teaching else network)(*call[0], **call[1])
+        with explained("the teacher", call, target, context.task, place):
+            lesson = teaching.lesson(output, target, call, 0.0) if teaching else None
+        with explained("the loss", call, target, context.task, place):
+            objective(Batch(call, output, target, network, 0))
+            if teaching and lesson:
+                teaching.terms(lesson)

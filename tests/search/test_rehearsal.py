@@ -1,0 +1,93 @@
+"""What a later training would refuse is told before an earlier one begins."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import penjing as pj
+from penjing import distill
+from penjing.errors import RecipeError, TaskError
+
+X = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(24) % 4
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+
+
+def task(**fields):
+    train = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 24, 8)]
+    return pj.Task(**{"example": X[:2], "train": train, "loss": F.cross_entropy} | fields)
+
+
+def refused(error, match, training, data=None, before=None):
+    begun = []
+    first = before or pj.Finetune(epochs=1, hooks=(lambda moment: begun.append(moment.name),))
+    with pytest.raises(error, match=match) as caught:
+        pj.apply(pj.Recipe(first, training), network(), data or task())
+    assert not begun
+    return caught.value
+
+
+@pytest.mark.parametrize("before", [None, pj.prune.Channels(macs=0.5)])
+class TestRefused:
+    def test_a_teacher_of_other_classes(self, before):
+        other = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+        refused(TaskError, "different outputs", pj.Finetune(teacher=other), before=before)
+
+    def test_a_teacher_that_can_not_take_the_example(self, before):
+        other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4))
+        refused(TaskError, "the teacher can't take", pj.Finetune(teacher=other), before=before)
+
+    def test_labels_that_are_no_classes(self, before):
+        data = task(train=[(X[:8], torch.rand(8, 4))])
+        refused(TaskError, "label smoothing needs classes", pj.Finetune(label_smoothing=0.1), data, before)
+        refused(TaskError, "needs classes as labels", pj.Finetune(distill=distill.DKD()), data, before)
+
+    def test_a_loss_that_can_not_take_the_batch(self, before):
+        data = task(train=[(X[:8], torch.full((8,), 9))])
+        refused(TaskError, "the loss can't take batch 0", pj.Finetune(), data, before)
+
+
+def test_attention_of_what_is_no_picture():
+    way = distill.AttentionTransfer(features=("5",))
+    refused(TaskError, "looks at pictures", pj.Finetune(distill=way))
+
+
+def test_a_training_within_a_step():
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+    rounds = pj.prune.Iterative(step=pj.prune.Channels(macs=0.5), finetune=pj.Finetune(teacher=other))
+    told = []
+    with pytest.raises(TaskError, match="different outputs"):
+        pj.compress(network(), task(), pj.Goal(minimize="latency_ms"), recipe=pj.Recipe(rounds), listeners=[
+            lambda kind, **values: told.append(kind)], runtime="onnxruntime")  # fmt: skip
+    assert "pruned" not in told
+
+
+def test_features_of_what_is_made_later_are_looked_at_then(tmp_path):
+    recipe = pj.Recipe(
+        pj.distill.Student(architecture="resnet20", settings={"width": 4}),
+        pj.Finetune(epochs=1, distill=distill.AttentionTransfer(features=(("stages.1", "2"),))),
+    )
+    assert pj.apply(recipe, network(), task()) is not None
+    with pytest.raises(RecipeError, match=r"stages\.9"):
+        pj.apply(
+            pj.Recipe(recipe.steps[0], pj.Finetune(distill=distill.Hints(features=(("stages.9", "2"),)))),
+            network(),
+            task(),
+        )
+
+
+def test_nothing_is_asked_for_keeps_and_random_numbers_stand(tmp_path):
+    kept = distill.Stored(tmp_path, network())
+    torch.manual_seed(5)
+    before = torch.rand(1)
+    source = network()
+    torch.manual_seed(5)
+    recipe = pj.Recipe(pj.Finetune(epochs=1), pj.Finetune(epochs=1, teacher=kept, distill=distill.Logits()))
+    pj.apply(recipe, source, task())
+    assert kept.asked == 24  # the training's own samples, which the example is of
+    assert torch.equal(torch.rand(1), before)
