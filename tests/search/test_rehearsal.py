@@ -1,5 +1,7 @@
 """What a later training would refuse is told before an earlier one begins."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,23 @@ def test_features_of_what_is_made_later_are_looked_at_then(tmp_path):
             network(),
             task(),
         )
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.head = nn.LSTM(8, 6, 2, dropout=0.5, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.rows(x[:, 0])[0][:, -1])
+
+
+def test_dropout_that_a_layer_does_within_is_told_where_the_recipe_trains():
+    with pytest.warns(UserWarning, match="the dropout within rows is left out"):
+        pj.apply(pj.Recipe(pj.Finetune(steps=1)), Recurrent(), task())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the dropout")
+        pj.apply(pj.Recipe(pj.prune.Magnitude(sparsity=0.5)), Recurrent(), task())
 
 
 def test_nothing_is_asked_for_keeps_and_random_numbers_stand(tmp_path):

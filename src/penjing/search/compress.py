@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +147,7 @@ def compress(
         folder.finish()
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
-    if text := requests.untrained(steps):
+    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module))):
         run.warnings.append(text)
         events("warning", text=text)
     _, structure = pipeline.source(run)
@@ -217,6 +218,8 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
             expected="penjing.Recipe(step, …), or one of penjing.recipes",
         )
     requests.check_device(device)
+    if text := requests.undropped(recipe, model):
+        warnings.warn(text, stacklevel=2)
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
     requests.check_recipe(recipe, draft.network, task)

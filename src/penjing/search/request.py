@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from penjing import checkpoint
 from penjing.distill import Student
@@ -91,6 +91,27 @@ def untrained(recipe: Recipe) -> str | None:
     if student and not any(isinstance(step, QAT) or list(_trainings(step)) for step in recipe):
         return "Student has random weights, and no step of the recipe trains it: put Finetune behind it"
     return None
+
+
+def undropped(recipe: Recipe, model: object) -> str | None:
+    """A warning where layers that the recipe trains lose the dropout that they do by themselves.
+
+    A network is exported in eval mode: what `nn.Dropout` does is found again, what these layers do within is not.
+    """
+    if not isinstance(model, nn.Module) or not any(isinstance(s, QAT) or list(_trainings(s)) for s in recipe):
+        return None
+    found = [
+        name
+        for name, part in model.named_modules()
+        if (isinstance(part, nn.MultiheadAttention) and part.dropout)
+        or (isinstance(part, nn.RNNBase) and part.dropout and part.num_layers > 1)
+    ]
+    if not found:
+        return None
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (
+        f"the dropout within {', '.join(found[:3])}{more} is left out while the recipe trains: nn.Dropout alone stays"
+    )
 
 
 def _trainings(step: object) -> Iterator[Finetune]:
