@@ -10,8 +10,9 @@ Accuracy is that of the INT8 file in its runtime, on the test pictures, by every
 seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 32, in turns. Every chain
 is held against the fastest joint file whose median accuracy is at least the chain's.
 
-`limit`: how many residual blocks have to go before one picture takes a third of fp32's time, and what is left of the
-accuracy then, trained for `--limit-epochs` with the first seed.
+`limit`: one picture in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
+network (two residual blocks of twice and four times `width` channels, begun with random weights, batches of 64), for
+`--limit-epochs` and with the first seed, in ONNX Runtime.
 
     python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed limit]
 
@@ -40,15 +41,37 @@ JOINT = {
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
-LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (5, 6, 7)}
+LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (3, 4, 5)}
+STUDENTS = {f"student of {2 * n} and {4 * n} channels": n for n in (32, 40)}
 CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
 
 def joint(settings, module, task, seed, epochs, folder):
-    """Run the recipe and write the OpenVINO file."""
+    """Run the joint recipe and write the OpenVINO file."""
+    from penjing import recipes
+
+    ran(recipes.joint(**settings, epochs=epochs, learning_rate=RATE), module, task, seed, folder, "openvino")
+
+
+def student(width, epochs):
+    """Few wide layers that learn from the source."""
+    from penjing import Clip, Finetune, Recipe, distill, prune, quantize
+
+    learn = Finetune(epochs=0.8 * epochs, learning_rate=0.1, clip=Clip(), distill=distill.Logits())
+    return Recipe(
+        distill.Student(architecture="resnet20", settings={"width": width}),
+        prune.Blocks(blocks=7),  # all that keep their shape
+        learn,
+        quantize.Static(),
+        quantize.QAT(epochs=0.2 * epochs, learning_rate=0.005),
+    )
+
+
+def ran(recipe, module, task, seed, folder, runtime):
+    """Run a recipe and write the file for a runtime."""
     from pruning_accuracy import shown
 
-    from penjing import building, measure, recipes, runtimes
+    from penjing import building, measure, runtimes
     from penjing.draft import Draft
     from penjing.network import raise_network
     from penjing.step import Context
@@ -56,12 +79,12 @@ def joint(settings, module, task, seed, epochs, folder):
 
     seed_everything(seed)
     raised = raise_network(module, *task.call(), task.dynamic)
-    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(THREADS).instruction_sets)
     context = Context(task=task, source=raised, seed=seed, accelerates=accelerates, events=shown(folder.name))
     draft = Draft(raised)
-    for step in recipes.joint(**settings, epochs=epochs, learning_rate=RATE):
+    for step in recipe:
         draft = step(draft, context)
-    building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
+    building.build(draft, runtime, "int8", task, {"kind": "tensor"}, folder)
 
 
 def chain(target, module, task, seed, epochs, folder):
@@ -165,7 +188,7 @@ def speeds(arguments, data, save):
 
 
 def limit(arguments, data, save):
-    """Ever shorter networks: accuracy and time of one picture, beside the whole network's in every runtime."""
+    """Networks of few layers: accuracy and time of one picture, beside the whole network's in every runtime."""
     import tempfile
 
     import torch
@@ -173,30 +196,38 @@ def limit(arguments, data, save):
     from examples.data import cache
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
+    from penjing import recipes
     from penjing.measure import Target, compare
-    from penjing.outputs import to_numpy
+    from penjing.outputs import numpy_predictor, to_numpy
 
-    task, seed = fashion(), arguments.seeds[0]
-    data.setdefault("limit", {"accuracy": {}})["epochs"] = arguments.limit_epochs
+    task, seed, epochs = fashion(), arguments.seeds[0], arguments.limit_epochs
+    data["limit"] = {"accuracy": {}, "epochs": epochs, "source": task.evaluate(numpy_predictor(resnet20()))}
+    every = {n: (recipes.joint(**s, epochs=epochs, learning_rate=RATE), task) for n, s in LIMIT.items()}
+    every |= {name: (student(width, epochs), fashion(64)) for name, width in STUDENTS.items()}
     folders = {}
-    for name, settings in LIMIT.items():
-        folders[name] = folder = cache() / "joint" / f"{name} epochs {arguments.limit_epochs:g} seed {seed}"
+    for name in arguments.limit or every:
+        recipe, its_task = every[name]
+        folders[name] = folder = cache() / "joint" / f"{name} onnxruntime epochs {epochs:g} seed {seed}"
         if not (folder / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            joint(settings, resnet20(), task, seed, arguments.limit_epochs, folder)
+            ran(recipe, resnet20(), its_task, seed, folder, "onnxruntime")
         session = opened(folder)
         data["limit"]["accuracy"][name] = task.evaluate(lambda x, session=session: session.run([x])[0])
-        print(f"{folder.name:<50}{data['limit']['accuracy'][name]:>8.4f}", flush=True)
+        print(f"{folder.name:<70}{data['limit']['accuracy'][name]:>8.4f}", flush=True)
         save()
+    if arguments.limit:  # the rest is made by another process
+        return
     with tempfile.TemporaryDirectory() as aside:
         folders |= whole(Path(aside), task)
-        picture = to_numpy(torch.cat(list(task.calibration)))[:1]
-        targets = [Target(name, folder, [picture], 1) for name, folder in folders.items()]
-        timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="joint:opened")
-    data["limit"]["speed"] = {name: vars(timings[name].latency) for name in folders}
+        pictures = to_numpy(torch.cat(list(task.calibration)))
+        data["limit"]["speed"] = {}
+        for batch in (1, 32):
+            targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
+            timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="joint:opened")
+            rows = data["limit"]["speed"][str(batch)] = {name: vars(timings[name].latency) for name in folders}
+            for name, row in rows.items():
+                print(f"batch {batch:>2} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}")
     data["limit"]["measured on"] = {"machine": data["machine"], "versions": data["versions"]}
-    for name, row in data["limit"]["speed"].items():
-        print(f"{name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}")
     save()
 
 
@@ -239,7 +270,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["joint", "chain"], choices=["joint", "chain"])
     parser.add_argument("--parts", nargs="+", default=["accuracy", "speed", "limit"],
                         choices=["accuracy", "speed", "limit"])  # fmt: skip
-    parser.add_argument("--limit-epochs", type=float, default=6.0)
+    parser.add_argument("--limit-epochs", type=float, default=10.0)
+    parser.add_argument("--limit", nargs="+", choices=[*LIMIT, *STUDENTS], help="make these files, and time nothing")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the trainings")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "joint.json")
     arguments = parser.parse_args()
@@ -247,7 +280,7 @@ def main() -> None:
 
     from penjing import measure
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     os.environ["PYTHONPATH"] = os.pathsep.join(  # for the processes that time
         [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
