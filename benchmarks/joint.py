@@ -294,7 +294,8 @@ def main() -> None:
 
     for part in arguments.parts:
         {"accuracy": accuracies, "speed": speeds, "limit": limit}[part](arguments, data, save)
-    print(f"\nsource {data['source']['accuracy']:.4f}")
+    if "source" in data:
+        print(f"\nsource {data['source']['accuracy']:.4f}")
     for name, row in data.get("accuracy", {}).items():
         print(f"{name:<40}{row['accuracy']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f})")
     print(f"\n{arguments.out}")

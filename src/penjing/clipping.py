@@ -91,9 +91,9 @@ class Clip:
         values = [value for value in found if value is not None]
         order = ORDERS[self.norm]
         length = float(nn.utils.get_total_norm(values, order))
-        allowed = (1.0 if self.threshold is None else self.threshold) * (
-            self._reference(parameters) if self.adaptive else 1.0
-        )
+        allowed = 1.0 if self.threshold is None else self.threshold
+        if self.adaptive:
+            allowed *= self._reference(parameters)
         if length > allowed:
             if self.norm == "max":
                 torch._foreach_clamp_min_(values, -allowed)

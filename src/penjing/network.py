@@ -28,6 +28,7 @@ from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
 
 # Copying a graph module makes torch warn about its own pytree; nobody who uses Penjing can mend that.
+warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning)
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 

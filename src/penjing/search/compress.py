@@ -219,7 +219,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
         )
     requests.check_device(device)
     if text := requests.undropped(recipe, model):
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
     requests.check_recipe(recipe, draft.network, task)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -18,7 +19,7 @@ from penjing.objective import Batch, Objective
 from penjing.outputs import to_tensor
 from penjing.step import Context
 from penjing.task import Task
-from penjing.teaching import Teaching
+from penjing.teaching import Teaching, in_fp32
 from penjing.training_data import count, explained, loader, pair
 from penjing.training_state import same_random_numbers
 
@@ -43,7 +44,8 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
     data = loader(task, training.labels)
     objective = Objective(task, training.losses, training.labels, training.label_smoothing)
     count(data, needed=False)
-    teacher, reads = _asked(training.teacher)
+    looked_at = any(way.features for way in ways)
+    teacher, reads = (training.teacher, False) if looked_at else _asked(training.teacher)
     with same_random_numbers(context.device):
         teaching = Teaching(network, teacher, ways, context) if ways and not reads else None
         try:
@@ -76,6 +78,7 @@ def _first_batch(
         return
     inputs, target = pair(first, training.labels)
     call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
+    call, target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(context.device), (call, target))
     place = "batch 0 of epoch 0"
     with in_eval_mode(network):
         with explained("the network", call, target, context.task, place):
@@ -83,6 +86,6 @@ def _first_batch(
         with explained("the teacher", call, target, context.task, place):
             lesson = teaching.lesson(output, target, call, 0.0) if teaching else None
         with explained("the loss", call, target, context.task, place):
-            objective(Batch(call, output, target, network, 0))
+            objective(Batch(call, in_fp32(output), target, network, 0))
             if teaching and lesson:
                 teaching.terms(lesson)
