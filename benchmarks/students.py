@@ -55,6 +55,7 @@ def ways(pair):
     return {
         "labels": (),
         "Logits": logits,
+        "Logits, weight 0.25": distill.Logits(weight=0.25),
         "HardLabels": distill.HardLabels(),
         "DKD": distill.DKD(),
         "DIST": distill.DIST(),
