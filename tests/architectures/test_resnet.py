@@ -34,6 +34,24 @@ def test_the_small_form_has_the_parameters_of_a_count_by_hand(depth, settings):
     assert found == by_hand(depth, in_channels, classes, width)
 
 
+@pytest.mark.parametrize("settings", [(3, 10, 32), (1, 7, 8)])
+def test_the_short_form_has_the_parameters_of_a_count_by_hand(settings):
+    in_channels, classes, width = settings
+    total = 9 * in_channels * width + 2 * width
+    for inputs in (width, 2 * width):
+        outputs = 2 * inputs
+        total += 9 * inputs * outputs + 2 * 9 * outputs**2 + 3 * 2 * outputs
+    found = parameters("resnet8", in_channels=in_channels, classes=classes, width=width)
+    assert found == total + 4 * width * classes + classes
+
+
+def test_the_short_form_halves_the_resolution_twice():
+    network = build("resnet8", width=4).eval()
+    assert network.stages(torch.zeros(1, 4, 32, 32)).shape == (1, 16, 8, 8)
+    with pytest.raises(SourceError, match="width"):
+        build("resnet8", width=0)
+
+
 def test_projection_shortcuts_are_the_only_difference_from_the_papers_resnet20():
     projections = sum(16 * 2**i * 16 * 2 ** (i + 1) + 2 * 16 * 2 ** (i + 1) for i in range(2))
     assert parameters("resnet20") - projections == 269_722  # option A, 3 channels, 10 classes: "0.27 M"

@@ -59,6 +59,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": mobilenet_v2.mobilenet_v2,
     "mobilenet_v3_large": mobilenet_v3.mobilenet_v3_large,
     "mobilenet_v3_small": mobilenet_v3.mobilenet_v3_small,
+    "resnet8": resnet.resnet8,
     "resnet18": resnet.resnet18,
     "resnet20": resnet.resnet20,
     "resnet32": resnet.resnet32,
