@@ -41,7 +41,7 @@ JOINT = {
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
-LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (3, 4, 5)}
+LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (4, 5)}
 STUDENTS = {f"student of {width}, {2 * width} and {4 * width} channels": width for width in (32,)}
 CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
