@@ -429,19 +429,22 @@ def joint() -> str:
 def joint_limit() -> str:
     """Networks of few layers, whose files take a third of the time of the fastest fp32 file."""
     data = _read("joint")["limit"]
-    whole = {name: data["source"] for name in data["speed"]["1"] if name.startswith("fp32")}
-    fastest = {batch: min(rows[name]["median"] for name in whole) for batch, rows in data["speed"].items()}
+    whole = [name for name in next(iter(data["speed"].values())) if name.startswith("fp32")]
+    fastest = {key: min(rows[name]["median"] for name in whole) for key, rows in data["speed"].items()}
     lines = [
-        "| | accuracy | batch 1 | times the fastest fp32 | batch 32 | times the fastest fp32 |",
-        "|---|---|---|---|---|---|",
+        "| | accuracy (all seeds) | " + " | ".join(f"{key} | times fp32" for key in data["speed"]) + " |",
+        "|---" * (2 + 2 * len(data["speed"])) + "|",
     ]
-    for name, accuracy in (whole | data["accuracy"]).items():
+    for name in (*whole, *data["accuracy"]):
+        row = data["accuracy"].get(name, {"accuracy": data["source"], "seeds": 1})
+        told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
         cells = [
-            f"{rows[name]['median']:.3f} ms | {fastest[batch] / rows[name]['median']:.1f}"
-            for batch, rows in data["speed"].items()
+            f"{rows[name]['median']:.3f} ms ±{rows[name]['spread'] / 2:.0%} | {fastest[key] / rows[name]['median']:.1f}"
+            for key, rows in data["speed"].items()
         ]
-        lines.append(f"| {name} | {accuracy:.2%} | {' | '.join(cells)} |")
-    return _under(lines, data["measured on"], f"{data['epochs']:g} epochs, one seed; ")
+        lines.append(f"| {name} | {row['accuracy']:.2%}{told} | {' | '.join(cells)} |")
+    told = f"{data['epochs']:g} epochs, one seed where no span is given; times the fastest fp32 file; ± half of the "
+    return _under(lines, data["measured on"], told + "interquartile range / median; ")
 
 
 def students() -> str:
