@@ -11,8 +11,8 @@ seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 
 is held against the fastest joint file whose median accuracy is at least the chain's.
 
 `limit`: one picture in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
-network (`resnet8`, begun with random weights, batches of 64), for `--limit-epochs`, in ONNX Runtime with one thread and with
-two. One seed each, all `--seeds` of what `--limit` names.
+network (`resnet8`, begun with random weights, batches of 64), for `--limit-epochs`, in ONNX Runtime with one thread and
+with two. One seed each, all `--seeds` of what `--limit` names.
 
     python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed limit]
 
