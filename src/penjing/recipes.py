@@ -66,7 +66,7 @@ def joint(
     _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
     trained = quantize.QAT(
-        epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
+        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
     )
     target = _target(macs, params, latency_ms, blocks)
     return _composed(target, "auto", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
@@ -107,7 +107,7 @@ def label_free(
     _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
     trained = quantize.QAT(
-        epochs=QUANTIZED * epochs, learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
+        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
     )
     target = _target(macs, params, latency_ms, blocks)
     return _composed(target, "jacobian", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
@@ -121,6 +121,10 @@ def _check(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise RecipeError(f"a joint recipe can't use {name}", got=repr(value), expected="a number")
+
+
+def _part(fraction: float, epochs: float) -> float:
+    return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999: people read it
 
 
 def _target(macs: float | None, params: float | None, latency_ms: float | None, blocks: int) -> dict[str, float | str]:
@@ -148,11 +152,11 @@ def _composed(
         after -= ROUNDS
         if blocks:
             after -= SHALLOW
-            steps.append(replace(learn, epochs=SHALLOW * epochs))
+            steps.append(replace(learn, epochs=_part(SHALLOW, epochs)))
         channels = prune.Channels(**target, criterion=criterion)  # type: ignore[arg-type]
-        each = replace(learn, epochs=ROUNDS * epochs / max(1, rounds))
+        each = replace(learn, epochs=_part(ROUNDS / max(1, rounds), epochs))
         steps.append(prune.Iterative(step=channels, finetune=each, rounds=rounds))
-    steps.append(replace(learn, epochs=after * epochs))
+    steps.append(replace(learn, epochs=_part(after, epochs)))
     return Recipe(*steps, quantize.Static(weight_bits=bits[0], activation_bits=bits[1]), trained)
 
 

@@ -222,7 +222,7 @@ class CurvePoint:
     """What a training was like after so many steps."""
 
     step: int
-    loss: float  # mean over the last steps: a twentieth of the training, at most 50
+    loss: float  # mean over the last steps: a tenth of the training, at most 50
     rate: float  # learning rate
     terms: dict[str, float] = field(default_factory=dict)  # what the loss was made of, means over the same steps
 

@@ -209,8 +209,8 @@ class Loop:
         self._tell(rate)
 
     def _remember(self, values: dict[str, float]) -> None:
-        """Take a step into the means: over a twentieth of the training, at most 50 steps."""
-        weight = 1 / min(max(self.steps / 20, 1.0), 50.0)
+        """Take a step into the means: over a tenth of the training, at most 50 steps."""
+        weight = 1 / min(max(self.steps / 10, 1.0), 50.0)
         weight = max(weight, 1 / self.step)  # the first steps count alike
         for name, value in values.items():
             self.means[name] = self.means.get(name, value) * (1 - weight) + value * weight
