@@ -26,7 +26,7 @@ from penjing.surgery.taps import Tapped
 from penjing.task import Task, calibration_calls, fingerprint
 from penjing.training import seed_everything
 from penjing.training_data import loader
-from penjing.training_state import random_numbers, set_random_numbers
+from penjing.training_state import same_random_numbers
 
 
 def check_goal(goal: Goal, task: Task) -> None:
@@ -151,16 +151,14 @@ def data_hashes(task: Task) -> dict[str, str]:
 def _first_batch(task: Task) -> str | None:
     if task.train is None or isinstance(task.train, Iterator):  # which gives every batch once
         return None
-    before = random_numbers("cpu")
+    seen = []
     try:
-        seen = []
-        for _ in range(2):
-            seed_everything(0)
-            seen.append(fingerprint([((next(iter(task.train)),), {})]))
+        with same_random_numbers():
+            for _ in range(2):
+                seed_everything(0)
+                seen.append(fingerprint([((next(iter(task.train)),), {})]))
     except Exception:  # a loader that fails is told by the training, with the step that it fails at
         return None
-    finally:
-        set_random_numbers(before, "cpu")
     return seen[0] if seen[0] == seen[1] else None
 
 
