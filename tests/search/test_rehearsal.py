@@ -88,14 +88,21 @@ def test_attention_of_what_is_no_picture():
     assert "looks at pictures" in said and not begun
 
 
-def test_a_training_within_a_step():
+def test_a_training_within_a_step(tmp_path):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
     rounds = pj.prune.Iterative(step=pj.prune.Channels(macs=0.5), finetune=pj.Finetune(teacher=other))
     told = []
     with pytest.raises(TaskError, match="different outputs"):
-        pj.compress(network(), task(), pj.Goal(minimize="latency_ms"), recipe=pj.Recipe(rounds), listeners=[
-            lambda kind, **values: told.append(kind)], runtime="onnxruntime")  # fmt: skip
+        pj.run(
+            pj.Recipe(rounds),
+            network(),
+            task(),
+            runtime="onnxruntime",
+            out=tmp_path / "out",
+            listeners=[lambda kind, **values: told.append(kind)],
+        )
     assert "pruned" not in told
+    assert not (tmp_path / "out" / "record.json").exists()
 
 
 def test_features_of_what_is_made_later_are_looked_at_then(tmp_path):
