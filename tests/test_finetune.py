@@ -826,6 +826,27 @@ class TestBadInput:
             trained(SHORT, context_of(data))
         assert "DataLoader" in str(found.value)
 
+    def test_a_loader_that_is_its_own_iterator_may_start_anew(self):
+        class Loader:
+            def __init__(self):
+                self.batches, self.at = list(digits()), 0
+
+            def __len__(self):
+                return len(self.batches)
+
+            def __iter__(self):
+                self.at = 0
+                return self
+
+            def __next__(self):
+                if self.at == len(self.batches):
+                    raise StopIteration
+                self.at += 1
+                return self.batches[self.at - 1]
+
+        loader = Loader()
+        assert same(trained(SHORT, context_of(loader)), trained(SHORT, context_of(loader.batches)))
+
     def test_a_pass_without_batches(self):
         class Once:
             def __init__(self):

@@ -63,7 +63,7 @@ def count(data: Any, needed: bool) -> float:
     Raises:
         TaskError: There is none, or the data can be read only once.
     """
-    if isinstance(data, Iterator):
+    if isinstance(data, Iterator) and not hasattr(data, "__len__"):  # a loader may be its own iterator, and start anew
         raise TaskError(
             "the training data can be read only once",
             got=f"a {type(data).__name__}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -73,7 +73,7 @@ def _first_batch(
     teaching: Teaching | None,
     data: Iterable[object],
 ) -> None:
-    first = next(iter(data), None)
+    first = None if isinstance(data, Iterator) else next(iter(data), None)  # what is its own iterator is not disturbed
     if first is None:
         return
     inputs, target = pair(first, training.labels)
