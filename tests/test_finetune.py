@@ -321,6 +321,24 @@ class TestResume:
         assert same(trained(replace(SHORT, hooks=(Freeze(),)), context_of(folder=tmp_path)), whole)
         assert not any(modes[1:])
 
+    def test_a_hook_whose_repr_shows_what_it_remembers_goes_on(self, tmp_path):
+        class Count:
+            def __init__(self, stop):
+                self.seen, self.stop = 0, stop
+
+            def __repr__(self):
+                return f"Count(seen={self.seen})"
+
+            def __call__(self, moment):
+                self.seen += moment.name == "step"
+                if self.stop and self.seen == 6:
+                    raise Stop
+
+        with pytest.raises(Stop):
+            trained(replace(SHORT, hooks=(Count(True),)), context_of(folder=tmp_path))
+        resumed = trained(replace(SHORT, hooks=(Count(False),)), context_of(folder=tmp_path))
+        assert same(resumed, trained(replace(SHORT, hooks=(Count(False),))))
+
     def test_norms_whose_weights_are_frozen_keep_their_statistics(self):
         frozen, free = net(), net()
         frozen.norm.requires_grad_(False)

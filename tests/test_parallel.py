@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import distributed, nn
 
 from penjing import distill
 from penjing.architectures import build
@@ -140,6 +140,17 @@ def test_a_batch_without_one_number_of_samples_is_not_shared():
     for inputs, target in ((torch.zeros(2, 3), lists), (torch.zeros(4, 3), torch.zeros(2)), ([], [])):
         with pytest.raises(TaskError, match="can't be shared"):
             Group(0, 2).part(inputs, target)
+
+
+def test_doubles_are_summed_as_doubles(tmp_path):
+    distributed.init_process_group("gloo", init_method=(tmp_path / "at").as_uri(), rank=0, world_size=1)
+    try:
+        weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        weight.grad = torch.full((2,), 1 / 3, dtype=torch.float64)
+        Group(0, 2).sum_gradients([weight])
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(weight.grad, torch.full((2,), 1 / 3, dtype=torch.float64))
 
 
 def test_a_batch_without_samples():

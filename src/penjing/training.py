@@ -113,7 +113,8 @@ class Loop:
         self.terms: dict[str, float] = {}  # of this step; with several workers, of this one's parts
         self.clips = Clips(self.settings.clips)
         self.length = count(self.data, needed=self.settings.steps is None)
-        self.request = self._request()  # now: what hooks and losses remember may show in their repr
+        # Now: what hooks and losses remember may show in their repr.
+        self.request = training_state.plain(self._request())
         if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():

@@ -31,7 +31,7 @@ def save(path: Path, state: State) -> None:
     try:
         with _undisturbed():
             with aside.open("wb") as file:
-                torch.save({**state, "request": json.dumps(_plain(state["request"]))}, file)
+                torch.save({**state, "request": json.dumps(plain(state["request"]))}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -75,7 +75,7 @@ def loading(path: Path, request: dict[str, Any]) -> Iterator[State]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_request(path, json.loads(state["request"]), _plain(request))
+        _check_request(path, json.loads(state["request"]), plain(request))
         yield state
     except PenjingError:
         raise
@@ -98,10 +98,11 @@ def _check_request(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
         )
 
 
-def _plain(request: dict[str, Any]) -> dict[str, Any]:
-    # Functions and objects are compared by their repr, in which an address is another one in every process.
-    plain: dict[str, Any] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(request, default=repr)))
-    return plain
+def plain(request: dict[str, Any]) -> dict[str, Any]:
+    """A request as it is compared: functions and objects by their repr, as it is now."""
+    # An address is another one in every process.
+    found: dict[str, Any] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(request, default=repr)))
+    return found
 
 
 def random_numbers(device: str) -> State:

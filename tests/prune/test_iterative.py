@@ -159,6 +159,16 @@ def zeros(state):
     return sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("conv", "head"))
 
 
+def test_the_first_training_before_rounds_has_the_teacher_of_the_others():
+    start = wide()
+    cut = Channels(macs=0.6, criterion="l2", reconstruct=False)(start, Context(task=TASK))
+    told = []
+    step = Iterative(step=Magnitude(sparsity=0.5), finetune=BRIEF, rounds=1, rewind="weights")
+    step(cut, Context(task=TASK, source=start.network, events=lambda kind, **v: told.append((kind, v))))
+    terms = [set(v["terms"]) for kind, v in told if kind == "training"]
+    assert terms == [{"labels", "Outputs"}] * 2
+
+
 def test_single_weights_go_in_rounds_and_stay_away():
     made, watch = watched(SPARSE)
     assert [zeros(state) for state in watch.starts] == [int((1 - 0.1 ** (k / 3)) * COUNT + 1e-6) for k in (1, 2, 3)]
