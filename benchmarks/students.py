@@ -8,14 +8,14 @@ and epochs: `labels` learns from labels alone, `Logits` is plain distillation (H
 their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
 student from labels lacks to the teacher, in the mean of its seeds. The test pictures are read once per run.
 
-Every way is run with the first seed; `labels`, `Logits` and the best of the others (by held-out training pictures) with
-all seeds. With `--long` epochs `labels` and that best are trained once more, to where labels alone bring the student.
+With `--long` epochs `labels` and the best of the others (by held-out training pictures) are trained once more, with the
+first seed, to where labels alone bring the student.
 
     python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 5 6] [--seeds 0 1 2]
         [--width 0.35] [--ways labels Logits ...] [--long 12]
 
-Teachers are trained first and kept in the cache folder. Every finished run is written at once; a second call goes on
-where the first stopped.
+Teachers are trained first and kept in the cache folder, and so are their answers to the pictures of a seed, for the
+ways that compare nothing else. Every finished run is written at once; a second call goes on where the first stopped.
 """
 
 import argparse
@@ -140,6 +140,8 @@ def measured(pair, arguments, task, data, save):
     """Train the student in every way."""
     from pruning_accuracy import macs, shown
 
+    from examples.data import cache
+    from penjing.distill import Stored
     from penjing.finetune import Finetune, train
     from penjing.network import raise_network
     from penjing.outputs import numpy_predictor
@@ -158,12 +160,20 @@ def measured(pair, arguments, task, data, save):
     print(f"{pair}: teacher {found['teacher']['accuracy']:.4f}", flush=True)
     every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
 
+    def asked(losses, seed, epochs):
+        """The teacher's stored answers where nothing else of it is compared; None is the source."""
+        losses = losses if isinstance(losses, tuple) else (losses,)
+        if not losses or any(getattr(loss, "features", ()) for loss in losses):
+            return None
+        return Stored(cache() / f"answers-{pair}-{cycles(arguments)}-{epochs:g}-{seed}", teacher)
+
     def ran(name, seed, epochs=arguments.epochs):
         key = f"{pair} {arguments.width:g} {name} epochs {epochs:g} of {cycles(arguments)} seed {seed}"
         if key not in data["runs"]:
             start = time.perf_counter()
             begun = student(pair, name, arguments, task, source, seed)
-            settings = Finetune(epochs=epochs, learning_rate=RATE[pair], distill=every[name])
+            answers = asked(every[name], seed, epochs)
+            settings = Finetune(epochs=epochs, learning_rate=RATE[pair], distill=every[name], teacher=answers)
             context = Context(task=task, source=source, seed=seed, events=shown(key))
             predict = numpy_predictor(train(begun, context, settings).eval())
             data["runs"][key] = {
@@ -175,17 +185,19 @@ def measured(pair, arguments, task, data, save):
         print(f"{key:<78}{row['held_out']:>8.4f}{row['accuracy']:>8.4f}{row['seconds']:>7.0f} s", flush=True)
         return row
 
-    first = {name: ran(name, arguments.seeds[0]) for name in every}
+    runs = {name: [] for name in every}
+    for seed in arguments.seeds:
+        for name in every:
+            runs[name].append(ran(name, seed))
     others = [name for name in every if name not in ("labels", "Logits")]
-    best = max(others, key=lambda n: first[n]["held_out"], default="Logits")
+    best = max(others, key=lambda n: statistics.mean(row["held_out"] for row in runs[n]), default="Logits")
     found["best"] = best
     found["accuracy"] = {}
-    for name in every:
-        seeds = arguments.seeds if name in ("labels", "Logits", best) else arguments.seeds[:1]
-        values = [ran(name, seed)["accuracy"] for seed in seeds]
+    for name, rows in runs.items():
+        values = [row["accuracy"] for row in rows]
         found["accuracy"][name] = {
-            "mean": statistics.mean(values), "lowest": min(values), "highest": max(values), "seeds": len(seeds),
-            "epochs": arguments.epochs, "seconds": first[name]["seconds"],
+            "mean": statistics.mean(values), "lowest": min(values), "highest": max(values), "seeds": len(values),
+            "epochs": arguments.epochs,
         }  # fmt: skip
     if "labels" in found["accuracy"]:
         top, plain = found["teacher"]["accuracy"], found["accuracy"]["labels"]["mean"]

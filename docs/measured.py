@@ -12,14 +12,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def conditions(machine: dict, versions: dict) -> str:
-    """Processor, threads and versions in one line."""
+    """Processor, versions, and threads where they are the same for the whole table, in one line."""
     shown = ", ".join(
         f"{name} {versions[name]}"
         for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas", "torch-pruning", "transformers")
         if name in versions
     )
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    return f"{machine['processor']}, {threads}, {shown}."
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, " if "threads" in machine else ""
+    return f"{machine['processor']}, {threads}{shown}."
 
 
 def candidates(name: str) -> str:
@@ -444,7 +444,9 @@ def joint_limit() -> str:
         ]
         lines.append(f"| {name} | {row['accuracy']:.2%}{told} | {' | '.join(cells)} |")
     told = f"{data['epochs']:g} epochs, one seed where no span is given; times the fastest fp32 file; ± half of the "
-    return _under(lines, data["measured on"], told + "interquartile range / median; ")
+    where = {**data["measured on"], "machine": dict(data["measured on"]["machine"])}
+    del where["machine"]["threads"]  # every column has its own
+    return _under(lines, where, told + "interquartile range / median; ")
 
 
 def students() -> str:
