@@ -531,6 +531,23 @@ class TestBudget:
         assert len(set(steps)) == 1
         return steps[0]
 
+    def test_what_a_loader_takes_counts(self, monkeypatch):
+        clock = [0.0]  # time passes while batches are loaded, and nowhere else
+
+        class Slow(list):
+            def __iter__(self):
+                clock[0] += self.begin
+                for batch in super().__iter__():
+                    clock[0] += 3.0
+                    yield batch
+
+        monkeypatch.setattr("penjing.training.time.perf_counter", lambda: clock[0])
+        minutes, counted = 24 / 60, []
+        for Slow.begin in (0.0, 4.0):  # 4 steps an epoch: (3 + 4 / 4) s a step
+            hook = lambda moment: counted.append(moment.steps)  # noqa: E731
+            trained(replace(SHORT, minutes=minutes, hooks=(hook,)), context_of(Slow(digits())))
+        assert list(dict.fromkeys(counted)) == [8, 6]
+
     def test_counting_leaves_no_trace_in_the_weights(self):
         assert same(trained(replace(SHORT, minutes=1e9)), trained(SHORT))
 
