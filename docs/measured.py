@@ -75,6 +75,12 @@ def _under(lines: list[str], data: dict, before: str = "") -> str:
     return "\n".join([*lines, "", before + conditions(data["machine"], data["versions"])])
 
 
+def _span(row: dict) -> str:
+    """From the lowest to the highest seed; nothing where they are one."""
+    lowest, highest = row.get("lowest"), row.get("highest")
+    return f" ({lowest:.2%} to {highest:.2%})" if lowest != highest else ""
+
+
 def _ms(latency: dict) -> str:
     return f"{latency['median']:.2f} ms"
 
@@ -437,12 +443,11 @@ def joint_limit() -> str:
     ]
     for name in (*whole, *data["accuracy"]):
         row = data["accuracy"].get(name, {"accuracy": data["source"], "seeds": 1})
-        told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
         cells = [
             f"{rows[name]['median']:.3f} ms ±{rows[name]['spread'] / 2:.0%} | {fastest[key] / rows[name]['median']:.1f}"
             for key, rows in data["speed"].items()
         ]
-        lines.append(f"| {name} | {row['accuracy']:.2%}{told} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
     told = f"{data['epochs']:g} epochs, one seed where no span is given; times the fastest fp32 file; ± half of the "
     where = {**data["measured on"], "machine": dict(data["measured on"]["machine"])}
     del where["machine"]["threads"]  # every column has its own
@@ -460,12 +465,11 @@ def students() -> str:
             f"| {titles[pair]} | accuracy, mean (all seeds) | gap closed |",
             "|---|---|---|",
             f"| the teacher, {teacher['macs'] / teacher['student_macs']:.1f} times the MACs "
-            f"| {teacher['accuracy']:.2%} | |",
+            f"| {teacher['mean']:.2%}{_span(teacher)} | |",
         ]
         rows = sorted(found["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
         for name, row in rows:
-            told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
-            lines.append(f"| {name} | {row['mean']:.2%}{told} | {row['gap_closed']:+.2f} |")
+            lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
         epochs = next(iter(found["accuracy"].values()))["epochs"]
         if longer := found.get("long"):
             told = ", ".join(f"{name} {value:.2%}" for name, value in longer["accuracy"].items())
@@ -483,8 +487,7 @@ def minilm_layers(name: str = "minilm_layers") -> str:
         f"| the teacher | {data['teacher']['accuracy']:.2%} | |",
     ]
     for name, row in sorted(data["accuracy"].items(), key=lambda item: -item[1]["gap_closed"]):
-        told = f" ({row['lowest']:.2%} to {row['highest']:.2%})" if row["seeds"] > 1 else ""
-        lines.append(f"| {name} | {row['mean']:.2%}{told} | {row['gap_closed']:+.2f} |")
+        lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
     first = next(iter(data["accuracy"].values()))
     told = f"20 Newsgroups, {first['texts']} texts of training, {data['teacher']['texts']} for the teacher; "
     parts = [_under(lines, data, told)]

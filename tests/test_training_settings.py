@@ -250,8 +250,8 @@ class TestClip:
 class TestBadInput:
     @pytest.mark.parametrize(
         "wrong", [{"epochs": "3"}, {"labels": "1"}, {"learning_rate": None}, {"ema": "0.9"}, {"warmup": True},
-                  {"hooks": print}, {"losses": print}, {"teacher": ()}, {"teacher": "other"}, {"teacher": [nn.ReLU()]},
-                  {"teacher": (nn.ReLU(), "self")}, {"schedule": ["cosine"]}, {"channels_last": "no"}, {"workers": 0},
+                  {"hooks": print}, {"losses": print}, {"teacher": ()}, {"teacher": ""}, {"teacher": [nn.ReLU()]},
+                  {"teacher": (nn.ReLU(), None)}, {"schedule": ["cosine"]}, {"channels_last": "no"}, {"workers": 0},
                   {"distill": pj.distill.Logits}, {"distill": [pj.distill.Logits()]}, {"optimizer": None}],
     )  # fmt: skip
     def test_of_another_type(self, wrong):

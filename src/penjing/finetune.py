@@ -24,7 +24,7 @@ from penjing.objective import Loss
 from penjing.parallel import Group, spread
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
-from penjing.teaching import Distillation
+from penjing.teaching import Distillation, Teacher, opened
 from penjing.training import SCHEDULES, Loop
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,8 +61,9 @@ class Finetune:
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
             "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, where
             `labels` is 0 without `losses`, and where a teacher is named.
-        teacher: Who is imitated: None takes the source network, "self" the network as it is before the training;
-            or any module, or several, whose outputs are averaged.
+        teacher: Who is imitated: None takes the source network, "self" the network as it is before the training; or
+            any module, a SOURCE as on the command line, or `penjing.distill.Stored`; or several of them, whose outputs
+            are averaged.
         labels: Weight of `task.loss`; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
         workers: Processes that share every batch, see `penjing.parallel`.
@@ -86,7 +87,7 @@ class Finetune:
     channels_last: bool = True
     losses: tuple[Loss, ...] = ()
     distill: Distillation | tuple[Distillation, ...] | Literal["auto"] = "auto"
-    teacher: nn.Module | tuple[nn.Module, ...] | Literal["self"] | None = None
+    teacher: Teacher = None
     labels: float = 1.0
     hooks: tuple[Hook, ...] = ()
     workers: int = 1
@@ -129,8 +130,11 @@ class Finetune:
             value = getattr(self, name)
             fine[name] = (isinstance(value, tuple) and all(map(callable, value)), "a tuple of functions")
         several = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-        named = self.teacher is None or self.teacher == "self" or all(isinstance(t, nn.Module) for t in several)
-        fine["teacher"] = (named and several != (), "a network, a tuple of networks, 'self', or None: the source")
+        named = all((isinstance(t, str) and t) or isinstance(t, nn.Module | Stored) for t in several)
+        fine["teacher"] = (
+            self.teacher is None or (named and several != ()),
+            "a network, a SOURCE such as 'teacher.pt2', distill.Stored, a tuple of them, 'self', or None: the source",
+        )
         for name, (good, expected) in fine.items():
             if not good:
                 got = repr(getattr(self, name))
@@ -205,6 +209,8 @@ def train(network: M, context: Context, settings: Finetune) -> M:
                 expected="Stored(folder), whose answers are all there",
                 remedy="train one epoch with workers=1 first, or ask the teacher at every step",
             )
+        there = lambda t: t if t is None or t == "self" else opened(t, context.task)  # noqa: E731
+        resolved = replace(resolved, teacher=pytree.tree_map(there, settings.teacher))
         spread(_work, network, context, resolved, settings.cluster, settings.workers)
         return network.to(home).eval()
     return _work(network, context, settings, Group())  # type: ignore[return-value]

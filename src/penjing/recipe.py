@@ -48,6 +48,7 @@ CATALOGUE: dict[str, type[Any]] = {
 
 SETTINGS: dict[str, type[Any]] = {
     "Clip": Clip,
+    "distill.Stored": distill.Stored,
     **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "term")},
 }
 """What is no step but a setting of one, by the name that it has in a YAML recipe."""

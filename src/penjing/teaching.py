@@ -10,18 +10,20 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.errors import ExportError, PenjingError, TaskError
+from penjing import architectures
+from penjing.errors import ExportError, PenjingError, SourceError, TaskError
 from penjing.network import raise_network
 from penjing.outputs import evaluating, first_output
+from penjing.source import open_source
 from penjing.step import Context
 from penjing.surgery.taps import Tapped
-from penjing.task import Call
+from penjing.task import Call, Task
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,45 @@ class Distillation(Protocol):
         ...
 
 
-Teacher = nn.Module | tuple[nn.Module, ...] | Literal["self"] | None
+class Opened(Protocol):
+    """A teacher that is opened when it is needed, such as `penjing.distill.Stored`."""
+
+    def opened(self, task: Task) -> nn.Module:
+        """The module that answers."""
+        ...
+
+
+Teacher = nn.Module | Opened | str | tuple[nn.Module | Opened | str, ...] | None
+
+
+def opened(teacher: nn.Module | Opened | str, task: Task) -> nn.Module:
+    """A teacher as a module: what a SOURCE names is opened, and a module is one already.
+
+    Args:
+        teacher: See `penjing.Finetune.teacher`.
+        task: For its example, on which an exported program is raised.
+
+    Raises:
+        SourceError: A SOURCE is missing, or is no network.
+        TaskError: It names an architecture, whose weights are random.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, str):
+        return teacher.opened(task)
+    if teacher in architectures.names():
+        raise TaskError(
+            "a built-in architecture teaches nothing: its weights are random",
+            got=f"teacher={teacher!r}",
+            expected="a trained network: file.py:factory, a .pt2 file or a Hugging Face folder",
+            remedy="write a factory that builds it and loads its weights",
+        )
+    try:
+        module = open_source(teacher).module
+    except SourceError as error:
+        what = f"the teacher: {error.what}"
+        raise SourceError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+    return module if isinstance(module, nn.Module) else raise_network(module, *task.call(), task.dynamic)
 
 
 class Teaching:
@@ -308,13 +348,14 @@ def in_fp32(output: Any) -> Any:
 
 
 def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
-    found = copy.deepcopy(student) if teacher == "self" else context.source if teacher is None else teacher
-    if found is None or isinstance(found, str):
+    if teacher is None and context.source is None:
         raise TaskError(
             "there is no teacher",
-            got=f"teacher={teacher!r}, and no source network" if teacher is None else f"teacher={teacher!r}",
+            got="teacher=None, and no source network",
             expected="the network that is imitated",
             remedy="Finetune(distill=..., teacher=network), or teacher='self'",
         )
-    models = found if isinstance(found, tuple) else (found,)
-    return [copy.deepcopy(model) if model is student else model for model in models]
+    several = teacher if isinstance(teacher, tuple) else (teacher,)
+    named = {"self": student, None: context.source}
+    found = [named[one] if one is None or one == "self" else opened(one, context.task) for one in several]
+    return [copy.deepcopy(model) if model is student else model for model in found if model is not None]

@@ -21,7 +21,7 @@ from penjing.autocast import caster
 from penjing.averaging import Average, statistics
 from penjing.call import Call, as_call, to_tensors
 from penjing.clipping import Clips
-from penjing.distill.stored import Stored
+from penjing.distill.stored import Answers
 from penjing.errors import TaskError, TrainingError
 from penjing.hooks import Moment
 from penjing.objective import Batch, Objective, scalar
@@ -115,7 +115,7 @@ class Loop:
         self.length = count(self.data, needed=self.settings.steps is None)
         # Now: what hooks and losses remember may show in their repr.
         self.request = training_state.plain(self._request())
-        if self.teaching and any(isinstance(teacher, Stored) for teacher in self.teaching.teachers):
+        if self.teaching and any(isinstance(teacher, Answers) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():
             self.steps = self.group.first(self._count_steps())

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import penjing
 from penjing import distill
-from penjing.errors import CheckpointError, TaskError
+from penjing.distill.stored import Answers
+from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, TaskError
 from penjing.finetune import Finetune, train
+from penjing.recipe import Recipe
 from penjing.step import Context
 from penjing.task import Task
 
@@ -71,7 +74,7 @@ def test_the_teacher_keeps_its_mode(data, tmp_path):
 
 
 def test_a_sample_augmented_in_another_way_has_another_answer(data, tmp_path):
-    stored, teacher = distill.Stored(tmp_path, net(16, 1)), net(16, 1)
+    stored, teacher = Answers(tmp_path, net(16, 1)), net(16, 1)
     x = data[0][:4]
     with torch.no_grad():
         assert torch.equal(stored(x), teacher(x)) and torch.equal(stored(x.flip(1)), teacher(x.flip(1)))
@@ -113,12 +116,12 @@ def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
 
 def test_two_on_one_folder_answer_what_the_teacher_answers(data, tmp_path):
     teacher, x = net(16, 1), data[0][:6]
-    one, two = (distill.Stored(tmp_path, teacher) for _ in range(2))
+    one, two = (Answers(tmp_path, teacher) for _ in range(2))
     with torch.no_grad():
         wanted = teacher(x)
         for stored, order in ((one, [0, 1, 2]), (two, [3, 2, 1]), (one, [5, 3, 4])):
             assert torch.allclose(stored(x[order]), wanted[order], atol=1e-6)
-        assert torch.allclose(distill.Stored(tmp_path)(x), wanted, atol=1e-6)
+        assert torch.allclose(Answers(tmp_path)(x), wanted, atol=1e-6)
 
 
 class Scaled(nn.Module):
@@ -127,7 +130,7 @@ class Scaled(nn.Module):
 
 
 def test_all_that_is_asked_is_part_of_the_question(tmp_path):
-    stored = distill.Stored(tmp_path, Scaled())
+    stored = Answers(tmp_path, Scaled())
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for scale, by in ((torch.tensor(2.0), 1.0), (torch.tensor(2.0), 5.0), (torch.tensor(3.0), 5.0)):
         assert torch.equal(stored(x, scale, by=by), x * scale * by)
@@ -155,26 +158,26 @@ class TestBadInput:
 
     def test_no_answers_and_no_teacher(self, tmp_path):
         with pytest.raises(TaskError, match="no stored answers"):
-            distill.Stored(tmp_path)
+            Answers(tmp_path)
 
     def test_samples_that_have_no_answer(self, data, tmp_path):
         with torch.no_grad():
-            distill.Stored(tmp_path, net(16, 1))(data[0][:8])
+            Answers(tmp_path, net(16, 1))(data[0][:8])
         with pytest.raises(TaskError, match="no stored answer") as error:
-            distill.Stored(tmp_path)(data[0][4:12])
+            Answers(tmp_path)(data[0][4:12])
         assert "4 of 8 samples" in str(error.value)
 
     def test_answers_of_another_teacher(self, data, tmp_path):
         with torch.no_grad():
-            distill.Stored(tmp_path, net(16, 1))(data[0][:8])
+            Answers(tmp_path, net(16, 1))(data[0][:8])
         with pytest.raises(TaskError, match="another teacher's"):
-            distill.Stored(tmp_path, net(16, 2))
+            Answers(tmp_path, net(16, 2))
 
     @pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"version": 1, "teacher": "xy", "shape": [3]})])
     def test_a_damaged_folder(self, tmp_path, text):
         (tmp_path / "about.json").write_text(text)
         with pytest.raises(TaskError, match="can't be read"):
-            distill.Stored(tmp_path)
+            Answers(tmp_path)
 
     def test_values_inside(self, data, tmp_path):
         from penjing.network import raise_network
@@ -192,11 +195,68 @@ class TestBadInput:
 def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
     teacher = net(16, 1)
     with torch.no_grad():
-        wanted = distill.Stored(tmp_path, teacher)(data[0])
+        wanted = Answers(tmp_path, teacher)(data[0])
         name, lost = cut
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-lost])
-        again = distill.Stored(tmp_path, teacher)
+        again = Answers(tmp_path, teacher)
         assert 0 < len(again.rows) < 40
         assert torch.equal(again(data[0]), wanted)
-    assert torch.equal(distill.Stored(tmp_path)(data[0]), wanted)
+    assert torch.equal(Answers(tmp_path)(data[0]), wanted)
+
+
+class TestNamed:
+    """A teacher by its SOURCE: as on the command line, and in a recipe's YAML."""
+
+    @pytest.fixture
+    def spec(self, tmp_path):
+        (tmp_path / "networks.py").write_text(
+            "import torch\nfrom torch import nn\n\n\ndef teacher():\n    torch.manual_seed(1)\n"
+            "    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()\n"
+        )
+        return f"{tmp_path / 'networks.py'}:teacher"
+
+    def program(self, data, path, seed):
+        batch = ({0: torch.export.Dim("batch")},)
+        torch.export.save(torch.export.export(net(16, seed), (data[0][:2],), dynamic_shapes=batch), path)
+        return str(path)
+
+    def test_a_factory_a_program_and_kept_answers_teach_what_the_network_teaches(self, data, tmp_path, spec):
+        wanted, answers = run(data, net(16, 1)), tmp_path / "answers"
+        assert same(run(data, spec), wanted) and not same(run(data, "self"), wanted)
+        assert same(run(data, self.program(data, tmp_path / "teacher.pt2", 1)), wanted)
+        assert same(run(data, distill.Stored(answers, spec)), wanted)
+        assert same(run(data, distill.Stored(answers)), wanted)
+
+    def test_several(self, data, spec):
+        assert same(run(data, (spec, "self")), run(data, (net(16, 1), net())))
+
+    def test_yaml(self, tmp_path):
+        recipe = Recipe(
+            Finetune(teacher="teacher.pt2"),
+            Finetune(teacher=("self", "teacher.py:build")),
+            Finetune(teacher=distill.Stored(tmp_path, "teacher.pt2"), distill=distill.Logits()),
+        )
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        with pytest.raises(RecipeError, match="can't be written as YAML"):
+            Recipe(Finetune(teacher=distill.Stored(tmp_path, net()))).to_yaml()
+
+    def test_a_recipe_is_refused_before_anything_is_computed(self, data, tmp_path, spec):
+        for teacher, error in (
+            (f"{tmp_path / 'networks.py'}:techer", "techer"),
+            ("missing.pt2", "the teacher: the source is missing"),
+            ("resnet20", "random"),
+            (distill.Stored(tmp_path / "none"), "no stored answers"),
+        ):
+            steps = Recipe(Finetune(teacher=teacher, distill=distill.Logits(), hooks=(pytest.fail,)))
+            with pytest.raises(PenjingError, match=error):
+                penjing.apply(steps, net(), task(data))
+
+    def test_a_run_goes_on_with_the_same_teacher_alone(self, data, tmp_path):
+        again = {"runtime": "onnxruntime", "out": tmp_path / "run", "seconds": 0.01, "resume": True}
+        steps = Recipe(Finetune(epochs=1, teacher=self.program(data, tmp_path / "teacher.pt2", 1)))
+        first = penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
+        assert penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again).record == first.record
+        self.program(data, tmp_path / "teacher.pt2", 2)
+        with pytest.raises(OutputError, match=r"another data(.|\n)*data.teacher"):
+            penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)

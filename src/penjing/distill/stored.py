@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,21 +23,57 @@ from torch.utils import _pytree as pytree
 from penjing.errors import OutputError, TaskError
 from penjing.files import write_text
 from penjing.outputs import evaluating, first_output
-from penjing.teaching import digest
+from penjing.task import Task
+from penjing.teaching import digest, opened
 
 VERSION = 1
 KEY = 16  # bytes of a sample's digest
 
 
-class Stored(nn.Module):
+@dataclass(frozen=True)
+class Stored:
     """A teacher for `penjing.Finetune(teacher=...)` that keeps its first output for every sample in a folder.
 
     ``about.json`` says whose answers they are, ``keys.bin`` has 16 bytes a sample, ``answers.bin`` as many floats as
     the teacher gives, in the same order, read by memory map. Both grow while samples come that are new; a run that is
     killed leaves what was written. Writing is for one process at a time.
 
-    Args:
+    Raises:
+        TaskError: What is given is no folder and no teacher.
+
+    Attributes:
         folder: Where the answers are, or will be.
+        teacher: The network that is asked about samples that are new, or a SOURCE as on the command line; None reads
+            only.
+    """
+
+    folder: str | Path
+    teacher: nn.Module | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path) or not isinstance(self.teacher, nn.Module | str | None):
+            raise TaskError(
+                "Stored takes a folder and a network",
+                got=f"{type(self.folder).__name__} and {type(self.teacher).__name__}",
+                expected='Stored("answers", network), or Stored("answers") to read only',
+            )
+        object.__setattr__(self, "folder", str(self.folder))
+
+    def opened(self, task: Task) -> Answers:
+        """The answers, as a module that is called like the teacher.
+
+        Raises:
+            TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
+            SourceError: The teacher's SOURCE is missing, or is no network.
+        """
+        return Answers(self.folder, None if self.teacher is None else opened(self.teacher, task))
+
+
+class Answers(nn.Module):
+    """A teacher's answers: those in the folder are read, others are asked for and written.
+
+    Args:
+        folder: Where they are, or will be.
         teacher: The network that is asked about samples that are new; None reads only.
 
     Raises:
@@ -47,12 +84,6 @@ class Stored(nn.Module):
 
     def __init__(self, folder: str | Path, teacher: nn.Module | None = None) -> None:
         super().__init__()
-        if not isinstance(folder, str | Path) or not isinstance(teacher, nn.Module | None):
-            raise TaskError(
-                "Stored takes a folder and a network",
-                got=f"{type(folder).__name__} and {type(teacher).__name__}",
-                expected='Stored("answers", network), or Stored("answers") to read only',
-            )
         self.folder = Path(folder)
         object.__setattr__(self, "teacher", teacher)  # no weight of this module
         self.teacher: nn.Module | None
@@ -69,9 +100,6 @@ class Stored(nn.Module):
                 "there are no stored answers", "no about.json", "give the teacher: Stored(folder, network)"
             )
         self.register_buffer("of", torch.frombuffer(bytearray(bytes.fromhex(self.name)), dtype=torch.uint8))
-
-    def __repr__(self) -> str:
-        return f"Stored({self.name})"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.teacher is not None:

@@ -139,7 +139,7 @@ def compress(
     opened = open_source(model, task=task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
     requests.check_recipe(steps, run.network, task)
-    data = requests.data_hashes(task)
+    data = requests.data_hashes(task, steps)
     kept = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
     wanted = requests.request(run, opened.name, goal, steps, names, data)
     folder.claim(wanted, requests.asked(kept) if kept is not None else None)

@@ -45,7 +45,7 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
     objective = Objective(task, training.losses, training.labels, training.label_smoothing)
     count(data, needed=False)
     looked_at = any(way.features for way in ways)
-    teacher, reads = (training.teacher, False) if looked_at else _asked(training.teacher)
+    teacher, reads = (training.teacher, False) if looked_at else _asked(training.teacher, task)
     with same_random_numbers(context.device):
         teaching = Teaching(network, teacher, ways, context) if ways and not reads else None
         try:
@@ -57,9 +57,12 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
                 teaching.release()
 
 
-def _asked(teacher: Any) -> tuple[Any, bool]:
+def _asked(teacher: Any, task: Task) -> tuple[Any, bool]:
     """The networks themselves where answers are kept, so that none is written; whether one has answers alone."""
     several = teacher if isinstance(teacher, tuple) else (teacher,)
+    for one in several:
+        if isinstance(one, Stored):
+            one.opened(task)  # a folder that is missing, damaged or another teacher's
     reads = any(isinstance(one, Stored) and one.teacher is None for one in several)
     found = tuple(one.teacher if isinstance(one, Stored) else one for one in several)
     return (found if isinstance(teacher, tuple) else found[0]), reads

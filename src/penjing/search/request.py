@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from penjing import checkpoint
 from penjing.distill import Student
@@ -24,6 +25,7 @@ from penjing.search.goal import Goal, needs_metric
 from penjing.search.rehearsal import rehearse
 from penjing.surgery.taps import Tapped
 from penjing.task import Task, calibration_calls, fingerprint
+from penjing.teaching import digest, opened
 from penjing.training import seed_everything
 from penjing.training_data import loader
 from penjing.training_state import same_random_numbers
@@ -81,7 +83,7 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
                 Tapped(network, [theirs for _, theirs in features], "teacher")
             if not changed:
                 Tapped(network, [mine for mine, _ in features], "student")
-            if position or step is not training:
+            if position or step is not training or training.teacher is not None:
                 rehearse(training, network, task, changed)
 
 
@@ -137,15 +139,18 @@ def check_device(device: str) -> None:
         ) from None
 
 
-def data_hashes(task: Task) -> dict[str, str]:
-    """SHA-256 of the data by its role.
+def data_hashes(task: Task, recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the data by its role, and of the weights of teachers that the recipe names.
 
     Of the calibration data all is read, and so checked; of the training data the first batch, where it is the same
     again after the same seed.
     """
     found = {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
     first = _first_batch(task)
-    return found | ({"train": first} if first is not None else {})
+    found |= {"train": first} if first is not None else {}
+    several = [training.teacher for step in recipe for training in _trainings(step)]
+    named = [one for one in pytree.tree_leaves(several) if one is not None and one != "self"]
+    return found | ({"teacher": digest([opened(one, task) for one in named])} if named else {})
 
 
 def _first_batch(task: Task) -> str | None:
@@ -195,5 +200,5 @@ def asked(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
-        "data": {role: digest for role, digest in record.data.items() if role in ("calibration", "train")},
+        "data": {role: sha for role, sha in record.data.items() if role in ("calibration", "train", "teacher")},
     }
