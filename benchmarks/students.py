@@ -192,7 +192,7 @@ def measured(pair, arguments, task, data, save):
             runs[name].append(ran(name, seed))
     others = [name for name in every if name not in ("labels", "Logits")]
     best = max(others, key=lambda n: statistics.mean(row["held_out"] for row in runs[n]), default="Logits")
-    found["teacher"] = spread([row["teacher"] for row in list(runs.values())[-1]]) | {
+    found["teacher"] = spread({row["teacher"] for rows in runs.values() for row in rows}) | {
         "macs": macs(teacher, task), "student_macs": macs(networks(pair, arguments.width)[1], task),
     }  # fmt: skip
     found["best"], found["accuracy"] = best, {}

@@ -119,8 +119,9 @@ def measured(title, module, arguments):
     with tempfile.TemporaryDirectory() as folder:
         stored = distill.Stored(folder, module)
         with torch.no_grad():
+            answers = stored.opened(task)
             for x, _ in batches:
-                stored(x)
+                answers(x)
 
         def taught(clock):
             return replace(plain(clock), distill=distill.Logits(), teacher=stored)

@@ -73,8 +73,8 @@ def test_two_workers_give_what_one_gives(cluster, teacher):
     told = []
     one = train(raised(), Context(task=task(), source=teacher), settings)
     events = lambda kind, **values: told.append((kind, values))  # noqa: E731
-    where = Context(task=task(), source=teacher, events=events)
-    two = train(raised(), where, replace(settings, workers=2, cluster=cluster))
+    where = Context(task=task(), events=events)
+    two = train(raised(), where, replace(settings, workers=2, cluster=cluster, teacher=teacher))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert not torch.allclose(next(two.parameters()), next(raised().parameters()), atol=1e-3)

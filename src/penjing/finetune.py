@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from torch import nn
@@ -18,7 +19,7 @@ from penjing.clipping import Clip
 from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
 from penjing.draft import Draft
-from penjing.errors import RecipeError, TaskError
+from penjing.errors import RecipeError
 from penjing.hooks import Hook
 from penjing.objective import Loss
 from penjing.parallel import Group, spread
@@ -62,8 +63,8 @@ class Finetune:
             "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, where
             `labels` is 0 without `losses`, and where a teacher is named.
         teacher: Who is imitated: None takes the source network, "self" the network as it is before the training; or
-            any module, a SOURCE as on the command line, or `penjing.distill.Stored`; or several of them, whose outputs
-            are averaged.
+            any module, a ``.pt2`` file or a Hugging Face folder by its path, or `penjing.distill.Stored`; or several
+            of them, whose outputs are averaged.
         labels: Weight of `task.loss`; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
         workers: Processes that share every batch, see `penjing.parallel`.
@@ -95,6 +96,8 @@ class Finetune:
     save_every_s: float = 60.0
 
     def __post_init__(self) -> None:
+        plain = pytree.tree_map(lambda t: str(t) if isinstance(t, Path) else t, self.teacher)
+        object.__setattr__(self, "teacher", plain)
         above = ["epochs", "learning_rate", "save_every_s"]
         above += ["minutes"] if self.minutes is not None else []
         numbers = [*above, "weight_decay", "warmup", "label_smoothing", "labels", *(["ema"] if self.ema else [])]
@@ -130,11 +133,23 @@ class Finetune:
             value = getattr(self, name)
             fine[name] = (isinstance(value, tuple) and all(map(callable, value)), "a tuple of functions")
         several = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-        named = all((isinstance(t, str) and t) or isinstance(t, nn.Module | Stored) for t in several)
+        words = [t for t in several if isinstance(t, str)]
+        named = all(isinstance(t, nn.Module | Stored | str) for t in several)
+        # A network that was written as its repr, as a record keeps it, is no path.
+        paths = all(word.strip() and "\n" not in word and not word.endswith(")") for word in words)
         fine["teacher"] = (
-            self.teacher is None or (named and several != ()),
-            "a network, a SOURCE such as 'teacher.pt2', distill.Stored, a tuple of them, 'self', or None: the source",
+            self.teacher is None or (named and paths and several != ()),
+            "a network, 'teacher.pt2', a Hugging Face folder, distill.Stored, a tuple of them, 'self', or None: the "
+            "source",
         )
+        writes = any(isinstance(t, Stored) and t.teacher is not None for t in several)
+        if writes and self.workers > 1:
+            raise RecipeError(
+                "several workers can't write a teacher's answers into one folder",
+                got=f"Stored with its teacher, workers={self.workers}",
+                expected="Stored(folder), whose answers are all there",
+                remedy="train one epoch with workers=1 first, or ask the teacher at every step",
+            )
         for name, (good, expected) in fine.items():
             if not good:
                 got = repr(getattr(self, name))
@@ -202,13 +217,6 @@ def train(network: M, context: Context, settings: Finetune) -> M:
     if settings.workers > 1 and settings.cluster is not None:
         home = next((p.device for p in network.parameters()), None)
         resolved = settings.resolved(context, changed=False)
-        if any(isinstance(t, Stored) and t.teacher is not None for t in pytree.tree_leaves(settings.teacher)):
-            raise TaskError(
-                "several workers can't write a teacher's answers into one folder",
-                got=f"Stored with its teacher, workers={settings.workers}",
-                expected="Stored(folder), whose answers are all there",
-                remedy="train one epoch with workers=1 first, or ask the teacher at every step",
-            )
         there = lambda t: t if t is None or t == "self" else opened(t, context.task)  # noqa: E731
         resolved = replace(resolved, teacher=pytree.tree_map(there, settings.teacher))
         spread(_work, network, context, resolved, settings.cluster, settings.workers)

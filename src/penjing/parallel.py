@@ -162,7 +162,8 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
         "network": _portable(network),
         "context": replace(context, **_SILENT, source=None),
         "source": _portable(context.source),
-        "settings": replace(settings, teacher=pytree.tree_map(_portable, settings.teacher)),
+        "settings": replace(settings, teacher=None),
+        "teacher": pytree.tree_map(_portable, settings.teacher),
         "state": kept.read_bytes() if kept is not None and kept.exists() else None,
         "keeps": kept is not None,
     }
@@ -316,7 +317,7 @@ def _worker(config: dict[str, Any]) -> None:
         if sent["state"] is not None and folder is not None:
             (folder / STATE).write_bytes(sent["state"])
         context = replace(sent["context"], events=tell, folder=folder, source=_network(sent["source"]))
-        settings = replace(sent["settings"], teacher=pytree.tree_map(_network, sent["settings"].teacher))
+        settings = replace(sent["settings"], teacher=pytree.tree_map(_network, sent["teacher"]))
         group = Group(rank, place.get_world_size(), lambda path: queue.put(("state", path.read_bytes())))
         try:
             trained = sent["work"](_network(sent["network"]), context, settings, group)

@@ -48,10 +48,13 @@ CATALOGUE: dict[str, type[Any]] = {
 
 SETTINGS: dict[str, type[Any]] = {
     "Clip": Clip,
-    "distill.Stored": distill.Stored,
     **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "term")},
 }
 """What is no step but a setting of one, by the name that it has in a YAML recipe."""
+
+
+TEACHERS: dict[str, type[Any]] = {"distill.Stored": distill.Stored}
+"""What stands as the teacher of a step, by the name that it has in a YAML recipe."""
 
 
 _QUANTIZERS = (quantize.Static, quantize.Dynamic, quantize.Best, quantize.MixedPrecision)  # they make the plan
@@ -255,7 +258,7 @@ for _reads_or_writes in (_Loader, _Dumper):
 
 def _data(step: Any) -> dict[str, Any]:
     """A step as plain data, and the steps within it too."""
-    names = {cls: name for name, cls in (CATALOGUE | SETTINGS).items()}
+    names = {cls: name for name, cls in (CATALOGUE | SETTINGS | TEACHERS).items()}
 
     def plain(value: Any) -> Any:
         if type(value) in names:
@@ -268,7 +271,7 @@ def _data(step: Any) -> dict[str, Any]:
 
 def _objects(step: Any) -> Iterator[tuple[str, Any]]:
     """Settings that YAML can't hold, by their names."""
-    known = (*CATALOGUE.values(), *SETTINGS.values())
+    known = (*CATALOGUE.values(), *SETTINGS.values(), *TEACHERS.values())
 
     def within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, tuple | list):
@@ -286,14 +289,15 @@ def _objects(step: Any) -> Iterator[tuple[str, Any]]:
         yield from within(field.name, getattr(step, field.name))
 
 
-_NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step": CATALOGUE}
+_NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step": CATALOGUE, "teacher": TEACHERS}
 
 
 def _setting(value: Any, key: str) -> Any:
     """A value of a recipe's YAML: lists become tuples, and what is written as a step or a setting becomes one."""
     if isinstance(value, list):
         return tuple(_setting(one, key) for one in value)
-    if key in _NESTED and (isinstance(value, dict) or (isinstance(value, str) and value != "auto")):
+    word = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # else it is a path
+    if key in _NESTED and (isinstance(value, dict) or word):
         return _step(value, _NESTED[key])
     every = CATALOGUE | SETTINGS
     if isinstance(value, dict) and len(value) == 1 and set(value) <= set(every):
@@ -310,11 +314,12 @@ def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             got=", ".join(map(str, item)),
             expected="a dash before each of them",
         )
-    if isinstance(name, str) and name in SETTINGS and name not in catalogue:
+    if isinstance(name, str) and name in SETTINGS | TEACHERS and catalogue is CATALOGUE:
         raise RecipeError(
             f"{name} is no step",
             got=repr(item),
-            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, or {clip: {Clip: {}}}",
+            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
+            "{clip: {Clip: {}}}, or {teacher: {distill.Stored: {folder: answers}}}",
         )
     if not isinstance(name, str) or name not in catalogue:
         whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
@@ -323,7 +328,7 @@ def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
         if not near and isinstance(item, dict) and "Finetune" in catalogue and set(item) <= fields:
             near = [f"{{Finetune: {json.dumps(item)}}}"]
         raise RecipeError(
-            f"the recipe names a {'setting' if catalogue is SETTINGS else 'step'} that does not exist",
+            f"the recipe names a {'step' if catalogue is CATALOGUE else 'setting'} that does not exist",
             got=repr(item),
             expected=f"one of {', '.join(catalogue)}",
             remedy=f"did you mean {near[0]}?" if near else None,

@@ -270,7 +270,7 @@ class Record:
     created: str  # ISO 8601, UTC
     name: str  # of the source
     task: str
-    data: dict[str, str]  # sha256 of the calibration and evaluation data, by their role
+    data: dict[str, str]  # sha256 by role: calibration, evaluation and training data, the weights of named teachers
     recipe: list[dict[str, Any]]
     metric_name: str
     higher_is_better: bool

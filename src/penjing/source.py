@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,10 @@ def _open(spec: Any) -> Source:
     if parts is not None:
         return _open_python(spec, *parts)
     path = Path(spec)
-    if path.is_dir():
-        return _open_folder(spec, path)
-    suffix = path.suffix.lower()
-    _refuse_suffix(path, suffix)
-    if suffix == ".pt2" and path.is_file():
-        program = pt2.open_program(path)
-        return Source(name=path.stem, module=program, spec=spec, example=_program_example(program))
+    if not path.is_dir():
+        _refuse_suffix(path, path.suffix.lower())
+    if path.is_dir() or (path.suffix.lower() == ".pt2" and path.is_file()):
+        return replace(open_file(path), spec=spec)
     plain = "/" not in spec and "\\" not in spec
     raise SourceError(
         "the source is missing",
@@ -88,6 +85,20 @@ def _open(spec: Any) -> Source:
         or suggest_file(path)
         or "check the path; built-in architectures: " + ", ".join(architectures.names()),
     )
+
+
+def open_file(path: Path) -> Source:
+    """Open a ``.pt2`` file or a Hugging Face folder; whatever it is called, no code is run.
+
+    Raises:
+        SourceError: The folder holds no network.
+        CheckpointError: The file is damaged, or would run code.
+        MissingDependency: A package that this kind of source needs is not installed.
+    """
+    if path.is_dir():
+        return _open_folder(str(path), path)
+    program = pt2.open_program(path)
+    return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program))
 
 
 def _open_python(spec: str, where: str, name: str) -> Source:

@@ -9,21 +9,23 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing import architectures
 from penjing.errors import ExportError, PenjingError, SourceError, TaskError
 from penjing.network import raise_network
 from penjing.outputs import evaluating, first_output
-from penjing.source import open_source
+from penjing.source import open_file
 from penjing.step import Context
 from penjing.surgery.taps import Tapped
 from penjing.task import Call, Task
+from penjing.training_state import same_random_numbers
+from penjing.usercode import suggest_file
 
 
 @dataclass(frozen=True)
@@ -132,45 +134,55 @@ class Distillation(Protocol):
         ...
 
 
-class Opened(Protocol):
-    """A teacher that is opened when it is needed, such as `penjing.distill.Stored`."""
+class Kept(Protocol):
+    """A teacher whose answers are kept: `penjing.distill.Stored`."""
+
+    @property
+    def teacher(self) -> nn.Module | str | None:
+        """Who is asked about what is new."""
+        ...
 
     def opened(self, task: Task) -> nn.Module:
         """The module that answers."""
         ...
 
 
-Teacher = nn.Module | Opened | str | tuple[nn.Module | Opened | str, ...] | None
+One = nn.Module | Kept | str
+Teacher = One | tuple[One, ...] | None
 
 
-def opened(teacher: nn.Module | Opened | str, task: Task) -> nn.Module:
-    """A teacher as a module: what a SOURCE names is opened, and a module is one already.
+def opened(teacher: One, task: Task) -> nn.Module:
+    """A teacher as a module: a file that is named is opened, and a module is one already.
+
+    Files of data alone are opened, never code: a recipe that names its teacher runs nothing of what it names.
 
     Args:
         teacher: See `penjing.Finetune.teacher`.
         task: For its example, on which an exported program is raised.
 
     Raises:
-        SourceError: A SOURCE is missing, or is no network.
-        TaskError: It names an architecture, whose weights are random.
+        SourceError: The file is missing, or holds no network.
+        CheckpointError: It would run code.
     """
     if isinstance(teacher, nn.Module):
         return teacher
     if not isinstance(teacher, str):
         return teacher.opened(task)
-    if teacher in architectures.names():
-        raise TaskError(
-            "a built-in architecture teaches nothing: its weights are random",
-            got=f"teacher={teacher!r}",
-            expected="a trained network: file.py:factory, a .pt2 file or a Hugging Face folder",
-            remedy="write a factory that builds it and loads its weights",
+    path = Path(teacher)
+    if not path.is_dir() and not (path.suffix.lower() == ".pt2" and path.is_file()):
+        raise SourceError(
+            "the teacher can't be opened",
+            got=repr(teacher),
+            expected="a .pt2 file or a Hugging Face folder; 'self', or no teacher for the source network",
+            remedy=suggest_file(path) or "in Python a teacher is given as the module itself, of any origin",
         )
-    try:
-        module = open_source(teacher).module
-    except SourceError as error:
-        what = f"the teacher: {error.what}"
-        raise SourceError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
-    return module if isinstance(module, nn.Module) else raise_network(module, *task.call(), task.dynamic)
+    with same_random_numbers():
+        try:
+            module = open_file(path).module
+            return module if isinstance(module, nn.Module) else raise_network(module, *task.call(), task.dynamic)
+        except PenjingError as error:
+            what = f"the teacher: {error.what}"
+            raise type(error)(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
 
 
 class Teaching:
@@ -191,14 +203,14 @@ class Teaching:
         self, student: nn.Module, teacher: Teacher, distillations: Sequence[Distillation], context: Context
     ) -> None:
         self.distillations, self.context = tuple(distillations), context
-        self.teachers = _teachers(student, teacher, context)
+        self.teachers = teachers(student, teacher, context)
         self.modes = [(part, part.training) for model in self.teachers for part in model.modules()]
         self.homes = [next((t.device for t in model.state_dict().values()), None) for model in self.teachers]
         self.pairs = [pair for distillation in self.distillations for pair in distillation.features]
         try:
             for model in self.teachers:
                 model.eval()
-            self.teacher_view = self._teacher_view()
+            self.teacher_view = teacher_view(self.teachers, [name for _, name in self.pairs], context.task)
             for view in self.teacher_view:
                 (view.view if isinstance(view, Tapped) else view).to(context.device)
             self.student = self._student_view(student)
@@ -284,32 +296,38 @@ class Teaching:
             )
         return Tapped(student, names, "student")
 
-    def _teacher_view(self) -> list[Any]:
-        names = [name for _, name in self.pairs]
-        if not names:
-            return list(self.teachers)
-        if len(self.teachers) > 1:
-            raise TaskError(
-                "values inside several teachers can't be averaged",
-                got=f"{len(self.teachers)} teachers and the features {', '.join(names)}",
-                expected="one teacher, or distillations of outputs alone",
-            )
-        (model,) = self.teachers
-        if getattr(model, "outputs_only", False):
-            raise TaskError(
-                "stored answers have no values inside",
-                got=f"the features {', '.join(names)}",
-                expected="distillations of outputs alone, for example distill.Logits",
-                remedy="give the network itself as the teacher",
-            )
-        if not isinstance(model, fx.GraphModule):
-            task = self.context.task
-            try:
-                model = raise_network(model, *task.call(), task.dynamic)
-            except ExportError as error:
-                what = f"the teacher: {error.what}"
-                raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
-        return [Tapped(model, names, "teacher")]
+
+def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) -> list[Any]:
+    """What is called in the teachers' place: themselves, or the one whose values by these names are looked at.
+
+    Raises:
+        TaskError: Values inside several teachers are asked for, or inside stored answers.
+        RecipeError: There is none by such a name.
+        ExportError: The teacher can't be raised.
+    """
+    if not names:
+        return list(models)
+    if len(models) > 1:
+        raise TaskError(
+            "values inside several teachers can't be averaged",
+            got=f"{len(models)} teachers and the features {', '.join(names)}",
+            expected="one teacher, or distillations of outputs alone",
+        )
+    (model,) = models
+    if getattr(model, "outputs_only", False):
+        raise TaskError(
+            "stored answers have no values inside",
+            got=f"the features {', '.join(names)}",
+            expected="distillations of outputs alone, for example distill.Logits",
+            remedy="give the network itself as the teacher",
+        )
+    if not isinstance(model, fx.GraphModule):
+        try:
+            model = raise_network(model, *task.call(), task.dynamic)
+        except ExportError as error:
+            what = f"the teacher: {error.what}"
+            raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+    return [Tapped(model, names, "teacher")]
 
 
 def _mean(said: Sequence[Any]) -> Any:
@@ -332,11 +350,11 @@ def _average(values: Sequence[Any]) -> Any:
 
 
 def digest(models: Sequence[nn.Module]) -> str:
-    """SHA-256 over names and values of all weights and buffers."""
+    """SHA-256 over names, types, shapes and values of all weights and buffers, in the order of their names."""
     found = hashlib.sha256()
     for model in models:
-        for name, tensor in model.state_dict().items():
-            found.update(name.encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
@@ -347,7 +365,13 @@ def in_fp32(output: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, output)
 
 
-def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
+def teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
+    """Who teaches, as modules; a student that teaches itself is copied.
+
+    Raises:
+        TaskError: There is no teacher.
+        SourceError: A file is missing, or holds no network.
+    """
     if teacher is None and context.source is None:
         raise TaskError(
             "there is no teacher",
@@ -355,7 +379,13 @@ def _teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn
             expected="the network that is imitated",
             remedy="Finetune(distill=..., teacher=network), or teacher='self'",
         )
-    several = teacher if isinstance(teacher, tuple) else (teacher,)
-    named = {"self": student, None: context.source}
-    found = [named[one] if one is None or one == "self" else opened(one, context.task) for one in several]
-    return [copy.deepcopy(model) if model is student else model for model in found if model is not None]
+
+    def one(named: Any) -> nn.Module:
+        if named is student or (isinstance(named, str) and named == "self"):
+            return copy.deepcopy(student)
+        if not isinstance(named, nn.Module | str) and named.teacher is student:
+            named = replace(named, teacher=copy.deepcopy(student))
+        return opened(named, context.task)
+
+    several = teacher if isinstance(teacher, tuple) else (context.source if teacher is None else teacher,)
+    return [one(named) for named in several]

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import penjing
 from penjing import distill
 from penjing.distill.stored import Answers
-from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, TaskError
+from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, SourceError, TaskError
 from penjing.finetune import Finetune, train
 from penjing.recipe import Recipe
 from penjing.step import Context
 from penjing.task import Task
+from penjing.teaching import digest, opened
 
 SETTINGS = Finetune(epochs=3, autocast="off", learning_rate=0.1, distill=distill.Logits(), save_every_s=1e-9)
 
@@ -173,7 +174,9 @@ class TestBadInput:
         with pytest.raises(TaskError, match="another teacher's"):
             Answers(tmp_path, net(16, 2))
 
-    @pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"version": 1, "teacher": "xy", "shape": [3]})])
+    @pytest.mark.parametrize(
+        "text", ["", "{}", "[]", *(json.dumps({"version": 1, "teacher": of, "shape": [3]}) for of in ("", "xy"))]
+    )
     def test_a_damaged_folder(self, tmp_path, text):
         (tmp_path / "about.json").write_text(text)
         with pytest.raises(TaskError, match="can't be read"):
@@ -205,58 +208,153 @@ def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
     assert torch.equal(Answers(tmp_path)(data[0]), wanted)
 
 
+@dataclass(frozen=True)
+class Never:
+    """A step that a refused recipe does not come to."""
+
+    def __call__(self, draft, context):
+        pytest.fail("a step has begun")
+
+
+def program(data, path, seed=1):
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(net(16, seed), (data[0][:2],), dynamic_shapes=batch), path)
+    return str(path)
+
+
 class TestNamed:
-    """A teacher by its SOURCE: as on the command line, and in a recipe's YAML."""
+    """A teacher by the path of its file: in a recipe's YAML nothing else can stand."""
 
-    @pytest.fixture
-    def spec(self, tmp_path):
-        (tmp_path / "networks.py").write_text(
-            "import torch\nfrom torch import nn\n\n\ndef teacher():\n    torch.manual_seed(1)\n"
-            "    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()\n"
-        )
-        return f"{tmp_path / 'networks.py'}:teacher"
-
-    def program(self, data, path, seed):
-        batch = ({0: torch.export.Dim("batch")},)
-        torch.export.save(torch.export.export(net(16, seed), (data[0][:2],), dynamic_shapes=batch), path)
-        return str(path)
-
-    def test_a_factory_a_program_and_kept_answers_teach_what_the_network_teaches(self, data, tmp_path, spec):
+    def test_a_program_and_kept_answers_teach_what_the_network_teaches(self, data, tmp_path):
         wanted, answers = run(data, net(16, 1)), tmp_path / "answers"
-        assert same(run(data, spec), wanted) and not same(run(data, "self"), wanted)
-        assert same(run(data, self.program(data, tmp_path / "teacher.pt2", 1)), wanted)
-        assert same(run(data, distill.Stored(answers, spec)), wanted)
+        path = program(data, tmp_path / "teacher.pt2")
+        assert same(run(data, path), wanted) and not same(run(data, "self"), wanted)
+        assert same(run(data, tmp_path / "teacher.pt2"), wanted)
+        assert same(run(data, distill.Stored(answers, path)), wanted)
+        assert same(run(data, distill.Stored(answers, net(16, 1))), wanted)  # the same weights
         assert same(run(data, distill.Stored(answers)), wanted)
+        assert same(run(data, (path, "self")), run(data, (net(16, 1), net())))
 
-    def test_several(self, data, spec):
-        assert same(run(data, (spec, "self")), run(data, (net(16, 1), net())))
+    def test_opening_draws_nothing(self, data, tmp_path):
+        path = program(data, tmp_path / "teacher.pt2")
+        torch.manual_seed(3)
+        wanted = torch.rand(2)
+        torch.manual_seed(3)
+        opened(path, task(data))
+        assert torch.equal(torch.rand(2), wanted)
 
     def test_yaml(self, tmp_path):
         recipe = Recipe(
             Finetune(teacher="teacher.pt2"),
-            Finetune(teacher=("self", "teacher.py:build")),
+            Finetune(teacher=("self", "teacher.pt2")),
             Finetune(teacher=distill.Stored(tmp_path, "teacher.pt2"), distill=distill.Logits()),
         )
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
         with pytest.raises(RecipeError, match="can't be written as YAML"):
             Recipe(Finetune(teacher=distill.Stored(tmp_path, net()))).to_yaml()
+        with pytest.raises(RecipeError, match="can't be used"):
+            Recipe.from_data(Recipe(Finetune(teacher=net())).to_data())
 
-    def test_a_recipe_is_refused_before_anything_is_computed(self, data, tmp_path, spec):
-        for teacher, error in (
-            (f"{tmp_path / 'networks.py'}:techer", "techer"),
-            ("missing.pt2", "the teacher: the source is missing"),
-            ("resnet20", "random"),
-            (distill.Stored(tmp_path / "none"), "no stored answers"),
+    @pytest.mark.parametrize(
+        ("teacher", "told"),
+        [
+            ("{Stored: {folder: answers}}", "did you mean distill.Stored"),
+            ("distill.Stored", "folder"),
+            ("{distill.Stored: {folder: 3}}", "takes a folder"),
+            ("{distill.Stored: {folder: answers, teacher: self}}", "takes a folder"),
+            ("''", "can't be used"),
+        ],
+    )
+    def test_yaml_that_names_no_teacher(self, teacher, told):
+        with pytest.raises(RecipeError, match=told):
+            Recipe.from_yaml(f"- Finetune: {{teacher: {teacher}}}")
+
+    def test_no_code_is_run_that_a_recipe_names(self, data, tmp_path):
+        file = tmp_path / "code.py"
+        file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef teacher(): ...\n")
+        for spec in (f"{file}:teacher", str(file), "platform:uname", "resnet20"):
+            with pytest.raises(SourceError, match=r"the teacher can't be opened(.|\n)*a .pt2 file"):
+                penjing.apply(Recipe.from_data([{"Finetune": {"teacher": spec}}]), net(), task(data))
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_recipe_is_refused_before_any_step(self, data, tmp_path):
+        path = program(data, tmp_path / "teacher.pt2")
+        Answers(tmp_path / "answers", net(16, 1))(data[0])
+        Answers(tmp_path / "seven", nn.Linear(6, 7))(data[0])
+        there, logits = distill.Stored(tmp_path / "answers"), distill.Logits()
+        (tmp_path / "empty").mkdir()
+        for teacher, way, told in (
+            ("missing.pt2", logits, "can't be opened"),
+            ("missing.pt2", distill.Hints(features=("0",)), "can't be opened"),
+            ((there, "missing.pt2"), logits, "can't be opened"),
+            (str(tmp_path / "empty"), logits, "the teacher: the folder holds no"),
+            (distill.Stored(tmp_path / "none"), logits, "no stored answers"),
+            (distill.Stored(tmp_path / "seven"), logits, "different outputs"),
+            (path, distill.Hints(features=(("0", "nope"),)), "nope"),
+            (there, distill.Hints(features=("0",)), "no values inside"),
+            ((path, "self"), distill.Hints(features=("0",)), "can't be averaged"),
         ):
-            steps = Recipe(Finetune(teacher=teacher, distill=distill.Logits(), hooks=(pytest.fail,)))
-            with pytest.raises(PenjingError, match=error):
-                penjing.apply(steps, net(), task(data))
+            with pytest.raises(PenjingError, match=told):
+                penjing.apply(Recipe(Never(), Finetune(teacher=teacher, distill=way)), net(), task(data))
+
+    def test_a_damaged_file_is_told_as_what_it_is(self, data, tmp_path):
+        (tmp_path / "teacher.pt2").write_bytes(b"no archive")
+        with pytest.raises(CheckpointError, match="the teacher: "):
+            run(data, str(tmp_path / "teacher.pt2"))
 
     def test_a_run_goes_on_with_the_same_teacher_alone(self, data, tmp_path):
         again = {"runtime": "onnxruntime", "out": tmp_path / "run", "seconds": 0.01, "resume": True}
-        steps = Recipe(Finetune(epochs=1, teacher=self.program(data, tmp_path / "teacher.pt2", 1)))
+        steps = Recipe(Finetune(epochs=1, teacher=program(data, tmp_path / "teacher.pt2")))
         first = penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
+        assert first.record.data["teacher"] == digest([net(16, 1)])
         assert penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again).record == first.record
-        self.program(data, tmp_path / "teacher.pt2", 2)
+        program(data, tmp_path / "teacher.pt2", 2)
         with pytest.raises(OutputError, match=r"another data(.|\n)*data.teacher"):
             penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
+
+    def test_teachers_within_steps_are_opened_once(self, data, tmp_path, monkeypatch):
+        path, opened_files = program(data, tmp_path / "teacher.pt2"), []
+        monkeypatch.setattr(
+            "penjing.teaching.open_file", lambda at: opened_files.append(at) or penjing.source.open_file(at)
+        )
+        training = Finetune(epochs=0.2, teacher=path)
+        steps = Recipe(
+            penjing.prune.Iterative(step=penjing.prune.Magnitude(sparsity=0.5), rounds=2, finetune=training),
+            Finetune(epochs=0.2, teacher=distill.Stored(tmp_path / "answers", path), distill=distill.Logits()),
+        )
+        penjing.apply(steps, net(), task(data))
+        assert len(opened_files) == 1
+
+
+class Two(nn.Module):
+    """Logits, and values inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net(16, 1)
+
+    def forward(self, x):
+        return self.inner(x), x
+
+
+def test_only_the_first_output_is_kept_and_so_rehearsed(data, tmp_path):
+    way = Finetune(epochs=1, teacher=distill.Stored(tmp_path, Two()), distill=distill.Logits())
+    penjing.apply(Recipe(way), net(), task(data))
+    assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
+
+
+def test_a_look_at_answers_changes_no_file(data, tmp_path):
+    Answers(tmp_path, net(16, 1))(data[0])
+    with (tmp_path / "keys.bin").open("ab") as file:
+        file.write(b"half")
+    assert len(Answers(tmp_path).rows) == 40
+    assert (tmp_path / "keys.bin").stat().st_size == 40 * 16 + 4
+
+
+def test_a_student_that_is_its_own_kept_teacher_stays_as_it_was(data, tmp_path):
+    student, settings = net(), replace(SETTINGS, labels=0.1)
+    kept, other = (
+        train(one, Context(task=task(data)), replace(settings, teacher=distill.Stored(tmp_path / name, teacher)))
+        for name, one, teacher in (("kept", student, student), ("other", net(), net()))
+    )
+    assert same(kept, other) and not same(kept, net())

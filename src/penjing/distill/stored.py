@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing.errors import OutputError, TaskError
+from penjing.errors import OutputError, RecipeError, TaskError
 from penjing.files import write_text
 from penjing.outputs import evaluating, first_output
 from penjing.task import Task
@@ -39,23 +39,27 @@ class Stored:
     killed leaves what was written. Writing is for one process at a time.
 
     Raises:
-        TaskError: What is given is no folder and no teacher.
+        RecipeError: What is given is no folder and no teacher.
 
     Attributes:
-        folder: Where the answers are, or will be.
-        teacher: The network that is asked about samples that are new, or a SOURCE as on the command line; None reads
-            only.
+        folder: Where the answers are, or will be; from the current folder.
+        teacher: The network that is asked about samples that are new, or its .pt2 file or Hugging Face folder; None
+            reads only.
     """
 
     folder: str | Path
     teacher: nn.Module | str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | Path) or not isinstance(self.teacher, nn.Module | str | None):
-            raise TaskError(
+        if isinstance(self.teacher, Path):
+            object.__setattr__(self, "teacher", str(self.teacher))
+        fine = isinstance(self.folder, str | Path) and str(self.folder) not in ("", ".")
+        if not fine or not isinstance(self.teacher, nn.Module | str | None) or self.teacher in ("", "self"):
+            raise RecipeError(
                 "Stored takes a folder and a network",
-                got=f"{type(self.folder).__name__} and {type(self.teacher).__name__}",
+                got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
                 expected='Stored("answers", network), or Stored("answers") to read only',
+                remedy="a .pt2 file or a Hugging Face folder may stand in the network's place",
             )
         object.__setattr__(self, "folder", str(self.folder))
 
@@ -64,7 +68,7 @@ class Stored:
 
         Raises:
             TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
-            SourceError: The teacher's SOURCE is missing, or is no network.
+            SourceError: The teacher's file is missing, or holds no network.
         """
         return Answers(self.folder, None if self.teacher is None else opened(self.teacher, task))
 
@@ -160,20 +164,22 @@ class Answers(nn.Module):
 
     def _append(self, keys: list[bytes], rows: np.ndarray[Any, Any]) -> None:
         try:
-            count = self._count()  # another object, or a write that failed, may have left more than is known here
+            # Another object, or a write that failed, may have left more than is known here.
+            count = self._count(cut=True)
             for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
                 with (self.folder / name).open("ab") as file:
                     file.write(data)
         except OSError as error:
             raise _full(self.folder, error) from error
         self.rows |= {key: count + i for i, key in enumerate(keys)}
-        self._map()
+        self._map(count + len(keys))
 
     def _open(self, about: Path, name: str) -> None:
         try:
             said = json.loads(about.read_text(encoding="utf-8"))
             version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
-            bytes.fromhex(self.name)
+            if len(bytes.fromhex(self.name)) != hashlib.sha256().digest_size:
+                raise ValueError("no SHA-256 of a teacher")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._wrong("the stored answers can't be read", f"{type(error).__name__}: {error}") from None
         if version != VERSION:
@@ -184,24 +190,24 @@ class Answers(nn.Module):
         if count := self._count():
             keys = (self.folder / "keys.bin").read_bytes()
             self.rows = {keys[i * KEY : (i + 1) * KEY]: i for i in range(count)}
-            self._map()
+            self._map(count)
 
-    def _count(self) -> int:
-        """How many answers there are; what a killed process has left of another one is cut off."""
+    def _count(self, cut: bool = False) -> int:
+        """How many answers there are; what a killed process has left of another one can be cut off."""
         assert self.shape is not None
         width = 4 * int(np.prod(self.shape, dtype=np.int64))
         sizes = [p.stat().st_size if p.exists() else 0 for p in (self.folder / "answers.bin", self.folder / "keys.bin")]
         count = min(sizes[0] // width, sizes[1] // KEY)
         for file, size in (("answers.bin", count * width), ("keys.bin", count * KEY)):
-            if (path := self.folder / file).exists() and path.stat().st_size > size:
-                with path.open("r+b") as cut:
-                    cut.truncate(size)
+            if cut and (path := self.folder / file).exists() and path.stat().st_size > size:
+                with path.open("r+b") as longer:
+                    longer.truncate(size)
         return count
 
-    def _map(self) -> None:
+    def _map(self, count: int) -> None:
         assert self.shape is not None
         width = int(np.prod(self.shape, dtype=np.int64))
-        self.answers = np.memmap(self.folder / "answers.bin", dtype="<f4", mode="r").reshape(-1, width)
+        self.answers = np.memmap(self.folder / "answers.bin", "<f4", "r", shape=(count, width))
 
     def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
         remedy = remedy or f"delete {self.folder}; the teacher is asked again"

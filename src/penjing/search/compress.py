@@ -138,8 +138,9 @@ def compress(
     requests.check_inputs(task)
     opened = open_source(model, task=task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
-    requests.check_recipe(steps, run.network, task)
-    data = requests.data_hashes(task, steps)
+    taken = requests.with_teachers(steps, task)
+    requests.check_recipe(taken, run.network, task)
+    data = requests.data_hashes(task, taken)
     kept = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
     wanted = requests.request(run, opened.name, goal, steps, names, data)
     folder.claim(wanted, requests.asked(kept) if kept is not None else None)
@@ -157,14 +158,14 @@ def compress(
     looked_at = "select" if task.select is not None else "evaluate"
     variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
     if not all(folder.kept(variant.name) for variant in variants):
-        pipeline.shared(run, steps)  # what all candidates need fails once, and by its own name
-    found = _candidates(run, steps, variants, structure, getattr(task, looked_at))
+        pipeline.shared(run, taken)  # what all candidates need fails once, and by its own name
+    found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
     timings = pipeline.latencies(run, found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
     found = [judging.judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
     artifact, verdict = judging.final(run, goal, verdict, found, metrics, looked_at)
-    gained = _zeros(run, steps, next((c for c in found if c.name == verdict.chosen), None), structure)
+    gained = _zeros(run, taken, next((c for c in found if c.name == verdict.chosen), None), structure)
     record = Record(
         penjing=penjing.__version__,
         versions=measure.versions(),
@@ -188,7 +189,7 @@ def compress(
         trainings=trainings.read(folder.path / EVENTS),
         selected=metrics["select"],
     )
-    _deliver(run, steps, record)
+    _deliver(run, taken, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
     return Result(record, folder.path)
 
@@ -222,6 +223,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
+    recipe = requests.with_teachers(recipe, task)
     requests.check_recipe(recipe, draft.network, task)
     context = Context(task=task, seed=seed, device=device, source=draft.network)
     for step in recipe:

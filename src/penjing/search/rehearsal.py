@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.call import as_call, to_tensors
-from penjing.distill.stored import Stored
+from penjing.distill.stored import Answers, Stored
 from penjing.finetune import Finetune
 from penjing.graph import in_eval_mode
 from penjing.objective import Batch, Objective
-from penjing.outputs import to_tensor
+from penjing.outputs import first_output, to_tensor
 from penjing.step import Context
 from penjing.task import Task
-from penjing.teaching import Teaching, in_fp32
+from penjing.teaching import Teaching, in_fp32, teacher_view, teachers
 from penjing.training_data import count, explained, loader, pair
 from penjing.training_state import same_random_numbers
 
@@ -44,10 +44,13 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
     data = loader(task, training.labels)
     objective = Objective(task, training.losses, training.labels, training.label_smoothing)
     count(data, needed=False)
-    looked_at = any(way.features for way in ways)
-    teacher, reads = (training.teacher, False) if looked_at else _asked(training.teacher, task)
+    named = tuple(_unwritten(one, task) for one in pytree.tree_leaves(training.teacher))
+    teacher = named if isinstance(training.teacher, tuple) else named[0]
+    features = [theirs for way in training.distillations for _, theirs in way.features]
     with same_random_numbers(context.device):
-        teaching = Teaching(network, teacher, ways, context) if ways and not reads else None
+        if changed and features:
+            teacher_view(teachers(network, teacher, context), features, task)
+        teaching = Teaching(network, teacher, ways, context) if ways else None
         try:
             if teaching:
                 teaching.prepare(nullcontext)
@@ -57,15 +60,26 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
                 teaching.release()
 
 
-def _asked(teacher: Any, task: Task) -> tuple[Any, bool]:
-    """The networks themselves where answers are kept, so that none is written; whether one has answers alone."""
-    several = teacher if isinstance(teacher, tuple) else (teacher,)
-    for one in several:
-        if isinstance(one, Stored):
-            one.opened(task)  # a folder that is missing, damaged or another teacher's
-    reads = any(isinstance(one, Stored) and one.teacher is None for one in several)
-    found = tuple(one.teacher if isinstance(one, Stored) else one for one in several)
-    return (found if isinstance(teacher, tuple) else found[0]), reads
+class _Unwritten(nn.Module):
+    """In the place of kept answers: none is written, and those of a teacher that is not there are of their shape."""
+
+    outputs_only: ClassVar[bool] = True
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__()
+        self.teacher, self.shape = answers.teacher, answers.shape
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.teacher is not None:
+            said: torch.Tensor = first_output(self.teacher(*args, **kwargs))
+            return said.float()
+        x = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim())
+        assert self.shape is not None
+        return torch.zeros(len(x), *self.shape, device=x.device)
+
+
+def _unwritten(teacher: Any, task: Task) -> Any:
+    return _Unwritten(teacher.opened(task)) if isinstance(teacher, Stored) else teacher
 
 
 def _first_batch(

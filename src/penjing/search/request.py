@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing import checkpoint
-from penjing.distill import Student
+from penjing.distill import Stored, Student
+from penjing.distill.stored import Answers
 from penjing.errors import TaskError, UsageError
 from penjing.finetune import Finetune
 from penjing.graph import sites
@@ -120,10 +121,45 @@ def _trainings(step: object) -> Iterator[Finetune]:
     """A step that trains, or the trainings within it."""
     if isinstance(step, Finetune):
         yield step
+    elif isinstance(step, tuple):
+        for one in step:
+            yield from _trainings(one)
     elif dataclasses.is_dataclass(step):
         for field in dataclasses.fields(step):
-            if isinstance(value := getattr(step, field.name), Finetune):
-                yield value
+            yield from _trainings(getattr(step, field.name))
+
+
+def with_teachers(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe with every file that it names as a teacher opened, once.
+
+    Raises:
+        SourceError: A file is missing, or holds no network.
+        CheckpointError: It would run code.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def one(teacher: Any) -> Any:
+        if isinstance(teacher, Stored):
+            return dataclasses.replace(teacher, teacher=one(teacher.teacher))
+        if not isinstance(teacher, str) or teacher == "self":
+            return teacher
+        if teacher not in found:
+            found[teacher] = opened(teacher, task)
+        return found[teacher]
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Finetune):
+            several = value.teacher
+            there = tuple(map(one, several)) if isinstance(several, tuple) else one(several)
+            return dataclasses.replace(value, teacher=there)
+        if isinstance(value, tuple):
+            return tuple(map(walk, value))
+        if not dataclasses.is_dataclass(value) or not list(_trainings(value)):
+            return value
+        fields = {field.name: walk(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **fields)  # type: ignore[type-var]
+
+    return Recipe(*map(walk, recipe))
 
 
 def check_device(device: str) -> None:
@@ -148,9 +184,10 @@ def data_hashes(task: Task, recipe: Recipe) -> dict[str, str]:
     found = {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
     first = _first_batch(task)
     found |= {"train": first} if first is not None else {}
-    several = [training.teacher for step in recipe for training in _trainings(step)]
-    named = [one for one in pytree.tree_leaves(several) if one is not None and one != "self"]
-    return found | ({"teacher": digest([opened(one, task) for one in named])} if named else {})
+    several = pytree.tree_leaves([training.teacher for step in recipe for training in _trainings(step)])
+    models = [opened(one, task) for one in several if one is not None and one != "self"]
+    weights = dict.fromkeys(model.name if isinstance(model, Answers) else digest([model]) for model in models)
+    return found | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(weights, 1)}
 
 
 def _first_batch(task: Task) -> str | None:
@@ -200,5 +237,7 @@ def asked(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
-        "data": {role: sha for role, sha in record.data.items() if role in ("calibration", "train", "teacher")},
+        "data": {
+            role: sha for role, sha in record.data.items() if role.split()[0] in ("calibration", "train", "teacher")
+        },
     }
