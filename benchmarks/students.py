@@ -209,7 +209,7 @@ def measured(pair, arguments, task, data, save):
         plain = found["accuracy"]["labels"]["mean"]
         for name, row in found["accuracy"].items():
             gaps = [(run["accuracy"] - plain) / (run["teacher"] - plain) for run in runs[name]]
-            row["gap_closed"] = statistics.mean(gaps)
+            row["gap_closed"] = round(statistics.mean(gaps), 6) + 0.0  # never -0.0
             print(f"  {name:<38}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f}, "
                   f"{row['seeds']} seeds)  gap closed {row['gap_closed']:+.2f}")  # fmt: skip
     if arguments.long:
