@@ -222,6 +222,16 @@ def program(data, path, seed=1):
     return str(path)
 
 
+@dataclass(frozen=True)
+class Outer:
+    """A step of a user's, around another one."""
+
+    steps: tuple
+
+    def __call__(self, draft, context):
+        pytest.fail("a step has begun")
+
+
 class TestNamed:
     """A teacher by the path of its file: in a recipe's YAML nothing else can stand."""
 
@@ -296,6 +306,11 @@ class TestNamed:
         ):
             with pytest.raises(PenjingError, match=told):
                 penjing.apply(Recipe(Never(), Finetune(teacher=teacher, distill=way)), net(), task(data))
+
+    def test_a_teacher_two_steps_deep_is_looked_for_too(self, data):
+        inner = penjing.prune.Movement(sparsity=0.5, finetune=Finetune(teacher="missing.pt2"))
+        with pytest.raises(SourceError, match="can't be opened"):
+            penjing.apply(Recipe(Outer((inner,))), net(), task(data))
 
     def test_a_damaged_file_is_told_as_what_it_is(self, data, tmp_path):
         (tmp_path / "teacher.pt2").write_bytes(b"no archive")
