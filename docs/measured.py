@@ -145,7 +145,7 @@ def qat() -> str:
     for name, row in sorted(data["table"].items(), key=lambda item: (-int(item[0][1]), item[1]["epochs"])):
         lines.append(
             f"| {name.partition(',')[0]} | {row['settings'].split()[1]} | {row['learning_rate']:g} | {row['epochs']:g} "
-            f"| {row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%}) | {row['gap'] * 100:.2f} points |"
+            f"| {row['accuracy']:.2%}{_span(row)} | {row['gap'] * 100:.2f} points |"
         )
     conditioned = conditions(data["machine"], data["versions"])
     return "\n".join([*lines, "", f"The given network: {data['source']:.2%}, simulated accuracies; {conditioned}"])
@@ -296,7 +296,7 @@ def _pruned_row(title: str, row: dict, length: str = "epochs") -> str:
     return (
         f"| {title.replace('torch-pruning', 'Torch-Pruning').replace('penjing', 'Penjing')} | {row['macs']:.1%} "
         f"| {row['settings'].replace('_', ' ')} | {row[length]:g} "
-        f"| {row['mean']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%}) |"
+        f"| {row['mean']:.2%}{_span(row)} |"
     )
 
 
@@ -416,7 +416,7 @@ def joint() -> str:
     ]
     for name in data["speed"]["1"]:
         row = data["accuracy"].get(name)
-        shown = f"{row['accuracy']:.2%} ({row['lowest']:.2%} to {row['highest']:.2%})" if row else ""
+        shown = f"{row['accuracy']:.2%}{_span(row)}" if row else ""
         if name.startswith("fp32"):
             shown = f"{data['source']['accuracy']:.2%}"
         cells = []

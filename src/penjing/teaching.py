@@ -147,11 +147,11 @@ class Kept(Protocol):
         ...
 
 
-One = nn.Module | Kept | str
-Teacher = One | tuple[One, ...] | None
+Tutor = nn.Module | Kept | str
+Teacher = Tutor | tuple[Tutor, ...] | None
 
 
-def opened(teacher: One, task: Task) -> nn.Module:
+def opened(teacher: Tutor, task: Task) -> nn.Module:
     """A teacher as a module: a file that is named is opened, and a module is one already.
 
     Files of data alone are opened, never code: a recipe that names its teacher runs nothing of what it names.
