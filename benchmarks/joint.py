@@ -11,13 +11,13 @@ seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 
 is held against the fastest joint file whose median accuracy is at least the chain's.
 
 `limit`: one picture in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
-network (`resnet8`, begun with random weights, batches of 64), for `--limit-epochs`, in ONNX Runtime with one thread and
-with two. One seed each, all `--seeds` of what `--limit` names.
+network (`resnet8`, begun with random weights), for `--limit-epochs`, in ONNX Runtime with one thread and with two. They
+train on `--device`; what `--limit` names is made with all `--seeds` and not timed, so that another machine can make it.
 
     python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed limit]
 
 Every finished run is written at once, its file is kept in the cache folder; a second call goes on where the first
-stopped.
+stopped, and `limit` reads every seed that it finds there.
 """
 
 import argparse
@@ -44,7 +44,8 @@ JOINT = {
     "joint macs 0.25": {"macs": 0.25},
 }
 LIMIT = {f"joint {n} blocks less": {"blocks": n} for n in (4, 5)}
-STUDENTS = {f"student of {width}, {2 * width} and {4 * width} channels": width for width in (32,)}
+WIDTH = 32  # of the student's first stage
+STUDENT = f"student of {WIDTH}, {2 * WIDTH} and {4 * WIDTH} channels"
 CHAIN = {"chain macs 0.5": 0.5, "chain macs 0.25": 0.25}
 
 
@@ -55,20 +56,20 @@ def joint(settings, module, task, seed, epochs, folder):
     ran(recipes.joint(**settings, epochs=epochs, learning_rate=RATE), module, task, seed, folder, "openvino")
 
 
-def student(width, epochs):
+def student(epochs):
     """Few wide layers that learn from the source."""
     from penjing import Clip, Finetune, Recipe, distill, quantize
 
     looks = distill.AttentionTransfer(features=(("stages.0", "stages.1"), ("stages.1", "stages.2")), weight=5.0)
     return Recipe(
-        distill.Student(architecture="resnet8", settings={"width": width}),
+        distill.Student(architecture="resnet8", settings={"width": WIDTH}),
         Finetune(epochs=0.8 * epochs, learning_rate=0.1, clip=Clip(), distill=(distill.Logits(), looks)),
         quantize.Static(),
         quantize.QAT(epochs=0.2 * epochs, learning_rate=0.005),
     )
 
 
-def ran(recipe, module, task, seed, folder, runtime):
+def ran(recipe, module, task, seed, folder, runtime, device="cpu"):
     """Run a recipe and write the file for a runtime."""
     from pruning_accuracy import shown
 
@@ -81,7 +82,9 @@ def ran(recipe, module, task, seed, folder, runtime):
     seed_everything(seed)
     raised = raise_network(module, *task.call(), task.dynamic)
     accelerates = runtimes.get(runtime).accelerates(measure.machine(THREADS).instruction_sets)
-    context = Context(task=task, source=raised, seed=seed, accelerates=accelerates, events=shown(folder.name))
+    context = Context(
+        task=task, source=raised, seed=seed, device=device, accelerates=accelerates, events=shown(folder.name)
+    )
     draft = Draft(raised)
     for step in recipe:
         draft = step(draft, context)
@@ -122,6 +125,7 @@ def accuracies(arguments, data, save):
     from penjing.outputs import numpy_predictor
 
     task, module = fashion(), resnet20()
+    data["versions"] = versions("torch-pruning", "nncf")
     data.setdefault("source", {"accuracy": task.evaluate(numpy_predictor(module))})
     sides = {"joint": (joint, JOINT), "chain": (chain, CHAIN)}
     for seed in arguments.seeds:
@@ -164,6 +168,7 @@ def speeds(arguments, data, save):
 
     from examples.data import cache
     from examples.fashion_mnist.task import task as fashion
+    from penjing import measure
     from penjing.measure import Target, compare
     from penjing.outputs import to_numpy
 
@@ -184,7 +189,7 @@ def speeds(arguments, data, save):
                     f"batch {batch:>2} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}  {times:.2f}x",
                     flush=True,
                 )
-    data["wins"] = wins(data)
+    data["machine"], data["wins"] = vars(measure.machine(THREADS)), wins(data)
     save()
 
 
@@ -197,31 +202,35 @@ def limit(arguments, data, save):
     from examples.data import cache
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
-    from penjing import recipes
+    from penjing import measure, recipes
     from penjing.measure import Target, compare
     from penjing.outputs import numpy_predictor, to_numpy
 
     task, epochs = fashion(), arguments.limit_epochs
     data["limit"] = {"accuracy": {}, "epochs": epochs, "source": task.evaluate(numpy_predictor(resnet20()))}
-    every = {n: (recipes.joint(**s, epochs=epochs, learning_rate=RATE), task) for n, s in LIMIT.items()}
-    every |= {name: (student(width, epochs), fashion(64)) for name, width in STUDENTS.items()}
+    every = {n: recipes.joint(**s, epochs=epochs, learning_rate=RATE) for n, s in LIMIT.items()}
+    every[STUDENT] = student(epochs)
     folders = {}
     for name in arguments.limit or every:
-        recipe, its_task = every[name]
-        found = []
+        found, made = [], []
         for seed in arguments.seeds:
             folder = cache() / "joint" / f"{name} onnxruntime epochs {epochs:g} seed {seed}"
-            if not (folder / "manifest.json").exists():
-                if seed != arguments.seeds[0] and not arguments.limit:
+            about = folder.with_name(f"{folder.name}.json")
+            if not about.exists():
+                if found and not arguments.limit:
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
-                ran(recipe, resnet20(), its_task, seed, folder, "onnxruntime")
+                start = time.perf_counter()
+                ran(every[name], resnet20(), task, seed, folder, "onnxruntime", arguments.device)
+                about.write_text(json.dumps({"seconds": time.perf_counter() - start, **where(arguments.device)}))
             folders.setdefault(name, folder)
             session = opened(folder)
             found.append(task.evaluate(lambda x, session=session: session.run([x])[0]))
-            print(f"{folder.name:<70}{found[-1]:>8.4f}", flush=True)
+            made.append(json.loads(about.read_text()))
+            print(f"{folder.name:<70}{found[-1]:>8.4f}{made[-1]['seconds']:>7.0f} s", flush=True)
         data["limit"]["accuracy"][name] = {
             "accuracy": statistics.median(found), "lowest": min(found), "highest": max(found), "seeds": len(found),
+            "made": made,
         }  # fmt: skip
         save()
     if arguments.limit:  # the rest is made by another process
@@ -237,8 +246,23 @@ def limit(arguments, data, save):
             rows = data["limit"]["speed"][key] = {name: vars(timings[name].latency) for name in folders}
             for name, row in rows.items():
                 print(f"{key} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}", flush=True)
-    data["limit"]["measured on"] = {"machine": data["machine"], "versions": data["versions"]}
+    data["limit"]["measured on"] = {"machine": vars(measure.machine(THREADS)), "versions": versions()}
     save()
+
+
+def where(device):
+    """What a network is trained on."""
+    import torch
+
+    cuda = torch.device(device).type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if cuda else "the processor", "torch": torch.__version__}
+
+
+def versions(*others):
+    """Of Penjing, of what it builds on, and of other packages."""
+    from penjing import measure
+
+    return measure.versions() | {name: importlib.metadata.version(name) for name in others}
 
 
 def whole(aside, task):
@@ -280,23 +304,20 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["joint", "chain"], choices=["joint", "chain"])
     parser.add_argument("--parts", nargs="+", default=["accuracy", "speed", "limit"],
                         choices=["accuracy", "speed", "limit"])  # fmt: skip
-    parser.add_argument("--limit-epochs", type=float, default=10.0)
-    parser.add_argument("--limit", nargs="+", choices=[*LIMIT, *STUDENTS], help="make these files, and time nothing")
+    parser.add_argument("--limit-epochs", type=float, default=30.0)
+    parser.add_argument("--limit", nargs="+", choices=[*LIMIT, STUDENT], help="make these files, and time nothing")
+    parser.add_argument("--device", default="cpu", help="where the networks of `limit` are trained")
     parser.add_argument("--threads", type=int, default=THREADS, help="of the trainings")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "joint.json")
     arguments = parser.parse_args()
     import torch
 
-    from penjing import measure
-
     torch.set_num_threads(arguments.threads)
     os.environ["PYTHONPATH"] = os.pathsep.join(  # for the processes that time
         [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
-    data |= {"machine": vars(measure.machine(THREADS)), "versions": measure.versions()}
-    data["versions"] |= {name: importlib.metadata.version(name) for name in ("torch-pruning", "nncf")}
 
     def save():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

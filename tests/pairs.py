@@ -109,10 +109,10 @@ def steps(first: str, second: str) -> tuple:
     return tuple(found)
 
 
-def artifact(recipe: Recipe, source, data: Task, folder, runtime: str = "onnxruntime") -> dict:
+def artifact(recipe: Recipe, source, data: Task, folder, runtime: str = "onnxruntime", device: str = "cpu") -> dict:
     """Run the steps, build a file, run it in the runtime; what it answers beside the network in torch, in decibels."""
     accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    context = Context(task=data, source=source, accelerates=accelerates)
+    context = Context(task=data, source=source, accelerates=accelerates, device=device)
     draft = Draft(source)
     for step in recipe:
         draft = step(draft, context)

@@ -26,7 +26,7 @@ from penjing.outputs import evaluating, first_output
 from penjing.task import Task
 from penjing.teaching import digest, opened
 
-VERSION = 1
+VERSION = 2
 KEY = 16  # bytes of a sample's digest
 
 
