@@ -6,7 +6,7 @@ computes bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the ra
 watches and tells; `stored teacher` reads the answers of the source from a file (`distill.Stored`, written before) and
 learns from labels and answers. In turns, each from the same weights; seconds run from the first step to the last.
 
-    python benchmarks/training_cost.py [--steps 40] [--rounds 7]
+    python benchmarks/training_cost.py [--steps 40] [--rounds 7] [--device cuda]
 """
 
 import argparse
@@ -37,29 +37,32 @@ class Clock:
             self.seconds = time.perf_counter() - self.start
 
 
-def bare(module, batches, steps, bf16):
+def bare(module, batches, steps, device, bf16):
     """Seconds of a plain loop with the same settings."""
     import math
 
     import torch
 
-    module = module.train().to(memory_format=torch.channels_last)
+    module = module.train().to(device, memory_format=torch.channels_last)
+    kind = torch.device(device).type
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     start = time.perf_counter()
     for step in range(steps):
-        x, y = batches[step % len(batches)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        x, y = (t.to(device) for t in batches[step % len(batches)])
+        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
             output = module(x.to(memory_format=torch.channels_last))
         loss = torch.nn.functional.cross_entropy(output.float(), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
+    if kind != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
-def penjing(module, task, settings):
+def penjing(module, task, device, settings):
     """Seconds of `Finetune` with the same settings."""
     from penjing.finetune import train
     from penjing.network import raise_network
@@ -67,7 +70,7 @@ def penjing(module, task, settings):
 
     clock = Clock()
     raised = raise_network(module, *task.call(), task.dynamic)
-    train(raised, Context(task=task, source=raised), settings(clock))
+    train(raised, Context(task=task, source=raised, device=device), settings(clock))
     return clock.seconds
 
 
@@ -76,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="a GPU's rows stand beside those of the processor")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_cost.json")
     arguments = parser.parse_args()
     import torch
@@ -87,12 +91,17 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     networks = {"ResNet-20": resnet20(), "MobileNetV2": build("mobilenet_v2", in_channels=1, classes=10).eval()}
-    data = {
+    data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    found = {
         "machine": vars(measure.machine(THREADS)),
         "versions": measure.versions(),
         "steps": arguments.steps,
         "rows": {name: measured(name, network, arguments) for name, network in networks.items()},
     }
+    if torch.device(arguments.device).type == "cpu":
+        data |= found
+    else:
+        data["gpu"] = found | {"device": torch.cuda.get_device_name(arguments.device)}
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")
 
@@ -109,7 +118,7 @@ def measured(title, module, arguments):
     from penjing.autocast import bf16_pays
     from penjing.finetune import Finetune
 
-    whole = fashion()
+    whole, device = fashion(), arguments.device
     batches = list(islice(whole.train, BATCHES))
     task = replace(whole, train=batches)
 
@@ -127,13 +136,13 @@ def measured(title, module, arguments):
             return replace(plain(clock), distill=distill.Logits(), teacher=stored)
 
         def alone(bf16):
-            return lambda: bare(copy.deepcopy(module), batches, arguments.steps, bf16)
+            return lambda: bare(copy.deepcopy(module), batches, arguments.steps, device, bf16)
 
-        sides = {"bare": alone(bf16_pays("cpu"))}
-        if bf16_pays("cpu"):
+        sides = {"bare": alone(bf16_pays(device))}
+        if bf16_pays(device):
             sides["bare, 32 bits"] = alone(False)
-        sides["Finetune"] = lambda: penjing(copy.deepcopy(module), task, plain)
-        sides["stored teacher"] = lambda: penjing(copy.deepcopy(module), task, taught)
+        sides["Finetune"] = lambda: penjing(copy.deepcopy(module), task, device, plain)
+        sides["stored teacher"] = lambda: penjing(copy.deepcopy(module), task, device, taught)
         seconds = {name: [] for name in sides}
         for turn in range(-1, arguments.rounds):  # the first turn warms up
             for name in list(sides) if turn % 2 else list(reversed(sides)):

@@ -252,9 +252,8 @@ class Loop:
             terms = self.objective(batch)
             if self.teaching and lesson:
                 terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
-        for name, term in terms:
-            self.terms[name] = self.terms.get(name, 0.0) + part * float(term.detach())
-        loss = torch.stack([term for _, term in terms]).sum() * (part * share)
+        values = torch.stack([term for _, term in terms])
+        loss = values.sum() * (part * share)
         if not loss.requires_grad:
             raise TrainingError(
                 "the loss has no gradient",
@@ -263,7 +262,11 @@ class Loop:
                 remedy="leave out .detach(), .numpy() and torch.no_grad() in the loss and in the network",
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        # All at once, and behind the way back: a GPU is waited for once in a step.
+        *found, value = torch.stack([*values.detach(), loss.detach()]).tolist()
+        for (name, _), each in zip(terms, found, strict=True):
+            self.terms[name] = self.terms.get(name, 0.0) + part * each
+        return float(value)
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.context.device)
