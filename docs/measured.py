@@ -448,10 +448,11 @@ def joint_limit() -> str:
             for key, rows in data["speed"].items()
         ]
         lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
-    told = f"{data['epochs']:g} epochs, one seed where no span is given; times the fastest fp32 file; ± half of the "
+    made = sorted({f"{run['device']} with torch {run['torch']}" for r in data["accuracy"].values() for run in r["made"]})
+    told = f"{data['epochs']:g} epochs on {', '.join(made)}, one seed where no span is given; times the fastest fp32 "
     where = {**data["measured on"], "machine": dict(data["measured on"]["machine"])}
     del where["machine"]["threads"]  # every column has its own
-    return _under(lines, where, told + "interquartile range / median; ")
+    return _under(lines, where, told + "file; ± half of the interquartile range / median; timed on ")
 
 
 def students() -> str:

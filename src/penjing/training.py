@@ -59,6 +59,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+def seed_of(seed: int, number: int) -> int:
+    """Of an epoch of a training, or of a batch of an epoch."""
+    return seed * 1_000_003 + number
+
+
 def _frozen(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     return bool(own) and not any(p.requires_grad for p in own)
@@ -165,7 +170,7 @@ class Loop:
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         """The rest of this epoch's batches."""
-        seed_everything(self.context.seed * 1_000_003 + self.epoch)
+        seed_everything(seed_of(self.context.seed, self.epoch))
         batches = iter(self.data)
         for _ in range(self.position):
             next(batches, None)
@@ -233,7 +238,7 @@ class Loop:
         call, target, share = self.group.part(call, target)
         # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
         with torch.random.fork_rng(devices=[]):
-            batch = (self.context.seed * 1_000_003 + self.epoch) * 1_000_003 + position
+            batch = seed_of(seed_of(self.context.seed, self.epoch), position)
             torch.manual_seed((batch * self.group.size + self.group.rank) % 2**63)
             return self._gradients(call, target, part, share) if share else 0.0
 

@@ -146,3 +146,28 @@ def test_nothing_is_asked_for_keeps_and_random_numbers_stand(tmp_path):
     pj.apply(recipe, source, task())
     assert (tmp_path / "keys.bin").stat().st_size == 24 * 16  # the training's own samples, which the example is of
     assert torch.equal(torch.rand(1), before)
+
+
+class Noisy:
+    """Batches whose samples differ with every seed."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        for i in range(0, 24, 8):
+            yield X[i : i + 8] + 0.01 * torch.randn(8, 1, 8, 8), Y[i : i + 8]
+
+
+@pytest.mark.parametrize("before", [None, pj.prune.Channels(macs=0.5)])
+def test_samples_without_a_kept_answer_are_told_before_any_step(tmp_path, before):
+    taught = pj.Finetune(epochs=1, teacher=distill.Stored(tmp_path, network()), distill=distill.Logits())
+    data = task(train=Noisy(), calibration=[X[:8]])
+    pj.apply(pj.Recipe(taught), network(), data, seed=1)
+    read = pj.Finetune(epochs=1, teacher=distill.Stored(tmp_path), distill=distill.Logits())
+    said, begun = refused(read, data, before)
+    assert "8 of 8 samples of a batch" in said and not begun
+    begun = []
+    first = Noted(before or pj.Finetune(epochs=1), begun)
+    pj.apply(pj.Recipe(first, read), network(), data, seed=1)
+    assert len(begun) == 1

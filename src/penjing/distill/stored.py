@@ -127,14 +127,16 @@ class Answers(nn.Module):
         device = next(x.device for x in leaves if isinstance(x, torch.Tensor))
         return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(device)
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Raise TaskError where a sample has no answer and there is no teacher. Nobody is asked."""
+        keys = _keys(pytree.tree_leaves((args, kwargs)))
+        missing = sum(key not in self.rows for key in keys)
+        if missing and self.teacher is None:
+            raise self._unanswered(missing, len(keys))
+
     def _ask(self, args: Any, kwargs: Any, new: dict[bytes, int], samples: int) -> None:
         if self.teacher is None:
-            raise TaskError(
-                "samples of the training have no stored answer",
-                got=f"{len(new)} of {samples} samples of a batch are not in {self.folder}",
-                expected="the data, order of seeds and augmentation that the answers were stored with",
-                remedy="give the teacher, which is then asked: Stored(folder, network)",
-            )
+            raise self._unanswered(len(new), samples)
         with evaluating(self.teacher), torch.no_grad():
             said = first_output(self.teacher(*args, **kwargs)).float().cpu()
         if len(said) != samples:
@@ -208,6 +210,14 @@ class Answers(nn.Module):
         assert self.shape is not None
         width = int(np.prod(self.shape, dtype=np.int64))
         self.answers = np.memmap(self.folder / "answers.bin", "<f4", "r", shape=(count, width))
+
+    def _unanswered(self, missing: int, samples: int) -> TaskError:
+        return TaskError(
+            "samples of the training have no stored answer",
+            got=f"{missing} of {samples} samples of a batch are not in {self.folder}",
+            expected="the data, order of seeds and augmentation that the answers were stored with",
+            remedy="give the teacher, which is then asked: Stored(folder, network)",
+        )
 
     def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
         remedy = remedy or f"delete {self.folder}; the teacher is asked again"

@@ -139,7 +139,7 @@ def compress(
     opened = open_source(model, task=task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
     taken = requests.with_teachers(steps, task)
-    requests.check_recipe(taken, run.network, task)
+    requests.check_recipe(taken, run.network, task, seed)
     data = requests.data_hashes(task, taken)
     kept = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
     wanted = requests.request(run, opened.name, goal, steps, names, data)
@@ -224,7 +224,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
     seed_everything(seed)
     draft = Draft(raise_network(model, *task.call(), task.dynamic))
     recipe = requests.with_teachers(recipe, task)
-    requests.check_recipe(recipe, draft.network, task)
+    requests.check_recipe(recipe, draft.network, task, seed)
     context = Context(task=task, seed=seed, device=device, source=draft.network)
     for step in recipe:
         draft = step(draft, context)

@@ -20,11 +20,12 @@ from penjing.outputs import first_output, to_tensor
 from penjing.step import Context
 from penjing.task import Task
 from penjing.teaching import Teaching, in_fp32, teacher_view, teachers
+from penjing.training import seed_everything, seed_of
 from penjing.training_data import count, explained, loader, pair
 from penjing.training_state import same_random_numbers
 
 
-def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: bool) -> None:
+def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: bool, seed: int) -> None:
     """Teachers answer the example, and the first batch gets a loss. Nothing is trained.
 
     Args:
@@ -32,12 +33,13 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
         network: The source network, which has the outputs of what will be trained.
         task: The user's.
         changed: What will be trained is built otherwise: values inside it can't be looked at yet.
+        seed: Of the training: its first batch is looked at.
 
     Raises:
         TaskError: Teacher, labels, loss or batch do not fit.
     """
     place = next((t.device for t in network.state_dict().values()), None)
-    context = Context(task=task, source=network, device=str(place or "cpu"))
+    context = Context(task=task, source=network, device=str(place or "cpu"), seed=seed)
     ways = tuple(way for way in training.distillations if not (changed and way.features))
     if training.teacher is not None and not training.distillations:
         ways = training.resolved(context, changed).distillations
@@ -67,7 +69,7 @@ class _Unwritten(nn.Module):
 
     def __init__(self, answers: Answers) -> None:
         super().__init__()
-        self.teacher, self.shape = answers.teacher, answers.shape
+        self.answers, self.teacher, self.shape = answers, answers.teacher, answers.shape
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.teacher is not None:
@@ -90,12 +92,16 @@ def _first_batch(
     teaching: Teaching | None,
     data: Iterable[object],
 ) -> None:
+    seed_everything(seed_of(context.seed, 0))
     first = None if isinstance(data, Iterator) else next(iter(data), None)  # what is its own iterator is not disturbed
     if first is None:
         return
     inputs, target = pair(first, training.labels)
     call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
     call, target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(context.device), (call, target))
+    for teacher in teaching.teachers if teaching else ():
+        if isinstance(teacher, _Unwritten):
+            teacher.answers.check(*call[0], **call[1])
     place = "batch 0 of epoch 0"
     with in_eval_mode(network):
         with explained("the network", call, target, context.task, place):

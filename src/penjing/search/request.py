@@ -56,7 +56,7 @@ def check_inputs(task: Task) -> None:
             )
 
 
-def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
+def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task, seed: int) -> None:
     """Raise what a step would raise that lacks its data, names what is not there, or can't take it, before any begins.
 
     Values inside the student are looked for while it is still built as the source is; later steps name what earlier
@@ -85,7 +85,7 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task) -> None:
             if not changed:
                 Tapped(network, [mine for mine, _ in features], "student")
             if position or step is not training or training.teacher is not None:
-                rehearse(training, network, task, changed)
+                rehearse(training, network, task, changed, seed)
 
 
 def untrained(recipe: Recipe) -> str | None:
