@@ -448,7 +448,8 @@ def joint_limit() -> str:
             for key, rows in data["speed"].items()
         ]
         lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
-    made = sorted({f"{run['device']} with torch {run['torch']}" for r in data["accuracy"].values() for run in r["made"]})
+    runs = [run for row in data["accuracy"].values() for run in row["made"]]
+    made = sorted({f"{run['device']} with torch {run['torch']}" for run in runs})
     told = f"{data['epochs']:g} epochs on {', '.join(made)}, one seed where no span is given; times the fastest fp32 "
     where = {**data["measured on"], "machine": dict(data["measured on"]["machine"])}
     del where["machine"]["threads"]  # every column has its own
