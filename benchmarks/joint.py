@@ -39,8 +39,7 @@ JOINT = {
     "joint 3 blocks less": {"blocks": 3},
     "joint 3 blocks less, macs 0.6": {"blocks": 3, "macs": 0.6},
     "joint 3 blocks less, macs 0.4": {"blocks": 3, "macs": 0.4},
-    "joint 4 blocks less, macs 0.5": {"blocks": 4, "macs": 0.5},
-    "joint 5 blocks less": {"blocks": 5},
+    "joint 3 blocks less, macs 0.3": {"blocks": 3, "macs": 0.3},
     "joint macs 0.5": {"macs": 0.5},
     "joint macs 0.25": {"macs": 0.25},
 }
