@@ -99,7 +99,7 @@ class TestTheRest:
 class TestInTheLoop:
     def test_channels_last_orders_the_strides_of_single_channels(self, monkeypatch):
         # oneDNN takes a layer as channels-last by its strides, which a single channel leaves open.
-        monkeypatch.setattr("penjing.training._channels_last_pays", lambda device: True)
+        monkeypatch.setattr("penjing.training.channels_last_pays", lambda device: True)
         seen = {}
         network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 2))
         task = Task(example=X[:, :1], train=[(X[:, :1], torch.tensor([0, 1]))], loss=F.cross_entropy)
@@ -112,7 +112,7 @@ class TestInTheLoop:
         assert depthwise.weight.stride() == (9, 9, 3, 1)  # a state dict has no strides: a run that goes on has none
 
     def test_volumes_stay_as_they_are(self, monkeypatch):
-        monkeypatch.setattr("penjing.training._channels_last_pays", lambda device: True)
+        monkeypatch.setattr("penjing.training.channels_last_pays", lambda device: True)
 
         class Both(nn.Module):
             def __init__(self):

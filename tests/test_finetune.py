@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -268,6 +269,48 @@ class TestResume:
             trained(replace(SHORT, hooks=(Interrupt("step", 7),)), context_of(data, folder=tmp_path))
         assert same(trained(settings, context_of(data, folder=tmp_path)), trained(settings, context_of(data)))
 
+    def test_with_a_generator_of_the_loader_s_own(self, tmp_path):
+        generator = torch.Generator().manual_seed(5)
+        rows = TensorDataset(digits().x, digits().y)
+        data = DataLoader(rows, batch_size=100, shuffle=True, generator=generator)
+        settings = replace(SHORT, hooks=(Interrupt(),))
+        whole = trained(settings, context_of(data))
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
+        generator.manual_seed(6)  # as in another process, which has drawn otherwise
+        with pytest.raises(Stop):
+            trained(replace(SHORT, hooks=(Interrupt("step", 7),)), context_of(data, folder=tmp_path))
+        assert same(trained(settings, context_of(data, folder=tmp_path)), whole)
+
+    @pytest.mark.parametrize("step", [3, 7])
+    def test_data_that_do_not_repeat_are_told(self, tmp_path, step):
+        class Forgetful(Shuffled):
+            drawn = 0
+
+            def __iter__(self):
+                Forgetful.drawn += 1
+                torch.manual_seed(Forgetful.drawn)
+                return super().__iter__()
+
+        for Loader, expected in ((Forgetful, 1), (Shuffled, 0)):
+            folder, told = tmp_path / Loader.__name__, []
+            folder.mkdir()
+            data = Loader(digits().x, digits().y, 100)
+            with pytest.raises(Stop):
+                trained(replace(SHORT, hooks=(Interrupt("step", step),)), context_of(data, folder=folder))
+            context = context_of(data, folder=folder, events=lambda kind, **values: told.append((kind, values)))  # noqa: B023
+            trained(replace(SHORT, hooks=(Interrupt(),)), context)
+            texts = [values["text"] for kind, values in told if kind == "warning"]
+            assert len(texts) == expected and all("will not end in the same bits" in text for text in texts)
+
+    def test_workers_that_live_on_are_told(self, tmp_path):
+        rows, told = TensorDataset(digits().x, digits().y), []
+        data = DataLoader(rows, batch_size=100, shuffle=True, num_workers=1, persistent_workers=True)
+        with pytest.raises(Stop):
+            trained(replace(SHORT, hooks=(Interrupt("step", 6),)), context_of(data, folder=tmp_path))
+        context = context_of(data, folder=tmp_path, events=lambda kind, **values: told.append((kind, values)))
+        trained(replace(SHORT, hooks=(Interrupt(),)), context)
+        assert any(kind == "warning" and "persistent_workers" in values["text"] for kind, values in told)
+
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     def test_twice_interrupted(self, tmp_path, optimizer):
         settings = replace(SHORT, optimizer=optimizer, hooks=(Interrupt(),))
@@ -475,6 +518,17 @@ class TestTheSavedState:
             trained(SHORT, context_of(folder=tmp_path))
         assert not mark.exists()
 
+    def test_weights_that_are_not_finite_do_not_replace_it(self, tmp_path):
+        def break_(moment):
+            if moment.name == "gradients" and moment.step == 3:
+                moment.network.head.weight.grad.fill_(math.nan)
+
+        with pytest.raises(TrainingError, match="not finite after step 4"):
+            trained(replace(SHORT, hooks=(break_,)), context_of(folder=tmp_path))
+        state = torch.load(tmp_path / "finetune.pt", weights_only=True)
+        assert state["numbers"][0] == 3
+        assert all(torch.isfinite(tensor.float()).all() for tensor in state["network"].values())
+
     @pytest.mark.parametrize("content", [b"", b"not a file of torch", None])
     def test_a_damaged_one_is_refused(self, tmp_path, content):
         path = tmp_path / "finetune.pt"
@@ -542,11 +596,56 @@ class TestBudget:
                     yield batch
 
         monkeypatch.setattr("penjing.training.time.perf_counter", lambda: clock[0])
-        minutes, counted = 24 / 60, []
-        for Slow.begin in (0.0, 4.0):  # 4 steps an epoch: (3 + 4 / 4) s a step
-            hook = lambda moment: counted.append(moment.steps)  # noqa: E731
-            trained(replace(SHORT, minutes=minutes, hooks=(hook,)), context_of(Slow(digits())))
-        assert list(dict.fromkeys(counted)) == [8, 6]
+        for Slow.begin, counted, done in ((0.0, 8, 8), (4.0, 6, 5)):  # 4 steps an epoch: (3 + 4 / 4) s a step
+            seen = []
+            hook = lambda moment: seen.append((moment.step, moment.steps, clock[0]))  # noqa: B023, E731
+            trained(replace(SHORT, minutes=24 / 60, hooks=(hook,)), context_of(Slow(digits())))
+            assert seen[0][1] == counted and seen[-1][:2] == (done, done)
+            assert seen[-1][2] - seen[0][2] <= 24
+
+    def test_steps_that_turn_out_slower_get_fewer(self, monkeypatch):
+        clock = [0.0]
+
+        class Slower(list):
+            def __iter__(self):
+                for i, batch in enumerate(super().__iter__()):
+                    clock[0] += 1.0 if i < 8 else 10.0
+                    yield batch
+
+        monkeypatch.setattr("penjing.training.time.perf_counter", lambda: clock[0])
+        seen, rates = [], []
+
+        def hook(moment):
+            seen.append((moment.step, moment.steps, clock[0]))
+            rates.append(moment.optimizer.param_groups[0]["lr"])
+
+        settings = replace(SHORT, epochs=1, minutes=100 / 60, hooks=(hook,))
+        trained(settings, context_of(Slower(digits(1600, 20))))
+        assert seen[0][1] == 80 and seen[-1][0] < 20
+        assert 90 <= seen[-1][2] - seen[0][2] <= 110  # a step that has begun is ended
+        assert rates[-1] < 0.2 * max(rates)  # the schedule comes to its end
+
+    def test_a_stream_without_an_end_is_trained_on_for_so_long(self):
+        class Endless(IterableDataset):
+            def __iter__(self):
+                while True:
+                    yield torch.randn(1, 8, 8), 1
+
+        done = []
+        data = DataLoader(Endless(), batch_size=4)
+        trained(replace(SHORT, minutes=0.01, hooks=(lambda m: done.append(m.step),)), context_of(data))
+        assert done[-1] > 1
+
+    def test_a_stream_that_is_short_after_all_is_read_epochs_times(self, monkeypatch):
+        class Stream:
+            def __iter__(self):
+                return iter(digits())
+
+        monkeypatch.setattr("penjing.training.PASS", 0.0)  # no time to count
+        done = []
+        settings = replace(SHORT, epochs=2, minutes=1e6, hooks=(lambda m: done.append((m.step, m.steps)),))
+        trained(settings, context_of(Stream()))
+        assert done[0][1] > 8 and done[-1] == (8, 8)
 
     def test_counting_leaves_no_trace_in_the_weights(self):
         assert same(trained(replace(SHORT, minutes=1e9)), trained(SHORT))
@@ -607,6 +706,48 @@ class TestHooks:
         trained(replace(SHORT, weight_decay=0.0, hooks=(freeze_head,)), network=network)
         assert torch.equal(network.head.weight, before)
         assert network.head.bias.eq(7).all()
+
+    def test_a_rate_of_their_own_is_set_behind_the_gradients(self):
+        def still(moment):
+            if moment.name == "gradients":
+                for group in moment.optimizer.param_groups:
+                    group["lr"] = 0.0
+
+        network = net()
+        before = network.head.weight.clone()
+        trained(replace(SHORT, hooks=(still,)), network=network)
+        assert torch.equal(network.head.weight, before)
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_layers_are_unfrozen(self, tmp_path, optimizer):
+        class Unfreeze(Interrupt):
+            def __call__(self, moment):
+                if moment.name == "pass":
+                    moment.network.conv.weight.requires_grad_(moment.step >= 4)
+                super().__call__(moment)
+
+        weights = []
+
+        def watch(moment):
+            if moment.name == "step":
+                weights.append(moment.network.conv.weight.detach().clone())
+
+        def frozen():
+            network = net()
+            network.conv.weight.requires_grad_(False)
+            return network
+
+        settings = replace(SHORT, optimizer=optimizer, hooks=(Unfreeze(), watch))
+        whole = trained(settings, network=frozen())
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+        assert moved == [False] * 3 + [True] * 6
+        for step in (3, 6):
+            folder = tmp_path / str(step)
+            folder.mkdir()
+            with pytest.raises(Stop):
+                stopped = replace(settings, hooks=(Unfreeze("step", step), watch))
+                trained(stopped, context_of(folder=folder), network=frozen())
+            assert same(trained(settings, context_of(folder=folder), network=frozen()), whole)
 
     def test_several_are_called_in_turn(self):
         seen = []

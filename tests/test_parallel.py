@@ -143,6 +143,12 @@ def test_a_batch_without_one_number_of_samples_is_not_shared():
             Group(0, 2).part(inputs, target)
 
 
+@pytest.mark.parametrize("target", [[0, 1, 2, 3], ["a", "b", "c", "d"], {"ids": [0, 1, 2, 3]}])
+def test_a_list_with_an_entry_a_sample_is_not_shared(target):
+    with pytest.raises(TaskError, match="can't be shared"):
+        Group(0, 2).part(((torch.zeros(4, 3),), {}), target)
+
+
 def test_doubles_are_summed_as_doubles(tmp_path):
     distributed.init_process_group("gloo", init_method=(tmp_path / "at").as_uri(), rank=0, world_size=1)
     try:

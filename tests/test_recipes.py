@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 import penjing as pj
 from examples.digits import task as digits
@@ -83,3 +85,18 @@ def test_the_label_free_recipe_reads_no_label_and_no_training_data(digits_source
     int8 = next(c for c in run.record.candidates if c.name.endswith("int8"))
     assert int8.integer_operators["conv"] == 2
     assert run.record.source.metric - int8.measured.metric <= 0.1
+
+
+@pytest.mark.parametrize("loader", ["tuples", "tensors", "torch"])
+def test_label_free_takes_the_usual_loaders_of_samples_alone(loader):
+    torch.manual_seed(0)
+    x = torch.rand(24, 1, 8, 8)
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    data = {
+        "tuples": [(part,) for part in x.split(8)],
+        "tensors": list(x.split(8)),
+        "torch": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=8),
+    }[loader]
+    unlabelled = pj.Task(example=x[:2], train=data, calibration=data)
+    small = pj.apply(recipes.label_free(macs=0.6, epochs=1), nn.Sequential(*layers).eval(), unlabelled)
+    assert small(x[:2]).shape == (2, 4)

@@ -50,6 +50,12 @@ class TestAccumulation:
         parts, _ = trained(task(batch=8), epochs=2, accumulate=2)
         assert close(whole, parts) and not close(whole, net())
 
+    def test_batches_weigh_by_their_samples(self):
+        data = task(batch=24, samples=24).train[0]
+        parts = [tuple(t[a:b] for t in data) for a, b in ((0, 16), (16, 24))]
+        ours, _ = trained(task(train=parts), epochs=1, accumulate=2)
+        assert close(ours, trained(task(train=[data]), epochs=1)[0])
+
     def test_the_last_update_of_an_epoch_may_have_fewer_batches(self):
         _, told = trained(task(batch=8), epochs=2, accumulate=4)
         assert [v["done"] for kind, v in told if kind == "progress"] == [1, 2, 3, 4]
@@ -144,6 +150,11 @@ class TestLabelSmoothing:
         ours, _ = trained(task(), epochs=1, label_smoothing=0.2)
         theirs, _ = trained(task(loss=lambda a, b: F.cross_entropy(a, b, label_smoothing=0.2)), epochs=1)
         assert close(ours, theirs) and not close(ours, trained(task(), epochs=1)[0], 1e-4)
+
+    def test_a_class_that_the_loss_ignores_is_left_out(self):
+        ours, _ = trained(task(loss=lambda a, b: F.cross_entropy(a, b, ignore_index=0)), epochs=1, label_smoothing=0.2)
+        smooth = lambda a, b: F.cross_entropy(a, b, ignore_index=0, label_smoothing=0.2)  # noqa: E731
+        assert close(ours, trained(task(loss=smooth), epochs=1)[0])
 
     def test_numbers_as_labels_are_refused(self):
         data = task(train=[(torch.rand(4, 6), torch.rand(4, 3))], loss=F.mse_loss)

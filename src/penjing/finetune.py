@@ -1,7 +1,6 @@
 """One plain training loop, itself a step. Losses and hooks plug in; nothing hides the module.
 
-Stochastic gradient descent with warm-up and a cosine schedule: Loshchilov & Hutter, "SGDR", ICLR 2017.
-AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+Schedules are in `penjing.budget`, optimizers in `penjing.optimizers`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Literal, TypeVar
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing.budget import SCHEDULES
 from penjing.clipping import Clip
 from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
@@ -26,7 +26,7 @@ from penjing.parallel import Group, spread
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.teaching import Distillation, Teacher, opened
-from penjing.training import SCHEDULES, Loop
+from penjing.training import Loop
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,7 +41,8 @@ class Finetune:
     Attributes:
         epochs: Passes over `task.train`; fractions are allowed.
         steps: Updates of the weights, in the place of `epochs`.
-        minutes: An upper bound, hooks aside. The steps that fit are counted once, from a few timed ones, and then kept.
+        minutes: An upper bound. The steps that fit are counted from a few timed ones; there are fewer where the
+            training turns out slower.
         learning_rate: Peak of the schedule.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         weight_decay: On weights of two and more dimensions; biases and norms are spared.

@@ -79,11 +79,11 @@ class Objective:
     def _task_loss(self, batch: Batch) -> torch.Tensor:
         assert self.task.loss is not None
         loss, part = self.task.loss(batch.output, batch.target), self.label_smoothing
-        return loss if not part else (1 - part) * scalar(loss) + part * _uniform(batch)
+        return loss if not part else (1 - part) * scalar(loss) + part * _uniform(batch, scalar(loss))
 
 
-def _uniform(batch: Batch) -> torch.Tensor:
-    """Cross-entropy with all classes alike; labels that are no class (`ignore_index` of torch's) are left out."""
+def _uniform(batch: Batch, loss: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with all classes alike; what the task's loss ignores (torch's `ignore_index`) is left out."""
     output, target = first_output(batch.output), batch.target
     good = isinstance(target, torch.Tensor) and not target.is_floating_point() and output.dim() > 1
     if not good or target.shape != output.shape[:1] + output.shape[2:]:
@@ -96,6 +96,9 @@ def _uniform(batch: Batch) -> torch.Tensor:
             remedy="leave label_smoothing at 0 and smooth in the task's own loss",
         )
     there = (target >= 0) & (target < output.shape[1])
+    if loss.requires_grad and output.requires_grad:  # a class may be ignored too, and only the loss knows which
+        (slope,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
+        there &= (slope != 0).any(1) if slope is not None else there
     return -nn.functional.log_softmax(output, 1).mean(1)[there].mean()
 
 

@@ -62,6 +62,14 @@ class Group:
                 remedy="train with workers=1",
             )
         (samples,) = lengths
+        entries = pytree.tree_leaves((inputs, target), is_leaf=lambda x: isinstance(x, list) and len(x) == samples)
+        if any(isinstance(x, list) and not any(hasattr(y, "shape") for y in pytree.tree_leaves(x)) for x in entries):
+            raise TaskError(
+                "a batch can't be shared by several workers",
+                got=f"a list of {samples}, an entry a sample",
+                expected="inputs and targets whose first axis are the samples",
+                remedy="make it a tensor, or train with workers=1",
+            )
         if not samples:
             raise TaskError("the training data has a batch without samples", got="(0, …)", expected="(samples, …)")
         start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))

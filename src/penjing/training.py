@@ -6,8 +6,9 @@ import copy
 import itertools
 import math
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +17,41 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing import training_state
-from penjing.autocast import caster
+from penjing import budget, training_state
+from penjing.autocast import caster, channels_last_pays
 from penjing.averaging import Average, statistics
-from penjing.call import Call, as_call, to_tensors
+from penjing.call import Call, as_call, fingerprint, to_tensors
 from penjing.clipping import Clips
 from penjing.distill.stored import Answers
 from penjing.errors import TaskError, TrainingError
 from penjing.hooks import Moment
 from penjing.objective import Batch, Objective, scalar
+from penjing.optimizers import optimizer
 from penjing.outputs import to_tensor
 from penjing.parallel import Group
 from penjing.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.teaching import Teaching, in_fp32
-from penjing.training_data import count, diverged, explained, loader, not_finite, pair
+from penjing.training_data import (
+    OTHER_DATA,
+    check_same,
+    count,
+    diverged,
+    explained,
+    loader,
+    not_finite,
+    pair,
+    same_generators,
+    seed_generators,
+    shares,
+)
 
 if TYPE_CHECKING:
     from penjing.finetune import Finetune
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-    "constant": lambda done: 1.0,
-}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 POINTS = 100  # of a training's curve
-
-
-def _channels_last_pays(device: str) -> bool:
-    """Whether 2-D convolutions train faster so, and give the same bits at every run.
-
-    With AVX2 alone, oneDNN's gradients of channels-last convolutions differ from run to run in their last bits.
-    """
-    return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2"
+PASS = 0.1  # of the minutes: as long a stream is read to learn how long it is
 
 
 def seed_everything(seed: int) -> None:
@@ -83,7 +85,7 @@ class Loop:
         self.context, self.settings, self.data, self.group = context, settings, data, group
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
-        last = settings.channels_last and conv and _channels_last_pays(context.device)
+        last = settings.channels_last and conv and channels_last_pays(context.device)
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.cast = caster(settings.autocast, self.network, context.device)
         self.teaching = (
@@ -91,13 +93,16 @@ class Loop:
             if settings.distillations
             else None
         )
+        self.adapters = self.teaching.adapters if self.teaching else nn.ModuleList()
         self.path = context.folder / "finetune.pt" if context.folder else None
         self.random_numbers: dict[str, Any] | None = None
+        self.last: Any = None  # the batch that came last
+        self.known: str | None = None  # what the saved state says of it
 
     def run(self) -> nn.Module:
         """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
         try:
-            with training_state.same_random_numbers(self.context.device):
+            with training_state.same_random_numbers(self.context.device), same_generators(self.data):
                 return self._run()
         finally:
             if self.teaching:
@@ -110,14 +115,15 @@ class Loop:
                 p.data = p.data.to(memory_format=self.memory_format)
         if self.teaching:
             self.teaching.prepare(self.cast)
-        self.optimizer = self._optimizer()
+        self.optimizer = optimizer(self.settings, self.network, self.adapters)
         self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
         self.step, self.epoch, self.position = 0, 0, 0
         self.curve: list[dict[str, Any]] = []
         self.means: dict[str, float] = {}  # of the loss and its terms, over the last steps
         self.terms: dict[str, float] = {}  # of this step; with several workers, of this one's parts
         self.clips = Clips(self.settings.clips)
-        self.length = count(self.data, needed=self.settings.steps is None)
+        self.budget = budget.Budget(self.settings.minutes)
+        self.length = count(self.data, self.settings.steps is None, PASS * self.budget.seconds)
         # Now: what hooks and losses remember may show in their repr.
         self.request = training_state.plain(self._request())
         if self.teaching and any(isinstance(teacher, Answers) for teacher in self.teaching.teachers):
@@ -131,6 +137,7 @@ class Loop:
         while self.step < self.steps:
             for group in self._groups():
                 self._update(group)
+                self._shorten(self.budget.steps(self.step, self.steps))
                 if self.step >= self.steps:
                     break
                 # The first worker's clock counts: all have to meet in what is summed for the saved state.
@@ -138,6 +145,9 @@ class Loop:
                     self._save()
                     saved = time.monotonic()
             if self.step < self.steps or self.position >= self.length:
+                if self.length == math.inf and not self.epoch and self.settings.steps is None:
+                    self.length = self.position
+                    self._shorten(self._in_epochs())
                 self.epoch, self.position = self.epoch + 1, 0
                 self._hook("epoch")
                 self.clips.tell(self.context.events, self.step)
@@ -150,12 +160,15 @@ class Loop:
         return self._finished()
 
     def _finished(self) -> nn.Module:
-        if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
-            raise diverged("a weight is not finite after training", ", ".join(broken[:3]))
+        self._check_finite()
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             tensor.data = tensor.data.to(memory_format=torch.contiguous_format)
         self.network.zero_grad(set_to_none=True)
         return self.network.to(self.home).eval()
+
+    def _check_finite(self) -> None:
+        if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
+            raise diverged(f"a weight is not finite after step {self.step}", ", ".join(broken[:3]))
 
     def _groups(self) -> Iterator[list[tuple[Any, Any]]]:
         """The rest of this epoch's batches, as many together as make one update; the last ones may be fewer."""
@@ -170,15 +183,19 @@ class Loop:
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         """The rest of this epoch's batches."""
-        seed_everything(seed_of(self.context.seed, self.epoch))
+        seed = seed_of(self.context.seed, self.epoch)
+        seed_everything(seed)
+        seed_generators(self.data, seed)
         batches = iter(self.data)
         for _ in range(self.position):
-            next(batches, None)
+            self.last = next(batches, None)
+        self._check_last()
         if self.random_numbers is not None and self.position:
             training_state.set_random_numbers(self.random_numbers, self.context.device)
         came = self.position > 0
         for batch in batches:
             came = True
+            self.last = batch
             yield pair(batch, self.settings.labels)
         if not came:
             raise TaskError(
@@ -189,15 +206,15 @@ class Loop:
             )
 
     def _update(self, batches: list[tuple[Any, Any]]) -> None:
-        rate = self._rate()
+        rate = budget.rate(self.settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        value, self.terms = 0.0, {}
+        value, self.terms, parts = 0.0, {}, shares(batches)
         for number, (inputs, target) in enumerate(batches):
             position = self.position + number
             self.place = f"batch {position} of epoch {self.epoch}"
-            value += self.group.sum(self._backward(inputs, target, 1 / len(batches), position))
+            value += self.group.sum(self._backward(inputs, target, parts[number], position))
             if not math.isfinite(value):
                 raise not_finite(self.step, to_tensors(as_call(inputs)), self.terms, value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
@@ -277,60 +294,52 @@ class Loop:
         tensor = tensor.to(self.context.device)
         return tensor.to(memory_format=self.memory_format) if tensor.dim() == 4 else tensor
 
-    def _rate(self) -> float:
-        warm = max(1, round(self.settings.warmup * self.steps))
-        if self.step < warm:
-            return self.settings.learning_rate * (self.step + 1) / warm
-        done = (self.step - warm) / max(1, self.steps - warm)
-        return self.settings.learning_rate * SCHEDULES[self.settings.schedule](done)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        trained += self.teaching.adapters.parameters() if self.teaching else []
-        weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": weights, "weight_decay": self.settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        if self.settings.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.settings.learning_rate)
-        return torch.optim.SGD(groups, lr=self.settings.learning_rate, momentum=0.9, nesterov=True)
-
     def _hook(self, name: str) -> None:
         for hook in self.settings.hooks:
             hook(Moment(name, self.network, self.optimizer, self.step, self.steps))
 
+    def _check_last(self) -> None:
+        """A resumed training warns where it is not given the data that it would have been given."""
+        known, self.known = self.known, None
+        if known is None:
+            return
+        other = self.position and fingerprint([as_call(self.last)]) != known
+        if other or (self.epoch and getattr(self.data, "persistent_workers", False)):
+            self.context.events("warning", text=OTHER_DATA)
+
     def _check_reproducible(self) -> None:
-        """Stored answers are found by what was asked: the same seed has to give the same samples."""
-        first, again = (pytree.tree_leaves(to_tensors(as_call(next(self._batches())[0]))) for _ in range(2))
-        pairs = zip(first, again, strict=True)
-        if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
-            raise TaskError(
-                "a teacher's answers can't be stored for data that differ at every pass",
-                got="two passes with one seed, whose first batches differ",
-                expected="order and augmentation drawn from the global generators of torch, NumPy or random",
-                remedy="seed the augmentation so, or give the network itself as the teacher",
-            )
+        check_same(*(next(self._batches())[0] for _ in range(2)))
+
+    def _in_epochs(self) -> int:
+        return max(1, round(self.settings.epochs * math.ceil(self.length / self.settings.accumulate)))
 
     def _count_steps(self) -> int:
-        updates = self.length / self.settings.accumulate
-        steps = self.settings.steps or max(1, round(self.settings.epochs * math.ceil(updates)))
+        steps = self.settings.steps or (self._in_epochs() if self.length < math.inf else sys.maxsize)
         if self.settings.minutes is None:
             return steps
-        return max(1, min(steps, int(self.settings.minutes * 60 / self._seconds_a_step())))
+        self.budget.begin(self._seconds_a_step(), before=0.0)
+        return max(1, int(min(steps, self.budget.fit())))
+
+    def _shorten(self, steps: int) -> None:
+        """Fewer steps than were counted: the training turned out slower, or its data shorter."""
+        if self.settings.minutes is None or (steps := self.group.first(steps)) >= self.steps:
+            return
+        self.steps = max(self.step, steps)
+        self._save()
 
     def _seconds_a_step(self) -> float:
         """Time of a few steps on a copy, loading included: what a count of steps is made of that can be kept."""
         probe = copy.copy(self)
         probe.network = copy.deepcopy(self.network)
         probe.teaching = self.teaching.of(probe.network) if self.teaching else None
+        probe.adapters = probe.teaching.adapters if probe.teaching else self.adapters
         probe.settings = replace(self.settings, hooks=())
-        probe.optimizer = probe._optimizer()
+        probe.optimizer = optimizer(probe.settings, probe.network, probe.adapters)
         probe.average = copy.deepcopy(self.average)
         probe.clips = Clips(self.settings.clips)
         probe.steps, probe.context = 1000, replace(self.context, events=lambda *a, **k: None)
         times, start = [], time.perf_counter()
-        for _, group in zip(range(8), probe._groups(), strict=False):
+        for _, group in zip(range(budget.TIMED), probe._groups(), strict=False):
             probe._update(group)
             times.append(time.perf_counter() - start)
             start = time.perf_counter()
@@ -341,7 +350,8 @@ class Loop:
     def _save(self) -> None:
         if self.path is None:
             return
-        adapters = self.group.each(self.teaching.adapters.state_dict() if self.teaching else {})
+        self._check_finite()  # before the last good state is written over
+        adapters = self.group.each(self.adapters.state_dict())
         if self.group.rank:
             return
         state = {
@@ -354,6 +364,8 @@ class Loop:
             "average": self.average.state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "random": training_state.random_numbers(self.context.device),
+            "spent": self.budget.spent,
+            "last": fingerprint([as_call(self.last)]) if self.position else "",
         }
         training_state.save(self.path, state)
         self.group.saved(self.path)
@@ -365,18 +377,19 @@ class Loop:
             self.step, self.epoch, self.position, self.steps = map(int, state["numbers"])
             self.means, self.curve = dict(state["means"]), list(state["curve"])
             self.network.load_state_dict(state["network"])
-            if self.teaching:
-                self.teaching.adapters.load_state_dict(state["adapters"][self.group.rank])
+            self.adapters.load_state_dict(state["adapters"][self.group.rank])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.random_numbers = state["random"]
+            self.random_numbers, self.known = state["random"], str(state["last"])
+            self.budget.begin(state["spent"] / max(1, self.step), before=state["spent"])
             training_state.set_random_numbers(self.random_numbers, self.context.device)
         self.context.events("resumed", step=f"fine-tuning, {self.step} of {self.steps} steps")
         return True
 
     def _request(self) -> dict[str, Any]:
         """What must be the same for a resumed run to end in the same bits."""
-        found = vars(self.settings) | {"seed": self.context.seed, "number of batches": self.length}
+        stream = self.settings.minutes is not None and not hasattr(self.data, "__len__")  # counted in the time there is
+        found = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
         found["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}

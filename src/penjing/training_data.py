@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +12,14 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from penjing.call import as_call, to_tensors
 from penjing.errors import PenjingError, TaskError, TrainingError
 from penjing.task import Task, calibration_calls
+
+OTHER_DATA = (
+    "the training goes on with other data than it would have had, and will not end in the same bits: draw order and "
+    "augmentation from the global generators of torch, NumPy or random, and leave out persistent_workers"
+)
 
 
 class Unlabelled:
@@ -57,8 +64,8 @@ def loader(task: Task, labels: float) -> Any:
     return data
 
 
-def count(data: Any, needed: bool) -> float:
-    """Batches of a pass; infinite where a stream does not tell, and nobody needs to know.
+def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
+    """Batches of a pass; infinite where a stream does not tell, and nobody needs to know or has the time to read it.
 
     Raises:
         TaskError: There is none, or the data can be read only once.
@@ -75,7 +82,11 @@ def count(data: Any, needed: bool) -> float:
     except TypeError:  # a loader of a stream has no length
         if not needed:
             return math.inf
-        length = sum(1 for _ in data)
+        length, start = 0, time.perf_counter()
+        for _ in data:
+            length += 1
+            if time.perf_counter() - start > seconds:
+                return math.inf
     if length == 0:
         dropped = getattr(data, "drop_last", False)
         raise TaskError(
@@ -85,6 +96,57 @@ def count(data: Any, needed: bool) -> float:
             remedy="a smaller batch_size, or drop_last=False" if dropped else "look at len(task.train)",
         )
     return length
+
+
+def seed_generators(data: Any, seed: int) -> None:
+    """Seed the generators of torch's that a loader and its samplers draw from, beside the global ones."""
+    for generator in _generators(data):
+        generator.manual_seed(seed % 2**63)
+
+
+@contextmanager
+def same_generators(data: Any) -> Iterator[None]:
+    """A loader's own generators stand after the block where they stood before it."""
+    before = [(generator, generator.get_state()) for generator in _generators(data)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    batches = getattr(data, "batch_sampler", None)
+    owners = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def check_same(first: Any, again: Any) -> None:
+    """Raise TaskError where two passes with one seed begin with different inputs.
+
+    Stored answers are found by what was asked: the same seed has to give the same samples.
+    """
+    pairs = zip(*(pytree.tree_leaves(to_tensors(as_call(inputs))) for inputs in (first, again)), strict=True)
+    if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
+        raise TaskError(
+            "a teacher's answers can't be stored for data that differ at every pass",
+            got="two passes with one seed, whose first batches differ",
+            expected="order and augmentation drawn from the global generators of torch, NumPy or random",
+            remedy="seed the augmentation so, or give the network itself as the teacher",
+        )
+
+
+def shares(batches: Sequence[tuple[Any, Any]]) -> list[float]:
+    """The part of each batch in the update that several make together: that of its samples, where they can be told."""
+    sizes = [_samples(inputs) for inputs, _ in batches]
+    total = sum(sizes)
+    return [size / total for size in sizes] if all(sizes) else [1 / len(batches)] * len(batches)
+
+
+def _samples(inputs: Any) -> int:
+    tensors = (x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor | np.ndarray) and len(x.shape))
+    return next((len(x) for x in tensors), 0)
 
 
 def pair(batch: Any, labels: float) -> tuple[Any, Any]:
@@ -97,6 +159,8 @@ def pair(batch: Any, labels: float) -> tuple[Any, Any]:
         return batch[0], batch[1]
     if not labels and isinstance(batch, torch.Tensor | np.ndarray | Mapping):
         return batch, None
+    if not labels and isinstance(batch, tuple | list) and len(batch) == 1:  # what TensorDataset(x) gives
+        return batch[0], None
     raise TaskError(
         "a training batch is no pair",
         got=type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
@@ -116,6 +180,8 @@ def explained(who: str, inputs: Any, target: Any, task: Task, place: str) -> Ite
         args, kwargs = task.call()
         said = next(iter(str(error).strip().splitlines()), "")
         remedy = "try one: inputs, labels = next(iter(task.train)); task.loss(network(inputs), labels)"
+        if "required positional argument" in said:
+            remedy = "of two values the second are the labels: several inputs stand in a tuple, ((ids, mask), labels)"
         if "more than 1 value per channel" in said:
             remedy = "batch norms need two samples: DataLoader(..., drop_last=True), or another batch_size"
         raise TaskError(

@@ -68,6 +68,18 @@ def test_every_sample_is_asked_about_once_and_the_student_is_the_same_to_the_bit
     assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
 
 
+def test_inputs_are_told_apart_by_name(tmp_path):
+    class Difference(nn.Module):
+        def forward(self, a, b):
+            return a - 2 * b
+
+    stored = Answers(tmp_path, Difference())
+    a, b = torch.rand(3, 2), torch.rand(3, 2)
+    assert torch.equal(stored(a=a, b=b), a - 2 * b)
+    assert torch.equal(stored(b=a, a=b), b - 2 * a)
+    assert torch.equal(stored(b=b, a=a), a - 2 * b) and stored.asked == 6
+
+
 def test_the_teacher_keeps_its_mode(data, tmp_path):
     teacher = Counted().train()
     run(data, distill.Stored(tmp_path, teacher))

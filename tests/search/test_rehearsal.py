@@ -171,3 +171,12 @@ def test_samples_without_a_kept_answer_are_told_before_any_step(tmp_path, before
     first = Noted(before or pj.Finetune(epochs=1), begun)
     pj.apply(pj.Recipe(first, read), network(), data, seed=1)
     assert len(begun) == 1
+
+
+def test_a_loss_that_looks_at_a_network_to_come_is_not_tried_on_another():
+    def penalty(batch):
+        return batch.network.get_parameter("conv1.weight").square().mean()
+
+    build = pj.distill.Student(architecture="resnet8", settings={"width": 4})
+    trained = pj.apply(pj.Recipe(build, pj.Finetune(steps=1, losses=(penalty,))), network(), task())
+    assert trained.get_parameter("conv1.weight").shape[0] == 4

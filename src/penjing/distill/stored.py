@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing.call import leaves
 from penjing.errors import OutputError, RecipeError, TaskError
 from penjing.files import write_text
 from penjing.outputs import evaluating, first_output
@@ -117,19 +117,18 @@ class Answers(nn.Module):
             TaskError: A sample has no answer, and there is no teacher.
             OutputError: The disk is full.
         """
-        leaves = pytree.tree_leaves((args, kwargs))
-        keys = _keys(leaves)
+        keys = _keys(args, kwargs)
         new = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self.rows}
         if new:
             self._ask(args, kwargs, new, len(keys))
         assert self.answers is not None and self.shape is not None
         found = self.answers[[self.rows[key] for key in keys]]
-        device = next(x.device for x in leaves if isinstance(x, torch.Tensor))
+        device = next(x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(device)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Raise TaskError where a sample has no answer and there is no teacher. Nobody is asked."""
-        keys = _keys(pytree.tree_leaves((args, kwargs)))
+        keys = _keys(args, kwargs)
         missing = sum(key not in self.rows for key in keys)
         if missing and self.teacher is None:
             raise self._unanswered(missing, len(keys))
@@ -225,14 +224,20 @@ class Answers(nn.Module):
         return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
 
 
-def _keys(leaves: Sequence[Any]) -> list[bytes]:
-    """A digest of every sample: its part of every input, bytes, types and shapes; and the numbers that all share."""
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+def _keys(args: Any, kwargs: Any) -> list[bytes]:
+    """A digest of every sample: its part of every input, by name, bytes, types and shapes; and the numbers of all."""
+    named = sorted(((where, x) for _, where, x in leaves((args, kwargs))), key=lambda pair: pair[0])
+    tensors = [x for _, x in named if isinstance(x, torch.Tensor)]
     samples = next((len(x) for x in tensors if x.dim()), None)
     if samples is None:
         raise TaskError("a call can't be found again", got="no tensor with an axis", expected="(samples, …)")
-    numbers = [x for x in leaves if isinstance(x, bool | int | float | str)]
-    kinds = repr([(str(x.dtype), tuple(x.shape[1:])) for x in tensors]) + (repr(numbers) if numbers else "")
+    kinds = repr(
+        [
+            (where, str(x.dtype), tuple(x.shape[1:])) if isinstance(x, torch.Tensor) else (where, x)
+            for where, x in named
+            if isinstance(x, torch.Tensor | bool | int | float | str)
+        ]
+    )
     parts = []
     for x in tensors:
         rows = samples if x.dim() and len(x) == samples else 1  # what all samples share is part of each one's key

@@ -21,7 +21,7 @@ from penjing.step import Context
 from penjing.task import Task
 from penjing.teaching import Teaching, in_fp32, teacher_view, teachers
 from penjing.training import seed_everything, seed_of
-from penjing.training_data import count, explained, loader, pair
+from penjing.training_data import count, explained, loader, pair, same_generators, seed_generators
 from penjing.training_state import same_random_numbers
 
 
@@ -45,11 +45,13 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
         ways = training.resolved(context, changed).distillations
     data = loader(task, training.labels)
     objective = Objective(task, training.losses, training.labels, training.label_smoothing)
+    if changed:  # they may look at the network that is trained, which is not there yet
+        objective.losses = ()
     count(data, needed=False)
     named = tuple(_unwritten(one, task) for one in pytree.tree_leaves(training.teacher))
     teacher = named if isinstance(training.teacher, tuple) else named[0]
     features = [theirs for way in training.distillations for _, theirs in way.features]
-    with same_random_numbers(context.device):
+    with same_random_numbers(context.device), same_generators(data):
         if changed and features:
             teacher_view(teachers(network, teacher, context), features, task)
         teaching = Teaching(network, teacher, ways, context) if ways else None
@@ -92,7 +94,8 @@ def _first_batch(
     teaching: Teaching | None,
     data: Iterable[object],
 ) -> None:
-    seed_everything(seed_of(context.seed, 0))
+    seed_everything(seed := seed_of(context.seed, 0))
+    seed_generators(data, seed)
     first = None if isinstance(data, Iterator) else next(iter(data), None)  # what is its own iterator is not disturbed
     if first is None:
         return
