@@ -14,8 +14,8 @@ class Moment:
     """What a hook sees.
 
     `name` is "start" (once in every process: after a resume `step` is above 0), "pass" (the network was put into
-    training mode: before every pass over the data, and after a resume), "gradients" (after backward), "step" (after the
-    update), "epoch" (after a whole pass), "end".
+    training mode: before every pass over the data, and after a resume), "gradients" (after backward; the rate of this
+    step is there, and a hook may set another), "step" (after the update), "epoch" (after a whole pass), "end".
     """
 
     name: str

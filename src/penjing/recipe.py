@@ -166,7 +166,9 @@ class Recipe:
                     raise RecipeError(
                         "a recipe quantizes twice",
                         got=f"{type(quantized).__name__} and {type(step).__name__}",
-                        expected="one of them",
+                        expected="one of them: the second would choose its scales for values that the first has "
+                        "already rounded",
+                        remedy="quantize.MixedPrecision gives layers other bits in one step",
                     )
                 quantized = step
 

@@ -1,0 +1,130 @@
+"""A run that is killed in the middle of a training goes on, and ends in the same bits.
+
+The joint recipe on scikit-learn's digits (a small ResNet-20, `--epochs`), from the network to the file of ONNX Runtime.
+It runs once to its end. Then, for every fraction of its training steps, a new process is killed with SIGKILL as soon as
+its events tell of that step, and another one goes on with ``resume=True``. The files are compared by their SHA-256.
+The longest training of the whole run is drawn as the report draws it.
+
+    python benchmarks/resume.py [--fractions 0.25 0.5 0.9] [--epochs 20]
+        [--picture docs/assets/training.svg]
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+FILES = {"the file": "artifact/model.onnx", "the weights": "weights.safetensors"}
+STYLE = "svg { background: var(--sheet); font: 12px var(--plain); }"
+
+
+def run(folder, epochs, resume):
+    """The run, in this process; states are saved at every second."""
+    from dataclasses import replace
+
+    import penjing as pj
+    from examples.digits.network import trained
+    from examples.digits.task import task
+
+    def often(step):
+        if isinstance(step, pj.prune.Iterative):
+            return replace(step, finetune=often(step.finetune))
+        return replace(step, save_every_s=1.0) if hasattr(step, "save_every_s") else step
+
+    recipe = pj.Recipe(*map(often, pj.recipes.joint(macs=0.5, epochs=epochs, learning_rate=0.05)))
+    pj.run(recipe, trained(), task(), runtime="onnxruntime", goal="minimize size_bytes", out=folder, resume=resume,
+           threads=1, seconds=0.1)  # fmt: skip
+
+
+def child(folder, epochs, resume):
+    """The run in a process of its own."""
+    command = [sys.executable, __file__, "--run", str(folder), "--epochs", f"{epochs:g}"]
+    return subprocess.Popen(command + ["--resume"] * resume, stdout=subprocess.DEVNULL)
+
+
+def events(folder, kind):
+    """What a run has told so far."""
+    path = folder / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # it is being written, or was cut off
+            continue
+        if event.get("kind") == kind:
+            found.append(event)
+    return found
+
+
+def digests(folder):
+    """SHA-256 of what a run has left."""
+    return {name: hashlib.sha256((folder / path).read_bytes()).hexdigest() for name, path in FILES.items()}
+
+
+def killed(folder, epochs, told):
+    """Kill a run when it has told of so many points of its trainings; then let another process go on."""
+    process = child(folder, epochs, False)
+    while len(points := events(folder, "training")) < told and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    status = process.wait()
+    child(folder, epochs, True).wait()
+    went_on = [event["step"] for event in events(folder, "resumed")]
+    return {"status": status, "killed at": f"{points[-1]['step']} of {points[-1]['steps']} steps", "went on": went_on}
+
+
+def picture(folder):
+    """The largest curve of the report, with the report's colours, as a file of its own."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    curve = max(re.findall(r'<svg [^>]*aria-labelledby="curve-\d+".*?</svg>', page, re.DOTALL), key=len)
+    return curve.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        ">", f"><style>{style}{STYLE}</style>", 1
+    )
+
+
+def main() -> None:
+    """Run all, print the table, write JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5, 0.9])
+    parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--run", type=Path, help="one run, in this process")
+    parser.add_argument("--resume", action="store_true", help="go on with it")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/assets/training.svg")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/resume.json")
+    arguments = parser.parse_args()
+    if arguments.run:
+        run(arguments.run, arguments.epochs, arguments.resume)
+        return
+    from penjing import measure
+
+    data = {"machine": vars(measure.machine(1)), "versions": measure.versions(), "rows": []}
+    with tempfile.TemporaryDirectory() as aside:
+        whole = Path(aside) / "whole"
+        if child(whole, arguments.epochs, False).wait():
+            raise SystemExit("the whole run failed")
+        wanted, points = digests(whole), len(events(whole, "training"))
+        data["digests"] = wanted
+        for fraction in arguments.fractions:
+            folder = Path(aside) / f"{fraction:g}"
+            row = killed(folder, arguments.epochs, max(1, round(fraction * points)))
+            row |= {"fraction": fraction, "same": {n: d == wanted[n] for n, d in digests(folder).items()}}
+            data["rows"].append(row)
+            print(f"killed at {row['killed at']} ({row['status']}), went on with {row['went on']}: {row['same']}")
+        arguments.picture.write_text(picture(whole), encoding="utf-8")
+    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    print(f"{arguments.out}\n{arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()
