@@ -24,6 +24,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FILES = {"the file": "artifact/model.onnx", "the weights": "weights.safetensors"}
+DRAWN = re.compile(r"\s*(svg (text|\.grid|\.axis)|polyline|\.curve\.)")
 STYLE = "svg { background: var(--sheet); font: 12px var(--plain); }"
 
 
@@ -79,17 +80,19 @@ def killed(folder, epochs, told):
     process.kill()
     status = process.wait()
     child(folder, epochs, True).wait()
-    went_on = [event["step"] for event in events(folder, "resumed")]
+    went_on = [event.get("step") or event["candidate"] for event in events(folder, "resumed")]
     return {"status": status, "killed at": f"{points[-1]['step']} of {points[-1]['steps']} steps", "went on": went_on}
 
 
 def picture(folder):
     """The largest curve of the report, with the report's colours, as a file of its own."""
     page = (folder / "report.html").read_text(encoding="utf-8")
-    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    rules = re.findall(r"[^{}]+{[^{}]*}", re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1])
+    root = next(rule for rule in rules if ":root" in rule)
+    style = "".join([re.sub(r"/\*.*?\*/", "", root), *(rule for rule in rules if DRAWN.match(rule)), STYLE])
     curve = max(re.findall(r'<svg [^>]*aria-labelledby="curve-\d+".*?</svg>', page, re.DOTALL), key=len)
     return curve.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        ">", f"><style>{style}{STYLE}</style>", 1
+        ">", f"><style>{style}</style>", 1
     )
 
 

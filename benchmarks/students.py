@@ -8,9 +8,8 @@ and epochs: `labels` learns from labels alone, `Logits` is plain distillation (H
 their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
 student from labels lacks to the teacher, in the mean of its seeds. The test pictures are read once per run.
 
-Every way is run with all seeds, but for variants of one (another weight, other values inside), which are run with the
-first. With `--long` epochs `labels` and the best of the others (by held-out training pictures) are trained once more,
-with the first seed, to where labels alone bring the student.
+Every way is run with all seeds. With `--long` epochs `labels` and the best of the others (by held-out training
+pictures) are trained once more, with the first seed, to where labels alone bring the student.
 
     python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 5 6] [--seeds 0 1 2]
         [--width 0.35] [--ways labels Logits ...] [--long 12]
@@ -39,11 +38,6 @@ INSIDE = {
     "resnet": tuple((f"stages.{i}", f"stages.{i}") for i in range(3)),
     "mobilenet": tuple((f"blocks.{i}", f"blocks.{i}") for i in (2, 5, 12, 16)),
 }
-
-VARIANTS = (
-    "Logits, weight 0.25", "DIST, temperature 4", "Hints, every stage", "AttentionTransfer, last stage",
-    "Logits and CRD",
-)  # fmt: skip
 
 
 def networks(pair, width):
@@ -195,8 +189,7 @@ def measured(pair, arguments, task, data, save):
     runs = {name: [] for name in every}
     for seed in arguments.seeds:
         for name in every:
-            if seed == arguments.seeds[0] or name not in VARIANTS:
-                runs[name].append(ran(name, seed))
+            runs[name].append(ran(name, seed))
     others = [name for name in every if name not in ("labels", "Logits")]
     best = max(others, key=lambda n: statistics.mean(row["held_out"] for row in runs[n]), default="Logits")
     found["teacher"] = spread({row["teacher"] for rows in runs.values() for row in rows}) | {
