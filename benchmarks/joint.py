@@ -169,26 +169,15 @@ def speeds(arguments, data, save):
     from examples.data import cache
     from examples.fashion_mnist.task import task as fashion
     from penjing import measure
-    from penjing.measure import Target, compare
     from penjing.outputs import to_numpy
 
     task = fashion()
     pictures = to_numpy(torch.cat(list(task.calibration)))
-    data["speed"] = {}
     with tempfile.TemporaryDirectory() as aside:
         folders = whole(Path(aside), task)
         for name in data["accuracy"]:
             folders[name] = cache() / "joint" / f"{name} epochs {arguments.epochs:g} seed {arguments.seeds[0]}"
-        for batch in (1, 32):
-            targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
-            timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="joint:opened")
-            rows = data["speed"][str(batch)] = {n: vars(timings[n].latency) for n in folders}
-            for name, row in rows.items():
-                times = rows["fp32 openvino"]["median"] / row["median"]
-                print(
-                    f"batch {batch:>2} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}  {times:.2f}x",
-                    flush=True,
-                )
+        data["speed"] = timed(folders, pictures, arguments.seconds)
     data["machine"], data["wins"] = vars(measure.machine(THREADS)), wins(data)
     save()
 
@@ -203,7 +192,6 @@ def limit(arguments, data, save):
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
     from penjing import measure, recipes
-    from penjing.measure import Target, compare
     from penjing.outputs import numpy_predictor, to_numpy
 
     task, epochs = fashion(), arguments.limit_epochs
@@ -238,14 +226,7 @@ def limit(arguments, data, save):
     with tempfile.TemporaryDirectory() as aside:
         folders |= whole(Path(aside), task)
         pictures = to_numpy(torch.cat(list(task.calibration)))
-        data["limit"]["speed"] = {}
-        for batch, threads in ((1, 1), (1, 2), (32, 2)):
-            targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
-            timings = compare(targets, threads=threads, seconds=arguments.seconds, opener="joint:opened")
-            key = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
-            rows = data["limit"]["speed"][key] = {name: vars(timings[name].latency) for name in folders}
-            for name, row in rows.items():
-                print(f"{key} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}", flush=True)
+        data["limit"]["speed"] = timed(folders, pictures, arguments.seconds)
     data["limit"]["measured on"] = {"machine": vars(measure.machine(THREADS)), "versions": versions()}
     save()
 
@@ -263,6 +244,23 @@ def versions(*others):
     from penjing import measure
 
     return measure.versions() | {name: importlib.metadata.version(name) for name in others}
+
+
+def timed(folders, pictures, seconds):
+    """All files in turns: one picture, with one thread and with two, and many."""
+    from penjing.measure import Target, compare
+
+    found = {}
+    for batch, threads in ((1, 1), (1, THREADS), (32, THREADS)):
+        targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
+        timings = compare(targets, threads=threads, seconds=seconds, opener="joint:opened")
+        key = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+        rows = found[key] = {name: vars(timings[name].latency) for name in folders}
+        fastest = min(row["median"] for name, row in rows.items() if name.startswith("fp32"))
+        for name, row in rows.items():
+            print(f"{key} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}  "
+                  f"{fastest / row['median']:.2f}x", flush=True)  # fmt: skip
+    return found
 
 
 def whole(aside, task):
@@ -284,15 +282,15 @@ def whole(aside, task):
 def wins(data):
     """For every chain the fastest joint file that is as accurate: how many times faster it is."""
     found = {}
-    for batch, rows in data["speed"].items():
+    for case, rows in data["speed"].items():
         for name in (n for n in CHAIN if n in data["accuracy"]):
             needed = data["accuracy"][name]["accuracy"]
             able = [n for n in JOINT if n in data["accuracy"] and data["accuracy"][n]["accuracy"] >= needed]
             if able:
                 best = min(able, key=lambda n: rows[n]["median"])
                 times = rows[name]["median"] / rows[best]["median"]
-                found[f"{name}, batch {batch}"] = {"by": best, "times": times}
-                print(f"batch {batch:>2} {name}: {best} is as accurate and {times:.2f}x faster")
+                found[f"{name}, {case}"] = {"by": best, "times": times}
+                print(f"{case} {name}: {best} is as accurate and {times:.2f}x faster")
     return found
 
 

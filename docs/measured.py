@@ -410,51 +410,49 @@ LATENCIES = {
 def joint() -> str:
     """The joint recipe beside the chain of separate tools."""
     data = _read("joint")
-    lines = [
-        "| | accuracy, median (all seeds) | batch 1 | times fp32 | batch 32 | times fp32 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in data["speed"]["1"]:
-        row = data["accuracy"].get(name)
-        shown = f"{row['accuracy']:.2%}{_span(row)}" if row else ""
-        if name.startswith("fp32"):
-            shown = f"{data['source']['accuracy']:.2%}"
-        cells = []
-        for batch in ("1", "32"):
-            rows = data["speed"][batch]
-            fastest = min(row["median"] for whole, row in rows.items() if whole.startswith("fp32"))
-            cells += [_ms(rows[name]), f"{fastest / rows[name]['median']:.1f}"]
-        lines.append(f"| {name} | {shown} | {' | '.join(cells)} |")
+    lines = _by_case(data["speed"], data["accuracy"], data["source"]["accuracy"])
     lines.append("")
     for name, win in data["wins"].items():
         lines.append(f"- {name}: *{win['by']}* is at least as accurate, and {win['times']:.2f} times faster.")
     first = next(iter(data["accuracy"].values()))
     told = f"{first['epochs']:g} epochs in all on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
-    return _under(lines, data, f"ResNet-20 on Fashion-MNIST, {told}; times the fastest fp32 file; ")
+    return _under(lines, _without_threads(data), f"ResNet-20 on Fashion-MNIST, {told}; {CASES}; ")
 
 
 def joint_limit() -> str:
     """Networks of few layers, whose files take a third of the time of the fastest fp32 file."""
     data = _read("joint")["limit"]
-    whole = [name for name in next(iter(data["speed"].values())) if name.startswith("fp32")]
-    fastest = {key: min(rows[name]["median"] for name in whole) for key, rows in data["speed"].items()}
-    lines = [
-        "| | accuracy (all seeds) | " + " | ".join(f"{key} | times fp32" for key in data["speed"]) + " |",
-        "|---" * (2 + 2 * len(data["speed"])) + "|",
-    ]
-    for name in (*whole, *data["accuracy"]):
-        row = data["accuracy"].get(name, {"accuracy": data["source"], "seeds": 1})
-        cells = [
-            f"{rows[name]['median']:.3f} ms ±{rows[name]['spread'] / 2:.0%} | {fastest[key] / rows[name]['median']:.1f}"
-            for key, rows in data["speed"].items()
-        ]
-        lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
+    lines = _by_case(data["speed"], data["accuracy"], data["source"])
     runs = [run for row in data["accuracy"].values() for run in row["made"]]
     made = sorted({f"{run['device']} with torch {run['torch']}" for run in runs})
-    told = f"{data['epochs']:g} epochs on {', '.join(made)}, one seed where no span is given; times the fastest fp32 "
-    where = {**data["measured on"], "machine": dict(data["measured on"]["machine"])}
-    del where["machine"]["threads"]  # every column has its own
-    return _under(lines, where, told + "file; ± half of the interquartile range / median; timed on ")
+    told = f"{data['epochs']:g} epochs on {', '.join(made)}, one seed where no span is given; {CASES}; timed on "
+    return _under(lines, _without_threads(data["measured on"]), told)
+
+
+CASES = "times the fastest fp32 file; ± half of the interquartile range / median"
+
+
+def _by_case(speed: dict, accuracy: dict, source: float) -> list[str]:
+    """Accuracy and speed of files, the whole network's first; a column for every batch and number of threads."""
+    whole = [name for name in next(iter(speed.values())) if name.startswith("fp32")]
+    fastest = {key: min(rows[name]["median"] for name in whole) for key, rows in speed.items()}
+    lines = [
+        "| | accuracy, median (all seeds) | " + " | ".join(f"{key} | times fp32" for key in speed) + " |",
+        "|---" * (2 + 2 * len(speed)) + "|",
+    ]
+    for name in (*whole, *accuracy):
+        row = accuracy.get(name, {"accuracy": source})
+        cells = [
+            f"{rows[name]['median']:.3f} ms ±{rows[name]['spread'] / 2:.0%} | {fastest[key] / rows[name]['median']:.1f}"
+            for key, rows in speed.items()
+        ]
+        lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _without_threads(data: dict) -> dict:
+    """Where it was measured; every column has threads of its own."""
+    return {**data, "machine": {name: value for name, value in data["machine"].items() if name != "threads"}}
 
 
 def students() -> str:
