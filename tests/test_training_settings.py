@@ -156,6 +156,15 @@ class TestLabelSmoothing:
         smooth = lambda a, b: F.cross_entropy(a, b, ignore_index=0, label_smoothing=0.2)  # noqa: E731
         assert close(ours, trained(task(loss=smooth), epochs=1)[0])
 
+    def test_answers_that_could_not_be_surer_are_smoothed(self):
+        sure = nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            sure.weight.copy_(1000 * torch.eye(3))
+        data = Task(example=torch.eye(3), train=[(torch.eye(3), torch.arange(3))], loss=F.cross_entropy)
+        settings = Finetune(epochs=1, autocast="off", label_smoothing=0.1, weight_decay=0.0, warmup=0.0)
+        train(sure, Context(task=data), settings)
+        assert (sure.weight.diag() < 1000).all()
+
     def test_numbers_as_labels_are_refused(self):
         data = task(train=[(torch.rand(4, 6), torch.rand(4, 3))], loss=F.mse_loss)
         with pytest.raises(TaskError, match="label smoothing needs classes"):

@@ -98,7 +98,8 @@ def _uniform(batch: Batch, loss: torch.Tensor) -> torch.Tensor:
     there = (target >= 0) & (target < output.shape[1])
     if loss.requires_grad and output.requires_grad:  # a class may be ignored too, and only the loss knows which
         (slope,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
-        there &= (slope != 0).any(1) if slope is not None else there
+        counted = there & (slope != 0).any(1) if slope is not None else there
+        there = torch.where(counted.any(), counted, there)  # answers that could not be surer have no slope either
     return -nn.functional.log_softmax(output, 1).mean(1)[there].mean()
 
 
