@@ -470,7 +470,7 @@ def students() -> str:
         ]
         rows = sorted(found["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
         for name, row in rows:
-            lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
+            lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {round(row['gap_closed'], 2) + 0.0:+.2f} |")
         epochs = next(iter(found["accuracy"].values()))["epochs"]
         if longer := found.get("long"):
             told = ", ".join(f"{name} {value:.2%}" for name, value in longer["accuracy"].items())
