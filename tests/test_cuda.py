@@ -25,21 +25,12 @@ def places(*networks):
     return {t.device.type for network in networks for t in network.state_dict().values()}
 
 
-@pytest.fixture(scope="module")
-def data():
-    return pairs.task()
-
-
-@pytest.fixture(scope="module")
-def source(data):
-    return pairs.trained(data)
-
-
 @pytest.mark.parametrize("name", pairs.TECHNIQUES)
-def test_every_technique_gives_a_file_that_answers_as_torch(name, source, data, tmp_path):
+def test_every_technique_gives_a_file_that_answers_as_torch(name, tmp_path):
     pytest.importorskip("onnxruntime")
     order = (name, "Finetune") if isinstance(pairs.TECHNIQUES[name][1], distill.Student) else ("Finetune", name)
-    network = copy.deepcopy(source)
+    data = pairs.task()
+    network = pairs.trained(data)
     found = pairs.artifact(Recipe(*pairs.steps(*order)), network, data, tmp_path, device=DEVICE)
     assert found["snr_db"] >= 35
     assert places(network) == {"cpu"}

@@ -625,7 +625,7 @@ class TestBudget:
         assert 90 <= seen[-1][2] - seen[0][2] <= 110  # a step that has begun is ended
         assert rates[-1] < 0.2 * max(rates)  # the schedule comes to its end
 
-    def test_a_stream_without_an_end_is_trained_on_for_so_long(self):
+    def test_a_stream_without_an_end_is_trained_on_for_so_long(self, tmp_path):
         class Endless(IterableDataset):
             def __iter__(self):
                 while True:
@@ -633,8 +633,11 @@ class TestBudget:
 
         done = []
         data = DataLoader(Endless(), batch_size=4)
-        trained(replace(SHORT, minutes=0.01, hooks=(lambda m: done.append(m.step),)), context_of(data))
+        context = context_of(data, folder=tmp_path)
+        trained(replace(SHORT, minutes=0.01, hooks=(lambda m: done.append(m.step),)), context)
         assert done[-1] > 1
+        state = torch.load(tmp_path / "finetune.pt", weights_only=True)
+        assert json.loads(state["request"])["number of batches"] is None  # how far it was read is up to the clock
 
     def test_a_stream_that_is_short_after_all_is_read_epochs_times(self, monkeypatch):
         class Stream:

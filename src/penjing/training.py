@@ -44,6 +44,7 @@ from penjing.training_data import (
     same_generators,
     seed_generators,
     shares,
+    sized,
 )
 
 if TYPE_CHECKING:
@@ -389,7 +390,7 @@ class Loop:
 
     def _request(self) -> dict[str, Any]:
         """What must be the same for a resumed run to end in the same bits."""
-        stream = self.settings.minutes is not None and not hasattr(self.data, "__len__")  # counted in the time there is
+        stream = self.settings.minutes is not None and not sized(self.data)  # it is counted in the time there is
         found = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
         found["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}

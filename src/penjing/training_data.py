@@ -77,11 +77,11 @@ def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
             expected="data that starts anew at every pass",
             remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
         )
-    try:
+    if sized(data):
         length = len(data)
-    except TypeError:  # a loader of a stream has no length
-        if not needed:
-            return math.inf
+    elif not needed:
+        return math.inf
+    else:
         length, start = 0, time.perf_counter()
         for _ in data:
             length += 1
@@ -96,6 +96,15 @@ def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
             remedy="a smaller batch_size, or drop_last=False" if dropped else "look at len(task.train)",
         )
     return length
+
+
+def sized(data: Any) -> bool:
+    """Whether a loader tells its length; that of a stream has a method for it, which raises."""
+    try:
+        len(data)
+    except TypeError:
+        return False
+    return True
 
 
 def seed_generators(data: Any, seed: int) -> None:
