@@ -12,6 +12,7 @@ from torch import nn
 
 import penjing as pj
 from penjing import distill
+from penjing.distill.stored import _keys
 from penjing.finetune import Finetune, train
 from penjing.network import raise_network
 from penjing.recipe import Recipe
@@ -119,6 +120,14 @@ def test_stored_answers_are_those_of_the_teacher(teacher, tmp_path):
     stored = train(lessons.raised(), where, replace(settings, teacher=distill.Stored(tmp_path, teacher)))
     read = train(lessons.raised(), where, replace(settings, teacher=distill.Stored(tmp_path)))
     assert loop.same(asked, stored) and loop.same(stored, read)
+
+
+@pytest.mark.parametrize("shape", [(300, 1, 28, 28), (40, 3, 224, 224), (5, 7), (3, 0)])
+def test_a_sample_has_the_same_key_everywhere(shape):
+    x, mask = torch.randn(shape), torch.ones(len(torch.empty(shape)), 3, dtype=torch.bool)
+    keys = _keys((x,), {"mask": mask, "scale": torch.tensor(2.0)})
+    moved = x.to(DEVICE, memory_format=torch.channels_last) if x.dim() == 4 else x.to(DEVICE)
+    assert _keys((moved,), {"mask": mask.to(DEVICE), "scale": torch.tensor(2.0, device=DEVICE)}) == keys
 
 
 def test_a_run_from_source_to_file(tmp_path):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import penjing
 from penjing import distill
-from penjing.distill.stored import Answers
+from penjing.distill.stored import HASHES, Answers, _keys, _numbers, _sums
 from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, SourceError, TaskError
 from penjing.finetune import Finetune, train
 from penjing.recipe import Recipe
@@ -78,6 +78,51 @@ def test_inputs_are_told_apart_by_name(tmp_path):
     assert torch.equal(stored(a=a, b=b), a - 2 * b)
     assert torch.equal(stored(b=a, a=b), b - 2 * a)
     assert torch.equal(stored(b=b, a=a), a - 2 * b) and stored.asked == 6
+
+
+class TestHashes:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool])
+    def test_they_are_what_the_paper_writes(self, dtype):
+        rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+        found = _sums(rows)
+        assert found.dtype == torch.int32
+        for row, own in zip(rows, found, strict=True):
+            raw = row.clone().view(torch.uint8).numpy().tobytes()
+            words = [
+                int.from_bytes(raw[at : at + 4].ljust(4, b"\0"), "little", signed=True) for at in range(0, len(raw), 4)
+            ]
+            for i in range(HASHES):
+                numbers = _numbers(len(words), rows.device)[i].tolist()
+                whole = sum(a * b for a, b in zip(words, numbers, strict=True)) % 2**64
+                assert int(own[i]) % 2**32 == whole >> 32
+
+    def test_numbers_are_those_of_splitmix(self):
+        """The first values of its reference implementation for the seed 0."""
+        first = _numbers(1, torch.device("cpu")).flatten().numpy().view(np.uint64)
+        assert [hex(n) for n in first[:3]] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
+
+    def test_many_words_at_once_are_as_few(self):
+        rows = torch.randn(3, 2**18)
+        assert torch.equal(_sums(rows), torch.cat([_sums(row[None]) for row in rows]))
+
+    def test_a_key_is_of_values_and_nothing_else(self):
+        x = torch.randint(0, 255, (9, 3, 5, 7), dtype=torch.uint8)
+        keys = _keys((x,), {})
+        assert len(set(keys)) == 9
+        assert _keys((x.to(memory_format=torch.channels_last),), {}) == keys
+        assert _keys((x[2:4],), {}) == keys[2:4]  # begins where no word of 4 bytes does
+        assert _keys((x.float(),), {}) != keys and _keys((x[..., None],), {}) != keys
+
+    def test_one_bit_is_enough(self):
+        zeros = torch.zeros(1 + 64 * 8, 64, dtype=torch.uint8)
+        for bit in range(64 * 8):
+            zeros[1 + bit, bit // 8] = 1 << bit % 8
+        sums = _sums(zeros)
+        assert all(len(set(sums[:, i].tolist())) == 1 + 64 * 8 for i in range(HASHES))
+        assert len(set(_keys((zeros,), {}))) == 1 + 64 * 8
+
+    def test_nothing_to_hash(self):
+        assert len(_keys((torch.zeros(3, 0), torch.tensor(2.0)), {})) == 3
 
 
 def test_the_teacher_keeps_its_mode(data, tmp_path):
