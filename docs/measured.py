@@ -504,12 +504,18 @@ def minilm_layers(name: str = "minilm_layers") -> str:
 def training_cost() -> str:
     """What a training step costs beside a bare loop."""
     data = _read("training_cost")
-    lines = ["| | a step | of the bare loop (all rounds) |", "|---|---|---|"]
-    for network, rows in data["rows"].items():
-        for name, row in rows.items():
-            told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
-            lines.append(f"| {network}, {name} | {row['ms_a_step']:.1f} ms | {told} |")
-    return _under(lines, data, "Batches of 256; ")
+    parts = []
+    for found in (data, data.get("gpu")):
+        if found is None:
+            continue
+        lines = ["| | a step | of the bare loop (all rounds) |", "|---|---|---|"]
+        for network, rows in found["rows"].items():
+            for name, row in rows.items():
+                told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+                lines.append(f"| {network}, {name} | {row['ms_a_step']:.1f} ms | {told} |")
+        device = f"{found['device']}; " if "device" in found else ""
+        parts.append(_under(lines, found, f"Batches of 256; {device}"))
+    return "\n\n".join(parts)
 
 
 def resume() -> str:

@@ -6,7 +6,7 @@ so that the first weights are soon forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ STATISTICS = ("running_mean", "running_var")
 HALF = (torch.bfloat16, torch.float16)
 
 
-def statistics(network: nn.Module) -> list[torch.Tensor]:
-    """The running statistics of a network's norms."""
-    return [buffer for name, buffer in network.named_buffers() if name.endswith(STATISTICS)]
+def statistics(network: nn.Module) -> Iterator[torch.Tensor]:
+    """The running statistics of a network's norms; nothing is looked for until they are asked for."""
+    return (buffer for name, buffer in network.named_buffers() if name.endswith(STATISTICS))
 
 
 class Average(nn.Module):
