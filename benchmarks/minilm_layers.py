@@ -6,7 +6,8 @@ steps. *Plain* knows no teacher: the layers of the encoder as it was published, 
 also with as many texts more as the teacher was trained on, whose layers carry what it has seen. All others begin with
 the teacher's layers (`distill.FewerLayers`, as DistilBERT): `labels` goes on from labels alone, the others add what
 their name says to the labels. *Gap closed* is the part of what the plain student lacks to the teacher, in the mean of
-its seeds. The test texts are read once per run.
+its seeds. The test texts are read once per run. The teacher's answers to the texts of a seed are kept in the cache
+folder for the ways that compare nothing else.
 
 Every way is run with all seeds, plain with the teacher's texts besides with the first alone. The best way is the one
 with the best mean on held-out training texts.
@@ -100,7 +101,9 @@ def student(module, task):
 def accuracies(arguments, module, task, data, save):
     """Train the student in every way."""
     from benchmarks.minilm_pruning import RATE, TRAIN_BATCH, classifier, macs, shown
+    from examples.data import cache
     from penjing import measure
+    from penjing.distill import Stored
     from penjing.finetune import Finetune, train
     from penjing.outputs import numpy_predictor
     from penjing.step import Context
@@ -113,6 +116,13 @@ def accuracies(arguments, module, task, data, save):
     print(f"teacher {data['teacher']['accuracy']:.4f}", flush=True)
     every = {name: way for name, way in ways().items() if name in (arguments.ways or ways())}
 
+    def asked(losses, source, seed):
+        """The teacher's kept answers where nothing else of it is compared; None is the source."""
+        losses = losses if isinstance(losses, tuple) else (losses,)
+        if not losses or any(getattr(loss, "features", ()) for loss in losses):
+            return None
+        return Stored(cache() / f"answers-minilm-{cycles(arguments)}-{arguments.texts}-{seed}", source)
+
     def ran(name, seed):
         texts = arguments.texts + (sum(arguments.train_texts) if name == LONGER else 0)
         key = f"{name}, {arguments.texts} texts of {cycles(arguments)}, seed {seed}"
@@ -123,7 +133,7 @@ def accuracies(arguments, module, task, data, save):
             draft, source = student(begun, task)
             settings = Finetune(
                 epochs=texts / TRAIN_BATCH / len(task.train), learning_rate=RATE, optimizer="adamw",
-                weight_decay=0.01, distill=every[name],
+                weight_decay=0.01, distill=every[name], teacher=asked(every[name], source, seed),
             )  # fmt: skip
             context = Context(task=task, source=source, seed=seed, events=shown(key))
             predict = numpy_predictor(train(draft.network, context, settings).eval())
