@@ -146,7 +146,8 @@ def accuracies(arguments, module, task, data, save):
         print(f"{key:<60}{row['held_out']:>8.4f}{row['accuracy']:>8.4f}{row['seconds']:>7.0f} s", flush=True)
         return row
 
-    rows = {name: [ran(name, seed) for seed in arguments.seeds[: 1 if name in arguments.once else None]] for name in every}
+    seeds = {name: arguments.seeds[: 1 if name in arguments.once else None] for name in every}
+    rows = {name: [ran(name, seed) for seed in seeds[name]] for name in every}
     others = [name for name in rows if name not in UNTAUGHT]
     data["best"] = max(others, key=lambda name: statistics.mean(row["held_out"] for row in rows[name]), default=None)
     data["accuracy"] = {}
