@@ -555,6 +555,26 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, capsys, digits
     assert not list(out.rglob("*.new")) and not (out / "state").exists()
 
 
+@pytest.mark.parametrize("option", ["--resume", "--force"])
+def test_a_run_that_is_still_running_is_neither_joined_nor_replaced(
+    tmp_path, capsys, digits_source, digits_task, option
+):
+    out = tmp_path / "run"
+    with start(digits_source, digits_task, out) as process:
+        try:
+            for _ in range(1200):
+                if (out / "state" / "request.json").exists():
+                    break
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            assert goes_on(out, digits_source, digits_task, option) == 1
+            said = error_of(capsys)
+            assert "in use by another process" in said and f"process {process.pid} since" in said
+            assert (out / "state" / "request.json").exists()
+        finally:
+            process.kill()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process")
 @pytest.mark.parametrize("limit", [4_000, 60_000])
 def test_a_full_disk_ends_in_an_error_and_nothing_half_written(tmp_path, digits_source, digits_task, limit):

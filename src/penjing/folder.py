@@ -13,6 +13,7 @@ from typing import Any
 
 from penjing.errors import OutputError
 from penjing.files import write_text
+from penjing.lock import LOCK
 
 STATE, CANDIDATES, SOURCE, ARTIFACT = "state", "candidates", "source", "artifact"
 RECORD, EVENTS, EVIDENCE = "record.json", "events.jsonl", "evidence.npz"
@@ -25,6 +26,8 @@ _OURS = (
 class RunFolder:
     """A folder that holds one run. Looking at it writes nothing and removes nothing; `claim` does.
 
+    Who writes into it holds its lock (`penjing.lock.locked`) from before it looks.
+
     Raises:
         OutputError: It already holds a run (and neither `resume` nor `force` is given), holds something else, or
             can't be written.
@@ -35,7 +38,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError("the output folder is a file", got=str(self.path), expected="a folder, or nothing yet")
         held = [name for name in _OURS if (self.path / name).exists()]
-        foreign = [p.name for p in self.path.iterdir() if p.name not in _OURS] if self.path.is_dir() else []
+        there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        foreign = [name for name in there if name not in _OURS and name != LOCK]
         if held and not (resume or force):
             raise OutputError(
                 "the output folder already holds a run",

@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from penjing.call import leaves
 from penjing.errors import OutputError, RecipeError, TaskError
 from penjing.files import write_text
+from penjing.lock import locked
 from penjing.outputs import evaluating, first_output
 from penjing.task import Task
 from penjing.teaching import digest, opened
@@ -31,6 +33,7 @@ VERSION = 3
 KEY = 16  # bytes of a sample's digest
 HASHES = 4  # of 32 bits, for every input of a sample
 WORD = 4  # bytes that are hashed at once
+WAIT_S = 60.0  # for another process that is writing
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Stored:
 
     ``about.json`` says whose answers they are, ``keys.bin`` has 16 bytes a sample, ``answers.bin`` as many floats as
     the teacher gives, in the same order, read by memory map. Both grow while samples come that are new; a run that is
-    killed leaves what was written. Writing is for one process at a time.
+    killed leaves what was written. Processes that write into one folder take turns.
 
     Raises:
         RecipeError: What is given is no folder and no teacher.
@@ -159,22 +162,27 @@ class Answers(nn.Module):
         self.asked += len(new)
 
     def _begin(self) -> None:
-        about = {"version": VERSION, "teacher": self.name, "shape": self.shape}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "about.json", json.dumps(about) + "\n")
-        except OSError as error:
-            raise _full(self.folder, error) from error
+        shape = self.shape
+        with self._held():
+            about = self.folder / "about.json"
+            if about.exists():  # by another process since this one looked
+                self._open(about, self.name)
+                return
+            write_text(about, json.dumps({"version": VERSION, "teacher": self.name, "shape": shape}) + "\n")
+
+    def _held(self) -> AbstractContextManager[None]:
+        return locked(self.folder, "the folder of the teacher's answers", WAIT_S)
 
     def _append(self, keys: list[bytes], rows: np.ndarray[Any, Any]) -> None:
-        try:
-            # Another object, or a write that failed, may have left more than is known here.
-            count = self._count(cut=True)
-            for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
-                with (self.folder / name).open("ab") as file:
-                    file.write(data)
-        except OSError as error:
-            raise _full(self.folder, error) from error
+        with self._held():
+            try:
+                # Another object, or a write that failed, may have left more than is known here.
+                count = self._count(cut=True)
+                for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
+                    with (self.folder / name).open("ab") as file:
+                        file.write(data)
+            except OSError as error:
+                raise _full(self.folder, error) from error
         self.rows |= {key: count + i for i, key in enumerate(keys)}
         self._map(count + len(keys))
 

@@ -23,6 +23,7 @@ from penjing.errors import MissingDependency, OutputError, PenjingError, RecipeE
 from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
+from penjing.lock import locked
 from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
@@ -129,9 +130,30 @@ def compress(
     requests.check_device(device)
     steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
     threads = threads or measure.machine(1).cores
+    with locked(out):
+        folder = RunFolder(out, resume=resume, force=force)
+        return _compress(
+            folder, model, task, goal, steps, names, seed, threads, batch, device, seconds, tuple(listeners)
+        )
+
+
+def _compress(
+    folder: RunFolder,
+    model: str | nn.Module | ExportedProgram,
+    task: Task,
+    goal: Goal,
+    steps: Recipe,
+    names: tuple[str, ...],
+    seed: int,
+    threads: int,
+    batch: int,
+    device: str,
+    seconds: float,
+    listeners: tuple[Listener, ...],
+) -> Result:
+    """`compress` in a folder that is held."""
     machine = measure.machine(threads)
-    folder = RunFolder(out, resume=resume, force=force)
-    events = Events(listeners=tuple(listeners))
+    events = Events(listeners=listeners)
     torch.set_num_threads(threads)
     seed_everything(seed)
     requests.check_goal(goal, task)
