@@ -7,7 +7,10 @@ mode it computes the same bits as its source; where torch would take its fused a
 (``torch.backends.mha``), the same to rounding.
 
 Where a source keeps a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
-``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's.
+``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's. A product with a
+stored weight is a linear layer by whatever operator it was written, and what is computed from stored tensors alone
+(a parametrization, a transposed weight, a third of a fused one) is its plain weight: ``network.meta["folded"]`` maps
+the key of such a weight to the source's keys that it was computed from.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from penjing.errors import ExportError
 from penjing.exporting import Dynamic, export_module
 from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
+from penjing.products import as_linear
+from penjing.stored_weights import fold
 
 # Copying a graph module makes torch warn about its own pytree; nobody who uses Penjing can mend that.
 warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning)
@@ -71,9 +76,11 @@ class _Raiser:
         self.calls: Counter[str] = Counter()
         self.ordinals: Counter[tuple[str, str]] = Counter()
         self.renamed: dict[str, str] = {}
+        self.folded: dict[str, tuple[str, ...]] = {}
         # One Parameter object per tensor, so that tied weights stay tied.
         self.tensors: dict[str, Any] = dict(flat.named_parameters(remove_duplicate=False))
         self.tensors.update(flat.named_buffers(remove_duplicate=False))
+        self.sources: dict[str, tuple[str, ...]] = {}
         self.tensors = {**state, **self.tensors}  # numbers that a forward wrote as tensors are in the state alone
 
     def build(self) -> fx.GraphModule:
@@ -87,6 +94,11 @@ class _Raiser:
                         remedy="leave torch.cond and wrapped regions out of the network",
                     )
                 graph.erase_node(node)
+        as_linear(graph, self.tensors)
+        _sweep(graph)  # what nobody reads any more reads no weight
+        folded = fold(graph, self.tensors, _module_path)
+        self.tensors |= folded.tensors
+        self.sources = folded.sources
         for node in graph.nodes:
             if node.op == "call_function":
                 self._raise(node)
@@ -95,9 +107,7 @@ class _Raiser:
                 node.target, node.args = torch.ops.aten.expand_as.default, (node.args[1], node.args[0])
             elif node.target is torch.ops.aten.view.default:  # the same values, in every memory format
                 node.target = torch.ops.aten.reshape.default
-        for node in reversed(list(graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
-                graph.erase_node(node)
+        _sweep(graph)
         attributes: dict[str, Any] = dict(self.modules)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -111,7 +121,7 @@ class _Raiser:
                 node.meta["floating"] = value.is_floating_point()
                 if value.dim() and isinstance(value.shape[-1], int):
                     node.meta["width"] = value.shape[-1]
-        raised.meta["renamed"] = self.renamed
+        raised.meta["renamed"], raised.meta["folded"] = self.renamed, self.folded
         raised.recompile()
         return raised
 
@@ -145,8 +155,10 @@ class _Raiser:
     def _note_renamed(self, layer: str, tensors: dict[str, str]) -> None:
         for role, fqn in tensors.items():
             key = f"{layer}.{role}"
-            if key not in self.state:
-                self.renamed[key] = fqn
+            if fqn in self.sources:
+                self.folded[key] = self.sources[fqn]
+            if key not in self.state and len(self.sources.get(fqn, (fqn,))) == 1:
+                (self.renamed[key],) = self.sources.get(fqn, (fqn,))
             counter = fqn.removesuffix("running_mean") + "num_batches_tracked"
             if role == "running_mean" and f"{layer}.num_batches_tracked" not in self.state and counter in self.state:
                 self.renamed[f"{layer}.num_batches_tracked"] = counter
@@ -154,13 +166,13 @@ class _Raiser:
     def _name(self, module: nn.Module, path: str, parameters: dict[str, str]) -> str:
         if not parameters:
             return path or type(module).__name__.lower()
-        if path and all(self._is_tensor(f"{path}.{role}", fqn) for role, fqn in parameters.items()):
-            return path
+        whole = path and all(self._is_tensor(f"{path}.{role}", fqn) for role, fqn in parameters.items())
         fqn = parameters.get("weight") or next(iter(parameters.values()))
-        for ending in (".weight", "_weight", ".bias", "_bias"):
-            if fqn.endswith(ending):
-                return fqn.removesuffix(ending)
-        return f"{fqn}_layer"
+        endings = [e for e in (".weight", "_weight", ".bias", "_bias") if fqn.endswith(e)]
+        name = path if whole else fqn.removesuffix(endings[0]) if endings else ""
+        # A layer without a bias must not take the name under which an operator reads one.
+        hides = any(f"{name}.{role}" in self.state for role, own in module._parameters.items() if own is None)
+        return name if name and not hides else f"{fqn}_layer"
 
     def _is_tensor(self, key: str, fqn: str) -> bool:
         if key == fqn:
@@ -170,6 +182,12 @@ class _Raiser:
 
     def _tensor(self, node: Any) -> Any:
         return self.tensors[str(node.target)]
+
+
+def _sweep(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
+            graph.erase_node(node)
 
 
 def _is_assertion(node: fx.Node) -> bool:
