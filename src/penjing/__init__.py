@@ -8,9 +8,14 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Copying a graph module makes torch warn about its own pytree; nobody who uses Penjing can mend that.
+warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning)
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 if TYPE_CHECKING:
     from penjing import architectures, distill, prune, quantize, recipes, records
@@ -61,12 +66,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Loaded when used: reading a record must not import torch.
     if name in _MODULES:
-        return importlib.import_module(f"penjing.{name}")
+        return _import(f"penjing.{name}")
     if name == "load_checkpoint":
-        return importlib.import_module("penjing.checkpoint").restore
+        return _import("penjing.checkpoint").restore
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        return getattr(_import(_HOME[name]), name)
     raise AttributeError(f"module 'penjing' has no attribute {name!r}")
+
+
+def _import(module: str) -> Any:
+    with warnings.catch_warnings():  # what comes along sets filters of its own: those of the user stay
+        return importlib.import_module(module)
 
 
 def __dir__() -> list[str]:

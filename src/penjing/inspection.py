@@ -13,11 +13,11 @@ from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.draft import Draft
-from penjing.network import raise_network
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
 from penjing.quantize.placement import place
 from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.repeatable import raise_repeatable
 from penjing.source import Source, check_forward
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms
@@ -59,7 +59,7 @@ def inspect(
             or read from there.
     """
     check_forward(source, task)
-    network = raise_network(source.module, *task.call(), task.dynamic)
+    network = raise_repeatable(source, task)
     rows = cost(network, task.call())
     parameters = sum(p.numel() for p in network.parameters())
     peak = peak_activation_bytes(network, task.call())

@@ -16,7 +16,6 @@ the key of such a weight to the source's keys that it was computed from.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,10 +30,6 @@ from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
 from penjing.products import as_linear
 from penjing.stored_weights import fold
-
-# Copying a graph module makes torch warn about its own pytree; nobody who uses Penjing can mend that.
-warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning)
-warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 
 def raise_network(

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from penjing import huggingface, pt2
 from penjing.errors import CheckpointError, PenjingError, SourceError
 from penjing.outputs import evaluating, first_output
-from penjing.task import Task
+from penjing.task import Call, Task
+from penjing.undisturbed import same_state
 from penjing.usercode import call_named, line_of, load_named, public_callables, split_spec, suggest, suggest_file
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -163,7 +164,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
 
 
 def check_forward(source: Source, task: Task) -> Any:
-    """Run the network once on the task's example, in eval mode and without gradients; its modes are put back.
+    """Run the network once on the task's example, in eval mode and without gradients; modes and state are put back.
 
     Returns:
         The outputs.
@@ -171,11 +172,21 @@ def check_forward(source: Source, task: Task) -> Any:
     Raises:
         SourceError: The forward raised (with the line of the user's code), or returned no tensors.
     """
-    args, kwargs = task.call()
     module = source.module
     if isinstance(module, ExportedProgram):
         module = module.module(check_guards=False)
     assert isinstance(module, nn.Module)
+    with same_state(module):
+        return forward(module, task.call(), source.name)
+
+
+def forward(module: nn.Module, call: Call, name: str) -> Any:
+    """Run a network once in eval mode and without gradients; its modes are put back, and what it remembers stays.
+
+    Raises:
+        SourceError: The forward raised (with the line of the user's code), or returned no tensors.
+    """
+    args, kwargs = call
     try:
         with evaluating(module):
             outputs = module(*args, **kwargs)
@@ -183,7 +194,7 @@ def check_forward(source: Source, task: Task) -> Any:
         raise
     except Exception as cause:
         raise SourceError(
-            f"the forward of {source.name} fails on the task's example",
+            f"the forward of {name} fails on the task's example",
             got=f"{type(cause).__name__}: {str(cause).strip()} ({line_of(cause)})",
             expected=f"outputs for {describe_call(args, kwargs)}",
             remedy="call the network on Task.example in a Python shell; shapes, types and names must fit its forward",

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -102,10 +102,14 @@ def line_of(error: BaseException) -> str:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}"
-    frames = list(traceback.extract_tb(error.__traceback__))
+    return line_in(traceback.extract_tb(error.__traceback__)) or "outside the user's code"
+
+
+def line_in(frames: Iterable[traceback.FrameSummary]) -> str | None:
+    """The innermost of these frames that belongs to the user's own code, in words; None where none does."""
     own = [f for f in frames if not _foreign(f.filename)]
     if not own:
-        return "outside the user's code"
+        return None
     frame = own[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
 

@@ -24,12 +24,12 @@ from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
 from penjing.lock import locked
-from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
 from penjing.quantize import AdaRound, Static
 from penjing.recipe import Recipe
 from penjing.records import Candidate, Record, StepCost, Zeros, from_dict, to_json
+from penjing.repeatable import raise_repeatable
 from penjing.report import html
 from penjing.report import verdict as verdicts
 from penjing.runtimes.artifact import read_manifest
@@ -42,7 +42,7 @@ from penjing.source import Source, open_source
 from penjing.surgery import insert
 from penjing.task import Task, agreement_task, fingerprint
 from penjing.training import seed_everything
-from penjing.training_state import same_random_numbers
+from penjing.undisturbed import same_process
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
@@ -73,7 +73,7 @@ class Result:
         return f"{self.record.goal.reason} ({self.folder})"
 
 
-@same_random_numbers()
+@same_process()
 def compress(
     model: str | nn.Module | ExportedProgram,
     task: Task,
@@ -229,7 +229,7 @@ def run(
     return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
 
 
-@same_random_numbers()
+@same_process()
 def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device: str = "cpu") -> nn.Module:
     """Only the compressed module (with fake quantizers where the recipe quantizes): no artifact, nothing measured."""
     from penjing.step import Context
@@ -244,7 +244,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
     if text := requests.undropped(recipe, model):
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
-    draft = Draft(raise_network(model, *task.call(), task.dynamic))
+    draft = Draft(raise_repeatable(Source(name=type(model).__name__, module=model), task))
     recipe = requests.with_teachers(recipe, task)
     requests.check_recipe(recipe, draft.network, task, seed)
     context = Context(task=task, seed=seed, device=device, source=draft.network)
@@ -283,7 +283,7 @@ def _start(
     instruction_sets: tuple[str, ...],
 ) -> tuple[Run, Task]:
     events("stage", name="raise")
-    network = raise_network(opened.module, *task.call(), task.dynamic)
+    network = raise_repeatable(opened, task)
     if task.evaluate is None and task.calibration is not None:
         task = agreement_task(task, network)
     made = Run(
