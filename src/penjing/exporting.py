@@ -35,20 +35,28 @@ def export_module(
     values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]
     args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
-    def attempt(limits: Mapping[str, tuple[int, int]]) -> ExportedProgram:
+    def attempt(limits: Mapping[str, tuple[int, int]], defer: bool = False) -> ExportedProgram:
         dims = {name: Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
         shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
         with in_eval_mode(model), torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, names, shapes))
+            return torch.export.export(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=_by_parameter(model, names, shapes),
+                prefer_deferred_runtime_asserts_over_guards=defer,
+            )
 
     try:
         try:
             return attempt({})
         except Exception as error:
-            narrower = _narrower_limits(str(error))
-            if not narrower:
+            limits = _narrower_limits(str(error))
+            if limits:
+                return attempt(limits)  # a table of 512 positions reads no longer sequence
+            if "Constraints violated" not in str(error):
                 raise
-            return attempt(narrower)  # a table of 512 positions reads no longer sequence
+            return attempt({}, defer=True)  # sizes that torch can't prove to be equal, as of strides and of pools
     except Exception as error:
         raise _export_error(model, error) from error
 

@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from penjing.decompositions import decomposed
 from penjing.errors import ExportError
 from penjing.exporting import Dynamic, export_module
 from penjing.functional import functional, mutates
@@ -53,7 +54,7 @@ def raise_network(
         ExportError: The network can't be exported; names the line of the user's code.
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
-    program = functional(program)
+    program = functional(decomposed(program))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     graph_module = _Raiser(flat, state).build()
