@@ -30,6 +30,7 @@ from penjing.step import Context, Step
 from penjing.task import Task
 from penjing.trial import Trial
 from penjing.usercode import line_of
+from penjing.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Run:
     memo: dict[Any, Any] = field(default_factory=dict)
     costs: list[StepCost] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Say something that the user should know, now and in the record."""
+        self.warnings.append(text)
+        self.events("warning", text=text)
 
     def context(self, runtime: str | None, folder: Path | None) -> Context:
         """What a step is told."""
@@ -195,8 +201,10 @@ def candidate(
         plan = made.plan if variant.precision in INTEGER else Plan()
         parity = evidence.parity(run.folder, run.task, session, made.network, plan)
         rows, integer, floating = executed_rows(made.network, plan, run.task.call(), manifest, folder)
-        value = metric_of(metric, predictor(session, manifest), variant.name) if metric else None
-        del session
+        witness = Witness(predictor(session, manifest))
+        value = metric_of(metric, witness, variant.name) if metric else None
+        run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
+        del session, witness
         packed = _packed(run, folder, manifest)
     found = Candidate(
         name=variant.name,
@@ -249,10 +257,11 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
         name: What is evaluated, for errors.
 
     Raises:
-        TaskError: It raised (names the line), or what it returned is no finite number.
+        TaskError: It raised (names the line), never called `predict`, or returned what is not a finite number.
     """
+    witness = predict if isinstance(predict, Witness) else Witness(predict)
     try:
-        value = metric(predict)
+        value = metric(witness)
     except PenjingError:
         raise
     except Exception as error:
@@ -262,6 +271,13 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
             expected="evaluate(predict) -> float, where predict maps NumPy inputs to NumPy outputs",
             remedy="try it on a predict of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
         ) from error
+    if not witness.calls:
+        raise TaskError(
+            f"the task's metric never called predict on {name}",
+            got=f"{value!r}, whatever the network",
+            expected="evaluate(predict) -> float, which judges what predict answers",
+            remedy="call predict in evaluate, in place of a network or an answer of your own",
+        )
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,12 +34,12 @@ from penjing.report import verdict as verdicts
 from penjing.runtimes.artifact import read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
-from penjing.search import judging, trainings, zeros
+from penjing.search import judging, questions, trainings, zeros
 from penjing.search import request as requests
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
 from penjing.surgery import insert
-from penjing.task import Task, agreement_task, fingerprint
+from penjing.task import Task, agreement_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
 
@@ -158,6 +157,7 @@ def _compress(
     seed_everything(seed)
     requests.check_goal(goal, task)
     requests.check_inputs(task)
+    question = questions.check_direction(task)
     opened = open_source(model, task=task)
     run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
     taken = requests.with_teachers(steps, task)
@@ -170,18 +170,19 @@ def _compress(
         folder.finish()
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
-    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module))):
-        run.warnings.append(text)
-        events("warning", text=text)
+    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), question)):
+        run.warn(text)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
-    metrics = _source_metrics(run, task, data)
+    metrics = questions.source_metrics(run, task, data)
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
     variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
     if not all(folder.kept(variant.name) for variant in variants):
         pipeline.shared(run, taken)  # what all candidates need fails once, and by its own name
     found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
+    if differs := questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at):
+        run.warn(differs)
     timings = pipeline.latencies(run, found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
     found = [judging.judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
@@ -241,7 +242,7 @@ def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device
             expected="penjing.Recipe(step, …), or one of penjing.recipes",
         )
     requests.check_device(device)
-    if text := requests.undropped(recipe, model):
+    for text in filter(None, (requests.undropped(recipe, model), questions.check_direction(task))):
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
     draft = Draft(raise_repeatable(Source(name=type(model).__name__, module=model), task))
@@ -304,40 +305,6 @@ def _start(
 def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> list[Variant]:
     precisions = runtimes.get(name).accelerates(instruction_sets).precisions
     return [Variant(name, p) for p in precisions if recipe.quantizes or p not in INTEGER]
-
-
-def _source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, float | None]:
-    """The source's metric, once with `evaluate` and once with `select` where the task has it.
-
-    What each of them showed to the network is hashed into `data`.
-    """
-    kept = run.folder.kept("source-metrics")
-    if kept is None:
-        metrics: dict[str, float | None] = {}
-        hashes: dict[str, str] = {}
-        with run.costing("evaluate source"):
-            for name, function in (("evaluate", task.evaluate), ("select", task.select)):
-                metrics[name] = None
-                if function is not None:
-                    digest = hashlib.sha256()
-                    predict = _witnessed(pipeline.source_predictor(run), digest)
-                    metrics[name] = pipeline.metric_of(function, predict, "the source")
-                    hashes[name] = digest.hexdigest()
-        kept = {"metrics": metrics, "hashes": hashes}
-        run.folder.keep("source-metrics", kept)
-    data.update(kept["hashes"])
-    found: dict[str, float | None] = kept["metrics"]
-    return found
-
-
-def _witnessed(predict: Callable[..., Any], digest: Any) -> Callable[..., Any]:
-    """`predict`, hashing what it is shown."""
-
-    def seen(*args: Any, **kwargs: Any) -> Any:
-        digest.update(fingerprint([(args, kwargs)]).encode())
-        return predict(*args, **kwargs)
-
-    return seen
 
 
 def _candidates(

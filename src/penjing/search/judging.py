@@ -9,8 +9,10 @@ from penjing.pipeline import Run
 from penjing.records import Candidate, GoalResult, Measured
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search import goal as goals
+from penjing.search import questions
 from penjing.search.goal import Goal
 from penjing.task import Task
+from penjing.witness import Witness
 
 
 def judged(candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task) -> Candidate:
@@ -45,8 +47,12 @@ def final(
         with run.costing(f"verdict on {chosen.name}"):
             folder = run.folder.path / chosen.folder
             session = runtimes.open_artifact(folder, run.threads)
-            kept = pipeline.metric_of(run.task.evaluate, predictor(session, read_manifest(folder)), chosen.name)
+            witness = Witness(predictor(session, read_manifest(folder)))
+            kept = pipeline.metric_of(run.task.evaluate, witness, chosen.name)
+            run.folder.keep("shown-verdict", witness.shown)
         run.folder.keep("verdict", kept)
+    if text := questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate"):
+        run.warn(text)
     measured = replace(chosen.measured, metric=kept)
     drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))

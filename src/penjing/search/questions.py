@@ -1,0 +1,179 @@
+"""Questions about the user's metric: is it better when it is higher, does it look at the network, at the same data?
+
+What its name says is asked before anything costly; what only its figures say is told in a warning.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing import pipeline
+from penjing.errors import TaskError
+from penjing.outputs import numpy_predictor
+from penjing.pipeline import Run
+from penjing.report import figures
+from penjing.task import Task, fingerprint
+from penjing.training_state import same_random_numbers
+from penjing.witness import Witness
+
+_LOWER = frozenset(
+    "loss losses logloss error errors err wer cer mer ter eer ser mae mse rmse nrmse rmsle msle mape smape nme nmse "
+    "perplexity ppl nll bpc bpb bpd fid kid lpips brier ece entropy crossentropy divergence epe ade fde mcd hter far "
+    "frr distance chamfer hausdorff levenshtein deviation residual regret".split()
+)
+_HIGHER = frozenset(
+    "accuracy accuracies acc f1 f2 fscore auc auroc auprc roc iou miou jaccard map map50 ap mar dice bleu rouge meteor "
+    "chrf psnr ssim sdr sisdr snr pesq stoi recall precision agreement similarity correlation pearson spearman kappa "
+    "mcc r2 ndcg mrr hits sensitivity specificity".split()
+)
+_TURNED = frozenset("neg negative negated minus inverse inverted reciprocal free reduction improvement gain".split())
+_INSISTS = re.compile(r"\b(higher|larger|bigger|more|lower|smaller|less)[ _-]is[ _-]better\b", re.IGNORECASE)
+_MINUS = re.compile(r"\s*(1(\.0)?\s*)?[-−]\s*[a-z]", re.IGNORECASE)  # "-loss", "1 - WER"
+
+CHEAP_SECONDS = 10.0  # a metric that took longer on the source is not read once more for a question
+BEYOND = 0.01  # of the source's metric: by how much a network that was destroyed has to be better
+
+
+def says_higher(name: str) -> bool | None:
+    """What a metric's name says: True where higher is better, False where lower is, None where it says nothing.
+
+    >>> [says_higher(name) for name in ("word error rate", "valLoss", "top1_accuracy", "negative loss", "1 - WER")]
+    [False, False, True, None, None]
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    words = {word.lower() for text in (name, spaced) for word in re.findall(r"[^\W_]+", text)}
+    lower = bool(words & _LOWER)
+    higher = bool(words & _HIGHER) or (not lower and bool(words & {"top1", "top5"}))  # top1 of an accuracy, or an error
+    if lower == higher or words & _TURNED or _MINUS.match(name) or _INSISTS.search(name):
+        return None
+    return higher
+
+
+def check_direction(task: Task) -> str | None:
+    """Ask about a metric whose name says the contrary of `higher_is_better`.
+
+    Returns:
+        The question, where only the function's name says so and the metric has none.
+
+    Raises:
+        TaskError: The metric's own name says so.
+    """
+    functions = [f for f in (task.evaluate, task.select) if f is not None]
+    if not functions:
+        return None
+    given = task.higher_is_better
+    better = "higher" if given else "lower"
+    if says_higher(task.metric_name) is (not given):
+        raise TaskError(
+            f"is {task.metric_name!r} really better when it is {better}?",
+            got=f"metric_name={task.metric_name!r} and higher_is_better={given}" + (" (the default)" if given else ""),
+            expected=f"higher_is_better={not given} for a metric of this name",
+            remedy=f"Task(higher_is_better={not given}); where {better} really is better, say so in its name: "
+            f"metric_name={f'{task.metric_name}, {better} is better'!r}",
+        )
+    for function in functions:
+        called = str(getattr(function, "__name__", ""))
+        if task.metric_name == Task.metric_name and says_higher(called) is (not given):
+            return (
+                f"is the metric really better when it is {better}? It comes from a function called {called!r}, and "
+                f"higher_is_better={given}: give Task(metric_name=..., higher_is_better=...)"
+            )
+    return None
+
+
+def source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, float | None]:
+    """The source's metric, once with `evaluate` and once with `select` where the task has it.
+
+    What each of them showed to the network is hashed into `data`. A metric that a network with shuffled weights does
+    better is told, where looking is cheap.
+    """
+    kept = run.folder.kept("source-metrics")
+    if kept is None:
+        metrics: dict[str, float | None] = {}
+        hashes: dict[str, str] = {}
+        shown: dict[str, str] = {}
+        seconds: dict[str, float] = {}
+        with run.costing("evaluate source"):
+            for name, function in (("evaluate", task.evaluate), ("select", task.select)):
+                metrics[name] = None
+                if function is not None:
+                    digest = hashlib.sha256()
+                    witness = Witness(_hashing(pipeline.source_predictor(run), digest))
+                    start = time.perf_counter()
+                    metrics[name] = pipeline.metric_of(function, witness, "the source")
+                    seconds[name] = time.perf_counter() - start
+                    hashes[name], shown[name] = digest.hexdigest(), witness.shown
+        name = "select" if task.select is not None else "evaluate"
+        question = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0))
+        kept = {"metrics": metrics, "hashes": hashes, "shown": shown, "question": question}
+        run.folder.keep("source-metrics", kept)
+    if kept.get("question"):
+        run.warn(kept["question"])
+    data.update(kept["hashes"])
+    found: dict[str, float | None] = kept["metrics"]
+    return found
+
+
+def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> str | None:
+    """A warning where `evaluate` (or `select`) showed other samples to an artifact than to the source.
+
+    Args:
+        run: Where what the source was shown is kept.
+        shown: `Witness.shown` by the artifact's name; None where it was not evaluated.
+        looked_at: "evaluate" or "select".
+    """
+    source = (run.folder.kept("source-metrics") or {}).get("shown", {}).get(looked_at)
+    others = [name for name, samples in shown.items() if samples is not None and samples != source]
+    if source is None or not others:
+        return None
+    counts = [int(str(samples).partition(":")[0]) for samples in (shown[others[0]], source)]
+    how = f"{counts[0]} samples, and {counts[1]} to the source" if counts[0] != counts[1] else "with other values"
+    return (
+        f"{looked_at} showed {', '.join(others)} other data than the source ({how}): their metrics do not compare. "
+        f"Let it read the same samples every time, in any order, without random numbers"
+    )
+
+
+def _hashing(predict: Callable[..., Any], digest: Any) -> Callable[..., Any]:
+    """`predict`, hashing what it is shown, in order."""
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        digest.update(fingerprint([(args, kwargs)]).encode())
+        return predict(*args, **kwargs)
+
+    return seen
+
+
+def _destroyed(network: fx.GraphModule, task: Task, name: str, value: float | None, seconds: float) -> str | None:
+    """The question whether the metric's direction is right, where shuffled weights make it better."""
+    metric = getattr(task, name)
+    if metric is None or value is None or seconds > CHEAP_SECONDS:
+        return None
+    broken = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in broken.parameters():
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order.to(weight.device)].view_as(weight))
+    try:
+        with same_random_numbers():
+            score = pipeline.metric_of(metric, numpy_predictor(broken), "the source with shuffled weights")
+    except Exception:  # a network that was broken on purpose may break the metric too
+        return None
+    gain = score - value if task.higher_is_better else value - score
+    if gain <= BEYOND * abs(value):
+        return None
+    better = "higher" if task.higher_is_better else "lower"
+    now, before = (figures.metric(v, task.metric_name) for v in (score, value))
+    return (
+        f"is {task.metric_name!r} really better when it is {better}? With its weights shuffled the network has {now}, "
+        f"and the source {before}: set Task(higher_is_better={not task.higher_is_better}), or look at {name}"
+    )
