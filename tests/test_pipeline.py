@@ -186,7 +186,9 @@ class TestCandidate:
     def test_it_is_kept_for_a_resume(self, run, told):
         _, structure = pipeline.source(run)
         recipe, variant = Recipe(), Variant("onnxruntime", "fp32")
-        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: 0.5)
+        blank = np.zeros((1, 1, 8, 8), np.float32)
+        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 20)
+        assert found.measured.metric == 0.5
 
         def never(predict):
             raise AssertionError("it was measured before")
@@ -259,13 +261,17 @@ class TestMetric:
     def test_a_number_of_any_kind_will_do(self):
         predict = np.negative
         assert pipeline.metric_of(lambda p: p(np.float32(-0.5)), predict, "the source") == 0.5
-        assert pipeline.metric_of(lambda p: torch.tensor(0.25), predict, "the source") == 0.25
+        assert pipeline.metric_of(lambda p: torch.tensor(p(-0.25)), predict, "the source") == 0.25
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
         with pytest.raises(TaskError, match="no finite number") as found:
             pipeline.metric_of(lambda p: value, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
+
+    def test_one_that_never_looks_at_the_network_is_refused(self):
+        with pytest.raises(TaskError, match="never called predict on openvino-int8"):
+            pipeline.metric_of(lambda p: 0.93, abs, "openvino-int8")
 
     def test_an_error_names_its_line(self):
         def evaluate(predict):
@@ -332,7 +338,7 @@ def test_a_fixed_batch_and_values_that_are_zero_everywhere_go_all_the_way(tmp_pa
     run = started(tmp_path / "run", task, told, Dead)
     _, structure = pipeline.source(run)
     for runtime in runtimes.DEPLOYED:
-        found = pipeline.candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, lambda predict: 1.0)
+        found = pipeline.candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, None)
         assert found.integer_operators == {"conv": 2}
         assert found.parity[1].snr_db > 25 and found.parity[1].samples == 4
         ports = read_manifest(run.folder.path / found.folder).programs[0].inputs

@@ -271,13 +271,6 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
             expected="evaluate(predict) -> float, where predict maps NumPy inputs to NumPy outputs",
             remedy="try it on a predict of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
         ) from error
-    if not witness.calls:
-        raise TaskError(
-            f"the task's metric never called predict on {name}",
-            got=f"{value!r}, whatever the network",
-            expected="evaluate(predict) -> float, which judges what predict answers",
-            remedy="call predict in evaluate, in place of a network or an answer of your own",
-        )
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -288,6 +281,13 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
             got=repr(value),
             expected="evaluate(predict) -> float",
             remedy="return one number from evaluate",
+        )
+    if not witness.calls:
+        raise TaskError(
+            f"the task's metric never called predict on {name}",
+            got=f"{value!r}, whatever the network",
+            expected="evaluate(predict) -> float, which judges what predict answers",
+            remedy="call predict in evaluate, in place of a network or an answer of your own",
         )
     return number
 
