@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import fx
@@ -88,7 +89,7 @@ def _carry(
     root = producer
     before: list[str] = []
     while (what := kind(network, root)) in SILENT or carries(network, root, accelerates):
-        if what not in SILENT:
+        if what not in SILENT and root.target is not operator.getitem:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
     for name in (edge, *before):
@@ -98,6 +99,11 @@ def _carry(
 def carries(network: fx.GraphModule, node: fx.Node, accelerates: Accelerates) -> bool:
     """Whether nothing but values that went in, or zeros, comes out: every grid holds the zero."""
     what = kind(network, node)
+    if node.target is operator.getitem:  # the values of a maximum; the other result says where they are
+        source = node.args[0]
+        return isinstance(source, fx.Node) and not node.args[1] and carries(network, source, accelerates)
+    if what in ("max", "min") and len(tensor_inputs(node)) > 1:
+        return False  # of two tensors, element by element
     if what != "pad" or what not in accelerates.passes:
         return what in accelerates.passes
     given = arguments(node)

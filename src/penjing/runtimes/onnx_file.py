@@ -18,7 +18,7 @@ from penjing import operators  # noqa: F401  registers the operators that are tr
 from penjing.errors import ExportError
 from penjing.exporting import export, input_names
 from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site
-from penjing.runtimes import onnx_kept, onnx_rewrites
+from penjing.runtimes import onnx_kept, onnx_pooling, onnx_rewrites
 from penjing.runtimes.artifact import Port
 
 OPSET = 18
@@ -137,7 +137,7 @@ def _translations() -> dict[Any, Any]:
         )  # fmt: skip
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
 
-    return {
+    return onnx_pooling.translations() | {
         torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
         torch.ops.penjing.quantize.default: quantize,
         torch.ops.penjing.dequantize.default: dequantize,

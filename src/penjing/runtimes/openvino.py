@@ -20,6 +20,10 @@ _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf1
 GROUP = 32  # neighbouring inputs of a linear layer that share a scale where ranges are taken at run time
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
+_LARGEST = ("amax", "amin", "max", "min", *(f"adaptive_max_pool{rank}d" for rank in (1, 2, 3)))
+"""What picks the largest or smallest of many. Version 2026.4 gives wrong numbers where it fuses one with a quantizer
+behind it; from integers to integers of the same scale it is right."""
+
 
 def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     """Unsigned activations, signed weights; bfloat16 where the processor multiplies it.
@@ -39,7 +43,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
-        passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        passes=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
         symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         channel_multiple=channel_multiple(instruction_sets),
