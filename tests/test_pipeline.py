@@ -186,8 +186,8 @@ class TestCandidate:
     def test_it_is_kept_for_a_resume(self, run, told):
         _, structure = pipeline.source(run)
         recipe, variant = Recipe(), Variant("onnxruntime", "fp32")
-        blank = np.zeros((1, 1, 8, 8), np.float32)
-        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 20)
+        blank = np.zeros((1, 3, 8, 8), np.float32)
+        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 8)
         assert found.measured.metric == 0.5
 
         def never(predict):
