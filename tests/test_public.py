@@ -16,6 +16,7 @@ PUBLIC = [
     "apply",
     "architectures",
     "compress",
+    "deliver",
     "distill",
     "load_checkpoint",
     "prune",

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.finetune import Finetune
     from penjing.recipe import Recipe
-    from penjing.search.compress import Result, apply, compress, run
+    from penjing.search.applied import apply
+    from penjing.search.compress import Result, compress, deliver, run
     from penjing.search.goal import Goal
     from penjing.task import Task
 
@@ -36,8 +37,9 @@ _HOME = {
     "Recipe": "penjing.recipe",
     "Result": "penjing.search.compress",
     "Task": "penjing.task",
-    "apply": "penjing.search.compress",
+    "apply": "penjing.search.applied",
     "compress": "penjing.search.compress",
+    "deliver": "penjing.search.compress",
     "run": "penjing.search.compress",
 }
 _MODULES = ("architectures", "distill", "prune", "quantize", "recipes", "records")
@@ -53,6 +55,7 @@ __all__ = [
     "apply",
     "architectures",
     "compress",
+    "deliver",
     "distill",
     "load_checkpoint",
     "prune",

@@ -92,7 +92,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     network = replay(source, edits)
     state = {**weights, **{name: weights[of] for name, of in ties.items() if of in weights}}
     wanted = network.state_dict()
-    if problem := _difference(state, wanted) or _untied(state, wanted):
+    if problem := difference(state, wanted) or _untied(state, wanted):
         raise CheckpointError(
             "the checkpoint does not fit this network",
             got=problem,
@@ -131,7 +131,7 @@ def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
     return load(folder, raise_network(model, *task.call(), task.dynamic))
 
 
-def _difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+def difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
     """The first few names or shapes that differ, in words; None where nothing does."""
     missing, more = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
     shapes = [

@@ -48,7 +48,12 @@ class Variant:
 
 @dataclass(kw_only=True)
 class Run:
-    """One run while it goes on: what every stage needs, and what they found."""
+    """One run while it goes on: what every stage needs, and what they found.
+
+    Attributes:
+        network: The source, raised.
+        start: The draft that the steps begin with, where it is more than the source: with a plan and edits.
+    """
 
     network: fx.GraphModule
     task: Task
@@ -60,6 +65,7 @@ class Run:
     batch: int
     seconds: float
     instruction_sets: tuple[str, ...]
+    start: Draft | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     costs: list[StepCost] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -143,7 +149,7 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
 
 def shared(run: Run, recipe: Recipe) -> Draft:
     """The draft after the steps before the first that depends on the runtime."""
-    current = Draft(run.network)
+    current = Draft(run.network) if run.start is None else run.start
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
             break

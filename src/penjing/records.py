@@ -260,6 +260,23 @@ class GoalResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The network that every drop is against, where it is not the source.
+
+    Attributes:
+        name: How it is called in tables.
+        weights: SHA-256 over its tensors.
+        measured: Its figures; it is not timed.
+        selected: Its metric by `Task.select`, where that gave the candidates' metrics.
+    """
+
+    name: str
+    weights: str
+    measured: Measured
+    selected: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """All the evidence of one run; `record.json` in a run folder."""
 
@@ -284,12 +301,21 @@ class Record:
     zeros: Zeros | None = None  # where the recipe made any
     trainings: tuple[Training, ...] = ()
     selected: float | None = None  # of the source by `Task.select`, where that gave the candidates' metrics
+    reference: Reference | None = None  # None: the source
     format: int = FORMAT
 
     @property
-    def reference(self) -> float | None:
+    def source_metric(self) -> float | None:
         """The source's metric that the candidates' are to be seen beside."""
         return self.source.metric if self.selected is None else self.selected
+
+    @property
+    def baseline(self) -> float | None:
+        """The metric that every candidate's drop is against."""
+        if self.reference is None:
+            return self.source_metric
+        chosen = self.reference.selected
+        return self.reference.measured.metric if chosen is None else chosen
 
     @property
     def chosen(self) -> Candidate | None:

@@ -116,7 +116,7 @@ class TestRecord:
         predict = predictor(session, read_manifest(digits_run.artifact))
         assert record.artifact.metric == task.evaluate(predict)
         assert record.chosen.measured.metric == task.select(predict)
-        assert record.chosen.drop == record.reference - record.chosen.measured.metric
+        assert record.chosen.drop == record.baseline - record.chosen.measured.metric
 
 
 class TestFolder:

@@ -1,6 +1,5 @@
-"""A network whose quantizers learn: gradients through rounding, scales as parameters, batch norms alive behind layers.
+"""A network whose quantizers learn: scales as parameters, batch norms alive behind layers.
 
-Straight-through gradients: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
 Learned step size (LSQ): Esser et al., ICLR 2020. Clipping that is learned (PACT): Choi et al., 2018.
 """
 
@@ -17,61 +16,10 @@ from torch import fx, nn
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
 from penjing.draft import Draft
-from penjing.graph import site, sites, tensor_inputs
-from penjing.grid import broadcast, on_grid, rows
-from penjing.plan import Entry, Plan, QuantSpec
+from penjing.graph import site, sites
+from penjing.plan import Entry
 from penjing.step import Context
-from penjing.surgery import FakeQuantize, insert
-
-
-class Grid(torch.autograd.Function):
-    """`on_grid` with straight-through gradients, and the gradient of its scale (LSQ, equation 3)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec, method: str
-    ) -> torch.Tensor:
-        """x any shape, scale and zero_point (scales,); see `grid.integers`."""
-        y = on_grid(x.float(), scale.detach(), zero_point, spec)
-        ctx.save_for_backward(x, scale, zero_point, y)
-        ctx.spec, ctx.method = spec, method
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x and scale."""
-        (gradient,) = gradients
-        x, scale, zero_point, y = ctx.saved_tensors
-        spec: QuantSpec = ctx.spec
-        low, high = spec.limits
-        if scale.numel() == 1:
-            step, zero = float(scale), int(zero_point)
-            # What rounds to an integer of the grid passes; one kernel for the comparison and the product.
-            of_x = torch.ops.aten.hardtanh_backward(
-                gradient, x.float(), (low - zero - 0.5) * step, (high - zero + 0.5) * step
-            )
-        else:
-            steps, zeros = broadcast(scale, x, spec), broadcast(zero_point, x, spec)
-            inside = (x >= (low - zeros - 0.5) * steps) & (x <= (high - zeros + 0.5) * steps)
-            of_x = torch.where(inside, gradient, 0.0)
-        if not ctx.needs_input_grad[1]:
-            return of_x.to(x.dtype), None, None, None, None
-        if ctx.method == "pact":  # only what is cut at the upper end moves that end
-            top = (high - broadcast(zero_point, x, spec)) * broadcast(scale, x, spec)
-            of_scale = rows(torch.where(x > top, gradient, 0.0), spec).sum(1) * (high - zero_point)
-        else:
-            # Inside, the gradient is (x̂ − x) / s, outside x̂ / s: two inner products.
-            of_scale = (_inner(gradient, y, spec) - _inner(of_x, x.float(), spec)) / scale
-        count = x.numel() / scale.numel() / (x.shape[0] if spec.axis is None else 1)
-        return of_x.to(x.dtype), of_scale.reshape(scale.shape) / math.sqrt(max(1.0, count * high)), None, None, None
-
-
-def _inner(a: torch.Tensor, b: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Σ a·b of the values of every scale: (scales,)."""
-    if spec.axis is not None:
-        return rows(a * b, spec).sum(1)
-    by_memory = sorted(range(a.dim()), key=a.stride, reverse=True)  # channels-last too is then one row
-    return torch.dot(a.permute(by_memory).reshape(-1), b.permute(by_memory).reshape(-1)).reshape(1)
+from penjing.surgery import FakeQuantize, Grid, insert, quantizer_calls
 
 
 class Learner(nn.Module):
@@ -97,7 +45,7 @@ def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
     network = insert(draft.network, draft.plan)
     weights = {f"{name}:weight" for name in sites(draft.network)}
     scales: dict[str, Learner] = {}
-    for edge, node in _quantizers(network, draft.plan).items():
+    for edge, node in quantizer_calls(network, draft.plan).items():
         entry = draft.plan.entries[edge]
         fixed = entry.spec.scale == "power_of_two" or (method == "pact" and edge in weights)
         made = Learner(entry, "ste" if fixed else method)
@@ -110,17 +58,6 @@ def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
     _revive_norms(network, draft, context, scales)
     network.recompile()
     return network
-
-
-def _quantizers(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
-    """Edge of the plan → the call of its quantizer in an inserted network."""
-    found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
-    edges: dict[str, fx.Node] = {}
-    for edge in plan.entries:
-        name, _, port = edge.rpartition(":")
-        node = found[name]
-        edges[edge] = node.args[1] if port == "weight" else tensor_inputs(node)[int(port.removeprefix("in"))]
-    return edges
 
 
 def _replace(network: fx.GraphModule, name: str, module: nn.Module) -> None:
@@ -195,7 +132,7 @@ def learned(draft: Draft, network: fx.GraphModule) -> Draft:
         for name, parameter in draft.network.named_parameters():
             if name in state:
                 parameter.copy_(state[name])
-        for edge, node in _quantizers(network, draft.plan).items():
+        for edge, node in quantizer_calls(network, draft.plan).items():
             module: Any = network.get_submodule(str(node.target))
             scale = (module.scale.detach().abs() + 1e-12).float()
             layer = edge.removesuffix(":weight")

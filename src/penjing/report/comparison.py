@@ -26,6 +26,8 @@ class Row:
     gain: float | None = None
     words: str = ""  # the gain in words: "3.1× faster"
     optional: bool = False  # of interest only where it was measured
+    reference: float | None = None  # of the network that drops are against, where that is not the source
+    reference_text: str = ""
 
     @property
     def better(self) -> bool | None:
@@ -52,7 +54,33 @@ def rows(record: records.Record) -> tuple[Row, ...]:
         _plain("macs", "Multiply-accumulates", "MACs", source.macs, artifact.macs, ("fewer", "more")),
         _energy(source, artifact),
     )
-    return tuple(r for r in found if not r.optional or r.source is not None or r.artifact is not None)
+    shown = tuple(r for r in found if not r.optional or r.source is not None or r.artifact is not None)
+    return shown if record.reference is None else tuple(_beside(r, record.reference) for r in shown)
+
+
+def _beside(row: Row, reference: records.Reference) -> Row:
+    """The row with the figure of the network that drops are against."""
+    its = reference.measured
+    known: dict[str, tuple[float | None, str]] = {
+        "size": (its.size_bytes, "bytes"),
+        "parameters": (its.parameters, "count"),
+        "macs": (its.macs, "MACs"),
+    }
+    if row.key == "metric":
+        return replace(row, reference=its.metric, reference_text=figures.metric(its.metric, row.label))
+    if row.key not in known:
+        return row
+    value, unit = known[row.key]
+    return replace(row, reference=value, reference_text=figures.figure(value, unit))
+
+
+def against(record: records.Record) -> str:
+    """Which network every drop is against, where that is not the source; "" otherwise."""
+    if record.reference is None:
+        return ""
+    return (
+        f"drop is against the reference {record.reference.name}, {figures.metric(record.baseline, record.metric_name)}"
+    )
 
 
 def measured(record: records.Record) -> records.Measured:
@@ -119,7 +147,8 @@ def _plain(
 
 
 def _metric(record: records.Record, source: records.Measured, artifact: records.Measured) -> Row:
-    name, before, after = record.metric_name, source.metric, artifact.metric
+    name, after = record.metric_name, artifact.metric
+    before = source.metric if record.reference is None else record.reference.measured.metric
     value, words = None, ""
     if before is not None and after is not None:
         loss = before - after if record.higher_is_better else after - before
@@ -131,9 +160,9 @@ def _metric(record: records.Record, source: records.Measured, artifact: records.
     return Row(
         key="metric",
         label=name,
-        source=before,
+        source=source.metric,
         artifact=after,
-        source_text=figures.metric(before, name),
+        source_text=figures.metric(source.metric, name),
         artifact_text=figures.metric(after, name),
         note="" if record.higher_is_better else "lower is better",
         gain=value,

@@ -94,6 +94,7 @@ def vocabulary() -> Mapping[str, Any]:
         "decibels": _decibels,
         "plural": comparison.plural,
         "speedup": comparison.speedup,
+        "against": comparison.against,
         "by_select": comparison.by_select,
         "in_words": comparison.in_words,
         "family": arithmetic.family,

@@ -165,7 +165,7 @@ def _points(record: records.Record, measure: _Measure) -> list[_Point]:
             found.append(_Point(c.name, latency.median, value, c.measured.size_bytes, c))
     source = record.source
     # The source agrees with itself by definition; its signal-to-noise has no end, so it is not drawn there.
-    value = {"metric": record.reference, "agreement": 1.0}.get(measure.kind)
+    value = {"metric": record.source_metric, "agreement": 1.0}.get(measure.kind)
     if value is not None and source.latency_ms is not None and source.latency_ms.median > 0:
         found.append(_Point("source", source.latency_ms.median, value, source.size_bytes))
     return found
@@ -180,7 +180,7 @@ def _limits(
         value = float(number) / (100 if unit == "%" else 1)
         sense = -1 if record.higher_is_better else 1
         text = f"{name} {sign.replace('<=', '≤').replace('>=', '≥')} {number}{' ' + unit if unit else ''}"
-        base = record.reference
+        base = record.baseline
         if name == "latency_ms":
             axis, at = "x", float(number) * _TO_MS.get(unit, 1.0)
         elif measure.kind == "metric" and name in ("metric", record.metric_name):

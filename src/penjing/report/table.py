@@ -72,16 +72,22 @@ def legible(text: str, encoding: str) -> str:
 
 
 def comparison(record: records.Record) -> Table:
-    """Source beside artifact, one figure a row, with how many times better the artifact is."""
+    """Source beside artifact, one figure a row, with how many times better the artifact is.
+
+    Where drops are against another network, its figures stand before the source's.
+    """
     table = _table()
     _column(table, "")
+    if record.reference is not None:
+        _column(table, "reference", "right")
     _column(table, "source", "right")
     _column(table, record.chosen.name if record.chosen else "artifact", "right")
     _column(table, "")
     for row in compared.rows(record):
         style = {True: "green", False: "yellow", None: ""}[row.better]
         label = f"{row.label} ({row.note})" if row.note else row.label
-        table.add_row(*map(_cell, (label, row.source_text, row.artifact_text)), _cell(row.words, style))
+        reference = () if record.reference is None else (row.reference_text,)
+        table.add_row(*map(_cell, (label, *reference, row.source_text, row.artifact_text)), _cell(row.words, style))
     return table
 
 
@@ -104,6 +110,7 @@ def candidates(record: records.Record) -> Table:
         table.add_row(*(_cell(text, style) for text in cells), goal)
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in record.candidates if c.reason and not c.met)
     told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
+    told += filter(None, [compared.against(record)])
     return _captioned(table, told + list(reasons))
 
 

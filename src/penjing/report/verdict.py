@@ -51,8 +51,9 @@ def changes(record: records.Record) -> tuple[str, ...]:
         "as fast" if (text := comparison.in_words(faster, "faster", "slower")) == "same" else text,
         "as large" if (text := comparison.in_words(smaller, "smaller", "larger")) == "same" else text,
     ]
-    if source.metric is not None and artifact.metric is not None:
-        old, new = figures.metric_pair(source.metric, artifact.metric, record.metric_name)
+    metric = source.metric if record.reference is None else record.reference.measured.metric
+    if metric is not None and artifact.metric is not None:
+        old, new = figures.metric_pair(metric, artifact.metric, record.metric_name)
         found.append(f"{record.metric_name} {old} → {new}")
     return tuple(f for f in found if f)
 

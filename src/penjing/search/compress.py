@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import penjing
 from penjing import checkpoint, evidence, measure, pipeline, records, runtimes
 from penjing.building import INTEGER
 from penjing.draft import Draft
-from penjing.errors import MissingDependency, OutputError, PenjingError, RecipeError, TaskError, UsageError
+from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
@@ -36,9 +35,9 @@ from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
 from penjing.search import judging, questions, trainings, zeros
 from penjing.search import request as requests
+from penjing.search.applied import Applied, drafted, refuse_quantized
 from penjing.search.goal import Goal
 from penjing.source import Source, open_source
-from penjing.surgery import insert
 from penjing.task import Task, agreement_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
@@ -90,6 +89,7 @@ def compress(
     resume: bool = False,
     force: bool = False,
     listeners: Sequence[Listener] = (),
+    reference: str | nn.Module | ExportedProgram | None = None,
 ) -> Result:
     """Find the best artifact that meets a goal.
 
@@ -113,11 +113,14 @@ def compress(
         resume: Go on with the run in `out`.
         force: Replace the run in `out`.
         listeners: Called with every event (a dict).
+        reference: The network that `drop` is against, where that is not `model`: for a second run on a pruned
+            network, the one before pruning. Parity stays against `model`.
 
     Raises:
         PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
     """
     goal = Goal.parse(goal) if isinstance(goal, str) else goal
+    refuse_quantized(model)
     if recipe is not None and exclude:
         raise UsageError(
             "both a recipe and names to exclude were given",
@@ -125,23 +128,49 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
+    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
+    return _carry_out(
+        model, task, goal, steps, reference=reference, runtime=runtime, out=out, seed=seed,
+        threads=threads, batch=batch, device=device, seconds=seconds, resume=resume, force=force, listeners=listeners,
+    )  # fmt: skip
+
+
+def _carry_out(
+    model: str | nn.Module | ExportedProgram | Applied,
+    task: Task,
+    goal: Goal,
+    steps: Recipe,
+    *,
+    reference: str | nn.Module | ExportedProgram | None,
+    runtime: str | Sequence[str] | None,
+    out: Path | str,
+    seed: int,
+    threads: int | None,
+    batch: int,
+    device: str,
+    seconds: float,
+    resume: bool,
+    force: bool,
+    listeners: Sequence[Listener],
+) -> Result:
+    """The one way through, from a source, or from what was made and trained already."""
     names = _runtimes(runtime)
     requests.check_device(device)
-    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
     threads = threads or measure.machine(1).cores
     with locked(out):
         folder = RunFolder(out, resume=resume, force=force)
         return _compress(
-            folder, model, task, goal, steps, names, seed, threads, batch, device, seconds, tuple(listeners)
+            folder, model, task, goal, steps, reference, names, seed, threads, batch, device, seconds, tuple(listeners)
         )
 
 
 def _compress(
     folder: RunFolder,
-    model: str | nn.Module | ExportedProgram,
+    model: str | nn.Module | ExportedProgram | Applied,
     task: Task,
     goal: Goal,
     steps: Recipe,
+    reference: str | nn.Module | ExportedProgram | None,
     names: tuple[str, ...],
     seed: int,
     threads: int,
@@ -150,7 +179,9 @@ def _compress(
     seconds: float,
     listeners: tuple[Listener, ...],
 ) -> Result:
-    """`compress` in a folder that is held."""
+    """`compress` and `deliver` in a folder that is held."""
+    start = model.draft if isinstance(model, Applied) else None
+    before = model.recipe if isinstance(model, Applied) else []
     machine = measure.machine(threads)
     events = Events(listeners=listeners)
     torch.set_num_threads(threads)
@@ -158,13 +189,20 @@ def _compress(
     requests.check_goal(goal, task)
     requests.check_inputs(task)
     question = questions.check_direction(task)
-    opened = open_source(model, task=task)
-    run, task = _start(opened, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets)
+    if isinstance(model, Applied):
+        opened = replace(open_source(model.draft.network, task=task), name=model.name)
+    else:
+        opened = open_source(model, task=task)
+    original = judging.original(reference, task)
+    run, task = _start(
+        opened, start, original, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets
+    )
     taken = requests.with_teachers(steps, task)
     requests.check_recipe(taken, run.network, task, seed)
     data = requests.data_hashes(task, taken)
     kept = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
-    wanted = requests.request(run, opened.name, goal, steps, names, data)
+    recipe = before + steps.to_data()
+    wanted = requests.request(run, opened.name, goal, recipe, names, data, original)
     folder.claim(wanted, requests.asked(kept) if kept is not None else None)
     if kept is not None:
         folder.finish()
@@ -175,9 +213,11 @@ def _compress(
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
     metrics = questions.source_metrics(run, task, data)
+    beside = metrics if original is None else judging.reference_metrics(run, task, original)
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
-    variants = [v for name in names for v in _variants(name, steps, machine.instruction_sets)]
+    quantizes = steps.quantizes or (start is not None and bool(start.plan))
+    variants = [v for name in names for v in _variants(name, quantizes, machine.instruction_sets)]
     if not all(folder.kept(variant.name) for variant in variants):
         pipeline.shared(run, taken)  # what all candidates need fails once, and by its own name
     found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
@@ -185,9 +225,9 @@ def _compress(
         run.warn(differs)
     timings = pipeline.latencies(run, found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
-    found = [judging.judged(c, goal, timings[c.name], metrics[looked_at], task) for c in found]
+    found = [judging.judged(c, goal, timings[c.name], beside[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
-    artifact, verdict = judging.final(run, goal, verdict, found, metrics, looked_at)
+    artifact, verdict = judging.final(run, goal, verdict, found, beside, looked_at)
     gained = _zeros(run, taken, next((c for c in found if c.name == verdict.chosen), None), structure)
     record = Record(
         penjing=penjing.__version__,
@@ -198,7 +238,7 @@ def _compress(
         name=opened.name,
         task=task.name,
         data=data,
-        recipe=steps.to_data(),
+        recipe=recipe,
         metric_name=task.metric_name,
         higher_is_better=task.higher_is_better,
         source=source,
@@ -211,6 +251,7 @@ def _compress(
         zeros=gained,
         trainings=trainings.read(folder.path / EVENTS),
         selected=metrics["select"],
+        reference=None if original is None else original.row(beside),
     )
     _deliver(run, taken, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
@@ -231,27 +272,50 @@ def run(
 
 
 @same_process()
-def apply(recipe: Recipe, model: nn.Module, task: Task, *, seed: int = 0, device: str = "cpu") -> nn.Module:
-    """Only the compressed module (with fake quantizers where the recipe quantizes): no artifact, nothing measured."""
-    from penjing.step import Context
+def deliver(
+    module: nn.Module | Draft,
+    task: Task,
+    goal: Goal | str = DEFAULT_GOAL,
+    *,
+    reference: str | nn.Module | ExportedProgram | None = None,
+    runtime: str | Sequence[str] | None = None,
+    out: Path | str = "runs/deliver",
+    seed: int = 0,
+    threads: int | None = None,
+    batch: int = 1,
+    seconds: float = 1.0,
+    resume: bool = False,
+    force: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> Result:
+    """Export what `apply` returned, after a training of one's own, with record and verdict.
 
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            "a network is compressed by a recipe",
-            got=repr(recipe),
-            expected="penjing.Recipe(step, …), or one of penjing.recipes",
-        )
-    requests.check_device(device)
-    for text in filter(None, (requests.undropped(recipe, model), questions.check_direction(task))):
-        warnings.warn(text, stacklevel=3)  # the decorator is between
-    seed_everything(seed)
-    draft = Draft(raise_repeatable(Source(name=type(model).__name__, module=model), task))
-    recipe = requests.with_teachers(recipe, task)
-    requests.check_recipe(recipe, draft.network, task, seed)
-    context = Context(task=task, seed=seed, device=device, source=draft.network)
-    for step in recipe:
-        draft = step(draft, context)
-    return insert(draft.network, draft.plan) if draft.plan else draft.network
+    The integers are those of the module's fake quantizers, with the ranges that they have now. Everything is measured
+    and judged as in `compress`; the source beside which it is seen is the module itself in floating point.
+
+    Args:
+        module: What `apply` returned, trained or not; or a draft, such as `load_checkpoint` gives.
+        task: The user's data and metric.
+        goal: As in `compress`.
+        reference: As in `compress`; for example the network that `apply` was given.
+        runtime: As in `compress`.
+        out: The run folder.
+        seed: As in `compress`.
+        threads: As in `compress`.
+        batch: As in `compress`.
+        seconds: As in `compress`.
+        resume: As in `compress`.
+        force: As in `compress`.
+        listeners: As in `compress`.
+
+    Raises:
+        PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
+    """
+    goal = Goal.parse(goal) if isinstance(goal, str) else goal
+    return _carry_out(
+        drafted(module), task, goal, Recipe(), reference=reference, runtime=runtime, out=out, seed=seed,
+        threads=threads, batch=batch, device="cpu", seconds=seconds, resume=resume, force=force, listeners=listeners,
+    )  # fmt: skip
 
 
 def _runtimes(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -273,6 +337,8 @@ def _runtimes(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _start(
     opened: Source,
+    start: Draft | None,
+    original: judging.Original | None,
     task: Task,
     folder: RunFolder,
     events: Events,
@@ -284,11 +350,12 @@ def _start(
     instruction_sets: tuple[str, ...],
 ) -> tuple[Run, Task]:
     events("stage", name="raise")
-    network = raise_repeatable(opened, task)
+    network = start.network if start is not None else raise_repeatable(opened, task)
     if task.evaluate is None and task.calibration is not None:
-        task = agreement_task(task, network)
+        task = agreement_task(task, network if original is None else original.network)
     made = Run(
         network=network,
+        start=start,
         task=task,
         folder=folder,
         events=events,
@@ -302,9 +369,9 @@ def _start(
     return made, task
 
 
-def _variants(name: str, recipe: Recipe, instruction_sets: tuple[str, ...]) -> list[Variant]:
+def _variants(name: str, quantizes: bool, instruction_sets: tuple[str, ...]) -> list[Variant]:
     precisions = runtimes.get(name).accelerates(instruction_sets).precisions
-    return [Variant(name, p) for p in precisions if recipe.quantizes or p not in INTEGER]
+    return [Variant(name, p) for p in precisions if quantizes or p not in INTEGER]
 
 
 def _candidates(

@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from penjing import measure, pipeline, runtimes
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from penjing import checkpoint, measure, pipeline, runtimes
+from penjing.analyze.cost import cost
+from penjing.outputs import numpy_predictor
 from penjing.pipeline import Run
-from penjing.records import Candidate, GoalResult, Measured
+from penjing.records import Candidate, GoalResult, Measured, Reference
+from penjing.repeatable import raise_repeatable
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search import goal as goals
 from penjing.search import questions
 from penjing.search.goal import Goal
+from penjing.source import open_source
 from penjing.task import Task
 from penjing.witness import Witness
+
+
+@dataclass(frozen=True)
+class Original:
+    """The network that `drop` is against, where it is not the source.
+
+    Attributes:
+        name: How it is called in tables.
+        network: Raised.
+        weights: SHA-256 of its tensors.
+        macs: Of one sample of the task's example.
+    """
+
+    name: str
+    network: fx.GraphModule
+    weights: str
+    macs: int
+
+    def row(self, metrics: dict[str, float | None]) -> Reference:
+        """What the record says of it."""
+        state = self.network.state_dict().values()
+        measured = Measured(
+            metric=metrics["evaluate"],
+            size_bytes=sum(t.numel() * t.element_size() for t in state),
+            parameters=sum(p.numel() for p in self.network.parameters()),
+            macs=self.macs,
+        )
+        return Reference(name=self.name, weights=self.weights, measured=measured, selected=metrics["select"])
+
+
+def original(reference: str | nn.Module | ExportedProgram | None, task: Task) -> Original | None:
+    """The network that `drop` is against; None where that is the source.
+
+    Raises:
+        SourceError: It can't be opened, or does not take the task's example.
+    """
+    if reference is None:
+        return None
+    opened = open_source(reference, task=task)
+    network = raise_repeatable(opened, task)
+    macs = sum(row.macs for row in cost(network, task.call()))
+    return Original(opened.name, network, checkpoint.fingerprint(network), macs)
+
+
+def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, float | None]:
+    """The metric of the network that `drop` is against, by `evaluate` and by `select` where the task has it."""
+    metrics: dict[str, float | None] | None = run.folder.kept("reference-metrics")
+    if metrics is None:
+        predict = numpy_predictor(original.network)
+        with run.costing("evaluate reference"):
+            metrics = {
+                name: None if function is None else pipeline.metric_of(function, predict, "the reference")
+                for name, function in (("evaluate", task.evaluate), ("select", task.select))
+            }
+        run.folder.keep("reference-metrics", metrics)
+    return metrics
 
 
 def judged(candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task) -> Candidate:
@@ -62,4 +125,4 @@ def final(
     return measured, replace(verdict, met=met, reason=reason)
 
 
-__all__ = ["final", "judged"]
+__all__ = ["Original", "final", "judged", "original", "reference_metrics"]

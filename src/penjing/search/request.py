@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from penjing.quantize.static import matches
 from penjing.recipe import Recipe
 from penjing.records import Record
 from penjing.search.goal import Goal, needs_metric
+from penjing.search.judging import Original
 from penjing.search.rehearsal import rehearse
 from penjing.surgery.taps import Tapped
 from penjing.task import Task, calibration_calls, fingerprint
@@ -205,20 +207,28 @@ def _first_batch(task: Task) -> str | None:
 
 
 def request(
-    run: Run, name: str, goal: Goal, recipe: Recipe, runtimes: tuple[str, ...], data: dict[str, str]
+    run: Run,
+    name: str,
+    goal: Goal,
+    recipe: list[dict[str, Any]],
+    runtimes: tuple[str, ...],
+    data: dict[str, str],
+    original: Original | None,
 ) -> dict[str, Any]:
     """All that decides what comes out, as plain data: a run goes on only where this is the same."""
     return {
         "source": name,
         "weights": checkpoint.fingerprint(run.network),
         "goal": goal.text(),
-        "recipe": recipe.to_data(),
+        "recipe": recipe,
         "runtimes": list(runtimes),
         "seed": run.seed,
         "batch": run.batch,
         "threads": run.threads,
         "data": data,
         "loss": _called(run.task.loss),
+        "reference": None if original is None else original.weights,
+        "plan": None if run.start is None else hashlib.sha256(run.start.plan.to_json().encode()).hexdigest(),
     }
 
 
@@ -235,6 +245,7 @@ def asked(record: Record) -> dict[str, Any]:
         "goal": record.goal.text,
         "recipe": record.recipe,
         "seed": record.seed,
+        "reference": None if record.reference is None else record.reference.weights,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
         "data": {

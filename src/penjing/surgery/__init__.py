@@ -13,13 +13,15 @@ from penjing.surgery.build import build, building
 from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
-from penjing.surgery.quantizers import FakeQuantize, freeze, insert
+from penjing.surgery.quantizers import FakeQuantize, freeze, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import KeepZeros, mark_sparse
+from penjing.surgery.straight_through import Grid
 
 __all__ = [
     "FakeQuantize",
+    "Grid",
     "KeepZeros",
     "build",
     "building",
@@ -27,6 +29,7 @@ __all__ = [
     "freeze",
     "insert",
     "mark_sparse",
+    "quantizer_calls",
     "replay",
     "resize",
     "skip",

@@ -14,6 +14,9 @@ from penjing.errors import QuantizationError
 from penjing.graph import RECURRENT, is_tensor, kind, sites, tensor_inputs
 from penjing.plan import Entry, Plan
 from penjing.surgery import recurrent
+from penjing.surgery.straight_through import Grid, wide
+
+SMALLEST = 1e-12  # that a scale becomes when it learns
 
 
 class FakeQuantize(nn.Module):
@@ -22,18 +25,30 @@ class FakeQuantize(nn.Module):
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, *, learns: bool = False) -> None:
         super().__init__()
         self.spec = entry.spec
         self.dynamic = entry.dynamic
-        self.register_buffer("scale", torch.tensor(entry.scale, dtype=torch.float32))
+        scale = torch.tensor(entry.scale, dtype=torch.float32)
+        if learns and not entry.dynamic and entry.spec.scale == "free":
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize."""
-        if self.dynamic:
-            return grid.on_grid(x, *grid.measured(x, self.spec), self.spec)
-        return grid.on_grid(x, self.scale, self.zero_point, self.spec)
+        """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize.
+
+        Gradients pass straight through, and none passes where a value lies outside the range.
+        """
+        x = wide(x)
+        scale, zero = grid.measured(x.detach(), self.spec) if self.dynamic else (self.scale, self.zero_point)
+        if scale.requires_grad:
+            scale = scale.abs().clamp(min=SMALLEST)
+        if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+            rounded: torch.Tensor = Grid.apply(x, scale, zero, self.spec, "lsq")  # type: ignore[no-untyped-call]
+            return rounded
+        return grid.on_grid(x, scale, zero, self.spec)
 
 
 def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
@@ -51,10 +66,17 @@ def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
     node.args, node.kwargs = args, kwargs
 
 
-def insert(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns: bool = False) -> fx.GraphModule:
     """A copy of `network` that computes in floating point what the integers of `plan` can express.
 
     Weights keep their names; the quantizers live under ``quantizers``.
+
+    Args:
+        network: Raised.
+        plan: Of this network.
+        trains: Let recurrent layers read their weights through quantizers, so that these learn: their integer
+            operator has no gradient, and rounds the inputs too.
+        learns: Scales are parameters, and biases stay in floating point: their grid follows from scales that move.
     """
     network = copy.deepcopy(network)
     network.add_module("quantizers", nn.Module())
@@ -62,7 +84,7 @@ def insert(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     def place(producer: fx.Node, entry: Entry) -> fx.Node:
         holder = network.get_submodule("quantizers")
         name = str(len(list(holder.children())))
-        holder.add_module(name, FakeQuantize(entry))
+        holder.add_module(name, FakeQuantize(entry, learns=learns))
         node = network.graph.call_module(f"quantizers.{name}", (producer,))
         node.meta["site"] = f"quantizers.{name}"
         return node
@@ -74,13 +96,24 @@ def insert(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if network.get_submodule(layer).bias is None:
             return None
         stored = network.graph.get_attr(f"{layer}.bias")
-        return stored if entry is None else place(stored, entry)
+        return stored if entry is None or learns else place(stored, entry)
 
     def keep(name: str, value: torch.Tensor) -> fx.Node:
         return _stored(network, f"quantizers.{name}", value)
 
-    _rewire(network, plan, place, weight, bias, keep)
+    _rewire(network, plan, place, weight, bias, None if trains else keep)
     return network
+
+
+def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
+    """Edge of the plan → the call of its quantizer in a network that `insert` made to train."""
+    found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
+    edges: dict[str, Any] = {}
+    for edge in plan.entries:
+        name, _, port = edge.rpartition(":")
+        node = found[name]
+        edges[edge] = node.args[1] if port == "weight" else tensor_inputs(node)[int(port.removeprefix("in"))]
+    return edges
 
 
 def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -208,7 +241,7 @@ def _rewire(
     place: Callable[[fx.Node, Entry], fx.Node],
     weight: Callable[[str, Entry], fx.Node],
     bias: Callable[[str, Entry | None], fx.Node | None],
-    store: Callable[[str, torch.Tensor], fx.Node],
+    store: Callable[[str, torch.Tensor], fx.Node] | None,
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
@@ -226,10 +259,15 @@ def _rewire(
         if port == "weight":
             continue
         consumer = found[name]
-        if kind(network, consumer) in RECURRENT:
+        recurs = kind(network, consumer) in RECURRENT
+        if recurs and store is not None:
             cells[name] = consumer
             continue
-        if entry.dynamic and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries):
+        if (
+            entry.dynamic
+            and not recurs
+            and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries)
+        ):
             raise QuantizationError(
                 "a range taken at run time is for linear layers with quantized weights",
                 got=f"{edge}, of kind {kind(network, consumer)}",
@@ -245,6 +283,7 @@ def _rewire(
         if port == "weight":
             _functional_layer(network, found[name], plan, entry, weight, bias, dynamic)
     for node in cells.values():
+        assert store is not None
         recurrent.in_integers(network, node, plan, store)
     network.graph.lint()
     network.recompile()

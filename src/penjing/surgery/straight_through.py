@@ -1,0 +1,70 @@
+"""Gradients through rounding: what is rounded passes its gradient on, what is cut off passes none.
+
+Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013. Of scales: Esser et al., "Learned
+Step Size Quantization", ICLR 2020; Choi et al., "PACT", 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from penjing.grid import broadcast, on_grid, rows
+from penjing.plan import QuantSpec
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in a type that holds the integers of 8 bits exactly, as bfloat16 does not."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Grid(torch.autograd.Function):
+    """`on_grid` with straight-through gradients, and the gradient of its scale (LSQ, equation 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec, method: str
+    ) -> torch.Tensor:
+        """x any shape, scale and zero_point (scales,); see `grid.integers`."""
+        y = on_grid(wide(x), scale.detach(), zero_point, spec)
+        ctx.save_for_backward(x, scale, zero_point, y)
+        ctx.spec, ctx.method = spec, method
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and scale."""
+        (gradient,) = gradients
+        x, scale, zero_point, y = ctx.saved_tensors
+        spec: QuantSpec = ctx.spec
+        low, high = spec.limits
+        if scale.numel() == 1:
+            step, zero = float(scale), int(zero_point)
+            # What rounds to an integer of the grid passes; one kernel for the comparison and the product.
+            of_x = torch.ops.aten.hardtanh_backward(
+                gradient, wide(x), (low - zero - 0.5) * step, (high - zero + 0.5) * step
+            )
+        else:
+            steps, zeros = broadcast(scale, x, spec), broadcast(zero_point, x, spec)
+            inside = (x >= (low - zeros - 0.5) * steps) & (x <= (high - zeros + 0.5) * steps)
+            of_x = torch.where(inside, gradient, 0.0)
+        if not ctx.needs_input_grad[1]:
+            return of_x.to(x.dtype), None, None, None, None
+        if ctx.method == "pact":  # only what is cut at the upper end moves that end
+            top = (high - broadcast(zero_point, x, spec)) * broadcast(scale, x, spec)
+            of_scale = rows(torch.where(x > top, gradient, 0.0), spec).sum(1) * (high - zero_point)
+        else:
+            # Inside, the gradient is (x̂ − x) / s, outside x̂ / s: two inner products.
+            of_scale = (_inner(gradient, y, spec) - _inner(of_x, wide(x), spec)) / scale
+        count = x.numel() / scale.numel() / (x.shape[0] if spec.axis is None else 1)
+        return of_x.to(x.dtype), of_scale.reshape(scale.shape) / math.sqrt(max(1.0, count * high)), None, None, None
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Σ a·b of the values of every scale: (scales,)."""
+    if spec.axis is not None:
+        return rows(a * b, spec).sum(1)
+    by_memory = sorted(range(a.dim()), key=a.stride, reverse=True)  # channels-last too is then one row
+    return torch.dot(a.permute(by_memory).reshape(-1), b.permute(by_memory).reshape(-1)).reshape(1)
