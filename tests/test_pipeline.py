@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing import building, evidence, measure, pipeline, records, runtimes
-from penjing.errors import ArtifactError, TaskError
+from penjing.errors import TaskError
 from penjing.events import Events
 from penjing.folder import EVIDENCE, RunFolder
 from penjing.network import raise_network
@@ -206,7 +206,7 @@ class TestCandidate:
         assert list((run.folder.path / "candidates").iterdir()) == []
         assert pipeline.candidate(run, Recipe(), variant, structure, None).measured.metric is None
 
-    def test_answers_that_are_not_finite_are_no_candidate(self, run, monkeypatch):
+    def test_answers_that_are_not_finite_are_a_reason_to_reject(self, run, monkeypatch):
         _, structure = pipeline.source(run)
 
         def broken(draft, context):
@@ -216,8 +216,9 @@ class TestCandidate:
             return draft
 
         monkeypatch.setattr(Counting, "__call__", lambda self, draft, context: broken(draft, context))
-        with pytest.raises(ArtifactError, match="not finite"):
-            pipeline.candidate(run, Recipe(Counting(([],))), Variant("onnxruntime", "fp32"), structure, None)
+        recipe, variant = Recipe(Counting(([],))), Variant("onnxruntime", "fp32")
+        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: float("nan"))
+        assert "NaN" in found.rejection.reason and found.measured.metric is None
 
 
 def test_latencies_of_source_and_candidates_are_taken_once(run, told):

@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import penjing as pj
 from penjing.errors import ArtifactError, RecordError
 from penjing.task import open_task
 from penjing.verify import batch_of, verify
@@ -28,6 +31,7 @@ def test_a_run_holds_on_the_machine_that_made_it(digits_run, digits_task):
         "integer operators",
         "parity with planned",
         "parity with source",
+        "limits of the parity",
         "latency",
         "speed-up over the source",
         "accuracy",
@@ -153,3 +157,76 @@ def test_a_timed_call_has_as_many_samples_as_were_asked_for(digits_run, tmp_path
     for folder in (digits_run.folder, tmp_path):  # with evidence, and without
         (x,) = batch_of(folder, ports, batch)
         assert x.shape == (batch, 1, 8, 8) and x.dtype == np.float32
+
+
+class Detector(nn.Module):
+    """Boxes in pixels and scores below 1, as two outputs and side by side in a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.boxes, self.scores = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.body(x))
+        boxes, scores = self.boxes(h).flatten(2) * 300 + 200, self.scores(h).flatten(2).sigmoid()
+        return {"boxes": boxes, "scores": scores, "both": torch.cat([boxes, scores], 1).transpose(1, 2)}
+
+
+class Tagger(nn.Module):
+    """A recurrent layer, whose integers are counted as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Embedding(40, 24), nn.LSTM(24, 32, batch_first=True), nn.Linear(32, 5)
+
+    def forward(self, ids):
+        return self.head(self.lstm(self.embed(ids))[0])
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 5)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, ids):
+        return self.head(self.block(self.embed(ids)))
+
+
+def pictures(samples, seed=0):
+    return torch.randn(samples, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
+
+
+def words(samples, seed=0):
+    return torch.randint(0, 40, (samples, 6), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("network", "data", "goal"),
+    [
+        (Detector, pictures, "minimize size_bytes"),
+        (Tagger, words, "minimize size_bytes"),
+        (Transformer, words, "minimize size_bytes"),
+    ],
+)
+def test_what_was_built_holds_at_every_limit(tmp_path, network, data, goal):
+    torch.manual_seed(0)
+    task = pj.Task(example=data(2), calibration=[data(16, seed) for seed in range(3)])
+    recipe = pj.Recipe(pj.quantize.Static())
+    result = pj.compress(
+        network().eval(),
+        task,
+        goal,
+        runtime="onnxruntime",
+        recipe=recipe,
+        out=tmp_path / "run",
+        seconds=0.01,
+        threads=1,
+    )
+    assert result.record.chosen.precision == "int8" and result.record.chosen.rejection is None
+    if network is Tagger:
+        assert result.record.chosen.integer_operators["lstm"] == 1
+    checks = checked(result.folder)
+    assert [c for c in checks.values() if c.holds is not True] == []
+    assert checks["limits of the parity"].recorded == "at least 30 dB"
+    assert float(checks["limits of the parity"].found.split(": ")[1].removesuffix(" dB")) >= 30

@@ -49,27 +49,46 @@ def executed_rows(
     Returns:
         Rows, and the operators by kind that ran in integers and in floating point.
     """
-    precision: dict[str, str] = {}
-    for operator in runtimes.executed(folder, manifest):
-        for name in operator.sites:
-            precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
+    precision = executed_precisions(folder, manifest)
     found = sites(network)
     rows = []
-    counts: dict[str, dict[str, int]] = {"int8": {}, "float": {}}
     for row in cost(network, call):
         executed = precision.get(row.name)
         # The input of a float layer may be quantized too: what counts for a layer is its weight.
         edge = "weight" if row.kind in ("conv", "linear") else "in0"
         planned = "int8" if f"{row.name}:{edge}" in plan.entries else manifest.settings.get("precision", "fp32")
         reason = None
-        if row.name in found and row.kind in COUNTED and executed is not None:
-            group = counts["int8" if executed == "int8" else "float"]
-            group[row.kind] = group.get(row.kind, 0) + 1
         if manifest.precision in INTEGER and executed != "int8" and row.kind in COUNTED:
             reason = plan.floats.get(row.name) or _why_float(planned, executed, manifest.runtime)
         stored = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, found, row, plan)
         rows.append(replace(row, planned=planned, executed=executed, reason=reason, weight_bytes=stored))
-    return tuple(rows), counts["int8"], counts["float"]
+    integer, floating = counted({row.name: row.kind for row in rows if row.name in found}, precision)
+    return tuple(rows), integer, floating
+
+
+def executed_precisions(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Site → the precision in which the runtime computes it: "int8" where any of its operators is integer."""
+    precision: dict[str, str] = {}
+    for operator in runtimes.executed(folder, manifest):
+        for name in operator.sites:
+            precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
+    return precision
+
+
+def counted(kinds: Mapping[str, str], precision: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """The operators by kind that ran in integers, and in floating point.
+
+    Args:
+        kinds: Site → kind.
+        precision: Site → what `executed_precisions` tells; sites that it does not show are not counted.
+    """
+    integer: dict[str, int] = {}
+    floating: dict[str, int] = {}
+    for name, what in kinds.items():
+        if what in COUNTED and name in precision:
+            group = integer if precision[name] == "int8" else floating
+            group[what] = group.get(what, 0) + 1
+    return integer, floating
 
 
 def _weight_bytes(network: fx.GraphModule, found: Mapping[str, fx.Node], row: LayerRow, plan: Plan) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from torch import fx
 
 from penjing import measure
+from penjing.draft import Draft
+from penjing.errors import ArtifactError
 from penjing.folder import EVIDENCE, STATE, RunFolder, writing
 from penjing.outputs import flatten_outputs, to_numpy
 from penjing.plan import Plan
@@ -20,6 +24,8 @@ from penjing.surgery import insert
 from penjing.task import Call, Task, calibration_calls
 
 SAMPLES = 32
+PROBES = (3, 1)
+"""Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
 
 
 def one_call(task: Task, batch: int) -> Call:
@@ -65,24 +71,120 @@ def store_source(folder: RunFolder, task: Task, manifest: Manifest, outputs: Seq
 
 def store_planned(folder: RunFolder, task: Task, network: fx.GraphModule, plan: Plan) -> None:
     """Add the chosen network's answers, so that `verify` can compare without torch code."""
-    stored = {name: x for name, x in _read(folder).items() if not name.startswith("planned_")}
-    _write(folder, stored | _named("planned", _planned(task, network, plan)))
+    stored = {name: x for name, x in _read(folder).items() if not name.startswith(("planned_", "probe"))}
+    simulated = insert(network, plan)
+    stored |= _named("planned", _outputs(simulated, one_call(task, SAMPLES)))
+    for size in PROBES if varies(task) else ():
+        stored |= _named(f"probe{size}", _tried(simulated, one_call(task, size)) or [])
+    _write(folder, stored)
 
 
-def parity(folder: RunFolder, task: Task, session: Any, network: fx.GraphModule, plan: Plan) -> tuple[Parity, ...]:
-    """How far an artifact's answers are from its plan's, computed in torch, and from the source network's."""
+def answers(folder: RunFolder, session: Any) -> list[np.ndarray]:
+    """What an opened artifact answers to the stored samples."""
+    stored = _read(folder)
+    outputs: list[np.ndarray] = session.run([stored[k] for k in stored if k.startswith("input_")])
+    return outputs
+
+
+def parity(
+    folder: RunFolder,
+    task: Task,
+    session: Any,
+    found: Sequence[np.ndarray],
+    draft: Draft,
+    source: fx.GraphModule,
+    manifest: Manifest,
+) -> tuple[Parity, Parity]:
+    """How far an artifact's answers are from its plan's, computed in torch, and from the source network's.
+
+    Args:
+        folder: With the stored samples.
+        task: Gives calls of other sizes, where the batch varies.
+        session: The opened artifact; it is called with each of them, and with the stored samples again.
+        found: What it answered to the stored samples at first.
+        draft: What it was exported from, its plan empty for a floating-point artifact.
+        source: The source network.
+        manifest: Of the artifact.
+    """
+    names = [port.name for port in manifest.programs[0].outputs]
     stored = _read(folder)
     original = [stored[k] for k in stored if k.startswith("source_")]
-    outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
-    planned = _planned(task, network, plan)
-    return (measure.parity([planned], [outputs], "planned"), measure.parity([original], [outputs], "source"))
+    parts = measure.split(original)
+    network = insert(draft.network, draft.plan)
+    whole = one_call(task, SAMPLES)
+    planned = _outputs(network, whole)
+    samples = len(planned[0]) if planned and planned[0].ndim else 1
+    near = measure.differences(planned, found, parts, samples)
+    far = measure.differences(original, found, parts, samples)
+    for size in (*PROBES, SAMPLES) if varies(task) else ():
+        call = one_call(task, size)
+        wanted = _tried(network, call)
+        if wanted is None:  # the network itself does not take so few
+            continue
+        mine = _called(session, arrays(manifest, call), wanted, size)
+        near = measure.worst(near, measure.differences(wanted, mine, parts, size))
+        far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
+    inherent = _inherent(draft, whole, planned, parts)
+    rows = {
+        "planned": measure.limits.judged(near, names, manifest.precision, inherent),
+        "source": measure.limits.told(far, names),
+    }
+    return (
+        replace(measure.parity([planned], [found], "planned"), rows=rows["planned"]),
+        replace(measure.parity([original], [found], "source"), rows=rows["source"]),
+    )
 
 
-def _planned(task: Task, network: fx.GraphModule, plan: Plan) -> list[np.ndarray]:
-    """What the torch network with the plan's quantizers answers."""
-    args, kwargs = one_call(task, SAMPLES)
+def varies(task: Task) -> bool:
+    """Whether the network takes calls of any number of samples."""
+    return task.dynamic is None or any(0 in axes for axes in task.dynamic.values())
+
+
+def _called(session: Any, inputs: list[np.ndarray], wanted: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    try:
+        outputs: list[np.ndarray] = session.run(inputs)
+    except Exception as error:
+        raise ArtifactError(
+            f"the artifact fails when the batch changes to {size}",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected=f"{len(wanted)} outputs, as the network gives",
+            remedy="fix the batch with Task(dynamic={}), or choose another runtime",
+        ) from error
+    return outputs
+
+
+def _inherent(
+    draft: Draft, call: Call, planned: Sequence[np.ndarray], parts: Sequence[measure.Columns]
+) -> Callable[[], Sequence[measure.Difference]]:
+    """Noise that is not the artifact's: the plan's own, or, where there is no plan, that of float32 arithmetic."""
+
+    def found() -> Sequence[measure.Difference]:
+        if draft.plan:
+            return measure.differences(_outputs(draft.network, call), planned, parts)
+        exact = _tried(copy.deepcopy(draft.network).double(), _in_float64(call))
+        return measure.differences(exact, planned, parts) if exact is not None else ()
+
+    return found
+
+
+def _in_float64(call: Call) -> Call:
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tuple(map(double, call[0])), {k: double(v) for k, v in call[1].items()}
+
+
+def _tried(network: torch.nn.Module, call: Call) -> list[np.ndarray] | None:
+    try:
+        return _outputs(network, call)
+    except Exception:  # a fixed type in the middle of the network, or a size that it refuses
+        return None
+
+
+def _outputs(network: torch.nn.Module, call: Call) -> list[np.ndarray]:
+    args, kwargs = call
     with torch.no_grad():
-        return [to_numpy(t) for t in flatten_outputs(insert(network, plan)(*args, **kwargs))[0]]
+        return [to_numpy(t) for t in flatten_outputs(network(*args, **kwargs))[0]]
 
 
 def _read(folder: RunFolder) -> dict[str, np.ndarray]:

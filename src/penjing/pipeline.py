@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing import checkpoint, evidence, measure, runtimes
+from penjing import checkpoint, evidence, finite, measure, runtimes
 from penjing.analyze.cost import cost
+from penjing.bisecting import first_difference
 from penjing.building import INTEGER, build, executed_rows
+from penjing.causes import doubts
 from penjing.draft import Draft
-from penjing.errors import PenjingError, TaskError
+from penjing.errors import OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events
 from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder
 from penjing.outputs import flatten_outputs, numpy_predictor
 from penjing.plan import Plan
 from penjing.recipe import Recipe
-from penjing.records import Candidate, LayerRow, Measured, StepCost, from_dict
+from penjing.records import Candidate, LayerRow, Measured, Parity, Rejection, StepCost, from_dict
 from penjing.runtimes.artifact import Manifest, predictor, read_manifest
 from penjing.step import Context, Step
 from penjing.task import Task
@@ -120,6 +122,7 @@ def source(run: Run) -> tuple[Manifest, Any]:
     args, kwargs = evidence.one_call(run.task, evidence.SAMPLES)
     with torch.no_grad():
         leaves, structure = flatten_outputs(run.network(*args, **kwargs))
+    finite.check_answers(leaves, structure)
     if not (run.folder.path / SOURCE).exists():
         with run.costing("export source"), run.folder.building(SOURCE) as aside:
             build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
@@ -129,43 +132,62 @@ def source(run: Run) -> tuple[Manifest, Any]:
     return manifest, structure
 
 
+ENDING = (OutputError, UsageError, OSError)
+"""What is not of a candidate's own making: the request, the folder, the disk. All else loses the candidate alone."""
+
+
 def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
     """The draft after all steps; steps before the first that depends on the runtime run once for all runtimes.
 
     A floating-point variant takes those alone: what is made for one runtime's integers (ranges, corrected biases) is
-    of no use to it.
+    of no use to it. Where a step fails that is for integers alone, it goes on without that step.
     """
-    current = shared(run, recipe)
-    where = "all"
+    floats = variant.precision not in INTEGER
+    current = Draft(run.network) if run.start is None else run.start
+    where, branch = "all", ""
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
-            if variant.precision not in INTEGER and not getattr(step, "for_floats", False):
+            if floats and not getattr(step, "for_floats", False):
                 break
             where = variant.runtime
-        if where != "all":
-            current = _once(run, step, current, where, position)
+        try:
+            current = _once(run, step, current, where, position, branch)
+        except ENDING:
+            raise
+        except Exception:
+            if not floats or not getattr(step, "for_integers", False):
+                raise
+            branch = "-floats"
     return current
 
 
-def shared(run: Run, recipe: Recipe) -> Draft:
-    """The draft after the steps before the first that depends on the runtime."""
+def shared(run: Run, recipe: Recipe) -> None:
+    """Run the steps that all candidates need, so that they fail once, and by their own name."""
     current = Draft(run.network) if run.start is None else run.start
     for position, step in enumerate(recipe):
         if getattr(step, "per_runtime", False):
             break
-        current = _once(run, step, current, "all", position)
-    return current
+        try:
+            current = _once(run, step, current, "all", position)
+        except ENDING:
+            raise
+        except Exception:
+            if not getattr(step, "for_integers", False):
+                raise
+            break  # it fails for integers again, and floating-point candidates go on without it
 
 
-def _once(run: Run, step: Step, current: Draft, where: str, position: int) -> Draft:
+def _once(run: Run, step: Step, current: Draft, where: str, position: int, branch: str = "") -> Draft:
     """What a step makes, or how it fails: neither is computed twice."""
-    key = (where, position)
+    key = (where, position, branch)
     if key not in run.memo:
         try:
-            run.memo[key] = _step(run, step, current, where, f"{where}-{position}")
-        except PenjingError as error:
+            run.memo[key] = _step(run, step, current, where, f"{where}-{position}{branch}")
+        except ENDING:
+            raise
+        except Exception as error:
             run.memo[key] = error
-    if isinstance(run.memo[key], PenjingError):
+    if isinstance(run.memo[key], Exception):
         raise run.memo[key]
     made: Draft = run.memo[key]
     return made
@@ -204,13 +226,23 @@ def candidate(
     with run.costing(f"evaluate {variant.name}"):
         manifest = read_manifest(folder)
         session = runtimes.open_artifact(folder, run.threads)
-        plan = made.plan if variant.precision in INTEGER else Plan()
-        parity = evidence.parity(run.folder, run.task, session, made.network, plan)
-        rows, integer, floating = executed_rows(made.network, plan, run.task.call(), manifest, folder)
+        made = made if variant.precision in INTEGER else replace(made, plan=Plan())
+        answers = evidence.answers(run.folder, session)
+        value: float | TaskError | None = None
         witness = Witness(predictor(session, manifest))
-        value = metric_of(metric, witness, variant.name) if metric else None
-        run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
+        try:
+            value = metric_of(metric, witness, variant.name) if metric else None
+            run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
+        except TaskError as error:  # of an artifact that answers NaN it may have none
+            value = error
+        parity = evidence.parity(run.folder, run.task, session, answers, made, run.network, manifest)
         del session, witness
+        rejection = rejected(run, made, manifest, folder, parity)
+        if isinstance(value, TaskError):
+            if rejection is None:
+                raise value
+            value = None
+        rows, integer, floating = executed_rows(made.network, made.plan, run.task.call(), manifest, folder)
         packed = _packed(run, folder, manifest)
     found = Candidate(
         name=variant.name,
@@ -229,10 +261,38 @@ def candidate(
         float_operators=floating,
         layers=rows,
         sha256={name: measure.sha256(folder / name) for name in manifest.files()},
+        rejection=rejection,
+        doubts=doubts(variant.name, variant.precision, parity, made, run.task) if rejection is None else (),
     )
     run.folder.keep(variant.name, dataclasses.asdict(found))
     run.events("candidate", name=variant.name, metric=value, size_bytes=found.measured.size_bytes)
+    if rejection is not None:
+        run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
     return found
+
+
+def rejected(run: Run, made: Draft, manifest: Manifest, folder: Path, parity: Sequence[Parity]) -> Rejection | None:
+    """Why an artifact is not to be offered, with the first operator that differs; None where it may be.
+
+    Args:
+        run: For its data and threads.
+        made: What it was exported from, its plan empty for a floating-point artifact.
+        manifest: Its manifest.
+        folder: Where it lies.
+        parity: Its comparisons.
+    """
+    found = measure.limits.rejection(parity)
+    if found is None:
+        return None
+    worst = next(row for p in parity if p.against == found.against for row in p.rows if row.place == found.output)
+    with run.costing(f"look for the operator at which {folder.name} differs"):
+        site = first_difference(made, run.task, folder, manifest, run.threads, found.snr_db, worst.batch)
+    where = (
+        f"the first operator that differs is {site}"
+        if site
+        else "no operator that can be looked at differs by itself: it is how the runtime joins them"
+    )
+    return replace(found, reason=f"{found.reason}; {where}", operator=site)
 
 
 def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Timing]:

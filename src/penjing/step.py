@@ -55,7 +55,8 @@ class Step(Protocol):
 
     A step whose result depends on the target runtime (`context.accelerates`) says so with a class attribute
     ``per_runtime = True``; then it runs once for every runtime, and the steps before it only once. Floating-point
-    artifacts go without it and what follows, unless it says ``for_floats = True``.
+    artifacts go without it and what follows, unless it says ``for_floats = True``. A step that only prepares for
+    integers and computes the same says ``for_integers = True``: where it fails, floating-point artifacts go without it.
     """
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from penjing import measure, records, runtimes
+from penjing.building import counted, executed_precisions
 from penjing.errors import ArtifactError, RecordError
+from penjing.evidence import PROBES
 from penjing.folder import ARTIFACT, EVIDENCE, SOURCE
-from penjing.records import Candidate, Parity, Record
+from penjing.records import Candidate, Parity, ParityRow, Record
 from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
 from penjing.task import Task
 
@@ -69,7 +71,7 @@ def verify(
     except ArtifactError as error:
         # Damaged files say so in a check: whoever verifies wants to know that, and not why a runtime stumbled.
         return (*checks, Check(f"opens in {manifest.runtime}", "yes", f"no: {error.got}", False))
-    checks += _parities(folder, chosen, session)
+    checks += _parities(folder, chosen, session, manifest)
     if seconds > 0:
         checks += _speed(folder, record, chosen, manifest, used, seconds, events)
     if task is not None:
@@ -92,33 +94,56 @@ def _size(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
 
 def _operators(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
     kinds = {row.name: row.kind for row in chosen.layers}
-    precision: dict[str, str] = {}
-    for operator in runtimes.executed(folder / ARTIFACT, manifest):
-        for site in operator.sites:
-            precision[site] = "int8" if precision.get(site) == "int8" else operator.precision
-    counted: dict[str, int] = {}
-    for site, value in precision.items():
-        if value == "int8" and kinds.get(site) in ("conv", "linear", "add", "matmul", "cat", "avg_pool"):
-            counted[kinds[site]] = counted.get(kinds[site], 0) + 1
+    found, _ = counted(kinds, executed_precisions(folder / ARTIFACT, manifest))
     recorded = chosen.integer_operators
-    return Check("integer operators", _counts(recorded), _counts(counted), counted == recorded)
+    return Check("integer operators", _counts(recorded), _counts(found), found == recorded)
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
 
 
-def _parities(folder: Path, chosen: Candidate, session: Any) -> list[Check]:
+def _parities(folder: Path, chosen: Candidate, session: Any, manifest: Manifest) -> list[Check]:
+    """The comparisons of the record, and that every output and group of columns keeps its limit, now as then."""
     stored = _evidence(folder)
-    outputs = session.run([stored[k] for k in stored if k.startswith("input_")])
-    checks = []
+    inputs = [stored[k] for k in stored if k.startswith("input_")]
+    outputs = session.run(inputs)
+    original = [stored[k] for k in stored if k.startswith("source_")]
+    parts = measure.split(original)
+    names = [port.name for port in manifest.programs[0].outputs]
+    checks, rows = [], []
     for recorded in chosen.parity:
         reference = [stored[k] for k in stored if k.startswith(f"{recorded.against}_")]
         if reference:
             found = measure.parity([reference], [outputs], recorded.against)
             holds = found.largest <= recorded.largest * (1 + PARITY_TOLERANCE) + 1e-5
             checks.append(Check(f"parity with {recorded.against}", _parity(recorded), _parity(found), holds))
+            if recorded.against == "planned":
+                samples = len(outputs[0]) if outputs[0].ndim else 1
+                near = measure.differences(reference, outputs, parts, samples)
+                for size in (*PROBES, samples):  # in one session, as when it was judged
+                    wanted = reference if size == samples else [x for k, x in stored.items() if f"probe{size}_" in k]
+                    if wanted:
+                        few = session.run([x[:size] for x in inputs] if size != samples else inputs)
+                        near = measure.worst(near, measure.differences(wanted, few, parts, size))
+                rows = list(measure.limits.judged(near, names, manifest.precision))
+    if rows:
+        checks.append(_limit(rows, chosen))
     return checks
+
+
+def _limit(rows: list[ParityRow], chosen: Candidate) -> Check:
+    """Every row beside its limit; a limit that the run had lowered stays as low, with the reason."""
+    lowered = {row.place: row for p in chosen.parity if p.against == "planned" for row in p.rows if row.why}
+    judged = [
+        replace(row, limit_db=lowered[row.place].limit_db, why=lowered[row.place].why) if row.place in lowered else row
+        for row in rows
+    ]
+    worst = max(judged, key=lambda row: (row.shortfall, -row.snr_db))
+    limit = measure.limits.of(chosen.precision)
+    recorded = f"at least {limit.snr_db:.0f} dB" if chosen.rejection is None else f"rejected: {chosen.rejection.reason}"
+    text = f"{worst.place}: {measure.limits.failure(worst) if worst.shortfall else f'{worst.snr_db:.1f} dB'}"
+    return Check("limits of the parity", recorded, text, worst.holds, worst.why)
 
 
 def _evidence(folder: Path) -> dict[str, np.ndarray]:

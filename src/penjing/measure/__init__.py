@@ -1,16 +1,24 @@
 """Measurement: latency, memory, size, parity, and the machine. Only NumPy and psutil are imported, never torch."""
 
+from penjing.measure import limits
+from penjing.measure.columns import Columns, Difference, differences, split, worst
+from penjing.measure.decibels import IDENTICAL_DB, decibels
 from penjing.measure.latency import Target, Timing, compare, ratio
 from penjing.measure.machine import machine, versions
 from penjing.measure.memory import peak_memory_bytes, reset_peak, rss_bytes
-from penjing.measure.parity import IDENTICAL_DB, parity
+from penjing.measure.parity import parity
 from penjing.measure.size import packed_bytes, sha256, size_bytes
 
 __all__ = [
     "IDENTICAL_DB",
+    "Columns",
+    "Difference",
     "Target",
     "Timing",
     "compare",
+    "decibels",
+    "differences",
+    "limits",
     "machine",
     "packed_bytes",
     "parity",
@@ -20,5 +28,7 @@ __all__ = [
     "rss_bytes",
     "sha256",
     "size_bytes",
+    "split",
     "versions",
+    "worst",
 ]

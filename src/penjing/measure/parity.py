@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from penjing.errors import ArtifactError, TaskError
+from penjing.measure.columns import Array, check_shapes, fault, is_float
+from penjing.measure.decibels import IDENTICAL_DB, decibels
 from penjing.records import Parity
-
-IDENTICAL_DB = 200.0
-"""Stands for an infinite signal-to-noise ratio, which JSON can't hold; no ratio is reported beyond ±200 dB."""
-
-Array = npt.NDArray[Any]
 
 
 def parity(
@@ -30,6 +24,8 @@ def parity(
     floating-point): 10·log10(Σ reference² / Σ difference²), with `IDENTICAL_DB` where the outputs are equal to
     the bit. Agreement is the share of samples whose largest value stands at the same place of the last axis of
     the first floating-point output; None unless that output is (samples, classes) with two classes or more.
+    Where one side alone holds NaN or infinities the ratio is -`IDENTICAL_DB`, whatever the other values are; an
+    infinity that both sides give is an answer (a masked score), not a difference.
 
     Args:
         reference: Outputs of the torch network: for every batch one array per output, samples first.
@@ -37,8 +33,7 @@ def parity(
         against: What the reference is, "planned" or "source"; it goes into the result.
 
     Raises:
-        ArtifactError: The candidate has NaN or infinity where the reference has not, or another number of
-            batches or outputs, or another shape.
+        ArtifactError: The candidate has another number of batches or outputs, or another shape.
         TaskError: There is no sample to compare.
     """
     sums = _Sums()
@@ -70,25 +65,14 @@ class _Sums:
         self.samples = 0
         self.agreed = 0
         self.classes = True  # until an output without classes is seen
+        self.faulty = False
 
     def add(self, reference: Sequence[Array], candidate: Sequence[Array], batch: int) -> None:
-        if len(reference) != len(candidate):
-            raise ArtifactError(
-                "the artifact has another number of outputs than the network",
-                got=f"{len(candidate)} outputs",
-                expected=f"{len(reference)}",
-            )
+        check_shapes(reference, candidate, f" in batch {batch}")
         pairs = [(np.asarray(r), np.asarray(c)) for r, c in zip(reference, candidate, strict=True)]
-        for port, (r, c) in enumerate(pairs):
-            if r.shape != c.shape:
-                raise ArtifactError(
-                    f"output {port} of the artifact has another shape than the network's",
-                    got=f"{c.shape} in batch {batch}",
-                    expected=f"{r.shape}",
-                )
-        floats = [port for port, (r, _) in enumerate(pairs) if _floating(r)]
+        floats = [port for port, (r, _) in enumerate(pairs) if is_float(r)]
         for port in floats or range(len(pairs)):
-            self._differences(*pairs[port], port, batch)
+            self._differences(*pairs[port])
         first = pairs[floats[0]] if floats else None
         if first is not None and first[0].ndim == 2 and first[0].shape[1] > 1:
             self.agreed += int(np.sum(np.argmax(first[0], axis=-1) == np.argmax(first[1], axis=-1)))
@@ -98,12 +82,11 @@ class _Sums:
         if lead is not None:
             self.samples += lead[0].shape[0] if lead[0].ndim else 1
 
-    def _differences(self, reference: Array, candidate: Array, port: int, batch: int) -> None:
+    def _differences(self, reference: Array, candidate: Array) -> None:
         r, c = reference.astype(np.float64), candidate.astype(np.float64)
         finite = np.isfinite(r) & np.isfinite(c)
         if not finite.all():
-            # An infinity that both sides give is an answer (a masked score), not a difference.
-            _refuse_nonfinite(r[~finite], c[~finite], port, batch)
+            self.faulty = self.faulty or bool(fault(reference, candidate))
             r, c = r[finite], c[finite]
         difference = np.abs(r - c)
         self.largest = max(self.largest, float(difference.max(initial=0.0)))
@@ -124,41 +107,7 @@ class _Sums:
             against=against,
             largest=self.largest,
             mean=self.absolute / max(self.values, 1),
-            snr_db=_decibels(self.signal, self.noise),
+            snr_db=-IDENTICAL_DB if self.faulty else decibels(self.signal, self.noise),
             agreement=self.agreed / self.samples if self.classes else None,
             samples=self.samples,
         )
-
-
-def _floating(array: Array) -> bool:
-    # bfloat16 and the 8-bit floats of ml_dtypes have kind "V" in NumPy.
-    return array.dtype.kind in "fV"
-
-
-def _refuse_nonfinite(reference: Array, candidate: Array, port: int, batch: int) -> None:
-    """Raise unless both sides hold the same infinities (or NaN) at these places."""
-    if np.array_equal(reference, candidate, equal_nan=True):
-        return
-    if np.isfinite(candidate).all():
-        raise ArtifactError(
-            f"output {port} of the network has values that are not finite, where the artifact's are",
-            got=f"{candidate.size} such values in batch {batch}",
-            expected="finite outputs of the network",
-            remedy="look at what the network answers to this batch",
-        )
-    raise ArtifactError(
-        f"output {port} of the artifact has values that are not finite",
-        got=f"{np.isnan(candidate).sum()} NaN and {np.isinf(candidate).sum()} infinite in batch {batch}",
-        expected="finite outputs, as the network gives",
-        remedy="ask for a higher precision (fp32 instead of bf16), or calibrate on data of the real range",
-    )
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal power over noise power in decibels, held within ±IDENTICAL_DB."""
-    if noise == 0.0:
-        return IDENTICAL_DB
-    if signal == 0.0:
-        return -IDENTICAL_DB
-    decibels = 10.0 * (math.log10(signal) - math.log10(noise))
-    return max(-IDENTICAL_DB, min(IDENTICAL_DB, decibels))

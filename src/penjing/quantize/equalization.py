@@ -8,7 +8,7 @@ network computes what it did, and no channel of a weight is much smaller than an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -33,6 +33,8 @@ class CrossLayerEqualization:
         limit: No channel is scaled by more than this, up or down. A channel with tiny weights and an ordinary bias
             would become an activation that is far larger than all others.
     """
+
+    for_integers: ClassVar[bool] = True
 
     sweeps: int = 200
     limit: float = 100.0

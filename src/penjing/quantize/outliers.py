@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -32,6 +33,8 @@ class SplitOutliers:
         most: Largest share of a layer's input channels that is split off; the largest ones first.
         samples: Calibration samples that the magnitudes are taken over, in one pass.
     """
+
+    for_integers: ClassVar[bool] = True
 
     factor: float = 6.0
     most: float = 0.02

@@ -9,7 +9,7 @@ it costs less. The network computes what it did.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -33,6 +33,8 @@ class SmoothQuant:
         alpha: 0 to 1: how much of the activations' differences moves into the weights.
         samples: Calibration samples that the maxima of the activations are taken over, in one pass.
     """
+
+    for_integers: ClassVar[bool] = True
 
     alpha: float = 0.5
     samples: int = 64

@@ -132,7 +132,7 @@ def trees(record: records.Record) -> tuple[float, float] | None:
 def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[FloatGroup, ...]], ...]:
     """For every integer candidate the layers that stayed in floating point by reason, the chosen candidate first."""
     found = []
-    for c in sorted(record.candidates, key=lambda c: c.name != record.goal.chosen):
+    for c in sorted((*record.candidates, *record.rejected), key=lambda c: c.name != record.goal.chosen):
         if arithmetic.family(c.precision) != arithmetic.INTEGER or not c.layers:
             continue
         total = sum(r.macs for r in c.layers) or 1

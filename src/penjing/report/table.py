@@ -95,23 +95,33 @@ def candidates(record: records.Record) -> Table:
     """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
 
     ``×`` is how many times faster than the source, ``dB`` signal-to-noise and ``agree`` agreement against the source,
-    ``int`` integer operators of all operators that were counted in the runtime's graph.
+    ``int`` integer operators of all operators that were counted in the runtime's graph. Candidates that are not
+    offered stand last. Below stand the least signal-to-noise ratios against what was planned, of any output or group
+    of columns, with their limits, and why candidates don't meet the goal.
     """
     table = _table()
     _column(table, "candidate")
     names = (record.metric_name, "drop", "latency", "×", "size", "dB", "agree", "int", "met")
     for name in names:
         _column(table, name, "right")
-    for c in record.candidates:
+    for c in (*record.candidates, *record.rejected):
         chosen = c.name == record.goal.chosen
         style = "bold" if chosen else ""
         cells = (f"{c.name} *" if chosen else c.name, *_figures(record, c))
-        goal = _cell("yes" if c.met else "no", "green" if c.met else "yellow")
+        goal = _cell("no", "red") if c.rejection else _cell(*(("yes", "green") if c.met else ("no", "yellow")))
         table.add_row(*(_cell(text, style) for text in cells), goal)
-    reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in record.candidates if c.reason and not c.met)
+    shown = (*record.candidates, *record.rejected)
+    reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in shown if c.reason and not c.met)
     told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
     told += filter(None, [compared.against(record)])
-    return _captioned(table, told + list(reasons))
+    return _captioned(table, told + _kept(shown) + list(reasons))
+
+
+def _kept(shown: Sequence[records.Candidate]) -> list[str]:
+    """What every candidate keeps of its plan, where that is least, beside its limit."""
+    worst = [(c.name, p.worst) for c in shown for p in c.parity if p.against == "planned" and p.worst is not None]
+    found = [f"{name} {_decibels(w.snr_db)} ({w.limit_db:.0f})" for name, w in worst if w.limit_db is not None]
+    return [f"least dB against the plan (limit): {', '.join(found)}"] if found else []
 
 
 def layers(rows: Sequence[records.LayerRow]) -> Table:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.plan import Accelerates
-from penjing.runtimes.artifact import Executed, Manifest, Timed, read_manifest
+from penjing.runtimes.artifact import Executed, Manifest, Port, Timed, read_manifest, write_manifest
 
 _FILES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "eager"}
 _INSTALL = {
@@ -122,6 +123,33 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
     with _opening(folder, manifest):
         timed: list[Timed] = runtime.profile(folder, manifest, inputs, threads, calls)
         return timed
+
+
+def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
+    """Write a copy of an artifact that also gives the values of operators in its middle, as further outputs.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        sites: Whose values are wanted.
+        into: An empty folder.
+
+    Returns:
+        The sites that the artifact's file names, in the order of the further outputs.
+
+    Raises:
+        ArtifactError: The runtime can't read the artifact.
+        UsageError: This runtime has no such form.
+    """
+    runtime = get(manifest.runtime)
+    if not hasattr(runtime, "expose"):
+        raise UsageError("this runtime does not show values", got=manifest.runtime, expected="onnxruntime or openvino")
+    with _opening(folder, manifest):
+        shown: list[str] = runtime.expose(folder, manifest, sites, into)
+    main, *others = manifest.programs
+    ports = tuple(Port(name=site, dtype="float32", shape=()) for site in shown)
+    write_manifest(into, replace(manifest, programs=(replace(main, outputs=(*main.outputs, *ports)), *others)))
+    return shown
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,25 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         name = _origin(node.name, sites)
         found.append(Executed((name,) if name else (), node.op_type, "int8" if integer else "fp32"))
     return found
+
+
+def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
+    """Write model.onnx with the values of `sites` as further outputs; returns those that it names."""
+    import onnx
+
+    model = onnx.load(str(folder / manifest.programs[0].files[0]))
+    values = {node.name: node.output[0] for node in model.graph.node}
+    given = {value.name for value in model.graph.output}
+    shown = []
+    for site in sites:
+        # A linear layer may be a product and an addition, which is called by what it adds.
+        value = next((values[n] for n in (f"{site}/bias", f"{site}/scale", site) if n in values), None)
+        if value is not None and value not in given:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+            given.add(value)
+            shown.append(site)
+    (into / manifest.programs[0].files[0]).write_bytes(model.SerializeToString())
+    return shown
 
 
 def _origin(name: str, sites: set[str]) -> str | None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,24 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
             sites = tuple(dict.fromkeys(_origin(part) for part in names.split(",") if part))
             found.append(Timed(sites, kind, total[name] / calls))
     return found
+
+
+def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
+    """Write model.xml with the values of `sites` as further outputs; returns those that it names."""
+    import openvino
+
+    model = openvino.Core().read_model(str(folder / manifest.programs[0].files[0]))
+    values = {op.get_friendly_name(): op.output(0) for op in model.get_ordered_ops() if op.get_output_size()}
+    given = {result.input_value(0).get_node().get_friendly_name() for result in model.get_results()}
+    shown = []
+    for site in sites:
+        name = next((n for n in (f"{site}/bias", f"{site}/scale", site) if n in values), None)
+        if name is not None and name not in given:
+            model.add_outputs([values[name]])
+            given.add(name)
+            shown.append(site)
+    openvino.save_model(model, str(into / manifest.programs[0].files[0]), compress_to_fp16=False)
+    return shown
 
 
 def _origin(name: str) -> str:

@@ -17,7 +17,7 @@ import penjing
 from penjing import checkpoint, evidence, measure, pipeline, records, runtimes
 from penjing.building import INTEGER
 from penjing.draft import Draft
-from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, UsageError
+from penjing.errors import MissingDependency, PenjingError, UsageError
 from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
@@ -223,9 +223,9 @@ def _compress(
     found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
     if differs := questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at):
         run.warn(differs)
-    timings = pipeline.latencies(run, found)
+    timings = pipeline.latencies(run, [c for c in found if c.rejection is None] or found)
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
-    found = [judging.judged(c, goal, timings[c.name], beside[looked_at], task) for c in found]
+    found = [judging.judged(c, goal, timings.get(c.name), beside[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
     artifact, verdict = judging.final(run, goal, verdict, found, beside, looked_at)
     gained = _zeros(run, taken, next((c for c in found if c.name == verdict.chosen), None), structure)
@@ -243,7 +243,7 @@ def _compress(
         higher_is_better=task.higher_is_better,
         source=source,
         artifact=artifact,
-        candidates=tuple(found),
+        candidates=tuple(c for c in found if c.rejection is None),
         goal=verdict,
         layers=source_rows,
         steps=_costs(run),
@@ -252,6 +252,7 @@ def _compress(
         trainings=trainings.read(folder.path / EVENTS),
         selected=metrics["select"],
         reference=None if original is None else original.row(beside),
+        rejected=tuple(c for c in found if c.rejection is not None),
     )
     _deliver(run, taken, record)
     events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
@@ -381,30 +382,39 @@ def _candidates(
     structure: Any,
     metric: Callable[[Any], float] | None,
 ) -> list[Candidate]:
-    """All candidates that could be built; one that can't is a warning, and an error only when none is left.
+    """All candidates that could be built, rejected ones among them; one that can't is a warning, and the first failure
+    an error only when none is left.
 
     One whose plan was chosen for another precision is none.
     """
     found: list[Candidate] = []
-    failure: PenjingError | None = None
+    failure: Exception | None = None
     for position, variant in enumerate(variants):
         run.events("progress", label="candidates", done=position, total=len(variants), name=variant.name)
         try:
             made = pipeline.candidate(run, recipe, variant, structure, metric)
             found += [made] if made else []
-        except PenjingError as error:
-            if isinstance(error, OutputError | UsageError | TaskError):
-                raise
-            failure = error
-            run.warnings.append(
-                f"{variant.name} could not be built: {error.what}" + (f" ({error.got})" if error.got else "")
-            )
-            run.events("warning", text=run.warnings[-1])
+        except pipeline.ENDING:
+            raise
+        except Exception as error:  # each runtime, exporter and step has exceptions of its own
+            failure = failure or error
+            run.warn(f"{variant.name} could not be built: {_told(error)}")
     run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
     if not found:
         assert failure is not None
         raise failure
+    for candidate in found:
+        if candidate.rejection is not None:
+            run.warn(f"{candidate.name} is not offered: {candidate.rejection.reason}")
+        for text in candidate.doubts:
+            run.warn(text)
     return found
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, PenjingError):
+        return error.what + (f" ({error.got})" if error.got else "")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _zeros(run: Run, recipe: Recipe, chosen: Candidate | None, structure: Any) -> Zeros | None:

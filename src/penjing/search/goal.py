@@ -220,8 +220,11 @@ def needs_metric(goal: Goal) -> bool:
 def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
     """Whether a candidate keeps every limit and has the objective's figure, and why, in words with figures.
 
-    The reason of a failure names every limit that fails, and only those: ``"drop 1.3 % is above 1 %"``.
+    The reason of a failure names every limit that fails, and only those: ``"drop 1.3 % is above 1 %"``. A candidate
+    that was rejected meets no goal, whatever its figures are.
     """
+    if candidate.rejection is not None:
+        return False, f"rejected: {candidate.rejection.reason}"
     found = figures(candidate)
     kept, failed = [], []
     for limit in goal.all_limits():
@@ -266,10 +269,13 @@ def choose(goal: Goal, candidates: Sequence[Candidate]) -> GoalResult:
     """The best candidate that meets the goal; where none does, the nearest, with the reason; always the Pareto set.
 
     The best has the best objective, unrounded; equal ones are told apart by the smaller file, then by name. The
-    nearest goes least beyond the limits, each excess taken as a share of its limit and all of them added.
+    nearest goes least beyond the limits, each excess taken as a share of its limit and all of them added. Rejected
+    candidates are not among them; where there is no other, the one that comes nearest to what was planned is chosen,
+    and the goal is not met.
     """
-    meeting = [c for c in candidates if check(goal, c)[0]]
-    front = pareto(goal, candidates)
+    offered = [c for c in candidates if c.rejection is None]
+    meeting = [c for c in offered if check(goal, c)[0]]
+    front = pareto(goal, offered)
     if meeting:
         best = min(meeting, key=_order(goal))
         reason = f"{best.name}: {check(goal, best)[1]}"
@@ -277,9 +283,21 @@ def choose(goal: Goal, candidates: Sequence[Candidate]) -> GoalResult:
     if not candidates:
         return GoalResult(text=goal.text(), met=False, reason="no candidate could be built", chosen=None)
     order = _order(goal)
-    near = min(candidates, key=lambda c: (_violation(goal, c), order(c)))
+    if not offered:
+        near = min(candidates, key=lambda c: (_missing(c), order(c)))
+        reason = f"no candidate may be offered; {near.name} comes nearest and is {check(goal, near)[1]}"
+        return GoalResult(text=goal.text(), met=False, reason=reason, chosen=near.name)
+    near = min(offered, key=lambda c: (_violation(goal, c), order(c)))
     reason = f"no candidate meets the goal; {near.name} comes nearest: {check(goal, near)[1]}{_by_how_much(goal, near)}"
     return GoalResult(text=goal.text(), met=False, reason=reason, chosen=near.name, pareto=front)
+
+
+def _missing(candidate: Candidate) -> float:
+    """How many decibels a rejected candidate stays below its limit."""
+    rejection = candidate.rejection
+    if rejection is None or rejection.snr_db is None or rejection.limit_db is None:
+        return math.inf
+    return rejection.limit_db - rejection.snr_db
 
 
 def _order(goal: Goal) -> Callable[[Candidate], tuple[float, float, str]]:

@@ -78,12 +78,13 @@ def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, flo
     return metrics
 
 
-def judged(candidate: Candidate, goal: Goal, timing: measure.Timing, reference: float | None, task: Task) -> Candidate:
-    """The candidate with its latency, its drop, and whether it meets the goal."""
+def judged(
+    candidate: Candidate, goal: Goal, timing: measure.Timing | None, reference: float | None, task: Task
+) -> Candidate:
+    """The candidate with its latency, its drop, and whether it meets the goal; a rejected one may not be timed."""
     drop, relative = _drops(candidate.measured.metric, reference, task.higher_is_better)
-    candidate = replace(
-        candidate, measured=pipeline.timed(candidate.measured, timing), drop=drop, relative_drop=relative
-    )
+    measured = pipeline.timed(candidate.measured, timing) if timing is not None else candidate.measured
+    candidate = replace(candidate, measured=measured, drop=drop, relative_drop=relative)
     met, reason = goals.check(goal, candidate)
     return replace(candidate, met=met, reason=reason)
 

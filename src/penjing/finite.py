@@ -1,0 +1,60 @@
+"""NaN and infinity at the door: in the weights of the source, and in what it answers to the user's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.errors import SourceError, TaskError
+from penjing.outputs import output_names
+
+
+def check_weights(network: fx.GraphModule) -> None:
+    """Raise where a weight is NaN or infinite, before calibration data or a step is blamed for what comes of it.
+
+    An infinity in a buffer may be meant (a mask); NaN never is.
+
+    Raises:
+        SourceError: Names the tensor.
+    """
+    for kind, tensors in (("parameter", network.named_parameters()), ("buffer", network.named_buffers())):
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                continue
+            wrong = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()
+            if wrong.any():
+                raise SourceError(
+                    f"{kind} {name} of the network is not finite",
+                    got=f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite of "
+                    f"{tensor.numel()} values",
+                    expected="finite weights",
+                    remedy="the training diverged, or the checkpoint is damaged: take one from before",
+                )
+
+
+def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:
+    """Raise where the source answers NaN to the samples that artifacts are compared on.
+
+    Infinities may be meant (a masked score); artifacts have to give the same ones.
+
+    Args:
+        outputs: Flat, samples first.
+        structure: How they are nested.
+
+    Raises:
+        TaskError: Names the output and counts the samples.
+    """
+    for name, output in zip(output_names(structure), outputs, strict=True):
+        wrong = output.isnan() if output.is_floating_point() else torch.zeros(())
+        if wrong.any():
+            rows = wrong.reshape(len(wrong), -1).any(1) if wrong.dim() else wrong.reshape(1)
+            raise TaskError(
+                f"the network answers NaN in {name}",
+                got=f"NaN for {int(rows.sum())} of {len(rows)} samples of the calibration data (or of the example)",
+                expected="numbers: with NaN no artifact can be compared",
+                remedy="look for a division by zero, a logarithm of a negative number, or a row that is masked "
+                "everywhere before a softmax; and whether these inputs are as the network expects them",
+            )

@@ -1,0 +1,114 @@
+"""The judgement of differences: what is rejected, what is told, and what no artifact can do better."""
+
+import numpy as np
+import pytest
+
+from penjing.measure import differences, limits, split
+from penjing.records import Parity
+
+RANDOM = np.random.default_rng(1)
+REFERENCE = RANDOM.normal(0, 1, (32, 6))
+
+
+def at(snr_db, reference=REFERENCE):
+    """The reference with noise of so many dB."""
+    noise = RANDOM.normal(0, 1, reference.shape)
+    return reference + noise * np.sqrt((reference**2).sum() / (noise**2).sum()) * 10 ** (-snr_db / 20)
+
+
+def judged(precision, candidate, reference=REFERENCE, inherent=None):
+    found = differences([reference], [candidate], split([reference]), 32)
+    rows = limits.judged(found, ["logits"], precision, inherent)
+    parity = Parity(against="planned", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
+    return rows, limits.rejection([parity])
+
+
+@pytest.mark.parametrize("precision", list(limits.LIMITS))
+def test_every_precision_has_a_limit_that_is_shown_beside_the_figure(precision):
+    limit = limits.LIMITS[precision].snr_db
+    rows, rejection = judged(precision, at(limit + 1))
+    assert rejection is None and rows[0].limit_db == limit and rows[0].holds
+    rows, rejection = judged(precision, at(limit - 1))
+    assert rejection.output == "logits" and rejection.limit_db == limit
+    assert rejection.snr_db == pytest.approx(limit - 1)
+    assert f"{limit - 1:.1f} dB is below the limit of {limit:.0f} dB" in rejection.reason
+
+
+def test_the_limits_are_those_that_were_agreed():
+    assert limits.of("fp32").snr_db == 60
+    assert (limits.of("int8").snr_db, limits.of("int8").told_db) == (30, 40)
+    assert limits.SOURCE_TOLD_DB == 15
+    assert limits.of("int8-bf16").snr_db == limits.of("bf16").snr_db
+
+
+def test_a_comparison_with_the_source_is_told_alone():
+    found = differences([REFERENCE], [-REFERENCE], split([REFERENCE]), 32)
+    rows = limits.told(found, ["logits"])
+    parity = Parity(against="source", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
+    assert limits.rejection([parity]) is None and rows[0].limit_db is None
+
+
+def test_nan_is_a_reason_in_every_precision():
+    candidate = REFERENCE.copy()
+    candidate[3, 2] = np.nan
+    _, rejection = judged("bf16", candidate)
+    assert "1 of 192 values is NaN" in rejection.reason and rejection.snr_db is None
+
+
+def test_integers_that_differ_are_a_reason():
+    labels = np.arange(100)
+    _, rejection = judged("fp32", np.where(labels < 5, labels + 1, labels), labels)
+    assert "95.0% of the values are equal, at least 99% have to be" in rejection.reason
+    rows, rejection = judged("int8", np.where(labels < 5, labels + 1, labels), labels)
+    assert rejection is None and rows[0].equal == 0.95
+
+
+def test_noise_of_float32_itself_is_not_the_artifacts():
+    """Differences of large numbers: torch keeps no more than 50 dB of them either."""
+
+    def inherent():
+        return differences([REFERENCE], [at(50)], split([REFERENCE]))
+
+    rows, rejection = judged("fp32", at(40), inherent=inherent)
+    assert rejection is None and rows[0].limit_db == pytest.approx(30) and "50 dB" in rows[0].why
+    _, rejection = judged("fp32", at(25), inherent=inherent)
+    assert rejection is not None
+    _, rejection = judged("fp32", at(25), inherent=lambda: differences([REFERENCE], [at(130)], split([REFERENCE])))
+    assert rejection is not None and rejection.limit_db == 60
+
+
+def test_small_columns_may_have_a_quarter_of_the_noise_that_the_plan_has_there():
+    reference = np.concatenate([REFERENCE * 1000, REFERENCE[:, :2]], -1)
+
+    def with_scores(snr_db):
+        return np.concatenate([reference[:, :6], at(snr_db, reference[:, 6:])], -1)
+
+    def inherent():
+        return differences([reference], [with_scores(10)], split([reference]))
+
+    rows, rejection = judged("int8", with_scores(20), reference, inherent)
+    assert rejection is None
+    assert rows[2].columns == "6-7 of the last axis" and rows[2].limit_db == pytest.approx(16, abs=0.1)
+    _, rejection = judged("int8", with_scores(12), reference, inherent)
+    assert rejection.output == "logits, columns 6-7 of the last axis"
+    _, rejection = judged("int8", at(20), inherent=lambda: differences([REFERENCE], [at(5)], split([REFERENCE])))
+    assert rejection is not None  # the whole output is never excused by its plan
+
+
+def test_an_output_that_is_zero_may_be_off_by_nothing_that_counts():
+    zero = np.zeros((32, 3))
+    parts = split([REFERENCE, zero])
+
+    def rows(off):
+        return limits.judged(differences([REFERENCE, zero], [REFERENCE, zero + off], parts), ["a", "b"], "fp32")
+
+    assert all(row.holds for row in rows(0.0)) and all(row.holds for row in rows(1e-8))
+    assert not rows(1e-3)[1].holds
+
+
+def test_the_worst_row_is_the_one_furthest_below_its_limit():
+    reference = [REFERENCE, REFERENCE]
+    rows = limits.judged(differences(reference, [at(50), at(20)], split(reference), 3), ["a", "b"], "fp32")
+    parity = Parity(against="planned", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
+    assert parity.worst.output == "b"
+    assert limits.rejection([parity]).reason.endswith("computed in torch, in a call of 3")
