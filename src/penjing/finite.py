@@ -1,4 +1,4 @@
-"""NaN and infinity at the door: in the weights of the source, and in what it answers to the user's own samples."""
+"""NaN in what the source answers to the samples that its artifacts are compared on."""
 
 from __future__ import annotations
 
@@ -6,33 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from penjing.errors import SourceError, TaskError
+from penjing.errors import TaskError
 from penjing.outputs import output_names
-
-
-def check_weights(network: fx.GraphModule) -> None:
-    """Raise where a weight is NaN or infinite, before calibration data or a step is blamed for what comes of it.
-
-    An infinity in a buffer may be meant (a mask); NaN never is.
-
-    Raises:
-        SourceError: Names the tensor.
-    """
-    for kind, tensors in (("parameter", network.named_parameters()), ("buffer", network.named_buffers())):
-        for name, tensor in tensors:
-            if not tensor.is_floating_point():
-                continue
-            wrong = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()
-            if wrong.any():
-                raise SourceError(
-                    f"{kind} {name} of the network is not finite",
-                    got=f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite of "
-                    f"{tensor.numel()} values",
-                    expected="finite weights",
-                    remedy="the training diverged, or the checkpoint is damaged: take one from before",
-                )
 
 
 def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:

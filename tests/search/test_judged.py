@@ -41,8 +41,8 @@ def compressed(out, network=None, *, runtime="onnxruntime", recipe=None, of=None
     torch.manual_seed(0)
     network = network if network is not None else Net().eval()
     return pj.compress(
-        network, of or task(), GOAL, runtime=runtime, recipe=recipe or Recipe(Static()), out=out, seconds=0.01,
-        threads=1, **more,
+        network, of or task(), GOAL, runtime=runtime, recipe=Recipe(Static()) if recipe is None else recipe,
+        out=out, seconds=0.01, threads=1, **more,
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_wrong_integers_are_rejected_by_figure_limit_and_operator_and_the_rest_i
 
 
 def test_where_nothing_is_left_the_nearest_is_delivered_and_marked(tmp_path, lost, capsys):
-    lost("a", factor=1.02)
+    lost("a", factor=1.2)
     result = compressed(tmp_path / "run", recipe=Recipe())
     record = result.record
     assert record.candidates == () and not result.met
@@ -217,11 +217,14 @@ class TestWhatIsNotFinite:
     def test_nan_in_the_source_is_an_error_that_names_output_and_samples(self, tmp_path):
         class Roots(nn.Module):
             def forward(self, x):
-                return {"fine": x.mean((1, 2, 3)), "roots": (x.mean((1, 2, 3)) - 10).sqrt()}
+                return {"fine": x.mean((1, 2, 3)), "roots": (x.mean((1, 2, 3)) + 10).sqrt()}
 
+        batch = data(32)
+        batch[20:23] -= 100  # behind the few samples that are looked at before anything else
+        of = pj.Task(example=data(2), calibration=[batch, data(32, 1)])
         with pytest.raises(TaskError, match="answers NaN in roots") as caught:
-            compressed(tmp_path / "run", Roots().eval(), recipe=Recipe())
-        assert "32 of 32 samples" in str(caught.value)
+            compressed(tmp_path / "run", Roots().eval(), recipe=Recipe(), of=of)
+        assert "3 of 32 samples" in str(caught.value)
 
     def test_infinities_that_are_meant_stay(self, tmp_path):
         class Masked(nn.Module):
@@ -237,32 +240,12 @@ class TestWhatIsNotFinite:
         record = compressed(tmp_path / "run", Masked().eval(), of=of).record
         assert record.rejected == () and {c.precision for c in record.candidates} == {"fp32", "fp16", "int8"}
 
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_a_weight_is_named_before_calibration_is_blamed(self, tmp_path, bad):
+    def test_a_weight_that_is_nan_is_not_passed_on_by_pruning(self):
         network = Net().eval()
         with torch.no_grad():
-            network.b.weight[3, 2, 1, 1] = bad
-        with pytest.raises(SourceError, match="parameter b.weight of the network is not finite"):
-            compressed(tmp_path / "run", network)
+            network.b.weight[3, 2, 1, 1] = float("nan")
         with pytest.raises(SourceError, match=r"b\.weight"):
             pj.apply(Recipe(pj.prune.Channels(channels=0.5)), network, task())
-
-    def test_a_buffer_may_hold_a_mask_of_infinities(self):
-        class Masked(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.a = nn.Linear(8, 4)
-                self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0, 0.0]))
-
-            def forward(self, x):
-                return (self.a(x) + self.mask).softmax(-1)
-
-        of = pj.Task(example=torch.randn(2, 8))
-        network = Masked().eval()
-        assert pj.apply(Recipe(), network, of)(torch.randn(3, 8)).isfinite().all()
-        network.mask[0] = float("nan")
-        with pytest.raises(SourceError, match="buffer mask"):
-            pj.apply(Recipe(), network, of)
 
 
 @dataclasses.dataclass(frozen=True)
