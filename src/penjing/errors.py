@@ -65,6 +65,24 @@ def _again(kind: type[PenjingError], what: str, got: str | None, expected: str |
     return kind(what, got=got, expected=expected, remedy=remedy)
 
 
+def in_percent(got: object, expected: str) -> str | None:
+    """The remedy where a fraction was expected and a number of percent was given.
+
+    >>> in_percent(50, "a fraction from 0 to 1"), in_percent("7.5%", "a fraction from 0 to 1")
+    ('did you mean 0.5? 50 % is 0.5', 'did you mean 0.075? 7.5 % is 0.075')
+    >>> in_percent(-1, "a fraction from 0 to 1")
+    """
+    text = str(got)
+    try:
+        number = float(text.strip().removesuffix("%")) if isinstance(got, int | float | str) else -1.0
+    except ValueError:
+        return None
+    told = isinstance(got, str) and text.strip().endswith("%")
+    if "fraction" not in expected or not (0 < number <= 100 if told else 1 < number <= 100):
+        return None
+    return f"did you mean {number / 100:g}? {number:g} % is {number / 100:g}"
+
+
 class UsageError(PenjingError):
     """The request itself can't be understood."""
 

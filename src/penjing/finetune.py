@@ -19,7 +19,7 @@ from penjing.clipping import Clip
 from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
 from penjing.draft import Draft
-from penjing.errors import RecipeError
+from penjing.errors import RecipeError, in_percent
 from penjing.hooks import Hook
 from penjing.objective import Loss
 from penjing.parallel import Group, spread
@@ -154,7 +154,8 @@ class Finetune:
         for name, (good, expected) in fine.items():
             if not good:
                 got = repr(getattr(self, name))
-                raise RecipeError(f"Finetune({name}=...) can't be used", got=got, expected=expected)
+                remedy = in_percent(got, expected)
+                raise RecipeError(f"Finetune({name}=...) can't be used", got=got, expected=expected, remedy=remedy)
         if self.labels == 0 and self.distill == () and not self.losses:
             raise _nothing_to_learn("labels=0, distill=()")
         if self.teacher is not None and self.distill == ():

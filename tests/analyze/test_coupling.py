@@ -13,7 +13,11 @@ from penjing.analyze.masked import masked
 from penjing.errors import RecipeError
 from penjing.network import raise_network
 from penjing.surgery import replay, resize
+from tests.analyze.gates_and_heads import CASES
+from tests.analyze.more_topologies import MORE
 from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
+
+EVERY = {**TOPOLOGIES, **MORE, **{name: (make, example) for name, (make, example, _) in CASES.items()}}
 
 
 def coupled(model, *args, keep=()):
@@ -46,10 +50,10 @@ def agree(network, coupling, removed, args, tolerance):
     return pruned
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_pruned_network_is_its_masked_reference(name):
     torch.manual_seed(0)
-    make, example = TOPOLOGIES[name]
+    make, example = EVERY[name]
     model, x = make(), example()
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # its first states are float32
     network, coupling = coupled(model, x)
@@ -60,19 +64,29 @@ def test_a_pruned_network_is_its_masked_reference(name):
     for seed in range(3):
         removed = some(coupling, seed)
         pruned = agree(network, coupling, removed, (x,), tolerance)
-        assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
+        fewer = sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
+        assert fewer == bool(removed)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
     torch.manual_seed(0)
-    make, example = TOPOLOGIES[name]
+    make, example = EVERY[name]
     x = example()
     network, coupling = coupled(make(), x)
     pruned = agree(network, coupling, some(coupling, 1), (x,), 1e-4)
     pruned.train()
     pruned(torch.cat([x, x, x[:1]])).sum().backward()
     assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_units_and_their_gates_and_heads_are_free(name):
+    torch.manual_seed(0)
+    make, example, groups = CASES[name]
+    _, coupling = coupled(make(), example())
+    assert {group: units.units for group, units in coupling.groups.items()} == groups
+    assert set(coupling.held.values()) <= {"it is an output of the network"}
 
 
 def test_groups_say_what_belongs_together_and_why():

@@ -64,3 +64,23 @@ def test_the_network_stays_as_it_is():
     coupling = couple(network, ((x,), {}))
     masked(network, coupling, {"a": [1], "stem": [0, 2]})(x)
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_a_maximum_over_pieces_leaves_a_masked_unit_at_what_its_pieces_are():
+    class Maxout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 12), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, 4, 3).amax(2))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = scattered(Maxout())
+    network = raise_network(model, (x,))
+    coupling = couple(network, ((x,), {}))
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        by_hand.b.weight[:, [0, 2]] = 0
+        torch.testing.assert_close(masked(network, coupling, {"a": [0, 2]})(x), by_hand(x))

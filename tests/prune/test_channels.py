@@ -10,13 +10,17 @@ from torch import nn
 from penjing import checkpoint
 from penjing.analyze.cost import cost, totals
 from penjing.analyze.coupling import couple
+from penjing.distill import DKD
 from penjing.draft import Draft
 from penjing.errors import CheckpointError, PruningError, RecipeError
+from penjing.finetune import Finetune
 from penjing.network import raise_network
-from penjing.prune import Channels, channels
+from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels
+from penjing.quantize import QAT
 from penjing.recipe import Recipe
 from penjing.step import Context
 from penjing.task import Task
+from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
 
 
@@ -234,3 +238,42 @@ def test_a_factory_that_has_changed_is_named(tmp_path):
 def test_removing_nothing_is_no_edit(wide):
     assert Channels(macs=1)(wide, Context(task=TASK)).edits == ()
     assert couple(wide.network, TASK.call()).edits({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: Channels(macs=50), 0.5),
+        (lambda: Channels(latency_ms="30%"), 0.3),
+        (lambda: Channels(macs=0.5, least=10), 0.1),
+        (lambda: Blocks(macs=75), 0.75),
+        (lambda: Magnitude(sparsity=90), 0.9),
+        (lambda: Wanda(sparsity="50%"), 0.5),
+        (lambda: Gradual(step=Magnitude(sparsity=0.5), finetune=Finetune(), end=80), 0.8),
+        (lambda: QAT(freeze_norms=70), 0.7),
+        (lambda: Finetune(warmup=5), 0.05),
+        (lambda: DKD(warmup=10), 0.1),
+    ],
+)
+def test_percent_in_the_place_of_a_fraction_is_told(make, meant):
+    with pytest.raises(RecipeError) as error:
+        make()
+    assert error.value.remedy.startswith(f"did you mean {meant:g}?")
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 101, "half", True, float("nan")])
+def test_other_numbers_have_no_such_remedy(wrong):
+    with pytest.raises(RecipeError) as error:
+        Channels(macs=wrong)
+    assert error.value.remedy is None
+
+
+@pytest.mark.parametrize("name", ["maxout", "glu", "torch attention", "gate by slices"])
+def test_gates_maxout_units_and_heads_are_pruned_by_the_step(name):
+    torch.manual_seed(0)
+    make, example, _ = CASES[name]
+    x = example()
+    task = Task(example=x, calibration=[torch.cat([x] * 8) + torch.randn(16, *x.shape[1:])])
+    network = raise_network(scattered(make()), (x,))
+    pruned = Channels(channels=0.6, round_to=1)(Draft(network), Context(task=task)).network
+    assert sum(p.numel() for p in pruned.parameters()) < 0.9 * sum(p.numel() for p in network.parameters())

@@ -20,7 +20,7 @@ import numpy as np
 from torch import fx
 
 from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reordering, Walk, fixed
-from penjing.analyze.layers import LAYERS
+from penjing.analyze.layers import COMPUTED, LAYERS
 from penjing.analyze.rearrangements import MOVING
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
 from penjing.draft import Edit
@@ -217,10 +217,11 @@ def _visit(walk: Walk, node: fx.Node) -> None:
         walk.values[node] = tuple(walk.stored(name, d, STORED) if known else None for d in range(rank))
         return
     what = kind(walk.network, node)
-    rule = LAYERS.get(what) or RULES.get(what) or MOVING.get(what)
+    rules = LAYERS if node.op == "call_module" or what not in COMPUTED else COMPUTED
+    rule = rules.get(what) or RULES.get(what) or MOVING.get(what)
     if rule is None and node.op == "call_function" and POINTWISE in getattr(node.target, "tags", ()):
         rule = elementwise
-    if rule is None or (node.op == "call_function" and what in ("conv", "conv_transpose", "linear", "embedding")):
+    if rule is None:
         walk.values[node] = refuse(walk, node, f"nothing is known about the channels of {what}")
         return
     noted = len(walk.changes)

@@ -9,7 +9,7 @@ from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Walk, fixed
 from penjing.analyze.relations import Rule, hold_all, refuse
-from penjing.graph import arguments, site
+from penjing.graph import arguments, operator_name, site
 
 
 def convolution(walk: Walk, node: fx.Node) -> Labels:
@@ -18,7 +18,9 @@ def convolution(walk: Walk, node: fx.Node) -> Labels:
     x = walk.of(node.args[0])
     spatial = len(layer.kernel_size)  # type: ignore[arg-type]
     channels = len(x) - spatial - 1  # 1, or 0 where there is no batch
-    hold_all(walk, node, [*x[:channels], *x[channels + 1 :]], "a convolution slides along this axis")
+    passed = [x[channels + 1 + i] if _stands_still(layer, i) else None for i in range(spatial)]
+    slid = [axis for axis, still in zip(x[channels + 1 :], passed, strict=True) if still is None]
+    hold_all(walk, node, [*x[:channels], *slid], "a convolution slides along this axis")
     reads, gives, groups = int(layer.in_channels), int(layer.out_channels), int(layer.groups)  # type: ignore[arg-type]
     transposed = bool(layer.transposed)
     inner, outer = (0, 1) if transposed else (1, 0)
@@ -36,7 +38,13 @@ def convolution(walk: Walk, node: fx.Node) -> Labels:
     if layer.bias is not None and out is not None:
         role = "its channels" if groups == reads == gives else "its outputs"
         walk.join(walk.stored(f"{name}.bias", 0, role), out, f"{name} adds its bias")
-    return (*fixed(channels), out, *fixed(spatial))
+    return (*fixed(channels), out, *passed)
+
+
+def _stands_still(layer: Any, axis: int) -> bool:
+    """Whether every position along a spatial axis is computed from the same position alone."""
+    padding = layer.padding if isinstance(layer.padding, str) else layer.padding[axis]
+    return layer.kernel_size[axis] == 1 == layer.stride[axis] and padding in (0, "valid", "same")
 
 
 def _grouped(walk: Walk, name: str, before: np.ndarray, sizes: tuple[int, int, int], transposed: bool) -> Axis:
@@ -83,6 +91,71 @@ def linear(walk: Walk, node: fx.Node) -> Labels:
     if layer.bias is not None and out is not None:
         walk.join(walk.stored(f"{name}.bias", 0, "its outputs"), out, f"{name} adds its bias")
     return (*x[:-1], out)
+
+
+def product_of_weights(walk: Walk, node: fx.Node) -> Labels:
+    """A linear layer by a weight (out, in) that is computed, or that another operator reads too; input (…, in)."""
+    given = arguments(node)
+    x, weight = walk.of(given["input"]), walk.of(given["weight"])
+    walk.join(weight[-1], x[-1], f"{site(node)} sums over it")
+    for axis, role in ((1, "its inputs"), (0, "its outputs")):
+        walk.name_role(str(given["weight"].target), axis, role)
+    if len(weight) == 1:
+        return x[:-1]
+    out = weight[0]
+    if given.get("bias") is not None:
+        walk.join(walk.of(given["bias"])[-1], out, f"{site(node)} adds its bias")
+    return (*x[:-1], out)
+
+
+def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
+    """A convolution by a weight (out, in/groups, …) that is computed; input (N, in, …); all groups stay."""
+    given = arguments(node)
+    x, weight, shape = walk.of(given["input"]), walk.of(given["weight"]), walk.shape(given["weight"])
+    channels = len(x) - (len(weight) - 2) - 1
+    transposed = "transpose" in operator_name(node)
+    hold_all(walk, node, [*x[:channels], *x[channels + 1 :], *weight[2:]], "a convolution slides along this axis")
+    before, groups = x[channels], walk.shape(given["input"])[channels] // shape[0 if transposed else 1]
+    if transposed:
+        if given["groups"] != 1:
+            return refuse(walk, node, "a computed weight with groups")  # type: ignore[no-any-return]
+        inner, out, groups = weight[0], weight[1], 1
+    else:
+        out, inner = weight[0], weight[1]
+    _each(walk, inner, before, groups, f"{site(node)} sums over it")
+    if out is not None and groups > 1:
+        rows = out.reshape(groups, -1)
+        for g in range(1, groups):
+            walk.join(rows[0], rows[g], f"{site(node)} has groups of channels")
+    if given.get("bias") is not None:
+        walk.join(walk.of(given["bias"])[-1], out, f"{site(node)} adds its bias")
+    return (*fixed(channels), out, *fixed(len(weight) - 2))
+
+
+def _each(walk: Walk, inner: Axis, before: Axis, groups: int, why: str) -> None:
+    """What a group reads is joined with the channels of every group."""
+    if inner is None or before is None:
+        walk.join(inner, before, why)
+        return
+    for row in before.reshape(groups, -1):
+        walk.join(inner, row, why)
+
+
+def looked_up(walk: Walk, node: fx.Node) -> Labels:
+    """An embedding whose weight (rows, width) is computed, or read by another operator too; indices (…)."""
+    given = arguments(node)
+    weight = walk.of(given["weight"])
+    walk.hold(weight[0], f"{site(node)}: its rows are looked up by number")
+    return (*walk.of(given["indices"]), weight[1])
+
+
+COMPUTED: dict[str, Rule] = {
+    "linear": product_of_weights,
+    "conv": computed_convolution,
+    "conv_transpose": computed_convolution,
+    "embedding": looked_up,
+}
+"""Kind of operator that reads a weight which is not its own → its rule."""
 
 
 def embedding(walk: Walk, node: fx.Node) -> Labels:

@@ -63,11 +63,11 @@ class _Masked(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return rule(self, n, args, kwargs)
 
-    def zeroed(self, n: fx.Node, fill: float = 0.0) -> torch.Tensor:
-        """The value of a node with `fill` where a channel is masked."""
+    def zeroed(self, n: fx.Node, fill: float = 0.0, axes: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The value of a node with `fill` where a channel is masked, along these axes or along all."""
         value: torch.Tensor = self.env[n]
         for axis, keep in enumerate(self.masks.get(n.name, [])):
-            if keep is not None:
+            if keep is not None and (axes is None or axis in axes):
                 value = value.masked_fill(~_along(keep, axis, value.dim()), fill)
         return value
 
@@ -170,7 +170,13 @@ def _mean(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _extreme(fill: float) -> Callable[..., Any]:
     def rule(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        return _call(run, n, {n.all_input_nodes[0]: run.zeroed(n.all_input_nodes[0], fill)})
+        x, given = n.all_input_nodes[0], arguments(n)
+        if "other" in given:  # the larger of two values, position by position
+            return _call(run, n, {})
+        rank, axes = run.env[x].dim(), given.get("dim")
+        along = axes if isinstance(axes, list | tuple) else range(rank) if axes is None else [axes]
+        # Along the other axes every channel has an extreme of its own, masked or not.
+        return _call(run, n, {x: run.zeroed(x, fill, tuple(d % rank for d in along or range(rank)))})
 
     return rule
 

@@ -128,9 +128,16 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
     if axis is None:
         return x
     start, end, step = (given[w] for w in ("start", "end", "step"))
-    if not all(isinstance(n, int) or n is None for n in (start, end, step)) or step not in (1, None):
-        return refuse(walk, node, "it takes positions that are computed, or some of every few")  # type: ignore[no-any-return]
+    if not all(isinstance(n, int) or n is None for n in (start, end, step)):
+        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
     first, last, _ = slice(start, end).indices(size)
+    if step not in (1, None):
+        if size % step or first >= step or last < size:
+            return refuse(walk, node, f"it takes one of every {step} positions, and not to the end")  # type: ignore[no-any-return]
+        rows = axis.reshape(-1, step)
+        for k in range(1, step):
+            walk.join(rows[:, 0], rows[:, k], f"{site(node)} takes one of every {step}")
+        return (*x[:dim], rows[:, first], *x[dim + 1 :])
     if first:
         walk.changes.append(Literal(site(node), ("start",), axis[:first]))
     if end is not None and last < size:

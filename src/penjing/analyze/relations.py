@@ -165,6 +165,18 @@ def elementwise(walk: Walk, node: fx.Node) -> Labels:
     return tuple(aligned(walk, node, d, rank, operands) for d in range(rank))
 
 
+def gated(walk: Walk, node: fx.Node) -> Labels:
+    """Half of an axis are values, the other half their gates: position by position they go together."""
+    x = walk.of(tensor_inputs(node)[0])
+    dim = int(arguments(node)["dim"]) % len(x)
+    axis = x[dim]
+    if axis is None:
+        return x
+    values, gates = np.split(axis, 2)
+    walk.join(values, gates, f"{site(node)} gates one with the other")
+    return (*x[:dim], values, *x[dim + 1 :])
+
+
 def same(walk: Walk, node: fx.Node) -> Any:
     """The labels of the first operand."""
     first = tensor_inputs(node)[0]
@@ -245,6 +257,7 @@ RULES: dict[str, Rule] = {
     "where": elementwise,
     "floor_divide": elementwise,
     "fill": same,
+    "glu": gated,
     "hardswish": same,
     "dropout": same,
     "identity": same,
@@ -274,7 +287,13 @@ RULES: dict[str, Rule] = {
     "max_pool": spatial,
     "max_pool2d_with_indices": spatial,
     "max_pool1d_with_indices": spatial,
+    "avg_pool3d": spatial,
+    "max_pool3d": spatial,
+    "max_pool3d_with_indices": spatial,
+    "adaptive_avg_pool3d": spatial,
+    "adaptive_max_pool1d": spatial,
     "adaptive_max_pool2d": spatial,
+    "adaptive_max_pool3d": spatial,
     "resize": spatial,
     "upsample_bilinear2d": spatial,
     "upsample_bicubic2d": spatial,

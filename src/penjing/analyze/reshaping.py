@@ -13,7 +13,19 @@ from penjing.analyze.atoms import Axis, Labels, Literal, Reordering, Walk, fixed
 from penjing.analyze.relations import hold_all
 from penjing.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
 
-_PARTS = ("select", "getitem", "unbind", "split", "chunk", "split_with_sizes", "slice", "cat", "expand")
+_PARTS = (
+    "select",
+    "getitem",
+    "unbind",
+    "split",
+    "chunk",
+    "split_with_sizes",
+    "slice",
+    "cat",
+    "expand",
+    "repeat",
+    "repeat_interleave",
+)
 MOVES = ("reshape", "transpose", "movedim", "swapaxes", "numpy_T", "identity")
 _ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", "mean")
 
@@ -30,7 +42,7 @@ def reshape(walk: Walk, node: fx.Node) -> Labels:
         labels = _merged(walk, node, [x[i] for i in ins], [before[i] for i in ins])
         if labels is not None:
             sizes = [after[i] for i in outs]
-            for i, axis in zip(outs, _split(walk, node, labels, sizes), strict=True):
+            for i, axis in zip(outs, _split(walk, node, labels, sizes, outs), strict=True):
                 out[i] = axis
     _sizes(walk, node, out)
     return tuple(out)
@@ -72,17 +84,20 @@ def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Ax
     return np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
 
 
-def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int]) -> list[Axis]:
-    """Several axes from one: one of them changes, and what lies along the others goes together."""
+def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], places: list[int]) -> list[Axis]:
+    """Several axes from one, at these places: one of them changes, and what lies along the others goes together."""
     if len(sizes) == 1:
         return [labels]
     table = labels.reshape(sizes)
     constant = [d for d in range(len(sizes)) if _varies_along(table, d)]
+    apart = {places.index(d) for d in _taken_apart(walk, node) if d in places}
+    free = [d for d in range(len(sizes)) if d not in apart] or list(range(len(sizes)))
     if len(constant) == 1:
         pick = constant[0]
+    elif _reaches_product(walk, node):
+        pick = free[-2:][0] if apart else _heads(sizes)
     else:
-        longest = max(range(len(sizes)), key=sizes.__getitem__)
-        pick = _heads(sizes) if _reaches_product(walk, node) else longest
+        pick = max(free, key=sizes.__getitem__)
     rows = np.moveaxis(table, pick, 0).reshape(sizes[pick], -1)
     for k in range(1, rows.shape[1]):
         walk.join(rows[:, 0], rows[:, k], f"{site(node)} splits the axis into {' × '.join(map(str, sizes))}")
@@ -97,6 +112,55 @@ def _varies_along(table: np.ndarray, axis: int) -> bool:
     """Whether the table varies along `axis` alone."""
     first = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
     return bool((first == first[:, :1]).all())
+
+
+def _taken_apart(walk: Walk, node: fx.Node) -> set[int]:
+    """Axes of a reshape's result along which a later operator takes single positions, or the largest of them.
+
+    Query, key and value of one projection, the pieces of a maxout unit: a position there is not one channel of many.
+    """
+    found: set[int] = set()
+    for start in range(len(walk.shape(node))):
+        queue = [(node, start)]
+        seen = {node}
+        while queue:
+            value, axis = queue.pop()
+            for user in value.users:
+                if user in seen or not isinstance(user.target, torch._ops.OpOverload):
+                    continue
+                seen.add(user)
+                what, rank = kind(walk.network, user), len(walk.shape(value))
+                if what in _APART:
+                    if axis in _axes_of(user, rank):
+                        found.add(start)
+                elif (place := _follow(walk, user, value, axis)) is not None:
+                    queue.append((user, place))
+    return found
+
+
+_APART = ("select", "unbind", "amax", "amin", "max", "min")
+
+
+def _axes_of(node: fx.Node, rank: int) -> list[int]:
+    axes = arguments(node).get("dim")
+    return [d % rank for d in (axes if isinstance(axes, list | tuple) else [axes]) if d is not None]
+
+
+def _follow(walk: Walk, node: fx.Node, source: fx.Node, axis: int) -> int | None:
+    """Where an axis of `source` stands after an operator that moves axes; None where it can't be told."""
+    before = walk.shape(source)
+    if node.name not in walk.shapes or tensor_inputs(node) != [source]:
+        return None
+    after, what = walk.shape(node), kind(walk.network, node)
+    if what in ("transpose", "movedim", "swapaxes", "numpy_T"):
+        numbered = torch.empty_strided((2,) * len(before), tuple(2**i for i in range(len(before))), device="meta")
+        return _moved(node, numbered, after).stride().index(2**axis)
+    if what == "reshape":
+        alone = [
+            (outs[0] if len(ins) == len(outs) == 1 else None) for ins, outs in blocks(before, after) if axis in ins
+        ]
+        return alone[0] if alone else None
+    return axis if after == before else None
 
 
 def _heads(sizes: list[int]) -> int:

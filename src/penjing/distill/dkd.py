@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check
-from penjing.errors import RecipeError
+from penjing.errors import RecipeError, in_percent
 from penjing.teaching import Lesson, Term
 
 _OUT = 1000.0
@@ -75,7 +75,9 @@ class DKD:
     def __post_init__(self) -> None:
         check(self, temperature=self.temperature, alpha=self.alpha, beta=self.beta, weight=self.weight)
         if not 0 <= self.warmup <= 1:
-            raise RecipeError("DKD(warmup=...) can't be used", got=self.warmup, expected="a fraction from 0 to 1")
+            expected = "a fraction from 0 to 1"
+            remedy = in_percent(self.warmup, expected)
+            raise RecipeError("DKD(warmup=...) can't be used", got=self.warmup, expected=expected, remedy=remedy)
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

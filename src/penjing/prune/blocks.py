@@ -20,7 +20,7 @@ from torch import fx
 from penjing.analyze.bypasses import Bypass, bypasses
 from penjing.analyze.cost import cost, totals
 from penjing.draft import Draft
-from penjing.errors import PruningError, RecipeError
+from penjing.errors import PruningError, RecipeError, in_percent
 from penjing.graph import in_eval_mode
 from penjing.outputs import flatten_outputs
 from penjing.step import Context
@@ -72,7 +72,10 @@ class Blocks:
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Blocks(blocks=2) takes out two, Blocks(macs=0.75) keeps three quarters",
             )
-        fine = {n: (0 < v <= 1, "the fraction to keep, above 0 and at most 1") for n, v in given.items()}
+        fine = {
+            n: (isinstance(v, int | float) and 0 < v <= 1, "the fraction to keep, above 0 and at most 1")
+            for n, v in given.items()
+        }
         if "blocks" in given:
             whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
             fine["blocks"] = (whole and given["blocks"] >= 0, "a whole number of at least 0")
@@ -80,7 +83,10 @@ class Blocks:
         fine["keep"] = (not isinstance(self.keep, str), "a tuple of names")
         for name, (good, expected) in fine.items():
             if not good:
-                raise RecipeError(f"Blocks({name}=...) can't be used", got=getattr(self, name), expected=expected)
+                got = getattr(self, name)
+                raise RecipeError(
+                    f"Blocks({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
+                )
 
     @property
     def unit(self) -> str:

@@ -22,7 +22,7 @@ from penjing.analyze.cost import resized_macs
 from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
 from penjing.draft import Draft
-from penjing.errors import CalibrationError, PruningError, RecipeError
+from penjing.errors import CalibrationError, PruningError, RecipeError, in_percent
 from penjing.prune import criteria, sensitivity
 from penjing.prune.ranking import Ranking, Removed, criterion_for
 from penjing.prune.reconstruction import reconstructed, samples
@@ -31,6 +31,7 @@ from penjing.surgery import resize
 from penjing.task import Call
 
 UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
+KEPT = "the fraction to keep, above 0 and at most 1"
 AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
 
 
@@ -92,15 +93,18 @@ class Channels:
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Channels(macs=0.5) keeps half of the multiply-accumulates",
             )
-        fine = {name: (0 < value <= 1, "the fraction to keep, above 0 and at most 1") for name, value in given.items()}
+        fine = {name: (_number(value) and 0 < value <= 1, KEPT) for name, value in given.items()}
         fine["criterion"] = (self.criterion in ("auto", *criteria.CRITERIA), f"auto, {', '.join(criteria.CRITERIA)}")
         fine["scope"] = (self.scope in ("global", "layer", "sensitivity"), "'global', 'layer' or 'sensitivity'")
         fine["round_to"] = (self.round_to is None or self.round_to >= 1, "a whole number of at least 1")
-        fine["least"] = (0 <= self.least < 1, "a fraction below 1")
+        fine["least"] = (_number(self.least) and 0 <= self.least < 1, "a fraction of at least 0, below 1")
         fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
         for name, (good, expected) in fine.items():
             if not good:
-                raise RecipeError(f"Channels({name}=...) can't be used", got=getattr(self, name), expected=expected)
+                got = getattr(self, name)
+                raise RecipeError(
+                    f"Channels({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
+                )
 
     @property
     def per_runtime(self) -> bool:
@@ -181,6 +185,10 @@ class Channels:
             if left(fuller := {**removed, name: fewer}) <= wanted:
                 removed = {n: units for n, units in fuller.items() if units}
         return removed
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def scanned(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from penjing.draft import Draft
-from penjing.errors import RecipeError
+from penjing.errors import RecipeError, in_percent
 from penjing.finetune import Finetune
 from penjing.hooks import Moment
 from penjing.prune.magnitude import Magnitude
@@ -132,7 +132,8 @@ def check_schedule(step: str, begin: float, end: float, every: int) -> None:
     }
     for name, (good, got, expected) in fine.items():
         if not good:
-            raise RecipeError(f"{step}: {name} can't be used", got=got, expected=expected)
+            remedy = in_percent(end, expected)
+            raise RecipeError(f"{step}: {name} can't be used", got=got, expected=expected, remedy=remedy)
 
 
 __all__ = ["Gradual", "check_schedule", "due", "sparsity_at", "zero"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penjing.errors import RecipeError
+from penjing.errors import RecipeError, in_percent
 
 SCOPES = ("tensor", "row", "global")
 
@@ -81,7 +81,10 @@ def fraction(sparsity: float | None, pattern: str) -> float:
         return 0.5 if said is None else said
     number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
     if not number or not 0 <= sparsity < 1:
-        raise RecipeError("the sparsity can't be used", got=repr(sparsity), expected="a fraction, at least 0, below 1")
+        expected = "a fraction, at least 0, below 1"
+        raise RecipeError(
+            "the sparsity can't be used", got=repr(sparsity), expected=expected, remedy=in_percent(sparsity, expected)
+        )
     if said is not None and abs(sparsity - said) > 1e-9:
         raise RecipeError(
             "the sparsity and the pattern contradict each other",

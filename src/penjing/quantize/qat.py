@@ -19,7 +19,7 @@ from penjing.analyze.samples import batches
 from penjing.clipping import Clip
 from penjing.distill import Outputs
 from penjing.draft import Draft
-from penjing.errors import RecipeError, TaskError
+from penjing.errors import RecipeError, TaskError, in_percent
 from penjing.finetune import Finetune, train
 from penjing.hooks import Hook, Moment
 from penjing.quantize.learner import Learner, learned, learner
@@ -82,7 +82,10 @@ class QAT:
         }
         for name, (good, expected) in fine.items():
             if not good:
-                raise RecipeError(f"QAT({name}=...) can't be used", got=getattr(self, name), expected=expected)
+                got = getattr(self, name)
+                raise RecipeError(
+                    f"QAT({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
+                )
         if self.data == "calibration" and self.distill == 0:
             raise RecipeError(
                 "QAT without labels and without a teacher learns nothing",
