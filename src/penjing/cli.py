@@ -76,7 +76,7 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
 
 
 def _compress(parsed: argparse.Namespace, messages: Console) -> int:
-    from penjing.report import table
+    from penjing.report import table, verdict
     from penjing.search.compress import compress
     from penjing.search.goal import Goal
     from penjing.task import open_task
@@ -114,6 +114,7 @@ def _compress(parsed: argparse.Namespace, messages: Console) -> int:
         word = "[bold green]goal met[/bold green]" if result.met else "[bold yellow]goal not met[/bold yellow]"
         out.print(f"{word}: ", end="")
         out.print(record.goal.reason, markup=False, highlight=False)
+        out.print(verdict.of(record).headline, markup=False, highlight=False)
         for name in ("artifact", "load.py", "record.json", "report.html"):
             out.print(f"  {result.folder / name}", highlight=False, soft_wrap=True, markup=False)
     return MET if result.met else NOT_MET
@@ -244,6 +245,7 @@ def _measure(parsed: argparse.Namespace, messages: Console) -> int:
         ("latency, median", lambda r: figure(r.latency_ms.median, "ms")),
         ("latency, p95", lambda r: figure(r.latency_ms.p95, "ms")),
         ("spread (IQR/median)", lambda r: f"{r.latency_ms.spread:.1%}"),
+        ("trusted", lambda r: "yes" if r.latency_ms.steady else f"busy machine: {r.latency_ms.doubt}"),
         ("batch, threads", lambda r: f"{r.latency_ms.batch}, {r.latency_ms.threads}"),
         ("throughput", lambda r: f"{r.throughput_per_s:.0f} /s"),
         ("size", lambda r: figure(r.size_bytes, "bytes")),

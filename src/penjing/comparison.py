@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from penjing import building, measure, pipeline, runtimes
+from penjing import building, measure, pipeline, runtimes, steadiness
 from penjing.draft import Draft
 from penjing.errors import TaskError
 from penjing.folder import ARTIFACT, SOURCE
@@ -51,7 +51,8 @@ def measure_artifact(
         inputs = batch_of(Path(artifact), ports, batch)
         samples = len(inputs[0]) if inputs[0].ndim else batch
         targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
-        timings = measure.compare(targets, threads=threads, seconds=seconds, events=events)
+        patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
+        timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
         return {
             name: pipeline.timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing import checkpoint, evidence, finite, measure, runtimes
+from penjing import checkpoint, evidence, finite, measure, runtimes, steadiness
 from penjing.analyze.cost import cost
 from penjing.bisecting import first_difference
 from penjing.building import INTEGER, build, executed_rows
@@ -22,7 +22,7 @@ from penjing.causes import doubts
 from penjing.draft import Draft
 from penjing.errors import OutputError, PenjingError, TaskError, UsageError
 from penjing.events import Events
-from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, RunFolder
+from penjing.folder import CANDIDATES, EVIDENCE, SOURCE, STATE, RunFolder
 from penjing.outputs import flatten_outputs, numpy_predictor
 from penjing.plan import Plan
 from penjing.recipe import Recipe
@@ -295,18 +295,51 @@ def rejected(run: Run, made: Draft, manifest: Manifest, folder: Path, parity: Se
     return replace(found, reason=f"{found.reason}; {where}", operator=site)
 
 
-def latencies(run: Run, candidates: Sequence[Candidate]) -> dict[str, measure.Timing]:
-    """Time the source and all candidates side by side, each in a process of its own; "source" is the source."""
+def floors(run: Run, candidates: Sequence[Candidate], source: Measured, structure: Any) -> dict[str, Measured]:
+    """The source itself in fp32 in each runtime where the fp32 candidate is another network, built anew; its size.
+
+    What is faster or smaller than this is so by the recipe; what this is faster than torch, by the runtime. Where it
+    can't be built, the runtime is left out.
+    """
+    found = {}
+    for runtime in dict.fromkeys(c.runtime for c in candidates):
+        plain = next((c for c in candidates if (c.runtime, c.precision) == (runtime, "fp32")), None)
+        if plain and (plain.measured.parameters, plain.measured.macs) == (source.parameters, source.macs):
+            continue
+        folder = run.folder.path / _floor(runtime)
+        try:
+            if not folder.exists():
+                with run.costing(f"export the source for {runtime}"), run.folder.building(_floor(runtime)) as aside:
+                    build(Draft(run.network), runtime, "fp32", run.task, structure, aside)
+            size = measure.size_bytes(folder, read_manifest(folder).files())
+        except PenjingError as error:
+            run.warn(f"the source could not be built in fp32 for {runtime}, to be compared with: {error.what}")
+            continue
+        found[runtime] = Measured(size_bytes=size, parameters=source.parameters, macs=source.macs)
+    return found
+
+
+def _floor(runtime: str) -> str:
+    return f"{STATE}/floor-{runtime}"
+
+
+def latencies(run: Run, candidates: Sequence[Candidate], floors: Collection[str] = ()) -> dict[str, measure.Timing]:
+    """Time the source and all candidates side by side, each in a process of its own; "source" is the source.
+
+    The source in fp32 in a runtime of `floors` is called "floor-" and the runtime's name.
+    """
     if kept := run.folder.kept("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
     inputs = evidence.arrays(read_manifest(run.folder.path / SOURCE), evidence.one_call(run.task, run.batch))
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
+    folders |= {f"floor-{runtime}": run.folder.path / _floor(runtime) for runtime in floors}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
     with run.costing("measure latency"):
         timings = measure.compare(
             targets,
             threads=run.threads,
             seconds=run.seconds,
+            patience=steadiness.PATIENCE if run.seconds >= steadiness.WORTH_SECONDS else 1,
             warmup_seconds=min(0.3, run.seconds),
             events=run.events,
         )

@@ -21,7 +21,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Milliseconds of one call; `spread` is the interquartile range divided by the median."""
+    """Milliseconds of one call; `spread` is the interquartile range divided by the median.
+
+    `rounds` are the medians of the turns that it took with the others: what a speed-up is computed from. Where they
+    can't be trusted, `steady` is False and `doubt` says why.
+    """
 
     median: float
     p95: float
@@ -29,6 +33,9 @@ class Latency:
     batch: int
     threads: int
     calls: int
+    rounds: tuple[float, ...] = ()
+    steady: bool = True
+    doubt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +388,8 @@ class Record:
     zeros: Zeros | None = None  # where the recipe made any
     trainings: tuple[Training, ...] = ()
     selected: float | None = None  # of the source by `Task.select`, where that gave the candidates' metrics
+    # Of the source itself in fp32 in each runtime, where the fp32 candidate is another network (pruned, a student).
+    floors: dict[str, Measured] = field(default_factory=dict)
     reference: Reference | None = None  # None: the source
     rejected: tuple[Candidate, ...] = ()  # built and not eligible, each with its `rejection`
     format: int = FORMAT

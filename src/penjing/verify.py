@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from penjing import measure, records, runtimes
+from penjing import measure, records, runtimes, steadiness
 from penjing.building import counted, executed_precisions
 from penjing.errors import ArtifactError, RecordError
 from penjing.evidence import PROBES
@@ -20,7 +20,6 @@ from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
 from penjing.task import Task
 
 SPEED_TOLERANCE = 0.25  # of the speed-up: what a quiet machine repeats
-BUSY_SPREAD = 0.4  # IQR over median of timed calls; a quiet machine stays well below
 METRIC_TOLERANCE = 1e-4
 PARITY_TOLERANCE = 0.1  # of the recorded difference: kernels of another processor round elsewhere
 
@@ -181,15 +180,18 @@ def _speed(
         measure.Target("source", folder / SOURCE, inputs, after.batch),
         measure.Target("artifact", folder / ARTIFACT, inputs, after.batch),
     ]
-    timings = measure.compare(targets, threads=threads, seconds=seconds, events=events)
-    recorded = before.median / after.median
+    patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
+    timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
+    recorded = steadiness.speedup(before, after)
     found = measure.ratio(timings["source"], timings["artifact"])
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
     close = abs(found / recorded - 1) <= SPEED_TOLERANCE
     note = "" if same else "measured on another machine or with other threads: not comparable"
-    spread = max(timing.latency.spread for timing in timings.values())
-    if same and not close and spread > BUSY_SPREAD:
-        same, note = False, f"this machine is busy (spread {spread:.0%} of the median): measure again when it is quiet"
+    then, now = after.doubt, timings["artifact"].latency.doubt
+    if same and not close and then:
+        same, note = False, f"the machine was busy when this was recorded ({then}): not comparable"
+    elif same and not close and now:
+        same, note = False, f"this machine is busy ({now}): measure again when it is quiet"
     text = f"{timings['artifact'].latency.median:.3f} ms"
     return [
         Check("latency", f"{after.median:.3f} ms", text, None, "absolute times drift; the speed-up is what is checked"),

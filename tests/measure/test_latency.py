@@ -71,10 +71,9 @@ def test_slow_artifact_still_gets_three_calls_a_turn(openers, tray, tmp_path):
 
 
 def test_ratio_pairs_the_rounds():
-    latency = Latency(median=1, p95=1, spread=0, batch=1, threads=1, calls=3)
-
     def timing(*rounds):
-        return Timing(latency=latency, peak_memory_bytes=1, baseline_bytes=1, rounds=rounds)
+        latency = Latency(median=1, p95=1, spread=0, batch=1, threads=1, calls=3, rounds=rounds)
+        return Timing(latency=latency, peak_memory_bytes=1, baseline_bytes=1)
 
     # The machine halves its speed in the last round: the ratio of the rounds does not see it.
     assert ratio(timing(2.0, 2.0, 4.0), timing(1.0, 1.0, 2.0)) == 2.0

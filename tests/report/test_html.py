@@ -107,6 +107,15 @@ def verdict_of(name):
     return html.verdict.of(getattr(sample_records, name)()).headline
 
 
+def test_a_busy_machine_is_told_in_the_place_of_a_speed_up():
+    record = sample_records.big()
+    busy = replace(record.source, latency_ms=replace(record.source.latency_ms, spread=0.8))
+    text = " ".join(re.sub(r"<[^>]+>", " ", html.render(replace(record, source=busy))).split())
+    assert "busy machine: about 3.1× as fast as torch" in text and "faster than torch" not in text
+    assert "half of the calls that it is compared with lie 80 % of their median apart" in text
+    assert "1.7× faster than fp32 in the same runtime" in text
+
+
 def test_figures_are_those_of_the_record():
     found, record = page("big"), sample_records.big()
     entries = {e["data-key"]: " ".join(e["text"].split()) for e in found.all("article")}
@@ -134,7 +143,7 @@ def test_bars_are_proportional():
     widths = re.findall(r'data-key="latency".*?</article>', html.render(sample_records.big()), re.DOTALL)
     found = [float(w) for w in re.findall(r"--w:([\d.]+)%", widths[0])]
     assert latency["tag"] == "article"
-    assert found == pytest.approx([100.0, 100 * 0.281 / 0.872], abs=0.01)
+    assert found == pytest.approx([100.0, 100 * 0.471 / 0.872, 100 * 0.281 / 0.872], abs=0.01)
 
 
 def test_the_trees_have_areas_as_the_sizes():

@@ -27,7 +27,9 @@ def test_a_worse_artifact_is_called_worse():
     record = replace(record, artifact=slow)
     assert row(record, "latency").words == "2.0× slower" and row(record, "latency").better is False
     assert row(record, "size").words == "2.0× larger"
-    assert verdict.of(record).changes[:2] == ("2.0× slower", "2.0× larger")
+    changes = verdict.of(record).changes
+    assert changes[0] == "2.0× slower than torch"
+    assert changes[2] == "2.0× larger than the source and than fp32 in the same runtime"
 
 
 def test_a_lower_metric_is_better_where_the_task_says_so():
@@ -56,8 +58,76 @@ def test_zero_is_no_ratio():
 
 def test_headlines():
     met = verdict.of(sample_records.big())
-    assert met.met and met.headline == "openvino-int8: 3.1× faster, 3.6× smaller, accuracy 93.4 % → 93.3 %"
+    assert met.met and met.headline == (
+        "openvino-int8: 3.1× faster than torch, 1.7× faster than fp32 in the same runtime, "
+        "3.6× smaller than the source and than fp32 in the same runtime, accuracy 93.4 % → 93.3 %"
+    )
     unmet = verdict.of(sample_records.deep())
     assert unmet.title == "Goal not met" and unmet.reason == sample_records.deep().goal.reason
     assert verdict.of(sample_records.bare()).headline == "No artifact was chosen from 1 candidate"
     assert verdict.of(replace(sample_records.bare(), candidates=())).headline == "No artifact could be built"
+
+
+def rounds(record, *of_source, spread=0.04):
+    """The record with rounds of the source like these, and of all candidates like their medians."""
+
+    def with_rounds(measured, values, spread=0.04):
+        return replace(measured, latency_ms=replace(measured.latency_ms, rounds=tuple(values), spread=spread))
+
+    rows = [
+        replace(c, measured=with_rounds(c.measured, [c.measured.latency_ms.median] * len(of_source)))
+        for c in record.candidates
+    ]
+    source = with_rounds(record.source, of_source, spread)
+    artifact = next(c.measured for c in rows if c.name == record.goal.chosen)
+    return replace(record, source=source, candidates=tuple(rows), artifact=artifact)
+
+
+def test_a_speed_up_is_that_of_the_rounds_and_not_of_the_medians():
+    record = rounds(sample_records.big(), 1.124, 1.124, 1.124)  # whose median would be 0.872
+    assert row(record, "latency").gain == pytest.approx(4.0)
+    assert comparison.speedup(record, record.chosen) == pytest.approx(4.0)
+    assert verdict.of(record).changes[0] == "4.0× faster than torch"
+
+
+@pytest.mark.parametrize("spread", [0.04, 0.8])
+def test_timings_that_can_not_be_trusted_are_no_headline(spread):
+    varying = (0.8, 0.9, 1.1, 2.0, 5.0) if spread < 0.4 else (1.124,) * 5
+    record = rounds(sample_records.big(), *varying, spread=spread)
+    changes = verdict.of(record).changes
+    span = "3.2× to 7.1×" if spread < 0.4 else "about 4.0×"
+    assert changes[0] == f"busy machine: {span} as fast as torch"
+    assert changes[1] == "1.7× faster than fp32 in the same runtime"  # which these rounds say steadily
+    latency = row(record, "latency")
+    assert latency.words.startswith("busy machine") and latency.gain is None and latency.better is None
+    assert row(record, "throughput").words == row(record, "p95").words == "busy machine"
+    assert comparison.speedup(record, record.chosen) is None and comparison.busy(record, record.chosen)
+
+
+def test_what_the_runtime_gives_is_told_apart_from_what_compression_gives():
+    record = sample_records.big()
+    latency, size = row(record, "latency"), row(record, "size")
+    assert (latency.floor, latency.floor_words) == (0.471, "1.7× faster")
+    assert (size.floor, size.floor_words) == (1_164_000, "3.6× smaller")
+
+    plain = replace(record, goal=replace(record.goal, chosen="onnxruntime-fp32"))
+    plain = replace(plain, artifact=plain.chosen.measured)
+    assert verdict.of(plain).changes[:2] == (
+        "1.7× faster than torch by the runtime alone",
+        "1.02× smaller than the source",
+    )
+    assert row(plain, "latency").floor is None
+
+    alone = replace(record, candidates=(record.chosen,))
+    assert verdict.of(alone).changes[1] == "no fp32 in the same runtime to compare with"
+
+
+def test_beside_a_network_that_was_pruned_too_the_floor_is_the_source_in_that_runtime():
+    record = sample_records.big()
+    floor = replace(record.source, latency_ms=sample_records.latency(0.562), size_bytes=2_000_000)
+    pruned = replace(record, floors={"openvino": floor})
+    assert verdict.of(pruned).changes[1] == "2.0× faster than fp32 in the same runtime"
+    assert row(pruned, "size").floor == 2_000_000
+    assert comparison.speedup_over_floor(pruned, pruned.candidates[0]) is None  # of onnxruntime: itself
+    of_fp32 = comparison.speedup_over_floor(pruned, pruned.candidates[2])
+    assert of_fp32 == pytest.approx(0.562 / 0.471)  # what pruning alone gives

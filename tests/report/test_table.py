@@ -49,6 +49,26 @@ def test_candidates_mark_the_chosen_one_and_say_why_others_failed():
     assert "openvino-int8-percentile: drop is 0.82 %, the goal allows 0.5 %" in words(text)
 
 
+def test_candidates_are_seen_beside_fp32_in_their_own_runtime():
+    text = words(shown(table.candidates(sample_records.big()), 120))
+    assert "× is over torch; over fp32 in the same runtime: onnxruntime-int8 1.5×, openvino-bf16 1.6×" in text
+    lines = [words(line) for line in shown(table.comparison(sample_records.big())).splitlines()]
+    assert "fp32 in the same runtime 0.471 ms 1.7× faster" in lines
+    assert "fp32 in the same runtime 1.16 MB 3.6× smaller" in lines
+
+
+def test_candidates_of_a_busy_machine_have_no_speed_up():
+    record = sample_records.big()
+    first = record.candidates[0]
+    busy = replace(first.measured, latency_ms=replace(first.measured.latency_ms, spread=0.7))
+    record = replace(record, candidates=(replace(first, measured=busy), *record.candidates[1:]))
+    text = shown(table.candidates(record), 120)
+    lines = [words(line) for line in text.splitlines()]
+    assert "onnxruntime-fp32 93.41 % 0.00 % 0.512 ms busy 1.12 MB 118.0 100 % 0/31 yes" in lines
+    assert "busy machine: onnxruntime-fp32: half of its calls lie 70 % of their median apart" in words(text)
+    assert "onnxruntime-int8 1.5×" not in words(text)  # which is compared with it
+
+
 def test_candidates_say_where_select_compared_them():
     record = sample_records.big()
     assert "Task.select" not in shown(table.candidates(record))

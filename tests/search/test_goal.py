@@ -310,3 +310,15 @@ def test_the_choice_does_not_depend_on_the_order(rows, random):
 def test_judging_needs_no_torch():
     code = "import sys, penjing.search.goal as g; g.Goal.parse('drop<=1%'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_limit_that_was_judged_on_a_busy_machine_says_so():
+    quiet = candidate("x", latency=4.0, size=10)
+    doubted = replace(quiet.measured.latency_ms, steady=False, doubt="its speed-up went from 3× to 9× between turns")
+    busy = replace(quiet, measured=replace(quiet.measured, latency_ms=doubted))
+    for limit, met in (("latency_ms<=5", True), ("latency_ms<=3", False), ("minimize latency_ms", True)):
+        goal = Goal.parse(limit)
+        assert "busy machine" not in check(goal, quiet)[1]
+        assert check(goal, busy)[0] == met == choose(goal, [busy]).met
+        assert "busy machine, so its timing can't be trusted: its speed-up went from" in choose(goal, [busy]).reason
+    assert "busy machine" not in check(Goal.parse("minimize size_bytes"), busy)[1]

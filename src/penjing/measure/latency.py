@@ -8,17 +8,17 @@ meets all of them, and the medians of one round can be divided by each other.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from penjing import steadiness
 from penjing.errors import UsageError
 from penjing.measure.child import Child
 from penjing.measure.machine import processors
@@ -55,13 +55,16 @@ class Timing:
         latency: Over all calls of all rounds, in milliseconds.
         peak_memory_bytes: The most memory that the process held, interpreter, runtime, artifact and inputs together.
         baseline_bytes: What the same process held before it opened the artifact (interpreter, NumPy, inputs).
-        rounds: Median of each round, in milliseconds, to be divided by those of another target (`ratio`).
     """
 
     latency: Latency
     peak_memory_bytes: int
     baseline_bytes: int
-    rounds: tuple[float, ...]
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """Median of each round, in milliseconds, to be divided by those of another target (`ratio`)."""
+        return self.latency.rounds
 
 
 def compare(
@@ -70,6 +73,7 @@ def compare(
     threads: int,
     seconds: float = 1.0,
     rounds: int = 7,
+    patience: int = 1,
     warmup_seconds: float = 0.3,
     warmup_calls: int = 5,
     events: Callable[..., None] | None = None,
@@ -80,13 +84,15 @@ def compare(
     The workers start one after another; each opens its artifact with `threads` threads, stays on as many logical
     processors (one of every physical core first) where the system allows that, and warms up. Then they take turns,
     in another order every round, while the others sleep. A turn begins with one untimed call, lasts
-    ``seconds / rounds``, and has at least three calls.
+    ``seconds / rounds``, and has at least three calls. The speed-ups that are judged are those over the first target.
 
     Args:
         targets: What to time; names must differ.
         threads: Number of threads that each runtime may use.
         seconds: Timed seconds per target.
         rounds: Number of turns per target.
+        patience: How many times the rounds may be taken at most while the timings can't be trusted
+            (see `penjing.steadiness`); those rounds that are trusted most are kept.
         warmup_seconds: Untimed seconds per target before the first round.
         warmup_calls: Calls that the warm-up makes at least.
         events: Told ``events("progress", label="latency", done=..., total=..., name=...)`` after every turn.
@@ -112,20 +118,37 @@ def compare(
             children.append(child)
             child.ready()
             child.run(seconds=warmup_seconds, max_calls=MAX_CALLS, min_calls=warmup_calls)
-        schedule = [children[i] for turn in order(len(children), rounds) for i in turn]
-        for done, child in enumerate(schedule, start=1):
-            time.sleep(PAUSE_S)
-            times = child.run(seconds=seconds / rounds, max_calls=MAX_CALLS, min_calls=MIN_CALLS, skip=1)
-            turns[child.name].append(times)
-            if events is not None:
-                events("progress", label="latency", done=done, total=len(schedule), name=child.name)
+        done = 0
+        windows: list[list[Latency]] = []
+        for number, turn in enumerate(order(len(children), rounds * max(1, patience)), start=1):
+            for child in (children[i] for i in turn):
+                time.sleep(PAUSE_S)
+                times = child.run(seconds=seconds / rounds, max_calls=MAX_CALLS, min_calls=MIN_CALLS, skip=1)
+                turns[child.name].append(times)
+                done += 1
+                if events is not None:
+                    total = max(rounds, number) * len(children)
+                    events("progress", label="latency", done=done, total=total, name=child.name)
+            if number >= rounds:
+                windows.append([_latency(turns[t.name][-rounds:], batch=t.batch, threads=threads) for t in targets])
+                if not any(steadiness.doubt(windows[-1][0], latency) for latency in windows[-1]):
+                    break
         memory = {child.name: child.peak() for child in children}
-    return {t.name: _timing(turns[t.name], memory[t.name], batch=t.batch, threads=threads) for t in targets}
+    kept = windows[steadiness.steady_rounds(windows)]
+    doubts = [steadiness.doubt(kept[0], latency) for latency in kept]
+    return {
+        target.name: Timing(
+            latency=replace(latency, steady=not text, doubt=text),
+            peak_memory_bytes=memory[target.name][0],
+            baseline_bytes=memory[target.name][1],
+        )
+        for target, latency, text in zip(targets, kept, doubts, strict=True)
+    }
 
 
 def ratio(a: Timing, b: Timing) -> float:
     """How many times longer a call of `a` takes than one of `b`: the median of the ratios of their rounds."""
-    return statistics.median(x / y for x, y in zip(a.rounds, b.rounds, strict=True))
+    return steadiness.speedup(a.latency, b.latency)
 
 
 def order(count: int, rounds: int) -> list[tuple[int, ...]]:
@@ -142,21 +165,16 @@ def order(count: int, rounds: int) -> list[tuple[int, ...]]:
     return turns
 
 
-def _timing(turns: list[list[float]], memory: tuple[int, int], *, batch: int, threads: int) -> Timing:
+def _latency(turns: list[list[float]], *, batch: int, threads: int) -> Latency:
     times = np.concatenate([np.asarray(turn) for turn in turns])
     low, median, high, p95 = (float(p) for p in np.percentile(times, [25, 50, 75, 95]))
-    latency = Latency(
+    return Latency(
         median=median,
         p95=p95,
         spread=(high - low) / median if median else 0.0,
         batch=batch,
         threads=threads,
         calls=len(times),
-    )
-    return Timing(
-        latency=latency,
-        peak_memory_bytes=memory[0],
-        baseline_bytes=memory[1],
         rounds=tuple(float(np.median(turn)) for turn in turns),
     )
 

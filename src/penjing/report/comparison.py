@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from penjing import records
+from penjing import records, steadiness
 from penjing.report import figures
 
 _SAME = 0.005  # ratios closer to 1 than this read as "same"
@@ -25,6 +25,9 @@ class Row:
     note: str = ""  # of both
     gain: float | None = None
     words: str = ""  # the gain in words: "3.1× faster"
+    floor: float | None = None  # of the source in fp32 in the artifact's runtime: what compression is to be seen beside
+    floor_text: str = ""
+    floor_words: str = ""
     optional: bool = False  # of interest only where it was measured
     reference: float | None = None  # of the network that drops are against, where that is not the source
     reference_text: str = ""
@@ -38,12 +41,15 @@ class Row:
 def rows(record: records.Record) -> tuple[Row, ...]:
     """All figures in the order of their weight; those that no one measured on either side only if they are basic."""
     source, artifact = record.source, measured(record)
+    plain = floor(record, record.chosen) if record.chosen else None
+    if plain is not None and record.chosen is not None and plain is record.chosen.measured:
+        plain = None  # nothing was compressed
     found = (
         _metric(record, source, artifact),
-        _latency(source, artifact),
-        _p95(source, artifact),
-        _plain("throughput", "Throughput", "/s", source.throughput_per_s, artifact.throughput_per_s, ("more", "less")),
-        _plain("size", "Size on disk", "bytes", source.size_bytes, artifact.size_bytes, ("smaller", "larger")),
+        _latency(source, artifact, plain),
+        _if_steady(_p95(source, artifact), source, artifact),
+        _if_steady(_throughput(source, artifact), source, artifact),
+        _size(source, artifact, plain),
         _plain(
             "packed", "Packed size", "bytes", source.packed_bytes, artifact.packed_bytes, ("smaller", "larger"), True
         ),
@@ -89,10 +95,71 @@ def measured(record: records.Record) -> records.Measured:
     return record.artifact or (chosen.measured if chosen else records.Measured())
 
 
+def floor(record: records.Record, candidate: records.Candidate) -> records.Measured | None:
+    """The source in fp32 in a candidate's runtime; what the runtime alone gives. None where it was not built.
+
+    It is the fp32 candidate, but where that is another network than the source.
+    """
+    plain = (c.measured for c in record.candidates if (c.runtime, c.precision) == (candidate.runtime, "fp32"))
+    return record.floors.get(candidate.runtime) or next(plain, None)
+
+
 def speedup(record: records.Record, candidate: records.Candidate) -> float | None:
-    """How many times faster a candidate is than the source."""
+    """How many times faster a candidate is than the source; None where that was not measured, or can't be trusted."""
+    return _speedup(record.source.latency_ms, candidate.measured.latency_ms)
+
+
+def speedup_over_floor(record: records.Record, candidate: records.Candidate) -> float | None:
+    """How many times faster a candidate is than fp32 in the same runtime; None also where it is that itself."""
+    plain = floor(record, candidate)
+    if plain is None or plain is candidate.measured:
+        return None
+    return _speedup(plain.latency_ms, candidate.measured.latency_ms)
+
+
+def _speedup(before: records.Latency | None, after: records.Latency | None) -> float | None:
+    if before is None or after is None or min(before.median, after.median) <= 0 or steadiness.doubt(before, after):
+        return None
+    return steadiness.speedup(before, after)
+
+
+def busy(record: records.Record, candidate: records.Candidate) -> str:
+    """Why a candidate's speed can't be trusted, in words; "" where it can, or was not measured."""
     before, after = record.source.latency_ms, candidate.measured.latency_ms
-    return None if before is None or after is None else gain(before.median, after.median)
+    return "" if before is None or after is None else after.doubt or steadiness.doubt(before, after)
+
+
+def faster(before: records.Latency | None, after: records.Latency | None, than: str = "") -> str:
+    """A speed-up in words; of timings that can't be trusted where it lies, and that the machine was busy.
+
+    >>> slow, fast = (records.Latency(median=m, p95=m, spread=0, batch=1, threads=1, calls=9) for m in (9.6, 1.0))
+    >>> faster(slow, fast, "torch"), faster(fast, fast, "torch"), faster(slow, fast)
+    ('9.6× faster than torch', 'as fast as torch', '9.6× faster')
+    >>> faster(replace(slow, spread=0.9), fast, "torch")
+    'busy machine: about 9.6× as fast as torch'
+    """
+    if before is None or after is None or min(before.median, after.median) <= 0:
+        return ""
+    if steadiness.doubt(before, after):
+        low, high = (figures.figure(value, "×") for value in steadiness.between(before, after))
+        span = f"about {low}" if low == high else f"{low} to {high}"
+        return f"busy machine: {span} as fast" + (f" as {than}" if than else "")
+    return _than(in_words(steadiness.speedup(before, after), "faster", "slower"), "as fast", than)
+
+
+def smaller(before: int | None, after: int | None, than: str = "") -> str:
+    """How many times smaller, in words.
+
+    >>> smaller(360, 100, "the source"), smaller(100, 100, "the source"), smaller(100, 200)
+    ('3.6× smaller than the source', 'as large as the source', '2.0× larger')
+    """
+    return _than(in_words(gain(before, after), "smaller", "larger"), "as large", than)
+
+
+def _than(words: str, same: str, than: str) -> str:
+    if not than or not words:
+        return words
+    return f"{same} as {than}" if words == "same" else f"{words} than {than}"
 
 
 def by_select(record: records.Record) -> str:
@@ -170,10 +237,42 @@ def _metric(record: records.Record, source: records.Measured, artifact: records.
     )
 
 
-def _latency(source: records.Measured, artifact: records.Measured) -> Row:
+def _size(source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
+    row = _plain("size", "Size on disk", "bytes", source.size_bytes, artifact.size_bytes, ("smaller", "larger"))
+    if plain is None or plain.size_bytes is None or artifact.size_bytes is None:
+        return row
+    return replace(
+        row,
+        floor=plain.size_bytes,
+        floor_text=figures.figure(plain.size_bytes, "bytes"),
+        floor_words=smaller(plain.size_bytes, artifact.size_bytes),
+    )
+
+
+def _throughput(source: records.Measured, artifact: records.Measured) -> Row:
+    values = source.throughput_per_s, artifact.throughput_per_s
+    return _plain("throughput", "Throughput", "/s", *values, ("more", "less"))
+
+
+def _if_steady(row: Row, source: records.Measured, artifact: records.Measured) -> Row:
+    """Without the gain where the timings can't be trusted."""
+    before, after = source.latency_ms, artifact.latency_ms
+    doubted = before is not None and after is not None and steadiness.doubt(before, after)
+    return replace(row, gain=None, words="busy machine") if doubted and row.words else row
+
+
+def _latency(source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
     before, after = source.latency_ms, artifact.latency_ms
     medians = before.median if before else None, after.median if after else None
     row = _plain("latency", "Latency", "ms", medians[0], medians[1], ("faster", "slower"))
+    row = replace(row, gain=_speedup(before, after), words=faster(before, after))
+    if plain is not None and plain.latency_ms is not None and after is not None:
+        row = replace(
+            row,
+            floor=plain.latency_ms.median,
+            floor_text=figures.figure(plain.latency_ms.median, "ms"),
+            floor_words=faster(plain.latency_ms, after),
+        )
     settings = [f"batch {t.batch}, {plural(t.threads, 'thread')}" for t in (before, after) if t]
     alike = len(set(settings)) == 1
     return replace(

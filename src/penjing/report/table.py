@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from penjing import records
-from penjing.report import arithmetic, figures, scatter
+from penjing.report import arithmetic, figures, scatter, verdict
 from penjing.report import comparison as compared
 
 _PLAIN = {"×": "x", "→": "->", "µ": "u", "…": "...", "·": "|", "–": "-", "−": "-", "—": "-", "≤": "<=", "≥": ">="}
@@ -88,16 +88,19 @@ def comparison(record: records.Record) -> Table:
         label = f"{row.label} ({row.note})" if row.note else row.label
         reference = () if record.reference is None else (row.reference_text,)
         table.add_row(*map(_cell, (label, *reference, row.source_text, row.artifact_text)), _cell(row.words, style))
+        if row.floor is not None:
+            blank = () if record.reference is None else ("",)
+            table.add_row(*map(_cell, (f"  {verdict.FLOOR}", *blank, row.floor_text, "", row.floor_words)))
     return table
 
 
 def candidates(record: records.Record) -> Table:
     """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
 
-    ``×`` is how many times faster than the source, ``dB`` signal-to-noise and ``agree`` agreement against the source,
-    ``int`` integer operators of all operators that were counted in the runtime's graph. Candidates that are not
-    offered stand last. Below stand the least signal-to-noise ratios against what was planned, of any output or group
-    of columns, with their limits, and why candidates don't meet the goal.
+    ``×`` is how many times faster than the source ("busy" where that can't be trusted), ``dB`` signal-to-noise and
+    ``agree`` agreement against the source, ``int`` integer operators of all operators that were counted in the
+    runtime's graph. Candidates that are not offered stand last. Below stand the least signal-to-noise ratios against
+    what was planned, of any output or group of columns, with their limits, and why candidates don't meet the goal.
     """
     table = _table()
     _column(table, "candidate")
@@ -114,6 +117,11 @@ def candidates(record: records.Record) -> Table:
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in shown if c.reason and not c.met)
     told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
     told += filter(None, [compared.against(record)])
+    beside = ((c.name, compared.speedup_over_floor(record, c)) for c in record.candidates)
+    over = ", ".join(f"{name} {figures.figure(value, '×')}" for name, value in beside if value is not None)
+    told += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
+    doubts = ((c.name, compared.busy(record, c)) for c in record.candidates)
+    told += [f"busy machine: {name}: {text}" for name, text in doubts if text]
     return _captioned(table, told + _kept(shown) + list(reasons))
 
 
@@ -229,7 +237,7 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
         figures.metric(m.metric, record.metric_name) if m.metric is not None else None,
         figures.drop(candidate.drop, record.metric_name) if candidate.drop is not None else None,
         figures.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
-        figures.figure(speedup, "×") if speedup else None,
+        figures.figure(speedup, "×") if speedup else "busy" if compared.busy(record, candidate) else None,
         figures.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
         _decibels(parity.snr_db) if parity else None,
         _agreement(parity.agreement) if parity and parity.agreement is not None else None,

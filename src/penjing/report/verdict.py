@@ -43,21 +43,41 @@ def of(record: records.Record) -> Verdict:
     return Verdict(goal.met, title, record.chosen.name if record.chosen else "artifact", changes(record), reason)
 
 
+FLOOR = "fp32 in the same runtime"
+
+
 def changes(record: records.Record) -> tuple[str, ...]:
-    """What became of speed, size and metric, each only where it was measured on both sides."""
+    """What became of speed, size and metric, each only where it was measured on both sides.
+
+    What the runtime gives is told apart from what compression gives: the artifact beside torch, and beside the same
+    network in fp32 in its own runtime.
+    """
     source, artifact = record.source, comparison.measured(record)
     before, after = source.latency_ms, artifact.latency_ms
-    faster = comparison.gain(before.median, after.median) if before and after else None
-    smaller = comparison.gain(source.size_bytes, artifact.size_bytes)
-    found = [
-        "as fast" if (text := comparison.in_words(faster, "faster", "slower")) == "same" else text,
-        "as large" if (text := comparison.in_words(smaller, "smaller", "larger")) == "same" else text,
-    ]
+    speed = [comparison.faster(before, after, "torch")]
+    size = [comparison.smaller(source.size_bytes, artifact.size_bytes, "the source")]
+    plain = comparison.floor(record, record.chosen) if record.chosen else None
+    if record.chosen is not None and plain is record.chosen.measured:
+        speed = [f"{text} by the runtime alone" for text in speed if text]
+    elif plain is not None:
+        speed.append(comparison.faster(plain.latency_ms, after, FLOOR))
+        size.append(comparison.smaller(plain.size_bytes, artifact.size_bytes, FLOOR))
+    elif speed[0]:
+        speed.append(f"no {FLOOR} to compare with")
+    found = [*speed, *_joined(size)]
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:
         old, new = figures.metric_pair(metric, artifact.metric, record.metric_name)
         found.append(f"{record.metric_name} {old} → {new}")
     return tuple(f for f in found if f)
+
+
+def _joined(changes: list[str]) -> list[str]:
+    """Two changes by the same factor as one: "3.6× smaller than the source and than fp32 in the same runtime"."""
+    if len(changes) != 2 or not all(changes):
+        return changes
+    (one, whom), (other, floor) = (text.rsplit(" than ", 1) if " than " in text else (text, "") for text in changes)
+    return [f"{one} than {whom} and than {floor}"] if one == other and floor else changes
 
 
 GAIN = 1.05

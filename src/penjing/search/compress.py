@@ -68,7 +68,7 @@ class Result:
         return self.folder / ARTIFACT
 
     def __str__(self) -> str:
-        return f"{self.record.goal.reason} ({self.folder})"
+        return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
 @same_process()
@@ -223,7 +223,10 @@ def _compress(
     found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
     if differs := questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at):
         run.warn(differs)
-    timings = pipeline.latencies(run, [c for c in found if c.rejection is None] or found)
+    timed = [c for c in found if c.rejection is None] or found
+    floors = pipeline.floors(run, timed, source, structure)
+    timings = pipeline.latencies(run, timed, floors)
+    floors = {runtime: pipeline.timed(floor, timings[f"floor-{runtime}"]) for runtime, floor in floors.items()}
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
     found = [judging.judged(c, goal, timings.get(c.name), beside[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
@@ -251,6 +254,7 @@ def _compress(
         zeros=gained,
         trainings=trainings.read(folder.path / EVENTS),
         selected=metrics["select"],
+        floors=floors,
         reference=None if original is None else original.row(beside),
         rejected=tuple(c for c in found if c.rejection is not None),
     )

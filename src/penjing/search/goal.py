@@ -15,6 +15,7 @@ from penjing.search.goal_text import EXAMPLE, FIGURES, METRICS, checked, clauses
 
 DEFAULT_OBJECTIVE = "size_bytes"
 _SLACK = 1e-9  # 0.93 - 0.92 is 0.010000000000000009: a limit must not fail by the last bits of a subtraction
+_TIMED = {"latency_ms", "throughput_per_s"}
 _DROP_FIELDS = {"drop": "max_drop", "relative_drop": "max_relative_drop"}
 
 
@@ -238,11 +239,15 @@ def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
             side = "within" if limit.op == "<=" else "at least"
             kept.append(f"{limit.figure} {_words(limit.figure, value)} is {side} {_words(limit.figure, limit.value)}")
     objective, _ = goal.objective()
+    latency = candidate.measured.latency_ms
+    busy = ""
+    if latency is not None and not latency.steady and {objective, *(m.figure for m in goal.all_limits())} & _TIMED:
+        busy = f"; busy machine, so its timing can't be trusted: {latency.doubt}"
     if found[objective] is None and f"{objective} was not measured" not in failed:
         failed.append(f"{objective} was not measured")
     if failed:
-        return False, "; ".join(failed)
-    return True, "; ".join(kept) or f"{objective} {_words(objective, found[objective])}, without limits"
+        return False, "; ".join(failed) + busy
+    return True, ("; ".join(kept) or f"{objective} {_words(objective, found[objective])}, without limits") + busy
 
 
 def pareto(goal: Goal, candidates: Sequence[Candidate]) -> tuple[str, ...]:
