@@ -71,6 +71,9 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Dropout, "dropout"),
 )
 
+OUTPUT = "/output"
+"""What the network's result is called where operators are called by their sites; no layer can be called that."""
+
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 """Kinds that are a stack of layers in one operator."""
 
@@ -101,7 +104,7 @@ def operator_name(node: fx.Node) -> str:
 
 def site(node: fx.Node) -> str:
     """The stable name of an operator, see the module's docstring; inputs are called by their own name."""
-    return str(node.meta.get("site", node.name))
+    return OUTPUT if node.op == "output" else str(node.meta.get("site", node.name))
 
 
 def layer_site(name: str, layer: int) -> str:

@@ -29,6 +29,7 @@ from penjing.errors import ExportError
 from penjing.exporting import Dynamic, export_module
 from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
+from penjing.naming import safe_names
 from penjing.products import as_linear
 from penjing.stored_weights import fold
 
@@ -54,11 +55,14 @@ def raise_network(
         ExportError: The network can't be exported; names the line of the user's code.
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
+    program, owned = safe_names(program)
     program = functional(decomposed(program))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     graph_module = _Raiser(flat, state).build()
     raised = copy.deepcopy(graph_module)
+    names = raised.meta["renamed"]
+    names |= {key: owned.get(names.get(key, key), names.get(key, key)) for key in {**owned, **names}}
     return raised.eval()
 
 

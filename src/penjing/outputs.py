@@ -45,7 +45,17 @@ def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
     if isinstance(value, bool | int | float | str):
         return {"kind": "constant", "value": value}
     if isinstance(value, Mapping):
-        items = {str(k): _flatten(v, leaves, f"{where}[{k!r}]") for k, v in value.items() if v is not None}
+        items: dict[str, Structure] = {}
+        for key, item in value.items():
+            if str(key) in items:
+                raise SourceError(
+                    f"two entries of {where} have one name",
+                    got=f"{key!r} beside {str(key)!r}",
+                    expected="keys that differ as text: a file calls its outputs by them",
+                    remedy="rename one of the two keys",
+                )
+            if item is not None:
+                items[str(key)] = _flatten(item, leaves, f"{where}[{key!r}]")
         return {"kind": "dict", "items": items}
     if isinstance(value, tuple | list):
         return {"kind": "tuple", "items": [_flatten(v, leaves, f"{where}[{i}]") for i, v in enumerate(value)]}

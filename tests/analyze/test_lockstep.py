@@ -75,7 +75,7 @@ def example(request):
     task = Task(example=data[0], calibration=data)
     context = Context(task=task, accelerates=accelerates)
     draft = Static()(Draft(raise_network(module, *task.call())), context)
-    assert ("output:in0" in draft.plan.entries) == (accelerates is not None)
+    assert ("/output:in0" in draft.plan.entries) == (accelerates is not None)
     return draft, context, data
 
 

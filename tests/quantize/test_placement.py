@@ -174,7 +174,7 @@ class TestKernelsThatOnlyWriteIntegers:
         network, found = placed(model, 4, 8, 8, accelerates=WRITES_INTEGERS)
         assert found.edges["b:in0"] == value_at(network, "a")
         assert found.edges["/add#0:in0"] == value_at(network, "b")
-        assert found.edges["output:in0"] == value_at(network, "/add#0")
+        assert found.edges["/output:in0"] == value_at(network, "/add#0")
 
     def test_an_activation_with_two_readers_is_quantized_for_both(self):
         def forward(m, x):

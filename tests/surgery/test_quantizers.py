@@ -301,7 +301,7 @@ def test_the_output_of_a_network_can_be_an_edge():
             return {"a": x * 2, "b": (x * 3, x)}
 
     network = raise_network(Names(), (torch.zeros(1, 1),))
-    plan = Plan({"output:in1": Entry(ACTIVATION, (2.0,), (0,))})
+    plan = Plan({"/output:in1": Entry(ACTIVATION, (2.0,), (0,))})
     for rounded in (insert(network, plan), freeze(network, plan)):
         out = rounded(torch.tensor([[1.2]]))
         assert float(out["a"]) == pytest.approx(2.4)

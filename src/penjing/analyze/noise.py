@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.lockstep import apply, mean_difference, rounded, shifted
-from penjing.graph import compute, flat_inputs, is_tensor, sites
+from penjing.graph import OUTPUT, compute, flat_inputs, is_tensor, sites
 from penjing.outputs import flatten_outputs
 from penjing.plan import Entry, Plan
 from penjing.task import Call
@@ -84,7 +84,7 @@ def isolated(
         repaired: The same network with weights that a repair has put on their grids; their mean error, which a
             corrected bias takes away, is left out. None rounds the network's own to the nearest.
     """
-    names = sorted({edge.rpartition(":")[0] for edge in plan.entries} - {"output"})
+    names = sorted({edge.rpartition(":")[0] for edge in plan.entries} - {OUTPUT})
     nodes = sites(network)
     order = {node: i for i, node in enumerate(network.graph.nodes)}
     names.sort(key=lambda name: order[nodes[name]])

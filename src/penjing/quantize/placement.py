@@ -120,6 +120,6 @@ def _quantize_readers(
         return
     for user in end.users:
         for port, tensor in enumerate(tensor_inputs(user)):
-            name = "output" if user.op == "output" else site(user)
+            name = site(user)
             if tensor is end and f"{name}:in{port}" not in edges:
                 edges[f"{name}:in{port}"] = end.name

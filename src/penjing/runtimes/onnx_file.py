@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from penjing.runtimes import onnx_kept, onnx_pooling, onnx_rewrites
 from penjing.runtimes.artifact import Port
 
 OPSET = 18
+_PORTS = "/port/"  # inputs and outputs, until they get their names: the exporter calls nothing so
 
 
 def write(
@@ -78,8 +80,8 @@ def _exported(
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=_translations(),
-                input_names=inputs,
-                output_names=outputs,
+                input_names=[f"{_PORTS}in{i}" for i in range(len(inputs))],
+                output_names=[f"{_PORTS}out{i}" for i in range(len(outputs))],
                 verbose=False,
             )
         except Exception as error:
@@ -94,6 +96,7 @@ def _exported(
             ) from error
     assert exported is not None
     model = exported.model_proto
+    _name_ports(model, inputs, outputs)
     onnx_rewrites.pool_globally(model)
     onnx_rewrites.pad_in_convolutions(model)
     _name_nodes(model, network)
@@ -187,6 +190,49 @@ def _quiet() -> Any:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _name_ports(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Call inputs and outputs as the user does; what the exporter called so is called otherwise.
+
+    An output that is called as an input gets an underscore: an ONNX file has one name for one value. The user's own
+    keys stand in `Manifest.structure`.
+    """
+    ports = {value.name: name for value, name in zip(model.graph.input, inputs, strict=True)}
+    for value, word in zip(model.graph.output, outputs, strict=True):
+        name = word or "output"
+        while name in ports.values():
+            name += "_"
+        ports[value.name] = name
+    words = set(ports.values())
+    values = {name for graph in _graphs(model.graph) for name in _values(graph)} | words
+    for name in sorted(words - ports.keys()):
+        other = name
+        while other in values:
+            other += "_"
+        values.add(other)
+        ports[name] = other
+    for graph in _graphs(model.graph):
+        for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info]:
+            part.name = ports.get(part.name, part.name)
+        for node in graph.node:
+            node.input[:] = [ports.get(name, name) for name in node.input]
+            node.output[:] = [ports.get(name, name) for name in node.output]
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph and all within its nodes (the branches of a condition)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from _graphs(inner)
+
+
+def _values(graph: Any) -> Iterator[str]:
+    yield from (part.name for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info])
+    for node in graph.node:
+        yield from (*node.input, *node.output)
 
 
 def _name_nodes(model: Any, network: fx.GraphModule) -> None:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from penjing import checkpoint, measure, runtimes
 from penjing.draft import Draft
 from penjing.errors import RecipeError, SourceError
+from penjing.naming import free_name
 from penjing.plan import Entry, Plan
 from penjing.recipe import Recipe
 from penjing.repeatable import raise_repeatable
@@ -29,7 +30,6 @@ from penjing.training import seed_everything
 from penjing.undisturbed import same_process
 
 _META = "applied"
-_HOLDER = "quantizers."
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def drafted(module: nn.Module | Draft) -> Applied:
     draft = applied.draft.copy()
     network = draft.network.cpu()
     state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    tensors = {name: tensor for name, tensor in state.items() if not (draft.plan and name.startswith(_HOLDER))}
+    holder = free_name(network, "quantizers") + "."  # as `insert` chose it
+    tensors = {name: tensor for name, tensor in state.items() if not (draft.plan and name.startswith(holder))}
     if problem := checkpoint.difference(tensors, network.state_dict()):
         raise SourceError(
             "the module no longer has the tensors that pj.apply gave it",

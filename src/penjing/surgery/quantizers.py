@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from penjing import grid, operators
 from penjing.errors import QuantizationError
-from penjing.graph import RECURRENT, is_tensor, kind, sites, tensor_inputs
+from penjing.graph import OUTPUT, RECURRENT, is_tensor, kind, sites, tensor_inputs
+from penjing.naming import free_name
 from penjing.plan import Entry, Plan
 from penjing.surgery import recurrent
 from penjing.surgery.straight_through import Grid, wide
@@ -69,7 +70,8 @@ def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
 def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns: bool = False) -> fx.GraphModule:
     """A copy of `network` that computes in floating point what the integers of `plan` can express.
 
-    Weights keep their names; the quantizers live under ``quantizers``.
+    Weights keep their names; the quantizers live under ``quantizers`` (with underscores behind it where the network
+    has a part that is called so).
 
     Args:
         network: Raised.
@@ -79,14 +81,15 @@ def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns:
         learns: Scales are parameters, and biases stay in floating point: their grid follows from scales that move.
     """
     network = copy.deepcopy(network)
-    network.add_module("quantizers", nn.Module())
+    quantizers = free_name(network, "quantizers")
+    network.add_module(quantizers, nn.Module())
 
     def place(producer: fx.Node, entry: Entry) -> fx.Node:
-        holder = network.get_submodule("quantizers")
+        holder = network.get_submodule(quantizers)
         name = str(len(list(holder.children())))
         holder.add_module(name, FakeQuantize(entry, learns=learns))
-        node = network.graph.call_module(f"quantizers.{name}", (producer,))
-        node.meta["site"] = f"quantizers.{name}"
+        node = network.graph.call_module(f"{quantizers}.{name}", (producer,))
+        node.meta["site"] = f"{quantizers}.{name}"
         return node
 
     def weight(layer: str, entry: Entry) -> fx.Node:
@@ -99,7 +102,7 @@ def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns:
         return stored if entry is None or learns else place(stored, entry)
 
     def keep(name: str, value: torch.Tensor) -> fx.Node:
-        return _stored(network, f"quantizers.{name}", value)
+        return _stored(network, f"{quantizers}.{name}", value)
 
     _rewire(network, plan, place, weight, bias, None if trains else keep)
     return network
@@ -107,7 +110,7 @@ def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns:
 
 def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
     """Edge of the plan → the call of its quantizer in a network that `insert` made to train."""
-    found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
+    found = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     edges: dict[str, Any] = {}
     for edge in plan.entries:
         name, _, port = edge.rpartition(":")
@@ -121,10 +124,11 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     network = copy.deepcopy(network)
     if not plan:
         return network
-    network.add_module("integers", nn.Module())
+    integers = free_name(network, "integers")
+    network.add_module(integers, nn.Module())
 
     def constant(name: str, value: torch.Tensor) -> fx.Node:
-        return _stored(network, f"integers.{name}", value)
+        return _stored(network, f"{integers}.{name}", value)
 
     def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
         # A single number has no axis: runtimes take a one-element vector for one channel.
@@ -145,7 +149,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 expected="activation_grid='uniform'; weights may be of any grid",
                 remedy="pj.apply computes it in torch",
             )
-        scale, zero = numbers(f"activation{len(list(network.get_submodule('integers').buffers()))}", entry)
+        scale, zero = numbers(f"activation{len(list(network.get_submodule(integers).buffers()))}", entry)
         axis = entry.spec.axis or 0
         call = network.graph.call_function
         q = call(torch.ops.penjing.quantize.default, (producer, scale, zero, axis, *entry.spec.limits))
@@ -245,7 +249,7 @@ def _rewire(
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
-    found = {**sites(network), "output": next(n for n in network.graph.nodes if n.op == "output")}
+    found = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     placed: dict[tuple[fx.Node, Entry], fx.Node] = {}
     cells: dict[str, fx.Node] = {}
     for edge, entry in plan.entries.items():
