@@ -9,6 +9,7 @@ from torch import fx
 
 from penjing.graph import arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
+from penjing.quantize.masking import before_softmax
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
 CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
@@ -39,10 +40,11 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     behind the activation that the runtime fuses, gets a quantizer.
     """
     floats = dict(excluded)
+    masked = before_softmax(network)
     integer: list[fx.Node] = []
     for node in network.graph.nodes:
         what = kind(network, node)
-        reason = _refusal(network, node, what, accelerates)
+        reason = masked.get(node.name) or _refusal(network, node, what, accelerates)
         if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
             continue
         if reason is None:

@@ -115,11 +115,29 @@ def _convert(onnx_path: Path, path: Path, half: bool) -> None:
             expected="operators that OpenVINO's ONNX reader knows",
             remedy="write that operator with others, or choose another runtime",
         ) from error
+    _select_for_booleans(model)
     _name(model, onnx_path)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=half)
     except RuntimeError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def _select_for_booleans(model: Any) -> None:
+    """A boolean becomes a number by a selection of 1 or 0.
+
+    Version 2026.4 fuses a conversion into the arithmetic behind it, a mask's for example, and then refuses the boolean
+    input of what it fused, or answers with an empty batch.
+    """
+    import openvino
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != openvino.Type.boolean:
+            continue
+        numbers = [opset13.constant(x, op.get_output_element_type(0)) for x in (1, 0)]
+        selection = opset13.select(op.input_value(0), *numbers, name=op.get_friendly_name())
+        op.output(0).replace(selection.output(0))
 
 
 def _name(model: Any, onnx_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Where masks are added: between the scores of an attention and its softmax, which stays in floating point."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from penjing.graph import kind, tensor_inputs
+
+REASON = "it stands before a softmax, where a mask would set its range"
+SOFTMAX = frozenset({"softmax", "log_softmax"})
+ARITHMETIC = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "neg", "clip", "clamp_min", "clamp_max", "maximum", "minimum"}
+)
+SELECTING = frozenset({"where", "masked_fill", "gather", "index", "slice", "select", "index_select", "narrow"})
+MOVING = frozenset(
+    {"reshape", "transpose", "expand", "identity", "dropout", "to", "type_as", "squeeze", "repeat", "broadcast_to"}
+)
+BETWEEN = ARITHMETIC | SELECTING | MOVING
+
+
+def before_softmax(network: fx.GraphModule) -> dict[str, str]:
+    """Name of every node of arithmetic that leads to a softmax → why it stays floating point.
+
+    A mask (−10,000, the smallest number, −infinity) is a number among others there: it would set the range, and
+    nothing be left of the scores. Scales, position biases and sums of several masks stand on the same way, also
+    behind reshapes. The softmax itself computes in floating point, so integers before it would gain no time.
+    """
+    reached: dict[str, str] = {}
+    waiting = [n for end in network.graph.nodes if kind(network, end) in SOFTMAX for n in tensor_inputs(end)[:1]]
+    while waiting:
+        node = waiting.pop()
+        if node.name in reached or kind(network, node) not in BETWEEN:
+            continue
+        reached[node.name] = REASON
+        waiting += tensor_inputs(node)
+    return reached
