@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing import measure, runtimes
+from penjing import measure
 from penjing.draft import Draft
 from penjing.evidence import SAMPLES, arrays, one_call
 from penjing.graph import flat_inputs, kind, site, sites
 from penjing.outputs import to_numpy
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import Manifest
 from penjing.surgery import insert
 from penjing.task import Call, Task
@@ -92,8 +93,8 @@ class _Search:
     def _asked(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Values of the artifact by site, of the sites that its file names and whose shape is torch's."""
         with tempfile.TemporaryDirectory(prefix="penjing-") as aside:
-            shown = runtimes.expose(self.folder, self.manifest, names, Path(aside))
-            session = runtimes.open_artifact(aside, self.threads)
+            shown = isolated.expose(self.folder, self.manifest, names, Path(aside))
+            session = isolated.open_artifact(aside, self.threads)
             for call in self.calls:
                 results = session.run(call)
             del session

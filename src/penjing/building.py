@@ -15,6 +15,7 @@ from penjing.draft import Draft
 from penjing.graph import RECURRENT, sites
 from penjing.plan import Plan
 from penjing.records import LayerRow
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import Manifest, write_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.surgery import freeze
@@ -69,7 +70,7 @@ def executed_rows(
 def executed_precisions(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Site → the precision in which the runtime computes it: "int8" where any of its operators is integer."""
     precision: dict[str, str] = {}
-    for operator in runtimes.executed(folder, manifest):
+    for operator in isolated.executed(folder, manifest):
         for name in operator.sites:
             precision[name] = "int8" if precision.get(name) == "int8" else operator.precision
     return precision

@@ -6,21 +6,25 @@ Exit codes: 0 done and goal met, 1 error, 2 usage, 3 finished but goal not met (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from penjing.command_line import parser
+from penjing.console import Terminal
 from penjing.errors import OutputError, PenjingError, UsageError
+from penjing.usercode import never_exiting
 
 if TYPE_CHECKING:
     from penjing.recipe import Recipe
@@ -31,9 +35,10 @@ MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parsed = parser(COMMANDS).parse_args(arguments)
-    messages = Console(stderr=True)
+    messages = Terminal(stderr=True)
     try:
-        return int(parsed.command(parsed, messages))
+        with _stopped_as_by_hand(), never_exiting():
+            return int(parsed.command(parsed, messages))
     except PenjingError as error:
         return _told(error, parsed, messages)
     except KeyboardInterrupt:
@@ -53,12 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(full, parsed, messages)
 
 
+@contextlib.contextmanager
+def _stopped_as_by_hand() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: what was begun is tidied up, and no process is left behind."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def entry() -> None:
     """What the installed script calls."""
     sys.exit(main())
 
 
-def _told(error: PenjingError, parsed: argparse.Namespace, messages: Console) -> int:
+def _told(error: PenjingError, parsed: argparse.Namespace, messages: Terminal) -> int:
     if parsed.json:
         print(json.dumps({"error": type(error).__name__, **_plain_error(error)}, indent=2))
     messages.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
@@ -75,7 +97,7 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
     }
 
 
-def _compress(parsed: argparse.Namespace, messages: Console) -> int:
+def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.report import table, verdict
     from penjing.search.compress import compress
     from penjing.search.goal import Goal
@@ -108,7 +130,7 @@ def _compress(parsed: argparse.Namespace, messages: Console) -> int:
     if parsed.json:
         print(json.dumps(dataclasses.asdict(record), indent=2))
     else:
-        out = Console()
+        out = Terminal()
         out.print(table.candidates(record))
         out.print(table.comparison(record))
         word = "[bold green]goal met[/bold green]" if result.met else "[bold yellow]goal not met[/bold yellow]"
@@ -120,7 +142,7 @@ def _compress(parsed: argparse.Namespace, messages: Console) -> int:
     return MET if result.met else NOT_MET
 
 
-def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
+def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.inspection import inspect
     from penjing.report import table
     from penjing.report.figures import figure
@@ -154,13 +176,14 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     if parsed.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return MET
-    out = Console()
+    out = Terminal()
     out.print(table.layers(found.layers))
     out.print(table.chart(found.layers))
     out.print(
         f"{found.name}: {figure(found.parameters, 'count')} parameters, {figure(found.macs, 'MACs')}, "
         f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
         highlight=False,
+        markup=False,
     )
     if parsed.group:
         return _show_group(found, parsed, out)
@@ -183,7 +206,7 @@ def _inspect(parsed: argparse.Namespace, messages: Console) -> int:
     return MET
 
 
-def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Console) -> int:
+def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
     from penjing import files
     from penjing.report import sensitivity
 
@@ -194,7 +217,7 @@ def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Console) -> i
     return MET
 
 
-def _show_group(found: Any, parsed: argparse.Namespace, out: Console) -> int:
+def _show_group(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
     import difflib
 
     from penjing import files
@@ -217,7 +240,7 @@ def _show_group(found: Any, parsed: argparse.Namespace, out: Console) -> int:
     return MET
 
 
-def _measure(parsed: argparse.Namespace, messages: Console) -> int:
+def _measure(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.comparison import measure_artifact
     from penjing.console import Progressing
     from penjing.events import Events
@@ -239,7 +262,7 @@ def _measure(parsed: argparse.Namespace, messages: Console) -> int:
         return MET
     from penjing.report.figures import figure
 
-    table = Table("", *rows)
+    table = Table("", *map(escape, rows))
     words: list[tuple[str, Callable[[Any], str]]] = [
         ("metric", lambda r: "not measured" if r.metric is None else f"{r.metric:.4f}"),
         ("latency, median", lambda r: figure(r.latency_ms.median, "ms")),
@@ -253,11 +276,11 @@ def _measure(parsed: argparse.Namespace, messages: Console) -> int:
     ]
     for word, show in words:
         table.add_row(word, *(show(row) for row in rows.values()))
-    Console().print(table)
+    Terminal().print(table)
     return MET
 
 
-def _verify(parsed: argparse.Namespace, messages: Console) -> int:
+def _verify(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.console import Progressing
     from penjing.events import Events
     from penjing.task import open_task
@@ -276,19 +299,19 @@ def _verify(parsed: argparse.Namespace, messages: Console) -> int:
     if parsed.json:
         print(json.dumps([dataclasses.asdict(c) for c in checks], indent=2))
     else:
-        table = Table("figure", "recorded", "found now", "", title=str(parsed.folder))
+        table = Table("figure", "recorded", "found now", "", title=escape(str(parsed.folder)))
         for c in checks:
             word = {True: "[green]holds[/green]", False: "[bold red]differs[/bold red]", None: "[dim]-[/dim]"}[c.holds]
             note = f"\n[dim]{escape(c.note)}[/dim]" if c.note else ""
             table.add_row(escape(c.figure), escape(c.recorded), escape(c.found) + note, word)
-        out = Console()
+        out = Terminal()
         out.print(table)
         held = sum(c.holds is True for c in checks)
         out.print(f"{held} of {held + len(failed)} figures hold" + ("" if task else "; the metric needs --task"))
     return NOT_MET if failed else MET
 
 
-def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
+def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing import measure, runtimes
 
     machine = measure.machine(1)
@@ -306,7 +329,7 @@ def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
     if parsed.json:
         print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))
         return MET
-    out = Console()
+    out = Terminal()
     out.print(f"{machine.processor}, {machine.cores} cores: {', '.join(machine.instruction_sets)}", highlight=False)
     table = Table("runtime", "version", "precisions here", "integer operators", "notes")
     for row in found:
@@ -318,13 +341,13 @@ def _runtimes(parsed: argparse.Namespace, messages: Console) -> int:
 
 def _recipe(name: str) -> Recipe:
     """A recipe by its name, or from a file."""
-    from penjing import recipes
-    from penjing.recipe import Recipe
+    from penjing import reading, recipes
+    from penjing.recipe import RECIPE_BYTES, Recipe
 
     if name in recipes.NAMES:
         return recipes.NAMES[name]()
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = reading.text(name, RECIPE_BYTES)
     except OSError as error:
         near = difflib.get_close_matches(name.replace("_", "-"), recipes.NAMES, n=1)
         raise UsageError(
@@ -333,8 +356,8 @@ def _recipe(name: str) -> Recipe:
             expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
             remedy=f"did you mean {near[0]}?" if near else None,
         ) from None
-    except UnicodeDecodeError as error:
-        raise UsageError("the recipe is no text", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None
+    except ValueError as error:
+        raise UsageError("the recipe can't be read", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None
     return Recipe.from_yaml(text)
 
 

@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from penjing import building, measure, pipeline, runtimes, steadiness
+from penjing import building, measure, pipeline, steadiness
 from penjing.draft import Draft
 from penjing.errors import TaskError
 from penjing.folder import ARTIFACT, SOURCE
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.records import Measured
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
 from penjing.source import open_source
 from penjing.task import Task
@@ -40,7 +41,7 @@ def measure_artifact(
         seconds: Timed seconds each.
         events: Progress.
     """
-    threads = threads or measure.machine(1).cores
+    threads = measure.check_threads(threads or measure.machine(1).cores)
     with tempfile.TemporaryDirectory(prefix="penjing-") as aside:
         folders = {"artifact": _artifact_folder(Path(artifact))}
         if against is not None:
@@ -83,5 +84,6 @@ def _figures(folder: Path, task: Task | None, threads: int) -> Measured:
     manifest = read_manifest(folder)
     metric = None
     if task is not None and task.evaluate is not None:
-        metric = float(task.evaluate(predictor(runtimes.open_artifact(folder, threads), manifest)))
+        predict = predictor(isolated.open_artifact(folder, threads), manifest)
+        metric = pipeline.metric_of(task.evaluate, predict, folder.name)
     return Measured(metric=metric, size_bytes=measure.size_bytes(folder, manifest.files()))

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,8 +17,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from penjing.report.figures import metric
+from penjing.report.table import legible
+
+
+class Terminal(Console):
+    """A console on which no name from outside moves the cursor, changes a colour or becomes a picture."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text of a string; its markup is the caller's, who escapes what is not."""
+        return super().render_str(legible(text, self.encoding), **options)
 
 
 class Progressing:
@@ -28,7 +42,7 @@ class Progressing:
         self.bars: dict[str, TaskID] = {}
         self.covered: set[str] = set()  # a repair that is tried many times says once how far it reaches
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -55,13 +69,16 @@ class Progressing:
             self._advance(event)
         elif kind == "stage":
             self.stage = event["name"]
-            self.console.print(f"[dim]{time.monotonic() - self.started:6.1f} s[/dim]  {self.stage}", highlight=False)
+            self.console.print(
+                f"[dim]{time.monotonic() - self.started:6.1f} s[/dim]  {escape(self.stage)}", highlight=False
+            )
         elif kind == "source" and event["metric"] is not None:
             value = metric(event["metric"], event["metric_name"])
-            text = f"source {event['metric_name']} [bold]{value}[/bold]: as you expect? (if not, stop here: Ctrl-C)"
+            name = escape(event["metric_name"])
+            text = f"source {name} [bold]{escape(value)}[/bold]: as you expect? (if not, stop here: Ctrl-C)"
             self.console.print(text, highlight=False)
         elif kind == "candidate" and event["metric"] is not None:
-            self.console.print(f"          {event['name']}: {event['metric']:.4f}", highlight=False)
+            self.console.print(f"          {event['name']}: {event['metric']:.4f}", highlight=False, markup=False)
         elif kind == "warning":
             self.console.print(f"warning: {event['text']}", style="yellow", markup=False)
         elif kind == "remedy":
@@ -76,10 +93,12 @@ class Progressing:
         elif kind == "covered":
             text = f"          {event['step']} covers {event['layers']} of {event['total']} layers"
             if text not in self.covered:
-                self.console.print(text, highlight=False)
+                self.console.print(text, highlight=False, markup=False)
             self.covered.add(text)
         elif kind == "resumed":
-            self.console.print(f"          kept: {event.get('candidate') or event.get('step')}", highlight=False)
+            self.console.print(
+                f"          kept: {event.get('candidate') or event.get('step')}", highlight=False, markup=False
+            )
 
     def _advance(self, event: dict[str, Any]) -> None:
         label, done, total = str(event["label"]), int(event["done"]), int(event["total"])
@@ -92,4 +111,4 @@ class Progressing:
                 self.progress.remove_task(self.bars.pop(label))
         elif time.monotonic() - self.told > 10:  # a log file: a line every ten seconds
             self.told = time.monotonic()
-            self.console.print(f"          {label} {done}/{total}", highlight=False)
+            self.console.print(f"          {label} {done}/{total}", highlight=False, markup=False)

@@ -6,15 +6,16 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from penjing import measure
+from penjing import measure, reading
 from penjing.draft import Draft
-from penjing.errors import ArtifactError
+from penjing.errors import ArtifactError, RecordError
 from penjing.folder import EVIDENCE, STATE, RunFolder, writing
 from penjing.outputs import flatten_outputs, to_numpy
 from penjing.plan import Plan
@@ -24,6 +25,7 @@ from penjing.surgery import insert
 from penjing.task import Call, Task, calibration_calls
 
 SAMPLES = 32
+MOST_BYTES = 1 << 33  # of what is stored
 PROBES = (3, 1)
 """Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
 
@@ -188,8 +190,24 @@ def _outputs(network: torch.nn.Module, call: Call) -> list[np.ndarray]:
 
 
 def _read(folder: RunFolder) -> dict[str, np.ndarray]:
-    with np.load(folder.path / EVIDENCE, allow_pickle=False) as data:
-        return {name: data[name] for name in data.files}
+    return stored(folder.path)
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """The samples of a run folder and the answers to them, by name.
+
+    Raises:
+        RecordError: They are missing or damaged.
+    """
+    try:
+        return reading.arrays(folder / EVIDENCE, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            "the evidence can't be read",
+            got=f"{folder / EVIDENCE}: {error}",
+            expected="the samples and answers that the run stored",
+            remedy="copy the whole run folder, or run `penjing compress` again",
+        ) from None
 
 
 def _write(folder: RunFolder, stored: dict[str, np.ndarray]) -> None:

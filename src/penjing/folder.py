@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from penjing import reading
 from penjing.errors import OutputError
 from penjing.files import write_text
 from penjing.lock import LOCK
@@ -72,8 +73,10 @@ class RunFolder:
         """
         path = self.path / STATE / "request.json"
         plain = json.loads(json.dumps(request, default=repr))
-        before = json.loads(path.read_text(encoding="utf-8")) if self.resumed and path.exists() else finished
+        before = self.kept("request") if self.resumed and path.exists() else finished
         if before is not None:
+            if not isinstance(before, dict):
+                raise OutputError("what the run kept to be resumed is damaged", got=path, remedy="--force starts anew")
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 where, now, then = _difference(changed[0], plain[changed[0]], before[changed[0]])
@@ -94,7 +97,17 @@ class RunFolder:
     def kept(self, name: str) -> Any:
         """What `keep` stored under this name; None when nothing was."""
         path = self.path / STATE / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return reading.json_file(path, finite=False)
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                "what the run kept to be resumed is damaged",
+                got=f"{path}: {error}",
+                expected="the JSON that the run wrote",
+                remedy="start anew with --force",
+            ) from None
 
     def keep(self, name: str, value: Any) -> None:
         """Store plain data for a resume."""

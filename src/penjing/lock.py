@@ -83,7 +83,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
                 f"{what} can't be written",
                 got=f"{type(error).__name__}: {error.strerror} ({folder})",
                 expected="a folder with write permission and free space",
-                remedy="choose another folder",
+                remedy="choose another folder, for a run with --out",
             ) from error
         try:
             _take(handle)
@@ -95,7 +95,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
                     f"{what} can't be locked",
                     got=f"{type(error).__name__}: {error.strerror} ({folder})",
                     expected="a file system with locks",
-                    remedy="choose a folder on another disk",
+                    remedy="choose a folder on another disk, for a run with --out",
                 ) from error
             if time.monotonic() - start < (wait_s if _alive(holder) else max(wait_s, _ORPHANS_S)):
                 time.sleep(0.02)
@@ -104,7 +104,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
                 f"{what} is in use by another process",
                 got=f"{folder}, held by {_told(holder)}",
                 expected="one process at a time",
-                remedy="wait until it has ended, or choose another folder",
+                remedy="wait until it has ended, or choose another folder, for a run with --out",
             ) from None
         except BaseException:
             os.close(handle)

@@ -27,6 +27,7 @@ from penjing.outputs import flatten_outputs, numpy_predictor
 from penjing.plan import Plan
 from penjing.recipe import Recipe
 from penjing.records import Candidate, LayerRow, Measured, Parity, Rejection, StepCost, from_dict
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import Manifest, predictor, read_manifest
 from penjing.step import Context, Step
 from penjing.task import Task
@@ -120,8 +121,10 @@ class Run:
 def source(run: Run) -> tuple[Manifest, Any]:
     """Store the source as a torch artifact and its answers on a few samples; manifest and output structure."""
     args, kwargs = evidence.one_call(run.task, evidence.SAMPLES)
+    start = time.perf_counter()
     with torch.no_grad():
         leaves, structure = flatten_outputs(run.network(*args, **kwargs))
+    isolated.expect(time.perf_counter() - start, sum(t.numel() for t in (*args, *kwargs.values())))
     finite.check_answers(leaves, structure)
     if not (run.folder.path / SOURCE).exists():
         with run.costing("export source"), run.folder.building(SOURCE) as aside:
@@ -225,7 +228,7 @@ def candidate(
     folder = run.folder.path / where
     with run.costing(f"evaluate {variant.name}"):
         manifest = read_manifest(folder)
-        session = runtimes.open_artifact(folder, run.threads)
+        session = isolated.open_artifact(folder, run.threads)
         made = made if variant.precision in INTEGER else replace(made, plan=Plan())
         answers = evidence.answers(run.folder, session)
         value: float | TaskError | None = None
@@ -326,7 +329,8 @@ def _floor(runtime: str) -> str:
 def latencies(run: Run, candidates: Sequence[Candidate], floors: Collection[str] = ()) -> dict[str, measure.Timing]:
     """Time the source and all candidates side by side, each in a process of its own; "source" is the source.
 
-    The source in fp32 in a runtime of `floors` is called "floor-" and the runtime's name.
+    The source in fp32 in a runtime of `floors` is called "floor-" and the runtime's name. What a runtime crashes or
+    hangs at has none, and a warning says so.
     """
     if kept := run.folder.kept("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
@@ -334,15 +338,23 @@ def latencies(run: Run, candidates: Sequence[Candidate], floors: Collection[str]
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     folders |= {f"floor-{runtime}": run.folder.path / _floor(runtime) for runtime in floors}
     targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
+    timings: dict[str, measure.Timing] = {}
     with run.costing("measure latency"):
-        timings = measure.compare(
-            targets,
-            threads=run.threads,
-            seconds=run.seconds,
-            patience=steadiness.PATIENCE if run.seconds >= steadiness.WORTH_SECONDS else 1,
-            warmup_seconds=min(0.3, run.seconds),
-            events=run.events,
-        )
+        while not timings:
+            try:
+                timings = measure.compare(
+                    targets,
+                    threads=run.threads,
+                    seconds=run.seconds,
+                    patience=steadiness.PATIENCE if run.seconds >= steadiness.WORTH_SECONDS else 1,
+                    warmup_seconds=min(0.3, run.seconds),
+                    events=run.events,
+                )
+            except measure.TargetError as error:
+                targets = [target for target in targets if target.name != error.target]
+                if error.target == "source" or not {t.name for t in targets} & {c.name for c in candidates}:
+                    raise
+                run.warn(f"{error.target} could not be timed: {error.what} ({error.got})")
     run.folder.keep("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
     return timings
 
@@ -363,7 +375,7 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
         value = metric(witness)
     except PenjingError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(
             f"the task's metric raised {type(error).__name__} on {name}",
             got=f"{error} ({line_of(error)})",

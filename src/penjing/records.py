@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from penjing import reading
 from penjing.errors import RecordError
 
 FORMAT = 1
+MOST_THREADS = 1024  # that a runtime is told to use
 T = TypeVar("T")
 
 
@@ -392,6 +396,7 @@ class Record:
     floors: dict[str, Measured] = field(default_factory=dict)
     reference: Reference | None = None  # None: the source
     rejected: tuple[Candidate, ...] = ()  # built and not eligible, each with its `rejection`
+    files: dict[str, str] = field(default_factory=dict)  # name in the run folder → SHA-256, of all but this record
     format: int = FORMAT
 
     @property
@@ -465,8 +470,30 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise RecordError(f"{where} can't be read", got=repr(data), expected=kind.__name__)
+        raise RecordError(f"{where} can't be read", got=repr(data)[:200], expected=kind.__name__)
     return data
+
+
+_SIZE = (0, 2**53)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "threads": (1, MOST_THREADS), "cores": (1, 2**16), "batch": (1, 2**20), "calls": (0, 2**40), "samples": (0, 2**40),
+    "size_bytes": _SIZE, "packed_bytes": _SIZE, "parameters": _SIZE, "peak_memory_bytes": _SIZE,
+    "activation_bytes": _SIZE, "weight_bytes": _SIZE, "macs": (0, 2**62),
+    "median": (0, 1e12), "p95": (0, 1e12), "spread": (0, 1e12),
+}  # fmt: skip
+"""Fields whose values are used in calculations, and between what they lie."""
+
+
+def _check_values(data: Any, where: str = "Record") -> None:
+    """Raise RecordError where a number of plain data is beyond all that was ever measured."""
+    inner: Iterable[tuple[Any, Any]] = data.items() if isinstance(data, dict) else ()
+    if isinstance(data, list):
+        inner = enumerate(data)
+    for name, value in inner:
+        low, high = _BOUNDS.get(name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise RecordError(f"{where}.{name} can't be right", got=value, expected=f"{low:g} to {high:g}")
+        _check_values(value, f"{where}.{name}")
 
 
 def read(path: Path | str) -> Record:
@@ -479,7 +506,7 @@ def read(path: Path | str) -> Record:
     if path.is_dir():
         path = path / "record.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = reading.json_file(path)
     except FileNotFoundError:
         raise RecordError(
             "there is no record here",
@@ -487,8 +514,13 @@ def read(path: Path | str) -> Record:
             expected="a run folder that `penjing compress` finished",
             remedy="name the folder given to --out; an interrupted run goes on with --resume",
         ) from None
-    except ValueError as error:
-        raise RecordError("the record is not valid JSON", got=f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            "the record can't be read",
+            got=f"{path}: {error}",
+            expected="the JSON that `penjing compress` wrote",
+            remedy="run `penjing compress` again",
+        ) from None
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise RecordError(
             "the record was written by a newer Penjing",
@@ -496,4 +528,6 @@ def read(path: Path | str) -> Record:
             expected=f"format {FORMAT} or older",
             remedy="pip install --upgrade penjing",
         )
-    return from_dict(Record, data)
+    record = from_dict(Record, data)
+    _check_values(data)
+    return record

@@ -192,7 +192,7 @@ def forward(module: nn.Module, call: Call, name: str) -> Any:
             outputs = module(*args, **kwargs)
     except PenjingError:
         raise
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         raise SourceError(
             f"the forward of {name} fails on the task's example",
             got=f"{type(cause).__name__}: {str(cause).strip()} ({line_of(cause)})",

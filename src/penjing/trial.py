@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing import measure, runtimes
+from penjing import measure
 from penjing.building import build
 from penjing.draft import Draft
 from penjing.evidence import arrays, one_call
 from penjing.outputs import flatten_outputs
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import read_manifest
 from penjing.task import Task
 
@@ -69,7 +70,7 @@ class Trial:
         """Sites and milliseconds of a draft's operators."""
         with tempfile.TemporaryDirectory() as aside:
             folder = self._built(draft, precision, Path(aside) / "draft")
-            return [(t.sites, t.ms) for t in runtimes.profile(folder, self._inputs(), self.threads)]
+            return [(t.sites, t.ms) for t in isolated.profile(folder, self._inputs(), self.threads)]
 
     def _built(self, draft: Draft, precision: str, folder: Path) -> Path:
         folder.mkdir()

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from penjing.errors import PenjingError
+from penjing.errors import PenjingError, TaskError
 
 USER_MODULE = "penjing_user_"  # how the modules of files that were named begin
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -92,6 +92,24 @@ def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingErr
             got=f"{cause or type(cause).__name__} ({line_of(cause)})",
             expected="a factory that can be called without arguments",
             remedy="call it in a Python shell and mend what it says",
+        ) from cause
+
+
+@contextlib.contextmanager
+def never_exiting() -> Iterator[None]:
+    """Code of the user's that ends the process (``sys.exit``) is an error with its line, wherever it is called from.
+
+    Raises:
+        TaskError: It did; the exit is chained.
+    """
+    try:
+        yield
+    except SystemExit as cause:
+        raise TaskError(
+            "code of the task or of the network ended the process",
+            got=f"sys.exit({'' if cause.code is None else repr(cause.code)}) ({line_of(cause)})",
+            expected="code that returns, or raises an error",
+            remedy="take the call out, or guard a script's own part with if __name__ == '__main__'",
         ) from cause
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from penjing import measure, records, runtimes, steadiness
+from penjing import evidence, intact, measure, records, steadiness
 from penjing.building import counted, executed_precisions
 from penjing.errors import ArtifactError, RecordError
 from penjing.evidence import PROBES
 from penjing.folder import ARTIFACT, EVIDENCE, SOURCE
+from penjing.pipeline import metric_of
 from penjing.records import Candidate, Parity, ParityRow, Record
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import Manifest, Port, predictor, read_manifest
 from penjing.task import Task
 
@@ -62,10 +63,10 @@ def verify(
     if chosen is None:
         raise RecordError("the record has no artifact", got=record.goal.reason, expected="a run with an artifact")
     manifest = read_manifest(folder / ARTIFACT)
-    checks = [_hashes(folder, chosen), _size(folder, chosen, manifest)]
-    used = threads or record.machine.threads
+    checks = [*_hashes(folder, record, chosen), _size(folder, chosen, manifest)]
+    used = measure.check_threads(threads or record.machine.threads)
     try:
-        session = runtimes.open_artifact(folder / ARTIFACT, used)
+        session = isolated.open_artifact(folder / ARTIFACT, used)
         checks.append(_operators(folder, chosen, manifest))
     except ArtifactError as error:
         # Damaged files say so in a check: whoever verifies wants to know that, and not why a runtime stumbled.
@@ -78,11 +79,21 @@ def verify(
     return tuple(checks)
 
 
-def _hashes(folder: Path, chosen: Candidate) -> Check:
-    plain = {n: folder / ARTIFACT / Path(n).name for n in chosen.sha256}  # never a file outside the folder
-    changed = [n for n, path in plain.items() if not path.is_file() or measure.sha256(path) != chosen.sha256[n]]
-    found = f"changed: {', '.join(changed)}" if changed else f"{len(chosen.sha256)} files, all equal"
-    return Check("SHA-256 of the files", f"{len(chosen.sha256)} files", found, not changed)
+def _hashes(folder: Path, record: Record, chosen: Candidate) -> list[Check]:
+    found = intact.differences(folder, record)
+    held = {name: record.files.get(f"{ARTIFACT}/{name}") for name in chosen.sha256}
+    other = sorted(name for name in held if held[name] != chosen.sha256[name])
+    text = str(found) or f"{len(record.files)} files, all equal"
+    if not record.files or not chosen.sha256:
+        text = "the record holds no hashes"
+    elif other:
+        text = f"the chosen candidate's hashes are others: {', '.join(other[:5])}"
+    holds = bool(record.files and chosen.sha256) and not (found.missing or found.changed or other)
+    checks = [Check("SHA-256 of the files", f"{len(record.files)} files", text, holds)]
+    if found.strange:
+        note = "the run did not leave them, and nothing vouches for them"
+        checks.append(Check("other files", "none", intact.listed(found.strange), None, note))
+    return checks
 
 
 def _size(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
@@ -104,7 +115,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _parities(folder: Path, chosen: Candidate, session: Any, manifest: Manifest) -> list[Check]:
     """The comparisons of the record, and that every output and group of columns keeps its limit, now as then."""
-    stored = _evidence(folder)
+    stored = evidence.stored(folder)
     inputs = [stored[k] for k in stored if k.startswith("input_")]
     outputs = session.run(inputs)
     original = [stored[k] for k in stored if k.startswith("source_")]
@@ -143,20 +154,6 @@ def _limit(rows: list[ParityRow], chosen: Candidate) -> Check:
     recorded = f"at least {limit.snr_db:.0f} dB" if chosen.rejection is None else f"rejected: {chosen.rejection.reason}"
     text = f"{worst.place}: {measure.limits.failure(worst) if worst.shortfall else f'{worst.snr_db:.1f} dB'}"
     return Check("limits of the parity", recorded, text, worst.holds, worst.why)
-
-
-def _evidence(folder: Path) -> dict[str, np.ndarray]:
-    """Inputs of a few samples, and what the source answered, as the run stored them."""
-    try:
-        with np.load(folder / EVIDENCE, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise RecordError(
-            "the evidence can't be read",
-            got=f"{folder / EVIDENCE}: {error}",
-            expected=f"the {EVIDENCE} that the run wrote",
-            remedy="run `penjing compress` again",
-        ) from None
 
 
 def _parity(parity: Parity) -> str:
@@ -202,7 +199,7 @@ def _speed(
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
     """Inputs of one call: the stored evidence where there is some, zeros otherwise; a fixed batch stays as it is."""
     if (folder / EVIDENCE).exists():
-        inputs = [array for name, array in _evidence(folder).items() if name.startswith("input_")]
+        inputs = [array for name, array in evidence.stored(folder).items() if name.startswith("input_")]
         free = [bool(port.shape) and isinstance(port.shape[0], str) for port in ports]
         pairs = zip(inputs, free, strict=True)
         return [np.concatenate([x] * -(-batch // len(x)))[:batch] if varies else x for x, varies in pairs]
@@ -214,5 +211,5 @@ def _metric(record: Record, task: Task, session: Any, manifest: Manifest) -> Che
     recorded = record.artifact.metric if record.artifact is not None else None
     if task.evaluate is None or recorded is None:
         return Check(record.metric_name, str(recorded), "the task has no evaluate", None)
-    found = float(task.evaluate(predictor(session, manifest)))
+    found = metric_of(task.evaluate, predictor(session, manifest), "the artifact")
     return Check(record.metric_name, f"{recorded:.6g}", f"{found:.6g}", abs(found - recorded) <= METRIC_TOLERANCE)

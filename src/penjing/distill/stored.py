@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from penjing import reading
 from penjing.call import leaves
 from penjing.errors import OutputError, RecipeError, TaskError
 from penjing.files import write_text
@@ -188,11 +189,11 @@ class Answers(nn.Module):
 
     def _open(self, about: Path, name: str) -> None:
         try:
-            said = json.loads(about.read_text(encoding="utf-8"))
+            said = reading.json_file(about, 1 << 16)
             version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
             if len(bytes.fromhex(self.name)) != hashlib.sha256().digest_size:
                 raise ValueError("no SHA-256 of a teacher")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except reading.UNREADABLE as error:
             raise self._wrong("the stored answers can't be read", f"{type(error).__name__}: {error}") from None
         if version != VERSION:
             raise self._wrong("the stored answers are of another version", version)

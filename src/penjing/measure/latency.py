@@ -23,6 +23,7 @@ from penjing.errors import UsageError
 from penjing.measure.child import Child
 from penjing.measure.machine import processors
 from penjing.records import Latency
+from penjing.runtimes import isolated
 
 OPENER = "penjing.runtimes:open_artifact"
 MIN_CALLS = 3  # of a turn, however slow the artifact is
@@ -101,7 +102,7 @@ def compare(
 
     Raises:
         UsageError: No target, a name twice, an input that is not numeric, or a number below its minimum.
-        ArtifactError: An artifact can't be opened or run, or its runtime crashed.
+        TargetError: An artifact can't be opened or run, or its runtime crashed or hung.
     """
     _check(targets, threads=threads, rounds=rounds, seconds=seconds)
     cpus = processors()[:threads]
@@ -113,7 +114,16 @@ def compare(
             inputs = folder / f"{index}.npz"
             np.savez(inputs, *target.inputs)
             child = stack.enter_context(
-                Child(target.name, Path(target.folder), inputs, threads=threads, cpus=cpus, opener=opener)
+                Child(
+                    target.name,
+                    Path(target.folder),
+                    inputs,
+                    threads=threads,
+                    cpus=cpus,
+                    opener=opener,
+                    opening_s=isolated.opening_s(Path(target.folder)),
+                    call_s=isolated.call_s(target.inputs),
+                )
             )
             children.append(child)
             child.ready()

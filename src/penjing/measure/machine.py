@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from penjing.records import Machine
+from penjing.errors import UsageError
+from penjing.records import MOST_THREADS, Machine
 
 PACKAGES = (
     "penjing",
@@ -61,6 +62,13 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 
 # Numbers of IsProcessorFeaturePresent (winnt.h). Windows does not tell VNNI, bf16 or AMX of x86 processors.
 _WINDOWS = {"avx": 39, "avx2": 40, "avx512f": 41, "neon": 19, "dotprod": 43, "sve": 46, "i8mm": 66, "bf16": 68}
+
+
+def check_threads(threads: int) -> int:
+    """The number itself. Raises UsageError where no processor has so many."""
+    if not 1 <= threads <= MOST_THREADS:
+        raise UsageError("threads is out of range", got=threads, expected=f"1 to {MOST_THREADS}")
+    return threads
 
 
 def machine(threads: int) -> Machine:

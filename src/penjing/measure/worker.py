@@ -18,28 +18,26 @@ import argparse
 import faulthandler
 import gc
 import importlib
-import json
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
-from penjing.errors import PenjingError, UsageError
+from penjing.errors import UsageError
 from penjing.measure.memory import peak_memory_bytes, rss_bytes
+from penjing.processes import channel, receive, send, told
 
 OPENER = "penjing.runtimes:open_artifact"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve one artifact until told to stop; the exit code."""
-    say = _protocol()
+    requests, answers = channel()
     faulthandler.enable()  # a crash in native code leaves its stack on standard error
     try:
         options = _options(arguments)
@@ -49,24 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = _inputs(options.inputs)
         baseline = rss_bytes()
         artifact = _opener(options.opener)(options.folder, threads=options.threads)
-        say({"ready": True})
-        _serve(lambda: artifact.run(inputs), baseline, say)
+        send(answers, {"ready": True})
+        _serve(lambda: artifact.run(inputs), baseline, requests, answers)
     except Exception as error:
         traceback.print_exc()
-        say({"error": _told(error)})
+        send(answers, {"error": told(error)})
         return 1
-    say({"stopped": True})
+    send(answers, {"stopped": True})
     return 0
 
 
-def _serve(call: Callable[[], Any], baseline: int, say: Callable[[dict[str, Any]], None]) -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
+def _serve(call: Callable[[], Any], baseline: int, requests: IO[bytes], answers: IO[bytes]) -> None:
+    while (asked := receive(requests)) is not None:
+        request, _ = asked
         command = request.pop("cmd")
         if command == "run":
-            say({"times_ms": times_ms(call, **request)})
+            send(answers, {"times_ms": times_ms(call, **request)})
         elif command == "peak":
-            say({"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": baseline})
+            send(answers, {"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": baseline})
         elif command == "stop":
             return
         else:
@@ -101,20 +99,6 @@ def times_ms(
     return times
 
 
-def _protocol() -> Callable[[dict[str, Any]], None]:
-    """Keep standard output for the protocol, and send to standard error what others print there."""
-    sys.stdout.flush()
-    real = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr  # written out line by line, so that a crash loses nothing
-
-    def say(message: dict[str, Any]) -> None:
-        real.write(json.dumps(message) + "\n")
-        real.flush()
-
-    return say
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="penjing.measure.worker", description=__doc__)
     parser.add_argument("folder", type=Path, help="the artifact")
@@ -134,15 +118,6 @@ def _opener(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     opener: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return opener
-
-
-def _told(error: Exception) -> dict[str, str | None]:
-    """An error as data, so that the parent can raise it again."""
-    if isinstance(error, PenjingError):
-        parts = {"got": error.got, "expected": error.expected, "remedy": error.remedy}
-        told = {key: None if value is None else str(value) for key, value in parts.items()}
-        return {"kind": type(error).__name__, "what": error.what, **told}
-    return {"kind": type(error).__name__, "what": str(error)}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jinja2
 
 from penjing import files, records
 from penjing.report import arithmetic, comparison, curves, figures, scatter, skyline, verdict
+from penjing.report.table import legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
 _WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
@@ -76,11 +77,16 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("penjing.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_legible,  # no control character of a name, such as one that turns the direction of writing
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.globals.update(vocabulary())
     return environment.get_template("report.html.j2")
+
+
+def _legible(value: Any) -> Any:
+    return legible(value, "utf-8") if type(value) is str else value
 
 
 def vocabulary() -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,9 @@ class Session(Protocol):
 
 class Runtime(Protocol):
     """What a runtime's file provides as module-level functions."""
+
+    SETTINGS: dict[str, str]
+    """The settings that a manifest may tell it, and the pattern of their values."""
 
     def accelerates(self, instruction_sets: tuple[str, ...]) -> Accelerates:
         """What it gains from on a processor with these instruction sets."""
@@ -94,7 +98,7 @@ def open_artifact(folder: Path | str, threads: int) -> Session:
     folder = Path(folder)
     manifest = read_manifest(folder)
     runtime = get(manifest.runtime)
-    with _opening(folder, manifest):
+    with _opening(folder, manifest, runtime):
         return runtime.open_session(folder, manifest, threads)
 
 
@@ -105,7 +109,7 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         ArtifactError: The runtime can't read it.
     """
     runtime = get(manifest.runtime)
-    with _opening(folder, manifest):
+    with _opening(folder, manifest, runtime):
         return runtime.executed(folder, manifest)
 
 
@@ -120,7 +124,7 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
     runtime = get(manifest.runtime)
     if not hasattr(runtime, "profile"):
         raise UsageError("this runtime does not time its operators", got=manifest.runtime, expected="openvino")
-    with _opening(folder, manifest):
+    with _opening(folder, manifest, runtime):
         timed: list[Timed] = runtime.profile(folder, manifest, inputs, threads, calls)
         return timed
 
@@ -144,7 +148,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
     runtime = get(manifest.runtime)
     if not hasattr(runtime, "expose"):
         raise UsageError("this runtime does not show values", got=manifest.runtime, expected="onnxruntime or openvino")
-    with _opening(folder, manifest):
+    with _opening(folder, manifest, runtime):
         shown: list[str] = runtime.expose(folder, manifest, sites, into)
     main, *others = manifest.programs
     ports = tuple(Port(name=site, dtype="float32", shape=()) for site in shown)
@@ -153,7 +157,15 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
 
 
 @contextlib.contextmanager
-def _opening(folder: Path, manifest: Manifest) -> Iterator[None]:
+def _opening(folder: Path, manifest: Manifest, runtime: Runtime) -> Iterator[None]:
+    for name, value in manifest.settings.items():
+        if not re.fullmatch(runtime.SETTINGS.get(name, "(?!)"), value):
+            raise ArtifactError(
+                "the manifest has a setting that is not handed to a runtime",
+                got=f"{name} = {value}"[:200],
+                expected=f"for {manifest.runtime}: {', '.join(runtime.SETTINGS) or 'none'}, with values of Penjing's",
+                remedy="`penjing verify` tells whether the files are as they were written",
+            )
     try:
         yield
     except PenjingError:

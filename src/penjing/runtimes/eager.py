@@ -19,6 +19,9 @@ from penjing.plan import GENERIC, Accelerates
 from penjing.pt2 import open_program
 from penjing.runtimes.artifact import Executed, Manifest, Port, Program
 
+SETTINGS = {"keywords": r"[^\x00-\x1f\x7f]*"}
+"""What a manifest may tell it, and how that reads."""
+
 
 def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     """Eager torch has no integer kernels for plans: quantized networks run in simulation and gain nothing."""
@@ -98,7 +101,7 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
 
 LOAD = '''\
 """Open this artifact with torch alone: ``from load import predict``. Needs: numpy, torch."""
-import json, os, pathlib
+@ALONE@import json, os, pathlib
 import numpy as np
 import torch
 

@@ -9,6 +9,12 @@ from penjing.files import write_text
 from penjing.runtimes import _FILES
 from penjing.runtimes.artifact import Manifest
 
+_ALONE = """\
+import sys
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # this folder: what lies beside the artifact is not imported
+"""
+
 _TAIL = '''
 def predict(*args, **kwargs):
     """Call it as the network is called; NumPy arrays in, NumPy arrays out."""
@@ -40,5 +46,5 @@ if __name__ == "__main__":  # a smoke test: zeros in, shapes out
 def write_loader(path: Path, manifest: Manifest, folder: str, threads: int) -> None:
     """Write `load.py` to `path`, for the artifact in the folder beside it."""
     head = importlib.import_module(f"penjing.runtimes.{_FILES[manifest.runtime]}").LOAD
-    text = head.replace("@FOLDER@", folder).replace("@THREADS@", str(threads))
+    text = head.replace("@ALONE@", _ALONE).replace("@FOLDER@", folder).replace("@THREADS@", str(threads))
     write_text(path, text + _TAIL)

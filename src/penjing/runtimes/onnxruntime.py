@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,14 @@ from penjing.runtimes.artifact import Executed, Manifest, Program
 
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
+
+SETTINGS = {"disabled_optimizers": "[A-Za-z0-9_ ]*"}
+"""What a manifest may tell it, and how that reads."""
+APART = ()
+"""What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
+
+# Its wheel carries telemetry, which writes into the home folder and looks names up; read when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
@@ -145,7 +154,8 @@ def _origin(name: str, sites: set[str]) -> str | None:
 
 LOAD = '''\
 """Open this artifact with ONNX Runtime alone: ``from load import predict``. Needs: numpy, onnxruntime."""
-import json, os, pathlib
+@ALONE@import json, os, pathlib
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np
 import onnxruntime
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from penjing.errors import ExportError
+from penjing.errors import ArtifactError, ExportError, OutputError
 from penjing.plan import Accelerates, Formats, QuantSpec, channel_multiple
 from penjing.runtimes.artifact import Executed, Manifest, Program, Timed
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
 GROUP = 32  # neighbouring inputs of a linear layer that share a scale where ranges are taken at run time
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
+
+SETTINGS = {
+    "INFERENCE_PRECISION_HINT": "f32|bf16|f16",
+    "PERFORMANCE_HINT": "LATENCY|THROUGHPUT",
+    "NUM_STREAMS": "[0-9]{1,3}",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "[0-9]{1,6}",
+}
+"""What a manifest may tell it, and how that reads: others make it write files (CACHE_DIR) or load libraries."""
 
 _LARGEST = ("amax", "amin", "max", "min", *(f"adaptive_max_pool{rank}d" for rank in (1, 2, 3)))
 """What picks the largest or smallest of many. Version 2026.4 gives wrong numbers where it fuses one with a quantizer
@@ -55,13 +60,13 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.xml and model.bin, by way of ONNX. "fp16" is half precision in the file alone."""
     from penjing.outputs import output_names
-    from penjing.runtimes import onnx_file
+    from penjing.runtimes import isolated, onnx_file
 
     # Not in `folder`: OpenVINO takes a comma in a path for the end of it.
     with tempfile.TemporaryDirectory() as aside:
         onnx_path = Path(aside) / "crossing.onnx"
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
-        _convert(onnx_path, folder / "model.xml", half=precision == "fp16")
+        isolated.call("openvino", "convert", onnx_path, str(folder.absolute() / "model.xml"), precision == "fp16")
     return Manifest(
         runtime="openvino",
         precision=precision,
@@ -79,35 +84,43 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
 
 
 def _compiles_fixed(path: Path, call: Any, hint: str) -> bool:
-    """Whether OpenVINO compiles the network for the shapes of an example: tried in a process of its own.
+    """Whether OpenVINO compiles the network for the shapes of an example.
 
     Version 2026.4 ends the process at some networks with fixed shapes (an attention in three dimensions behind a
     convolution in one) that it compiles with shapes that vary.
     """
+    from penjing.runtimes import isolated
+
     args, kwargs = call
-    shapes = [list(t.shape) for t in (*args, *kwargs.values())]
-    command = [sys.executable, "-c", _TRY, str(path), json.dumps(shapes), hint]
     try:
-        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+        isolated.call("openvino", "compile_fixed", path, [list(t.shape) for t in (*args, *kwargs.values())], hint)
+    except ArtifactError:
         return False
+    return True
 
 
-_TRY = """
-import json, sys, openvino
-core = openvino.Core()
-model = core.read_model(sys.argv[1])
-model.reshape(dict(enumerate(json.loads(sys.argv[2]))))
-core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": sys.argv[3]})
-"""
+def compile_fixed(path: str, shapes: list[list[int]], hint: str) -> None:
+    """Compile a network for input shapes, and forget it; raises or crashes where OpenVINO does."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape(dict(enumerate(shapes)))
+    core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
 
-def _convert(onnx_path: Path, path: Path, half: bool) -> None:
+def convert(onnx_path: str, path: str, half: bool) -> None:
+    """Write model.xml and model.bin from an ONNX file.
+
+    Raises:
+        ExportError: OpenVINO can't read it.
+        OutputError: The disk is full.
+    """
     import openvino
 
     try:
         # convert_model folds constants, read_model does not: a third of the XML.
-        model = openvino.convert_model(str(onnx_path))
+        model = openvino.convert_model(onnx_path)
     except Exception as error:
         raise ExportError(
             "OpenVINO can't read the network",
@@ -118,9 +131,14 @@ def _convert(onnx_path: Path, path: Path, half: bool) -> None:
     _select_for_booleans(model)
     _name(model, onnx_path)
     try:
-        openvino.save_model(model, str(path), compress_to_fp16=half)
+        openvino.save_model(model, path, compress_to_fp16=half)
     except RuntimeError as error:
-        raise OSError(f"{path.name}: {error}") from error
+        raise OutputError(
+            "the run folder can't be written",
+            got=f"{Path(path).name}: {error}",
+            expected="a folder with write permission and free space",
+            remedy="free some space and go on with --resume, or choose another folder with --out",
+        ) from error
 
 
 def _select_for_booleans(model: Any) -> None:
@@ -140,7 +158,11 @@ def _select_for_booleans(model: Any) -> None:
         op.output(0).replace(selection.output(0))
 
 
-def _name(model: Any, onnx_path: Path) -> None:
+APART = ("convert", "compile_fixed")
+"""What is done in a process of its own (see `penjing.runtimes.isolated`)."""
+
+
+def _name(model: Any, onnx_path: str) -> None:
     """Give the operators names that are their sites, and the same at every export.
 
     The reader calls an operator that computes an output by the output's name, and others by their number in this
@@ -148,7 +170,7 @@ def _name(model: Any, onnx_path: Path) -> None:
     """
     import onnx
 
-    graph = onnx.load(str(onnx_path), load_external_data=False).graph
+    graph = onnx.load(onnx_path, load_external_data=False).graph
     nodes = graph.node
     known = {part.name for part in (*nodes, *graph.initializer, *graph.input)}
     sites = {tensor: node.name for node in nodes for tensor in node.output}
@@ -279,14 +301,16 @@ def _origin(name: str) -> str:
 
 LOAD = '''\
 """Open this artifact with OpenVINO alone: ``from load import predict``. Needs: numpy, openvino."""
-import json, os, pathlib
+@ALONE@import json, os, pathlib
 import numpy as np
 import openvino
 
 HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
 MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
 PROGRAM = MANIFEST["programs"][0]
-settings = {**MANIFEST["settings"], "INFERENCE_NUM_THREADS": os.environ.get("THREADS", "@THREADS@")}
+SETTINGS = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT", "NUM_STREAMS", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+settings = {name: value for name, value in MANIFEST["settings"].items() if name in SETTINGS}
+settings["INFERENCE_NUM_THREADS"] = os.environ.get("THREADS", "@THREADS@")
 core = openvino.Core()
 model = core.read_model(str(HERE / PROGRAM["files"][0]))
 compiled = {}

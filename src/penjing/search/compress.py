@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import penjing
-from penjing import checkpoint, evidence, measure, pipeline, records, runtimes
+from penjing import checkpoint, evidence, intact, measure, pipeline, records, runtimes
 from penjing.building import INTEGER
 from penjing.draft import Draft
 from penjing.errors import MissingDependency, PenjingError, UsageError
@@ -30,6 +30,7 @@ from penjing.records import Candidate, Record, StepCost, Zeros, from_dict, to_js
 from penjing.repeatable import raise_repeatable
 from penjing.report import html
 from penjing.report import verdict as verdicts
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import read_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.search import goal as goals
@@ -41,6 +42,7 @@ from penjing.source import Source, open_source
 from penjing.task import Task, agreement_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
+from penjing.usercode import never_exiting
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
@@ -71,6 +73,7 @@ class Result:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
+@never_exiting()
 @same_process()
 def compress(
     model: str | nn.Module | ExportedProgram,
@@ -156,12 +159,16 @@ def _carry_out(
     """The one way through, from a source, or from what was made and trained already."""
     names = _runtimes(runtime)
     requests.check_device(device)
-    threads = threads or measure.machine(1).cores
+    threads = measure.check_threads(threads or measure.machine(1).cores)
     with locked(out):
         folder = RunFolder(out, resume=resume, force=force)
-        return _compress(
-            folder, model, task, goal, steps, reference, names, seed, threads, batch, device, seconds, tuple(listeners)
-        )
+        try:
+            return _compress(
+                folder, model, task, goal, steps, reference, names, seed, threads, batch, device, seconds,
+                tuple(listeners),
+            )  # fmt: skip
+        finally:
+            isolated.expect_nothing()
 
 
 def _compress(
@@ -206,6 +213,7 @@ def _compress(
     folder.claim(wanted, requests.asked(kept) if kept is not None else None)
     if kept is not None:
         folder.finish()
+        requests.check_files(folder.path, kept)
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
     for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), question)):
@@ -226,8 +234,10 @@ def _compress(
     timed = [c for c in found if c.rejection is None] or found
     floors = pipeline.floors(run, timed, source, structure)
     timings = pipeline.latencies(run, timed, floors)
-    floors = {runtime: pipeline.timed(floor, timings[f"floor-{runtime}"]) for runtime, floor in floors.items()}
+    seen = {runtime: timings[name] for runtime in floors if (name := f"floor-{runtime}") in timings}
+    floors = {runtime: pipeline.timed(floors[runtime], timing) for runtime, timing in seen.items()}
     source = replace(pipeline.timed(source, timings["source"]), metric=metrics["evaluate"])
+    found = [c for c in found if c.name in timings or c.rejection is not None]
     found = [judging.judged(c, goal, timings.get(c.name), beside[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
     artifact, verdict = judging.final(run, goal, verdict, found, beside, looked_at)
@@ -258,9 +268,7 @@ def _compress(
         reference=None if original is None else original.row(beside),
         rejected=tuple(c for c in found if c.rejection is not None),
     )
-    _deliver(run, taken, record)
-    events("done", met=verdict.met, reason=verdict.reason, chosen=verdict.chosen)
-    return Result(record, folder.path)
+    return Result(_deliver(run, taken, record), folder.path)
 
 
 def run(
@@ -276,6 +284,7 @@ def run(
     return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
 
 
+@never_exiting()
 @same_process()
 def deliver(
     module: nn.Module | Draft,
@@ -437,8 +446,11 @@ def _costs(run: Run) -> tuple[StepCost, ...]:
     return tuple(from_dict(StepCost, c) for c in run.folder.kept("costs") or [])
 
 
-def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
-    """Put the chosen artifact, its checkpoint, the record and the report in place; then drop what was for a resume."""
+def _deliver(run: Run, recipe: Recipe, record: Record) -> Record:
+    """Put the chosen artifact, its checkpoint, the report and the record in place; then drop what was for a resume.
+
+    The record comes last, with the hashes of all the rest.
+    """
     chosen = record.chosen
     assert chosen is not None
     path = run.folder.path
@@ -451,5 +463,8 @@ def _deliver(run: Run, recipe: Recipe, record: Record) -> None:
     checkpoint.save(replace(made, plan=plan), path)
     evidence.store_planned(run.folder, run.task, made.network, plan)
     html.write(record, path / "report.html")
+    run.events("done", met=record.goal.met, reason=record.goal.reason, chosen=record.goal.chosen)
+    record = replace(record, files=intact.hashes(path))
     write_text(path / RECORD, to_json(record))
     run.folder.finish()
+    return record

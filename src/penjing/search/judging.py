@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from penjing import checkpoint, measure, pipeline, runtimes
+from penjing import checkpoint, measure, pipeline
 from penjing.analyze.cost import cost
 from penjing.outputs import numpy_predictor
 from penjing.pipeline import Run
 from penjing.records import Candidate, GoalResult, Measured, Reference
 from penjing.repeatable import raise_repeatable
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search import goal as goals
 from penjing.search import questions
@@ -110,7 +111,7 @@ def final(
     if kept is None:
         with run.costing(f"verdict on {chosen.name}"):
             folder = run.folder.path / chosen.folder
-            session = runtimes.open_artifact(folder, run.threads)
+            session = isolated.open_artifact(folder, run.threads)
             witness = Witness(predictor(session, read_manifest(folder)))
             kept = pipeline.metric_of(run.task.evaluate, witness, chosen.name)
             run.folder.keep("shown-verdict", witness.shown)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing import checkpoint
+from penjing import checkpoint, intact
 from penjing.distill import Stored, Student
 from penjing.distill.stored import Answers
-from penjing.errors import TaskError, UsageError
+from penjing.errors import OutputError, TaskError, UsageError
 from penjing.finetune import Finetune
 from penjing.graph import sites
 from penjing.objective import Objective
@@ -43,6 +44,19 @@ def check_goal(goal: Goal, task: Task) -> None:
             expected="Task(evaluate=...), or calibration data, on which agreement with the source is measured",
             remedy="give the task an evaluate(predict) -> float, or leave the metric and its drop out of the goal",
         )
+
+
+def check_files(folder: Path, record: Record) -> None:
+    """Raise OutputError where a finished run's files are not those that it left."""
+    found = intact.differences(folder, record)
+    if record.files and not (found.missing or found.changed):
+        return
+    raise OutputError(
+        "the finished run in this folder is not as it was left",
+        got=str(found) or "a record without hashes",
+        expected="the files that the record names, with the bytes that they had",
+        remedy="--force runs it anew; `penjing verify` tells what still holds",
+    )
 
 
 def check_inputs(task: Task) -> None:

@@ -1,0 +1,214 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from penjing import runtimes
+from penjing.errors import ArtifactError
+from penjing.processes import Process
+from penjing.runtimes import isolated
+from penjing.runtimes.artifact import read_manifest
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+@pytest.fixture(params=runtimes.DEPLOYED)
+def artifact(request, exported):
+    """The folder of a small network, and a batch for it."""
+    folder = exported("residual", request.param, "fp32").folder
+    return folder, [np.random.default_rng(0).normal(size=(3, 3, 12, 12)).astype(np.float32)]
+
+
+def pid(session):
+    return session.worker.process.pid
+
+
+def test_the_answers_are_those_of_the_runtime_in_this_process_to_the_bit(artifact):
+    folder, inputs = artifact
+    apart, here = isolated.open_artifact(folder, 1), runtimes.open_artifact(folder, 1)
+    for one, two in zip(apart.run(inputs), here.run(inputs), strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+    manifest = read_manifest(folder)
+    assert isolated.executed(folder, manifest) == runtimes.executed(folder, manifest)
+
+
+def test_one_process_serves_all_artifacts_of_a_runtime(artifact):
+    folder, inputs = artifact
+    one, two = isolated.open_artifact(folder, 1), isolated.open_artifact(folder, 1)
+    assert pid(one) == pid(two) != os.getpid()
+    del one
+    assert two.run(inputs)[0].shape[0] == 3
+
+
+@pytest.mark.parametrize("name", ["SIGFPE", "SIGSEGV", "SIGKILL"])
+def test_a_crash_is_an_error_that_names_the_signal_and_the_next_call_works(artifact, name):
+    folder, inputs = artifact
+    session = isolated.open_artifact(folder, 1)
+    before = session.run(inputs)
+    os.kill(pid(session), signal.SIGSTOP)  # so that it dies with a request on its way
+    killed = subprocess.Popen(
+        ["/bin/sh", "-c", f"sleep 0.3; kill -{name[3:]} {pid(session)}; kill -CONT {pid(session)}"]
+    )
+    with pytest.raises(ArtifactError, match="crashed") as found:
+        session.run(inputs)
+    killed.wait()
+    assert name in str(found.value.got)
+    for one, two in zip(session.run(inputs), before, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_process_that_stands_still_is_ended_after_its_limit(artifact, monkeypatch):
+    folder, inputs = artifact
+    session = isolated.open_artifact(folder, 1)
+    stopped = pid(session)
+    os.kill(stopped, signal.SIGSTOP)
+    monkeypatch.setattr(isolated, "BASE_S", 0.2)
+    monkeypatch.setattr(isolated, "UNKNOWN_S", 0.3)
+    with pytest.raises(ArtifactError, match="did not answer") as found:
+        session.run(inputs)
+    assert "nothing within 0 s" in str(found.value.got)
+    assert not psutil.pid_exists(stopped)
+
+
+def test_an_input_that_does_not_fit_is_an_error_and_ends_nothing(artifact):
+    folder, inputs = artifact
+    session = isolated.open_artifact(folder, 1)
+    alive = pid(session)
+    with pytest.raises(ArtifactError):
+        session.run([np.zeros((1, 2), np.float32)])
+    assert session.run(inputs)[0].shape[0] == 3 and pid(session) == alive
+
+
+def test_the_limit_grows_with_the_work(monkeypatch, tmp_path):
+    small, large = [np.zeros((1, 10))], [np.zeros((100, 10))]
+    isolated.expect(2.0, 10)
+    try:
+        assert isolated.call_s(small) == isolated.BASE_S + isolated.FACTOR * 2.0
+        assert isolated.call_s(large) == isolated.BASE_S + isolated.FACTOR * 200.0
+        before = isolated.opening_s(tmp_path)
+        (tmp_path / "model.bin").write_bytes(bytes(isolated.BYTES_PER_S * 3))
+        assert isolated.opening_s(tmp_path) == before + 3
+    finally:
+        isolated.expect_nothing()
+
+
+PARENT = """
+import sys, time
+import numpy as np
+from penjing.runtimes import isolated
+session = isolated.open_artifact(sys.argv[1], 1)
+print(session.worker.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_its_parent(artifact, stop):
+    command = [sys.executable, "-P", "-c", PARENT, str(artifact[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert psutil.pid_exists(child)
+        parent.send_signal(stop)
+    for _ in range(100):
+        if not psutil.pid_exists(child):
+            break
+        time.sleep(0.1)
+    assert not psutil.pid_exists(child)
+
+
+def test_nothing_is_imported_from_the_current_folder(artifact, tmp_path, monkeypatch):
+    for name in ("json", "numpy", "psutil", "onnx", "penjing"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", os.environ.get("PYTHONPATH", ""), ""]))
+    process = Process("a test", "penjing.runtimes.worker")
+    try:
+        request = {"cmd": "open", "folder": str(artifact[0]), "threads": 1}
+        assert process.ask(request, limit_s=120)[0] == {"handle": 0}
+    finally:
+        process.close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("CACHE_DIR", "{here}"), ("INFERENCE_PRECISION_HINT", "{here}"), ("session.load_model_format", "ORT")],
+)
+def test_a_setting_of_a_manifest_reaches_a_runtime_only_by_name(artifact, tmp_path, key, value):
+    import json
+    import shutil
+
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"][key] = value.format(here=tmp_path / "cache")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for opened in (runtimes.open_artifact, isolated.open_artifact):
+        with pytest.raises(ArtifactError, match="a setting that is not handed to a runtime"):
+            opened(folder, 1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_message_arrives_as_it_was_sent():
+    import io
+
+    from penjing.processes import receive, send
+
+    arrays = [
+        np.float32(1.5).reshape(()),
+        np.zeros((0, 3), np.int64),
+        np.arange(6, dtype=np.uint8).reshape(2, 3).T,
+        np.array([True, False]),
+        np.array([1 + 2j]),
+    ]
+    stream = io.BytesIO()
+    send(stream, {"cmd": "run"}, arrays)
+    stream.seek(0)
+    message, found = receive(stream)
+    assert message == {"cmd": "run"}
+    for one, two in zip(arrays, found, strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape
+        np.testing.assert_array_equal(one, two)
+    assert receive(stream) is None
+
+
+FORKS = """
+import os, signal, sys, time
+from penjing.processes import channel, receive, send
+requests, answers = channel()
+while (asked := receive(requests)) is not None:
+    if asked[0]["cmd"] == "fork":
+        child = os.fork()
+        if not child:
+            time.sleep(600)
+        send(answers, {"child": child})
+    elif asked[0]["cmd"] == "die":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    else:
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", ["die", "hang", "close"])
+def test_what_a_library_forked_ends_too_and_keeps_nobody_waiting(tmp_path, monkeypatch, end):
+    (tmp_path / "forks.py").write_text(FORKS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = Process("a test", "forks")
+    try:
+        child = process.ask({"cmd": "fork"}, limit_s=60)[0]["child"]
+        assert psutil.pid_exists(child)
+        if end != "close":
+            with pytest.raises(ArtifactError, match="crashed" if end == "die" else "did not answer"):
+                process.ask({"cmd": end}, limit_s=60 if end == "die" else 0.5)
+    finally:
+        process.close(asking=False)
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    pytest.fail("it goes on")
