@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
+from penjing import reading
 from penjing.draft import Draft, Edit
 from penjing.errors import CheckpointError, OutputError
 from penjing.files import umask, write_text
@@ -80,9 +81,12 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         )
     try:
         edits, ties = _read_log(folder)
+        reading.safetensors_header(folder / WEIGHTS)
         weights = load_file(folder / WEIGHTS)
-        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        plan = Plan.from_json(reading.text(folder / PLAN))
+        if uneven := [edge for edge, e in plan.entries.items() if len(e.scale) != len(e.zero_point)]:
+            raise ValueError(f"{PLAN} has another number of scales than of zero points for {uneven[0]}")
+    except (*reading.UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
             "the checkpoint is damaged",
             got=f"{folder}: {type(error).__name__}: {error}",
@@ -104,7 +108,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
 
 
 def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
-    log = json.loads((folder / EDITS).read_text(encoding="utf-8"))
+    log = reading.json_file(folder / EDITS, finite=False)
     if log["format"] > FORMAT:
         raise CheckpointError(
             "the checkpoint was written by a newer Penjing",
@@ -114,6 +118,8 @@ def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
         )
     if not all(isinstance(edit, dict) for edit in log["edits"]):
         raise ValueError(f"{EDITS} holds an edit that is no JSON object")
+    if not all(isinstance(name, str) for tie in log["ties"].items() for name in tie):
+        raise ValueError(f"{EDITS} holds a tie that is no pair of names")
     return tuple(log["edits"]), dict(log["ties"].items())
 
 

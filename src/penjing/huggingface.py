@@ -6,7 +6,7 @@ could read it with the restricted unpickler: a network that is worth shipping ca
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from penjing import reading
 from penjing.errors import CheckpointError, MissingDependency, SourceError
 from penjing.usercode import line_of, suggest
 
+MOST = 1 << 26  # of any size that a configuration names
+_LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
 _LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
@@ -37,6 +40,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
     config = _read_config(folder / "config.json")
     _refuse_code(folder, config)
     _require_safetensors(folder)
+    _check_sizes(folder, config)
     kind = _class_of(config, folder)
     try:
         model, loading = kind.from_pretrained(
@@ -67,7 +71,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = reading.json_file(path)
     except (OSError, ValueError) as cause:
         raise SourceError("config.json can't be read", got=f"{path}: {cause}", expected="a JSON object") from cause
     if not isinstance(config, dict):
@@ -128,6 +132,38 @@ def _require_safetensors(folder: Path) -> None:
         expected="model.safetensors beside config.json",
         remedy="download or save the whole folder",
     )
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Raise SourceError where the folder would make transformers wait, or build far more than its weights are."""
+    tensors = 0
+    for path in folder.iterdir():
+        try:
+            if path.suffix == ".safetensors":
+                tensors += len(reading.safetensors_header(path))
+            elif path.suffix == ".json":
+                reading.json_file(path)
+        except (OSError, ValueError) as cause:
+            raise SourceError(
+                f"{path.name} can't be read",
+                got=f"{path}: {cause}",
+                expected="a whole file, as model.save_pretrained writes it",
+                remedy="download or save the whole folder",
+            ) from None
+    for key, value in _entries(config):
+        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+        if _LAYERS.search(key) and sum(counts) > tensors:
+            expected = f"at most {tensors}, for so many tensors are in the folder"
+        elif any(abs(n) > MOST for n in counts):
+            expected = f"at most {MOST:,}"
+        else:
+            continue
+        raise SourceError(
+            f"config.json in {folder.name} describes a network that its weights are not of",
+            got=f"{key}: {value}"[:200],
+            expected=expected,
+            remedy="write the folder again with model.save_pretrained(folder)",
+        )
 
 
 def _class_of(config: dict[str, Any], folder: Path) -> Any:

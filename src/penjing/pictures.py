@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from penjing import reading
 from penjing.errors import MissingDependency, TaskError
 from penjing.usercode import suggest
 
@@ -17,6 +18,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue as fractions of 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 _EVALUATION_SHARE = 5  # of a folder without train and val, every fifth picture of a class is for evaluation
+
+MOST_BYTES = 1 << 28  # of a picture's file
+MOST_PIXELS = 1 << 26  # of a picture after it was resized: one of 1 × 100,000 would fill the memory
 
 Files = tuple[tuple[Path, int], ...]  # paths and class numbers
 
@@ -57,21 +61,21 @@ class Pictures:
     def _read(self, path: Path) -> torch.Tensor:
         image = pillow()
         try:
-            with image.open(path) as file:
+            with reading.regular(path, MOST_BYTES) as stream, image.open(stream) as file:
+                width, height = file.size
+                scale = self.resize / min(width, height)
+                size = (max(self.resize, round(width * scale)), max(self.resize, round(height * scale)))
+                if size[0] * size[1] > MOST_PIXELS:
+                    raise ValueError(f"{width:,} × {height:,} pixels, which are {size[0]:,} × {size[1]:,} when resized")
                 picture = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as cause:
+        except (*reading.UNREADABLE, image.DecompressionBombError) as cause:
             raise TaskError(
                 "a picture can't be read",
                 got=f"{path}: {cause}",
-                expected="a PNG or JPEG file",
+                expected=f"a PNG or JPEG file that has at most {MOST_PIXELS:,} pixels when it is resized",
                 remedy="remove or replace this file",
             ) from cause
-        width, height = picture.size
-        scale = self.resize / min(width, height)
-        picture = picture.resize(
-            (max(self.resize, round(width * scale)), max(self.resize, round(height * scale))),
-            image.Resampling.BILINEAR,
-        )
+        picture = picture.resize(size, image.Resampling.BILINEAR)
         left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
         pixels = np.asarray(picture.crop((left, top, left + self.size, top + self.size)), dtype=np.float32) / 255
         normal = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)

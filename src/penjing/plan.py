@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from penjing import reading
+from penjing.errors import CheckpointError
+
 GRIDS = ("uniform", "powers_of_two", "additive_powers_of_two")
 LARGEST = 127  # of a grid that is not uniform: its integers are stored in 8 bits
 
@@ -126,13 +129,47 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote."""
-        data: dict[str, Any] = json.loads(text)
-        rows = {
-            edge: Entry(QuantSpec(**row["spec"]), tuple(row["scale"]), tuple(row["zero_point"]))
-            for edge, row in data["entries"].items()
-        }
-        return cls(rows, data["floats"], data.get("remedy", ""), data.get("precision", ""))
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        try:
+            data = reading.json_text(text)
+            rows = {edge: _entry(row) for edge, row in data["entries"].items()}
+            words = [*data["floats"].values(), data.get("remedy", ""), data.get("precision", "")]
+            if not all(isinstance(word, str) for word in words):
+                raise ValueError("a reason, remedy or precision that is not a text")
+            return cls(rows, data["floats"], data.get("remedy", ""), data.get("precision", ""))
+        except reading.UNREADABLE as error:
+            raise CheckpointError(
+                "the plan is damaged",
+                got=f"{type(error).__name__}: {error}"[:400],
+                expected="the JSON that Penjing wrote",
+                remedy="run `penjing compress` again",
+            ) from None
+
+
+def _entry(row: Any) -> Entry:
+    """An entry from plain data. Raises ValueError, TypeError or KeyError where it is something else."""
+    spec = QuantSpec(**row["spec"])
+    for name, value in vars(spec).items():
+        default = getattr(QuantSpec, name)
+        optional = name in ("axis", "group")
+        if type(value) is not (int if optional else type(default)) and not (optional and value is None):
+            raise ValueError(f"{name} = {value!r}"[:100])
+    sizes = (("bits", spec.bits, 16), ("axis", spec.axis, 32), ("group", spec.group, 2**32))
+    for name, size, most in sizes:
+        if size is not None and not (0 if name == "axis" else 1) <= size <= most:
+            raise ValueError(f"{name} = {size}")
+    if spec.grid not in GRIDS or (spec.grid != "uniform" and spec.bits > 8):
+        raise ValueError(f"grid = {spec.grid!r} of {spec.bits} bits"[:100])
+    scales, zeros = row["scale"], row["zero_point"]
+    if not all(type(x) in (int, float) for x in scales) or not all(type(x) is int for x in zeros):
+        raise ValueError("a scale or zero point that is not a number")
+    if any(not 0 <= x < 1e38 for x in scales) or any(not -(2**31) <= x < 2**31 for x in zeros):
+        raise ValueError("a scale or zero point that no integer type has")
+    return Entry(spec, tuple(scales), tuple(zeros))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
+from penjing import reading
 from penjing.errors import CheckpointError, PenjingError
 
 _MODELS, _WEIGHTS, _CONSTANTS, _EXAMPLES = "models/", "data/weights/", "data/constants/", "data/sample_inputs/"
@@ -86,7 +87,7 @@ def open_program(path: Path | str) -> ExportedProgram:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading.regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.namelist()
         if "version" in members:  # torch.export.load falls back to this format, which is pickled throughout
             raise _refusal(path, "it has the format of torch 2.7 and older, which is made of pickles")

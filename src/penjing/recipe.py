@@ -6,17 +6,21 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from penjing import distill, prune, quantize
+from penjing import distill, prune, quantize, reading
 from penjing.clipping import Clip
-from penjing.errors import RecipeError
+from penjing.errors import PenjingError, RecipeError
 from penjing.finetune import Finetune
 from penjing.step import Step
+
+RECIPE_BYTES = 1 << 18  # of a recipe's text
+NODES = 10_000  # entries of it
+DIGITS = 400  # of a number
 
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
@@ -210,9 +214,14 @@ class Recipe:
             RecipeError: Unknown steps or settings are named, with the nearest known ones.
         """
         try:
+            if len(text) > RECIPE_BYTES:
+                raise ValueError(f"{len(text):,} characters, and at most {RECIPE_BYTES:,} are read")
+            _check_brackets(text)
             data = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError("the recipe is not valid YAML", got=" ".join(str(error).split())) from None
+            reading.check(data)
+        except (yaml.YAMLError, *reading.UNREADABLE) as error:
+            got = " ".join(str(error).split())[:400] or type(error).__name__
+            raise RecipeError("the recipe is not valid YAML", got=got) from None
         return cls.from_data(data)
 
     @classmethod
@@ -233,17 +242,54 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A dict of different keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        seen = set()
+        for written, _ in node.value:
+            key = self.construct_object(written, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice"[:200], node.start_mark)
+            seen.add(key if isinstance(key, Hashable) else id(key))
         made: dict[Any, Any] = super().construct_mapping(node, deep)
         return made
+
+    def get_single_node(self) -> Any:
+        """The document, if its aliases do not make much of little."""
+        node = super().get_single_node()
+        if node is not None and (count := _expanded(node, {})) > NODES:
+            raise ValueError(f"{count:,} entries with all aliases written out, and at most {NODES:,} are read")
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number of at most 64 bits."""
+        if len(node.value) > DIGITS or abs(value := super().construct_yaml_int(node)) >= 2**63:
+            raise ValueError(f"the number {node.value[:20]}…, which has more than 64 bits")
+        return int(value)
+
+
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """How many entries a document has when every alias is written out."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = NODES + 1  # within itself: without end
+    inner = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ()
+    parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+    known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _check_brackets(text: str) -> None:
+    """Raise ValueError where brackets nest deep: the reader's time grows with the square of that."""
+    depth = 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if depth > reading.DEPTH:
+            raise ValueError(f"brackets nested deeper than {reading.DEPTH} levels")
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Quotes what would be no text for either version of YAML."""
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in known if tag not in (_BOOL, _FLOAT)]
@@ -353,5 +399,7 @@ def _step(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             )
     try:
         return cls(**{key: _setting(value, key) for key, value in settings.items()})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}") from None
+    except PenjingError:
+        raise
+    except Exception as error:  # what no setting is meant to be fails in many ways
+        raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}"[:1000]) from None

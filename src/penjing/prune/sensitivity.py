@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from penjing import reading
 from penjing.analyze.coupling import Coupling
 from penjing.files import write_text
 from penjing.graph import in_eval_mode
@@ -154,14 +155,14 @@ def _read(kept: Path | None, digest: str) -> Scan:
     if kept is None or not kept.is_file():
         return {}
     try:
-        told = json.loads(kept.read_text("utf-8"))
+        told = reading.json_file(kept, finite=False)
         if told["digest"] != digest:
             return {}
         rows = told["groups"].items()
         return {
             n: Curve(int(c["units"]), tuple(map(int, c["removed"])), tuple(map(float, c["noise"]))) for n, c in rows
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except reading.UNREADABLE:
         return {}
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from penjing import reading
 from penjing.records import Training, from_dict
+
+MOST_BYTES = 1 << 30  # of the events of a run
 
 
 def read(events: Path) -> tuple[Training, ...]:
     """Every training that came to its end, in their order; one that was told twice, around a crash, counts once."""
     found: list[Training] = []
     stage = ""
-    for line in events.read_text(encoding="utf-8").splitlines():
+    for line in reading.data(events, MOST_BYTES).decode("utf-8", "replace").splitlines():
         try:
-            event = json.loads(line)
+            event = reading.json_text(line, finite=False)
         except ValueError:  # the line that a crash cut off
             continue
+        if not isinstance(event, dict):
+            continue
         if event.get("kind") == "stage":
-            stage = event["name"]
+            stage = str(event.get("name"))
         elif event.get("kind") == "trained":
-            told = from_dict(Training, {"name": stage, "curve": event["curve"]})
+            told = from_dict(Training, {"name": stage, "curve": event.get("curve")})
             if told not in found:
                 found.append(told)
     return tuple(found)

@@ -47,10 +47,12 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
         try:
             found = apply(network, edit)
             network = found if isinstance(found, fx.GraphModule) else network
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # an edit that a stranger wrote fails in many ways
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
-                got=f"{edit} ({error})",
+                got=f"{edit} ({error})"[:1000],
                 expected="the network that the checkpoint was made from",
                 remedy="load it with the same factory and the same version of its code",
             ) from None

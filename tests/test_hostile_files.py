@@ -1,0 +1,395 @@
+"""Files of strangers through every door: a clear error each, and never a crash, a hang or a bare exception."""
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penjing import checkpoint, records, runtimes
+from penjing.datasets import image_folder, npz_arrays
+from penjing.errors import PenjingError
+from penjing.evidence import stored
+from penjing.plan import Plan
+from penjing.pt2 import open_program
+from penjing.recipe import Recipe
+from penjing.runtimes.artifact import read_manifest
+from penjing.verify import verify
+
+SEED = 24
+FEW, MANY = 300, 10_000
+
+RECIPE = """\
+- prune.Channels: {macs: 0.5, criterion: taylor}
+- Finetune: {epochs: 3, learning_rate: 1e-3, distill: {distill.Logits: {temperature: 4.0}}}
+- quantize.Static: {weight_bits: 8, activation_bits: 8, exclude: ["head*", stem]}
+- quantize.AdaRound
+"""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A kind of file, and what reads it.
+
+    Attributes:
+        name: Of the file, relative to the folder.
+        read: Called with the folder.
+        share: How many of the mutations it gets, against the others.
+    """
+
+    name: str
+    read: Callable[[Path], object]
+    share: int = 4
+
+
+def read_task(task):
+    """Look at all of a task's data."""
+    for batches in (task.calibration, task.train):
+        if batches is not None:
+            for _ in batches:
+                pass
+
+
+@pytest.fixture(scope="module")
+def raised(digits_run, digits_source, digits_task):
+    from penjing.network import raise_network
+    from penjing.source import open_source
+    from penjing.task import open_task
+
+    task = open_task(digits_task)
+    return raise_network(open_source(digits_source, task=task).module, *task.call(), task.dynamic)
+
+
+@pytest.fixture(scope="module")
+def whole(digits_run, tmp_path_factory):
+    """A folder with one file of every kind: a finished run, a recipe, tasks."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(digits_run.folder, folder)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    draw = np.random.default_rng(0)
+    np.savez(
+        folder / "task.npz",
+        x_train=draw.normal(size=(6, 3)).astype(np.float32),
+        y_train=np.arange(6) % 3,
+        x_test=draw.normal(size=(4, 3)),
+        y_test=np.arange(4) % 3,
+    )
+    np.savez_compressed(folder / "packed.npz", x_train=draw.normal(size=(6, 3)).astype(np.float32))
+    for suffix in ("png", "jpg"):
+        for name in ("a", "b"):
+            (folder / "pictures" / suffix / name).mkdir(parents=True)
+            for i in range(2):
+                picture = Image.fromarray(draw.integers(0, 255, (9, 8, 3), dtype=np.uint8))
+                picture.save(folder / "pictures" / suffix / name / f"{i}.{suffix}")
+    (folder / "state").mkdir()
+    (folder / "state" / "request.json").write_text(json.dumps({"goal": "drop<=1%", "seed": 0}))
+    return folder
+
+
+def doors(raised, artifacts):
+    """Every kind of file with its reader."""
+    from penjing.folder import RunFolder
+    from penjing.search.trainings import read as trainings
+
+    def claimed(folder):
+        RunFolder(folder, resume=True).claim({"goal": "drop<=1%", "seed": 0})
+
+    def verified(folder):
+        verify(folder, threads=1, seconds=0.0)
+
+    kinds = [
+        Door("record.json", lambda f: records.read(f), 8),
+        Door("artifact/manifest.json", lambda f: read_manifest(f / "artifact"), 8),
+        Door("edits.json", lambda f: checkpoint.load(f, raised), 2),
+        Door("plan.json", lambda f: Plan.from_json((f / "plan.json").read_text("utf-8", "surrogateescape")), 8),
+        Door("weights.safetensors", lambda f: checkpoint.load(f, raised), 2),
+        Door("evidence.npz", stored),
+        Door("recipe.yaml", lambda f: Recipe.from_yaml((f / "recipe.yaml").read_text("utf-8", "surrogateescape")), 8),
+        Door("task.npz", lambda f: read_task(npz_arrays(f / "task.npz"))),
+        Door("packed.npz", lambda f: read_task(npz_arrays(f / "packed.npz"))),
+        Door("pictures/png/a/1.png", lambda f: read_task(image_folder(f / "pictures/png", size=8)), 2),
+        Door("pictures/jpg/b/0.jpg", lambda f: read_task(image_folder(f / "pictures/jpg", size=8)), 2),
+        Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
+        Door("state/request.json", claimed),
+        Door("events.jsonl", lambda f: trainings(f / "events.jsonl"), 2),
+        Door("record.json", verified, 1),
+        Door("evidence.npz", verified, 1),
+    ]
+    return kinds + [Door(f"artifact/{name}", verified, 1) for name in artifacts]
+
+
+# --- named cases --------------------------------------------------------------------------------------------------
+
+
+def change(path, edit):
+    """Edit a JSON file's data in place."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    edit(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+NINE = {"kind": "tuple", "items": [{"kind": "tensor"}] * 9}
+
+
+def spec_of(data):
+    return next(iter(data["entries"].values()))["spec"]
+
+
+def input_of(data):
+    return data["programs"][0]["inputs"][0]
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "read", "word"),
+    [
+        ("record.json", lambda d: d["machine"].update(threads=20000), records.read, "threads can't be right"),
+        ("record.json", lambda d: d.update(seed=10**400), records.read, "more than 64 bits"),
+        ("record.json", lambda d: d["source"].update(metric="0.5"), records.read, "Record.source.metric"),
+        ("plan.json", lambda d: spec_of(d).update(bits=40), None, "bits = 40"),
+        ("plan.json", lambda d: spec_of(d).update(bits="8"), None, "bits = '8'"),
+        ("plan.json", lambda d: spec_of(d).update(grid="octonions"), None, "octonions"),
+        ("plan.json", lambda d: next(iter(d["entries"].values())).update(scale=[-1.0]), None, "no integer type has"),
+        ("artifact/manifest.json", lambda d: d["programs"][0].update(files=["../../etc/passwd"]), None, "outside"),
+        (
+            "artifact/manifest.json",
+            lambda d: d["programs"][0]["inputs"][0].update(shape=[2**40, 2**40]),
+            None,
+            "values",
+        ),
+        ("artifact/manifest.json", lambda d: d["programs"][0]["inputs"][0].update(dtype="O"), None, "is of 'O'"),
+        (
+            "artifact/manifest.json",
+            lambda d: d.update(structure={"kind": "tuple", "items": [{"kind": "tensor"}] * 9}),
+            None,
+            "structure",
+        ),
+    ],
+)
+def test_values_that_no_file_of_ours_has(copy, name, edit, read, word):
+    path = copy / name
+    change(path, edit)
+    read = {"plan.json": lambda f: Plan.from_json(path.read_text())}.get(name, read)
+    read = read or (lambda f: read_manifest(f / "artifact"))
+    with pytest.raises(PenjingError) as found:
+        read(copy)
+    assert word in str(found.value)
+    assert len(str(found.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[" * 200_000, "nested deeper"),
+        ("- " * 100_000, "not valid YAML"),
+        ("- x: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"- x: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in
+         zip("abcdefgh", "bcdefghi", strict=True)), "aliases written out"),
+        ("- &a [*a]\n", "aliases written out"),
+        ("- Finetune: {epochs: 3, epochs: 4}\n", "stands twice"),
+        ("- Finetune: {epochs: 1" + "0" * 400 + "}\n", "more than 64 bits"),
+        ("- Finetune: {epochs: 1" + "0" * 5000 + "}\n", "64 bits"),
+        ("- Finetune: {epochs: 2001-13-45}\n", "not valid YAML"),
+        ("- Finetune: {? [a] : 1}\n", "not valid YAML"),
+        ("- !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        ("- quantize.Static: {weight_bits: 40}\n", "weight_bits"),
+        ("- x\n" * 100_000, "at most"),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_recipes_that_are_none(text, word):
+    with pytest.raises(PenjingError) as found:
+        Recipe.from_yaml(text)
+    assert word in str(found.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_or_a_folder_in_the_place_of_a_file(whole, copy, raised, digits_run):
+    for door in doors(raised, []):
+        path = copy / door.name
+        for make in (os.mkfifo, os.mkdir):
+            path.unlink()
+            make(path)
+            if "read_text" not in door.read.__code__.co_names:  # the test itself would wait
+                with pytest.raises((PenjingError, OSError)):
+                    door.read(copy)
+            path.rmdir() if path.is_dir() else path.unlink()
+            shutil.copy(whole / door.name, path)
+
+
+def test_a_picture_that_is_a_line(tmp_path):
+    from PIL import Image
+
+    for name, size in (("a", (1, 100_000)), ("b", (100_000, 1))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size).save(tmp_path / name / "0.png")
+    with pytest.raises(PenjingError, match="a picture can't be read"):
+        read_task(image_folder(tmp_path))
+
+
+def test_a_configuration_of_a_million_layers(tmp_path):
+    from safetensors.numpy import save_file
+
+    from penjing.huggingface import open_folder
+
+    save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for key, value in (("num_hidden_layers", 10**6), ("depths", [10**6, 2]), ("max_position_embeddings", 10**10)):
+        config = {"architectures": ["BertModel"], "model_type": "bert", key: value}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(PenjingError, match="that its weights are not of") as found:
+            open_folder(tmp_path)
+        assert key in str(found.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_out_of_the_artifact(copy, tmp_path):
+    name = read_manifest(copy / "artifact").files()[0]
+    (copy / "artifact" / name).rename(tmp_path / "elsewhere")
+    (copy / "artifact" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PenjingError, match="a link out of its folder"):
+        runtimes.open_artifact(copy / "artifact", 1)
+
+
+# --- mutations ----------------------------------------------------------------------------------------------------
+
+
+def flipped(draw, content):
+    changed = bytearray(content)
+    for _ in range(draw.choice((1, 1, 4, 32))):
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def cut(draw, content):
+    return content[: draw.randrange(len(content))]
+
+
+def spliced(draw, content):
+    start, end = sorted(draw.randrange(len(content)) for _ in range(2))
+    piece = draw.choice((content[start:end], draw.randbytes(draw.choice((1, 8, 200))), b"\0" * 64, b"\xff" * 8))
+    return content[:start] + piece + content[draw.choice((start, end)) :]
+
+
+def number(draw, content):
+    """Four or eight bytes of a length, an offset or a size become another number."""
+    place = draw.randrange(len(content))
+    value = draw.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1))
+    written = struct.pack("<Q", value)[: draw.choice((2, 4, 8))]
+    return content[:place] + written + content[place + len(written) :]
+
+
+def places(value, path=()):
+    """Every place within plain data."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+HUGE = ["[" * 200_000, "1" + "0" * 400, "1e999", "NaN", '"' + "x" * 100_000 + '"', "-" + "9" * 30]
+ODD = [None, True, False, 0, -1, 1, 2**31, 2**62, 20_000, 1e308, -0.5, "", "x", "../../x", "\0", [], {}, [[]], {"": {}}]
+
+
+def restructured(draw, content):
+    """A JSON file with one value of another kind, left out, or written twice."""
+    try:
+        lines = content.decode().splitlines() if content.count(b'{"time"') > 1 else [content.decode()]
+        line = draw.randrange(len(lines))
+        data = json.loads(lines[line])
+    except ValueError:
+        return flipped(draw, content)
+    path = draw.choice(list(places(data))[1:] or [()])
+    if not path:
+        return draw.choice(HUGE).encode()
+    holder = data
+    for key in path[:-1]:
+        holder = holder[key]
+    way = draw.randrange(4)
+    if way == 0:
+        del holder[path[-1]]
+    elif way == 1:
+        holder[path[-1]] = draw.choice(ODD)
+    elif way == 2:
+        holder[path[-1]] = "@@HERE@@"
+    else:
+        holder[path[-1]] = json.loads(lines[line])
+    lines[line] = json.dumps(data).replace('"@@HERE@@"', draw.choice(HUGE))
+    if draw.random() < 0.1:
+        lines[line] = lines[line].replace("{", '{"a": 1, "a": 2, ', 1)
+    return "\n".join(lines).encode()
+
+
+WORDS = [
+    b"&a", b"*a", b"<<: ", b"!!python/name:os ", b"? ", b"{", b"[", b"|", b": ", b"- ", b"~", b"1e999", b"9" * 500,
+    b"\t", b"2001-01-01", b"!!binary x", b"!!set {a}", b"0x" + b"f" * 50, b"1:2:3", b"quantize.QAT: ", b"null", b"\x00",
+    b"prune.Movement: {finetune: {Finetune: ", b"\xff",
+]  # fmt: skip
+
+
+def words(draw, content):
+    """A word of the language in a place where none belongs."""
+    place = draw.randrange(len(content))
+    return content[:place] + draw.choice(WORDS) + content[place + draw.choice((0, 0, 1, 5)) :]
+
+
+def mutated(draw, door, content):
+    if not content:
+        return draw.randbytes(20)
+    suffix = Path(door.name).suffix
+    ways = [flipped, cut, spliced, number]
+    if suffix in (".json", ".jsonl"):
+        ways += [restructured] * 8
+    if suffix == ".yaml":
+        ways += [words] * 8
+    return draw.choice(ways)(draw, content)
+
+
+def campaign(whole, tmp_path, raised, count, seed):
+    """Mutate, read, and collect every exception that is not Penjing's own."""
+    draw = random.Random(seed)
+    folder = Path(shutil.copytree(whole, tmp_path / "campaign"))
+    kinds = doors(raised, read_manifest(folder / "artifact").files())
+    bad, refused = [], 0
+    for number_ in range(count):
+        door = draw.choices(kinds, [kind.share for kind in kinds])[0]
+        path = folder / door.name
+        content = (whole / door.name).read_bytes()
+        path.write_bytes(mutated(draw, door, content))
+        try:
+            door.read(folder)
+        except PenjingError as error:
+            refused += 1
+            if len(str(error)) > 5000:
+                bad.append((number_, door.name, f"an error of {len(str(error))} characters"))
+        except Exception as error:
+            bad.append((number_, door.name, f"{type(error).__name__}: {error}"[:300]))
+            if os.environ.get("HOSTILE_KEEP"):
+                shutil.copy(path, Path(os.environ["HOSTILE_KEEP"]) / f"{seed}-{number_}-{path.name}")
+        finally:
+            path.write_bytes(content)
+    return bad, refused
+
+
+def test_a_few_hundred_mutations(whole, tmp_path, raised):
+    bad, refused = campaign(whole, tmp_path, raised, FEW, SEED)
+    assert bad == []
+    assert refused > FEW // 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_ten_thousand_mutations(whole, tmp_path, raised):
+    bad, refused = campaign(whole, tmp_path, raised, MANY, SEED + 1)
+    assert bad == []
+    assert refused > MANY // 3
