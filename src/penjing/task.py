@@ -168,7 +168,7 @@ def open_task(spec: str) -> Task:
     )
 
 
-def agreement_task(task: Task, source_module: nn.Module) -> Task:
+def agreement_task(task: Task, source_module: nn.Module, name: str = "the source") -> Task:
     """The same task with a metric for those who have no labels: agreement with the source network.
 
     Every third calibration batch (the last one of two; every third sample of a single batch) is held out: it judges,
@@ -180,6 +180,7 @@ def agreement_task(task: Task, source_module: nn.Module) -> Task:
     Args:
         task: A task with calibration data; its `evaluate` is ignored.
         source_module: The source network, a module; it is run again at every evaluation.
+        name: What it is called in the metric's name.
 
     Raises:
         CalibrationError: There is no calibration data, or too little to hold a part out.
@@ -212,7 +213,7 @@ def agreement_task(task: Task, source_module: nn.Module) -> Task:
         calibration=calibration,
         evaluate=evaluate,
         higher_is_better=True,
-        metric_name=f"{kind} with the source",
+        metric_name=f"{kind} with {name}",
     )
 
 

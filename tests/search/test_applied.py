@@ -235,6 +235,7 @@ def test_agreement_is_with_the_reference_where_there_is_no_metric(network, task,
     bare = dataclasses.replace(task, evaluate=None, select=None)
     small = pj.apply(pj.Recipe(pj.prune.Channels(macs=0.4)), network, bare)
     result = pj.deliver(small, bare, "minimize size_bytes", reference=network, out=tmp_path / "run", seconds=0.1)
+    assert result.record.metric_name == "agreement with the reference"
     assert result.record.reference.measured.metric == 1
     assert result.record.source.metric < 1
 

@@ -366,7 +366,8 @@ def _start(
     events("stage", name="raise")
     network = start.network if start is not None else raise_repeatable(opened, task)
     if task.evaluate is None and task.calibration is not None:
-        task = agreement_task(task, network if original is None else original.network)
+        agrees = (network, "the source") if original is None else (original.network, "the reference")
+        task = agreement_task(task, *agrees)
     made = Run(
         network=network,
         start=start,
