@@ -7,6 +7,10 @@ import json
 import re
 from pathlib import Path
 
+from penjing.records import Latency, from_dict
+from penjing.report.comparison import gain
+from penjing.steadiness import doubt, speedup
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -26,20 +30,32 @@ def candidates(name: str) -> str:
     """Every candidate of one example network."""
     run = json.loads((RESULTS / "examples.json").read_text(encoding="utf-8"))[name]
     lines = [
-        f"| | {run['metric_name']} | latency, median (IQR/median) | size | peak memory | noise against the source "
-        "| integer operators |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {run['metric_name']} | latency, median (IQR/median) | faster than torch; than fp32 there | size "
+        "| smaller than fp32 there | peak memory | noise against the source | integer operators |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = {r["name"]: r for r in run["rows"]}
     for r in run["rows"]:
+        floor = rows.get(f"{r['name'].partition('-')[0]}-fp32")
+        compressed = floor is not None and floor is not r
+        speeds = [_faster(before, r) for before in (run["rows"][0], floor) if before is not None and before is not r]
+        smaller = f"{gain(floor['size_bytes'], r['size_bytes']):.1f}×" if compressed else ""
         latency = r["latency_ms"]
         snr = "" if r["snr_db"] is None else f"{r['snr_db']:.1f} dB"
         operators = f"{r['integer_operators']} of {r['integer_operators'] + r['float_operators']}"
         lines.append(
             f"| {r['name']} | {r['metric']:.2%} | {latency['median']:.2f} ms ({latency['spread']:.0%}) "
-            f"| {r['size_bytes'] / 1e6:.2f} MB | {r['peak_memory_bytes'] / 1e6:.0f} MB | {snr} "
+            f"| {'; '.join(speeds)} | {r['size_bytes'] / 1e6:.2f} MB | {smaller} "
+            f"| {r['peak_memory_bytes'] / 1e6:.0f} MB | {snr} "
             f"| {'' if r['snr_db'] is None else operators} |"
         )
     return "\n".join([*lines, "", f"Batch 1; {conditions(run['machine'], run['versions'])}"])
+
+
+def _faster(before: dict, after: dict) -> str:
+    """A speed-up, or that the machine was busy."""
+    timings = [from_dict(Latency, row["latency_ms"]) for row in (before, after)]
+    return "busy" if doubt(*timings) else f"{speedup(*timings):.1f}×"
 
 
 def cost() -> str:

@@ -37,7 +37,18 @@ def some(strategy, largest=2):
     return st.lists(strategy, max_size=largest).map(tuple)
 
 
-LATENCY = st.builds(Latency, median=NUMBER, p95=NUMBER, spread=NUMBER, batch=COUNT, threads=COUNT, calls=COUNT)
+LATENCY = st.builds(
+    Latency,
+    median=NUMBER,
+    p95=NUMBER,
+    spread=NUMBER,
+    batch=COUNT,
+    threads=COUNT,
+    calls=COUNT,
+    rounds=some(NUMBER),
+    steady=st.booleans(),
+    doubt=TEXT,
+)
 MEASURED = st.builds(
     Measured,
     metric=st.none() | NUMBER,
