@@ -55,6 +55,13 @@ def test_a_module_is_put_back_after_an_error():
     assert cell.count == 0
 
 
+def test_what_the_first_forward_makes_stays():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with same_state(lazy):
+        lazy(torch.randn(3, 5))
+    assert lazy.eval()(torch.randn(3, 5)).shape == (3, 4)
+
+
 def test_the_settings_of_the_process_are_put_back_after_an_error():
     threads, filters, numbers = torch.get_num_threads(), list(warnings.filters), torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), same_process():

@@ -307,6 +307,8 @@ def floors(run: Run, candidates: Sequence[Candidate], source: Measured, structur
     found = {}
     for runtime in dict.fromkeys(c.runtime for c in candidates):
         plain = next((c for c in candidates if (c.runtime, c.precision) == (runtime, "fp32")), None)
+        if plain is not None and plain.rejection is not None:
+            continue  # and so would this be
         if plain and (plain.measured.parameters, plain.measured.macs) == (source.parameters, source.macs):
             continue
         folder = run.folder.path / _floor(runtime)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from penjing.training_state import same_random_numbers
 
@@ -26,7 +27,12 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         """Look at `module`; what it holds of buffers and tensors is copied."""
-        self._parts = [(name, part, _attributes(part), dict(part._buffers)) for name, part in module.named_modules()]
+        parts = [] if _unfinished(module) else list(module.named_modules())
+        self._parts = [
+            (name, part, _attributes(part), dict(part._buffers))
+            for name, part in parts
+            if not isinstance(part, torch.jit.ScriptModule)
+        ]
         self._contents: dict[int, tuple[Any, Any]] = {}
         for _, _, attributes, buffers in self._parts:
             for value in (*attributes.values(), *buffers.values()):
@@ -34,7 +40,7 @@ class ModuleState:
                     self._contents[id(value)] = (value, value.detach().clone())
                 elif isinstance(value, _CONTAINERS):
                     self._contents[id(value)] = (value, copy.copy(value))
-        self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
+        self._versions = [(name, p, _version(p)) for name, p in module.named_parameters() if parts]
 
     def changed(self) -> list[str]:
         """Names of the buffers, attributes and parameters that are not what they were."""
@@ -85,6 +91,11 @@ class ModuleState:
         if isinstance(contents, list | deque) and isinstance(now, list | deque):
             return len(contents) == len(now) and all(a is b for a, b in zip(contents, now, strict=True))
         return contents is now or (type(contents) is type(now) and _equal(contents, now))
+
+
+def _unfinished(module: nn.Module) -> bool:
+    """Whether its first forward has to make some of its tensors, which nobody wants to be taken back."""
+    return any(is_lazy(t) for t in [*module.parameters(), *module.buffers()])
 
 
 def _attributes(part: nn.Module) -> dict[str, Any]:

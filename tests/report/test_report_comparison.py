@@ -120,6 +120,8 @@ def test_what_the_runtime_gives_is_told_apart_from_what_compression_gives():
 
     alone = replace(record, candidates=(record.chosen,))
     assert verdict.of(alone).changes[1] == "no fp32 in the same runtime to compare with"
+    bad = replace(alone, rejected=(record.candidates[2],))
+    assert verdict.of(bad).changes[1] == "fp32 in the same runtime was rejected"
 
 
 def test_beside_a_network_that_was_pruned_too_the_floor_is_the_source_in_that_runtime():

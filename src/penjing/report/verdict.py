@@ -62,8 +62,9 @@ def changes(record: records.Record) -> tuple[str, ...]:
     elif plain is not None:
         speed.append(comparison.faster(plain.latency_ms, after, FLOOR))
         size.append(comparison.smaller(plain.size_bytes, artifact.size_bytes, FLOOR))
-    elif speed[0]:
-        speed.append(f"no {FLOOR} to compare with")
+    elif speed[0] and record.chosen is not None:
+        rejected = any((c.runtime, c.precision) == (record.chosen.runtime, "fp32") for c in record.rejected)
+        speed.append(f"{FLOOR} was rejected" if rejected else f"no {FLOOR} to compare with")
     found = [*speed, *_joined(size)]
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:

@@ -232,7 +232,7 @@ def _compress(
     if differs := questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at):
         run.warn(differs)
     timed = [c for c in found if c.rejection is None] or found
-    floors = pipeline.floors(run, timed, source, structure)
+    floors = pipeline.floors(run, found, source, structure)
     timings = pipeline.latencies(run, timed, floors)
     seen = {runtime: timings[name] for runtime in floors if (name := f"floor-{runtime}") in timings}
     floors = {runtime: pipeline.timed(floors[runtime], timing) for runtime, timing in seen.items()}
