@@ -20,6 +20,8 @@ it is a large part on the quietest machine."""
 TURNS = 0.2
 """Half of the rounds' ratios lie within this part of their median. A quiet machine stays below 0.05, and a speed-up
 that is said with two digits means nothing beyond."""
+TAIL = 3.0
+"""A p95 of more medians than this is that of another program, which took its turn in one call of twenty."""
 PATIENCE = 3
 """Timings that can't be trusted are taken on, up to so many times the rounds that were asked for."""
 WORTH_SECONDS = 0.1
@@ -48,6 +50,11 @@ def scatters(latency: Latency) -> str:
     if latency.spread <= SPREAD or latency.spread * latency.median <= JITTER_MS:
         return ""
     return f"half of its calls lie {100 * latency.spread:.0f} % of their median apart"
+
+
+def tails(latency: Latency) -> bool:
+    """Whether the slowest calls say more of the machine than of the network."""
+    return latency.p95 > TAIL * latency.median and latency.p95 - latency.median > JITTER_MS
 
 
 def doubt(before: Latency, after: Latency) -> str:

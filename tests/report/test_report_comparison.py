@@ -133,3 +133,17 @@ def test_beside_a_network_that_was_pruned_too_the_floor_is_the_source_in_that_ru
     assert comparison.speedup_over_floor(pruned, pruned.candidates[0]) is None  # of onnxruntime: itself
     of_fp32 = comparison.speedup_over_floor(pruned, pruned.candidates[2])
     assert of_fp32 == pytest.approx(0.562 / 0.471)  # what pruning alone gives
+
+
+def test_a_long_tail_is_no_speed_up_of_the_slowest_calls():
+    record = sample_records.big()
+    tail = replace(record.source, latency_ms=replace(record.source.latency_ms, p95=28.6))
+    found = row(replace(record, source=tail), "p95")
+    assert found.words == "busy machine" and found.gain is None and found.source_text == "28.6 ms"
+    assert row(replace(record, source=tail), "latency").words == "3.1× faster"
+    assert row(record, "p95").words == "3.1× faster"
+
+
+def test_throughput_gains_what_latency_gains():
+    record = rounds(sample_records.big(), 1.124, 1.124, 1.124)
+    assert row(record, "throughput").words == "4.0× more"

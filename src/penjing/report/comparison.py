@@ -47,8 +47,8 @@ def rows(record: records.Record) -> tuple[Row, ...]:
     found = (
         _metric(record, source, artifact),
         _latency(source, artifact, plain),
-        _if_steady(_p95(source, artifact), source, artifact),
-        _if_steady(_throughput(source, artifact), source, artifact),
+        _p95(source, artifact),
+        _throughput(source, artifact),
         _size(source, artifact, plain),
         _plain(
             "packed", "Packed size", "bytes", source.packed_bytes, artifact.packed_bytes, ("smaller", "larger"), True
@@ -251,14 +251,12 @@ def _size(source: records.Measured, artifact: records.Measured, plain: records.M
 
 def _throughput(source: records.Measured, artifact: records.Measured) -> Row:
     values = source.throughput_per_s, artifact.throughput_per_s
-    return _plain("throughput", "Throughput", "/s", *values, ("more", "less"))
-
-
-def _if_steady(row: Row, source: records.Measured, artifact: records.Measured) -> Row:
-    """Without the gain where the timings can't be trusted."""
+    row = _plain("throughput", "Throughput", "/s", *values, ("more", "less"))
     before, after = source.latency_ms, artifact.latency_ms
-    doubted = before is not None and after is not None and steadiness.doubt(before, after)
-    return replace(row, gain=None, words="busy machine") if doubted and row.words else row
+    if row.gain is None or before is None or after is None or before.batch != after.batch:
+        return row
+    gained = _speedup(before, after)  # by the rounds, as the latency
+    return replace(row, gain=gained, words=in_words(gained, "more", "less") or "busy machine")
 
 
 def _latency(source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
@@ -293,7 +291,11 @@ def _timing(latency: records.Latency | None, with_settings: bool) -> str:
 def _p95(source: records.Measured, artifact: records.Measured) -> Row:
     before, after = source.latency_ms, artifact.latency_ms
     values = before.p95 if before else None, after.p95 if after else None
-    return _plain("p95", "Latency p95", "ms", values[0], values[1], ("faster", "slower"))
+    row = _plain("p95", "Latency p95", "ms", values[0], values[1], ("faster", "slower"))
+    if before is None or after is None or not row.words:
+        return row
+    doubted = steadiness.doubt(before, after) or steadiness.tails(before) or steadiness.tails(after)
+    return replace(row, gain=None, words="busy machine") if doubted else row
 
 
 def _energy(source: records.Measured, artifact: records.Measured) -> Row:
