@@ -208,3 +208,14 @@ class TestYaml:
         text = f"- !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
         assert "not valid YAML" in refused(Recipe.from_yaml, text)
         assert not mark.exists()
+
+
+def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
+    step = Static()
+    assert Recipe.of(step) == Recipe.of([step]) == Recipe.of((step,)) == Recipe.of(Recipe(step)) == Recipe(step)
+    with pytest.raises(RecipeError, match="no step"):
+        Recipe.of([step, 3])
+    with pytest.raises(RecipeError, match="no step"):
+        Recipe.of(Static)
+    with pytest.raises(RecipeError, match="from_yaml"):
+        Recipe.of("recipe.yaml")

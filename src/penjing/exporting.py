@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, TaskError
 from penjing.graph import in_eval_mode
+from penjing.wrappers import unwrapped
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
 MAX_BATCH = 4096
@@ -30,6 +31,7 @@ def export_module(
         ExportError: With the line of the user's code where the export stopped.
     """
     kwargs = dict(kwargs or {})
+    model = unwrapped(model)
     names = input_names(model, args, kwargs)
     axes = _dynamic_axes(names, [*args, *kwargs.values()], dynamic)
     values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]

@@ -48,6 +48,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            dtype=torch.float32,  # whatever the file stores: what an artifact computes in
             output_loading_info=True,
         )
     except Exception as cause:  # transformers raises many kinds for a folder that does not fit

@@ -31,6 +31,7 @@ from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
 from penjing.naming import safe_names
 from penjing.products import as_linear
+from penjing.single_precision import single_program
 from penjing.stored_weights import fold
 
 
@@ -55,7 +56,7 @@ def raise_network(
         ExportError: The network can't be exported; names the line of the user's code.
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
-    program, owned = safe_names(program)
+    program, owned = safe_names(single_program(program))
     program = functional(decomposed(program))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -85,6 +86,24 @@ class Recipe:
     def __init__(self, *steps: Step) -> None:
         object.__setattr__(self, "steps", tuple(steps))
         self.check()
+
+    @classmethod
+    def of(cls, steps: Recipe | Step | Sequence[Step]) -> Recipe:
+        """A recipe of what may stand in its place: one step, or a list of steps.
+
+        Raises:
+            RecipeError: It is something else.
+        """
+        if isinstance(steps, Recipe):
+            return steps
+        if isinstance(steps, str | Path):
+            raise RecipeError(
+                "a recipe is given as a file's name",
+                got=repr(str(steps)),
+                expected="pj.Recipe(step, …), a step or a list of steps",
+                remedy="pj.Recipe.from_yaml(pathlib.Path(...).read_text()) reads a file",
+            )
+        return cls(*steps) if isinstance(steps, Sequence) else cls(steps)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)

@@ -14,9 +14,11 @@ from torch.export import ExportedProgram
 from penjing import huggingface, pt2
 from penjing.errors import CheckpointError, PenjingError, SourceError
 from penjing.outputs import evaluating, first_output
+from penjing.single_precision import single_module, single_task
 from penjing.task import Call, Task
 from penjing.undisturbed import same_state
 from penjing.usercode import call_named, line_of, load_named, public_callables, split_spec, suggest, suggest_file
+from penjing.wrappers import unwrapped
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
 _WEIGHTS = (".safetensors", ".npz", ".h5")
@@ -62,9 +64,17 @@ def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | 
 def _open(spec: Any) -> Source:
     if isinstance(spec, nn.Module | ExportedProgram):
         example = _program_example(spec) if isinstance(spec, ExportedProgram) else None
-        return Source(name=type(spec).__name__, module=spec, example=example)
+        module = spec if isinstance(spec, ExportedProgram) else unwrapped(spec)
+        return Source(name=type(module).__name__, module=module, example=example)
     if not isinstance(spec, str):
-        raise SourceError("the source is not a network", got=type(spec).__name__, expected=f"an nn.Module, or {_FORMS}")
+        raise SourceError(
+            "the source is not a network",
+            got=type(spec).__name__,
+            expected=f"an nn.Module, or {_FORMS}",
+            remedy="wrap a function in a module whose forward calls it; of a traced or scripted one, give the original"
+            if callable(spec)
+            else None,
+        )
     from penjing import architectures
 
     if spec in architectures.names():
@@ -113,7 +123,8 @@ def _open_python(spec: str, where: str, name: str) -> Source:
             expected="an nn.Module, or a callable without arguments that returns one",
             remedy="return the module itself (not its state dict, nor a tuple)",
         )
-    return Source(name=name, module=found, spec=spec)
+    module = found if isinstance(found, ExportedProgram) else unwrapped(found)
+    return Source(name=name, module=module, spec=spec)
 
 
 def _open_folder(spec: str, folder: Path) -> Source:
@@ -161,6 +172,18 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             expected=_FORMS,
             remedy="write a factory that builds the network and loads these weights, and give it as file.py:factory",
         )
+
+
+def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
+    """Source and task in float32, and one line that says so; both as they are, and None, where they are already."""
+    told = None
+    if isinstance(source.module, nn.Module):
+        module, told = single_module(source.module)
+        source = replace(source, module=module)
+    single = single_task(task)
+    if told is None and single is not task:
+        told = "the task's inputs are given to the network in float32"
+    return source, single, told
 
 
 def check_forward(source: Source, task: Task) -> Any:

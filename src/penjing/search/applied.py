@@ -7,6 +7,7 @@ module's tensors in the place of its own is what a runtime's file is made from.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,20 +15,21 @@ from torch import fx, nn
 
 from penjing import checkpoint, measure, runtimes
 from penjing.draft import Draft
-from penjing.errors import RecipeError, SourceError
+from penjing.errors import SourceError
 from penjing.naming import free_name
 from penjing.plan import Entry, Plan
 from penjing.recipe import Recipe
 from penjing.repeatable import raise_repeatable
 from penjing.search import questions
 from penjing.search import request as requests
-from penjing.source import Source
-from penjing.step import Context
+from penjing.source import Source, in_single_precision
+from penjing.step import Context, Step
 from penjing.surgery import insert, quantizer_calls
 from penjing.surgery.quantizers import SMALLEST
 from penjing.task import Task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
+from penjing.wrappers import unwrapped
 
 _META = "applied"
 
@@ -49,7 +51,7 @@ class Applied:
 
 @same_process()
 def apply(
-    recipe: Recipe,
+    recipe: Recipe | Step | Sequence[Step],
     model: nn.Module,
     task: Task,
     *,
@@ -65,7 +67,7 @@ def apply(
     attention projection), ``module.meta["renamed"]`` maps the module's name to the source's.
 
     Args:
-        recipe: Steps to take.
+        recipe: Steps to take, or one step.
         model: The network, or what an earlier `apply` returned without quantizers.
         task: The data that the steps need.
         seed: Same seed and data: same module.
@@ -76,20 +78,18 @@ def apply(
     Raises:
         PenjingError: With what, got, expected and remedy.
     """
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            "a network is compressed by a recipe",
-            got=repr(recipe),
-            expected="penjing.Recipe(step, …), or one of penjing.recipes",
-        )
+    recipe = Recipe.of(recipe)
     refuse_quantized(model)
     requests.check_device(device)
     for text in filter(None, (requests.undropped(recipe, model), questions.check_direction(task))):
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
+    source, task, told = in_single_precision(Source(name=type(model).__name__, module=unwrapped(model)), task)
+    if told:
+        warnings.warn(told, stacklevel=3)
     before = drafted(model) if _META in _meta(model) else None
     name = type(model).__name__ if before is None else before.name
-    draft = Draft(raise_repeatable(Source(name=name, module=model), task)) if before is None else before.draft
+    draft = Draft(raise_repeatable(replace(source, name=name), task)) if before is None else before.draft
     recipe = requests.with_teachers(recipe, task)
     requests.check_recipe(recipe, draft.network, task, seed)
     planned = None

@@ -38,7 +38,8 @@ from penjing.search import judging, questions, trainings, zeros
 from penjing.search import request as requests
 from penjing.search.applied import Applied, drafted, refuse_quantized
 from penjing.search.goal import Goal
-from penjing.source import Source, open_source
+from penjing.source import Source, check_forward, in_single_precision, open_source
+from penjing.step import Step
 from penjing.task import Task, agreement_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
@@ -81,7 +82,7 @@ def compress(
     goal: Goal | str = DEFAULT_GOAL,
     *,
     runtime: str | Sequence[str] | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Step | Sequence[Step] | None = None,
     out: Path | str = "runs/compress",
     seed: int = 0,
     threads: int | None = None,
@@ -105,7 +106,7 @@ def compress(
         task: The user's data and metric.
         goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
         runtime: One or several of ``penjing runtimes``; None takes all that are installed.
-        recipe: Steps to take; None is post-training static quantization with adaptive rounding.
+        recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
         out: The run folder.
         seed: Same seed, data, machine kind and threads: same artifact.
         threads: Threads of the runtimes; None takes every core.
@@ -131,7 +132,7 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
-    steps = recipe if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
+    steps = Recipe.of(recipe) if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
     return _carry_out(
         model, task, goal, steps, reference=reference, runtime=runtime, out=out, seed=seed,
         threads=threads, batch=batch, device=device, seconds=seconds, resume=resume, force=force, listeners=listeners,
@@ -188,6 +189,7 @@ def _compress(
 ) -> Result:
     """`compress` and `deliver` in a folder that is held."""
     start = model.draft if isinstance(model, Applied) else None
+    told: str | None = None
     before = model.recipe if isinstance(model, Applied) else []
     machine = measure.machine(threads)
     events = Events(listeners=listeners)
@@ -199,7 +201,8 @@ def _compress(
     if isinstance(model, Applied):
         opened = replace(open_source(model.draft.network, task=task), name=model.name)
     else:
-        opened = open_source(model, task=task)
+        opened, task, told = in_single_precision(open_source(model), task)
+        check_forward(opened, task)
     original = judging.original(reference, task)
     run, task = _start(
         opened, start, original, task, folder, events, seed, device, threads, batch, seconds, machine.instruction_sets
@@ -216,7 +219,7 @@ def _compress(
         requests.check_files(folder.path, kept)
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
-    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), question)):
+    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), question, told)):
         run.warn(text)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
@@ -272,7 +275,7 @@ def _compress(
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | Step | Sequence[Step],
     model: str | nn.Module | ExportedProgram,
     task: Task,
     *,

@@ -18,7 +18,7 @@ from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search import goal as goals
 from penjing.search import questions
 from penjing.search.goal import Goal
-from penjing.source import open_source
+from penjing.source import check_forward, in_single_precision, open_source
 from penjing.task import Task
 from penjing.witness import Witness
 
@@ -59,7 +59,8 @@ def original(reference: str | nn.Module | ExportedProgram | None, task: Task) ->
     """
     if reference is None:
         return None
-    opened = open_source(reference, task=task)
+    opened, task, _ = in_single_precision(open_source(reference), task)
+    check_forward(opened, task)
     network = raise_repeatable(opened, task)
     macs = sum(row.macs for row in cost(network, task.call()))
     return Original(opened.name, network, checkpoint.fingerprint(network), macs)
