@@ -20,7 +20,9 @@ from penjing.records import (
     Machine,
     Measured,
     Parity,
+    ParityRow,
     Record,
+    Rejection,
     StepCost,
     Zeros,
     from_dict,
@@ -58,9 +60,15 @@ MEASURED = st.builds(
     energy_mj=st.none() | st.builds(Energy, value=NUMBER, method=st.sampled_from(["measured", "model"])),
 )
 LAYERS = some(st.builds(LayerRow, name=TEXT, kind=TEXT, macs=COUNT, executed=st.none() | TEXT, reason=st.none() | TEXT))
+ROW = st.builds(
+    ParityRow, output=TEXT, columns=TEXT, snr_db=NUMBER, largest=NUMBER, equal=st.none() | NUMBER, fault=TEXT,
+    limit_db=st.none() | NUMBER,
+)  # fmt: skip
 PARITY = st.builds(
-    Parity, against=TEXT, largest=NUMBER, mean=NUMBER, snr_db=NUMBER, agreement=st.none() | NUMBER, samples=COUNT
-)
+    Parity, against=TEXT, largest=NUMBER, mean=NUMBER, snr_db=NUMBER, agreement=st.none() | NUMBER, samples=COUNT,
+    rows=some(ROW),
+)  # fmt: skip
+REJECTION = st.builds(Rejection, reason=TEXT, snr_db=st.none() | NUMBER, operator=st.none() | TEXT)
 ZEROS = st.builds(Zeros, count=COUNT, weights=COUNT, speedup=NUMBER, low=NUMBER, high=NUMBER)
 CANDIDATE = st.builds(
     Candidate,
@@ -75,6 +83,7 @@ CANDIDATE = st.builds(
     integer_operators=st.dictionaries(TEXT, COUNT, max_size=2),
     layers=LAYERS,
     sha256=NAMES,
+    rejection=st.none() | REJECTION,
 )
 RECORD = st.builds(
     Record,
@@ -101,6 +110,7 @@ RECORD = st.builds(
     source=MEASURED,
     artifact=st.none() | MEASURED,
     candidates=some(CANDIDATE),
+    rejected=some(CANDIDATE),
     goal=st.builds(GoalResult, text=TEXT, met=st.booleans(), reason=TEXT, chosen=st.none() | TEXT, pareto=some(TEXT)),
     layers=LAYERS,
     steps=some(st.builds(StepCost, name=TEXT, wall_s=NUMBER, peak_memory_bytes=COUNT)),
@@ -263,3 +273,21 @@ def test_a_record_cannot_be_changed():
     with pytest.raises(AttributeError):
         made.seed = 1
     assert replace(made, seed=1) != made
+
+
+def test_a_record_from_before_parity_was_judged_is_read():
+    whole = record()
+    plain = json.loads(to_json(whole))
+    del plain["rejected"]
+    for candidate in plain["candidates"]:
+        del candidate["rejection"], candidate["doubts"]
+    assert from_dict(Record, plain) == whole and whole.rejected == ()
+    old = {"against": "source", "largest": 1.0, "mean": 0.1, "snr_db": 30.0, "agreement": None, "samples": 4}
+    assert from_dict(Parity, old).rows == () and from_dict(Parity, old).worst is None
+
+
+def test_a_rejected_candidate_is_found_where_it_was_chosen():
+    candidates = record().candidates
+    left = replace(candidates[0], rejection=Rejection(reason="far away"))
+    whole = record(candidates=(), rejected=(left,), goal=GoalResult(text="", met=False, reason="", chosen="a"))
+    assert whole.chosen == left

@@ -134,9 +134,12 @@ class Parity:
 
     @property
     def worst(self) -> ParityRow | None:
-        """The row that stays furthest below its limit; where all hold, the one with the least signal to noise."""
-        rows = sorted(self.rows, key=lambda row: (-row.shortfall, row.snr_db))
-        return rows[0] if rows else None
+        """The row furthest below its limit; where all hold, the one that comes nearest to it."""
+
+        def order(row: ParityRow) -> tuple[float, bool, float]:
+            return -row.shortfall, row.limit_db is None, row.snr_db - (row.limit_db or 0.0)
+
+        return min(self.rows, key=order, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,9 @@ from penjing.records import (
     Machine,
     Measured,
     Parity,
+    ParityRow,
     Record,
+    Rejection,
     StepCost,
 )
 
@@ -165,6 +167,69 @@ def big() -> Record:
             StepCost(name="export and measure", wall_s=74.9, peak_memory_bytes=802_000_000),
         ),
         warnings=("The spread of onnxruntime-fp32 is 14 %: another program may have used the processor.",),
+    )
+
+
+def judged() -> Record:
+    """A detector whose integers lost the scores in one runtime."""
+
+    def parities(lost: float, limit: float) -> tuple[Parity, ...]:
+        rows = (
+            ParityRow(output="boxes", snr_db=limit + 21, largest=0.8, batch=32, limit_db=limit),
+            ParityRow(output="both", snr_db=limit + 18, largest=0.9, batch=32, limit_db=limit),
+            ParityRow(
+                output="both", columns="4-5 of the last axis", snr_db=lost, largest=0.4, batch=3, limit_db=limit - 4,
+                why="the plan itself keeps 20 dB here",
+            ),
+            ParityRow(output="labels", snr_db=60, largest=1, batch=32, equal=0.97, limit_equal=0.8),
+        )  # fmt: skip
+        told = tuple(replace(row, limit_db=None, limit_equal=None, why="") for row in rows)
+        return (
+            Parity(against="planned", largest=0.9, mean=0.1, snr_db=48.2, agreement=None, samples=32, rows=rows),
+            Parity(against="source", largest=1.4, mean=0.2, snr_db=38.4, agreement=None, samples=32, rows=told),
+        )
+
+    reason = (
+        "both, columns 4-5 of the last axis: 1.9 dB is below the limit of 26 dB against what was planned, computed in "
+        "torch, in a call of 3; the first operator that differs is scores"
+    )
+    wrong = candidate(
+        "openvino-int8", 0.9334, 0.281, 321_750, met=False, reason=f"rejected: {reason}", parity=parities(1.9, 30),
+        rejection=Rejection(
+            reason=reason, against="planned", output="both, columns 4-5 of the last axis", snr_db=1.9, limit_db=26,
+            operator="scores",
+        ),
+    )  # fmt: skip
+    wrong = replace(wrong, measured=replace(wrong.measured, latency_ms=None, throughput_per_s=None))
+    record = big()
+    offered = (
+        replace(record.candidates[0], parity=parities(92, 60)),
+        replace(record.candidates[1], parity=parities(31, 30)),
+    )
+    return replace(
+        record,
+        candidates=offered,
+        rejected=(wrong,),
+        artifact=offered[1].measured,
+        goal=replace(
+            record.goal, chosen="onnxruntime-int8", reason="onnxruntime-int8: drop 0.1 % is within 0.5 %", pareto=()
+        ),
+        warnings=(f"openvino-int8 is not offered: {reason}",),
+    )
+
+
+def nothing_left() -> Record:
+    """The same where no other candidate could be built: the rejected one is delivered."""
+    record = judged()
+    (wrong,) = record.rejected
+    reason = f"no candidate may be offered; {wrong.name} comes nearest and is {wrong.reason}"
+    wrong = replace(wrong, measured=figures(0.9334, 0.281, 321_750))
+    return replace(
+        record,
+        candidates=(),
+        rejected=(wrong,),
+        artifact=wrong.measured,
+        goal=replace(record.goal, met=False, chosen=wrong.name, reason=reason),
     )
 
 

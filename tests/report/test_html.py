@@ -13,7 +13,7 @@ from penjing.errors import OutputError
 from penjing.report import html
 
 VOID = {"meta", "br", "wbr", "img", "input", "link", "hr"}
-RECORDS = ("big", "deep", "bare", "hostile")
+RECORDS = ("big", "deep", "bare", "hostile", "judged", "nothing_left")
 
 
 class Page(HTMLParser):
@@ -210,8 +210,12 @@ def test_any_one_figure_may_be_missing(name):
         source = replace(record.source, **{field: None})
         artifact = record.artifact and replace(record.artifact, **{field: None})
         Page(html.render(replace(record, candidates=gaps, source=source, artifact=artifact)))
-    plain = tuple(replace(c, parity=(), layers=(), integer_operators={}, float_operators={}) for c in record.candidates)
-    assert "not counted" in Page(html.render(replace(record, candidates=plain, layers=record.layers[:1]))).text
+    plain, out = (
+        tuple(replace(c, parity=(), layers=(), integer_operators={}, float_operators={}) for c in several)
+        for several in (record.candidates, record.rejected)
+    )
+    bare = replace(record, candidates=plain, rejected=out, layers=record.layers[:1])
+    assert "not counted" in Page(html.render(bare)).text
 
 
 def test_hostile_text_is_shown_and_stays_text():
@@ -221,6 +225,23 @@ def test_hostile_text_is_shown_and_stays_text():
     shown = sample_records.ATTACK.replace("\x1b", "?")
     assert "\x1b" not in text and " ".join(shown.split()) in found.text
     assert shown in found.all("title")[0]["text"]
+
+
+def test_a_rejected_candidate_stands_with_its_reason_and_every_figure_beside_its_limit():
+    found = page("judged")
+    assert "1 of them is not offered" in found.text and "✗ rejected" in found.text
+    assert "the first operator that differs is scores" in found.text
+    assert found.all("tr", **{"class": "chosen"})[0]["text"].strip().startswith("onnxruntime-int8")
+    table = next(e for e in found.all("table") if "The same by output" in e["text"])["text"]
+    rows = [" ".join(row.split()) for row in re.findall(r"openvino-int8.*?(?=openvino-int8|$)", table, re.DOTALL)]
+    scores = next(row for row in rows if "columns 4-5 of the last axis" in row)
+    assert "1.9 dB" in scores and "26.0 dB" in scores and "the plan itself keeps 20 dB here" in scores
+
+
+def test_a_rejected_artifact_is_marked_where_no_other_is_left():
+    found = page("nothing_left")
+    assert "✗ Rejected" in found.all("span", **{"class": "unmet"})[0]["text"]
+    assert "no candidate may be offered" in found.text
 
 
 def test_recipes_in_every_form():

@@ -127,3 +127,10 @@ def test_chart_draws_the_costliest_layers_first_and_fits_80_columns():
     named = [line.split()[0] for line in lines if line.startswith("layer")]
     assert named == ["layer39", "layer38", "layer37", "layer36", "layer35"]
     assert max(map(len, lines)) <= 80 and "39.0 k" in console.file.getvalue()
+
+
+def test_rejected_candidates_stand_last_with_their_reason_and_figures_stand_beside_limits():
+    text = " ".join(shown(table.candidates(sample_records.judged()), 80).split())
+    assert text.index("openvino-int8") > text.index("onnxruntime-int8 *")
+    assert "onnxruntime-fp32 78.0 (60), onnxruntime-int8 31.0 (26), openvino-int8 1.9 (26)" in text
+    assert "openvino-int8: rejected: both, columns 4-5 of the last axis" in text
