@@ -135,8 +135,13 @@ def source(run: Run) -> tuple[Manifest, Any]:
     return manifest, structure
 
 
-ENDING = (OutputError, UsageError, OSError)
-"""What is not of a candidate's own making: the request, the folder, the disk. All else loses the candidate alone."""
+def ends_run(error: Exception) -> bool:
+    """Whether an error is not of a candidate's own making: the request, the folder, the disk. All else loses it alone.
+
+    A runtime's process that broke off or took too long is a candidate's failure.
+    """
+    lost = isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, OutputError | UsageError | OSError) and not lost
 
 
 def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
@@ -155,10 +160,8 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
             where = variant.runtime
         try:
             current = _once(run, step, current, where, position, branch)
-        except ENDING:
-            raise
-        except Exception:
-            if not floats or not getattr(step, "for_integers", False):
+        except Exception as error:
+            if ends_run(error) or not floats or not getattr(step, "for_integers", False):
                 raise
             branch = "-floats"
     return current
@@ -172,10 +175,8 @@ def shared(run: Run, recipe: Recipe) -> None:
             break
         try:
             current = _once(run, step, current, "all", position)
-        except ENDING:
-            raise
-        except Exception:
-            if not getattr(step, "for_integers", False):
+        except Exception as error:
+            if ends_run(error) or not getattr(step, "for_integers", False):
                 raise
             break  # it fails for integers again, and floating-point candidates go on without it
 
@@ -186,9 +187,9 @@ def _once(run: Run, step: Step, current: Draft, where: str, position: int, branc
     if key not in run.memo:
         try:
             run.memo[key] = _step(run, step, current, where, f"{where}-{position}{branch}")
-        except ENDING:
-            raise
         except Exception as error:
+            if ends_run(error):
+                raise
             run.memo[key] = error
     if isinstance(run.memo[key], Exception):
         raise run.memo[key]
@@ -293,7 +294,7 @@ def rejected(run: Run, made: Draft, manifest: Manifest, folder: Path, parity: Se
     where = (
         f"the first operator that differs is {site}"
         if site
-        else "no operator that can be looked at differs by itself: it is how the runtime joins them"
+        else "no operator that can be looked at differs by itself; the runtime may join them wrongly"
     )
     return replace(found, reason=f"{found.reason}; {where}", operator=site)
 

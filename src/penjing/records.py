@@ -100,8 +100,8 @@ class ParityRow:
 
     @property
     def shortfall(self) -> float:
-        """How far a figure stays below its limit: decibels, or hundredths of equal values; 0 where all hold."""
-        if self.fault and (self.limit_db is not None or self.limit_equal is not None):
+        """How far below its limit: in decibels or hundredths of equal values, 1000 for a fault; 0 where all hold."""
+        if self.fault:
             return 1000.0
         missing = max(0.0, self.limit_db - self.snr_db) if self.limit_db is not None else 0.0
         if self.equal is not None and self.limit_equal is not None:

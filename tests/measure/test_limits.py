@@ -1,5 +1,7 @@
 """The judgement of differences: what is rejected, what is told, and what no artifact can do better."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,10 @@ def test_a_comparison_with_the_source_is_told_alone():
     rows = limits.told(found, ["logits"])
     parity = Parity(against="source", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
     assert limits.rejection([parity]) is None and rows[0].limit_db is None
+    infinite = np.full_like(REFERENCE, np.inf)  # which the plan gives too
+    rows = limits.told(differences([REFERENCE], [infinite], split([REFERENCE]), 32), ["logits"])
+    rejection = limits.rejection([dataclasses.replace(parity, rows=rows)])
+    assert "infinite, where the torch network's are finite against the source network" in rejection.reason
 
 
 def test_nan_is_a_reason_in_every_precision():
@@ -91,8 +97,18 @@ def test_small_columns_may_have_a_quarter_of_the_noise_that_the_plan_has_there()
     assert rows[2].columns == "6-7 of the last axis" and rows[2].limit_db == pytest.approx(16, abs=0.1)
     _, rejection = judged("int8", with_scores(12), reference, inherent)
     assert rejection.output == "logits, columns 6-7 of the last axis"
-    _, rejection = judged("int8", at(20), inherent=lambda: differences([REFERENCE], [at(5)], split([REFERENCE])))
-    assert rejection is not None  # the whole output is never excused by its plan
+
+
+def test_an_artifact_may_add_a_tenth_of_its_plans_noise_and_is_never_further_than_25_db():
+    def plan(snr_db):
+        return lambda: differences([REFERENCE], [at(snr_db)], split([REFERENCE]))
+
+    rows, rejection = judged("int8", at(28.5), inherent=plan(17))
+    assert rejection is None and rows[0].limit_db == pytest.approx(27) and "the plan itself keeps 17 dB" in rows[0].why
+    _, rejection = judged("int8", at(28.5), inherent=plan(25))  # here it would add half
+    assert rejection.limit_db == 30
+    _, rejection = judged("int8", at(24), inherent=plan(2))
+    assert rejection.limit_db == pytest.approx(25)
 
 
 def test_an_output_that_is_zero_may_be_off_by_nothing_that_counts():

@@ -203,15 +203,17 @@ def test_integers_far_from_the_source_are_told_with_operators_and_remedy(tmp_pat
 
 class TestWhatIsNotFinite:
     def test_an_artifact_that_answers_nan_is_rejected_by_that_reason(self, tmp_path, lost):
-        lost("c", integers, factor=np.nan)
+        lost("c", lambda model: not integers(model), factor=np.nan)
 
         def evaluate(predict):
             return float(predict(data(8).numpy()).mean())
 
         record = compressed(tmp_path / "run", of=task(evaluate=evaluate)).record
-        (row,) = record.rejected
-        assert "NaN" in row.rejection.reason and row.rejection.snr_db is None
-        assert row.measured.metric is None  # of NaN there is none, and the others have theirs
+        assert [c.precision for c in record.rejected] == ["fp32", "fp16"]
+        for row in record.rejected:
+            assert "NaN" in row.rejection.reason and row.rejection.snr_db is None
+            assert row.rejection.operator == "c" and row.measured.metric is None  # of NaN there is none
+        assert [c.precision for c in record.candidates] == ["int8"]  # and the others have theirs
         assert all(c.measured.metric is not None for c in record.candidates)
 
     def test_nan_in_the_source_is_an_error_that_names_output_and_samples(self, tmp_path):

@@ -411,9 +411,9 @@ def _candidates(
         try:
             made = pipeline.candidate(run, recipe, variant, structure, metric)
             found += [made] if made else []
-        except pipeline.ENDING:
-            raise
         except Exception as error:  # each runtime, exporter and step has exceptions of its own
+            if pipeline.ends_run(error):
+                raise
             failure = failure or error
             run.warn(f"{variant.name} could not be built: {_told(error)}")
     run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
