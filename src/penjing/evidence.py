@@ -126,9 +126,10 @@ def parity(
         mine = _called(session, arrays(manifest, call), wanted, size)
         near = measure.worst(near, measure.differences(wanted, mine, parts, size))
         far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
+    operators = len({edge.rpartition(":")[0] for edge in draft.plan.entries})
     inherent = _inherent(draft, whole, planned, parts)
     rows = {
-        "planned": measure.limits.judged(near, names, manifest.precision, inherent),
+        "planned": measure.limits.judged(near, names, manifest.precision, inherent, operators),
         "source": measure.limits.told(far, names),
     }
     return (

@@ -99,16 +99,14 @@ def test_small_columns_may_have_a_quarter_of_the_noise_that_the_plan_has_there()
     assert rejection.output == "logits, columns 6-7 of the last axis"
 
 
-def test_an_artifact_may_add_a_tenth_of_its_plans_noise_and_is_never_further_than_25_db():
-    def plan(snr_db):
-        return lambda: differences([REFERENCE], [at(snr_db)], split([REFERENCE]))
-
-    rows, rejection = judged("int8", at(28.5), inherent=plan(17))
-    assert rejection is None and rows[0].limit_db == pytest.approx(27) and "the plan itself keeps 17 dB" in rows[0].why
-    _, rejection = judged("int8", at(28.5), inherent=plan(25))  # here it would add half
-    assert rejection.limit_db == 30
-    _, rejection = judged("int8", at(24), inherent=plan(2))
-    assert rejection.limit_db == pytest.approx(25)
+@pytest.mark.parametrize(("operators", "limit"), [(0, 30), (32, 30), (60, 27.27), (1000, 25)])
+def test_roundings_of_many_integer_operators_add_up(operators, limit):
+    found = differences([REFERENCE], [at(limit + 0.5)], split([REFERENCE]), 32)
+    (row,) = limits.judged(found, ["logits"], "int8", operators=operators)
+    assert row.limit_db == pytest.approx(limit, abs=0.01) and row.holds
+    assert (f"{operators} integer operators" in row.why) == (operators > 32)
+    found = differences([REFERENCE], [at(limit - 0.5)], split([REFERENCE]), 32)
+    assert not limits.judged(found, ["logits"], "int8", operators=operators)[0].holds
 
 
 def test_an_output_that_is_zero_may_be_off_by_nothing_that_counts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,8 +40,8 @@ EfficientNet-Lite0 keeps, 47 and 28 dB; ResNet-20 keeps 72 and 47."""
 SOURCE_TOLD_DB = 15.0
 """An integer artifact below this against the source network draws a warning; it is what was planned all the same."""
 _SPARE_DB = {24: 20.0, 11: 10.0, 8: 10.0}  # by bits: noise depends on the order of sums, of float32 most
-_PLAN_SHARE = 0.1  # of the plan's own noise: roundings that fall to the other side add up in a deep network
-_LEAST_DB = 25.0  # whatever the plan's own noise is
+_OPERATORS = 32  # integer operators from which on their roundings, which fall to the other side, lower the limit
+_LEAST_DB = 25.0  # however many there are
 _SMALL_SHARE = 0.25  # of the plan's own noise, where columns are small beside others
 
 
@@ -54,12 +55,14 @@ def judged(
     names: Sequence[str],
     precision: str,
     inherent: Callable[[], Sequence[Difference]] | None = None,
+    operators: int = 0,
 ) -> tuple[ParityRow, ...]:
     """Rows with limits, for a comparison with what was planned.
 
     A limit is lower where the values can't be told better: a floating-point artifact is not asked for more than what
-    rounding to its significand leaves of this network, and an integer artifact may add a tenth of the noise that the
-    plan itself has (down to 25 dB), in columns that are small beside others a quarter.
+    rounding to its significand leaves of this network; roundings of an integer artifact that fall to the other side add
+    up with the operators, so that from 32 of them on the limit sinks by their number (down to 25 dB); and in columns
+    that are small beside others it may add a quarter of the noise that the plan itself has there.
 
     Args:
         found: One for every part.
@@ -67,11 +70,16 @@ def judged(
         precision: Of the artifact.
         inherent: The same parts' noise: of the network in float32 against float64, or, of an integer artifact, of the
             plan against floating point. Asked for where a limit does not hold.
+        operators: That the plan quantizes.
     """
-    limits = of(precision)
+    limits, why = of(precision), ""
+    if operators > _OPERATORS and limits.snr_db > _LEAST_DB:
+        limit = max(_LEAST_DB, limits.snr_db - 10 * math.log10(operators / _OPERATORS))
+        limits, why = replace(limits, snr_db=limit), f"roundings of {operators} integer operators add up"
     rows = told(found, names)
     strict = tuple(
-        _with(row, None, limits.equal) if row.equal is not None else _with(row, limits.snr_db, None) for row in rows
+        _with(row, None, limits.equal) if row.equal is not None else _with(row, limits.snr_db, None, why)
+        for row in rows
     )
     if all(row.holds for row in strict):
         return strict
@@ -112,11 +120,8 @@ def _lowered(row: ParityRow, d: Difference, inherent: Difference | None, limits:
         rounding = mine * 10 ** (_SPARE_DB[limits.bits] / 10) * 4.0 ** (24 - limits.bits)
         if rounding > allowed:
             allowed, why = rounding, f"float32 itself keeps {inherent.snr_db:.0f} dB of the network's values here"
-    elif inherent is not None:
-        share, least = (_SMALL_SHARE, 0.0) if d.columns.smaller else (_PLAN_SHARE, d.signal * 10 ** (-_LEAST_DB / 10))
-        part = min(mine * share, least) if least else mine * share
-        if part > allowed:
-            allowed, why = part, f"the plan itself keeps {inherent.snr_db:.0f} dB here"
+    elif inherent is not None and d.columns.smaller and mine * _SMALL_SHARE > allowed:
+        allowed, why = mine * _SMALL_SHARE, f"the plan itself keeps {inherent.snr_db:.0f} dB here"
     if d.noise <= allowed and not d.signal:
         return _with(row, None, None, why)  # no ratio tells anything where there is no signal
     limit = decibels(d.signal, allowed)
