@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from penjing.errors import ArtifactError, MissingDependency, UsageError
+from penjing.measure.child import TargetError
 from penjing.measure.latency import Target, Timing, compare, order, ratio
 from penjing.measure.machine import processors
 from penjing.records import Latency
@@ -129,6 +130,14 @@ def test_failing_runtime_is_an_artifact_error_with_its_last_words(openers, tray,
     assert words in str(caught.value)
     assert "'poor'" in caught.value.what
     assert caught.value.remedy
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_worker_that_stands_still_is_ended_and_named(openers, tray, monkeypatch):
+    monkeypatch.setattr("penjing.measure.latency.isolated.call_s", lambda inputs: 0.2)
+    with pytest.raises(TargetError, match="'poor' did not answer") as caught:
+        compare([target(tray("poor"))], opener="tiny_openers:stops", **QUICK)
+    assert caught.value.target == "poor"
 
 
 def test_error_of_penjing_in_the_worker_keeps_its_kind_and_remedy(openers, tray):
