@@ -335,14 +335,14 @@ class TestCollecting:
 
     def test_another_network_is_observed_anew(self, draft):
         context = context_of(SHAPE)
-        one = collect(draft.network, {"conv2d"}, context, 32)["conv2d"]
+        one = collect(draft.network, {"conv2d"}, context, 32)[0]["conv2d"]
         changed = draft.copy().network
         with torch.no_grad():
             changed.get_submodule("conv1").weight.mul_(3)
-        assert collect(changed, {"conv2d"}, context, 32)["conv2d"].high == pytest.approx(3 * one.high, rel=1e-5)
+        assert collect(changed, {"conv2d"}, context, 32)[0]["conv2d"].high == pytest.approx(3 * one.high, rel=1e-5)
 
     def test_histograms_hold_what_the_network_computed(self, draft):
-        found = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
+        found, _ = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
         data = torch.cat(batches(*SHAPE))
         with torch.no_grad():
             expected = draft.network.get_submodule("conv1")(data)

@@ -3,11 +3,18 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from penjing import runtimes
+from penjing import building, runtimes
+from penjing.draft import Draft
+from penjing.measure import machine
 from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
+from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
+from penjing.step import Context
+from penjing.task import Task
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
 
@@ -120,3 +127,41 @@ def test_fixed_shapes_and_varying_ones_give_the_same_answers(tmp_path):
         with torch.no_grad():
             assert np.abs(session.run([given.numpy()])[0] - network(given).numpy()).max() < 1e-5
     assert list(session.requests)[2:] == ["any"] and len(session.requests) == 3
+
+
+class OneWeight(nn.Module):
+    """Two convolutions of the same values with the same weight, of which one has a bias and an activation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x))) + F.conv2d(x, self.first.weight, padding=1)
+
+
+class BothWays(OneWeight):
+    """A convolution and a transposed one, whose channel axes differ."""
+
+    def forward(self, x):
+        h = F.relu(self.last(F.relu(self.first(x))))
+        back = F.conv_transpose2d(h, self.first.weight, padding=1)
+        return back + F.conv2d(x, self.first.weight, padding=1).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("network", [OneWeight, BothWays])
+def test_one_weight_of_two_layers_is_right_at_every_batch_size(network, tmp_path):
+    """In one session: from the third shape on it compiles a network whose shapes vary."""
+    model, example = network().eval(), torch.randn(2, 3, 12, 12)
+    task = Task(example=(example,), calibration=[torch.randn(16, 3, 12, 12) for _ in range(2)])
+    spec = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
+    draft = Static()(Draft(raise_network(model, (example,))), Context(task=task, accelerates=spec))
+    building.build(draft, "openvino", "int8", task, flatten_outputs(model(example))[1], tmp_path)
+    session = runtimes.open_artifact(tmp_path, 1)
+    for batch in (1, 2, 3, 32):
+        x = torch.randn(batch, 3, 12, 12)
+        with torch.no_grad():
+            (given,), expected = session.run([x.numpy()]), model(x)
+        noise = (torch.from_numpy(given) - expected).square().mean()
+        assert 10 * torch.log10(expected.square().mean() / noise) > 25, batch

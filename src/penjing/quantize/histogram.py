@@ -83,6 +83,11 @@ class Histogram:
             self.limit *= 2
 
     @property
+    def power(self) -> float:
+        """Mean square of the values, to within the width of a bin."""
+        return float((self.counts * self.centers.square()).sum() / self.counts.sum().clamp(min=1))
+
+    @property
     def centers(self) -> torch.Tensor:
         """Middle of every bin, (bins,), float64; within the extremes that were seen."""
         n = len(self.counts)

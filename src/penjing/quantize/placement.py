@@ -24,12 +24,14 @@ class Placement:
         weights: Sites of the layers whose weights are quantized.
         floats: Site → why it stays in floating point.
         products: Names of the nodes whose values a product of two activations reads.
+        results: Edges that are quantized for the operator before them alone: its kernel writes integers only.
     """
 
     edges: dict[str, str]
     weights: tuple[str, ...]
     floats: dict[str, str]
     products: frozenset[str]
+    results: frozenset[str]
 
 
 def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str, str]) -> Placement:
@@ -55,13 +57,14 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     for node in integer:
         for port, producer in enumerate(tensor_inputs(node)):
             _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges)
+    read = frozenset(edges)
     chosen = {site(n) for n in integer}
     for node in integer:
         if kind(network, node) in accelerates.quantized_output:
             _quantize_readers(network, accelerates, node, chosen, edges)
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "linear"))
     products = {edges[f"{site(n)}:in{i}"] for n in integer if kind(network, n) == "matmul" for i in range(2)}
-    return Placement(edges, weights, floats, frozenset(products))
+    return Placement(edges, weights, floats, frozenset(products), frozenset(edges) - read)
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_rang
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
+from penjing.quantize.sharing import Columns, apart, to_watch
 from penjing.step import Context
 from penjing.surgery import fold_batch_norms, unfold_attentions
 
@@ -98,10 +99,14 @@ class Static:
         for pattern in self.settings:
             matches(pattern, names)
         placement = place(draft.network, accelerates, excluded)
-        statistics = collect(draft.network, set(placement.edges.values()), context, self.samples)
+        statistics, columns = collect(
+            draft.network, set(placement.edges.values()), context, self.samples, to_watch(draft.network, placement)
+        )
         entries = self._activations(placement, statistics, accelerates)
+        separate = apart(draft.network, placement, entries, statistics, columns)
         entries |= self._weights(draft.network, placement, entries, accelerates)
-        plan = Plan(dict(sorted(entries.items())), placement.floats)
+        entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
+        plan = Plan(entries, {**placement.floats, **separate.floats})
         return replace(draft, plan=plan, edits=draft.edits + edits)
 
     def _for(self, name: str) -> Static:
@@ -260,23 +265,48 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def collect(network: fx.GraphModule, values: set[str], context: Context, samples: int) -> dict[str, Histogram]:
-    """Histograms of the named values over the calibration data, in one pass; kept in `context.memo`."""
-    memo: dict[str, Histogram] = context.memo.setdefault(("histograms", _fingerprint(network), samples), {})
-    missing = values - set(memo)
-    if missing:
-        memo.update(_observe(network, missing, context, samples))
-    return memo
+Statistics = tuple[dict[str, Histogram], dict[str, Columns]]
 
 
-def _observe(network: fx.GraphModule, values: set[str], context: Context, samples: int) -> dict[str, Histogram]:
-    histograms = {name: Histogram() for name in sorted(values)}
+def collect(
+    network: fx.GraphModule, values: set[str], context: Context, samples: int, columns: Collection[str] = ()
+) -> Statistics:
+    """Histograms of the named values over the calibration data, and of some of them the columns too, in one pass.
 
+    They are kept in `context.memo`, for this network and this very object that gives the data: what is equal but
+    another object is read again.
+    """
+    known: list[tuple[object, Statistics]] = context.memo.setdefault(("histograms", _fingerprint(network), samples), [])
+    data = context.task.calibration  # held here, so that no other object can take its identity
+    found = next((statistics for source, statistics in known if source is data), None)
+    if found is None:
+        found = ({}, {})
+        known.append((data, found))
+    histograms, powers = found
+    new, beside = values - set(histograms), set(columns) - set(powers)
+    if new | beside:
+        more = {name: Histogram() for name in sorted(new)}
+        watched = {name: Columns() for name in sorted(beside)}
+        _observe(network, more, watched, context, samples)
+        histograms.update(more)
+        powers.update(watched)
+    return found
+
+
+def _observe(
+    network: fx.GraphModule,
+    histograms: Mapping[str, Histogram],
+    columns: Mapping[str, Columns],
+    context: Context,
+    samples: int,
+) -> None:
     class Observer(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if n.name in histograms and isinstance(result, torch.Tensor):
                 histograms[n.name].update(result, share=share, more=more)  # of the loop below
+            if n.name in columns and isinstance(result, torch.Tensor):
+                columns[n.name].update(result)
             return result
 
     network.eval()
@@ -290,11 +320,13 @@ def _observe(network: fx.GraphModule, values: set[str], context: Context, sample
                 observer.run(*flat_inputs(network, call))
                 done += size_of(call)
                 context.events("progress", label="calibrate", done=done, total=samples)
-    return histograms
 
 
-def _fingerprint(network: nn.Module) -> str:
+def _fingerprint(network: fx.GraphModule) -> str:
+    """Of the operators, by the names that values are known by, and of all tensors."""
     digest = hashlib.sha256()
+    for node in network.graph.nodes:
+        digest.update(repr((node.op, node.name, str(node.target), node.args, node.kwargs)).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

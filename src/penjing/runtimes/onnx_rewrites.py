@@ -140,6 +140,44 @@ def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:
     return pads if all(p >= 0 for p in pads) else None
 
 
+def weights_of_their_own(model: Any) -> bool:
+    """A quantized weight that several layers read becomes one for each; whether there was any.
+
+    OpenVINO merges two layers that read the same values and the same weight, and where a bias or an activation
+    follows one of them alone, version 2026.4 gives wrong numbers from the third input shape on. Its own files hold
+    equal constants once.
+    """
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    places = {name: (i, node) for i, node in enumerate(graph.node) for name in node.output}
+    read: dict[str, int] = {}
+    copies = []
+    for node in graph.node:
+        if node.op_type not in _LAYERS or node.input[1] not in places:
+            continue
+        weight = node.input[1]
+        position, dequantize = places[weight]
+        if dequantize.op_type != "DequantizeLinear" or dequantize.input[0] not in stored:
+            continue
+        number = read[weight] = read.get(weight, 0) + 1
+        if number == 1:
+            continue
+        copy, tensor = type(dequantize)(), type(stored[dequantize.input[0]])()
+        copy.CopyFrom(dequantize)
+        tensor.CopyFrom(stored[dequantize.input[0]])
+        copy.name, copy.output[0] = f"{dequantize.name}_{number}", f"{weight}_{number}"
+        tensor.name = copy.input[0] = f"{tensor.name}_{number}"
+        node.input[1] = copy.output[0]
+        graph.initializer.append(tensor)
+        copies.append((position, copy))
+    for position, copy in sorted(copies, key=lambda c: c[0], reverse=True):
+        graph.node.insert(position + 1, copy)
+    return bool(copies)
+
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
 def store_in_half(model: Any) -> None:
     """Floating-point constants are stored in half precision, with a Cast to float32 behind, which folds at load.
 

@@ -116,8 +116,14 @@ def convert(onnx_path: str, path: str, half: bool) -> None:
         ExportError: OpenVINO can't read it.
         OutputError: The disk is full.
     """
+    import onnx
     import openvino
 
+    from penjing.runtimes import onnx_rewrites
+
+    crossing = onnx.load(onnx_path)
+    if onnx_rewrites.weights_of_their_own(crossing):
+        onnx.save(crossing, onnx_path)
     try:
         # convert_model folds constants, read_model does not: a third of the XML.
         model = openvino.convert_model(onnx_path)
