@@ -147,7 +147,7 @@ def _lost(powers: torch.Tensor, step: float) -> float:
 
 
 def _on_way(network: fx.GraphModule) -> set[str]:
-    """Sites of the operators that lead to an output and keep columns apart all the way; "output" itself."""
+    """Sites of the operators that lead to an output and keep columns apart all the way; that of the outputs too."""
     way: set[fx.Node] = set()
     for node in reversed(network.graph.nodes):
         keeps = node.op == "output" or (
@@ -156,7 +156,7 @@ def _on_way(network: fx.GraphModule) -> set[str]:
         )
         if keeps:
             way.add(node)
-    return {"output" if node.op == "output" else site(node) for node in way}
+    return {site(node) for node in way}
 
 
 def _writer(network: fx.GraphModule, node: fx.Node) -> str:
