@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,11 @@ from penjing.draft import Draft
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
 from penjing.quantize.placement import place
+from penjing.quantize.static import prepare
 from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.repeatable import raise_repeatable
 from penjing.source import Source, check_forward
 from penjing.step import Context
-from penjing.surgery import fold_batch_norms
 from penjing.task import Task
 
 
@@ -118,12 +119,13 @@ def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]
 
 
 def _blockers(network: fx.GraphModule) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
-    fold_batch_norms(network)
     sets = measure.machine(1).instruction_sets
     floats, notes = {}, {}
     for name in runtimes.DEPLOYED:
         if runtimes.installed(name):
             accelerates = runtimes.get(name).accelerates(sets)
-            floats[name] = place(network, accelerates, {}).floats
+            mine = copy.deepcopy(network)
+            prepare(mine, accelerates)
+            floats[name] = place(mine, accelerates, {}).floats
             notes[name] = accelerates.notes
     return floats, notes

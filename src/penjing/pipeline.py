@@ -17,7 +17,7 @@ from torch import fx
 from penjing import checkpoint, evidence, finite, measure, runtimes, steadiness
 from penjing.analyze.cost import cost
 from penjing.bisecting import first_difference
-from penjing.building import INTEGER, build, executed_rows
+from penjing.building import INTEGER, build, check_integers, executed_rows, float_doubts, float_shares
 from penjing.causes import doubts
 from penjing.draft import Draft
 from penjing.errors import OutputError, PenjingError, TaskError, UsageError
@@ -223,6 +223,8 @@ def candidate(
     made = draft(run, recipe, variant)
     if variant.precision in INTEGER and made.plan.precision not in ("", variant.precision):
         return None
+    if variant.precision in INTEGER:
+        check_integers(variant.name, made.plan)
     where = f"{CANDIDATES}/{variant.name}"
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
         build(made, variant.runtime, variant.precision, run.task, structure, aside)
@@ -248,6 +250,11 @@ def candidate(
             value = None
         rows, integer, floating = executed_rows(made.network, made.plan, run.task.call(), manifest, folder)
         packed = _packed(run, folder, manifest)
+    shares = float_shares(rows) if variant.precision in INTEGER else (None, None)
+    told: tuple[str, ...] = ()
+    if rejection is None:
+        told = doubts(variant.name, variant.precision, parity, made, run.task)
+        told += float_doubts(variant.name, rows) if variant.precision in INTEGER else ()
     found = Candidate(
         name=variant.name,
         runtime=variant.runtime,
@@ -266,7 +273,9 @@ def candidate(
         layers=rows,
         sha256={name: measure.sha256(folder / name) for name in manifest.files()},
         rejection=rejection,
-        doubts=doubts(variant.name, variant.precision, parity, made, run.task) if rejection is None else (),
+        float_macs_share=shares[0],
+        float_bytes_share=shares[1],
+        doubts=told,
     )
     run.folder.keep(variant.name, dataclasses.asdict(found))
     run.events("candidate", name=variant.name, metric=value, size_bytes=found.measured.size_bytes)

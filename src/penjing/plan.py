@@ -217,6 +217,7 @@ class Accelerates:
         activations: Every format of activations that they take.
         dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
         symmetric_products: Whether a product of two activations is in integers only where neither has a zero point.
+        stored: Kinds that compute in floating point with weights kept in integers: their files are smaller.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
         channel_multiple: Channels that its kernels compute at once: others are padded to a multiple of them.
         notes: Sentences for the user, each about this processor.
@@ -234,6 +235,7 @@ class Accelerates:
     activations: Formats = Formats()
     dynamic: QuantSpec | None = QuantSpec(signed=False, symmetric=False, range="dynamic")
     symmetric_products: bool = False
+    stored: frozenset[str] = frozenset({"embedding"})
     recurrent: frozenset[str] = frozenset()
     channel_multiple: int = 8
     notes: tuple[str, ...] = ()

@@ -175,7 +175,8 @@ class LayerRow:
     weight_bytes: int = 0
     planned: str = "fp32"  # what the plan asked for
     executed: str | None = None  # what the runtime's own optimized graph shows; None where it can't be seen
-    reason: str | None = None  # why a convolution, linear or add stayed in floating point
+    reason: str | None = None  # why an operator with products or parameters stayed in floating point
+    stored: str | None = None  # "int8" where its weights are stored in integers, also where it computes in floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,8 @@ class Candidate:
     reason: str = ""
     integer_operators: dict[str, int] = field(default_factory=dict)  # counted in the runtime's optimized graph
     float_operators: dict[str, int] = field(default_factory=dict)
+    float_macs_share: float | None = None  # of an integer artifact: multiply-accumulates that stay in floating point
+    float_bytes_share: float | None = None  # and the bytes of its parameters that stay floats
     layers: tuple[LayerRow, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)  # file name → hash of every file of the artifact
     rejection: Rejection | None = None  # of a candidate that is not eligible

@@ -108,6 +108,17 @@ def resized_macs(
     return total
 
 
+MULTIPLIED = frozenset({"conv", "conv_transpose", "linear"})
+
+
+def multiplies(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an operator has multiply-accumulates: what stays in floating point with it is worth a word."""
+    what = kind(network, node)
+    if node.op == "call_module":
+        return what in MULTIPLIED
+    return node.op == "call_function" and (what in MULTIPLIED or what in _COUNTS or operator_name(node) in _COUNTS)
+
+
 def totals(rows: Iterable[LayerRow]) -> Total:
     """Parameters, MACs and weight bytes of all rows together."""
     rows = tuple(rows)

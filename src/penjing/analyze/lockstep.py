@@ -115,10 +115,14 @@ def run(
 
 
 def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A convolution or linear module's forward with other tensors."""
+    """A layer's forward with other tensors."""
     if isinstance(module, nn.Linear):
         return nn.functional.linear(x, weight, bias)
-    result: torch.Tensor = module._conv_forward(x, weight, bias)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        convolved: torch.Tensor = module._conv_forward(x, weight, bias)
+        return convolved
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    result: torch.Tensor = torch.func.functional_call(module, tensors, (x,))
     return result
 
 
@@ -166,6 +170,10 @@ class _Twins:
         what = kind(self.network, node)
         if node.op == "call_module" and what in LAYERS:
             self.twin[node] = self._layer(node, what, [a[0][0] for a in arguments])
+        elif node.op == "call_module" and (entry := self.plan.entries.get(f"{site(node)}:weight")) is not None:
+            module: Any = self.other.get_submodule(str(node.target))
+            weight = rounded(module.weight, entry)
+            self.twin[node] = [apply(module, a[0][0], weight, getattr(module, "bias", None)) for a in arguments]
         else:
             self.twin[node] = [compute(self.other, node, *a) for a in arguments]
 

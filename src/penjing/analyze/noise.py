@@ -189,8 +189,8 @@ def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.Graph
         source = node.args[0]
         assert isinstance(source, fx.Node)
         theirs: Any = repaired.get_submodule(str(node.target)) if repaired is not None else module
-        weights = apply(module, once.values[source], rounded(theirs.weight, entry), module.bias)
-        if repaired is not None:
+        weights = apply(module, once.values[source], rounded(theirs.weight, entry), getattr(module, "bias", None))
+        if repaired is not None and not isinstance(module, nn.Embedding):
             axis = -1 if isinstance(module, nn.Linear) else 1
             weights = shifted([weights], mean_difference([once.values[node]], [weights], axis), axis)[0]
     port, changed = -1, False

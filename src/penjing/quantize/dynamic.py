@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from penjing.analyze.cost import multiplies
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.graph import RECURRENT, kind, site, sites
 from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
-from penjing.quantize.affine import scale_and_zero_point, weight_range
 from penjing.quantize.placement import CHECKED
-from penjing.quantize.static import matches
+from penjing.quantize.static import for_layer, matches, stored_entry
 from penjing.step import Context
 from penjing.surgery import recurrent
 
@@ -61,7 +61,12 @@ class Dynamic:
         entries: dict[str, Entry] = {}
         for node in draft.network.graph.nodes:
             name, what = site(node), kind(draft.network, node)
-            if name in floats or what not in (*CHECKED, *RECURRENT):
+            if name in floats:
+                continue
+            if what in accelerates.stored and node.op == "call_module":
+                table: Any = draft.network.get_submodule(str(node.target))
+                entries[f"{name}:weight"] = self._weight(table.weight, accelerates, table)
+            if what not in (*CHECKED, *RECURRENT) and not multiplies(draft.network, node):
                 continue
             if (reason := _refusal(draft.network, node, what, accelerates)) is not None:
                 floats[name] = reason
@@ -76,11 +81,10 @@ class Dynamic:
                 entries[f"{name}:weight"] = self._weight(layer.weight, accelerates)
         return replace(draft, plan=Plan(dict(sorted(entries.items())), floats))
 
-    def _weight(self, weight: torch.Tensor, accelerates: Accelerates) -> Entry:
+    def _weight(self, weight: torch.Tensor, accelerates: Accelerates, layer: nn.Module | None = None) -> Entry:
         bits = min(self.weight_bits, accelerates.weight.bits)
         spec: QuantSpec = replace(accelerates.weight, bits=bits, range=self.weight_range)
-        scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
-        return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+        return stored_entry(weight, spec if layer is None else for_layer(spec, layer))
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:

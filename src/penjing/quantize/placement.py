@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from penjing.analyze.cost import multiplies
 from penjing.graph import arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
 from penjing.quantize.masking import before_softmax
@@ -22,6 +23,7 @@ class Placement:
     Attributes:
         edges: Activation edge ("site:in0") → name of the node whose values it carries.
         weights: Sites of the layers whose weights are quantized.
+        stored: Sites of the layers whose weights are quantized, and nothing else of them.
         floats: Site → why it stays in floating point.
         products: Names of the nodes whose values a product of two activations reads.
         results: Edges that are quantized for the operator before them alone: its kernel writes integers only.
@@ -29,6 +31,7 @@ class Placement:
 
     edges: dict[str, str]
     weights: tuple[str, ...]
+    stored: tuple[str, ...]
     floats: dict[str, str]
     products: frozenset[str]
     results: frozenset[str]
@@ -51,8 +54,13 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
             continue
         if reason is None:
             integer.append(node)
-        elif what in CHECKED:
+        elif what in CHECKED or multiplies(network, node):
             floats[site(node)] = reason
+    stored = tuple(
+        site(n)
+        for n in network.graph.nodes
+        if n.op == "call_module" and kind(network, n) in accelerates.stored and site(n) not in excluded
+    )
     edges: dict[str, str] = {}
     for node in integer:
         for port, producer in enumerate(tensor_inputs(node)):
@@ -62,9 +70,9 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     for node in integer:
         if kind(network, node) in accelerates.quantized_output:
             _quantize_readers(network, accelerates, node, chosen, edges)
-    weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "linear"))
+    weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
     products = {edges[f"{site(n)}:in{i}"] for n in integer if kind(network, n) == "matmul" for i in range(2)}
-    return Placement(edges, weights, floats, frozenset(products), frozenset(edges) - read)
+    return Placement(edges, weights, stored, floats, frozenset(products), frozenset(edges) - read)
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
@@ -75,10 +83,10 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
         return str(node.meta["float"])
     if what not in accelerates.integer:
         return f"{accelerates.runtime} has no integer kernel for {what}"
-    if what in ("conv", "linear") and node.op != "call_module":
+    if what in ("conv", "conv_transpose", "linear") and node.op != "call_module":
         return "its weight is computed, not stored"
     tensors = tensor_inputs(node)
-    if any(t.op == "get_attr" for t in tensors):
+    if what != "matmul" and any(t.op == "get_attr" for t in tensors):  # of a product it is the weight
         return "one of its inputs is a constant"
     if what in ("add", "mul", "matmul") and len(tensors) < 2:
         return "one of its inputs is a number"

@@ -11,6 +11,7 @@ import torch
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
 from penjing.draft import Draft
+from penjing.graph import kind, sites
 from penjing.step import Context
 
 
@@ -62,6 +63,7 @@ def repaired(
         return lockstep.shifted(outputs, shift, layer.axis)
 
     lockstep.run(source, draft.plan, chunks(context, source, samples, pieces), watch)
-    total = sum(edge.endswith(":weight") for edge in draft.plan.entries)
+    tables = {f"{name}:weight" for name, node in sites(source).items() if kind(source, node) == "embedding"}
+    total = sum(edge.endswith(":weight") and edge not in tables for edge in draft.plan.entries)
     context.events("covered", step=label, layers=len(covered), total=total)
     return replace(draft)

@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.samples import in_chunks, size_of
-from penjing.draft import Draft
+from penjing.draft import Draft, Edit
 from penjing.errors import RecipeError
-from penjing.graph import flat_inputs, sites
+from penjing.graph import flat_inputs, kind, sites
 from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram
@@ -88,12 +88,9 @@ class Static:
         """Return a draft with batch norms folded and a plan."""
         accelerates = context.accelerates or GENERIC
         draft = draft.copy()
-        edits = fold_batch_norms(draft.network)
-        names = list(sites(draft.network))
-        if "matmul" in accelerates.integer:
-            kept = {name for pattern in self.exclude for name in names if _fits(pattern, name)}
-            edits += unfold_attentions(draft.network, kept)
-            names = list(dict.fromkeys([*names, *sites(draft.network)]))
+        whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) == "attention"]
+        edits = prepare(draft.network, accelerates, self.exclude)
+        names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # an unfolded one can be named as a whole
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
@@ -165,7 +162,7 @@ class Static:
             layer = network.get_submodule(name.split("@")[0])
             weight, bias = layer.weight, layer.bias
             assert isinstance(weight, torch.Tensor)
-            spec = mine.weight_spec(accelerates, weight)
+            spec = for_layer(mine.weight_spec(accelerates, weight), layer)
             scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
             if isinstance(bias, torch.Tensor) and spec.group is None:
                 # A bias is int32 on the grid weight scale × input scale: a dead channel's grid must not be too fine.
@@ -173,7 +170,52 @@ class Static:
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
                 scale = shiftable(scale, spec)
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+        return entries | self._tables(network, placement.stored, entries, accelerates)
+
+    def _tables(
+        self, network: nn.Module, names: Iterable[str], layers: Mapping[str, Entry], accelerates: Accelerates
+    ) -> dict[str, Entry]:
+        """Of weights that are only stored in integers.
+
+        One that a layer multiplies by too has that layer's grid, so that it is stored once.
+        """
+        grids = {
+            id(network.get_submodule(edge.rpartition(":")[0].split("@")[0]).weight): e for edge, e in layers.items()
+        }
+        entries: dict[str, Entry] = {}
+        for name in names:
+            layer: Any = network.get_submodule(name.split("@")[0])
+            shared = grids.get(id(layer.weight))
+            if shared is None or shared.spec.group is not None:
+                spec = self._for(name).weight_spec(accelerates, layer.weight)
+                shared = stored_entry(layer.weight, for_layer(replace(spec, group=None), layer))
+            entries[f"{name}:weight"] = shared
         return entries
+
+
+def prepare(network: fx.GraphModule, accelerates: Accelerates, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
+    """Edit a network, in place, into the form whose edges are quantized: what stays in floating point is told of it.
+
+    Batch norms are folded, and attentions, except those that fit a pattern of `exclude`, unfolded.
+    """
+    edits = fold_batch_norms(network)
+    if "matmul" not in accelerates.integer:
+        return edits
+    kept = {name for pattern in exclude for name in sites(network) if _fits(pattern, name)}
+    return edits + unfold_attentions(network, kept)
+
+
+def for_layer(spec: QuantSpec, layer: nn.Module) -> QuantSpec:
+    """The format of a layer's weight where its output channels are not the first axis: (in, out/groups, …)."""
+    if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) or spec.axis is None:
+        return spec
+    return replace(spec, axis=1 if layer.groups == 1 else None, group=None)
+
+
+def stored_entry(weight: torch.Tensor, spec: QuantSpec) -> Entry:
+    """The grid of a weight that nothing is multiplied by in integers."""
+    scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
+    return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
 
 
 def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Formats) -> QuantSpec:

@@ -31,3 +31,17 @@ def counted(candidate: Candidate) -> tuple[int, int] | None:
     if not candidate.integer_operators and not candidate.float_operators:
         return None
     return sum(candidate.integer_operators.values()), sum(candidate.float_operators.values())
+
+
+def in_floats(candidate: Candidate) -> str:
+    """How much of an integer artifact stays in floating point, in one line; "" where that is nothing.
+
+    >>> from penjing.records import Measured
+    >>> about = dict(runtime="openvino", precision="int8", folder="x", measured=Measured())
+    >>> in_floats(Candidate(name="openvino-int8", float_macs_share=0.25, float_bytes_share=0.031, **about))
+    'openvino-int8: 25% of the multiply-accumulates and 3% of the parameter bytes in floating point'
+    """
+    macs, size = candidate.float_macs_share, candidate.float_bytes_share
+    parts = [(macs, "multiply-accumulates"), (size, "parameter bytes")]
+    told = [f"{share:.0%} of the {what}" for share, what in parts if share is not None and share >= 0.005]
+    return f"{candidate.name}: {' and '.join(told)} in floating point" if told else ""

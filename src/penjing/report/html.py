@@ -108,6 +108,7 @@ def vocabulary() -> Mapping[str, Any]:
         "family": arithmetic.family,
         "families": arithmetic.TITLES,
         "counted": arithmetic.counted,
+        "in_floats": arithmetic.in_floats,
         "parity": scatter.parity,
         "ring": scatter.RING,
         "percent_of": percent_of,

@@ -122,6 +122,7 @@ def candidates(record: records.Record) -> Table:
     told += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
     doubts = ((c.name, compared.busy(record, c)) for c in record.candidates)
     told += [f"busy machine: {name}: {text}" for name, text in doubts if text]
+    told += filter(None, map(arithmetic.in_floats, record.candidates))
     return _captioned(table, told + _kept(shown) + list(reasons))
 
 

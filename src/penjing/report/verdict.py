@@ -70,6 +70,9 @@ def changes(record: records.Record) -> tuple[str, ...]:
     if metric is not None and artifact.metric is not None:
         old, new = figures.metric_pair(metric, artifact.metric, record.metric_name)
         found.append(f"{record.metric_name} {old} → {new}")
+    share = record.chosen.float_macs_share if record.chosen else None
+    if share is not None and share > TOLD:
+        found.append(f"{figures.share(share)} of the multiply-accumulates in floating point")
     return tuple(f for f in found if f)
 
 
@@ -80,6 +83,9 @@ def _joined(changes: list[str]) -> list[str]:
     (one, whom), (other, floor) = (text.rsplit(" than ", 1) if " than " in text else (text, "") for text in changes)
     return [f"{one} than {whom} and than {floor}"] if one == other and floor else changes
 
+
+TOLD = 0.1
+"""A share of an integer artifact that stays in floating point and is larger belongs into the sentence."""
 
 GAIN = 1.05
 """A speed-up below this, or one that a quarter of the rounds did not see at all, counts as none."""

@@ -42,6 +42,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
+        stored=frozenset({"embedding", "conv_transpose"}),
         recurrent=frozenset({"lstm"}),
         channel_multiple=channel_multiple(instruction_sets),
         notes=(note,) if note else (),

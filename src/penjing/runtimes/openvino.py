@@ -45,7 +45,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         precisions=("fp32", "fp16", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
-        integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
+        integer=frozenset({"conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul"}),
         absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from penjing.surgery import recurrent
 from penjing.surgery.straight_through import Grid, wide
 
 SMALLEST = 1e-12  # that a scale becomes when it learns
+
+SHARED = 64  # values from which on an equal tensor is looked for
 
 
 class FakeQuantize(nn.Module):
@@ -115,7 +118,8 @@ def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
     for edge in plan.entries:
         name, _, port = edge.rpartition(":")
         node = found[name]
-        edges[edge] = node.args[1] if port == "weight" else tensor_inputs(node)[int(port.removeprefix("in"))]
+        position = 0 if kind(network, node) == "embedding" else 1
+        edges[edge] = node.args[position] if port == "weight" else tensor_inputs(node)[int(port.removeprefix("in"))]
     return edges
 
 
@@ -126,9 +130,15 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         return network
     integers = free_name(network, "integers")
     network.add_module(integers, nn.Module())
+    paths: dict[tuple[Any, ...], str] = {}
 
     def constant(name: str, value: torch.Tensor) -> fx.Node:
-        return _stored(network, f"{integers}.{name}", value)
+        # A table that is a layer's weight too is stored once.
+        key = (value.dtype, tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).digest())
+        if value.numel() >= SHARED and key in paths:
+            return network.graph.get_attr(paths[key])
+        paths[key] = f"{integers}.{name}"
+        return _stored(network, paths[key], value)
 
     def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
         # A single number has no axis: runtimes take a one-element vector for one channel.
@@ -149,6 +159,10 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 expected="activation_grid='uniform'; weights may be of any grid",
                 remedy="pj.apply computes it in torch",
             )
+        if producer.op == "get_attr":  # the other operand of a product: a weight, by whatever name
+            path = str(producer.target)
+            owner, _, leaf = path.rpartition(".")
+            return kept(path, getattr(network.get_submodule(owner), leaf).detach(), entry)
         scale, zero = numbers(f"activation{len(list(network.get_submodule(integers).buffers()))}", entry)
         axis = entry.spec.axis or 0
         call = network.graph.call_function
@@ -167,10 +181,15 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     def stored(layer: str, role: str, entry: Entry) -> fx.Node:
         value = getattr(network.get_submodule(layer), role).detach()
+        return kept(name_for(layer, role, entry), value, entry)
+
+    def held(value: torch.Tensor, entry: Entry) -> torch.Tensor:
         scale = torch.tensor(entry.scale, dtype=torch.float32)
         zero = torch.tensor(entry.zero_point, dtype=torch.int32)
-        q = grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
-        name = name_for(layer, role, entry)
+        return grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
+
+    def kept(name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
+        q = held(value, entry)
         call = network.graph.call_function
         if entry.spec.group is None:
             nodes = (constant(name, q), *numbers(name, entry))
@@ -186,6 +205,24 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     def weight(layer: str, entry: Entry) -> fx.Node:
         return stored(layer, "weight", entry)
+
+    def rows(layer: str, positions: fx.Node, entry: Entry) -> fx.Node:
+        """Rows of a table: their integers are gathered first, and they alone are dequantized."""
+        value: Any = network.get_submodule(layer).weight
+        name = name_for(layer, "weight", entry)
+        call, gather = network.graph.call_function, torch.ops.aten.embedding.default
+
+        def each(what: str, numbers: tuple[float, ...]) -> fx.Node:
+            rows = torch.tensor(numbers, dtype=torch.float32)
+            if rows.numel() == 1:
+                return constant(f"{name}_{what}", rows.reshape(()))
+            return call(gather, (constant(f"{name}_{what}", rows.reshape(-1, 1)), positions))
+
+        q = call(gather, (constant(name, held(value.detach(), entry)), positions))
+        x = call(torch.ops.aten.to.dtype, (q, torch.float32))
+        if any(entry.zero_point):
+            x = call(torch.ops.aten.sub.Tensor, (x, each("row_zero", entry.zero_point)))
+        return call(torch.ops.aten.mul.Tensor, (x, each("row_scale", entry.scale)))
 
     def dynamic(layer: str, x: fx.Node, entry: Entry) -> fx.Node:
         value: Any = network.get_submodule(layer).weight
@@ -203,7 +240,12 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             return constant(name_for(layer, "bias", None), value.detach())
         return stored(layer, "bias", entry)
 
-    _rewire(network, plan, place, weight, bias, constant, dynamic)
+    _rewire(network, plan, place, weight, bias, constant, dynamic, rows)
+    for node in reversed(list(network.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            network.graph.erase_node(node)
+            _forget(network, str(node.target))
+    network.recompile()
     for layer, _ in written:
         if not _is_used(network, layer):
             network.delete_submodule(layer)  # float weights without a user would stay in a saved program
@@ -220,6 +262,15 @@ def _stored(network: fx.GraphModule, path: str, value: torch.Tensor) -> fx.Node:
         holder = getattr(holder, part)
     holder.register_buffer(leaf, value)
     return network.graph.get_attr(path)
+
+
+def _forget(network: fx.GraphModule, path: str) -> None:
+    """Delete a stored tensor that no operator and no layer reads."""
+    holder, _, leaf = path.rpartition(".")
+    owner = network.get_submodule(holder)
+    layers = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    if hasattr(owner, leaf) and holder not in layers and not any(n.target == path for n in network.graph.nodes):
+        delattr(owner, leaf)
 
 
 def _is_used(network: fx.GraphModule, layer: str) -> bool:
@@ -247,6 +298,7 @@ def _rewire(
     bias: Callable[[str, Entry | None], fx.Node | None],
     store: Callable[[str, torch.Tensor], fx.Node] | None,
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
+    rows: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
     found = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
@@ -285,7 +337,7 @@ def _rewire(
     for edge, entry in plan.entries.items():
         name, _, port = edge.rpartition(":")
         if port == "weight":
-            _functional_layer(network, found[name], plan, entry, weight, bias, dynamic)
+            _functional_layer(network, found[name], plan, entry, weight, bias, dynamic, rows)
     for node in cells.values():
         assert store is not None
         recurrent.in_integers(network, node, plan, store)
@@ -315,6 +367,7 @@ def _functional_layer(
     weight: Callable[[str, Entry], fx.Node],
     bias: Callable[[str, Entry | None], fx.Node | None],
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None,
+    rows: Callable[[str, fx.Node, Entry], fx.Node] | None,
 ) -> None:
     layer, site = str(node.target), str(node.meta["site"])
     module: Any = network.get_submodule(layer)
@@ -324,8 +377,14 @@ def _functional_layer(
     with network.graph.inserting_before(node):
         # With a scale for every few values it is the runtime that quantizes, when it sees integer weights.
         by_operator = dynamic is not None and inputs is not None and inputs.dynamic and inputs.spec.group is None
-        w = None if by_operator else weight(layer, entry)
-        if dynamic is not None and by_operator:
+        by_rows = what == "embedding" and rows is not None
+        w = None if by_operator or by_rows else weight(layer, entry)
+        if rows is not None and by_rows:
+            new = rows(layer, x, entry)
+        elif what == "embedding":
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            new = network.graph.call_function(torch.ops.aten.embedding.default, (w, x, padding))
+        elif dynamic is not None and by_operator:
             new = dynamic(layer, x, entry)
         elif what == "linear":
             # One bias grid needs one integer accumulator; a 3-D linear becomes a matrix product and an addition.
@@ -341,11 +400,15 @@ def _functional_layer(
 
 def _conv_settings(module: Any) -> tuple[Any, ...]:
     padding = module.padding if isinstance(module.padding, str) else list(module.padding)
+    if module.transposed:
+        return (list(module.stride), padding, list(module.output_padding), module.groups, list(module.dilation))
     return (list(module.stride), padding, list(module.dilation), module.groups)
 
 
 def _convolution(module: nn.Module) -> Any:
     operator = _CONVOLUTIONS[type(module)]
+    if not hasattr(operator, "default"):
+        return operator.input
     return operator.padding if isinstance(module.padding, str) else operator.default
 
 
@@ -353,4 +416,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: torch.ops.aten.conv1d,
     nn.Conv2d: torch.ops.aten.conv2d,
     nn.Conv3d: torch.ops.aten.conv3d,
+    nn.ConvTranspose1d: torch.ops.aten.conv_transpose1d,
+    nn.ConvTranspose2d: torch.ops.aten.conv_transpose2d,
+    nn.ConvTranspose3d: torch.ops.aten.conv_transpose3d,
 }
