@@ -12,6 +12,7 @@ import penjing as pj
 from penjing import records, runtimes
 from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError, TrainingError, UsageError
 from penjing.folder import ARTIFACT, CANDIDATES
+from penjing.report import verdict
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.source import open_source
 from penjing.surgery import insert
@@ -183,7 +184,7 @@ def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_se
         mine, theirs = by_name(record)[name], by_name(digits_run.record)[name]
         assert mine.parity == theirs.parity and mine.sha256 == theirs.sha256
     assert record.data == digits_run.record.data
-    assert str(result) == f"{record.goal.reason} ({result.folder})"
+    assert str(result) == f"{record.goal.reason}; {verdict.of(record).headline} ({result.folder})"
 
 
 def test_without_a_metric_agreement_with_the_source_is_measured_and_what_is_excluded_stays_float(
