@@ -22,6 +22,7 @@ from penjing.errors import RecipeError
 from penjing.graph import flat_inputs, kind, sites
 from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
+from penjing.quantize.easing import eased
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
@@ -49,6 +50,8 @@ class Static:
         scale: "free", or "power_of_two" for processors that only shift.
         samples: At most so many calibration samples are read.
         exclude: Name patterns (as in ``layer3.*``) of operators that stay in floating point.
+        outliers: "keep", or "ease": where an output loses most of its values to a few huge channels of an activation,
+            `SmoothQuant`, `SplitOutliers` or floating point is taken, and `Plan.remedy` says which.
         settings: Name pattern → other values of the fields above, down to `scale`, for the operators it matches.
     """
 
@@ -67,6 +70,7 @@ class Static:
     scale: str = "free"
     samples: int = 300
     exclude: tuple[str, ...] = ()
+    outliers: str = "keep"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +90,16 @@ class Static:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded and a plan."""
+        made = self._quantized(draft, context)
+        if self.outliers == "keep":
+            return made
+
+        def quantize(changed: Draft, context: Context, floats: tuple[str, ...]) -> Draft:
+            return replace(self, exclude=(*self.exclude, *floats))._quantized(changed, context)
+
+        return eased(quantize, draft, made, context)
+
+    def _quantized(self, draft: Draft, context: Context) -> Draft:
         accelerates = context.accelerates or GENERIC
         draft = draft.copy()
         whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) == "attention"]
@@ -251,6 +265,7 @@ def _check_values(where: str, values: Mapping[str, Any]) -> None:
         "weight_symmetric": three,
         "activation_symmetric": three,
         "scale": (("free", "power_of_two"), "free or power_of_two"),
+        "outliers": (("keep", "ease"), "keep or ease"),
         "samples": whole,
     }
     if values.get("weight_group") is not None:
@@ -275,7 +290,7 @@ def _check_grids(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
-    known = {f.name for f in fields(Static)} - {"samples", "exclude", "settings"}
+    known = {f.name for f in fields(Static)} - {"samples", "exclude", "outliers", "settings"}
     if not set(values) <= known:
         raise RecipeError(
             f"the settings for {pattern!r} hold a value that cannot differ between operators",

@@ -132,7 +132,8 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
-    steps = Recipe.of(recipe) if recipe is not None else Recipe(Static(exclude=tuple(exclude)), AdaRound())
+    plain = (Static(exclude=tuple(exclude), outliers="ease"), AdaRound())
+    steps = Recipe.of(recipe) if recipe is not None else Recipe(*plain)
     return _carry_out(
         model, task, goal, steps, reference=reference, runtime=runtime, out=out, seed=seed,
         threads=threads, batch=batch, device=device, seconds=seconds, resume=resume, force=force, listeners=listeners,

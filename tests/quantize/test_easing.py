@@ -1,0 +1,81 @@
+"""A few huge channels are eased by themselves, and a network without them keeps its plan to the bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing import runtimes
+from penjing.architectures import build
+from penjing.draft import Draft
+from penjing.errors import RecipeError
+from penjing.measure import machine
+from penjing.network import raise_network
+from penjing.quantize import AdaRound, Static
+from penjing.quantize.easing import outliers
+from penjing.step import Context
+from penjing.surgery import insert
+from penjing.task import Task
+
+
+class Blocks(nn.Module):
+    """Feed-forward blocks behind norms, of which the first gives a few channels a hundred times larger.
+
+    The weights behind hardly read them, as in trained transformers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList([nn.LayerNorm(64) for _ in range(2)])
+        self.up = nn.ModuleList([nn.Linear(64, 128) for _ in range(2)])
+        self.down = nn.ModuleList([nn.Linear(128, 64) for _ in range(2)])
+        self.head = nn.Linear(64, 5)
+        with torch.no_grad():
+            for norm, up in zip(self.norms, self.up, strict=True):
+                norm.weight[[3, 40]] = 300.0
+                up.weight[:, [3, 40]] /= 300.0
+
+    def forward(self, x):
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(F.relu(up(norm(x))))
+        return self.head(x)
+
+
+def context_of(runtime, *shape, data=None):
+    spec = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
+    data = data or [torch.randn(16, *shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    return Context(task=Task(example=torch.zeros(2, *shape), calibration=data), accelerates=spec)
+
+
+def decibels(network, draft, x):
+    with torch.no_grad():
+        expected, given = network(x), insert(draft.network, draft.plan)(x)
+    return float(10 * torch.log10(expected.square().mean() / (expected - given).square().mean()))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_huge_channels_are_eased_and_the_plan_says_how(runtime):
+    model = Blocks().eval()
+    draft, context = Draft(raise_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
+    plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
+    x = torch.randn(16, 6, 64, generator=torch.Generator().manual_seed(9))
+    assert {"up.0", "up.1"} <= set(outliers(plain.network, plain.plan, [((x,), {})]))
+    assert decibels(model, plain, x) < 15 < 20 < decibels(model, eased, x)
+    assert "huge channels" in eased.plan.remedy and "dB instead of" in eased.plan.remedy
+    assert decibels(model, AdaRound()(eased, context), x) > 20
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_where_nothing_is_lost_the_plan_is_the_same_to_the_bit(runtime):
+    torch.manual_seed(0)
+    draft = Draft(raise_network(build("resnet20", width=8).eval(), (torch.zeros(2, 3, 16, 16),)))
+    context = context_of(runtime, 3, 16, 16)
+    plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
+    assert plain.plan.to_json() == eased.plan.to_json()
+    assert all(torch.equal(a, b) for a, b in zip(plain.network.parameters(), eased.network.parameters(), strict=True))
+
+
+def test_what_can_be_done_about_outliers():
+    with pytest.raises(RecipeError, match="outliers"):
+        Static(outliers="drop")
