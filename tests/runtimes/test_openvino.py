@@ -132,6 +132,8 @@ def test_fixed_shapes_and_varying_ones_give_the_same_answers(tmp_path):
 class OneWeight(nn.Module):
     """Two convolutions of the same values with the same weight, of which one has a bias and an activation."""
 
+    shape = (3, 12, 12)
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -150,17 +152,32 @@ class BothWays(OneWeight):
         return back + F.conv2d(x, self.first.weight, padding=1).mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("network", [OneWeight, BothWays])
-def test_one_weight_of_two_layers_is_right_at_every_batch_size(network, tmp_path):
+class SumOfLayers(nn.Module):
+    """Rows that two linear layers give, added, and read by a third."""
+
+    shape = (16,)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.c(h + self.b(h)) + self.b(h)
+
+
+@pytest.mark.parametrize("network", [OneWeight, BothWays, SumOfLayers])
+def test_integers_are_right_at_every_batch_size(network, tmp_path):
     """In one session: from the third shape on it compiles a network whose shapes vary."""
-    model, example = network().eval(), torch.randn(2, 3, 12, 12)
-    task = Task(example=(example,), calibration=[torch.randn(16, 3, 12, 12) for _ in range(2)])
+    model, example = network().eval(), torch.randn(2, *network.shape)
+    task = Task(example=(example,), calibration=[torch.randn(16, *network.shape) for _ in range(2)])
     spec = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
     draft = Static()(Draft(raise_network(model, (example,))), Context(task=task, accelerates=spec))
     building.build(draft, "openvino", "int8", task, flatten_outputs(model(example))[1], tmp_path)
     session = runtimes.open_artifact(tmp_path, 1)
     for batch in (1, 2, 3, 32):
-        x = torch.randn(batch, 3, 12, 12)
+        x = torch.randn(batch, *network.shape)
         with torch.no_grad():
             (given,), expected = session.run([x.numpy()]), model(x)
         noise = (torch.from_numpy(given) - expected).square().mean()
