@@ -176,31 +176,6 @@ def test_scores_that_are_wrong_do_not_hide_behind_boxes(tmp_path, lost):
     assert planned.snr_db > 60 and planned.worst.snr_db < 30  # together they look fine
 
 
-def test_integers_far_from_the_source_are_told_with_operators_and_remedy(tmp_path):
-    """As planned, and little is left: 2-bit activations would be refused by no runtime's file."""
-
-    class Peaked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
-
-        def forward(self, x):
-            h = self.a(x)
-            return self.b(torch.cat([h[:, :1] * 3e4, h[:, 1:]], 1) * 1.0)
-
-    torch.manual_seed(0)
-    network = Peaked().eval()
-    with torch.no_grad():
-        network.b.weight[:, 0] = 0
-    x = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    of = pj.Task(example=x[0][:2], calibration=x)
-    record = compressed(tmp_path / "run", network, of=of).record
-    row = next(c for c in (*record.candidates, *record.rejected) if c.precision == "int8")
-    if row.parity[1].snr_db < 15 and row.rejection is None:
-        (text,) = [t for t in record.warnings if "of the source network's values" in t]
-        assert "b (" in text and "exclude" in text
-
-
 class TestWhatIsNotFinite:
     def test_an_artifact_that_answers_nan_is_rejected_by_that_reason(self, tmp_path, lost):
         lost("c", lambda model: not integers(model), factor=np.nan)
