@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.errors import GoalError
-from penjing.records import Candidate, Energy, Latency, Measured
+from penjing.records import Candidate, Energy, Latency, Measured, Rejection
 from penjing.search.goal import Goal, Limit, check, choose, figures, needs_metric, pareto
 from penjing.search.goal_text import FIGURES, METRICS
 
@@ -322,3 +322,28 @@ def test_a_limit_that_was_judged_on_a_busy_machine_says_so():
         assert check(goal, busy)[0] == met == choose(goal, [busy]).met
         assert "busy machine, so its timing can't be trusted: its speed-up went from" in choose(goal, [busy]).reason
     assert "busy machine" not in check(Goal.parse("minimize size_bytes"), busy)[1]
+
+
+# --- rejected candidates ----------------------------------------------------------------------------------------
+
+
+def rejected(name, snr_db, limit_db=30.0, **figures):
+    reason = f"output: {snr_db} dB is below the limit of {limit_db} dB" if snr_db is not None else "output: NaN"
+    return replace(candidate(name, **figures), rejection=Rejection(reason=reason, snr_db=snr_db, limit_db=limit_db))
+
+
+def test_a_rejected_candidate_is_never_chosen_while_another_is_left():
+    goal = Goal.parse("minimize size_bytes, drop<=1%")
+    wrong = rejected("wrong", 29.0, size=10, drop=0.0)
+    assert check(goal, wrong) == (False, "rejected: output: 29.0 dB is below the limit of 30.0 dB")
+    found = choose(goal, [wrong, candidate("right", size=100, drop=0.0)])
+    assert (found.chosen, found.met, found.pareto) == ("right", True, ("right",))
+    found = choose(goal, [wrong, candidate("far", size=100, drop=0.5)])
+    assert (found.chosen, found.met) == ("far", False) and "far comes nearest: drop" in found.reason
+
+
+def test_where_all_are_rejected_the_nearest_to_its_limit_is_delivered_and_the_goal_is_not_met():
+    goal = Goal.parse("minimize size_bytes")
+    found = choose(goal, [rejected("nan", None, size=1), rejected("far", 5.0, size=2), rejected("near", 28.0, size=9)])
+    assert (found.chosen, found.met, found.pareto) == ("near", False, ())
+    assert found.reason.startswith("no candidate may be offered; near comes nearest and is rejected: output: 28.0 dB")
