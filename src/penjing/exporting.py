@@ -156,10 +156,30 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     ]
     where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
     message = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {error}"
+    expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
     return ExportError(
         f"the network can't be exported: {where}",
         got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
-        expected="a forward without control flow that depends on the values of tensors",
-        remedy="rewrite that line with torch.where or torch.cond; if a size can't vary, "
-        "fix it with Task(dynamic={}) or name the axes that do vary",
+        expected=expected,
+        remedy=remedy,
     )
+
+
+_ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
+    r"GuardOnDataDependent|[Dd]ata-dependent|[Dd]ynamic control flow": (
+        "a forward without control flow that depends on the values of tensors",
+        "choose with torch.where(condition, a, b) or torch.cond(condition, branch_a, branch_b, inputs) on that line",
+    ),
+    r"Constraints violated|specialized|is invalid for input of size|must match|size mismatch|shapes cannot be"
+    r"|[Ss]izes of tensors|broadcast": (
+        "a forward that takes every size of the axes that vary; without Task.dynamic that is the batch, axis 0",
+        "write sizes as x.shape[0] or -1 where that line has a number (x.flatten(1) keeps the batch); or fix what "
+        "can't vary: Task(dynamic={}) fixes all sizes to the example's, Task(dynamic={'x': {0: 'batch'}}) all but the batch",
+    ),
+    "": (
+        "a forward that torch.export takes",
+        "torch.export.export(model.eval(), example) in a Python shell shows the same; write that line with operators "
+        "of torch alone",
+    ),
+}

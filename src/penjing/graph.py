@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -107,6 +109,19 @@ def site(node: fx.Node) -> str:
     return OUTPUT if node.op == "output" else str(node.meta.get("site", node.name))
 
 
+def line(node: fx.Node) -> str:
+    """The line of the user's code that a node comes from, in brackets behind a blank; nothing where it is not known.
+
+    For example ``" (net.py:12 in forward: x = self.fc(x))"``.
+    """
+    frames = re.findall(r'File "(.+)", line (\d+), in (.+)\n *(.*)', str(node.meta.get("stack_trace") or ""))
+    frames = [frame for frame in frames if not frame[0].startswith("<") and "site-packages" not in frame[0]]
+    if not frames:
+        return ""
+    file, number, function, text = frames[-1]
+    return f" ({PurePath(file).name}:{number} in {function}: {text.strip()})"
+
+
 def layer_site(name: str, layer: int) -> str:
     """What a layer of a recurrent stack is called: the first one as the stack."""
     return f"{name}/layer{layer}" if layer else name
@@ -151,8 +166,15 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Node name → fake tensor (shape and dtype, no data) for one forward in eval mode; tuples are left out."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Node name → fake tensor (shape and dtype, no data) for one forward in eval mode; tuples are left out.
+
+    Where a size depends on values (`nonzero`, a boolean mask), it is the size that the values of this call give.
+    """
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
 
     found: dict[str, torch.Tensor] = {}
 
@@ -164,9 +186,16 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
             return result
 
     # In eval mode, because in training mode batch norm counts its batches on the real buffer.
-    with in_eval_mode(network), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, call)
-        Recorder(network).run(*flat_inputs(network, fake))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with in_eval_mode(network), mode, torch.no_grad():
+            fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, call)
+            Recorder(network).run(*flat_inputs(network, fake))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        found.clear()
+        with in_eval_mode(network), torch.no_grad():
+            Recorder(network).run(*flat_inputs(network, call))
+        return {name: mode.from_tensor(value) for name, value in found.items()}
     return found
 
 

@@ -25,10 +25,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from penjing.decompositions import decomposed
-from penjing.errors import ExportError
 from penjing.exporting import Dynamic, export_module
 from penjing.functional import functional, mutates
 from penjing.graph import arguments, operator_name
+from penjing.higher_order import in_line
 from penjing.naming import safe_names
 from penjing.products import as_linear
 from penjing.single_precision import single_program
@@ -57,7 +57,7 @@ def raise_network(
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
     program, owned = safe_names(single_program(program))
-    program = functional(decomposed(program))
+    program = functional(decomposed(in_line(program)))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     graph_module = _Raiser(flat, state).build()
@@ -88,12 +88,6 @@ class _Raiser:
         graph = self.flat.graph
         for node in list(graph.nodes):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
-                if node.op == "call_module" and node.users:
-                    raise ExportError(
-                        f"the network holds a higher-order operator that can't be raised: {node.target}",
-                        expected="a plain graph of operators",
-                        remedy="leave torch.cond and wrapped regions out of the network",
-                    )
                 graph.erase_node(node)
         as_linear(graph, self.tensors)
         _sweep(graph)  # what nobody reads any more reads no weight

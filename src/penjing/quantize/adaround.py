@@ -109,18 +109,27 @@ def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
 
     Returns:
         own = E[x̂ x̂ᵀ] and cross = E[x x̂ᵀ], both centred, each (groups, columns, columns), where a column is one
-        weight of an output channel; None for layers that have no such form (convolutions in three dimensions).
+        weight of an output channel; None for layers that have no such form (convolutions in three dimensions) or that
+        no sample reaches.
     """
     if isinstance(layer.module, nn.Conv3d) or getattr(layer.module, "padding_mode", "zeros") != "zeros":
         return None
-    first = patches(layer.module, layer.inputs[0][:1])
+    # Rows that are chosen by values may be none, or others once it is quantized.
+    usable = [
+        i
+        for i, (x, twin) in enumerate(zip(layer.inputs, layer.twin_inputs, strict=True))
+        if x.shape == twin.shape and x.numel()
+    ]
+    if not usable:
+        return None
+    first = patches(layer.module, layer.inputs[usable[0]][:1])
     groups, _, columns = first.shape
     own, cross = torch.zeros(2, groups, columns, columns).unbind()
     mean_source, mean_twin = torch.zeros(2, groups, columns).unbind()
     count = 0.0
     weights = layer.row_weights()
-    for i, (x, twin) in enumerate(zip(layer.inputs, layer.twin_inputs, strict=True)):
-        a, b = patches(layer.module, x), patches(layer.module, twin)  # (groups, rows, columns)
+    for i in usable:
+        a, b = (patches(layer.module, x[i]) for x in (layer.inputs, layer.twin_inputs))  # (groups, rows, columns)
         root = torch.ones(1) if weights is None else patches(layer.module, weights[i][..., None]).sqrt()
         a, b = (a, b) if weights is None else (a * root, b * root)
         own.baddbmm_(b.transpose(1, 2), b)

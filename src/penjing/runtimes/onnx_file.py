@@ -18,7 +18,7 @@ from torch import fx
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
 from penjing.exporting import export, input_names
-from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site
+from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site, line
 from penjing.runtimes import onnx_kept, onnx_pooling, onnx_rewrites
 from penjing.runtimes.artifact import Port
 
@@ -89,10 +89,10 @@ def _exported(
             while cause.__cause__ is not None:  # the outer ones only say in which step it happened
                 cause = cause.__cause__
             raise ExportError(
-                "the network has no ONNX form",
+                f"the network has no ONNX form{_culprit(network, str(cause))}",
                 got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}",
                 expected="operators that the ONNX exporter of torch translates",
-                remedy="write that operator with others, or choose a runtime that does not go by ONNX",
+                remedy="write that operator with others",
             ) from error
     assert exported is not None
     model = exported.model_proto
@@ -103,6 +103,15 @@ def _exported(
     _tidy(model, inputs, call, dynamic)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def _culprit(network: fx.GraphModule, message: str) -> str:
+    """The operator that an error of the exporter names, and its line; nothing where it names none."""
+    named = re.search(r"op='(\w+)\.(\w+)'", message)
+    if named is None:
+        return ""
+    where = next((node for node in network.graph.nodes if f"{named[1]}.{named[2]}." in f"{node.target}."), None)
+    return f": {named[1]}.{named[2]}" + (line(where) if where is not None else "")
 
 
 def _translations() -> dict[Any, Any]:

@@ -1,0 +1,96 @@
+"""Exporting: sizes that vary, and what is advised where a network can't be exported."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing.errors import ExportError
+from penjing.exporting import export
+from penjing.network import raise_network
+
+
+def rerun_of(network, args, dynamic):
+    return raise_network(export(network, (args, {}), dynamic))
+
+
+class TestRemedies:
+    """What an error advises is done, and then it exports."""
+
+    def test_a_branch_on_values_is_written_with_where_or_cond(self):
+        class Branch(nn.Module):
+            def forward(self, x):
+                return x * 2 if x.sum() > 0 else x
+
+        class Where(nn.Module):
+            def forward(self, x):
+                return torch.where(x.sum() > 0, x * 2, x)
+
+        class Cond(nn.Module):
+            def forward(self, x):
+                return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 0.0, (x,))
+
+        with pytest.raises(ExportError, match="torch.where.*torch.cond"):
+            raise_network(Branch(), (torch.zeros(1, 3),))
+        for remedy in (Where(), Cond()):
+            network = raise_network(remedy, (torch.zeros(1, 3),))
+            for x in (torch.ones(4, 3), -torch.ones(4, 3)):
+                assert torch.equal(network(x), Branch()(x))
+
+    @pytest.mark.parametrize("fixed", [lambda x: x.reshape(1, 12), lambda x: x.reshape(2, 12)], ids=["one", "two"])
+    def test_a_size_that_is_written_as_a_number(self, fixed):
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return fixed(x)
+
+        class Free(nn.Module):
+            def forward(self, x):
+                return x.flatten(1)
+
+        with pytest.raises(ExportError, match=r"x.flatten\(1\)") as error:
+            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
+        assert "torch.where" not in error.value.remedy
+        assert raise_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
+
+    def test_fixed_sizes_are_the_other_remedy(self):
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return x.reshape(2, 12) + x.flatten(1)
+
+        with pytest.raises(ExportError, match="dynamic={}"):
+            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
+        network = raise_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
+        assert network(torch.ones(2, 3, 4)).shape == (2, 12)
+
+    def test_anything_else_points_at_torch_export(self):
+        class Foreign(nn.Module):
+            def forward(self, x):
+                return torch.from_numpy(x.numpy() * 2)
+
+        with pytest.raises(ExportError) as error:
+            raise_network(Foreign(), (torch.zeros(1, 3),))
+        assert "torch.where" not in error.value.remedy
+
+
+class FreeHeight(nn.Module):
+    """Strides beside a pool: torch can't prove that both give one height."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.short, self.head = nn.Conv2d(8, 16, 1, 2), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.stem(x)), 3, 2, 1)
+        return self.head(torch.relu(self.conv(x) + self.short(x)).mean((2, 3)))
+
+
+def test_free_sizes_in_strided_residual_networks():
+    net = FreeHeight().eval()
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    network = raise_network(net, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
+    again = rerun_of(network, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
+    for height, width in ((32, 32), (45, 31), (17, 64)):
+        x = torch.randn(2, 3, height, width)
+        assert torch.equal(network(x), net(x))
+        assert torch.equal(again(x), net(x))
