@@ -98,3 +98,9 @@ def test_a_condition_on_a_size_is_refused():
     with pytest.raises(ExportError, match="an operator that runs others: cond") as error:
         raise_network(OnSize(), (torch.zeros(1, 8),))
     assert "on a size" in error.value.got
+
+
+def test_a_layer_that_chooses_rows_stays_in_floating_point():
+    network = raise_network(Routes(), (torch.zeros(1, 8),))
+    marked = {str(node.target) for node in network.graph.nodes if "float" in node.meta}
+    assert marked == {"route"}

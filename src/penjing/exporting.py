@@ -175,7 +175,7 @@ _ADVICE = {  # what an error of torch.export says → what would have been right
     r"|[Ss]izes of tensors|broadcast": (
         "a forward that takes every size of the axes that vary; without Task.dynamic that is the batch, axis 0",
         "write sizes as x.shape[0] or -1 where that line has a number (x.flatten(1) keeps the batch); or fix what "
-        "can't vary: Task(dynamic={}) fixes all sizes to the example's, Task(dynamic={'x': {0: 'batch'}}) all but the batch",
+        "can't vary: Task(dynamic={}) fixes all sizes to the example's, Task(dynamic={'x': {0: 'batch'}}) all but one",
     ),
     "": (
         "a forward that torch.export takes",

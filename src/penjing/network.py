@@ -34,6 +34,8 @@ from penjing.products import as_linear
 from penjing.single_precision import single_program
 from penjing.stored_weights import fold
 
+CHOOSES = "what it computes decides which rows are taken: a small error takes others"
+
 
 def raise_network(
     model: nn.Module | ExportedProgram,
@@ -107,10 +109,12 @@ class _Raiser:
         for node in graph.nodes:
             if node.op == "get_attr":
                 attributes[str(node.target)] = self._tensor(node)
+        for node in _choosing(graph):
+            node.meta["float"] = CHOOSES
         raised = fx.GraphModule(attributes, graph, class_name="Network")
         for node in raised.graph.nodes:
             value = node.meta.get("val")
-            node.meta = {key: node.meta[key] for key in ("site", "stack_trace") if key in node.meta}
+            node.meta = {key: node.meta[key] for key in ("site", "stack_trace", "float") if key in node.meta}
             if isinstance(value, torch.Tensor):
                 node.meta["rank"] = value.dim()
                 node.meta["floating"] = value.is_floating_point()
@@ -183,6 +187,34 @@ def _sweep(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
             graph.erase_node(node)
+
+
+def _choosing(graph: fx.Graph) -> set[fx.Node]:
+    """The layers whose values decide which rows are taken at all, as a router of experts does."""
+    layers: set[fx.Node] = set()
+    waiting = [mask for node in graph.nodes for mask in _masks(node)]
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_module":
+            layers.add(node)
+        else:
+            waiting += node.all_input_nodes
+    return layers
+
+
+def _masks(node: fx.Node) -> list[fx.Node]:
+    """What an operator reads to decide how many rows it gives."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name == "nonzero" or (name == "where" and len(node.args) == 1) or name == "masked_select":
+        return [part for part in node.args[-1:] if isinstance(part, fx.Node)]
+    if name not in ("index", "index_put"):
+        return []
+    indices = [part for part in node.args[1] if isinstance(part, fx.Node)]  # type: ignore[union-attr]
+    return [part for part in indices if getattr(part.meta.get("val"), "dtype", None) == torch.bool]
 
 
 def _is_assertion(node: fx.Node) -> bool:
