@@ -68,7 +68,20 @@ class Upsampling(nn.Module):
         return self.b(F.relu(self.up(F.relu(self.a(x)))))
 
 
+class Cells(nn.Module):
+    def __init__(self, cls, **settings):
+        super().__init__()
+        self.cells = cls(24, 40, batch_first=True, **settings)
+        self.head = nn.Linear(40 * (1 + self.cells.bidirectional), 8)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
 NETWORKS = {
+    "gru": (lambda: Cells(nn.GRU), values(5, 24)),
+    "gru both ways": (lambda: Cells(nn.GRU, num_layers=2, bidirectional=True), values(5, 24)),
+    "lstm": (lambda: Cells(nn.LSTM), values(5, 24)),
     "table": (Table, ids),
     "tied": (Tied, ids),
     "heads": (Heads, values(5, 4, 16)),
@@ -131,6 +144,21 @@ def test_integers_are_gathered_and_only_their_rows_are_dequantized(name, tmp_pat
     readers = {n.op_type for n in graph.node if tables[0].name in n.input}
     assert "Gather" in readers
     assert readers <= {"Gather", "DequantizeLinear"}  # the latter for the layer that it is tied to
+
+
+@pytest.mark.parametrize("name", ["gru", "gru both ways", "lstm", "upsampling"])
+def test_weights_of_an_operator_in_floating_point_are_stored_in_integers_and_cast_when_the_file_is_loaded(
+    name, tmp_path
+):
+    draft, task, *_ = drafted(name, "onnxruntime")
+    _, half = built(Draft(draft.network), task, "onnxruntime", "fp16", tmp_path / "fp16")
+    _, whole = built(draft, task, "onnxruntime", "int8", tmp_path / "int8")
+    assert whole < half
+    graph = onnx.load(str(tmp_path / "int8" / "model.onnx")).graph
+    held = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and np.prod(t.dims) >= 2000}
+    assert [n.op_type for n in graph.node if set(n.input) & held].count("Cast") >= 1
+    floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(int(np.prod(t.dims)) for t in floats) < 2000
 
 
 def test_every_row_has_a_scale_of_its_own():

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from penjing.analyze.cost import multiplies
-from penjing.graph import arguments, kind, site, tensor_inputs
+from penjing.graph import RECURRENT, arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
 from penjing.quantize.masking import before_softmax
+from penjing.surgery import recurrent
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
 CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
@@ -59,7 +60,7 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     stored = tuple(
         site(n)
         for n in network.graph.nodes
-        if n.op == "call_module" and kind(network, n) in accelerates.stored and site(n) not in excluded
+        if kind(network, n) in accelerates.stored and site(n) not in excluded and _holds_weights(network, n)
     )
     edges: dict[str, str] = {}
     for node in integer:
@@ -73,6 +74,13 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
     products = {edges[f"{site(n)}:in{i}"] for n in integer if kind(network, n) == "matmul" for i in range(2)}
     return Placement(edges, weights, stored, floats, frozenset(products), frozenset(edges) - read)
+
+
+def _holds_weights(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether its weights are stored, and not computed."""
+    if kind(network, node) not in RECURRENT:
+        return node.op == "call_module"
+    return recurrent.stores(node)
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:

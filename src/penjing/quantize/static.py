@@ -19,7 +19,7 @@ from torch import fx, nn
 from penjing.analyze.samples import in_chunks, size_of
 from penjing.draft import Draft, Edit
 from penjing.errors import RecipeError
-from penjing.graph import flat_inputs, kind, sites
+from penjing.graph import RECURRENT, flat_inputs, kind, site, sites
 from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.easing import eased
@@ -28,7 +28,7 @@ from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
 from penjing.step import Context
-from penjing.surgery import fold_batch_norms, unfold_attentions
+from penjing.surgery import fold_batch_norms, recurrent, unfold_attentions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,7 @@ class Static:
             draft.network, set(placement.edges.values()), context, self.samples, to_watch(draft.network, placement)
         )
         entries = self._activations(placement, statistics, accelerates)
+        entries |= self._cells(draft.network, placement, accelerates)
         separate = apart(draft.network, placement, entries, statistics, columns)
         entries |= self._weights(draft.network, placement, entries, accelerates)
         entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
@@ -168,7 +169,7 @@ class Static:
         return entries
 
     def _weights(
-        self, network: nn.Module, placement: Placement, activations: Mapping[str, Entry], accelerates: Accelerates
+        self, network: fx.GraphModule, placement: Placement, activations: Mapping[str, Entry], accelerates: Accelerates
     ) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for name in placement.weights:
@@ -186,8 +187,19 @@ class Static:
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
         return entries | self._tables(network, placement.stored, entries, accelerates)
 
+    def _cells(self, network: fx.GraphModule, placement: Placement, accelerates: Accelerates) -> dict[str, Entry]:
+        """Of recurrent layers, which compute in floating point: their matrices (gates·hidden, in) are stored alone."""
+        entries: dict[str, Entry] = {}
+        for node in network.graph.nodes:
+            if kind(network, node) not in RECURRENT or site(node) not in placement.stored:
+                continue
+            for edge, matrix in recurrent.weights(network, node).items():
+                spec = replace(self._for(site(node)).weight_spec(accelerates, matrix), group=None)
+                entries[edge] = stored_entry(matrix, spec)
+        return entries
+
     def _tables(
-        self, network: nn.Module, names: Iterable[str], layers: Mapping[str, Entry], accelerates: Accelerates
+        self, network: fx.GraphModule, names: Iterable[str], layers: Mapping[str, Entry], accelerates: Accelerates
     ) -> dict[str, Entry]:
         """Of weights that are only stored in integers.
 
@@ -196,8 +208,11 @@ class Static:
         grids = {
             id(network.get_submodule(edge.rpartition(":")[0].split("@")[0]).weight): e for edge, e in layers.items()
         }
+        modules = {site(n) for n in network.graph.nodes if n.op == "call_module"}
         entries: dict[str, Entry] = {}
         for name in names:
+            if name not in modules:
+                continue  # a recurrent layer
             layer: Any = network.get_submodule(name.split("@")[0])
             shared = grids.get(id(layer.weight))
             if shared is None or shared.spec.group is not None:

@@ -178,6 +178,46 @@ def weights_of_their_own(model: Any) -> bool:
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
+def cast_when_loaded(model: Any) -> None:
+    """Stored integers that only operators in floating point read become floats when a file is loaded.
+
+    ONNX Runtime folds a Cast of a constant, and not a DequantizeLinear, which would run at every call.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def in_floats(name: str) -> bool:
+        found = readers.get(name, [])
+        return bool(found) and all(
+            n.op_type in _IN_FLOATS or (n.op_type in _MOVES and all(in_floats(out) for out in n.output)) for n in found
+        )
+
+    for position, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "DequantizeLinear" or not all(name in stored for name in node.input):
+            continue
+        value, scale, *zero = (numpy_helper.to_array(stored[name]) for name in node.input)
+        if not in_floats(node.output[0]) or (zero and np.any(zero[0])):
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        shape = [-1 if i == axis % value.ndim else 1 for i in range(value.ndim)] if scale.ndim else []
+        spread, whole = f"{node.output[0]}_scale", f"{node.output[0]}_integers"
+        graph.initializer.append(numpy_helper.from_array(scale.reshape(shape), spread))
+        del graph.node[position]
+        graph.node.insert(position, helper.make_node("Mul", [whole, spread], [node.output[0]], name=f"{node.name}_mul"))
+        cast = helper.make_node("Cast", [node.input[0]], [whole], name=f"{node.name}_cast", to=TensorProto.FLOAT)
+        graph.node.insert(position, cast)
+
+
+_IN_FLOATS = ("ConvTranspose", "GRU", "LSTM", "RNN")
+_MOVES = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Identity", "Gather")
+
+
 def store_in_half(model: Any) -> None:
     """Floating-point constants are stored in half precision, with a Cast to float32 behind, which folds at load.
 

@@ -42,7 +42,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
-        stored=frozenset({"embedding", "conv_transpose"}),
+        stored=frozenset({"embedding", "conv_transpose", "lstm", "gru"}),
         recurrent=frozenset({"lstm"}),
         channel_multiple=channel_multiple(instruction_sets),
         notes=(note,) if note else (),
@@ -51,11 +51,17 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.onnx. "fp16" is half precision in the file alone: the processor computes in float32."""
+    import onnx
+
     from penjing.outputs import output_names
-    from penjing.runtimes import onnx_file
+    from penjing.runtimes import onnx_file, onnx_rewrites
 
     path = folder / "model.onnx"
     inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), path, half=precision == "fp16")
+    if precision == "int8":
+        model = onnx.load(str(path))
+        onnx_rewrites.cast_when_loaded(model)
+        path.write_bytes(model.SerializeToString(deterministic=True))
     program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)
     # It would quantize the weights of a layer that the plan left in floating point between quantized neighbours.
     settings = {"disabled_optimizers": "WeightBiasQuantization"} if precision == "int8" else {}

@@ -316,7 +316,8 @@ def _rewire(
             continue
         consumer = found[name]
         recurs = kind(network, consumer) in RECURRENT
-        if recurs and store is not None:
+        first = plan.entries.get(f"{name}:in0")
+        if recurs and store is not None and first is not None and first.dynamic:
             cells[name] = consumer
             continue
         if (

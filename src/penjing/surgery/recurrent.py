@@ -51,6 +51,15 @@ def refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
+def stores(node: fx.Node) -> bool:
+    """Whether two matrices of every layer and direction are stored tensors: not a packed sequence, not projected."""
+    given = arguments(node)
+    if "data" in given or "params" not in given:
+        return False
+    whole = (4 if given["has_biases"] else 2) * given["num_layers"] * (1 + given["bidirectional"])
+    return len(given["params"]) == whole and all(isinstance(p, fx.Node) and p.op == "get_attr" for p in given["params"])
+
+
 def value(network: fx.GraphModule, stored: fx.Node) -> torch.Tensor:
     """The tensor that a get_attr node reads."""
     found: torch.Tensor = compute(network, stored, (), {}).detach()
@@ -58,7 +67,7 @@ def value(network: fx.GraphModule, stored: fx.Node) -> torch.Tensor:
 
 
 def weights(network: fx.GraphModule, node: fx.Node) -> dict[str, torch.Tensor]:
-    """The matrices of an LSTM by the edges of a plan."""
+    """The matrices of a recurrent layer by the edges of a plan."""
     ports = tensor_inputs(node)
     matrices = [m for d in directions(node) for m in (d.input, d.hidden)]
     return {f"{site(node)}:in{ports.index(m)}": value(network, m) for m in matrices}
