@@ -90,6 +90,18 @@ def whole(digits_run, tmp_path_factory):
             for i in range(2):
                 picture = Image.fromarray(draw.integers(0, 255, (9, 8, 3), dtype=np.uint8))
                 picture.save(folder / "pictures" / suffix / name / f"{i}.{suffix}")
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
+    import torch
+
+    from penjing.distill.stored import Answers
+
+    Answers(folder / "answers", torch.nn.Linear(3, 2))(torch.zeros(2, 3))
     (folder / "state").mkdir()
     (folder / "state" / "request.json").write_text(json.dumps({"goal": "drop<=1%", "seed": 0}))
     return folder
@@ -97,7 +109,9 @@ def whole(digits_run, tmp_path_factory):
 
 def doors(raised, artifacts):
     """Every kind of file with its reader."""
+    from penjing.distill.stored import Answers
     from penjing.folder import RunFolder
+    from penjing.huggingface import open_folder
     from penjing.search.trainings import read as trainings
 
     def claimed(folder):
@@ -119,6 +133,9 @@ def doors(raised, artifacts):
         Door("pictures/png/a/1.png", lambda f: read_task(image_folder(f / "pictures/png", size=8)), 2),
         Door("pictures/jpg/b/0.jpg", lambda f: read_task(image_folder(f / "pictures/jpg", size=8)), 2),
         Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
+        Door("bert/config.json", lambda f: open_folder(f / "bert"), 2),
+        Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
+        Door("answers/about.json", lambda f: Answers(f / "answers"), 2),
         Door("state/request.json", claimed),
         Door("events.jsonl", lambda f: trainings(f / "events.jsonl"), 2),
         Door("record.json", verified, 1),
@@ -245,7 +262,13 @@ def test_a_configuration_of_a_million_layers(tmp_path):
     from penjing.huggingface import open_folder
 
     save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    for key, value in (("num_hidden_layers", 10**6), ("depths", [10**6, 2]), ("max_position_embeddings", 10**10)):
+    for key, value in (
+        ("num_hidden_layers", 10**6),
+        ("depths", [10**6, 2]),
+        ("max_position_embeddings", 10**10),
+        ("vocab_size", 2**25),
+        ("hidden_size", 9),
+    ):
         config = {"architectures": ["BertModel"], "model_type": "bert", key: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(PenjingError, match="that its weights are not of") as found:

@@ -20,6 +20,8 @@ from penjing.usercode import line_of, suggest
 
 MOST = 1 << 26  # of any size that a configuration names
 _LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
+_WIDTHS = re.compile(r"(^|_)(vocab_size|hidden_size|intermediate_size|embedding_size|d_model|d_ff|ffn_dim|n_embd)$")
+FEWER = 4  # times narrower than its configuration says may the widest tensor be: parts of a network have one too
 _LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
@@ -137,11 +139,13 @@ def _require_safetensors(folder: Path) -> None:
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
     """Raise SourceError where the folder would make transformers wait, or build far more than its weights are."""
-    tensors = 0
+    tensors, widest = 0, 0
     for path in folder.iterdir():
         try:
             if path.suffix == ".safetensors":
-                tensors += len(reading.safetensors_header(path))
+                header = reading.safetensors_header(path)
+                tensors += len(header)
+                widest = max([widest, *(n for entry in header.values() for n in entry["shape"] if type(n) is int)])
             elif path.suffix == ".json":
                 reading.json_file(path)
         except (OSError, ValueError) as cause:
@@ -155,6 +159,8 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
         counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
         if _LAYERS.search(key) and sum(counts) > tensors:
             expected = f"at most {tensors}, for so many tensors are in the folder"
+        elif _WIDTHS.search(key) and any(n > FEWER * widest for n in counts):
+            expected = f"at most {FEWER * widest:,}, for no tensor in the folder has more than {widest:,} along an axis"
         elif any(abs(n) > MOST for n in counts):
             expected = f"at most {MOST:,}"
         else:

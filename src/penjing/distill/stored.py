@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ VERSION = 3
 KEY = 16  # bytes of a sample's digest
 HASHES = 4  # of 32 bits, for every input of a sample
 WORD = 4  # bytes that are hashed at once
+MOST = 1 << 28  # numbers of one answer
 WAIT_S = 60.0  # for another process that is writing
 
 
@@ -193,6 +195,8 @@ class Answers(nn.Module):
             version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
             if len(bytes.fromhex(self.name)) != hashlib.sha256().digest_size:
                 raise ValueError("no SHA-256 of a teacher")
+            if len(shape) > 16 or not all(0 < n <= MOST for n in shape) or math.prod(shape) > MOST:
+                raise ValueError(f"answers of the shape {shape}"[:200])
         except reading.UNREADABLE as error:
             raise self._wrong("the stored answers can't be read", f"{type(error).__name__}: {error}") from None
         if version != VERSION:

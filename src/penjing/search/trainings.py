@@ -5,16 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from penjing import reading
+from penjing.errors import RecordError
 from penjing.records import Training, from_dict
 
 MOST_BYTES = 1 << 30  # of the events of a run
 
 
 def read(events: Path) -> tuple[Training, ...]:
-    """Every training that came to its end, in their order; one that was told twice, around a crash, counts once."""
+    """Every training that came to its end, in their order; one that was told twice, around a crash, counts once.
+
+    Raises:
+        RecordError: The file is missing or something else than a file.
+    """
+    try:
+        lines = reading.data(events, MOST_BYTES).decode("utf-8", "replace").splitlines()
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            "the events of the run can't be read", got=f"{events}: {error}", remedy="--force starts anew"
+        ) from None
     found: list[Training] = []
     stage = ""
-    for line in reading.data(events, MOST_BYTES).decode("utf-8", "replace").splitlines():
+    for line in lines:
         try:
             event = reading.json_text(line, finite=False)
         except ValueError:  # the line that a crash cut off
