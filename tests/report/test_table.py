@@ -5,8 +5,8 @@ import pytest
 import sample_records
 from rich.console import Console
 
-from penjing.records import LayerRow
-from penjing.report import table
+from penjing.records import LayerRow, Measured, Reference
+from penjing.report import html, table, verdict
 
 
 def shown(renderable, width=80, encoding="utf-8", **options):
@@ -134,3 +134,18 @@ def test_rejected_candidates_stand_last_with_their_reason_and_figures_stand_besi
     assert text.index("openvino-int8") > text.index("onnxruntime-int8 *")
     assert "onnxruntime-fp32 78.0 (60), onnxruntime-int8 31.0 (26), openvino-int8 1.9 (26)" in text
     assert "openvino-int8: rejected: both, columns 4-5 of the last axis" in text
+
+
+def test_what_drops_are_against_has_a_column_of_its_own():
+    whole = Measured(metric=0.95, size_bytes=4_000_000, parameters=1_000_000, macs=120_000_000)
+    record = replace(sample_records.big(), reference=Reference(name="unpruned", weights="0" * 64, measured=whole))
+    lines = [words(line) for line in shown(table.comparison(record), 120).splitlines()]
+    assert words(lines[0]).startswith("reference source openvino-int8")
+    assert "accuracy 95.00 % 93.41 % 93.34 % 1.66 points worse" in lines
+    assert "Size on disk 4.00 MB 1.15 MB 322 kB 3.6× smaller" in lines
+    assert "Multiply-accumulates 120 M MACs 31.0 M MACs 31.0 M MACs same" in lines
+    assert "fp32 in the same runtime 0.471 ms 1.7× faster" in lines
+    assert "drop is against the reference unpruned, 95.00 %" in words(shown(table.candidates(record)))
+    assert "accuracy 95.00 % of the reference → 93.34 %" in verdict.of(record).headline
+    page = html.render(record)
+    assert "drop is against the reference unpruned, 95.00 %" in page and page.count("<span>reference</span>") == 4

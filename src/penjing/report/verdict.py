@@ -69,7 +69,8 @@ def changes(record: records.Record) -> tuple[str, ...]:
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:
         old, new = figures.metric_pair(metric, artifact.metric, record.metric_name)
-        found.append(f"{record.metric_name} {old} → {new}")
+        whose = "" if record.reference is None else " of the reference"
+        found.append(f"{record.metric_name} {old}{whose} → {new}")
     share = record.chosen.float_macs_share if record.chosen else None
     if share is not None and share > TOLD:
         found.append(f"{figures.share(share)} of the multiply-accumulates in floating point")
