@@ -101,7 +101,11 @@ class Progressing:
             )
 
     def _advance(self, event: dict[str, Any]) -> None:
-        label, done, total = str(event["label"]), int(event["done"]), int(event["total"])
+        label, done, total = (
+            legible(str(event["label"]), self.console.encoding),
+            int(event["done"]),
+            int(event["total"]),
+        )
         if self.console.is_terminal:
             if label not in self.bars:
                 self.bars[label] = self.progress.add_task(label, total=total)
