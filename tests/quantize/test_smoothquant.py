@@ -214,3 +214,59 @@ def test_it_comes_before_quantization():
     with pytest.raises(RecipeError, match="SmoothQuant before Static"):
         Recipe(Static(), SmoothQuant())
     assert len(Recipe.from_yaml(Recipe(SmoothQuant(alpha=0.7), Static()).to_yaml())) == 2
+
+
+class NormLast(nn.Module):
+    """BERT's order: the norm's result is read by linear layers and by the residual addition."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.norm, self.end = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = y + self.down(nn.functional.gelu(self.up(y)))
+        return self.end(z) + self.q(y) * self.k(y)
+
+
+def test_what_a_residual_reads_too_is_multiplied_in_front_of_the_layers():
+    torch.manual_seed(0)
+    net, x = NormLast().eval(), torch.randn(40, 6, 16)
+    with torch.no_grad():
+        net.norm.weight[[3, 10]] *= 60
+        for layer in (net.q, net.k, net.up):
+            layer.weight[:, [3, 10]] /= 60
+    draft, context = drafted(net, x)
+    exact = draft.network(x)
+    assert SmoothQuant()(draft, context).edits == ()  # nothing can be divided before them
+    made = SmoothQuant(multiply=True)(draft, context)
+    assert [edit["layers"] for edit in made.edits] == [["up", "q", "k"], ["down"]]
+    torch.testing.assert_close(made.network(x), exact, rtol=1e-4, atol=1e-4)
+    again = replay(draft.network, made.edits)
+    again.load_state_dict(made.network.state_dict())
+    torch.testing.assert_close(again(x), made.network(x), rtol=0, atol=0)
+
+    def noise(start):
+        static = Static()(start, context)
+        return (insert(static.network, static.plan)(x) - exact).square().mean()
+
+    assert noise(made) < 0.3 * noise(draft)
+
+
+def test_the_vector_is_that_of_the_equation():
+    torch.manual_seed(0)
+    net, x = NormLast().eval(), torch.randn(40, 6, 16)
+    draft, context = drafted(net, x)
+    made = SmoothQuant(multiply=True, alpha=0.75)(draft, context)
+    inputs = net.norm(x).abs().amax((0, 1))
+    weights = torch.stack([layer.weight.abs().amax(0) for layer in (net.q, net.k, net.up)]).amax(0)
+    factor = inputs**0.75 / weights**0.25
+    torch.testing.assert_close(made.network.up_divided.by, 1 / factor, rtol=1e-5, atol=0)
+    torch.testing.assert_close(made.network.q.weight, net.q.weight * factor, rtol=1e-5, atol=0)
+
+
+def test_multiply_is_true_or_false():
+    with pytest.raises(RecipeError, match="multiply"):
+        SmoothQuant(multiply=1)

@@ -196,3 +196,24 @@ def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: 
             observer.run(*flat_inputs(network, call))
             context.events("progress", label="magnitudes", done=done, total=len(parts))
     return found
+
+
+def linears_by_input(network: fx.GraphModule) -> list[list[fx.Node]]:
+    """Linear layers by the value that they read: modules called once, with weights of their own."""
+    called: dict[str, int] = {}
+    owners: dict[int, int] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            called[str(node.target)] = called.get(str(node.target), 0) + 1
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or called[str(node.target)] > 1 or "float" in node.meta:
+            continue
+        module = network.get_submodule(str(node.target))
+        source = node.args[0]
+        if isinstance(module, nn.Linear) and isinstance(source, fx.Node) and owners[id(module.weight)] == 1:
+            found.setdefault(source, []).append(node)
+    return list(found.values())

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.graph import site
-from penjing.quantize.channels import maxima
+from penjing.quantize.channels import linears_by_input, maxima
 from penjing.step import Context
 from penjing.surgery import split_outliers
 
@@ -51,7 +50,7 @@ class SplitOutliers:
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft that computes the same with more layers."""
         draft = draft.copy()
-        groups = _readers(draft.network.eval())
+        groups = linears_by_input(draft.network.eval())
         largest = maxima(draft.network, {site(nodes[0]) for nodes in groups}, context, self.samples)
         edits = []
         split = 0
@@ -67,27 +66,6 @@ class SplitOutliers:
         """The channels with outliers, of the largest magnitude of each, (in,)."""
         order = largest.argsort(descending=True)[: int(self.most * len(largest))]
         return sorted(int(i) for i in order if largest[i] > self.factor * largest.median())
-
-
-def _readers(network: fx.GraphModule) -> list[list[fx.Node]]:
-    """Linear layers by the value that they read: modules called once, with weights of their own."""
-    called: dict[str, int] = {}
-    owners: dict[int, int] = {}
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            called[str(node.target)] = called.get(str(node.target), 0) + 1
-    for module in network.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in network.graph.nodes:
-        if node.op != "call_module" or called[str(node.target)] > 1 or "float" in node.meta:
-            continue
-        module = network.get_submodule(str(node.target))
-        source = node.args[0]
-        if isinstance(module, nn.Linear) and isinstance(source, fx.Node) and owners[id(module.weight)] == 1:
-            found.setdefault(source, []).append(node)
-    return list(found.values())
 
 
 def _refuse(name: str, value: object, expected: str) -> None:

@@ -16,8 +16,19 @@ from torch import fx
 
 from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.quantize.channels import Couple, couples, divide, layers, maxima, over_channels, range_of_inputs
+from penjing.graph import site
+from penjing.quantize.channels import (
+    Couple,
+    couples,
+    divide,
+    layers,
+    linears_by_input,
+    maxima,
+    over_channels,
+    range_of_inputs,
+)
 from penjing.step import Context
+from penjing.surgery import divide_inputs
 
 SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # a multiplication by a stored vector ends a norm written out
 
@@ -27,17 +38,21 @@ class SmoothQuant:
     """Balance the inputs of linear layers with their weights: s_j = max|X_j|^α / max|W_j|^(1−α).
 
     It covers norms whose readers are all linear layers, and linear layers that feed linear layers through nothing
-    that a scale does not pass (values and output of an attention).
+    that a scale does not pass (values and output of an attention). With `multiply` it covers the others too: norms
+    that a residual reads as well (BERT's), and activation functions.
 
     Attributes:
         alpha: 0 to 1: how much of the activations' differences moves into the weights.
         samples: Calibration samples that the maxima of the activations are taken over, in one pass.
+        multiply: Whether inputs that nothing before them can divide are multiplied by a vector in front of the layers:
+            one more operator, unless the runtime fuses it into its neighbours.
     """
 
     for_integers: ClassVar[bool] = True
 
     alpha: float = 0.5
     samples: int = 64
+    multiply: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
@@ -45,19 +60,26 @@ class SmoothQuant:
             _refuse("alpha", self.alpha, "a number from 0 to 1")
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             _refuse("samples", self.samples, "a whole number above 0")
+        if not isinstance(self.multiply, bool):
+            _refuse("multiply", self.multiply, "True or False")
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft that computes the same with other weights."""
         draft = draft.copy()
         found = couples(draft.network.eval(), context.task.call(), SOURCES, ("linear",))
-        largest = maxima(draft.network, {name for couple in found for name in couple.readers}, context, self.samples)
+        covered = {name for couple in found for name in couple.readers}
+        groups = [[site(n) for n in nodes] for nodes in linears_by_input(draft.network)] if self.multiply else []
+        groups = [names for names in groups if not covered & set(names)]
+        largest = maxima(draft.network, covered.union(*groups), context, self.samples)
         # All scales come from the given weights; a layer that is both read and reads has one on each side.
         factors = [self._factor(draft.network, couple, largest) for couple in found]
+        vectors = [self._factor_of_inputs(draft.network, names, largest) for names in groups]
         for couple, factor in zip(found, factors, strict=True):
             divide(draft.network, couple, factor)
-        covered = {name for couple in found for name in couple.readers}
+        edits = [divide_inputs(draft.network, *group) for group in zip(groups, vectors, strict=True)]
+        covered = covered.union(*groups)
         context.events("covered", step="SmoothQuant", layers=len(covered), total=len(layers(draft.network)))
-        return replace(draft)
+        return replace(draft, edits=(*draft.edits, *edits))
 
     def pairs(self, draft: Draft, context: Context) -> tuple[Couple, ...]:
         """The norms and layers that are divided, each with the layers that read it; the draft stays as it is."""
@@ -70,6 +92,16 @@ class SmoothQuant:
         weights = over_channels(
             [range_of_inputs(network.get_submodule(name)) for name in couple.readers], couple, channels
         )
+        return self._balanced(inputs, weights)
+
+    def _factor_of_inputs(
+        self, network: fx.GraphModule, names: list[str], largest: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What the inputs of linear layers that read one value are divided by: (in_features,), float64."""
+        weights = torch.stack([range_of_inputs(network.get_submodule(name)).cpu() for name in names]).amax(0)
+        return self._balanced(largest[names[0]].double().cpu(), weights)
+
+    def _balanced(self, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         factor = inputs**self.alpha / weights ** (1 - self.alpha)
         return torch.where((inputs > 0) & (weights > 0), factor, torch.ones_like(factor))
 

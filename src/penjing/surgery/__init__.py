@@ -5,7 +5,8 @@ the layer before it), ``slice`` (a stored tensor loses positions of an axis), ``
 layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a selection in the place of operators that permute
 an axis), ``skip`` (one operator's value in the place of another's, and what lies between is gone), ``sparse`` (tensors
 whose zeros stay; the network stays as it is), ``split_outliers`` (a linear layer's input channels with outliers into a
-layer of their own), ``unfold_attention`` (into its operators).
+layer of their own), ``divide_inputs`` (input channels of linear layers divided by a vector and their weights multiplied
+by it), ``unfold_attention`` (into its operators).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -15,6 +16,7 @@ from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.quantizers import FakeQuantize, freeze, insert, quantizer_calls
 from penjing.surgery.resize import resize
+from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import KeepZeros, mark_sparse
 from penjing.surgery.straight_through import Grid
@@ -25,6 +27,7 @@ __all__ = [
     "KeepZeros",
     "build",
     "building",
+    "divide_inputs",
     "fold_batch_norms",
     "freeze",
     "insert",

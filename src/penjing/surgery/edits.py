@@ -14,11 +14,13 @@ from penjing.surgery.build import build
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.resize import RESIZING, resize
+from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "build": lambda network, edit: build(edit),
+    "divide_inputs": lambda network, edit: divide_inputs(network, edit["layers"]),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
