@@ -254,3 +254,23 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch, run
     with pytest.raises(MissingDependency, match=f"pip install {runtime}") as error:
         runtimes.get(runtime)
     assert error.value.got == f"no package {runtime}"
+
+
+def test_the_source_is_stored_in_the_same_bytes_by_every_process(tmp_path):
+    program = (
+        "import sys, pathlib, torch\n"
+        "from torch import nn\n"
+        "from penjing.network import raise_network\n"
+        "from penjing.runtimes import eager\n"
+        "torch.manual_seed(0)\n"
+        "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()\n"
+        "network = raise_network(net, (torch.zeros(1, 3, 8, 8),))\n"
+        "eager.export(network, ((torch.zeros(2, 3, 8, 8),), {}), None, 'fp32', {'kind': 'tensor'},\n"
+        "             pathlib.Path(sys.argv[1]))\n"
+    )
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True, capture_output=True)
+        files.append((tmp_path / name / "model.pt2").read_bytes())
+    assert files[0] == files[1]

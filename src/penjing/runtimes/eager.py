@@ -33,6 +33,9 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.pt2."""
     program = export_network(_plain(network), call, dynamic)
+    for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
+        node.meta.pop("from_node", None)
+        node.meta.pop("stack_trace", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = io.BytesIO()  # on a full disk torch's own writer fails with a text of its inner workings

@@ -228,6 +228,8 @@ def _compress(
     beside = metrics if original is None else judging.reference_metrics(run, task, original)
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
+    if small := requests.small_drop(goal, beside["evaluate"]):
+        run.warn(small)
     quantizes = steps.quantizes or (start is not None and bool(start.plan))
     variants = [v for name in names for v in _variants(name, quantizes, machine.instruction_sets)]
     if not all(folder.kept(variant.name) for variant in variants):

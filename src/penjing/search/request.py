@@ -34,6 +34,8 @@ from penjing.training import seed_everything
 from penjing.training_data import loader
 from penjing.training_state import same_random_numbers
 
+BEYOND_ONE = 1.5  # a metric above it is not a fraction
+
 
 def check_goal(goal: Goal, task: Task) -> None:
     """Raise TaskError where a goal speaks of a metric that nothing can give."""
@@ -56,6 +58,22 @@ def check_files(folder: Path, record: Record) -> None:
         got=str(found) or "a record without hashes",
         expected="the files that the record names, with the bytes that they had",
         remedy="--force runs it anew; `penjing verify` tells what still holds",
+    )
+
+
+def small_drop(goal: Goal, metric: float | None) -> str | None:
+    """A warning where a drop in hundredths is asked of a metric that goes beyond 1: it is in the metric's own unit.
+
+    Args:
+        goal: With `max_drop` or without.
+        metric: Of the network that the drop is against.
+    """
+    if goal.max_drop is None or metric is None or abs(metric) <= BEYOND_ONE or not 0 < goal.max_drop <= 0.1:
+        return None
+    share = f"{100 * goal.max_drop:g}%"
+    return (
+        f"the metric is {metric:g}, and a drop of {share} is {goal.max_drop:g} of it in its own unit: write "
+        f"relative_drop<={share} for a share of the metric, or drop<={100 * goal.max_drop:g} for points of a hundred"
     )
 
 
