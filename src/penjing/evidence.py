@@ -17,6 +17,7 @@ from penjing import measure, reading
 from penjing.draft import Draft
 from penjing.errors import ArtifactError, RecordError
 from penjing.folder import EVIDENCE, STATE, RunFolder, writing
+from penjing.graph import RECURRENT, kind, sites
 from penjing.outputs import flatten_outputs, to_numpy
 from penjing.plan import Plan
 from penjing.records import Parity
@@ -126,7 +127,7 @@ def parity(
         mine = _called(session, arrays(manifest, call), wanted, size)
         near = measure.worst(near, measure.differences(wanted, mine, parts, size))
         far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
-    operators = len({edge.rpartition(":")[0] for edge in draft.plan.entries})
+    operators = len({edge.rpartition(":")[0] for edge in draft.plan.entries}) or _computing(draft.network)
     inherent = _inherent(draft, whole, planned, parts)
     rows = {
         "planned": measure.limits.judged(near, names, manifest.precision, inherent, operators),
@@ -136,6 +137,14 @@ def parity(
         replace(measure.parity([planned], [found], "planned"), rows=rows["planned"]),
         replace(measure.parity([original], [found], "source"), rows=rows["source"]),
     )
+
+
+def _computing(network: fx.GraphModule) -> int:
+    """How many operators sum up products."""
+    return sum(kind(network, node) in PRODUCTS for node in sites(network).values())
+
+
+PRODUCTS = ("conv", "conv_transpose", "linear", "matmul", "attention", *RECURRENT)
 
 
 def varies(task: Task) -> bool:

@@ -104,7 +104,7 @@ def test_roundings_of_many_integer_operators_add_up(operators, limit):
     found = differences([REFERENCE], [at(limit + 0.5)], split([REFERENCE]), 32)
     (row,) = limits.judged(found, ["logits"], "int8", operators=operators)
     assert row.limit_db == pytest.approx(limit, abs=0.01) and row.holds
-    assert (f"{operators} integer operators" in row.why) == (operators > 32)
+    assert (f"{operators} operators" in row.why) == (operators > 32)
     found = differences([REFERENCE], [at(limit - 0.5)], split([REFERENCE]), 32)
     assert not limits.judged(found, ["logits"], "int8", operators=operators)[0].holds
 

@@ -71,6 +71,7 @@ def lost(monkeypatch):
 
         monkeypatch.setattr(onnx_file, "_exported", wrong)
         monkeypatch.setattr("penjing.runtimes.onnx_kept.recall", lambda key: None)
+        monkeypatch.setattr("penjing.runtimes.onnx_kept.keep", lambda key, data: None)  # not for the next test
 
     return lose
 
