@@ -190,15 +190,17 @@ def _lstm_schema() -> Any:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """The exporter logs what is missing in its own surroundings and prints its progress; the user asked for neither."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]  # what it can't fold stays as it is
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_ports(model: Any, inputs: list[str], outputs: list[str]) -> None:
