@@ -163,7 +163,7 @@ def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_se
     digits_run, digits_source, task, tmp_path
 ):
     goal = "latency_ms<=0.0000001, minimize size_bytes"
-    recipe = pj.Recipe(pj.quantize.Static(), pj.quantize.AdaRound())
+    recipe = pj.Recipe(pj.quantize.Static(outliers="ease"), pj.quantize.AdaRound())
     model = open_source(digits_source).module
     result = pj.run(
         recipe, model, task, runtime="onnxruntime", goal=goal, out=tmp_path / "run", seconds=0.05, threads=1
@@ -360,3 +360,22 @@ def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for
     assert found.value.got == "loss = cross_entropy"
     with pytest.raises(KeyboardInterrupt):
         pj.compress(digits_source, first, resume=True, **asked)
+
+
+def test_what_the_plan_holds_that_nobody_asked_for_is_told(tmp_path):
+    """Weights of 6 bits that the runtime stores in 8, with the size; a remedy against huge channels."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        network[0].weight[:, 3] /= 300.0
+    data = [torch.randn(16, 64) * torch.where(torch.arange(64) == 3, 300.0, 1.0) for _ in range(3)]
+    task = pj.Task(example=data[0][:2], calibration=data)
+    goal, options = "minimize size_bytes, drop<=100%", {"runtime": "onnxruntime", "seconds": 0.01, "threads": 1}
+    told = pj.compress(network, task, goal, out=tmp_path / "default", **options).record
+    assert told.goal.chosen == "onnxruntime-int8"
+    assert any("huge channels" in text and "dB instead of" in text for text in told.warnings)
+    recipe = pj.Recipe(pj.quantize.Static(weight_bits=6))
+    narrow = pj.compress(network, task, goal, recipe=recipe, out=tmp_path / "narrow", **options).record
+    assert narrow.goal.chosen == "onnxruntime-int8"
+    (line,) = [text for text in narrow.warnings if "weights of 6 bits in 8" in text]
+    assert "on disk" in line and "packed" in line

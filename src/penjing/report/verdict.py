@@ -94,6 +94,21 @@ PACKS = 0.85
 """A general packer takes some 8 % off files without zeros: a share above this is no gain of the zeros."""
 
 
+def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:
+    """That a runtime stores fewer bits in more, and what both take.
+
+    >>> measured = records.Measured(size_bytes=1_090_000, packed_bytes=640_000)
+    >>> chosen = records.Candidate(name="x", runtime="openvino", precision="int8", folder="x", measured=measured)
+    >>> narrow_weights(4, 8, chosen)
+    'openvino stores weights of 4 bits in 8: 1.09 MB on disk, 640 kB packed (penjing pack), and no faster than 8 bits'
+    """
+    size, packed = candidate.measured.size_bytes, candidate.measured.packed_bytes
+    sizes = [f"{figures.figure(size, 'bytes')} on disk"] if size else []
+    sizes += [f"{figures.figure(packed, 'bytes')} packed (penjing pack)"] if packed else []
+    told = ", ".join([*sizes, "and no faster than 8 bits"])
+    return f"{candidate.runtime} stores weights of {bits} bits in {stored}: {told}"
+
+
 def idle_zeros(zeros: records.Zeros, candidate: records.Candidate) -> str:
     """That zeros among the weights gain no time in the runtime, by how much, and what does gain; "" where they gain.
 

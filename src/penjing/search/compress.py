@@ -248,6 +248,7 @@ def _compress(
     verdict = goals.choose(goal, found)
     artifact, verdict = judging.final(run, goal, verdict, found, beside, looked_at)
     gained = _zeros(run, taken, next((c for c in found if c.name == verdict.chosen), None), structure)
+    _tell_of_plan(run, taken, next((c for c in found if c.name == verdict.chosen), None))
     record = Record(
         penjing=penjing.__version__,
         versions=measure.versions(),
@@ -447,6 +448,19 @@ def _zeros(run: Run, recipe: Recipe, chosen: Candidate | None, structure: Any) -
         run.warnings.append(text)
         run.events("warning", text=text)
     return found
+
+
+def _tell_of_plan(run: Run, recipe: Recipe, chosen: Candidate | None) -> None:
+    """What the chosen integers are that nobody asked for: a remedy that was taken, more bits than the plan has."""
+    if chosen is None or chosen.precision not in INTEGER:
+        return
+    plan = pipeline.draft(run, recipe, Variant(chosen.runtime, chosen.precision)).plan
+    if plan.remedy and any(isinstance(step, Static) and step.outliers == "ease" for step in recipe):
+        run.warn(f"{chosen.name}: {plan.remedy}")
+    own = runtimes.get(chosen.runtime).accelerates(run.instruction_sets).weight.bits
+    bits = min((e.spec.bits for edge, e in plan.entries.items() if edge.endswith(":weight")), default=own)
+    if bits < own:
+        run.warn(verdicts.narrow_weights(bits, 8, chosen))
 
 
 def _costs(run: Run) -> tuple[StepCost, ...]:
