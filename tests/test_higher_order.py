@@ -100,7 +100,7 @@ def test_a_condition_on_a_size_is_refused():
     assert "on a size" in error.value.got
 
 
-def test_a_layer_that_chooses_rows_stays_in_floating_point():
+def test_layers_that_choose_rows_or_are_given_chosen_ones_stay_in_floating_point():
     network = raise_network(Routes(), (torch.zeros(1, 8),))
     marked = {str(node.target) for node in network.graph.nodes if "float" in node.meta}
-    assert marked == {"route"}
+    assert marked == {"route", "a", "b"}

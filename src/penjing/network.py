@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from penjing.decompositions import decomposed
 from penjing.exporting import Dynamic, export_module
@@ -34,6 +35,7 @@ from penjing.products import as_linear
 from penjing.single_precision import single_program
 from penjing.stored_weights import fold
 
+CHOSEN = "its rows are chosen by values: the calibration data may not reach it"
 CHOOSES = "what it computes decides which rows are taken: a small error takes others"
 
 
@@ -111,6 +113,10 @@ class _Raiser:
                 attributes[str(node.target)] = self._tensor(node)
         for node in _choosing(graph):
             node.meta["float"] = CHOOSES
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_module" and isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
+                node.meta["float"] = CHOSEN
         raised = fx.GraphModule(attributes, graph, class_name="Network")
         for node in raised.graph.nodes:
             value = node.meta.get("val")
