@@ -43,6 +43,7 @@ SOURCE_TOLD_DB = 15.0
 """An integer artifact below this against the source network draws a warning; it is what was planned all the same."""
 _SPARE_DB = {24: 20.0, 11: 3.0, 8: 3.0}  # by bits: noise depends on the order of sums, of float32 most
 LEAST_DB = 25.0  # however many operators there are
+_DEEP_SHARE = 0.5  # of the plan's own noise, where roundings of many operators add up: MiniLM adds a third
 _SMALL_SHARE = 0.25  # of the plan's own noise, where columns are small beside others
 
 
@@ -121,8 +122,10 @@ def _lowered(row: ParityRow, d: Difference, inherent: Difference | None, limits:
         rounding = mine * 10 ** (_SPARE_DB[limits.bits] / 10) * 4.0 ** (24 - limits.bits)
         if rounding > allowed:
             allowed, why = rounding, f"float32 itself keeps {inherent.snr_db:.0f} dB of the network's values here"
-    elif inherent is not None and d.columns.smaller and mine * _SMALL_SHARE > allowed:
-        allowed, why = mine * _SMALL_SHARE, f"the plan itself keeps {inherent.snr_db:.0f} dB here"
+    elif inherent is not None and not limits.bits:
+        share = _SMALL_SHARE if d.columns.smaller else _DEEP_SHARE if row.why else 0.0
+        if mine * share > allowed:
+            allowed, why = mine * share, f"the plan itself keeps {inherent.snr_db:.0f} dB here"
     if d.noise <= allowed and not d.signal:
         return _with(row, None, None, why)  # no ratio tells anything where there is no signal
     limit = decibels(d.signal, allowed)
