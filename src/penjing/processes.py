@@ -62,7 +62,8 @@ class Process:
             env=_environment() | _PRIVATE | (environment or {}),
             start_new_session=True,  # a group of its own, with all that it may start; Ctrl-C reaches the parent alone
         )
-        threading.Thread(target=self._bury, daemon=True).start()
+        self._burial = threading.Thread(target=self._bury, daemon=True)
+        self._burial.start()
 
     @property
     def pid(self) -> int:
@@ -72,7 +73,7 @@ class Process:
     @property
     def alive(self) -> bool:
         """Whether it can be asked."""
-        return self._process.poll() is None
+        return self._burial.is_alive()  # asking the system would free its number
 
     def ask(
         self, request: dict[str, Any], arrays: Arrays = (), *, limit_s: float
@@ -101,8 +102,7 @@ class Process:
             if asking and self.alive:
                 with contextlib.suppress(PenjingError):
                     self.ask({"cmd": "stop"}, limit_s=_PATIENCE)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_PATIENCE)
+                self._burial.join(_PATIENCE)
         finally:
             self._kill()
             self._process.wait()
@@ -132,18 +132,28 @@ class Process:
         self._kill()  # also ends a process that is stopped
 
     def _kill(self) -> None:
-        """End it and all that it started: a process that a library forked would keep the pipe of the answers open."""
+        """End it and all that it started: a process that a library forked would keep the pipe of the answers open.
+
+        Once somebody has asked how it ended, the system may give its number to a process of somebody else.
+        """
+        if self._process.returncode is not None:
+            return
         if sys.platform != "win32":
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
 
     def _bury(self) -> None:
-        """When it has died of itself, end what it started."""
-        if hasattr(os, "waitid"):
-            with contextlib.suppress(OSError):  # its number stays its own as long as nobody has asked how it ended
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-            self._kill()
+        """Wait until it has ended, and end what it started while its number is still its own."""
+        if not hasattr(os, "waitid"):
+            with contextlib.suppress(OSError):
+                self._process.wait()
+            return
+        try:
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        except OSError:  # somebody has asked how it ended
+            return
+        self._kill()
 
     def _received(self) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
         assert self._process.stdout is not None
@@ -163,6 +173,7 @@ class Process:
         return message, arrays
 
     def _died(self) -> NoReturn:
+        self._burial.join(_PATIENCE)
         try:
             code = self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:  # its output is closed, so it can answer no more

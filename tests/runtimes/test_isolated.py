@@ -212,3 +212,16 @@ def test_what_a_library_forked_ends_too_and_keeps_nobody_waiting(tmp_path, monke
             return
         time.sleep(0.1)
     pytest.fail("it goes on")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+def test_a_number_that_may_be_somebody_elses_by_now_gets_no_signal(monkeypatch):
+    process = Process("a test", "penjing.runtimes.worker")
+    os.kill(process.pid, signal.SIGKILL)
+    process.close()
+    signalled = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: signalled.append(group))
+    assert not process.alive
+    process.close()
+    process.close(asking=False)
+    assert signalled == []
