@@ -150,7 +150,7 @@ class TestAnotherNetwork:
         assert found.value.remedy
 
     def test_another_precision_is_named(self, folder):
-        model = raise_network(build("resnet20", width=8).double().eval(), (pictures(1).double(),))
+        model = raise_network(build("resnet20", width=8).eval(), (pictures(1),)).double()
         with pytest.raises(CheckpointError, match="is float32, the network's float64"):
             checkpoint.load(folder, model)
 
