@@ -1,5 +1,7 @@
 """Conditions on values, and regions with other settings, become one graph; sizes that depend on values are taken."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from penjing.errors import ExportError
 from penjing.graph import shapes
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
+from penjing.portable import Portable
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.task import Task
 
@@ -104,3 +107,9 @@ def test_layers_that_choose_rows_or_are_given_chosen_ones_stay_in_floating_point
     network = raise_network(Routes(), (torch.zeros(1, 8),))
     marked = {str(node.target) for node in network.graph.nodes if "float" in node.meta}
     assert marked == {"route", "a", "b"}
+
+
+def test_another_process_knows_too_what_stays_in_floating_point():
+    network = raise_network(Routes(), (torch.zeros(1, 8),))
+    again = pickle.loads(pickle.dumps(Portable.of(network))).network()
+    assert [node.meta for node in again.graph.nodes] == [node.meta for node in network.graph.nodes]

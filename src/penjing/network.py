@@ -116,11 +116,11 @@ class _Raiser:
         for node in graph.nodes:
             value = node.meta.get("val")
             if node.op == "call_module" and isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
-                node.meta["float"] = CHOSEN
+                node.meta["float"], node.meta["chosen"] = CHOSEN, True
         raised = fx.GraphModule(attributes, graph, class_name="Network")
         for node in raised.graph.nodes:
             value = node.meta.get("val")
-            node.meta = {key: node.meta[key] for key in ("site", "stack_trace", "float") if key in node.meta}
+            node.meta = {key: node.meta[key] for key in ("site", "stack_trace", "float", "chosen") if key in node.meta}
             if isinstance(value, torch.Tensor):
                 node.meta["rank"] = value.dim()
                 node.meta["floating"] = value.is_floating_point()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+NOTES = ("site", "floating", "rank", "width", "float", "chosen", "stack_trace")
 
 @dataclass(frozen=True)
 class _Node:
@@ -96,7 +97,7 @@ def _operator(target: Any) -> Any:
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:
     """What Penjing notes about a node; what torch notes for itself stays behind."""
-    return {word: meta[word] for word in ("site", "floating", "rank", "width", "stack_trace") if word in meta}
+    return {word: meta[word] for word in NOTES if word in meta}
 
 
 __all__ = ["Portable"]

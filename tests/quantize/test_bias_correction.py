@@ -6,7 +6,7 @@ from penjing.analyze.samples import batches, chunks
 from penjing.draft import Draft
 from penjing.graph import sites
 from penjing.network import raise_network
-from penjing.quantize import BiasCorrection, Static
+from penjing.quantize import AdaRound, BiasCorrection, Static
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
@@ -121,3 +121,31 @@ def test_chunks_hold_every_sample_once(monkeypatch):
     parts = chunks(context, network_, 20)
     assert max(len(args[0]) for args, _ in parts) == 3
     assert torch.equal(torch.cat([args[0] for args, _ in parts]), data[:20])
+
+
+class Routes(nn.Module):
+    """Two experts, of which the second one gets no row of the data."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.route, self.first, self.second = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.route.weight.data.zero_()
+        self.route.bias.data = torch.tensor([1.0, 0.0])
+
+    def forward(self, x):
+        chosen, y = self.route(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate((self.first, self.second)):
+            rows = torch.where(chosen == i)[0]
+            y = y.index_add(0, rows, expert(x[rows]))
+        return x + y
+
+
+@pytest.mark.parametrize("repair", [BiasCorrection, AdaRound])
+def test_an_expert_that_no_sample_reaches_keeps_its_weights(repair):
+    data = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    task = Task(example=data[:2], calibration=list(data.split(8)))
+    draft = Static()(Draft(raise_network(Routes().eval(), *task.call())), Context(task=task))
+    assert draft.plan
+    corrected = repair()(draft, Context(task=task)).network.state_dict()
+    assert all(torch.equal(corrected[name], tensor) for name, tensor in Routes().state_dict().items())

@@ -222,10 +222,13 @@ def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def countable(network: fx.GraphModule) -> tuple[str, ...]:
-    """Convolution and linear layers that are modules called once: those whose tensors one call alone may change."""
+    """Convolution and linear layers that are modules called once: those whose tensors one call alone may change.
+
+    Without those whose rows are chosen by values: few samples or none reach them, and the twin may choose others.
+    """
     called: dict[str, int] = {}
     for node in network.graph.nodes:
-        if node.op == "call_module" and kind(network, node) in LAYERS:
+        if node.op == "call_module" and kind(network, node) in LAYERS and not node.meta.get("chosen"):
             called[str(node.target)] = called.get(str(node.target), 0) + 1
     owners: dict[int, int] = {}
     for module in network.modules():
