@@ -15,6 +15,7 @@ from torch import fx, nn
 
 NOTES = ("site", "floating", "rank", "width", "float", "chosen", "stack_trace")
 
+
 @dataclass(frozen=True)
 class _Node:
     """A node that another one reads, by its position."""

@@ -31,6 +31,7 @@ POOR_DB = 15.0  # of an output: below it something is wrong that is looked into
 GOOD_DB = 20.0  # nothing dearer is tried then
 GAIN_DB = 3.0  # half of the noise: less is no reason for another plan
 FACTOR = 6.0  # a channel so many times larger than the median one is an outlier, as in `SplitOutliers`
+FAINT = 64.0  # a channel so many times smaller than the largest one has two steps left of 8 bits
 SAMPLES = 32
 Quantize = Callable[[Draft, Context, tuple[str, ...]], Draft]
 
@@ -69,7 +70,11 @@ def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Dr
 
 
 def outliers(network: fx.GraphModule, plan: Plan, calls: list[Call]) -> tuple[str, ...]:
-    """Sites of the quantized operators that read a value with a few channels far larger than the others."""
+    """Sites of the quantized operators that read a value whose channels one scale can't serve.
+
+    A few are far larger than the others, or a tenth of those that are not always 0 are lost beside the largest, as
+    where raw measurements of many sizes come together.
+    """
     nodes = sites(network)
     read: dict[str, list[str]] = {}
     for edge in plan.entries:
@@ -91,8 +96,15 @@ def outliers(network: fx.GraphModule, plan: Plan, calls: list[Call]) -> tuple[st
     with torch.no_grad():
         for call in calls:
             Observer(network).run(*flat_inputs(network, call))
-    huge = [name for name, values in largest.items() if 0 < FACTOR * float(values.median()) < float(values.max())]
+    huge = [name for name, values in largest.items() if _apart(values)]
     return tuple(dict.fromkeys(site for name in huge for site in read[name]))
+
+
+def _apart(largest: torch.Tensor) -> bool:
+    """Of the largest magnitude of every channel, (channels,)."""
+    used, most = largest[largest > 0], float(largest.max())
+    few = 0 < FACTOR * float(largest.median()) < most
+    return few or (len(used) > 1 and FAINT * float(used.quantile(0.1)) < most)
 
 
 def _in_floats(made: Draft, names: tuple[str, ...]) -> Draft:
