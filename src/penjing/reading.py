@@ -22,9 +22,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 TEXT_BYTES = 1 << 26  # of a JSON file; the record of a network of ten thousand layers has a tenth
 DEPTH = 64  # of nesting
@@ -199,6 +200,8 @@ def arrays(path: Path | str, limit: int | None = None, names: tuple[str, ...] | 
 
 def _array(stream: IO[bytes], size: int, name: str) -> Any:
     """One array, whose header must claim as many bytes as there are."""
+    import numpy as np
+
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:

@@ -78,6 +78,7 @@ def test_nothing_of_the_crossing_by_onnx_is_left(exported):
     [
         ("conv1", "conv1"),
         ("conv1/WithoutBiases", "conv1"),
+        ("/mean#0/axes", "/mean#0"),
         ("layers.0.up/bias", "layers.0.up"),
         ("layer/add#0_original", "layer/add#0"),
         ("conv1/Dequantization/sub", "conv1"),

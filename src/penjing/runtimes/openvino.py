@@ -109,7 +109,8 @@ def compile_fixed(path: str, shapes: list[list[int]], hint: str) -> None:
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape(dict(enumerate(shapes)))
-    core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    for threads in ("1", "2"):  # with one, other operators are fused
+        core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads})
 
 
 def convert(onnx_path: str, path: str, half: bool) -> None:
@@ -122,7 +123,7 @@ def convert(onnx_path: str, path: str, half: bool) -> None:
     import onnx
     import openvino
 
-    from penjing.runtimes import onnx_rewrites
+    from penjing.runtimes import onnx_rewrites, openvino_rewrites
 
     crossing = onnx.load(onnx_path)
     if onnx_rewrites.weights_of_their_own(crossing):
@@ -137,7 +138,9 @@ def convert(onnx_path: str, path: str, half: bool) -> None:
             expected="operators that OpenVINO's ONNX reader knows",
             remedy="write that operator with others, or choose another runtime",
         ) from error
-    _select_for_booleans(model)
+    openvino_rewrites.select_for_booleans(model)
+    openvino_rewrites.unequal_biases(model)
+    openvino_rewrites.reductions_alone(model)
     _name(model, onnx_path)
     try:
         openvino.save_model(model, path, compress_to_fp16=half)
@@ -148,23 +151,6 @@ def convert(onnx_path: str, path: str, half: bool) -> None:
             expected="a folder with write permission and free space",
             remedy="free some space and go on with --resume, or choose another folder with --out",
         ) from error
-
-
-def _select_for_booleans(model: Any) -> None:
-    """A boolean becomes a number by a selection of 1 or 0.
-
-    Version 2026.4 fuses a conversion into the arithmetic behind it, a mask's for example, and then refuses the boolean
-    input of what it fused, or answers with an empty batch.
-    """
-    import openvino
-    from openvino import opset13
-
-    for op in model.get_ordered_ops():
-        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != openvino.Type.boolean:
-            continue
-        numbers = [opset13.constant(x, op.get_output_element_type(0)) for x in (1, 0)]
-        selection = opset13.select(op.input_value(0), *numbers, name=op.get_friendly_name())
-        op.output(0).replace(selection.output(0))
 
 
 APART = ("convert", "compile_fixed")
@@ -304,7 +290,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
 
 def _origin(name: str) -> str:
     """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
-    name = re.split(r"/(?:WithoutBiases|Dequantization|Fused|bias\b|scale\b)", name)[0]
+    name = re.split(r"/(?:WithoutBiases|Dequantization|Fused|bias\b|scale\b|axes\b)", name)[0]
     return name.removesuffix("_original")
 
 

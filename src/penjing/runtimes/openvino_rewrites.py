@@ -1,0 +1,119 @@
+"""What OpenVINO 2026.4 gets wrong, written so that it gets it right: every rule changes a model in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def select_for_booleans(model: Any) -> None:
+    """A boolean becomes a number by a selection of 1 or 0.
+
+    Version 2026.4 fuses a conversion into the arithmetic behind it, a mask's for example, and then refuses the boolean
+    input of what it fused, or answers with an empty batch.
+    """
+    import openvino
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != openvino.Type.boolean:
+            continue
+        numbers = [opset13.constant(x, op.get_output_element_type(0)) for x in (1, 0)]
+        selection = opset13.select(op.input_value(0), *numbers, name=op.get_friendly_name())
+        op.output(0).replace(selection.output(0))
+
+
+def unequal_biases(model: Any) -> None:
+    """Every product of a matrix of values with integer weights gets a bias whose elements are not all equal.
+
+    Version 2026.4 merges a bias that is missing or the same everywhere into the quantizer behind the product. With one
+    thread, fixed shapes and few rows it then takes the bits of the product's 32-bit integers for floating-point
+    numbers. What is added is too small to change a value: 1e-30, and the last bit of one element of an equal bias.
+    """
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "MatMul" or not _has_integer_weights(op):
+            continue
+        width = op.get_output_partial_shape(0)[1].get_length()
+        tiny, one = np.zeros(width, np.float32), np.ones(width, np.float32)
+        tiny[0], one[0] = 1e-30, np.nextafter(np.float32(1), np.float32(2))
+        readers = list(op.output(0).get_target_inputs())
+        addition = readers[0].get_node() if len(readers) == 1 else None
+        if addition is not None and addition.get_type_name() == "Add":
+            bias = addition.input_value(1 - readers[0].get_index())
+            stored = _stored(bias.get_node())
+            if stored:
+                if all(np.all(constant == constant.flat[0]) for constant in stored):
+                    other = opset13.add(opset13.multiply(bias, opset13.constant(one)), opset13.constant(tiny))
+                    addition.input(1 - readers[0].get_index()).replace_source_output(other.output(0))
+                continue
+        site = op.get_friendly_name().removesuffix("/WithoutBiases")
+        addition = opset13.add(op.output(0), opset13.constant(tiny), name=f"{site}/bias")
+        for reader in readers:
+            reader.replace_source_output(addition.output(0))
+
+
+def _has_integer_weights(product: Any) -> bool:
+    shapes = [product.get_output_partial_shape(0), *(value.get_partial_shape() for value in product.input_values())]
+    if any(shape.rank.is_dynamic or len(shape) != 2 for shape in shapes):
+        return False
+    return any(constant.dtype in (np.int8, np.uint8) for constant in _stored(product.input_value(1).get_node()))
+
+
+def _stored(node: Any) -> list[np.ndarray]:
+    """The constants that a value is computed from; none where it is computed from an input too."""
+    if node.get_type_name() == "Constant":
+        return [node.data]
+    parts = [_stored(value.get_node()) for value in node.input_values()]
+    return [constant for part in parts for constant in part] if all(parts) else []
+
+
+def reductions_alone(model: Any) -> None:
+    """No reduction is fused with what has a constant for each channel behind it: a shift, a scale, a quantizer.
+
+    Version 2026.4 looks the constants up by the wrong channel, in floating point too, unless all axes behind the
+    second of four or five are reduced. A change of shape between the two keeps them apart; it moves no value.
+    """
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if not kind.startswith("Reduce") or kind.startswith("ReduceLogical") or not _reads_channels(op):
+            continue
+        rank, axes = op.get_input_partial_shape(0).rank, _stored(op.input_value(1).get_node())
+        if rank.is_dynamic or not axes:
+            continue
+        reduced = sorted(axis % rank.get_length() for axis in axes[0].ravel().tolist())
+        if rank.get_length() > 3 and reduced == list(range(2, rank.get_length())):
+            continue
+        value, dropped = op.input_value(0), reduced
+        if op.get_attributes()["keep_dims"]:  # an axis more, which is reduced with the others and dropped again
+            dropped = [rank.get_length()]
+            value = opset13.unsqueeze(value, opset13.constant(np.array(dropped))).output(0)
+            reduced = reduced + dropped
+        readers = list(op.output(0).get_target_inputs())
+        site = op.get_friendly_name()
+        reduce = getattr(opset13, f"reduce_{kind.removeprefix('Reduce').lower()}")
+        reduction = reduce(value, opset13.constant(np.array(reduced)), True, name=f"{site}/axes")
+        reshaped = opset13.squeeze(reduction.output(0), opset13.constant(np.array(dropped)), name=site)
+        for reader in readers:
+            reader.replace_source_output(reshaped.output(0))
+
+
+def _reads_channels(op: Any) -> bool:
+    """Whether elementwise operators that alone read the value, one behind another, have a constant that varies."""
+    while True:
+        readers = list(op.output(0).get_target_inputs())
+        if len(readers) != 1:
+            return False
+        op = readers[0].get_node()
+        if op.get_type_name() not in _BY_CHANNEL and op.get_input_size() != 1 or op.get_output_size() != 1:
+            return False
+        others = [value for i, value in enumerate(op.input_values()) if i != readers[0].get_index()]
+        if any(constant.size > 1 for value in others for constant in _stored(value.get_node())):
+            return True
+
+
+_BY_CHANNEL = {"Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Power", "PRelu", "FakeQuantize"}

@@ -1,0 +1,191 @@
+"""What OpenVINO 2026.4 gets wrong with some numbers of threads, rows and axes, right in the files that are written."""
+
+import dataclasses
+
+import numpy as np
+import openvino
+import pytest
+import torch
+import torch.nn.functional as F
+from openvino import opset13
+from torch import nn
+
+from penjing import building, runtimes, surgery
+from penjing.draft import Draft
+from penjing.measure import machine
+from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
+from penjing.quantize import Static
+from penjing.runtimes import openvino as runtime
+from penjing.runtimes import openvino_rewrites
+from penjing.runtimes.artifact import predictor
+from penjing.step import Context
+from penjing.task import Task
+
+
+class Linears(nn.Module):
+    def __init__(self, activation, bias=None, sizes=(32, 64, 48, 4)):
+        super().__init__()
+        self.activation = activation
+        pairs = zip(sizes, sizes[1:], strict=False)
+        self.layers = nn.ModuleList([nn.Linear(a, b, bias=bias is not None) for a, b in pairs])
+        for layer in self.layers if bias is not None else ():
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+class StoredProducts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(32, 64) / 6), nn.Parameter(torch.randn(64, 4) / 8)
+
+    def forward(self, x):
+        return F.relu(x @ self.w) @ self.v
+
+
+class Halves(nn.Module):
+    """A bilinear layer: a sum over the last axis, with a bias for each channel behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.product, self.out = nn.Bilinear(12, 20, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(F.relu(self.product(x[:, :12], x[:, 12:])))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, n, bias=False) for n in (32, 32, 4))
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.c(F.relu(h + self.b(h)))
+
+
+def identity(x):
+    return x
+
+
+def decibels(expected, got):
+    return 10 * np.log10((expected**2).mean() / max(((expected - got) ** 2).mean(), 1e-20))
+
+
+def rows(n, seed):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)).clamp(-2, 2)
+
+
+def quantized(network, folder, draw):
+    task = Task(example=draw(2, 0), calibration=[draw(16, seed) for seed in range(1, 5)])
+    graph = raise_network(network, (draw(2, 0),))
+    structure = flatten_outputs(graph(draw(2, 0)))[1]
+    accelerates = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
+    draft = Static()(Draft(graph), Context(task=task, accelerates=accelerates, source=graph))
+    return draft, building.build(draft, "openvino", "int8", task, structure, folder)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Linears(F.relu),
+        lambda: Linears(identity),
+        lambda: Linears(F.relu6, sizes=(32, 24, 4)),
+        lambda: Linears(F.gelu),
+        lambda: Linears(F.relu, bias=0.0),
+        lambda: Linears(F.relu, bias=0.5),
+        lambda: Linears(F.relu, sizes=(32, 64, 1)),
+        StoredProducts,
+        Residual,
+        Halves,
+    ],
+    ids="relu none relu6 gelu zeros halves one_output stored residual bilinear".split(),
+)
+def test_matrices_are_right_with_every_number_of_threads_and_rows(build, tmp_path):
+    torch.manual_seed(1)
+    network = build().eval()
+    draft, manifest = quantized(network, tmp_path, rows)
+    plan = surgery.insert(draft.network, draft.plan)
+    for threads in (1, 2):
+        for fixed in (True, False):
+            session = runtime.open_session(tmp_path, dataclasses.replace(manifest, fixed_shapes=fixed), threads)
+            session.fixed *= 10  # every number of rows gets a network of its own
+            for n in (1, 3, 5, 8, 16):
+                x = rows(n, seed=n + 10)
+                got = predictor(session, manifest)(x.numpy())
+                with torch.no_grad():
+                    expected = [f(x).numpy() for f in (network, plan)]
+                assert decibels(expected[0], got) > 20, (threads, fixed, n)
+                assert decibels(expected[1], got) > 30, (threads, fixed, n)
+
+
+def test_shapes_are_fixed_only_where_they_compile_with_one_thread_too(tmp_path):
+    torch.manual_seed(1)
+    network = Linears(F.relu, bias=0.5, sizes=(1, 1, 1)).eval()
+    _, manifest = quantized(network, tmp_path, lambda n, seed: rows(n, seed)[:, :1])
+    got = predictor(runtime.open_session(tmp_path, manifest, 1), manifest)(np.full((3, 1), 0.5, np.float32))
+    with torch.no_grad():
+        expected = network(torch.full((3, 1), 0.5)).numpy()
+    assert decibels(expected, got) > 20
+
+
+@pytest.mark.parametrize("reduce", [opset13.reduce_mean, opset13.reduce_sum, opset13.reduce_max, opset13.reduce_l2])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((5, 8, 6), [2]),
+        ((5, 6, 8), [1]),
+        ((5, 8, 6, 6), [2, 3]),
+        ((5, 6, 6, 8), [-3, -2]),
+        ((5, 6, 4, 8), [1]),
+        ((5, 8, 3, 4, 2), [2, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("behind", ["add", "add and quantize", "scale and quantize"])
+def test_what_has_a_constant_for_each_channel_is_right_behind_a_reduction(reduce, keep, shape, axes, behind):
+    random = np.random.default_rng(0)
+    kept = [8 if size == 8 else 1 for size in shape]
+    others = [size for axis, size in enumerate(kept) if keep or axis not in {a % len(shape) for a in axes}]
+    values = random.normal(size=others).astype(np.float32)
+    x = random.normal(size=shape).astype(np.float32)
+
+    def number(value):
+        return opset13.constant(np.asarray(value, np.float32))
+
+    def quantize(value):
+        ends = number(-3.0), number(3.1)  # 0 is in the middle of no step
+        return opset13.fake_quantize(value, *ends, *ends, 256)
+
+    parameter = opset13.parameter([-1, *shape[1:]], np.float32)
+    reduced = reduce(parameter, np.array(axes), keep)
+    result = {
+        "add": lambda: opset13.relu(opset13.add(reduced, number(values))),
+        "add and quantize": lambda: quantize(opset13.add(reduced, number(values))),
+        "scale and quantize": lambda: quantize(opset13.multiply(opset13.relu(reduced), number(1 + abs(values)))),
+    }[behind]()
+    model = openvino.Model([result], [parameter])
+    fixed = model.clone()
+    fixed.reshape(list(shape))
+    expected = openvino.Tensor(np.zeros(fixed.output(0).shape, np.float32))
+    fixed.evaluate([expected], [openvino.Tensor(x)])  # by the reference implementations, which fuse nothing
+    openvino_rewrites.reductions_alone(model)
+    model.validate_nodes_and_infer_types()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    got = openvino.Core().compile_model(model, "CPU", settings)(x)[0]
+    step = 6.1 / 255 if "quantize" in behind else 0
+    assert np.abs(got - expected.data).max() < 1.01 * step + 1e-4
+    assert (np.abs(got - expected.data) > 1e-4).mean() < 0.1  # a value at the edge of a step
+
+
+def test_a_mean_over_an_image_stays_one_operator():
+    parameter = opset13.parameter([-1, 8, 6, 6], np.float32)
+    mean = opset13.reduce_mean(parameter, np.array([2, 3]), False)
+    model = openvino.Model([opset13.add(mean, opset13.constant(np.arange(8, dtype=np.float32)))], [parameter])
+    before = [op.get_type_name() for op in model.get_ordered_ops()]
+    openvino_rewrites.reductions_alone(model)
+    assert [op.get_type_name() for op in model.get_ordered_ops()] == before
