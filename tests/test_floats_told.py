@@ -171,6 +171,15 @@ def test_nothing_is_told_where_all_is_integer(name, runtime):
     assert building.float_doubts("x-int8", rows_of(name, runtime)) == ()
 
 
+@both
+def test_a_table_is_told_to_be_stored_in_integers_and_looked_up(runtime):
+    rows = rows_of("embedding", runtime)
+    (table,) = (r for r in rows if r.kind == "embedding")
+    assert (table.planned, table.stored) == ("int8", "int8")
+    assert table.executed == "int8" or table.reason == building.LOOKED_UP
+    assert building.float_shares(rows)[1] < 0.01
+
+
 def test_shares_of_products_and_of_bytes_are_apart():
     rows = (
         LayerRow(name="a", kind="linear", macs=90, weight_bytes=10, planned="int8", executed="int8", stored="int8"),

@@ -25,6 +25,7 @@ from penjing.task import Call, Task
 INTEGER = ("int8", "int8-bf16")
 COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool", *RECURRENT)
 TABLES = ("embedding",)  # nothing is multiplied: that they are stored in integers is all that is asked of them
+LOOKED_UP = "it is stored in 8 bits; what is looked up becomes floating point, and nothing is multiplied"
 TOLD = 0.1  # a share that stays in floating point and is larger is told
 
 
@@ -63,7 +64,7 @@ def executed_rows(
         planned = "int8" if integers else manifest.settings.get("precision", "fp32")
         matters = row.kind in COUNTED or row.macs or row.parameters
         reason = None
-        if manifest.precision in INTEGER and executed != "int8" and matters and not (integers and row.kind in TABLES):
+        if manifest.precision in INTEGER and executed != "int8" and matters:
             reason = plan.floats.get(row.name) or _why_float(row.kind, planned, executed, manifest.runtime)
         weights = _stored_edges(network, found.get(row.name), row.name) & plan.entries.keys()
         size = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, found, row, plan)
@@ -172,6 +173,8 @@ def _why_float(kind: str, planned: str, executed: str | None, runtime: str) -> s
     if planned != "int8":
         kernels = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets).integer
         return "no edge of it is quantized" if kind in kernels else f"{runtime} has no integer kernel for {kind}"
+    if kind in TABLES:
+        return LOOKED_UP
     if executed is None:
         return f"{runtime} fused or removed it: its optimized graph does not show it"
     return f"{runtime} did not use an integer kernel although its inputs are integers"

@@ -22,10 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import IO, Any
 
 TEXT_BYTES = 1 << 26  # of a JSON file; the record of a network of ten thousand layers has a tenth
 DEPTH = 64  # of nesting
