@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,32 +18,31 @@ class Limits:
         snr_db: Least signal-to-noise ratio of every output and group of columns.
         told_db: Below this it is told, and no reason to reject.
         equal: Least share of equal values of outputs that are integers or booleans.
-        operators: Their roundings add up: from so many on the limit sinks with their number; 0 where it does not.
-        bits: Bits of the significand that values are rounded to: what the arithmetic can't keep is not asked for.
+        rounding: By how much of itself every value may be off: what the network does not keep then is not asked for.
     """
 
     snr_db: float
     told_db: float = 0.0
     equal: float
-    bits: int
-    operators: int = 0
+    rounding: float
 
 
+# A significand of 11 or 8 bits is off by 2**-12 or 2**-9 on average; where torch has three operators, runtimes fuse one.
+_FLOAT32 = 2.0**-21  # three bits less than it holds: sums in another order, and approximations of exp and erf
 LIMITS = {
-    "fp32": Limits(snr_db=60, equal=0.99, bits=24),
-    "fp16": Limits(snr_db=35, equal=0.95, bits=11),
-    "bf16": Limits(snr_db=30, equal=0.8, bits=8, operators=16),
-    "int8": Limits(snr_db=30, told_db=40, equal=0.8, bits=0, operators=32),
-    "int8-bf16": Limits(snr_db=30, equal=0.8, bits=0, operators=32),
+    "fp32": Limits(snr_db=60, equal=0.99, rounding=_FLOAT32),
+    "fp16": Limits(snr_db=35, equal=0.95, rounding=2.0**-12),
+    "bf16": Limits(snr_db=30, equal=0.8, rounding=2.0**-9),
+    "int8": Limits(snr_db=30, told_db=40, equal=0.8, rounding=_FLOAT32),
+    "int8-bf16": Limits(snr_db=30, equal=0.8, rounding=_FLOAT32),  # or int8, which stands beside it, is the better
 }
-"""Against the torch network with the same quantizers ("planned"). The bounds of fp16 and bf16 leave room below what
-EfficientNet-Lite0 keeps with its 50 operators, 47 and 28 dB; ResNet-20 keeps 72 and 47."""
+"""Against the torch network with the same quantizers ("planned")."""
 SOURCE_TOLD_DB = 15.0
 """An integer artifact below this against the source network draws a warning; it is what was planned all the same."""
-_SPARE_DB = {24: 20.0, 11: 3.0, 8: 3.0}  # by bits: noise depends on the order of sums, of float32 most
-LEAST_DB = 25.0  # however many operators there are
-_DEEP_SHARE = 0.5  # of the plan's own noise, where roundings of many operators add up: MiniLM adds a third
-_SMALL_SHARE = 0.25  # of the plan's own noise, where columns are small beside others
+LEAST_DB = 15.0
+"""However little a network keeps of itself: beyond this rounding and mistakes can't be told apart."""
+_SPARE = 2.0  # times the noise of a network whose values are off: 3 dB
+_NOTHING = 1e-12  # of the power of the largest values
 
 
 def of(precision: str) -> Limits:
@@ -56,41 +54,33 @@ def judged(
     found: Sequence[Difference],
     names: Sequence[str],
     precision: str,
-    inherent: Callable[[], Sequence[Difference]] | None = None,
-    operators: int = 0,
+    elsewhere: Callable[[float], Sequence[Difference]] | None = None,
 ) -> tuple[ParityRow, ...]:
     """Rows with limits, for a comparison with what was planned.
 
-    A limit is lower where the values can't be told better: a floating-point artifact is not asked for more than what
-    rounding to its significand leaves of this network; roundings to integers and to bfloat16 add up with the operators,
-    so that the limit sinks with their number (down to 25 dB); and in columns that are small beside others an integer
-    artifact may add a quarter of the noise that the plan itself has there.
+    A limit is lower where the values can't be told better: where the network keeps less of itself when its values are
+    off by rounding (down to 15 dB), and where values are next to nothing beside the others.
 
     Args:
         found: One for every part.
         names: Of the outputs.
         precision: Of the artifact.
-        inherent: The same parts' noise: of the network in float32 against float64, or, of an integer artifact, of the
-            plan against floating point. Asked for where a limit does not hold.
-        operators: That the plan quantizes, or that compute in floating point.
+        elsewhere: From the largest relative error of a value to the differences, of the same parts, of the torch
+            network from itself with such errors. Asked for where a limit does not hold.
     """
-    limits, why = of(precision), ""
-    if limits.operators and operators > limits.operators:
-        limit = max(min(limits.snr_db, LEAST_DB), limits.snr_db - 10 * math.log10(operators / limits.operators))
-        limits, why = replace(limits, snr_db=limit), f"roundings of {operators} operators add up"
-    rows = told(found, names)
-    strict = tuple(
-        _with(row, None, limits.equal) if row.equal is not None else _with(row, limits.snr_db, None, why)
-        for row in rows
+    limits = of(precision)
+    rows = tuple(
+        replace(row, limit_db=limits.snr_db) if row.equal is None else replace(row, limit_equal=limits.equal)
+        for row in told(found, names)
     )
-    if all(row.holds for row in strict):
-        return strict
-    scale = max((d.signal / d.values for d in found if d.values), default=0.0)
-    noise = {d.columns: d for d in (inherent() if inherent is not None else ())}
-    failing = [not row.holds and row.equal is None and not row.fault for row in strict]
+    failing = [not row.holds and row.equal is None and not row.fault for row in rows]
+    if not any(failing):
+        return rows
+    largest = max((d.signal / d.values for d in found if d.values), default=0.0)
+    itself = {d.columns: d for d in (elsewhere(limits.rounding) if elsewhere is not None else ())}
     return tuple(
-        _lowered(row, d, noise.get(d.columns), limits, scale) if fails else row
-        for row, d, fails in zip(strict, found, failing, strict=True)
+        _lowered(row, d, _allowed(d, itself.get(d.columns), largest)) if fails else row
+        for row, d, fails in zip(rows, found, failing, strict=True)
     )
 
 
@@ -110,26 +100,24 @@ def told(found: Sequence[Difference], names: Sequence[str]) -> tuple[ParityRow, 
     )
 
 
-def _with(row: ParityRow, limit_db: float | None, limit_equal: float | None, why: str = "") -> ParityRow:
-    return replace(row, limit_db=limit_db, limit_equal=limit_equal, why=why)
+def _allowed(d: Difference, itself: Difference | None, largest: float) -> list[tuple[float, str]]:
+    """Noise that is not the artifact's mistake, by every rule, and the rule in words."""
+    rules = [(d.values * largest * _NOTHING, "the values are next to nothing beside the others")]
+    if itself is not None and itself.values and not itself.fault:
+        noise = _SPARE * itself.noise * d.values / itself.values
+        if d.signal:
+            noise = min(noise, d.signal * 10 ** (-LEAST_DB / 10))
+        rules.append((noise, f"torch itself keeps {itself.snr_db:.0f} dB here when every value is off by rounding"))
+    return rules
 
 
-def _lowered(row: ParityRow, d: Difference, inherent: Difference | None, limits: Limits, scale: float) -> ParityRow:
+def _lowered(row: ParityRow, d: Difference, rules: Sequence[tuple[float, str]]) -> ParityRow:
     """The row with the limit that its values allow, where that is lower."""
-    allowed, why = d.values * 1e-12 * scale, "the values are next to nothing beside the others"
-    mine = inherent.noise * d.values / inherent.values if inherent is not None and inherent.values else 0.0
-    if inherent is not None and limits.bits:
-        rounding = mine * 10 ** (_SPARE_DB[limits.bits] / 10) * 4.0 ** (24 - limits.bits)
-        if rounding > allowed:
-            allowed, why = rounding, f"float32 itself keeps {inherent.snr_db:.0f} dB of the network's values here"
-    elif inherent is not None and not limits.bits:
-        share = _SMALL_SHARE if d.columns.smaller else _DEEP_SHARE if row.why else 0.0
-        if mine * share > allowed:
-            allowed, why = mine * share, f"the plan itself keeps {inherent.snr_db:.0f} dB here"
-    if d.noise <= allowed and not d.signal:
-        return _with(row, None, None, why)  # no ratio tells anything where there is no signal
+    allowed, why = max(rules)
+    if not d.signal:  # no ratio tells anything then
+        return replace(row, limit_db=None, why=why) if d.noise <= allowed else row
     limit = decibels(d.signal, allowed)
-    return _with(row, limit, None, why) if limit < limits.snr_db and d.signal else row
+    return replace(row, limit_db=limit, why=why) if row.limit_db is not None and limit < row.limit_db else row
 
 
 def rejection(parities: Sequence[Parity]) -> Rejection | None:
