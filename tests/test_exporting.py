@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.exporting import export
+from penjing.exporting import export, export_module
 from penjing.network import raise_network
 
 
@@ -94,3 +94,20 @@ def test_free_sizes_in_strided_residual_networks():
         x = torch.randn(2, 3, height, width)
         assert torch.equal(network(x), net(x))
         assert torch.equal(again(x), net(x))
+
+
+@pytest.mark.parametrize("make", [nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = make(4, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch", 1: "time"}})
+    assert "pad shorter sequences" in error.value.remedy
+    fixed = export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch"}})
+    assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)

@@ -43,7 +43,15 @@ def test_the_structure_survives_json():
 def test_an_output_that_is_no_tensor_is_named():
     with pytest.raises(SourceError, match=r"output\['cache'\]") as error:
         flatten_outputs({"cache": object()})
-    assert "use_cache" in error.value.remedy
+    assert "wrap the network" in error.value.remedy and "use_cache" not in error.value.remedy
+
+
+def test_of_a_cache_the_setting_is_named_and_what_helps_where_it_does_not():
+    class EncoderDecoderCache: ...
+
+    with pytest.raises(SourceError) as error:
+        flatten_outputs({"cache": EncoderDecoderCache()})
+    assert "use_cache" in error.value.remedy and "wrap the network" in error.value.remedy
 
 
 def test_a_changed_number_of_outputs_is_an_error():

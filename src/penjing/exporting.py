@@ -158,6 +158,8 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     message = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {error}"
     expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
+    if "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+        expected, remedy = _RECURRENT
     return ExportError(
         f"the network can't be exported: {where}",
         got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
@@ -166,6 +168,10 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     )
 
 
+_RECURRENT = (
+    "recurrent layers whose length is fixed: torch.export writes out every step of them; the batch may vary",
+    "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
+)
 _ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
     r"GuardOnDataDependent|[Dd]ata-dependent|[Dd]ynamic control flow": (
         "a forward without control flow that depends on the values of tensors",

@@ -63,8 +63,15 @@ def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
         f"{where} of the network is not a tensor",
         got=f"{type(value).__module__}.{type(value).__qualname__}",
         expected="tensors, or tuples, lists or dicts of tensors",
-        remedy="return only tensors from forward; in a Hugging Face model, set config.use_cache = False",
+        remedy=_remedy(value),
     )
+
+
+def _remedy(value: Any) -> str:
+    wrap = "wrap the network in a module whose forward returns what is needed: {'logits': self.net(x).logits}"
+    if not type(value).__name__.endswith("Cache"):
+        return wrap
+    return f"set config.use_cache = False; where the network keeps its cache all the same, as T5 does, {wrap}"
 
 
 def unflatten_outputs(leaves: Sequence[Any], structure: Structure) -> Any:
