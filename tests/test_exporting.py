@@ -111,3 +111,13 @@ def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
     assert "pad shorter sequences" in error.value.remedy
     fixed = export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch"}})
     assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)
+
+
+def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
+    class Collects(nn.Module):
+        def forward(self, **inputs):
+            return inputs["a"] * inputs["b"]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Collects(), (), {name: torch.ones(2, 4) for name in ("a", "b")})
+    assert "names them" in error.value.remedy

@@ -173,6 +173,10 @@ _RECURRENT = (
     "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
 )
 _ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
+    r"structure of `inputs` and `dynamic_shapes`": (
+        "a forward that names its inputs",
+        "wrap the network in a module that names them: def forward(self, a, b): return self.net(a=a, b=b)",
+    ),
     r"GuardOnDataDependent|[Dd]ata-dependent|[Dd]ynamic control flow": (
         "a forward without control flow that depends on the values of tensors",
         "choose with torch.where(condition, a, b) or torch.cond(condition, branch_a, branch_b, inputs) on that line",
