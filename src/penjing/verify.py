@@ -63,7 +63,7 @@ def verify(
     if chosen is None:
         raise RecordError("the record has no artifact", got=record.goal.reason, expected="a run with an artifact")
     manifest = read_manifest(folder / ARTIFACT)
-    checks = [*_hashes(folder, record, chosen), _size(folder, chosen, manifest)]
+    checks = [*_hashes(folder, record, chosen), _size(folder, record, chosen, manifest)]
     used = measure.check_threads(threads or record.machine.threads)
     try:
         session = isolated.open_artifact(folder / ARTIFACT, used)
@@ -96,10 +96,11 @@ def _hashes(folder: Path, record: Record, chosen: Candidate) -> list[Check]:
     return checks
 
 
-def _size(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
+def _size(folder: Path, record: Record, chosen: Candidate, manifest: Manifest) -> Check:
     size = measure.size_bytes(folder / ARTIFACT, manifest.files())
-    recorded = chosen.measured.size_bytes
-    return Check("size in bytes", str(recorded), str(size), size == recorded)
+    told = {row.size_bytes for row in (chosen.measured, record.artifact) if row is not None}
+    words = " and ".join(sorted(map(str, told)))  # the record says it twice
+    return Check("size in bytes", words, str(size), told == {size})
 
 
 def _operators(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
@@ -182,18 +183,31 @@ def _speed(
     recorded = steadiness.speedup(before, after)
     found = measure.ratio(timings["source"], timings["artifact"])
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
-    close = abs(found / recorded - 1) <= SPEED_TOLERANCE
-    note = "" if same else "measured on another machine or with other threads: not comparable"
-    then, now = after.doubt, timings["artifact"].latency.doubt
-    if same and not close and then:
-        same, note = False, f"the machine was busy when this was recorded ({then}): not comparable"
-    elif same and not close and now:
-        same, note = False, f"this machine is busy ({now}): measure again when it is quiet"
+    holds, note = _speed_holds(recorded, found, same, after.doubt, timings["artifact"].latency.doubt)
     text = f"{timings['artifact'].latency.median:.3f} ms"
     return [
         Check("latency", f"{after.median:.3f} ms", text, None, "absolute times drift; the speed-up is what is checked"),
-        Check("speed-up over the source", f"{recorded:.2f}×", f"{found:.2f}×", close if same else None, note),
+        Check("speed-up over the source", f"{recorded:.2f}×", f"{found:.2f}×", holds, note),
     ]
+
+
+def _speed_holds(recorded: float, found: float, same: bool, then: str, now: str) -> tuple[bool | None, str]:
+    """Whether a speed-up holds, and what there is to say; None where two figures do not compare.
+
+    Args:
+        recorded: The record's.
+        found: Measured now.
+        same: Whether machine and threads are the record's.
+        then: Why the record's timings can't be trusted; "" where they can.
+        now: The same of those taken now.
+    """
+    if not same:
+        return None, "measured on another machine or with other threads: not comparable"
+    if then:
+        return None, f"the machine was busy when this was recorded ({then}): not comparable"
+    if now:
+        return None, f"this machine is busy ({now}): measure again when it is quiet"
+    return abs(found / recorded - 1) <= SPEED_TOLERANCE, ""
 
 
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
