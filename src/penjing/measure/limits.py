@@ -27,7 +27,7 @@ class Limits:
     rounding: float
 
 
-# A significand of 11 or 8 bits is off by 2**-12 or 2**-9 on average; where torch has three operators, runtimes fuse one.
+# A significand of 11 or 8 bits is off by 2**-12 or 2**-9 on average; a runtime may fuse three of torch's operators.
 _FLOAT32 = 2.0**-21  # three bits less than it holds: sums in another order, and approximations of exp and erf
 LIMITS = {
     "fp32": Limits(snr_db=60, equal=0.99, rounding=_FLOAT32),
