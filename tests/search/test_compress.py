@@ -281,7 +281,7 @@ class TestRefusals:
         assert f"of the {whose} does not exist" in error.what and "stem" in error.remedy
 
     def test_what_is_no_recipe(self, digits_source, task):
-        for wrong in (pj.Finetune(), "joint"):
+        for wrong in ("joint", 3):
             with pytest.raises(RecipeError, match="compressed by a recipe"):
                 pj.apply(wrong, open_source(digits_source).module, task)
 
