@@ -14,8 +14,12 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 demo: setup
 	$(PY) examples/fashion_mnist/demo.py
 
+# Several processes, one after another: what a runtime's native code does to one ends with it.
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" tests/test_[a-k]*.py
+	$(PY) -m pytest -m "not slow" tests/test_[l-p]*.py
+	$(PY) -m pytest -m "not slow" tests/test_[q-z]*.py
+	$(PY) -m pytest -m "not slow" tests src --ignore-glob='tests/test_*.py'
 
 test-all: lint
 	$(PY) -m pytest
