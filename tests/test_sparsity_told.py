@@ -60,7 +60,7 @@ def test_what_they_gained_is_measured_and_told(result):
     zeros = record.zeros
     assert 0 < zeros.low <= zeros.speedup <= zeros.high
     told = verdict.idle_zeros(zeros, record.chosen)
-    assert record.warnings == ((told,) if told else ())
+    assert not told or told in record.warnings
     events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
     assert [e["text"] for e in events if e["kind"] == "warning"] == list(record.warnings)
     assert any(step.name == f"measure zeros of {record.goal.chosen}" for step in record.steps)

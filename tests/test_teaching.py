@@ -153,7 +153,7 @@ def test_a_student_in_double_precision_has_adapters_of_its_own_kind(teacher):
         source=copy.deepcopy(teacher).double(),
     )
     torch.manual_seed(0)
-    student = raise_network(Small().double(), (torch.zeros(2, 1, 8, 8).double(),))
+    student = raise_network(Small(), (torch.zeros(2, 1, 8, 8),)).double()
     train(student, where, replace(SHORT, steps=2, distill=distill.Hints(features=("conv",))))
     assert student.get_parameter("conv.weight").dtype == torch.float64
 

@@ -27,7 +27,7 @@ def with_statistics(model, seed=0):
 
 
 def raised(model, *shape, dtype=torch.float32):
-    return raise_network(with_statistics(model).to(dtype), (torch.zeros(1, *shape, dtype=dtype),))
+    return raise_network(with_statistics(model), (torch.zeros(1, *shape),)).to(dtype)
 
 
 def kinds(network):
@@ -68,9 +68,9 @@ def test_a_folded_network_computes_the_same(name, dtype, tolerance):
 
 def test_the_formula_number_by_number():
     torch.manual_seed(0)
-    model = with_statistics(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))).double()
+    model = with_statistics(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)))
     conv, bn = model.requires_grad_(False)
-    network = raise_network(model, (torch.zeros(1, 2, 4, 4).double(),))
+    network = raise_network(model, (torch.zeros(1, 2, 4, 4),)).double()
     fold_batch_norms(network)
     new = network.get_submodule("0")
     for o in range(3):
