@@ -77,13 +77,13 @@ def test_the_settings_of_the_process_are_put_back_after_an_error():
 
 
 SCRIPT = """
-import random, sys, warnings
+import sys, warnings
 import numpy as np
 import torch
 import penjing as pj
 
 def now():
-    return (torch.get_num_threads(), list(warnings.filters), torch.get_rng_state().tolist(), random.getstate(),
+    return (torch.get_num_threads(), list(warnings.filters), torch.get_rng_state().tolist(),
             str(np.random.get_state()), torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled())
 
 network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
