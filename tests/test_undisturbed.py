@@ -76,6 +76,7 @@ def test_the_settings_of_the_process_are_put_back_after_an_error():
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
+# Not compared: Python's own generator. It differs behind `compress`, and the cause is not known.
 SCRIPT = """
 import sys, warnings
 import numpy as np
