@@ -133,6 +133,13 @@ class Parity:
     rows: tuple[ParityRow, ...] = ()
 
     @property
+    def least_db(self) -> float:
+        """Signal-to-noise of the worst output or group of columns; `snr_db` where there is but one."""
+        if len({row.place for row in self.rows}) < 2:
+            return self.snr_db
+        return min((row.snr_db for row in self.rows if not row.fault), default=self.snr_db)
+
+    @property
     def worst(self) -> ParityRow | None:
         """The row furthest below its limit; where all hold, the one that comes nearest to it."""
 
@@ -347,13 +354,18 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class GoalResult:
-    """The goal as it was asked for, and what came of it."""
+    """The goal as it was asked for, and what came of it.
+
+    Attributes:
+        doubt: Why the metric may not say what the goal takes it for, in a few words; "" where nothing was seen.
+    """
 
     text: str
     met: bool
     reason: str
     chosen: str | None  # name of a candidate
     pareto: tuple[str, ...] = ()  # names of the candidates that no other beats in every figure of the goal
+    doubt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,6 +133,20 @@ def test_shapes_are_fixed_only_where_they_compile_with_one_thread_too(tmp_path):
     assert decibels(expected, got) > 20
 
 
+def test_a_network_with_more_ways_back_than_can_be_walked_is_read():
+    inputs = opset13.parameter([4, 8], np.float32)
+    value = inputs
+    for _ in range(64):  # two to the power of 64 ways from the end to the input
+        value = opset13.add(value, opset13.tanh(value))
+    product = opset13.matmul(value, opset13.multiply(value, value), False, True)
+    mean = opset13.reduce_mean(value, np.array([1]), True)
+    model = openvino.Model([product, opset13.multiply(mean, value)], [inputs])
+    operators = [op.get_friendly_name() for op in model.get_ordered_ops()]
+    openvino_rewrites.unequal_biases(model)
+    openvino_rewrites.reductions_alone(model)
+    assert [op.get_friendly_name() for op in model.get_ordered_ops()] == operators
+
+
 @pytest.mark.parametrize("reduce", [opset13.reduce_mean, opset13.reduce_sum, opset13.reduce_max, opset13.reduce_l2])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 import penjing as pj
 from penjing.cli import main
 from penjing.errors import TaskError
+from penjing.report import verdict
 from penjing.search.questions import check_direction, says_higher
 from penjing.task import Task
 
@@ -83,7 +84,7 @@ def test_a_functions_name_is_told_and_does_not_block():
     def mean_squared_error(predict):
         return 1.0
 
-    assert "'mean_squared_error'" in check_direction(task(mean_squared_error))
+    assert "'mean_squared_error'" in check_direction(task(mean_squared_error)).text
     assert check_direction(task(mean_squared_error, metric_name="score")) is None
     assert check_direction(task(mean_squared_error, higher_is_better=False)) is None
 
@@ -117,6 +118,20 @@ def test_a_metric_that_destroyed_weights_improve_is_told_and_does_not_block(tmp_
     right = compress(task(cross_entropy, metric_name="score", higher_is_better=False), tmp_path / "right")
     assert right.record.warnings == ()
     assert compress(task(accuracy, metric_name="accuracy"), tmp_path / "plain").record.warnings == ()
+
+
+def test_a_metric_that_does_not_look_at_the_answers_is_told_and_stands_in_the_verdict(tmp_path):
+    def blind(predict):
+        predict(INPUTS.numpy())
+        return 0.93
+
+    record = compress(task(blind, metric_name="accuracy"), tmp_path / "blind").record
+    (told,) = [text for text in record.warnings if "weights shuffled" in text]
+    assert "look at what `predict` answers" in told and "93.00 %" in told
+    assert "shuffled weights" in record.goal.doubt and record.goal.doubt in record.goal.reason
+    assert verdict.of(record).title.endswith("metric in doubt")
+    sound = compress(task(accuracy, metric_name="accuracy"), tmp_path / "sound").record
+    assert sound.goal.doubt == "" and verdict.of(sound).title == "Goal met"
 
 
 def test_the_destroyed_network_changes_nothing_of_the_run(tmp_path):
@@ -163,6 +178,7 @@ def test_other_data_for_an_artifact_than_for_the_source_is_told(tmp_path):
     (told,) = [text for text in found.warnings if "other data than the source" in text]
     assert all(c.name in told for c in found.candidates)
     assert "with other values" in told
+    assert found.goal.doubt == "evaluate showed it other data than the source"
     assert compress(task(shuffling, metric_name="accuracy"), tmp_path / "shuffling").record.warnings == ()
 
 
@@ -178,4 +194,5 @@ def test_evaluate_that_shows_the_chosen_one_other_data_than_the_source_is_told(t
     (told,) = found.record.warnings
     assert told.startswith(f"evaluate showed {found.record.goal.chosen} other data")
     assert "32 samples, and 64 to the source" in told
+    assert found.record.goal.doubt == "evaluate showed it other data than the source"
     assert json.loads((tmp_path / "run" / "record.json").read_text())["warnings"] == [told]

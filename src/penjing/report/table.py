@@ -97,10 +97,10 @@ def comparison(record: records.Record) -> Table:
 def candidates(record: records.Record) -> Table:
     """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
 
-    ``×`` is how many times faster than the source ("busy" where that can't be trusted), ``dB`` signal-to-noise and
-    ``agree`` agreement against the source, ``int`` integer operators of all operators that were counted in the
-    runtime's graph. Candidates that are not offered stand last. Below stand the least signal-to-noise ratios against
-    what was planned, of any output or group of columns, with their limits, and why candidates don't meet the goal.
+    ``×`` is how many times faster than the source ("busy" where that can't be trusted), ``dB`` signal-to-noise (of
+    the worst output or group of columns) and ``agree`` agreement against the source, ``int`` integer operators of all
+    operators that were counted in the runtime's graph. Candidates that are not offered stand last. Below stand the
+    least signal-to-noise ratios against what was planned, with their limits, and why candidates don't meet the goal.
     """
     table = _table()
     _column(table, "candidate")
@@ -120,8 +120,11 @@ def candidates(record: records.Record) -> Table:
     beside = ((c.name, compared.speedup_over_floor(record, c)) for c in record.candidates)
     over = ", ".join(f"{name} {figures.figure(value, '×')}" for name, value in beside if value is not None)
     told += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
-    doubts = ((c.name, compared.busy(record, c)) for c in record.candidates)
-    told += [f"busy machine: {name}: {text}" for name, text in doubts if text]
+    busy: dict[str, list[str]] = {}
+    for c in record.candidates:
+        if text := compared.busy(record, c):
+            busy.setdefault(text, []).append(c.name)
+    told += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
     told += filter(None, map(arithmetic.in_floats, record.candidates))
     return _captioned(table, told + _kept(shown) + list(reasons))
 
@@ -240,7 +243,7 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
         figures.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
         figures.figure(speedup, "×") if speedup else "busy" if compared.busy(record, candidate) else None,
         figures.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
-        _decibels(parity.snr_db) if parity else None,
+        _decibels(parity.least_db) if parity else None,
         _agreement(parity.agreement) if parity and parity.agreement is not None else None,
         f"{counted[0]}/{sum(counted)}" if counted else None,
     )

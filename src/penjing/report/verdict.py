@@ -13,7 +13,7 @@ class Verdict:
     """Whether the goal was met, whose artifact it is, and what became of speed, size and metric."""
 
     met: bool
-    title: str  # "Goal met", "Goal not met", or "Rejected" where the artifact is not what was planned
+    title: str  # "Goal met", "Goal not met, metric in doubt", or "Rejected" where the artifact is not what was planned
     subject: str  # the chosen candidate's name, or ""
     changes: tuple[str, ...]  # "3.1× faster", "3.6× smaller", "accuracy 93.4 % → 93.3 %"
     reason: str
@@ -33,7 +33,7 @@ def of(record: records.Record) -> Verdict:
     """The verdict of a record."""
     goal = record.goal
     reason = goal.reason or (record.chosen.reason if record.chosen else "")
-    title = "Goal met" if goal.met else "Goal not met"
+    title = ("Goal met" if goal.met else "Goal not met") + (", metric in doubt" if goal.doubt else "")
     if record.chosen is not None and record.chosen.rejection is not None:
         title = "Rejected"  # delivered for want of any other, and so marked
     if record.chosen is None and record.artifact is None:

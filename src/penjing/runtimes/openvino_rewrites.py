@@ -64,10 +64,19 @@ def _has_integer_weights(product: Any) -> bool:
 
 def _stored(node: Any) -> list[np.ndarray]:
     """The constants that a value is computed from; none where it is computed from an input too."""
-    if node.get_type_name() == "Constant":
-        return [node.data]
-    parts = [_stored(value.get_node()) for value in node.input_values()]
-    return [constant for part in parts for constant in part] if all(parts) else []
+    constants, waiting, known = [], [node], {node.get_name()}
+    while waiting:  # residual networks have more ways back than can be walked: every node is looked at once
+        node = waiting.pop()
+        if node.get_type_name() == "Constant":
+            constants.append(node.data)
+        elif not node.get_input_size():
+            return []
+        for value in node.input_values():
+            before = value.get_node()
+            if before.get_name() not in known:
+                known.add(before.get_name())
+                waiting.append(before)
+    return constants
 
 
 def reductions_alone(model: Any) -> None:

@@ -81,7 +81,8 @@ def apply(
     recipe = Recipe.of(recipe)
     refuse_quantized(model)
     requests.check_device(device)
-    for text in filter(None, (requests.undropped(recipe, model), questions.check_direction(task))):
+    doubt = questions.check_direction(task)
+    for text in filter(None, (requests.undropped(recipe, model), doubt and doubt.text)):
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
     source, task, told = in_single_precision(Source(name=type(model).__name__, module=unwrapped(model)), task)

@@ -220,11 +220,13 @@ def _compress(
         requests.check_files(folder.path, kept)
         return Result(kept, folder.path)
     events.into(folder.path / EVENTS)
-    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), question, told)):
+    for text in filter(None, (requests.untrained(steps), requests.undropped(steps, opened.module), told)):
         run.warn(text)
+    if question is not None:
+        run.warn(question.text)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
-    metrics = questions.source_metrics(run, task, data)
+    metrics, destroyed = questions.source_metrics(run, task, data)
     beside = metrics if original is None else judging.reference_metrics(run, task, original)
     events("source", name=opened.name, metric=metrics["evaluate"], metric_name=task.metric_name)
     looked_at = "select" if task.select is not None else "evaluate"
@@ -235,8 +237,7 @@ def _compress(
     if not all(folder.kept(variant.name) for variant in variants):
         pipeline.shared(run, taken)  # what all candidates need fails once, and by its own name
     found = _candidates(run, taken, variants, structure, getattr(task, looked_at))
-    if differs := questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at):
-        run.warn(differs)
+    differs = questions.other_data(run, {c.name: folder.kept(f"shown-{c.name}") for c in found}, looked_at)
     timed = [c for c in found if c.rejection is None] or found
     floors = pipeline.floors(run, found, source, structure)
     timings = pipeline.latencies(run, timed, floors)
@@ -246,7 +247,8 @@ def _compress(
     found = [c for c in found if c.name in timings or c.rejection is not None]
     found = [judging.judged(c, goal, timings.get(c.name), beside[looked_at], task) for c in found]
     verdict = goals.choose(goal, found)
-    artifact, verdict = judging.final(run, goal, verdict, found, beside, looked_at)
+    artifact, verdict, last = judging.final(run, goal, verdict, found, beside, looked_at)
+    verdict = judging.doubted(verdict, (question, destroyed, differs, last))
     gained = _zeros(run, taken, next((c for c in found if c.name == verdict.chosen), None), structure)
     _tell_of_plan(run, taken, next((c for c in found if c.name == verdict.chosen), None))
     record = Record(

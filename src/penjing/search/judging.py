@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -18,6 +19,7 @@ from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search import goal as goals
 from penjing.search import questions
 from penjing.search.goal import Goal
+from penjing.search.questions import Doubt
 from penjing.source import check_forward, in_single_precision, open_source
 from penjing.task import Task
 from penjing.witness import Witness
@@ -101,13 +103,16 @@ def _drops(value: float | None, reference: float | None, higher_is_better: bool)
 
 def final(
     run: Run, goal: Goal, verdict: GoalResult, found: list[Candidate], metrics: dict[str, float | None], looked_at: str
-) -> tuple[Measured | None, GoalResult]:
-    """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict."""
+) -> tuple[Measured | None, GoalResult, Doubt | None]:
+    """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict.
+
+    What it read for the verdict may be other data than for the source: a doubt.
+    """
     chosen = next((c for c in found if c.name == verdict.chosen), None)
     if chosen is None:
-        return None, verdict
+        return None, verdict, None
     if looked_at == "evaluate" or run.task.evaluate is None:
-        return chosen.measured, verdict
+        return chosen.measured, verdict, None
     kept = run.folder.kept("verdict")
     if kept is None:
         with run.costing(f"verdict on {chosen.name}"):
@@ -117,15 +122,22 @@ def final(
             kept = pipeline.metric_of(run.task.evaluate, witness, chosen.name)
             run.folder.keep("shown-verdict", witness.shown)
         run.folder.keep("verdict", kept)
-    if text := questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate"):
-        run.warn(text)
+    doubt = questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate")
     measured = replace(chosen.measured, metric=kept)
     drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
     if not met:
         how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
         reason = f"{chosen.name} {how}: {reason}"
-    return measured, replace(verdict, met=met, reason=reason)
+    return measured, replace(verdict, met=met, reason=reason), doubt
+
+
+def doubted(verdict: GoalResult, doubts: Iterable[Doubt | None]) -> GoalResult:
+    """The verdict with what makes its metric doubtful, each once, also behind its reason."""
+    short = "; ".join(dict.fromkeys(doubt.short for doubt in doubts if doubt is not None))
+    if not short:
+        return verdict
+    return replace(verdict, doubt=short, reason=f"{verdict.reason}. The metric is in doubt ({short}): see the warnings")
 
 
 __all__ = ["Original", "final", "judged", "original", "reference_metrics"]

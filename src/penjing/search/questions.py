@@ -10,6 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,20 @@ _TURNED = frozenset("neg negative negated minus inverse inverted reciprocal free
 _INSISTS = re.compile(r"\b(higher|larger|bigger|more|lower|smaller|less)[ _-]is[ _-]better\b", re.IGNORECASE)
 _MINUS = re.compile(r"\s*(1(\.0)?\s*)?[-−]\s*[a-z]", re.IGNORECASE)  # "-loss", "1 - WER"
 
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a metric may not say what the goal takes it for.
+
+    Attributes:
+        short: A few words for the verdict.
+        text: The whole question, with the remedy.
+    """
+
+    short: str
+    text: str
+
+
 CHEAP_SECONDS = 10.0  # a metric that took longer on the source is not read once more for a question
 BEYOND = 0.01  # of the source's metric: by how much a network that was destroyed has to be better
 
@@ -57,7 +72,7 @@ def says_higher(name: str) -> bool | None:
     return higher
 
 
-def check_direction(task: Task) -> str | None:
+def check_direction(task: Task) -> Doubt | None:
     """Ask about a metric whose name says the contrary of `higher_is_better`.
 
     Returns:
@@ -82,18 +97,19 @@ def check_direction(task: Task) -> str | None:
     for function in functions:
         called = str(getattr(function, "__name__", ""))
         if task.metric_name == Task.metric_name and says_higher(called) is (not given):
-            return (
+            return Doubt(
+                "its direction",
                 f"is the metric really better when it is {better}? It comes from a function called {called!r}, and "
-                f"higher_is_better={given}: give Task(metric_name=..., higher_is_better=...)"
+                f"higher_is_better={given}: give Task(metric_name=..., higher_is_better=...)",
             )
     return None
 
 
-def source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, float | None]:
-    """The source's metric, once with `evaluate` and once with `select` where the task has it.
+def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str, float | None], Doubt | None]:
+    """The source's metric, once with `evaluate` and once with `select` where the task has it, and a doubt about it.
 
     What each of them showed to the network is hashed into `data`. A metric that a network with shuffled weights does
-    better is told, where looking is cheap.
+    better or just as well is told, where looking is cheap.
     """
     kept = run.folder.kept("source-metrics")
     if kept is None:
@@ -101,29 +117,30 @@ def source_metrics(run: Run, task: Task, data: dict[str, str]) -> dict[str, floa
         hashes: dict[str, str] = {}
         shown: dict[str, str] = {}
         seconds: dict[str, float] = {}
+        answered = {"evaluate": hashlib.sha256(), "select": hashlib.sha256()}
         with run.costing("evaluate source"):
             for name, function in (("evaluate", task.evaluate), ("select", task.select)):
                 metrics[name] = None
                 if function is not None:
                     digest = hashlib.sha256()
-                    witness = Witness(_hashing(pipeline.source_predictor(run), digest))
+                    witness = Witness(_hashing(pipeline.source_predictor(run), digest, answered[name]))
                     start = time.perf_counter()
                     metrics[name] = pipeline.metric_of(function, witness, "the source")
                     seconds[name] = time.perf_counter() - start
                     hashes[name], shown[name] = digest.hexdigest(), witness.shown
         name = "select" if task.select is not None else "evaluate"
-        question = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0))
-        kept = {"metrics": metrics, "hashes": hashes, "shown": shown, "question": question}
+        doubt = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0), answered[name].digest())
+        kept = {"metrics": metrics, "hashes": hashes, "shown": shown, "doubt": asdict(doubt) if doubt else None}
         run.folder.keep("source-metrics", kept)
-    if kept.get("question"):
-        run.warn(kept["question"])
     data.update(kept["hashes"])
-    found: dict[str, float | None] = kept["metrics"]
-    return found
+    doubt = Doubt(**kept["doubt"]) if kept["doubt"] else None
+    if doubt is not None:
+        run.warn(doubt.text)
+    return kept["metrics"], doubt
 
 
-def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> str | None:
-    """A warning where `evaluate` (or `select`) showed other samples to an artifact than to the source.
+def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> Doubt | None:
+    """A doubt, told, where `evaluate` (or `select`) showed other samples to an artifact than to the source.
 
     Args:
         run: Where what the source was shown is kept.
@@ -136,24 +153,31 @@ def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> str
         return None
     counts = [int(str(samples).partition(":")[0]) for samples in (shown[others[0]], source)]
     how = f"{counts[0]} samples, and {counts[1]} to the source" if counts[0] != counts[1] else "with other values"
-    return (
+    doubt = Doubt(
+        f"{looked_at} showed it other data than the source",
         f"{looked_at} showed {', '.join(others)} other data than the source ({how}): their metrics do not compare. "
-        f"Let it read the same samples every time, in any order, without random numbers"
+        f"Let it read the same samples every time, in any order, without random numbers",
     )
+    run.warn(doubt.text)
+    return doubt
 
 
-def _hashing(predict: Callable[..., Any], digest: Any) -> Callable[..., Any]:
-    """`predict`, hashing what it is shown, in order."""
+def _hashing(predict: Callable[..., Any], shown: Any, answered: Any) -> Callable[..., Any]:
+    """`predict`, hashing what it is shown and what it answers, in order."""
 
     def seen(*args: Any, **kwargs: Any) -> Any:
-        digest.update(fingerprint([(args, kwargs)]).encode())
-        return predict(*args, **kwargs)
+        shown.update(fingerprint([(args, kwargs)]).encode())
+        outputs = predict(*args, **kwargs)
+        answered.update(fingerprint([((outputs,), {})]).encode())
+        return outputs
 
     return seen
 
 
-def _destroyed(network: fx.GraphModule, task: Task, name: str, value: float | None, seconds: float) -> str | None:
-    """The question whether the metric's direction is right, where shuffled weights make it better."""
+def _destroyed(
+    network: fx.GraphModule, task: Task, name: str, value: float | None, seconds: float, answered: bytes
+) -> Doubt | None:
+    """Whether shuffled weights make the metric better, or leave it as it is though the answers are others."""
     metric = getattr(task, name)
     ours = task.metric_name.endswith("with the reference")  # agreement: its direction is known
     if metric is None or value is None or seconds > CHEAP_SECONDS or ours:
@@ -164,17 +188,28 @@ def _destroyed(network: fx.GraphModule, task: Task, name: str, value: float | No
         for weight in broken.parameters():
             order = torch.randperm(weight.numel(), generator=generator)
             weight.copy_(weight.flatten()[order.to(weight.device)].view_as(weight))
+    answers = hashlib.sha256()
     try:
         with same_random_numbers():
-            score = pipeline.metric_of(metric, numpy_predictor(broken), "the source with shuffled weights")
+            predict = _hashing(numpy_predictor(broken), hashlib.sha256(), answers)
+            score = pipeline.metric_of(metric, predict, "the source with shuffled weights")
     except Exception:  # a network that was broken on purpose may break the metric too
         return None
-    gain = score - value if task.higher_is_better else value - score
-    if gain <= BEYOND * abs(value):
-        return None
-    better = "higher" if task.higher_is_better else "lower"
     now, before = (figures.metric(v, task.metric_name) for v in (score, value))
-    return (
-        f"is {task.metric_name!r} really better when it is {better}? With its weights shuffled the network has {now}, "
-        f"and the source {before}: set Task(higher_is_better={not task.higher_is_better}), or look at {name}"
-    )
+    gain = score - value if task.higher_is_better else value - score
+    if gain > BEYOND * abs(value):
+        better = "higher" if task.higher_is_better else "lower"
+        return Doubt(
+            "its direction",
+            f"is {task.metric_name!r} really better when it is {better}? With its weights shuffled the network has "
+            f"{now}, and the source {before}: set Task(higher_is_better={not task.higher_is_better}), or look at "
+            f"{name}",
+        )
+    if score == value and answers.digest() != answered:
+        return Doubt(
+            "it does not tell the network from one with shuffled weights",
+            f"does {name} look at what `predict` answers? With its weights shuffled the network has the same "
+            f"{task.metric_name}, {now}. Compute the metric from the answers; where it does, the network is no better "
+            f"than chance, and no drop can be seen",
+        )
+    return None

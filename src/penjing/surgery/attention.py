@@ -5,6 +5,7 @@ Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation 1: softmax(Q
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from penjing.draft import Edit
-from penjing.graph import arguments, kind, sites
+from penjing.graph import arguments, kind, site, sites
 
 HIDDEN = -1e30  # added where a mask hides: exp of it is 0, and sums with it stay finite
 
@@ -71,6 +72,56 @@ def unfold_attention(network: fx.GraphModule, name: str) -> None:
     node.replace_all_uses_with(result)
     network.graph.erase_node(node)
     network.recompile()
+
+
+def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose attentions write out that a row whose mask hides everything gives zeros; itself where none has one.
+
+    Torch's kernel gives zeros there. The ONNX operators that it is exported as give the mean of all values where the
+    mask is boolean, and NaN where it is −inf. Masks that are stored with the network are left as they are.
+    """
+    if not any(map(_reads_mask, network.graph.nodes)):
+        return network
+    network = copy.deepcopy(network)
+    aten = torch.ops.aten
+    rows: dict[fx.Node, fx.Node] = {}
+    for node in [n for n in network.graph.nodes if _reads_mask(n)]:
+        mask = arguments(node)["attn_mask"]
+
+        def call(operator: Any, *args: Any, site: str, rank: Any) -> fx.Node:
+            made: fx.Node = network.graph.call_function(operator, args)
+            made.meta = {"site": site, "floating": True, "rank": rank}
+            return made
+
+        name, rank = site(node), mask.meta.get("rank")
+        with network.graph.inserting_before(node):
+            if mask not in rows:
+                shown = (
+                    mask
+                    if _is_boolean(mask)
+                    else call(aten.gt.Scalar, mask, -math.inf, site=f"{name}.shown", rank=rank)
+                )
+                rows[mask] = call(aten.any.dim, shown, -1, True, site=f"{name}.rows", rank=rank)
+            if not _is_boolean(mask):
+                clamped = call(aten.clamp.default, mask, HIDDEN, site=f"{name}.mask", rank=rank)
+                node.replace_input_with(mask, clamped)
+        with network.graph.inserting_after(node):
+            result = call(aten.mul.Tensor, node, rows[mask], site=f"{name}.seen", rank=node.meta.get("rank"))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+    network.recompile()
+    return network
+
+
+def _reads_mask(node: fx.Node) -> bool:
+    """Whether it is an attention with a mask that is computed, not stored."""
+    if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
+        return False
+    mask = arguments(node)["attn_mask"]
+    return isinstance(mask, fx.Node) and mask.op != "get_attr"
+
+
+def _is_boolean(mask: fx.Node) -> bool:
+    return not mask.meta.get("floating", True)
 
 
 def _is_plain(node: fx.Node) -> bool:
