@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 THREADS = 2
 TOKENS = 128
 SETS = ("20newsgroups", "reuters-r8")
+DEFAULT = [{"quantize.Static": {"outliers": "ease"}}, {"quantize.AdaRound": {}}]  # what `compress` does by itself
 NO_ADDS = {"exclude": ["*/add#*"]}
 CONTESTANTS = {
-    "penjing openvino int8": ("openvino", "int8", [{"quantize.Static": NO_ADDS}, {"quantize.AdaRound": {}}]),
-    "penjing onnxruntime int8": ("onnxruntime", "int8", [{"quantize.Static": NO_ADDS}, {"quantize.AdaRound": {}}]),
-    "penjing openvino int8, rest bf16": ("openvino", "int8-bf16", [{"quantize.Static": NO_ADDS},
-                                                                  {"quantize.AdaRound": {}}]),
+    "penjing openvino int8": ("openvino", "int8", DEFAULT),
+    "penjing onnxruntime int8": ("onnxruntime", "int8", DEFAULT),
+    "penjing openvino int8, rest bf16": ("openvino", "int8-bf16", DEFAULT),
     "penjing openvino int8, smooth": ("openvino", "int8", [{"quantize.SmoothQuant": {"alpha": 0.75, "multiply": True}},
                                       {"quantize.Static": NO_ADDS | {"activation_range": "minmax"}},
                                       {"quantize.AdaRound": {}}]),
