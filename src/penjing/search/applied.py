@@ -82,7 +82,7 @@ def apply(
     refuse_quantized(model)
     requests.check_device(device)
     doubt = questions.check_direction(task)
-    for text in filter(None, (requests.undropped(recipe, model), doubt and doubt.text)):
+    for text in filter(None, (requests.undropped(recipe, model), None if doubt is None else doubt.text)):
         warnings.warn(text, stacklevel=3)  # the decorator is between
     seed_everything(seed)
     source, task, told = in_single_precision(Source(name=type(model).__name__, module=unwrapped(model)), task)

@@ -136,7 +136,8 @@ def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str
     doubt = Doubt(**kept["doubt"]) if kept["doubt"] else None
     if doubt is not None:
         run.warn(doubt.text)
-    return kept["metrics"], doubt
+    read: dict[str, float | None] = kept["metrics"]
+    return read, doubt
 
 
 def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> Doubt | None:
