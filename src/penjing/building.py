@@ -20,6 +20,7 @@ from penjing.runtimes import isolated
 from penjing.runtimes.artifact import Manifest, write_manifest
 from penjing.runtimes.loader import write_loader
 from penjing.surgery import freeze
+from penjing.surgery.attention import zero_hidden_rows
 from penjing.task import Call, Task
 
 INTEGER = ("int8", "int8-bf16")
@@ -31,7 +32,7 @@ TOLD = 0.1  # a share that stays in floating point and is larger is told
 
 def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path) -> Manifest:
     """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`."""
-    network = freeze(draft.network, draft.plan if precision in INTEGER else Plan())
+    network = zero_hidden_rows(freeze(draft.network, draft.plan if precision in INTEGER else Plan()))
     manifest = runtimes.get(runtime).export(network, task.call(), task.dynamic, precision, structure, folder)
     write_loader(folder / "load.py", manifest, ".", 1)
     write_manifest(folder, manifest)

@@ -133,6 +133,17 @@ def test_shapes_are_fixed_only_where_they_compile_with_one_thread_too(tmp_path):
     assert decibels(expected, got) > 20
 
 
+def test_the_lowest_number_of_a_mask_is_finite_in_bfloat16():
+    inputs = opset13.parameter([2, 3], np.float32)
+    lowest = opset13.constant(np.array([np.finfo(np.float32).min, -np.inf, 1.5], np.float32))
+    model = openvino.Model([opset13.add(inputs, lowest)], [inputs])
+    openvino_rewrites.finite_in_bfloat16(model)
+    (stored,) = [op.data for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    rounded = torch.from_numpy(stored.copy()).bfloat16()
+    assert torch.isfinite(rounded).tolist() == [True, False, True]
+    assert rounded[0] < -3.3e38 and stored[2] == 1.5
+
+
 def test_a_network_with_more_ways_back_than_can_be_walked_is_read():
     inputs = opset13.parameter([4, 8], np.float32)
     value = inputs

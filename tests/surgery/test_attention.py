@@ -11,6 +11,7 @@ from penjing.graph import kind, sites
 from penjing.network import raise_network
 from penjing.quantize import Static
 from penjing.step import Context
+from penjing.surgery import attention as surgery_attention
 from penjing.surgery import insert, replay, unfold_attentions
 from penjing.task import Task
 
@@ -100,6 +101,32 @@ class Block(nn.Module):
         q, k, v = (f(x).unflatten(-1, (4, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
         visible = torch.ones(8, 8, dtype=torch.bool).tril()
         return self.out(attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("word", masks())
+@pytest.mark.parametrize("settings", [{}, {"enable_gqa": True}], ids=["own keys", "shared keys"])
+def test_a_row_that_sees_nothing_is_zero_in_floating_point_files_too(tmp_path, runtime, word, settings):
+    q, k, v, *mask = call(masks()[word])
+    args = (q, k[:, :1], v[:, :1], *mask) if settings else (q, k, v, *mask)
+    network = raise_network(Attention(**settings).eval(), args, {})
+    task = Task(example=args)
+    manifest = building.build(Draft(network), runtime, "fp32", task, {"kind": "tensor"}, tmp_path)
+    session = runtimes.open_artifact(tmp_path, 1)
+    visible = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    visible[1, 0, 4] = False
+    if mask:
+        hidden = {"bool": None, "float": -math.inf, "minus infinity": -math.inf, "lowest number": -3.4e38}[word]
+        mask = [visible if hidden is None else torch.randn(2, 1, 5, 7).masked_fill(~visible, hidden)]
+    args = (*args[:3], *mask)
+    (got,) = session.run([x.numpy() for x in args])
+    torch.testing.assert_close(torch.from_numpy(got), network(*args), rtol=1e-4, atol=1e-5)
+    assert manifest.precision == "fp32"
+
+
+def test_a_mask_that_no_input_has_a_part_in_costs_nothing():
+    network = raise_network(Attention().eval(), call(None), {})
+    assert surgery_attention.zero_hidden_rows(network) is network
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])

@@ -21,7 +21,6 @@ from penjing.exporting import export, input_names
 from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site, line
 from penjing.runtimes import onnx_kept, onnx_pooling, onnx_rewrites
 from penjing.runtimes.artifact import Port
-from penjing.surgery.attention import zero_hidden_rows
 
 OPSET = 18
 _PORTS = "/port/"  # inputs and outputs, until they get their names: the exporter calls nothing so
@@ -70,7 +69,7 @@ def write(
 def _exported(
     network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any, outputs: list[str]
 ) -> bytes:
-    program = export(zero_hidden_rows(network), call, dynamic)
+    program = export(network, call, dynamic)
     inputs = input_names(network, *call)
     # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
     # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.

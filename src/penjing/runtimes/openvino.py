@@ -69,7 +69,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     with tempfile.TemporaryDirectory() as aside:
         onnx_path = Path(aside) / "crossing.onnx"
         inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), onnx_path)
-        isolated.call("openvino", "convert", onnx_path, str(folder.absolute() / "model.xml"), precision == "fp16")
+        isolated.call("openvino", "convert", onnx_path, str(folder.absolute() / "model.xml"), precision)
     return Manifest(
         runtime="openvino",
         precision=precision,
@@ -113,8 +113,8 @@ def compile_fixed(path: str, shapes: list[list[int]], hint: str) -> None:
         core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads})
 
 
-def convert(onnx_path: str, path: str, half: bool) -> None:
-    """Write model.xml and model.bin from an ONNX file.
+def convert(onnx_path: str, path: str, precision: str) -> None:
+    """Write model.xml and model.bin from an ONNX file, for one of the precisions.
 
     Raises:
         ExportError: OpenVINO can't read it.
@@ -141,9 +141,11 @@ def convert(onnx_path: str, path: str, half: bool) -> None:
     openvino_rewrites.select_for_booleans(model)
     openvino_rewrites.unequal_biases(model)
     openvino_rewrites.reductions_alone(model)
+    if _HINTS[precision] == "bf16":
+        openvino_rewrites.finite_in_bfloat16(model)
     _name(model, onnx_path)
     try:
-        openvino.save_model(model, path, compress_to_fp16=half)
+        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
     except RuntimeError as error:
         raise OutputError(
             "the run folder can't be written",

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+LARGEST_BFLOAT16 = np.float32(3.3895314e38)
+
 
 def select_for_booleans(model: Any) -> None:
     """A boolean becomes a number by a selection of 1 or 0.
@@ -77,6 +79,22 @@ def _stored(node: Any) -> list[np.ndarray]:
                 known.add(before.get_name())
                 waiting.append(before)
     return constants
+
+
+def finite_in_bfloat16(model: Any) -> None:
+    """Stored numbers that bfloat16 rounds to infinity become its largest: the smallest float32, which hides in masks.
+
+    Where a mask hides a whole row, infinities would make NaN of it.
+    """
+    from openvino import Type, opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32:
+            continue
+        beyond = np.isfinite(op.data) & (np.abs(op.data) > LARGEST_BFLOAT16)
+        if beyond.any():
+            clipped = np.where(beyond, np.sign(op.data) * LARGEST_BFLOAT16, op.data)
+            op.output(0).replace(opset13.constant(clipped.astype(np.float32), name=op.get_friendly_name()).output(0))
 
 
 def reductions_alone(model: Any) -> None:

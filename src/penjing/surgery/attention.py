@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from penjing.draft import Edit
-from penjing.graph import arguments, kind, site, sites
+from penjing.graph import arguments, is_tensor, kind, site, sites, tensor_inputs
 
 HIDDEN = -1e30  # added where a mask hides: exp of it is 0, and sums with it stay finite
 
@@ -78,14 +78,14 @@ def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
     """A copy whose attentions write out that a row whose mask hides everything gives zeros; itself where none has one.
 
     Torch's kernel gives zeros there. The ONNX operators that it is exported as give the mean of all values where the
-    mask is boolean, and NaN where it is −inf. Masks that are stored with the network are left as they are.
+    mask is boolean, and NaN where it is −inf. A mask that no input has a part in is left as it is.
     """
-    if not any(map(_reads_mask, network.graph.nodes)):
+    if not _masked(network):
         return network
     network = copy.deepcopy(network)
     aten = torch.ops.aten
     rows: dict[fx.Node, fx.Node] = {}
-    for node in [n for n in network.graph.nodes if _reads_mask(n)]:
+    for node in _masked(network):
         mask = arguments(node)["attn_mask"]
 
         def call(operator: Any, *args: Any, site: str, rank: Any) -> fx.Node:
@@ -112,12 +112,19 @@ def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _reads_mask(node: fx.Node) -> bool:
-    """Whether it is an attention with a mask that is computed, not stored."""
-    if node.target is not torch.ops.aten.scaled_dot_product_attention.default:
-        return False
-    mask = arguments(node)["attn_mask"]
-    return isinstance(mask, fx.Node) and mask.op != "get_attr"
+def _masked(network: fx.GraphModule) -> list[fx.Node]:
+    """The attentions whose mask is computed from an input of the network."""
+    varying: set[fx.Node] = set()
+    found = []
+    for node in network.graph.nodes:
+        if node.op == "placeholder" or (is_tensor(node) and varying.intersection(tensor_inputs(node))):
+            varying.add(node)
+        if (
+            node.target is torch.ops.aten.scaled_dot_product_attention.default
+            and arguments(node)["attn_mask"] in varying
+        ):
+            found.append(node)
+    return found
 
 
 def _is_boolean(mask: fx.Node) -> bool:
