@@ -76,16 +76,16 @@ def test_the_settings_of_the_process_are_put_back_after_an_error():
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
-# Not compared: Python's own generator. It differs behind `compress`, and the cause is not known.
 SCRIPT = """
-import sys, warnings
+import random, sys, warnings
 import numpy as np
 import torch
 import penjing as pj
 
 def now():
     return (torch.get_num_threads(), list(warnings.filters), torch.get_rng_state().tolist(),
-            str(np.random.get_state()), torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled())
+            str(np.random.get_state()), random.getstate(), torch.is_grad_enabled(),
+            torch.backends.mha.get_fastpath_enabled())
 
 network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 batches = [torch.randn(8, 4) for _ in range(3)]

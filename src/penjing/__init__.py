@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _import(module: str) -> Any:
-    with warnings.catch_warnings():  # what comes along sets filters of its own: those of the user stay
-        return importlib.import_module(module)
+    numbers = random.getstate()
+    try:
+        with warnings.catch_warnings():  # what comes along sets filters and draws random numbers: the user's stay
+            return importlib.import_module(module)
+    finally:
+        random.setstate(numbers)
 
 
 def __dir__() -> list[str]:

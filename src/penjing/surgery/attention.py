@@ -85,29 +85,25 @@ def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
     network = copy.deepcopy(network)
     aten = torch.ops.aten
     rows: dict[fx.Node, fx.Node] = {}
+
+    def call(site: str, like: fx.Node, operator: Any, *args: Any) -> fx.Node:
+        made: fx.Node = network.graph.call_function(operator, args)
+        made.meta = {"site": site, "floating": True, "rank": like.meta.get("rank")}
+        return made
+
     for node in _masked(network):
-        mask = arguments(node)["attn_mask"]
-
-        def call(operator: Any, *args: Any, site: str, rank: Any) -> fx.Node:
-            made: fx.Node = network.graph.call_function(operator, args)
-            made.meta = {"site": site, "floating": True, "rank": rank}
-            return made
-
-        name, rank = site(node), mask.meta.get("rank")
+        name, mask = site(node), arguments(node)["attn_mask"]
         with network.graph.inserting_before(node):
             if mask not in rows:
-                shown = (
-                    mask
-                    if _is_boolean(mask)
-                    else call(aten.gt.Scalar, mask, -math.inf, site=f"{name}.shown", rank=rank)
-                )
-                rows[mask] = call(aten.any.dim, shown, -1, True, site=f"{name}.rows", rank=rank)
+                shown = mask if _is_boolean(mask) else call(f"{name}.shown", mask, aten.gt.Scalar, mask, -math.inf)
+                rows[mask] = call(f"{name}.rows", mask, aten.any.dim, shown, -1, True)
             if not _is_boolean(mask):
-                clamped = call(aten.clamp.default, mask, HIDDEN, site=f"{name}.mask", rank=rank)
-                node.replace_input_with(mask, clamped)
+                node.replace_input_with(mask, call(f"{name}.mask", mask, aten.clamp.default, mask, HIDDEN))
+        users = list(node.users)
         with network.graph.inserting_after(node):
-            result = call(aten.mul.Tensor, node, rows[mask], site=f"{name}.seen", rank=node.meta.get("rank"))
-        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+            result = call(f"{name}.seen", node, aten.mul.Tensor, node, rows[mask])
+        for user in users:
+            user.replace_input_with(node, result)
     network.recompile()
     return network
 
