@@ -7,88 +7,28 @@ every runtime and the source in torch see the same network.
 
 from __future__ import annotations
 
-import copy
-import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.utils import _pytree as pytree
 
 from penjing.functional import mutates
 from penjing.graph import arguments, operator_name
+from penjing.rewriting import END, Builder, Rewrite, editable
+from penjing.varying_groups import conv, conv_transpose
 
 aten = torch.ops.aten
-END = 2**63 - 1  # as ATen writes "to the end"
 MOST_DIFFERENCES = 25  # rows: above it torch computes distances by matrix products, which is what is exported too
-
-
-class Builder:
-    """Writes operators in front of the one that is rewritten; each knows its shape as an exported one does."""
-
-    def __init__(self, program: ExportedProgram, node: fx.Node) -> None:
-        self.program = program
-        self.node = node
-
-    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One more operator; its arguments are nodes and literals."""
-        with self.node.graph.inserting_before(self.node):
-            new = self.node.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "torch_fn"):
-            if key in self.node.meta:
-                new.meta[key] = self.node.meta[key]
-        values = fx.node.map_arg((args, kwargs), self.value)
-        with self._fake_mode(), torch.no_grad():
-            new.meta["val"] = target(*values[0], **values[1])
-        return new
-
-    def constant(self, value: torch.Tensor) -> Any:
-        """A tensor that is stored with the program."""
-        names = {spec.target for spec in self.program._graph_signature.input_specs}
-        name = next(name for i in itertools.count() if (name := f"constant_of_{self.node.name}_{i}") not in names)
-        first = next(node for node in self.program.graph.nodes if node.op == "placeholder")
-        with self.program.graph.inserting_before(first):
-            new = self.program.graph.placeholder(f"c_{name}")
-        new.meta["val"] = self._fake_mode().from_tensor(value, static_shapes=True)
-        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=new.name), name)
-        self.program._graph_signature.input_specs.insert(0, spec)
-        self.program._constants[name] = value
-        return new
-
-    def value(self, node: fx.Node) -> Any:
-        """What is known of a node: a tensor without data, or a size."""
-        return node.meta["val"]
-
-    def _fake_mode(self) -> Any:
-        return next(
-            value.fake_mode
-            for node in self.program.graph.nodes
-            for value in pytree.tree_leaves(node.meta.get("val"))
-            if isinstance(value, FakeTensor)
-        )
-
-    def size(self, x: fx.Node, dim: int) -> Any:
-        """A size of x: a number where it is fixed, a node where it varies."""
-        size = self.value(x).shape[dim]
-        return size if isinstance(size, int) else self(aten.sym_size.int, x, dim % self.value(x).dim())
-
-
-Rewrite = Callable[[Builder, dict[str, Any]], Any]  # a node, a tuple of them, or None: the operator stays
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """The program with the operators of `REWRITES` written with others; itself where it holds none."""
     if not any(_rewrite(node) for node in program.graph.nodes):
         return program
-    program = copy.copy(program)
-    program._graph_module = copy.deepcopy(program.graph_module)
-    program._graph_signature = copy.deepcopy(program.graph_signature)
-    program._constants = dict(program.constants)
+    program = editable(program)
     renamed: dict[str, str] = {}
     for node in list(program.graph.nodes):
         rewrite = _rewrite(node)
@@ -337,4 +277,10 @@ REWRITES: dict[str, Rewrite] = {
     "upsample_bicubic2d": _resize,
     "_upsample_bicubic2d_aa": _resize,
     "_upsample_bilinear2d_aa": _resize,
+    "conv1d": conv,
+    "conv2d": conv,
+    "conv3d": conv,
+    "conv_transpose1d": conv_transpose,
+    "conv_transpose2d": conv_transpose,
+    "conv_transpose3d": conv_transpose,
 }

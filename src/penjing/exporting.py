@@ -49,18 +49,20 @@ def export_module(
                 prefer_deferred_runtime_asserts_over_guards=defer,
             )
 
-    try:
+    limits: dict[str, tuple[int, int]] = {}
+    defer = False
+    while True:
         try:
-            return attempt({})
+            return attempt(limits, defer)
         except Exception as error:
-            limits = _narrower_limits(str(error))
-            if limits:
-                return attempt(limits)  # a table of 512 positions reads no longer sequence
-            if "Constraints violated" not in str(error):
-                raise
-            return attempt({}, defer=True)  # sizes that torch can't prove to be equal, as of strides and of pools
-    except Exception as error:
-        raise _export_error(model, error) from error
+            asked = _narrower_limits(str(error))
+            narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in asked.items()}
+            if narrower and limits != limits | narrower:
+                limits |= narrower  # a table of 512 positions reads no longer sequence
+            elif "Constraints violated" in str(error) and not defer:
+                defer = True  # sizes that torch can't prove to be equal, as of strides and of pools
+            else:
+                raise _export_error(model, error) from error
 
 
 def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
@@ -139,6 +141,11 @@ def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
     found = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
     limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in found if m}
     return limits if len(limits) == len(fixes) else {}
+
+
+def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """What two ranges have in common."""
+    return max(one[0], other[0]), min(one[1], other[1])
 
 
 def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
