@@ -71,22 +71,47 @@ def raise_network(
     return raised.eval()
 
 
-class _Raiser:
+def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.Node] | None:
+    """The layer that a functional operator is where it reads stored tensors alone, and what the layer reads.
+
+    Args:
+        node: Of a raised network.
+        tensors: What the get_attr nodes among its arguments read.
+
+    Returns:
+        A layer that holds the tensors themselves; None where no kind of layer says what the operator says.
+    """
+    builder = _BUILDERS.get(operator_name(node)) if isinstance(node.target, torch._ops.OpOverload) else None
+    built = builder(_Tensors(tensors, tensors), node) if builder else None
+    return None if built is None else (built[0], built[1][0])
+
+
+class _Tensors:
+    """What get_attr nodes read, and every tensor of the source by its name."""
+
+    def __init__(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        self.state = state
+
+    def _tensor(self, node: Any) -> Any:
+        return self.tensors[str(node.target)]
+
+
+class _Raiser(_Tensors):
     """Turns one flat exported graph into modules and functional nodes."""
 
     def __init__(self, flat: fx.GraphModule, state: Mapping[str, Any]) -> None:
+        # One Parameter object per tensor, so that tied weights stay tied.
+        tensors = dict(flat.named_parameters(remove_duplicate=False)) | dict(flat.named_buffers(remove_duplicate=False))
+        # Numbers that a forward wrote as tensors are in the state alone.
+        super().__init__({**state, **tensors}, state)
         self.flat = flat
-        self.state = state
         self.modules: dict[str, nn.Module] = {}
         self.calls: Counter[str] = Counter()
         self.ordinals: Counter[tuple[str, str]] = Counter()
         self.renamed: dict[str, str] = {}
         self.folded: dict[str, tuple[str, ...]] = {}
-        # One Parameter object per tensor, so that tied weights stay tied.
-        self.tensors: dict[str, Any] = dict(flat.named_parameters(remove_duplicate=False))
-        self.tensors.update(flat.named_buffers(remove_duplicate=False))
         self.sources: dict[str, tuple[str, ...]] = {}
-        self.tensors = {**state, **self.tensors}  # numbers that a forward wrote as tensors are in the state alone
 
     def build(self) -> fx.GraphModule:
         graph = self.flat.graph
@@ -96,7 +121,7 @@ class _Raiser:
         as_linear(graph, self.tensors)
         _sweep(graph)  # what nobody reads any more reads no weight
         folded = fold(graph, self.tensors, _module_path)
-        self.tensors |= folded.tensors
+        self.tensors = {**self.tensors, **folded.tensors}
         self.sources = folded.sources
         for node in graph.nodes:
             if node.op == "call_function":
@@ -185,9 +210,6 @@ class _Raiser:
         here, there = self.state.get(key), self.state.get(fqn)
         return here is not None and there is not None and here.data_ptr() == there.data_ptr()
 
-    def _tensor(self, node: Any) -> Any:
-        return self.tensors[str(node.target)]
-
 
 def _sweep(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
@@ -252,7 +274,7 @@ def _same_layer(a: nn.Module, b: nn.Module) -> bool:
 _Built = tuple[nn.Module, tuple[Any, ...], dict[str, str]] | None
 
 
-def _assign(raiser: _Raiser, module: nn.Module, values: Mapping[str, Any]) -> dict[str, str] | None:
+def _assign(source: _Tensors, module: nn.Module, values: Mapping[str, Any]) -> dict[str, str] | None:
     """Put the exported tensors into `module`; None when one of them is computed and not stored."""
     names: dict[str, str] = {}
     for role, node in values.items():
@@ -260,7 +282,7 @@ def _assign(raiser: _Raiser, module: nn.Module, values: Mapping[str, Any]) -> di
             continue
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        tensor = raiser._tensor(node)
+        tensor = source._tensor(node)
         if role in module._buffers:
             module._buffers[role] = tensor
         else:
@@ -271,13 +293,13 @@ def _assign(raiser: _Raiser, module: nn.Module, values: Mapping[str, Any]) -> di
     return names
 
 
-def _weight(raiser: _Raiser, node: Any) -> torch.Tensor | None:
-    return raiser._tensor(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+def _weight(source: _Tensors, node: Any) -> torch.Tensor | None:
+    return source._tensor(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def _conv(raiser: _Raiser, node: fx.Node) -> _Built:
+def _conv(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
-    weight = _weight(raiser, a["weight"])
+    weight = _weight(source, a["weight"])
     name = operator_name(node)
     transposed = name.startswith("conv_transpose")
     if weight is None:
@@ -302,70 +324,70 @@ def _conv(raiser: _Raiser, node: fx.Node) -> _Built:
         **spread,
         **more,
     )
-    names = _assign(raiser, module, {"weight": a["weight"], "bias": a["bias"]})
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
     return None if names is None else (module, (a["input"],), names)
 
 
-def _linear(raiser: _Raiser, node: fx.Node) -> _Built:
+def _linear(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
-    weight = _weight(raiser, a["weight"])
+    weight = _weight(source, a["weight"])
     if weight is None or weight.dim() != 2:
         return None
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=a["bias"] is not None, device="meta")
-    names = _assign(raiser, module, {"weight": a["weight"], "bias": a["bias"]})
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
     return None if names is None else (module, (a["input"],), names)
 
 
-def _batch_norm(raiser: _Raiser, node: fx.Node) -> _Built:
+def _batch_norm(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
     if a["running_mean"] is None or a["training"]:
         return None
-    mean = _weight(raiser, a["running_mean"])
+    mean = _weight(source, a["running_mean"])
     value = node.meta.get("val")
     if mean is None or value is None:
         return None
     cls: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[value.dim()]
     module = cls(mean.shape[0], eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
     roles = {role: a[role] for role in ("weight", "bias", "running_mean", "running_var")}
-    names = _assign(raiser, module, roles)
+    names = _assign(source, module, roles)
     if names is None:
         return None
-    tracked = raiser.state.get(names["running_mean"].removesuffix("running_mean") + "num_batches_tracked")
+    tracked = source.state.get(names["running_mean"].removesuffix("running_mean") + "num_batches_tracked")
     module.num_batches_tracked = torch.tensor(0) if tracked is None else tracked.clone()
     return module, (a["input"],), names
 
 
-def _layer_norm(raiser: _Raiser, node: fx.Node) -> _Built:
+def _layer_norm(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
     if a["weight"] is None:
         return None
     module = nn.LayerNorm(tuple(a["normalized_shape"]), eps=a["eps"], bias=a["bias"] is not None, device="meta")
-    names = _assign(raiser, module, {"weight": a["weight"], "bias": a["bias"]})
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
     return None if names is None else (module, (a["input"],), names)
 
 
-def _group_norm(raiser: _Raiser, node: fx.Node) -> _Built:
+def _group_norm(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
-    weight = _weight(raiser, a["weight"])
+    weight = _weight(source, a["weight"])
     if weight is None:
         return None
     module = nn.GroupNorm(a["num_groups"], weight.shape[0], eps=a["eps"], device="meta")
-    names = _assign(raiser, module, {"weight": a["weight"], "bias": a["bias"]})
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
     return None if names is None else (module, (a["input"],), names)
 
 
-def _embedding(raiser: _Raiser, node: fx.Node) -> _Built:
+def _embedding(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
-    weight = _weight(raiser, a["weight"])
+    weight = _weight(source, a["weight"])
     if weight is None:
         return None
     padding = a["padding_idx"] if a["padding_idx"] is not None and a["padding_idx"] >= 0 else None
     module = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, device="meta")
-    names = _assign(raiser, module, {"weight": a["weight"]})
+    names = _assign(source, module, {"weight": a["weight"]})
     return None if names is None else (module, (a["indices"],), names)
 
 
-def _dropout(raiser: _Raiser, node: fx.Node) -> _Built:
+def _dropout(source: _Tensors, node: fx.Node) -> _Built:
     a = arguments(node)
     return nn.Dropout(a["p"]), (a["input"],), {}
 

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from penjing import runtimes
+from penjing import building, runtimes
 from penjing.draft import Draft
 from penjing.measure import machine
 from penjing.network import raise_network
+from penjing.outputs import flatten_outputs
 from penjing.quantize import Static
 from penjing.runtimes import onnx_file
-from penjing.runtimes.onnx_rewrites import pad_in_convolutions, store_in_half
+from penjing.runtimes.artifact import predictor
+from penjing.runtimes.onnx_rewrites import pad_in_convolutions, store_in_half, turn_for_each
 from penjing.step import Context
 from penjing.surgery import freeze, insert
 from penjing.task import Task
@@ -257,3 +259,69 @@ def test_constants_are_stored_in_half_where_they_fit_and_it_pays():
     assert found == {"w_half": TensorProto.FLOAT16, **other}
     (before,), (after,) = answers(model), answers(changed)
     assert 0 < np.abs(before - after).max() < 1e-2
+
+
+class Again(nn.Module):
+    """A layer that is called three times, also as the table that the words are looked up in."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.layer, self.words = nn.Linear(32, 32), nn.Embedding(32, 32)
+        if table:
+            self.words.weight = self.layer.weight
+
+    def forward(self, ids):
+        return self.layer(self.layer(self.layer(self.words(ids)).relu()).relu())
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_a_layer_that_is_called_again_on_three_axes_is_integer_every_time(runtime, table, tmp_path):
+    torch.manual_seed(0)
+    data = [torch.randint(0, 32, (n, 5)) for n in (2, 16, 16, 3)]
+    task = Task(example=data[0], calibration=data[1:3])
+    context = Context(task=task, accelerates=runtimes.get(runtime).accelerates(machine(1).instruction_sets))
+    draft = Static()(Draft(raise_network(Again(table).eval(), *task.call())), context)
+    structure = flatten_outputs(draft.network(data[0]))[1]
+    manifest = building.build(draft, runtime, "int8", task, structure, tmp_path)
+    rows = building.executed_rows(draft.network, draft.plan, task.call(), manifest, tmp_path)[0]
+    assert [row.executed for row in rows if row.kind == "linear"] == ["int8"] * 3
+    session = runtimes.open_artifact(tmp_path, 1)
+    for x in data:
+        found = predictor(session, manifest)(x.numpy())
+        np.testing.assert_allclose(found, insert(draft.network, draft.plan)(x).numpy(), atol=1e-5)
+    if runtime == "onnxruntime":
+        graph = onnx.load(str(tmp_path / "model.onnx")).graph
+        tables = [t for t in graph.initializer if list(t.dims) == [32, 32]]
+        assert [t.data_type for t in tables] == [TensorProto.INT8] * (1 if table else 2)
+
+
+def test_a_weight_is_turned_for_each_product_that_reads_it_so():
+    def linear(n):
+        return helper.make_node("MatMul", ["rows", "turned"], [f"y{n}"])
+
+    def model(count):
+        nodes = [
+            helper.make_node("Reshape", ["x", "shape"], ["rows"]),
+            helper.make_node("DequantizeLinear", ["w8", "scale", "zero"], ["float"], axis=0),
+            helper.make_node("Transpose", ["float"], ["turned"], perm=[1, 0]),
+            *map(linear, range(count)),
+        ]
+        constants = [
+            constant("shape", [-1, 8], np.int64),
+            constant("w8", RANDOM.integers(-127, 128, size=(5, 8)), np.int8),
+            constant("scale", RANDOM.uniform(0.01, 0.1, size=5)),
+            constant("zero", np.zeros(5), np.int8),
+        ]
+        return built(nodes, constants, [f"y{n}" for n in range(count)])
+
+    for count in (1, 2, 3):
+        before = model(count)
+        after = onnx.ModelProto()
+        after.CopyFrom(before)
+        turn_for_each(after)
+        assert types(after).count("Transpose") == types(after).count("DequantizeLinear") == count
+        assert [t.name for t in after.graph.initializer] == [t.name for t in before.graph.initializer]
+        for mine, theirs in zip(answers(after), answers(before), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)

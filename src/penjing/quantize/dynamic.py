@@ -18,9 +18,9 @@ from penjing.errors import RecipeError
 from penjing.graph import RECURRENT, kind, site, sites
 from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
 from penjing.quantize.placement import CHECKED
-from penjing.quantize.static import for_layer, matches, stored_entry
+from penjing.quantize.static import fitting, for_layer, matches, stored_entry
 from penjing.step import Context
-from penjing.surgery import recurrent
+from penjing.surgery import own_weights, recurrent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,10 @@ class Dynamic:
             )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with the same network and a plan."""
+        """Return a draft with a plan; its network is the same but for tied weights that are read turned."""
         accelerates = context.accelerates or GENERIC
+        draft = draft.copy()
+        edits = own_weights(draft.network, fitting(self.exclude, draft.network))
         names = list(sites(draft.network))
         floats = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
         entries: dict[str, Entry] = {}
@@ -79,7 +81,8 @@ class Dynamic:
             else:
                 layer: Any = draft.network.get_submodule(str(node.target))
                 entries[f"{name}:weight"] = self._weight(layer.weight, accelerates)
-        return replace(draft, plan=Plan(dict(sorted(entries.items())), floats))
+        plan = Plan(dict(sorted(entries.items())), floats)
+        return replace(draft, plan=plan, edits=draft.edits + edits)
 
     def _weight(self, weight: torch.Tensor, accelerates: Accelerates, layer: nn.Module | None = None) -> Entry:
         bits = min(self.weight_bits, accelerates.weight.bits)

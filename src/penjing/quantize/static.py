@@ -28,7 +28,7 @@ from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
 from penjing.step import Context
-from penjing.surgery import fold_batch_norms, recurrent, unfold_attentions
+from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +225,13 @@ class Static:
 def prepare(network: fx.GraphModule, accelerates: Accelerates, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
     """Edit a network, in place, into the form whose edges are quantized: what stays in floating point is told of it.
 
-    Batch norms are folded, and attentions, except those that fit a pattern of `exclude`, unfolded.
+    Readers of a tied weight that turn it get one of their own, batch norms are folded, and attentions unfolded. What
+    fits a pattern of `exclude` keeps its weight and its attention.
     """
-    edits = fold_batch_norms(network)
+    kept = fitting(exclude, network)
+    edits = own_weights(network, kept) + fold_batch_norms(network)
     if "matmul" not in accelerates.integer:
         return edits
-    kept = {name for pattern in exclude for name in sites(network) if _fits(pattern, name)}
     return edits + unfold_attentions(network, kept)
 
 
@@ -316,6 +317,11 @@ def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
 
 def _fits(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith((f"{pattern}.", f"{pattern}/", f"{pattern}@"))
+
+
+def fitting(patterns: Iterable[str], network: fx.GraphModule) -> set[str]:
+    """The sites that fit any of the patterns; none need."""
+    return {name for pattern in patterns for name in sites(network) if _fits(pattern, name)}
 
 
 def matches(pattern: str, names: Iterable[str]) -> list[str]:

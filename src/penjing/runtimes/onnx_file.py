@@ -99,6 +99,7 @@ def _exported(
     _name_ports(model, inputs, outputs)
     onnx_rewrites.pool_globally(model)
     onnx_rewrites.pad_in_convolutions(model)
+    onnx_rewrites.turn_for_each(model)
     _name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
     data: bytes = model.SerializeToString(deterministic=True)

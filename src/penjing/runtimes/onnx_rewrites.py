@@ -140,6 +140,42 @@ def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:
     return pads if all(p >= 0 for p in pads) else None
 
 
+def turn_for_each(model: Any) -> None:
+    """A quantized weight that several matrix products read turned is turned for each of them.
+
+    ONNX Runtime turns a stored weight when it loads a file; one that is turned once for several readers it
+    dequantizes, and they compute in floating point.
+    """
+    graph = model.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+    places = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    seen: set[str] = set()
+    copies: list[tuple[int, tuple[Any, Any]]] = []
+    for product in graph.node:
+        turned = product.input[1] if product.op_type == "MatMul" else ""
+        transpose = made.get(turned)
+        dequantize = made.get(transpose.input[0]) if transpose is not None else None
+        if transpose is None or transpose.op_type != "Transpose" or dequantize is None:
+            continue
+        if dequantize.op_type != "DequantizeLinear" or dequantize.input[0] not in stored:
+            continue
+        if turned not in seen:
+            seen.add(turned)
+            continue
+        number = len(copies) + 2
+        pair = type(dequantize)(), type(transpose)()
+        for copy, node in zip(pair, (dequantize, transpose), strict=True):
+            copy.CopyFrom(node)
+            copy.name = copy.output[0] = f"{node.output[0]}_{number}"
+        pair[1].input[0] = pair[0].output[0]
+        product.input[1] = pair[1].output[0]
+        copies.append((places[turned], pair))
+    for position, pair in sorted(copies, key=lambda c: c[0], reverse=True):
+        for copy in reversed(pair):
+            graph.node.insert(position + 1, copy)
+
+
 def weights_of_their_own(model: Any) -> bool:
     """A quantized weight that several layers read becomes one for each; whether there was any.
 

@@ -6,7 +6,8 @@ layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a selection 
 an axis), ``skip`` (one operator's value in the place of another's, and what lies between is gone), ``sparse`` (tensors
 whose zeros stay; the network stays as it is), ``split_outliers`` (a linear layer's input channels with outliers into a
 layer of their own), ``divide_inputs`` (input channels of linear layers divided by a vector and their weights multiplied
-by it), ``unfold_attention`` (into its operators).
+by it), ``unfold_attention`` (into its operators), ``own_weights`` (what computes its weight from tied tensors gets one
+of its own).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -14,6 +15,7 @@ from penjing.surgery.build import build, building
 from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.outliers import split_outliers
+from penjing.surgery.own_weights import own_weights
 from penjing.surgery.quantizers import FakeQuantize, freeze, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
@@ -32,6 +34,7 @@ __all__ = [
     "freeze",
     "insert",
     "mark_sparse",
+    "own_weights",
     "quantizer_calls",
     "replay",
     "resize",

@@ -13,6 +13,7 @@ from penjing.surgery.attention import unfold_attention
 from penjing.surgery.build import build
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
+from penjing.surgery.own_weights import give_own_weights
 from penjing.surgery.resize import RESIZING, resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.skip import skip
@@ -22,6 +23,7 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "build": lambda network, edit: build(edit),
     "divide_inputs": lambda network, edit: divide_inputs(network, edit["layers"]),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
+    "own_weights": lambda network, edit: give_own_weights(network, edit["sites"]),
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),

@@ -1,0 +1,161 @@
+"""A weight of its own for what reads a tied one turned, or in a part that others read too.
+
+Every scale of an integer weight belongs to an output channel. Where one tensor is read as it is and turned, the output
+channels of one reader are the input channels of the other: the two readers can't share integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.draft import Edit
+from penjing.graph import compute, operator_name, site, sites
+from penjing.network import layer_of
+from penjing.stored_weights import constants
+
+_LAYERS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+_PRODUCTS = ("matmul", "bmm")  # with a matrix for every head or expert
+
+
+def own_weights(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Edit, ...]:
+    """Give every product that computes its weight from stored tensors a weight of its own, in place.
+
+    A raised network computes one only where the tensor has another reader. Gradients that flow to it afterwards do not
+    reach the others: tied weights part here.
+
+    Args:
+        network: A raised network.
+        keep: Sites that stay as they are.
+
+    Returns:
+        The edit; none where there is no such product.
+    """
+    constant = constants(network.graph)
+    names = [name for name, node in sites(network).items() if name not in keep and _computed(node, constant)]
+    if not names:
+        return ()
+    give_own_weights(network, names)
+    return ({"edit": "own_weights", "sites": names},)
+
+
+def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
+    """Do so for these sites: a linear layer or convolution becomes a layer ``NAME_copy``.
+
+    Raises:
+        TypeError: One of them is not such a product.
+    """
+    constant = constants(network.graph)
+    made: dict[str, tuple[str, nn.Parameter]] = {}  # what two readers compute alike, they read in common
+    for name in names:
+        node = sites(network)[name]
+        arguments = _computed(node, constant)
+        if not arguments:
+            raise TypeError(f"{name} does not compute its weight from stored tensors")
+        tensors: dict[str, torch.Tensor] = {}
+        for argument in arguments:
+            known = _written(network, argument)
+            if known not in made:
+                made[known] = (_free_path(network, argument, made), _evaluated(network, argument))
+            path, value = made[known]
+            tensors[path] = value
+            with network.graph.inserting_before(node):
+                read = network.graph.create_node("get_attr", path)
+            read.meta = dict(argument.meta)
+            node.replace_input_with(argument, read)
+        for read in node.all_input_nodes:
+            if read.op == "get_attr" and str(read.target) not in tensors:
+                tensors[str(read.target)] = compute(network, read, (), {})
+        if operator_name(node) in _LAYERS:
+            _as_layer(network, node, tensors)
+        else:
+            for path in tensors.keys() - {*dict(network.named_parameters()), *dict(network.named_buffers())}:
+                network.register_parameter(path, tensors[path])  # type: ignore[arg-type]
+    _sweep(network)
+    network.graph.lint()
+    network.recompile()
+
+
+def _computed(node: fx.Node, constant: Collection[fx.Node]) -> list[fx.Node]:
+    """The arguments of a product with a stored weight that are computed from stored tensors alone."""
+    if node.op != "call_function" or node in constant or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if operator_name(node) not in _LAYERS + _PRODUCTS:
+        return []
+    first = 1 if operator_name(node) in _LAYERS else 0
+    return [a for a in node.args[first:] if isinstance(a, fx.Node) and a.op == "call_function" and a in constant]
+
+
+def _as_layer(network: fx.GraphModule, node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> None:
+    built = layer_of(node, tensors)
+    if built is None:
+        raise TypeError(f"{site(node)} is not a layer")
+    layer, x = built
+    weight = next(str(a.target) for a in node.args[1:] if isinstance(a, fx.Node))
+    name, n = weight, 1
+    while name in dict(network.named_modules()) or name in dict(network.named_parameters()):
+        name, n = f"{weight}_{n}", n + 1
+    network.add_submodule(name, layer.train(network.training))
+    with network.graph.inserting_before(node):
+        call = network.graph.call_module(name, (x,))
+    call.meta = node.meta | {"site": name}
+    node.replace_all_uses_with(call)
+    network.graph.erase_node(node)
+
+
+def _evaluated(network: fx.GraphModule, node: fx.Node) -> nn.Parameter:
+    with torch.no_grad():
+        value = _value(network, node).detach().clone(memory_format=torch.contiguous_format)
+    trains = any(t.requires_grad for t in (_value(network, leaf) for leaf in _leaves(node)))
+    return nn.Parameter(value, requires_grad=trains)
+
+
+def _value(network: fx.GraphModule, node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _value(network, n))
+    return compute(network, node, args, kwargs)
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    if node.op == "get_attr":
+        return [node]
+    return list(dict.fromkeys(leaf for n in node.all_input_nodes for leaf in _leaves(n)))
+
+
+def _written(network: fx.GraphModule, node: fx.Node) -> str:
+    """The expression of a constant: the same for two nodes that compute the same from the same tensors."""
+    if node.op == "get_attr":
+        return f"tensor {id(_value(network, node))}"
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda n: _written(network, n))!r}"
+
+
+def _free_path(network: fx.GraphModule, node: fx.Node, made: Mapping[str, tuple[str, nn.Parameter]]) -> str:
+    """A name beside that of the tensor it is computed from."""
+    path = str(_leaves(node)[0].target) if _leaves(node) else "weight"
+    base = path.removesuffix(".weight").removesuffix("_weight") + "_copy"
+    taken = {*dict(network.named_modules()), *dict(network.named_parameters()), *dict(network.named_buffers())}
+    taken |= {name for name, _ in made.values()}
+    name, n = base, 1
+    while name in taken:
+        name, n = f"{base}_{n}", n + 1
+    return name
+
+
+def _sweep(network: fx.GraphModule) -> None:
+    """Drop what only the computation of those weights read."""
+    unread = constants(network.graph)
+    for node in reversed(list(network.graph.nodes)):
+        if node in unread and not node.users:
+            network.graph.erase_node(node)
+            if node.op == "get_attr":
+                _forget(network, str(node.target))
+
+
+def _forget(network: fx.GraphModule, path: str) -> None:
+    owner, _, leaf = path.rpartition(".")
+    layers = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    holder = network.get_submodule(owner)
+    if owner not in layers and not any(n.target == path for n in network.graph.nodes) and hasattr(holder, leaf):
+        delattr(holder, leaf)
