@@ -83,6 +83,18 @@ class Pairs(nn.Module):
         return self.both(self.a(x), self.b(x))
 
 
+class LowRank(nn.Module):
+    """A weight in two parts, and one product of three tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.down = nn.Linear(16, 16), nn.Parameter(torch.randn(4, 16) / 4)
+        self.up = nn.Parameter(torch.randn(24, 4) / 2)
+
+    def forward(self, x):
+        return torch.einsum("bni,ri,or->bno", F.relu(self.a(x)), self.down, self.up)
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()
@@ -107,6 +119,7 @@ ZOO = {
     "lstm": (lambda: Recurrent(nn.LSTM), values(7, 12)),
     "gpt": (Gpt, values(5, 16)),
     "bilinear": (Pairs, values(16)),
+    "low rank": (LowRank, values(5, 16)),
     "embedding": (Table, ids),
 }
 
@@ -166,7 +179,7 @@ def test_the_share_in_floating_point_is_told_with_its_layer(name, runtime):
 
 
 @both
-@pytest.mark.parametrize("name", ["convolutions", "gpt", "embedding"])
+@pytest.mark.parametrize("name", ["convolutions", "gpt", "low rank", "embedding"])
 def test_nothing_is_told_where_all_is_integer(name, runtime):
     assert building.float_doubts("x-int8", rows_of(name, runtime)) == ()
 

@@ -234,6 +234,65 @@ def test_heads_with_a_matrix_each_are_a_matrix_product():
     torch.testing.assert_close(network(x), model(x))
 
 
+class Several(nn.Module):
+    """Two weights, and an equation with them and two values (batch, length, IN)."""
+
+    def __init__(self, equation, order):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(3, IN, generator=generator))
+        self.up = nn.Parameter(torch.randn(OUT, 3, generator=generator))
+        self.square = nn.Parameter(torch.randn(IN, IN, generator=generator))
+        self.equation, self.order = equation, order
+
+    def forward(self, x, y):
+        tensors = {"x": x, "y": y, "d": self.down, "u": self.up, "w": self.square}
+        return torch.einsum(self.equation, [tensors[letter] for letter in self.order])
+
+
+class TestEinsumsOfSeveral:
+    # equation, its operands, how many linear layers and how many einsums are left
+    @pytest.mark.parametrize(
+        ("equation", "order", "layers", "left"),
+        [
+            ("bni,ri,or->bno", "xdu", 2, 0),
+            ("or,ri,bni->bno", "udx", 2, 0),
+            ("bni,ij,bmj->bnm", "xwy", 1, 1),
+            ("bni,bmj,ij->bnm", "xyw", 1, 1),
+            ("...ni,ij,...nj->...n", "xwy", 1, 1),
+            ("bni,ri,or,bno->b", "xduv", 2, 1),
+            ("bni,ij,bnj", "xwy", 1, 1),
+            ("bni,ij,bni->bnj", "xwx", 1, 1),
+        ],
+    )
+    def test_the_weights_are_linear_layers(self, equation, order, layers, left):
+        model = Several(equation, order.replace("v", "y")).eval()
+        width = OUT if "v" in order else IN
+        call = torch.randn(2, 5, IN), torch.randn(2, 5, width)
+        network = raise_network(model, call)
+        assert [type(m) for m in network.modules()].count(nn.Linear) == layers
+        kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
+        assert kinds.count("einsum") == left
+        assert not any(n.op == "get_attr" for n in network.graph.nodes)
+        for batch in (1, 3):
+            args = torch.randn(batch, 5, IN), torch.randn(batch, 5, width)
+            torch.testing.assert_close(network(*args), model(*args), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("equation", ["bni,ii,bnj->bn", "bni,ij,bxj->bnj"])
+    def test_diagonals_and_broadcasts_stay_as_they_were_written(self, equation):
+        model = Several(equation, "xwy").eval()
+        call = torch.randn(2, 5, IN), torch.randn(2, 1 if "x" in equation else 5, IN)
+        network = raise_network(model, call)
+        args = torch.randn(3, 5, IN), torch.randn(3, *call[1].shape[1:])
+        torch.testing.assert_close(network(*args), model(*args))
+
+    def test_values_alone_stay_as_they_were_written(self):
+        model = Several("bni,bmi,bmj->bnj", "xyx").eval()
+        network = raise_network(model, (torch.randn(2, 5, IN), torch.randn(2, 5, IN)))
+        (einsum,) = (n for n in network.graph.nodes if n.op == "call_function" and kind(network, n) == "einsum")
+        assert len(einsum.args[1]) == 3
+
+
 def test_what_no_layer_says_stays_as_it_was_written():
     model = Product((IN, IN), lambda x, w, b: torch.einsum("bi,ii->bi", x, w) + torch.einsum("bi,jk->b", x, w)[:, None])
     network = raised(model, IN)

@@ -4,6 +4,8 @@
 ``bilinear`` with a stored operand say what ``F.linear`` says. The graph is rewritten before it is raised; what it
 computes stays, and the weights that are turned on the way are folded by `penjing.stored_weights`.
 
+An `einsum` of more than two tensors, one of them stored, is taken apart into products of two.
+
 A stored operand with more than two axes, a matrix for every head or expert, stays a matrix product.
 """
 
@@ -195,17 +197,62 @@ def _tensordot(write: _Writer, a: dict[str, Any]) -> fx.Node | None:
 
 def _einsum(write: _Writer, a: dict[str, Any]) -> fx.Node | None:
     tensors = a["tensors"]
-    if len(tensors) != 2:
-        return None
     inputs, arrow, result = a["equation"].replace(" ", "").partition("->")
     terms = inputs.split(",")
     spread = [_axes(term, write.rank(x)) for term, x in zip(terms, tensors, strict=True)]
     if not arrow:  # letters that stand once, in alphabetical order, behind the dots
-        once = [x for x in sorted({*terms[0], *terms[1]} - {"."}) if (terms[0] + terms[1]).count(x) == 1]
+        once = [x for x in sorted({*inputs} - {".", ","}) if inputs.count(x) == 1]
         result = "..." * ("..." in inputs) + "".join(once)
     dots = max((len(axes) - len(t.replace("...", "")) for t, axes in zip(terms, spread, strict=True)), default=0)
     out = _axes(result, len(result.replace("...", "")) + dots)
-    return _contract(write, tensors[0], tensors[1], spread[0], spread[1], out)
+    if len(tensors) == 2:
+        return _contract(write, tensors[0], tensors[1], spread[0], spread[1], out)
+    return _in_pairs(write, list(zip(tensors, spread, strict=True)), out)
+
+
+def _in_pairs(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: list[str]) -> fx.Node | None:
+    """A product of several tensors, two at a time: a stored one goes with the value that it is summed with.
+
+    None where no operand is stored, or all are, and where a tensor's diagonal is taken or an axis broadcast.
+    """
+    sizes: dict[str, Any] = {}
+    for x, axes in operands:
+        for axis, size in zip(axes, write.shape(x), strict=True):
+            if sizes.setdefault(axis, size) != size:
+                return None
+    stored = [write.is_stored(x) for x, _ in operands]
+    if len(operands) < 3 or any(len(set(axes)) < len(axes) for _, axes in operands) or all(stored) or not any(stored):
+        return None
+    letters = dict(zip(sizes, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+    if len(letters) < len(sizes):
+        return None
+    while len(operands) > 1:
+        i, j = _next_pair(write, operands, out)
+        (left, one), (right, two) = operands[i], operands[j]
+        rest = [x for n, x in enumerate(operands) if n not in (i, j)]
+        needed = {*out, *(axis for _, axes in rest for axis in axes)}
+        kept = [axis for axis in dict.fromkeys([*one, *two]) if axis in needed] if rest else out
+        product = _contract(write, left, right, one, two, kept)
+        if product is None:
+            equation = "{},{}->{}".format(*("".join(letters[axis] for axis in axes) for axes in (one, two, kept)))
+            product = write.call(aten.einsum.default, equation, [left, right])
+        operands = [(product, kept), *rest]
+    return operands[0][0]
+
+
+def _next_pair(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: list[str]) -> tuple[int, int]:
+    """Positions of the first stored tensor and value that are summed over an axis that nothing else has.
+
+    Where there are none, those of the first two values, and at last of what is left.
+    """
+    values = [i for i, (x, _) in enumerate(operands) if not write.is_stored(x)]
+    for i in values:
+        for j, (w, axes) in enumerate(operands):
+            others = {*out, *(axis for n, (_, more) in enumerate(operands) if n not in (i, j) for axis in more)}
+            if write.is_stored(w) and ({*operands[i][1]} & {*axes}) - others:
+                return i, j
+    first, second = values[:2] if len(values) > 1 else (0, 1)
+    return first, second
 
 
 def _axes(term: str, rank: int) -> list[str]:
