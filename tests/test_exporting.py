@@ -72,6 +72,18 @@ class TestRemedies:
         assert "torch.where" not in error.value.remedy
 
 
+@pytest.mark.parametrize("number", [lambda x: x.shape[0], lambda x: x.numel() // 2, lambda x: x.shape[0] / 2])
+def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number):
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return x * 2, number(x)
+
+    with pytest.raises(ExportError, match="changes with the sizes") as error:
+        raise_network(Sizes(), (torch.zeros(2, 3),))
+    assert "new_full" in error.value.remedy
+    assert raise_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
+
+
 class FreeHeight(nn.Module):
     """Strides beside a pool: torch can't prove that both give one height."""
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import SymBoolArgument, SymFloatArgument, SymIntArgument
 from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, TaskError
-from penjing.graph import in_eval_mode
+from penjing.graph import in_eval_mode, line
 from penjing.wrappers import unwrapped
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
@@ -53,7 +54,8 @@ def export_module(
     defer = False
     while True:
         try:
-            return attempt(limits, defer)
+            program = attempt(limits, defer)
+            break
         except Exception as error:
             asked = _narrower_limits(str(error))
             narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in asked.items()}
@@ -63,6 +65,21 @@ def export_module(
                 defer = True  # sizes that torch can't prove to be equal, as of strides and of pools
             else:
                 raise _export_error(model, error) from error
+    _check_outputs(model, program)
+    return program
+
+
+def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
+    """Raise ExportError where an output is a number that follows the sizes of the inputs: a file gives tensors."""
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, SymIntArgument | SymFloatArgument | SymBoolArgument) and spec.arg.name is not None:
+            number = next(n for n in program.graph.nodes if n.name == spec.arg.name)
+            raise ExportError(
+                f"an output of the network is a number that changes with the sizes of its inputs{line(number)}",
+                got=str(number.meta.get("val", number)),
+                expected="tensors, and numbers that are always the same",
+                remedy="leave it out and compute it from the inputs, or return a tensor: x.new_full((1,), x.shape[0])",
+            )
 
 
 def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
@@ -97,6 +114,23 @@ def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
         tensor.data = tensor.data.contiguous()
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.contiguous(), call)
     return export_module(network, args, kwargs, dynamic)
+
+
+def with_plain_outputs(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy that gives a plain tuple of its output tensors.
+
+    A library's own output class could not be read without the library; numbers and None among the outputs have no
+    place in a file, and stand in the structure of the outputs.
+    """
+    network = copy.deepcopy(network)
+    codegen = network.graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        end = network.graph.output_node()
+        tensors = tuple(value for value in end.args[0] if isinstance(value, fx.Node))  # type: ignore[union-attr]
+        end.args = (tensors,)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
+        network.recompile()
+    return network
 
 
 def _dynamic_axes(names: list[str], values: list[Any], dynamic: Dynamic) -> dict[str, Mapping[int, str]]:

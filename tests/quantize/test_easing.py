@@ -100,6 +100,23 @@ def test_where_nothing_is_lost_the_plan_is_the_same_to_the_bit(runtime):
     assert all(torch.equal(a, b) for a, b in zip(plain.network.parameters(), eased.network.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_outputs_that_are_no_floats_or_infinite_are_not_judged(runtime):
+    class Answers(Blocks):
+        def forward(self, x):
+            y = super().forward(x)
+            return y.argmax(-1), y > 0, y, y.masked_fill(torch.eye(6)[:, :5] > 0, float("-inf"))
+
+    model = Answers().eval()
+    draft, context = Draft(raise_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
+    eased = Static(outliers="ease")(draft, context)
+    assert eased.plan.remedy
+    x = torch.randn(16, 6, 64, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        wanted, given = model(x)[2], insert(eased.network, eased.plan)(x)[2]
+    assert 10 * torch.log10(wanted.square().mean() / (wanted - given).square().mean()) > 20
+
+
 def test_what_can_be_done_about_outliers():
     with pytest.raises(RecipeError, match="outliers"):
         Static(outliers="drop")

@@ -17,6 +17,7 @@ from penjing import building, runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
 from penjing.graph import kind, sites
 from penjing.measure import size_bytes
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
 from penjing.surgery import insert
 from penjing.task import as_call
@@ -168,6 +169,31 @@ def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(export
     np.testing.assert_allclose(answer["logits"], made.answers(3, seed=1)[0], rtol=0, atol=1e-4)
     with pytest.raises(TaskError, match="other inputs"):
         predict(tokens=named["tokens"].numpy())
+
+
+class Answers(nn.Module):
+    """Numbers and None among the outputs, an integer, and one output twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.line(x)
+        return {"scores": [y, {"again": y, "best": y.argmax(-1)}], "classes": 4, "loss": None, "version": "1.0"}
+
+
+@both
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_numbers_among_the_outputs_stand_in_the_structure(tmp_path, runtime, precision):
+    made = export(
+        Case(Answers, ((8,),), {}, ("scores_0", "scores_1_again", "scores_1_best")), runtime, precision, tmp_path
+    )
+    answer = predictor(isolated.open_artifact(made.folder, 1), made.manifest)(made.arrays(3, seed=1)[0])
+    scores, rest = answer.pop("scores")
+    assert answer == {"classes": 4, "version": "1.0"}
+    for mine, theirs in zip((scores, rest["again"], rest["best"]), made.answers(3, seed=1), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
 
 
 @both

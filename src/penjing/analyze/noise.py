@@ -208,8 +208,13 @@ def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.Graph
     return weights, inputs
 
 
+def energy(values: torch.Tensor) -> float:
+    """Sum of the squares; infinities and what comes of them (a masked score in both networks) are left out."""
+    return float(torch.where(values.isfinite(), values, 0).double().square().sum())
+
+
 def _power(output: Any) -> float:
-    return sum(float(t.double().square().sum()) for t in flatten_outputs(output)[0] if t.is_floating_point())
+    return sum(energy(t) for t in flatten_outputs(output)[0] if t.is_floating_point())
 
 
 def _difference(found: Any, wanted: Any) -> list[torch.Tensor]:

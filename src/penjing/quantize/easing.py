@@ -113,14 +113,14 @@ def _in_floats(made: Draft, names: tuple[str, ...]) -> Draft:
 
 
 def _worst(reference: fx.GraphModule, made: Draft, calls: list[Call]) -> float:
-    """Signal-to-noise ratio of the output that loses most, in dB."""
+    """Signal-to-noise ratio of the floating-point output that loses most, in dB."""
     network = insert(made.network, made.plan)
     signal: list[float] = []
     lost: list[float] = []
     with torch.no_grad():
         for args, kwargs in calls:
             pairs = zip(*(flatten_outputs(n(*args, **kwargs))[0] for n in (reference, network)), strict=True)
-            sums = [(float(a.double().square().sum()), float((a.double() - b).square().sum())) for a, b in pairs]
+            sums = [(noise.energy(a), noise.energy(a - b)) for a, b in pairs if a.is_floating_point()]
             signal = [x + s for x, (s, _) in zip(signal or [0.0] * len(sums), sums, strict=True)]
             lost = [x + n for x, (_, n) in zip(lost or [0.0] * len(sums), sums, strict=True)]
     return min((noise.decibels(n / s) for s, n in zip(signal, lost, strict=True) if s), default=float("inf"))

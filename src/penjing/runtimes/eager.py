@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from penjing.exporting import export as export_network
-from penjing.exporting import input_names
+from penjing.exporting import input_names, with_plain_outputs
 from penjing.outputs import flatten_outputs, output_names
 from penjing.plan import GENERIC, Accelerates
 from penjing.pt2 import open_program
@@ -32,7 +30,7 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.pt2."""
-    program = export_network(_plain(network), call, dynamic)
+    program = export_network(with_plain_outputs(network), call, dynamic)
     for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
         node.meta.pop("from_node", None)
         node.meta.pop("stack_trace", None)
@@ -56,18 +54,6 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         structure=structure,
         settings={"keywords": ",".join(kwargs)},
     )
-
-
-def _plain(network: Any) -> Any:
-    """The network with a plain tuple of outputs: a library's own output class could not be read without the library."""
-    network = copy.deepcopy(network)
-    codegen = network.graph._codegen
-    if hasattr(codegen, "pytree_info"):
-        outputs = next(n for n in network.graph.nodes if n.op == "output").args[0]
-        spec = pytree.tree_structure(tuple(0 for _ in outputs))
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
-        network.recompile()
-    return network
 
 
 def _port(name: str, tensor: torch.Tensor, dynamic: Any, position: int) -> Port:

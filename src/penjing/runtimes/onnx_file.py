@@ -17,7 +17,7 @@ from torch import fx
 
 from penjing import operators  # noqa: F401  registers the operators that are translated here
 from penjing.errors import ExportError
-from penjing.exporting import export, input_names
+from penjing.exporting import export, input_names, with_plain_outputs
 from penjing.graph import RECURRENT, arguments, is_tensor, kind, layer_site, line
 from penjing.runtimes import onnx_kept, onnx_pooling, onnx_rewrites
 from penjing.runtimes.artifact import Port
@@ -69,7 +69,7 @@ def write(
 def _exported(
     network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any, outputs: list[str]
 ) -> bytes:
-    program = export(network, call, dynamic)
+    program = export(with_plain_outputs(network), call, dynamic)
     inputs = input_names(network, *call)
     # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
     # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
