@@ -40,6 +40,15 @@ class Table(nn.Module):
         return self.head(self.words(ids) + self.places(torch.arange(6)))
 
 
+class Bags(nn.Module):
+    def __init__(self, mode, padding=None):
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(WORDS, WIDTH, mode=mode, padding_idx=padding), nn.Linear(WIDTH, 5)
+
+    def forward(self, ids, offsets=None):
+        return self.head(self.words(ids, offsets))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -83,6 +92,9 @@ NETWORKS = {
     "gru both ways": (lambda: Cells(nn.GRU, num_layers=2, bidirectional=True), values(5, 24)),
     "lstm": (lambda: Cells(nn.LSTM), values(5, 24)),
     "table": (Table, ids),
+    "bags": (lambda: Bags("mean"), ids),
+    "bags' largest": (lambda: Bags("max"), ids),
+    "bags with padding": (lambda: Bags("sum", padding=3), ids),
     "tied": (Tied, ids),
     "heads": (Heads, values(5, 4, 16)),
     "upsampling": (Upsampling, values(8, 6, 6)),
@@ -126,7 +138,7 @@ def test_an_artifact_gives_what_its_plan_says(name, runtime, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("name", ["table", "tied"])
+@pytest.mark.parametrize("name", ["table", "tied", "bags"])
 def test_the_file_is_smaller_than_that_in_half_precision(name, runtime, tmp_path):
     draft, task, *_ = drafted(name, runtime)
     _, half = built(Draft(draft.network), task, runtime, "fp16", tmp_path / "fp16")
@@ -134,7 +146,7 @@ def test_the_file_is_smaller_than_that_in_half_precision(name, runtime, tmp_path
     assert whole < half
 
 
-@pytest.mark.parametrize("name", ["table", "tied"])
+@pytest.mark.parametrize("name", ["table", "tied", "bags"])
 def test_integers_are_gathered_and_only_their_rows_are_dequantized(name, tmp_path):
     draft, task, *_ = drafted(name, "onnxruntime")
     built(draft, task, "onnxruntime", "int8", tmp_path / "int8")
@@ -165,6 +177,27 @@ def test_every_row_has_a_scale_of_its_own():
     draft, *_ = drafted("table", "onnxruntime")
     assert len(draft.plan.entries["words:weight"].scale) == WORDS
     assert "words:in0" not in draft.plan.entries
+
+
+@both
+@torch.no_grad()
+def test_bags_of_any_length_are_looked_up_in_integers(runtime, tmp_path):
+    torch.manual_seed(0)
+    model = Bags("mean").eval()
+    data = [(ids(n).flatten()[: 5 * n + 1], torch.arange(n) * 5) for n in (3, 16, 20, 7)]
+    task = Task(example=data[0], calibration=data[1:3], dynamic={"ids": {0: "words"}, "offsets": {0: "bags"}})
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    network = raise_network(model, *task.call(), task.dynamic)
+    draft = Static()(Draft(network), Context(task=task, accelerates=accelerates))
+    assert len(draft.plan.entries["words:weight"].scale) == WORDS
+    manifest, size = built(draft, task, runtime, "int8", tmp_path / "int8")
+    _, half = built(Draft(network), task, runtime, "fp16", tmp_path / "fp16")
+    assert size < half
+    session = runtimes.open_artifact(tmp_path / "int8", 1)
+    for call in data:
+        found = predictor(session, manifest)(*(x.numpy() for x in call))
+        assert snr(insert(draft.network, draft.plan)(*call).numpy(), found) > 60
+        assert snr(model(*call).numpy(), found) > 30
 
 
 def test_a_tied_table_and_its_head_have_one_grid():
