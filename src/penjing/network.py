@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from penjing.complex_pairs import complex_as_pairs
 from penjing.decompositions import decomposed
 from penjing.exporting import Dynamic, export_module
 from penjing.functional import functional, mutates
@@ -61,7 +62,7 @@ def raise_network(
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
     program, owned = safe_names(single_program(program))
-    program = functional(decomposed(in_line(program)))
+    program = complex_as_pairs(functional(decomposed(in_line(program))))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     graph_module = _Raiser(flat, state).build()

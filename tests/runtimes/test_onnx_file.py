@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -143,3 +144,25 @@ def test_an_operator_without_an_onnx_form_is_named(tmp_path):
     with pytest.raises(ExportError, match="bessel_j0"):
         onnx_file.write(network, ((torch.zeros(2, 3),), {}), None, ["output"], tmp_path / "strange.onnx")
     assert not (tmp_path / "strange.onnx").exists()
+
+
+class PadsAsTensorFlow(nn.Module):
+    """Sizes rounded up by the floor division of a negative number."""
+
+    def forward(self, x):
+        height = x.shape[2]
+        over = max((-(-height // 2) - 1) * 2 + 3 - height, 0)
+        return nn.functional.pad(x, (0, 0, over // 2, over - over // 2)) * (-height % 8)
+
+
+def test_sizes_are_divided_as_python_divides_them(tmp_path):
+    dynamic = {"x": {0: "batch", 2: "height"}}
+    example = (torch.randn(2, 3, 12, 5),)
+    network = raise_network(PadsAsTensorFlow(), example, dynamic=dynamic)
+    file = tmp_path / "network.onnx"
+    onnx_file.write(network, (example, {}), dynamic, [""], file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for height in (7, 8, 13):
+        x = torch.randn(3, 3, height, 5)
+        (answer,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answer), PadsAsTensorFlow()(x))

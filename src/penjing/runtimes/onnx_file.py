@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import re
 import warnings
 from collections import defaultdict
@@ -92,7 +93,9 @@ def _exported(
                 f"the network has no ONNX form{_culprit(network, str(cause))}",
                 got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}",
                 expected="operators that the ONNX exporter of torch translates",
-                remedy="write that operator with others",
+                remedy="write it with the real and the imaginary part, as of torch.view_as_real"
+                if "complex-valued" in str(cause)
+                else "write that operator with others",
             ) from error
     assert exported is not None
     model = exported.model_proto
@@ -150,7 +153,12 @@ def _translations() -> dict[Any, Any]:
         )  # fmt: skip
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
 
+    def floor_divide(x, y):  # type: ignore[no-untyped-def]
+        # Of sizes, as -(-h // 2): ONNX divides integers towards zero.
+        return op.Div(op.Sub(x, op.Mod(x, y)), y)
+
     return onnx_pooling.translations() | {
+        operator.floordiv: floor_divide,
         torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
         torch.ops.penjing.quantize.default: quantize,
         torch.ops.penjing.dequantize.default: dequantize,
