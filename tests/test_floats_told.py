@@ -117,6 +117,7 @@ ZOO = {
     "encoder": (Encoder, ids),
     "gru": (lambda: Recurrent(nn.GRU), values(7, 12)),
     "lstm": (lambda: Recurrent(nn.LSTM), values(7, 12)),
+    "rnn_tanh": (lambda: Recurrent(nn.RNN), values(7, 12)),
     "gpt": (Gpt, values(5, 16)),
     "bilinear": (Pairs, values(16)),
     "low rank": (LowRank, values(5, 16)),
@@ -168,7 +169,7 @@ def test_whatever_has_parameters_and_stays_in_floating_point_has_a_reason(name, 
 
 
 @both
-@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "rnn_tanh"])
 def test_the_share_in_floating_point_is_told_with_its_layer(name, runtime):
     rows = rows_of(name, runtime)
     macs, _ = building.float_shares(rows)
@@ -176,6 +177,23 @@ def test_the_share_in_floating_point_is_told_with_its_layer(name, runtime):
     assert macs == cells.macs / sum(r.macs for r in rows) > 0.9
     told = building.float_doubts("x-int8", rows)
     assert any("multiply-accumulates" in text and cells.name in text and name in text for text in told)
+    reason = f"{runtime} has no integer kernel for {name}"
+    if (runtime, name) == ("onnxruntime", "lstm"):
+        reason += " with ranges from calibration: quantize.Dynamic takes them at run time"
+    assert cells.reason == inspected(name).floats[runtime][cells.name] == reason
+
+
+class Projected(Recurrent):
+    def __init__(self):
+        super().__init__(nn.LSTM)
+        self.cells, self.head = nn.LSTM(12, 24, batch_first=True, proj_size=6), nn.Linear(6, 4)
+
+
+def test_what_has_integers_nowhere_is_not_sent_there():
+    model = Projected().eval()
+    task = pj.Task(example=torch.randn(2, 7, 12))
+    told = inspect(open_source(model, task=task), task).floats["onnxruntime"]
+    assert "quantize.Dynamic" not in told["cells/lstm#0"]
 
 
 @both

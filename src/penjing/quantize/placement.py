@@ -90,7 +90,10 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
     if "float" in node.meta:
         return str(node.meta["float"])
     if what not in accelerates.integer:
-        return f"{accelerates.runtime} has no integer kernel for {what}"
+        refusal = f"{accelerates.runtime} has no integer kernel for {what}"
+        if what not in accelerates.recurrent or recurrent.refusal(network, node):
+            return refusal
+        return f"{refusal} with ranges from calibration: quantize.Dynamic takes them at run time"
     if what in ("conv", "conv_transpose", "linear") and node.op != "call_module":
         return "its weight is computed, not stored"
     tensors = tensor_inputs(node)
