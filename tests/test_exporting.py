@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.exporting import export, export_module
+from penjing.exporting import export, export_module, input_names
 from penjing.network import raise_network
 
 
@@ -125,6 +125,42 @@ def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
     assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)
 
 
+class Encoder(nn.Module):
+    def __init__(self, **causal):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+        self.layers, self.causal = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), causal
+
+    def forward(self, tokens):
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.layers(tokens, mask=mask, **self.causal)
+
+
+def test_a_mask_whose_values_torch_would_compare_is_refused_with_what_to_say():
+    free = {"tokens": {0: "batch", 1: "length"}}
+    with pytest.raises(ExportError) as error:
+        export_module(Encoder(), (torch.zeros(2, 6, 8),), {}, free)
+    assert "is_causal=True" in error.value.remedy
+    told = Encoder(is_causal=True)
+    program = export_module(told, (torch.zeros(2, 6, 8),), {}, free)
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(program.module()(x), told.eval()(x))
+
+
+def test_a_remedy_calls_the_input_by_its_name():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, frames):
+            return self.cells(frames)[0]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"frames": {0: "batch", 1: "time"}})
+    assert "{'frames': {0: 'batch'}}" in error.value.remedy
+
+
 def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
     class Collects(nn.Module):
         def forward(self, **inputs):
@@ -133,3 +169,24 @@ def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
     with pytest.raises(ExportError) as error:
         export_module(Collects(), (), {name: torch.ones(2, 4) for name in ("a", "b")})
     assert "names them" in error.value.remedy
+
+
+def test_inputs_that_a_forward_collects_stand_behind_those_it_names():
+    class Sums(nn.Module):
+        def forward(self, first, *others):
+            return first + sum(others)
+
+    example = tuple(torch.ones(2, 4) for _ in range(3))
+    assert input_names(Sums(), example, {}) == ["first", "others_0", "others_1"]
+    network = raise_network(Sums(), example)
+    assert torch.equal(network(*[torch.ones(5, 4)] * 3), torch.full((5, 4), 3.0))
+
+
+def test_two_inputs_of_one_name_are_refused():
+    class Twice(nn.Module):
+        def forward(self, x_0, *x):
+            return x_0 + x[0]
+
+    with pytest.raises(ExportError, match="two inputs of the network would be called 'x_0'") as error:
+        raise_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
+    assert "rename the parameter x_0" in error.value.remedy

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from penjing.functional import mutates
 from penjing.graph import arguments, operator_name
@@ -96,14 +97,26 @@ def _adaptive_avg_pool3d(build: Builder, a: dict[str, Any]) -> Any:
     return _adaptive_pool(build, a["self"], a["output_size"], "avg_pool")
 
 
+def _adaptive_avg_pool(build: Builder, a: dict[str, Any]) -> Any:
+    sizes = build.value(a["self"]).shape[-len(a["output_size"]) :]
+    known = all(isinstance(size, int) for size in sizes) or all(size == 1 for size in a["output_size"])
+    return None if known else _adaptive_pool(build, a["self"], a["output_size"], "avg_pool")
+
+
 def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) -> Any:
     """Pooling to any size, one axis after the other: windows of one size are one pooling, others one each."""
     n = len(sizes)
     pool = getattr(aten, f"{kind}{n}d").default
     shape = build.value(x).shape
-    if not all(isinstance(size, int) for size in (*shape[-n:], *sizes)):
-        return None  # the windows would depend on a size that varies
     dims = range(len(shape) - n, len(shape))
+    if not all(isinstance(size, int) for size in (*shape[-n:], *sizes)):
+        asked = [build.value(out) if isinstance(out, fx.Node) else out for out in sizes]
+        extents = {d: out for d, out in zip(dims, asked, strict=True) if not statically_known_true(out == shape[d])}
+        if not all(isinstance(out, int) for out in extents.values()):
+            return None  # as many windows as something else has places
+        for dim, out in extents.items():
+            x = _pool_any_size(build, x, dim, out, kind)
+        return x
 
     def window(values: dict[int, int]) -> list[int]:
         return [values.get(dim, 1) for dim in dims]
@@ -119,6 +132,39 @@ def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) 
         pooled = [part if size == 1 else build(pool, part, window({dim: size}), [1] * n) for part, size in parts]
         x = build(aten.cat.default, pooled, dim)
     return x
+
+
+def _pool_any_size(build: Builder, x: fx.Node, dim: int, out: int, kind: str) -> Any:
+    """Pooling of an axis whose size varies: which place belongs to which window is computed when it runs.
+
+    Place p of n lies in window i of `out` where floor(i·n / out) ≤ p < ceil((i + 1)·n / out).
+    """
+    if out == 1:
+        return build(aten.mean.dim if kind == "avg_pool" else aten.amax.default, x, [dim], True)
+    dtype = build.value(x).dtype
+    place = build(aten.arange.default, build.size(x, dim), dtype=torch.int64, device=torch.device("cpu"))
+    window = build(aten.unsqueeze.default, build.constant(torch.arange(out)), 1)  # (out, 1)
+    n = build.size(x, dim)
+    begun = build(
+        aten.gt.Tensor, build(aten.mul.Scalar, build(aten.add.Scalar, place, 1), out), _times(build, window, n)
+    )
+    ended = build(aten.add.Scalar, window, 1)
+    open_ = build(aten.lt.Tensor, build(aten.mul.Scalar, place, out), _times(build, ended, n))
+    member = build(aten.logical_and.default, begun, open_)  # (out, n)
+    x = build(aten.transpose.int, x, dim, -1)
+    if kind == "avg_pool":
+        share = build(aten.to.dtype, member, dtype)
+        share = build(aten.div.Tensor, share, build(aten.sum.dim_IntList, share, [1], True))
+        x = build(aten.matmul.default, x, build(aten.transpose.int, share, 0, 1))
+    else:
+        other = build(aten.logical_not.default, member)
+        x = build(aten.masked_fill.Scalar, build(aten.unsqueeze.default, x, -2), other, float("-inf"))
+        x = build(aten.amax.default, x, [-1])
+    return build(aten.transpose.int, x, dim, -1)
+
+
+def _times(build: Builder, x: fx.Node, n: Any) -> Any:
+    return build(aten.mul.Scalar if isinstance(n, int) else aten.mul.Tensor, x, n)
 
 
 def _median(build: Builder, a: dict[str, Any]) -> Any:
@@ -270,6 +316,8 @@ REWRITES: dict[str, Rewrite] = {
     "adaptive_max_pool1d": _adaptive_max_pool,
     "adaptive_max_pool2d": _adaptive_max_pool,
     "adaptive_max_pool3d": _adaptive_max_pool,
+    "adaptive_avg_pool1d": _adaptive_avg_pool,
+    "adaptive_avg_pool2d": _adaptive_avg_pool,
     "adaptive_avg_pool3d": _adaptive_avg_pool3d,
     "median": _median,
     "cdist": _cdist,

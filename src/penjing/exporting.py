@@ -21,6 +21,7 @@ from penjing.wrappers import unwrapped
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
 MAX_BATCH = 4096
+UNPROVEN = "Constraints violated|solve_univariate_inequality"  # errors of torch.export that may be its own limit
 
 
 def export_module(
@@ -61,7 +62,7 @@ def export_module(
             narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in asked.items()}
             if narrower and limits != limits | narrower:
                 limits |= narrower  # a table of 512 positions reads no longer sequence
-            elif "Constraints violated" in str(error) and not defer:
+            elif re.search(UNPROVEN, str(error)) and not defer:
                 defer = True  # sizes that torch can't prove to be equal, as of strides and of pools
             else:
                 raise _export_error(model, error) from error
@@ -98,7 +99,16 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     for name in bound.arguments:
         parameter = signature.parameters[name]
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            names += [f"{name}_{i}" for i in range(len(bound.arguments[name]))]
+            collected = [f"{name}_{i}" for i in range(len(bound.arguments[name]))]
+            both = [word for word in collected if word in signature.parameters or word in kwargs]
+            if both:
+                raise ExportError(
+                    f"two inputs of the network would be called {both[0]!r}",
+                    got=f"forward{signature}: torch calls so the input that *{name} collects",
+                    expected="one name for each input",
+                    remedy=f"rename the parameter {both[0]} of forward",
+                )
+            names += collected
         elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in kwargs:
             names.append(name)
     return names + list(kwargs)
@@ -184,34 +194,54 @@ def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 
 def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
     parameters = inspect.signature(model.forward).parameters
-    if all(name in parameters for name in names):
-        return dict(zip(names, shapes, strict=True))
-    starred = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL]
-    return (tuple(shapes),) if starred and len(parameters) == 1 else tuple(shapes)
+    by_name = dict(zip(names, shapes, strict=True))
+    starred = [name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    collected = tuple(shape for name, shape in by_name.items() if name not in parameters)
+    if collected and not starred:
+        return tuple(shapes)
+    specs = {name: collected if name in starred else by_name.get(name) for name in parameters}
+    return {name: spec for name, spec in specs.items() if name in by_name or (name in starred and collected)}
 
 
 def _export_error(model: nn.Module, error: Exception) -> ExportError:
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [
-        f for f in frames if "torch" not in f.filename.replace("\\", "/").split("/") and "penjing" not in f.filename
-    ]
+    inside = [f for f in frames if not _FOREIGN & {*f.filename.replace("\\", "/").split("/")}]
+    inside = [f for f in inside if "penjing" not in f.filename]
     where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
     message = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {error}"
     expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
     if "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
         expected, remedy = _RECURRENT
+    elif any(frame.name == "_detect_is_causal_mask" for frame in frames):
+        expected, remedy = _CAUSAL
+    elif "solve_univariate_inequality" in text or set(re.findall(r"solving the guards generated for (\w+) =", text)) - {
+        "batch"
+    }:
+        expected, remedy = _WINDOW
     return ExportError(
         f"the network can't be exported: {where}",
         got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
         expected=expected,
-        remedy=remedy,
+        remedy=remedy.replace("'x':", f"{next(iter(inspect.signature(model.forward).parameters), 'x')!r}:"),
     )
 
 
+_FOREIGN = {"torch", "sympy"}  # folders whose lines are not the user's
 _RECURRENT = (
     "recurrent layers whose length is fixed: torch.export writes out every step of them; the batch may vary",
     "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
+)
+_CAUSAL = (
+    "a transformer that is told whether its mask is causal: torch compares the mask's values otherwise",
+    "call the encoder with is_causal=True beside a causal mask and with is_causal=False beside another: "
+    "self.encoder(x, mask=mask, is_causal=True)",
+)
+_WINDOW = (
+    "a forward that takes every size of the axes that vary",
+    "pool a whole axis by x.mean((2, 3)) or F.adaptive_avg_pool2d(x, 1): the window of F.avg_pool2d(x, x.shape[2:]) is "
+    "a number; write other sizes as x.shape[2] or -1; or fix it: Task(dynamic={'x': {0: 'batch'}}) lets the batch "
+    "alone vary",
 )
 _ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
     r"structure of `inputs` and `dynamic_shapes`": (

@@ -1,5 +1,6 @@
 """`load.py` in a Python that has the runtime and NumPy, and no Penjing."""
 
+import importlib.util
 import site
 import subprocess
 import sys
@@ -128,3 +129,23 @@ def test_a_loader_beside_the_artifact_opens_it(exported, tmp_path):
     run_alone(tmp_path / "load.py", tmp_path / "in.npz", tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz") as found:
         np.testing.assert_allclose(found[""], made.answers(2, seed=3)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", runtimes.names())
+@pytest.mark.parametrize("wrong", ["surplus", "unknown", "missing", "twice"])
+def test_inputs_that_it_does_not_have_are_an_error(exported, tmp_path, runtime, wrong):
+    made = exported("residual", runtime, "fp32")
+    write_loader(tmp_path / "load.py", made.manifest, str(made.folder), 1)
+    spec = importlib.util.spec_from_file_location("load_of_a_test", tmp_path / "load.py")
+    load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load)
+    name, x = load.PROGRAM["inputs"][0]["name"], np.zeros((1, 1), np.float32)
+    calls = {
+        "surplus": ((x, x), {}),
+        "unknown": ((), {"bogus": x, name: x}),
+        "missing": ((), {}),
+        "twice": ((x,), {name: x}),
+    }
+    args, kwargs = calls[wrong]
+    with pytest.raises(TypeError, match=f"predict takes .*{name}"):
+        load.predict(*args, **kwargs)

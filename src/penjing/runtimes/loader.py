@@ -19,7 +19,10 @@ _TAIL = '''
 def predict(*args, **kwargs):
     """Call it as the network is called; NumPy arrays in, NumPy arrays out."""
     ports = PROGRAM["inputs"]
-    values = list(args) + [kwargs[port["name"]] for port in ports[len(args):]]
+    names = [port["name"] for port in ports]
+    if len(args) > len(names) or set(kwargs) != set(names[len(args):]):
+        raise TypeError(f"predict takes {names}; got {len(args)} positional inputs and {sorted(kwargs)}")
+    values = list(args) + [kwargs[name] for name in names[len(args):]]
     inputs = [np.ascontiguousarray(np.asarray(x), dtype=port["dtype"]) for x, port in zip(values, ports)]
     outputs = iter(run(inputs))
 
