@@ -81,6 +81,39 @@ class WideAndDeep(nn.Module):
         return self.last(torch.cat((x[:, :12], deep), 1))
 
 
+class Stream(nn.Module):
+    """A residual stream with a few huge channels, as in trained transformers: every addition carries them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList([nn.LayerNorm(32) for _ in range(3)])
+        self.up = nn.ModuleList([nn.Linear(32, 64) for _ in range(3)])
+        self.down = nn.ModuleList([nn.Linear(64, 32) for _ in range(3)])
+        self.head = nn.Linear(32, 5)
+        with torch.no_grad():
+            self.down[0].bias[[3, 20]] = torch.tensor([900.0, -700.0])
+            self.head.weight[:, [3, 20]] /= 500
+
+    def forward(self, x):
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(F.gelu(up(norm(x))))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_products_of_a_stream_with_huge_channels_stay_in_integers(runtime):
+    draft = Draft(raise_network(Stream().eval(), (torch.zeros(2, 6, 32),)))
+    context = context_of(runtime, 6, 32)
+    plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
+    x = torch.randn(32, 6, 32, generator=torch.Generator().manual_seed(9))
+    assert decibels(draft.network, plain, x) < 15
+    assert decibels(draft.network, eased, x) > decibels(draft.network, plain, x) + 6
+    assert "additions in floating point" in eased.plan.remedy
+    products = {f"{kind}.{i}:weight" for kind in ("up", "down") for i in range(3)}
+    assert products <= set(eased.plan.entries)
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_columns_of_which_most_are_huge_are_eased_too(runtime):
     model = WideAndDeep().eval()

@@ -2,7 +2,8 @@
 
 One scale serves all channels of an activation. Where some are far larger than the rest (Dettmers et al., "LLM.int8()",
 NeurIPS 2022), the rest is rounded to nothing, and no rounding of weights mends that. From the cheapest to the dearest:
-the weights take the difference over, the channels are split off, the operators stay in floating point.
+the weights take the difference over, the channels are split off, the additions stay in floating point (a residual stream
+carries its huge channels through all of them, while most of the work is in products), all of the operators do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx
 from penjing.analyze import noise
 from penjing.analyze.samples import chunks
 from penjing.draft import Draft
-from penjing.graph import flat_inputs, sites, tensor_inputs
+from penjing.graph import flat_inputs, kind, sites, tensor_inputs
 from penjing.outputs import flatten_outputs
 from penjing.plan import Plan
 from penjing.quantize.outliers import SplitOutliers
@@ -33,14 +34,16 @@ GAIN_DB = 3.0  # half of the noise: less is no reason for another plan
 FACTOR = 6.0  # a channel so many times larger than the median one is an outlier, as in `SplitOutliers`
 FAINT = 64.0  # a channel so many times smaller than the largest one has two steps left of 8 bits
 SAMPLES = 32
-Quantize = Callable[[Draft, Context, tuple[str, ...]], Draft]
+ALPHA = 0.75  # of `SmoothQuant` beside additions in floating point: all but the weights' own differences
+Quantize = Callable[..., Draft]
 
 
 def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Draft:
     """`made` itself where every output keeps its values or no channels are huge; the best of the remedies otherwise.
 
     Args:
-        quantize: Makes the plan of a draft, with names of operators that stay in floating point besides.
+        quantize: Makes the plan of a draft: called with it, the context, names of operators that stay in floating point
+            besides, and settings of the step that are others.
         draft: Before quantization.
         made: What `quantize` makes of it.
         context: Its task has the calibration data.
@@ -50,13 +53,22 @@ def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Dr
     if before >= POOR_DB or not (names := outliers(made.network, made.plan, calls)):
         return made
     split = SplitOutliers(factor=FACTOR, most=0.1)
+    smooth = SmoothQuant(alpha=ALPHA, multiply=True)
+    nodes = sites(made.network)
+    additions = tuple(name for name in names if kind(made.network, nodes[name]) == "add")
     remedies: dict[str, Callable[[], Draft]] = {
         "SmoothQuant": lambda: quantize(SmoothQuant()(draft, context), context, ()),
         "SplitOutliers": lambda: quantize(split(draft, context), context, ()),
+        "additions in floating point": lambda: _in_floats(quantize(draft, context, additions), additions),
+        "SmoothQuant and additions in floating point": lambda: _in_floats(
+            quantize(smooth(draft, context), context, additions, activation_range="minmax"), additions
+        ),
         "floating point": lambda: _in_floats(quantize(draft, context, names), names),
     }
     chosen = made
     for word, remedy in remedies.items():
+        if "additions" in word and not additions:
+            continue
         tried = remedy()
         reached = _worst(draft.network, tried, calls)
         kept = reached > max(best, before + GAIN_DB)

@@ -94,8 +94,8 @@ class Static:
         if self.outliers == "keep":
             return made
 
-        def quantize(changed: Draft, context: Context, floats: tuple[str, ...]) -> Draft:
-            return replace(self, exclude=(*self.exclude, *floats))._quantized(changed, context)
+        def quantize(changed: Draft, context: Context, floats: tuple[str, ...], **settings: Any) -> Draft:
+            return replace(self, exclude=(*self.exclude, *floats), **settings)._quantized(changed, context)
 
         return eased(quantize, draft, made, context)
 
