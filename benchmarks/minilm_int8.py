@@ -228,13 +228,19 @@ def main() -> None:
     rows = {}
     print(f"\n{'':<36}{'cosine':>8}" + "".join(f"{name:>14}" for name in SETS))
     for name in arguments.only:
-        session = open_folder(arguments.folder / name, THREADS)
-        row = {"cosine": {}, "accuracy": {}, "drop": {}}
-        for data, (texts, classes, exact) in wanted.items():
-            found = vectors(session.run, texts)
-            row["cosine"][data] = float(np.mean((found * exact).sum(1)))
-            row["accuracy"][data] = float(judges[data].score(found, classes))
-            row["drop"][data] = float(judges[data].score(exact, classes)) - row["accuracy"][data]
+        path = (
+            arguments.folder / name / f"judged-{arguments.fitted}-{arguments.judged}.json"
+        )  # goes on where it stopped
+        if not path.exists():
+            session = open_folder(arguments.folder / name, THREADS)
+            row = {"cosine": {}, "accuracy": {}, "drop": {}}
+            for data, (texts, classes, exact) in wanted.items():
+                found = vectors(session.run, texts)
+                row["cosine"][data] = float(np.mean((found * exact).sum(1)))
+                row["accuracy"][data] = float(judges[data].score(found, classes))
+                row["drop"][data] = float(judges[data].score(exact, classes)) - row["accuracy"][data]
+            path.write_text(json.dumps(row))
+        row = json.loads(path.read_text())
         rows[name] = row | json.loads((arguments.folder / name / "made.json").read_text())
         cosine = np.mean(list(row["cosine"].values()))
         print(f"{name:<36}{cosine:>8.4f}" + "".join(f"{row['drop'][d] * 100:>+13.2f}p" for d in SETS), flush=True)
