@@ -2,8 +2,8 @@
 
 One scale serves all channels of an activation. Where some are far larger than the rest (Dettmers et al., "LLM.int8()",
 NeurIPS 2022), the rest is rounded to nothing, and no rounding of weights mends that. From the cheapest to the dearest:
-the weights take the difference over, the channels are split off, the additions stay in floating point (a residual stream
-carries its huge channels through all of them, while most of the work is in products), all of the operators do.
+the weights take the difference over, the channels are split off, the additions stay in floating point (a residual
+stream carries its huge channels through all of them, while most of the work is in products), all of the operators do.
 """
 
 from __future__ import annotations
