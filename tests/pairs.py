@@ -17,6 +17,7 @@ from penjing.finetune import Finetune, train
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.recipe import Recipe
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.step import Context
 from penjing.surgery import insert
@@ -121,7 +122,7 @@ def artifact(recipe: Recipe, source, data: Task, folder, runtime: str = "onnxrun
         wanted = (insert(draft.network, draft.plan) if draft.plan else draft.network)(x)
         _, structure = flatten_outputs(wanted)
     building.build(draft, runtime, "int8" if draft.plan else "fp32", data, structure, folder)
-    predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+    predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
     found, wanted = np.asarray(predict(x.numpy()), dtype=np.float64), wanted.numpy().astype(np.float64)
     noise = ((found - wanted) ** 2).sum()
     return {"snr_db": float(10 * np.log10((wanted**2).sum() / max(noise, 1e-30))), "integers": bool(draft.plan)}

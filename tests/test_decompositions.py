@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import runtimes
 from penjing.building import build
 from penjing.decompositions import REWRITES
 from penjing.draft import Draft
@@ -13,6 +12,7 @@ from penjing.exporting import export_module
 from penjing.graph import operator_name
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.task import Task
 
@@ -143,7 +143,7 @@ def test_the_same_values_in_torch_and_in_the_runtimes(case, tmp_path):
         folder = tmp_path / runtime
         folder.mkdir()
         build(Draft(network), runtime, "fp32", task, structure, folder)
-        predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+        predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
         theirs, _ = flatten_outputs(predict(data(5).numpy()))
         assert all(decibel(a, b) > 80 for a, b in zip(answers, theirs, strict=True)), runtime
 

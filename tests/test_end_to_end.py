@@ -8,6 +8,7 @@ import pytest
 
 import penjing as pj
 from penjing import runtimes
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 
 PICTURES = 2000  # of the 10,000 test pictures
@@ -73,7 +74,7 @@ def test_the_goal_is_met_and_the_artifact_says_what_the_record_says(result, task
     assert result.met, result.record.goal.reason
     assert result.record.warnings == ()
     manifest = read_manifest(result.artifact)
-    predict = predictor(runtimes.open_artifact(result.artifact, 1), manifest)
+    predict = predictor(isolated.open_artifact(result.artifact, 1), manifest)
     assert task.evaluate(predict) == pytest.approx(result.record.artifact.metric, abs=1e-3)
     some = predict(np.zeros((1, 1, 28, 28), np.float32))
     assert some.shape == (1, 10) and np.isfinite(some).all()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from penjing import runtimes
 from penjing.building import build
 from penjing.draft import Draft
 from penjing.errors import ExportError
@@ -14,6 +13,7 @@ from penjing.graph import shapes
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.portable import Portable
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.task import Task
 
@@ -74,7 +74,7 @@ def test_the_same_in_torch_and_in_the_runtimes(make, tmp_path):
         folder = tmp_path / runtime
         folder.mkdir()
         build(Draft(network), runtime, "fp32", task, structure, folder)
-        predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+        predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
         for x, y in zip(batches, answers, strict=True):
             assert torch.allclose(torch.from_numpy(predict(x.numpy())), y, atol=1e-5)
 

@@ -17,6 +17,7 @@ from penjing.network import raise_network
 from penjing.pipeline import Run, Variant
 from penjing.quantize import Static
 from penjing.recipe import Recipe
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import read_manifest
 from penjing.task import Task
 
@@ -97,7 +98,7 @@ class TestSource:
         with torch.no_grad():
             expected = run.network(torch.from_numpy(stored["input_000"])).numpy()
         np.testing.assert_array_equal(stored["source_000"], expected)
-        session = runtimes.open_artifact(run.folder.path / "source", 1)
+        session = isolated.open_artifact(run.folder.path / "source", 1)
         np.testing.assert_allclose(session.run([stored["input_000"]])[0], expected, rtol=0, atol=1e-6)
 
     def test_evidence_that_a_crash_left_out_is_written_by_the_next_attempt(self, run, told):
@@ -172,7 +173,7 @@ class TestCandidate:
         assert (found.name, found.folder) == ("openvino-int8", "candidates/openvino-int8")
         assert found.measured.metric == 0.75
         assert found.measured.latency_ms is None  # that is measured side by side with the others
-        session = runtimes.open_artifact(run.folder.path / found.folder, 1)
+        session = isolated.open_artifact(run.folder.path / found.folder, 1)
         (expected,) = session.run([np.zeros((3, 3, 8, 8), np.float32)])
         np.testing.assert_array_equal(seen[0], expected)
         manifest = read_manifest(run.folder.path / found.folder)

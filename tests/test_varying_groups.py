@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import runtimes
 from penjing.building import build
 from penjing.draft import Draft
 from penjing.errors import ExportError
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.task import Task
 
@@ -105,7 +105,7 @@ def test_the_same_values_in_torch_and_in_the_runtimes(kind, tmp_path):
         folder = tmp_path / runtime
         folder.mkdir()
         build(Draft(network), runtime, "fp32", Task(example=data(2), dynamic=dynamic), structure, folder)
-        predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+        predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
         theirs = torch.from_numpy(predict(*[x.numpy() for x in inputs]))
         torch.testing.assert_close(theirs, answer, rtol=1e-4, atol=1e-5)
 

@@ -19,7 +19,7 @@ from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.prune import Channels
 from penjing.prune.channels import Ranking, disagreement, remove
-from penjing.runtimes import open_artifact
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.step import Context
 from penjing.task import Task
@@ -108,7 +108,7 @@ def test_every_family_runs_pruned_in_the_runtimes(name, tmp_path):
         where = tmp_path / runtime
         where.mkdir()
         export(pruned, runtime, "fp32", task, structure, where)
-        got, _ = flatten_outputs(predictor(open_artifact(where, 1), read_manifest(where))(x.numpy()))
+        got, _ = flatten_outputs(predictor(isolated.open_artifact(where, 1), read_manifest(where))(x.numpy()))
         for a, b in zip(wanted, got, strict=True):
             assert np.abs(a.numpy() - b).max() < 1e-4 * max(1, float(a.abs().max()))
 

@@ -17,6 +17,7 @@ from penjing.plan import GENERIC
 from penjing.quantize import Static
 from penjing.quantize.masking import REASON, before_softmax
 from penjing.quantize.placement import place
+from penjing.runtimes import isolated
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.task import Task
@@ -46,7 +47,7 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
     args = data(5)
     with torch.no_grad():
         wanted = [flatten_outputs(network(*args))[0] for network in (net, insert(draft.network, draft.plan))]
-    got = runtimes.open_artifact(folder, 1).run([x.numpy() for x in args])
+    got = isolated.open_artifact(folder, 1).run([x.numpy() for x in args])
     for name, of_source, of_plan, found in zip(outputs, *wanted, got, strict=True):
         assert decibels(of_source, found) > source, name
         assert decibels(of_plan, found) > planned, name

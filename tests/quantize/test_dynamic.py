@@ -17,7 +17,7 @@ from penjing.outputs import flatten_outputs
 from penjing.plan import Entry, Plan, QuantSpec
 from penjing.quantize import QAT, AdaRound, BiasCorrection, Dynamic, Static
 from penjing.recipe import Recipe
-from penjing.runtimes import onnxruntime, openvino
+from penjing.runtimes import isolated, onnxruntime, openvino
 from penjing.runtimes.artifact import arrange
 from penjing.step import Context
 from penjing.surgery import freeze, insert
@@ -157,7 +157,7 @@ def test_the_runtime_answers_as_torch_simulates_at_any_batch(tmp_path, runtime):
         Draft(raise_network(Tokens().eval(), *task.call())), Context(task=task, accelerates=here(runtime))
     )
     manifest = artifact(draft, task, runtime, tmp_path)
-    session = runtimes.open_artifact(tmp_path, 1)
+    session = isolated.open_artifact(tmp_path, 1)
     simulated = insert(draft.network, draft.plan)
     for samples in (1, 5):
         x = torch.randn(samples, 6, 64) * samples  # ranges that no calibration could have known
@@ -250,7 +250,7 @@ def test_an_lstm_computes_in_integers_what_torch_says_it_does(tmp_path, settings
     assert "cells/lstm#0:in0" in draft.plan.entries and "cells/lstm#0" not in draft.plan.floats
     manifest = artifact(draft, task, "onnxruntime", tmp_path)
     simulated = insert(draft.network, draft.plan)
-    session = runtimes.open_artifact(tmp_path, 1)
+    session = isolated.open_artifact(tmp_path, 1)
     for samples in (1, 5):
         x = torch.randint(0, 50, (samples, 9))
         with torch.no_grad():

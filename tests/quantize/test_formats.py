@@ -15,6 +15,7 @@ from penjing.measure import machine
 from penjing.network import raise_network
 from penjing.plan import GRIDS, Formats, QuantSpec
 from penjing.quantize import Static
+from penjing.runtimes import isolated
 from penjing.step import Context
 from penjing.surgery import freeze, insert
 from penjing.task import Task
@@ -82,7 +83,7 @@ def test_a_runtime_computes_what_torch_computes(prepared, name, runtime, tmp_pat
     x = task.calibration[0]
     with torch.no_grad():
         wanted = insert(made.network, made.plan)(x).numpy()
-    (found,) = runtimes.open_artifact(tmp_path, 1).run([x.numpy()])
+    (found,) = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
     # A value on the edge between two integers may fall to either side, and moves everything behind it by a step.
     assert np.square(found - wanted).sum() < 2e-3 * np.square(wanted).sum()
 

@@ -14,6 +14,7 @@ from penjing.outputs import flatten_outputs
 from penjing.quantize import Static
 from penjing.quantize.sharing import Columns
 from penjing.quantize.static import collect
+from penjing.runtimes import isolated
 from penjing.step import Context
 from penjing.surgery import insert
 from penjing.task import Task
@@ -117,7 +118,7 @@ def test_the_artifact_keeps_them_too(runtime, tmp_path):
     x = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1))
     _, structure = flatten_outputs(model(x))
     build(draft, runtime, "int8", task, structure, tmp_path)
-    (given,) = runtimes.open_artifact(tmp_path, 1).run([x.numpy()])
+    (given,) = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
     assert decibels(model(x).detach(), torch.from_numpy(given)) > 20
 
 

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing import building, measure, runtimes
-from penjing.analyze.noise import isolated
+from penjing.analyze import noise
 from penjing.draft import Draft
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.quantize import QAT, AdaRound, BiasCorrection, Dynamic, Static
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.step import Context
 from penjing.surgery import freeze, insert
@@ -131,7 +132,7 @@ def snr(wanted, found):
 def test_an_artifact_gives_what_its_plan_says(name, runtime, tmp_path):
     draft, task, model, x = drafted(name, runtime)
     manifest, _ = built(draft, task, runtime, "int8", tmp_path / "int8")
-    found = predictor(runtimes.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+    found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
     assert snr(insert(draft.network, draft.plan)(x).numpy(), found) > 60
     assert snr(freeze(draft.network, draft.plan)(x).numpy(), found) > 60
     assert snr(model(x).numpy(), found) > 30
@@ -215,7 +216,7 @@ def test_ranges_at_run_time_store_tables_in_integers_too(runtime, tmp_path):
     _, half = built(Draft(draft.network), task, runtime, "fp16", tmp_path / "fp16")
     assert size < half
     with torch.no_grad():
-        found = predictor(runtimes.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+        found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
         assert snr(model(x).numpy(), found) > 30
 
 
@@ -244,5 +245,5 @@ def test_a_network_with_stored_weights_is_repaired_trained_and_judged(name):
         draft = step(draft, context)
     with torch.no_grad():
         assert snr(model(x).numpy(), insert(draft.network, draft.plan)(x).numpy()) > 20
-    found = isolated(draft.network, draft.plan, [task.call()])
+    found = noise.isolated(draft.network, draft.plan, [task.call()])
     assert found["words" if name == "table" else "up"].weights > 0

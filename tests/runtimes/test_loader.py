@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penjing import runtimes
+from penjing.runtimes import isolated
 from penjing.runtimes.loader import write_loader
 
 # -S leaves out what .pth files put on the path, such as an editable install; an installed Penjing is refused by name.
@@ -91,7 +91,7 @@ def test_the_artifact_answers_the_same_without_penjing(exported, tmp_path, runti
     with np.load(tmp_path / "out.npz") as found:
         assert sorted(found.files) == structure
         flat = [found[name] for name in sorted(found.files, key=[".0", ".1.mean", ".logits", ".hidden", ""].index)]
-    expected = runtimes.open_artifact(made.folder, 1).run(arrays)
+    expected = isolated.open_artifact(made.folder, 1).run(arrays)
     for mine, theirs in zip(flat, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 

@@ -17,7 +17,7 @@ from penjing.measure import machine
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.quantize import Static
-from penjing.runtimes import onnx_pooling
+from penjing.runtimes import isolated, onnx_pooling
 from penjing.runtimes.onnx_pooling import overhang
 from penjing.step import Context
 from penjing.surgery import insert
@@ -79,7 +79,7 @@ def answers(network, call, runtime, precision, folder, inputs, step=None):
     _, structure = flatten_outputs(network(*call))
     folder.mkdir()
     build(made, runtime, precision, Task(example=call), structure, folder)
-    session = runtimes.open_artifact(folder, 1)
+    session = isolated.open_artifact(folder, 1)
     planned = insert(made.network, made.plan) if made.plan else made.network
     return [(session.run([x.numpy()]), flatten_outputs(planned(x))[0]) for x in inputs]
 

@@ -15,7 +15,7 @@ from penjing.measure import machine
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.quantize import Static
-from penjing.runtimes import onnx_file
+from penjing.runtimes import isolated, onnx_file
 from penjing.runtimes.artifact import predictor
 from penjing.runtimes.onnx_rewrites import pad_in_convolutions, store_in_half, turn_for_each
 from penjing.step import Context
@@ -287,7 +287,7 @@ def test_a_layer_that_is_called_again_on_three_axes_is_integer_every_time(runtim
     manifest = building.build(draft, runtime, "int8", task, structure, tmp_path)
     rows = building.executed_rows(draft.network, draft.plan, task.call(), manifest, tmp_path)[0]
     assert [row.executed for row in rows if row.kind == "linear"] == ["int8"] * 3
-    session = runtimes.open_artifact(tmp_path, 1)
+    session = isolated.open_artifact(tmp_path, 1)
     for x in data:
         found = predictor(session, manifest)(x.numpy())
         np.testing.assert_allclose(found, insert(draft.network, draft.plan)(x).numpy(), atol=1e-5)

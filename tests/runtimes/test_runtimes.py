@@ -30,7 +30,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 @every_case
 def test_fp32_answers_as_torch_at_another_batch(exported, runtime, case):
     made = exported(case, runtime, "fp32")
-    session = runtimes.open_artifact(made.folder, 1)
+    session = isolated.open_artifact(made.folder, 1)
     for samples in (1, 5):
         outputs = session.run(made.arrays(samples, seed=7))
         for mine, theirs in zip(outputs, made.answers(samples, seed=7), strict=True):
@@ -47,7 +47,7 @@ def test_fp16_is_half_the_size_and_answers_as_weights_in_half_precision_do(tmp_p
     sizes = [size_bytes(made.folder, made.manifest.files()) for made in (fp32, fp16)]
     assert sizes[1] < 0.6 * sizes[0]
     network = copy.deepcopy(fp16.network).half().float()
-    (mine,) = runtimes.open_artifact(fp16.folder, 1).run(fp16.arrays(5, seed=7))
+    (mine,) = isolated.open_artifact(fp16.folder, 1).run(fp16.arrays(5, seed=7))
     (plain,), (rounded,) = fp16.answers(5, seed=7), fp16.answers(5, seed=7, network=network)
     np.testing.assert_allclose(mine, rounded, rtol=0, atol=1e-3 * np.abs(plain - rounded).max() + 1e-6)
     assert np.abs(plain - rounded).max() > 1e-5
@@ -71,7 +71,7 @@ class Wide(nn.Module):
 @every_case
 def test_fp16_computes_in_float32(exported, runtime, case):
     made = exported(case, runtime, "fp16")
-    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
+    outputs = isolated.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
     for mine, theirs in zip(outputs, made.answers(5, seed=7), strict=True):
         assert np.abs(mine - theirs).max() <= 5e-3 * max(1, np.ptp(theirs))
     operators = runtimes.executed(made.folder, made.manifest)
@@ -82,7 +82,7 @@ def test_fp16_computes_in_float32(exported, runtime, case):
 @every_case
 def test_int8_answers_as_the_planned_network_at_another_batch(exported, runtime, case):
     made = exported(case, runtime, "int8")
-    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
+    outputs = isolated.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
     for mine, planned, source in zip(
         outputs, made.answers(5, seed=7), made.answers(5, seed=7, network=made.network), strict=True
     ):
@@ -126,7 +126,7 @@ def test_a_layer_that_the_plan_leaves_out_stays_float_between_quantized_neighbou
     assert (found["stem"], found["body"], found["head"]) == ("int8", "fp32", "int8")
     reference = insert(draft.network, draft.plan)
     arrays = made.arrays(5, seed=7)
-    (mine,) = runtimes.open_artifact(tmp_path, 1).run(arrays)
+    (mine,) = isolated.open_artifact(tmp_path, 1).run(arrays)
     (planned,) = made.answers(5, seed=7, network=reference)
     assert np.abs(mine - planned).max() <= 2 * np.ptp(planned) / 255
     np.savez(tmp_path / "in.npz", arg_0=arrays[0])
@@ -157,12 +157,12 @@ def test_nothing_is_integer_in_an_fp32_artifact(exported, runtime):
 @both
 def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(exported, runtime):
     made = exported("branches", runtime, "fp32")
-    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    predict = predictor(isolated.open_artifact(made.folder, 1), made.manifest)
     scores, rest = predict(made.arrays(3, seed=1)[0])
     assert scores.shape == (3, 4, 6, 6)
     assert rest["mean"].shape == (3, 4)
     made = exported("tokens", runtime, "fp32")
-    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    predict = predictor(isolated.open_artifact(made.folder, 1), made.manifest)
     _, named = as_call(made.case.inputs(3, seed=1))
     answer = predict(context=named["context"].numpy(), tokens=named["tokens"].double().numpy())  # types are cast
     assert list(answer) == ["logits", "hidden"]
@@ -199,7 +199,7 @@ def test_numbers_among_the_outputs_stand_in_the_structure(tmp_path, runtime, pre
 @both
 def test_answers_stay_when_the_session_is_asked_again(exported, runtime):
     made = exported("residual", runtime, "int8")
-    session = runtimes.open_artifact(made.folder, 1)
+    session = isolated.open_artifact(made.folder, 1)
     first = session.run(made.arrays(4, seed=1))[0]
     kept = first.copy()
     other = session.run(made.arrays(4, seed=2))[0]

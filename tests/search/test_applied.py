@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing import runtimes
 from penjing.errors import SourceError
 from penjing.folder import ARTIFACT
 from penjing.plan import Entry, QuantSpec
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.search.applied import drafted
 from penjing.source import open_source
@@ -137,7 +137,7 @@ def result(module, network, task, tmp_path_factory):
 class TestTheWayBack:
     def test_the_artifact_computes_what_was_trained(self, module, result, task):
         assert result.met and result.record.chosen.precision == "int8"
-        session = runtimes.open_artifact(result.artifact, 1)
+        session = isolated.open_artifact(result.artifact, 1)
         x = task.calibration[0]
         with torch.no_grad():
             wanted = module(x).numpy()
@@ -210,7 +210,7 @@ def test_learned_ranges_are_delivered(network, task, tmp_path):
     x = task.calibration[0]
     with torch.no_grad():
         wanted = module(x).numpy()
-    session = runtimes.open_artifact(result.folder / ARTIFACT, 1)
+    session = isolated.open_artifact(result.folder / ARTIFACT, 1)
     found = predictor(session, read_manifest(result.artifact))(x.numpy())
     assert 10 * np.log10(np.square(wanted).sum() / np.square(wanted - found).sum()) > 40
 

@@ -13,6 +13,7 @@ from penjing import records, runtimes
 from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError, TrainingError, UsageError
 from penjing.folder import ARTIFACT, CANDIDATES
 from penjing.report import verdict
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor, read_manifest
 from penjing.source import open_source
 from penjing.surgery import insert
@@ -113,7 +114,7 @@ class TestRecord:
 
     def test_the_verdict_reads_evaluate_and_the_choice_select(self, digits_run, task):
         record = digits_run.record
-        session = runtimes.open_artifact(digits_run.artifact, 1)
+        session = isolated.open_artifact(digits_run.artifact, 1)
         predict = predictor(session, read_manifest(digits_run.artifact))
         assert record.artifact.metric == task.evaluate(predict)
         assert record.chosen.measured.metric == task.select(predict)
@@ -154,7 +155,7 @@ class TestFolder:
         with torch.no_grad():
             mine, theirs = quantized(task.calibration[0]), insert(again.network, again.plan)(task.calibration[0])
         assert torch.equal(mine, theirs)
-        session = runtimes.open_artifact(digits_run.artifact, 1)
+        session = isolated.open_artifact(digits_run.artifact, 1)
         (found,) = session.run([task.calibration[0].numpy()])
         assert np.abs(found - mine.numpy()).max() < 0.02 * np.ptp(found)
 
@@ -177,7 +178,7 @@ def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_se
     assert set(record.goal.pareto) <= set(by_name(record)) and record.goal.pareto
     assert not any(c.met for c in record.candidates)
     assert all("latency_ms" in c.reason for c in record.candidates)
-    assert runtimes.open_artifact(result.artifact, 1).run([np.zeros((3, 1, 8, 8), np.float32)])[0].shape == (3, 10)
+    assert isolated.open_artifact(result.artifact, 1).run([np.zeros((3, 1, 8, 8), np.float32)])[0].shape == (3, 10)
     # Same source, data and seed as the finished run: whatever was asked for, the files are the same.
     for name in ("onnxruntime-fp32", "onnxruntime-int8"):
         assert files(result.folder / CANDIDATES / name) == files(digits_run.folder / CANDIDATES / name)

@@ -14,7 +14,7 @@ from penjing import records
 from penjing.errors import PenjingError, SourceError, TaskError
 from penjing.quantize import Static
 from penjing.recipe import Recipe
-from penjing.runtimes import onnx_file
+from penjing.runtimes import isolated, onnx_file
 from penjing.verify import verify
 
 GOAL = "minimize size_bytes, drop<=100%"
@@ -288,14 +288,12 @@ def test_a_batch_of_another_size_is_answered_in_the_same_session(tmp_path):
         def forward(self, x):
             return self.m(torch.relu(self.e(x))) + F.conv2d(x, self.e.weight, padding=1)
 
-    from penjing import runtimes
-
     torch.manual_seed(0)
     network = Tied().eval()
     result = compressed(tmp_path / "run", network, runtime="openvino")
     assert any(c.precision == "fp32" for c in result.record.candidates)
     for c in result.record.candidates:
-        session = runtimes.open_artifact(result.folder / c.folder, 1)
+        session = isolated.open_artifact(result.folder / c.folder, 1)
         for size in (1, 2, 3, 32):
             x = data(size, 9)
             (found,) = session.run([x.numpy()])

@@ -10,6 +10,7 @@ from penjing.draft import Draft
 from penjing.graph import kind, sites
 from penjing.network import raise_network
 from penjing.quantize import Static
+from penjing.runtimes import isolated
 from penjing.step import Context
 from penjing.surgery import attention as surgery_attention
 from penjing.surgery import insert, replay, unfold_attentions
@@ -112,7 +113,7 @@ def test_a_row_that_sees_nothing_is_zero_in_floating_point_files_too(tmp_path, r
     network = raise_network(Attention(**settings).eval(), args, {})
     task = Task(example=args)
     manifest = building.build(Draft(network), runtime, "fp32", task, {"kind": "tensor"}, tmp_path)
-    session = runtimes.open_artifact(tmp_path, 1)
+    session = isolated.open_artifact(tmp_path, 1)
     visible = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
     visible[1, 0, 4] = False
     if mask:
@@ -144,7 +145,7 @@ def test_both_products_run_on_integers(tmp_path, runtime):
     manifest = building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
     assert executed[f"{SITE}.scores"] == "int8"
-    (found,) = runtimes.open_artifact(tmp_path, 1).run([data.numpy()])
+    (found,) = isolated.open_artifact(tmp_path, 1).run([data.numpy()])
     with torch.no_grad():
         wanted, exact = insert(draft.network, draft.plan)(data), source(data)
     noise = (wanted - exact).square().mean()

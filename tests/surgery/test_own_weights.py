@@ -13,6 +13,7 @@ from penjing.graph import sites
 from penjing.network import raise_network
 from penjing.outputs import flatten_outputs
 from penjing.quantize import Dynamic, Static
+from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.step import Context
 from penjing.surgery import insert, own_weights, replay
@@ -153,7 +154,7 @@ def test_both_readers_are_integer_and_the_weight_is_stored_in_integers(name, run
     assert set(multiplied.values()) == {("int8", "int8")}, [(r.name, r.reason) for r in rows]
     _, whole = built(Draft(of(name)[1]), task, runtime, "fp32", tmp_path / "fp32")
     assert whole - size > model.w.numel()  # at most two integers in the place of a float
-    session = runtimes.open_artifact(tmp_path / "int8", 1)
+    session = isolated.open_artifact(tmp_path / "int8", 1)
     for n in (2, 5):
         x = values(name, n)
         found = predictor(session, manifest)(x.numpy())
@@ -169,7 +170,7 @@ def test_ranges_at_run_time_too(tmp_path):
     assert {row.executed for row in rows if row.macs} == {"int8"}
     assert set(readers) <= {row.name for row in rows}
     x = values("products", 5)
-    found = predictor(runtimes.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+    found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
     assert snr(model(x).numpy(), found) > 25
 
 
