@@ -8,6 +8,7 @@ from torch import nn
 from penjing.building import build
 from penjing.decompositions import REWRITES
 from penjing.draft import Draft
+from penjing.errors import ExportError
 from penjing.exporting import export_module
 from penjing.graph import operator_name
 from penjing.network import raise_network
@@ -108,6 +109,14 @@ CASES = {
         ),
         tokens(4),
     ),
+    "an LSTM with projections": (
+        module(lambda: nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True, proj_size=3)),
+        numbers(5, 6),
+    ),
+    "time first, without biases, the states alone": (
+        lambda: Called(lambda self, x: self.cells(x.transpose(0, 1))[1], cells=nn.LSTM(6, 8, bias=False, proj_size=3)),
+        numbers(5, 6),
+    ),
     "bicubic to fewer pixels": (resized(size=(9, 7), mode="bicubic"), numbers(3, 12, 14)),
     "by a factor": (resized(scale_factor=0.6, mode="bicubic"), numbers(3, 12, 14)),
     "fewer and more": (resized(size=(9, 17), mode="bicubic", align_corners=True), numbers(3, 12, 14)),
@@ -146,6 +155,14 @@ def test_the_same_values_in_torch_and_in_the_runtimes(case, tmp_path):
         predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
         theirs, _ = flatten_outputs(predict(data(5).numpy()))
         assert all(decibel(a, b) > 80 for a, b in zip(answers, theirs, strict=True)), runtime
+
+
+def test_projections_over_a_length_that_varies_are_refused_with_the_remedy():
+    net = nn.LSTM(6, 8, batch_first=True, proj_size=3)
+    example = (torch.zeros(2, 600, 6),)
+    with pytest.raises(ExportError, match="step by step") as error:
+        raise_network(net, example)
+    assert "600 steps" in str(error.value) and "proj_size" in error.value.remedy
 
 
 def test_they_train():

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from penjing.functional import mutates
 from penjing.graph import arguments, operator_name
+from penjing.projected_lstm import lstm
 from penjing.rewriting import END, Builder, Rewrite, editable
 from penjing.varying_groups import conv, conv_transpose
 
@@ -331,4 +332,5 @@ REWRITES: dict[str, Rewrite] = {
     "conv_transpose1d": conv_transpose,
     "conv_transpose2d": conv_transpose,
     "conv_transpose3d": conv_transpose,
+    "lstm": lstm,
 }
