@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from penjing import runtimes
 from penjing.runtimes import isolated
 from penjing.runtimes.loader import write_loader
 
