@@ -311,8 +311,7 @@ def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_pa
         np.testing.assert_allclose(seen["sum"], expected["sum"].numpy(), rtol=0, atol=0.1)
         np.testing.assert_allclose(seen["parts"][1], expected["parts"][1].numpy(), rtol=0, atol=0.1)
         assert found.parity[1].snr_db > 25
-        # OpenVINO computes additions of matrices wrongly in integers.
-        assert found.integer_operators == {"linear": 2} | ({"add": 1} if variant.runtime == "onnxruntime" else {})
+        assert found.integer_operators == {"linear": 2, "add": 1}
 
 
 def test_build_freezes_integers_only_for_integer_precisions(run, tmp_path):

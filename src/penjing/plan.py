@@ -219,7 +219,6 @@ class Accelerates:
         symmetric_products: Whether a product of two activations is in integers only where neither has a zero point.
         stored: Kinds that compute in floating point with weights kept in integers: their files are smaller.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
-        beyond_matrices: Kinds whose integers it gets right with more than two axes alone.
         channel_multiple: Channels that its kernels compute at once: others are padded to a multiple of them.
         notes: Sentences for the user, each about this processor.
     """
@@ -238,7 +237,6 @@ class Accelerates:
     symmetric_products: bool = False
     stored: frozenset[str] = frozenset({"embedding"})
     recurrent: frozenset[str] = frozenset()
-    beyond_matrices: frozenset[str] = frozenset()
     channel_multiple: int = 8
     notes: tuple[str, ...] = ()
 

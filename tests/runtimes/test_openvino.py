@@ -14,6 +14,7 @@ from penjing.outputs import flatten_outputs
 from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
 from penjing.step import Context
+from penjing.surgery import insert
 from penjing.task import Task
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
@@ -176,10 +177,11 @@ def test_integers_are_right_at_every_batch_size(network, tmp_path):
     spec = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
     draft = Static()(Draft(raise_network(model, (example,))), Context(task=task, accelerates=spec))
     building.build(draft, "openvino", "int8", task, flatten_outputs(model(example))[1], tmp_path)
-    session = runtimes.open_artifact(tmp_path, 1)
+    session, plan = runtimes.open_artifact(tmp_path, 1), insert(draft.network, draft.plan)
     for batch in (1, 2, 3, 32):
         x = torch.randn(batch, *network.shape)
         with torch.no_grad():
-            (given,), expected = session.run([x.numpy()]), model(x)
-        noise = (torch.from_numpy(given) - expected).square().mean()
-        assert 10 * torch.log10(expected.square().mean() / noise) > 25, batch
+            (given,), expected, planned = session.run([x.numpy()]), model(x), plan(x)
+        for wanted, least in ((expected, 20), (planned, 30)):  # of few rows, one beyond the range counts
+            noise = (torch.from_numpy(given) - wanted).square().mean()
+            assert 10 * torch.log10(wanted.square().mean() / noise) > least, batch

@@ -68,6 +68,69 @@ class Residual(nn.Module):
         return self.c(F.relu(h + self.b(h)))
 
 
+class Blocks(nn.Module):
+    """Residual blocks: values that are added to what two linear layers make of them."""
+
+    def __init__(self, bias, inner=nn.ReLU, width=32, before=nn.Identity, behind=nn.Identity, beside=False):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(before(width), nn.Linear(width, 64, bias=bias), inner(), nn.Linear(64, width, bias=bias))
+            for _ in range(2)
+        )
+        self.beside = nn.Linear(width, width, bias=bias) if beside else nn.Identity()
+        self.behind, self.head = behind(), nn.Linear(width, 5, bias=bias)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = self.behind(self.beside(x) + branch(x))
+        return self.head(x)
+
+
+class Normed(nn.Module):
+    """Additions behind batch norms, and one that is an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.n, self.m = nn.BatchNorm1d(32), nn.BatchNorm1d(32)
+
+    def forward(self, x):
+        x = F.relu(x + self.n(self.a(x)))
+        return x + self.m(self.b(x))
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix = nn.Conv1d(1, 16, 5, bias=False), nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x[:, None])).mean(2)
+        return self.head(x + F.silu(self.mix(x)))
+
+
+class FirstToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True, bias=False)
+        self.mix, self.head = nn.Linear(32, 32, bias=False), nn.Linear(32, 4, bias=False)
+
+    def forward(self, x):
+        x = self.encode(x.unflatten(0, (-1, 1)).expand(-1, 5, -1) * torch.arange(1.0, 6.0)[:, None])[:, 0]
+        return self.head(x + F.relu(self.mix(x)))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
+        self.down = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 def identity(x):
     return x
 
@@ -121,6 +184,43 @@ def test_matrices_are_right_with_every_number_of_threads_and_rows(build, tmp_pat
                     expected = [f(x).numpy() for f in (network, plan)]
                 assert decibels(expected[0], got) > 20, (threads, fixed, n)
                 assert decibels(expected[1], got) > 30, (threads, fixed, n)
+
+
+def tokens(n, seed):
+    return rows(5 * n, seed).unflatten(0, (n, 5))
+
+
+@pytest.mark.parametrize(
+    ("build", "draw"),
+    [
+        *((lambda bias=bias: Blocks(bias), draw) for bias in (True, False) for draw in (rows, tokens)),
+        (lambda: Blocks(False, nn.GELU, before=nn.LayerNorm), rows),
+        (lambda: Blocks(True, nn.GELU, before=nn.LayerNorm), tokens),
+        (lambda: Blocks(False, behind=nn.ReLU, beside=True), rows),
+        (Normed, rows),
+        (Pooled, rows),
+        (FirstToken, rows),
+        (Gated, rows),
+    ],
+    ids="bias bias_3 bare bare_3 normed normed_3 beside batch_norms pooled first_token gated".split(),
+)
+def test_residual_additions_are_integer_and_right(build, draw, tmp_path):
+    """Version 2026.4 gave numbers a million times too large for those of two axes, before biases were unequal."""
+    torch.manual_seed(0)
+    network = build().eval()
+    draft, manifest = quantized(network, tmp_path, draw)
+    executed = building.executed_rows(draft.network, draft.plan, ((draw(2, 0),), {}), manifest, tmp_path)[0]
+    assert {row.executed for row in executed if row.kind == "add"} == {"int8"}
+    plan = surgery.insert(draft.network, draft.plan)
+    for threads in (1, 2):
+        session = runtime.open_session(tmp_path, manifest, threads)
+        for n in (1, 3, 8, 32):
+            x = draw(n, seed=n + 10)
+            got = predictor(session, manifest)(x.numpy())
+            with torch.no_grad():
+                expected = [f(x).numpy() for f in (network, plan)]
+            assert decibels(expected[0], got) > 20, (threads, n)
+            assert decibels(expected[1], got) > 30, (threads, n)
 
 
 def test_shapes_are_fixed_only_where_they_compile_with_one_thread_too(tmp_path):

@@ -101,8 +101,6 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
         return "one of its inputs is a constant"
     if what in ("add", "mul", "matmul") and len(tensors) < 2:
         return "one of its inputs is a number"
-    if what in accelerates.beyond_matrices and node.meta.get("rank") == 2:
-        return f"{accelerates.runtime} computes it wrongly in integers where it has two axes"
     if what == "add" and node.kwargs.get("alpha", 1) != 1:
         return "its second input is scaled"
     return None

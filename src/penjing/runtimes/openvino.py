@@ -51,9 +51,6 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
         symmetric_products=True,
-        # Version 2026.4, with fixed shapes: behind a linear layer without a bias such an addition gives numbers that
-        # are millions of times too large.
-        beyond_matrices=frozenset({"add"}),
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         channel_multiple=channel_multiple(instruction_sets),
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
