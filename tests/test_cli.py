@@ -726,3 +726,14 @@ class TestVerify:
         (tmp_path / "record.json").write_text("{", encoding="utf-8")
         assert cli.main(["verify", str(tmp_path)]) == 1
         assert "not valid JSON" in error_of(capsys)
+
+
+def test_a_file_that_is_missing_is_told_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; from penjing import cli; "
+        "left = cli.main(['compress', 'absent.py:net', '--task', 'absent.py:task']); "
+        "sys.exit(10 * ('torch' in sys.modules) + left)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the source's file is missing" in done.stderr and "absent.py" in done.stderr

@@ -1,12 +1,14 @@
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import penjing as pj
 from penjing.errors import CalibrationError, TaskError
-from penjing.task import Task, agreement_task, calibration_calls, numpy_predictor, open_task
+from penjing.task import Task, agreement_task, as_task, calibration_calls, numpy_predictor, open_task
 
 
 @pytest.mark.parametrize("example", [3, "text", (), {}, [1, 2], {"flag": True}, None])
@@ -186,3 +188,24 @@ def test_keyword_inputs_and_dict_outputs_agree():
 def test_no_calibration_no_agreement():
     with pytest.raises(CalibrationError, match="no calibration data"):
         agreement_task(Task(example=torch.zeros(1, 4)), linear())
+
+
+@pytest.mark.parametrize("words", ["x", "nowhere/data.npz", Path("absent.py")])
+def test_words_that_name_no_task_are_refused_by_compress(words, tmp_path):
+    with pytest.raises(TaskError, match="task is missing|Python file|file is missing"):
+        pj.compress(torch.nn.Linear(2, 2), words, out=tmp_path / "run")
+
+
+def test_what_is_no_task_is_refused_by_compress(tmp_path):
+    with pytest.raises(TaskError, match="the task is not a task") as error:
+        pj.compress(torch.nn.Linear(2, 2), torch.zeros(1, 2), out=tmp_path / "run")
+    assert error.value.got == "Tensor"
+    with pytest.raises(TaskError, match="the task is not a task"):
+        pj.apply(pj.Recipe(pj.quantize.Static()), torch.nn.Linear(2, 2), None)
+
+
+def test_words_open_a_task_for_compress_too(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch, penjing as pj\ntask = pj.Task(example=torch.zeros(1, 2))\n")
+    assert as_task(f"{tmp_path}/mine.py:task").example.shape == (1, 2)
+    task = pj.Task(example=torch.zeros(1, 2))
+    assert as_task(task) is task

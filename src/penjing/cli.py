@@ -23,8 +23,8 @@ from rich.table import Table
 
 from penjing.command_line import parser
 from penjing.console import Terminal
-from penjing.errors import OutputError, PenjingError, UsageError
-from penjing.usercode import never_exiting
+from penjing.errors import OutputError, PenjingError, SourceError, TaskError, UsageError
+from penjing.usercode import check_file, never_exiting
 
 if TYPE_CHECKING:
     from penjing.recipe import Recipe
@@ -97,7 +97,14 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
     }
 
 
+def _check_files(parsed: argparse.Namespace) -> None:
+    check_file(parsed.source, error=SourceError, role="source")
+    if parsed.task:
+        check_file(parsed.task, error=TaskError, role="task")
+
+
 def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
+    _check_files(parsed)
     from penjing.report import table, verdict
     from penjing.search.compress import compress
     from penjing.search.goal import Goal
@@ -143,6 +150,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
 
 
 def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
+    _check_files(parsed)
     from penjing.inspection import inspect
     from penjing.report import table
     from penjing.report.figures import figure

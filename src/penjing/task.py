@@ -15,6 +15,7 @@ from torch import nn
 from penjing.calibration import checked_calls
 from penjing.call import Call, as_call, as_inputs, fingerprint, leaves, map_leaves, to_tensors
 from penjing.errors import CalibrationError, TaskError
+from penjing.keywords import suggesting
 from penjing.outputs import first_output, flatten_outputs, numpy_predictor, output_names, to_numpy, unflatten_outputs
 from penjing.usercode import call_named, load_named, public_callables, split_spec, suggest_file
 
@@ -22,6 +23,7 @@ __all__ = [
     "Call",
     "Task",
     "agreement_task",
+    "as_task",
     "as_call",
     "calibration_calls",
     "fingerprint",
@@ -35,6 +37,7 @@ __all__ = [
 _HELD_OUT = 3  # every third calibration batch (or sample) judges, the others calibrate
 
 
+@suggesting
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What only the user knows. All but `example` may be left out; a recipe asks for what it needs.
@@ -165,6 +168,24 @@ def open_task(spec: str) -> Task:
         got=repr(spec),
         expected="file.py:task, package.module:task, a folder of pictures root/<class>/*.png, or an .npz file",
         remedy=f"one of its names: {', '.join(names)}" if names else suggest_file(path) or "check the path",
+    )
+
+
+def as_task(task: Any) -> Task:
+    """A task as it was given: itself, or TASK in words (see `open_task`).
+
+    Raises:
+        TaskError: It is neither, or what the words name is no task.
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str | Path):
+        return open_task(str(task))
+    raise TaskError(
+        "the task is not a task",
+        got=type(task).__name__,
+        expected="a penjing.Task, or as on the command line: file.py:task, a folder of pictures, an .npz file",
+        remedy="build it with Task(example=..., calibration=..., evaluate=...); it stands behind the network",
     )
 
 

@@ -43,6 +43,22 @@ def split_spec(spec: str) -> tuple[str, str] | None:
     return None
 
 
+def check_file(spec: str, *, error: type[PenjingError], role: str) -> None:
+    """Raise where ``file.py:name`` names a file that is missing: before anything heavy is imported.
+
+    Raises:
+        error: It is missing.
+    """
+    where = (split_spec(spec) or (spec,))[0]
+    if where.endswith(".py") and not Path(where).is_file():
+        raise error(
+            f"the {role}'s file is missing",
+            got=where,
+            expected="an existing Python file",
+            remedy=suggest_file(Path(where)) or "check the path",
+        )
+
+
 def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -> Any:
     """Import a file or module and return its attribute `name`. A file is imported once, however often it is named.
 
@@ -173,13 +189,7 @@ def public_callables(path: Path) -> list[str]:
 
 
 def _import_file(path: Path, error: type[PenjingError], role: str) -> ModuleType:
-    if not path.is_file():
-        raise error(
-            f"the {role}'s file is missing",
-            got=str(path),
-            expected="an existing Python file",
-            remedy=suggest_file(path) or "check the path",
-        )
+    check_file(str(path), error=error, role=role)
     path = path.resolve()
     # one name per file, so that SOURCE and TASK of the same file share one module, and two files called
     # network.py do not meet

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing.errors import SourceError
+from penjing.errors import SourceError, TaskError
 from penjing.folder import ARTIFACT
 from penjing.plan import Entry, QuantSpec
 from penjing.runtimes import isolated
@@ -282,3 +283,32 @@ class TestRefusals:
         with torch.no_grad():
             next(p for name, p in module.named_parameters() if "scale" in name).fill_(float("inf"))
         assert "positive number" in self.refused(module, task, tmp_path).what
+
+
+def test_integers_planned_for_another_runtime_are_told(network, task, tmp_path):
+    module = pj.apply(STATIC, network, task, runtime="onnxruntime")
+    result = pj.deliver(module, task, "minimize size_bytes", runtime="openvino", out=tmp_path / "run", seconds=0.1)
+    (told,) = [text for text in result.record.warnings if "were planned for" in text]
+    assert "onnxruntime" in told and "runtime='openvino'" in told
+    applied = drafted(module)
+    assert applied.planned_for_another(["onnxruntime"]) is None
+    assert drafted(pj.apply(STATIC, network, task)).planned_for_another(["openvino"]) is None
+
+
+class Exiting:
+    """Calibration data of a script that ends itself, as a metric may."""
+
+    def __iter__(self):
+        sys.exit(0)
+
+
+def leaves(predict):
+    sys.exit("enough")
+
+
+@pytest.mark.parametrize("part", [{"evaluate": leaves}, {"calibration": Exiting(), "evaluate": None, "select": None}])
+def test_code_that_ends_the_process_is_an_error_of_deliver(network, task, tmp_path, part):
+    module = pj.apply(STATIC, network, task)
+    with pytest.raises(TaskError) as error:
+        pj.deliver(module, dataclasses.replace(task, **part), out=tmp_path / "run", seconds=0.1)
+    assert "test_applied.py" in str(error.value)

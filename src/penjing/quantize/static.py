@@ -20,6 +20,7 @@ from penjing.analyze.samples import in_chunks, size_of
 from penjing.draft import Draft, Edit
 from penjing.errors import RecipeError
 from penjing.graph import RECURRENT, flat_inputs, kind, site, sites
+from penjing.keywords import suggesting
 from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.easing import eased
@@ -31,6 +32,7 @@ from penjing.step import Context
 from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
 
 
+@suggesting
 @dataclass(frozen=True, kw_only=True)
 class Static:
     """Quantize weights and activations with ranges that are fixed after calibration.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -16,6 +17,7 @@ from torch import fx, nn
 from penjing import checkpoint, measure, runtimes
 from penjing.draft import Draft
 from penjing.errors import SourceError
+from penjing.keywords import suggesting
 from penjing.naming import free_name
 from penjing.plan import Entry, Plan
 from penjing.recipe import Recipe
@@ -26,7 +28,7 @@ from penjing.source import Source, in_single_precision
 from penjing.step import Context, Step
 from penjing.surgery import insert, quantizer_calls
 from penjing.surgery.quantizers import SMALLEST
-from penjing.task import Task
+from penjing.task import Task, as_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
 from penjing.wrappers import unwrapped
@@ -42,18 +44,31 @@ class Applied:
         name: Of the source.
         draft: Before fake quantizers were put in; its parameters are the module's own.
         recipe: The steps as plain data.
+        runtime: Whose integers were planned; None: those that every runtime has.
     """
 
     name: str
     draft: Draft
     recipe: list[dict[str, Any]]
+    runtime: str | None = None
+
+    def planned_for_another(self, names: Sequence[str]) -> str | None:
+        """A warning where its integers are those of one runtime and files are made for others too."""
+        others = [name for name in names if name != self.runtime]
+        if self.runtime is None or not others or not self.draft.plan:
+            return None
+        return (
+            f"the integers were planned for {self.runtime}, and {' and '.join(others)} may compute others faster or "
+            f"not at all: pj.apply(..., runtime={others[0]!r}), or runtime=None for what every runtime has"
+        )
 
 
+@suggesting
 @same_process()
 def apply(
     recipe: Recipe | Step | Sequence[Step],
     model: nn.Module,
-    task: Task,
+    task: Task | str | Path,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -78,16 +93,16 @@ def apply(
     Raises:
         PenjingError: With what, got, expected and remedy.
     """
-    recipe = Recipe.of(recipe)
+    recipe, task = Recipe.of(recipe), as_task(task)
     refuse_quantized(model)
     requests.check_device(device)
     doubt = questions.check_direction(task)
     for text in filter(None, (requests.undropped(recipe, model), None if doubt is None else doubt.text)):
-        warnings.warn(text, stacklevel=3)  # the decorator is between
+        warnings.warn(text, stacklevel=4)  # the decorators are between
     seed_everything(seed)
     source, task, told = in_single_precision(Source(name=type(model).__name__, module=unwrapped(model)), task)
     if told:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=4)
     before = drafted(model) if _META in _meta(model) else None
     name = type(model).__name__ if before is None else before.name
     draft = Draft(raise_repeatable(replace(source, name=name), task)) if before is None else before.draft
@@ -100,7 +115,7 @@ def apply(
     for step in recipe:
         draft = step(draft, context)
     steps = ([] if before is None else before.recipe) + recipe.to_data()
-    return _carrying(Applied(name, draft, steps), learn_ranges)
+    return _carrying(Applied(name, draft, steps, runtime), learn_ranges)
 
 
 def _carrying(applied: Applied, learn_ranges: bool) -> fx.GraphModule:

@@ -21,6 +21,7 @@ from penjing.errors import MissingDependency, PenjingError, UsageError
 from penjing.events import Events, Listener
 from penjing.files import write_text
 from penjing.folder import ARTIFACT, EVENTS, RECORD, RunFolder
+from penjing.keywords import suggesting
 from penjing.lock import locked
 from penjing.pipeline import Run, Variant
 from penjing.plan import Plan
@@ -40,7 +41,7 @@ from penjing.search.applied import Applied, drafted, refuse_quantized
 from penjing.search.goal import Goal
 from penjing.source import Source, check_forward, in_single_precision, open_source
 from penjing.step import Step
-from penjing.task import Task, agreement_task
+from penjing.task import Task, agreement_task, as_task
 from penjing.training import seed_everything
 from penjing.undisturbed import same_process
 from penjing.usercode import never_exiting
@@ -74,11 +75,12 @@ class Result:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
+@suggesting
 @never_exiting()
 @same_process()
 def compress(
     model: str | nn.Module | ExportedProgram,
-    task: Task,
+    task: Task | str | Path,
     goal: Goal | str = DEFAULT_GOAL,
     *,
     runtime: str | Sequence[str] | None = None,
@@ -103,7 +105,7 @@ def compress(
 
     Args:
         model: The network, or a SOURCE as on the command line.
-        task: The user's data and metric.
+        task: The user's data and metric, or TASK as on the command line.
         goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
         runtime: One or several of ``penjing runtimes``; None takes all that are installed.
         recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
@@ -142,7 +144,7 @@ def compress(
 
 def _carry_out(
     model: str | nn.Module | ExportedProgram | Applied,
-    task: Task,
+    task: Task | str | Path,
     goal: Goal,
     steps: Recipe,
     *,
@@ -159,6 +161,7 @@ def _carry_out(
     listeners: Sequence[Listener],
 ) -> Result:
     """The one way through, from a source, or from what was made and trained already."""
+    task = as_task(task)
     names = _runtimes(runtime)
     requests.check_device(device)
     threads = measure.check_threads(threads or measure.machine(1).cores)
@@ -224,6 +227,8 @@ def _compress(
         run.warn(text)
     if question is not None:
         run.warn(question.text)
+    if isinstance(model, Applied) and (other := model.planned_for_another(names)):
+        run.warn(other)
     _, structure = pipeline.source(run)
     source, source_rows = pipeline.source_figures(run)
     metrics, destroyed = questions.source_metrics(run, task, data)
@@ -293,11 +298,12 @@ def run(
     return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
 
 
+@suggesting
 @never_exiting()
 @same_process()
 def deliver(
     module: nn.Module | Draft,
-    task: Task,
+    task: Task | str | Path,
     goal: Goal | str = DEFAULT_GOAL,
     *,
     reference: str | nn.Module | ExportedProgram | None = None,
