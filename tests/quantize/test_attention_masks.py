@@ -255,3 +255,36 @@ def test_every_sum_on_the_way_is_told():
     network = raise_network(eager(-1e4)["behind a bias and a reshape"]().eval(), boolean(2))
     told = {site(n) for n in network.graph.nodes if n.name in before_softmax(network) and kind(network, n) == "add"}
     assert told == {"/add#0", "/add#1"} and told <= set(sites(network))
+
+
+class MaskedMaximum(nn.Module):
+    """The largest of every feature over the tokens that are not padding."""
+
+    def __init__(self, fill):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.head, self.fill = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 4), fill
+
+    def forward(self, ids):
+        hidden = torch.relu(self.up(self.table(ids)))
+        return self.head(self.fill(hidden, (ids < 5)[..., None]).amax(1))
+
+
+FILLS = {
+    "number": lambda h, hidden: h.masked_fill(hidden, -1e9),
+    "tensor": lambda h, hidden: torch.where(hidden, torch.tensor(-1e4), h),
+    "smallest": lambda h, hidden: torch.where(hidden, torch.finfo(torch.float32).min, h),
+}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_maximum_over_what_is_not_masked_keeps_its_values(runtime, fill):
+    network = raise_network(MaskedMaximum(FILLS[fill]).eval(), (torch.zeros(2, 8, dtype=torch.long),))
+    data = [torch.randint(0, 50, (16, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(network), Context(task=Task(example=data[0], calibration=data[:3]), accelerates=accelerates))
+    with torch.no_grad():
+        wanted, given = network(data[3]), insert(draft.network, draft.plan)(data[3])
+    assert 10 * torch.log10(wanted.square().mean() / (wanted - given).square().mean()) > 25
+    assert "up:in0" in draft.plan.entries

@@ -10,7 +10,7 @@ from torch import fx
 from penjing.analyze.cost import multiplies
 from penjing.graph import RECURRENT, arguments, kind, site, tensor_inputs
 from penjing.plan import Accelerates
-from penjing.quantize.masking import before_softmax
+from penjing.quantize.masking import FILLED, before_softmax, filled
 from penjing.surgery import recurrent
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
@@ -51,6 +51,8 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     for node in network.graph.nodes:
         what = kind(network, node)
         reason = masked.get(node.name) or _refusal(network, node, what, accelerates)
+        if reason is None and any(filled(network, _root(network, accelerates, t)[0]) for t in tensor_inputs(node)):
+            reason = FILLED
         if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
             continue
         if reason is None:
@@ -110,14 +112,20 @@ def _carry(
     network: fx.GraphModule, accelerates: Accelerates, edge: str, producer: fx.Node, edges: dict[str, str]
 ) -> None:
     """Quantize an edge, and the edges before it as long as the operators only move values."""
+    root, before = _root(network, accelerates, producer)
+    for name in (edge, *before):
+        edges[name] = root.name
+
+
+def _root(network: fx.GraphModule, accelerates: Accelerates, producer: fx.Node) -> tuple[fx.Node, list[str]]:
+    """The operator whose values come through to `producer`, and the edges on the way."""
     root = producer
     before: list[str] = []
     while (what := kind(network, root)) in SILENT or carries(network, root, accelerates):
         if what not in SILENT and root.target is not operator.getitem:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
-    for name in (edge, *before):
-        edges[name] = root.name
+    return root, before
 
 
 def carries(network: fx.GraphModule, node: fx.Node, accelerates: Accelerates) -> bool:
