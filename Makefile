@@ -8,18 +8,29 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all bench lint format setup clean
+PARTS  := whole pipeline quantize pruning training rest
+
+.PHONY: demo test $(addprefix tests-,$(PARTS)) test-all bench lint format setup clean
 .DEFAULT_GOAL := test
 
 demo: setup
 	$(PY) examples/fashion_mnist/demo.py
 
-# Several processes, one after another: what a runtime's native code does to one ends with it.
+# Several processes, two at a time: what a runtime's native code does to one ends with it.
+tests-whole: FILES = tests/test_*.py
+tests-pipeline: FILES = tests/pipeline tests/cli tests/goals tests/report
+tests-quantize: FILES = tests/quantize tests/surgery tests/runtimes tests/onnx_files
+tests-pruning: FILES = tests/prune tests/analyze tests/architectures
+tests-training: FILES = tests/train tests/distill tests/recipes
+tests-rest: FILES = src $(filter-out tests/pipeline tests/cli tests/goals tests/report tests/quantize tests/surgery \
+	tests/runtimes tests/onnx_files tests/prune tests/analyze tests/architectures tests/train tests/distill \
+	tests/recipes tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+
 test: lint
-	$(PY) -m pytest -m "not slow" tests/test_[a-k]*.py
-	$(PY) -m pytest -m "not slow" tests/test_[l-p]*.py
-	$(PY) -m pytest -m "not slow" tests/test_[q-z]*.py
-	$(PY) -m pytest -m "not slow" tests src --ignore-glob='tests/test_*.py'
+	$(MAKE) --jobs 2 $(addprefix tests-,$(PARTS))
+
+$(addprefix tests-,$(PARTS)): setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)
 
 test-all: lint
 	$(PY) -m pytest

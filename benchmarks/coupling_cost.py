@@ -49,7 +49,7 @@ def child(side, name):
     found = {}
     if side == "penjing":
         from penjing.analyze.coupling import couple
-        from penjing.network import raise_network
+        from penjing.network.capture import raise_network
 
         start = time.perf_counter()
         network = raise_network(model, (example,))

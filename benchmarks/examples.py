@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 
 import penjing as pj
-from penjing.console import Progressing
+from penjing.cli.console import Progressing
 from penjing.report import table
-from penjing.task import open_task
+from penjing.tasks.opening import open_task
 
 RUNS = {
     "resnet20": ("fashion_mnist/network.py:resnet20", "fashion_mnist/task.py:task", "minimize latency_ms, drop<=0.5%"),

@@ -59,12 +59,13 @@ def build(name: str, folder: Path) -> list[str]:
     import ptq_cost
     import torch
 
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing import measure, runtimes
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
     from penjing.quantize import Static
-    from penjing.step import Context
-    from penjing.task import Task
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
+    from penjing.tasks.task import Task
 
     model = network(name)
     torch.manual_seed(1)

@@ -73,11 +73,12 @@ def ran(recipe, module, task, seed, folder, runtime, device="cpu"):
     """Run a recipe and write the file for a runtime."""
     from pruning_accuracy import shown
 
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
-    from penjing.network import raise_network
-    from penjing.step import Context
-    from penjing.training import seed_everything
+    from penjing import measure, runtimes
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
+    from penjing.randomness import seed_everything
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     seed_everything(seed)
     raised = raise_network(module, *task.call(), task.dynamic)
@@ -122,7 +123,7 @@ def accuracies(arguments, data, save):
     from examples.data import cache
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
-    from penjing.outputs import numpy_predictor
+    from penjing.tasks.outputs import numpy_predictor
 
     task, module = fashion(), resnet20()
     data["versions"] = versions("torch-pruning", "nncf")
@@ -169,7 +170,7 @@ def speeds(arguments, data, save):
     from examples.data import cache
     from examples.fashion_mnist.task import task as fashion
     from penjing import measure
-    from penjing.outputs import to_numpy
+    from penjing.tasks.outputs import to_numpy
 
     task = fashion()
     pictures = to_numpy(torch.cat(list(task.calibration)))
@@ -192,7 +193,7 @@ def limit(arguments, data, save):
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
     from penjing import measure, recipes
-    from penjing.outputs import numpy_predictor, to_numpy
+    from penjing.tasks.outputs import numpy_predictor, to_numpy
 
     task, epochs = fashion(), arguments.limit_epochs
     data["limit"] = {"accuracy": {}, "epochs": epochs, "source": task.evaluate(numpy_predictor(resnet20()))}
@@ -266,9 +267,9 @@ def timed(folders, pictures, seconds):
 def whole(aside, task):
     """The whole network in fp32, a folder for every runtime."""
     from examples.fashion_mnist.network import resnet20
-    from penjing import building
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
 
     folders = {}
     raised = raise_network(resnet20(), *task.call(), task.dynamic)

@@ -75,11 +75,12 @@ def make(name: str, folder: Path) -> None:
             )  # fmt: skip
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
-        from penjing import building, measure, runtimes
-        from penjing.draft import Draft
-        from penjing.network import raise_network
-        from penjing.recipe import Recipe
-        from penjing.step import Context
+        from penjing import measure, runtimes
+        from penjing.network.capture import raise_network
+        from penjing.pipeline import building
+        from penjing.recipes.recipe import Recipe
+        from penjing.steps.draft import Draft
+        from penjing.steps.step import Context
 
         def events(kind, **values):
             if kind != "progress":

@@ -74,11 +74,11 @@ def main() -> None:
     from examples.imagenet_lite0.network import lite0
     from examples.imagenet_lite0.task import task as lite0_task
     from penjing import measure, runtimes
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
     from penjing.quantize.explanation import explain
     from penjing.report import table
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     torch.set_num_threads(THREADS)
     task = lite0_task()

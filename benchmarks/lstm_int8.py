@@ -60,11 +60,12 @@ def build(model, task, folder: Path) -> list[str]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing import measure, runtimes
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
     from penjing.quantize import Dynamic
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
     draft = Draft(raise_network(model, *task.call()))

@@ -90,9 +90,9 @@ def taught(arguments, task, classes):
 def student(module, task):
     """A draft of the network with three layers."""
     from penjing.distill import FewerLayers
-    from penjing.draft import Draft
-    from penjing.network import raise_network
-    from penjing.step import Context
+    from penjing.network.capture import raise_network
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     raised = raise_network(module, *task.call(), task.dynamic)
     return FewerLayers(of=STACK, keep=KEPT)(Draft(raised), Context(task=task)), raised
@@ -104,10 +104,10 @@ def accuracies(arguments, module, task, data, save):
     from examples.data import cache
     from penjing import measure
     from penjing.distill import Stored
-    from penjing.finetune import Finetune, train
-    from penjing.outputs import numpy_predictor
-    from penjing.step import Context
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
+    from penjing.steps.step import Context
+    from penjing.tasks.outputs import numpy_predictor
+    from penjing.train.finetune import Finetune, train
 
     if data.get("teacher", {}).get("texts") != cycles(arguments):
         accuracy = task.evaluate(numpy_predictor(module))
@@ -167,9 +167,10 @@ def accuracies(arguments, module, task, data, save):
 def speeds(arguments, module, task, data, save):
     """Teacher and student in both runtimes, in turns."""
     from benchmarks.minilm_pruning import BATCHES
-    from penjing import building, measure
-    from penjing.draft import Draft
+    from penjing import measure
     from penjing.measure import Target, compare
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
 
     fewer, whole = student(module, task)
     with tempfile.TemporaryDirectory() as aside:

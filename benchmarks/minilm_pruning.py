@@ -91,7 +91,7 @@ def prepared(judged):
 
     from benchmarks.minilm_int8 import tokens
     from examples import data
-    from penjing.task import Task
+    from penjing.tasks.task import Task
 
     found = data.texts("20newsgroups")
     names = sorted(set(found["train"][1]))
@@ -143,8 +143,8 @@ def shown(label):
 
 def trained(network, task, seed, texts, label, folder=None):
     """The network after AdamW on so many texts."""
-    from penjing.finetune import Finetune, train
-    from penjing.step import Context
+    from penjing.steps.step import Context
+    from penjing.train.finetune import Finetune, train
 
     settings = Finetune(
         epochs=texts / TRAIN_BATCH / len(task.train), learning_rate=RATE, optimizer="adamw", weight_decay=0.01
@@ -157,7 +157,7 @@ def source(task, classes, texts):
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
 
     path = cache() / f"minilm-20newsgroups-{texts}.safetensors"
     seed_everything(0)
@@ -173,10 +173,10 @@ def source(task, classes, texts):
 
 def penjing(settings, module, task, target, seed):
     """The raised network that `prune.Channels` leaves."""
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
     from penjing.prune import Channels
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     criterion, scope = settings.split()
     raised = raise_network(module, *task.call(), task.dynamic)
@@ -188,7 +188,7 @@ def torch_pruning(settings, module, task, target, seed):
     """The module that Torch-Pruning leaves."""
     import torch_pruning as tp
 
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
 
     word, scope = settings.split()
     seed_everything(seed)
@@ -237,7 +237,7 @@ def torch_pruning(settings, module, task, target, seed):
 def macs(network, task):
     """Multiply-accumulates of one text."""
     from penjing.analyze.cost import cost, totals
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
 
     return totals(cost(raise_network(network, *task.call()), task.call())).macs
 
@@ -247,7 +247,7 @@ SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_P
 
 def accuracies(arguments, module, task, data, save):
     """Choose the settings of both sides, train them, note the accuracy on test texts."""
-    from penjing.outputs import numpy_predictor
+    from penjing.tasks.outputs import numpy_predictor
 
     target = arguments.target
     if "source" not in data:
@@ -288,10 +288,10 @@ def accuracies(arguments, module, task, data, save):
 
 def speeds(arguments, module, task, data, save):
     """Whole and pruned networks in the runtimes, in turns."""
-    from penjing import building
-    from penjing.draft import Draft
     from penjing.measure import Target, compare
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
 
     whole = macs(module, task)
     with tempfile.TemporaryDirectory() as aside:

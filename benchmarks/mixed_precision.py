@@ -55,7 +55,8 @@ def judged(folder: Path, task, network) -> dict:
             return session.run([x])[0]
     else:
         from penjing import runtimes
-        from penjing.runtimes.artifact import predictor, read_manifest
+        from penjing.records.manifest import read_manifest
+        from penjing.runtimes.artifact import predictor
 
         predict = predictor(runtimes.open_artifact(folder, THREADS), read_manifest(folder))
     signal, noise = [], []
@@ -85,10 +86,11 @@ def open_folder(folder, threads):
 
 def by_bits(raised, network, task, wanted) -> list[dict]:
     """Uniform and mixed bits in weights."""
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
+    from penjing import measure, runtimes
+    from penjing.pipeline import building
     from penjing.quantize import AdaRound, MixedPrecision, Static
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
     context = Context(task=task, accelerates=accelerates, source=raised)
@@ -125,11 +127,12 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
     """One format in all operators, and mixed ones under budgets between them."""
     import torch
 
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
+    from penjing import measure, runtimes
+    from penjing.pipeline import building
+    from penjing.pipeline.trial import Trial
     from penjing.quantize import AdaRound, MixedPrecision, Static
-    from penjing.step import Context
-    from penjing.trial import Trial
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
     pictures = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
@@ -223,7 +226,7 @@ def main() -> None:
     import torch
 
     from penjing import measure
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
 
     torch.set_num_threads(THREADS)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])

@@ -28,7 +28,7 @@ def main():
 
     from penjing import measure
     from penjing.errors import RecipeError
-    from penjing.recipe import Recipe
+    from penjing.recipes.recipe import Recipe
 
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"orders": {}}
     found["machine"] = vars(measure.machine(1))

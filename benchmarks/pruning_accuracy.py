@@ -64,9 +64,9 @@ def trained_vgg(task, epochs):
 
     from examples.data import cache
     from penjing.architectures import build
-    from penjing.finetune import Finetune, train
-    from penjing.step import Context
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
+    from penjing.steps.step import Context
+    from penjing.train.finetune import Finetune, train
 
     path = cache() / f"vgg16_small-fashion-mnist-{epochs:g}.safetensors"
     seed_everything(0)
@@ -95,10 +95,10 @@ def shown(label):
 
 def penjing(settings, name, module, task, target, seed):
     """The raised network that `prune.Channels` leaves."""
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
     from penjing.prune import Channels
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     criterion, scope, *fitted = settings.split()
     raised = raise_network(module, *task.call())
@@ -111,7 +111,7 @@ def torch_pruning(settings, name, module, task, target, seed):
     import torch
     import torch_pruning as tp
 
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
 
     seed_everything(seed)
     model, example = copy.deepcopy(module), task.example[:1]
@@ -157,15 +157,15 @@ def torch_pruning(settings, name, module, task, target, seed):
 def macs(network, task):
     """Multiply-accumulates of one sample."""
     from penjing.analyze.cost import cost, totals
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
 
     return totals(cost(raise_network(network, *task.call()), task.call())).macs
 
 
 def finetuned(network, name, task, seed, epochs, label):
     """The network after the training that both sides get."""
-    from penjing.finetune import Finetune, train
-    from penjing.step import Context
+    from penjing.steps.step import Context
+    from penjing.train.finetune import Finetune, train
 
     settings = Finetune(epochs=epochs, learning_rate=RATE[name])
     return train(network, Context(task=task, seed=seed, events=shown(label)), settings)
@@ -176,7 +176,7 @@ SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_P
 
 def accuracies(arguments, name, data, save):
     """Choose the settings of both sides, train them, note the accuracy on test pictures."""
-    from penjing.outputs import numpy_predictor
+    from penjing.tasks.outputs import numpy_predictor
 
     module, task = source(name, arguments.train_epochs)
     found = data["networks"].setdefault(name, {})
@@ -229,11 +229,11 @@ def speeds(arguments, name, data, save):
     """Whole and pruned networks in the runtimes, in turns."""
     import torch
 
-    from penjing import building
-    from penjing.draft import Draft
     from penjing.measure import Target, compare
-    from penjing.network import raise_network
-    from penjing.outputs import to_numpy
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
+    from penjing.tasks.outputs import to_numpy
 
     module, task = source(name, arguments.train_epochs)
     found = data["networks"].setdefault(name, {})
@@ -276,11 +276,11 @@ def widths(arguments, name, data, save):
     """One 3x3 convolution of many widths, alone: what a channel less is worth in each runtime."""
     import torch
 
-    from penjing import building
-    from penjing.draft import Draft
     from penjing.measure import Target, compare
-    from penjing.network import raise_network
-    from penjing.task import Task
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
+    from penjing.tasks.task import Task
 
     pixels, targets = 28, []
     with tempfile.TemporaryDirectory() as aside:

@@ -159,17 +159,18 @@ def penjing(name, folder):
     import torch
 
     from penjing.analyze.coupling import couple
-    from penjing.building import build as export
-    from penjing.draft import Draft
     from penjing.measure import peak_memory_bytes, reset_peak
-    from penjing.network import raise_network
-    from penjing.outputs import flatten_outputs
+    from penjing.network.capture import raise_network
+    from penjing.pipeline.building import build as export
     from penjing.prune import Channels
-    from penjing.prune.channels import Ranking, disagreement, remove
+    from penjing.prune.channels import disagreement, remove
+    from penjing.records.manifest import read_manifest
     from penjing.runtimes import open_artifact
-    from penjing.runtimes.artifact import predictor, read_manifest
-    from penjing.step import Context
-    from penjing.task import Task
+    from penjing.runtimes.artifact import predictor
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
+    from penjing.tasks.outputs import flatten_outputs
+    from penjing.tasks.task import Task
 
     model, example, outputs = built(name)
     task = Task(example=example)
@@ -185,7 +186,7 @@ def penjing(name, folder):
     found["channels_before"] = channels(model, outputs)
     step = Channels(channels=1 - RATIO, scope="layer", criterion="l2", approximate=True, round_to=1, least=0)
     start = time.perf_counter()
-    ranking = Ranking.of(step, network, coupling, Context(task=task))
+    ranking = step.ranking(network, coupling, Context(task=task))
     removed = step._chosen(Draft(network), ranking, Context(task=task))
     pruned = remove(Draft(network), coupling, removed)
     found["prune_s"] = time.perf_counter() - start

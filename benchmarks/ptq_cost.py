@@ -74,11 +74,12 @@ def _penjing(network, pictures, folder):
     from dataclasses import replace
 
     from examples.imagenet_lite0.task import task as lite0_task
-    from penjing import building, measure, runtimes
-    from penjing.draft import Draft
-    from penjing.network import raise_network
+    from penjing import measure, runtimes
+    from penjing.network.capture import raise_network
+    from penjing.pipeline import building
     from penjing.quantize import AdaRound, Static
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     task = replace(lite0_task(), calibration=list(pictures.split(10)))
     accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)

@@ -37,7 +37,7 @@ def prepared():
     """Module, raised network and task."""
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
 
     told = task()
     module = resnet20()
@@ -46,11 +46,11 @@ def prepared():
 
 def penjing(name, bits, rate, epochs, seed, raised, task):
     """A predictor in NumPy of the network that Penjing trains."""
-    from penjing.draft import Draft
-    from penjing.outputs import numpy_predictor
     from penjing.quantize import QAT, Static
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
     from penjing.surgery import insert
+    from penjing.tasks.outputs import numpy_predictor
 
     context = Context(task=task, source=raised, seed=seed)
     edge = {"weight_bits": EDGE_BITS, "activation_bits": EDGE_BITS}
@@ -68,11 +68,11 @@ def brevitas(name, bits, rate, epochs, seed, raised, task, module):
     import torch
     from brevitas.graph.calibrate import calibration_mode
 
-    from penjing.clipping import Clip
     from penjing.distill import Outputs
-    from penjing.finetune import Finetune, train
-    from penjing.outputs import numpy_predictor
-    from penjing.step import Context
+    from penjing.steps.step import Context
+    from penjing.tasks.outputs import numpy_predictor
+    from penjing.train.clipping import Clip
+    from penjing.train.finetune import Finetune, train
 
     network = brevitas_network(copy.deepcopy(module), bits, name.endswith("learned"))
     network.eval()
@@ -188,7 +188,7 @@ def main() -> None:
         print(f"{key:<66}{row['accuracy']:>8.4f}{row['seconds']:>7.0f} s", flush=True)
         return row["accuracy"]
 
-    from penjing.outputs import numpy_predictor
+    from penjing.tasks.outputs import numpy_predictor
 
     data["source"] = task.evaluate(numpy_predictor(raised))
     for bits in arguments.bits:

@@ -57,7 +57,7 @@ RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 @functools.cache
 def subject(name):
     """The raised network, its task, and the module that it came from."""
-    from penjing.network import raise_network
+    from penjing.network.capture import raise_network
 
     if name == "resnet20":
         from examples.fashion_mnist.network import resnet20
@@ -67,7 +67,7 @@ def subject(name):
     else:
         import minilm_int8
 
-        from penjing.task import Task
+        from penjing.tasks.task import Task
 
         texts = [text for s in minilm_int8.SETS for text in minilm_int8.labelled(s, "train", 64)[0]]
         calibration = minilm_int8.tokens(texts)
@@ -83,8 +83,8 @@ def subject(name):
 def pruned(name, pattern, method="Magnitude"):
     """The network with zeros, as a draft; None where the method does not know the pattern."""
     from penjing import prune
-    from penjing.draft import Draft
-    from penjing.step import Context
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     network, task, _ = subject(name)
     settings = PATTERNS[pattern]
@@ -108,7 +108,7 @@ def judge(name, texts):
     """network → its figure."""
     import torch
 
-    from penjing.outputs import numpy_predictor
+    from penjing.tasks.outputs import numpy_predictor
 
     network, task, _ = subject(name)
     if name == "resnet20":
@@ -151,9 +151,10 @@ def accuracy(name, rows, options, save):
 
 def built(name, pattern, runtime, precision, folder):
     """The folder of the artifact, made where it is not there."""
-    from penjing import building, measure, runtimes
+    from penjing import measure, runtimes
+    from penjing.pipeline import building
     from penjing.quantize import Static
-    from penjing.step import Context
+    from penjing.steps.step import Context
 
     made = folder / name / f"{runtime} {precision}" / pattern.replace(":", "of")
     if (made / "manifest.json").exists():
@@ -198,7 +199,7 @@ def _same(before, after):
 
 def sizes(name, rows, options, save):
     """The files' bytes, packed and not."""
-    from penjing.runtimes.artifact import read_manifest
+    from penjing.records.manifest import read_manifest
 
     print(f"\n{name}: bytes\n{'':<36}{'file':>12}{'zip':>12}{'xz':>12}")
     kinds = [("onnxruntime", "fp32", "bytes", tuple(PATTERNS)), ("openvino", "int8", "int8_bytes", INTEGER)]

@@ -82,10 +82,10 @@ def student(pair, name, arguments, task, source, seed):
     from pruning_accuracy import macs
 
     from penjing import distill, prune
-    from penjing.draft import Draft
-    from penjing.network import raise_network
-    from penjing.step import Context
-    from penjing.training import seed_everything
+    from penjing.network.capture import raise_network
+    from penjing.randomness import seed_everything
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
 
     seed_everything(seed)
     teacher, narrow = networks(pair, arguments.width)
@@ -121,9 +121,9 @@ def taught(pair, arguments, task):
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
-    from penjing.finetune import Finetune, train
-    from penjing.step import Context
-    from penjing.training import seed_everything
+    from penjing.randomness import seed_everything
+    from penjing.steps.step import Context
+    from penjing.train.finetune import Finetune, train
 
     seed_everything(0)
     teacher, _ = networks(pair, arguments.width)
@@ -149,10 +149,10 @@ def measured(pair, arguments, task, data, save):
 
     from examples.data import cache
     from penjing.distill import Stored
-    from penjing.finetune import Finetune, train
-    from penjing.network import raise_network
-    from penjing.outputs import numpy_predictor
-    from penjing.step import Context
+    from penjing.network.capture import raise_network
+    from penjing.steps.step import Context
+    from penjing.tasks.outputs import numpy_predictor
+    from penjing.train.finetune import Finetune, train
 
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)

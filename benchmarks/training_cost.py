@@ -64,9 +64,9 @@ def bare(module, batches, steps, device, bf16):
 
 def penjing(module, task, device, settings):
     """Seconds of `Finetune` with the same settings."""
-    from penjing.finetune import train
-    from penjing.network import raise_network
-    from penjing.step import Context
+    from penjing.network.capture import raise_network
+    from penjing.steps.step import Context
+    from penjing.train.finetune import train
 
     clock = Clock()
     raised = raise_network(module, *task.call(), task.dynamic)
@@ -115,8 +115,8 @@ def measured(title, module, arguments):
 
     from examples.fashion_mnist.task import task as fashion
     from penjing import distill
-    from penjing.autocast import bf16_pays
-    from penjing.finetune import Finetune
+    from penjing.train.finetune import Finetune
+    from penjing.train.precision import bf16_pays
 
     whole, device = fashion(), arguments.device
     batches = list(islice(whole.train, BATCHES))

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from penjing.records import Latency, from_dict
+from penjing.records.steadiness import doubt, speedup
 from penjing.report.comparison import gain
-from penjing.steadiness import doubt, speedup
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

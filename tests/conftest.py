@@ -51,8 +51,8 @@ def digits_source(tmp_path_factory, digits_task):
     from safetensors.torch import save_file
 
     from examples.digits.network import train
-    from penjing.task import open_task
-    from penjing.usercode import load_named
+    from penjing.tasks.opening import open_task
+    from penjing.tasks.usercode import load_named
 
     folder = tmp_path_factory.mktemp("digits")
     (folder / "net.py").write_text(NETWORK, encoding="utf-8")
@@ -68,7 +68,7 @@ def digits_source(tmp_path_factory, digits_task):
 def digits_run(tmp_path_factory, digits_source, digits_task):
     """The result of a whole run over both runtimes; it is read by many tests and changed by none."""
     import penjing as pj
-    from penjing.task import open_task
+    from penjing.tasks.opening import open_task
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     events = []
@@ -84,3 +84,19 @@ def digits_run(tmp_path_factory, digits_source, digits_task):
 def digits_copy(tmp_path, digits_run):
     """A copy of the finished run, to be tampered with."""
     return Path(shutil.copytree(digits_run.folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """``exported(case, runtime, precision)``: an artifact of a tiny network, made once for all tests."""
+    made = {}
+
+    def get(case, runtime, precision):
+        key = (case, runtime, precision)
+        if key not in made:
+            from tests.tiny_networks import CASES, export
+
+            made[key] = export(CASES[case], runtime, precision, tmp_path_factory.mktemp("artifact"))
+        return made[key]
+
+    return get

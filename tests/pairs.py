@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from penjing import building, distill, measure, prune, quantize, runtimes
-from penjing.draft import Draft
-from penjing.finetune import Finetune, train
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
-from penjing.recipe import Recipe
+from penjing import distill, measure, prune, quantize, runtimes
+from penjing.network.capture import raise_network
+from penjing.pipeline import building
+from penjing.recipes.recipe import Recipe
+from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import predictor, read_manifest
-from penjing.step import Context
+from penjing.runtimes.artifact import predictor
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune, train
 
 SHORT = Finetune(steps=3, autocast="off", learning_rate=0.01)
 

@@ -3,19 +3,18 @@
 import copy
 from dataclasses import replace
 
-import pairs
 import pytest
-import test_finetune as loop
-import test_teaching as lessons
 import torch
 from torch import nn
 
 import penjing as pj
 from penjing import distill
 from penjing.distill.stored import _keys
-from penjing.finetune import Finetune, train
-from penjing.network import raise_network
-from penjing.recipe import Recipe
+from penjing.network.capture import raise_network
+from penjing.recipes.recipe import Recipe
+from penjing.train.finetune import Finetune, train
+from tests import lessons, pairs
+from tests import trainings as loop
 
 DEVICE = "cuda"
 if not torch.cuda.is_available():

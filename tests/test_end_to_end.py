@@ -8,8 +8,9 @@ import pytest
 
 import penjing as pj
 from penjing import runtimes
+from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import predictor, read_manifest
+from penjing.runtimes.artifact import predictor
 
 PICTURES = 2000  # of the 10,000 test pictures
 OPERATORS = {"conv": 21, "linear": 1, "add": 9}

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penjing import checkpoint, records, runtimes
-from penjing.datasets import image_folder, npz_arrays
+from penjing import records, runtimes
 from penjing.errors import PenjingError
-from penjing.evidence import stored
-from penjing.plan import Plan
-from penjing.pt2 import open_program
-from penjing.recipe import Recipe
-from penjing.runtimes.artifact import read_manifest
-from penjing.verify import verify
+from penjing.pipeline.evidence import stored
+from penjing.pipeline.verify import verify
+from penjing.recipes.recipe import Recipe
+from penjing.records.manifest import read_manifest
+from penjing.sources.pt2 import open_program
+from penjing.steps.plan import Plan
+from penjing.storage import checkpoint
+from penjing.tasks.datasets import image_folder, npz_arrays
 
 SEED = 24
 FEW = 300
@@ -59,9 +60,9 @@ def read_task(task):
 
 @pytest.fixture(scope="module")
 def raised(digits_run, digits_source, digits_task):
-    from penjing.network import raise_network
-    from penjing.source import open_source
-    from penjing.task import open_task
+    from penjing.network.capture import raise_network
+    from penjing.sources.source import open_source
+    from penjing.tasks.opening import open_task
 
     task = open_task(digits_task)
     return raise_network(open_source(digits_source, task=task).module, *task.call(), task.dynamic)
@@ -110,9 +111,9 @@ def whole(digits_run, tmp_path_factory):
 def doors(raised, artifacts):
     """Every kind of file with its reader."""
     from penjing.distill.stored import Answers
-    from penjing.folder import RunFolder
-    from penjing.huggingface import open_folder
-    from penjing.search.trainings import read as trainings
+    from penjing.pipeline.trainings import read as trainings
+    from penjing.records.folder import RunFolder
+    from penjing.sources.huggingface import open_folder
 
     def claimed(folder):
         RunFolder(folder, resume=True).claim({"goal": "drop<=1%", "seed": 0})
@@ -259,7 +260,7 @@ def test_a_picture_that_is_a_line(tmp_path):
 def test_a_configuration_of_a_million_layers(tmp_path):
     from safetensors.numpy import save_file
 
-    from penjing.huggingface import open_folder
+    from penjing.sources.huggingface import open_folder
 
     save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
     for key, value in (

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from penjing import intact, records
-from penjing.lock import LOCK
+from penjing import records
+from penjing.pipeline import intact
+from penjing.records.lock import LOCK
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +29,7 @@ import os, sys
 import onnx, onnxruntime, onnxscript, torch
 from torch import nn
 import penjing as pj
-import penjing.search.compress, penjing.runtimes.onnx_file
+import penjing.pipeline.compress, penjing.onnx_files.write
 
 def go(out):
     torch.manual_seed(0)

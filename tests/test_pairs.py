@@ -2,11 +2,11 @@
 
 import copy
 
-import pairs
 import pytest
 
 from penjing.errors import RecipeError
-from penjing.recipe import CATALOGUE, Recipe
+from penjing.recipes.recipe import CATALOGUE, Recipe
+from tests import pairs
 
 pytest.importorskip("onnxruntime")
 NAMES = tuple(pairs.TECHNIQUES)

@@ -60,8 +60,8 @@ def test_the_names_of_steps():
 @pytest.mark.parametrize(
     "modules",
     [
-        "penjing, penjing.records, penjing.plan, penjing.errors, penjing.report.html",
-        "penjing.measure, penjing.search.goal",
+        "penjing, penjing.records, penjing.steps.plan, penjing.errors, penjing.report.html",
+        "penjing.measure, penjing.goals.goal",
     ],
 )
 def test_what_reads_evidence_imports_no_torch(modules):

@@ -10,14 +10,14 @@ import torch
 
 import penjing as pj
 from penjing import records
-from penjing.draft import Draft
-from penjing.folder import ARTIFACT
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.pipeline.zeros import filled
 from penjing.records import Candidate, Measured, Zeros
+from penjing.records.folder import ARTIFACT
 from penjing.report import verdict
-from penjing.search.zeros import filled
-from penjing.step import Context
-from penjing.task import Task
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
 
 
 def network():

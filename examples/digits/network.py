@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this fil
 
 from examples.digits.task import task
 from penjing.architectures import build
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 def untrained() -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this file also loads from another folder
 
 from examples.data import digits
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 TEST, HELD_OUT, CALIBRATION = 500, 200, 256
 

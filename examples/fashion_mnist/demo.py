@@ -16,7 +16,7 @@ from rich.console import Console
 
 import penjing as pj
 from examples.data import DataUnavailable, fashion_mnist
-from penjing.console import Progressing
+from penjing.cli.console import Progressing
 from penjing.report import table
 
 GOAL = "minimize latency_ms, drop<=0.5%"
@@ -39,7 +39,7 @@ def main() -> int:
     console.print(f"goal: {GOAL}\nthe same by hand: penjing compress {Path(source).relative_to(ROOT)} --task {task} \\")
     console.print(f'    --goal "{GOAL}" --out {out.name}\n', highlight=False)
     with Progressing(Console(stderr=True)) as progress:
-        from penjing.task import open_task
+        from penjing.tasks.opening import open_task
 
         opened = open_task(f"{ROOT / task}")
         result = pj.compress(source, opened, GOAL, out=out, force=True, listeners=[progress])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this file also loads from another folder
 
 from examples.data import fashion_mnist
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 MEAN, STD = 0.2860, 0.3530  # of the train pictures, as fractions of 255
 HELD_OUT = 5000  # the last train pictures: never trained on, so that a search may look at them

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.fashion_mnist.network import WEIGHTS, untrained
 from examples.fashion_mnist.task import task as fashion_mnist_task
-from penjing.draft import Draft
-from penjing.finetune import Finetune
-from penjing.network import raise_network
-from penjing.step import Context
-from penjing.training import seed_everything
+from penjing.network.capture import raise_network
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.train.finetune import Finetune
+from penjing.train.loop import seed_everything
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this file also loads from another folder
 
 from examples import data
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 SIDE = 224
 RESIZED = 256  # short side before the crop: 224 / 0.875

@@ -20,28 +20,28 @@ warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` i
 
 if TYPE_CHECKING:
     from penjing import architectures, distill, prune, quantize, recipes, records
-    from penjing.checkpoint import restore as load_checkpoint
-    from penjing.clipping import Clip
     from penjing.errors import PenjingError
-    from penjing.finetune import Finetune
-    from penjing.recipe import Recipe
-    from penjing.search.applied import apply
-    from penjing.search.compress import Result, compress, deliver, run
-    from penjing.search.goal import Goal
-    from penjing.task import Task
+    from penjing.goals.goal import Goal
+    from penjing.pipeline.applied import apply
+    from penjing.pipeline.compress import Result, compress, deliver, run
+    from penjing.recipes.recipe import Recipe
+    from penjing.storage.checkpoint import restore as load_checkpoint
+    from penjing.tasks.task import Task
+    from penjing.train.clipping import Clip
+    from penjing.train.finetune import Finetune
 
 _HOME = {
-    "Clip": "penjing.clipping",
-    "Finetune": "penjing.finetune",
-    "Goal": "penjing.search.goal",
+    "Clip": "penjing.train.clipping",
+    "Finetune": "penjing.train.finetune",
+    "Goal": "penjing.goals.goal",
     "PenjingError": "penjing.errors",
-    "Recipe": "penjing.recipe",
-    "Result": "penjing.search.compress",
-    "Task": "penjing.task",
-    "apply": "penjing.search.applied",
-    "compress": "penjing.search.compress",
-    "deliver": "penjing.search.compress",
-    "run": "penjing.search.compress",
+    "Recipe": "penjing.recipes.recipe",
+    "Result": "penjing.pipeline.compress",
+    "Task": "penjing.tasks.task",
+    "apply": "penjing.pipeline.applied",
+    "compress": "penjing.pipeline.compress",
+    "deliver": "penjing.pipeline.compress",
+    "run": "penjing.pipeline.compress",
 }
 _MODULES = ("architectures", "distill", "prune", "quantize", "recipes", "records")
 
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return _import(f"penjing.{name}")
     if name == "load_checkpoint":
-        return _import("penjing.checkpoint").restore
+        return _import("penjing.storage.checkpoint").restore
     if name in _HOME:
         return getattr(_import(_HOME[name]), name)
     raise AttributeError(f"module 'penjing' has no attribute {name!r}")

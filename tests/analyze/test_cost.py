@@ -5,8 +5,8 @@ from torch import nn
 
 from penjing.analyze.cost import cost, peak_activation, peak_activation_bytes, totals
 from penjing.architectures import build
-from penjing.graph import shapes
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.graph import shapes
 
 
 def rows_of(model, *args, dynamic=None, **kwargs):

@@ -11,7 +11,7 @@ from torch import nn
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
 from penjing.errors import RecipeError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.surgery import replay, resize
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.more_topologies import MORE
@@ -251,7 +251,7 @@ def test_a_sizes_prediction_is_what_pruning_gives():
     pruned = replay(network, coupling.edits(removed))
     tensors = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
     assert {name: tuple(tensors[name].shape) for name in stored} == stored
-    from penjing.graph import shapes
+    from penjing.network.graph import shapes
 
     found = {name: tuple(t.shape) for name, t in shapes(pruned, ((x,), {})).items()}
     assert {name: values[name] for name in found if name in values} == {n: s for n, s in found.items() if n in values}

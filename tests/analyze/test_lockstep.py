@@ -7,16 +7,16 @@ from torch import nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
-from penjing.draft import Draft
-from penjing.graph import flat_inputs, kind, sites
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
-from penjing.plan import GENERIC
+from penjing.network.capture import raise_network
+from penjing.network.graph import flat_inputs, kind, sites
 from penjing.quantize import Static
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
-from penjing.task import Task, as_call
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task, as_call
 
 
 class Residual(nn.Module):

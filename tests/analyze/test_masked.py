@@ -5,7 +5,7 @@ from torch import nn
 
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from tests.analyze.topologies import Residual, scattered
 
 

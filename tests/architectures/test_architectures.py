@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from penjing.analyze.coupling import couple
 from penjing.architectures import build, names
 from penjing.architectures.shufflenet_v2 import shuffled
-from penjing.building import build as export
-from penjing.draft import Draft
 from penjing.errors import SourceError
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.pipeline.building import build as export
 from penjing.prune import Channels
-from penjing.prune.channels import Ranking, disagreement, remove
+from penjing.prune.channels import disagreement, remove
+from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import predictor, read_manifest
-from penjing.step import Context
-from penjing.task import Task
+from penjing.runtimes.artifact import predictor
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 TOKENS = ("bert", "gpt", "lstm")
 WIDTHS = {"resne": 4, "vgg": 4, "vit": 16, "bert": 16, "gpt": 16, "lstm": 8, "densenet": 4, "unet": 4}
@@ -80,7 +81,7 @@ def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
     assert set(coupling.held.values()) <= {"it is an output of the network"}  # nothing else is held
     assert all(where.startswith(("classifier", "tokens")) for where in coupling.held)
     step = Channels(channels=0.6, scope="layer", criterion="random", approximate=True, round_to=1, least=0)
-    ranking = Ranking.of(step, network, coupling, Context(task=task))
+    ranking = step.ranking(network, coupling, Context(task=task))
     removed = ranking.removed(400)
     pruned = remove(Draft(network), coupling, removed)
     assert sum(p.numel() for p in pruned.network.parameters()) < 0.8 * sum(p.numel() for p in network.parameters())

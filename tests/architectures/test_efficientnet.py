@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import efficientnet
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 PUBLISHED = {
     "b0": 5_288_548,

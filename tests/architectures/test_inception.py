@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import inception
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 PUBLISHED = {"googlenet": 6_624_904, "inception_v3": 23_834_568}
 

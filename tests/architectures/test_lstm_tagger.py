@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from penjing.architectures.lstm_tagger import lstm_tagger
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 
 def tiny(**settings):

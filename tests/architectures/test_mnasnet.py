@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import mnasnet
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 
 def on_meta(form, **settings):

@@ -5,7 +5,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import resnext
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 PUBLISHED = {"resnext50_32x4d": 25_028_904, "resnext101_32x8d": 88_791_336}
 

@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import shufflenet_v2
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 PUBLISHED = {"x0_5": 1_366_792, "x1_0": 2_278_604, "x1_5": 3_503_624, "x2_0": 7_393_996}
 

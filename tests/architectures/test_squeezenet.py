@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import squeezenet
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 PUBLISHED = {"squeezenet1_0": 1_248_424, "squeezenet1_1": 1_235_496}
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import vgg
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 
 # Without and with batch norm.
 PUBLISHED = {

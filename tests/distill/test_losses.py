@@ -18,9 +18,9 @@ from penjing.distill.hints import hint
 from penjing.distill.logits import soft_targets
 from penjing.distill.rkd import angles, distances
 from penjing.distill.similarity import similarity_preserving
+from penjing.distill.teaching import Lesson
 from penjing.distill.tinybert import layer_to_layer
 from penjing.errors import RecipeError, TaskError
-from penjing.teaching import Lesson
 
 SEEDS = st.integers(0, 10**6)
 

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import penjing
 from penjing import distill
 from penjing.distill.stored import HASHES, Answers, _keys, _numbers, _sums
+from penjing.distill.teaching import digest, opened
 from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, SourceError, TaskError
-from penjing.finetune import Finetune, train
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-from penjing.teaching import digest, opened
+from penjing.recipes.recipe import Recipe
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune, train
 
 SETTINGS = Finetune(epochs=3, autocast="off", learning_rate=0.1, distill=distill.Logits(), save_every_s=1e-9)
 
@@ -240,7 +240,7 @@ class TestBadInput:
             Answers(tmp_path)
 
     def test_values_inside(self, data, tmp_path):
-        from penjing.network import raise_network
+        from penjing.network.capture import raise_network
 
         student = raise_network(net(), (data[0][:2],))
         way = distill.Hints(features=("0",))
@@ -387,7 +387,8 @@ class TestNamed:
     def test_teachers_within_steps_are_opened_once(self, data, tmp_path, monkeypatch):
         path, opened_files = program(data, tmp_path / "teacher.pt2"), []
         monkeypatch.setattr(
-            "penjing.teaching.open_file", lambda at: opened_files.append(at) or penjing.source.open_file(at)
+            "penjing.distill.teaching.open_file",
+            lambda at: opened_files.append(at) or penjing.sources.source.open_file(at),
         )
         training = Finetune(epochs=0.2, teacher=path)
         steps = Recipe(

@@ -11,14 +11,14 @@ from torch import nn
 import penjing as pj
 from penjing import distill
 from penjing.architectures.bert import BERT
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.finetune import train
-from penjing.network import raise_network
-from penjing.search.request import untrained
-from penjing.step import Context
+from penjing.network.capture import raise_network
+from penjing.pipeline.request import untrained
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import replay
-from penjing.task import Task
+from penjing.tasks.task import Task
+from penjing.train.finetune import train
 
 
 def draft_of(module, call):

@@ -134,7 +134,7 @@ def test_failing_runtime_is_an_artifact_error_with_its_last_words(openers, tray,
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_worker_that_stands_still_is_ended_and_named(openers, tray, monkeypatch):
-    monkeypatch.setattr("penjing.measure.latency.isolated.call_s", lambda inputs: 0.2)
+    monkeypatch.setattr("penjing.measure.latency.time_limits.call_s", lambda inputs: 0.2)
     with pytest.raises(TargetError, match="'poor' did not answer") as caught:
         compare([target(tray("poor"))], opener="tiny_openers:stops", **QUICK)
     assert caught.value.target == "poor"

@@ -7,15 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from penjing.measure.machine import (
-    cores,
-    from_cpuinfo,
-    from_sysctl,
-    instruction_sets,
-    machine,
-    processors,
-    versions,
-)
+from penjing.measure.machine import cores, from_cpuinfo, from_sysctl, instruction_sets, machine, processors, versions
 from penjing.records import Machine, from_dict, to_json
 
 XEON = """\

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing import checkpoint
 from penjing.analyze.bypasses import bypasses
 from penjing.architectures import build
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Blocks, Channels
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage import checkpoint
 from penjing.surgery import replay
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 def raised(model, x):

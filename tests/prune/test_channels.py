@@ -7,60 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import checkpoint
 from penjing.analyze.cost import cost, totals
 from penjing.analyze.coupling import couple
 from penjing.distill import DKD
-from penjing.draft import Draft
 from penjing.errors import CheckpointError, PruningError, RecipeError
-from penjing.finetune import Finetune
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels
 from penjing.quantize import QAT
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage import checkpoint
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
-
-
-def pictures(count, seed=0):
-    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-TASK = Task(
-    example=pictures(1),
-    calibration=[pictures(8)],
-    train=[(pictures(8), torch.arange(8) % 3)],
-    loss=F.cross_entropy,
-)
-
-
-class Wide(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 3, padding=1)
-        self.norm = nn.BatchNorm2d(48)
-        self.c = nn.Conv2d(48, 24, 1)
-        self.out = nn.Linear(24, 5)
-
-    def forward(self, x):
-        return self.out(F.relu(self.c(F.relu(self.norm(self.b(F.relu(self.a(x))))))).mean((2, 3)))
-
-
-def draft(model, seed=0):
-    torch.manual_seed(seed)
-    return Draft(raise_network(scattered(model), (pictures(2),)))
+from tests.prune.wide import TASK, Wide, draft, left, pictures
 
 
 @pytest.fixture(scope="module")
 def wide():
     return draft(Wide())
-
-
-def left(before, after, what):
-    a, b = (totals(cost(d.network, TASK.call())) for d in (before, after))
-    return getattr(b, what) / getattr(a, what)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -190,15 +157,15 @@ def test_recipes_hold_it_in_yaml():
 def test_auto_takes_what_the_task_has(criterion):
     step, bare = Channels(macs=0.5, criterion=criterion), Task(example=pictures(1))
     tasks = (TASK, Task(example=pictures(1), calibration=[pictures(2)]), bare)
-    found = [channels.criterion_for(step, Context(task=t)) for t in tasks]
+    found = [channels.criterion_for(step.criterion, Context(task=t)) for t in tasks]
     assert found == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
 
 
 LOADING = """
 import sys, torch
 sys.path[:0] = {paths}
-from penjing.checkpoint import restore
-from tests.prune.test_channels import TASK, pictures
+from penjing.storage.checkpoint import restore
+from tests.prune.wide import TASK, pictures
 from tests.analyze.topologies import {model}
 draft = restore({folder!r}, {model}(), TASK)
 with torch.no_grad():

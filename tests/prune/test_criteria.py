@@ -7,10 +7,10 @@ from torch import nn
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
 from penjing.errors import TaskError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import criteria
-from penjing.step import Context
-from penjing.task import Task
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
 from tests.analyze.topologies import Residual, scattered
 
 

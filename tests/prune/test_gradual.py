@@ -5,28 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from penjing.draft import Draft
 from penjing.errors import CheckpointError, RecipeError, TaskError
-from penjing.finetune import Finetune
-from penjing.network import raise_network
 from penjing.prune import Gradual, Magnitude
 from penjing.prune.gradual import sparsity_at
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-from tests.test_finetune import EVERY_STEP, Interrupt, Stop, bits, context_of, digits, net, same
+from penjing.recipes.recipe import Recipe
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
+from tests.prune.sparse_trainings import COUNT, TRAINING, draft, zeros
+from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
-TRAINING = Finetune(epochs=5, learning_rate=0.05, autocast="off", save_every_s=EVERY_STEP)  # 20 steps
 STEP = Gradual(step=Magnitude(sparsity=0.9), finetune=TRAINING, every=3)
-COUNT = 8 * 9 + 1280
-
-
-def draft():
-    return Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
-
-
-def zeros(network):
-    return sum(int((network.get_submodule(name).weight == 0).sum()) for name in ("conv", "head"))
 
 
 class Watch:

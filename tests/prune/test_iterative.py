@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 from penjing.analyze.cost import cost, totals
 from penjing.errors import PruningError, RecipeError
-from penjing.finetune import Finetune
 from penjing.prune import Channels, Iterative, Magnitude
 from penjing.prune.iterative import left
-from penjing.recipe import Recipe
-from penjing.step import Context
+from penjing.recipes.recipe import Recipe
+from penjing.steps.step import Context
 from penjing.surgery import replay
-from penjing.task import Task
-from tests.prune import test_gradual
-from tests.prune.test_channels import Wide, draft, pictures
-from tests.test_finetune import Interrupt, Stop, bits, context_of, same
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
+from tests.prune import sparse_trainings
+from tests.prune.wide import Wide, draft, pictures
+from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, context_of, same
 
 TRAIN = [(pictures(16, seed), torch.arange(16) % 5) for seed in range(3)]
 TASK = Task(example=pictures(1), calibration=[pictures(8)], train=TRAIN, loss=F.cross_entropy)
@@ -124,12 +124,12 @@ def test_a_folder_keeps_a_state_for_every_round(tmp_path):
 TRAINING = Finetune(epochs=1.5, learning_rate=0.05, autocast="off")  # 6 steps
 SPARSE = Iterative(step=Magnitude(sparsity=0.9), finetune=TRAINING, rounds=3)
 LESS = Iterative(step=Channels(channels=0.5, criterion="l2", round_to=1, least=0), finetune=TRAINING, rounds=2)
-COUNT = test_gradual.COUNT
+COUNT = sparse_trainings.COUNT
 
 
 @functools.cache  # no step changes the draft that it is given
 def small():
-    return test_gradual.draft()
+    return sparse_trainings.draft()
 
 
 class Watch:
@@ -250,7 +250,7 @@ def test_the_seed_repeats_and_minutes_leave_no_trace():
 @pytest.mark.parametrize("count", [3, 9])  # in the first training behind the early state, and in the round after it
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, count):
     step = replace(step, rounds=2, rewind="weights", rewind_epochs=0.5)
-    step = replace(step, finetune=replace(TRAINING, save_every_s=test_gradual.EVERY_STEP))
+    step = replace(step, finetune=replace(TRAINING, save_every_s=EVERY_STEP))
 
     class Counted(Interrupt):
         steps = 0

@@ -5,65 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import checkpoint, quantize
-from penjing.draft import Draft
+from penjing import quantize
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
-from penjing.grid import integers
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.numerics.grid import integers
 from penjing.prune import Magnitude, magnitude
 from penjing.prune.weights import as_stored, by_output, prunable
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-
-
-class Net(nn.Module):
-    """Convolutions with and without groups, a transposed one, a norm, a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=2)
-        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2, groups=3)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head(F.relu(self.up(F.relu(self.grouped(x)))).mean((2, 3)))
-
-
-LAYERS = ("stem", "grouped", "up", "head")
-COUNT = 8 * 27 + 12 * 36 + 12 * 8 + 30
-
-
-def pictures(count, seed=0):
-    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-TRAIN = [(pictures(8, seed), torch.arange(8) % 5) for seed in range(3)]
-TASK = Task(example=pictures(1), calibration=[x for x, _ in TRAIN], train=TRAIN, loss=F.cross_entropy)
-
-
-def draft(seed=0):
-    torch.manual_seed(seed)
-    return Draft(raise_network(Net().eval(), (pictures(2),)))
-
-
-def zeros(made, name):
-    return int((made.network.get_parameter(f"{name}.weight") == 0).sum())
-
-
-def total(made):
-    return sum(zeros(made, name) for name in LAYERS)
-
-
-def bits(made):
-    return {k: v.clone() for k, v in made.network.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage import checkpoint
+from penjing.tasks.task import Task
+from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft, pictures, same, total, zeros
 
 
 @pytest.mark.parametrize("criterion", magnitude.CRITERIA)

@@ -5,18 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import checkpoint
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.exporting import export
-from penjing.finetune import Finetune
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.exporting import export
 from penjing.prune import Magnitude, Movement
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-from tests.prune.test_gradual import COUNT, TRAINING, draft, zeros
-from tests.test_finetune import Interrupt, Stop, bits, context_of, digits, same
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage import checkpoint
+from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
+from tests.prune.sparse_trainings import COUNT, TRAINING, draft, zeros
+from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 STEP = Movement(sparsity=0.8, finetune=TRAINING, every=3)
 

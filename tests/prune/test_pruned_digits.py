@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import penjing as pj
-from penjing.source import open_source
-from penjing.task import open_task
+from penjing.sources.source import open_source
+from penjing.tasks.opening import open_task
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from penjing.analyze.coupling import couple
-from penjing.draft import Draft
 from penjing.errors import CalibrationError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Channels, Magnitude
 from penjing.prune.channels import remove
 from penjing.prune.reconstruction import correction, gain, reconstructed
-from penjing.step import Context
-from penjing.task import Task, calibration_calls
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task, calibration_calls
 
 
 def test_the_correction_is_what_least_squares_over_all_rows_finds():

@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze.coupling import couple
-from penjing.clipping import Clip
-from penjing.draft import Draft
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
-from penjing.finetune import Finetune
-from penjing.network import raise_network
-from penjing.positions import from_text
+from penjing.network.capture import raise_network
 from penjing.prune import Channels, Magnitude, Regularized
 from penjing.prune.regularized import penalty_for
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.positions import from_text
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune
 from tests.analyze.topologies import TOPOLOGIES, Residual
-from tests.prune import test_gradual
-from tests.prune.test_gradual import TRAINING, zeros
-from tests.test_finetune import Interrupt, Stop, bits, context_of, digits, same
+from tests.prune import sparse_trainings
+from tests.prune.sparse_trainings import TRAINING, zeros
+from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
 SHORT = replace(TRAINING, epochs=1.5, save_every_s=60.0)  # 6 steps
@@ -30,7 +30,7 @@ STEP = Regularized(strength=0.02, finetune=SHORT)
 
 @functools.cache  # no step changes the draft that it is given
 def draft():
-    return test_gradual.draft()
+    return sparse_trainings.draft()
 
 
 def of_topology(name):

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from penjing.analyze.coupling import couple
-from penjing.draft import Draft
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Channels
 from penjing.prune.channels import remove
 from penjing.prune.sensitivity import FILE, Curve, scan
-from penjing.step import Context
-from penjing.task import Task
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
 
 
 class Uneven(nn.Module):

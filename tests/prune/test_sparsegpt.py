@@ -3,16 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Magnitude, SparseGPT, Wanda
 from penjing.prune.masks import Pattern
 from penjing.prune.sparsegpt import hessian, prune_columns
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-from tests.prune.test_magnitude import TASK, bits, draft, same, zeros
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from tests.prune.every_layer import TASK, bits, draft, same, zeros
 
 
 def slow(weight, hessian, sparsity, pattern, width, block, damping):

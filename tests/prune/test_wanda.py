@@ -3,15 +3,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.draft import Draft
 from penjing.errors import CalibrationError, RecipeError
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.prune import Magnitude, Wanda, wanda
 from penjing.prune.weights import by_output
-from penjing.recipe import Recipe
-from penjing.step import Context
-from penjing.task import Task
-from tests.prune.test_magnitude import COUNT, LAYERS, TASK, bits, draft, same, total, zeros
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from tests.prune.every_layer import COUNT, LAYERS, TASK, bits, draft, same, total, zeros
 
 
 def test_scores_are_those_of_the_slowest_loop():

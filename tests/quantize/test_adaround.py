@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze import lockstep
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.grid import integers
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.numerics.grid import integers
 from penjing.quantize import AdaRound, BiasCorrection, Static
 from penjing.quantize import adaround as module_of
 from penjing.quantize.adaround import descend, gram, patches
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 class Small(nn.Module):

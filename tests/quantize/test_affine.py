@@ -3,9 +3,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from penjing.grid import on_grid
-from penjing.plan import QuantSpec
+from penjing.numerics.grid import on_grid
 from penjing.quantize.affine import SMALLEST_SCALE, scale_and_zero_point, weight_range
+from penjing.steps.plan import QuantSpec
 
 SPECS = [
     QuantSpec(bits=bits, signed=signed, symmetric=symmetric)

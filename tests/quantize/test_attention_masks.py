@@ -8,19 +8,20 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from penjing import building, measure, runtimes
-from penjing.draft import Draft
-from penjing.graph import kind, site, sites
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
-from penjing.plan import GENERIC
+from penjing import measure, runtimes
+from penjing.network.capture import raise_network
+from penjing.network.graph import kind, site, sites
+from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.quantize.masking import REASON, before_softmax
 from penjing.quantize.placement import place
 from penjing.runtimes import isolated
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC
+from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 LENGTH, WIDTH, HEADS = 8, 16, 2
 RUNTIMES = ("onnxruntime", "openvino")

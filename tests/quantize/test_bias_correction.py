@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from penjing.analyze.samples import batches, chunks
-from penjing.draft import Draft
-from penjing.graph import sites
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize import AdaRound, BiasCorrection, Static
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.surgery.quantizers import bias_entry
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 def network() -> nn.Module:

@@ -7,15 +7,15 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.architectures import build
-from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.measure import machine
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.quantize import AdaRound, Static
 from penjing.quantize.easing import outliers
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 class Blocks(nn.Module):

@@ -7,18 +7,18 @@ from torch import nn
 
 import penjing as pj
 from penjing import runtimes
-from penjing.building import build
-from penjing.draft import Draft
 from penjing.errors import QuantizationError, RecipeError
-from penjing.grid import levels, rows
 from penjing.measure import machine
-from penjing.network import raise_network
-from penjing.plan import GRIDS, Formats, QuantSpec
+from penjing.network.capture import raise_network
+from penjing.numerics.grid import levels, rows
+from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.runtimes import isolated
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GRIDS, Formats, QuantSpec
+from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 SETTINGS = {
     "per tensor": {"weight_per": "tensor"},

@@ -9,15 +9,15 @@ from torch import nn
 import penjing as pj
 from penjing.analyze import noise
 from penjing.analyze.samples import split
-from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
-from penjing.network import raise_network
-from penjing.plan import GENERIC, Plan
+from penjing.network.capture import raise_network
 from penjing.quantize import AdaRound, MixedPrecision, Static
 from penjing.quantize.choice import FLOAT, Costs, solve
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC, Plan
+from penjing.steps.step import Context, Step
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 def every_choice(costs, budget, objective):

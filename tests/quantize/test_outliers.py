@@ -3,16 +3,16 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing.checkpoint import restore, save
-from penjing.draft import Draft
 from penjing.errors import CheckpointError, RecipeError
-from penjing.graph import sites
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize import QAT, AdaRound, SplitOutliers, Static
-from penjing.recipe import Recipe
-from penjing.step import Context
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage.checkpoint import restore, save
 from penjing.surgery import insert, replay
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 LARGE = [3, 20]
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.architectures import build
-from penjing.graph import sites
-from penjing.network import raise_network
-from penjing.plan import GENERIC
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize.placement import place
+from penjing.steps.plan import GENERIC
 from penjing.surgery import fold_batch_norms
 
 

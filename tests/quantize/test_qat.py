@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 from penjing.architectures import build
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.grid import on_grid
-from penjing.network import raise_network
-from penjing.plan import Plan, QuantSpec
+from penjing.network.capture import raise_network
+from penjing.numerics.grid import on_grid
 from penjing.quantize import QAT, Static
 from penjing.quantize.learner import Grid, learned, learner
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan, QuantSpec
+from penjing.steps.step import Context, Step
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 settings = QAT._settings
 SPECS = [

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penjing.errors import RecipeError
-from penjing.plan import QuantSpec
 from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.ranges import ESTIMATORS, PERCENTILE, UNSEEN, estimate
+from penjing.steps.plan import QuantSpec
 
 UNSIGNED = {"signed": False, "symmetric": False}
 

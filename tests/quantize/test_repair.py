@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from penjing.draft import Draft
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
 from penjing.quantize import AdaRound, BiasCorrection, Static
-from penjing.step import Context
-from penjing.task import Task
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
 
 
 class Mixed(nn.Module):

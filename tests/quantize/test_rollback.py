@@ -5,15 +5,15 @@ from torch import nn
 import penjing as pj
 from penjing.analyze import noise
 from penjing.analyze.samples import split
-from penjing.draft import Draft
 from penjing.errors import CalibrationError, RecipeError, TaskError
-from penjing.network import raise_network
-from penjing.plan import Plan
+from penjing.network.capture import raise_network
 from penjing.quantize import Best, Rollback, Static
 from penjing.quantize.explanation import explain
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.steps.step import Context, Step
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 class Delicate(nn.Module):

@@ -6,18 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing import runtimes
-from penjing.building import build
-from penjing.draft import Draft
 from penjing.measure import machine
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.quantize.sharing import Columns
 from penjing.quantize.static import collect
 from penjing.runtimes import isolated
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 SHAPE = (3, 16, 16)
 

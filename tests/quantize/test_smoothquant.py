@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import sites
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize import SmoothQuant, Static
-from penjing.recipe import Recipe
-from penjing.step import Context
+from penjing.recipes.recipe import Recipe
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert, replay
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 class Block(nn.Module):

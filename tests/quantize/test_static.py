@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.architectures import build
-from penjing.draft import Draft
 from penjing.errors import CalibrationError, RecipeError
-from penjing.graph import sites
-from penjing.network import raise_network
-from penjing.plan import BIAS_LIMIT
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize import Static
 from penjing.quantize.static import collect, matches
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.plan import BIAS_LIMIT
+from penjing.steps.step import Context, Step
 from penjing.surgery import freeze, insert, replay
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 
 def batches(*shape, count=4, size=8, seed=0):

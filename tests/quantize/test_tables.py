@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import building, measure, runtimes
+from penjing import measure, runtimes
 from penjing.analyze import noise
-from penjing.draft import Draft
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.pipeline import building
 from penjing.quantize import QAT, AdaRound, BiasCorrection, Dynamic, Static
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 WORDS, WIDTH = 400, 48
 both = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -1,10 +1,9 @@
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
-import sample_records
-
 from penjing.records import CurvePoint, Training
 from penjing.report import curves, html
+from tests.report import sample_records
 
 
 def training(name="Finetune", steps=10, terms=("labels", "Logits")):

@@ -6,11 +6,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import sample_records
 
 from penjing import records
 from penjing.errors import OutputError
 from penjing.report import html
+from tests.report import sample_records
 
 VOID = {"meta", "br", "wbr", "img", "input", "link", "hr"}
 RECORDS = ("big", "deep", "bare", "hostile", "judged", "nothing_left")

@@ -1,10 +1,10 @@
 from dataclasses import replace
 
 import pytest
-import sample_records
 
 from penjing.records import Measured
 from penjing.report import comparison, verdict
+from tests.report import sample_records
 
 
 def row(record, key):

@@ -2,13 +2,13 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
-import sample_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penjing.records import GoalResult, Parity
 from penjing.report import labels, scatter
 from penjing.report.axis import Axis
+from tests.report import sample_records
 
 
 def bubble(plot, name):

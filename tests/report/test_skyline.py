@@ -1,7 +1,6 @@
-import sample_records
-
 from penjing.records import LayerRow
 from penjing.report import skyline
+from tests.report import sample_records
 
 
 def test_heights_are_proportional_and_no_work_is_lost():

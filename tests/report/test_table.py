@@ -2,11 +2,11 @@ import io
 from dataclasses import replace
 
 import pytest
-import sample_records
 from rich.console import Console
 
 from penjing.records import LayerRow, Measured, Reference
 from penjing.report import html, table, verdict
+from tests.report import sample_records
 
 
 def shown(renderable, width=80, encoding="utf-8", **options):

@@ -2,10 +2,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from tiny_networks import CASES
 
 from penjing import runtimes
 from penjing.errors import ArtifactError, CheckpointError, PenjingError
+from tests.tiny_networks import CASES
 
 
 @pytest.mark.parametrize("case", ["residual", "tokens", "branches"])

@@ -10,9 +10,10 @@ import pytest
 
 from penjing import runtimes
 from penjing.errors import ArtifactError
-from penjing.processes import Process
+from penjing.measure import time_limits
+from penjing.measure.processes import Process
+from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import read_manifest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -67,8 +68,8 @@ def test_a_process_that_stands_still_is_ended_after_its_limit(artifact, monkeypa
     session = isolated.open_artifact(folder, 1)
     stopped = pid(session)
     os.kill(stopped, signal.SIGSTOP)
-    monkeypatch.setattr(isolated, "BASE_S", 0.2)
-    monkeypatch.setattr(isolated, "UNKNOWN_S", 0.3)
+    monkeypatch.setattr(time_limits, "BASE_S", 0.2)
+    monkeypatch.setattr(time_limits, "UNKNOWN_S", 0.3)
     with pytest.raises(ArtifactError, match="did not answer") as found:
         session.run(inputs)
     assert "nothing within 0 s" in str(found.value.got)
@@ -86,15 +87,15 @@ def test_an_input_that_does_not_fit_is_an_error_and_ends_nothing(artifact):
 
 def test_the_limit_grows_with_the_work(monkeypatch, tmp_path):
     small, large = [np.zeros((1, 10))], [np.zeros((100, 10))]
-    isolated.expect(2.0, 10)
+    time_limits.expect(2.0, 10)
     try:
-        assert isolated.call_s(small) == isolated.BASE_S + isolated.FACTOR * 2.0
-        assert isolated.call_s(large) == isolated.BASE_S + isolated.FACTOR * 200.0
-        before = isolated.opening_s(tmp_path)
-        (tmp_path / "model.bin").write_bytes(bytes(isolated.BYTES_PER_S * 3))
-        assert isolated.opening_s(tmp_path) == before + 3
+        assert time_limits.call_s(small) == time_limits.BASE_S + time_limits.FACTOR * 2.0
+        assert time_limits.call_s(large) == time_limits.BASE_S + time_limits.FACTOR * 200.0
+        before = time_limits.opening_s(tmp_path)
+        (tmp_path / "model.bin").write_bytes(bytes(time_limits.BYTES_PER_S * 3))
+        assert time_limits.opening_s(tmp_path) == before + 3
     finally:
-        isolated.expect_nothing()
+        time_limits.expect_nothing()
 
 
 PARENT = """
@@ -157,7 +158,7 @@ def test_a_setting_of_a_manifest_reaches_a_runtime_only_by_name(artifact, tmp_pa
 def test_a_message_arrives_as_it_was_sent():
     import io
 
-    from penjing.processes import receive, send
+    from penjing.measure.processes import receive, send
 
     arrays = [
         np.float32(1.5).reshape(()),
@@ -179,7 +180,7 @@ def test_a_message_arrives_as_it_was_sent():
 
 FORKS = """
 import os, signal, sys, time
-from penjing.processes import channel, receive, send
+from penjing.measure.processes import channel, receive, send
 requests, answers = channel()
 while (asked := receive(requests)) is not None:
     if asked[0]["cmd"] == "fork":

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import building, runtimes
-from penjing.draft import Draft
+from penjing import runtimes
 from penjing.measure import machine
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
 

@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from openvino import opset13
 from torch import nn
 
-from penjing import building, runtimes, surgery
-from penjing.draft import Draft
+from penjing import runtimes, surgery
 from penjing.measure import machine
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
 from penjing.runtimes import openvino_rewrites
 from penjing.runtimes.artifact import predictor
-from penjing.step import Context
-from penjing.task import Task
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 
 class Linears(nn.Module):

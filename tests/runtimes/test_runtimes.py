@@ -10,17 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_networks import CASES, Case, export
 from torch import nn
 
-from penjing import building, runtimes
+from penjing import runtimes
 from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
-from penjing.graph import kind, sites
 from penjing.measure import size_bytes
+from penjing.network.graph import kind, sites
+from penjing.pipeline import building
+from penjing.records.manifest import MANIFEST, read_manifest
 from penjing.runtimes import isolated
-from penjing.runtimes.artifact import MANIFEST, predictor, read_manifest
+from penjing.runtimes.artifact import predictor
 from penjing.surgery import insert
-from penjing.task import as_call
+from penjing.tasks.task import as_call
+from tests.tiny_networks import CASES, Case, export
 
 both = pytest.mark.parametrize("runtime", runtimes.DEPLOYED)
 every_case = pytest.mark.parametrize("case", CASES)
@@ -286,7 +288,7 @@ def test_the_source_is_stored_in_the_same_bytes_by_every_process(tmp_path):
     program = (
         "import sys, pathlib, torch\n"
         "from torch import nn\n"
-        "from penjing.network import raise_network\n"
+        "from penjing.network.capture import raise_network\n"
         "from penjing.runtimes import eager\n"
         "torch.manual_seed(0)\n"
         "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()\n"

@@ -5,16 +5,17 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from penjing import building, measure, runtimes
-from penjing.draft import Draft
-from penjing.graph import kind, sites
-from penjing.network import raise_network
+from penjing import measure, runtimes
+from penjing.network.capture import raise_network
+from penjing.network.graph import kind, sites
+from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import isolated
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import attention as surgery_attention
 from penjing.surgery import insert, replay, unfold_attentions
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 SITE = "/scaled_dot_product_attention#0"
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import CheckpointError
-from penjing.graph import kind
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.network.graph import kind
 from penjing.surgery import fold_batch_norms, replay
 from penjing.surgery.fold import fold_batch_norm
 

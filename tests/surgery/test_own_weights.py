@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import building, checkpoint, measure, runtimes
-from penjing.draft import Draft
+from penjing import measure, runtimes
 from penjing.errors import CheckpointError
-from penjing.graph import sites
-from penjing.network import raise_network
-from penjing.outputs import flatten_outputs
+from penjing.network.capture import raise_network
+from penjing.network.graph import sites
+from penjing.pipeline import building
 from penjing.quantize import Dynamic, Static
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.storage import checkpoint
 from penjing.surgery import insert, own_weights, replay
-from penjing.task import Task
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 
 IN, OUT = 32, 96
 both = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

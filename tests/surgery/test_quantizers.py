@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.architectures import build
-from penjing.draft import Draft
 from penjing.errors import QuantizationError
-from penjing.exporting import export
-from penjing.graph import site, sites
-from penjing.network import raise_network
-from penjing.plan import BIAS_LIMIT, GENERIC, Entry, Plan, QuantSpec
+from penjing.network.capture import raise_network
+from penjing.network.exporting import export
+from penjing.network.graph import site, sites
 from penjing.quantize import Static
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import BIAS_LIMIT, GENERIC, Entry, Plan, QuantSpec
+from penjing.steps.step import Context
 from penjing.surgery import FakeQuantize, freeze, insert
 from penjing.surgery.quantizers import bias_entry
-from penjing.task import Task
+from penjing.tasks.task import Task
 
 WEIGHT = QuantSpec(axis=0)
 ACTIVATION = QuantSpec(signed=False, symmetric=False)

@@ -18,7 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from penjing.graph import site
+from penjing.network.graph import site
 
 Axis = np.ndarray | None  # atoms along an axis, FIXED where a position never goes; None: the whole axis never changes
 Labels = tuple[Axis, ...]
@@ -88,7 +88,7 @@ class Walk:
 
     @classmethod
     def start(cls, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> Walk:
-        """Nothing is known but the shapes of all values (`penjing.graph.shapes`)."""
+        """Nothing is known but the shapes of all values (`penjing.network.graph.shapes`)."""
         tensors: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
         tensors.update(network.named_buffers(remove_duplicate=False))
         names: dict[int, str] = {}

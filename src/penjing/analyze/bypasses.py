@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from penjing.graph import kind, shapes, site, tensor_inputs
+from penjing.network.graph import kind, shapes, site, tensor_inputs
 
 LAYERS = ("conv", "linear")
 NORMS = ("batch_norm", "layer_norm", "group_norm")

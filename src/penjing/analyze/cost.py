@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.graph import arguments, is_tensor, kind, operator_name, shapes, site, tensor_inputs
+from penjing.network.graph import arguments, is_tensor, kind, operator_name, shapes, site, tensor_inputs
 from penjing.records import LayerRow
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -23,10 +23,10 @@ from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reo
 from penjing.analyze.layers import COMPUTED, LAYERS
 from penjing.analyze.rearrangements import MOVING
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
-from penjing.draft import Edit
 from penjing.errors import RecipeError
-from penjing.graph import is_tensor, kind, shapes, site, tensor_inputs
-from penjing.positions import to_text
+from penjing.network.graph import is_tensor, kind, shapes, site, tensor_inputs
+from penjing.steps.draft import Edit
+from penjing.steps.positions import to_text
 
 
 @dataclass(frozen=True, eq=False)

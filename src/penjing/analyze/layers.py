@@ -9,7 +9,7 @@ from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Walk, fixed
 from penjing.analyze.relations import Rule, hold_all, refuse
-from penjing.graph import arguments, operator_name, site
+from penjing.network.graph import arguments, operator_name, site
 
 
 def convolution(walk: Walk, node: fx.Node) -> Labels:
@@ -300,4 +300,4 @@ LAYERS: dict[str, Rule] = {
     "rnn_tanh": recurrent,
     "rnn_relu": recurrent,
 }
-"""Kind of operator (`penjing.graph.kind`) → its rule."""
+"""Kind of operator (`penjing.network.graph.kind`) → its rule."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.graph import compute, flat_inputs, is_tensor, kind, site
-from penjing.grid import measured, on_grid
-from penjing.plan import Entry, Plan
-from penjing.task import Call
+from penjing.network.graph import compute, flat_inputs, is_tensor, kind, site
+from penjing.numerics.grid import measured, on_grid
+from penjing.steps.plan import Entry, Plan
+from penjing.tasks.task import Call
 
 LAYERS = ("conv", "linear")
 Chunks = list[Any]  # one value for every chunk of samples

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from penjing.analyze.coupling import Coupling
-from penjing.graph import arguments, flat_inputs, kind
+from penjing.network.graph import arguments, flat_inputs, kind
 
 Masks = list[torch.Tensor | None]
 

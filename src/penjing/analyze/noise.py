@@ -16,10 +16,10 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.lockstep import apply, mean_difference, rounded, shifted
-from penjing.graph import OUTPUT, compute, flat_inputs, is_tensor, sites
-from penjing.outputs import flatten_outputs
-from penjing.plan import Entry, Plan
-from penjing.task import Call
+from penjing.network.graph import OUTPUT, compute, flat_inputs, is_tensor, sites
+from penjing.steps.plan import Entry, Plan
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Call
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import fx
 from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Reordering, Walk, concatenated, fixed
 from penjing.analyze.relations import aligned, hold_all, refuse, same, unchanged
 from penjing.analyze.reshaping import reshape
-from penjing.graph import arguments, kind, operator_name, site, tensor_inputs
+from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
 
 # --- transposes, parts and wholes ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Walk, fixed
-from penjing.graph import arguments, operator_name, site, tensor_inputs
+from penjing.network.graph import arguments, operator_name, site, tensor_inputs
 
 Rule = Callable[[Walk, fx.Node], Any]
 
@@ -321,6 +321,6 @@ RULES: dict[str, Rule] = {
     "all": position,
     "prod": position,
 }
-"""Kind of operator (`penjing.graph.kind`) → its rule. Operators that torch calls pointwise need none."""
+"""Kind of operator (`penjing.network.graph.kind`) → its rule. Operators that torch calls pointwise need none."""
 
 POINTWISE = torch.Tag.pointwise

@@ -11,7 +11,7 @@ from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Reordering, Walk, fixed
 from penjing.analyze.relations import hold_all
-from penjing.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
+from penjing.network.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
 
 _PARTS = (
     "select",

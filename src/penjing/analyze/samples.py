@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.call import leaves, map_leaves
 from penjing.errors import CalibrationError
-from penjing.graph import shapes
-from penjing.step import Context
-from penjing.task import Call, calibration_calls
+from penjing.network.graph import shapes
+from penjing.steps.step import Context
+from penjing.tasks.call import leaves, map_leaves
+from penjing.tasks.task import Call, calibration_calls
 
 CHUNK_BYTES = 1 << 24  # of the largest value in the network: larger ones are taken from the system anew every time
 

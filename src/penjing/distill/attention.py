@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check, paired
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import TaskError
-from penjing.teaching import Lesson, Term
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing.distill.settings import check, paired
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import RecipeError
-from penjing.teaching import Lesson, Term
 
 FOLLOW = 0.1  # how fast the scale follows the samples, a batch
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from penjing.distill.settings import check
-from penjing.teaching import Lesson, Term
+from penjing.distill.teaching import Lesson, Term
 
 
 def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import RecipeError, in_percent
-from penjing.teaching import Lesson, Term
 
 _OUT = 1000.0
 """Subtracted from the true class's logit: its probability among the others becomes 0."""

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from penjing.draft import Draft, Edit
 from penjing.errors import RecipeError
-from penjing.graph import shapes, site, tensor_inputs
-from penjing.step import Context
+from penjing.network.graph import shapes, site, tensor_inputs
+from penjing.steps.draft import Draft, Edit
+from penjing.steps.step import Context
 from penjing.surgery import skip
-from penjing.task import Call
+from penjing.tasks.task import Call
 
 
 @dataclass(frozen=True, kw_only=True)

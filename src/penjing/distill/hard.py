@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check
-from penjing.teaching import Lesson, Term
+from penjing.distill.teaching import Lesson, Term
 
 
 def hard_labels(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from penjing.distill.settings import check, paired
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import TaskError
-from penjing.teaching import Lesson, Term
 
 
 def hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

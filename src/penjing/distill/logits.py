@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import check
-from penjing.teaching import Lesson, Term
+from penjing.distill.teaching import Lesson, Term
 
 
 def soft_targets(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

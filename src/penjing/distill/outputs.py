@@ -11,9 +11,9 @@ import torch
 
 from penjing.distill.logits import soft_targets
 from penjing.distill.settings import check
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import TaskError
-from penjing.outputs import flatten_outputs
-from penjing.teaching import Lesson, Term
+from penjing.tasks.outputs import flatten_outputs
 
 
 def relative_noise(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:

@@ -22,14 +22,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing import reading
-from penjing.call import leaves
+from penjing.distill.teaching import digest, opened
 from penjing.errors import OutputError, RecipeError, TaskError
-from penjing.files import write_text
-from penjing.lock import locked
-from penjing.outputs import evaluating, first_output
-from penjing.task import Task
-from penjing.teaching import digest, opened
+from penjing.records import reading
+from penjing.records.files import write_text
+from penjing.records.lock import locked
+from penjing.tasks.call import leaves
+from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.task import Task
 
 VERSION = 3
 KEY = 16  # bytes of a sample's digest

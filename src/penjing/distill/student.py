@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from penjing.draft import Draft
 from penjing.errors import PenjingError, RecipeError, TaskError
-from penjing.graph import in_eval_mode
-from penjing.outputs import first_output, flatten_outputs
-from penjing.plan import Plan
-from penjing.step import Context
+from penjing.network.graph import in_eval_mode
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.steps.step import Context
 from penjing.surgery import build, building
-from penjing.task import Call
+from penjing.tasks.outputs import first_output, flatten_outputs
+from penjing.tasks.task import Call
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing.distill.settings import check, paired
+from penjing.distill.teaching import Lesson, Term
 from penjing.errors import RecipeError, TaskError
-from penjing.teaching import Lesson, Term
 
 
 def layer_to_layer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from penjing.errors import ArtifactError
-from penjing.processes import Process
+from penjing.measure.processes import Process
 
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",

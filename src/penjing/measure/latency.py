@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from penjing import steadiness
 from penjing.errors import UsageError
+from penjing.measure import time_limits
 from penjing.measure.child import Child
 from penjing.measure.machine import processors
-from penjing.records import Latency
-from penjing.runtimes import isolated
+from penjing.records import Latency, steadiness
 
 OPENER = "penjing.runtimes:open_artifact"
 MIN_CALLS = 3  # of a turn, however slow the artifact is
@@ -93,7 +92,7 @@ def compare(
         seconds: Timed seconds per target.
         rounds: Number of turns per target.
         patience: How many times the rounds may be taken at most while the timings can't be trusted
-            (see `penjing.steadiness`); those rounds that are trusted most are kept.
+            (see `penjing.records.steadiness`); those rounds that are trusted most are kept.
         warmup_seconds: Untimed seconds per target before the first round.
         warmup_calls: Calls that the warm-up makes at least.
         events: Told ``events("progress", label="latency", done=..., total=..., name=...)`` after every turn.
@@ -121,8 +120,8 @@ def compare(
                     threads=threads,
                     cpus=cpus,
                     opener=opener,
-                    opening_s=isolated.opening_s(Path(target.folder)),
-                    call_s=isolated.call_s(target.inputs),
+                    opening_s=time_limits.opening_s(Path(target.folder)),
+                    call_s=time_limits.call_s(target.inputs),
                 )
             )
             children.append(child)

@@ -30,7 +30,7 @@ import psutil
 
 from penjing.errors import UsageError
 from penjing.measure.memory import peak_memory_bytes, rss_bytes
-from penjing.processes import channel, receive, send, told
+from penjing.measure.processes import channel, receive, send, told
 
 OPENER = "penjing.runtimes:open_artifact"
 

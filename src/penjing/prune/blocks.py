@@ -19,13 +19,13 @@ from torch import fx
 
 from penjing.analyze.bypasses import Bypass, bypasses
 from penjing.analyze.cost import cost, totals
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError, in_percent
-from penjing.graph import in_eval_mode
-from penjing.outputs import flatten_outputs
-from penjing.step import Context
+from penjing.network.graph import in_eval_mode
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import skip
-from penjing.task import Call, calibration_calls
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Call, calibration_calls
 
 UNITS = ("blocks", "macs", "params", "size_bytes", "latency_ms")
 

@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 from penjing.analyze.cost import resized_macs
 from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
-from penjing.draft import Draft
 from penjing.errors import CalibrationError, PruningError, RecipeError, in_percent
 from penjing.prune import criteria, sensitivity
 from penjing.prune.ranking import Ranking, Removed, criterion_for
 from penjing.prune.reconstruction import reconstructed, samples
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import resize
-from penjing.task import Call
+from penjing.tasks.task import Call
 
 UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
 KEPT = "the fraction to keep, above 0 and at most 1"
@@ -111,6 +111,21 @@ class Channels:
         """Whether what is removed depends on the runtime."""
         return self.latency_ms is not None
 
+    def ranking(self, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
+        """The units of a network in the order in which they go."""
+        return Ranking.of(
+            network,
+            coupling,
+            context,
+            criterion=self.criterion,
+            unit=self.unit,
+            scope=self.scope,
+            batches=self.batches,
+            round_to=self.round_to,
+            least=self.least,
+            approximate=self.approximate,
+        )
+
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft without the channels that matter least.
 
@@ -118,7 +133,7 @@ class Channels:
             PruningError: The target can't be reached, or the network left over is not what it should be.
         """
         coupling = couple(draft.network, context.task.call(), self.keep)
-        ranking = Ranking.of(self, draft.network, coupling, context)
+        ranking = self.ranking(draft.network, coupling, context)
         removed = self._chosen(draft, ranking, context)
         if removed and (calls := self._samples(draft, context)):
             draft = replace(draft, network=reconstructed(draft.network, coupling, removed, calls, draft.sparse))
@@ -204,7 +219,9 @@ def scanned(
     """
     step = Channels(macs=0.5)
     groups = {name: g for name, g in coupling.groups.items() if g.units > 1 and not g.statistics}
-    scores = criteria.score(criterion_for(step, context), network, coupling, context, step.batches, seed=context.seed)
+    scores = criteria.score(
+        criterion_for(step.criterion, context), network, coupling, context, step.batches, seed=context.seed
+    )
     ranked = {name: np.argsort(scores[name], kind="stable").tolist() for name in groups}
     return sensitivity.scan(network, coupling, ranked, context, step.batches, kept)
 

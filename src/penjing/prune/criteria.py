@@ -27,12 +27,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze.coupling import Coupling, Group, Member
-from penjing.call import as_call, to_tensors
 from penjing.errors import TaskError
-from penjing.graph import in_eval_mode
-from penjing.outputs import to_tensor
-from penjing.step import Context
-from penjing.task import calibration_calls
+from penjing.network.graph import in_eval_mode
+from penjing.steps.step import Context
+from penjing.tasks.call import as_call, to_tensors
+from penjing.tasks.outputs import to_tensor
+from penjing.tasks.task import calibration_calls
 
 CRITERIA = ("l1", "l2", "bn_scale", "geometric_median", "activation", "gradient", "taylor", "jacobian", "random")
 

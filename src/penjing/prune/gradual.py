@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError, in_percent
-from penjing.finetune import Finetune
-from penjing.hooks import Moment
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.hooks import Moment
+from penjing.steps.step import Context
+from penjing.train.finetune import Finetune
 
 
 @dataclass(frozen=True, kw_only=True)

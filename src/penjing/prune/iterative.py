@@ -21,16 +21,16 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.analyze.coupling import couple
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.finetune import Finetune, train
-from penjing.hooks import Hook, Moment
 from penjing.prune.channels import Channels
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.hooks import Hook, Moment
+from penjing.steps.step import Context
 from penjing.surgery import KeepZeros, resize
 from penjing.surgery.resize import RESIZING
+from penjing.train.finetune import Finetune, train
 
 _EARLY = "_early"  # the part of a network that holds its early state while it trains
 

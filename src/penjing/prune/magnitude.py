@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.graph import in_eval_mode
+from penjing.network.graph import in_eval_mode
 from penjing.prune import criteria
 from penjing.prune.masks import Pattern, check_scope, fraction, keep_each
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 
 CRITERIA = ("magnitude", "random", "gradient", "taylor", "fisher")
 

@@ -21,15 +21,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.finetune import Finetune, train
-from penjing.hooks import Hook, Moment
 from penjing.prune.gradual import check_schedule, due
 from penjing.prune.masks import check_scope, fraction, keep_each
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.hooks import Hook, Moment
+from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
+from penjing.train.finetune import Finetune, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx
@@ -14,10 +13,7 @@ from penjing.analyze.cost import cost
 from penjing.analyze.coupling import Coupling, Group
 from penjing.errors import PruningError
 from penjing.prune import criteria, sensitivity
-from penjing.step import Context
-
-if TYPE_CHECKING:
-    from penjing.prune.channels import Channels
+from penjing.steps.step import Context
 
 Removed = dict[str, list[int]]  # group → its units
 
@@ -45,9 +41,22 @@ class Ranking:
     steps: int
 
     @classmethod
-    def of(cls, step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
-        """Score all units."""
-        groups = {n: g for n, g in coupling.groups.items() if g.units > 1 and (step.approximate or not g.statistics)}
+    def of(
+        cls,
+        network: fx.GraphModule,
+        coupling: Coupling,
+        context: Context,
+        *,
+        criterion: str,
+        unit: str,
+        scope: str,
+        batches: int,
+        round_to: int | None,
+        least: float,
+        approximate: bool,
+    ) -> Ranking:
+        """Score all units; the settings are those of `Channels`, `unit` the name of its target."""
+        groups = {n: g for n, g in coupling.groups.items() if g.units > 1 and (approximate or not g.statistics)}
         if not groups:
             raise PruningError(
                 "the network has no channels that can be removed",
@@ -56,26 +65,26 @@ class Ranking:
                 if coupling.groups
                 else "`penjing inspect` shows the reason for every layer",
             )
-        criterion = criterion_for(step, context)
-        scores = criteria.score(criterion, network, coupling, context, step.batches, seed=context.seed)
+        criterion = criterion_for(criterion, context)
+        scores = criteria.score(criterion, network, coupling, context, batches, seed=context.seed)
         scores = {name: scores[name] for name in groups}
-        if step.scope == "sensitivity":
-            scores = _by_sensitivity(step, network, coupling, context, scores)
+        if scope == "sensitivity":
+            scores = _by_sensitivity(unit, batches, network, coupling, context, scores)
         elif criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
-            prices = _prices(step.unit, network, coupling, context)
+            prices = _prices(unit, network, coupling, context)
             scores = {name: value / prices[name] for name, value in scores.items()}
         else:
             scores = criteria.relative(scores)
         accelerates = context.accelerates
-        round_to = step.round_to or (accelerates.channel_multiple if accelerates else 8)
+        round_to = round_to or (accelerates.channel_multiple if accelerates else 8)
         multiple = {name: _multiple(group, round_to) for name, group in groups.items()}
-        most = {n: g.units - max(1, multiple[n], math.ceil(step.least * g.units)) for n, g in groups.items()}
+        most = {n: g.units - max(1, multiple[n], math.ceil(least * g.units)) for n, g in groups.items()}
         order = sorted(
             ((name, unit) for name, value in scores.items() for unit in range(len(value))),
             key=lambda u: (scores[u[0]][u[1]], u),
         )
-        steps = SHARES if step.scope == "layer" else len(order)
-        return cls(coupling, order, most, multiple, step.scope, steps)
+        steps = SHARES if scope == "layer" else len(order)
+        return cls(coupling, order, most, multiple, scope, steps)
 
     def removed(self, step: int) -> Removed:
         """What goes at a step of the ranking."""
@@ -119,14 +128,14 @@ class Ranking:
 
 
 def _by_sensitivity(
-    step: Channels, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
+    unit: str, batches: int, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
 ) -> criteria.Scores:
     """For every unit the noise that it adds where its group goes in the order of `scores`, for what it saves."""
     ranked = {name: np.argsort(value, kind="stable") for name, value in scores.items()}
     kept = context.folder / sensitivity.FILE if context.folder else None
     order = {name: units.tolist() for name, units in ranked.items()}
-    found = sensitivity.scan(network, coupling, order, context, step.batches, kept)
-    prices = _prices(step.unit, network, coupling, context)
+    found = sensitivity.scan(network, coupling, order, context, batches, kept)
+    prices = _prices(unit, network, coupling, context)
     marginal: criteria.Scores = {}
     for name, units in ranked.items():
         places = np.empty(len(units))
@@ -153,10 +162,10 @@ def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Con
     return prices
 
 
-def criterion_for(step: Channels, context: Context) -> str:
+def criterion_for(criterion: str, context: Context) -> str:
     """The criterion that "auto" stands for."""
-    if step.criterion != "auto":
-        return step.criterion
+    if criterion != "auto":
+        return criterion
     task = context.task
     if task.train is not None and task.loss is not None:
         return "taylor"

@@ -18,10 +18,10 @@ from torch import fx, nn
 from penjing.analyze import lockstep
 from penjing.analyze.coupling import Coupling
 from penjing.analyze.samples import batches, part, size_of
-from penjing.graph import shapes
-from penjing.plan import Plan
-from penjing.step import Context
-from penjing.task import Call
+from penjing.network.graph import shapes
+from penjing.steps.plan import Plan
+from penjing.steps.step import Context
+from penjing.tasks.task import Call
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of an input: how dear it is to leave the given weights
 HELD = 3  # every third sample judges, and is not fitted to

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from penjing.analyze.coupling import Coupling, Group, couple
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.finetune import Finetune
-from penjing.hooks import Moment
 from penjing.prune.weights import prunable
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.hooks import Moment
+from penjing.steps.step import Context
+from penjing.train.finetune import Finetune
 
 PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
 

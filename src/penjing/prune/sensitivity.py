@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing import reading
 from penjing.analyze.coupling import Coupling
-from penjing.files import write_text
-from penjing.graph import in_eval_mode
-from penjing.outputs import flatten_outputs
-from penjing.step import Context
+from penjing.network.graph import in_eval_mode
+from penjing.records import reading
+from penjing.records.files import write_text
+from penjing.steps.step import Context
 from penjing.surgery import resize
-from penjing.task import Call, calibration_calls
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Call, calibration_calls
 
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 """Fractions of a group's units that are removed, one after the other."""

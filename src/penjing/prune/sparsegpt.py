@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze import lockstep
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.plan import Plan
 from penjing.prune.masks import Pattern, fraction, removed_count, smallest
 from penjing.prune.weights import prunable, with_zeros
-from penjing.step import Context
-from penjing.task import Call, calibration_calls
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.steps.step import Context
+from penjing.tasks.task import Call, calibration_calls
 
 UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
 CHUNK = 16  # samples that run through the network together

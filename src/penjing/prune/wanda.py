@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import in_eval_mode
+from penjing.network.graph import in_eval_mode
 from penjing.prune.masks import fraction, keep
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
-from penjing.step import Context
-from penjing.task import calibration_calls
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import calibration_calls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.draft import Draft
 from penjing.errors import PruningError, RecipeError
-from penjing.graph import kind
-from penjing.step import Context
+from penjing.network.graph import kind
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import mark_sparse
 
 LAYERS = ("conv", "linear", "conv_transpose")

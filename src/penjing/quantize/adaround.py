@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from penjing.analyze import lockstep
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.grid import broadcast, integers
-from penjing.plan import Entry
+from penjing.numerics.grid import broadcast, integers
 from penjing.quantize.repair import repaired
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Entry
+from penjing.steps.step import Context
 
 POSITIONS = 256  # of a sample's output positions, so many are looked at
 BLOCK = 32  # columns whose updates are applied to the others together

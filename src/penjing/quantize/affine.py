@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from penjing.errors import RecipeError
-from penjing.grid import on_grid, rows
-from penjing.plan import QuantSpec
+from penjing.numerics.grid import on_grid, rows
+from penjing.steps.plan import QuantSpec
 
 SMALLEST_SCALE = 1e-12  # of a range that is zero everywhere: any scale is right, and this one divides safely
 

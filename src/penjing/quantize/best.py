@@ -8,18 +8,18 @@ from typing import Any, ClassVar
 
 from penjing.analyze import noise
 from penjing.analyze.samples import split
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import kind, site
+from penjing.network.graph import kind, site
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.qat import QAT
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context, Step
 from penjing.surgery import insert
-from penjing.task import Call
+from penjing.tasks.task import Call
 
 GAIN_DB = 0.3  # less is within what other samples would change
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from penjing.draft import Draft
 from penjing.quantize.repair import repaired
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 
 
 @dataclass(frozen=True, kw_only=True)

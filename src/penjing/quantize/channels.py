@@ -15,10 +15,10 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.samples import chunks
-from penjing.graph import flat_inputs, kind, operator_name, tensor_inputs
+from penjing.network.graph import flat_inputs, kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
-from penjing.step import Context
-from penjing.task import Call
+from penjing.steps.step import Context
+from penjing.tasks.task import Call
 
 LAYERS = ("conv", "linear")
 

@@ -13,13 +13,13 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.cost import multiplies
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import RECURRENT, kind, site, sites
-from penjing.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize.placement import CHECKED
 from penjing.quantize.static import fitting, for_layer, matches, stored_entry
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.steps.step import Context
 from penjing.surgery import own_weights, recurrent
 
 

@@ -17,16 +17,16 @@ from torch import fx
 
 from penjing.analyze import noise
 from penjing.analyze.samples import chunks
-from penjing.draft import Draft
-from penjing.graph import flat_inputs, kind, sites, tensor_inputs
-from penjing.outputs import flatten_outputs
-from penjing.plan import Plan
+from penjing.network.graph import flat_inputs, kind, sites, tensor_inputs
 from penjing.quantize.outliers import SplitOutliers
 from penjing.quantize.smoothquant import SmoothQuant
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.surgery.outliers import FLOAT
-from penjing.task import Call
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Call
 
 POOR_DB = 15.0  # of an output: below it something is wrong that is looked into
 GOOD_DB = 20.0  # nothing dearer is tried then

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
 from penjing.quantize.channels import LAYERS, Couple, by_input, couples, divide, layers, over_channels
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms
 
 CLOSE = 1e-4  # relative change of all scales in a sweep at which they have converged

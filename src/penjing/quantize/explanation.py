@@ -6,14 +6,14 @@ import math
 
 from penjing.analyze import lockstep, noise
 from penjing.analyze.samples import chunks, part, split
-from penjing.draft import Draft
-from penjing.graph import kind, sites
-from penjing.plan import GENERIC, Entry
+from penjing.network.graph import kind, sites
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.placement import carries
 from penjing.quantize.static import Static
 from penjing.records import NoiseRow
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC, Entry
+from penjing.steps.step import Context
 
 SAMPLES = 16
 FAINT = 1e-4  # noise over signal, 40 dB: fewer answers change by it than by bfloat16

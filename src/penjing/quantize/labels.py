@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.graph import arguments, flat_inputs, kind, operator_name
-from penjing.task import Call
+from penjing.network.graph import arguments, flat_inputs, kind, operator_name
+from penjing.tasks.task import Call
 
 ELEMENTWISE = frozenset({"relu", "leaky_relu", "prelu", "dropout"})  # f(s·x) = s·f(x) for every s > 0
 MOVES = frozenset({"reshape", "transpose", "select", "slice", "expand", "identity"})

@@ -15,10 +15,10 @@ from torch import fx, nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
-from penjing.draft import Draft
-from penjing.graph import site, sites
-from penjing.plan import Entry
-from penjing.step import Context
+from penjing.network.graph import site, sites
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Entry
+from penjing.steps.step import Context
 from penjing.surgery import FakeQuantize, Grid, insert, quantizer_calls
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from penjing.graph import compute, kind, tensor_inputs
+from penjing.network.graph import compute, kind, tensor_inputs
 
 REASON = "it stands before a softmax, where a mask would set its range"
 SOFTMAX = frozenset({"softmax", "log_softmax"})

@@ -24,15 +24,15 @@ import torch
 
 from penjing.analyze import noise
 from penjing.analyze.samples import part, split
-from penjing.draft import Draft
 from penjing.errors import RecipeError, UsageError
-from penjing.graph import shapes, sites, tensor_inputs
-from penjing.plan import GENERIC, Plan
+from penjing.network.graph import shapes, sites, tensor_inputs
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.choice import FLOAT, Costs, solve
 from penjing.quantize.placement import carries
 from penjing.quantize.static import Static
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC, Plan
+from penjing.steps.step import Context
 from penjing.surgery import insert
 
 RANKED = 16  # samples that noise is measured on

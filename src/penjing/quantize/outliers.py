@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import site
+from penjing.network.graph import site
 from penjing.quantize.channels import linears_by_input, maxima
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import split_outliers
 
 

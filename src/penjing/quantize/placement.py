@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from penjing.analyze.cost import multiplies
-from penjing.graph import RECURRENT, arguments, kind, site, tensor_inputs
-from penjing.plan import Accelerates
+from penjing.network.graph import RECURRENT, arguments, kind, site, tensor_inputs
 from penjing.quantize.masking import FILLED, before_softmax, filled
+from penjing.steps.plan import Accelerates
 from penjing.surgery import recurrent
 
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes

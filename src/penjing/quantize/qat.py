@@ -16,16 +16,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze.samples import batches
-from penjing.clipping import Clip
 from penjing.distill import Outputs
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError, in_percent
-from penjing.finetune import Finetune, train
-from penjing.hooks import Hook, Moment
 from penjing.quantize.learner import Learner, learned, learner
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.hooks import Hook, Moment
+from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
-from penjing.task import Call
+from penjing.tasks.task import Call
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune, train
 
 METHODS = ("lsq", "pact", "ste")
 

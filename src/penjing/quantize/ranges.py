@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 
 from penjing.errors import RecipeError
-from penjing.grid import on_grid
-from penjing.plan import QuantSpec
+from penjing.numerics.grid import on_grid
 from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
+from penjing.steps.plan import QuantSpec
 
 PERCENTILE = 99.99
 UNSEEN = 1e-4  # counts of a bin that holds nothing, in a Kullback-Leibler divergence

@@ -10,9 +10,9 @@ import torch
 
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
-from penjing.draft import Draft
-from penjing.graph import kind, sites
-from penjing.step import Context
+from penjing.network.graph import kind, sites
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 
 
 def repaired(

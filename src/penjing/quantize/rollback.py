@@ -13,17 +13,17 @@ from typing import ClassVar, Literal
 
 from penjing.analyze import noise
 from penjing.analyze.samples import part, split
-from penjing.draft import Draft
 from penjing.errors import RecipeError, TaskError
-from penjing.graph import site, sites, tensor_inputs
-from penjing.outputs import numpy_predictor
-from penjing.plan import GENERIC
+from penjing.network.graph import site, sites, tensor_inputs
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.placement import carries
-from penjing.step import Context, Step
+from penjing.steps.draft import Draft
+from penjing.steps.plan import GENERIC
+from penjing.steps.step import Context, Step
 from penjing.surgery import insert
-from penjing.task import Call
+from penjing.tasks.outputs import numpy_predictor
+from penjing.tasks.task import Call
 
 RANKED = 16  # samples that the ranking looks at
 REPAIRS: dict[str, Step | None] = {"adaround": AdaRound(), "bias_correction": BiasCorrection(), "none": None}

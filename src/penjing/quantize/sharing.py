@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from penjing.graph import kind, operator_name, site, sites, tensor_inputs
-from penjing.plan import Entry
+from penjing.network.graph import kind, operator_name, site, sites, tensor_inputs
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement
+from penjing.steps.plan import Entry
 
 FAINT_DB = 20.0  # signal over rounding of a column or branch: below it, eight levels or so are left of it
 APART_DB = 10.0  # and so far below what the whole tensor has: fewer bits alone are no reason

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from penjing.draft import Draft
 from penjing.errors import RecipeError
-from penjing.graph import site
+from penjing.network.graph import site
 from penjing.quantize.channels import (
     Couple,
     couples,
@@ -27,7 +26,8 @@ from penjing.quantize.channels import (
     over_channels,
     range_of_inputs,
 )
-from penjing.step import Context
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
 from penjing.surgery import divide_inputs
 
 SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # a multiplication by a stored vector ends a norm written out

@@ -17,19 +17,19 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.samples import in_chunks, size_of
-from penjing.draft import Draft, Edit
 from penjing.errors import RecipeError
-from penjing.graph import RECURRENT, flat_inputs, kind, site, sites
-from penjing.keywords import suggesting
-from penjing.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
+from penjing.network.graph import RECURRENT, flat_inputs, kind, site, sites
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.easing import eased
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
-from penjing.step import Context
+from penjing.steps.draft import Draft, Edit
+from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
+from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
+from penjing.tasks.keywords import suggesting
 
 
 @suggesting

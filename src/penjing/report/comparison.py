@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from penjing import records, steadiness
+from penjing import records
+from penjing.records import steadiness
 from penjing.report import figures
 
 _SAME = 0.005  # ratios closer to 1 than this read as "same"

@@ -16,7 +16,8 @@ from typing import Any
 
 import jinja2
 
-from penjing import files, records
+from penjing import records
+from penjing.records import files
 from penjing.report import arithmetic, comparison, curves, figures, scatter, skyline, verdict
 from penjing.report.table import legible
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
-from penjing.plan import Accelerates
-from penjing.runtimes.artifact import Executed, Manifest, Port, Timed, read_manifest, write_manifest
+from penjing.records.manifest import Manifest, Port, read_manifest, write_manifest
+from penjing.runtimes.artifact import Executed, Timed
+from penjing.steps.plan import Accelerates
 
 _FILES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "eager"}
 _INSTALL = {

@@ -1,74 +1,15 @@
-"""The manifest of an artifact: its programs, their inputs and outputs, and the settings that are not in the files."""
+"""Artifacts at work: what their operators became in a runtime, and how they are called."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from penjing import reading
-from penjing.errors import ArtifactError, RecordError, TaskError
-from penjing.files import write_text
-from penjing.records import from_dict
-
-MANIFEST = "manifest.json"
-MOST_AXES = 32
-MOST_VALUES = 1 << 28  # of an input or output
-_TYPES = {
-    name: name
-    for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-    + ("float16", "float32", "float64", "complex64", "complex128")
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Port:
-    """An input or output: its name, NumPy type, and sizes (a name where the size varies)."""
-
-    name: str
-    dtype: str
-    shape: tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """One file set that a runtime loads as a whole; the first of `files` is the one to name when loading."""
-
-    name: str
-    files: tuple[str, ...]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder with an artifact holds.
-
-    Attributes:
-        runtime: Name of the runtime.
-        precision: For example "int8".
-        programs: One or more programs.
-        structure: How the outputs of the network are nested, as `penjing.outputs.flatten_outputs` describes it.
-        settings: What the runtime must be told when loading, for example {"INFERENCE_PRECISION_HINT": "f32"}.
-        fixed_shapes: Whether the runtime was seen to compile it for fixed input shapes, where that is faster.
-    """
-
-    runtime: str
-    precision: str
-    programs: tuple[Program, ...]
-    structure: Any
-    settings: dict[str, str] = field(default_factory=dict)
-    fixed_shapes: bool = False
-    format: int = 1
-
-    def files(self) -> tuple[str, ...]:
-        """Every file of every program."""
-        return tuple(name for program in self.programs for name in program.files)
+from penjing.errors import TaskError
+from penjing.records.manifest import Manifest, Port
 
 
 @dataclass(frozen=True)
@@ -89,74 +30,9 @@ class Timed:
     ms: float
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`."""
-    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`.
-
-    Raises:
-        ArtifactError: It is missing or damaged, or names a file outside its folder.
-    """
-    try:
-        manifest = from_dict(Manifest, reading.json_file(folder / MANIFEST))
-        _check(manifest)
-    except FileNotFoundError:
-        raise ArtifactError(
-            "there is no artifact in this folder",
-            got=str(folder),
-            expected=f"a folder with {MANIFEST}, such as RUN/artifact",
-            remedy="name the run folder that `penjing compress` wrote, or its artifact folder",
-        ) from None
-    except (OSError, ValueError, RecordError) as error:
-        raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: {error}") from None
-    if not manifest.programs or not all(program.files for program in manifest.programs):
-        raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: a program without files", expected="a program")
-    for name in manifest.files():
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ArtifactError(f"{MANIFEST} names a file outside its folder", got=name, expected="a plain file name")
-        if (folder / name).is_symlink() and (folder / name).resolve().parent != folder.resolve():
-            raise ArtifactError(f"{MANIFEST} names a link out of its folder", got=name, expected="a file of its own")
-        if not (folder / name).is_file():
-            raise ArtifactError(
-                "a file of the artifact is missing", got=str(folder / name), expected=list(manifest.files())
-            )
-    return manifest
-
-
-def _check(manifest: Manifest) -> None:
-    """Raise ValueError where a manifest's values are none that Penjing writes."""
-    for port in (port for program in manifest.programs for port in (*program.inputs, *program.outputs)):
-        if np.dtype(_TYPES.get(port.dtype, "O")).hasobject:
-            raise ValueError(f"{port.name[:100]!r} is of {port.dtype[:100]!r}")
-        sizes = [n for n in port.shape if not isinstance(n, str)]
-        if not all(type(n) is int and n >= 0 for n in sizes) or len(port.shape) > MOST_AXES:
-            raise ValueError(f"{port.name[:100]!r} has the shape {list(port.shape)}"[:300])
-        if math.prod(sizes) > MOST_VALUES:
-            raise ValueError(f"{port.name[:100]!r} has {math.prod(sizes):,} values")
-    # A program may give more: values of its middle, where they are asked for.
-    if manifest.programs and _tensors(manifest.structure) > len(manifest.programs[0].outputs):
-        raise ValueError("the structure of the outputs has more of them than the program")
-
-
-def _tensors(structure: Any) -> int:
-    """How many tensors a structure of outputs has (see `penjing.outputs.flatten_outputs`)."""
-    kind = structure.get("kind") if isinstance(structure, dict) else None
-    items = structure.get("items") if isinstance(structure, dict) else None
-    if kind == "tuple" and isinstance(items, list):
-        return sum(map(_tensors, items))
-    if kind == "dict" and isinstance(items, dict):
-        return sum(map(_tensors, items.values()))
-    if kind not in ("tensor", "constant", "none"):
-        raise ValueError(f"the outputs are {str(structure)[:100]}")
-    return int(kind == "tensor")
-
-
 def predictor(session: Any, manifest: Manifest) -> Callable[..., Any]:
     """`predict` for a session: called as the network is called, NumPy in, NumPy out, in the network's structure."""
-    from penjing.outputs import unflatten_outputs  # brings torch, which opening an artifact does not need
+    from penjing.tasks.outputs import unflatten_outputs  # brings torch, which opening an artifact does not need
 
     ports = manifest.programs[0].inputs
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from penjing.exporting import export as export_network
-from penjing.exporting import input_names, with_plain_outputs
-from penjing.outputs import flatten_outputs, output_names
-from penjing.plan import GENERIC, Accelerates
-from penjing.pt2 import open_program
-from penjing.runtimes.artifact import Executed, Manifest, Port, Program
+from penjing.network.exporting import export as export_network
+from penjing.network.exporting import input_names, with_plain_outputs
+from penjing.records.manifest import Manifest, Port, Program
+from penjing.runtimes.artifact import Executed
+from penjing.sources.pt2 import open_program
+from penjing.steps.plan import GENERIC, Accelerates
+from penjing.tasks.outputs import flatten_outputs, output_names
 
 SETTINGS = {"keywords": r"[^\x00-\x1f\x7f]*"}
 """What a manifest may tell it, and how that reads."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from penjing.files import write_text
+from penjing.records.files import write_text
+from penjing.records.manifest import Manifest
 from penjing.runtimes import _FILES
-from penjing.runtimes.artifact import Manifest
 
 _ALONE = """\
 import sys

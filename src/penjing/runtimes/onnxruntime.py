@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from penjing.plan import Accelerates, Formats, QuantSpec, channel_multiple
-from penjing.runtimes.artifact import Executed, Manifest, Program
+from penjing.records.manifest import Manifest, Program
+from penjing.runtimes.artifact import Executed
+from penjing.steps.plan import Accelerates, Formats, QuantSpec, channel_multiple
 
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
@@ -53,8 +54,9 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     """Write model.onnx. "fp16" is half precision in the file alone: the processor computes in float32."""
     import onnx
 
-    from penjing.outputs import output_names
-    from penjing.runtimes import onnx_file, onnx_rewrites
+    from penjing.onnx_files import rewrites as onnx_rewrites
+    from penjing.onnx_files import write as onnx_file
+    from penjing.tasks.outputs import output_names
 
     path = folder / "model.onnx"
     inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), path, half=precision == "fp16")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import ArtifactError, ExportError, OutputError
-from penjing.plan import Accelerates, Formats, QuantSpec, channel_multiple
-from penjing.runtimes.artifact import Executed, Manifest, Program, Timed
+from penjing.records.manifest import Manifest, Program
+from penjing.runtimes.artifact import Executed, Timed
+from penjing.steps.plan import Accelerates, Formats, QuantSpec, channel_multiple
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
 GROUP = 32  # neighbouring inputs of a linear layer that share a scale where ranges are taken at run time
@@ -59,8 +60,9 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.xml and model.bin, by way of ONNX. "fp16" is half precision in the file alone."""
-    from penjing.outputs import output_names
-    from penjing.runtimes import isolated, onnx_file
+    from penjing.onnx_files import write as onnx_file
+    from penjing.runtimes import isolated
+    from penjing.tasks.outputs import output_names
 
     # Not in `folder`: OpenVINO takes a comma in a path for the end of it.
     with tempfile.TemporaryDirectory() as aside:
@@ -120,7 +122,8 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
     import onnx
     import openvino
 
-    from penjing.runtimes import onnx_rewrites, openvino_rewrites
+    from penjing.onnx_files import rewrites as onnx_rewrites
+    from penjing.runtimes import openvino_rewrites
 
     crossing = onnx.load(onnx_path)
     if onnx_rewrites.weights_of_their_own(crossing):

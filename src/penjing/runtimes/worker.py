@@ -1,6 +1,6 @@
 """A process of its own in which one runtime works: ``python -m penjing.runtimes.worker``.
 
-It answers requests (see `penjing.processes`) until its input ends. What a library raises is the answer, and the
+It answers requests (see `penjing.measure.processes`) until its input ends. What a library raises is the answer, and the
 process goes on; what crashes it ends it alone. Torch is not imported.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from penjing import runtimes
 from penjing.errors import UsageError
-from penjing.processes import channel, receive, send, told
-from penjing.runtimes.artifact import read_manifest
+from penjing.measure.processes import channel, receive, send, told
+from penjing.records.manifest import read_manifest
 from penjing.runtimes.isolated import plain
 
 Answer = tuple[dict[str, Any], list[np.ndarray]]

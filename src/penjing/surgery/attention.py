@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.draft import Edit
-from penjing.graph import arguments, is_tensor, kind, site, sites, tensor_inputs
+from penjing.network.graph import arguments, is_tensor, kind, site, sites, tensor_inputs
+from penjing.steps.draft import Edit
 
 HIDDEN = -1e30  # added where a mask hides: exp of it is 0, and sums with it stay finite
 

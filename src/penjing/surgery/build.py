@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from penjing import architectures
-from penjing.draft import Edit
-from penjing.network import raise_network
+from penjing.network.capture import raise_network
+from penjing.steps.draft import Edit
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Dynamic = Mapping[str | int, Mapping[int, str]] | None

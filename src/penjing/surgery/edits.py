@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-from penjing.draft import Edit
 from penjing.errors import CheckpointError
+from penjing.steps.draft import Edit
 from penjing.surgery.attention import unfold_attention
 from penjing.surgery.build import build
 from penjing.surgery.fold import fold_batch_norm

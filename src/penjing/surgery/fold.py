@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from penjing.draft import Edit
-from penjing.graph import kind
+from penjing.network.graph import kind
+from penjing.steps.draft import Edit
 
 
 def fold_batch_norms(network: fx.GraphModule) -> tuple[Edit, ...]:

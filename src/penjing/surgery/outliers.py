@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.draft import Edit
-from penjing.graph import sites
+from penjing.network.graph import sites
+from penjing.steps.draft import Edit
 
 FLOAT = "its input channels carry outliers"
 BRANCH = "_outliers"

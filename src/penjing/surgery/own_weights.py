@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.draft import Edit
-from penjing.graph import compute, operator_name, site, sites
-from penjing.network import layer_of
-from penjing.stored_weights import constants
+from penjing.network.capture import layer_of
+from penjing.network.graph import compute, operator_name, site, sites
+from penjing.network.stored_weights import constants
+from penjing.steps.draft import Edit
 
 _LAYERS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
 _PRODUCTS = ("matmul", "bmm")  # with a matrix for every head or expert

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing import grid, operators
 from penjing.errors import QuantizationError
-from penjing.graph import OUTPUT, RECURRENT, is_tensor, kind, sites, tensor_inputs
-from penjing.naming import free_name
-from penjing.plan import Entry, Plan
+from penjing.network.graph import OUTPUT, RECURRENT, is_tensor, kind, sites, tensor_inputs
+from penjing.network.naming import free_name
+from penjing.numerics import grid, operators
+from penjing.steps.plan import Entry, Plan
 from penjing.surgery import recurrent
 from penjing.surgery.straight_through import Grid, wide
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing import grid
-from penjing.graph import arguments, compute, kind, layer_site, site, tensor_inputs
-from penjing.plan import Entry, Plan
+from penjing.network.graph import arguments, compute, kind, layer_site, site, tensor_inputs
+from penjing.numerics import grid
+from penjing.steps.plan import Entry, Plan
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.draft import Edit
-from penjing.graph import operator_name, sites
-from penjing.positions import from_text
+from penjing.network.graph import operator_name, sites
+from penjing.steps.draft import Edit
+from penjing.steps.positions import from_text
 
 RESIZING = ("slice", "literal", "partition", "reorder")
 """The four kinds."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from penjing.draft import Edit
-from penjing.graph import site, sites
+from penjing.network.graph import site, sites
+from penjing.steps.draft import Edit
 
 
 def skip(network: fx.GraphModule, last: str, by: str) -> Edit:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from penjing.draft import Edit
-from penjing.hooks import Moment
+from penjing.steps.draft import Edit
+from penjing.steps.hooks import Moment
 
 
 def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from penjing.grid import broadcast, on_grid, rows
-from penjing.plan import QuantSpec
+from penjing.numerics.grid import broadcast, on_grid, rows
+from penjing.steps.plan import QuantSpec
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

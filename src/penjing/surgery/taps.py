@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from penjing.errors import RecipeError
-from penjing.graph import arguments, is_tensor, kind
+from penjing.network.graph import arguments, is_tensor, kind
 
 SCORES = ":scores"
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from penjing.cli.commands import entry, main
+
+__all__ = ["entry", "main"]

@@ -1,0 +1,380 @@
+"""The command line. Results go to standard output, progress and messages to standard error.
+
+Exit codes: 0 done and goal met, 1 error, 2 usage, 3 finished but goal not met (or evidence that does not hold).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.markup import escape
+from rich.table import Table
+
+from penjing.cli.console import Terminal
+from penjing.cli.grammar import parser
+from penjing.errors import OutputError, PenjingError, SourceError, TaskError, UsageError
+from penjing.tasks.usercode import check_file, never_exiting
+
+if TYPE_CHECKING:
+    from penjing.recipes.recipe import Recipe
+
+MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = parser(COMMANDS).parse_args(arguments)
+    messages = Terminal(stderr=True)
+    try:
+        with _stopped_as_by_hand(), never_exiting():
+            return int(parsed.command(parsed, messages))
+    except PenjingError as error:
+        return _told(error, parsed, messages)
+    except KeyboardInterrupt:
+        goes_on = hasattr(parsed, "resume")
+        messages.print("stopped" + ("; `--resume` goes on from here" if goes_on else ""), style="yellow")
+        return ERROR
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except OSError as error:
+        full = OutputError(
+            "a file can't be read or written",
+            got=f"{type(error).__name__}: {error}",
+            expected="permission, and free space in the run folder and the folder for temporary files",
+            remedy="free some space, or set TMPDIR to another folder",
+        )
+        return _told(full, parsed, messages)
+
+
+@contextlib.contextmanager
+def _stopped_as_by_hand() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: what was begun is tidied up, and no process is left behind."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def entry() -> None:
+    """What the installed script calls."""
+    sys.exit(main())
+
+
+def _told(error: PenjingError, parsed: argparse.Namespace, messages: Terminal) -> int:
+    if parsed.json:
+        print(json.dumps({"error": type(error).__name__, **_plain_error(error)}, indent=2))
+    messages.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+    messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
+
+
+def _plain_error(error: PenjingError) -> dict[str, Any]:
+    return {
+        "what": error.what,
+        "got": None if error.got is None else str(error.got),
+        "expected": None if error.expected is None else str(error.expected),
+        "remedy": error.remedy,
+    }
+
+
+def _check_files(parsed: argparse.Namespace) -> None:
+    check_file(parsed.source, error=SourceError, role="source")
+    if parsed.task:
+        check_file(parsed.task, error=TaskError, role="task")
+
+
+def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
+    _check_files(parsed)
+    from penjing.goals.goal import Goal
+    from penjing.pipeline.compress import compress
+    from penjing.report import table, verdict
+    from penjing.tasks.opening import open_task
+
+    goal = Goal.parse(parsed.goal)
+    recipe = _recipe(parsed.recipe) if parsed.recipe else None
+    task = open_task(parsed.task)
+    from penjing.cli.console import Progressing
+
+    with Progressing(messages) as progress:
+        result = compress(
+            parsed.source,
+            task,
+            goal,
+            runtime=parsed.runtime,
+            recipe=recipe,
+            out=parsed.out,
+            seed=parsed.seed,
+            threads=parsed.threads,
+            batch=parsed.batch,
+            device=parsed.device,
+            exclude=parsed.exclude,
+            seconds=parsed.seconds,
+            resume=parsed.resume,
+            force=parsed.force,
+            listeners=[progress],
+        )
+    record = result.record
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(record), indent=2))
+    else:
+        out = Terminal()
+        out.print(table.candidates(record))
+        out.print(table.comparison(record))
+        word = "[bold green]goal met[/bold green]" if result.met else "[bold yellow]goal not met[/bold yellow]"
+        out.print(f"{word}: ", end="")
+        out.print(record.goal.reason, markup=False, highlight=False)
+        out.print(verdict.of(record).headline, markup=False, highlight=False)
+        for name in ("artifact", "load.py", "record.json", "report.html"):
+            out.print(f"  {result.folder / name}", highlight=False, soft_wrap=True, markup=False)
+    return MET if result.met else NOT_MET
+
+
+def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
+    _check_files(parsed)
+    from penjing.pipeline.inspection import inspect
+    from penjing.report import table
+    from penjing.report.figures import figure
+    from penjing.sources.source import open_source
+    from penjing.tasks.opening import open_task
+    from penjing.tasks.task import Task
+
+    task = open_task(parsed.task) if parsed.task else None
+    if parsed.shape:
+        import torch
+
+        task = Task(example=torch.zeros(1, *parsed.shape))
+    source = open_source(parsed.source, task=task)
+    if task is None:
+        if source.example is None:
+            raise UsageError(
+                "inspecting this source needs an example input",
+                got="neither --task nor --shape",
+                expected="--shape 3,224,224 (one sample), or --task",
+            )
+        task = Task(example=source.example)
+    from penjing.cli.console import Progressing
+    from penjing.records.events import Events
+
+    if parsed.noise or parsed.sensitivity:
+        kept = Path(parsed.sensitivity) if parsed.sensitivity else None
+        with Progressing(messages) as progress:
+            found = inspect(source, task, parsed.noise, Events(listeners=(progress,)), kept)
+    else:
+        with messages.status("exporting and analysing"):
+            found = inspect(source, task)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return MET
+    out = Terminal()
+    out.print(table.layers(found.layers))
+    out.print(table.chart(found.layers))
+    out.print(
+        f"{found.name}: {figure(found.parameters, 'count')} parameters, {figure(found.macs, 'MACs')}, "
+        f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
+        highlight=False,
+        markup=False,
+    )
+    if parsed.group:
+        return _show_group(found, parsed, out)
+    if found.sensitivity:
+        return _show_sensitivity(found, parsed, out)
+    out.print("\n[bold]channels that belong together[/bold]")
+    out.print(table.groups(found.groups, found.held))
+    for runtime, reasons in found.floats.items():
+        out.print(f"\n[bold]{runtime}[/bold]: ", end="")
+        out.print(
+            "every convolution, linear and addition can be integer" if not reasons else "stays in floating point:"
+        )
+        for site, reason in reasons.items():
+            out.print(f"  {site}: {reason}", markup=False, highlight=False)
+        for note in found.notes[runtime]:
+            out.print(f"  note: {note}", markup=False, highlight=False)
+    if found.noise:
+        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
+        out.print(table.noise(found.noise))
+    return MET
+
+
+def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+    from penjing.records import files
+    from penjing.report import sensitivity
+
+    out.print(sensitivity.text(found.sensitivity), markup=False, highlight=False, soft_wrap=True)
+    if parsed.picture:
+        files.write_text(Path(parsed.picture), sensitivity.picture(found.sensitivity))
+        out.print(parsed.picture, markup=False, highlight=False)
+    return MET
+
+
+def _show_group(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+    import difflib
+
+    from penjing.records import files
+    from penjing.report import strips
+
+    row = next((group for group in found.groups if group.name == parsed.group), None)
+    if row is None:
+        names = [group.name for group in found.groups]
+        near = difflib.get_close_matches(parsed.group, names, n=3)
+        raise UsageError(
+            "there is no such group of channels",
+            got=parsed.group,
+            expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",
+            remedy=f"did you mean {' or '.join(near)}?" if near else None,
+        )
+    out.print(strips.text(row), markup=False, highlight=False)
+    if parsed.picture:
+        files.write_text(Path(parsed.picture), strips.picture(row))
+        out.print(parsed.picture, markup=False, highlight=False)
+    return MET
+
+
+def _measure(parsed: argparse.Namespace, messages: Terminal) -> int:
+    from penjing.cli.console import Progressing
+    from penjing.pipeline.comparison import measure_artifact
+    from penjing.records.events import Events
+    from penjing.tasks.opening import open_task
+
+    task = open_task(parsed.task) if parsed.task else None
+    with Progressing(messages) as progress:
+        rows = measure_artifact(
+            parsed.artifact,
+            against=parsed.against,
+            task=task,
+            batch=parsed.batch,
+            threads=parsed.threads,
+            seconds=parsed.seconds,
+            events=Events(listeners=(progress,)),
+        )
+    if parsed.json:
+        print(json.dumps({name: dataclasses.asdict(row) for name, row in rows.items()}, indent=2))
+        return MET
+    from penjing.report.figures import figure
+
+    table = Table("", *map(escape, rows))
+    words: list[tuple[str, Callable[[Any], str]]] = [
+        ("metric", lambda r: "not measured" if r.metric is None else f"{r.metric:.4f}"),
+        ("latency, median", lambda r: figure(r.latency_ms.median, "ms")),
+        ("latency, p95", lambda r: figure(r.latency_ms.p95, "ms")),
+        ("spread (IQR/median)", lambda r: f"{r.latency_ms.spread:.1%}"),
+        ("trusted", lambda r: "yes" if r.latency_ms.steady else f"busy machine: {r.latency_ms.doubt}"),
+        ("batch, threads", lambda r: f"{r.latency_ms.batch}, {r.latency_ms.threads}"),
+        ("throughput", lambda r: f"{r.throughput_per_s:.0f} /s"),
+        ("size", lambda r: figure(r.size_bytes, "bytes")),
+        ("peak memory", lambda r: figure(r.peak_memory_bytes, "bytes")),
+    ]
+    for word, show in words:
+        table.add_row(word, *(show(row) for row in rows.values()))
+    Terminal().print(table)
+    return MET
+
+
+def _verify(parsed: argparse.Namespace, messages: Terminal) -> int:
+    from penjing.cli.console import Progressing
+    from penjing.pipeline.verify import verify
+    from penjing.records.events import Events
+    from penjing.tasks.opening import open_task
+
+    task = open_task(parsed.task) if parsed.task else None
+    with Progressing(messages) as progress:
+        checks = verify(
+            parsed.folder,
+            task,
+            threads=parsed.threads,
+            seconds=parsed.seconds,
+            events=Events(listeners=(progress,)),
+        )
+    failed = [c for c in checks if c.holds is False]
+    if parsed.json:
+        print(json.dumps([dataclasses.asdict(c) for c in checks], indent=2))
+    else:
+        table = Table("figure", "recorded", "found now", "", title=escape(str(parsed.folder)))
+        for c in checks:
+            word = {True: "[green]holds[/green]", False: "[bold red]differs[/bold red]", None: "[dim]-[/dim]"}[c.holds]
+            note = f"\n[dim]{escape(c.note)}[/dim]" if c.note else ""
+            table.add_row(escape(c.figure), escape(c.recorded), escape(c.found) + note, word)
+        out = Terminal()
+        out.print(table)
+        held = sum(c.holds is True for c in checks)
+        out.print(f"{held} of {held + len(failed)} figures hold" + ("" if task else "; the metric needs --task"))
+    return NOT_MET if failed else MET
+
+
+def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
+    from penjing import measure, runtimes
+
+    machine = measure.machine(1)
+    versions = measure.versions()
+    found: list[dict[str, Any]] = []
+    for name in runtimes.names():
+        row: dict[str, Any] = {"runtime": name, "installed": runtimes.installed(name), "version": versions.get(name)}
+        row |= {"precisions": [], "integer_operators": [], "notes": [f"pip install 'penjing[{name}]'"]}
+        if row["installed"]:
+            accelerates = runtimes.get(name).accelerates(machine.instruction_sets)
+            integers = sorted(accelerates.integer) if "int8" in accelerates.precisions else []
+            row |= {"precisions": list(accelerates.precisions), "integer_operators": integers}
+            row["notes"] = list(accelerates.notes)
+        found.append(row)
+    if parsed.json:
+        print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))
+        return MET
+    out = Terminal()
+    out.print(f"{machine.processor}, {machine.cores} cores: {', '.join(machine.instruction_sets)}", highlight=False)
+    table = Table("runtime", "version", "precisions here", "integer operators", "notes")
+    for row in found:
+        cells = (row["precisions"], row["integer_operators"], row["notes"])
+        table.add_row(row["runtime"], row["version"] or "not installed", *(", ".join(map(str, c)) for c in cells))
+    out.print(table)
+    return MET
+
+
+def _recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a file."""
+    from penjing import recipes
+    from penjing.recipes.recipe import RECIPE_BYTES, Recipe
+    from penjing.records import reading
+
+    if name in recipes.NAMES:
+        return recipes.NAMES[name]()
+    try:
+        text = reading.text(name, RECIPE_BYTES)
+    except OSError as error:
+        near = difflib.get_close_matches(name.replace("_", "-"), recipes.NAMES, n=1)
+        raise UsageError(
+            "the recipe can't be read",
+            got=f"{name}: {error.strerror}",
+            expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
+            remedy=f"did you mean {near[0]}?" if near else None,
+        ) from None
+    except ValueError as error:
+        raise UsageError("the recipe can't be read", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None
+    return Recipe.from_yaml(text)
+
+
+COMMANDS = {
+    "compress": _compress,
+    "inspect": _inspect,
+    "measure": _measure,
+    "verify": _verify,
+    "runtimes": _runtimes,
+}

@@ -1,0 +1,391 @@
+"""A lesson: what student and teacher say to the same batch, and what a distillation makes of it.
+
+Ways to imitate a teacher stand in `penjing.distill`; the training loop of `penjing.train.finetune` calls them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from penjing.errors import ExportError, PenjingError, SourceError, TaskError
+from penjing.network.capture import raise_network
+from penjing.randomness import preserve_rng_state
+from penjing.sources.source import open_file
+from penjing.steps.step import Context
+from penjing.surgery.taps import Tapped
+from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.task import Call, Task
+from penjing.tasks.usercode import suggest_file
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a distillation sees of one batch: the same call of student and teacher.
+
+    Attributes:
+        student: The student's output.
+        teacher: The teacher's, without gradients.
+        target: The labels; None where there are none.
+        student_features: Values inside the student, by the names that were asked for.
+        teacher_features: Values inside the teacher.
+        done: Part of the training's steps that lie behind, from 0 to 1.
+    """
+
+    student: Any
+    teacher: Any
+    target: Any
+    student_features: Mapping[str, torch.Tensor]
+    teacher_features: Mapping[str, torch.Tensor]
+    done: float = 1.0
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first output of both, classes last: (…, classes) each; `axis` says where they were.
+
+        Raises:
+            TaskError: The two differ in shape, or have no classes.
+        """
+        student, teacher = first_output(self.student), first_output(self.teacher)
+        if student.shape != teacher.shape:
+            raise TaskError(
+                "student and teacher have different outputs",
+                got=f"{tuple(student.shape)} and {tuple(teacher.shape)}",
+                expected="the same classes in the same order",
+                remedy="a teacher of other classes teaches by its features alone, for example distill.Hints",
+            )
+        axis = self.axis(student)
+        if student.dim() < 2 or student.shape[axis] < 2:
+            raise TaskError(
+                "this distillation compares classes",
+                got=f"an output of shape {tuple(student.shape)}",
+                expected="logits of at least two classes, (samples, classes, …)",
+                remedy="distill.Outputs compares outputs of every kind",
+            )
+        return student.movedim(axis, -1), teacher.movedim(axis, -1)
+
+    def axis(self, output: torch.Tensor) -> int:
+        """Where an output has its classes: the axis that labels of integers lack.
+
+        Where that is none, or more than one: the second of four and more axes, as in segmentation, else the last.
+        """
+        usual = (1, -1) if output.dim() > 3 else (-1, 1)
+        if output.dim() < 2:
+            return -1
+        if isinstance(self.target, torch.Tensor) and not self.target.is_floating_point():
+            lacks = {1: output.shape[:1] + output.shape[2:], -1: output.shape[:-1]}
+            if told := [axis for axis in usual if self.target.shape == lacks[axis]]:
+                return told[0]
+        return next((axis for axis in usual if output.shape[axis] > 1), -1)
+
+    def pairs(self, features: Sequence[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(student's, teacher's) values of features; the first outputs where there are none."""
+        if not features:
+            return [(first_output(self.student), first_output(self.teacher))]
+        return [(self.student_features[mine], self.teacher_features[theirs]) for mine, theirs in features]
+
+    def classes(self) -> torch.Tensor:
+        """The labels as (samples,) int64; what is below 0 is no class (`ignore_index` of torch's losses).
+
+        Raises:
+            TaskError: There are none, or they are no classes.
+        """
+        if not isinstance(self.target, torch.Tensor) or self.target.is_floating_point():
+            raise TaskError(
+                "this distillation needs classes as labels",
+                got=f"{self.target.dtype} {tuple(self.target.shape)}"
+                if isinstance(self.target, torch.Tensor)
+                else type(self.target).__name__,
+                expected="a tensor of int64",
+                remedy="distill.Logits needs no labels",
+            )
+        return self.target.reshape(-1).long()
+
+
+Term = Callable[[Lesson], torch.Tensor]
+
+
+class Distillation(Protocol):
+    """A way to imitate a teacher: a frozen dataclass."""
+
+    @property
+    def weight(self) -> float:
+        """Of the term in the training loss."""
+        ...
+
+    @property
+    def features(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of values inside student and teacher that are looked at: sites, or parts of the networks."""
+        ...
+
+    def term(self, lesson: Lesson) -> Term:
+        """A scalar from a lesson; `lesson` is the first one, for its shapes.
+
+        Where it is a module, its parameters are trained beside the student and thrown away at the end.
+        """
+        ...
+
+
+class Kept(Protocol):
+    """A teacher whose answers are kept: `penjing.distill.Stored`."""
+
+    @property
+    def teacher(self) -> nn.Module | str | None:
+        """Who is asked about what is new."""
+        ...
+
+    def opened(self, task: Task) -> nn.Module:
+        """The module that answers."""
+        ...
+
+
+Tutor = nn.Module | Kept | str
+Teacher = Tutor | tuple[Tutor, ...] | None
+
+
+def opened(teacher: Tutor, task: Task) -> nn.Module:
+    """A teacher as a module: a file that is named is opened, and a module is one already.
+
+    Files of data alone are opened, never code: a recipe that names its teacher runs nothing of what it names.
+
+    Args:
+        teacher: See `penjing.Finetune.teacher`.
+        task: For its example, on which an exported program is raised.
+
+    Raises:
+        SourceError: The file is missing, or holds no network.
+        CheckpointError: It would run code.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, str):
+        return teacher.opened(task)
+    path = Path(teacher)
+    if not path.is_dir() and not (path.suffix.lower() == ".pt2" and path.is_file()):
+        raise SourceError(
+            "the teacher can't be opened",
+            got=repr(teacher),
+            expected="a .pt2 file or a Hugging Face folder; 'self', or no teacher for the source network",
+            remedy=suggest_file(path) or "in Python a teacher is given as the module itself, of any origin",
+        )
+    with preserve_rng_state():
+        try:
+            module = open_file(path).module
+            return module if isinstance(module, nn.Module) else raise_network(module, *task.call(), task.dynamic)
+        except PenjingError as error:
+            what = f"the teacher: {error.what}"
+            raise type(error)(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+
+
+class Teaching:
+    """Student and teachers of one training.
+
+    Args:
+        student: The network that is trained.
+        teacher: See `penjing.Finetune.teacher`.
+        distillations: What is imitated.
+        context: For the source network, the example and the device.
+
+    Raises:
+        TaskError: There is no teacher, or values inside several teachers are asked for.
+        RecipeError: A feature does not exist.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: Teacher, distillations: Sequence[Distillation], context: Context
+    ) -> None:
+        self.distillations, self.context = tuple(distillations), context
+        self.teachers = teachers(student, teacher, context)
+        self.modes = [(part, part.training) for model in self.teachers for part in model.modules()]
+        self.homes = [next((t.device for t in model.state_dict().values()), None) for model in self.teachers]
+        self.pairs = [pair for distillation in self.distillations for pair in distillation.features]
+        try:
+            for model in self.teachers:
+                model.eval()
+            self.teacher_view = teacher_view(self.teachers, [name for _, name in self.pairs], context.task)
+            for view in self.teacher_view:
+                (view.view if isinstance(view, Tapped) else view).to(context.device)
+            self.student = self._student_view(student)
+        except BaseException:
+            self.release()
+            raise
+        self.adapters = nn.ModuleList()
+        self.made: dict[str, tuple[float, Term]] = {}
+
+    def release(self) -> None:
+        """Put the teachers back where they were, in the modes that they were in."""
+        for model, home in zip(self.teachers, self.homes, strict=True):
+            if home is not None:
+                model.to(home)
+        for part, mode in self.modes:
+            part.training = mode
+
+    def of(self, student: nn.Module) -> Teaching:
+        """The same lessons for another student of the same form, with adapters of its own."""
+        found = copy.copy(self)
+        found.student = found._student_view(student)
+        found.made, found.adapters = copy.deepcopy((self.made, self.adapters))
+        return found
+
+    def prepare(self, cast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Make the terms, and their adapters, from the shapes of the task's example."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
+        module = self.student.view if isinstance(self.student, Tapped) else self.student
+        with evaluating(module), cast():
+            output = self.student(*args, **kwargs)
+            try:
+                lesson = self.lesson(output, None, (args, kwargs), done=0.0)
+            except PenjingError:
+                raise
+            except Exception as error:
+                said = next(iter(str(error).strip().splitlines()), "")
+                raise TaskError(
+                    "the teacher can't take Task.example",
+                    got=f"{type(error).__name__}: {said[:300]}",
+                    expected="a network that is called as the student is",
+                    remedy="a module whose forward turns the student's inputs into the teacher's",
+                ) from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.context.seed)
+            for distillation in self.distillations:
+                word, again = type(distillation).__name__, 1
+                while word in self.made:
+                    word, again = f"{type(distillation).__name__} {again + 1}", again + 1
+                self.made[word] = distillation.weight, distillation.term(lesson)
+        self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
+        values = pytree.tree_leaves((lesson.student_features, lesson.student))
+        exact = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
+        self.adapters.to(self.context.device, torch.float64 if exact else torch.float32).train()
+
+    def lesson(self, output: Any, target: Any, call: Call, done: float) -> Lesson:
+        """What the teachers say to the call that the student has just answered."""
+        args, kwargs = call
+        found = self.student.values() if isinstance(self.student, Tapped) else {}
+        with torch.no_grad():
+            taught = [model(*args, **kwargs) for model in self.teacher_view]
+        wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
+        said = taught[0] if len(taught) == 1 else _mean(taught)
+        return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done)
+
+    def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
+        """Every weighted term by the name of its distillation."""
+        return {name: weight * term(lesson) for name, (weight, term) in self.made.items()}
+
+    def digest(self) -> str:
+        """Of the teachers' weights: a training that goes on has to have the same."""
+        return digest(self.teachers)
+
+    def _student_view(self, student: nn.Module) -> Any:
+        names = [name for name, _ in self.pairs]
+        if not names:
+            return student
+        if not isinstance(student, fx.GraphModule):
+            raise TaskError(
+                "values inside the student can't be read",
+                got=f"a {type(student).__name__}",
+                expected="a raised network, as a recipe trains it",
+                remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
+            )
+        return Tapped(student, names, "student")
+
+
+def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) -> list[Any]:
+    """What is called in the teachers' place: themselves, or the one whose values by these names are looked at.
+
+    Raises:
+        TaskError: Values inside several teachers are asked for, or inside stored answers.
+        RecipeError: There is none by such a name.
+        ExportError: The teacher can't be raised.
+    """
+    if not names:
+        return list(models)
+    if len(models) > 1:
+        raise TaskError(
+            "values inside several teachers can't be averaged",
+            got=f"{len(models)} teachers and the features {', '.join(names)}",
+            expected="one teacher, or distillations of outputs alone",
+        )
+    (model,) = models
+    if getattr(model, "outputs_only", False):
+        raise TaskError(
+            "stored answers have no values inside",
+            got=f"the features {', '.join(names)}",
+            expected="distillations of outputs alone, for example distill.Logits",
+            remedy="give the network itself as the teacher",
+        )
+    if not isinstance(model, fx.GraphModule):
+        try:
+            model = raise_network(model, *task.call(), task.dynamic)
+        except ExportError as error:
+            what = f"the teacher: {error.what}"
+            raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+    return [Tapped(model, names, "teacher")]
+
+
+def _mean(said: Sequence[Any]) -> Any:
+    """What several teachers say in the mean, output by output."""
+    every = [pytree.tree_flatten(one) for one in said]
+    shapes = [[tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves] for leaves, _ in every]
+    if any(form != every[0][1] for _, form in every) or any(one != shapes[0] for one in shapes):
+        raise TaskError(
+            "the teachers have different outputs",
+            got=", ".join(map(str, shapes)),
+            expected="the same outputs, with the same classes in the same order",
+        )
+    means = [_average(same) for same in zip(*(leaves for leaves, _ in every), strict=True)]
+    return pytree.tree_unflatten(means, every[0][1])
+
+
+def _average(values: Sequence[Any]) -> Any:
+    numbers = isinstance(values[0], torch.Tensor) and values[0].is_floating_point()
+    return torch.stack(list(values)).mean(0) if numbers else values[0]
+
+
+def digest(models: Sequence[nn.Module]) -> str:
+    """SHA-256 over names, types, shapes and values of all weights and buffers, in the order of their names."""
+    found = hashlib.sha256()
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def in_fp32(output: Any) -> Any:
+    """Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm."""
+    half = (torch.bfloat16, torch.float16)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, output)
+
+
+def teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
+    """Who teaches, as modules; a student that teaches itself is copied.
+
+    Raises:
+        TaskError: There is no teacher.
+        SourceError: A file is missing, or holds no network.
+    """
+    if teacher is None and context.source is None:
+        raise TaskError(
+            "there is no teacher",
+            got="teacher=None, and no source network",
+            expected="the network that is imitated",
+            remedy="Finetune(distill=..., teacher=network), or teacher='self'",
+        )
+
+    def one(named: Any) -> nn.Module:
+        if named is student or (isinstance(named, str) and named == "self"):
+            return copy.deepcopy(student)
+        if not isinstance(named, nn.Module | str) and named.teacher is student:
+            named = replace(named, teacher=copy.deepcopy(student))
+        return opened(named, context.task)
+
+    several = teacher if isinstance(teacher, tuple) else (context.source if teacher is None else teacher,)
+    return [one(named) for named in several]

@@ -1,0 +1,1 @@
+"""Goals: their words, and which candidate meets them best. Reads records alone."""

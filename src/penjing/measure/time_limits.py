@@ -1,0 +1,42 @@
+"""How long a runtime may take: a base, and a multiple of what the source network took in torch for the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+BASE_S = 60.0  # that every request may take: a machine may be busy
+FACTOR = 100  # times what the source took in torch for the same work
+UNKNOWN_S = 600.0  # for a call whose source has not been timed
+BYTES_PER_S = 1 << 20  # of files that a runtime opens, converts and compiles; the slowest took a tenth of that time
+
+_source: tuple[float, int] | None = None  # seconds of a call of the source in torch, and how many values it had
+
+
+def expect(seconds: float, values: int) -> None:
+    """Say what one call of the source took in torch, and how many input values it had: limits follow it from now on."""
+    global _source
+    _source = (seconds, max(1, values))
+
+
+def expect_nothing() -> None:
+    """No source is known any more."""
+    global _source
+    _source = None
+
+
+def call_s(inputs: Sequence[np.ndarray]) -> float:
+    """Seconds that one call may take."""
+    if _source is None:
+        return BASE_S + UNKNOWN_S
+    seconds, values = _source
+    return BASE_S + FACTOR * seconds * max(1.0, sum(x.size for x in inputs) / values)
+
+
+def opening_s(*paths: Path) -> float:
+    """Seconds that opening, converting or compiling files, or all files of a folder, may take."""
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+    own = 0.0 if _source is None else FACTOR * _source[0]
+    return BASE_S + own + sum(file.stat().st_size for file in files) / BYTES_PER_S

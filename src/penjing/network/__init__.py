@@ -1,0 +1,1 @@
+"""The captured form: capturing a network, reading its graph, exporting it again."""

@@ -1,0 +1,414 @@
+"""Raising an exported program into a trainable graph of layers: the one form that every step knows.
+
+A raised network is a `torch.fx.GraphModule`. Layers with parameters (convolution, linear, norms, embedding) and
+dropout are real `torch.nn` modules under their original names; every other operator is a functional node whose
+sizes are literals that can be edited. It trains, evaluates, deep-copies and exports like any module, and in eval
+mode it computes the same bits as its source; where torch would take its fused attention kernel instead
+(``torch.backends.mha``), the same to rounding.
+
+Where a source keeps a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
+``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's. A product with a
+stored weight is a linear layer by whatever operator it was written, and what is computed from stored tensors alone
+(a parametrization, a transposed weight, a third of a fused one) is its plain weight: ``network.meta["folded"]`` maps
+the key of such a weight to the source's keys that it was computed from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from penjing.network.complex_pairs import complex_as_pairs
+from penjing.network.decompositions import decomposed
+from penjing.network.exporting import Dynamic, export_module
+from penjing.network.functional import functional, mutates
+from penjing.network.graph import arguments, operator_name
+from penjing.network.higher_order import in_line
+from penjing.network.naming import safe_names
+from penjing.network.products import as_linear
+from penjing.network.single_precision import single_program
+from penjing.network.stored_weights import fold
+
+CHOSEN = "its rows are chosen by values: the calibration data may not reach it"
+CHOOSES = "what it computes decides which rows are taken: a small error takes others"
+
+
+def raise_network(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Dynamic = None,
+) -> fx.GraphModule:
+    """Export `model` once, in eval mode, and raise it. The model itself stays as it was.
+
+    Args:
+        model: A module, or an exported program (then the example is not needed).
+        args: Positional example inputs, batch first.
+        kwargs: Keyword example inputs.
+        dynamic: Axes that vary (see `Task.dynamic`); None makes axis 0 of every tensor the batch.
+
+    Returns:
+        A graph module in eval mode that shares no memory with `model`.
+
+    Raises:
+        ExportError: The network can't be exported; names the line of the user's code.
+    """
+    program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
+    program, owned = safe_names(single_program(program))
+    program = complex_as_pairs(functional(decomposed(in_line(program))))
+    flat = program.module(check_guards=False)
+    state = {**program.state_dict, **program.constants}
+    graph_module = _Raiser(flat, state).build()
+    raised = copy.deepcopy(graph_module)
+    names = raised.meta["renamed"]
+    names |= {key: owned.get(names.get(key, key), names.get(key, key)) for key in {**owned, **names}}
+    return raised.eval()
+
+
+def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.Node] | None:
+    """The layer that a functional operator is where it reads stored tensors alone, and what the layer reads.
+
+    Args:
+        node: Of a raised network.
+        tensors: What the get_attr nodes among its arguments read.
+
+    Returns:
+        A layer that holds the tensors themselves; None where no kind of layer says what the operator says.
+    """
+    builder = _BUILDERS.get(operator_name(node)) if isinstance(node.target, torch._ops.OpOverload) else None
+    built = builder(_Tensors(tensors, tensors), node) if builder else None
+    return None if built is None else (built[0], built[1][0])
+
+
+class _Tensors:
+    """What get_attr nodes read, and every tensor of the source by its name."""
+
+    def __init__(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        self.state = state
+
+    def _tensor(self, node: Any) -> Any:
+        return self.tensors[str(node.target)]
+
+
+class _Raiser(_Tensors):
+    """Turns one flat exported graph into modules and functional nodes."""
+
+    def __init__(self, flat: fx.GraphModule, state: Mapping[str, Any]) -> None:
+        # One Parameter object per tensor, so that tied weights stay tied.
+        tensors = dict(flat.named_parameters(remove_duplicate=False)) | dict(flat.named_buffers(remove_duplicate=False))
+        # Numbers that a forward wrote as tensors are in the state alone.
+        super().__init__({**state, **tensors}, state)
+        self.flat = flat
+        self.modules: dict[str, nn.Module] = {}
+        self.calls: Counter[str] = Counter()
+        self.ordinals: Counter[tuple[str, str]] = Counter()
+        self.renamed: dict[str, str] = {}
+        self.folded: dict[str, tuple[str, ...]] = {}
+        self.sources: dict[str, tuple[str, ...]] = {}
+
+    def build(self) -> fx.GraphModule:
+        graph = self.flat.graph
+        for node in list(graph.nodes):
+            if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
+                graph.erase_node(node)
+        as_linear(graph, self.tensors)
+        _sweep(graph)  # what nobody reads any more reads no weight
+        folded = fold(graph, self.tensors, _module_path)
+        self.tensors = {**self.tensors, **folded.tensors}
+        self.sources = folded.sources
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._raise(node)
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.copy.default:  # left by functionalization; has no derivative
+                node.target, node.args = torch.ops.aten.expand_as.default, (node.args[1], node.args[0])
+            elif node.target is torch.ops.aten.view.default:  # the same values, in every memory format
+                node.target = torch.ops.aten.reshape.default
+        _sweep(graph)
+        attributes: dict[str, Any] = dict(self.modules)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                attributes[str(node.target)] = self._tensor(node)
+        for node in _choosing(graph):
+            node.meta["float"] = CHOOSES
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_module" and isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
+                node.meta["float"], node.meta["chosen"] = CHOSEN, True
+        raised = fx.GraphModule(attributes, graph, class_name="Network")
+        for node in raised.graph.nodes:
+            value = node.meta.get("val")
+            node.meta = {key: node.meta[key] for key in ("site", "stack_trace", "float", "chosen") if key in node.meta}
+            if isinstance(value, torch.Tensor):
+                node.meta["rank"] = value.dim()
+                node.meta["floating"] = value.is_floating_point()
+                if value.dim() and isinstance(value.shape[-1], int):
+                    node.meta["width"] = value.shape[-1]
+        raised.meta["renamed"], raised.meta["folded"] = self.renamed, self.folded
+        raised.recompile()
+        return raised
+
+    def _raise(self, node: fx.Node) -> None:
+        path = _module_path(node)
+        name = operator_name(node)
+        builder = _BUILDERS.get(name)
+        built = builder(self, node) if builder and isinstance(node.target, torch._ops.OpOverload) else None
+        if built is None:
+            ordinal = self.ordinals[path, name]
+            self.ordinals[path, name] += 1
+            node.meta["site"] = f"{path}/{name}#{ordinal}"
+            return
+        module, inputs, suffixes = built
+        target = self._register(module, path, suffixes)
+        self._note_renamed(target, suffixes)
+        node.op, node.target, node.args, node.kwargs = "call_module", target, inputs, {}
+        count = self.calls[target]
+        self.calls[target] += 1
+        node.meta["site"] = target if count == 0 else f"{target}@{count}"
+
+    def _register(self, module: nn.Module, path: str, parameters: dict[str, str]) -> str:
+        """Store the module under its original name; the same layer called twice is one module."""
+        name = self._name(module, path, parameters)
+        base, n = name, 1
+        while name in self.modules and not _same_layer(self.modules[name], module):
+            name, n = f"{base}_{n}", n + 1
+        self.modules.setdefault(name, module)
+        return name
+
+    def _note_renamed(self, layer: str, tensors: dict[str, str]) -> None:
+        for role, fqn in tensors.items():
+            key = f"{layer}.{role}"
+            if fqn in self.sources:
+                self.folded[key] = self.sources[fqn]
+            if key not in self.state and len(self.sources.get(fqn, (fqn,))) == 1:
+                (self.renamed[key],) = self.sources.get(fqn, (fqn,))
+            counter = fqn.removesuffix("running_mean") + "num_batches_tracked"
+            if role == "running_mean" and f"{layer}.num_batches_tracked" not in self.state and counter in self.state:
+                self.renamed[f"{layer}.num_batches_tracked"] = counter
+
+    def _name(self, module: nn.Module, path: str, parameters: dict[str, str]) -> str:
+        if not parameters:
+            return path or type(module).__name__.lower()
+        whole = path and all(self._is_tensor(f"{path}.{role}", fqn) for role, fqn in parameters.items())
+        fqn = parameters.get("weight") or next(iter(parameters.values()))
+        endings = [e for e in (".weight", "_weight", ".bias", "_bias") if fqn.endswith(e)]
+        name = path if whole else fqn.removesuffix(endings[0]) if endings else ""
+        # A layer without a bias must not take the name under which an operator reads one.
+        hides = any(f"{name}.{role}" in self.state for role, own in module._parameters.items() if own is None)
+        return name if name and not hides else f"{fqn}_layer"
+
+    def _is_tensor(self, key: str, fqn: str) -> bool:
+        if key == fqn:
+            return True
+        here, there = self.state.get(key), self.state.get(fqn)
+        return here is not None and there is not None and here.data_ptr() == there.data_ptr()
+
+
+def _sweep(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
+            graph.erase_node(node)
+
+
+def _choosing(graph: fx.Graph) -> set[fx.Node]:
+    """The layers whose values decide which rows are taken at all, as a router of experts does."""
+    layers: set[fx.Node] = set()
+    waiting = [mask for node in graph.nodes for mask in _masks(node)]
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_module":
+            layers.add(node)
+        else:
+            waiting += node.all_input_nodes
+    return layers
+
+
+def _masks(node: fx.Node) -> list[fx.Node]:
+    """What an operator reads to decide how many rows it gives."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name == "nonzero" or (name == "where" and len(node.args) == 1) or name == "masked_select":
+        return [part for part in node.args[-1:] if isinstance(part, fx.Node)]
+    if name not in ("index", "index_put"):
+        return []
+    indices = [part for part in node.args[1] if isinstance(part, fx.Node)]  # type: ignore[union-attr]
+    return [part for part in indices if getattr(part.meta.get("val"), "dtype", None) == torch.bool]
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = operator_name(node) if node.op == "call_function" else ""
+    return name.startswith(("_assert", "sym_constrain", "assert"))
+
+
+def _writes_input(node: fx.Node) -> bool:
+    """Functionalization ends with writing the inputs back that a forward changed: nothing that a caller wants."""
+    written = node.args[0] if node.target is torch.ops.aten.copy_.default else None
+    return isinstance(written, fx.Node) and written.op == "placeholder" and not node.users
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path.split("@")[0]
+
+
+def _same_layer(a: nn.Module, b: nn.Module) -> bool:
+    if type(a) is not type(b) or a.extra_repr() != b.extra_repr():
+        return False
+    mine = {**dict(a.named_parameters(recurse=False)), **dict(a.named_buffers(recurse=False))}
+    other = {**dict(b.named_parameters(recurse=False)), **dict(b.named_buffers(recurse=False))}
+    shared = [k for k in mine if k != "num_batches_tracked"]
+    return all(k in other and mine[k].data_ptr() == other[k].data_ptr() for k in shared)
+
+
+_Built = tuple[nn.Module, tuple[Any, ...], dict[str, str]] | None
+
+
+def _assign(source: _Tensors, module: nn.Module, values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Put the exported tensors into `module`; None when one of them is computed and not stored."""
+    names: dict[str, str] = {}
+    for role, node in values.items():
+        if node is None:
+            continue
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        tensor = source._tensor(node)
+        if role in module._buffers:
+            module._buffers[role] = tensor
+        else:
+            module._parameters[role] = (
+                tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            )
+        names[role] = str(node.target)
+    return names
+
+
+def _weight(source: _Tensors, node: Any) -> torch.Tensor | None:
+    return source._tensor(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _conv(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    weight = _weight(source, a["weight"])
+    name = operator_name(node)
+    transposed = name.startswith("conv_transpose")
+    if weight is None:
+        return None
+    n = int(name[-2])
+    cls: Any = getattr(nn, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")
+    groups = a["groups"]
+    inner, outer = (
+        (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+    )
+    spread = {k: _tuple(a[k], n) for k in ("stride", "dilation")}
+    padding = a["padding"] if isinstance(a["padding"], str) else _tuple(a["padding"], n)
+    more = {"output_padding": _tuple(a["output_padding"], n)} if transposed else {}
+    module = cls(
+        inner,
+        outer,
+        tuple(weight.shape[2:]),
+        padding=padding,
+        groups=groups,
+        bias=a["bias"] is not None,
+        device="meta",
+        **spread,
+        **more,
+    )
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
+    return None if names is None else (module, (a["input"],), names)
+
+
+def _linear(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    weight = _weight(source, a["weight"])
+    if weight is None or weight.dim() != 2:
+        return None
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=a["bias"] is not None, device="meta")
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
+    return None if names is None else (module, (a["input"],), names)
+
+
+def _batch_norm(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    if a["running_mean"] is None or a["training"]:
+        return None
+    mean = _weight(source, a["running_mean"])
+    value = node.meta.get("val")
+    if mean is None or value is None:
+        return None
+    cls: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[value.dim()]
+    module = cls(mean.shape[0], eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
+    roles = {role: a[role] for role in ("weight", "bias", "running_mean", "running_var")}
+    names = _assign(source, module, roles)
+    if names is None:
+        return None
+    tracked = source.state.get(names["running_mean"].removesuffix("running_mean") + "num_batches_tracked")
+    module.num_batches_tracked = torch.tensor(0) if tracked is None else tracked.clone()
+    return module, (a["input"],), names
+
+
+def _layer_norm(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    if a["weight"] is None:
+        return None
+    module = nn.LayerNorm(tuple(a["normalized_shape"]), eps=a["eps"], bias=a["bias"] is not None, device="meta")
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
+    return None if names is None else (module, (a["input"],), names)
+
+
+def _group_norm(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    weight = _weight(source, a["weight"])
+    if weight is None:
+        return None
+    module = nn.GroupNorm(a["num_groups"], weight.shape[0], eps=a["eps"], device="meta")
+    names = _assign(source, module, {"weight": a["weight"], "bias": a["bias"]})
+    return None if names is None else (module, (a["input"],), names)
+
+
+def _embedding(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    weight = _weight(source, a["weight"])
+    if weight is None:
+        return None
+    padding = a["padding_idx"] if a["padding_idx"] is not None and a["padding_idx"] >= 0 else None
+    module = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, device="meta")
+    names = _assign(source, module, {"weight": a["weight"]})
+    return None if names is None else (module, (a["indices"],), names)
+
+
+def _dropout(source: _Tensors, node: fx.Node) -> _Built:
+    a = arguments(node)
+    return nn.Dropout(a["p"]), (a["input"],), {}
+
+
+_BUILDERS = {
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "conv3d": _conv,
+    "conv_transpose1d": _conv,
+    "conv_transpose2d": _conv,
+    "conv_transpose3d": _conv,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "embedding": _embedding,
+    "dropout": _dropout,
+}
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    values = list(value) if isinstance(value, Iterable) else [value]
+    return tuple(values * n) if len(values) == 1 else tuple(values)

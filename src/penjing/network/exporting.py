@@ -1,0 +1,266 @@
+"""Exporting a module with torch, with axes that vary: the way in for sources and the way out for raised networks."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import SymBoolArgument, SymFloatArgument, SymIntArgument
+from torch.utils import _pytree as pytree
+
+from penjing.errors import ExportError, TaskError
+from penjing.network.graph import in_eval_mode, line
+from penjing.network.wrappers import unwrapped
+
+Dynamic = Mapping[str | int, Mapping[int, str]] | None
+MAX_BATCH = 4096
+UNPROVEN = "Constraints violated|solve_univariate_inequality"  # errors of torch.export that may be its own limit
+
+
+def export_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, dynamic: Dynamic = None
+) -> ExportedProgram:
+    """Export in eval mode with a dynamic batch; an example of batch 1 is widened to 2 first.
+
+    Raises:
+        ExportError: With the line of the user's code where the export stopped.
+    """
+    kwargs = dict(kwargs or {})
+    model = unwrapped(model)
+    names = input_names(model, args, kwargs)
+    axes = _dynamic_axes(names, [*args, *kwargs.values()], dynamic)
+    values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]
+    args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def attempt(limits: Mapping[str, tuple[int, int]], defer: bool = False) -> ExportedProgram:
+        dims = {name: Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
+        shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
+        with in_eval_mode(model), torch.no_grad():
+            return torch.export.export(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=_by_parameter(model, names, shapes),
+                prefer_deferred_runtime_asserts_over_guards=defer,
+            )
+
+    limits: dict[str, tuple[int, int]] = {}
+    defer = False
+    while True:
+        try:
+            program = attempt(limits, defer)
+            break
+        except Exception as error:
+            asked = _narrower_limits(str(error))
+            narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in asked.items()}
+            if narrower and limits != limits | narrower:
+                limits |= narrower  # a table of 512 positions reads no longer sequence
+            elif re.search(UNPROVEN, str(error)) and not defer:
+                defer = True  # sizes that torch can't prove to be equal, as of strides and of pools
+            else:
+                raise _export_error(model, error) from error
+    _check_outputs(model, program)
+    return program
+
+
+def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
+    """Raise ExportError where an output is a number that follows the sizes of the inputs: a file gives tensors."""
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, SymIntArgument | SymFloatArgument | SymBoolArgument) and spec.arg.name is not None:
+            number = next(n for n in program.graph.nodes if n.name == spec.arg.name)
+            raise ExportError(
+                f"an output of the network is a number that changes with the sizes of its inputs{line(number)}",
+                got=str(number.meta.get("val", number)),
+                expected="tensors, and numbers that are always the same",
+                remedy="leave it out and compute it from the inputs, or return a tensor: x.new_full((1,), x.shape[0])",
+            )
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs in the order args, kwargs; ``x_0, x_1`` for what a ``*x`` parameter collects."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TaskError(
+            "the example inputs do not fit the network's forward",
+            got=f"{len(args)} positional, keywords {sorted(kwargs)}: {error}",
+            expected=f"forward{signature}",
+            remedy="give Task(example=...) as a tensor, a tuple of positional inputs, or a dict of keyword inputs",
+        ) from None
+    names: list[str] = []
+    for name in bound.arguments:
+        parameter = signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            collected = [f"{name}_{i}" for i in range(len(bound.arguments[name]))]
+            both = [word for word in collected if word in signature.parameters or word in kwargs]
+            if both:
+                raise ExportError(
+                    f"two inputs of the network would be called {both[0]!r}",
+                    got=f"forward{signature}: torch calls so the input that *{name} collects",
+                    expected="one name for each input",
+                    remedy=f"rename the parameter {both[0]} of forward",
+                )
+            names += collected
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in kwargs:
+            names.append(name)
+    return names + list(kwargs)
+
+
+def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Dynamic) -> ExportedProgram:
+    """Export a raised (and edited) network again. Weights are made contiguous first.
+
+    In channels-last memory format, pooling decomposes into ``as_strided``, which runtimes misread.
+    """
+    network = copy.deepcopy(network).eval()
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data = tensor.data.contiguous()
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.contiguous(), call)
+    return export_module(network, args, kwargs, dynamic)
+
+
+def with_plain_outputs(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy that gives a plain tuple of its output tensors.
+
+    A library's own output class could not be read without the library; numbers and None among the outputs have no
+    place in a file, and stand in the structure of the outputs.
+    """
+    network = copy.deepcopy(network)
+    codegen = network.graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        end = network.graph.output_node()
+        tensors = tuple(value for value in end.args[0] if isinstance(value, fx.Node))  # type: ignore[union-attr]
+        end.args = (tensors,)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
+        network.recompile()
+    return network
+
+
+def _dynamic_axes(names: list[str], values: list[Any], dynamic: Dynamic) -> dict[str, Mapping[int, str]]:
+    if dynamic is None:
+        return {name: {0: "batch"} for name in names}
+    known = {*names, *range(len(names))}
+    for key in dynamic:
+        if key not in known:
+            raise TaskError(
+                "Task.dynamic names an input that the network does not have",
+                got=repr(key),
+                expected=f"one of {names} or a position below {len(names)}",
+            )
+    return {name: dynamic.get(name, dynamic.get(i, {})) for i, name in enumerate(names)}
+
+
+def _widen(value: Any, axes: Mapping[int, str]) -> Any:
+    # A size of 1 would be taken for a constant by the export, silently.
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        for axis in axes:
+            if axis < tensor.dim() and tensor.shape[axis] == 1:
+                tensor = torch.cat([tensor, tensor], dim=axis)
+        return tensor
+
+    return pytree.tree_map_only(torch.Tensor, widen, value)
+
+
+def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> Any:
+    def spec(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        for name in axes.values():
+            dims.setdefault(name, Dim(name, min=1, max=MAX_BATCH))
+        return {axis: dims[name] for axis, name in axes.items() if axis < tensor.dim()} or None
+
+    return pytree.tree_map(spec, value)
+
+
+def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of the axes for which the exporter asks for a narrower range, and for nothing else."""
+    fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
+    found = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
+    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in found if m}
+    return limits if len(limits) == len(fixes) else {}
+
+
+def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """What two ranges have in common."""
+    return max(one[0], other[0]), min(one[1], other[1])
+
+
+def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
+    parameters = inspect.signature(model.forward).parameters
+    by_name = dict(zip(names, shapes, strict=True))
+    starred = [name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    collected = tuple(shape for name, shape in by_name.items() if name not in parameters)
+    if collected and not starred:
+        return tuple(shapes)
+    specs = {name: collected if name in starred else by_name.get(name) for name in parameters}
+    return {name: spec for name, spec in specs.items() if name in by_name or (name in starred and collected)}
+
+
+def _export_error(model: nn.Module, error: Exception) -> ExportError:
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if not _FOREIGN & {*f.filename.replace("\\", "/").split("/")}]
+    inside = [f for f in inside if "penjing" not in f.filename]
+    where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
+    message = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {error}"
+    expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
+    if "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+        expected, remedy = _RECURRENT
+    elif any(frame.name == "_detect_is_causal_mask" for frame in frames):
+        expected, remedy = _CAUSAL
+    elif "solve_univariate_inequality" in text or set(re.findall(r"solving the guards generated for (\w+) =", text)) - {
+        "batch"
+    }:
+        expected, remedy = _WINDOW
+    return ExportError(
+        f"the network can't be exported: {where}",
+        got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
+        expected=expected,
+        remedy=remedy.replace("'x':", f"{next(iter(inspect.signature(model.forward).parameters), 'x')!r}:"),
+    )
+
+
+_FOREIGN = {"torch", "sympy"}  # folders whose lines are not the user's
+_RECURRENT = (
+    "recurrent layers whose length is fixed: torch.export writes out every step of them; the batch may vary",
+    "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
+)
+_CAUSAL = (
+    "a transformer that is told whether its mask is causal: torch compares the mask's values otherwise",
+    "call the encoder with is_causal=True beside a causal mask and with is_causal=False beside another: "
+    "self.encoder(x, mask=mask, is_causal=True)",
+)
+_WINDOW = (
+    "a forward that takes every size of the axes that vary",
+    "pool a whole axis by x.mean((2, 3)) or F.adaptive_avg_pool2d(x, 1): the window of F.avg_pool2d(x, x.shape[2:]) is "
+    "a number; write other sizes as x.shape[2] or -1; or fix it: Task(dynamic={'x': {0: 'batch'}}) lets the batch "
+    "alone vary",
+)
+_ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
+    r"structure of `inputs` and `dynamic_shapes`": (
+        "a forward that names its inputs",
+        "wrap the network in a module that names them: def forward(self, a, b): return self.net(a=a, b=b)",
+    ),
+    r"GuardOnDataDependent|[Dd]ata-dependent|[Dd]ynamic control flow": (
+        "a forward without control flow that depends on the values of tensors",
+        "choose with torch.where(condition, a, b) or torch.cond(condition, branch_a, branch_b, inputs) on that line",
+    ),
+    r"Constraints violated|specialized|is invalid for input of size|must match|size mismatch|shapes cannot be"
+    r"|[Ss]izes of tensors|broadcast": (
+        "a forward that takes every size of the axes that vary; without Task.dynamic that is the batch, axis 0",
+        "write sizes as x.shape[0] or -1 where that line has a number (x.flatten(1) keeps the batch); or fix what "
+        "can't vary: Task(dynamic={}) fixes all sizes to the example's, Task(dynamic={'x': {0: 'batch'}}) all but one",
+    ),
+    "": (
+        "a forward that torch.export takes",
+        "torch.export.export(model.eval(), example) in a Python shell shows the same; write that line with operators "
+        "of torch alone",
+    ),
+}

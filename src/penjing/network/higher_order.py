@@ -1,0 +1,107 @@
+"""Regions within an exported program (branches of `torch.cond`, gradient and autocast regions) put in line.
+
+Every step reads one flat graph. Of a condition on values both branches are computed, and one is chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.export import ExportedProgram
+
+from penjing.errors import ExportError
+from penjing.network.graph import line
+
+_FIRST_OPERAND = {"wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}  # behind the region itself
+
+
+def in_line(program: ExportedProgram) -> ExportedProgram:
+    """The program without regions; itself where it has none.
+
+    Raises:
+        ExportError: A loop, or a condition on a size: what runs then depends on more than values.
+    """
+    if not any(_is_region(node) for node in program.graph.nodes):
+        return program
+    program = copy.copy(program)
+    program._graph_module = copy.deepcopy(program.graph_module)
+    program._graph_signature = copy.deepcopy(program.graph_signature)
+    while node := next((node for node in program.graph.nodes if _is_region(node)), None):
+        renamed = _put_in_line(program.graph_module, node)
+        for spec in program._graph_signature.output_specs:
+            if getattr(spec.arg, "name", None) in renamed:
+                object.__setattr__(spec.arg, "name", renamed[spec.arg.name])
+    for node in list(program.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
+
+
+def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
+    name = str(node.target)
+    if name == "cond":
+        condition, *branches, operands = node.args
+        value = condition.meta.get("val") if isinstance(condition, fx.Node) else condition
+        if not isinstance(value, torch.Tensor):
+            raise _refusal(node, "its condition is on a size", "choose by the size outside of the network, or fix it")
+        taken, other = (_copied(owner, node, branch, operands) for branch in branches)
+        results = []
+        for one, two in zip(taken, other, strict=True):
+            with owner.graph.inserting_before(node):
+                chosen = owner.graph.call_function(torch.ops.aten.where.self, (condition, one, two))
+            chosen.meta = {**node.meta, "val": one.meta["val"]}
+            results.append(chosen)
+    elif name in _FIRST_OPERAND:
+        start = _FIRST_OPERAND[name]
+        results = _copied(owner, node, node.args[start - 1], node.args[start:])
+    else:
+        raise _refusal(node, f"it is a {name}", "write the loop out, for a number of rounds that is fixed")
+    renamed = {}
+    for user in list(node.users):
+        if user.target is not operator.getitem:
+            raise _refusal(node, "its results are read as one", "return tensors from its branches")
+        result = results[int(str(user.args[1]))]
+        user.replace_all_uses_with(result)
+        renamed[user.name] = result.name
+        owner.graph.erase_node(user)
+    owner.graph.erase_node(node)
+    return renamed
+
+
+def _copied(owner: fx.GraphModule, node: fx.Node, region: Any, operands: Any) -> list[fx.Node]:
+    """The operators of a region in front of `node`, and its results."""
+    graph: Any = owner.get_submodule(str(region.target)).graph
+    inputs = [inner for inner in graph.nodes if inner.op == "placeholder"]
+    known: dict[fx.Node, fx.Node] = dict(zip(inputs, operands, strict=True))
+    for inner in graph.nodes:
+        if inner.op == "get_attr":  # a region within it
+            name = f"{region.target}_{inner.target}".replace(".", "_")
+            setattr(owner, name, getattr(owner.get_submodule(str(region.target)), str(inner.target)))
+            with owner.graph.inserting_before(node):
+                known[inner] = owner.graph.get_attr(name)
+        elif inner.op == "call_function":
+            with owner.graph.inserting_before(node):
+                known[inner] = owner.graph.node_copy(inner, lambda n: known[n])
+        elif inner.op == "output":
+            results = inner.args[0] if isinstance(inner.args[0], tuple | list) else (inner.args[0],)
+            return [known[result] for result in results]
+    raise AssertionError("a region without results")
+
+
+def _refusal(node: fx.Node, why: str, remedy: str) -> ExportError:
+    return ExportError(
+        f"the network holds an operator that runs others: {node.target}{line(node)}",
+        got=why,
+        expected="one graph of operators; of torch.cond on values of tensors both branches are computed",
+        remedy=remedy,
+    )

@@ -1,0 +1,68 @@
+"""LSTM layers whose hidden state is projected to fewer values, step by step: neither runtime has them as an operator.
+
+Sak, Senior and Beaufays, "Long short-term memory based recurrent neural network architectures", Interspeech 2014.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from penjing.errors import ExportError
+from penjing.network.graph import line
+from penjing.network.rewriting import Builder
+
+aten = torch.ops.aten
+MOST_STEPS = 512  # each is a dozen operators of the graph
+
+
+def lstm(build: Builder, a: dict[str, Any]) -> Any:
+    """Output, hidden state and cell state of `aten.lstm`, where that has projections; None where it has none.
+
+    Raises:
+        ExportError: The length varies, or is above 512 steps.
+    """
+    if "input" not in a or "hx" not in a:  # of packed sequences
+        return None
+    first_hidden, first_cell = a["hx"]
+    width = build.value(first_cell).shape[-1]
+    if build.value(first_hidden).shape[-1] == width:
+        return None
+    x, time = a["input"], 1 if a["batch_first"] else 0
+    steps = build.value(x).shape[time]
+    if not isinstance(steps, int) or steps > MOST_STEPS:
+        raise ExportError(
+            f"an LSTM with projections (proj_size) is written out step by step{line(build.node)}",
+            got=f"{steps} steps",
+            expected=f"a length that is fixed, of {MOST_STEPS} steps at most",
+            remedy="fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), or leave proj_size out",
+        )
+    tensors = iter(a["params"])
+    directions = 2 if a["bidirectional"] else 1
+    hidden_states, cell_states = [], []
+    for layer in range(a["num_layers"]):
+        sides = []
+        for direction in range(directions):
+            read, own = next(tensors), next(tensors)
+            biases = (next(tensors), next(tensors)) if a["has_biases"] else (None, None)
+            project = next(tensors)
+            position = layer * directions + direction
+            hidden = build(aten.select.int, first_hidden, 0, position)
+            cell = build(aten.select.int, first_cell, 0, position)
+            gates = build(aten.linear.default, x, read, biases[0])
+            given = [None] * steps
+            for step in reversed(range(steps)) if direction else range(steps):
+                now = build(aten.select.int, gates, time, step)
+                now = build(aten.add.Tensor, now, build(aten.linear.default, hidden, own, biases[1]))
+                parts = [build(aten.slice.Tensor, now, -1, k * width, (k + 1) * width) for k in range(4)]
+                let, keep, give = (build(aten.sigmoid.default, parts[k]) for k in (0, 1, 3))
+                fresh = build(aten.mul.Tensor, let, build(aten.tanh.default, parts[2]))
+                cell = build(aten.add.Tensor, build(aten.mul.Tensor, keep, cell), fresh)
+                shown = build(aten.mul.Tensor, give, build(aten.tanh.default, cell))
+                hidden = given[step] = build(aten.linear.default, shown, project, None)
+            sides.append(build(aten.stack.default, given, time))
+            hidden_states.append(hidden)
+            cell_states.append(cell)
+        x = build(aten.cat.default, sides, -1) if len(sides) > 1 else sides[0]
+    return x, build(aten.stack.default, hidden_states, 0), build(aten.stack.default, cell_states, 0)

@@ -1,0 +1,1 @@
+"""Grids and operators of integers: maths on tensors, no networks."""

@@ -1,0 +1,162 @@
+"""Penjing's own operators ``penjing::quantize``, ``dequantize``, ``linear_dynamic`` and ``lstm_dynamic``.
+
+Runtimes translate them.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+CVPR 2018: q = clamp(round(x / scale) + zero_point, low, high), x̂ = (q − zero_point) · scale, rounding half to even.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from penjing.numerics.grid import integers, measured
+from penjing.steps.plan import QuantSpec
+
+UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
+
+
+def integer_dtype(low: int, high: int) -> torch.dtype:
+    """The smallest integer type that torch and the runtimes share for the range low..high."""
+    if low >= 0 and high <= 255:
+        return torch.uint8
+    return torch.int8 if low >= -128 and high <= 127 else torch.int32
+
+
+def _spread(values: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Scales (1,) or (channels,) in a shape that broadcasts over x along `axis`."""
+    if values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = values.numel()
+    return values.reshape(shape)
+
+
+@torch.library.custom_op("penjing::quantize", mutates_args=())
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, low: int, high: int
+) -> torch.Tensor:
+    """Integers of x.
+
+    Args:
+        x: Any shape, floating point.
+        scale: (1,) or (x.shape[axis],), float32, above 0.
+        zero_point: Same shape as `scale`, int32.
+        axis: The channel axis; without meaning where there is one scale.
+        low: Smallest integer.
+        high: Largest integer; low and high choose the type, see `integer_dtype`.
+    """
+    steps = torch.round(x / _spread(scale, x, axis)) + _spread(zero_point, x, axis)
+    return torch.clamp(steps, low, high).to(integer_dtype(low, high))
+
+
+@quantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, low: int, high: int) -> torch.Tensor:
+    return torch.empty_like(x, dtype=integer_dtype(low, high))
+
+
+@torch.library.custom_op("penjing::dequantize", mutates_args=())
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+    """Float32 values of integers; arguments as in `quantize`."""
+    return (q.to(torch.float32) - _spread(zero_point, q, axis)) * _spread(scale, q, axis)
+
+
+@dequantize.register_fake
+def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+@torch.library.custom_op("penjing::linear_dynamic", mutates_args=())
+def linear_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x · weight + bias, the product in integers; x takes one scale for all of it, from its own extremes.
+
+    Args:
+        x: (…, in), float32.
+        weight: (in, out), int8.
+        scale: (out,) or (), float32, of the weight.
+        zero_point: Same shape, int8.
+        bias: (out,), float32, or None.
+
+    Returns:
+        (…, out), float32.
+    """
+    result = _product(x, weight.double() - zero_point.double(), scale)
+    return result if bias is None else result + bias
+
+
+@linear_dynamic.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@torch.library.custom_op("penjing::lstm_dynamic", mutates_args=())
+def lstm_dynamic(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One LSTM layer whose products are computed in integers.
+
+    The input takes one scale for all of it, the hidden state one at every step, from their own extremes. Gates stand
+    in the order input, output, forget, cell; sums and gates are float32.
+
+    Args:
+        x: (steps, batch, in), float32.
+        hidden: (directions, batch, hidden), float32, the state before the first step.
+        cell: The same of the cell.
+        input_weight: (directions, in, 4·hidden), int8; the second direction reads from the end.
+        input_scale: (directions, 4·hidden), float32.
+        hidden_weight: (directions, hidden, 4·hidden), int8.
+        hidden_scale: (directions, 4·hidden), float32.
+        bias: (directions, 8·hidden), float32: that of the input's product, then that of the state's.
+
+    Returns:
+        (steps, batch, directions·hidden), and hidden state and cell after the last step.
+    """
+    outputs, states, cells = [], [], []
+    for d in range(len(input_weight)):
+        h, c = hidden[d], cell[d]
+        given = _product(x, input_weight[d], input_scale[d]) + bias[d].reshape(2, -1).sum(0)
+        steps: list[torch.Tensor] = []
+        for gates in given.flip(0) if d else given:
+            i, o, f, g = (gates + _product(h, hidden_weight[d], hidden_scale[d])).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            steps.append(h)
+        outputs.append(torch.stack(steps[::-1] if d else steps))
+        states.append(h)
+        cells.append(c)
+    return torch.cat(outputs, -1), torch.stack(states), torch.stack(cells)
+
+
+@lstm_dynamic.register_fake
+def _(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = hidden_weight.shape[0] * hidden_weight.shape[1]
+    state = (hidden_weight.shape[0], x.shape[1], hidden_weight.shape[1])
+    return x.new_empty((x.shape[0], x.shape[1], width)), x.new_empty(state), x.new_empty(state)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (…, in) · weight (in, out) in integers, x on a grid over its own extremes: (…, out), float32."""
+    step, zero = measured(x, UNSIGNED)
+    q = integers(x, step, zero, UNSIGNED) - zero
+    # In double precision, where every sum of integers is exact.
+    return (q.double() @ weight.double()).to(torch.float32) * (step * scale)

@@ -1,0 +1,1 @@
+"""ONNX files: writing them from a network, and rewriting them for runtimes."""

@@ -1,0 +1,72 @@
+"""ONNX files of networks that were written before: one network becomes several artifacts, and exporting takes seconds.
+
+A file is found by what the network is, never by which object it is: edits in place make another network of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from penjing.network.graph import compute
+
+LIMIT = 2**29  # bytes of all files that are kept
+
+_kept: OrderedDict[str, bytes] = OrderedDict()
+
+
+def recall(key: str | None) -> bytes | None:
+    """The file of that key, if it is still there."""
+    if key is None or key not in _kept:
+        return None
+    _kept.move_to_end(key)
+    return _kept[key]
+
+
+def keep(key: str | None, data: bytes) -> None:
+    """Keep a file, and drop those that were not asked for for longest."""
+    if key is None or len(data) > LIMIT:
+        return
+    _kept[key] = data
+    while sum(map(len, _kept.values())) > LIMIT:
+        _kept.popitem(last=False)
+
+
+def fingerprint(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], *others: Any) -> str | None:
+    """What the file is made from, as a hash: operators, their settings, names and values, and the shapes of the inputs.
+
+    None for a network with a layer that torch did not write: its representation need not tell all of it.
+    """
+    told = hashlib.blake2b()
+
+    def tell(*values: Any) -> None:
+        told.update(repr(values).encode())
+
+    for name, module in network.named_modules():
+        if name and type(module).__module__.partition(".")[0] != "torch":
+            return None
+        if not isinstance(module, fx.GraphModule):
+            tell(name, type(module).__qualname__, module.extra_repr(), _numbers(module))
+    tensors: list[tuple[str, Any]] = [*network.named_parameters(), *network.named_buffers()]
+    tell(getattr(network.graph._codegen, "pytree_info", None))  # the names of the inputs
+    for node in network.graph.nodes:
+        tell(node.op, node.name, str(node.target), node.args, node.kwargs, node.meta.get("site"))
+        if node.op == "get_attr":  # a constant need be no buffer
+            tensors.append((node.name, compute(network, node, (), {})))
+    for name, tensor in tensors:
+        tell(name, tensor.dtype, tuple(tensor.shape))
+        told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    flat, structure = pytree.tree_flatten(call)
+    tell(structure, [(v.dtype, tuple(v.shape)) if isinstance(v, torch.Tensor) else v for v in flat], others)
+    return told.hexdigest()
+
+
+def _numbers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Plain attributes of a layer, whether its representation shows them or not."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return sorted((name, value) for name, value in vars(module).items() if isinstance(value, plain))

@@ -1,0 +1,368 @@
+"""A frozen network as an ONNX file with QuantizeLinear and DequantizeLinear: what several runtimes read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.errors import ExportError
+from penjing.network.exporting import export, input_names, with_plain_outputs
+from penjing.network.graph import RECURRENT, arguments, is_tensor, kind, layer_site, line
+from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
+from penjing.onnx_files import export_cache as onnx_kept
+from penjing.onnx_files import pooling as onnx_pooling
+from penjing.onnx_files import rewrites as onnx_rewrites
+from penjing.records.manifest import Port
+
+OPSET = 18
+_PORTS = "/port/"  # inputs and outputs, until they get their names: the exporter calls nothing so
+
+
+def write(
+    network: fx.GraphModule,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    dynamic: Any,
+    outputs: list[str],
+    path: Path,
+    half: bool = False,
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Write `path`; nodes are called by the sites of the network, inputs by the parameters of its forward.
+
+    Args:
+        network: A raised network, frozen where it is quantized.
+        call: Example inputs (args, kwargs).
+        dynamic: See `Task.dynamic`.
+        outputs: Names of the flat outputs.
+        path: The file to write.
+        half: Store weights in half precision; they are cast to float32 when the file is loaded.
+
+    Returns:
+        The ports of the inputs and of the outputs.
+
+    Raises:
+        ExportError: An operator has no ONNX form.
+    """
+    import onnx
+
+    key = onnx_kept.fingerprint(network, call, dynamic, outputs)
+    data = onnx_kept.recall(key)
+    if data is None:
+        data = _exported(network, call, dynamic, outputs)
+        onnx_kept.keep(key, data)
+    model = onnx.load_from_string(data)
+    if half:
+        onnx_rewrites.store_in_half(model)
+        data = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(model)
+    path.write_bytes(data)
+    return _ports(model.graph.input), _ports(model.graph.output)
+
+
+def _exported(
+    network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any, outputs: list[str]
+) -> bytes:
+    program = export(with_plain_outputs(network), call, dynamic)
+    inputs = input_names(network, *call)
+    # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
+    # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
+    with _quiet(), torch.no_grad():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=_translations(),
+                input_names=[f"{_PORTS}in{i}" for i in range(len(inputs))],
+                output_names=[f"{_PORTS}out{i}" for i in range(len(outputs))],
+                verbose=False,
+            )
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the outer ones only say in which step it happened
+                cause = cause.__cause__
+            raise ExportError(
+                f"the network has no ONNX form{_culprit(network, str(cause))}",
+                got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}",
+                expected="operators that the ONNX exporter of torch translates",
+                remedy="write it with the real and the imaginary part, as of torch.view_as_real"
+                if "complex-valued" in str(cause)
+                else "write that operator with others",
+            ) from error
+    assert exported is not None
+    model = exported.model_proto
+    _name_ports(model, inputs, outputs)
+    onnx_rewrites.pool_globally(model)
+    onnx_rewrites.pad_in_convolutions(model)
+    onnx_rewrites.turn_for_each(model)
+    _name_nodes(model, network)
+    _tidy(model, inputs, call, dynamic)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _culprit(network: fx.GraphModule, message: str) -> str:
+    """The operator that an error of the exporter names, and its line; nothing where it names none."""
+    named = re.search(r"op='(\w+)\.(\w+)'", message)
+    if named is None:
+        return ""
+    where = next((node for node in network.graph.nodes if f"{named[1]}.{named[2]}." in f"{node.target}."), None)
+    return f": {named[1]}.{named[2]}" + (line(where) if where is not None else "")
+
+
+def _translations() -> dict[Any, Any]:
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    def quantize(x, scale, zero_point, axis: int, low: int, high: int):  # type: ignore[no-untyped-def]
+        if (low, high) in ((-128, 127), (0, 255)):
+            return op.QuantizeLinear(x, scale, zero_point, axis=axis)
+        # A narrow range has no ONNX type of its own: clip in integers, where the edges are exact.
+        q = op.QuantizeLinear(x, scale, zero_point, axis=axis)
+        return op.Clip(q, op.CastLike(op.Constant(value_int=low), q), op.CastLike(op.Constant(value_int=high), q))
+
+    def dequantize(q, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+    def linear_dynamic(x, weight, scale, zero_point, bias=None):  # type: ignore[no-untyped-def]
+        # Runtimes fuse these into one kernel.
+        q, step, zero = op.DynamicQuantizeLinear(x)
+        product = op.Cast(op.MatMulInteger(q, weight, zero, zero_point), to=1)
+        result = op.Mul(product, op.Mul(step, scale))
+        return result if bias is None else op.Add(result, bias)
+
+    lstm_operator = onnxscript.values.Op(
+        onnxscript.values.Opset("com.microsoft", 1), "DynamicQuantizeLSTM", _lstm_schema()
+    )
+
+    def lstm_dynamic(x, hidden, cell, w, w_scale, r, r_scale, bias):  # type: ignore[no-untyped-def]
+        directions, _, gates = w.shape
+        y, hidden, cell = lstm_operator(
+            x, w, r, bias, None, hidden, cell, None,
+            w_scale, op.Cast(op.Mul(w_scale, 0.0), to=3), r_scale, op.Cast(op.Mul(r_scale, 0.0), to=3),
+            direction="bidirectional" if directions == 2 else "forward", hidden_size=gates // 4,
+        )  # fmt: skip
+        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
+
+    def floor_divide(x, y):  # type: ignore[no-untyped-def]
+        # Of sizes, as -(-h // 2): ONNX divides integers towards zero.
+        return op.Div(op.Sub(x, op.Mod(x, y)), y)
+
+    return onnx_pooling.translations() | {
+        operator.floordiv: floor_divide,
+        torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
+        torch.ops.penjing.quantize.default: quantize,
+        torch.ops.penjing.dequantize.default: dequantize,
+        torch.ops.penjing.linear_dynamic.default: linear_dynamic,
+    }
+
+
+def _lstm_schema() -> Any:
+    """ONNX Runtime's operator: what the exporter asks of one that is not in the standard."""
+    import onnx
+
+    schema = onnx.defs.OpSchema
+    inputs = (
+        ("X", "T"), ("W", "I"), ("R", "I"), ("B", "T"), ("sequence_lens", "L"), ("initial_h", "T"), ("initial_c", "T"),
+        ("P", "T"), ("W_scale", "T"), ("W_zero_point", "I"), ("R_scale", "T"), ("R_zero_point", "I"),
+    )  # fmt: skip
+    option = schema.FormalParameterOption.Optional
+    kinds = onnx.defs.OpSchema.AttrType
+    return schema(
+        "DynamicQuantizeLSTM",
+        "com.microsoft",
+        1,
+        inputs=[
+            schema.FormalParameter(name, kind, param_option=option)
+            if name in ("sequence_lens", "P")
+            else schema.FormalParameter(name, kind)
+            for name, kind in inputs
+        ],
+        outputs=[schema.FormalParameter(name, "T") for name in ("Y", "Y_h", "Y_c")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int8)"], ""), ("L", ["tensor(int32)"], "")],
+        attributes=[
+            schema.Attribute("direction", kinds.STRING, required=False),
+            schema.Attribute("hidden_size", kinds.INT, required=False),
+        ],
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter logs what is missing in its own surroundings and prints its progress; the user asked for neither."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]  # what it can't fold stays as it is
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_ports(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Call inputs and outputs as the user does; what the exporter called so is called otherwise.
+
+    An output that is called as an input gets an underscore: an ONNX file has one name for one value. The user's own
+    keys stand in `Manifest.structure`.
+    """
+    ports = {value.name: name for value, name in zip(model.graph.input, inputs, strict=True)}
+    for value, word in zip(model.graph.output, outputs, strict=True):
+        name = word or "output"
+        while name in ports.values():
+            name += "_"
+        ports[value.name] = name
+    words = set(ports.values())
+    values = {name for graph in _graphs(model.graph) for name in _values(graph)} | words
+    for name in sorted(words - ports.keys()):
+        other = name
+        while other in values:
+            other += "_"
+        values.add(other)
+        ports[name] = other
+    for graph in _graphs(model.graph):
+        for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info]:
+            part.name = ports.get(part.name, part.name)
+        for node in graph.node:
+            node.input[:] = [ports.get(name, name) for name in node.input]
+            node.output[:] = [ports.get(name, name) for name in node.output]
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph and all within its nodes (the branches of a condition)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from _graphs(inner)
+
+
+def _values(graph: Any) -> Iterator[str]:
+    yield from (part.name for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info])
+    for node in graph.node:
+        yield from (*node.input, *node.output)
+
+
+def _name_nodes(model: Any, network: fx.GraphModule) -> None:
+    """Call every ONNX node by the site that it computes.
+
+    Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
+    Where the counts differ (the exporter merged or split some), that kind of operator keeps its generated names.
+    """
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for node in network.graph.nodes:
+        if node.op in ("call_module", "call_function") and is_tensor(node):
+            made = kind(network, node)
+            layers = arguments(node)["num_layers"] if made in RECURRENT else 1  # the exporter writes a node for each
+            wanted[made] += [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
+    stored = {tensor.name for tensor in model.graph.initializer}
+    found: dict[str, list[Any]] = defaultdict(list)
+    for node in model.graph.node:
+        if (what := _kind_of(node, stored)) and not _is_step(node):
+            found[what].append(node)
+    for what, nodes in found.items():
+        if len(nodes) == len(wanted[what]):
+            for node, name in zip(nodes, wanted[what], strict=True):
+                node.name = name or node.name
+    products = {node.output[0]: node.name for node in found["linear"] + found["matmul"] if node.op_type == "MatMul"}
+    for node in model.graph.node:  # what a runtime fuses is called by its last node
+        if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
+            node.name = f"{products[node.input[0]]}/bias"
+        elif node.op_type == "Mul" and node.input[0] in products and node.input[1] in stored:
+            node.name = f"{products[node.input[0]]}/scale"
+
+
+def _kind_of(node: Any, stored: set[str]) -> str | None:
+    """The kind of operator (see `penjing.network.graph.kind`) that an ONNX node is; None where it is not looked for."""
+    made_of = _made_of(node)
+    if node.op_type in ("Add", "Mul"):
+        computed = [name for name in node.input if name not in stored]
+        word = str(node.op_type).lower()
+        return word if len(computed) == 2 and made_of == word else None
+    if node.op_type == "MatMul":
+        return made_of if made_of == "linear" else "matmul" if made_of in ("matmul", "mm", "bmm") else None
+    return _ONNX_KINDS.get(node.op_type)
+
+
+def _is_step(node: Any) -> bool:
+    """Whether it is part of a plain recurrent layer, which the exporter writes out step by step."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    return "_VF.rnn_" in notes.get("pkg.torch.onnx.stack_trace", "")
+
+
+def _made_of(node: Any) -> str:
+    """The ATen operator that the exporter translated: one of several nodes of a linear layer or of an attention."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    found = re.search(r"target=torch\.ops\.aten\.(\w+?)_?\.", notes.get("pkg.torch.onnx.fx_node", ""))
+    return found[1] if found else ""
+
+
+_ONNX_KINDS = {
+    "Conv": "conv",
+    "ConvTranspose": "conv_transpose",
+    "Gemm": "linear",
+    "MatMulInteger": "linear_dynamic",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "DynamicQuantizeLSTM": "lstm_dynamic",
+    "Concat": "cat",
+    "Relu": "relu",
+    "Clip": "clip",
+    "MaxPool": "max_pool",
+    "AveragePool": "avg_pool",
+    "GlobalAveragePool": "avg_pool",
+    "ReduceMean": "avg_pool",
+    "HardSwish": "hardswish",
+    "Sigmoid": "sigmoid",
+    "LayerNormalization": "layer_norm",
+    "Softmax": "softmax",
+}
+
+
+def _tidy(model: Any, inputs: list[str], call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any) -> None:
+    """Name the axes that vary; drop traces of the machine that exported (paths, stack traces)."""
+    symbols: dict[str, str] = {}
+    for position, (name, value) in enumerate(zip(inputs, model.graph.input, strict=False)):
+        axes = {0: "batch"} if dynamic is None else dynamic.get(name, dynamic.get(position, {}))
+        for axis, word in axes.items():
+            dims = value.type.tensor_type.shape.dim
+            if axis < len(dims) and dims[axis].dim_param:
+                symbols[dims[axis].dim_param] = word
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = symbols.get(dim.dim_param, dim.dim_param)
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    for part in [*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer, model.graph]:
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for function in model.functions:
+        del function.metadata_props[:]
+
+
+def _ports(values: Any) -> tuple[Port, ...]:
+    import onnx
+
+    return tuple(
+        Port(
+            name=value.name,
+            dtype=str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+            shape=tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    )

@@ -1,0 +1,65 @@
+"""What is to be told of an integer artifact that lost much: which operators brought it about, and what helps."""
+
+from __future__ import annotations
+
+from penjing import measure
+from penjing.analyze import noise
+from penjing.analyze.samples import part
+from penjing.pipeline.evidence import one_call
+from penjing.records import Parity
+from penjing.steps.draft import Draft
+from penjing.tasks.task import Task
+
+SAMPLES = 4
+NAMED = 3
+
+
+def doubts(name: str, precision: str, parities: tuple[Parity, ...], draft: Draft, task: Task) -> tuple[str, ...]:
+    """Warnings on an artifact that may be offered; none for most.
+
+    Args:
+        name: Of the candidate.
+        precision: Its precision.
+        parities: Its comparisons.
+        draft: What it was built from, its plan empty for a floating-point artifact.
+        task: Gives the samples.
+    """
+    if not draft.plan:
+        return ()
+    told = []
+    limits = measure.limits.of(precision)
+    for parity in parities:
+        low = [row for row in parity.rows if row.equal is None and not row.fault]
+        worst = min(low, key=lambda row: row.snr_db, default=None)
+        if worst is None:
+            continue
+        if parity.against == "planned" and worst.snr_db < limits.told_db:
+            told.append(
+                f"{name} keeps {worst.snr_db:.1f} dB of what was planned in {worst.place} (usual is above "
+                f"{limits.told_db:.0f} dB): the runtime rounds elsewhere than the plan"
+            )
+        if parity.against == "source" and worst.snr_db < measure.limits.SOURCE_TOLD_DB:
+            told.append(
+                f"{name} keeps {worst.snr_db:.1f} dB of the source network's values in {worst.place} (below "
+                f"{measure.limits.SOURCE_TOLD_DB:.0f} dB little is left of them){_why(draft, task)}"
+            )
+    return tuple(told)
+
+
+def _why(draft: Draft, task: Task) -> str:
+    """The operators whose integers bring most of the noise, and the remedy; "" where integers are not the reason."""
+    try:
+        call = part(one_call(task, SAMPLES), 0, SAMPLES)
+        found = {name: n.total for name, n in noise.isolated(draft.network, draft.plan, [call]).items()}
+    except Exception:  # a warning without its reason is better than none
+        return ""
+    whole = sum(found.values())
+    if noise.decibels(whole) > measure.limits.SOURCE_TOLD_DB + 10:
+        return ": little of it is of the integers; the steps before them changed the network"
+    largest = sorted(found, key=lambda name: -found[name])[:NAMED]
+    shares = ", ".join(f"{name} ({found[name] / whole:.0%})" for name in largest)
+    return (
+        f": of the integers' noise most comes from {shares}. "
+        f"quantize.Static(exclude=[{', '.join(map(repr, largest))}]) leaves them in floating point, "
+        "quantize.Rollback(snr_db=20) as many as it takes"
+    )

@@ -1,0 +1,92 @@
+"""Measuring an artifact again: alone, beside its source, or beside another artifact."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from penjing import measure
+from penjing.errors import TaskError
+from penjing.network.capture import raise_network
+from penjing.pipeline import building
+from penjing.pipeline import stages as pipeline
+from penjing.pipeline.verify import batch_of
+from penjing.records import Measured, steadiness
+from penjing.records.folder import ARTIFACT, SOURCE
+from penjing.records.manifest import MANIFEST, read_manifest
+from penjing.runtimes import isolated
+from penjing.runtimes.artifact import predictor
+from penjing.sources.source import open_source
+from penjing.steps.draft import Draft
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
+
+
+def measure_artifact(
+    artifact: Path | str,
+    *,
+    against: str | None = None,
+    task: Task | None = None,
+    batch: int = 1,
+    threads: int | None = None,
+    seconds: float = 2.0,
+    events: Callable[..., None] | None = None,
+) -> dict[str, Measured]:
+    """Figures by name: "artifact", and what it is measured against.
+
+    Args:
+        artifact: A run folder or an artifact folder.
+        against: The same, or a SOURCE (then a task gives the example); None takes the run's source, if there is one.
+        task: Measures the metric too.
+        batch: Samples of a timed call.
+        threads: None takes every core.
+        seconds: Timed seconds each.
+        events: Progress.
+    """
+    threads = measure.check_threads(threads or measure.machine(1).cores)
+    with tempfile.TemporaryDirectory(prefix="penjing-") as aside:
+        folders = {"artifact": _artifact_folder(Path(artifact))}
+        if against is not None:
+            folders[against] = _other(against, task, Path(aside))
+        elif (Path(artifact) / SOURCE / MANIFEST).exists():
+            folders["source"] = Path(artifact) / SOURCE
+        ports = read_manifest(folders["artifact"]).programs[0].inputs
+        inputs = batch_of(Path(artifact), ports, batch)
+        samples = len(inputs[0]) if inputs[0].ndim else batch
+        targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
+        patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
+        timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
+        return {
+            name: pipeline.timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()
+        }
+
+
+def _artifact_folder(path: Path) -> Path:
+    return path / ARTIFACT if (path / ARTIFACT / MANIFEST).exists() else path
+
+
+def _other(spec: str, task: Task | None, aside: Path) -> Path:
+    """The folder of another artifact; a SOURCE is exported for torch first."""
+    folder = _artifact_folder(Path(spec))
+    if (folder / MANIFEST).exists():
+        return folder
+    source = open_source(spec, task=task)
+    if task is None:
+        if source.example is None:
+            raise TaskError("measuring against a source needs an example input", expected="--task", got=spec)
+        task = Task(example=source.example)
+    network = raise_network(source.module, *task.call(), task.dynamic)
+    args, kwargs = task.call()
+    structure = flatten_outputs(network(*args, **kwargs))[1]
+    building.build(Draft(network), "torch", "fp32", task, structure, aside)
+    return aside
+
+
+def _figures(folder: Path, task: Task | None, threads: int) -> Measured:
+    manifest = read_manifest(folder)
+    metric = None
+    if task is not None and task.evaluate is not None:
+        predict = predictor(isolated.open_artifact(folder, threads), manifest)
+        metric = pipeline.metric_of(task.evaluate, predict, folder.name)
+    return Measured(metric=metric, size_bytes=measure.size_bytes(folder, manifest.files()))

@@ -1,0 +1,221 @@
+"""A few real samples and what the networks answer to them: what an artifact is compared with, now and at `verify`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from penjing import measure
+from penjing.errors import ArtifactError, RecordError
+from penjing.pipeline.conditioning import rounded_elsewhere
+from penjing.records import Parity, reading
+from penjing.records.folder import EVIDENCE, STATE, RunFolder, writing
+from penjing.records.manifest import Manifest
+from penjing.runtimes.artifact import arrange
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.surgery import insert
+from penjing.tasks.outputs import flatten_outputs, to_numpy
+from penjing.tasks.task import Call, Task, calibration_calls
+
+SAMPLES = 32
+MOST_BYTES = 1 << 33  # of what is stored
+PROBES = (3, 1)
+"""Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
+TRIES = 3  # of rounding elsewhere: one may be lucky
+
+
+def one_call(task: Task, batch: int) -> Call:
+    """One call of `batch` samples from the calibration data, or of the example where there is none.
+
+    Where there are fewer samples they are repeated; a batch that the network is fixed to stays.
+    """
+    call = task.call()
+    if task.calibration is not None:
+        call = next(iter(calibration_calls(task, limit=1)))
+    if task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values()):
+        return task.call()
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        times = -(-batch // value.shape[0])
+        return torch.cat([value] * times)[:batch].contiguous()
+
+    return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
+
+
+def batch_size(task: Task, wanted: int) -> int:
+    """Samples of one call: as many as are wanted, or the number that the network is fixed to."""
+    args, kwargs = one_call(task, wanted)
+    first = next(iter([*args, *kwargs.values()]))
+    return int(first.shape[0]) if first.dim() else wanted
+
+
+def arrays(manifest: Manifest, call: Call) -> list[np.ndarray]:
+    """A call as the flat list of arrays that the artifact's runtime takes."""
+    args, kwargs = call
+    return arrange(
+        manifest.programs[0].inputs, tuple(t.numpy() for t in args), {k: t.numpy() for k, t in kwargs.items()}
+    )
+
+
+def store_source(folder: RunFolder, task: Task, manifest: Manifest, outputs: Sequence[torch.Tensor]) -> None:
+    """Write the samples and the source network's answers to them (flat outputs)."""
+    inputs = arrays(manifest, one_call(task, SAMPLES))
+    _write(folder, _named("input", inputs) | _named("source", [to_numpy(t) for t in outputs]))
+
+
+def store_planned(folder: RunFolder, task: Task, network: fx.GraphModule, plan: Plan) -> None:
+    """Add the chosen network's answers, so that `verify` can compare without torch code."""
+    stored = {name: x for name, x in _read(folder).items() if not name.startswith(("planned_", "probe"))}
+    simulated = insert(network, plan)
+    stored |= _named("planned", _outputs(simulated, one_call(task, SAMPLES)))
+    for size in PROBES if varies(task) else ():
+        stored |= _named(f"probe{size}", _tried(simulated, one_call(task, size)) or [])
+    _write(folder, stored)
+
+
+def answers(folder: RunFolder, session: Any) -> list[np.ndarray]:
+    """What an opened artifact answers to the stored samples."""
+    stored = _read(folder)
+    outputs: list[np.ndarray] = session.run([stored[k] for k in stored if k.startswith("input_")])
+    return outputs
+
+
+def parity(
+    folder: RunFolder,
+    task: Task,
+    session: Any,
+    found: Sequence[np.ndarray],
+    draft: Draft,
+    source: fx.GraphModule,
+    manifest: Manifest,
+) -> tuple[Parity, Parity]:
+    """How far an artifact's answers are from its plan's, computed in torch, and from the source network's.
+
+    Args:
+        folder: With the stored samples.
+        task: Gives calls of other sizes, where the batch varies.
+        session: The opened artifact; it is called with each of them, and with the stored samples again.
+        found: What it answered to the stored samples at first.
+        draft: What it was exported from, its plan empty for a floating-point artifact.
+        source: The source network.
+        manifest: Of the artifact.
+    """
+    names = [port.name for port in manifest.programs[0].outputs]
+    stored = _read(folder)
+    original = [stored[k] for k in stored if k.startswith("source_")]
+    parts = measure.split(original)
+    network = insert(draft.network, draft.plan)
+    whole = one_call(task, SAMPLES)
+    planned = _outputs(network, whole)
+    samples = len(planned[0]) if planned and planned[0].ndim else 1
+    near = measure.differences(planned, found, parts, samples)
+    far = measure.differences(original, found, parts, samples)
+    for size in (*PROBES, SAMPLES) if varies(task) else ():
+        call = one_call(task, size)
+        wanted = _tried(network, call)
+        if wanted is None:  # the network itself does not take so few
+            continue
+        mine = _called(session, arrays(manifest, call), wanted, size)
+        near = measure.worst(near, measure.differences(wanted, mine, parts, size))
+        far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
+
+    def elsewhere(rounding: float) -> Sequence[measure.Difference]:
+        return _from_itself(network, whole, planned, parts, rounding)
+
+    rows = {
+        "planned": measure.limits.judged(near, names, manifest.precision, elsewhere),
+        "source": measure.limits.told(far, names),
+    }
+    return (
+        replace(measure.parity([planned], [found], "planned"), rows=rows["planned"]),
+        replace(measure.parity([original], [found], "source"), rows=rows["source"]),
+    )
+
+
+def varies(task: Task) -> bool:
+    """Whether the network takes calls of any number of samples."""
+    return task.dynamic is None or any(0 in axes for axes in task.dynamic.values())
+
+
+def _called(session: Any, inputs: list[np.ndarray], wanted: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    try:
+        outputs: list[np.ndarray] = session.run(inputs)
+    except Exception as error:
+        raise ArtifactError(
+            f"the artifact fails when the batch changes to {size}",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected=f"{len(wanted)} outputs, as the network gives",
+            remedy="fix the batch with Task(dynamic={}), or choose another runtime",
+        ) from error
+    return outputs
+
+
+def _from_itself(
+    network: fx.GraphModule,
+    call: Call,
+    outputs: Sequence[np.ndarray],
+    parts: Sequence[measure.Columns],
+    rounding: float,
+) -> tuple[measure.Difference, ...]:
+    """Part by part the worst of some tries in which every value of the network is off by rounding."""
+    tries = [
+        measure.differences(outputs, rounded_elsewhere(network, call, rounding, seed), parts) for seed in range(TRIES)
+    ]
+    return tuple(min(same, key=lambda d: d.snr_db) for same in zip(*tries, strict=True))
+
+
+def _tried(network: torch.nn.Module, call: Call) -> list[np.ndarray] | None:
+    try:
+        return _outputs(network, call)
+    except Exception:  # a fixed type in the middle of the network, or a size that it refuses
+        return None
+
+
+def _outputs(network: torch.nn.Module, call: Call) -> list[np.ndarray]:
+    args, kwargs = call
+    with torch.no_grad():
+        return [to_numpy(t) for t in flatten_outputs(network(*args, **kwargs))[0]]
+
+
+def _read(folder: RunFolder) -> dict[str, np.ndarray]:
+    return stored(folder.path)
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """The samples of a run folder and the answers to them, by name.
+
+    Raises:
+        RecordError: They are missing or damaged.
+    """
+    try:
+        return reading.arrays(folder / EVIDENCE, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            "the evidence can't be read",
+            got=f"{folder / EVIDENCE}: {error}",
+            expected="the samples and answers that the run stored",
+            remedy="copy the whole run folder, or run `penjing compress` again",
+        ) from None
+
+
+def _write(folder: RunFolder, stored: dict[str, np.ndarray]) -> None:
+    aside = folder.path / STATE / EVIDENCE
+    with writing(folder.path):
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open("wb") as file:
+            np.savez(file, **stored)  # type: ignore[arg-type]
+        os.replace(aside, folder.path / EVIDENCE)
+
+
+def _named(prefix: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}_{i:03d}": value for i, value in enumerate(values)}

@@ -1,0 +1,131 @@
+"""What a network costs, which channels belong together, and what stands in the way of integers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import fx
+
+from penjing import measure, runtimes
+from penjing.analyze.cost import cost, peak_activation_bytes
+from penjing.analyze.coupling import Group, couple
+from penjing.pipeline.repeatable import raise_repeatable
+from penjing.prune.channels import scanned
+from penjing.quantize.explanation import explain
+from penjing.quantize.placement import place
+from penjing.quantize.static import prepare
+from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.sources.source import Source, check_forward
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Cost per layer, coupled channels, and for every runtime the operators that would stay in floating point."""
+
+    name: str
+    layers: tuple[LayerRow, ...]
+    parameters: int
+    macs: int
+    peak_activation_bytes: int
+    floats: dict[str, dict[str, str]]
+    notes: dict[str, tuple[str, ...]]
+    noise: tuple[NoiseRow, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
+    held: Mapping[str, str] = field(default_factory=dict)  # tensor and axis of outputs that never change → reason
+    sensitivity: tuple[SensitivityRow, ...] = ()
+
+
+def inspect(
+    source: Source,
+    task: Task,
+    noise: str | None = None,
+    events: Callable[..., None] | None = None,
+    sensitivity: Path | None = None,
+) -> Inspection:
+    """Analyse a source; needs the example of the task alone.
+
+    Args:
+        source: The network.
+        task: Its example; for `noise` and `sensitivity` its calibration data too.
+        noise: A runtime, for whose integers the noise of every operator is looked for.
+        events: Reports progress.
+        sensitivity: A JSON file: every group of channels is pruned alone, and what the outputs lose is written there,
+            or read from there.
+    """
+    check_forward(source, task)
+    network = raise_repeatable(source, task)
+    rows = cost(network, task.call())
+    parameters = sum(p.numel() for p in network.parameters())
+    peak = peak_activation_bytes(network, task.call())
+    explained: tuple[NoiseRow, ...] = ()
+    if noise is not None:
+        accelerates = runtimes.get(noise).accelerates(measure.machine(1).instruction_sets)
+        context = Context(task=task, accelerates=accelerates, source=network)
+        explained = explain(Draft(network), replace(context, events=events) if events else context)
+    coupling = couple(network, task.call())
+    groups = tuple(_group_row(network, group, rows) for group in coupling.groups.values())
+    scan: tuple[SensitivityRow, ...] = ()
+    if sensitivity is not None:
+        context = Context(task=task, source=network)
+        found = scanned(network, coupling, replace(context, events=events) if events else context, sensitivity)
+        macs_of = {group.name: group.macs for group in groups}
+        scan = tuple(
+            SensitivityRow(
+                name=name,
+                units=curve.units,
+                macs=macs_of[name],
+                removed=curve.removed,
+                snr_db=tuple(-10 * math.log10(ratio) if ratio > 0 else None for ratio in curve.noise),
+            )
+            for name, curve in found.items()
+        )
+    floats, notes = _blockers(network)
+    macs = sum(r.macs for r in rows)
+    return Inspection(
+        source.name, rows, parameters, macs, int(peak), floats, notes, explained, groups, dict(coupling.held), scan
+    )
+
+
+def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]) -> GroupRow:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    layers = {member.tensor.rpartition(".")[0] for member in group.members}
+    cuts = tuple(
+        CutRow(
+            tensor=m.tensor,
+            axis=m.axis,
+            role=m.role,
+            length=tensors[m.tensor].shape[m.axis],
+            positions=tuple(m.positions.tolist()),
+            units=tuple(m.units.tolist()),
+        )
+        for m in group.members
+    )
+    return GroupRow(
+        name=group.name,
+        units=group.units,
+        macs=sum(row.macs for row in rows if row.name in layers),
+        parameters=sum(tensors[c.tensor].numel() * len(c.positions) // c.length for c in cuts),
+        cuts=cuts,
+        because=group.because,
+        statistics=group.statistics,
+    )
+
+
+def _blockers(network: fx.GraphModule) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+    sets = measure.machine(1).instruction_sets
+    floats, notes = {}, {}
+    for name in runtimes.DEPLOYED:
+        if runtimes.installed(name):
+            accelerates = runtimes.get(name).accelerates(sets)
+            mine = copy.deepcopy(network)
+            prepare(mine, accelerates)
+            floats[name] = place(mine, accelerates, {}).floats
+            notes[name] = accelerates.notes
+    return floats, notes

@@ -1,0 +1,163 @@
+"""Recipes that are known to work together: pruning, learning from the source and integers in one run.
+
+One teacher throughout, the source network: Polino et al., "Model compression via distillation and quantization", ICLR
+2018; pruning in rounds: Molchanov et al., "Pruning Convolutional Neural Networks", ICLR 2017.
+
+>>> import penjing as pj
+>>> [type(step).__name__ for step in pj.recipes.joint(macs=0.5, epochs=10)]
+['Iterative', 'Finetune', 'Static', 'QAT']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from penjing import prune, quantize
+from penjing.distill import Outputs
+from penjing.errors import RecipeError
+from penjing.recipes.recipe import Recipe
+from penjing.steps.step import Step
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune
+
+SHALLOW = 0.2  # of all epochs train what is left of the blocks, where channels go after them
+ROUNDS = 0.3  # go to the rounds of pruning
+QUANTIZED = 0.2  # train behind quantizers
+_LEARN = Finetune(clip=Clip())  # what was just pruned and fitted is thrown far off by the first long gradients
+
+
+def joint(
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    blocks: int = 0,
+    epochs: float = 10.0,
+    rounds: int = 2,
+    learning_rate: float = 0.02,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    temperature: float = 4.0,
+) -> Recipe:
+    """Prune in rounds, learn from the source, and learn on with integers in place.
+
+    Args:
+        macs: Fraction of the multiply-accumulates that is kept; 0.5 where no target is given.
+        params: Of the parameters, in its place.
+        latency_ms: Of the latency in the runtime, in its place.
+        blocks: Residual blocks that are taken out first. A fraction is of what they leave, and without one all channels
+            stay. Where channels are fewer than a processor's vectors hold, a block less saves more time.
+        epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers. Of
+            the 50, 20 come before the rounds where blocks went: channels of a network that does not work are ranked,
+            and what is left fitted, by what means nothing.
+        rounds: In how many the channels go.
+        learning_rate: Peak of the trainings; a tenth of it behind quantizers.
+        optimizer: "sgd" or "adamw".
+        weight_bits: Of weights.
+        activation_bits: Of activations.
+        temperature: Of the softened classes that are compared with the source's.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+    """
+    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
+    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
+    trained = quantize.QAT(
+        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
+    )
+    target = _target(macs, params, latency_ms, blocks)
+    return _composed(target, "auto", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
+
+
+def label_free(
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    blocks: int = 0,
+    epochs: float = 10.0,
+    rounds: int = 2,
+    learning_rate: float = 0.02,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+) -> Recipe:
+    """`joint` for those who have samples without labels: what the outputs lose is all that counts.
+
+    Without `Task.train` the calibration data are what is learned from; a few hundred samples are soon learned by heart.
+
+    Args:
+        macs: As in `joint`.
+        params: As in `joint`.
+        latency_ms: As in `joint`.
+        blocks: As in `joint`.
+        epochs: As in `joint`.
+        rounds: As in `joint`.
+        learning_rate: As in `joint`.
+        optimizer: As in `joint`.
+        weight_bits: As in `joint`.
+        activation_bits: As in `joint`.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+    """
+    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
+    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
+    trained = quantize.QAT(
+        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
+    )
+    target = _target(macs, params, latency_ms, blocks)
+    return _composed(target, "jacobian", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
+
+
+NAMES: dict[str, Callable[[], Recipe]] = {"joint": joint, "label-free": label_free}
+"""What ``penjing compress --recipe`` knows by name, with default settings."""
+
+
+def _check(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise RecipeError(f"a joint recipe can't use {name}", got=repr(value), expected="a number")
+
+
+def _part(fraction: float, epochs: float) -> float:
+    return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999: people read it
+
+
+def _target(macs: float | None, params: float | None, latency_ms: float | None, blocks: int) -> dict[str, float | str]:
+    given: dict[str, float | str] = {
+        name: value
+        for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms))
+        if value is not None
+    }
+    return given or ({} if blocks else {"macs": 0.5})
+
+
+def _composed(
+    target: dict[str, float | str],
+    criterion: Literal["auto", "jacobian"],
+    blocks: int,
+    epochs: float,
+    rounds: int,
+    learn: Finetune,
+    bits: tuple[int, int],
+    trained: quantize.QAT,
+) -> Recipe:
+    steps: list[Step] = [prune.Blocks(blocks=blocks)] if blocks else []
+    after = 1 - QUANTIZED
+    if target:
+        after -= ROUNDS
+        if blocks:
+            after -= SHALLOW
+            steps.append(replace(learn, epochs=_part(SHALLOW, epochs)))
+        channels = prune.Channels(**target, criterion=criterion)  # type: ignore[arg-type]
+        each = replace(learn, epochs=_part(ROUNDS / max(1, rounds), epochs))
+        steps.append(prune.Iterative(step=channels, finetune=each, rounds=rounds))
+    steps.append(replace(learn, epochs=_part(after, epochs)))
+    return Recipe(*steps, quantize.Static(weight_bits=bits[0], activation_bits=bits[1]), trained)
+
+
+__all__ = ["NAMES", "joint", "label_free"]

@@ -1,1 +1,0 @@
-"""Search: from a goal to the recipe and the artifact that meet it."""

@@ -1,0 +1,212 @@
+"""Opening a Hugging Face model folder: ``config.json`` beside ``model.safetensors``, with transformers' own classes.
+
+Weights are read from safetensors alone. A folder with only ``pytorch_model.bin`` is refused, though transformers
+could read it with the restricted unpickler: a network that is worth shipping can be saved again in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from penjing.errors import CheckpointError, MissingDependency, SourceError
+from penjing.records import reading
+from penjing.tasks.usercode import line_of, suggest
+
+MOST = 1 << 26  # of any size that a configuration names
+_LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
+_WIDTHS = re.compile(r"(^|_)(vocab_size|hidden_size|intermediate_size|embedding_size|d_model|d_ff|ffn_dim|n_embd)$")
+FEWER = 4  # times narrower than its configuration says may the widest tensor be: parts of a network have one too
+_LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+
+
+def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
+    """Open the model of a folder, in eval mode, without the network and without code from the folder.
+
+    The class is the first of ``architectures`` in ``config.json``, taken from transformers by name.
+
+    Returns:
+        The model, and the example inputs it declares (token ids, batch first) or None.
+
+    Raises:
+        SourceError: A file is missing, the class is unknown to transformers, or the weights do not fit.
+        CheckpointError: The folder asks for code of its own, or for a pickle.
+        MissingDependency: transformers is not installed.
+    """
+    config = _read_config(folder / "config.json")
+    _refuse_code(folder, config)
+    _require_safetensors(folder)
+    _check_sizes(folder, config)
+    kind = _class_of(config, folder)
+    try:
+        model, loading = kind.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,  # whatever the file stores: what an artifact computes in
+            output_loading_info=True,
+        )
+    except Exception as cause:  # transformers raises many kinds for a folder that does not fit
+        raise SourceError(
+            f"transformers can't load the model in {folder.name}",
+            got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+            f" ({line_of(cause)})",
+            expected=f"weights of {kind.__name__} as config.json describes it",
+            remedy="write the folder again with model.save_pretrained(folder)",
+        ) from cause
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers only warns, and fills them with random numbers
+        raise SourceError(
+            f"the weights in {folder.name} are incomplete",
+            got=f"no {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            expected=f"every weight of {kind.__name__}",
+            remedy='check "architectures" in config.json: it must be the class that was trained',
+        )
+    return model.eval(), _example(model)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = reading.json_file(path)
+    except (OSError, ValueError) as cause:
+        raise SourceError("config.json can't be read", got=f"{path}: {cause}", expected="a JSON object") from cause
+    if not isinstance(config, dict):
+        raise SourceError("config.json can't be read", got=type(config).__name__, expected="a JSON object")
+    return config
+
+
+def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
+    for key, value in _entries(config):
+        if key == "auto_map":
+            got, remedy = f"auto_map: {value}", "import the class yourself and give it as file.py:factory"
+        elif key.endswith("implementation") and value not in _LOCAL_ATTENTION and not isinstance(value, dict):
+            # transformers would fetch a kernel of this name and run it
+            got, remedy = f"{key}: {value!r}", 'set it to "sdpa" in config.json'
+        elif key == "quantization_config":
+            got, remedy = "a quantization_config", "give the floating-point network; Penjing quantizes it"
+        else:
+            continue
+        raise CheckpointError(
+            f"the model in {folder.name} is refused: it asks for code outside transformers",
+            got=got,
+            expected="a floating-point model whose class transformers itself has",
+            remedy=remedy,
+        )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder.name} holds an adapter, not a whole network",
+            got="adapter_config.json",
+            expected="a folder with all weights",
+            remedy="merge it first: model.merge_and_unload().save_pretrained(folder)",
+        )
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key, item
+            yield from _entries(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _entries(item)
+
+
+def _require_safetensors(folder: Path) -> None:
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"the weights in {folder.name} are not safetensors",
+            got=", ".join(pickles),
+            expected="model.safetensors",
+            remedy="load it with transformers where you trust it, then model.save_pretrained(folder)",
+        )
+    raise SourceError(
+        f"{folder.name} holds no weights",
+        got=", ".join(sorted(p.name for p in folder.iterdir())[:10]),
+        expected="model.safetensors beside config.json",
+        remedy="download or save the whole folder",
+    )
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Raise SourceError where the folder would make transformers wait, or build far more than its weights are."""
+    tensors, widest = 0, 0
+    for path in folder.iterdir():
+        try:
+            if path.suffix == ".safetensors":
+                header = reading.safetensors_header(path)
+                tensors += len(header)
+                widest = max([widest, *(n for entry in header.values() for n in entry["shape"] if type(n) is int)])
+            elif path.suffix == ".json":
+                reading.json_file(path)
+        except (OSError, ValueError) as cause:
+            raise SourceError(
+                f"{path.name} can't be read",
+                got=f"{path}: {cause}",
+                expected="a whole file, as model.save_pretrained writes it",
+                remedy="download or save the whole folder",
+            ) from None
+    for key, value in _entries(config):
+        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+        if _LAYERS.search(key) and sum(counts) > tensors:
+            expected = f"at most {tensors}, for so many tensors are in the folder"
+        elif _WIDTHS.search(key) and any(n > FEWER * widest for n in counts):
+            expected = f"at most {FEWER * widest:,}, for no tensor in the folder has more than {widest:,} along an axis"
+        elif any(abs(n) > MOST for n in counts):
+            expected = f"at most {MOST:,}"
+        else:
+            continue
+        raise SourceError(
+            f"config.json in {folder.name} describes a network that its weights are not of",
+            got=f"{key}: {value}"[:200],
+            expected=expected,
+            remedy="write the folder again with model.save_pretrained(folder)",
+        )
+
+
+def _class_of(config: dict[str, Any], folder: Path) -> Any:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise SourceError(
+            f"config.json in {folder.name} names no class",
+            got=f"architectures: {names}",
+            expected='for example "architectures": ["BertForSequenceClassification"]',
+            remedy="write the folder again with model.save_pretrained(folder)",
+        )
+    try:
+        import transformers
+    except ImportError as cause:
+        raise MissingDependency(
+            "opening a Hugging Face folder needs transformers",
+            got=str(cause),
+            expected="the package transformers",
+            remedy="pip install transformers",
+        ) from cause
+    name = names[0]
+    # modules and functions of transformers are reachable by name too; only a model class may answer
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
+        return kind
+    known = [n for n in dir(transformers) if n[0].isupper() and "For" in n]
+    raise SourceError(
+        f"this transformers has no model class {name!r}",
+        got=f"transformers {transformers.__version__}",
+        expected="a class that transformers itself has",
+        remedy=suggest(name, known) or "pip install --upgrade transformers, or give the model as file.py:factory",
+    )
+
+
+def _example(model: Any) -> Any | None:
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None  # transformers declares token ids for every model, also for those that take pictures
+    ids = model.dummy_inputs.get("input_ids")
+    return {"input_ids": ids} if isinstance(ids, torch.Tensor) else None

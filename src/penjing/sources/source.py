@@ -1,0 +1,247 @@
+"""Opening SOURCE: a Python factory, an exported program, a Hugging Face folder or a built-in architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from penjing.errors import CheckpointError, PenjingError, SourceError
+from penjing.network.single_precision import single_module
+from penjing.network.wrappers import unwrapped
+from penjing.sources import huggingface, pt2
+from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.single_precision import single_task
+from penjing.tasks.task import Call, Task
+from penjing.tasks.undisturbed import same_state
+from penjing.tasks.usercode import call_named, line_of, load_named, public_callables, split_spec, suggest, suggest_file
+
+_PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
+_WEIGHTS = (".safetensors", ".npz", ".h5")
+_FORMS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder or a built-in architecture"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened network, as its owner gave it.
+
+    Attributes:
+        name: How it is called in tables.
+        module: The network; its mode is as its owner left it.
+        spec: The words it was opened by; None for a network given as an object.
+        example: Example inputs in the form of `Task.example`, where the source itself declares them.
+    """
+
+    name: str
+    module: nn.Module | ExportedProgram
+    spec: str | None = None
+    example: Any | None = None
+
+
+def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | None = None) -> Source:
+    """Open SOURCE, and run it once on the task's example where a task is given.
+
+    Args:
+        spec: ``file.py:factory``, ``package.module:factory`` (a callable without arguments that returns a module,
+            or a module), a ``.pt2`` file, a Hugging Face folder, the name of a built-in architecture, or an object.
+        task: Whose example the network must accept.
+
+    Raises:
+        SourceError: It is missing, its factory raises, it is no network, or its forward fails on the example.
+        CheckpointError: Opening it would run code that was not named on purpose.
+        MissingDependency: A package that this kind of source needs is not installed.
+    """
+    source = _open(str(spec) if isinstance(spec, Path) else spec)
+    if task is not None:
+        check_forward(source, task)
+    return source
+
+
+def _open(spec: Any) -> Source:
+    if isinstance(spec, nn.Module | ExportedProgram):
+        example = _program_example(spec) if isinstance(spec, ExportedProgram) else None
+        module = spec if isinstance(spec, ExportedProgram) else unwrapped(spec)
+        return Source(name=type(module).__name__, module=module, example=example)
+    if not isinstance(spec, str):
+        raise SourceError(
+            "the source is not a network",
+            got=type(spec).__name__,
+            expected=f"an nn.Module, or {_FORMS}",
+            remedy="wrap a function in a module whose forward calls it; of a traced or scripted one, give the original"
+            if callable(spec)
+            else None,
+        )
+    from penjing import architectures
+
+    if spec in architectures.names():
+        return Source(name=spec, module=architectures.build(spec), spec=spec)
+    parts = split_spec(spec)
+    if parts is not None:
+        return _open_python(spec, *parts)
+    path = Path(spec)
+    if not path.is_dir():
+        _refuse_suffix(path, path.suffix.lower())
+    if path.is_dir() or (path.suffix.lower() == ".pt2" and path.is_file()):
+        return replace(open_file(path), spec=spec)
+    plain = "/" not in spec and "\\" not in spec
+    raise SourceError(
+        "the source is missing",
+        got=repr(spec),
+        expected=_FORMS,
+        remedy=(suggest(spec, architectures.names()) if plain else None)
+        or suggest_file(path)
+        or "check the path; built-in architectures: " + ", ".join(architectures.names()),
+    )
+
+
+def open_file(path: Path) -> Source:
+    """Open a ``.pt2`` file or a Hugging Face folder; whatever it is called, no code is run.
+
+    Raises:
+        SourceError: The folder holds no network.
+        CheckpointError: The file is damaged, or would run code.
+        MissingDependency: A package that this kind of source needs is not installed.
+    """
+    if path.is_dir():
+        return _open_folder(str(path), path)
+    program = pt2.open_program(path)
+    return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program))
+
+
+def _open_python(spec: str, where: str, name: str) -> Source:
+    found = load_named(where, name, error=SourceError, role="source")
+    if not isinstance(found, nn.Module | ExportedProgram) and callable(found):
+        found = call_named(found, where, error=SourceError, role="source")
+    if not isinstance(found, nn.Module | ExportedProgram):
+        raise SourceError(
+            f"{spec} is not a network",
+            got=type(found).__name__,
+            expected="an nn.Module, or a callable without arguments that returns one",
+            remedy="return the module itself (not its state dict, nor a tuple)",
+        )
+    module = found if isinstance(found, ExportedProgram) else unwrapped(found)
+    return Source(name=name, module=module, spec=spec)
+
+
+def _open_folder(spec: str, folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        run = (folder / "record.json").is_file()
+        raise SourceError(
+            "the folder is a finished run, not a source" if run else "the folder holds no Hugging Face model",
+            got=str(folder),
+            expected=f"config.json and model.safetensors in it, or another source: {_FORMS}",
+            remedy="penjing measure or penjing verify opens it" if run else "give the folder that holds config.json",
+        )
+    module, example = huggingface.open_folder(folder)
+    return Source(name=folder.resolve().name, module=module, spec=spec, example=example)
+
+
+def _refuse_suffix(path: Path, suffix: str) -> None:
+    """Refuse what can't be opened as a network, also where the file is missing: the remedy is the same."""
+    if suffix == ".py":
+        names = public_callables(path)
+        raise SourceError(
+            "a Python file needs the name of its factory",
+            got=str(path),
+            expected=f"{path}:factory",
+            remedy=f"one of its functions and classes: {', '.join(names)}" if names else suggest_file(path),
+        )
+    if suffix == ".onnx":
+        raise SourceError(
+            "an ONNX file can't be opened as a source yet",
+            got=str(path),
+            expected=_FORMS,
+            remedy="give the PyTorch module it came from as file.py:factory, or its .pt2 file",
+        )
+    if suffix in _PICKLED:
+        raise CheckpointError(
+            "a pickled file is not opened as a source",
+            got=f"{path}: as a whole model it would run code, as a state dict it holds no network",
+            expected=_FORMS,
+            remedy="write a factory that builds the network and loads it with torch.load(..., weights_only=True), "
+            "and give it as file.py:factory",
+        )
+    if suffix in _WEIGHTS:
+        raise SourceError(
+            "a file of weights is not a network",
+            got=str(path),
+            expected=_FORMS,
+            remedy="write a factory that builds the network and loads these weights, and give it as file.py:factory",
+        )
+
+
+def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
+    """Source and task in float32, and one line that says so; both as they are, and None, where they are already."""
+    told = None
+    if isinstance(source.module, nn.Module):
+        module, told = single_module(source.module)
+        source = replace(source, module=module)
+    single = single_task(task)
+    if told is None and single is not task:
+        told = "the task's inputs are given to the network in float32"
+    return source, single, told
+
+
+def check_forward(source: Source, task: Task) -> Any:
+    """Run the network once on the task's example, in eval mode and without gradients; modes and state are put back.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        SourceError: The forward raised (with the line of the user's code), or returned no tensors.
+    """
+    module = source.module
+    if isinstance(module, ExportedProgram):
+        module = module.module(check_guards=False)
+    assert isinstance(module, nn.Module)
+    with same_state(module):
+        return forward(module, task.call(), source.name)
+
+
+def forward(module: nn.Module, call: Call, name: str) -> Any:
+    """Run a network once in eval mode and without gradients; its modes are put back, and what it remembers stays.
+
+    Raises:
+        SourceError: The forward raised (with the line of the user's code), or returned no tensors.
+    """
+    args, kwargs = call
+    try:
+        with evaluating(module):
+            outputs = module(*args, **kwargs)
+    except PenjingError:
+        raise
+    except (Exception, SystemExit) as cause:
+        raise SourceError(
+            f"the forward of {name} fails on the task's example",
+            got=f"{type(cause).__name__}: {str(cause).strip()} ({line_of(cause)})",
+            expected=f"outputs for {describe_call(args, kwargs)}",
+            remedy="call the network on Task.example in a Python shell; shapes, types and names must fit its forward",
+        ) from cause
+    first_output(outputs)
+    return outputs
+
+
+def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Shapes and types of a call in words, for errors: ``(float32[1, 3, 8, 8], mask=bool[1, 8])``."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, tuple | list):
+            return f"[{', '.join(one(item) for item in value)}]"
+        return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+
+    return f"({', '.join([one(v) for v in args] + [f'{k}={one(v)}' for k, v in kwargs.items()])})"
+
+
+def _program_example(program: ExportedProgram) -> Any | None:
+    args, kwargs = program.example_inputs or ((), {})
+    if kwargs:
+        return None if args else dict(kwargs)  # a task's example is positional or by keyword, not both
+    return tuple(args) or None

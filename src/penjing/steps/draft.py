@@ -1,0 +1,38 @@
+"""Draft: what every step receives and returns."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import GraphModule
+
+from penjing.steps.plan import Plan
+
+Edit = dict[str, Any]  # one JSON object: {"edit": "fold", ...}; the vocabulary stands in penjing.surgery
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A raised network, the plan of its integers, and the log of the edits that led from the source to it.
+
+    Attributes:
+        network: The raised network (`penjing.network.capture.raise_network`), with floating-point weights.
+        plan: Which edges become integers; empty until a step quantizes.
+        edits: Every structural edit, in order; replayed on the source they give this network's structure.
+    """
+
+    network: GraphModule
+    plan: Plan = field(default_factory=Plan)
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Names of the parameters whose zeros stay zeros in whatever trains them."""
+        marked = (edit["tensors"] for edit in self.edits if edit.get("edit") == "sparse")
+        return tuple(dict.fromkeys(name for tensors in marked for name in tensors))
+
+    def copy(self) -> Draft:
+        """A draft whose network can be edited without touching this one."""
+        return replace(self, network=copy.deepcopy(self.network))

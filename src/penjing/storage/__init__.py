@@ -1,0 +1,1 @@
+"""What a network is kept in: the trainable checkpoint."""

@@ -1,0 +1,164 @@
+"""The trainable checkpoint of a draft: `edits.json` + `weights.safetensors` + `plan.json`. No pickle, no code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+from penjing.errors import CheckpointError, OutputError
+from penjing.network.capture import raise_network
+from penjing.records import reading
+from penjing.records.files import umask, write_text
+from penjing.steps.draft import Draft, Edit
+from penjing.steps.plan import Plan
+from penjing.surgery import replay
+from penjing.tasks.task import Task
+
+EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
+FORMAT = 1
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over the names, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(draft: Draft, folder: Path) -> None:
+    """Write the three files; `edits.json` last, so that a checkpoint without it is known to be unfinished."""
+    # Tied tensors are stored once; `ties` says which name reads which.
+    stored: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in draft.network.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            ties[name] = first[key]
+            continue
+        first[key] = name
+        stored[name] = tensor.detach().cpu().contiguous().clone()
+    aside = folder / f".{WEIGHTS}.new"
+    try:
+        save_file(stored, aside, metadata={"format": "pt"})
+        os.chmod(aside, 0o666 & ~umask())  # safetensors makes files that nobody else may read
+        (folder / EDITS).unlink(missing_ok=True)  # an older checkpoint ends here: new weights do not fit its edits
+        os.replace(aside, folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(
+            "the checkpoint can't be written",
+            got=f"{error} ({folder})",
+            expected="a folder with write permission and free space",
+            remedy="free some space, or choose another folder with --out",
+        ) from error
+    write_text(folder / PLAN, draft.plan.to_json())
+    write_text(folder / EDITS, json.dumps({"format": FORMAT, "edits": draft.edits, "ties": ties}, indent=1) + "\n")
+
+
+def load(folder: Path | str, source: fx.GraphModule) -> Draft:
+    """The draft that `save` wrote, rebuilt on a freshly raised `source`; the same outputs to the bit.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the source is another network.
+    """
+    folder = Path(folder)
+    if missing := [name for name in (EDITS, WEIGHTS, PLAN) if not (folder / name).is_file()]:
+        raise CheckpointError(
+            "the checkpoint is not complete",
+            got=f"no {', '.join(missing)} in {folder}",
+            expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
+            remedy="name a run folder that `penjing compress` finished",
+        )
+    try:
+        edits, ties = _read_log(folder)
+        reading.safetensors_header(folder / WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
+        plan = Plan.from_json(reading.text(folder / PLAN))
+        if uneven := [edge for edge, e in plan.entries.items() if len(e.scale) != len(e.zero_point)]:
+            raise ValueError(f"{PLAN} has another number of scales than of zero points for {uneven[0]}")
+    except (*reading.UNREADABLE, SafetensorError) as error:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            got=f"{folder}: {type(error).__name__}: {error}",
+            expected="the files that penjing wrote",
+            remedy="run `penjing compress` again",
+        ) from None
+    network = replay(source, edits)
+    state = {**weights, **{name: weights[of] for name, of in ties.items() if of in weights}}
+    wanted = network.state_dict()
+    if problem := difference(state, wanted) or _untied(state, wanted):
+        raise CheckpointError(
+            "the checkpoint does not fit this network",
+            got=problem,
+            expected="the network that it was made from",
+            remedy="load it with the same factory and the same version of its code",
+        )
+    network.load_state_dict(state)
+    return Draft(network.eval(), plan, edits)
+
+
+def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
+    log = reading.json_file(folder / EDITS, finite=False)
+    if log["format"] > FORMAT:
+        raise CheckpointError(
+            "the checkpoint was written by a newer Penjing",
+            got=f"format {log['format']}",
+            expected=f"format {FORMAT} or older",
+            remedy="pip install --upgrade penjing",
+        )
+    if not all(isinstance(edit, dict) for edit in log["edits"]):
+        raise ValueError(f"{EDITS} holds an edit that is no JSON object")
+    if not all(isinstance(name, str) for tie in log["ties"].items() for name in tie):
+        raise ValueError(f"{EDITS} holds a tie that is no pair of names")
+    return tuple(log["edits"]), dict(log["ties"].items())
+
+
+def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
+    """The draft of a run folder, from the original model: its trainable network, its plan, its edits.
+
+    Args:
+        folder: A run folder.
+        model: What the same factory builds; its weights do not matter.
+        task: The run's task; its example and dynamic axes alone are used.
+
+    Raises:
+        CheckpointError: The folder holds no whole checkpoint, or the model is another network.
+    """
+    return load(folder, raise_network(model, *task.call(), task.dynamic))
+
+
+def difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+    """The first few names or shapes that differ, in words; None where nothing does."""
+    missing, more = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    shapes = [
+        f"{n} has shape {tuple(got[n].shape)}, the network's {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in got and got[n].shape != wanted[n].shape
+    ]
+    shapes += [
+        f"{n} is {got[n].dtype}, the network's {wanted[n].dtype}".replace("torch.", "")
+        for n in wanted
+        if n in got and got[n].dtype != wanted[n].dtype
+    ]
+    parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has also {', '.join(more[:3])}" if more else ""]
+    return "; ".join(p for p in (*parts, *shapes[:3]) if p) or None
+
+
+def _untied(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+    """The first two names that are one tensor in the network and two in the checkpoint."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in wanted.items():
+        known = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if tensor.numel() and not torch.equal(got[known], got[name]):
+            return f"{known} and {name} differ, and are one tensor in the network"
+    return None

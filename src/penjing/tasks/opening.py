@@ -1,0 +1,69 @@
+"""Opening TASK: a Python name, a folder of images, or a file of arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from penjing.errors import TaskError
+from penjing.tasks import datasets
+from penjing.tasks.task import Task
+from penjing.tasks.usercode import call_named, load_named, public_callables, split_spec, suggest_file
+
+
+def open_task(spec: str) -> Task:
+    """Open TASK.
+
+    Args:
+        spec: ``file.py:task`` or ``package.module:task`` (a `Task`, or a function without arguments that returns
+            one), a folder of pictures ``root/<class>/*.png``, or a file of NumPy arrays ``data.npz``.
+
+    Raises:
+        TaskError: It is missing, raises, or is no task.
+    """
+    parts = split_spec(spec)
+    if parts is not None:
+        where, name = parts
+        found = load_named(where, name, error=TaskError, role="task")
+        if callable(found) and not isinstance(found, Task | nn.Module):
+            found = call_named(found, where, error=TaskError, role="task")
+        if isinstance(found, Task):
+            return found
+        raise TaskError(
+            f"{spec} is not a task",
+            got=type(found).__name__,
+            expected="a penjing.Task, or a function without arguments that returns one",
+            remedy="build it with Task(example=..., calibration=..., evaluate=...)",
+        )
+    path = Path(spec)
+    if path.is_dir():
+        return datasets.image_folder(path)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return datasets.npz_arrays(path)
+    names = public_callables(path) if path.suffix == ".py" else []
+    raise TaskError(
+        "a Python file needs the name of its task" if names else "the task is missing, or of an unknown kind",
+        got=repr(spec),
+        expected="file.py:task, package.module:task, a folder of pictures root/<class>/*.png, or an .npz file",
+        remedy=f"one of its names: {', '.join(names)}" if names else suggest_file(path) or "check the path",
+    )
+
+
+def as_task(task: Any) -> Task:
+    """A task as it was given: itself, or TASK in words (see `open_task`).
+
+    Raises:
+        TaskError: It is neither, or what the words name is no task.
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str | Path):
+        return open_task(str(task))
+    raise TaskError(
+        "the task is not a task",
+        got=type(task).__name__,
+        expected="a penjing.Task, or as on the command line: file.py:task, a folder of pictures, an .npz file",
+        remedy="build it with Task(example=..., calibration=..., evaluate=...); it stands behind the network",
+    )

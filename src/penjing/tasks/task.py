@@ -1,0 +1,261 @@
+"""Task: what only the user knows. Its data, its metric, its loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from penjing.errors import CalibrationError, TaskError
+from penjing.tasks.calibration import checked_calls
+from penjing.tasks.call import Call, as_call, as_inputs, fingerprint, leaves, map_leaves, to_tensors
+from penjing.tasks.keywords import suggesting
+from penjing.tasks.outputs import (
+    first_output,
+    flatten_outputs,
+    numpy_predictor,
+    output_names,
+    to_numpy,
+    unflatten_outputs,
+)
+
+__all__ = [
+    "Call",
+    "Task",
+    "agreement_task",
+    "as_call",
+    "calibration_calls",
+    "fingerprint",
+    "flatten_outputs",
+    "numpy_predictor",
+    "output_names",
+    "unflatten_outputs",
+]
+
+_HELD_OUT = 3  # every third calibration batch (or sample) judges, the others calibrate
+
+
+@suggesting
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What only the user knows. All but `example` may be left out; a recipe asks for what it needs.
+
+    Attributes:
+        example: Example inputs of one forward, batch first: a tensor, a tuple of tensors, or a dict of
+            keyword tensors. The batch size does not matter. NumPy arrays are taken as tensors.
+        calibration: Iterable of inputs, each of the same form as `example`, batched; no labels. It is read several
+            times, so it must start anew at every pass.
+        train: Iterable of (inputs, target).
+        evaluate: ``evaluate(predict) -> float``. `predict` maps NumPy inputs (called as the network is called)
+            to NumPy outputs, in the structure that the network returns.
+        select: Same form as `evaluate`; what search, rollback and repair look at, so that `evaluate` is read once.
+        loss: ``loss(output, target) -> scalar tensor``.
+        higher_is_better: Whether a larger metric is the better one.
+        metric_name: How the metric is called in tables.
+        dynamic: Axes that vary, input name (or position) → {axis: name}. None: axis 0 of every input is "batch".
+            An empty dict: every axis is fixed to the example's size.
+        name: How the task is called in tables.
+
+    Raises:
+        TaskError: The example holds no tensor, or a part is of the wrong kind.
+
+    >>> import torch
+    >>> Task(example=torch.zeros(1, 3, 8, 8)).call()[0][0].shape
+    torch.Size([1, 3, 8, 8])
+    """
+
+    example: Any
+    calibration: Iterable[Any] | None = None
+    train: Iterable[tuple[Any, Any]] | None = None
+    evaluate: Callable[[Callable[..., Any]], float] | None = None
+    select: Callable[[Callable[..., Any]], float] | None = None
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    higher_is_better: bool = True
+    metric_name: str = "metric"
+    dynamic: Mapping[str | int, Mapping[int, str]] | None = None
+    name: str = "task"
+
+    def __post_init__(self) -> None:
+        """Refuse what can be seen to be wrong without running anything."""
+        found = [type(value).__name__ for _, _, value in leaves(as_call(self.example))]
+        if not any(isinstance(v, torch.Tensor | np.ndarray) for _, _, v in leaves(as_call(self.example))):
+            raise TaskError(
+                "the task's example holds no tensor",
+                got=", ".join(found) or repr(self.example),
+                expected="a tensor, a tuple of tensors or a dict of keyword tensors, batch first",
+                remedy="for example Task(example=torch.zeros(1, 3, 224, 224))",
+            )
+        for part in ("evaluate", "select", "loss"):
+            if getattr(self, part) is not None and not callable(getattr(self, part)):
+                raise TaskError(
+                    f"the task's {part} can't be called",
+                    got=type(getattr(self, part)).__name__,
+                    expected="a function: evaluate(predict) -> float, loss(output, target) -> tensor",
+                    remedy=f"give the function itself: Task({part}={part})",
+                )
+        for key, axes in (self.dynamic or {}).items():
+            if not isinstance(axes, Mapping) or not all(isinstance(axis, int) for axis in axes):
+                raise TaskError(
+                    f"Task.dynamic of input {key!r} is no mapping of axes",
+                    got=repr(axes),
+                    expected='{axis: name}, for example {0: "batch", 1: "length"}',
+                    remedy='write dynamic={"input_ids": {0: "batch", 1: "length"}}',
+                )
+
+    def call(self) -> Call:
+        """The example as positional and keyword arguments, arrays as tensors."""
+        return to_tensors(as_call(self.example))
+
+
+def calibration_calls(task: Task, *, limit: int | None = None) -> Iterator[Call]:
+    """The calibration data as calls of tensors, one batch at a time, each checked against the example.
+
+    Args:
+        task: Its `calibration` is read once, from the start.
+        limit: Most batches (not samples) to read; None reads all.
+
+    Raises:
+        CalibrationError: At once where the task has no calibration data; while iterating where a batch has other
+            inputs, types, ranks, fixed sizes than the example or values that are not finite, where there is no
+            batch, or where a one-shot iterator is read a second time.
+    """
+    if task.calibration is None:
+        raise CalibrationError(
+            "the task has no calibration data",
+            got="Task.calibration is None",
+            expected="an iterable of input batches (no labels)",
+            remedy="give Task(calibration=batches); some hundred samples are usual",
+        )
+    return checked_calls(task.calibration, task.call(), task.dynamic, limit)
+
+
+def agreement_task(task: Task, source_module: nn.Module, name: str = "the source") -> Task:
+    """The same task with a metric for those who have no labels: agreement with the source network.
+
+    Every third calibration batch (the last one of two; every third sample of a single batch) is held out: it judges,
+    and calibration keeps the rest. If the network's first output is floating point with at least two axes and more
+    than one column, the metric is the share of rows (over all axes but the last) whose largest column is the one of
+    the source. Otherwise it is the mean cosine similarity, sample by sample, between the first output and the
+    source's. Both are 1 for the source itself.
+
+    Args:
+        task: A task with calibration data; its `evaluate` is ignored.
+        source_module: The source network, a module; it is run again at every evaluation.
+        name: What it is called in the metric's name.
+
+    Raises:
+        CalibrationError: There is no calibration data, or too little to hold a part out.
+    """
+    first = list(itertools.islice(calibration_calls(task), _HELD_OUT))
+    if len(first) == 1:
+        rest, held = _split_samples(first[0], task)
+        calibration: Iterable[Any] = [as_inputs(rest)]
+        judges: Iterable[Call] = [held]
+    else:
+        every = _HELD_OUT if len(first) == _HELD_OUT else 2
+        calibration = _Part(task, every, held_out=False)
+        judges = _Part(task, every, held_out=True).calls()
+    source = numpy_predictor(source_module)
+    sample = first_output(source(*map_leaves(_array, list(first[0][0])), **map_leaves(_array, first[0][1])))
+    classes = sample.ndim >= 2 and sample.shape[-1] > 1 and np.issubdtype(sample.dtype, np.floating)
+    compare = _same_class if classes else _cosine
+
+    def evaluate(predict: Callable[..., Any]) -> float:
+        total, count = 0.0, 0
+        for args, kwargs in judges:
+            arrays, named = map_leaves(_array, list(args)), map_leaves(_array, kwargs)
+            scores = compare(first_output(predict(*arrays, **named)), first_output(source(*arrays, **named)))
+            total, count = total + float(scores.sum()), count + scores.size
+        return total / count
+
+    kind = "agreement" if classes else "cosine similarity"
+    return replace(
+        task,
+        calibration=calibration,
+        evaluate=evaluate,
+        higher_is_better=True,
+        metric_name=f"{kind} with {name}",
+    )
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Calls that start anew at every pass."""
+
+    start: Callable[[], Iterator[Call]]
+
+    def __iter__(self) -> Iterator[Call]:
+        return self.start()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The calibration batches of a task whose number is (or is not) the last of every `every`."""
+
+    task: Task
+    every: int
+    held_out: bool
+
+    def _read(self) -> Iterator[Call]:
+        for i, call in enumerate(calibration_calls(self.task)):
+            if (i % self.every == self.every - 1) == self.held_out:
+                yield call
+
+    def __iter__(self) -> Iterator[Any]:
+        return (as_inputs(call) for call in self._read())
+
+    def calls(self) -> Iterable[Call]:
+        return _Calls(self._read)
+
+
+def _array(value: Any) -> Any:
+    return to_numpy(value) if isinstance(value, torch.Tensor) else value
+
+
+def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
+    """One batch as (what calibrates, what judges), cut along axis 0 of every tensor that has the batch there."""
+    rows = {int(v.shape[0]) for _, _, v in leaves(call) if isinstance(v, torch.Tensor) and v.dim() > 0}
+    fixed = task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values())
+    samples = max(rows, default=0)
+    if fixed or samples < 2:
+        raise CalibrationError(
+            "the calibration data is too little to hold a part out",
+            got=f"one batch of {samples}" + (" and a fixed batch size" if fixed else ""),
+            expected="two batches, or one batch of two samples",
+            remedy="give more calibration data, or a metric: Task(evaluate=...)",
+        )
+    held = torch.arange(samples) % _HELD_OUT == _HELD_OUT - 1
+    held[-1] |= not bool(held.any())
+
+    def rows_of(mask: torch.Tensor) -> Callable[[Any], Any]:
+        def take(value: Any) -> Any:
+            batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == samples
+            return value[mask] if batched else value
+
+        return take
+
+    def cut(mask: torch.Tensor) -> Call:
+        take = rows_of(mask)
+        return tuple(map_leaves(take, arg) for arg in call[0]), map_leaves(take, call[1])
+
+    return cut(~held), cut(held)
+
+
+def _same_class(mine: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    same = np.argmax(mine, axis=-1) == np.argmax(source, axis=-1)
+    finite = np.isfinite(mine).all(axis=-1)  # argmax of NaN is a class too, and must not count as agreement
+    return np.asarray((same & finite).astype(np.float64)).reshape(-1)
+
+
+def _cosine(mine: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    rows = source.shape[0] if source.ndim else 1
+    a, b = (np.nan_to_num(x.astype(np.float64).reshape(rows, -1)) for x in (mine, source))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    both_zero = (np.linalg.norm(a, axis=1) == 0) & (np.linalg.norm(b, axis=1) == 0)
+    cosine = (a * b).sum(axis=1) / np.where(lengths == 0, 1.0, lengths)
+    return np.asarray(np.where(both_zero, 1.0, cosine))

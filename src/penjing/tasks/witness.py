@@ -1,0 +1,66 @@
+"""What a metric shows to a network: how many calls, and which samples, in whatever order and batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from penjing.tasks.call import leaves
+from penjing.tasks.outputs import to_numpy
+
+
+class Witness:
+    """`predict`, noting what it is shown.
+
+    Attributes:
+        calls: How often it was called.
+        samples: How many samples all calls held.
+    """
+
+    def __init__(self, predict: Callable[..., Any]) -> None:
+        """Nothing was shown yet."""
+        self.calls = self.samples = 0
+        self._predict = predict
+        self._sum = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network answers."""
+        self.calls += 1
+        for sample in _samples(args, kwargs):
+            self.samples += 1
+            self._sum += int.from_bytes(sample, "little")
+        return self._predict(*args, **kwargs)
+
+    @property
+    def shown(self) -> str:
+        """The number of samples and a sum of their hashes.
+
+        It is the same where the same samples came in another order or in other batches, and another where some were
+        left out, came twice, or hold other values.
+        """
+        return f"{self.samples}:{self._sum % 2**128:032x}"
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[bytes]:
+    """A hash of every sample of a call: row by row where all inputs have as many rows, else of the whole call."""
+    held = [(where, _plain(leaf)) for _, where, leaf in leaves((args, dict(sorted(kwargs.items()))))]
+    arrays = [value for _, value in held if isinstance(value, np.ndarray)]
+    rows = {value.shape[0] if value.ndim else None for value in arrays}
+    together = rows.pop() if len(rows) == 1 else None
+    for row in [None] if together is None else range(together):
+        digest = hashlib.blake2b(digest_size=16)
+        for where, value in held:
+            if isinstance(value, np.ndarray):
+                part = value if row is None else value[row]
+                digest.update(f"|{where}:{part.dtype}{part.shape}".encode())
+                digest.update(part.tobytes())
+            else:
+                digest.update(f"|{where}={value!r}".encode())
+        yield digest.digest()
+
+
+def _plain(leaf: Any) -> Any:
+    return to_numpy(leaf) if hasattr(leaf, "detach") else leaf

@@ -1,0 +1,1 @@
+"""Fine-tuning: its settings, its loop, and what plugs into it."""

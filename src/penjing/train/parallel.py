@@ -1,0 +1,363 @@
+"""Data-parallel training on a Ray cluster: every worker computes the gradient of its part of each batch.
+
+The parts' gradients are summed, weighted by their samples, so that the step is that of the whole batch: Goyal et al.,
+"Accurate, Large Minibatch SGD", 2017, section 2.3. Batch norms see their worker's part alone, as there, and their
+running statistics are averaged over all workers after every update; losses that compare samples with each other, with
+the size of a batch's values (hints), or divide by how many labels there are, do so within one part.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, fx, nn
+from torch.utils import _pytree as pytree
+
+from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, TrainingError
+from penjing.network.portable import Portable
+from penjing.steps.step import Context
+from penjing.tasks.usercode import USER_MODULE
+
+STATE = "finetune.pt"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The workers of one training, seen from one of them; alone, all methods do nothing.
+
+    Attributes:
+        rank: Number of this worker.
+        size: How many there are.
+        saved: Called by the first worker with the path of a state that it has saved.
+    """
+
+    rank: int = 0
+    size: int = 1
+    saved: Callable[[Path], None] = lambda path: None
+
+    def part(self, inputs: Any, target: Any) -> tuple[Any, Any, float]:
+        """This worker's samples of a batch, and which part of the batch they are; it may have none.
+
+        Raises:
+            TaskError: Something in the batch has another number of samples, or is a list with an entry a sample.
+        """
+        if self.size == 1:
+            return inputs, target, 1.0
+        lengths = {len(x) for x in pytree.tree_leaves((inputs, target)) if hasattr(x, "shape") and len(x.shape)}
+        if len(lengths) != 1:
+            raise TaskError(
+                "a batch can't be shared by several workers",
+                got=f"arrays of {', '.join(map(str, sorted(lengths))) or 'no'} samples",
+                expected="inputs and targets whose first axis are the samples",
+                remedy="train with workers=1",
+            )
+        (samples,) = lengths
+        entries = pytree.tree_leaves((inputs, target), is_leaf=lambda x: isinstance(x, list) and len(x) == samples)
+        if any(isinstance(x, list) and not any(hasattr(y, "shape") for y in pytree.tree_leaves(x)) for x in entries):
+            raise TaskError(
+                "a batch can't be shared by several workers",
+                got=f"a list of {samples}, an entry a sample",
+                expected="inputs and targets whose first axis are the samples",
+                remedy="make it a tensor, or train with workers=1",
+            )
+        if not samples:
+            raise TaskError("the training data has a batch without samples", got="(0, …)", expected="(samples, …)")
+        start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))
+
+        def cut(x: Any) -> Any:
+            return x[start:end] if hasattr(x, "shape") and len(x.shape) else x
+
+        mine = pytree.tree_map(cut, (inputs, target))
+        return mine[0], mine[1], (end - start) / samples
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the workers' gradients, in place; what nobody has a gradient of stays without one."""
+        if self.size == 1:
+            return
+        every = [p for p in parameters if p.requires_grad]
+        has = torch.tensor([p.grad is not None for p in every], dtype=torch.int32)
+        distributed.all_reduce(has, distributed.ReduceOp.MAX)
+        some = [p for p, yes in zip(every, has.tolist(), strict=True) if yes]
+        if not some:
+            return
+        for p, found in zip(some, _summed([_gradient(p) for p in some]), strict=True):
+            p.grad = found.to(p.dtype)
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all workers."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.float64)
+        distributed.all_reduce(held)
+        return float(held)
+
+    def first(self, value: int) -> int:
+        """What the first worker says."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value])
+        distributed.broadcast(held, 0)
+        return int(held)
+
+    def each(self, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Every worker's tensors, in the order of their numbers."""
+        if self.size == 1:
+            return [state]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, state)
+        return found
+
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Average tensors over all workers, in place."""
+        every = list(tensors) if self.size > 1 else []
+        if not every:
+            return
+        for t, found in zip(every, _summed(every), strict=True):
+            t.copy_(found / self.size)
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _summed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each summed over all workers, in 32 bits, or in 64 where one of them has as many."""
+    exact = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = torch.cat([t.reshape(-1).to(exact) for t in tensors])
+    distributed.all_reduce(flat)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+Work = Callable[[nn.Module, Context, Any, Group], nn.Module]
+
+
+def spread(work: Work, network: nn.Module, context: Context, settings: Any, cluster: str, workers: int) -> None:
+    """Train `network` in place on so many workers of a Ray cluster.
+
+    Args:
+        work: What each worker does: a function of a module, with network, context, settings and group.
+        network: It has the trained weights at the end.
+        context: Its events are told here, and its folder is written here.
+        settings: Handed to `work`.
+        cluster: "local" starts Ray on this machine; else an address that `ray.init` takes.
+        workers: How many processes.
+
+    Raises:
+        MissingDependency: Ray is not installed.
+        TaskError: Something of the task or the settings can't be sent to another process.
+        TrainingError: The cluster can't be reached, or a worker failed.
+    """
+    ray = _ray()
+    from ray import cloudpickle
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    kept = context.folder / STATE if context.folder else None
+    sent = {
+        "work": work,
+        "network": _portable(network),
+        "context": replace(context, **_SILENT, source=None),
+        "source": _portable(context.source),
+        "settings": replace(settings, teacher=None),
+        "teacher": pytree.tree_map(_portable, settings.teacher),
+        "state": kept.read_bytes() if kept is not None and kept.exists() else None,
+        "keeps": kept is not None,
+    }
+    # The user's own files are no modules that another process could import: what they define goes along.
+    files = [module for name, module in sys.modules.items() if name.startswith(USER_MODULE)]
+    try:
+        for module in files:
+            cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+        data = cloudpickle.dumps(sent)  # type: ignore[no-untyped-call]
+    except Exception as error:  # pickle raises what the objects raise
+        raise TaskError(
+            "the training can't be sent to other processes",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            expected="a task, losses and hooks that can be pickled: no open files, no database connections",
+            remedy="open such things in the dataset, when it is first read",
+        ) from None
+    finally:
+        for module in files:
+            cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    mine = not ray.is_initialized()  # else the user has connected, and that cluster is taken
+    try:
+        if cluster == "local":  # one processor for each worker and one for what leads them, also where there are fewer
+            processors = max(os.cpu_count() or 1, workers + 1)
+            ray.init(
+                address="local",
+                num_cpus=processors,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                ignore_reinit_error=True,
+            )
+        else:
+            _knock(cluster)
+            ray.init(address=cluster, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    except Exception as error:
+        raise TrainingError(
+            "the Ray cluster can't be reached",
+            got=f"{cluster}: {' '.join(str(error).split())[:200]}",
+            expected="'local', or the address of a running cluster, for example ray://host:10001",
+            remedy="ray status tells whether it runs; cluster='local' starts one here",
+        ) from None
+    try:
+        cuda = torch.device(context.device).type == "cuda"
+        _check_room(ray.cluster_resources(), workers, cuda)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as aside:
+            queue = Queue()
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"data": ray.put(data), "queue": queue, "at": os.getcwd(), "path": sys.path},
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda),
+                run_config=RunConfig(storage_path=aside, name="penjing"),
+            )
+            _listen(trainer, queue, network, context, kept)
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
+    for kind, needed in (("CPU", workers), *((("GPU", workers),) if cuda else ())):
+        if resources.get(kind, 0) < needed:
+            raise TrainingError(
+                "the cluster is too small",
+                got=f"{resources.get(kind, 0):g} {kind}",
+                expected=f"{needed}, one for each worker",
+                remedy="fewer workers, or a larger cluster",
+            )
+
+
+def _knock(cluster: str) -> None:
+    """An OSError at once where nothing listens: Ray itself would try for minutes."""
+    host, colon, port = cluster.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+_SILENT: dict[str, Any] = {
+    "events": None, "latency": None, "profile": None, "folder": None, "memo": {}, "accelerates": None,
+}  # fmt: skip
+
+
+def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept: Path | None) -> None:
+    """Take what the workers say until they are done."""
+    from ray.util.queue import Empty
+
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # told below, in the thread that waits
+            failed.append(error)
+
+    running = threading.Thread(target=fit, daemon=True)
+    running.start()
+    found = None
+    while running.is_alive() or not queue.empty():
+        try:
+            kind, value = queue.get(timeout=0.2)
+        except Empty:
+            continue
+        if kind == "event":
+            context.events(value[0], **value[1])
+        elif kind == "state" and kept is not None:
+            _keep(kept, value)
+        elif kind == "error":
+            raise value
+        elif kind == "done":
+            found = value
+    if found is None:
+        said = " ".join(str(failed[0]).split())[-300:] if failed else "no result"
+        raise TrainingError("a worker of the cluster failed", got=said, expected="a trained network")
+    network.load_state_dict(torch.load(io.BytesIO(found), weights_only=True))
+
+
+def _keep(path: Path, state: bytes) -> None:
+    aside = path.with_suffix(".new")
+    try:
+        aside.write_bytes(state)
+        aside.replace(path)
+    except OSError as error:
+        raise OutputError(
+            "the state of the training can't be saved",
+            got=f"{error.strerror or error} ({path.parent})",
+            expected="a folder with write permission and free space",
+            remedy="free some space; what was saved before is untouched",
+        ) from error
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray runs in every process."""
+    import pickle
+
+    import ray
+    from ray import train
+
+    place, queue = train.get_context(), config["queue"]
+    rank = place.get_world_rank()
+    sys.path += [folder for folder in config["path"] if folder not in sys.path]
+    if os.path.isdir(config["at"]):  # another machine may not have it
+        os.chdir(config["at"])  # Ray has changed to a folder of its own, and a data set may name files relatively
+    sent = pickle.loads(ray.get(config["data"]))
+
+    def tell(kind: str, **values: Any) -> None:
+        if rank == 0:
+            queue.put(("event", (kind, values)))
+
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside) if sent["keeps"] else None
+        if sent["state"] is not None and folder is not None:
+            (folder / STATE).write_bytes(sent["state"])
+        context = replace(sent["context"], events=tell, folder=folder, source=_network(sent["source"]))
+        settings = replace(sent["settings"], teacher=pytree.tree_map(_network, sent["teacher"]))
+        group = Group(rank, place.get_world_size(), lambda path: queue.put(("state", path.read_bytes())))
+        try:
+            trained = sent["work"](_network(sent["network"]), context, settings, group)
+        except PenjingError as error:
+            queue.put(("error", error))
+            raise  # Ray ends the other workers, which wait for this one's gradients
+        if rank == 0:
+            held = io.BytesIO()
+            torch.save(trained.state_dict(), held)
+            queue.put(("done", held.getvalue()))
+
+
+def _portable(value: Any) -> Any:
+    return Portable.of(value) if isinstance(value, fx.GraphModule) else value
+
+
+def _network(value: Any) -> Any:
+    return value.network() if isinstance(value, Portable) else value
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.train.torch
+    except ImportError as error:
+        raise MissingDependency(
+            "training on a cluster needs Ray",
+            got=str(error),
+            expected="ray[train]",
+            remedy="pip install 'penjing[cluster]'",
+        ) from None
+    return ray
+
+
+__all__ = ["Group", "spread"]

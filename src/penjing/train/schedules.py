@@ -1,0 +1,15 @@
+"""Schedules of the learning rate: from the fraction of the training that is done to a fraction of the peak.
+
+Cosine: Loshchilov & Hutter, "SGDR", ICLR 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}

@@ -1,0 +1,192 @@
+"""Exporting: sizes that vary, and what is advised where a network can't be exported."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing.errors import ExportError
+from penjing.network.capture import raise_network
+from penjing.network.exporting import export, export_module, input_names
+
+
+def rerun_of(network, args, dynamic):
+    return raise_network(export(network, (args, {}), dynamic))
+
+
+class TestRemedies:
+    """What an error advises is done, and then it exports."""
+
+    def test_a_branch_on_values_is_written_with_where_or_cond(self):
+        class Branch(nn.Module):
+            def forward(self, x):
+                return x * 2 if x.sum() > 0 else x
+
+        class Where(nn.Module):
+            def forward(self, x):
+                return torch.where(x.sum() > 0, x * 2, x)
+
+        class Cond(nn.Module):
+            def forward(self, x):
+                return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 0.0, (x,))
+
+        with pytest.raises(ExportError, match="torch.where.*torch.cond"):
+            raise_network(Branch(), (torch.zeros(1, 3),))
+        for remedy in (Where(), Cond()):
+            network = raise_network(remedy, (torch.zeros(1, 3),))
+            for x in (torch.ones(4, 3), -torch.ones(4, 3)):
+                assert torch.equal(network(x), Branch()(x))
+
+    @pytest.mark.parametrize("fixed", [lambda x: x.reshape(1, 12), lambda x: x.reshape(2, 12)], ids=["one", "two"])
+    def test_a_size_that_is_written_as_a_number(self, fixed):
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return fixed(x)
+
+        class Free(nn.Module):
+            def forward(self, x):
+                return x.flatten(1)
+
+        with pytest.raises(ExportError, match=r"x.flatten\(1\)") as error:
+            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
+        assert "torch.where" not in error.value.remedy
+        assert raise_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
+
+    def test_fixed_sizes_are_the_other_remedy(self):
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return x.reshape(2, 12) + x.flatten(1)
+
+        with pytest.raises(ExportError, match="dynamic={}"):
+            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
+        network = raise_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
+        assert network(torch.ones(2, 3, 4)).shape == (2, 12)
+
+    def test_anything_else_points_at_torch_export(self):
+        class Foreign(nn.Module):
+            def forward(self, x):
+                return torch.from_numpy(x.numpy() * 2)
+
+        with pytest.raises(ExportError) as error:
+            raise_network(Foreign(), (torch.zeros(1, 3),))
+        assert "torch.where" not in error.value.remedy
+
+
+@pytest.mark.parametrize("number", [lambda x: x.shape[0], lambda x: x.numel() // 2, lambda x: x.shape[0] / 2])
+def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number):
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return x * 2, number(x)
+
+    with pytest.raises(ExportError, match="changes with the sizes") as error:
+        raise_network(Sizes(), (torch.zeros(2, 3),))
+    assert "new_full" in error.value.remedy
+    assert raise_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
+
+
+class FreeHeight(nn.Module):
+    """Strides beside a pool: torch can't prove that both give one height."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.short, self.head = nn.Conv2d(8, 16, 1, 2), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.stem(x)), 3, 2, 1)
+        return self.head(torch.relu(self.conv(x) + self.short(x)).mean((2, 3)))
+
+
+def test_free_sizes_in_strided_residual_networks():
+    net = FreeHeight().eval()
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    network = raise_network(net, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
+    again = rerun_of(network, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
+    for height, width in ((32, 32), (45, 31), (17, 64)):
+        x = torch.randn(2, 3, height, width)
+        assert torch.equal(network(x), net(x))
+        assert torch.equal(again(x), net(x))
+
+
+@pytest.mark.parametrize("make", [nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = make(4, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.cells(x)[0]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch", 1: "time"}})
+    assert "pad shorter sequences" in error.value.remedy
+    fixed = export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch"}})
+    assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)
+
+
+class Encoder(nn.Module):
+    def __init__(self, **causal):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+        self.layers, self.causal = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), causal
+
+    def forward(self, tokens):
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.layers(tokens, mask=mask, **self.causal)
+
+
+def test_a_mask_whose_values_torch_would_compare_is_refused_with_what_to_say():
+    free = {"tokens": {0: "batch", 1: "length"}}
+    with pytest.raises(ExportError) as error:
+        export_module(Encoder(), (torch.zeros(2, 6, 8),), {}, free)
+    assert "is_causal=True" in error.value.remedy
+    told = Encoder(is_causal=True)
+    program = export_module(told, (torch.zeros(2, 6, 8),), {}, free)
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(program.module()(x), told.eval()(x))
+
+
+def test_a_remedy_calls_the_input_by_its_name():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, frames):
+            return self.cells(frames)[0]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"frames": {0: "batch", 1: "time"}})
+    assert "{'frames': {0: 'batch'}}" in error.value.remedy
+
+
+def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
+    class Collects(nn.Module):
+        def forward(self, **inputs):
+            return inputs["a"] * inputs["b"]
+
+    with pytest.raises(ExportError) as error:
+        export_module(Collects(), (), {name: torch.ones(2, 4) for name in ("a", "b")})
+    assert "names them" in error.value.remedy
+
+
+def test_inputs_that_a_forward_collects_stand_behind_those_it_names():
+    class Sums(nn.Module):
+        def forward(self, first, *others):
+            return first + sum(others)
+
+    example = tuple(torch.ones(2, 4) for _ in range(3))
+    assert input_names(Sums(), example, {}) == ["first", "others_0", "others_1"]
+    network = raise_network(Sums(), example)
+    assert torch.equal(network(*[torch.ones(5, 4)] * 3), torch.full((5, 4), 3.0))
+
+
+def test_two_inputs_of_one_name_are_refused():
+    class Twice(nn.Module):
+        def forward(self, x_0, *x):
+            return x_0 + x[0]
+
+    with pytest.raises(ExportError, match="two inputs of the network would be called 'x_0'") as error:
+        raise_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
+    assert "rename the parameter x_0" in error.value.remedy

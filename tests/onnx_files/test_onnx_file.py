@@ -1,0 +1,186 @@
+"""What the ONNX file says: names, axes, types, and nothing of the machine that wrote it."""
+
+import getpass
+import socket
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from penjing.errors import ExportError
+from penjing.network.capture import raise_network
+from penjing.network.graph import kind, sites
+from penjing.onnx_files import write as onnx_file
+from penjing.steps.plan import Entry, Plan, QuantSpec
+from penjing.surgery import freeze, insert
+from tests.tiny_networks import CASES, export
+
+
+def graph_of(exported):
+    return onnx.load(exported.folder / "model.onnx").graph
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nodes_are_called_by_the_sites_of_the_network(exported, case):
+    made = exported(case, "onnxruntime", "int8")
+    names = {node.name for node in graph_of(made).node}
+    network = made.draft.network
+    expected = {s for s, node in sites(network).items() if kind(network, node) in made.case.integer}
+    assert len(expected) == sum(made.case.integer.values())
+    assert expected <= names
+
+
+def test_an_addition_in_a_linear_layer_is_not_taken_for_one_of_the_network(exported):
+    made = exported("tokens", "onnxruntime", "fp32")
+    named = {node.name: node.op_type for node in graph_of(made).node}
+    assert (named["/add#0"], named["/add#1"]) == ("Add", "Add")
+    assert (named["up"], named["down"], named["shift"]) == ("MatMul", "MatMul", "Gemm")
+    inputs = next(node.input for node in graph_of(made).node if node.name == "/add#1")
+    assert "mean" in inputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_and_outputs_keep_their_names_and_their_batch_varies(exported, case):
+    made = exported(case, "onnxruntime", "fp32")
+    graph = graph_of(made)
+    assert tuple(value.name for value in graph.output) == made.case.outputs
+    shapes = made.case.shapes
+    if isinstance(shapes, dict):
+        assert [value.name for value in graph.input] == list(shapes)
+    for value in [*graph.input, *graph.output]:
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [port.name for port in made.manifest.programs[0].inputs] == [value.name for value in graph.input]
+
+
+def test_quantized_weights_are_stored_as_integers_alone(exported):
+    made = exported("residual", "onnxruntime", "int8")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph_of(made).initializer}
+    by_type = {}
+    for array in stored.values():
+        by_type.setdefault(array.dtype.name, []).append(array.size)
+    weights = [8 * 3 * 9, 8 * 8 * 9, 5 * 8]
+    assert sorted(size for size in by_type["int8"] if size > 8) == sorted(weights)
+    assert max(by_type["int32"]) == 8  # biases, one number an output channel
+    assert max(by_type["float32"]) == 8  # scales, one a channel: no float weight lies beside its integers
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_no_trace_of_this_machine_is_left(exported, runtime, precision):
+    made = exported("residual", runtime, precision)
+    data = b"".join(path.read_bytes() for path in sorted(made.folder.iterdir()))
+    here = {Path.cwd(), Path(__file__).parent, made.folder, Path.home(), Path(torch.__file__).parent}
+    for trace in here - {Path("/")}:
+        assert str(trace).encode() not in data
+    assert b"Traceback" not in data and b'File "' not in data and b"stack_trace" not in data
+    for name in (socket.gethostname(), getpass.getuser()):
+        if len(name) > 4:  # "root" is also a word
+            assert name.encode() not in data
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_same_network_gives_the_same_bytes(exported, tmp_path, runtime, precision):
+    made = exported("branches", runtime, precision)
+    export(made.case, runtime, precision, tmp_path)
+    files = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert {"manifest.json", "load.py"} < set(files)
+
+
+def one_edge(spec, scale, zero_point):
+    """A network of one rectifier whose input is quantized, exported, with its torch twin."""
+    network = raise_network(nn.Sequential(nn.ReLU(), nn.Tanh()), (torch.zeros(2, 4),))
+    edge = f"{next(iter(sites(network)))}:in0"
+    plan = Plan({edge: Entry(spec, (scale,), (zero_point,))})
+    return insert(network, plan), freeze(network, plan)
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "symmetric"),
+    [(8, True, True), (8, True, False), (8, False, False), (7, False, False), (4, True, True), (4, False, False)],
+)
+def test_every_range_saturates_where_the_plan_says(tmp_path, bits, signed, symmetric):
+    import onnxruntime
+
+    spec = QuantSpec(bits=bits, signed=signed, symmetric=symmetric)
+    zero = 0 if signed and symmetric else 1 if signed else 3
+    twin, frozen = one_edge(spec, 0.05, zero)
+    call = ((torch.zeros(2, 4),), {})
+    onnx_file.write(frozen, call, None, ["output"], tmp_path / "edge.onnx")
+    x = torch.linspace(-20, 20, 804).reshape(-1, 4)
+    session = onnxruntime.InferenceSession(str(tmp_path / "edge.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = twin(x).numpy()
+    assert np.abs(found - expected).max() < 1e-6
+    high = spec.limits[1]
+    assert expected.max() == pytest.approx(np.tanh((high - zero) * 0.05), abs=1e-6)  # the edge itself is met
+
+
+def test_a_spatial_mean_becomes_a_pooling_with_or_without_the_empty_axes(tmp_path):
+    class Means(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)), x.mean((-1, -2), keepdim=True), x.mean(1)
+
+    network = raise_network(Means(), (torch.zeros(2, 3, 4, 4),))
+    path = tmp_path / "means.onnx"
+    onnx_file.write(network, ((torch.zeros(2, 3, 4, 4),), {}), None, ["a", "b", "c"], path)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("GlobalAveragePool") == 2
+    assert kinds.count("ReduceMean") == 1
+
+
+def test_an_operator_without_an_onnx_form_is_named(tmp_path):
+    class Strange(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    network = raise_network(Strange(), (torch.zeros(2, 3),))
+    with pytest.raises(ExportError, match="bessel_j0"):
+        onnx_file.write(network, ((torch.zeros(2, 3),), {}), None, ["output"], tmp_path / "strange.onnx")
+    assert not (tmp_path / "strange.onnx").exists()
+
+
+class PadsAsTensorFlow(nn.Module):
+    """Sizes rounded up by the floor division of a negative number."""
+
+    def forward(self, x):
+        height = x.shape[2]
+        over = max((-(-height // 2) - 1) * 2 + 3 - height, 0)
+        return nn.functional.pad(x, (0, 0, over // 2, over - over // 2)) * (-height % 8)
+
+
+def test_sizes_are_divided_as_python_divides_them(tmp_path):
+    dynamic = {"x": {0: "batch", 2: "height"}}
+    example = (torch.randn(2, 3, 12, 5),)
+    network = raise_network(PadsAsTensorFlow(), example, dynamic=dynamic)
+    file = tmp_path / "network.onnx"
+    onnx_file.write(network, (example, {}), dynamic, [""], file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for height in (7, 8, 13):
+        x = torch.randn(3, 3, height, 5)
+        (answer,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answer), PadsAsTensorFlow()(x))
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_layers_beside_a_recurrent_one_that_is_written_out_keep_their_names(tmp_path, nonlinearity):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.r = nn.RNN(8, 8, batch_first=True, nonlinearity=nonlinearity)
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            return self.b(x + self.r(x)[0])
+
+    x = torch.randn(2, 5, 6)
+    onnx_file.write(raise_network(Net().eval(), (x,)), ((x,), {}), None, ["y"], tmp_path / "model.onnx")
+    named = {node.name: node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert (named["a"], named["b"], named["/add#0"], named["/relu#0"]) == ("MatMul", "MatMul", "Add", "Relu")

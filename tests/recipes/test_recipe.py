@@ -1,0 +1,221 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penjing.distill import DKD, Logits
+from penjing.errors import RecipeError
+from penjing.prune import Channels, Iterative
+from penjing.quantize import Static
+from penjing.recipes.recipe import CATALOGUE, Recipe
+from penjing.steps.step import Step
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune
+
+
+@dataclass(frozen=True)
+class Own:
+    """A step of the user's own."""
+
+    size: int = 3
+
+    def __call__(self, draft, context):
+        return draft
+
+
+def refused(make, *args):
+    with pytest.raises(RecipeError) as found:
+        make(*args)
+    assert found.value.exit_code == 2
+    return str(found.value)
+
+
+class TestSteps:
+    def test_it_is_a_sequence_of_its_steps(self):
+        steps = (Finetune(epochs=2), Static())
+        assert tuple(Recipe(*steps)) == Recipe(*steps).steps == steps
+        assert len(Recipe(*steps)) == 2
+        assert list(Recipe()) == []
+
+    def test_equal_recipes_are_equal_values(self):
+        assert Recipe(Static(weight_bits=4)) == Recipe(Static(weight_bits=4))
+        assert Recipe(Static(weight_bits=4)) != Recipe(Static())
+
+    def test_a_step_of_the_users_own_is_a_step(self):
+        assert list(Recipe(Own(), Static())) == [Own(), Static()]
+        assert Recipe(Own()).to_data() == [{"Own": {"size": 3}}]
+
+    @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
+    def test_what_is_no_step_is_refused(self, wrong):
+        text = refused(Recipe, wrong)
+        assert "no step" in text
+        assert "quantize.Static" in text
+
+    def test_it_knows_whether_it_quantizes(self):
+        assert Recipe(Static()).quantizes
+        assert not Recipe(Finetune()).quantizes
+        assert not Recipe().quantizes
+
+    @pytest.mark.parametrize("name", CATALOGUE)
+    def test_every_step_of_the_catalogue_fulfils_the_contract(self, name):
+        limit = {
+            "quantize.Rollback": {"snr_db": 20.0},
+            "quantize.MixedPrecision": {"average_bits": 5.0},
+            "distill.FewerLayers": {"of": "blocks", "keep": 3},
+            "distill.Student": {"architecture": "resnet20"},
+            "prune.Blocks": {"blocks": 1},
+            "prune.Channels": {"macs": 0.5},
+            "prune.Iterative": {"step": Channels(macs=0.5), "finetune": Finetune()},
+        }.get(name, {})
+        step = CATALOGUE[name](**limit)
+        assert isinstance(step, Step)
+        assert step == CATALOGUE[name](**limit)
+        assert name.rpartition(".")[2] == type(step).__name__
+        with pytest.raises(AttributeError):  # frozen
+            step.anything = 1
+
+
+class TestOrder:
+    def test_fine_tuning_comes_before_quantization(self):
+        Recipe(Finetune(), Static())
+        assert "Static → Finetune" in refused(Recipe, Static(), Finetune())
+
+    def test_pruning_comes_before_quantization(self):
+        Recipe(Channels(macs=0.5), Static())
+        assert "Static → Channels" in refused(Recipe, Static(), Channels(macs=0.5))
+
+    def test_one_quantization(self):
+        assert "twice" in refused(Recipe, Static(), Static(weight_bits=4))
+
+    def test_it_is_checked_in_yaml_too(self):
+        assert "Finetune before Static" in refused(Recipe.from_yaml, "[quantize.Static, Finetune]")
+
+
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "weight_bits": st.integers(2, 8),
+        "activation_bits": st.integers(2, 8),
+        "weight_range": st.sampled_from(["minmax", "mse"]),
+        "activation_range": st.sampled_from(["minmax", "moving_average", "percentile", "mse"]),
+        "samples": st.integers(1, 10_000),
+        "exclude": st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+        "settings": st.dictionaries(
+            st.text(min_size=1, max_size=9), st.just({"weight_bits": 4, "activation_range": "minmax"}), max_size=2
+        ),
+    },
+)
+
+
+class TestYaml:
+    @given(SETTINGS, st.floats(min_value=1e-3, max_value=100, allow_nan=False))
+    def test_it_reads_back_what_it_wrote(self, settings, epochs):
+        recipe = Recipe(Finetune(epochs=epochs, optimizer="adamw"), Static(**settings))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert Recipe.from_data(recipe.to_data()) == recipe
+
+    def test_its_data_is_plain(self):
+        data = Recipe(Finetune(losses=(len,)), Static(exclude=("head",))).to_data()
+        assert json.loads(json.dumps(data)) == data
+        assert yaml.safe_load(yaml.safe_dump(data)) == data
+        assert data[1]["quantize.Static"]["exclude"] == ["head"]
+        assert "len" in data[0]["Finetune"]["losses"][0]
+
+    def test_its_data_is_the_same_in_every_process(self):
+        """A resumed run compares its recipe with the one that was asked for."""
+        with pytest.raises(RecipeError, match=r"Finetune\(losses=...\) can't be written as YAML"):
+            Recipe(Finetune(losses=(len,))).to_yaml()
+        with pytest.raises(RecipeError, match=r"Iterative\(hooks=...\)"):
+            Recipe(Iterative(step=Channels(macs=0.5), finetune=Finetune(hooks=(print,)))).to_yaml()
+        one, other = (Recipe(Finetune(losses=(lambda batch: 0,))).to_data() for _ in range(2))
+        assert one == other
+
+    def test_settings_may_be_left_out(self):
+        assert Recipe.from_yaml("- quantize.Static") == Recipe(Static())
+        assert Recipe.from_yaml("- quantize.Static:") == Recipe(Static())
+        assert Recipe.from_yaml("- quantize.Static: {weight_bits: 4}") == Recipe(Static(weight_bits=4))
+        assert Recipe.from_yaml("[]") == Recipe()
+
+    def test_numbers_and_words_are_those_of_yaml_1_2(self):
+        text = "- Finetune: {learning_rate: 1e-3, weight_decay: 5.e-4, ema: .9, autocast: off, steps: 3}"
+        settings = Finetune(learning_rate=0.001, weight_decay=0.0005, ema=0.9, autocast="off", steps=3)
+        assert Recipe.from_yaml(text) == Recipe(settings)
+
+    @pytest.mark.parametrize("name", ["1e3", "off", "yes", ".5", "true", "3", "1_0"])
+    def test_a_name_that_looks_like_something_else_stays_a_name(self, name):
+        recipe = Recipe(Static(exclude=(name,)))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+    def test_settings_of_settings_may_be_names_alone(self):
+        text = "- Finetune: {distill: [distill.Logits, {distill.DKD: {beta: 2}}], clip: Clip}"
+        assert Recipe.from_yaml(text) == Recipe(Finetune(distill=(Logits(), DKD(beta=2)), clip=Clip()))
+        assert Recipe.from_yaml("- Finetune: {distill: auto}") == Recipe(Finetune())
+
+    def test_lists_become_tuples(self):
+        recipe = Recipe.from_yaml("- quantize.Static:\n    exclude: [conv1, 'layer3.*']\n")
+        assert recipe.steps[0].exclude == ("conv1", "layer3.*")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("- quantize.static", ["does not exist", "did you mean quantize.Static?"]),
+            ("- quantise.Static: {}", ["did you mean quantize.Static?"]),
+            ("- os.system: {command: ls}", ["does not exist", "one of"]),
+            ("- {}", ["does not exist"]),
+            ("- 5", ["does not exist"]),
+            (
+                "- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {epochs: 1}}",
+                ["does not exist", 'did you mean {Finetune: {"epochs": 1}}?'],
+            ),
+            ("- [quantize.Static]", ["does not exist"]),
+            ("- quantize.Static: 5", ["settings of quantize.Static", "no mapping"]),
+            ("- quantize.Static: [weight_bits]", ["settings of quantize.Static", "no mapping"]),
+            ("- quantize.Static: {weight_bits: 99}", ["weight_bits", "from 2 to 8"]),
+            ("- quantize.Static: {weight_bits: 4.0}", ["weight_bits", "from 2 to 8"]),
+            ("- quantize.Static: {activation_range: kl}", ["activation_range", "percentile"]),
+            ("- quantize.Static: {weight_range: percentile}", ["weight_range", "mse"]),
+            ("- quantize.Static: {samples: 0}", ["samples", "above 0"]),
+            ("- quantize.Static: {exclude: head}", ["exclude", "list of patterns"]),
+            ("- quantize.Static: {settings: 3}", ["settings", "no mapping"]),
+            ("- quantize.Static: {settings: {a: {weight_bits: 1}}}", ["weight_bits", "'a'"]),
+            ("- quantize.Static: {settings: {a: {samples: 5}}}", ["'a'", "samples"]),
+            ("-", ["does not exist"]),
+            ("- quantize.Static: {}\n  Finetune: {}", ["two steps", "a dash before each"]),
+            ("- distill.Logits: {}", ["is no step", "- Finetune: {distill"]),
+            ("- Finetune: {distill: {Logits: {}}}", ["setting that does not exist", "did you mean distill.Logits?"]),
+            ("- Finetune: {distill: [distill.Logit]}", ["did you mean distill.Logits?"]),
+            ("- prune.Movement: {finetune: {Finetun: {}}}", ["did you mean Finetune?"]),
+            ("- Finetune: {epochs: 1, epochs: 5}", ["not valid YAML", "'epochs' stands twice"]),
+            ("- Finetune: {channels_last: 'no'}", ["channels_last", "True or False"]),
+            ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),
+            ("- Finetune: {epochs: 0}", ["epochs", "above 0"]),
+            ("- Finetune: {epochs: many}", ["epochs", "'many'", "a number"]),
+            ("- Finetune: {optimizer: adam}", ["optimizer", "adamw"]),
+            ("quantize.Static: {}", ["a list of steps", "- quantize.Static"]),
+            ("", ["a list of steps"]),
+            ("{a: [", ["not valid YAML", "line 1"]),
+        ],
+    )
+    def test_what_cannot_be_read_is_said(self, text, words):
+        found = refused(Recipe.from_yaml, text)
+        assert [word for word in words if word not in found] == []
+
+    def test_code_in_yaml_does_not_run(self, tmp_path):
+        mark = tmp_path / "ran"
+        text = f"- !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
+        assert "not valid YAML" in refused(Recipe.from_yaml, text)
+        assert not mark.exists()
+
+
+def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
+    step = Static()
+    assert Recipe.of(step) == Recipe.of([step]) == Recipe.of((step,)) == Recipe.of(Recipe(step)) == Recipe(step)
+    with pytest.raises(RecipeError, match="no step"):
+        Recipe.of([step, 3])
+    with pytest.raises(RecipeError, match="no step"):
+        Recipe.of(Static)
+    with pytest.raises(RecipeError, match="from_yaml"):
+        Recipe.of("recipe.yaml")

@@ -1,0 +1,240 @@
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from penjing.errors import CheckpointError, SourceError, TaskError
+from penjing.sources.source import check_forward, open_source
+from penjing.tasks.opening import open_task
+from penjing.tasks.task import Task
+
+NET_FILE = """
+    import torch
+    from torch import nn
+    from penjing.tasks.task import Task
+    from parts import Small
+
+    IMPORTED = []
+    IMPORTED.append(1)
+
+    def make():
+        return Small()
+
+    ready = nn.Linear(4, 2)
+    task = Task(example=torch.zeros(1, 4))
+
+    def weights():
+        return ready.state_dict()
+
+    def raises():
+        return nn.Linear(4, "2")
+
+    def leaves():
+        raise SystemExit(2)
+
+    def needs(width):
+        return nn.Linear(width, 2)
+
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    class Text(nn.Module):
+        def forward(self, x):
+            return {"answer": object()}
+"""
+PARTS_FILE = """
+    from torch import nn
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(x)
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    (tmp_path / "net.py").write_text(textwrap.dedent(NET_FILE))
+    (tmp_path / "parts.py").write_text(textwrap.dedent(PARTS_FILE))
+    before = set(sys.modules)
+    yield tmp_path / "net.py"
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def refused(spec, error=SourceError, task=None):
+    with pytest.raises(error) as found:
+        open_source(spec, task=task)
+    assert found.value.expected is not None
+    return str(found.value)
+
+
+def test_factories_modules_and_classes_of_a_file(net):
+    assert type(open_source(f"{net}:make").module).__name__ == "Small"
+    source = open_source(f"{net}:ready", task=open_task(f"{net}:task"))
+    assert isinstance(source.module, nn.Linear) and (source.name, source.spec) == ("ready", f"{net}:ready")
+    assert isinstance(open_source(f"{net}:Wrong").module, nn.Module)
+
+
+def test_source_and_task_of_one_file_import_it_once(net):
+    path = list(sys.path)
+    source, task = open_source(f"{net}:make"), open_task(f"{net}:task")
+    module = sys.modules[type(open_source(f"{net}:Wrong").module).__module__]
+    assert module.IMPORTED == [1] and task is module.task
+    assert isinstance(source.module, sys.modules["parts"].Small)
+    assert sys.path == path
+
+
+def test_two_files_of_one_name_do_not_meet(tmp_path):
+    for folder, width in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(f"from torch import nn\nnet = nn.Linear(1, {width})")
+    widths = [open_source(f"{tmp_path / folder / 'net.py'}:net").module.out_features for folder in "ab"]
+    assert widths == [2, 3]
+
+
+def test_a_module_on_the_path(net, monkeypatch):
+    monkeypatch.chdir(net.parent)
+    assert type(open_source("parts:Small").module).__name__ == "Small"
+
+
+def test_objects_are_taken_as_they_are():
+    network = nn.Linear(2, 2).train()
+    source = open_source(network, task=Task(example=torch.zeros(1, 2)))
+    assert source.module is network and source.name == "Linear" and network.training
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    assert open_source(program).example[0].shape == (1, 2)
+    with pytest.raises(SourceError, match="not a network"):
+        open_source(3)
+
+
+def test_built_in_architectures():
+    source = open_source("resnet20")
+    assert source.name == "resnet20" and isinstance(source.module, nn.Module)
+    assert "did you mean resnet5" in refused("resnet55")
+
+
+def test_an_exported_program_brings_its_example(tmp_path):
+    path = tmp_path / "small.pt2"
+    torch.export.save(torch.export.export(nn.Linear(4, 2), (torch.zeros(3, 4),)), path)
+    source = open_source(path)
+    assert source.name == "small" and source.example[0].shape == (3, 4)
+    assert check_forward(source, Task(example=source.example)).shape == (3, 2)
+
+
+def test_missing_files_name_the_nearest(net):
+    assert "did you mean net.py" in refused(f"{net.parent / 'nett.py'}:make")
+    (net.parent / "model.pt2").write_bytes(b"")
+    assert "did you mean model.pt2" in refused(str(net.parent / "modle.pt2"))
+    assert "did you mean" in refused(str(net.parent.parent / (net.parent.name + "x") / "net.pt2"))
+
+
+def test_a_missing_attribute_names_the_nearest(net):
+    text = refused(f"{net}:mak")
+    assert "did you mean make" in text and "nn" not in text.split("which has ")[1].split("\n")[0].split(", ")
+
+
+def test_a_file_without_a_name_lists_its_names_without_running(tmp_path):
+    (tmp_path / "net.py").write_text("raise RuntimeError('ran')\ndef make(): ...\nclass Net: ...\ndef _hidden(): ...")
+    text = refused(str(tmp_path / "net.py"))
+    assert "make, Net" in text and "_hidden" not in text and "ran" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "words"),
+    [
+        ("raises", "factory raises raised TypeError", ["net.py:20 in raises"]),
+        ("leaves", "raised SystemExit", ["net.py:23 in leaves"]),
+        ("needs", "without arguments", ["width"]),
+        ("weights", "is not a network", ["OrderedDict", "state dict"]),
+        ("IMPORTED", "is not a network", ["list"]),
+    ],
+)
+def test_factories_that_give_no_network(net, name, what, words):
+    text = refused(f"{net}:{name}")
+    assert what in text and all(word in text for word in words)
+
+
+def test_the_original_error_is_chained(net):
+    with pytest.raises(SourceError) as error:
+        open_source(f"{net}:raises")
+    assert isinstance(error.value.__cause__, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import torch\nx = 1 / 0\n", ["ZeroDivisionError", "broken.py:2"]),
+        ("def make(:\n  pass", ["SyntaxError", "broken.py:1"]),
+        ("import penjing_no_such_package", ["ModuleNotFoundError", "penjing_no_such_package", "broken.py:1"]),
+        ("import sys\nsys.exit('usage')", ["SystemExit", "usage"]),
+    ],
+)
+def test_a_file_that_can_not_be_imported(tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    message = refused(f"{tmp_path / 'broken.py'}:make")
+    assert all(word in message for word in words)
+    (tmp_path / "broken.py").write_text("from torch import nn\nmake = nn.ReLU")
+    assert isinstance(open_source(f"{tmp_path / 'broken.py'}:make").module, nn.ReLU)  # a mended file is tried again
+
+
+def test_a_module_that_can_not_be_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "penjing_half.py").write_text("import penjing_no_such_package")
+    assert "importing the source's code raised ModuleNotFoundError" in refused("penjing_half:make")
+    assert "no module 'penjing_no_such.module'" in refused("penjing_no_such.module:make")
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.pth", "net.bin", "net.pkl", "net.ckpt", "NET.PT"])
+def test_pickles_are_refused_unread(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    text = refused(str(tmp_path / name), CheckpointError)
+    assert "file.py:factory" in text and "weights_only=True" in text
+
+
+@pytest.mark.parametrize(("name", "word"), [("net.onnx", "yet"), ("net.safetensors", "weights is not a network")])
+def test_files_that_are_no_networks(tmp_path, name, word):
+    (tmp_path / name).write_bytes(b"")
+    text = refused(str(tmp_path / name))
+    assert word in text and "file.py:factory" in text
+
+
+def test_folders(tmp_path):
+    assert "no Hugging Face model" in refused(str(tmp_path))
+    (tmp_path / "record.json").write_text("{}")
+    assert "finished run" in refused(tmp_path)
+
+
+def test_a_forward_that_fails_names_the_users_line(net):
+    text = refused(f"{net}:Wrong", task=open_task(f"{net}:task"))
+    assert "net.py:34 in forward: return self.fc(x)" in text and "(float32[1, 4])" in text
+    assert "x=float32[1, 4]" in refused(f"{net}:ready", task=Task(example={"x": torch.zeros(1, 4)}))
+
+
+def test_a_forward_that_returns_no_tensors(net):
+    task = open_task(f"{net}:task")
+    with pytest.raises(SourceError, match=r"output\['answer'\]"):
+        open_source(f"{net}:Text", task=task)
+
+
+def test_check_forward_puts_the_mode_back():
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()).train()
+    before = network[0].running_mean.clone()
+    check_forward(open_source(network), Task(example=torch.ones(1, 4)))
+    assert network.training and torch.equal(network[0].running_mean, before)
+
+
+def test_a_task_is_not_opened_as_a_source(net):
+    assert "Task" in refused(f"{net}:task")
+    with pytest.raises(TaskError, match="is not a task"):
+        open_task(f"{net}:ready")

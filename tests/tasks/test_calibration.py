@@ -1,0 +1,196 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from penjing.errors import CalibrationError
+from penjing.tasks.task import Task, calibration_calls, fingerprint
+
+X = torch.arange(24.0).reshape(4, 3, 2)
+
+
+def task(calibration, example=None, **settings):
+    return Task(example=torch.zeros(1, 3, 2) if example is None else example, calibration=calibration, **settings)
+
+
+def refused(calibration, example=None, **settings):
+    with pytest.raises(CalibrationError) as error:
+        list(calibration_calls(task(calibration, example, **settings)))
+    assert error.value.remedy
+    return str(error.value)
+
+
+def test_every_form_becomes_a_call_of_tensors():
+    for batch in (X, (X,), [X], X.numpy(), (X.numpy(),)):
+        ((args, kwargs),) = calibration_calls(task([batch]))
+        assert torch.equal(args[0], X) and kwargs == {}
+    example = {"ids": torch.zeros(1, 3, dtype=torch.int64), "mask": torch.zeros(1, 3, dtype=torch.bool)}
+    batch = {"mask": np.ones((2, 3), bool), "ids": np.ones((2, 3), np.int32)}
+    ((args, kwargs),) = calibration_calls(task([batch], example))
+    assert args == () and list(kwargs) == ["ids", "mask"] and kwargs["ids"].dtype == torch.int64
+
+
+def test_types_of_the_same_kind_are_cast_to_the_example():
+    ((args, _),) = calibration_calls(task([X.double()]))
+    assert args[0].dtype == torch.float32
+
+
+def test_nested_inputs_keep_their_structure():
+    example = ([torch.zeros(1, 2), torch.zeros(1, 3)], {"k": torch.zeros(1)})
+    batch = ([np.ones((4, 2)), np.ones((4, 3))], {"k": np.ones(4)})
+    ((args, _),) = calibration_calls(task([batch], example))
+    assert [t.shape[0] for t in args[0]] == [4, 4] and args[1]["k"].dtype == torch.float32
+
+
+def test_a_dataloader_of_one_tensor_is_calibration_data():
+    loader = DataLoader(TensorDataset(X), batch_size=2)
+    assert [c[0][0].shape[0] for c in calibration_calls(task(loader))] == [2, 2]
+
+
+def test_batches_are_never_held_all_at_once():
+    alive = []
+
+    class Stream:
+        def __iter__(self):
+            for _ in range(20):
+                batch = torch.zeros(2, 3, 2)
+                alive.append(weakref.ref(batch))
+                yield batch
+                del batch
+
+    most = 0
+    for _ in calibration_calls(task(Stream())):
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+    assert len(alive) == 20 and most <= 3
+
+
+def test_limit_counts_batches():
+    assert len(list(calibration_calls(task([X, X, X]), limit=2))) == 2
+
+
+def test_missing_calibration_is_said_before_iterating():
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        calibration_calls(task(None))
+
+
+def test_empty():
+    assert "is empty" in refused([])
+    assert "is empty" in refused(x for x in [])
+    assert "is empty, or was read before" in refused(map(str, []))
+
+
+def test_not_iterable():
+    assert "can't be iterated" in refused(5)
+
+
+def test_a_generator_read_twice_is_told_from_an_empty_one():
+    once = task(x for x in [X, X])
+    assert len(list(calibration_calls(once, limit=1))) == 1
+    with pytest.raises(CalibrationError, match="can be read only once") as error:
+        list(calibration_calls(once))
+    assert "DataLoader" in error.value.remedy
+
+
+def test_an_exhausted_map_is_recognised_by_what_it_lacks():
+    once = task(map(torch.clone, [X]))
+    assert len(list(calibration_calls(once))) == 1
+    with pytest.raises(CalibrationError, match="was read before"):
+        list(calibration_calls(once))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "example"),
+    [
+        ([(X, torch.zeros(4, dtype=torch.int64))], None),
+        (DataLoader(TensorDataset(X, torch.zeros(4)), batch_size=4), None),
+        ([({"x": X}, torch.zeros(4))], {"x": torch.zeros(1, 3, 2)}),
+        ([((X, X), torch.zeros(4))], (torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), torch.zeros(1))),
+    ],
+    ids=["pair", "loader", "dict", "nested"],
+)
+def test_a_training_loader_is_recognised(calibration, example):
+    assert "(inputs, target) of a training loader" in refused(calibration, example)
+
+
+def test_labels_in_a_dict_are_recognised():
+    text = refused([{"x": X, "labels": X}], {"x": torch.zeros(1, 3, 2)})
+    assert "calibration needs no labels" in text and "keywords x, labels" in text
+
+
+def test_a_missing_input_is_an_error():
+    assert "other inputs" in refused([{"y": X}], {"x": torch.zeros(1, 3, 2)})
+
+
+def test_the_batch_and_the_input_are_named():
+    text = refused([{"x": X}, {"x": X}, {"x": X.int()}], {"x": torch.zeros(1, 3, 2)})
+    assert "calibration batch 2, input 'x'" in text and "int32" in text and "float32" in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "got", "expected"),
+    [
+        (torch.zeros(4, 3), "(4, 3)", "(any, 3, 2)"),
+        (torch.zeros(4, 5, 2), "(4, 5, 2)", "(any, 3, 2)"),
+        (torch.zeros(3, 2), "(3, 2)", "stack the samples"),
+        (torch.zeros(0, 3, 2), "(0, 3, 2)", "at least one sample"),
+    ],
+)
+def test_shapes(batch, got, expected):
+    text = refused([batch])
+    assert got in text and expected in text
+
+
+@pytest.mark.parametrize(("bad", "word"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
+def test_values_that_are_not_finite(bad, word):
+    batch = X.clone()
+    batch[1, 2, 0] = bad
+    text = refused([X, batch])
+    assert f"1 of 24, the first is {word} at [1, 2, 0]" in text and "calibration batch 1, input 0" in text
+
+
+def test_what_is_no_tensor():
+    assert "is no tensor" in refused([["a"]])
+    assert "holds no numbers" in refused([np.array(["a"])])
+    assert "calibration batch 0" in refused([np.array([object()])])
+
+
+def test_constants_must_equal_the_example():
+    example = {"x": torch.zeros(1, 2), "flag": True}
+    assert len(list(calibration_calls(task([{"x": torch.zeros(4, 2), "flag": True}], example)))) == 1
+    assert "input 'flag'" in refused([{"x": torch.zeros(4, 2), "flag": False}], example)
+
+
+def test_dynamic_axes_vary_and_fixed_ones_do_not():
+    ids = {"ids": torch.zeros(1, 5, dtype=torch.int64)}
+    longer = [{"ids": torch.zeros(2, 9, dtype=torch.int64)}]
+    assert "(any, 5)" in refused(longer, ids)
+    for dynamic in ({"ids": {0: "batch", 1: "length"}}, {0: {0: "batch", 1: "length"}}):
+        assert len(list(calibration_calls(task(longer, ids, dynamic=dynamic)))) == 1
+    positional = task([torch.zeros(2, 9)], torch.zeros(1, 5), dynamic={"x": {0: "batch", 1: "length"}})
+    assert len(list(calibration_calls(positional))) == 1
+    assert "(1, 5)" in refused([torch.zeros(2, 5)], torch.zeros(1, 5), dynamic={})
+
+
+def test_fingerprint_depends_on_values_types_shapes_and_places():
+    def of(*calls):
+        return fingerprint(calls)
+
+    base = of(((X,), {}))
+    assert base == of(((X.clone(),), {})) == of(((X.numpy(),), {}))
+    assert base == of(((X.transpose(1, 2).contiguous().transpose(1, 2),), {}))  # strides are no matter
+    others = [
+        of(((X + 1,), {})),
+        of(((X.double(),), {})),
+        of(((X.reshape(4, 6),), {})),
+        of(((), {"x": X})),
+        of(((X[:2],), {}), ((X[2:],), {})),
+        of(((X, X), {})),
+        of(((X.to(torch.bfloat16),), {})),
+        of(((X, True), {})),
+    ]
+    assert len({base, *others}) == len(others) + 1
+    assert of(((), {"a": X, "b": X + 1})) == of(((), {"b": X + 1, "a": X}))

@@ -1,0 +1,196 @@
+"""Training on a cluster: two workers on this machine, held against one."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import distributed, nn
+
+from penjing import distill
+from penjing.architectures import build
+from penjing.architectures.bert import BERT
+from penjing.errors import RecipeError, TaskError, TrainingError
+from penjing.network.capture import raise_network
+from penjing.network.portable import Portable
+from penjing.steps.step import Context
+from penjing.tasks.task import Task
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune, train
+from penjing.train.parallel import Group
+
+pytest.importorskip("ray")
+SETTINGS = Finetune(epochs=2, learning_rate=0.05, autocast="off", clip=Clip(threshold=1.0), ema=0.9)
+
+
+class Plain(nn.Module):
+    def __init__(self, norm=False):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.head = nn.Linear(8 * 9, 10)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+def task(**fields):
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor((x[:210] - 4.9) / 6, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(y[:210])
+    pairs = list(zip(x.split(35), y.split(35), strict=True))  # odd: the parts differ by one sample
+    return Task(**{"example": x[:2], "train": pairs, "loss": F.cross_entropy} | fields)
+
+
+def raised(norm=False, seed=0):
+    torch.manual_seed(seed)
+    return raise_network(Plain(norm), *task().call())
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, logging_level="ERROR")
+    yield "local"
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return train(raised(seed=1), Context(task=task()), replace(SETTINGS, epochs=3))
+
+
+def test_a_cluster_that_does_not_run():  # before a test starts one, which would be taken
+    with pytest.raises(TrainingError, match="can't be reached"):
+        train(raised(), Context(task=task()), replace(SETTINGS, workers=2, cluster="127.0.0.1:1"))
+
+
+def test_two_workers_give_what_one_gives(cluster, teacher):
+    way = (distill.Logits(), distill.DKD())
+    settings = replace(SETTINGS, distill=way, accumulate=2)
+    told = []
+    one = train(raised(), Context(task=task(), source=teacher), settings)
+    events = lambda kind, **values: told.append((kind, values))  # noqa: E731
+    where = Context(task=task(), events=events)
+    two = train(raised(), where, replace(settings, workers=2, cluster=cluster, teacher=teacher))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.allclose(next(two.parameters()), next(raised().parameters()), atol=1e-3)
+    assert [v["done"] for kind, v in told if kind == "progress"] == list(range(1, 7))
+
+
+class StopOnce:
+    """A hook that ends the first process that comes to a step."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __repr__(self):
+        return "StopOnce"
+
+    def __call__(self, moment):
+        if moment.name == "step" and moment.step == 4 and not self.file.exists():
+            self.file.touch()
+            os._exit(1)
+
+
+def test_workers_that_were_killed_go_on_to_the_same_bits(cluster, teacher, tmp_path):
+    crd = distill.CRD(negatives=64)  # what a worker has seen is that worker's own
+    settings = replace(SETTINGS, workers=2, cluster=cluster, save_every_s=1e-9, distill=crd)
+    (tmp_path / "there").touch()
+    here = Context(task=task(), source=teacher)
+    whole = train(raised(norm=True), here, replace(settings, hooks=(StopOnce(tmp_path / "there"),)))
+    stopping = replace(settings, hooks=(StopOnce(tmp_path / "stopped"),))
+    where = replace(here, folder=tmp_path)
+    with pytest.raises(TrainingError, match="a worker of the cluster failed"):
+        train(raised(norm=True), where, stopping)
+    assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3
+    again = train(raised(norm=True, seed=5), where, stopping)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(cluster):
+    settings = replace(SETTINGS, steps=1, ema=None, warmup=0.0)
+    context = Context(task=task(), seed=2**70)  # more than a generator takes: nothing is drawn here
+    two = train(raised(norm=True), context, replace(settings, workers=2, cluster=cluster))
+    network, (x, _) = raised(norm=True), task().train[0]
+    with torch.no_grad():
+        parts = [network.conv(part).mean((0, 2, 3)) for part in (x[:17], x[17:])]
+    assert torch.allclose(two.norm.running_mean, 0.1 * torch.stack(parts).mean(0), atol=1e-6)
+
+
+def test_an_error_of_a_worker_is_told_as_it_is(cluster):
+    settings = replace(SETTINGS, workers=2, cluster=cluster, clip=(), learning_rate=1e30)
+    with pytest.raises(TrainingError, match="not finite") as error:
+        train(raised(), Context(task=task()), settings)
+    assert error.value.remedy
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"workers": 0}, {"workers": 2}, {"workers": 1.5, "cluster": "local"}, {"cluster": "local"}]
+)
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(RecipeError, match="Finetune"):
+        Finetune(**wrong)
+
+
+def test_a_batch_without_one_number_of_samples_is_not_shared():
+    lists = [{"boxes": torch.zeros(n, 4)} for n in (3, 1)]
+    for inputs, target in ((torch.zeros(2, 3), lists), (torch.zeros(4, 3), torch.zeros(2)), ([], [])):
+        with pytest.raises(TaskError, match="can't be shared"):
+            Group(0, 2).part(inputs, target)
+
+
+@pytest.mark.parametrize("target", [[0, 1, 2, 3], ["a", "b", "c", "d"], {"ids": [0, 1, 2, 3]}])
+def test_a_list_with_an_entry_a_sample_is_not_shared(target):
+    with pytest.raises(TaskError, match="can't be shared"):
+        Group(0, 2).part(((torch.zeros(4, 3),), {}), target)
+
+
+def test_doubles_are_summed_as_doubles(tmp_path):
+    distributed.init_process_group("gloo", init_method=(tmp_path / "at").as_uri(), rank=0, world_size=1)
+    try:
+        weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        weight.grad = torch.full((2,), 1 / 3, dtype=torch.float64)
+        Group(0, 2).sum_gradients([weight])
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(weight.grad, torch.full((2,), 1 / 3, dtype=torch.float64))
+
+
+def test_a_batch_without_samples():
+    with pytest.raises(TaskError, match="without samples"):
+        Group(0, 2).part(((torch.zeros(0, 3),), {}), torch.zeros(0))
+
+
+def test_parts_are_whole_batches_together():
+    x, y = torch.arange(7), torch.arange(7) + 10
+    parts = [Group(rank, 3).part({"x": x, "k": 3}, y) for rank in range(3)]
+    assert torch.equal(torch.cat([p[0]["x"] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
+    assert sum(p[2] for p in parts) == pytest.approx(1) and [len(p[1]) for p in parts] == [2, 2, 3]
+    assert Group(1, 3).part(torch.zeros(1, 2), torch.zeros(1))[2] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "bert", "lstm_tagger", "shufflenet_v2_x0_5"])
+def test_a_network_is_the_same_in_another_process(name):
+    import pickle
+
+    torch.manual_seed(0)
+    words = torch.randint(0, 40, (2, 10))
+    if name == "bert":
+        module, x = BERT(width=8, depth=2, heads=2, vocabulary=40, length=10, classes=3), words
+    else:
+        module, x = build(name), words if name == "lstm_tagger" else torch.rand(2, 3, 64, 64)
+    network = raise_network(module.eval(), (x,))
+    again = pickle.loads(pickle.dumps(Portable.of(network))).network()
+    assert again.code == network.code
+    assert [n.meta.get("site") for n in again.graph.nodes] == [n.meta.get("site") for n in network.graph.nodes]
+    assert set(again.state_dict()) == set(network.state_dict())
+    x = torch.cat([x, x, x[:1]])
+    with torch.no_grad():
+        one, two = network(x), again(x)
+    assert all(
+        torch.equal(a, b) for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (one, two)), strict=True)
+    )
