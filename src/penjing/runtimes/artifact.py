@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import TaskError
-from penjing.records.manifest import Manifest, Port
+from penjing.records.manifest import Manifest, Port, read_manifest
+
+__all__ = ["Executed", "Timed", "arrange", "predictor", "read_manifest"]
 
 
 @dataclass(frozen=True)
