@@ -76,5 +76,7 @@ def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
     assert "--out" in found.value.remedy
 
 
-def test_without_a_file_or_listeners_nothing_happens():
+def test_without_a_file_or_listeners_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     Events()("stage", name="raise")
+    assert list(tmp_path.iterdir()) == []
