@@ -111,8 +111,8 @@ def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str
     What each of them showed to the network is hashed into `data`. A metric that a network with shuffled weights does
     better or just as well is told, where looking is cheap.
     """
-    kept = run.folder.kept("source-metrics")
-    if kept is None:
+    stored = run.folder.kept("source-metrics")
+    if stored is None:
         metrics: dict[str, float | None] = {}
         hashes: dict[str, str] = {}
         shown: dict[str, str] = {}
@@ -130,13 +130,13 @@ def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str
                     hashes[name], shown[name] = digest.hexdigest(), witness.shown
         name = "select" if task.select is not None else "evaluate"
         doubt = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0), answered[name].digest())
-        kept = {"metrics": metrics, "hashes": hashes, "shown": shown, "doubt": asdict(doubt) if doubt else None}
-        run.folder.keep("source-metrics", kept)
-    data.update(kept["hashes"])
-    doubt = Doubt(**kept["doubt"]) if kept["doubt"] else None
+        stored = {"metrics": metrics, "hashes": hashes, "shown": shown, "doubt": asdict(doubt) if doubt else None}
+        run.folder.keep("source-metrics", stored)
+    data.update(stored["hashes"])
+    doubt = Doubt(**stored["doubt"]) if stored["doubt"] else None
     if doubt is not None:
         run.warn(doubt.text)
-    read: dict[str, float | None] = kept["metrics"]
+    read: dict[str, float | None] = stored["metrics"]
     return read, doubt
 
 
