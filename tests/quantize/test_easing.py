@@ -10,6 +10,7 @@ from penjing.architectures import build
 from penjing.errors import RecipeError
 from penjing.measure import machine
 from penjing.network.capture import raise_network
+from penjing.network.graph import sites
 from penjing.quantize import AdaRound, Static
 from penjing.quantize.easing import outliers
 from penjing.steps.draft import Draft
@@ -112,6 +113,10 @@ def test_the_products_of_a_stream_with_huge_channels_stay_in_integers(runtime):
     assert "additions in floating point" in eased.plan.remedy
     products = {f"{kind}.{i}:weight" for kind in ("up", "down") for i in range(3)}
     assert products <= set(eased.plan.entries)
+    assert {f"add#{i}" for i in range(3)} & {name.rpartition("/")[2] for name in sites(eased.network)}
+    assert not [
+        edge for edge in eased.plan.entries if "/add#" in f"/{edge}"
+    ]  # the first carries none yet, and stays too
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -55,7 +55,9 @@ def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Dr
     split = SplitOutliers(factor=FACTOR, most=0.1)
     smooth = SmoothQuant(alpha=ALPHA, multiply=True)
     nodes = sites(made.network)
-    additions = tuple(name for name in names if kind(made.network, nodes[name]) == "add")
+    additions: tuple[str, ...] = ()
+    if any(kind(made.network, nodes[name]) == "add" for name in names):  # the stream is one: all of its additions
+        additions = tuple(name for name, node in nodes.items() if kind(made.network, node) == "add")
     remedies: dict[str, Callable[[], Draft]] = {
         "SmoothQuant": lambda: quantize(SmoothQuant()(draft, context), context, ()),
         "SplitOutliers": lambda: quantize(split(draft, context), context, ()),
