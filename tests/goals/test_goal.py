@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from penjing.errors import GoalError
 from penjing.goals.goal import Goal, Limit, check, choose, figures, needs_metric, pareto
-from penjing.goals.text import FIGURES, METRICS
+from penjing.goals.text import of_the_metric
 from penjing.records import Candidate, Energy, Latency, Measured, Rejection
+from penjing.records.figures import FIGURES
 
 
 def candidate(name, *, latency=None, size=None, drop=None, relative=None, metric=None, **more):
@@ -69,10 +70,10 @@ POSITIVE = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
 @st.composite
 def goals(draw):
     limits = {}
-    for figure in draw(st.lists(st.sampled_from(FIGURES), unique=True, max_size=4)):
+    for figure in draw(st.lists(st.sampled_from(sorted(FIGURES)), unique=True, max_size=4)):
         op = draw(st.sampled_from(("<=", ">=")))
         if (figure, op) not in (("drop", "<="), ("relative_drop", "<=")):
-            limits[figure] = Limit(figure, op, draw(FLOATS if figure in METRICS else POSITIVE))
+            limits[figure] = Limit(figure, op, draw(FLOATS if of_the_metric(figure) else POSITIVE))
     smaller = [figure for figure in FIGURES if figure != "throughput_per_s"]
     objective = draw(
         st.sampled_from([{"minimize": f} for f in smaller] + [{"maximize": f} for f in ("metric", "throughput_per_s")])

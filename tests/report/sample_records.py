@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from penjing.goals.goal import Goal
 from penjing.records import (
     Candidate,
     Energy,
+    GoalLimit,
     GoalResult,
     Latency,
     LayerRow,
@@ -16,6 +18,13 @@ from penjing.records import (
     Rejection,
     StepCost,
 )
+
+
+def limits(goal: str) -> tuple[GoalLimit, ...]:
+    """The limits of a goal in words, as a record has them."""
+    asked = Goal.parse(goal).all_limits()
+    return tuple(GoalLimit(figure=m.figure, op=m.op, value=m.value, text=m.text()) for m in asked)
+
 
 MACHINE = Machine(
     processor="Intel(R) Xeon(R) Platinum 8488C",
@@ -158,6 +167,7 @@ def big() -> Record:
             reason="openvino-int8 is the fastest of 5 candidates within the limits",
             chosen="openvino-int8",
             pareto=("openvino-int8", "openvino-bf16", "openvino-fp32", "openvino-int8-percentile"),
+            limits=limits("drop<=0.5%"),
         ),
         layers=resnet_rows(None, "fp32"),
         steps=(
@@ -301,6 +311,7 @@ def deep() -> Record:
             reason="no candidate meets both limits: the fastest within drop<=0.5 is openvino-bf16 with 61.0 ms",
             chosen="openvino-int8",
             pareto=("openvino-int8", "openvino-bf16", "onnxruntime-fp32"),
+            limits=limits("latency_ms<=50, drop<=0.5"),
         ),
         layers=rows,
         warnings=(),
@@ -378,6 +389,7 @@ def hostile() -> Record:
             reason=ATTACK,
             chosen=candidates[4].name,
             pareto=(candidates[4].name,),
+            limits=(GoalLimit(figure=ATTACK, op=ATTACK, value=1.0, text=ATTACK),),
         ),
         layers=rows,
         steps=(StepCost(name=ATTACK, wall_s=1.0, peak_memory_bytes=1),),

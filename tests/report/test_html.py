@@ -119,11 +119,19 @@ def test_a_busy_machine_is_told_in_the_place_of_a_speed_up():
 def test_figures_are_those_of_the_record():
     found, record = page("big"), sample_records.big()
     entries = {e["data-key"]: " ".join(e["text"].split()) for e in found.all("article")}
-    assert "0.281 ms" in entries["latency"] and "0.872 ms" in entries["latency"] and "3.1× faster" in entries["latency"]
-    assert "p95 1.03 ms, spread 4.1 %" in entries["latency"] and "batch 1, 2 threads" in entries["latency"]
+    assert (
+        "0.281 ms" in entries["latency_ms"]
+        and "0.872 ms" in entries["latency_ms"]
+        and "3.1× faster" in entries["latency_ms"]
+    )
+    assert "p95 1.03 ms, spread 4.1 %" in entries["latency_ms"] and "batch 1, 2 threads" in entries["latency_ms"]
     assert "93.41 %" in entries["metric"] and "93.34 %" in entries["metric"]
-    assert "1.15 MB" in entries["size"] and "322 kB" in entries["size"]
-    assert "268 MB" in entries["memory"] and "31.0 M MACs" in entries["macs"] and "272 k" in entries["parameters"]
+    assert "1.15 MB" in entries["size_bytes"] and "322 kB" in entries["size_bytes"]
+    assert (
+        "268 MB" in entries["peak_memory_bytes"]
+        and "31.0 M MACs" in entries["macs"]
+        and "272 k" in entries["parameters"]
+    )
     for c in record.candidates:
         assert c.name in found.text and c.reason in found.text
     for row in record.chosen.layers:
@@ -139,8 +147,8 @@ def test_figures_are_those_of_the_record():
 
 
 def test_bars_are_proportional():
-    latency = next(e for e in page("big").elements if e.get("data-key") == "latency")
-    widths = re.findall(r'data-key="latency".*?</article>', html.render(sample_records.big()), re.DOTALL)
+    latency = next(e for e in page("big").elements if e.get("data-key") == "latency_ms")
+    widths = re.findall(r'data-key="latency_ms".*?</article>', html.render(sample_records.big()), re.DOTALL)
     found = [float(w) for w in re.findall(r"--w:([\d.]+)%", widths[0])]
     assert latency["tag"] == "article"
     assert found == pytest.approx([100.0, 100 * 0.471 / 0.872, 100 * 0.281 / 0.872], abs=0.01)
@@ -275,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
 
 def test_reports_are_written_without_torch():
     code = (
-        "import sys; from penjing.report import html, table; import penjing.report.figures; "
+        "import sys; from penjing.report import html, table; import penjing.report.numbers; "
         "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

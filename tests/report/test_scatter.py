@@ -60,7 +60,7 @@ def test_limits_of_the_goal_stand_where_their_values_are():
     plot = scatter.plot(sample_records.deep())
     across = {limit.text: limit for limit in plot.limits}
     assert across["latency_ms ≤ 50"].at == pytest.approx(plot.x.at(50), abs=0.1)
-    assert across["drop ≤ 0.5"].at == pytest.approx(plot.y.at(31.6 + 0.5), abs=0.1)
+    assert across["drop ≤ 50 %"].at == pytest.approx(plot.y.at(31.6 + 0.5), abs=0.1)
     percent = scatter.plot(sample_records.big()).limits[0]
     assert not percent.vertical and percent.text == "drop ≤ 0.5 %"
     assert percent.at == pytest.approx(scatter.plot(sample_records.big()).y.at(0.9341 - 0.005), abs=0.1)
@@ -68,7 +68,7 @@ def test_limits_of_the_goal_stand_where_their_values_are():
 
 def test_a_limit_that_is_far_away_is_told_and_not_drawn():
     record = sample_records.big()
-    plot = scatter.plot(replace(record, goal=replace(record.goal, text="latency_ms<=500, minimize size_bytes")))
+    plot = scatter.plot(replace(record, goal=replace(record.goal, limits=sample_records.limits("latency_ms<=500"))))
     assert plot.limits == () and plot.beyond == ("latency_ms ≤ 500",)
 
 

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -153,7 +153,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     _check_files(parsed)
     from penjing.pipeline.inspection import inspect
     from penjing.report import table
-    from penjing.report.figures import figure
+    from penjing.report.numbers import figure
     from penjing.sources.source import open_source
     from penjing.tasks.opening import open_task
     from penjing.tasks.task import Task
@@ -269,23 +269,9 @@ def _measure(parsed: argparse.Namespace, messages: Terminal) -> int:
     if parsed.json:
         print(json.dumps({name: dataclasses.asdict(row) for name, row in rows.items()}, indent=2))
         return MET
-    from penjing.report.figures import figure
+    from penjing.report.table import measurements
 
-    table = Table("", *map(escape, rows))
-    words: list[tuple[str, Callable[[Any], str]]] = [
-        ("metric", lambda r: "not measured" if r.metric is None else f"{r.metric:.4f}"),
-        ("latency, median", lambda r: figure(r.latency_ms.median, "ms")),
-        ("latency, p95", lambda r: figure(r.latency_ms.p95, "ms")),
-        ("spread (IQR/median)", lambda r: f"{r.latency_ms.spread:.1%}"),
-        ("trusted", lambda r: "yes" if r.latency_ms.steady else f"busy machine: {r.latency_ms.doubt}"),
-        ("batch, threads", lambda r: f"{r.latency_ms.batch}, {r.latency_ms.threads}"),
-        ("throughput", lambda r: f"{r.throughput_per_s:.0f} /s"),
-        ("size", lambda r: figure(r.size_bytes, "bytes")),
-        ("peak memory", lambda r: figure(r.peak_memory_bytes, "bytes")),
-    ]
-    for word, show in words:
-        table.add_row(word, *(show(row) for row in rows.values()))
-    Terminal().print(table)
+    Terminal().print(measurements(rows))
     return MET
 
 

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from penjing.report.figures import metric
+from penjing.report.numbers import metric
 from penjing.report.table import legible
 
 

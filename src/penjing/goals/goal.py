@@ -8,14 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from penjing.errors import GoalError
-from penjing.goals.text import EXAMPLE, FIGURES, METRICS, checked, clauses, exact, nearest, pointing
-from penjing.records import Candidate, GoalResult
+from penjing.goals.text import EXAMPLE, checked, clauses, exact, nearest, of_the_metric, pointing
+from penjing.records import Candidate, GoalLimit, GoalResult
+from penjing.records.figures import FIGURES
 
 DEFAULT_OBJECTIVE = "size_bytes"
 _SLACK = 1e-9  # 0.93 - 0.92 is 0.010000000000000009: a limit must not fail by the last bits of a subtraction
-_TIMED = {"latency_ms", "throughput_per_s"}
+_TIMED = {name for name, figure in FIGURES.items() if figure.unit in ("ms", "/s")}
+_COUNTED = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+_MULTIPLES = {"bytes": (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)), "count": _COUNTED, "MACs": _COUNTED}
+_SUFFIXES = {"bytes": "B", "ms": "ms", "/s": "/s", "mJ": "mJ"}
 _DROP_FIELDS = {"drop": "max_drop", "relative_drop": "max_relative_drop"}
 
 
@@ -161,13 +166,13 @@ def _known(figure: str) -> None:
 
 def _check_objective(verb: str, figure: str) -> None:
     _known(figure)
-    better = ("maximize",) if figure == "throughput_per_s" else ("minimize",)
-    if figure != "metric" and verb not in better:
+    sensible = {"less": "minimize", "more": "maximize", "task": verb}[FIGURES[figure].better]
+    if verb != sensible:
         raise GoalError(
             f"to {verb} {figure} would make the network worse",
             got=f"{verb} {figure}",
-            expected=f"{better[0]} {figure}",
-            remedy=f"write {better[0]} {figure}",
+            expected=f"{sensible} {figure}",
+            remedy=f"write {sensible} {figure}",
         )
 
 
@@ -196,26 +201,12 @@ def figures(candidate: Candidate) -> dict[str, float | None]:
 
     Latency is the median in milliseconds; drops are fractions.
     """
-    row = candidate.measured
-    found = {
-        "metric": row.metric,
-        "drop": candidate.drop,
-        "relative_drop": candidate.relative_drop,
-        "latency_ms": row.latency_ms.median if row.latency_ms is not None else None,
-        "throughput_per_s": row.throughput_per_s,
-        "size_bytes": row.size_bytes,
-        "packed_bytes": row.packed_bytes,
-        "peak_memory_bytes": row.peak_memory_bytes,
-        "energy_mj": row.energy_mj.value if row.energy_mj is not None else None,
-        "parameters": row.parameters,
-        "macs": row.macs,
-    }
-    return {name: float(v) if v is not None and math.isfinite(v) else None for name, v in found.items()}
+    return {name: figure.of(candidate) for name, figure in FIGURES.items()}
 
 
 def needs_metric(goal: Goal) -> bool:
     """Whether judging this goal needs the task's metric."""
-    return any(figure in METRICS for figure in (goal.objective()[0], *(limit.figure for limit in goal.all_limits())))
+    return any(map(of_the_metric, (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))))
 
 
 def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
@@ -284,17 +275,22 @@ def choose(goal: Goal, candidates: Sequence[Candidate]) -> GoalResult:
     if meeting:
         best = min(meeting, key=_order(goal))
         reason = f"{best.name}: {check(goal, best)[1]}"
-        return GoalResult(text=goal.text(), met=True, reason=reason, chosen=best.name, pareto=front)
+        return _result(goal, met=True, reason=reason, chosen=best.name, pareto=front)
     if not candidates:
-        return GoalResult(text=goal.text(), met=False, reason="no candidate could be built", chosen=None)
+        return _result(goal, met=False, reason="no candidate could be built", chosen=None)
     order = _order(goal)
     if not offered:
         near = min(candidates, key=lambda c: (_missing(c), order(c)))
         reason = f"no candidate may be offered; {near.name} comes nearest and is {check(goal, near)[1]}"
-        return GoalResult(text=goal.text(), met=False, reason=reason, chosen=near.name)
+        return _result(goal, met=False, reason=reason, chosen=near.name)
     near = min(offered, key=lambda c: (_violation(goal, c), order(c)))
     reason = f"no candidate meets the goal; {near.name} comes nearest: {check(goal, near)[1]}{_by_how_much(goal, near)}"
-    return GoalResult(text=goal.text(), met=False, reason=reason, chosen=near.name, pareto=front)
+    return _result(goal, met=False, reason=reason, chosen=near.name, pareto=front)
+
+
+def _result(goal: Goal, **judged: Any) -> GoalResult:
+    limits = tuple(GoalLimit(figure=m.figure, op=m.op, value=m.value, text=m.text()) for m in goal.all_limits())
+    return GoalResult(text=goal.text(), limits=limits, **judged)
 
 
 def _missing(candidate: Candidate) -> float:
@@ -325,7 +321,7 @@ def _violation(goal: Goal, candidate: Candidate) -> float:
     for limit in goal.all_limits():
         value = found[limit.figure]
         # a limit of 0 has no share: then 1% of a drop or metric, and 1 of everything else, count as the whole limit
-        whole = abs(limit.value) or (0.01 if limit.figure in METRICS else 1.0)
+        whole = abs(limit.value) or (0.01 if of_the_metric(limit.figure) else 1.0)
         total += math.inf if value is None else limit.excess(value) / whole
     return total
 
@@ -353,19 +349,13 @@ def _words(figure: str, value: float | None, digits: int = 3) -> str:
     """A figure for people: shares in percent, bytes in decimal multiples."""
     if value is None:
         return "not measured"
-    if figure in ("drop", "relative_drop"):
+    unit = FIGURES[figure].unit
+    if unit == "%":
         return f"{_plain(value * 100, digits)} %"
-    if figure.endswith("_bytes"):
-        for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-            if abs(value) >= size:
-                return f"{_plain(value / size, digits)} {unit}"
-        return f"{_plain(value, digits)} B"
-    if figure in ("parameters", "macs"):
-        for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-            if abs(value) >= size:
-                return f"{_plain(value / size, digits)} {unit}"
-    unit = {"latency_ms": " ms", "throughput_per_s": " /s", "energy_mj": " mJ"}.get(figure, "")
-    return f"{_plain(value, digits)}{unit}"
+    for prefix, size in _MULTIPLES.get(unit, ()):
+        if abs(value) >= size:
+            return f"{_plain(value / size, digits)} {prefix}"
+    return f"{_plain(value, digits)} {_SUFFIXES.get(unit, '')}".rstrip()
 
 
 def _plain(value: float, digits: int) -> str:

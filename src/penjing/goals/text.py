@@ -14,45 +14,31 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from penjing.errors import GoalError
+from penjing.records.figures import FIGURES, Unit
 
-METRICS = ("metric", "drop", "relative_drop")
-_BYTES = ("size_bytes", "packed_bytes", "peak_memory_bytes")
-_COUNTS = ("parameters", "macs")
-FIGURES = (*METRICS, "latency_ms", "throughput_per_s", *_BYTES, "energy_mj", *_COUNTS)
 EXAMPLE = '"latency_ms<=5, drop<=1%, minimize size_bytes"'
 DROP_HELP = (
     "drop is the absolute change for the worse in the metric's own unit (1% is 0.01: from 0.93 to 0.92); "
     "relative_drop is that change divided by the source's metric"
 )
 
-_NEARBY = {
-    "latency": "latency_ms",
-    "time": "latency_ms",
-    "speed": "latency_ms",
-    "fps": "throughput_per_s",
-    "throughput": "throughput_per_s",
-    "size": "size_bytes",
-    "bytes": "size_bytes",
-    "memory": "peak_memory_bytes",
-    "ram": "peak_memory_bytes",
-    "energy": "energy_mj",
-    "accuracy": "metric",
-    "loss": "drop",
-    "params": "parameters",
-    "flops": "macs",
-}
+_ALIASES = {alias: figure.name for figure in FIGURES.values() for alias in figure.aliases}
 _THOUSANDS: dict[str, int | Decimal] = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY: dict[str, int | Decimal] = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL: dict[str, int | Decimal] = {"B": 1, "KB": 10**3, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _THOUSANDTH = Decimal("0.001")
-UNITS: dict[str, dict[str, int | Decimal]] = {
-    **{name: {"": 1, "%": Decimal("0.01")} for name in METRICS},
-    **{name: {**_THOUSANDS, **_DECIMAL, **_BINARY} for name in _BYTES},
-    **{name: _THOUSANDS for name in _COUNTS},
-    "throughput_per_s": {**_THOUSANDS, "/s": 1},
-    "latency_ms": {"": 1, "ms": 1, "s": 1000, "us": _THOUSANDTH, "µs": _THOUSANDTH},
-    "energy_mj": {"": 1, "mJ": 1, "J": 1000, "uJ": _THOUSANDTH, "µJ": _THOUSANDTH},
+_SHARES: dict[str, int | Decimal] = {"": 1, "%": Decimal("0.01")}
+_UNITS: dict[Unit, dict[str, int | Decimal]] = {
+    "metric": _SHARES,
+    "%": _SHARES,
+    "bytes": {**_THOUSANDS, **_DECIMAL, **_BINARY},
+    "count": _THOUSANDS,
+    "MACs": _THOUSANDS,
+    "/s": {**_THOUSANDS, "/s": 1},
+    "ms": {"": 1, "ms": 1, "s": 1000, "us": _THOUSANDTH, "µs": _THOUSANDTH},
+    "mJ": {"": 1, "mJ": 1, "J": 1000, "uJ": _THOUSANDTH, "µJ": _THOUSANDTH},
 }
+"""What may stand behind a value, and how many of the figure's own unit it is."""
 
 _OBJECTIVE = re.compile(r"(minimi[sz]e|maximi[sz]e)(?:\s+(.*))?", re.IGNORECASE | re.DOTALL)
 _LIMIT = re.compile(r"([^<>=≤≥!]*?)\s*([<>=≤≥!]+)\s*(.*)", re.DOTALL)
@@ -121,7 +107,7 @@ def _figure(text: str, word: str, at: int) -> str:
 
 def _value(text: str, figure: str, word: str, at: int) -> float:
     match = _VALUE.fullmatch(word)
-    units = UNITS[figure]
+    units = _UNITS[FIGURES[figure].unit]
     known = ", ".join(unit for unit in units if unit) or "none"
     if match is None:
         what = f"the value of {figure} is no number"
@@ -146,15 +132,20 @@ def checked(figure: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise GoalError(f"the limit of {figure} is no finite number", got=repr(value), expected="a finite number")
-    if value < 0 and figure != "metric" and figure not in METRICS:
+    if value < 0 and not of_the_metric(figure):
         raise GoalError(f"{figure} is never below 0", got=value, expected="a number of at least 0")
     return float(value) + 0.0  # minus zero would be written as another goal
+
+
+def of_the_metric(figure: str) -> bool:
+    """Whether a figure is the task's metric or a change of it, which may be below 0."""
+    return FIGURES[figure].unit in ("metric", "%")
 
 
 def exact(figure: str, value: float) -> str:
     """A value that reads back to the same bits: shares in %, everything else in the figure's own unit."""
     number = Decimal(repr(value))
-    percent = figure in ("drop", "relative_drop")
+    percent = FIGURES[figure].unit == "%"
     number = number.scaleb(2) if percent else number
     plain = -6 < number.adjusted() < 16
     digits = format(number.normalize(), "f" if plain else "e") if number else "0"
@@ -163,8 +154,8 @@ def exact(figure: str, value: float) -> str:
 
 def nearest(word: str) -> str | None:
     """ "did you mean latency_ms?" """
-    near = _NEARBY.get(word.lower())
-    return f"did you mean {near}?" if near else _suggest(word, FIGURES)
+    near = _ALIASES.get(word.lower())
+    return f"did you mean {near}?" if near else _suggest(word, tuple(FIGURES))
 
 
 def _suggest(word: str, known: tuple[str, ...]) -> str | None:
@@ -173,7 +164,7 @@ def _suggest(word: str, known: tuple[str, ...]) -> str | None:
 
 
 def _help(figure: str) -> str | None:
-    return DROP_HELP if figure in ("drop", "relative_drop") else None
+    return DROP_HELP if FIGURES[figure].unit == "%" else None
 
 
 def pointing(

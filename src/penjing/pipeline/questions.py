@@ -20,7 +20,7 @@ from penjing.errors import TaskError
 from penjing.pipeline import stages as pipeline
 from penjing.pipeline.stages import Run
 from penjing.randomness import preserve_rng_state
-from penjing.report import figures
+from penjing.report import numbers
 from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Task, fingerprint
 from penjing.tasks.witness import Witness
@@ -196,7 +196,7 @@ def _destroyed(
             score = pipeline.metric_of(metric, predict, "the source with shuffled weights")
     except Exception:  # a network that was broken on purpose may break the metric too
         return None
-    now, before = (figures.metric(v, task.metric_name) for v in (score, value))
+    now, before = (numbers.metric(v, task.metric_name) for v in (score, value))
     gain = score - value if task.higher_is_better else value - score
     if gain > BEYOND * abs(value):
         better = "higher" if task.higher_is_better else "lower"

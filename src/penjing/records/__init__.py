@@ -1,32 +1,24 @@
 """What a run leaves: the record and its figures, manifest, events, run folder. Opens without torch."""
 
+from penjing.records.json_form import from_dict, read, to_json
+from penjing.records.layers import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records.parity import Parity, ParityRow, Rejection
 from penjing.records.record import (
     FORMAT,
     MOST_THREADS,
     Candidate,
     CurvePoint,
-    CutRow,
     Energy,
+    GoalLimit,
     GoalResult,
-    GroupRow,
     Latency,
-    LayerRow,
     Machine,
     Measured,
-    NoiseRow,
-    Parity,
-    ParityRow,
     Record,
     Reference,
-    Rejection,
-    SensitivityRow,
     StepCost,
-    T,
     Training,
     Zeros,
-    from_dict,
-    read,
-    to_json,
 )
 
 __all__ = [
@@ -35,6 +27,7 @@ __all__ = [
     "CutRow",
     "Energy",
     "FORMAT",
+    "GoalLimit",
     "GoalResult",
     "GroupRow",
     "Latency",
@@ -50,7 +43,6 @@ __all__ = [
     "Rejection",
     "SensitivityRow",
     "StepCost",
-    "T",
     "Training",
     "Zeros",
     "from_dict",

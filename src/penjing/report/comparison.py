@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from penjing import records
 from penjing.records import steadiness
-from penjing.report import figures
+from penjing.records.figures import FIGURES, Figure
+from penjing.report import numbers
 
 _SAME = 0.005  # ratios closer to 1 than this read as "same"
 
@@ -45,22 +46,13 @@ def rows(record: records.Record) -> tuple[Row, ...]:
     plain = floor(record, record.chosen) if record.chosen else None
     if plain is not None and record.chosen is not None and plain is record.chosen.measured:
         plain = None  # nothing was compressed
-    found = (
-        _metric(record, source, artifact),
-        _latency(source, artifact, plain),
-        _p95(source, artifact),
-        _throughput(source, artifact),
-        _size(source, artifact, plain),
-        _plain(
-            "packed", "Packed size", "bytes", source.packed_bytes, artifact.packed_bytes, ("smaller", "larger"), True
-        ),
-        _plain(
-            "memory", "Peak memory", "bytes", source.peak_memory_bytes, artifact.peak_memory_bytes, ("less", "more")
-        ),
-        _plain("parameters", "Parameters", "count", source.parameters, artifact.parameters, ("fewer", "more")),
-        _plain("macs", "Multiply-accumulates", "MACs", source.macs, artifact.macs, ("fewer", "more")),
-        _energy(source, artifact),
-    )
+    sides = source, artifact
+    found = [_metric(record, *sides)]
+    for figure in FIGURES.values():
+        if figure.label:
+            found.append(_DETAILS.get(figure.name, _as_measured)(_row(figure, *sides), *sides, plain))
+        if figure.name == "latency_ms":
+            found.append(_p95(*sides))
     shown = tuple(r for r in found if not r.optional or r.source is not None or r.artifact is not None)
     return shown if record.reference is None else tuple(_beside(r, record.reference) for r in shown)
 
@@ -68,17 +60,13 @@ def rows(record: records.Record) -> tuple[Row, ...]:
 def _beside(row: Row, reference: records.Reference) -> Row:
     """The row with the figure of the network that drops are against."""
     its = reference.measured
-    known: dict[str, tuple[float | None, str]] = {
-        "size": (its.size_bytes, "bytes"),
-        "parameters": (its.parameters, "count"),
-        "macs": (its.macs, "MACs"),
-    }
     if row.key == "metric":
-        return replace(row, reference=its.metric, reference_text=figures.metric(its.metric, row.label))
-    if row.key not in known:
+        return replace(row, reference=its.metric, reference_text=numbers.metric(its.metric, row.label))
+    figure = FIGURES.get(row.key)
+    value = None if figure is None or figure.read is None else figure.read(its)
+    if figure is None or value is None:
         return row
-    value, unit = known[row.key]
-    return replace(row, reference=value, reference_text=figures.figure(value, unit))
+    return replace(row, reference=value, reference_text=numbers.figure(value, figure.unit))
 
 
 def against(record: records.Record) -> str:
@@ -86,7 +74,7 @@ def against(record: records.Record) -> str:
     if record.reference is None:
         return ""
     return (
-        f"drop is against the reference {record.reference.name}, {figures.metric(record.baseline, record.metric_name)}"
+        f"drop is against the reference {record.reference.name}, {numbers.metric(record.baseline, record.metric_name)}"
     )
 
 
@@ -142,7 +130,7 @@ def faster(before: records.Latency | None, after: records.Latency | None, than: 
     if before is None or after is None or min(before.median, after.median) <= 0:
         return ""
     if steadiness.doubt(before, after):
-        low, high = (figures.figure(value, "×") for value in steadiness.between(before, after))
+        low, high = (numbers.figure(value, "×") for value in steadiness.between(before, after))
         span = f"about {low}" if low == high else f"{low} to {high}"
         return f"busy machine: {span} as fast" + (f" as {than}" if than else "")
     return _than(in_words(steadiness.speedup(before, after), "faster", "slower"), "as fast", than)
@@ -165,7 +153,7 @@ def _than(words: str, same: str, than: str) -> str:
 
 def by_select(record: records.Record) -> str:
     """That the candidates' metrics are of other data than those of source and artifact."""
-    return f"by Task.select, where the source has {figures.metric(record.selected, record.metric_name)}"
+    return f"by Task.select, where the source has {numbers.metric(record.selected, record.metric_name)}"
 
 
 def gain(source: float | None, artifact: float | None, higher_is_better: bool = False) -> float | None:
@@ -187,30 +175,23 @@ def in_words(value: float | None, better: str, worse: str) -> str:
         return "same"
     times = value if value > 1 else 1 / value
     # Close to 1, two digits would read as "1.0× faster".
-    text = f"{times:.2f}×" if times < 1.095 else figures.figure(times, "×")
+    text = f"{times:.2f}×" if times < 1.095 else numbers.figure(times, "×")
     return f"{text} {better if value > 1 else worse}"
 
 
-def _plain(
-    key: str,
-    label: str,
-    unit: str,
-    source: float | None,
-    artifact: float | None,
-    words: tuple[str, str],
-    optional: bool = False,
-) -> Row:
-    value = gain(source, artifact, higher_is_better=unit == "/s")
+def _row(figure: Figure, source: records.Measured, artifact: records.Measured) -> Row:
+    before, after = (None if figure.read is None else figure.read(row) for row in (source, artifact))
+    value = gain(before, after, higher_is_better=figure.better == "more")
     return Row(
-        key=key,
-        label=label,
-        source=source,
-        artifact=artifact,
-        source_text=figures.figure(source, unit),
-        artifact_text=figures.figure(artifact, unit),
+        key=figure.name,
+        label=figure.label,
+        source=before,
+        artifact=after,
+        source_text=numbers.figure(before, figure.unit),
+        artifact_text=numbers.figure(after, figure.unit),
         gain=value,
-        words=in_words(value, *words),
-        optional=optional,
+        words=in_words(value, *figure.words),
+        optional=figure.optional,
     )
 
 
@@ -220,8 +201,8 @@ def _metric(record: records.Record, source: records.Measured, artifact: records.
     value, words = None, ""
     if before is not None and after is not None:
         loss = before - after if record.higher_is_better else after - before
-        points = figures.is_share(name, before, after)
-        amount = f"{100 * abs(loss):.2f} points" if points else figures.significant(abs(loss))
+        points = numbers.is_share(name, before, after)
+        amount = f"{100 * abs(loss):.2f} points" if points else numbers.significant(abs(loss))
         # A drop is told in the metric's own unit: as a ratio, 93 % to 92 % would read as nothing.
         value = 1 - loss / abs(before) if before else None
         words = "same" if loss == 0 else f"{amount} {'worse' if loss > 0 else 'better'}"
@@ -230,29 +211,30 @@ def _metric(record: records.Record, source: records.Measured, artifact: records.
         label=name,
         source=source.metric,
         artifact=after,
-        source_text=figures.metric(source.metric, name),
-        artifact_text=figures.metric(after, name),
+        source_text=numbers.metric(source.metric, name),
+        artifact_text=numbers.metric(after, name),
         note="" if record.higher_is_better else "lower is better",
         gain=value,
         words=words,
     )
 
 
-def _size(source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
-    row = _plain("size", "Size on disk", "bytes", source.size_bytes, artifact.size_bytes, ("smaller", "larger"))
+def _as_measured(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
+    return row
+
+
+def _size(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
     if plain is None or plain.size_bytes is None or artifact.size_bytes is None:
         return row
     return replace(
         row,
         floor=plain.size_bytes,
-        floor_text=figures.figure(plain.size_bytes, "bytes"),
+        floor_text=numbers.figure(plain.size_bytes, "bytes"),
         floor_words=smaller(plain.size_bytes, artifact.size_bytes),
     )
 
 
-def _throughput(source: records.Measured, artifact: records.Measured) -> Row:
-    values = source.throughput_per_s, artifact.throughput_per_s
-    row = _plain("throughput", "Throughput", "/s", *values, ("more", "less"))
+def _throughput(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
     before, after = source.latency_ms, artifact.latency_ms
     if row.gain is None or before is None or after is None or before.batch != after.batch:
         return row
@@ -260,16 +242,14 @@ def _throughput(source: records.Measured, artifact: records.Measured) -> Row:
     return replace(row, gain=gained, words=in_words(gained, "more", "less") or "busy machine")
 
 
-def _latency(source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
+def _latency(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
     before, after = source.latency_ms, artifact.latency_ms
-    medians = before.median if before else None, after.median if after else None
-    row = _plain("latency", "Latency", "ms", medians[0], medians[1], ("faster", "slower"))
     row = replace(row, gain=_speedup(before, after), words=faster(before, after))
     if plain is not None and plain.latency_ms is not None and after is not None:
         row = replace(
             row,
             floor=plain.latency_ms.median,
-            floor_text=figures.figure(plain.latency_ms.median, "ms"),
+            floor_text=numbers.figure(plain.latency_ms.median, "ms"),
             floor_words=faster(plain.latency_ms, after),
         )
     settings = [f"batch {t.batch}, {plural(t.threads, 'thread')}" for t in (before, after) if t]
@@ -286,28 +266,33 @@ def _timing(latency: records.Latency | None, with_settings: bool) -> str:
     if latency is None:
         return ""
     settings = f", batch {latency.batch}, {plural(latency.threads, 'thread')}" if with_settings else ""
-    return f"p95 {figures.figure(latency.p95, 'ms')}, spread {figures.share(latency.spread)}{settings}"
+    return f"p95 {numbers.figure(latency.p95, 'ms')}, spread {numbers.share(latency.spread)}{settings}"
 
 
 def _p95(source: records.Measured, artifact: records.Measured) -> Row:
     before, after = source.latency_ms, artifact.latency_ms
-    values = before.p95 if before else None, after.p95 if after else None
-    row = _plain("p95", "Latency p95", "ms", values[0], values[1], ("faster", "slower"))
+    row = replace(_row(_P95, source, artifact), key="p95")
     if before is None or after is None or not row.words:
         return row
     doubted = steadiness.doubt(before, after) or steadiness.tails(before) or steadiness.tails(after)
     return replace(row, gain=None, words="busy machine") if doubted else row
 
 
-def _energy(source: records.Measured, artifact: records.Measured) -> Row:
-    before, after = source.energy_mj, artifact.energy_mj
-    values = before.value if before else None, after.value if after else None
-    row = _plain("energy", "Energy a call", "mJ", values[0], values[1], ("less", "more"), True)
-    return replace(row, source_note=_by(before), artifact_note=_by(after))
+def _energy(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
+    return replace(row, source_note=_by(source.energy_mj), artifact_note=_by(artifact.energy_mj))
 
 
 def _by(energy: records.Energy | None) -> str:
     return "" if energy is None else "from a model" if energy.method == "model" else energy.method
+
+
+_P95 = replace(
+    FIGURES["latency_ms"],
+    label="Latency p95",
+    read=lambda row: row.latency_ms.p95 if row.latency_ms is not None else None,
+)
+_DETAILS = {"latency_ms": _latency, "throughput_per_s": _throughput, "size_bytes": _size, "energy_mj": _energy}
+"""What stands beside a figure: its floor, its notes, and gains that are not the ratio of two values."""
 
 
 def plural(number: int, noun: str) -> str:

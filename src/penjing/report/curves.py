@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penjing import records
-from penjing.report import figures
+from penjing.report import numbers
 from penjing.report.axis import Axis
 
 _APART = 14.0  # pixels between the names at the ends of two lines
@@ -65,13 +65,13 @@ def _chart(name: str, curve: Sequence[records.CurvePoint], width: float = 480, h
             kind="loss" if quantity == "loss" else f"term{1 + terms.index(quantity) % 4}",
             points=tuple((round(x.at(step), 1), round(y.at(value), 1)) for step, value in pairs),
             label_y=y.at(pairs[-1][1]),
-            title=f"{quantity}: {figures.figure(pairs[0][1], '')} to {figures.figure(pairs[-1][1], '')}",
+            title=f"{quantity}: {numbers.figure(pairs[0][1], '')} to {numbers.figure(pairs[-1][1], '')}",
         )
         for quantity, pairs in values.items()
     ]
     rate = max(p.rate for p in curve)
     last = curve[-1]
-    note = f"{last.step} steps, learning rate up to {rate:g}, loss at the end {figures.figure(last.loss, '')}"
+    note = f"{last.step} steps, learning rate up to {rate:g}, loss at the end {numbers.figure(last.loss, '')}"
     return Chart(name, note, width, height, left, right, top, bottom, x, y, _spread(lines, top, bottom))
 
 

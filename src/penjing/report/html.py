@@ -18,7 +18,7 @@ import jinja2
 
 from penjing import records
 from penjing.records import files
-from penjing.report import arithmetic, comparison, curves, figures, scatter, skyline, verdict
+from penjing.report import arithmetic, comparison, curves, numbers, scatter, skyline, verdict
 from penjing.report.table import legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
@@ -93,10 +93,10 @@ def _legible(value: Any) -> Any:
 def vocabulary() -> Mapping[str, Any]:
     """What the template may call: formatting functions and the names of the families of arithmetic."""
     return {
-        "figure": figures.figure,
-        "share": figures.share,
-        "metric": figures.metric,
-        "drop": figures.drop,
+        "figure": numbers.figure,
+        "share": numbers.share,
+        "metric": numbers.metric,
+        "drop": numbers.drop,
         "exact": _exact,
         "decibels": _decibels,
         "plural": comparison.plural,
@@ -115,7 +115,7 @@ def vocabulary() -> Mapping[str, Any]:
         "percent_of": percent_of,
         "setting": _setting,
         "measures": skyline.MEASURES,
-        "absent": figures.ABSENT,
+        "absent": numbers.ABSENT,
     }
 
 
@@ -206,5 +206,5 @@ def _exact(value: float | None) -> str:
 
 def _decibels(value: float | None) -> str:
     if value is None:
-        return figures.ABSENT
-    return figures.figure(value, "dB") if math.isfinite(value) else "exact"
+        return numbers.ABSENT
+    return numbers.figure(value, "dB") if math.isfinite(value) else "exact"

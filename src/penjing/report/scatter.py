@@ -7,18 +7,15 @@ against the source (up is better), the bubble's area the size on disk.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from penjing import records
-from penjing.report import arithmetic, figures, labels
+from penjing.report import arithmetic, labels, numbers
 from penjing.report.axis import Axis
 from penjing.report.labels import Label
 
-_LIMIT = re.compile(r"(\w+)\s*(<=|>=|≤|≥|<|>)\s*([0-9]*\.?[0-9]+(?:e[+-]?\d+)?)\s*(%|µs|us|ms|s\b)?", re.IGNORECASE)
 RING = 4.0  # pixels between a chosen bubble and the ring around it
-_TO_MS = {"µs": 1e-3, "us": 1e-3, "s": 1e3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +92,8 @@ class _Measure:
 
     def write(self, value: float) -> str:
         if self.kind == "metric":
-            return figures.metric(value, self.title)
-        return figures.figure(value, "%" if self.kind == "agreement" else "dB")
+            return numbers.metric(value, self.title)
+        return numbers.figure(value, "%" if self.kind == "agreement" else "dB")
 
 
 def parity(candidate: records.Candidate, against: str = "source") -> records.Parity | None:
@@ -120,7 +117,7 @@ def plot(record: records.Record, width: int = 1000, height: int = 460) -> Plot |
     x = Axis.spanning(xs, left, right, largest + (24 if narrow else 80), ticks=4 if narrow else 7, may_log=True)
     ys = [p.y for p in points] + [v for a, v, _ in limits if a == "y"]
     ends = (bottom, top) if measure.higher_is_better else (top, bottom)
-    percent = measure.kind == "agreement" or (measure.kind == "metric" and figures.is_share(measure.title, *ys))
+    percent = measure.kind == "agreement" or (measure.kind == "metric" and numbers.is_share(measure.title, *ys))
     y = Axis.spanning(ys, *ends, largest + 8, ticks=5, percent=percent)
     most = max((p.size or 0 for p in points), default=0)
     bubbles = [_bubble(record, measure, p, x, y, largest, most) for p in points]
@@ -176,19 +173,18 @@ def _limits(
 ) -> tuple[list[tuple[str, float, str]], tuple[str, ...]]:
     """Limits of the goal that belong on an axis, as (axis, value, text); and the texts of those too far away."""
     near, far = [], []
-    for name, sign, number, unit in _LIMIT.findall(record.goal.text):
-        value = float(number) / (100 if unit == "%" else 1)
-        sense = -1 if record.higher_is_better else 1
-        text = f"{name} {sign.replace('<=', '≤').replace('>=', '≥')} {number}{' ' + unit if unit else ''}"
-        base = record.baseline
-        if name == "latency_ms":
-            axis, at = "x", float(number) * _TO_MS.get(unit, 1.0)
-        elif measure.kind == "metric" and name in ("metric", record.metric_name):
-            axis, at = "y", value
-        elif measure.kind == "metric" and name == "drop" and base is not None:
-            axis, at = "y", base + sense * value
-        elif measure.kind == "metric" and name == "relative_drop" and base is not None:
-            axis, at = "y", base + sense * value * abs(base)
+    sense = -1 if record.higher_is_better else 1
+    base = record.baseline
+    for limit in record.goal.limits:
+        text = limit.text.replace("<=", " ≤ ").replace(">=", " ≥ ").replace("%", " %")
+        if limit.figure == "latency_ms":
+            axis, at = "x", limit.value
+        elif measure.kind == "metric" and limit.figure == "metric":
+            axis, at = "y", limit.value
+        elif measure.kind == "metric" and limit.figure == "drop" and base is not None:
+            axis, at = "y", base + sense * limit.value
+        elif measure.kind == "metric" and limit.figure == "relative_drop" and base is not None:
+            axis, at = "y", base + sense * limit.value * abs(base)
         else:
             continue
         values = [p.x if axis == "x" else p.y for p in points]
@@ -203,8 +199,8 @@ def _bubble(
 ) -> Bubble:
     # Area, not radius, stands for the size; the smallest still has to be seen and hit by a pointer.
     radius = max(5.0, largest * math.sqrt(point.size / most)) if point.size and most else 6.0
-    told = [point.name, figures.figure(point.x, "ms"), f"{measure.title} {measure.write(point.y)}"]
-    told.append(figures.figure(point.size, "bytes") if point.size is not None else "size not measured")
+    told = [point.name, numbers.figure(point.x, "ms"), f"{measure.title} {measure.write(point.y)}"]
+    told.append(numbers.figure(point.size, "bytes") if point.size is not None else "size not measured")
     c = point.candidate
     if c is not None:
         told.append(("goal met" if c.met else "goal not met") + (f": {c.reason}" if c.reason else ""))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 from penjing import records
-from penjing.report import figures
+from penjing.report import numbers
 
 _LABEL, _CELL, _ROW, _TOP, _BAR = 300, 74, 20, 74, 150  # pixels
 _QUIET, _INK = "#59636e", "#1f2328"
@@ -56,7 +56,7 @@ def picture(rows: Sequence[records.SensitivityRow]) -> str:
         bar = _BAR * row.macs / most
         parts.append(
             f'<rect x="{_LABEL + _CELL * columns + 16}" y="{top + 4}" width="{bar:.1f}" height="{_ROW - 8}" '
-            f'fill="#9fb8d0"><title>{escape(row.name)}: {figures.figure(row.macs, "MACs")}</title></rect>'
+            f'fill="#9fb8d0"><title>{escape(row.name)}: {numbers.figure(row.macs, "MACs")}</title></rect>'
         )
     return "\n".join([*parts, "</svg>", ""])
 

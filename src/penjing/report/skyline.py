@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penjing import records
-from penjing.report import arithmetic, figures
+from penjing.report import arithmetic, numbers
 
 READABLE = 60  # so many rows are read with pleasure; more layers are drawn as a skyline
 _COLUMNS = 220  # thinner columns than this many can't be told apart
@@ -105,13 +105,13 @@ def _panel(
                 y -= height
                 blocks.append(Block(round(x, 2), round(y, 2), round(width, 2), round(height, 2), family))
         columns.append(Column(round(x, 2), round(step, 2), _told(group, sums[i], unit), tuple(blocks)))
-    return Panel(label, top, bottom, figures.figure(most, unit), figures.figure(sum(sums), unit), tuple(columns))
+    return Panel(label, top, bottom, numbers.figure(most, unit), numbers.figure(sum(sums), unit), tuple(columns))
 
 
 def _told(group: Sequence[records.LayerRow], value: float, unit: str) -> str:
     first, last = group[0], group[-1]
     name = first.name if len(group) == 1 else f"{first.name} to {last.name} ({len(group)} layers)"
-    lines = [name, figures.figure(value, unit)]
+    lines = [name, numbers.figure(value, unit)]
     if len(group) == 1:
         lines.append(f"{first.kind}, executed as {first.executed or 'not visible'}")
         lines += [first.reason] if first.reason else []

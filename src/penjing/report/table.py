@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from penjing import records
-from penjing.report import arithmetic, figures, scatter, verdict
+from penjing.records.figures import FIGURES
+from penjing.report import arithmetic, numbers, scatter, verdict
 from penjing.report import comparison as compared
 
 _PLAIN = {"×": "x", "→": "->", "µ": "u", "…": "...", "·": "|", "–": "-", "−": "-", "—": "-", "≤": "<=", "≥": ">="}
@@ -94,6 +95,42 @@ def comparison(record: records.Record) -> Table:
     return table
 
 
+def measurements(rows: Mapping[str, records.Measured]) -> Table:
+    """What `penjing measure` found: one figure a row, one artifact a column; figures that none has are left out.
+
+    Args:
+        rows: Each has a latency, under the name of its column.
+    """
+    table = _table()
+    _column(table, "")
+    for name in rows:
+        _column(table, name, "right")
+    for figure in FIGURES.values():
+        values = [None if figure.read is None else figure.read(row) for row in rows.values()]
+        if all(value is None for value in values) and figure.unit != "metric":
+            continue
+        if figure.unit == "metric":
+            words = [numbers.ABSENT if value is None else f"{value:.4f}" for value in values]
+        else:
+            words = [numbers.figure(value, figure.unit) for value in values]
+        table.add_row(*map(_cell, (figure.label or figure.name, *words)))
+        if figure.name == "latency_ms":
+            _timings(table, [row.latency_ms for row in rows.values() if row.latency_ms is not None])
+    return table
+
+
+def _timings(table: Table, latencies: Sequence[records.Latency]) -> None:
+    """What has to be known of the latencies above."""
+    words: dict[str, Callable[[records.Latency], str]] = {
+        "  p95": lambda t: numbers.figure(t.p95, "ms"),
+        "  spread (IQR/median)": lambda t: f"{t.spread:.1%}",
+        "  trusted": lambda t: "yes" if t.steady else f"busy machine: {t.doubt}",
+        "  batch, threads": lambda t: f"{t.batch}, {t.threads}",
+    }
+    for word, show in words.items():
+        table.add_row(*map(_cell, (word, *map(show, latencies))))
+
+
 def candidates(record: records.Record) -> Table:
     """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
 
@@ -118,7 +155,7 @@ def candidates(record: records.Record) -> Table:
     told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
     told += filter(None, [compared.against(record)])
     beside = ((c.name, compared.speedup_over_floor(record, c)) for c in record.candidates)
-    over = ", ".join(f"{name} {figures.figure(value, '×')}" for name, value in beside if value is not None)
+    over = ", ".join(f"{name} {numbers.figure(value, '×')}" for name, value in beside if value is not None)
     told += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
     busy: dict[str, list[str]] = {}
     for c in record.candidates:
@@ -152,10 +189,10 @@ def layers(rows: Sequence[records.LayerRow]) -> Table:
         note = f" [{reasons[r.reason]}]" if r.reason else ""
         table.add_row(
             *map(_cell, (r.name, r.kind)),
-            _cell(figures.figure(r.parameters, "count") if r.parameters else "-"),
-            _cell(figures.figure(r.macs, "count") if r.macs else "-"),
-            _cell(figures.share(r.macs / total) if total and r.macs else "-"),
-            _cell(figures.figure(r.activation_bytes, "bytes") if r.activation_bytes else "-"),
+            _cell(numbers.figure(r.parameters, "count") if r.parameters else "-"),
+            _cell(numbers.figure(r.macs, "count") if r.macs else "-"),
+            _cell(numbers.share(r.macs / total) if total and r.macs else "-"),
+            _cell(numbers.figure(r.activation_bytes, "bytes") if r.activation_bytes else "-"),
             _cell(executed + note, _STYLES[arithmetic.family(executed)]),
         )
     return _captioned(table, [f"[{i}] {text}" for text, i in reasons.items()])
@@ -182,8 +219,8 @@ def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
             ProgressBar(total=max(largest, 1e-12), completed=r.share, width=10),
             *map(_cell, decibels),
             _cell(reach),
-            _cell("-" if r.clipped is None else figures.share(r.clipped)),
-            _cell(figures.share(r.share)),
+            _cell("-" if r.clipped is None else numbers.share(r.clipped)),
+            _cell(numbers.share(r.share)),
             _cell(r.remedy, "yellow" if r.remedy == "floating point" else "green"),
         )
     return table
@@ -203,8 +240,8 @@ def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int
             _cell(row.name),
             _cell(str(row.units)),
             _cell(str(len({cut.tensor for cut in row.cuts}))),
-            _cell(figures.figure(row.parameters, "count")),
-            _cell(figures.figure(row.macs, "MACs")),
+            _cell(numbers.figure(row.parameters, "count")),
+            _cell(numbers.figure(row.macs, "MACs")),
             _cell(exact),
         )
     units = sum(row.units for row in rows)
@@ -226,9 +263,9 @@ def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:
         table.add_row(
             _cell(r.name),
             ProgressBar(total=max(macs, 1), completed=r.macs, width=16),
-            _cell(figures.figure(r.macs, "count")),
+            _cell(numbers.figure(r.macs, "count")),
             ProgressBar(total=max(weights, 1), completed=r.weight_bytes, width=16),
-            _cell(figures.figure(r.weight_bytes, "bytes")),
+            _cell(numbers.figure(r.weight_bytes, "bytes")),
         )
     return table
 
@@ -238,11 +275,11 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
     counted = arithmetic.counted(candidate)
     speedup = compared.speedup(record, candidate)
     found = (
-        figures.metric(m.metric, record.metric_name) if m.metric is not None else None,
-        figures.drop(candidate.drop, record.metric_name) if candidate.drop is not None else None,
-        figures.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
-        figures.figure(speedup, "×") if speedup else "busy" if compared.busy(record, candidate) else None,
-        figures.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
+        numbers.metric(m.metric, record.metric_name) if m.metric is not None else None,
+        numbers.drop(candidate.drop, record.metric_name) if candidate.drop is not None else None,
+        numbers.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
+        numbers.figure(speedup, "×") if speedup else "busy" if compared.busy(record, candidate) else None,
+        numbers.figure(m.size_bytes, "bytes") if m.size_bytes is not None else None,
         _decibels(parity.least_db) if parity else None,
         _agreement(parity.agreement) if parity and parity.agreement is not None else None,
         f"{counted[0]}/{sum(counted)}" if counted else None,
@@ -255,7 +292,7 @@ def _decibels(value: float) -> str:
 
 
 def _agreement(value: float) -> str:
-    return "100 %" if value == 1 else figures.share(value)
+    return "100 %" if value == 1 else numbers.share(value)
 
 
 def _table() -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penjing import records
-from penjing.report import comparison, figures
+from penjing.report import comparison, numbers
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def changes(record: records.Record) -> tuple[str, ...]:
     found = [*speed, *_joined(size)]
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:
-        old, new = figures.metric_pair(metric, artifact.metric, record.metric_name)
+        old, new = numbers.metric_pair(metric, artifact.metric, record.metric_name)
         whose = "" if record.reference is None else " of the reference"
         found.append(f"{record.metric_name} {old}{whose} → {new}")
     share = record.chosen.float_macs_share if record.chosen else None
     if share is not None and share > TOLD:
-        found.append(f"{figures.share(share)} of the multiply-accumulates in floating point")
+        found.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
     return tuple(f for f in found if f)
 
 
@@ -103,8 +103,8 @@ def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:
     'openvino stores weights of 4 bits in 8: 1.09 MB on disk, 640 kB packed (penjing pack), and no faster than 8 bits'
     """
     size, packed = candidate.measured.size_bytes, candidate.measured.packed_bytes
-    sizes = [f"{figures.figure(size, 'bytes')} on disk"] if size else []
-    sizes += [f"{figures.figure(packed, 'bytes')} packed (penjing pack)"] if packed else []
+    sizes = [f"{numbers.figure(size, 'bytes')} on disk"] if size else []
+    sizes += [f"{numbers.figure(packed, 'bytes')} packed (penjing pack)"] if packed else []
     told = ", ".join([*sizes, "and no faster than 8 bits"])
     return f"{candidate.runtime} stores weights of {bits} bits in {stored}: {told}"
 
@@ -125,10 +125,10 @@ def idle_zeros(zeros: records.Zeros, candidate: records.Candidate) -> str:
     size, packed = candidate.measured.size_bytes, candidate.measured.packed_bytes
     gains = ["prune.Channels, which removes whole channels"]
     if size and packed and packed < PACKS * size:
-        sizes = f"{figures.figure(size, 'bytes')} on disk, {figures.figure(packed, 'bytes')} packed"
+        sizes = f"{numbers.figure(size, 'bytes')} on disk, {numbers.figure(packed, 'bytes')} packed"
         gains.insert(0, f"packed storage ({sizes})")
     return (
-        f"{figures.share(zeros.count / zeros.weights)} of the weights in pruned layers are zero "
+        f"{numbers.share(zeros.count / zeros.weights)} of the weights in pruned layers are zero "
         f"({zeros.count:,} of {zeros.weights:,}), and {candidate.runtime} {claim}: {zeros.speedup:.2f}× the speed of "
         f"the same file with other numbers in their place, measured in turns ({zeros.low:.2f}× to {zeros.high:.2f}×). "
         f"What gains: {', and '.join(gains)}."

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from penjing.report import figures
+from penjing.report import numbers
 from penjing.report.arithmetic import family
 
 
@@ -34,30 +34,30 @@ from penjing.report.arithmetic import family
     ],
 )
 def test_figure(value, unit, text):
-    assert figures.figure(value, unit) == text
+    assert numbers.figure(value, unit) == text
 
 
 def test_three_digits_are_never_further_off_than_half_a_percent():
     for exponent in range(-7, 14):
         for digits in (1.0, 1.005, 4.321, 9.9949, 9.9951, 9.999):
             value = digits * 10.0**exponent
-            assert float(figures.significant(value)) == pytest.approx(value, rel=0.005)
+            assert float(numbers.significant(value)) == pytest.approx(value, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "Top-1 accuracy", "agreement with source", "F1", "mIoU", "mAP"])
 def test_fractions_are_written_as_percentages(name):
-    assert figures.metric(0.934, name) == "93.40 %"
-    assert figures.drop(0.005, name) == "0.50 %"
+    assert numbers.metric(0.934, name) == "93.40 %"
+    assert numbers.drop(0.005, name) == "0.50 %"
 
 
 @pytest.mark.parametrize(("name", "value"), [("perplexity", 0.934), ("mapping error", 0.934), ("accuracy", 93.4)])
 def test_other_metrics_are_plain_numbers(name, value):
-    assert "%" not in figures.metric(value, name)
+    assert "%" not in numbers.metric(value, name)
 
 
 def test_a_headline_shows_a_difference_where_there_is_one():
     for drop in (0.0, 0.0001, 0.0004, 0.01):
-        old, new = figures.metric_pair(0.9341, 0.9341 - drop, "accuracy")
+        old, new = numbers.metric_pair(0.9341, 0.9341 - drop, "accuracy")
         assert (old == new) == (drop == 0)
 
 

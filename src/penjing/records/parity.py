@@ -1,0 +1,110 @@
+"""How far an artifact is from what it was to compute, and why it is not offered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """The same difference for one output, or for those of its columns whose values are of one size.
+
+    Attributes:
+        output: Its name.
+        columns: Which of its columns, for example "0-3 of the last axis"; "" for the whole output.
+        snr_db: Signal power over noise power in decibels.
+        largest: The largest difference.
+        equal: Of outputs that are no floating-point numbers, the share of values that are equal; None of others.
+        batch: Samples in the call that came out worst.
+        fault: What no decibels say: NaN, or an infinity on one side alone; "" where there is none.
+        limit_db: What `snr_db` has to reach; None where it is told and not judged.
+        limit_equal: What `equal` has to reach.
+        why: Why the limit is lower than that of the precision; "" where it is not.
+    """
+
+    output: str
+    columns: str = ""
+    snr_db: float
+    largest: float
+    equal: float | None = None
+    batch: int = 0
+    fault: str = ""
+    limit_db: float | None = None
+    limit_equal: float | None = None
+    why: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether every figure reaches its limit."""
+        return not self.shortfall
+
+    @property
+    def shortfall(self) -> float:
+        """How far below its limit: in decibels or hundredths of equal values, 1000 for a fault; 0 where all hold."""
+        if self.fault:
+            return 1000.0
+        missing = max(0.0, self.limit_db - self.snr_db) if self.limit_db is not None else 0.0
+        if self.equal is not None and self.limit_equal is not None:
+            missing = max(missing, 100 * (self.limit_equal - self.equal))
+        return missing
+
+    @property
+    def place(self) -> str:
+        """The output and its columns in words."""
+        return f"{self.output}, columns {self.columns}" if self.columns else self.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Difference between an artifact in its runtime and a torch network, over all outputs.
+
+    `against` is "planned" (the torch network with the same quantizers: what the export should reproduce)
+    or "source" (the network the user gave). `snr_db` is signal power over noise power in decibels.
+    `agreement` is the share of samples with the same largest output, None where no output has classes.
+    `rows` are the same figures per output and per group of columns, with the limits that they have to reach.
+    """
+
+    against: str
+    largest: float
+    mean: float
+    snr_db: float
+    agreement: float | None
+    samples: int
+    rows: tuple[ParityRow, ...] = ()
+
+    @property
+    def least_db(self) -> float:
+        """Signal-to-noise of the worst output or group of columns; `snr_db` where there is but one."""
+        if len({row.place for row in self.rows}) < 2:
+            return self.snr_db
+        return min((row.snr_db for row in self.rows if not row.fault), default=self.snr_db)
+
+    @property
+    def worst(self) -> ParityRow | None:
+        """The row furthest below its limit; where all hold, the one that comes nearest to it."""
+
+        def order(row: ParityRow) -> tuple[float, bool, float]:
+            return -row.shortfall, row.limit_db is None, row.snr_db - (row.limit_db or 0.0)
+
+        return min(self.rows, key=order, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """Why a candidate is not offered: it does not compute what it was to compute.
+
+    Attributes:
+        reason: In words, with figure and limit.
+        against: "planned", or "" where no comparison tells it.
+        output: The output (and columns) that is furthest below its limit.
+        snr_db: Its signal-to-noise ratio; None where that is not the figure.
+        limit_db: What it had to reach.
+        operator: Site of the first operator whose values differ; None where none was found.
+    """
+
+    reason: str
+    against: str = ""
+    output: str = ""
+    snr_db: float | None = None
+    limit_db: float | None = None
+    operator: str | None = None
