@@ -13,11 +13,13 @@ from penjing.analyze.masked import masked
 from penjing.errors import RecipeError
 from penjing.network.capture import raise_network
 from penjing.surgery import replay, resize
+from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.more_topologies import MORE
 from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
 
-EVERY = {**TOPOLOGIES, **MORE, **{name: (make, example) for name, (make, example, _) in CASES.items()}}
+FREE = {**CASES, **KERNELS}
+EVERY = {**TOPOLOGIES, **MORE, **{name: (make, example) for name, (make, example, _) in FREE.items()}}
 
 
 def coupled(model, *args, keep=()):
@@ -80,10 +82,10 @@ def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
     assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_units_and_their_gates_and_heads_are_free(name):
+@pytest.mark.parametrize("name", FREE)
+def test_units_and_their_gates_heads_and_kernels_are_free(name):
     torch.manual_seed(0)
-    make, example, groups = CASES[name]
+    make, example, groups = FREE[name]
     _, coupling = coupled(make(), example())
     assert {group: units.units for group, units in coupling.groups.items()} == groups
     assert set(coupling.held.values()) <= {"it is an output of the network"}

@@ -12,14 +12,20 @@ from penjing.analyze.coupling import couple
 from penjing.distill import DKD
 from penjing.errors import CheckpointError, PruningError, RecipeError
 from penjing.network.capture import raise_network
+from penjing.pipeline.building import build
 from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels
 from penjing.quantize import QAT
 from penjing.recipes.recipe import Recipe
+from penjing.records.manifest import read_manifest
+from penjing.runtimes import isolated
+from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.storage import checkpoint
+from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
+from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
 from tests.prune.wide import TASK, Wide, draft, left, pictures
@@ -244,3 +250,23 @@ def test_gates_maxout_units_and_heads_are_pruned_by_the_step(name):
     network = raise_network(scattered(make()), (x,))
     pruned = Channels(channels=0.6, round_to=1)(Draft(network), Context(task=task)).network
     assert sum(p.numel() for p in pruned.parameters()) < 0.9 * sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["mixed", "flat, with biases", "in groups", "depthwise", "made by a layer"])
+def test_kernels_of_every_sample_are_pruned_by_the_step_and_run_in_the_runtimes(name, tmp_path):
+    torch.manual_seed(0)
+    make, example, _ = KERNELS[name]
+    task = Task(example=example(), calibration=[torch.randn(16, 3, 8, 8)])
+    before = Draft(raise_network(scattered(make()), (example(),)))
+    pruned = Channels(macs=0.5, round_to=1)(before, Context(task=task))
+    macs = [totals(cost(draft.network, task.call())).macs for draft in (before, pruned)]
+    assert macs[1] <= 0.5 * macs[0]
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        answer = pruned.network(x)
+    for runtime in ("onnxruntime", "openvino"):
+        folder = tmp_path / runtime
+        folder.mkdir()
+        build(pruned, runtime, "fp32", task, flatten_outputs(answer)[1], folder)
+        predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
+        torch.testing.assert_close(torch.from_numpy(predict(x.numpy())), answer, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,9 @@ from torch import fx
 
 from penjing.network.graph import site
 
-Axis = np.ndarray | None  # atoms along an axis, FIXED where a position never goes; None: the whole axis never changes
+# Atoms along an axis, FIXED where a position never goes; None: the whole axis never changes. Where several axes are
+# laid out along one, (several, length): a position goes with any of its atoms.
+Axis = np.ndarray | None
 Labels = tuple[Axis, ...]
 FIXED = -1
 STORED = "a stored value"  # the role of an axis until an operator says more
@@ -84,6 +86,7 @@ class Walk:
     holds: list[tuple[np.ndarray, str]] = field(default_factory=list)
     statistics: list[tuple[np.ndarray, str]] = field(default_factory=list)
     free: list[tuple[int, int]] = field(default_factory=list)  # atoms that no stored tensor holds
+    layouts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # atoms (n,), what they stand for (k, n)
     count: int = 0
 
     @classmethod
@@ -106,7 +109,7 @@ class Walk:
 
     def is_free(self, axis: np.ndarray) -> bool:
         """Whether an axis is one of `new`."""
-        return any(first <= axis[0] < last for first, last in self.free)
+        return any(first <= axis.flat[0] < last for first, last in self.free)
 
     def stored(self, name: str, axis: int, role: str) -> Axis:
         """The atoms of an axis of a parameter or buffer; an axis of length 1 never changes.
@@ -136,12 +139,27 @@ class Walk:
         if a is None or b is None:
             self.hold(b if a is None else a, why)
             return
+        if a.ndim > 1 or b.ndim > 1:
+            self._join_parts(a, b, why)
+            return
         free = (a != FIXED) & (b != FIXED)
         if not free.all():
             self.hold(np.where(b == FIXED, a, FIXED), why)
             self.hold(np.where(a == FIXED, b, FIXED), why)
         if not np.array_equal(a[free], b[free]):
             self.joins.append((a[free], b[free], why))
+
+    def _join_parts(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
+        """Parts that vary in the same way go together; the others have no counterpart, and stay."""
+        others = {_pattern(row): row for row in np.atleast_2d(b)}
+        for row in np.atleast_2d(a):
+            other = others.pop(_pattern(row), None)
+            if other is None:
+                self.hold(row, why)
+            else:
+                self.join(row, other, why)
+        for row in others.values():
+            self.hold(row, why)
 
     def hold(self, axis: Axis, why: str) -> None:
         """These atoms are never removed."""
@@ -181,6 +199,12 @@ class Walk:
             return False
         self.changes.append(Literal(site(node), argument, axis, divisor))
         return True
+
+
+def _pattern(row: np.ndarray) -> bytes:
+    """Which positions have the same atom."""
+    _, first, number = np.unique(row, return_index=True, return_inverse=True)
+    return bytes(first[number].tobytes())
 
 
 def fixed(rank: int) -> Labels:

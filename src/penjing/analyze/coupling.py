@@ -20,9 +20,11 @@ import numpy as np
 from torch import fx
 
 from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reordering, Walk, fixed
+from penjing.analyze.laid_out import LaidOut, held_components, laid_out
 from penjing.analyze.layers import COMPUTED, LAYERS
-from penjing.analyze.rearrangements import MOVING
+from penjing.analyze.rearrangements import MOVING, single
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
+from penjing.analyze.reshaping import MOVES
 from penjing.errors import RecipeError
 from penjing.network.graph import is_tensor, kind, shapes, site, tensor_inputs
 from penjing.steps.draft import Edit
@@ -102,6 +104,7 @@ class Coupling:
     _walk: Walk
     _unit: np.ndarray  # component of every atom
     _units: Mapping[str, np.ndarray]  # group → components of its units
+    _laid_out: LaidOut
 
     def edits(self, removed: Mapping[str, Collection[int]]) -> tuple[Edit, ...]:
         """The edits that remove these units of these groups from the network.
@@ -141,6 +144,7 @@ class Coupling:
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,
                 )
             flags[self._units[name][list(units)]] = True
+        self._laid_out.spread(flags)
         gone: np.ndarray = flags[self._unit]
         return gone
 
@@ -151,7 +155,11 @@ class Coupling:
         found: list[list[tuple[str, int]]] = []
         for first, length in self._walk.tensors.values():
             if gone[first : first + length].all():
-                found.append([owner[c] for c in np.unique(self._unit[first : first + length]).tolist()])
+                mine = np.unique(self._unit[first : first + length])
+                mine = np.unique(np.concatenate([mine, *self._laid_out.sides(mine)]))
+                found.append(
+                    [unit for c in mine.tolist() if (unit := owner.get(c)) and unit[1] in removed.get(unit[0], ())]
+                )
         return found
 
     def sizes(self, gone: np.ndarray) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -199,6 +207,10 @@ def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
     return _grouped(walk)
 
 
+OWN = -1  # the side of a layout that is the axis itself
+_TAKING_PARTS = (*MOVES, "matmul", "einsum", "sum", "expand")  # rules that know axes laid out along one
+
+
 def _visit(walk: Walk, node: fx.Node) -> None:
     if node.op == "output":
         for x in tensor_inputs(node):
@@ -217,6 +229,8 @@ def _visit(walk: Walk, node: fx.Node) -> None:
         walk.values[node] = tuple(walk.stored(name, d, STORED) if known else None for d in range(rank))
         return
     what = kind(walk.network, node)
+    if what not in _TAKING_PARTS and POINTWISE not in getattr(node.target, "tags", ()):
+        single(walk, node)
     rules = LAYERS if node.op == "call_module" or what not in COMPUTED else COMPUTED
     rule = rules.get(what) or RULES.get(what) or MOVING.get(what)
     if rule is None and node.op == "call_function" and POINTWISE in getattr(node.target, "tags", ()):
@@ -260,26 +274,27 @@ def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
 
 
 def _grouped(walk: Walk) -> Coupling:
-    unit = walk.components()
-    held: dict[int, str] = {}
-    for atoms, why in walk.holds:
-        for component in np.unique(unit[atoms]).tolist():
-            held.setdefault(component, why)
-    makers: dict[int, list[tuple[int, int]]] = {}
-    others: dict[int, list[tuple[int, int]]] = {}
+    unit, layouts = laid_out(walk)
+    held = held_components(walk, unit, layouts)
+    standing = set(layouts.of.tolist())
+    makers: dict[int, list[tuple[int, int, int]]] = {}  # component → tensor, side of a layout or −1, positions
+    others: dict[int, list[tuple[int, int, int]]] = {}
     keys = list(walk.tensors)
+    sides = [_sides(walk, unit, layouts, key) for key in keys]
     fixed_axes: dict[str, str] = {}
     for position, key in enumerate(keys):
-        first, length = walk.tensors[key]
-        components, counts = np.unique(unit[first : first + length], return_counts=True)
         makes = walk.roles[key] == "its outputs"
-        reasons = [held[c] for c in components.tolist() if c in held]
+        reasons = [held[c] for c in np.unique(sides[position][OWN]).tolist() if c in held]
         if reasons and makes:
             fixed_axes[f"{key[0]}:{key[1]}"] = reasons[0]
-        for component, count in zip(components.tolist(), counts.tolist(), strict=True):
-            if component not in held:
-                (makers if makes else others).setdefault(component, []).append((position, count))
-    joined, statistics = _by_component(unit, walk.joins), _by_component(unit, [(a, a, w) for a, w in walk.statistics])
+        for side, here in sides[position].items():
+            components, counts = np.unique(here[here >= 0], return_counts=True)
+            for component, count in zip(components.tolist(), counts.tolist(), strict=True):
+                if component not in held and component not in standing:
+                    mates = makers if makes and side == OWN else others
+                    mates.setdefault(component, []).append((position, side, count))
+    joined = _by_component(unit, layouts, walk.joins)
+    statistics = _by_component(unit, layouts, [(a, a, w) for a, w in walk.statistics])
     alike: dict[tuple[Any, ...], list[int]] = {}
     for component in sorted({*makers, *others}):
         signature = makers.get(component) or others[component]
@@ -287,32 +302,42 @@ def _grouped(walk: Walk) -> Coupling:
     groups: dict[str, Group] = {}
     units: dict[str, np.ndarray] = {}
     for (_, taken), mine in alike.items():
-        places = dict.fromkeys(p for c in mine for p, _ in (*makers.get(c, ()), *others.get(c, ())))
-        ordered = sorted(places, key=lambda p: (walk.roles[keys[p]] != "its outputs", p))
-        members = tuple(_member(walk, unit, keys[p], mine) for p in ordered)
+        places = dict.fromkeys((p, side) for c in mine for p, side, _ in (*makers.get(c, ()), *others.get(c, ())))
+        ordered = sorted(places, key=lambda p: (p[1] != OWN, walk.roles[keys[p[0]]] != "its outputs", p))
+        members = tuple(_member(sides[p][side], keys[p], walk.roles[keys[p]], mine) for p, side in ordered)
         name = _name(members, groups)
         because = dict.fromkeys(text for c in mine for text in joined.get(c, ()))
         groups[name] = Group(name, len(mine), members, tuple(because), taken)
         units[name] = np.array(mine)
-    return Coupling(groups, fixed_axes, walk, unit, units)
+    return Coupling(groups, fixed_axes, walk, unit, units, layouts)
 
 
-def _by_component(unit: np.ndarray, notes: list[tuple[np.ndarray, np.ndarray, str]]) -> dict[int, tuple[str, ...]]:
+def _sides(walk: Walk, unit: np.ndarray, layouts: LaidOut, key: tuple[str, int]) -> dict[int, np.ndarray]:
+    """Components along an axis: their own, and on every side of a layout those that they stand for."""
+    first, length = walk.tensors[key]
+    own = unit[first : first + length]
+    return {OWN: own, **dict(enumerate(layouts.sides(own)))}
+
+
+def _by_component(
+    unit: np.ndarray, layouts: LaidOut, notes: list[tuple[np.ndarray, np.ndarray, str]]
+) -> dict[int, tuple[str, ...]]:
     found: dict[int, dict[str, None]] = {}
     for atoms, _, text in notes:
-        for component in np.unique(unit[atoms]).tolist():
+        mine = np.unique(unit[atoms])
+        parts = [side[side >= 0] for side in layouts.sides(mine)]
+        for component in np.unique(np.concatenate([mine, *parts])).tolist():
             found.setdefault(component, {})[text] = None
     return {component: tuple(texts) for component, texts in found.items()}
 
 
-def _member(walk: Walk, unit: np.ndarray, key: tuple[str, int], components: list[int]) -> Member:
-    first, length = walk.tensors[key]
-    rank = np.full(int(unit.max()) + 1, -1)
-    rank[components] = np.arange(len(components))
-    mine = rank[unit[first : first + length]]
-    positions = np.flatnonzero(mine >= 0)
-    positions = positions[np.argsort(mine[positions], kind="stable")]
-    return Member(key[0], key[1], positions, mine[positions], walk.roles[key])
+def _member(here: np.ndarray, key: tuple[str, int], role: str, components: list[int]) -> Member:
+    order = np.argsort(components)
+    place = np.searchsorted(components, here, sorter=order).clip(max=len(components) - 1)
+    units = np.where(np.asarray(components)[order[place]] == here, order[place], -1)
+    positions = np.flatnonzero(units >= 0)
+    positions = positions[np.argsort(units[positions], kind="stable")]
+    return Member(key[0], key[1], positions, units[positions], role)
 
 
 def _name(members: tuple[Member, ...], taken: Mapping[str, Group]) -> str:
@@ -325,10 +350,11 @@ def _name(members: tuple[Member, ...], taken: Mapping[str, Group]) -> str:
 
 
 def _kept(axis: np.ndarray, gone: np.ndarray) -> np.ndarray:
-    kept = np.ones(len(axis), bool)
+    kept = np.ones(axis.shape, bool)
     known = axis != FIXED
     kept[known] = ~gone[axis[known]]
-    return kept
+    every: np.ndarray = np.logical_and.reduce(np.atleast_2d(kept))  # of the atoms that a position stands for
+    return every
 
 
 def _edit(change: Change, gone: np.ndarray) -> list[Edit]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Reordering, Walk, concatenated, fixed
 from penjing.analyze.relations import aligned, hold_all, refuse, same, unchanged
-from penjing.analyze.reshaping import reshape
+from penjing.analyze.reshaping import one_part, reshape
 from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
 
 # --- transposes, parts and wholes ------------------------------------------------------------------------------------
@@ -181,6 +181,14 @@ def expand(walk: Walk, node: fx.Node) -> Labels:
             hold_all(walk, node, [axis], "the size is computed")
         out.append(axis)
     return tuple(out)
+
+
+def single(walk: Walk, node: fx.Node) -> None:
+    """Before an operator that knows no axes laid out along one (`Axis`): one of them is left."""
+    for x in tensor_inputs(node):
+        labels = walk.values.get(x)
+        if isinstance(labels, tuple):
+            walk.values[x] = tuple(one_part(walk, node, axis) for axis in labels)
 
 
 def like(walk: Walk, node: fx.Node) -> Labels:

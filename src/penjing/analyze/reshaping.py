@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing.analyze.atoms import Axis, Labels, Literal, Reordering, Walk, fixed
+from penjing.analyze.atoms import FIXED, Axis, Labels, Literal, Reordering, Walk, fixed
 from penjing.analyze.relations import hold_all
 from penjing.network.graph import arguments, is_tensor, kind, operator_name, site, tensor_inputs
 
@@ -26,12 +27,16 @@ _PARTS = (
     "repeat",
     "repeat_interleave",
 )
+MERGES = "it merges two axes that both could change"
 MOVES = ("reshape", "transpose", "movedim", "swapaxes", "numpy_T", "identity")
 _ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", "mean")
 
 
 def reshape(walk: Walk, node: fx.Node) -> Labels:
-    """Axes are merged and split in blocks of equal size; a split axis goes by whole rows or by columns."""
+    """Axes are merged and split in blocks of equal size; a split axis goes by whole rows or by columns.
+
+    Several axes that could change and are merged stay apart as the parts of one (`Axis`), until an operator needs one.
+    """
     if shuffle(walk, node):
         return fixed(len(walk.shape(node)))
     source = tensor_inputs(node)[0]
@@ -39,6 +44,11 @@ def reshape(walk: Walk, node: fx.Node) -> Labels:
     x = list(walk.of(source))
     out: list[Axis] = [None] * len(after)
     for ins, outs in blocks(before, after):
+        apart = _apart(walk, node, [x[i] for i in ins], [before[i] for i in ins], [after[i] for i in outs])
+        if apart is not None:
+            for i, axis in zip(outs, apart, strict=True):
+                out[i] = axis
+            continue
         labels = _merged(walk, node, [x[i] for i in ins], [before[i] for i in ins])
         if labels is not None:
             sizes = [after[i] for i in outs]
@@ -68,6 +78,110 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     return found
 
 
+def _apart(walk: Walk, node: fx.Node, axes: list[Axis], before: list[int], after: list[int]) -> list[Axis] | None:
+    """Every axis, or part of one, to the one axis of the result along which it varies; None where one has to be split.
+
+    What a layer makes as a kernel's rows is split here too: its outputs and its inputs go independently of each other.
+    """
+    if all(axis is None for axis in axes):
+        return [None] * len(after)
+    fine = _common(before, after)
+    if fine is None:
+        return None
+    parts: list[tuple[list[int], np.ndarray]] = []  # (fine axes that it is laid out along, its atoms)
+    for axis, mine in zip(axes, _runs(before, fine), strict=True):
+        for row in [] if axis is None else np.atleast_2d(axis):
+            table = row.reshape([fine[f] for f in mine])
+            along = [f for d, f in enumerate(mine) if _changes(table, d)]
+            goes = {_owner(f, fine, after) for f in along}
+            if len(goes) == 1:
+                parts.append((mine, row) if len(along) > 1 else (along, _line(table, mine.index(along[0]))))
+            elif len(goes) < 1 or len(np.unique(row)) < len(row) or FIXED in row or not _is_kernel(walk, node):
+                return None
+            else:
+                new = [walk.new(fine[f]) for f in mine]
+                shape = [fine[f] for f in mine]
+                walk.layouts.append((row, np.stack([_spread(a, d, shape) for d, a in enumerate(new)])))
+                parts += [([f], a) for f, a in zip(mine, new, strict=True)]
+    out: list[Axis] = []
+    for mine in _runs(after, fine):
+        shape = [fine[f] for f in mine]
+        rows = []
+        for along, row in parts:
+            if along[0] in mine:
+                size = [fine[f] if f in along else 1 for f in mine]
+                rows.append(np.broadcast_to(row.reshape(size), shape).reshape(-1))
+        out.append(None if not rows else rows[0] if len(rows) == 1 else np.stack(rows))
+    return out
+
+
+def _common(before: Sequence[int], after: Sequence[int]) -> list[int] | None:
+    """The coarsest sizes that both runs of axes are made of; None where they don't nest.
+
+    >>> _common((2, 720), (16, 10, 9))
+    [2, 8, 10, 9]
+    """
+    ends = sorted({*np.cumprod(before).tolist(), *np.cumprod(after).tolist()})
+    if any(large % small for small, large in itertools.pairwise(ends)):
+        return None
+    return [large // small for small, large in itertools.pairwise([1, *ends]) if large > small]
+
+
+def _runs(sizes: Sequence[int], fine: Sequence[int]) -> list[list[int]]:
+    """For every axis the finer ones that it is made of."""
+    found: list[list[int]] = []
+    place = 0
+    for size in sizes:
+        mine: list[int] = []
+        while math.prod(fine[f] for f in mine) < size:
+            mine.append(place)
+            place += 1
+        found.append(mine)
+    return found
+
+
+def _owner(place: int, fine: Sequence[int], sizes: Sequence[int]) -> int:
+    return next(i for i, mine in enumerate(_runs(sizes, fine)) if place in mine)
+
+
+def _changes(table: np.ndarray, axis: int) -> bool:
+    """Whether the table is not the same all along `axis`."""
+    return bool((table != table.take([0], axis)).any())
+
+
+def _line(table: np.ndarray, axis: int) -> np.ndarray:
+    return table[tuple(slice(None) if d == axis else 0 for d in range(table.ndim))]
+
+
+def _spread(line: np.ndarray, axis: int, shape: Sequence[int]) -> np.ndarray:
+    """A line along one axis, repeated along the others, in one row."""
+    return np.broadcast_to(line.reshape([-1 if d == axis else 1 for d in range(len(shape))]), shape).reshape(-1)
+
+
+def _is_kernel(walk: Walk, node: fx.Node) -> bool:
+    """Whether the value goes, moved, scaled or summed, into a convolution as its weight.
+
+    A convolution for every sample is a product behind which samples and outputs are merged
+    (`penjing.network.varying_groups`).
+    """
+    queue, seen = [node], {node}
+    while queue:
+        value = queue.pop()
+        for user in value.users:
+            if user in seen or not is_tensor(user) or not isinstance(user.target, torch._ops.OpOverload):
+                continue
+            seen.add(user)
+            what = kind(walk.network, user)
+            if what in ("conv", "conv_transpose") and arguments(user)["weight"] is value:
+                return True
+            if what == "matmul" and user.args[0] is value:
+                behind = next(iter(user.users))
+                return operator_name(behind) == "flatten" and behind.args[1:] == (1, 2)
+            if what in (*MOVES, "sum", "flip") or torch.Tag.pointwise in user.target.tags:
+                queue.append(user)
+    return False
+
+
 def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Axis:
     """One axis from several: a position goes with the one axis of them that changes."""
     changing = [i for i, axis in enumerate(axes) if axis is not None]
@@ -76,12 +190,22 @@ def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Ax
     # What repeats a value can keep its length; of two axes with weights the last one may change.
     keep = max(changing, key=lambda i: (not walk.is_free(axes[i]), i))  # type: ignore[arg-type]
     others = [axes[i] for i in changing if i != keep]
-    hold_all(walk, node, others, "it merges two axes that both could change")
+    hold_all(walk, node, others, MERGES)
     shape = [1] * len(sizes)
     shape[keep] = sizes[keep]
-    labels = axes[keep]
+    labels = one_part(walk, node, axes[keep])
     assert labels is not None
     return np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
+
+
+def one_part(walk: Walk, node: fx.Node, axis: Axis) -> Axis:
+    """Of several axes laid out along one the last may change (rather than what repeats a value); the others stay."""
+    if axis is None or axis.ndim == 1:
+        return axis
+    keep = max(range(len(axis)), key=lambda i: (not walk.is_free(axis[i]), i))
+    hold_all(walk, node, [row for i, row in enumerate(axis) if i != keep], MERGES)
+    row: np.ndarray = axis[keep]
+    return row
 
 
 def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], places: list[int]) -> list[Axis]:
@@ -90,7 +214,7 @@ def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], plac
         return [labels]
     table = labels.reshape(sizes)
     constant = [d for d in range(len(sizes)) if _varies_along(table, d)]
-    apart = {places.index(d) for d in _taken_apart(walk, node) if d in places}
+    apart = {places.index(d) for d in {*_taken_apart(walk, node), *_stuck(node)} if d in places}
     free = [d for d in range(len(sizes)) if d not in apart] or list(range(len(sizes)))
     if len(constant) == 1:
         pick = constant[0]
@@ -106,6 +230,13 @@ def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], plac
     result: list[Axis] = [None] * len(sizes)
     result[pick] = rows[:, 0]
     return result
+
+
+def _stuck(node: fx.Node) -> set[int]:
+    """Axes of a reshape's result whose sizes are computed, where another one is open: these can't change."""
+    given = arguments(node)
+    sizes = given.get("shape") or given.get("size") or ()
+    return {i for i, size in enumerate(sizes) if isinstance(size, fx.Node)} if -1 in sizes else set()
 
 
 def _varies_along(table: np.ndarray, axis: int) -> bool:

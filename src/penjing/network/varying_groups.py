@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from penjing.errors import ExportError
 from penjing.network.graph import line
@@ -42,10 +43,20 @@ def conv(build: Builder, a: dict[str, Any]) -> Any:
         padding = [(both // 2, both - both // 2) for both in total]
     else:
         padding = [(p, p) for p in _each(a["padding"], n)]
+    x = _padded(build, a["input"], padding)
+    if _depthwise(build, a):  # the number of groups is left open: it follows the channels, also where some are pruned
+        a = {**a, "groups": -1}
+        weight = build(aten.flatten.using_ints, build(aten.unsqueeze.default, a["weight"], 1), 2)
+        return _products(build, x, weight, kernel, stride, dilation, a)
     weight = build(aten.flatten.using_ints, a["weight"], 1)  # (groups · out, in · places)
     weight = build(aten.reshape.default, weight, [a["groups"], -1, build.size(weight, 1)])
-    x = _padded(build, a["input"], padding)
     return _products(build, x, weight, kernel, stride, dilation, a)
+
+
+def _depthwise(build: Builder, a: dict[str, Any]) -> bool:
+    """Whether every group has one channel in and one out."""
+    weight = build.value(a["weight"])
+    return bool(weight.shape[1] == 1) and bool(statically_known_true(weight.shape[0] == build.value(a["groups"])))
 
 
 def conv_transpose(build: Builder, a: dict[str, Any]) -> Any:
@@ -105,7 +116,8 @@ def _products(
         places.append(part)
     sizes = [build.size(places[0], dim) for dim in range(2, 2 + len(kernel))]
     columns = build(aten.flatten.using_ints, build(aten.stack.default, places, 2), 3)
-    shape = [build.size(x, 0), a["groups"], -1, build.size(columns, 3)]
+    each = build.size(weight, 2) if a["groups"] == -1 else -1
+    shape = [build.size(x, 0), a["groups"], each, build.size(columns, 3)]
     columns = build(aten.reshape.default, columns, shape)
     y = build(aten.flatten.using_ints, build(aten.matmul.default, weight, columns), 1, 2)
     y = build(aten.unflatten.int, y, -1, sizes) if len(sizes) > 1 else y
