@@ -118,7 +118,7 @@ ZOO = {
     "encoder": (Encoder, ids),
     "gru": (lambda: Recurrent(nn.GRU), values(7, 12)),
     "lstm": (lambda: Recurrent(nn.LSTM), values(7, 12)),
-    "rnn_tanh": (lambda: Recurrent(nn.RNN), values(7, 12)),
+    "plain recurrent": (lambda: Recurrent(nn.RNN), values(7, 12)),
     "gpt": (Gpt, values(5, 16)),
     "bilinear": (Pairs, values(16)),
     "low rank": (LowRank, values(5, 16)),
@@ -170,7 +170,7 @@ def test_whatever_has_parameters_and_stays_in_floating_point_has_a_reason(name, 
 
 
 @both
-@pytest.mark.parametrize("name", ["gru", "lstm", "rnn_tanh"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_the_share_in_floating_point_is_told_with_its_layer(name, runtime):
     rows = rows_of(name, runtime)
     macs, _ = building.float_shares(rows)
@@ -198,7 +198,7 @@ def test_a_layer_that_is_written_out_is_not_told_as_one():
 
 
 @both
-@pytest.mark.parametrize("name", ["convolutions", "gpt", "low rank", "embedding"])
+@pytest.mark.parametrize("name", ["convolutions", "plain recurrent", "gpt", "low rank", "embedding"])
 def test_nothing_is_told_where_all_is_integer(name, runtime):
     assert building.float_doubts("x-int8", rows_of(name, runtime)) == ()
 

@@ -120,7 +120,7 @@ def test_attention_is_its_two_products(shared):
     assert row.macs == 4 * (5 * 7 * 4) + 4 * (5 * 7 * 6)  # every head of the query, also where two share a key
 
 
-@pytest.mark.parametrize(("cls", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize(("cls", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
 def test_recurrent_layers(cls, gates):
     class Network(nn.Module):
         def __init__(self):
@@ -131,12 +131,31 @@ def test_recurrent_layers(cls, gates):
             return self.cell(x)[0]
 
     model = Network()
-    rows = [r for r in rows_of(model, torch.zeros(1, 11, 6)).values() if r.kind in ("lstm", "gru", "rnn_tanh")]
+    rows = [r for r in rows_of(model, torch.zeros(1, 11, 6)).values() if r.kind in ("lstm", "gru")]
     first = 2 * gates * 5 * (6 + 5)
     second = 2 * gates * 5 * (10 + 5)  # reads both directions of the first
     assert sum(r.macs for r in rows) == 11 * (first + second)
     assert sum(r.parameters for r in rows) == sum(p.numel() for p in model.parameters())
     assert rows[0].activation_bytes >= 11 * 10 * 4
+
+
+def test_a_plain_recurrent_layer_is_its_products():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.RNN(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x, state):
+            return self.cell(x, state)[0]
+
+    model = Network()
+    rows = rows_of(
+        model, torch.zeros(1, 11, 6), torch.zeros(4, 1, 5), dynamic={"x": {0: "batch"}, "state": {1: "batch"}}
+    )
+    first, second = 2 * 5 * (6 + 5), 2 * 5 * (10 + 5)  # the second reads both directions of the first
+    assert sum(r.macs for r in rows.values()) == 11 * (first + second)
+    biases = 4 * 5  # both of a cell are one
+    assert sum(r.parameters for r in rows.values()) == sum(p.numel() for p in model.parameters()) - biases
 
 
 def test_resnet18_has_its_published_figures():

@@ -326,6 +326,7 @@ TOPOLOGIES = {
     "shared": (Shared, lambda: torch.randn(2, 6)),
     "lstm": (Recurrent, ids),
     "gru": (lambda: Recurrent(nn.GRU), ids),
+    "rnn": (lambda: Recurrent(nn.RNN), ids),
     "up and down": (UpAndDown, picture),
     "padded": (Padded, picture),
     "slices": (Slices, lambda: torch.randn(2, 5)),

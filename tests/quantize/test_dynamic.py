@@ -290,7 +290,7 @@ def test_the_lstm_operator_is_a_good_citizen_of_torch():
     [
         ("openvino", nn.LSTM, {}, "openvino has no integer kernel for lstm"),
         ("onnxruntime", nn.GRU, {}, "onnxruntime has no integer kernel for gru"),
-        (None, nn.RNN, {"nonlinearity": "relu"}, "no integer kernel for rnn_relu"),
+        (None, nn.GRU, {}, "no integer kernel for gru"),
     ],
 )
 def test_recurrent_layers_without_a_kernel_stay_in_floating_point_and_say_why(runtime, cell, settings, why):

@@ -268,11 +268,6 @@ def _recurrent(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
     return int(x.numel() // x.shape[-1] * sum(p.numel() for p in values["params"] if p.dim() == 2))
 
 
-def _cell(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
-    x = values["input"]
-    return int(x.numel() // x.shape[-1] * (values["w_ih"].numel() + values["w_hh"].numel()))
-
-
 def _einsum(values: dict[str, Any], outputs: list[torch.Tensor]) -> int:
     """Two operands: the product of all axes. More are multiplied from left to right, each counted so."""
     terms = values["equation"].replace(" ", "").split("->")[0].split(",")
@@ -297,10 +292,4 @@ _COUNTS: dict[str, Callable[[dict[str, Any], list[torch.Tensor]], int]] = {
     "einsum": _einsum,
     "lstm": _recurrent,
     "gru": _recurrent,
-    "rnn_tanh": _recurrent,
-    "rnn_relu": _recurrent,
-    "lstm_cell": _cell,
-    "gru_cell": _cell,
-    "rnn_tanh_cell": _cell,
-    "rnn_relu_cell": _cell,
 }

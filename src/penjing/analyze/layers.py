@@ -239,7 +239,7 @@ def channelwise(walk: Walk, node: fx.Node) -> Labels:
 
 
 def recurrent(walk: Walk, node: fx.Node) -> Any:
-    """LSTM, GRU and plain recurrent stacks: matrices of (gates·hidden, in) and (gates·hidden, hidden).
+    """LSTM and GRU stacks: matrices of (gates·hidden, in) and (gates·hidden, hidden).
 
     The units of all layers and states come and go together: a state tensor has one axis for them all.
     """
@@ -297,7 +297,5 @@ LAYERS: dict[str, Rule] = {
     "prelu": channelwise,
     "lstm": recurrent,
     "gru": recurrent,
-    "rnn_tanh": recurrent,
-    "rnn_relu": recurrent,
 }
 """Kind of operator (`penjing.network.graph.kind`) → its rule."""

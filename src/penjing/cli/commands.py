@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -205,14 +205,26 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
         out.print(
             "every convolution, linear and addition can be integer" if not reasons else "stays in floating point:"
         )
-        for site, reason in reasons.items():
-            out.print(f"  {site}: {reason}", markup=False, highlight=False)
+        for line in _by_reason(reasons):
+            out.print(f"  {line}", markup=False, highlight=False)
         for note in found.notes[runtime]:
             out.print(f"  note: {note}", markup=False, highlight=False)
     if found.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
         out.print(table.noise(found.noise))
     return MET
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """A line for every operator; what is said of more than a few of one layer, such as its steps, is one line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for site, reason in reasons.items():
+        groups.setdefault((site.rpartition("/")[0] or site, reason), []).append(site)
+    lines = []
+    for (_, reason), sites in groups.items():
+        many = len(sites) > 4
+        lines += [f"{sites[0]} to {sites[-1]} ({len(sites)}): {reason}"] if many else [f"{s}: {reason}" for s in sites]
+    return lines
 
 
 def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:

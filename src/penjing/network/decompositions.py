@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from penjing.network.functional import mutates
 from penjing.network.graph import arguments, operator_name
 from penjing.network.projected_lstm import lstm
+from penjing.network.recurrent_steps import gru_cell, lstm_cell, rnn, rnn_cell
 from penjing.network.rewriting import END, Builder, Rewrite, editable
 from penjing.network.varying_groups import conv, conv_transpose
 
@@ -333,4 +334,10 @@ REWRITES: dict[str, Rewrite] = {
     "conv_transpose2d": conv_transpose,
     "conv_transpose3d": conv_transpose,
     "lstm": lstm,
+    "rnn_tanh": rnn(aten.tanh.default),
+    "rnn_relu": rnn(aten.relu.default),
+    "rnn_tanh_cell": rnn_cell(aten.tanh.default),
+    "rnn_relu_cell": rnn_cell(aten.relu.default),
+    "lstm_cell": lstm_cell,
+    "gru_cell": gru_cell,
 }

@@ -76,7 +76,7 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 OUTPUT = "/output"
 """What the network's result is called where operators are called by their sites; no layer can be called that."""
 
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+RECURRENT = ("lstm", "gru")
 """Kinds that are a stack of layers in one operator."""
 
 

@@ -11,6 +11,7 @@ import torch
 
 from penjing.errors import ExportError
 from penjing.network.graph import line
+from penjing.network.recurrent_steps import add
 from penjing.network.rewriting import Builder
 
 aten = torch.ops.aten
@@ -54,11 +55,11 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
             given = [None] * steps
             for step in reversed(range(steps)) if direction else range(steps):
                 now = build(aten.select.int, gates, time, step)
-                now = build(aten.add.Tensor, now, build(aten.linear.default, hidden, own, biases[1]))
+                now = add(build, now, build(aten.linear.default, hidden, own, biases[1]))
                 parts = [build(aten.slice.Tensor, now, -1, k * width, (k + 1) * width) for k in range(4)]
                 let, keep, give = (build(aten.sigmoid.default, parts[k]) for k in (0, 1, 3))
                 fresh = build(aten.mul.Tensor, let, build(aten.tanh.default, parts[2]))
-                cell = build(aten.add.Tensor, build(aten.mul.Tensor, keep, cell), fresh)
+                cell = add(build, build(aten.mul.Tensor, keep, cell), fresh)
                 shown = build(aten.mul.Tensor, give, build(aten.tanh.default, cell))
                 hidden = given[step] = build(aten.linear.default, shown, project, None)
             sides.append(build(aten.stack.default, given, time))

@@ -30,7 +30,7 @@ _READERS: dict[str, dict[int, str]] = {
     "embedding": {0: "weight"},
     "embedding_bag": {0: "weight"},
     "matmul": {0: "weight", 1: "weight"},
-    **{name: {2: "weight", 3: "weight"} for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{name: {2: "weight", 3: "weight"} for name in ("lstm", "gru")},
 }
 # Operators whose result holds elements of their first input, each once.
 _MOVES = frozenset(

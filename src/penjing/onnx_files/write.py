@@ -272,7 +272,7 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
     stored = {tensor.name for tensor in model.graph.initializer}
     found: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
-        if (what := _kind_of(node, stored)) and not _is_step(node):
+        if what := _kind_of(node, stored):
             found[what].append(node)
     for what, nodes in found.items():
         if len(nodes) == len(wanted[what]):
@@ -296,12 +296,6 @@ def _kind_of(node: Any, stored: set[str]) -> str | None:
     if node.op_type == "MatMul":
         return made_of if made_of == "linear" else "matmul" if made_of in ("matmul", "mm", "bmm") else None
     return _ONNX_KINDS.get(node.op_type)
-
-
-def _is_step(node: Any) -> bool:
-    """Whether it is part of a plain recurrent layer, which the exporter writes out step by step."""
-    notes = {entry.key: entry.value for entry in node.metadata_props}
-    return "_VF.rnn_" in notes.get("pkg.torch.onnx.stack_trace", "")
 
 
 def _made_of(node: Any) -> str:

@@ -1,0 +1,118 @@
+"""Plain recurrent layers (`nn.RNN`) and recurrent cells, written with the products and sums that they are made of.
+
+Elman, "Finding structure in time", Cognitive Science 1990. No runtime has a plain recurrent layer as an operator: the
+ONNX exporter writes out its steps. Written here, its matrices are linear layers that every step of a recipe knows, and
+that the runtimes multiply in integers. The input of a whole sequence is multiplied at once; the state's matrix is one
+layer that is called at every step. Both biases are one, for they are added to the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.network.graph import operator_name
+from penjing.network.rewriting import Builder, Rewrite
+
+aten = torch.ops.aten
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
+_SUM = "it is a sum within a step of a recurrent layer, whose gates and activations compute in floating point"
+
+
+def rnn(activation: Callable[..., Any]) -> Rewrite:
+    """The rewrite of `aten.rnn_tanh` or `aten.rnn_relu`: output and last states.
+
+    Packed sequences and lengths that vary stay as they are.
+    """
+
+    def rewrite(build: Builder, a: dict[str, Any]) -> Any:
+        if "input" not in a or "hx" not in a:  # of packed sequences
+            return None
+        x, time = a["input"], 1 if a["batch_first"] else 0
+        steps = build.value(x).shape[time]
+        if not isinstance(steps, int):
+            return None
+        tensors = iter(a["params"])
+        directions = 2 if a["bidirectional"] else 1
+        states = []
+        for layer in range(a["num_layers"]):
+            if layer and a["dropout"]:
+                x = build(aten.dropout.default, x, a["dropout"], a["train"])
+            sides = []
+            for direction in range(directions):
+                read, own = next(tensors), next(tensors)
+                bias = build(aten.add.Tensor, next(tensors), next(tensors)) if a["has_biases"] else None
+                state = None
+                if not _is_zero(a["hx"]):
+                    state = build(aten.select.int, a["hx"], 0, layer * directions + direction)
+                sums = build(aten.linear.default, x, read, bias)
+                outputs = [None] * steps
+                for step in reversed(range(steps)) if direction else range(steps):
+                    now = build(aten.select.int, sums, time, step)
+                    if state is not None:
+                        now = add(build, now, build(aten.linear.default, state, own, None))
+                    state = outputs[step] = build(activation, now)
+                sides.append(build(aten.stack.default, outputs, time))
+                states.append(state)
+            x = build(aten.cat.default, sides, -1) if len(sides) > 1 else sides[0]
+        return x, build(aten.stack.default, states, 0)
+
+    return rewrite
+
+
+def rnn_cell(activation: Callable[..., Any]) -> Rewrite:
+    """The rewrite of `aten.rnn_tanh_cell` or `aten.rnn_relu_cell`: the next state."""
+
+    def rewrite(build: Builder, a: dict[str, Any]) -> Any:
+        return build(activation, _gates(build, a, a["hx"]))
+
+    return rewrite
+
+
+def lstm_cell(build: Builder, a: dict[str, Any]) -> Any:
+    """The next hidden and cell state. Hochreiter & Schmidhuber, Neural Computation 1997."""
+    hidden, cell = a["hx"]
+    take, keep, fresh, give = _parts(build, _gates(build, a, hidden), 4)
+    new = build(aten.mul.Tensor, build(aten.sigmoid.default, take), build(aten.tanh.default, fresh))
+    if not _is_zero(cell):
+        new = add(build, build(aten.mul.Tensor, build(aten.sigmoid.default, keep), cell), new)
+    return build(aten.mul.Tensor, build(aten.sigmoid.default, give), build(aten.tanh.default, new)), new
+
+
+def gru_cell(build: Builder, a: dict[str, Any]) -> Any:
+    """The next state: a gate lies on what the state adds to the third sum. Cho et al., EMNLP 2014."""
+    state = a["hx"]
+    reads = _parts(build, build(aten.linear.default, a["input"], a["w_ih"], a["b_ih"]), 3)
+    owns = _parts(build, build(aten.linear.default, state, a["w_hh"], a["b_hh"]), 3)
+    reset, update = (build(aten.sigmoid.default, add(build, *both)) for both in zip(reads[:2], owns[:2], strict=True))
+    fresh = build(aten.tanh.default, add(build, reads[2], build(aten.mul.Tensor, reset, owns[2])))
+    return add(build, fresh, build(aten.mul.Tensor, update, build(aten.sub.Tensor, state, fresh)))
+
+
+def add(build: Builder, one: fx.Node, two: fx.Node) -> fx.Node:
+    """A sum within a step: integers there cost 2 to 4 dB and, for what is rounded around a small sum, time."""
+    total: fx.Node = build(aten.add.Tensor, one, two)
+    total.meta["float"] = _SUM
+    return total
+
+
+def _gates(build: Builder, a: dict[str, Any], state: fx.Node) -> fx.Node:
+    """What a cell's input and its state add up to: (batch, gates × hidden)."""
+    bias = None if a["b_ih"] is None else build(aten.add.Tensor, a["b_ih"], a["b_hh"])
+    sums: fx.Node = build(aten.linear.default, a["input"], a["w_ih"], bias)
+    if _is_zero(state):
+        return sums
+    return add(build, sums, build(aten.linear.default, state, a["w_hh"], None))
+
+
+def _parts(build: Builder, x: fx.Node, number: int) -> list[fx.Node]:
+    width = build.value(x).shape[-1] // number
+    return [build(aten.slice.Tensor, x, -1, i * width, (i + 1) * width) for i in range(number)]
+
+
+def _is_zero(state: fx.Node) -> bool:
+    """Whether it is the state that a layer begins with where none is given."""
+    return state.op == "call_function" and operator_name(state) in _ZEROS
