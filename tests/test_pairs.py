@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from penjing.errors import RecipeError
-from penjing.recipes.recipe import CATALOGUE, Recipe
+from penjing.recipes.catalogue import CATALOGUE
+from penjing.recipes.recipe import Recipe
 from tests import pairs
 
 pytest.importorskip("onnxruntime")

@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -269,6 +270,10 @@ def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
 class Never:
     """A step that a refused recipe does not come to."""
 
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
+
     def __call__(self, draft, context):
         pytest.fail("a step has begun")
 
@@ -282,6 +287,10 @@ def program(data, path, seed=1):
 @dataclass(frozen=True)
 class Outer:
     """A step of a user's, around another one."""
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     steps: tuple
 

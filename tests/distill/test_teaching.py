@@ -243,7 +243,7 @@ def test_yaml():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     text = "- Finetune: {distill: {distill.DKD: {beta: 8}}}"
     assert Recipe.from_yaml(text) == Recipe(Finetune(distill=distill.DKD(beta=8)))
-    with pytest.raises(RecipeError, match="is no step"):
+    with pytest.raises(RecipeError, match="is not a step"):
         Recipe.from_yaml("- distill.Logits")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -232,8 +233,11 @@ class TestWhatIsNotFinite:
 class Fails:
     """A step of integers that raises what no one expects."""
 
+    stage: ClassVar[str] = "quantize"
+    per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
+
     error: Exception
-    per_runtime = True
 
     def __call__(self, draft, context):
         raise self.error

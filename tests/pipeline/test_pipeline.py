@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -76,8 +77,12 @@ def again(run, told):
 class Counting:
     """A step that notes where it ran, and scales a weight so that its trace can be seen."""
 
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
+
     ran: tuple[list, ...]
     factor: float = 0.5
+    stage: str = "structure"
 
     def __call__(self, draft, context):
         self.ran[0].append(context.accelerates.runtime if context.accelerates else None)
@@ -126,7 +131,7 @@ class TestSource:
 class TestDraft:
     def test_steps_before_the_first_that_depends_on_the_runtime_run_once(self, run):
         ran = []
-        recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), factor=2.0))
+        recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), factor=2.0, stage="train integers"))
         first = pipeline.draft(run, recipe, Variant("onnxruntime", "int8"))
         second = pipeline.draft(run, recipe, Variant("openvino", "int8"))
         assert ran == [None, "onnxruntime", "openvino"]
@@ -140,7 +145,7 @@ class TestDraft:
 
     def test_a_float_variant_takes_only_what_is_not_made_for_integers(self, run):
         ran = []
-        recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,)))
+        recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), stage="train integers"))
         made = pipeline.draft(run, recipe, Variant("openvino", "bf16"))
         assert ran == [None] and not made.plan
         torch.testing.assert_close(made.network.get_submodule("a").weight, run.network.get_submodule("a").weight / 2)

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +30,10 @@ def task(**fields):
 @dataclass(frozen=True)
 class Noted:
     """A step that notes that it has begun, before it does what another does."""
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     step: Any
     begun: list

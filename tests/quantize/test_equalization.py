@@ -237,6 +237,6 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 
 
 def test_it_comes_before_quantization():
-    with pytest.raises(RecipeError, match="CrossLayerEqualization before Static"):
+    with pytest.raises(RecipeError, match="CrossLayerEqualization can't come after Static"):
         Recipe(Static(), CrossLayerEqualization())
     assert len(Recipe.from_yaml(Recipe(CrossLayerEqualization(limit=5.0), Static()).to_yaml())) == 2

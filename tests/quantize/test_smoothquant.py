@@ -211,7 +211,7 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 
 
 def test_it_comes_before_quantization():
-    with pytest.raises(RecipeError, match="SmoothQuant before Static"):
+    with pytest.raises(RecipeError, match="SmoothQuant can't come after Static"):
         Recipe(Static(), SmoothQuant())
     assert len(Recipe.from_yaml(Recipe(SmoothQuant(alpha=0.7), Static()).to_yaml())) == 2
 

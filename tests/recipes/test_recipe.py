@@ -1,16 +1,20 @@
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penjing import distill, quantize
 from penjing.distill import DKD, Logits
 from penjing.errors import RecipeError
 from penjing.prune import Channels, Iterative
 from penjing.quantize import Static
-from penjing.recipes.recipe import CATALOGUE, Recipe
+from penjing.recipes.catalogue import CATALOGUE
+from penjing.recipes.recipe import Recipe
+from penjing.steps.stages import STAGES
 from penjing.steps.step import Step
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
@@ -19,6 +23,10 @@ from penjing.train.finetune import Finetune
 @dataclass(frozen=True)
 class Own:
     """A step of the user's own."""
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     size: int = 3
 
@@ -49,10 +57,16 @@ class TestSteps:
         assert Recipe(Own()).to_data() == [{"Own": {"size": 3}}]
 
     @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
-    def test_what_is_no_step_is_refused(self, wrong):
-        text = refused(Recipe, wrong)
-        assert "no step" in text
-        assert "quantize.Static" in text
+    def test_what_is_not_a_step_is_refused(self, wrong):
+        with pytest.raises(RecipeError) as refusal:
+            Recipe(wrong)
+        assert refusal.value.got == repr(wrong) and "quantize.Static" in refusal.value.remedy
+
+    @pytest.mark.parametrize("name", ["stage", "per_runtime", "for_floats"])
+    def test_a_step_that_does_not_declare_itself_is_refused(self, name):
+        with pytest.raises(RecipeError) as refusal:
+            Recipe(type("Undeclared", (Own,), {name: None})())
+        assert name in f"{refusal.value.got}"
 
     def test_it_knows_whether_it_quantizes(self):
         assert Recipe(Static()).quantizes
@@ -78,20 +92,56 @@ class TestSteps:
             step.anything = 1
 
 
+EXAMPLES = {
+    "replace": distill.Student(architecture="resnet20"),
+    "structure": Channels(macs=0.5),
+    "train": Finetune(),
+    "prepare": quantize.SmoothQuant(),
+    "quantize": Static(),
+    "quantize at run time": quantize.Dynamic(),
+    "quantize and repair": quantize.MixedPrecision(average_bits=5.0),
+    "repair": quantize.AdaRound(),
+    "train integers": quantize.QAT(),
+}
+FLOATS = ("replace", "structure", "train", "prepare")
+PLANS = ("quantize", "quantize at run time", "quantize and repair")
+ALLOWED = {
+    *((before, after) for before in FLOATS for after in (*FLOATS[1:], *PLANS)),
+    *((plan, "train integers") for plan in ("quantize", "quantize and repair")),
+    *((plan, "repair") for plan in ("quantize", "quantize at run time")),
+}
+"""Which stage may stand directly after which other at the head of a recipe."""
+
+
 class TestOrder:
-    def test_fine_tuning_comes_before_quantization(self):
-        Recipe(Finetune(), Static())
-        assert "Static → Finetune" in refused(Recipe, Static(), Finetune())
+    def test_every_stage_has_an_example(self):
+        assert set(EXAMPLES) == set(STAGES) and all(step.stage == name for name, step in EXAMPLES.items())
+        assert {cls.stage for cls in CATALOGUE.values()} == set(STAGES)
 
-    def test_pruning_comes_before_quantization(self):
-        Recipe(Channels(macs=0.5), Static())
-        assert "Static → Channels" in refused(Recipe, Static(), Channels(macs=0.5))
+    @pytest.mark.parametrize("after", STAGES)
+    @pytest.mark.parametrize("before", STAGES)
+    def test_a_pair_of_stages_is_allowed_or_refused_before_any_compute(self, before, after):
+        needs_plan = STAGES[before].needs
+        steps = (*([Static()] if needs_plan else []), EXAMPLES[before], EXAMPLES[after])
+        allowed = (before, after) in ALLOWED or (before, after) in {
+            ("repair", "train integers"),
+            ("train integers",) * 2,
+        }
+        if allowed:
+            assert tuple(Recipe(*steps)) == steps
+        else:
+            with pytest.raises(RecipeError) as refusal:
+                Recipe(*steps)
+            assert type(EXAMPLES[after]).__name__ in refusal.value.what and refusal.value.expected
 
-    def test_one_quantization(self):
-        assert "twice" in refused(Recipe, Static(), Static(weight_bits=4))
+    def test_a_repair_needs_a_plan(self):
+        for step in (quantize.AdaRound(), quantize.QAT()):
+            with pytest.raises(RecipeError) as refusal:
+                Recipe(Finetune(), step)
+            assert "quantize.Static" in refusal.value.expected
 
     def test_it_is_checked_in_yaml_too(self):
-        assert "Finetune before Static" in refused(Recipe.from_yaml, "[quantize.Static, Finetune]")
+        assert "Static → Finetune" in refused(Recipe.from_yaml, "[quantize.Static, Finetune]")
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -184,7 +234,7 @@ class TestYaml:
             ("- quantize.Static: {settings: {a: {samples: 5}}}", ["'a'", "samples"]),
             ("-", ["does not exist"]),
             ("- quantize.Static: {}\n  Finetune: {}", ["two steps", "a dash before each"]),
-            ("- distill.Logits: {}", ["is no step", "- Finetune: {distill"]),
+            ("- distill.Logits: {}", ["is not a step", "- Finetune: {distill"]),
             ("- Finetune: {distill: {Logits: {}}}", ["setting that does not exist", "did you mean distill.Logits?"]),
             ("- Finetune: {distill: [distill.Logit]}", ["did you mean distill.Logits?"]),
             ("- prune.Movement: {finetune: {Finetun: {}}}", ["did you mean Finetune?"]),
@@ -213,9 +263,9 @@ class TestYaml:
 def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
     step = Static()
     assert Recipe.of(step) == Recipe.of([step]) == Recipe.of((step,)) == Recipe.of(Recipe(step)) == Recipe(step)
-    with pytest.raises(RecipeError, match="no step"):
+    with pytest.raises(RecipeError, match="not a step"):
         Recipe.of([step, 3])
-    with pytest.raises(RecipeError, match="no step"):
+    with pytest.raises(RecipeError, match="not a step"):
         Recipe.of(Static)
     with pytest.raises(RecipeError, match="from_yaml"):
         Recipe.of("recipe.yaml")

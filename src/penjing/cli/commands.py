@@ -349,7 +349,8 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
 def _recipe(name: str) -> Recipe:
     """A recipe by its name, or from a file."""
     from penjing import recipes
-    from penjing.recipes.recipe import RECIPE_BYTES, Recipe
+    from penjing.recipes.recipe import Recipe
+    from penjing.recipes.yaml_text import RECIPE_BYTES
     from penjing.records import reading
 
     if name in recipes.NAMES:

@@ -32,9 +32,12 @@ class FewerLayers:
         keep: How many layers stay, evenly spread from the first one on; or the numbers of those that stay.
     """
 
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
+
     of: str
     keep: int | tuple[int, ...]
-    for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, str):

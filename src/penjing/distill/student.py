@@ -34,9 +34,12 @@ class Student:
             ``in_channels`` from the example.
     """
 
+    stage: ClassVar[str] = "replace"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
+
     architecture: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    for_floats: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft of the new network.

@@ -357,7 +357,7 @@ def _runtimes(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
                 "no runtime is installed",
                 got="torch alone",
                 expected=f"one of {', '.join(runtimes.DEPLOYED)}",
-                remedy="pip install 'penjing[onnxruntime]' or pip install 'penjing[openvino]'",
+                remedy=" or ".join(f"pip install 'penjing[{name}]'" for name in runtimes.DEPLOYED),
             )
         return found
     names = tuple(wanted.replace(",", " ").split()) if isinstance(wanted, str) else tuple(wanted)

@@ -32,6 +32,7 @@ from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
+from penjing.steps.stages import STAGES
 from penjing.steps.step import Context, Step
 from penjing.storage import checkpoint
 from penjing.tasks import finite
@@ -105,7 +106,7 @@ class Run:
             source=self.network,
             memo=self.memo,
             latency=trial.latency if runtime else None,
-            profile=trial.profile if runtime == "openvino" else None,
+            profile=trial.profile if runtime and runtimes.SPECS[runtime].times_operators else None,
         )
 
     @contextmanager
@@ -159,14 +160,14 @@ def draft(run: Run, recipe: Recipe, variant: Variant) -> Draft:
     current = Draft(run.network) if run.start is None else run.start
     where, branch = "all", ""
     for position, step in enumerate(recipe):
-        if getattr(step, "per_runtime", False):
-            if floats and not getattr(step, "for_floats", False):
+        if step.per_runtime:
+            if floats and not step.for_floats:
                 break
             where = variant.runtime
         try:
             current = _once(run, step, current, where, position, branch)
         except Exception as error:
-            if ends_run(error) or not floats or not getattr(step, "for_integers", False):
+            if ends_run(error) or not floats or not STAGES[step.stage].only_prepares:
                 raise
             branch = "-floats"
     return current
@@ -176,12 +177,12 @@ def shared(run: Run, recipe: Recipe) -> None:
     """Run the steps that all candidates need, so that they fail once, and by their own name."""
     current = Draft(run.network) if run.start is None else run.start
     for position, step in enumerate(recipe):
-        if getattr(step, "per_runtime", False):
+        if step.per_runtime:
             break
         try:
             current = _once(run, step, current, "all", position)
         except Exception as error:
-            if ends_run(error) or not getattr(step, "for_integers", False):
+            if ends_run(error) or not STAGES[step.stage].only_prepares:
                 raise
             break  # it fails for integers again, and floating-point candidates go on without it
 

@@ -52,6 +52,9 @@ class Blocks:
         precision: Of the measured latency.
     """
 
+    stage: ClassVar[str] = "structure"
+    for_floats: ClassVar[bool] = True
+
     blocks: int | None = None
     macs: float | None = None
     params: float | None = None
@@ -61,7 +64,6 @@ class Blocks:
     keep: tuple[str, ...] = ()
     batches: int = 2
     precision: str = "fp32"
-    for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}

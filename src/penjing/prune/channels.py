@@ -68,6 +68,9 @@ class Channels:
         precision: Of the measured latency.
     """
 
+    stage: ClassVar[str] = "structure"
+    for_floats: ClassVar[bool] = True
+
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
@@ -82,7 +85,6 @@ class Channels:
     batches: int = 20
     reconstruct: bool | None = None
     precision: str = "fp32"
-    for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}

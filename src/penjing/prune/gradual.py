@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,6 +43,10 @@ class Gradual:
         end: Fraction after which the mask stays; the rest of the training goes on with it.
         every: Steps between two of the masks.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     step: Magnitude = Magnitude(sparsity=0.8)
     finetune: Finetune = Finetune()

@@ -62,12 +62,14 @@ class Iterative:
             Where `finetune.minutes` shortens the training, it shortens these too.
     """
 
+    stage: ClassVar[str] = "structure"
+    for_floats: ClassVar[bool] = True
+
     step: Channels | Magnitude
     finetune: Finetune
     rounds: int = 3
     rewind: Literal["none", "weights"] = "none"
     rewind_epochs: float = 0
-    for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rounds = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -52,6 +52,10 @@ class Magnitude:
         keep: Layers, or parts of the network, that stay as they are.
         batches: Batches of data that a criterion reads.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
     threshold: float | None = None

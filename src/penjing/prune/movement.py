@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,10 @@ class Movement:
         layers: Layers, or parts of the network, that take part; empty takes all.
         keep: Layers, or parts of the network, that keep all their weights; they train like the others.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
     finetune: Finetune = Finetune()

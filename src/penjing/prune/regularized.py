@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,10 @@ class Regularized:
             outputs stay whole, as in `Channels`.
         approximate: Also groups that norms and averages take statistics over; give it what `Channels` gets.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     penalty: Literal["l1", "l2", "bn_l1", "group_lasso"] = "group_lasso"
     strength: float = 1e-3

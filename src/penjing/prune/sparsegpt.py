@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -52,6 +52,10 @@ class SparseGPT:
         keep: Layers, or parts of the network, that stay as they are.
         samples: Calibration samples to look at, held in memory together.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str = "free"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -43,6 +43,10 @@ class Wanda:
         keep: Layers, or parts of the network, that stay as they are.
         batches: At most so many calibration batches are read, in one pass; sums alone are held.
     """
+
+    stage: ClassVar[str] = "structure"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str = "free"

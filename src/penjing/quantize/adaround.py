@@ -43,7 +43,9 @@ class AdaRound:
         sweeps: At most so many rounds over all weights of a layer.
     """
 
+    stage: ClassVar[str] = "repair"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     samples: int = 64
     damping: float = 0.01

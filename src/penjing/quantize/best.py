@@ -41,7 +41,9 @@ class Best:
         minutes: Upper bound for all trials. `QAT` is tried where at least two of them are left.
     """
 
+    stage: ClassVar[str] = "quantize and repair"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     weight_bits: int = 8
     activation_bits: int = 8

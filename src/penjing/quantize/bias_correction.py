@@ -23,7 +23,9 @@ class BiasCorrection:
         samples: Calibration samples that the means are taken over, held in memory together.
     """
 
+    stage: ClassVar[str] = "repair"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     samples: int = 64
 

@@ -35,7 +35,9 @@ class Dynamic:
         exclude: Name patterns (as in ``layer3.*``) of layers that stay in floating point.
     """
 
+    stage: ClassVar[str] = "quantize at run time"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     weight_bits: int = 8
     weight_range: str = "mse"

@@ -34,7 +34,9 @@ class CrossLayerEqualization:
             would become an activation that is far larger than all others.
     """
 
-    for_integers: ClassVar[bool] = True
+    stage: ClassVar[str] = "prepare"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     sweeps: int = 200
     limit: float = 100.0

@@ -63,7 +63,9 @@ class MixedPrecision:
         samples: As in `Static`.
     """
 
+    stage: ClassVar[str] = "quantize and repair"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     latency_ms: float | None = None
     latency_ratio: float | None = None

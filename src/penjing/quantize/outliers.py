@@ -33,7 +33,9 @@ class SplitOutliers:
         samples: Calibration samples that the magnitudes are taken over, in one pass.
     """
 
-    for_integers: ClassVar[bool] = True
+    stage: ClassVar[str] = "prepare"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     factor: float = 6.0
     most: float = 0.02

@@ -55,7 +55,9 @@ class QAT:
         autocast: As in `Finetune`; "auto" is off where weights have more than 4 bits, for bfloat16 keeps 8.
     """
 
+    stage: ClassVar[str] = "train integers"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     method: Literal["lsq", "pact", "ste"] = "lsq"
     data: Literal["train", "calibration"] = "train"

@@ -41,7 +41,9 @@ class Rollback:
         most: At most so many operators return.
     """
 
+    stage: ClassVar[str] = "repair"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     snr_db: float | None = None
     agreement: float | None = None

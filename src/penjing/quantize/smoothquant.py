@@ -48,7 +48,9 @@ class SmoothQuant:
             one more operator, unless the runtime fuses it into its neighbours.
     """
 
-    for_integers: ClassVar[bool] = True
+    stage: ClassVar[str] = "prepare"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     alpha: float = 0.5
     samples: int = 64

@@ -57,7 +57,9 @@ class Static:
         settings: Name pattern → other values of the fields above, down to `scale`, for the operators it matches.
     """
 
+    stage: ClassVar[str] = "quantize"
     per_runtime: ClassVar[bool] = True
+    for_floats: ClassVar[bool] = False
 
     weight_bits: int = 8
     activation_bits: int = 8

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,14 +18,50 @@ from penjing.records.manifest import Manifest, Port, read_manifest, write_manife
 from penjing.runtimes.artifact import Executed, Timed
 from penjing.steps.plan import Accelerates
 
-_FILES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "eager"}
-_INSTALL = {
-    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
-    "openvino": ("openvino", "onnx", "onnxscript"),
-    "torch": ("torch",),
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSpec:
+    """What is known of a runtime before it is imported.
+
+    Attributes:
+        name: As users and manifests write it.
+        module: Of `penjing.runtimes`, with the functions of `Runtime`.
+        packages: What has to be installed, as pip names it and as Python imports it.
+        deployed: Whether it loads an artifact without torch; `compress` considers these when none is named.
+        times_operators: Whether its module has `profile`.
+        shows_values: Whether its module has `expose`.
+    """
+
+    name: str
+    module: str
+    packages: tuple[str, ...]
+    deployed: bool = True
+    times_operators: bool = False
+    shows_values: bool = False
+
+
+SPECS: dict[str, RuntimeSpec] = {
+    spec.name: spec
+    for spec in (
+        RuntimeSpec(
+            name="onnxruntime",
+            module="penjing.runtimes.onnxruntime",
+            packages=("onnxruntime", "onnx", "onnxscript"),
+            shows_values=True,
+        ),
+        RuntimeSpec(
+            name="openvino",
+            module="penjing.runtimes.openvino",
+            packages=("openvino", "onnx", "onnxscript"),
+            times_operators=True,
+            shows_values=True,
+        ),
+        RuntimeSpec(name="torch", module="penjing.runtimes.eager", packages=("torch",), deployed=False),
+    )
 }
-DEPLOYED = ("onnxruntime", "openvino")
-"""Runtimes that load an artifact without torch; what `compress` considers when none is named."""
+"""Every runtime, each in one row."""
+
+DEPLOYED = tuple(name for name, spec in SPECS.items() if spec.deployed)
 
 
 class Session(Protocol):
@@ -58,15 +94,25 @@ class Runtime(Protocol):
         """The operators of the runtime's own optimized graph."""
         ...
 
+    def profile(
+        self, folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads: int, calls: int
+    ) -> list[Timed]:
+        """Every operator with its time; where the spec says that it `times_operators`."""
+        ...
+
+    def expose(self, folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
+        """Write a copy that also gives the values of `sites`; where the spec says that it `shows_values`."""
+        ...
+
 
 def names() -> tuple[str, ...]:
     """All runtimes that Penjing knows."""
-    return tuple(_FILES)
+    return tuple(SPECS)
 
 
 def installed(name: str) -> bool:
     """Whether everything that the runtime needs for export and inference is installed."""
-    return all(importlib.util.find_spec(package) is not None for package in _INSTALL[name])
+    return all(importlib.util.find_spec(package) is not None for package in SPECS[name].packages)
 
 
 def get(name: str) -> Runtime:
@@ -76,17 +122,18 @@ def get(name: str) -> Runtime:
         UsageError: There is no such runtime.
         MissingDependency: It is not installed; names the install command.
     """
-    if name not in _FILES:
-        raise UsageError("there is no such runtime", got=repr(name), expected=f"one of {', '.join(_FILES)}")
-    missing = [p for p in _INSTALL[name] if importlib.util.find_spec(p) is None]
+    if name not in SPECS:
+        raise UsageError("there is no such runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}")
+    spec = SPECS[name]
+    missing = [p for p in spec.packages if importlib.util.find_spec(p) is None]
     if missing:
         raise MissingDependency(
             f"the runtime {name} is not installed",
             got=f"no package {', '.join(missing)}",
-            expected=f"{', '.join(_INSTALL[name])}",
+            expected=", ".join(spec.packages),
             remedy=f"pip install {' '.join(missing)}",
         )
-    module: Any = importlib.import_module(f"penjing.runtimes.{_FILES[name]}")
+    module: Any = importlib.import_module(spec.module)
     return module  # type: ignore[no-any-return]
 
 
@@ -123,8 +170,12 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
     """
     manifest = read_manifest(folder)
     runtime = get(manifest.runtime)
-    if not hasattr(runtime, "profile"):
-        raise UsageError("this runtime does not time its operators", got=manifest.runtime, expected="openvino")
+    if not SPECS[manifest.runtime].times_operators:
+        raise UsageError(
+            "this runtime does not time its operators",
+            got=manifest.runtime,
+            expected=" or ".join(name for name, spec in SPECS.items() if spec.times_operators),
+        )
     with _opening(folder, manifest, runtime):
         timed: list[Timed] = runtime.profile(folder, manifest, inputs, threads, calls)
         return timed
@@ -147,8 +198,12 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
         UsageError: This runtime has no such form.
     """
     runtime = get(manifest.runtime)
-    if not hasattr(runtime, "expose"):
-        raise UsageError("this runtime does not show values", got=manifest.runtime, expected="onnxruntime or openvino")
+    if not SPECS[manifest.runtime].shows_values:
+        raise UsageError(
+            "this runtime does not show values",
+            got=manifest.runtime,
+            expected=" or ".join(name for name, spec in SPECS.items() if spec.shows_values),
+        )
     with _opening(folder, manifest, runtime):
         shown: list[str] = runtime.expose(folder, manifest, sites, into)
     main, *others = manifest.programs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from penjing.records.files import write_text
 from penjing.records.manifest import Manifest
-from penjing.runtimes import _FILES
+from penjing.runtimes import SPECS
 
 _ALONE = """\
 import sys
@@ -48,6 +48,6 @@ if __name__ == "__main__":  # a smoke test: zeros in, shapes out
 
 def write_loader(path: Path, manifest: Manifest, folder: str, threads: int) -> None:
     """Write `load.py` to `path`, for the artifact in the folder beside it."""
-    head = importlib.import_module(f"penjing.runtimes.{_FILES[manifest.runtime]}").LOAD
+    head = importlib.import_module(SPECS[manifest.runtime].module).LOAD
     text = head.replace("@ALONE@", _ALONE).replace("@FOLDER@", folder).replace("@THREADS@", str(threads))
     write_text(path, text + _TAIL)

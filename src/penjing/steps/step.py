@@ -51,13 +51,24 @@ class Context:
 
 @runtime_checkable
 class Step(Protocol):
-    """A frozen dataclass with one method. It never changes the draft that it is given.
+    """A frozen dataclass with one method and three declarations. It never changes the draft that it is given.
 
-    A step whose result depends on the target runtime (`context.accelerates`) says so with a class attribute
-    ``per_runtime = True``; then it runs once for every runtime, and the steps before it only once. Floating-point
-    artifacts go without it and what follows, unless it says ``for_floats = True``. A step that only prepares for
-    integers and computes the same says ``for_integers = True``: where it fails, floating-point artifacts go without it.
+    Attributes:
+        stage: Its row of `penjing.steps.stages.STAGES`: what it may follow and what it leaves.
+        per_runtime: Whether its result depends on the target runtime (`context.accelerates`). Then it runs once for
+            every runtime, and the steps before it only once.
+        for_floats: Whether floating-point artifacts take it too. They go without a step of `per_runtime` that is not
+            for them, and without what follows.
     """
+
+    @property
+    def stage(self) -> str: ...  # noqa: D102
+
+    @property
+    def per_runtime(self) -> bool: ...  # noqa: D102
+
+    @property
+    def for_floats(self) -> bool: ...  # noqa: D102
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a new draft."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -64,6 +64,10 @@ class Finetune(TrainingSettings):
         cluster: Where they run: "local" starts Ray on this machine; else an address that `ray.init` takes.
         save_every_s: Seconds between two saved states, if the context has a folder.
     """
+
+    stage: ClassVar[str] = "train"
+    per_runtime: ClassVar[bool] = False
+    for_floats: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights; the zeros of `draft.sparse` stay."""

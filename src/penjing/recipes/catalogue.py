@@ -1,0 +1,158 @@
+"""Every step, setting and teacher by its name in a recipe, and as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from penjing import distill, prune, quantize
+from penjing.errors import PenjingError, RecipeError
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune
+
+CATALOGUE: dict[str, type[Any]] = {
+    "Finetune": Finetune,
+    "distill.FewerLayers": distill.FewerLayers,
+    "distill.Student": distill.Student,
+    "prune.Blocks": prune.Blocks,
+    "prune.Channels": prune.Channels,
+    "prune.Iterative": prune.Iterative,
+    "prune.Magnitude": prune.Magnitude,
+    "prune.Wanda": prune.Wanda,
+    "prune.SparseGPT": prune.SparseGPT,
+    "prune.Movement": prune.Movement,
+    "prune.Gradual": prune.Gradual,
+    "prune.Regularized": prune.Regularized,
+    "quantize.Static": quantize.Static,
+    "quantize.Dynamic": quantize.Dynamic,
+    "quantize.BiasCorrection": quantize.BiasCorrection,
+    "quantize.AdaRound": quantize.AdaRound,
+    "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
+    "quantize.SmoothQuant": quantize.SmoothQuant,
+    "quantize.SplitOutliers": quantize.SplitOutliers,
+    "quantize.QAT": quantize.QAT,
+    "quantize.Rollback": quantize.Rollback,
+    "quantize.Best": quantize.Best,
+    "quantize.MixedPrecision": quantize.MixedPrecision,
+}
+"""Every step by the name that it has in a YAML recipe."""
+
+
+SETTINGS: dict[str, type[Any]] = {
+    "Clip": Clip,
+    **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "term")},
+}
+"""What is not a step but a setting of one, by the name that it has in a YAML recipe."""
+
+
+TEACHERS: dict[str, type[Any]] = {"distill.Stored": distill.Stored}
+"""What stands as the teacher of a step, by the name that it has in a YAML recipe."""
+
+
+def plain_data(step: Any) -> dict[str, Any]:
+    """A step as plain data, and the steps within it too."""
+    names = {cls: name for name, cls in (CATALOGUE | SETTINGS | TEACHERS).items()}
+
+    def plain(value: Any) -> Any:
+        if type(value) in names:
+            return plain_data(value)
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    fields = {f.name: plain(getattr(step, f.name)) for f in dataclasses.fields(step)}
+    return {names.get(type(step), type(step).__name__): fields}
+
+
+def not_plain(step: Any) -> Iterator[tuple[str, Any]]:
+    """Settings that YAML can't hold, by their names."""
+    known = (*CATALOGUE.values(), *SETTINGS.values(), *TEACHERS.values())
+
+    def within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, tuple | list):
+            for one in value:
+                yield from within(name, one)
+        elif isinstance(value, Mapping):
+            for one in value.values():
+                yield from within(name, one)
+        elif isinstance(value, known):
+            yield from not_plain(value)
+        elif not isinstance(value, str | int | float | None):
+            yield name, value
+
+    for field in dataclasses.fields(step):
+        yield from within(field.name, getattr(step, field.name))
+
+
+_NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step": CATALOGUE, "teacher": TEACHERS}
+
+
+def _setting(value: Any, key: str) -> Any:
+    """A value of a recipe's YAML: lists become tuples, and what is written as a step or a setting becomes one."""
+    if isinstance(value, list):
+        return tuple(_setting(one, key) for one in value)
+    word = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # else it is a path
+    if key in _NESTED and (isinstance(value, dict) or word):
+        return step_of(value, _NESTED[key])
+    every = CATALOGUE | SETTINGS
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= set(every):
+        return step_of(value, every)
+    return value
+
+
+def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
+    """The step (or, of another catalogue, the setting) that an entry of a recipe's plain data names.
+
+    Raises:
+        RecipeError: Unknown names and settings are told, with the nearest known ones.
+    """
+    single = isinstance(item, dict) and len(item) == 1
+    name, settings = next(iter(item.items())) if single else (item, None)
+    if isinstance(item, dict) and len(item) > 1 and set(item) <= set(catalogue):
+        raise RecipeError(
+            "two steps stand in one entry of the recipe",
+            got=", ".join(map(str, item)),
+            expected="a dash before each of them",
+        )
+    if isinstance(name, str) and name in SETTINGS | TEACHERS and catalogue is CATALOGUE:
+        raise RecipeError(
+            f"{name} is not a step",
+            got=repr(item),
+            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
+            "{clip: {Clip: {}}}, or {teacher: {distill.Stored: {folder: answers}}}",
+        )
+    if not isinstance(name, str) or name not in catalogue:
+        whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
+        near = difflib.get_close_matches(whole, catalogue, n=1)
+        fields = {f.name for f in dataclasses.fields(Finetune)}
+        if not near and isinstance(item, dict) and "Finetune" in catalogue and set(item) <= fields:
+            near = [f"{{Finetune: {json.dumps(item)}}}"]
+        raise RecipeError(
+            f"the recipe names a {'step' if catalogue is CATALOGUE else 'setting'} that does not exist",
+            got=repr(item),
+            expected=f"one of {', '.join(catalogue)}",
+            remedy=f"did you mean {near[0]}?" if near else None,
+        )
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise RecipeError(
+            f"the settings of {name} are no mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
+        )
+    cls = catalogue[name]
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise RecipeError(
+                f"{name} has no setting {key!r}",
+                got=key,
+                expected=f"one of {', '.join(known)}",
+                remedy=f"did you mean {near[0]}?" if near else None,
+            )
+    try:
+        return cls(**{key: _setting(value, key) for key, value in settings.items()})
+    except PenjingError:
+        raise
+    except Exception as error:  # what no setting is meant to be fails in many ways
+        raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}"[:1000]) from None
