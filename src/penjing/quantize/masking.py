@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from penjing.network.graph import compute, kind, tensor_inputs
+from penjing.network.graph import kind, tensor_inputs
 
 REASON = "it stands before a softmax, where a mask would set its range"
 SOFTMAX = frozenset({"softmax", "log_softmax"})
@@ -15,8 +15,6 @@ SELECTING = frozenset({"where", "masked_fill", "gather", "index", "slice", "sele
 MOVING = frozenset(
     {"reshape", "transpose", "expand", "identity", "dropout", "to", "type_as", "squeeze", "repeat", "broadcast_to"}
 )
-FILLED = "a mask's number among its inputs would set their range"
-MASK = 1e3  # a number that is filled in and no smaller than this stands for nothing: what is behind passes it over
 BETWEEN = ARITHMETIC | SELECTING | MOVING
 
 
@@ -36,20 +34,3 @@ def before_softmax(network: fx.GraphModule) -> dict[str, str]:
         reached[node.name] = REASON
         waiting += tensor_inputs(node)
     return reached
-
-
-def filled(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node fills a mask's number in, as before a maximum over the tokens that are not padding."""
-    if kind(network, node) not in ("masked_fill", "where"):
-        return False
-    return any(abs(number) >= MASK for number in (_number(network, a) for a in node.args[1:]))
-
-
-def _number(network: fx.GraphModule, value: object) -> float:
-    """A number, or a stored tensor of one, also where it is copied; 0 for all else."""
-    while isinstance(value, fx.Node) and value.op == "call_function" and len(value.all_input_nodes) == 1:
-        value = value.all_input_nodes[0]
-    if isinstance(value, fx.Node) and value.op == "get_attr":
-        tensor = compute(network, value, (), {})
-        return float(tensor) if tensor.numel() == 1 else 0.0
-    return float(value) if isinstance(value, int | float) else 0.0

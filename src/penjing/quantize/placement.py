@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from penjing.analyze.cost import multiplies
-from penjing.network.graph import RECURRENT, arguments, kind, site, tensor_inputs
-from penjing.quantize.masking import FILLED, before_softmax, filled
+from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
+from penjing.quantize import sentinels
+from penjing.quantize.masking import before_softmax
 from penjing.steps.plan import Accelerates
 from penjing.surgery import recurrent
 
@@ -26,7 +28,8 @@ class Placement:
         weights: Sites of the layers whose weights are quantized.
         stored: Sites of the layers whose weights are quantized, and nothing else of them.
         floats: Site → why it stays in floating point.
-        products: Names of the nodes whose values a product of two activations reads.
+        centred: Names of the nodes whose values are read by a product of two activations, a transposed convolution, or
+            an average over a border of zeros.
         results: Edges that are quantized for the operator before them alone: its kernel writes integers only.
     """
 
@@ -34,25 +37,36 @@ class Placement:
     weights: tuple[str, ...]
     stored: tuple[str, ...]
     floats: dict[str, str]
-    products: frozenset[str]
+    centred: frozenset[str]
     results: frozenset[str]
 
 
-def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str, str]) -> Placement:
+def place(
+    network: fx.GraphModule,
+    accelerates: Accelerates,
+    excluded: dict[str, str],
+    seen: Mapping[str, frozenset[int]] | None = None,
+) -> Placement:
     """Decide the edges for one runtime.
 
     An operator with an integer kernel has all its inputs quantized. Operators that only move values carry the
     scale of their input to their output. Where a kernel needs quantized results too, every reader of the result,
     behind the activation that the runtime fuses, gets a quantizer.
+
+    Args:
+        network: Prepared.
+        accelerates: What the runtime computes in integers.
+        excluded: Site → why it is left out.
+        seen: Name of a node → signs of the mask's numbers that calibration has shown in its values.
     """
     floats = dict(excluded)
-    masked = before_softmax(network)
+    masked, hold = before_softmax(network), sentinels.holders(network, seen)
     integer: list[fx.Node] = []
     for node in network.graph.nodes:
         what = kind(network, node)
         reason = masked.get(node.name) or _refusal(network, node, what, accelerates)
-        if reason is None and any(filled(network, _root(network, accelerates, t)[0]) for t in tensor_inputs(node)):
-            reason = FILLED
+        if reason is None and any(t.name in hold for t in tensor_inputs(node)):
+            reason = sentinels.REASON
         if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
             continue
         if reason is None:
@@ -67,15 +81,24 @@ def place(network: fx.GraphModule, accelerates: Accelerates, excluded: dict[str,
     edges: dict[str, str] = {}
     for node in integer:
         for port, producer in enumerate(tensor_inputs(node)):
-            _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges)
+            _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges, hold)
     read = frozenset(edges)
     chosen = {site(n) for n in integer}
     for node in integer:
         if kind(network, node) in accelerates.quantized_output:
             _quantize_readers(network, accelerates, node, chosen, edges)
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
-    products = {edges[f"{site(n)}:in{i}"] for n in integer if kind(network, n) == "matmul" for i in range(2)}
-    return Placement(edges, weights, stored, floats, frozenset(products), frozenset(edges) - read)
+    centred = {edges[f"{site(n)}:in{port}"] for n in integer for port in _without_zero_point(network, n)}
+    return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(edges) - read)
+
+
+def _without_zero_point(network: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
+    """Ports at which some runtimes compute in integers, or compute right, only where 0 is stored as 0."""
+    what = kind(network, node)
+    if what == "avg_pool" and operator_name(node).startswith("avg_pool"):  # the border counts as zeros
+        given = arguments(node)
+        return (0,) if any(given["padding"]) and given["count_include_pad"] else ()
+    return {"matmul": (0, 1), "conv_transpose": (0,)}.get(what, ())
 
 
 def _holds_weights(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -109,23 +132,25 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
 
 
 def _carry(
-    network: fx.GraphModule, accelerates: Accelerates, edge: str, producer: fx.Node, edges: dict[str, str]
+    network: fx.GraphModule,
+    accelerates: Accelerates,
+    edge: str,
+    producer: fx.Node,
+    edges: dict[str, str],
+    hold: frozenset[str],
 ) -> None:
-    """Quantize an edge, and the edges before it as long as the operators only move values."""
-    root, before = _root(network, accelerates, producer)
-    for name in (edge, *before):
-        edges[name] = root.name
-
-
-def _root(network: fx.GraphModule, accelerates: Accelerates, producer: fx.Node) -> tuple[fx.Node, list[str]]:
-    """The operator whose values come through to `producer`, and the edges on the way."""
+    """Quantize an edge, and the edges before it as long as the operators only move values that are none of a mask's."""
     root = producer
     before: list[str] = []
     while (what := kind(network, root)) in SILENT or carries(network, root, accelerates):
+        chooses = tensor_inputs(root)[0] if root.target is operator.getitem else root
+        if tensor_inputs(chooses)[0].name in hold:
+            break  # a maximum, say, that passes the mask's numbers over
         if what not in SILENT and root.target is not operator.getitem:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
-    return root, before
+    for name in (edge, *before):
+        edges[name] = root.name
 
 
 def carries(network: fx.GraphModule, node: fx.Node, accelerates: Accelerates) -> bool:

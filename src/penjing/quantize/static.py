@@ -19,6 +19,7 @@ from torch import fx, nn
 from penjing.analyze.samples import in_chunks, size_of
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, flat_inputs, kind, site, sites
+from penjing.quantize import sentinels
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.easing import eased
 from penjing.quantize.histogram import Histogram
@@ -113,10 +114,15 @@ class Static:
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
             matches(pattern, names)
-        placement = place(draft.network, accelerates, excluded)
-        statistics, columns = collect(
-            draft.network, set(placement.edges.values()), context, self.samples, to_watch(draft.network, placement)
-        )
+        seen: dict[str, frozenset[int]] = {}  # masks' numbers
+        while True:
+            placement = place(draft.network, accelerates, excluded, seen)
+            values, watched = set(placement.edges.values()), to_watch(draft.network, placement)
+            statistics, columns = collect(draft.network, values, context, self.samples, watched)
+            shown = {name: signs for name in values if (signs := sentinels.standing_out(statistics[name]))}
+            if shown.keys() <= seen.keys():
+                break
+            seen |= shown
         entries = self._activations(placement, statistics, accelerates)
         entries |= self._cells(draft.network, placement, accelerates)
         separate = apart(draft.network, placement, entries, statistics, columns)
@@ -163,7 +169,7 @@ class Static:
         for edge, value in placement.edges.items():
             mine = self._for(edge.rpartition(":")[0])
             spec = mine.activation_spec(accelerates)
-            if accelerates.symmetric_products and value in placement.products and statistics[value].low < 0:
+            if accelerates.symmetric_products and value in placement.centred and statistics[value].low < 0:
                 spec = replace(spec, symmetric=True, signed=True, narrow=False)
             if (value, spec) not in found:
                 low, high = estimate(statistics[value], spec)

@@ -126,7 +126,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
     from penjing.runtimes import openvino_rewrites
 
     crossing = onnx.load(onnx_path)
-    if onnx_rewrites.weights_of_their_own(crossing):
+    if onnx_rewrites.weights_of_their_own(crossing) | onnx_rewrites.without_zero_points(crossing):
         onnx.save(crossing, onnx_path)
     try:
         # convert_model folds constants, read_model does not: a third of the XML.

@@ -98,16 +98,19 @@ def finite_in_bfloat16(model: Any) -> None:
 
 
 def reductions_alone(model: Any) -> None:
-    """No reduction is fused with what has a constant for each channel behind it: a shift, a scale, a quantizer.
+    """No reduction is fused with what has a constant for each channel behind it, and no maximum with a quantizer.
 
     Version 2026.4 looks the constants up by the wrong channel, in floating point too, unless all axes behind the
-    second of four or five are reduced. A change of shape between the two keeps them apart; it moves no value.
+    second of four or five are reduced. It gives wrong numbers for a largest or smallest value that a quantizer reads.
+    A change of shape between the two keeps them apart; it moves no value.
     """
     from openvino import opset13
 
     for op in model.get_ordered_ops():
         kind = op.get_type_name()
-        if not kind.startswith("Reduce") or kind.startswith("ReduceLogical") or not _reads_channels(op):
+        if not kind.startswith("Reduce") or kind.startswith("ReduceLogical"):
+            continue
+        if not _reads_channels(op, or_quantizer=kind in ("ReduceMax", "ReduceMin")):
             continue
         rank, axes = op.get_input_partial_shape(0).rank, _stored(op.input_value(1).get_node())
         if rank.is_dynamic or not axes:
@@ -129,8 +132,11 @@ def reductions_alone(model: Any) -> None:
             reader.replace_source_output(reshaped.output(0))
 
 
-def _reads_channels(op: Any) -> bool:
-    """Whether elementwise operators that alone read the value, one behind another, have a constant that varies."""
+def _reads_channels(op: Any, or_quantizer: bool) -> bool:
+    """Whether elementwise operators that alone read the value, one behind another, have a constant that varies.
+
+    Or whether one of them is a quantizer.
+    """
     while True:
         readers = list(op.output(0).get_target_inputs())
         if len(readers) != 1:
@@ -139,6 +145,8 @@ def _reads_channels(op: Any) -> bool:
         if op.get_type_name() not in _BY_CHANNEL and op.get_input_size() != 1 or op.get_output_size() != 1:
             return False
         others = [value for i, value in enumerate(op.input_values()) if i != readers[0].get_index()]
+        if or_quantizer and op.get_type_name() == "FakeQuantize":
+            return True
         if any(constant.size > 1 for value in others for constant in _stored(value.get_node())):
             return True
 

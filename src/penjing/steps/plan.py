@@ -216,7 +216,8 @@ class Accelerates:
         weights: Every format of weights that its integer kernels take.
         activations: Every format of activations that they take.
         dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
-        symmetric_products: Whether a product of two activations is in integers only where neither has a zero point.
+        symmetric_products: Whether a product of two activations, a transposed convolution and an average over a border
+            of zeros are in integers, and right, only where no activation has a zero point.
         stored: Kinds that compute in floating point with weights kept in integers: their files are smaller.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
         channel_multiple: Channels that its kernels compute at once: others are padded to a multiple of them.

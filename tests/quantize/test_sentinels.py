@@ -1,0 +1,174 @@
+"""Numbers that hide what is not to be looked at, before whatever passes them over: they cost nothing that is seen."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from penjing import measure, runtimes
+from penjing.network.capture import raise_network
+from penjing.network.graph import site
+from penjing.pipeline import building
+from penjing.quantize import Static, sentinels
+from penjing.quantize.histogram import Histogram
+from penjing.runtimes import isolated
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.surgery import insert
+from penjing.tasks.task import Task
+
+SMALLEST = torch.finfo(torch.float32).min
+
+
+def decibels(wanted, got):
+    wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
+    assert wanted.shape == got.shape and np.isfinite(got).all()
+    return 10 * math.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30))
+
+
+class Words(nn.Module):
+    """Token ids → hidden states; those of ids below 12 are padding."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.head, self.reduce = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 4), reduce
+
+    def forward(self, ids):
+        hidden = torch.relu(self.up(self.table(ids)))
+        return self.head(self.reduce(hidden, (ids < 12)[..., None]))
+
+
+class Pictures(nn.Module):
+    def __init__(self, reduce):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.head, self.reduce = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1), reduce
+
+    def forward(self, x):
+        return self.head(self.reduce(self.up(x)))
+
+
+WORDS = {
+    "added": lambda h, m: (h + m.float() * -1e4).amax(1),
+    "added as transformers does": lambda h, m: (h + (1.0 - (~m).float()) * torch.finfo(h.dtype).min).amax(1),
+    "less a mask": lambda h, m: (h - m * 1e9).max(dim=1)[0],
+    "added from a choice": lambda h, m: (h + torch.where(m, -1e4, 0.0)).amax(1),
+    "scaled and shifted": lambda h, m: (h.masked_fill(m, -1e4) * 0.5 + 1).amax(1),
+    "among others": lambda h, m: torch.cat([h.masked_fill(m, -1e4), h[:, :1]], 1).amax(1),
+    "stacked": lambda h, m: torch.stack([h.masked_fill(m, -1e4), h], 2).amax((1, 2)),
+    "scattered": lambda h, m: h.scatter(1, torch.zeros_like(h[:, :1], dtype=torch.long), -1e4).amax(1),
+    "through an activation": lambda h, m: F.gelu(h.masked_fill(m, -1e4).amax(1)),
+    "into a rectifier": lambda h, m: F.relu(h + m.float() * -1e9).sum(1),
+    "smallest": lambda h, m: h.masked_fill(m, 1e9).amin(1),
+    "both ends": lambda h, m: torch.cat([h.masked_fill(m, -1e4).amax(1), h.masked_fill(m, 1e4).amin(1)], -1)[:, 8:24],
+    "largest three": lambda h, m: torch.where(m, h.new_tensor(-1e9), h).topk(3, 1).values.mean(1),
+    "moved": lambda h, m: h.masked_fill(m, -1e4).permute(0, 2, 1).contiguous().amax(-1),
+    "pooled": lambda h, m: F.adaptive_max_pool1d(h.masked_fill(m, -1e4).transpose(1, 2), 1).squeeze(-1),
+}
+PICTURES = {
+    "a huge number": lambda h: F.max_pool2d(F.pad(h, (1, 1, 1, 1), value=-1e9), 3, 2),
+    "minus infinity": lambda h: F.max_pool2d(F.pad(h, (1, 1, 1, 1), value=-math.inf), 3, 2),
+    "the smallest": lambda h: F.max_pool2d(F.pad(h, (0, 1, 0, 1), value=SMALLEST), 3, 2),
+}
+
+
+def ids(seed, n=16):
+    return torch.randint(0, 50, (n, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(seed, n=16):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def judge(net, data, runtime, folder):
+    """The draft of an artifact that agrees with its source and its plan on another batch size."""
+    task = Task(example=data(0), calibration=[data(1 + i) for i in range(3)])
+    raised = raise_network(net.eval(), *task.call(), task.dynamic)
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    building.build(draft, runtime, "int8", task, {"kind": "tensor"}, folder)
+    args = data(9, 5)
+    args = args if isinstance(args, tuple) else (args,)
+    with torch.no_grad():
+        wanted = [network(*args) for network in (net, insert(draft.network, draft.plan))]
+    [got] = isolated.open_artifact(folder, 1).run([x.numpy() for x in args])
+    assert decibels(wanted[0], got) > 30
+    assert decibels(wanted[1], got) > 40
+    return draft
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("way", WORDS)
+def test_what_hides_tokens_costs_nothing(way, runtime, tmp_path):
+    draft = judge(Words(WORDS[way]), ids, runtime, tmp_path)
+    assert {"up:in0", "head:in0"} <= set(draft.plan.entries)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("way", PICTURES)
+def test_a_border_that_pooling_passes_over_costs_nothing(way, runtime, tmp_path):
+    draft = judge(Pictures(PICTURES[way]), pictures, runtime, tmp_path)
+    assert {"up:in0", "head:in0"} <= set(draft.plan.entries)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_mask_of_numbers_that_is_an_input_is_seen_in_calibration(runtime, tmp_path):
+    class Masked(Words):
+        def forward(self, x, mask):
+            return self.head((torch.relu(self.up(self.table(x))) + mask[..., None]).amax(1))
+
+    def data(seed, n=16):
+        return ids(seed, n), torch.where(ids(seed, n) < 12, -1e4, 0.0)
+
+    draft = judge(Masked(None), data, runtime, tmp_path)
+    assert draft.plan.floats["/add#0"] == sentinels.REASON and "head:in0" in draft.plan.entries
+
+
+def holding(forward, *args):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("causal", torch.triu(torch.full((8, 8), -1e4), 1))
+            self.register_buffer("places", torch.arange(0.0, 2048.0, 32.0).reshape(8, 8))
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return forward(self, self.fc(x))
+
+    network = raise_network(Net().eval(), (torch.randn(2, 8, 8),))
+    held = sentinels.holders(network)
+    return [site(n) for n in network.graph.nodes if n.name in held and n.op == "call_function"]
+
+
+def test_it_is_followed_up_to_what_passes_it_over():
+    assert holding(lambda s, h: (h + s.causal).reshape(-1, 64).amax(1) * 2) == ["/add#0", "/reshape#0"]
+    assert holding(lambda s, h: h.masked_fill(h > 0, -1e9).relu() + h) == ["/masked_fill#0"]
+    assert holding(lambda s, h: h.masked_fill(h > 0, 1e9).relu()) == ["/masked_fill#0", "/relu#0"]
+    assert holding(lambda s, h: h.masked_fill(h > 0, -1e9).clamp(min=-5) + h) == ["/masked_fill#0"]
+
+
+def test_other_large_numbers_are_values():
+    assert not holding(lambda s, h: h * 1500 + s.places)
+    assert not holding(lambda s, h: (h * h.sigmoid()).masked_fill(h > 0, -1.0))
+    assert not holding(lambda s, h: h.clamp(-1e9, 1e9) + 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (torch.cat([torch.randn(500), torch.full((500,), -1e4)]), {-1}),
+        (torch.cat([torch.randn(500), torch.full((1,), SMALLEST / 2)]), {-1}),
+        (torch.cat([torch.randn(500), torch.full((500,), -1e4), torch.full((9,), 1e4)]), {-1, 1}),
+        (torch.cat([torch.randn(500), torch.full((500,), -500.0)]), set()),
+        (torch.randn(2000) * 2000, set()),
+        (torch.full((100,), -1e4), set()),
+    ],
+)
+def test_what_stands_out(values, told):
+    histogram = Histogram()
+    histogram.update(values)
+    assert sentinels.standing_out(histogram) == told
