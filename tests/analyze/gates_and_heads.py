@@ -240,6 +240,46 @@ class SharedKeys(nn.Module):
         return self.o(y.transpose(1, 2).reshape(n, t, 24))
 
 
+class OneKey(nn.Module):
+    """Four heads of queries that share one of keys and values."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.q, self.k, self.v = nn.Linear(6, 24), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.p, self.o = nn.Linear(24, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.q(x).view(n, t, 4, 6).transpose(1, 2), self.k(x), self.v(x)
+        if self.how == "einsum":
+            shares = torch.einsum("bhtd,bsd->bhts", q, k).div(6**0.5).softmax(-1)
+            y = torch.einsum("bhts,bsd->bhtd", shares, v)
+        elif self.how == "broadcast":
+            k, v = k[:, None], v[:, None]
+            y = (q @ k.mT / 6**0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k[:, None], v[:, None], enable_gqa=True)
+        return self.o(F.relu(self.p(y.transpose(1, 2).reshape(n, t, 24))))
+
+
+class KeysRepeated(SharedKeys):
+    """Products written out: of the heads that share a key some may go in every group."""
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, 4, 6).transpose(1, 2)
+        k, v = (u.view(n, t, 2, 6).transpose(1, 2) for u in self.kv(x).chunk(2, -1))
+        if self.how == "groups":
+            q = q.reshape(n, 2, 2, t, 6)
+            shares = torch.einsum("bkgtd,bksd->bkgts", q, k).div(6**0.5).softmax(-1)
+            y = torch.einsum("bkgts,bksd->bkgtd", shares, v).reshape(n, 4, t, 6)
+        else:
+            k, v = (u[:, :, None].expand(n, 2, 2, t, 6).reshape(n, 4, t, 6) for u in (k, v))
+            y = (q @ k.mT / 6**0.5).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(n, t, 24))
+
+
 def vector():
     return torch.randn(2, 16)
 
@@ -274,6 +314,8 @@ CASES = {
     "torch attention": (TorchAttention, sequence, HEADS),
     "torch attention without biases": (lambda: TorchAttention(bias=False), sequence, HEADS),
     "torch attention with a key of its own": (lambda: TorchAttention(add_bias_kv=True), sequence, HEADS),
+    "torch attention that may look at nothing": (lambda: TorchAttention(add_zero_attn=True), sequence, HEADS),
+    "torch attention, both": (lambda: TorchAttentionWeights(add_zero_attn=True, add_bias_kv=True), sequence, HEADS),
     "torch attention and its weights": (TorchAttentionWeights, sequence, HEADS),
     "torch attention, length first": (TorchAttentionLengthFirst, sequence, HEADS),
     "encoder": (Encoder, sequence, ENCODER),
@@ -284,5 +326,8 @@ CASES = {
         for how in ("chunk", "split", "unflatten3", "select3", "timm", "timm2", "neox", "bloom", "swap")
     },
     **{f"shared keys by {how}": (lambda how=how: SharedKeys(how), sequence, {"q": 2}) for how in ("sdpa", "ri", "exp")},
+    "queries in groups": (lambda: KeysRepeated("groups"), sequence, {"q": 2}),
+    "keys repeated, products": (lambda: KeysRepeated("repeat"), sequence, {"kv": 2, "q": 2}),
 }
 """Name → how it is built, its example, and its groups with their units."""
+ONE_KEY = {f"one key, {how}": (lambda how=how: OneKey(how), sequence) for how in ("einsum", "broadcast", "sdpa")}

@@ -14,12 +14,12 @@ from penjing.errors import RecipeError
 from penjing.network.capture import raise_network
 from penjing.surgery import replay, resize
 from tests.analyze.dynamic_kernels import KERNELS
-from tests.analyze.gates_and_heads import CASES
+from tests.analyze.gates_and_heads import CASES, ONE_KEY
 from tests.analyze.more_topologies import MORE
 from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
 
 FREE = {**CASES, **KERNELS}
-EVERY = {**TOPOLOGIES, **MORE, **{name: (make, example) for name, (make, example, _) in FREE.items()}}
+EVERY = {**TOPOLOGIES, **MORE, **ONE_KEY, **{name: (make, example) for name, (make, example, _) in FREE.items()}}
 
 
 def coupled(model, *args, keep=()):
@@ -89,6 +89,17 @@ def test_units_and_their_gates_heads_and_kernels_are_free(name):
     _, coupling = coupled(make(), example())
     assert {group: units.units for group, units in coupling.groups.items()} == groups
     assert set(coupling.held.values()) <= {"it is an output of the network"}
+
+
+@pytest.mark.parametrize("name", ONE_KEY)
+def test_heads_that_share_one_key_are_free_and_so_is_the_width_of_the_value(name):
+    torch.manual_seed(0)
+    make, example = ONE_KEY[name]
+    _, coupling = coupled(make(), example())
+    assert {group: units.units for group, units in coupling.groups.items()} == {"q": 4, "v": 6, "p": 10}
+    assert {tensor.partition(".")[0] for tensor in coupling.held} == {"k", "o"}
+    members = {(m.tensor, m.axis): len(m.of([1])) for group in ("q", "v") for m in coupling.groups[group].members}
+    assert members["q.weight", 0] == 6 and members["p.weight", 1] in (4, 6)
 
 
 def test_groups_say_what_belongs_together_and_why():

@@ -66,6 +66,10 @@ def tokens(length):
 CASES = {
     "a random leaky ReLU has its mean slope": (function(lambda x: F.rrelu(x, 0.1, 0.5)), numbers(3, 9)),
     "and in place": (function(lambda x: F.rrelu(x + 0.1, inplace=True) * 2), numbers(3, 9)),
+    "zeros that are joined are padding": (
+        function(lambda x: torch.cat([x.new_zeros(x.shape[0], 2, 9), x, torch.zeros(x.shape[0], 1, 9)], 1)),
+        numbers(3, 9),
+    ),
     "circular padding in one axis": (module(lambda: nn.CircularPad1d((2, 1))), numbers(3, 9)),
     "in two axes, uneven": (function(lambda x: F.pad(x, (1, 2, 0, 1), "circular")), numbers(3, 8, 9)),
     "in three axes": (module(lambda: nn.CircularPad3d((2, 1, 1, 0, 2, 2))), numbers(3, 5, 6, 7)),

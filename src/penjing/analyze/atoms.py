@@ -150,15 +150,25 @@ class Walk:
             self.joins.append((a[free], b[free], why))
 
     def _join_parts(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
-        """Parts that vary in the same way go together; the others have no counterpart, and stay."""
-        others = {_pattern(row): row for row in np.atleast_2d(b)}
-        for row in np.atleast_2d(a):
-            other = others.pop(_pattern(row), None)
-            if other is None:
+        """Parts that vary in the same way go together; the others have no counterpart, and stay.
+
+        A plain axis each of whose positions is another is laid out as the other side is.
+        """
+        rows, others = sorted((list(np.atleast_2d(side)) for side in (a, b)), key=len)
+        for row in rows:
+            alike = (i for i, other in enumerate(others) if _pattern(other) == _pattern(row))
+            place = next(alike, None)
+            if place is None and len(rows) == 1:
+                known = all((side != FIXED).all() for side in (row, *others))
+                if known and len(np.unique(row)) == len(row):
+                    self.layouts.append((row, np.stack(others)))
+                    return
+                place = max(range(len(others)), key=lambda i: (not self.is_free(others[i]), i))
+            if place is None:
                 self.hold(row, why)
             else:
-                self.join(row, other, why)
-        for row in others.values():
+                self.join(row, others.pop(place), why)
+        for row in others:
             self.hold(row, why)
 
     def hold(self, axis: Axis, why: str) -> None:

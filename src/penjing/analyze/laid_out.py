@@ -12,6 +12,8 @@ import numpy as np
 
 from penjing.analyze.atoms import Walk
 
+DEPTH = 4  # times that what is laid out may be laid out again
+
 
 @dataclass(frozen=True, eq=False)
 class LaidOut:
@@ -33,7 +35,7 @@ class LaidOut:
         """For every place among the parts what these components stand for there; −1 where it is nothing."""
         place = np.full(max(int(components.max(initial=-1)), int(self.of.max(initial=-1))) + 1, -1)
         place[self.of] = np.arange(len(self.of))
-        mine = place[components]
+        mine = np.where(components < 0, -1, place[components])
         return [np.where(mine < 0, -1, row[mine]) for row in self.parts]
 
 
@@ -42,41 +44,54 @@ def laid_out(walk: Walk) -> tuple[np.ndarray, LaidOut]:
 
     What stands for two sets of parts ties them to each other, side by side, or holds both where they differ in kind.
     """
+    nothing = LaidOut(np.empty(0, int), np.empty((0, 0), int))
+    if not walk.layouts:
+        return walk.components(), nothing
+    atoms = np.concatenate([axis for axis, _ in walk.layouts])
+    sides = _padded([parts for _, parts in walk.layouts])
     while True:
         unit = walk.components()
-        if not walk.layouts:
-            return unit, LaidOut(np.empty(0, int), np.empty((0, 0), int))
-        parts: dict[int, np.ndarray] = {}
-        ties: list[tuple[np.ndarray, np.ndarray]] = []
-        unlike: list[np.ndarray] = []
-        for atoms, sides in walk.layouts:
-            for component, mine in zip(unit[atoms].tolist(), sides.T, strict=True):
-                before = parts.setdefault(component, mine)
-                if len(before) != len(mine) or component in unit[mine]:
-                    unlike += [before, mine]
-                elif not np.array_equal(unit[before], unit[mine]):
-                    ties.append((before, mine))
-        if unlike:
-            walk.hold(np.concatenate(unlike), "it is taken apart in two ways")
-        if not ties:
-            return unit, _flat({c: unit[mine] for c, mine in parts.items() if c not in unit[mine]})
-        before, after = (np.concatenate(side) for side in zip(*ties, strict=True))
-        walk.join(before, after, "it is taken apart twice")
+        components, parts = unit[atoms], np.where(sides < 0, -1, unit[sides])
+        _, first, number = np.unique(components, return_index=True, return_inverse=True)
+        before = first[number]  # where the same component stands for parts first
+        unlike = ((sides < 0) != (sides[:, before] < 0)).any(0) | (parts == components).any(0)
+        unlike |= np.isin(components, components[unlike])
+        tied = ~unlike & (parts != parts[:, before]).any(0)
+        if not tied.any():
+            break
+        mine, other = sides[:, tied], sides[:, before[tied]]
+        walk.join(mine[mine >= 0], other[other >= 0], "it is taken apart twice")
+    if unlike.any():
+        walk.hold(sides[:, unlike][sides[:, unlike] >= 0], "it is taken apart in two ways")
+        walk.hold(atoms[unlike], "it is taken apart in two ways")
+    one_of_each = np.zeros(len(atoms), bool)
+    one_of_each[first] = True
+    found = _bottom(LaidOut(components[one_of_each & ~unlike], parts[:, one_of_each & ~unlike]))
+    if found is None:
+        walk.hold(np.concatenate([atoms, sides[sides >= 0]]), "what it is made of is taken apart too often")
+    return unit, found or nothing
 
 
-def _flat(parts: dict[int, np.ndarray]) -> LaidOut:
-    """Parts that are laid out themselves give way to theirs."""
+def _padded(tables: list[np.ndarray]) -> np.ndarray:
+    """Tables of parts beside each other, −1 below the shorter ones."""
+    most = max(map(len, tables))
+    return np.concatenate([np.pad(t, ((0, most - len(t)), (0, 0)), constant_values=-1) for t in tables], 1)
 
-    def bottom(component: int, above: frozenset[int]) -> list[int]:
-        if component not in parts or component in above:
-            return [component]
-        return [c for part in parts[component].tolist() for c in bottom(part, above | {component})]
 
-    rows = {component: bottom(component, frozenset()) for component in parts}
-    table = np.full((max(map(len, rows.values()), default=0), len(rows)), -1)
-    for i, row in enumerate(rows.values()):
-        table[: len(row), i] = row
-    return LaidOut(np.array(list(rows), int), table)
+def _bottom(layouts: LaidOut) -> LaidOut | None:
+    """Parts that are laid out themselves give way to theirs; None where that has no end."""
+    parts = layouts.parts
+    for _ in range(DEPTH):
+        sides = [inner for row in parts for inner in (row, *layouts.sides(row))]
+        inner = np.stack(sides) if sides else parts
+        deeper = np.isin(parts, layouts.of)
+        if not deeper.any():
+            return LaidOut(layouts.of, parts)
+        step = 1 + len(layouts.parts)
+        inner[::step][deeper] = -1
+        inner = -np.sort(-inner, axis=0)  # what is there first
+        parts = inner[: int((inner >= 0).sum(0).max())]
+    return None
 
 
 def held_components(walk: Walk, unit: np.ndarray, layouts: LaidOut) -> dict[int, str]:
@@ -85,13 +100,11 @@ def held_components(walk: Walk, unit: np.ndarray, layouts: LaidOut) -> dict[int,
     for atoms, why in walk.holds:
         for component in np.unique(unit[atoms]).tolist():
             held.setdefault(component, why)
-    stands_for = [
-        (c, parts[parts >= 0].tolist()) for c, parts in zip(layouts.of.tolist(), layouts.parts.T, strict=True)
-    ]
-    for component, parts in stands_for:
-        for part in parts if component in held else ():
+    stuck: np.ndarray = np.isin(layouts.of, list(held))
+    for component, parts in zip(layouts.of[stuck].tolist(), layouts.parts.T[stuck].tolist(), strict=True):
+        for part in parts:
             held.setdefault(part, held[component])
-    for component, parts in stands_for:
-        if all(part in held for part in parts):
-            held.setdefault(component, held[parts[0]])
+    stuck = np.logical_and.reduce(np.isin(layouts.parts, list(held)) | (layouts.parts < 0), axis=0)
+    for component, parts in zip(layouts.of[stuck].tolist(), layouts.parts.T[stuck].tolist(), strict=True):
+        held.setdefault(component, held[parts[0]])
     return held

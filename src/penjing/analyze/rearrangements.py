@@ -358,9 +358,6 @@ def made(walk: Walk, node: fx.Node) -> Labels:
 MOVING = {
     "reshape": reshape,
     "transpose": transpose,
-    "movedim": transpose,
-    "swapaxes": transpose,
-    "numpy_T": transpose,
     "cat": cat,
     "stack": stack,
     "split": split,

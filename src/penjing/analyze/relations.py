@@ -113,7 +113,7 @@ def attention(walk: Walk, node: fx.Node) -> Labels:
     heads: list[Axis] = []
     for d in range(rank):
         if given["enable_gqa"] and d == rank - 1:
-            heads.append(_shared_keys(walk, node, (q[d], k[d], v[d]), shapes[0][d] // shapes[1][d]))
+            heads.append(_shared_keys(walk, node, (q[d], k[d], v[d]), shapes[0][d], shapes[1][d]))
             continue
         heads.append(aligned(walk, node, d, rank, [(x[:-2], s[:-2]) for x, s in zip((q, k, v), shapes, strict=True)]))
     if given["attn_mask"] is not None:
@@ -125,9 +125,12 @@ def attention(walk: Walk, node: fx.Node) -> Labels:
     return (*heads, q[-2], v[-1])
 
 
-def _shared_keys(walk: Walk, node: fx.Node, heads: tuple[Axis, Axis, Axis], share: int) -> Axis:
+def _shared_keys(walk: Walk, node: fx.Node, heads: tuple[Axis, Axis, Axis], queries: int, keys: int) -> Axis:
     query, key, value = heads
+    if keys == 1:  # it is shared by all that there are
+        return query
     walk.join(key, value, f"{site(node)} sums over it")
+    share = queries // keys
     if key is None:
         walk.hold(query, f"{site(node)}: its keys are shared")
     else:

@@ -28,7 +28,7 @@ _PARTS = (
     "repeat_interleave",
 )
 MERGES = "it merges two axes that both could change"
-MOVES = ("reshape", "transpose", "movedim", "swapaxes", "numpy_T", "identity")
+MOVES = ("reshape", "transpose", "identity")
 _ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", "mean")
 
 
@@ -283,9 +283,9 @@ def _follow(walk: Walk, node: fx.Node, source: fx.Node, axis: int) -> int | None
     if node.name not in walk.shapes or tensor_inputs(node) != [source]:
         return None
     after, what = walk.shape(node), kind(walk.network, node)
-    if what in ("transpose", "movedim", "swapaxes", "numpy_T"):
+    if what == "transpose":
         numbered = torch.empty_strided((2,) * len(before), tuple(2**i for i in range(len(before))), device="meta")
-        return _moved(node, numbered, after).stride().index(2**axis)
+        return _moved(walk, node, numbered).stride().index(2**axis)
     if what == "reshape":
         alone = [
             (outs[0] if len(ins) == len(outs) == 1 else None) for ins, outs in blocks(before, after) if axis in ins
@@ -379,7 +379,7 @@ def _order(walk: Walk, chain: list[fx.Node], start: tuple[int, ...], axis: int) 
     positions = torch.arange(math.prod(start)).reshape(start)
     value = positions
     for node in chain:
-        value = _moved(node, value, walk.shape(node))
+        value = _moved(walk, node, value)
     shape = [1] * len(start)
     shape[axis] = start[axis]
     stride = math.prod(start[axis + 1 :])
@@ -388,8 +388,8 @@ def _order(walk: Walk, chain: list[fx.Node], start: tuple[int, ...], axis: int) 
     return order.numpy() if torch.equal(value, expected) else None
 
 
-def _moved(node: fx.Node, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if operator_name(node) in ("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T"):
+def _moved(walk: Walk, node: fx.Node, x: torch.Tensor) -> torch.Tensor:
+    if kind(walk.network, node) == "transpose":
         moved: torch.Tensor = node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         return moved
-    return x.reshape(shape)
+    return x.reshape(walk.shape(node))

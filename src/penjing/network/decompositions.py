@@ -88,6 +88,21 @@ def _pad(build: Builder, a: dict[str, Any]) -> Any:
     return x
 
 
+def _zeros_joined(build: Builder, a: dict[str, Any]) -> Any:
+    """Zeros that are joined to one value are its padding: their other sizes then follow the value's."""
+    parts, dim = list(a["tensors"]), a["dim"] % build.value(build.node).dim()
+    zeros = [operator_name(part) in ("zeros", "new_zeros") and list(part.users) == [build.node] for part in parts]
+    sizes = [build.value(part).shape[dim] for part in parts]
+    alike = {(build.value(part).dtype, build.value(part).dim()) for part in parts}
+    place = zeros.index(False) if False in zeros else 0
+    if sum(zeros) != len(parts) - 1 or len(alike) > 1 or len(parts) < 2:
+        return None
+    if not all(isinstance(size, int) for i, size in enumerate(sizes) if i != place):
+        return None
+    inner = [0, 0] * (build.value(parts[place]).dim() - 1 - dim)
+    return build(aten.constant_pad_nd.default, parts[place], [*inner, sum(sizes[:place]), sum(sizes[place + 1 :])], 0.0)
+
+
 def _adaptive_max_pool(build: Builder, a: dict[str, Any]) -> Any:
     if _reads(build.node, 1) or all(size == 1 for size in a["output_size"]):
         return None
@@ -315,6 +330,8 @@ def _resize(build: Builder, a: dict[str, Any]) -> Any:
 REWRITES: dict[str, Rewrite] = {
     "rrelu": _rrelu,
     "pad": _pad,
+    "cat": _zeros_joined,
+    "concat": _zeros_joined,
     "adaptive_max_pool1d": _adaptive_max_pool,
     "adaptive_max_pool2d": _adaptive_max_pool,
     "adaptive_max_pool3d": _adaptive_max_pool,
