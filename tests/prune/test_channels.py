@@ -13,7 +13,7 @@ from penjing.distill import DKD
 from penjing.errors import CheckpointError, PruningError, RecipeError
 from penjing.network.capture import raise_network
 from penjing.pipeline.building import build
-from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels
+from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels, criteria
 from penjing.quantize import QAT
 from penjing.recipes.recipe import Recipe
 from penjing.records.manifest import read_manifest
@@ -163,7 +163,7 @@ def test_recipes_hold_it_in_yaml():
 def test_auto_takes_what_the_task_has(criterion):
     step, bare = Channels(macs=0.5, criterion=criterion), Task(example=pictures(1))
     tasks = (TASK, Task(example=pictures(1), calibration=[pictures(2)]), bare)
-    found = [channels.criterion_for(step.criterion, Context(task=t)) for t in tasks]
+    found = [criteria.for_context(step.criterion, Context(task=t)) for t in tasks]
     assert found == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
 
 

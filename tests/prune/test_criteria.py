@@ -38,10 +38,10 @@ def coupling(network, task):
 
 
 def scores(criterion, network, coupling, task, batches=3):
-    return criteria.score(criterion, network, coupling, Context(task=task), batches, seed=0)
+    return criteria.score_units(criterion, network, coupling, Context(task=task), batches)
 
 
-@pytest.mark.parametrize("criterion", criteria.CRITERIA)
+@pytest.mark.parametrize("criterion", criteria.OF_UNITS)
 def test_every_unit_gets_a_score_that_the_seed_repeats(criterion, network, coupling, task):
     before = {k: v.clone() for k, v in network.state_dict().items()}
     found = scores(criterion, network, coupling, task)
@@ -101,7 +101,7 @@ def test_jacobian_is_the_mean_square_of_all_derivatives(task):
     network = raise_network(model, (torch.randn(2, 3),))
     told = Task(example=x, calibration=[x] * 400)
     coupling = couple(network, told.call())
-    found = criteria.score("jacobian", network, coupling, Context(task=told), 400, seed=0)["0"] / 400
+    found = criteria.score_units("jacobian", network, coupling, Context(task=told), 400)["0"] / 400
     hidden = torch.tanh(model[0](x))[0]
     slow = [(hidden[u] * model[2].weight[:, u]).pow(2).sum().item() / 2 for u in range(4)]
     assert found == pytest.approx(slow, rel=0.25)  # 400 random directions

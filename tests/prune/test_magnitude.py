@@ -9,7 +9,7 @@ from penjing import quantize
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
 from penjing.network.capture import raise_network
 from penjing.numerics.grid import integers
-from penjing.prune import Magnitude, magnitude
+from penjing.prune import Magnitude, criteria
 from penjing.prune.weights import as_stored, by_output, prunable
 from penjing.recipes.recipe import Recipe
 from penjing.steps.draft import Draft
@@ -19,7 +19,7 @@ from penjing.tasks.task import Task
 from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft, pictures, same, total, zeros
 
 
-@pytest.mark.parametrize("criterion", magnitude.CRITERIA)
+@pytest.mark.parametrize("criterion", criteria.OF_WEIGHTS)
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_exactly_as_many_weights_as_asked_for_become_zero(criterion, scope):
     start = draft()
@@ -84,7 +84,7 @@ def test_the_layout_by_output_of_a_transposed_convolution_comes_back():
 @pytest.mark.parametrize("criterion", ["gradient", "taylor", "fisher"])
 def test_gradients_are_taken_as_a_loop_over_batches_takes_them(criterion):
     network = draft().network
-    found = magnitude.scores(criterion, network, prunable(network), Context(task=TASK), 2)
+    found = criteria.score_weights(criterion, network, prunable(network), Context(task=TASK), 2)
     weight, slow = network.head.weight, torch.zeros(5, 6)
     for x, y in TRAIN[:2]:
         (g,) = torch.autograd.grad(F.cross_entropy(network(x), y), weight)

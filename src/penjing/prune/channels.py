@@ -23,7 +23,7 @@ from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
 from penjing.errors import CalibrationError, PruningError, RecipeError, in_percent
 from penjing.prune import criteria, sensitivity
-from penjing.prune.ranking import Ranking, Removed, criterion_for
+from penjing.prune.ranking import Ranking, Removed
 from penjing.prune.reconstruction import reconstructed, samples
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -52,8 +52,8 @@ class Channels:
         channels: Of the units of all groups that take part (with scope "layer": of each).
         size_bytes: Of the bytes of parameters and buffers.
         latency_ms: Of the latency, measured in the target runtime.
-        criterion: What a unit matters, one of `penjing.prune.criteria.CRITERIA`; "auto" is "taylor" where the task
-            has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
+        criterion: Importance score of a unit, one of `penjing.prune.criteria.OF_UNITS`; "auto" is "taylor" where the
+            task has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
         scope: "global" compares units of all groups, "layer" takes the same fraction of each, "sensitivity" what the
             outputs lose by each group alone (`penjing.prune.sensitivity`; it needs calibration data and minutes).
         round_to: Channels of a group are kept in multiples of this; None takes what the runtime gains from, or 8.
@@ -96,7 +96,7 @@ class Channels:
                 remedy="for example Channels(macs=0.5) keeps half of the multiply-accumulates",
             )
         fine = {name: (_number(value) and 0 < value <= 1, KEPT) for name, value in given.items()}
-        fine["criterion"] = (self.criterion in ("auto", *criteria.CRITERIA), f"auto, {', '.join(criteria.CRITERIA)}")
+        fine["criterion"] = (self.criterion in ("auto", *criteria.OF_UNITS), f"auto, {', '.join(criteria.OF_UNITS)}")
         fine["scope"] = (self.scope in ("global", "layer", "sensitivity"), "'global', 'layer' or 'sensitivity'")
         fine["round_to"] = (self.round_to is None or self.round_to >= 1, "a whole number of at least 1")
         fine["least"] = (_number(self.least) and 0 <= self.least < 1, "a fraction of at least 0, below 1")
@@ -221,9 +221,8 @@ def scanned(
     """
     step = Channels(macs=0.5)
     groups = {name: g for name, g in coupling.groups.items() if g.units > 1 and not g.statistics}
-    scores = criteria.score(
-        criterion_for(step.criterion, context), network, coupling, context, step.batches, seed=context.seed
-    )
+    criterion = criteria.for_context(step.criterion, context)
+    scores = criteria.score_units(criterion, network, coupling, context, step.batches)
     ranked = {name: np.argsort(scores[name], kind="stable").tolist() for name in groups}
     return sensitivity.scan(network, coupling, ranked, context, step.batches, kept)
 
@@ -307,4 +306,4 @@ def _in_the_way(step: Channels, ranking: Ranking) -> str:
     return "; ".join(texts)
 
 
-__all__ = ["AGREEMENT", "Channels", "Ranking", "Removed", "criterion_for", "disagreement", "remove", "scanned"]
+__all__ = ["AGREEMENT", "Channels", "Ranking", "Removed", "disagreement", "remove", "scanned"]

@@ -13,6 +13,7 @@ from penjing.analyze.cost import cost
 from penjing.analyze.coupling import Coupling, Group
 from penjing.errors import PruningError
 from penjing.prune import criteria, sensitivity
+from penjing.prune.scoring import Scores
 from penjing.steps.step import Context
 
 Removed = dict[str, list[int]]  # group → its units
@@ -65,12 +66,14 @@ class Ranking:
                 if coupling.groups
                 else "`penjing inspect` shows the reason for every layer",
             )
-        criterion = criterion_for(criterion, context)
-        scores = criteria.score(criterion, network, coupling, context, batches, seed=context.seed)
+        criterion = criteria.for_context(criterion, context)
+        scores = criteria.score_units(criterion, network, coupling, context, batches)
         scores = {name: scores[name] for name in groups}
         if scope == "sensitivity":
             scores = _by_sensitivity(unit, batches, network, coupling, context, scores)
-        elif criterion in criteria.FIRST_ORDER:  # changes of one loss: what counts is the change for what is saved
+        elif criteria.CRITERIA[
+            criterion
+        ].estimates_loss:  # changes of one loss: what counts is the change for what is saved
             prices = _prices(unit, network, coupling, context)
             scores = {name: value / prices[name] for name, value in scores.items()}
         else:
@@ -128,15 +131,15 @@ class Ranking:
 
 
 def _by_sensitivity(
-    unit: str, batches: int, network: fx.GraphModule, coupling: Coupling, context: Context, scores: criteria.Scores
-) -> criteria.Scores:
+    unit: str, batches: int, network: fx.GraphModule, coupling: Coupling, context: Context, scores: Scores
+) -> Scores:
     """For every unit the noise that it adds where its group goes in the order of `scores`, for what it saves."""
     ranked = {name: np.argsort(value, kind="stable") for name, value in scores.items()}
     kept = context.folder / sensitivity.FILE if context.folder else None
     order = {name: units.tolist() for name, units in ranked.items()}
     found = sensitivity.scan(network, coupling, order, context, batches, kept)
     prices = _prices(unit, network, coupling, context)
-    marginal: criteria.Scores = {}
+    marginal: Scores = {}
     for name, units in ranked.items():
         places = np.empty(len(units))
         # Of units that add the same the ranked order decides: by less than any figure that was measured.
@@ -162,16 +165,6 @@ def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Con
     return prices
 
 
-def criterion_for(criterion: str, context: Context) -> str:
-    """The criterion that "auto" stands for."""
-    if criterion != "auto":
-        return criterion
-    task = context.task
-    if task.train is not None and task.loss is not None:
-        return "taylor"
-    return "jacobian" if task.calibration is not None else "l2"
-
-
 def _multiple(group: Group, round_to: int) -> int:
     """Units that together are a multiple of `round_to` channels; less where a group is small."""
     each = len(group.members[0].positions) // group.units
@@ -181,4 +174,4 @@ def _multiple(group: Group, round_to: int) -> int:
     return max(1, multiple)
 
 
-__all__ = ["Ranking", "Removed", "criterion_for"]
+__all__ = ["Ranking", "Removed"]
