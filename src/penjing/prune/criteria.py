@@ -9,6 +9,7 @@ from torch import fx
 
 from penjing.analyze.coupling import Coupling
 from penjing.prune.by_activation import ACTIVATION
+from penjing.prune.by_curvature import HESSIAN
 from penjing.prune.by_gradient import FISHER, GRADIENT, JACOBIAN, TAYLOR
 from penjing.prune.by_weight import BN_SCALE, GEOMETRIC_MEDIAN, L1, L2, MAGNITUDE, RANDOM
 from penjing.prune.scoring import Criterion, Evidence, Scores, WeightScores
@@ -17,7 +18,7 @@ from penjing.steps.step import Context
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        MAGNITUDE, L1, L2, BN_SCALE, GEOMETRIC_MEDIAN, ACTIVATION, GRADIENT, TAYLOR, FISHER, JACOBIAN, RANDOM,
+        MAGNITUDE, L1, L2, BN_SCALE, GEOMETRIC_MEDIAN, ACTIVATION, GRADIENT, TAYLOR, FISHER, JACOBIAN, HESSIAN, RANDOM,
     )
 }  # fmt: skip
 
