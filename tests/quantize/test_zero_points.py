@@ -91,3 +91,38 @@ class Averaged(nn.Module):
 )
 def test_an_average_over_a_border_of_zeros(settings, tmp_path):
     assert executed(Averaged(**settings), tmp_path)["conv"] == 2
+
+
+class Patches(nn.Module):
+    """A convolution and linear layers of one width, whose zero points the exporter stores once."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.first, self.second = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        hidden = self.patch(x).flatten(2).transpose(1, 2)
+        return self.second(F.gelu(self.first(F.layer_norm(hidden, (16,)))))
+
+
+def test_layers_of_one_width_along_other_axes_are_integer(tmp_path):
+    assert executed(Patches(), tmp_path) == {"conv": 1, "linear": 2}
+
+
+class TwoReadings(nn.Module):
+    """One layer called twice with the same values: the exporter computes it once."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        pooled = F.relu(self.first(x)).mean((2, 3))
+        return self.head(pooled).softmax(-1) + self.head(pooled).sigmoid()
+
+
+def test_a_layer_that_the_exporter_merges_is_counted_once(tmp_path):
+    integer = executed(TwoReadings(), tmp_path)
+    assert integer["conv"] == 1 and integer["linear"] >= 1

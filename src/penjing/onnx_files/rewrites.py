@@ -215,10 +215,11 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def without_zero_points(model: Any) -> bool:
-    """The weights of transposed convolutions lose zero points that are all 0; whether there were any.
+    """Quantized weights of layers lose zero points that are all 0; whether there were any.
 
-    The exporter stores equal tensors once. Where a convolution reads the same zeros along another axis, OpenVINO
-    2026.4 does not fold them, and no layer of the whole network computes in integers.
+    The exporter stores equal tensors once. Where a convolution and a linear layer, or a transposed convolution, read
+    the same zeros along different axes, OpenVINO 2026.4 does not fold them, and hardly a layer of the whole network
+    computes in integers.
     """
     from onnx import numpy_helper
 
@@ -226,7 +227,9 @@ def without_zero_points(model: Any) -> bool:
     writers = {name: node for node in model.graph.node for name in node.output}
     changed = False
     for node in model.graph.node:
-        dequantize = writers.get(node.input[1]) if node.op_type == "ConvTranspose" else None
+        dequantize = writers.get(node.input[1]) if node.op_type in _LAYERS else None
+        while dequantize is not None and dequantize.op_type in ("Transpose", "Reshape"):
+            dequantize = writers.get(dequantize.input[0])
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
             continue
         zeros = stored.get(dequantize.input[2])

@@ -261,29 +261,45 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
     """Call every ONNX node by the site that it computes.
 
     Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
-    Where the counts differ (the exporter merged or split some), that kind of operator keeps its generated names.
+    It merges those that compute the same from the same: they are called by the first. Where the counts differ all the
+    same (it split some), that kind of operator keeps its generated names.
     """
     wanted: dict[str, list[str]] = defaultdict(list)
+    merged: dict[str, list[str]] = defaultdict(list)
+    first = _first_alike(network)
     for node in network.graph.nodes:
         if node.op in ("call_module", "call_function") and is_tensor(node):
             made = kind(network, node)
             layers = arguments(node)["num_layers"] if made in RECURRENT else 1  # the exporter writes a node for each
-            wanted[made] += [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
+            names = [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
+            wanted[made] += names
+            merged[made] += names if first[node] is node else []
     stored = {tensor.name for tensor in model.graph.initializer}
     found: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
         if what := _kind_of(node, stored):
             found[what].append(node)
     for what, nodes in found.items():
-        if len(nodes) == len(wanted[what]):
-            for node, name in zip(nodes, wanted[what], strict=True):
-                node.name = name or node.name
+        names = next((called[what] for called in (wanted, merged) if len(called[what]) == len(nodes)), [])
+        for node, name in zip(nodes, names, strict=False):
+            node.name = name or node.name
     products = {node.output[0]: node.name for node in found["linear"] + found["matmul"] if node.op_type == "MatMul"}
     for node in model.graph.node:  # what a runtime fuses is called by its last node
         if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
             node.name = f"{products[node.input[0]]}/bias"
         elif node.op_type == "Mul" and node.input[0] in products and node.input[1] in stored:
             node.name = f"{products[node.input[0]]}/scale"
+
+
+def _first_alike(network: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Every node → the first that computes the same from the same."""
+    first: dict[fx.Node, fx.Node] = {}
+    known: dict[str, fx.Node] = {}
+    for node in network.graph.nodes:
+        read = fx.node.map_arg((node.args, node.kwargs), lambda n: first[n])
+        key = node.name if node.op == "placeholder" else repr((node.op, str(node.target), read))
+        first[node] = known.setdefault(key, node)
+    return first
 
 
 def _kind_of(node: Any, stored: set[str]) -> str | None:
