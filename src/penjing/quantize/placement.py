@@ -97,6 +97,8 @@ def _without_zero_point(network: fx.GraphModule, node: fx.Node) -> tuple[int, ..
     what = kind(network, node)
     if what == "avg_pool" and operator_name(node).startswith("avg_pool"):  # the border counts as zeros
         given = arguments(node)
+        if given.get("divisor_override"):  # whatever the window, and what it hangs over
+            return (0,) if any(given["padding"]) or given["ceil_mode"] else ()
         return (0,) if any(given["padding"]) and given["count_include_pad"] else ()
     return {"matmul": (0, 1), "conv_transpose": (0,)}.get(what, ())
 
