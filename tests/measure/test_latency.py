@@ -74,7 +74,7 @@ def test_slow_artifact_still_gets_three_calls_a_turn(openers, tray, tmp_path):
 def test_ratio_pairs_the_rounds():
     def timing(*rounds):
         latency = Latency(median=1, p95=1, spread=0, batch=1, threads=1, calls=3, rounds=rounds)
-        return Timing(latency=latency, peak_memory_bytes=1, baseline_bytes=1)
+        return Timing(latency=latency, peak_memory_bytes=1, baseline_bytes=1, load_ms=1.0)
 
     # The machine halves its speed in the last round: the ratio of the rounds does not see it.
     assert ratio(timing(2.0, 2.0, 4.0), timing(1.0, 1.0, 2.0)) == 2.0
@@ -191,6 +191,7 @@ def test_onnxruntime_session_in_a_worker(openers, tmp_path):
     timing = compare([Target("ort", tmp_path, inputs, 4)], rounds=2, opener="tiny_openers:onnx", **QUICK)["ort"]
     assert timing.latency.batch == 4
     assert timing.peak_memory_bytes > timing.baseline_bytes  # the runtime's own code is in memory now
+    assert timing.load_ms > 0
     # The same session, with an input that it can't take: its own words arrive.
     with pytest.raises(ArtifactError, match="INVALID_ARGUMENT|InvalidArgument"):
         compare([Target("ort", tmp_path, [inputs[0], inputs[1][:3]], 4)], opener="tiny_openers:onnx", **QUICK)

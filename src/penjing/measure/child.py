@@ -59,15 +59,16 @@ class Child:
         environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
         self._process = Process(name, "penjing.measure.worker", arguments, environment)
 
-    def ready(self) -> None:
-        """Wait until the artifact is open.
+    def ready(self) -> float:
+        """Wait until the artifact is open; the milliseconds that opening it took, its runtime's import among them.
 
         Raises:
             ArtifactError: It can't be opened, or its runtime crashed or hung; another `PenjingError` if the runtime
                 raised that.
         """
         with self._named():
-            self._process.answer(limit_s=self.opening_s)
+            answer = self._process.answer(limit_s=self.opening_s)
+        return float(answer["load_ms"])
 
     def run(self, *, seconds: float, max_calls: int, min_calls: int = 1, skip: int = 0) -> list[float]:
         """Milliseconds of every call of one turn; see `penjing.measure.worker.times_ms`."""

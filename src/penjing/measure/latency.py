@@ -55,11 +55,13 @@ class Timing:
         latency: Over all calls of all rounds, in milliseconds.
         peak_memory_bytes: The most memory that the process held, interpreter, runtime, artifact and inputs together.
         baseline_bytes: What the same process held before it opened the artifact (interpreter, NumPy, inputs).
+        load_ms: What a new process waits for the artifact to be open, with the import of its runtime; taken once.
     """
 
     latency: Latency
     peak_memory_bytes: int
     baseline_bytes: int
+    load_ms: float
 
     @property
     def rounds(self) -> tuple[float, ...]:
@@ -106,6 +108,7 @@ def compare(
     _check(targets, threads=threads, rounds=rounds, seconds=seconds)
     cpus = processors()[:threads]
     turns: dict[str, list[list[float]]] = {target.name: [] for target in targets}
+    loading: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penjing-")))
         children = []
@@ -125,7 +128,7 @@ def compare(
                 )
             )
             children.append(child)
-            child.ready()
+            loading[target.name] = child.ready()
             child.run(seconds=warmup_seconds, max_calls=MAX_CALLS, min_calls=warmup_calls)
         done = 0
         windows: list[list[Latency]] = []
@@ -150,6 +153,7 @@ def compare(
             latency=replace(latency, steady=not text, doubt=text),
             peak_memory_bytes=memory[target.name][0],
             baseline_bytes=memory[target.name][1],
+            load_ms=loading[target.name],
         )
         for target, latency, text in zip(targets, kept, doubts, strict=True)
     }

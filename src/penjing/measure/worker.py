@@ -2,7 +2,7 @@
 
 It answers JSON lines on standard input with JSON lines on standard output:
 
-    (when the artifact is open)                           {"ready": true}
+    (when the artifact is open)                           {"ready": true, "load_ms": 41.2}
     {"cmd": "run", "seconds": 0.1, "max_calls": 1000}     {"times_ms": [0.21, ...]}
         also "min_calls" (1) and "skip" (0), calls before the timed ones
     {"cmd": "peak"}                                       {"peak_memory_bytes": ..., "baseline_bytes": ...}
@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             psutil.Process().cpu_affinity([int(cpu) for cpu in options.cpus.split(",")])
         inputs = _inputs(options.inputs)
         baseline = rss_bytes()
-        artifact = _opener(options.opener)(options.folder, threads=options.threads)
-        send(answers, {"ready": True})
+        opener, start = _opener(options.opener), perf_counter_ns()
+        artifact = opener(options.folder, threads=options.threads)
+        send(answers, {"ready": True, "load_ms": (perf_counter_ns() - start) / 1e6})
         _serve(lambda: artifact.run(inputs), baseline, requests, answers)
     except Exception as error:
         traceback.print_exc()

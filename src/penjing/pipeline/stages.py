@@ -429,6 +429,7 @@ def timed(measured: Measured, timing: measure.Timing) -> Measured:
         latency_ms=latency,
         throughput_per_s=1000 * latency.batch / latency.median,
         peak_memory_bytes=timing.peak_memory_bytes,
+        load_ms=timing.load_ms,
     )
 
 

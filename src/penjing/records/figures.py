@@ -94,6 +94,15 @@ FIGURES: dict[str, Figure] = {
             read=lambda row: row.peak_memory_bytes,
         ),
         Figure(
+            name="load_ms",
+            unit="ms",
+            label="Time to open",
+            words=("shorter", "longer"),
+            aliases=("load", "startup"),
+            read=lambda row: row.load_ms,
+            optional=True,
+        ),
+        Figure(
             name="parameters",
             unit="count",
             label="Parameters",

@@ -52,6 +52,7 @@ class Measured:
     size_bytes: int | None = None
     packed_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    load_ms: float | None = None
     parameters: int | None = None
     macs: int | None = None
     energy_mj: Energy | None = None
