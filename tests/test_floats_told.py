@@ -169,8 +169,7 @@ def test_whatever_has_parameters_and_stays_in_floating_point_has_a_reason(name, 
     assert all(r.reason for r in rows if (r.macs or r.parameters) and r.executed != "int8" and r.stored != "int8")
 
 
-@both
-@pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.parametrize(("name", "runtime"), [("gru", "onnxruntime"), ("gru", "openvino"), ("lstm", "onnxruntime")])
 def test_the_share_in_floating_point_is_told_with_its_layer(name, runtime):
     rows = rows_of(name, runtime)
     macs, _ = building.float_shares(rows)

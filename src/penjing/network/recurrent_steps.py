@@ -46,7 +46,7 @@ def rnn(activation: Callable[..., Any]) -> Rewrite:
                 read, own = next(tensors), next(tensors)
                 bias = build(aten.add.Tensor, next(tensors), next(tensors)) if a["has_biases"] else None
                 state = None
-                if not _is_zero(a["hx"]):
+                if not is_zero(a["hx"]):
                     state = build(aten.select.int, a["hx"], 0, layer * directions + direction)
                 sums = build(aten.linear.default, x, read, bias)
                 outputs = [None] * steps
@@ -77,7 +77,7 @@ def lstm_cell(build: Builder, a: dict[str, Any]) -> Any:
     hidden, cell = a["hx"]
     take, keep, fresh, give = _parts(build, _gates(build, a, hidden), 4)
     new = build(aten.mul.Tensor, build(aten.sigmoid.default, take), build(aten.tanh.default, fresh))
-    if not _is_zero(cell):
+    if not is_zero(cell):
         new = add(build, build(aten.mul.Tensor, build(aten.sigmoid.default, keep), cell), new)
     return build(aten.mul.Tensor, build(aten.sigmoid.default, give), build(aten.tanh.default, new)), new
 
@@ -103,7 +103,7 @@ def _gates(build: Builder, a: dict[str, Any], state: fx.Node) -> fx.Node:
     """What a cell's input and its state add up to: (batch, gates × hidden)."""
     bias = None if a["b_ih"] is None else build(aten.add.Tensor, a["b_ih"], a["b_hh"])
     sums: fx.Node = build(aten.linear.default, a["input"], a["w_ih"], bias)
-    if _is_zero(state):
+    if is_zero(state):
         return sums
     return add(build, sums, build(aten.linear.default, state, a["w_hh"], None))
 
@@ -113,6 +113,6 @@ def _parts(build: Builder, x: fx.Node, number: int) -> list[fx.Node]:
     return [build(aten.slice.Tensor, x, -1, i * width, (i + 1) * width) for i in range(number)]
 
 
-def _is_zero(state: fx.Node) -> bool:
+def is_zero(state: fx.Node) -> bool:
     """Whether it is the state that a layer begins with where none is given."""
     return state.op == "call_function" and operator_name(state) in _ZEROS

@@ -1,4 +1,4 @@
-"""Penjing's own operators ``penjing::quantize``, ``dequantize``, ``linear_dynamic`` and ``lstm_dynamic``.
+"""Penjing's own operators ``penjing::quantize``, ``dequantize``, ``linear_dynamic``, ``lstm_dynamic``, ``lstm_static``.
 
 Runtimes translate them.
 
@@ -152,6 +152,83 @@ def _(
     width = hidden_weight.shape[0] * hidden_weight.shape[1]
     state = (hidden_weight.shape[0], x.shape[1], hidden_weight.shape[1])
     return x.new_empty((x.shape[0], x.shape[1], width)), x.new_empty(state), x.new_empty(state)
+
+
+STATE_SCALE, STATE_ZERO = 1 / 127, 128
+"""The grid of a hidden state between steps, which lies within -1 and 1: it needs no calibration."""
+
+
+@torch.library.custom_op("penjing::lstm_static", mutates_args=())
+def lstm_static(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    state_scale: torch.Tensor,
+    state_zero: torch.Tensor,
+    ratio: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One LSTM layer whose products are computed in integers; input and hidden state have one grid, which is fixed.
+
+    Gates stand in the order input, output, forget, cell; sums and gates are float32.
+
+    Args:
+        x: (steps, batch, in), float32.
+        hidden: (directions, batch, hidden), float32, the state before the first step.
+        cell: The same of the cell.
+        input_weight: (directions·4·hidden, in), int8; the second direction reads from the end.
+        hidden_weight: (directions·4·hidden, hidden), int8.
+        scale: (directions·4·hidden,), float32, of a row of both.
+        bias: (directions, 8·hidden), float32: that of the input's product, then that of the state's.
+        state_scale: (), float32, of the hidden state and of the input times `ratio`.
+        state_zero: (), uint8.
+        ratio: What the input is multiplied by.
+
+    Returns:
+        (steps, batch, directions·hidden), and hidden state and cell after the last step.
+    """
+
+    def on_grid(value: torch.Tensor) -> torch.Tensor:
+        # In double precision, where every sum of integers is exact.
+        return (integers(value, state_scale, state_zero.to(torch.int32), UNSIGNED) - state_zero.float()).double()
+
+    directions = len(hidden)
+    given, outputs, states, cells = on_grid(x if ratio == 1 else x * ratio), [], [], []
+    parts = [t.chunk(directions) for t in (input_weight.double(), hidden_weight.double(), state_scale * scale)]
+    for d, (read, own, step) in enumerate(zip(*parts, strict=True)):
+        h, c = on_grid(hidden[d]), cell[d]
+        offset = bias[d].reshape(2, -1).sum(0)
+        steps: list[torch.Tensor] = []
+        for now in given.flip(0) if d else given:
+            i, o, f, g = ((now @ read.T + h @ own.T).to(torch.float32) * step + offset).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = on_grid(o.sigmoid() * c.tanh())
+            steps.append(h.to(torch.float32) * state_scale)
+        outputs.append(torch.stack(steps[::-1] if d else steps))
+        states.append(steps[-1])
+        cells.append(c)
+    return torch.cat(outputs, -1), torch.stack(states), torch.stack(cells)
+
+
+@lstm_static.register_fake
+def _(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cell: torch.Tensor,
+    input_weight: torch.Tensor,
+    hidden_weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    state_scale: torch.Tensor,
+    state_zero: torch.Tensor,
+    ratio: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    directions, width = hidden.shape[0], hidden_weight.shape[1]
+    state = (directions, x.shape[1], width)
+    return x.new_empty((x.shape[0], x.shape[1], directions * width)), x.new_empty(state), x.new_empty(state)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -299,3 +299,23 @@ def store_in_half(model: Any) -> None:
         casts.append(helper.make_node("Cast", [half], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
     for cast in reversed(casts):
         graph.node.insert(0, cast)
+
+
+def integer_lstms(model: Any) -> dict[str, str]:
+    """Name of the stored tensor that holds the matrix of an LSTM's inputs → name of the LSTM.
+
+    Of those alone whose matrices have their scales in common (``penjing::lstm_static``): others are only stored in
+    integers, and compute in floating point.
+    """
+    made = {name: node for node in model.graph.node for name in node.output}
+    names = {}
+    for node in model.graph.node:
+        if node.op_type != "LSTM":
+            continue
+        reshapes = [made[value] for value in node.input[1:3] if value in made]
+        dequantized = [made[n.input[0]] for n in reshapes if n.input[0] in made]
+        if [n.op_type for n in dequantized] == ["DequantizeLinear", "DequantizeLinear"]:
+            (matrix, scale), (_, other) = (n.input[:2] for n in dequantized)
+            if scale == other:
+                names[matrix] = node.name
+    return names

@@ -155,6 +155,27 @@ def _translations() -> dict[Any, Any]:
         )  # fmt: skip
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
 
+    def lstm_static(x, hidden, cell, w, r, scale, bias, step, zero, ratio: float):  # type: ignore[no-untyped-def]
+        directions, _, width = hidden.shape
+
+        def on_grid(value: Any) -> Any:
+            return op.DequantizeLinear(op.QuantizeLinear(value, step, zero), step, zero)
+
+        def matrix(q: Any) -> Any:
+            return op.Reshape(op.DequantizeLinear(q, scale, axis=0), [directions, 4 * width, -1])
+
+        inputs: Any = (
+            on_grid(x if ratio == 1 else op.Mul(x, ratio)),
+            matrix(w),
+            matrix(r),
+            bias,
+            None,
+            on_grid(hidden),
+        )
+        way = "bidirectional" if directions == 2 else "forward"
+        y, hidden, cell = op.LSTM(*inputs, cell, direction=way, hidden_size=width)
+        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
+
     def floor_divide(x, y):  # type: ignore[no-untyped-def]
         # Of sizes, as -(-h // 2): ONNX divides integers towards zero.
         return op.Div(op.Sub(x, op.Mod(x, y)), y)
@@ -162,6 +183,7 @@ def _translations() -> dict[Any, Any]:
     return onnx_pooling.translations() | {
         operator.floordiv: floor_divide,
         torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
+        torch.ops.penjing.lstm_static.default: lstm_static,
         torch.ops.penjing.quantize.default: quantize,
         torch.ops.penjing.dequantize.default: dequantize,
         torch.ops.penjing.linear_dynamic.default: linear_dynamic,
@@ -311,6 +333,8 @@ def _kind_of(node: Any, stored: set[str]) -> str | None:
         return word if len(computed) == 2 and made_of == word else None
     if node.op_type == "MatMul":
         return made_of if made_of == "linear" else "matmul" if made_of in ("matmul", "mm", "bmm") else None
+    if node.op_type == "LSTM" and not made_of:
+        return "lstm_static"
     return _ONNX_KINDS.get(node.op_type)
 
 

@@ -96,7 +96,8 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
     """Why a node stays in floating point; None when it is quantized."""
     if what in RECURRENT:
         if what not in accelerates.recurrent:
-            return f"{accelerates.runtime} has no integer kernel for {what} that takes its ranges at run time"
+            refusal = f"{accelerates.runtime} has no integer kernel for {what} that takes its ranges at run time"
+            return f"{refusal}: quantize.Static has them from calibration" if what in accelerates.integer else refusal
         return recurrent.refusal(network, node)
     if what != "linear":
         return "its range would be taken at run time, and that is done for linear and recurrent layers alone"

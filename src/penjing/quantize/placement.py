@@ -76,10 +76,15 @@ def place(
     stored = tuple(
         site(n)
         for n in network.graph.nodes
-        if kind(network, n) in accelerates.stored and site(n) not in excluded and _holds_weights(network, n)
+        if (kind(network, n) in accelerates.stored or n in integer and kind(network, n) in RECURRENT)
+        and site(n) not in excluded
+        and _holds_weights(network, n)
     )
     edges: dict[str, str] = {}
     for node in integer:
+        if kind(network, node) in RECURRENT:  # its grid is symmetric: what only moves values before it has its own
+            edges[f"{site(node)}:in0"] = tensor_inputs(node)[0].name
+            continue
         for port, producer in enumerate(tensor_inputs(node)):
             _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges, hold)
     read = frozenset(edges)
@@ -121,6 +126,8 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
         if what not in accelerates.recurrent or recurrent.refusal(network, node):
             return refusal
         return f"{refusal} with ranges from calibration: quantize.Dynamic takes them at run time"
+    if what in RECURRENT:
+        return recurrent.static_refusal(network, node)
     if what in ("conv", "conv_transpose", "linear") and node.op != "call_module":
         return "its weight is computed, not stored"
     tensors = tensor_inputs(node)

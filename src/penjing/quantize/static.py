@@ -124,7 +124,7 @@ class Static:
                 break
             seen |= shown
         entries = self._activations(placement, statistics, accelerates)
-        entries |= self._cells(draft.network, placement, accelerates)
+        entries |= self._cells(draft.network, placement, statistics, accelerates)
         separate = apart(draft.network, placement, entries, statistics, columns)
         entries |= self._weights(draft.network, placement, entries, accelerates)
         entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
@@ -197,15 +197,30 @@ class Static:
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
         return entries | self._tables(network, placement.stored, entries, accelerates)
 
-    def _cells(self, network: fx.GraphModule, placement: Placement, accelerates: Accelerates) -> dict[str, Entry]:
-        """Of recurrent layers, which compute in floating point: their matrices (gates·hidden, in) are stored alone."""
+    def _cells(
+        self,
+        network: fx.GraphModule,
+        placement: Placement,
+        statistics: Mapping[str, Histogram],
+        accelerates: Accelerates,
+    ) -> dict[str, Entry]:
+        """Of recurrent layers: their matrices (gates·hidden, in) are stored in integers.
+
+        Where the runtime multiplies them in integers too, the input has a grid, on which the state lies as well.
+        """
         entries: dict[str, Entry] = {}
         for node in network.graph.nodes:
-            if kind(network, node) not in RECURRENT or site(node) not in placement.stored:
+            name = site(node)
+            if kind(network, node) not in RECURRENT or name not in placement.stored:
                 continue
-            for edge, matrix in recurrent.weights(network, node).items():
-                spec = replace(self._for(site(node)).weight_spec(accelerates, matrix), group=None)
-                entries[edge] = stored_entry(matrix, spec)
+            mine = self._for(name)
+            matrices = recurrent.weights(network, node)
+            spec = replace(mine.weight_spec(accelerates, next(iter(matrices.values()))), group=None)
+            if name in placement.floats:
+                entries |= {edge: stored_entry(matrix, spec) for edge, matrix in matrices.items()}
+                continue
+            low, high = estimate(statistics[placement.edges[f"{name}:in0"]], mine.activation_spec(accelerates))
+            entries |= recurrent.entries(network, node, max(-low, high), mine.activation_spec(accelerates), spec)
         return entries
 
     def _tables(

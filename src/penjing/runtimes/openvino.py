@@ -41,16 +41,18 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     vnni = any("vnni" in name or name == "amx_int8" for name in instruction_sets)
     x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
     narrow = x86 and not vnni
+    recurrent = {"lstm"} if vnni else set()
     return Accelerates(
         runtime="openvino",
         precisions=("fp32", "fp16", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
-        integer=frozenset({"conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul"}),
+        integer=frozenset({"conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul"} | recurrent),
         absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passes=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
+        stored=frozenset({"embedding", "lstm", "gru"}),
         symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         channel_multiple=channel_multiple(instruction_sets),
@@ -138,6 +140,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
             expected="operators that OpenVINO's ONNX reader knows",
             remedy="write that operator with others, or choose another runtime",
         ) from error
+    openvino_rewrites.integer_lstms(model, onnx_rewrites.integer_lstms(crossing))
     openvino_rewrites.select_for_booleans(model)
     openvino_rewrites.unequal_biases(model)
     openvino_rewrites.reductions_alone(model)
@@ -292,7 +295,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
 
 def _origin(name: str) -> str:
     """The reader and the low-precision passes append what they made of a node: "conv1/WithoutBiases"."""
-    name = re.split(r"/(?:WithoutBiases|Dequantization|Fused|bias\b|scale\b|axes\b)", name)[0]
+    name = re.split(r"/(?:WithoutBiases|Dequantization|Fused|bias\b|scale\b|axes\b|reverse\b)", name)[0]
     return name.removesuffix("_original")
 
 

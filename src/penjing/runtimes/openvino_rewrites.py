@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,17 @@ def _has_integer_weights(product: Any) -> bool:
 
 
 def _stored(node: Any) -> list[np.ndarray]:
-    """The constants that a value is computed from; none where it is computed from an input too."""
+    """The tensors that a value is computed from; none where it is computed from an input too."""
+    return [constant.data for constant in _constants(node)]
+
+
+def _constants(node: Any) -> list[Any]:
+    """The same as constants, which have a name."""
     constants, waiting, known = [], [node], {node.get_name()}
     while waiting:  # residual networks have more ways back than can be walked: every node is looked at once
         node = waiting.pop()
         if node.get_type_name() == "Constant":
-            constants.append(node.data)
+            constants.append(node)
         elif not node.get_input_size():
             return []
         for value in node.input_values():
@@ -79,6 +85,82 @@ def _stored(node: Any) -> list[np.ndarray]:
                 known.add(before.get_name())
                 waiting.append(before)
     return constants
+
+
+def integer_lstms(model: Any, sites: Mapping[str, str]) -> None:
+    """An LSTM with integer matrices is written so that its integer kernel takes it, and keeps its name.
+
+    Its matrices are read as they are: OpenVINO's reader of ONNX puts their gates into another order after they have
+    become floats. Each direction is an LSTM. The state before the first step is one part of two: for fixed shapes
+    version 2026.4 takes the quantizer of a constant state for that of a weight, signed, for which it has no kernel.
+
+    Args:
+        model: Is changed.
+        sites: Name of the constant that holds the matrix of a layer's inputs → what the layer is called.
+    """
+    from openvino import opset13
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "LSTMSequence":
+            continue
+        parts = (_integer_matrix(op.input_value(port).get_node()) for port in (4, 5))
+        matrices = [part for part in parts if part is not None]
+        bias = _stored(op.input_value(6).get_node())
+        if len(matrices) < 2 or len(bias) != 1 or str(matrices[0][0].get_friendly_name()) not in sites:
+            continue  # stored in integers, but computed in floating point
+        directions, gates = bias[0].shape
+        x, hidden, cell, lengths = op.input_values()[:4]
+        states = _states(hidden, directions)
+        cells = opset13.split(cell, opset13.constant(1), directions).outputs()
+        name = sites[str(matrices[0][0].get_friendly_name())]
+        sides = []
+        for d, way in enumerate(("FORWARD", "REVERSE")[:directions]):
+            floats = []
+            for matrix, scale in matrices:
+                q, steps = (_gates(t.reshape(directions, gates, -1)[d : d + 1]) for t in (matrix.data, scale))
+                floats.append(
+                    opset13.multiply(opset13.convert(opset13.constant(q), np.float32), opset13.constant(steps))
+                )
+            settings = (opset13.constant(bias[0][d : d + 1]), gates // 4, way)
+            sides.append(opset13.lstm_sequence(x, states[d], cells[d], lengths, *floats, *settings))
+            sides[-1].set_friendly_name(f"{name}/reverse" if d else name)
+        for output in range(3):
+            values = [side.output(output) for side in sides]
+            together = values[0] if directions == 1 else opset13.concat(values, 1).output(0)
+            for reader in list(op.output(output).get_target_inputs()):
+                reader.replace_source_output(together)
+
+
+def _integer_matrix(node: Any) -> tuple[Any, np.ndarray] | None:
+    """The constant with integers that a matrix is computed from, and the scales of its rows; None where it has none."""
+    constants = _constants(node)
+    matrix = next((c for c in constants if c.data.dtype == np.int8), None)
+    if matrix is None:
+        return None
+    rows = len(matrix.data)
+    scale = next((c.data for c in constants if c.data.dtype == np.float32 and c.data.size == rows), None)
+    return None if scale is None else (matrix, scale)
+
+
+def _states(hidden: Any, directions: int) -> list[Any]:
+    """The quantized first state of each direction, from (batch, directions, hidden): a part of two states or more."""
+    from openvino import opset13
+
+    quantizer = hidden.get_node()
+    while directions == 1 and quantizer.get_type_name() in ("Reshape", "Transpose"):
+        quantizer = quantizer.input_value(0).get_node()
+    if directions == 1 and quantizer.get_type_name() == "FakeQuantize":
+        state, *limits = quantizer.input_values()  # (1, batch, hidden)
+        two = opset13.fake_quantize(opset13.concat([state, state], 0), *limits, quantizer.get_attributes()["levels"])
+        hidden = opset13.transpose(two, opset13.constant(np.array([1, 0, 2]))).output(0)
+        directions = 2
+    return list(opset13.split(hidden, opset13.constant(1), directions).outputs())
+
+
+def _gates(x: np.ndarray) -> np.ndarray:
+    """(directions, 4·hidden, …) from ONNX's order of gates (input, output, forget, cell) to OpenVINO's."""
+    i, o, f, c = np.split(x, 4, axis=1)
+    return np.concatenate([f, i, c, o], axis=1)
 
 
 def finite_in_bfloat16(model: Any) -> None:

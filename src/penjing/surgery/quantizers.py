@@ -317,7 +317,7 @@ def _rewire(
         consumer = found[name]
         recurs = kind(network, consumer) in RECURRENT
         first = plan.entries.get(f"{name}:in0")
-        if recurs and store is not None and first is not None and first.dynamic:
+        if recurs and store is not None and first is not None and (first.dynamic or name not in plan.floats):
             cells[name] = consumer
             continue
         if (

@@ -1,4 +1,6 @@
-"""LSTM layers in integers: `aten.lstm` of a graph becomes one ``penjing::lstm_dynamic`` for every layer of the stack.
+"""LSTM layers in integers: `aten.lstm` of a graph becomes one operator of our own for every layer of the stack.
+
+``penjing::lstm_dynamic`` takes its ranges at run time; ``penjing::lstm_static`` has one grid for input and state.
 
 Hochreiter & Schmidhuber, "Long Short-Term Memory", Neural Computation 1997. Gates are reordered from torch's (input,
 forget, cell, output) to those of the ONNX standard (input, output, forget, cell).
@@ -6,6 +8,7 @@ forget, cell, output) to those of the ONNX standard (input, output, forget, cell
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +18,9 @@ import torch
 from torch import fx
 
 from penjing.network.graph import arguments, compute, kind, layer_site, site, tensor_inputs
-from penjing.numerics import grid
-from penjing.steps.plan import Entry, Plan
+from penjing.network.recurrent_steps import is_zero
+from penjing.numerics import grid, operators
+from penjing.steps.plan import Entry, Plan, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,42 @@ def refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
+def static_refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
+    """Why a recurrent layer has no form in integers with ranges from calibration; None where it has one."""
+    if (reason := refusal(network, node)) is not None:
+        return reason
+    if not all(is_zero(state) for state in arguments(node)["hx"]):
+        return "its first state is given, and its range is that of a state: zero, or the runtime would cut it"
+    return None
+
+
+def grids(read: torch.Tensor, own: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The scale of every row of one direction's matrices (4·hidden, in) and (4·hidden, hidden): (4·hidden,).
+
+    The kernel has one for a row of both, of which the first is divided by `ratio` (the input is multiplied by it);
+    and OpenVINO 2026.4 looks those of input and forget gates up by each other's position: they are the same.
+    """
+    return same_gates(torch.maximum(read.abs().amax(1) / ratio, own.abs().amax(1)) / 127)
+
+
+def same_gates(scale: torch.Tensor) -> torch.Tensor:
+    """Scales (4·hidden,) of which those of the input gate and of the forget gate are the larger of the two."""
+    i, f, g, o = scale.chunk(4)
+    larger = torch.maximum(i, f)
+    return torch.cat([larger, larger, g, o])
+
+
+def input_scale(reach: float, first: list[Direction], network: fx.GraphModule) -> float:
+    """The step of the input's grid, whose largest absolute value is `reach`.
+
+    Input and state share a grid, and so do their matrices: with a finer input the first matrix takes more of its
+    grid, or less. Where it would take too little, both give way by the same factor.
+    """
+    sizes = [[float(value(network, m).abs().max()) for m in (d.input, d.hidden)] for d in first]
+    balance = max(own for _, own in sizes) / max(*(read for read, _ in sizes), 1e-12)  # the reach that fills both
+    return max(reach, math.sqrt(reach * balance), 1e-12) / 127
+
+
 def stores(node: fx.Node) -> bool:
     """Whether two matrices of every layer and direction are stored tensors: not a packed sequence, not projected."""
     given = arguments(node)
@@ -73,10 +113,36 @@ def weights(network: fx.GraphModule, node: fx.Node) -> dict[str, torch.Tensor]:
     return {f"{site(node)}:in{ports.index(m)}": value(network, m) for m in matrices}
 
 
+def entries(
+    network: fx.GraphModule, node: fx.Node, reach: float, inputs: QuantSpec, spec: QuantSpec
+) -> dict[str, Entry]:
+    """The grids of an LSTM's input and of its matrices, for ``penjing::lstm_static``.
+
+    Args:
+        network: Raised.
+        node: An LSTM that `static_refusal` does not refuse.
+        reach: The largest absolute value of its input.
+        inputs: The format of activations.
+        spec: The format of weights.
+    """
+    ports, each = tensor_inputs(node), directions(node)
+    both = 1 + arguments(node)["bidirectional"]
+    step = input_scale(reach, each[:both], network)
+    made = {f"{site(node)}:in0": Entry(inputs, (step,), (operators.STATE_ZERO,))}
+    for i, d in enumerate(each):
+        ratio = operators.STATE_SCALE / step if i < both else 1.0
+        scale = grids(value(network, d.input), value(network, d.hidden), ratio)
+        zeros = (0,) * len(scale)
+        made[f"{site(node)}:in{ports.index(d.input)}"] = Entry(spec, tuple((scale * ratio).tolist()), zeros)
+        made[f"{site(node)}:in{ports.index(d.hidden)}"] = Entry(spec, tuple(scale.tolist()), zeros)
+    return made
+
+
 def in_integers(
     network: fx.GraphModule, node: fx.Node, plan: Plan, store: Callable[[str, torch.Tensor], fx.Node]
 ) -> None:
-    """Replace an LSTM whose matrices `plan` has entries for. `store` keeps a tensor under a name and reads it."""
+    """Replace an LSTM whose input and matrices `plan` has entries for. `store` keeps a tensor and reads it."""
+    first = plan.entries[f"{site(node)}:in0"]
     given, ports = arguments(node), tensor_inputs(node)
     each, both = directions(node), 1 + given["bidirectional"]
 
@@ -95,6 +161,45 @@ def in_integers(
         return store(f"{name}", torch.stack(integers)), store(f"{name}_scale", torch.stack(scales))
 
     call = network.graph.call_function
+
+    def states_of(layer: int) -> list[fx.Node]:
+        return [call(torch.ops.aten.slice.Tensor, (s, 0, layer * both, (layer + 1) * both)) for s in given["hx"]]
+
+    def name_of(mine: list[Direction], layer: int) -> str:
+        return f"{str(mine[0].input.target).rpartition('.')[0]}.layer{layer}"
+
+    def bias_of(mine: list[Direction]) -> torch.Tensor:
+        bias = [torch.cat([_reordered(value(network, b)) for b in d.biases]) for d in mine if d.biases]
+        return torch.stack(bias) if bias else torch.zeros(both, 8 * value(network, mine[0].hidden).shape[1])
+
+    def dynamic(mine: list[Direction], x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
+        name = name_of(mine, layer)
+        matrices = (
+            *numbers(f"{name}.input", [d.input for d in mine]),
+            *numbers(f"{name}.hidden", [d.hidden for d in mine]),
+        )
+        read = (x, *states_of(layer), *matrices, store(f"{name}.bias", bias_of(mine)))
+        return torch.ops.penjing.lstm_dynamic.default, read
+
+    def static(mine: list[Direction], x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
+        name, ratio = name_of(mine, layer), 1.0 if layer else operators.STATE_SCALE / first.scale[0]
+        integers: dict[str, list[torch.Tensor]] = {"input": [], "hidden": [], "scale": []}
+        for d in mine:
+            own, read = (torch.tensor(entry(m).scale) for m in (d.hidden, d.input))
+            scale = same_gates(torch.maximum(own, read / ratio))  # the same two, but where scales were learned
+            zero = torch.zeros(len(scale), dtype=torch.int32)
+            for what, matrix in (("input", value(network, d.input) / ratio), ("hidden", value(network, d.hidden))):
+                q = grid.integers(matrix, scale, zero, entry(d.hidden).spec).to(torch.int8)
+                integers[what].append(_reordered(q))
+            integers["scale"].append(_reordered(scale))
+        stored = [store(f"{name}.{what}", torch.cat(parts)) for what, parts in integers.items()]
+        state = [
+            store(f"{name}.state_scale", torch.tensor(operators.STATE_SCALE)),
+            store(f"{name}.state_zero", torch.tensor(operators.STATE_ZERO, dtype=torch.uint8)),
+        ]
+        inputs = (x, *states_of(layer), *stored, store(f"{name}.bias", bias_of(mine)), *state, ratio)
+        return torch.ops.penjing.lstm_static.default, inputs
+
     with network.graph.inserting_before(node):
         x: Any = given["input"]
         if given["batch_first"]:
@@ -102,19 +207,7 @@ def in_integers(
         states: tuple[list[fx.Node], list[fx.Node]] = ([], [])
         for layer in range(given["num_layers"]):
             mine = each[layer * both : (layer + 1) * both]
-            name = f"{str(mine[0].input.target).rpartition('.')[0]}.layer{layer}"
-            bias = [torch.cat([_reordered(value(network, b)) for b in d.biases]) for d in mine if d.biases]
-            hidden = value(network, mine[0].hidden).shape[1]
-            made = call(
-                torch.ops.penjing.lstm_dynamic.default,
-                (
-                    x,
-                    *(call(torch.ops.aten.slice.Tensor, (s, 0, layer * both, (layer + 1) * both)) for s in given["hx"]),
-                    *numbers(f"{name}.input", [d.input for d in mine]),
-                    *numbers(f"{name}.hidden", [d.hidden for d in mine]),
-                    store(f"{name}.bias", torch.stack(bias) if bias else torch.zeros(both, 8 * hidden)),
-                ),
-            )
+            made = call(*(dynamic if first.dynamic else static)(mine, x, layer))
             made.meta["site"] = layer_site(site(node), layer)
             x, *after = (call(operator.getitem, (made, i)) for i in range(3))
             for state, found in zip(states, after, strict=True):
