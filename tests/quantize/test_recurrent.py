@@ -192,6 +192,28 @@ def test_rows_of_both_matrices_share_a_scale_and_so_do_two_gates():
         assert (matrix.abs().amax(1) <= 127.01 * torch.tensor(draft.plan.entries[edge].scale)).all()
 
 
+FORMATS = {
+    "4 bits": {"weight_bits": 4},
+    "one scale": {"weight_per": "tensor"},
+    "signed inputs": {"activation_symmetric": True},
+    "smallest to largest": {"activation_range": "minmax", "weight_range": "minmax"},
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_as_the_plan_says(name, tmp_path):
+    torch.manual_seed(0)
+    draft, task = quantized(Reader(num_layers=2).eval(), values(6, 40), step=Static(**FORMATS[name]))
+    predict, rows = built(draft, task, tmp_path)
+    (cells,) = (r for r in rows if r.kind == "lstm")
+    assert cells.executed == "int8"
+    x = values(6, 40)(5)
+    with torch.no_grad():
+        planned = insert(draft.network, draft.plan)(x)
+    assert decibel(planned, torch.as_tensor(predict(x.numpy()))) > 40
+
+
 @needs_kernel
 def test_an_excluded_one_stays_as_it_is():
     draft, _ = quantized(Reader().eval(), values(6, 40), step=Static(exclude=("cells",)))
@@ -211,10 +233,17 @@ def test_the_operator_is_a_good_citizen_of_torch():
 
 @needs_kernel
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("steps", [(), (pj.quantize.AdaRound(samples=32),)], ids=["static", "adaround"])
+@pytest.mark.parametrize(
+    "steps", [(), (pj.quantize.AdaRound(samples=32),), (pj.quantize.QAT(epochs=1),)], ids=["static", "adaround", "qat"]
+)
 def test_a_run_offers_it(steps, tmp_path):
     torch.manual_seed(0)
-    task = pj.Task(example=values(6, 40)(2), calibration=[values(6, 40)(16 + i) for i in range(3)])
+    task = pj.Task(
+        example=values(6, 40)(2),
+        calibration=[values(6, 40)(16 + i) for i in range(3)],
+        train=[(values(6, 40)(16 + i), torch.randn(16 + i, 6, 5)) for i in range(3)],
+        loss=F.mse_loss,
+    )
     recipe = pj.Recipe(pj.quantize.Static(), *steps)
     made = pj.run(recipe, Reader().eval(), task, runtime="openvino", out=tmp_path / "run", seconds=0.01, threads=1)
     (integer,) = (c for c in made.record.candidates if c.precision == "int8")

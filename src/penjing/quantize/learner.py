@@ -42,7 +42,7 @@ class Learner(nn.Module):
 
 def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
     """The network with quantizers that learn, and with the batch norms that were folded alive behind its layers."""
-    network = insert(draft.network, draft.plan)
+    network = insert(draft.network, draft.plan, trains=True)
     weights = {f"{name}:weight" for name in sites(draft.network)}
     scales: dict[str, Learner] = {}
     for edge, node in quantizer_calls(network, draft.plan).items():

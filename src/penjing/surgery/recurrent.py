@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,13 +64,14 @@ def static_refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
-def grids(read: torch.Tensor, own: torch.Tensor, ratio: float) -> torch.Tensor:
+def grids(read: torch.Tensor, own: torch.Tensor, ratio: float, spec: QuantSpec) -> torch.Tensor:
     """The scale of every row of one direction's matrices (4·hidden, in) and (4·hidden, hidden): (4·hidden,).
 
     The kernel has one for a row of both, of which the first is divided by `ratio` (the input is multiplied by it);
     and OpenVINO 2026.4 looks those of input and forget gates up by each other's position: they are the same.
     """
-    return same_gates(torch.maximum(read.abs().amax(1) / ratio, own.abs().amax(1)) / 127)
+    scale = same_gates(torch.maximum(read.abs().amax(1) / ratio, own.abs().amax(1)) / spec.limits[1])
+    return scale if spec.axis is not None else scale.max().expand(len(scale))
 
 
 def same_gates(scale: torch.Tensor) -> torch.Tensor:
@@ -122,19 +123,21 @@ def entries(
         network: Raised.
         node: An LSTM that `static_refusal` does not refuse.
         reach: The largest absolute value of its input.
-        inputs: The format of activations.
+        inputs: The format of activations; the kernel takes 8 bits and no other.
         spec: The format of weights.
     """
+    inputs = replace(inputs, bits=8, signed=False, symmetric=False, narrow=False)
+    rows = replace(spec, axis=0)
     ports, each = tensor_inputs(node), directions(node)
     both = 1 + arguments(node)["bidirectional"]
     step = input_scale(reach, each[:both], network)
     made = {f"{site(node)}:in0": Entry(inputs, (step,), (operators.STATE_ZERO,))}
     for i, d in enumerate(each):
         ratio = operators.STATE_SCALE / step if i < both else 1.0
-        scale = grids(value(network, d.input), value(network, d.hidden), ratio)
+        scale = grids(value(network, d.input), value(network, d.hidden), ratio, spec)
         zeros = (0,) * len(scale)
-        made[f"{site(node)}:in{ports.index(d.input)}"] = Entry(spec, tuple((scale * ratio).tolist()), zeros)
-        made[f"{site(node)}:in{ports.index(d.hidden)}"] = Entry(spec, tuple(scale.tolist()), zeros)
+        made[f"{site(node)}:in{ports.index(d.input)}"] = Entry(rows, tuple((scale * ratio).tolist()), zeros)
+        made[f"{site(node)}:in{ports.index(d.hidden)}"] = Entry(rows, tuple(scale.tolist()), zeros)
     return made
 
 
