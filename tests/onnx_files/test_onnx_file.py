@@ -184,3 +184,27 @@ def test_layers_beside_a_recurrent_one_that_is_written_out_keep_their_names(tmp_
     onnx_file.write(raise_network(Net().eval(), (x,)), ((x,), {}), None, ["y"], tmp_path / "model.onnx")
     named = {node.name: node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert (named["a"], named["b"], named["/add#0"], named["/relu#0"]) == ("MatMul", "MatMul", "Add", "Relu")
+
+
+class ReadTwice(nn.Module):
+    """A product with a stored weight that two stored factors, or two biases, are read with."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.a, self.combine = nn.Linear(4, 6, bias=False), combine
+        self.u, self.v = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.combine(y, self.u), self.combine(y, self.v)
+
+
+@pytest.mark.parametrize("combine", [torch.mul, torch.add])
+def test_what_reads_a_product_twice_has_two_names(combine, tmp_path):
+    net, x = ReadTwice(combine).eval(), torch.randn(2, 3, 4)
+    onnx_file.write(raise_network(net, (x,)), ((x,), {}), None, ["y", "z"], tmp_path / "m.onnx")
+    names = [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert len(set(names)) == len(names)
+    answers = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})
+    for given, expected in zip(answers, net(x), strict=True):
+        np.testing.assert_allclose(given, expected.detach().numpy(), rtol=1e-5, atol=1e-6)

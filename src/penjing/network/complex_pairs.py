@@ -1,10 +1,10 @@
 """Complex numbers written as pairs of real ones, as runtimes compute them.
 
 Rotary embeddings are often written with complex numbers: `torch.polar`, `torch.complex`, `torch.view_as_complex`, a
-stored table of them (``freqs_cis``). No step and no runtime computes with those. At the door each complex tensor
-becomes two, its real and its imaginary part; a stored one keeps its name, with a last axis of 2. Where a network holds
-an operator on complex numbers that is not in `RULES` or `BY_PART`, all of it stays as it was, for the exporter of the
-runtime to translate.
+stored table of them (``freqs_cis``), and spectral layers transform (`penjing.network.fourier`). No step and no runtime
+computes with those. At the door each complex tensor becomes two, its real and its imaginary part; a stored one keeps
+its name, with a last axis of 2. Where a network holds an operator on complex numbers that is not in `RULES` or
+`BY_PART`, or a transform whose length varies, all of it stays as it was, for the exporter of the runtime to translate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError
+from penjing.network import fourier
 from penjing.network.graph import arguments, line, operator_name
 from penjing.network.rewriting import Builder, editable
 
@@ -41,6 +42,8 @@ def complex_as_pairs(program: ExportedProgram) -> ExportedProgram:
         if given or node.op == "output":
             _refuse(node)
         if node.op == "call_function" and operator_name(node) not in (*RULES, *BY_PART):
+            return program
+        if not fourier.expressible(node):
             return program
     program = editable(program)
     pairs: dict[fx.Node, Pair] = {}
@@ -276,6 +279,7 @@ def _to(build: Builder, a: dict[str, Any], pair: Callable[[Any], Pair]) -> Any:
 
 
 RULES: dict[str, Callable[..., Any]] = {
+    **fourier.RULES,
     "complex": lambda build, a, pair: (a["real"], a["imag"]),
     "polar": _polar,
     "view_as_complex": _view_as_complex,

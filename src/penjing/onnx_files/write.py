@@ -8,7 +8,7 @@ import logging
 import operator
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,6 +306,8 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
         for node, name in zip(nodes, names, strict=False):
             node.name = name or node.name
     products = {node.output[0]: node.name for node in found["linear"] + found["matmul"] if node.op_type == "MatMul"}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    products = {result: name for result, name in products.items() if readers[result] == 1}
     for node in model.graph.node:  # what a runtime fuses is called by its last node
         if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
             node.name = f"{products[node.input[0]]}/bias"
