@@ -49,6 +49,21 @@ def test_candidates_mark_the_chosen_one_and_say_why_others_failed():
     assert "openvino-int8-percentile: drop is 0.82 %, the goal allows 0.5 %" in words(text)
 
 
+def test_integers_that_take_as_much_as_half_precision_are_told():
+    record = sample_records.big()
+    told = "no smaller than openvino-bf16"
+    assert told not in words(shown(table.candidates(record), 120)) and told not in html.render(record)
+    sizes = {"openvino-int8": 5_200, "openvino-bf16": 5_100}
+    small = [
+        replace(c, measured=replace(c.measured, size_bytes=sizes.get(c.name, c.measured.size_bytes)))
+        for c in record.candidates
+    ]
+    record = replace(record, candidates=tuple(small))
+    line = "openvino-int8: no smaller than openvino-bf16 (5.20 kB against 5.10 kB): scales and operators"
+    assert line in words(shown(table.candidates(record), 120))
+    assert line in words(html.render(record))
+
+
 def test_candidates_are_seen_beside_fp32_in_their_own_runtime():
     text = words(shown(table.candidates(sample_records.big()), 120))
     assert "× is over torch; over fp32 in the same runtime: onnxruntime-int8 1.5×, openvino-bf16 1.6×" in text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from penjing.records import Candidate
+from penjing.records import Candidate, Record
+from penjing.report import numbers
 
 INTEGER, HALF, FLOAT, UNSEEN = "integer", "half", "float", "unseen"
 TITLES = {INTEGER: "integer", HALF: "bf16 or fp16", FLOAT: "float", UNSEEN: "fused, or not visible in the runtime"}
@@ -45,3 +46,20 @@ def in_floats(candidate: Candidate) -> str:
     parts = [(macs, "multiply-accumulates"), (size, "parameter bytes")]
     told = [f"{share:.0%} of the {what}" for share, what in parts if share is not None and share >= 0.005]
     return f"{candidate.name}: {' and '.join(told)} in floating point" if told else ""
+
+
+def no_smaller(record: Record, candidate: Candidate) -> str:
+    """That an integer artifact takes as much as the one in half precision of its runtime; "" where it takes less.
+
+    Small networks are mostly graph: what integers save on weights goes into scales, zero points and operators.
+    """
+    size = candidate.measured.size_bytes
+    others = (c for c in record.candidates if c.runtime == candidate.runtime and family(c.precision) == HALF)
+    half = min((c for c in others if c.measured.size_bytes), key=lambda c: c.measured.size_bytes or 0, default=None)
+    if family(candidate.precision) != INTEGER or half is None or not size or size < (half.measured.size_bytes or 0):
+        return ""
+    sizes = " against ".join(numbers.figure(c.measured.size_bytes, "bytes") for c in (candidate, half))
+    return (
+        f"{candidate.name}: no smaller than {half.name} ({sizes}): scales and operators take what its weights save, "
+        "as in small networks"
+    )

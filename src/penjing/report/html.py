@@ -110,6 +110,7 @@ def vocabulary() -> Mapping[str, Any]:
         "families": arithmetic.TITLES,
         "counted": arithmetic.counted,
         "in_floats": arithmetic.in_floats,
+        "no_smaller": arithmetic.no_smaller,
         "parity": scatter.parity,
         "ring": scatter.RING,
         "percent_of": percent_of,

@@ -163,6 +163,7 @@ def candidates(record: records.Record) -> Table:
             busy.setdefault(text, []).append(c.name)
     told += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
     told += filter(None, map(arithmetic.in_floats, record.candidates))
+    told += filter(None, (arithmetic.no_smaller(record, c) for c in record.candidates))
     return _captioned(table, told + _kept(shown) + list(reasons))
 
 
