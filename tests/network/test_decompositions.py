@@ -63,7 +63,34 @@ def tokens(length):
     return lambda batch: torch.randint(0, 20, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
+def spread(reduce, include_self, indexed=False):
+    """Ten rows go to five places, and some places get none."""
+    index = torch.tensor([0, 1, 3, 0, 1, 0, 3, 1, 0, 4])
+
+    def apply(x):
+        own = x * 0.5 - 3
+        if indexed:
+            return own.index_reduce(1, index, x - 1, reduce, include_self=include_self)
+        rows = index[None, :, None].expand_as(x)
+        return own.scatter_reduce(1, rows, x - 1, reduce, include_self=include_self)
+
+    return function(apply)
+
+
 CASES = {
+    "products up to a place": (function(lambda x: x.sigmoid().cumprod(1)), numbers(9, 4)),
+    "products up to a place of integers": (function(lambda x: (x > 0).cumprod(-1) * x), numbers(9, 4)),
+    "the largest up to a place": (function(lambda x: x.cummax(2).values), numbers(3, 7)),
+    "the smallest up to a place": (function(lambda x: x.cummin(1)[0] + x), numbers(16, 2)),
+    "a rank": (function(lambda x: x.kthvalue(3, 1).values), numbers(9, 4)),
+    "a rank and where it lies": (function(lambda x: x + x.kthvalue(2, -1, keepdim=True)[1]), numbers(9, 4)),
+    "a mean of what is scattered": (spread("mean", True), numbers(10, 3)),
+    "a mean of what is scattered alone": (spread("mean", False), numbers(10, 3)),
+    "a mean by an index": (spread("mean", False, indexed=True), numbers(10, 3)),
+    "a maximum by an index": (spread("amax", True, indexed=True), numbers(10, 3)),
+    "a product by an index": (spread("prod", False, indexed=True), numbers(10, 3)),
+    "a number less a mask of integers": (function(lambda x: x * (1.0 - (x > 0).long())), numbers(3, 9)),
+    "a number less a mask of booleans": (function(lambda x: (1.0 - (x > 0).int()) * -1e4 + x), numbers(3, 9)),
     "a random leaky ReLU has its mean slope": (function(lambda x: F.rrelu(x, 0.1, 0.5)), numbers(3, 9)),
     "and in place": (function(lambda x: F.rrelu(x + 0.1, inplace=True) * 2), numbers(3, 9)),
     "zeros that are joined are padding": (

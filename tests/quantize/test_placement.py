@@ -5,12 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from penjing import measure, runtimes
 from penjing.architectures import build
 from penjing.network.capture import raise_network
 from penjing.network.graph import sites
-from penjing.quantize.placement import place
+from penjing.pipeline import building
+from penjing.quantize import Static
+from penjing.quantize.placement import FIXED, place
+from penjing.runtimes import isolated
+from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC
-from penjing.surgery import fold_batch_norms
+from penjing.steps.step import Context
+from penjing.surgery import fold_batch_norms, insert
+from penjing.tasks.task import Task
 
 
 class Net(nn.Module):
@@ -197,3 +204,30 @@ def test_placement_needs_no_data_and_is_the_same_twice(model):
     _, one = placed(model, 3, 32, 32)
     _, other = placed(model, 3, 32, 32)
     assert one == other
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_layer_of_stored_values_is_computed_once_and_no_runtime_fails_at_it(runtime, tmp_path):
+    class Relative(nn.Module):
+        """Keys of relative positions, as DeBERTa's: a layer that reads a stored table, and one that reads the input."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.keys, self.head = nn.Parameter(torch.randn(8, 16)), nn.Linear(16, 16), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.keys(x) @ self.keys(torch.nn.functional.layer_norm(self.table, (16,))).T)
+
+    net = Relative().eval()
+    data = [torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    task = Task(example=data[0], calibration=data[:2])
+    raised = raise_network(net, *task.call(), task.dynamic)
+    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    assert draft.plan.floats["keys@1"] == FIXED and {"keys:in0", "head:in0"} <= set(draft.plan.entries)
+    building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
+    [got] = isolated.open_artifact(tmp_path, 1).run([data[2].numpy()])
+    with torch.no_grad():
+        wanted = insert(draft.network, draft.plan)(data[2])
+    assert 10 * torch.log10(wanted.square().mean() / (wanted - torch.as_tensor(got)).square().mean()) > 40

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from penjing.network.functional import mutates
 from penjing.network.graph import arguments, operator_name
+from penjing.network.orderings import cummax, cummin, cumprod, index_reduce, kthvalue, scatter_reduce
 from penjing.network.projected_lstm import lstm
 from penjing.network.recurrent_steps import gru_cell, lstm_cell, rnn, rnn_cell
 from penjing.network.rewriting import END, Builder, Rewrite, editable
@@ -327,6 +328,15 @@ def _resize(build: Builder, a: dict[str, Any]) -> Any:
     return x
 
 
+def _rsub(build: Builder, a: dict[str, Any]) -> Any:
+    # A number less integers or booleans, as of a mask: the exporter finds no operator for it.
+    dtype = build.value(build.node).dtype
+    if build.value(a["self"]).dtype == dtype or build.node.target is not aten.rsub.Scalar:
+        return None
+    less = build(aten.mul.Scalar, build(aten.to.dtype, a["self"], dtype), -a["alpha"])
+    return build(aten.add.Scalar, less, a["other"])
+
+
 REWRITES: dict[str, Rewrite] = {
     "rrelu": _rrelu,
     "pad": _pad,
@@ -357,4 +367,11 @@ REWRITES: dict[str, Rewrite] = {
     "rnn_relu_cell": rnn_cell(aten.relu.default),
     "lstm_cell": lstm_cell,
     "gru_cell": gru_cell,
+    "cumprod": cumprod,
+    "cummax": cummax,
+    "cummin": cummin,
+    "kthvalue": kthvalue,
+    "scatter_reduce": scatter_reduce,
+    "index_reduce": index_reduce,
+    "rsub": _rsub,
 }

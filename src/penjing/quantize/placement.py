@@ -15,6 +15,7 @@ from penjing.quantize.masking import before_softmax
 from penjing.steps.plan import Accelerates
 from penjing.surgery import recurrent
 
+FIXED = "what it computes is the same for every input: a runtime computes it once"
 SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
 CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
 
@@ -62,9 +63,14 @@ def place(
     floats = dict(excluded)
     masked, hold = before_softmax(network), sentinels.holders(network, seen)
     integer: list[fx.Node] = []
+    fixed: set[fx.Node] = set()
     for node in network.graph.nodes:
         what = kind(network, node)
+        if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
+            fixed.add(node)
         reason = masked.get(node.name) or _refusal(network, node, what, accelerates)
+        if reason is None and node in fixed:
+            reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
             reason = sentinels.REASON
         if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
