@@ -84,6 +84,17 @@ class Pairs(nn.Module):
         return self.both(self.a(x), self.b(x))
 
 
+class Similarities(nn.Module):
+    """A product of two values, written as an einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(torch.einsum("bnc,bmc->bnm", self.a(x), self.b(x)))
+
+
 class LowRank(nn.Module):
     """A weight in two parts, and one product of three tensors."""
 
@@ -122,6 +133,7 @@ ZOO = {
     "gpt": (Gpt, values(5, 16)),
     "bilinear": (Pairs, values(16)),
     "low rank": (LowRank, values(5, 16)),
+    "similarities": (Similarities, values(5, 16)),
     "embedding": (Table, ids),
 }
 
@@ -197,7 +209,7 @@ def test_a_layer_that_is_written_out_is_not_told_as_one():
 
 
 @both
-@pytest.mark.parametrize("name", ["convolutions", "plain recurrent", "gpt", "low rank", "embedding"])
+@pytest.mark.parametrize("name", ["convolutions", "plain recurrent", "gpt", "low rank", "similarities", "embedding"])
 def test_nothing_is_told_where_all_is_integer(name, runtime):
     assert building.float_doubts("x-int8", rows_of(name, runtime)) == ()
 

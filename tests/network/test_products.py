@@ -257,8 +257,8 @@ class TestEinsumsOfSeveral:
         [
             ("bni,ri,or->bno", "xdu", 2, 0),
             ("or,ri,bni->bno", "udx", 2, 0),
-            ("bni,ij,bmj->bnm", "xwy", 1, 1),
-            ("bni,bmj,ij->bnm", "xyw", 1, 1),
+            ("bni,ij,bmj->bnm", "xwy", 1, 0),
+            ("bni,bmj,ij->bnm", "xyw", 1, 0),
             ("...ni,ij,...nj->...n", "xwy", 1, 1),
             ("bni,ri,or,bno->b", "xduv", 2, 1),
             ("bni,ij,bnj", "xwy", 1, 1),
@@ -291,6 +291,61 @@ class TestEinsumsOfSeveral:
         network = raise_network(model, (torch.randn(2, 5, IN), torch.randn(2, 5, IN)))
         (einsum,) = (n for n in network.graph.nodes if n.op == "call_function" and kind(network, n) == "einsum")
         assert len(einsum.args[1]) == 3
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation):
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, x, y):
+        return torch.einsum(self.equation, x, y)
+
+
+class TestEinsumsOfTwoValues:
+    @pytest.mark.parametrize(
+        ("equation", "left", "right"),
+        [
+            ("bnc,bmc->bnm", (4, 6), (5, 6)),
+            ("nlc,ncm->nml", (4, 6), (6, 5)),
+            ("bqhd,bkhd->bhqk", (4, 3, 6), (5, 3, 6)),
+            ("bhqk,bkhd->bqhd", (3, 4, 5), (5, 3, 6)),
+            ("bij,bklij->bkl", (4, 6), (2, 3, 4, 6)),
+            ("bcij,bcd->bijd", (6, 2, 3), (6, 5)),
+            ("bd,bnd->bn", (6,), (4, 6)),
+            ("bnd,bd->nb", (4, 6), (6,)),
+            ("b...qc,b...kc->b...qk", (3, 4, 6), (3, 5, 6)),
+            ("bijx,bxkl", (2, 3, 6), (6, 4, 5)),
+        ],
+    )
+    def test_are_matrix_products(self, equation, left, right):
+        def call(n):
+            return torch.randn(n, *left), torch.randn(n, *right)
+
+        model = Einsum(equation)
+        network = raise_network(model, call(2))
+        kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
+        assert kinds.count("matmul") == 1 and "einsum" not in kinds
+        for batch in (1, 3):
+            args = call(batch)
+            torch.testing.assert_close(network(*args), model(*args), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("equation", "left", "right"),
+        [
+            ("bii,bic->bic", (4, 4), (4, 6)),
+            ("bnc,bmd->bnm", (4, 6), (5, 6)),
+            ("bnc,bmc->bnmc", (4, 6), (5, 6)),
+            ("bn,bn->b", (4,), (4,)),
+            ("bnc,bmc->bnm", (4, 1), (5, 6)),
+        ],
+    )
+    def test_others_stay_as_they_were_written(self, equation, left, right):
+        args = torch.randn(2, *left), torch.randn(2, *right)
+        network = raise_network(Einsum(equation), args)
+        kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
+        assert "einsum" in kinds and "matmul" not in kinds
+        torch.testing.assert_close(network(*args), Einsum(equation)(*args))
 
 
 def test_what_no_layer_says_stays_as_it_was_written():

@@ -4,7 +4,8 @@
 ``bilinear`` with a stored operand say what ``F.linear`` says. The graph is rewritten before it is raised; what it
 computes stays, and the weights that are turned on the way are folded by `penjing.network.stored_weights`.
 
-An `einsum` of more than two tensors, one of them stored, is taken apart into products of two.
+An `einsum` of more than two tensors, one of them stored, is taken apart into products of two. One of two values is a
+matrix product wherever a matrix product says it.
 
 A stored operand with more than two axes, a matrix for every head or expert, stays a matrix product.
 """
@@ -265,9 +266,11 @@ def _axes(term: str, rank: int) -> list[str]:
 def _contract(
     write: _Writer, left: fx.Node, right: fx.Node, one: list[str], two: list[str], out: list[str]
 ) -> fx.Node | None:
-    """A sum over the axes that both have and the result has not; None where it is no product with a stored tensor."""
-    if write.is_stored(left) == write.is_stored(right):
+    """A sum over the axes that both have and the result has not; None where it is no such product."""
+    if write.is_stored(left) and write.is_stored(right):
         return None
+    if not write.is_stored(left) and not write.is_stored(right):
+        return _product_of_values(write, left, right, one, two, out)
     x, w, xs, ws = (left, right, one, two) if write.is_stored(right) else (right, left, two, one)
     gone = {*xs, *ws} - set(out)
     if len(set(xs)) < len(xs) or len(set(ws)) < len(ws) or gone != (set(xs) & set(ws)) - set(out):
@@ -307,6 +310,44 @@ def _contract(
         axes = [a for a in order if a not in summed]
         return _spread(write, result, axes, new, width, out)
     return _spread(write, result, [*shared, *free], new, width, out)
+
+
+def _product_of_values(
+    write: _Writer, left: fx.Node, right: fx.Node, one: list[str], two: list[str], out: list[str]
+) -> fx.Node | None:
+    """A product of two values as a matrix product for every axis that both and the result have; None where it is none.
+
+    What is only in one of them are the rows of the left and the columns of the right matrix.
+    """
+    gone = {*one, *two} - set(out)
+    if len(set(one)) < len(one) or len(set(two)) < len(two) or gone != (set(one) & set(two)) - set(out) or not gone:
+        return None  # a diagonal, an axis that is summed in one of them alone, or no sum
+    sizes = dict(zip(two, write.shape(right), strict=True))
+    if any(write.shape(left)[one.index(a)] != sizes[a] for a in set(one) & set(two)):
+        return None  # broadcast
+    shared, summed = ([a for a in one if a in two and (a in out) == kept] for kept in (True, False))
+    rows, columns = [a for a in one if a not in two], [a for a in two if a not in one]
+    sizes |= dict(zip(one, write.shape(left), strict=True))
+    varies = [a for group in (rows, columns) if len(group) > 1 for a in group if not isinstance(sizes[a], int)]
+    if not (rows or columns) or varies:
+        return None
+
+    def matrix(x: fx.Node, axes: list[str], first: list[str], last: list[str]) -> fx.Node:
+        x = _permuted(write, x, axes, [*shared, *first, *last])
+        for end, group in ((-1, last), (-2, first)):
+            if not group:
+                x = write.call(aten.unsqueeze.default, x, end)
+            elif len(group) > 1:
+                x = write.call(aten.flatten.using_ints, x, end + 1 - len(group), end)
+        return x
+
+    product = write.call(aten.matmul.default, matrix(left, one, rows, summed), matrix(right, two, summed, columns))
+    for end, group in ((-1, columns), (-1 - len(columns), rows)):
+        if not group:
+            product = write.call(aten.squeeze.dim, product, end)
+        elif len(group) > 1:
+            product = write.call(aten.unflatten.int, product, end, [sizes[a] for a in group])
+    return _permuted(write, product, [*shared, *rows, *columns], out)
 
 
 def _spread(write: _Writer, x: fx.Node, axes: list[str], new: list[str], width: list[int], out: list[str]) -> fx.Node:
