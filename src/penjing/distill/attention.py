@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.settings import check, paired
+from penjing.distill.settings import paired
 from penjing.distill.teaching import Lesson, Term
 from penjing.errors import TaskError
+from penjing.steps.settings import at_least, check
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ class AttentionTransfer:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, weight=self.weight)
+        check(self, weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features))
 
     def term(self, lesson: Lesson) -> Term:

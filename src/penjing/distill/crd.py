@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from penjing.distill.settings import check, paired
+from penjing.distill.settings import paired
 from penjing.distill.teaching import Lesson, Term
-from penjing.errors import RecipeError
+from penjing.steps.settings import above, at_least, check, whole
 
 FOLLOW = 0.1  # how fast the scale follows the samples, a batch
 
@@ -76,11 +76,7 @@ class CRD:
     weight: float = 0.8
 
     def __post_init__(self) -> None:
-        check(self, temperature=self.temperature, weight=self.weight)
-        for name in ("dimensions", "negatives"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RecipeError(f"CRD({name}=...) can't be used", got=value, expected="a whole number of at least 1")
+        check(self, dimensions=whole(), negatives=whole(), temperature=above(0), weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
     def term(self, lesson: Lesson) -> Term:

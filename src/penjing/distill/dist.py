@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from penjing.distill.settings import check
 from penjing.distill.teaching import Lesson, Term
+from penjing.steps.settings import above, at_least, check
 
 
 def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +57,7 @@ class DIST:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, temperature=self.temperature, between=self.between, within=self.within, weight=self.weight)
+        check(self, temperature=above(0), between=at_least(0), within=at_least(0), weight=at_least(0))
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

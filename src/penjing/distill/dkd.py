@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.settings import check
 from penjing.distill.teaching import Lesson, Term
-from penjing.errors import RecipeError, in_percent
+from penjing.steps.settings import above, at_least, between, check
 
 _OUT = 1000.0
 """Subtracted from the true class's logit: its probability among the others becomes 0."""
@@ -73,11 +72,7 @@ class DKD:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, temperature=self.temperature, alpha=self.alpha, beta=self.beta, weight=self.weight)
-        if not 0 <= self.warmup <= 1:
-            expected = "a fraction from 0 to 1"
-            remedy = in_percent(self.warmup, expected)
-            raise RecipeError("DKD(warmup=...) can't be used", got=self.warmup, expected=expected, remedy=remedy)
+        check(self, temperature=above(0), alpha=at_least(0), beta=at_least(0), warmup=between(0, 1), weight=at_least(0))
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

@@ -8,16 +8,27 @@ from __future__ import annotations
 import copy
 import difflib
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from penjing.errors import RecipeError
 from penjing.network.graph import shapes, site, tensor_inputs
 from penjing.steps.draft import Draft, Edit
+from penjing.steps.settings import Rule, check, instance, whole
 from penjing.steps.step import Context
 from penjing.surgery import skip
 from penjing.tasks.task import Call
+
+
+def _layers(keep: Any) -> bool:
+    if not isinstance(keep, tuple):
+        return COUNT.holds(keep)
+    return bool(keep) and all(isinstance(i, int) for i in keep) and sorted(set(keep)) == list(keep)
+
+
+COUNT = whole()
+LAYERS = Rule(_layers, "3, or the numbers of layers, ascending: (0, 2, 4)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +51,7 @@ class FewerLayers:
     keep: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, str):
-            raise RecipeError("FewerLayers(of=...) can't be used", got=repr(self.of), expected='"encoder.layer"')
-        many = isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep >= 1
-        those = isinstance(self.keep, tuple) and len(self.keep) > 0 and all(isinstance(i, int) for i in self.keep)
-        those = those and sorted(set(self.keep)) == list(self.keep)  # type: ignore[arg-type]
-        if not many and not those:
-            raise RecipeError(
-                "FewerLayers(keep=...) can't be used",
-                got=repr(self.keep),
-                expected="3, or the numbers of layers, ascending: (0, 2, 4)",
-            )
+        check(self, of=instance(str, '"encoder.layer"'), keep=LAYERS)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft without the layers.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.settings import check
 from penjing.distill.teaching import Lesson, Term
+from penjing.steps.settings import at_least, check
 
 
 def hard_labels(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class HardLabels:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, weight=self.weight)
+        check(self, weight=at_least(0))
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.settings import check
 from penjing.distill.teaching import Lesson, Term
+from penjing.steps.settings import above, at_least, check
 
 
 def soft_targets(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -49,7 +49,7 @@ class Logits:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, temperature=self.temperature, weight=self.weight)
+        check(self, temperature=above(0), weight=at_least(0))
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from penjing.distill.logits import soft_targets
-from penjing.distill.settings import check
 from penjing.distill.teaching import Lesson, Term
 from penjing.errors import TaskError
+from penjing.steps.settings import above, at_least, check
 from penjing.tasks.outputs import flatten_outputs
 
 
@@ -46,7 +46,7 @@ class Outputs:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, temperature=self.temperature, weight=self.weight)
+        check(self, temperature=above(0), weight=at_least(0))
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:

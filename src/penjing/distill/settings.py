@@ -1,28 +1,8 @@
-"""What all ways to learn from a teacher check of their settings."""
+"""Features of a student and its teacher, as the ways to learn from a teacher take them."""
 
 from __future__ import annotations
 
-import math
-
 from penjing.errors import RecipeError
-
-
-def check(term: object, **values: float) -> None:
-    """Refuse a temperature that is not above 0 and weights below 0.
-
-    Raises:
-        RecipeError: A setting makes no sense.
-    """
-    for name, value in values.items():
-        above = name == "temperature"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (0 < value < math.inf if above else 0 <= value < math.inf):
-            raise RecipeError(
-                f"{type(term).__name__}({name}=...) can't be used",
-                got=repr(value),
-                expected="a number above 0" if above else "a number of at least 0",
-                remedy=f"{getattr(type(term), name):g} where nothing is said",
-            )
 
 
 def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, str], ...]:

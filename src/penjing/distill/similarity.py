@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.settings import check, paired
+from penjing.distill.settings import paired
 from penjing.distill.teaching import Lesson, Term
+from penjing.steps.settings import at_least, check
 
 
 def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ class SimilarityPreserving:
     weight: float = 3000.0
 
     def __post_init__(self) -> None:
-        check(self, weight=self.weight)
+        check(self, weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
     def term(self, lesson: Lesson) -> Term:

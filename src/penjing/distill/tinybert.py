@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from penjing.distill.settings import check, paired
+from penjing.distill.settings import paired
 from penjing.distill.teaching import Lesson, Term
 from penjing.errors import RecipeError, TaskError
+from penjing.steps.settings import at_least, check
 
 
 def layer_to_layer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class TinyBERT:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, weight=self.weight)
+        check(self, weight=at_least(0))
         for name in ("hidden", "attention"):
             object.__setattr__(self, name, paired(self, getattr(self, name), least=0))
         if not self.features:

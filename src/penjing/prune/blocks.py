@@ -19,15 +19,17 @@ from torch import fx
 
 from penjing.analyze.bypasses import Bypass, bypasses
 from penjing.analyze.cost import cost, totals
-from penjing.errors import PruningError, RecipeError, in_percent
+from penjing.errors import PruningError, RecipeError
 from penjing.network.graph import in_eval_mode
 from penjing.steps.draft import Draft
+from penjing.steps.settings import FLAG, NAMES, check, number, whole
 from penjing.steps.step import Context
 from penjing.surgery import skip
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Call, calibration_calls
 
 UNITS = ("blocks", "macs", "params", "size_bytes", "latency_ms")
+KEPT = number(above=0, most=1, called="the fraction to keep,")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +76,8 @@ class Blocks:
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Blocks(blocks=2) takes out two, Blocks(macs=0.75) keeps three quarters",
             )
-        fine = {
-            n: (isinstance(v, int | float) and 0 < v <= 1, "the fraction to keep, above 0 and at most 1")
-            for n, v in given.items()
-        }
-        if "blocks" in given:
-            whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
-            fine["blocks"] = (whole and given["blocks"] >= 0, "a whole number of at least 0")
-        fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
-        fine["keep"] = (not isinstance(self.keep, str), "a tuple of names")
-        for name, (good, expected) in fine.items():
-            if not good:
-                got = getattr(self, name)
-                raise RecipeError(
-                    f"Blocks({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
-                )
+        check(self, **{name: whole(0) if name == "blocks" else KEPT for name in given})
+        check(self, layers=FLAG, keep=NAMES, batches=whole())
 
     @property
     def unit(self) -> str:
@@ -197,8 +186,8 @@ def _outputs(network: fx.GraphModule, call: Call) -> list[torch.Tensor]:
 def _noise(network: fx.GraphModule, calls: Sequence[Call], wanted: Sequence[list[torch.Tensor]]) -> float:
     """Noise power over signal power at the outputs."""
     signal = noise = 0.0
-    for call, whole in zip(calls, wanted, strict=True):
-        for a, b in zip(whole, _outputs(network, call), strict=True):
+    for call, outputs in zip(calls, wanted, strict=True):
+        for a, b in zip(outputs, _outputs(network, call), strict=True):
             signal += float(a.square().sum())
             noise += float((a - b).square().sum())
     ratio = noise / signal if signal else 0.0

@@ -21,17 +21,18 @@ from torch.utils import _pytree as pytree
 from penjing.analyze.cost import resized_macs
 from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
-from penjing.errors import CalibrationError, PruningError, RecipeError, in_percent
+from penjing.errors import CalibrationError, PruningError, RecipeError
 from penjing.prune import criteria, sensitivity
 from penjing.prune.ranking import Ranking, Removed
 from penjing.prune.reconstruction import reconstructed, samples
 from penjing.steps.draft import Draft
+from penjing.steps.settings import FLAG, NAMES, check, number, one_of, optional, whole
 from penjing.steps.step import Context
 from penjing.surgery import resize
 from penjing.tasks.task import Call
 
 UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
-KEPT = "the fraction to keep, above 0 and at most 1"
+KEPT = number(above=0, most=1, called="the fraction to keep,")
 AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
 
 
@@ -95,18 +96,18 @@ class Channels:
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Channels(macs=0.5) keeps half of the multiply-accumulates",
             )
-        fine = {name: (_number(value) and 0 < value <= 1, KEPT) for name, value in given.items()}
-        fine["criterion"] = (self.criterion in ("auto", *criteria.OF_UNITS), f"auto, {', '.join(criteria.OF_UNITS)}")
-        fine["scope"] = (self.scope in ("global", "layer", "sensitivity"), "'global', 'layer' or 'sensitivity'")
-        fine["round_to"] = (self.round_to is None or self.round_to >= 1, "a whole number of at least 1")
-        fine["least"] = (_number(self.least) and 0 <= self.least < 1, "a fraction of at least 0, below 1")
-        fine["batches"] = (self.batches >= 1, "a whole number of at least 1")
-        for name, (good, expected) in fine.items():
-            if not good:
-                got = getattr(self, name)
-                raise RecipeError(
-                    f"Channels({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
-                )
+        check(
+            self,
+            **dict.fromkeys(given, KEPT),
+            criterion=one_of("auto", *criteria.OF_UNITS),
+            scope=one_of("global", "layer", "sensitivity"),
+            round_to=optional(whole()),
+            keep=NAMES,
+            approximate=FLAG,
+            least=number(least=0, below=1),
+            batches=whole(),
+            reconstruct=optional(FLAG),
+        )
 
     @property
     def per_runtime(self) -> bool:
@@ -202,10 +203,6 @@ class Channels:
             if left(fuller := {**removed, name: fewer}) <= wanted:
                 removed = {n: units for n, units in fuller.items() if units}
         return removed
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def scanned(

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from penjing.errors import RecipeError, in_percent
+from penjing.errors import RecipeError
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Moment
+from penjing.steps.settings import between, check, whole
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
 
@@ -61,7 +62,7 @@ class Gradual:
                 got=f"step={self.step!r}, finetune={self.finetune!r}",
                 expected="Gradual(step=Magnitude(sparsity=0.8), finetune=Finetune(epochs=3))",
             )
-        check_schedule("Gradual", self.begin, self.end, self.every)
+        check_schedule(self)
         fine = {
             'criterion="magnitude"': self.step.criterion == "magnitude",
             "a sparsity, and no threshold": self.step.threshold is None,
@@ -128,16 +129,15 @@ def sparsity_at(progress: float, final: float, initial: float = 0.0) -> float:
     return final + (initial - final) * (1 - progress) ** 3
 
 
-def check_schedule(step: str, begin: float, end: float, every: int) -> None:
-    """Raise RecipeError for a schedule that makes no sense."""
-    fine = {
-        "begin and end": (0 <= begin < end <= 1, f"{begin}, {end}", "fractions of the training, begin before end"),
-        "every": (isinstance(every, int) and every >= 1, every, "a whole number of steps, at least 1"),
-    }
-    for name, (good, got, expected) in fine.items():
-        if not good:
-            remedy = in_percent(end, expected)
-            raise RecipeError(f"{step}: {name} can't be used", got=got, expected=expected, remedy=remedy)
+def check_schedule(settings: Any) -> None:
+    """Raise RecipeError for a schedule (`begin`, `end`, `every`) that makes no sense."""
+    check(settings, begin=between(0, 1), end=between(0, 1), every=whole())
+    if settings.begin >= settings.end:
+        raise RecipeError(
+            f"{type(settings).__name__} ends before it begins",
+            got=f"begin={settings.begin}, end={settings.end}",
+            expected="fractions of the training, begin before end",
+        )
 
 
 __all__ = ["Gradual", "check_schedule", "due", "sparsity_at", "zero"]

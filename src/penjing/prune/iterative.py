@@ -12,7 +12,6 @@ ICLR 2020, call learning-rate rewinding: weights go on from where they are, and 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -27,6 +26,7 @@ from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, Moment
+from penjing.steps.settings import at_least, check, instance, one_of, whole
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros, resize
 from penjing.surgery.resize import RESIZING
@@ -72,16 +72,14 @@ class Iterative:
     rewind_epochs: float = 0
 
     def __post_init__(self) -> None:
-        rounds = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)
-        fine = {
-            "step": (isinstance(self.step, Channels | Magnitude), "prune.Channels(...) or prune.Magnitude(...)"),
-            "finetune": (isinstance(self.finetune, Finetune), "Finetune(...)"),
-            "rounds": (rounds and self.rounds >= 1, "a whole number of at least 1"),
-            "rewind": (self.rewind in ("none", "weights"), "'none' or 'weights'"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"Iterative({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        check(
+            self,
+            step=instance(Channels | Magnitude, "prune.Channels(...) or prune.Magnitude(...)"),
+            finetune=instance(Finetune, "Finetune(...)"),
+            rounds=whole(),
+            rewind=one_of("none", "weights"),
+            rewind_epochs=at_least(0),
+        )
         self._check_rounds()
         self._check_rewind()
 
@@ -102,16 +100,15 @@ class Iterative:
 
     def _check_rewind(self) -> None:
         epochs = self.rewind_epochs
-        number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
-        if number and epochs and self.finetune.steps is not None:
+        if epochs and self.finetune.steps is not None:
             expected = f"0 where the training counts steps, as with Finetune(steps={self.finetune.steps})"
-        elif not number or not 0 <= epochs < self.finetune.epochs or math.isnan(epochs):
+        elif epochs >= self.finetune.epochs:
             expected = f"a number of at least 0, below finetune.epochs={self.finetune.epochs:g}"
         elif epochs and self.rewind == "none":
             expected = "rewind='weights' with it"
         else:
             return
-        raise RecipeError("Iterative(rewind_epochs=...) can't be used", got=repr(epochs), expected=expected)
+        raise RecipeError("Iterative(rewind_epochs=...) contradicts the other settings", got=epochs, expected=expected)
 
     @property
     def per_runtime(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from penjing.prune import criteria
 from penjing.prune.masks import Pattern, check_scope, fraction, keep_each
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
 from penjing.steps.draft import Draft
+from penjing.steps.settings import NAMES, at_least, check, one_of, optional, whole
 from penjing.steps.step import Context
 
 
@@ -58,15 +59,14 @@ class Magnitude:
         fraction(self.sparsity, self.pattern)
         if self.scope is not None:
             check_scope(self.scope, self.pattern)
-        fine = {
-            "criterion": (self.criterion in criteria.OF_WEIGHTS, f"one of {', '.join(criteria.OF_WEIGHTS)}"),
-            "batches": (_whole(self.batches), "a whole number of at least 1"),
-            "layers": (not isinstance(self.layers, str), "a tuple of names"),
-            "keep": (not isinstance(self.keep, str), "a tuple of names"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"Magnitude({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        check(
+            self,
+            threshold=optional(at_least(0)),
+            criterion=one_of(*criteria.OF_WEIGHTS),
+            layers=NAMES,
+            keep=NAMES,
+            batches=whole(),
+        )
         if self.threshold is not None:
             self._check_threshold(self.threshold)
 
@@ -75,11 +75,10 @@ class Magnitude:
             "it stands in the place of sparsity": self.sparsity is None,
             "it is for free weights": Pattern.parse(self.pattern).free,
             "random scores have no scale": criteria.CRITERIA[self.criterion].has_scale,
-            "it is a number of at least 0": _number(threshold) and threshold >= 0,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError(
-                "Magnitude(threshold=...) can't be used",
+                "Magnitude(threshold=...) contradicts its other settings",
                 got=f"threshold={threshold!r}, sparsity={self.sparsity!r}, pattern={self.pattern!r}",
                 expected=wrong[0],
                 remedy="for example Magnitude(threshold=0.01), or Magnitude(sparsity=0.5)",
@@ -105,11 +104,3 @@ class Magnitude:
             return {name: value >= self.threshold for name, value in found.items()}
         scope = self.scope or ("global" if Pattern.parse(self.pattern).free else "tensor")
         return keep_each(found, fraction(self.sparsity, self.pattern), self.pattern, scope)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

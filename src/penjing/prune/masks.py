@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from penjing.errors import RecipeError, in_percent
+from penjing.errors import RecipeError
+from penjing.steps.settings import number, require
 
 SCOPES = ("tensor", "row", "global")
 
@@ -79,12 +80,7 @@ def fraction(sparsity: float | None, pattern: str) -> float:
     said = 1 - read.kept / read.of if read.of else None
     if sparsity is None:
         return 0.5 if said is None else said
-    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
-    if not number or not 0 <= sparsity < 1:
-        expected = "a fraction, at least 0, below 1"
-        raise RecipeError(
-            "the sparsity can't be used", got=repr(sparsity), expected=expected, remedy=in_percent(sparsity, expected)
-        )
+    sparsity = float(require("the sparsity", sparsity, number(least=0, below=1)))
     if said is not None and abs(sparsity - said) > 1e-9:
         raise RecipeError(
             "the sparsity and the pattern contradict each other",
@@ -92,7 +88,7 @@ def fraction(sparsity: float | None, pattern: str) -> float:
             expected=f"sparsity={said:g}, which is what {pattern!r} leaves out",
             remedy="leave sparsity out",
         )
-    return float(sparsity)
+    return sparsity
 
 
 def check_scope(scope: str, pattern: str) -> None:

@@ -72,7 +72,7 @@ class Movement:
     def __post_init__(self) -> None:
         fraction(self.sparsity, self.pattern)
         check_scope(self.scope, self.pattern)
-        check_schedule("Movement", self.begin, self.end, self.every)
+        check_schedule(self)
         if not isinstance(self.finetune, Finetune):
             raise RecipeError(
                 "Movement(finetune=...) is no training", got=repr(self.finetune), expected="Finetune(epochs=3)"

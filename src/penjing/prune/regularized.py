@@ -18,7 +18,6 @@ single weight feels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -28,10 +27,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from penjing.analyze.coupling import Coupling, Group, couple
-from penjing.errors import PruningError, RecipeError
+from penjing.errors import PruningError
 from penjing.prune.weights import prunable
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Moment
+from penjing.steps.settings import FLAG, NAMES, above, check, instance, one_of
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
 
@@ -76,18 +76,15 @@ class Regularized:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        fine = {
-            "penalty": (self.penalty in PENALTIES, f"one of {', '.join(PENALTIES)}"),
-            "strength": (number and 0 < self.strength < math.inf, "a number above 0"),
-            "finetune": (isinstance(self.finetune, Finetune), "Finetune(epochs=2)"),
-            "growing": (isinstance(self.growing, bool), "True or False"),
-            "keep": (not isinstance(self.keep, str), "a tuple of names"),
-            "approximate": (isinstance(self.approximate, bool), "True or False"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"Regularized({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        check(
+            self,
+            penalty=one_of(*PENALTIES),
+            strength=above(0),
+            finetune=instance(Finetune, "Finetune(epochs=2)"),
+            growing=FLAG,
+            keep=NAMES,
+            approximate=FLAG,
+        )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights.

@@ -18,16 +18,20 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze import lockstep
-from penjing.errors import PruningError, RecipeError
+from penjing.errors import PruningError
 from penjing.prune.masks import Pattern, fraction, removed_count, smallest
 from penjing.prune.weights import prunable, with_zeros
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
+from penjing.steps.settings import NAMES, Rule, above, check, whole
 from penjing.steps.step import Context
 from penjing.tasks.task import Call, calibration_calls
 
 UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
 CHUNK = 16  # samples that run through the network together
+NOT_BLOCKS = Rule(
+    lambda text: (read := Pattern.parse(text)).free or bool(read.of), '"free" or "N:M"; Magnitude and Wanda know blocks'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +71,7 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         fraction(self.sparsity, self.pattern)
-        read = Pattern.parse(self.pattern)
-        fine = {
-            "pattern": (read.free or bool(read.of), '"free" or "N:M"; Magnitude and Wanda know blocks'),
-            "block": (_whole(self.block), "a whole number above 0"),
-            "samples": (_whole(self.samples), "a whole number above 0"),
-            "damping": (isinstance(self.damping, int | float) and self.damping > 0, "a number above 0"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"SparseGPT({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        check(self, pattern=NOT_BLOCKS, block=whole(), damping=above(0), layers=NAMES, keep=NAMES, samples=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with zeros.
@@ -279,10 +274,6 @@ class _Cut:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.first : self.last] if x.dim() and len(x) == self.size else x
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 __all__ = ["SparseGPT", "hessian", "prune_columns"]

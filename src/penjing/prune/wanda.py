@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from penjing.errors import RecipeError
 from penjing.network.graph import in_eval_mode
 from penjing.prune.masks import fraction, keep
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
 from penjing.steps.draft import Draft
+from penjing.steps.settings import NAMES, check, whole
 from penjing.steps.step import Context
 from penjing.tasks.task import calibration_calls
 
@@ -56,8 +56,7 @@ class Wanda:
 
     def __post_init__(self) -> None:
         fraction(self.sparsity, self.pattern)
-        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
-            raise RecipeError("Wanda(batches=...) can't be used", got=self.batches, expected="a whole number above 0")
+        check(self, layers=NAMES, keep=NAMES, batches=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with zeros."""

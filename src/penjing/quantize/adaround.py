@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from penjing.analyze import lockstep
-from penjing.errors import RecipeError
 from penjing.numerics.grid import broadcast, integers
 from penjing.quantize.repair import repaired
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Entry
+from penjing.steps.settings import at_least, check, whole
 from penjing.steps.step import Context
 
 POSITIONS = 256  # of a sample's output positions, so many are looked at
@@ -52,14 +52,7 @@ class AdaRound:
     sweeps: int = 8
 
     def __post_init__(self) -> None:
-        fine = {
-            "samples": (_whole(self.samples), "a whole number above 0"),
-            "sweeps": (_whole(self.sweeps), "a whole number above 0"),
-            "damping": (isinstance(self.damping, int | float) and self.damping >= 0, "a number of at least 0"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"AdaRound({name}=...) can't be used", got=getattr(self, name), expected=expected)
+        check(self, samples=whole(), damping=at_least(0), sweeps=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with weights on their grids, biases corrected."""
@@ -232,7 +225,3 @@ def descend(
         if moved <= SETTLED * q.numel():
             break
     return torch.from_numpy(place).permute(1, 2, 0).contiguous()
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from penjing.analyze import noise
 from penjing.analyze.samples import split
-from penjing.errors import RecipeError
 from penjing.network.graph import kind, site
 from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
@@ -17,6 +16,7 @@ from penjing.quantize.qat import QAT
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
 from penjing.steps.draft import Draft
+from penjing.steps.settings import check, number, optional
 from penjing.steps.step import Context, Step
 from penjing.surgery import insert
 from penjing.tasks.task import Call
@@ -53,8 +53,7 @@ class Best:
     minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0:
-            raise RecipeError("Best(minutes=...) can't be used", got=self.minutes, expected="a number above 0")
+        check(self, snr_db=optional(number()), minutes=number(above=0, infinite=True))
         self._static(())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

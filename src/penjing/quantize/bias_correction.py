@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from penjing.quantize.repair import repaired
 from penjing.steps.draft import Draft
+from penjing.steps.settings import check, whole
 from penjing.steps.step import Context
 
 
@@ -28,6 +29,9 @@ class BiasCorrection:
     for_floats: ClassVar[bool] = False
 
     samples: int = 64
+
+    def __post_init__(self) -> None:
+        check(self, samples=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with corrected biases; where nothing is quantized, there is nothing to correct."""

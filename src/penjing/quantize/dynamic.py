@@ -13,12 +13,12 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.cost import multiplies
-from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize.placement import CHECKED
 from penjing.quantize.static import fitting, for_layer, matches, stored_entry
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.steps.settings import NAMES, check, one_of, whole
 from penjing.steps.step import Context
 from penjing.surgery import own_weights, recurrent
 
@@ -44,16 +44,7 @@ class Dynamic:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight_bits, bool) or self.weight_bits not in range(2, 9):
-            expected = "a whole number from 2 to 8"
-            raise RecipeError("Dynamic(weight_bits=...) can't be used", got=repr(self.weight_bits), expected=expected)
-        if self.weight_range not in ("minmax", "mse"):
-            expected = "minmax or mse"
-            raise RecipeError("Dynamic(weight_range=...) can't be used", got=repr(self.weight_range), expected=expected)
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise RecipeError(
-                "Dynamic(exclude=...) is no list of patterns", got=repr(self.exclude), expected="('head',)"
-            )
+        check(self, weight_bits=whole(2, 8), weight_range=one_of("minmax", "mse"), exclude=NAMES)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with a plan; its network is the same but for tied weights that are read turned."""

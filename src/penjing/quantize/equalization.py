@@ -8,14 +8,14 @@ network computes what it did, and no channel of a weight is much smaller than an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from penjing.errors import RecipeError
 from penjing.quantize.channels import LAYERS, Couple, by_input, couples, divide, layers, over_channels
 from penjing.steps.draft import Draft
+from penjing.steps.settings import check, number, whole
 from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms
 
@@ -42,10 +42,7 @@ class CrossLayerEqualization:
     limit: float = 100.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
-            _refuse("sweeps", self.sweeps, "a whole number above 0")
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not self.limit >= 1:
-            _refuse("limit", self.limit, "a number of at least 1")
+        check(self, sweeps=whole(), limit=number(least=1, infinite=True))
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded that computes the same with other weights."""
@@ -92,7 +89,3 @@ class CrossLayerEqualization:
             if moved < CLOSE:
                 break
         return factors
-
-
-def _refuse(name: str, value: Any, expected: str) -> None:
-    raise RecipeError(f"CrossLayerEqualization({name}=...) can't be used", got=repr(value), expected=expected)

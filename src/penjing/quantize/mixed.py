@@ -32,6 +32,7 @@ from penjing.quantize.placement import carries
 from penjing.quantize.static import Static
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC, Plan
+from penjing.steps.settings import FLAG, Rule, above, check, number, one_of, optional
 from penjing.steps.step import Context
 from penjing.surgery import insert
 
@@ -41,6 +42,10 @@ MARGIN = 0.97  # of a latency: the same network, measured again, is some percent
 INTEGERS = ("int8", "int8-bf16")  # precisions of an artifact with integers in it
 CALL_BYTES = 50_000  # a conversion costs at least what so many bytes cost: its call, some microseconds
 LEAST_RATE = 1e-8  # milliseconds a byte: no conversion is free, or the choice would be arbitrary
+BITS = Rule(
+    lambda value: isinstance(value, tuple | list) and 0 < len(value) == len(set(map(repr, value))),
+    "different numbers of bits, for example (8, 4)",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +92,16 @@ class MixedPrecision:
                 expected="latency_ms=, latency_ratio=, snr_db= or average_bits=",
                 remedy="for example MixedPrecision(average_bits=5, weight_bits=(8, 4, 2))",
             )
-        if not self.weight_bits or len(set(self.weight_bits)) != len(self.weight_bits):
-            raise RecipeError("MixedPrecision(weight_bits=...) can't be used", got=self.weight_bits, expected="(8, 4)")
-        if self.precision not in ("auto", *INTEGERS):
-            raise RecipeError(
-                "MixedPrecision(precision=...) can't be used",
-                got=self.precision,
-                expected="'auto', 'int8' or 'int8-bf16'",
-            )
+        check(
+            self,
+            latency_ms=optional(above(0)),
+            latency_ratio=optional(above(0)),
+            snr_db=optional(number()),
+            average_bits=optional(above(0)),
+            weight_bits=BITS,
+            floats=FLAG,
+            precision=one_of("auto", *INTEGERS),
+        )
         for bits in self.weight_bits:
             self._static(bits)
 

@@ -6,16 +6,15 @@ are found anew in every input; here once, on calibration data, so that the file 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from penjing.errors import RecipeError
 from penjing.network.graph import site
 from penjing.quantize.channels import linears_by_input, maxima
 from penjing.steps.draft import Draft
+from penjing.steps.settings import above, check, number, whole
 from penjing.steps.step import Context
 from penjing.surgery import split_outliers
 
@@ -42,12 +41,7 @@ class SplitOutliers:
     samples: int = 64
 
     def __post_init__(self) -> None:
-        for name, low, high in (("factor", 1, math.inf), ("most", 0, 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-                _refuse(name, value, f"a number above {low}" + (f" and below {high}" if high < math.inf else ""))
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            _refuse("samples", self.samples, "a whole number above 0")
+        check(self, factor=above(1), most=number(above=0, below=1), samples=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft that computes the same with more layers."""
@@ -68,7 +62,3 @@ class SplitOutliers:
         """The channels with outliers, of the largest magnitude of each, (in,)."""
         order = largest.argsort(descending=True)[: int(self.most * len(largest))]
         return sorted(int(i) for i in order if largest[i] > self.factor * largest.median())
-
-
-def _refuse(name: str, value: object, expected: str) -> None:
-    raise RecipeError(f"SplitOutliers({name}=...) can't be used", got=repr(value), expected=expected)

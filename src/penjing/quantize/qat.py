@@ -6,7 +6,6 @@ that are frozen towards the end: Krishnamoorthi, 2018, section 3.2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -17,10 +16,11 @@ from torch.utils import _pytree as pytree
 
 from penjing.analyze.samples import batches
 from penjing.distill import Outputs
-from penjing.errors import RecipeError, TaskError, in_percent
+from penjing.errors import RecipeError, TaskError
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, Moment
+from penjing.steps.settings import above, at_least, between, check, one_of
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
 from penjing.tasks.task import Call
@@ -74,20 +74,15 @@ class QAT:
     autocast: Literal["auto", "bf16", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        fine = {
-            "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
-            "data": (self.data in ("train", "calibration"), "'train' or 'calibration'"),
-            "distill": (0 <= self.distill < math.inf, "a number of at least 0"),
-            "temperature": (0 < self.temperature < math.inf, "a number above 0"),
-            "freeze_norms": (0 <= self.freeze_norms <= 1, "a fraction from 0 to 1"),
-            "freeze_ranges": (0 <= self.freeze_ranges <= 1, "a fraction from 0 to 1"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                got = getattr(self, name)
-                raise RecipeError(
-                    f"QAT({name}=...) can't be used", got=got, expected=expected, remedy=in_percent(got, expected)
-                )
+        check(
+            self,
+            method=one_of(*METHODS),
+            data=one_of("train", "calibration"),
+            distill=at_least(0),
+            temperature=above(0),
+            freeze_norms=between(0, 1),
+            freeze_ranges=between(0, 1),
+        )
         if self.data == "calibration" and self.distill == 0:
             raise RecipeError(
                 "QAT without labels and without a teacher learns nothing",

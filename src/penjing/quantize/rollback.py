@@ -20,6 +20,7 @@ from penjing.quantize.bias_correction import BiasCorrection
 from penjing.quantize.placement import carries
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC
+from penjing.steps.settings import between, check, number, one_of, optional, whole
 from penjing.steps.step import Context, Step
 from penjing.surgery import insert
 from penjing.tasks.outputs import numpy_predictor
@@ -57,12 +58,14 @@ class Rollback:
                 "Rollback has no limit to hold", got="no setting", expected="snr_db=, agreement= or drop=",
                 remedy="for example Rollback(agreement=0.95)",
             )  # fmt: skip
-        if self.repair not in REPAIRS:
-            raise RecipeError(
-                "Rollback(repair=...) can't be used", got=self.repair, expected=f"one of {', '.join(REPAIRS)}"
-            )
-        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 0:
-            raise RecipeError("Rollback(most=...) can't be used", got=self.most, expected="a whole number, 0 or more")
+        check(
+            self,
+            snr_db=optional(number()),
+            agreement=optional(between(0, 1)),
+            drop=optional(number()),
+            repair=one_of(*REPAIRS),
+            most=whole(0),
+        )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a repaired draft whose plan says what returned and why; the best one where no trial holds."""

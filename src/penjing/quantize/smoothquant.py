@@ -9,12 +9,11 @@ it costs less. The network computes what it did.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from penjing.errors import RecipeError
 from penjing.network.graph import site
 from penjing.quantize.channels import (
     Couple,
@@ -27,6 +26,7 @@ from penjing.quantize.channels import (
     range_of_inputs,
 )
 from penjing.steps.draft import Draft
+from penjing.steps.settings import FLAG, between, check, whole
 from penjing.steps.step import Context
 from penjing.surgery import divide_inputs
 
@@ -57,13 +57,7 @@ class SmoothQuant:
     multiply: bool = False
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not 0 <= self.alpha <= 1:
-            _refuse("alpha", self.alpha, "a number from 0 to 1")
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            _refuse("samples", self.samples, "a whole number above 0")
-        if not isinstance(self.multiply, bool):
-            _refuse("multiply", self.multiply, "True or False")
+        check(self, alpha=between(0, 1), samples=whole(), multiply=FLAG)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft that computes the same with other weights."""
@@ -106,7 +100,3 @@ class SmoothQuant:
     def _balanced(self, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         factor = inputs**self.alpha / weights ** (1 - self.alpha)
         return torch.where((inputs > 0) & (weights > 0), factor, torch.ones_like(factor))
-
-
-def _refuse(name: str, value: Any, expected: str) -> None:
-    raise RecipeError(f"SmoothQuant({name}=...) can't be used", got=repr(value), expected=expected)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -28,9 +28,25 @@ from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
+from penjing.steps.settings import FLAG, NAMES, check, one_of, optional, require, whole
 from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
 from penjing.tasks.keywords import suggesting
+
+RULES = {
+    "weight_bits": whole(2, 8),
+    "activation_bits": whole(2, 8),
+    "weight_range": one_of("minmax", "mse"),
+    "activation_range": one_of(*ESTIMATORS),
+    "weight_per": one_of("channel", "tensor"),
+    "weight_group": optional(whole()),
+    "weight_grid": one_of(*GRIDS),
+    "activation_grid": one_of(*GRIDS),
+    "weight_symmetric": optional(FLAG),
+    "activation_symmetric": optional(FLAG),
+    "scale": one_of("free", "power_of_two"),
+}
+"""Of the fields of `Static` that may differ between operators."""
 
 
 @suggesting
@@ -79,18 +95,15 @@ class Static:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_values("", vars(self))
+        check(self, **RULES, samples=whole(), exclude=NAMES, outliers=one_of("keep", "ease"))
         _check_grids("", vars(self))
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise RecipeError(
-                "Static(exclude=...) is no list of patterns", got=repr(self.exclude), expected="('head',)"
-            )
         if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
             expected = "{'layer3.*': {'activation_range': 'minmax'}}"
             raise RecipeError("Static(settings=...) is no mapping", got=repr(self.settings), expected=expected)
         for pattern, values in self.settings.items():
             _check_fields(pattern, values)
-            _check_values(f" for {pattern!r}", values)
+            for name, value in values.items():
+                require(f"Static({name}=...) for {pattern!r}", value, RULES[name])
             _check_grids(f" for {pattern!r}", {**vars(self), **values})
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
@@ -291,32 +304,6 @@ def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Format
     )
 
 
-def _check_values(where: str, values: Mapping[str, Any]) -> None:
-    """Raise RecipeError for bits, ranges or numbers of samples that make no sense."""
-    bits, whole = (range(2, 9), "a whole number from 2 to 8"), (range(1, 2**63), "a whole number above 0")
-    three = ((None, True, False), "True, False or None")
-    known: dict[str, tuple[Any, str]] = {
-        "weight_bits": bits,
-        "activation_bits": bits,
-        "weight_range": (("minmax", "mse"), "minmax or mse"),
-        "activation_range": (tuple(ESTIMATORS), ", ".join(ESTIMATORS)),
-        "weight_per": (("channel", "tensor"), "channel or tensor"),
-        "weight_grid": (GRIDS, ", ".join(GRIDS)),
-        "activation_grid": (GRIDS, ", ".join(GRIDS)),
-        "weight_symmetric": three,
-        "activation_symmetric": three,
-        "scale": (("free", "power_of_two"), "free or power_of_two"),
-        "outliers": (("keep", "ease"), "keep or ease"),
-        "samples": whole,
-    }
-    if values.get("weight_group") is not None:
-        known["weight_group"] = whole
-    for name, (allowed, expected) in known.items():
-        number = name.endswith(("bits", "group", "samples"))
-        if name in values and ((number and isinstance(values[name], bool | float)) or values[name] not in allowed):
-            raise RecipeError(f"Static({name}=...){where} can't be used", got=repr(values[name]), expected=expected)
-
-
 def _check_grids(where: str, values: Mapping[str, Any]) -> None:
     """Raise RecipeError for more bits than the integers of a grid of powers of two fit into 8."""
     for what, sign in (("weight", 1), ("activation", 0)):
@@ -331,7 +318,7 @@ def _check_grids(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
-    known = {f.name for f in fields(Static)} - {"samples", "exclude", "outliers", "settings"}
+    known = set(RULES)
     if not set(values) <= known:
         raise RecipeError(
             f"the settings for {pattern!r} hold a value that cannot differ between operators",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from penjing.errors import RecipeError
+from penjing.steps.settings import FLAG, above, check, one_of, optional
 
 ORDERS = {"l1": 1.0, "l2": 2.0, "max": math.inf}
 LEAST = 1e-3  # the norm that a layer's weights are taken to have at least, or zeros would never learn (Brock et al.)
@@ -48,18 +49,14 @@ class Clip:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        fine = {
-            "what": (self.what in ("gradients", "weights"), "'gradients' or 'weights'"),
-            "norm": (self.norm in tuple(ORDERS), "'l1', 'l2' or 'max'"),
-            "threshold": (
-                self.threshold is None or (_number(self.threshold) and 0 < self.threshold < math.inf),
-                "a number above 0",
-            ),
-            "per": (self.per in ("network", "layer"), "'network' or 'layer'"),
-        }
-        for name, (good, expected) in fine.items():
-            if not good:
-                raise RecipeError(f"Clip({name}=...) can't be used", got=repr(getattr(self, name)), expected=expected)
+        check(
+            self,
+            what=one_of("gradients", "weights"),
+            norm=one_of(*ORDERS),
+            threshold=optional(above(0)),
+            per=one_of("network", "layer"),
+            adaptive=FLAG,
+        )
         if self.what == "weights" and self.threshold is None and not self.adaptive:
             raise RecipeError(
                 "clipping weights needs a threshold",
@@ -133,7 +130,3 @@ class Clips:
                 over = sum(length > 1 for length in lengths)
                 events("clipped", **values, steps=len(lengths), clipped=over, longest=max(lengths))
                 lengths.clear()
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

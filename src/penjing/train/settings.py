@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -13,12 +12,75 @@ from torch.utils import _pytree as pytree
 from penjing.distill.outputs import Outputs
 from penjing.distill.stored import Stored
 from penjing.distill.teaching import Distillation, Teacher
-from penjing.errors import RecipeError, in_percent
+from penjing.errors import RecipeError
 from penjing.steps.hooks import Hook
+from penjing.steps.settings import (
+    FLAG,
+    FUNCTIONS,
+    Rule,
+    above,
+    at_least,
+    between,
+    check,
+    instance,
+    number,
+    one_of,
+    optional,
+    whole,
+)
 from penjing.steps.step import Context
 from penjing.train.clipping import Clip
 from penjing.train.objective import Loss
 from penjing.train.schedules import SCHEDULES
+
+
+def _ways(distill: Any) -> bool:
+    ways = distill if isinstance(distill, tuple) else (distill,)
+    names = ("term", "features", "weight")
+    return distill == "auto" or all(all(hasattr(w, n) for n in names) and not isinstance(w, type) for w in ways)
+
+
+def _teachers(teacher: Any) -> bool:
+    several = teacher if isinstance(teacher, tuple) else (teacher,)
+    words = [t for t in several if isinstance(t, str)]
+    # A network that was written as its repr, as a record keeps it, is not a path.
+    paths = all(word.strip() and "\n" not in word and not word.endswith(")") for word in words)
+    return bool(several) and paths and all(isinstance(t, nn.Module | Stored | str) for t in several)
+
+
+def _clips(clip: Any) -> bool:
+    return all(isinstance(c, Clip) for c in (clip if isinstance(clip, tuple) else (clip,)))
+
+
+RULES = {
+    "epochs": above(0),
+    "steps": optional(whole()),
+    "minutes": optional(above(0)),
+    "learning_rate": above(0),
+    "optimizer": one_of("sgd", "adamw"),
+    "weight_decay": at_least(0),
+    "warmup": between(0, 1),
+    "schedule": one_of(*SCHEDULES),
+    "accumulate": whole(),
+    "label_smoothing": number(least=0, below=1),
+    "ema": optional(number(above=0, below=1)),
+    "clip": Rule(_clips, "penjing.Clip(threshold=1.0), one or several"),
+    "autocast": one_of("auto", "bf16", "off"),
+    "channels_last": FLAG,
+    "losses": FUNCTIONS,
+    "distill": Rule(_ways, "penjing.distill.Logits() or its like, with term, features and weight; or a tuple of them"),
+    "teacher": optional(
+        Rule(
+            _teachers,
+            "a network, 'teacher.pt2', a Hugging Face folder, distill.Stored, a tuple of them, or 'self'",
+        )
+    ),
+    "labels": at_least(0),
+    "hooks": FUNCTIONS,
+    "workers": whole(),
+    "cluster": optional(instance(str, "'local', or an address")),
+    "save_every_s": above(0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,63 +117,22 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         plain = pytree.tree_map(lambda t: str(t) if isinstance(t, Path) else t, self.teacher)
         object.__setattr__(self, "teacher", plain)
-        above = ["epochs", "learning_rate", "save_every_s"]
-        above += ["minutes"] if self.minutes is not None else []
-        numbers = [*above, "weight_decay", "warmup", "label_smoothing", "labels", *(["ema"] if self.ema else [])]
-        for name in numbers:
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
-                raise RecipeError(f"Finetune({name}=...) can't be used", got=repr(value), expected="a number")
-        fine = {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in above}
-        fine["weight_decay"] = (0 <= self.weight_decay < math.inf, "a number of at least 0")
-        fine["warmup"] = (0 <= self.warmup <= 1, "a fraction from 0 to 1")
-        for name in ("steps", "accumulate", "workers"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            fine[name] = (whole or (name == "steps" and value is None), "a whole number of at least 1")
-        fine["cluster"] = (
-            self.cluster is None if self.workers == 1 else isinstance(self.cluster, str),
-            "'local', or an address, for workers above 1; None for one",
-        )
-        fine["channels_last"] = (isinstance(self.channels_last, bool), "True or False")
-        fine["label_smoothing"] = (0 <= self.label_smoothing < 1, "a fraction of at least 0, below 1")
-        fine["ema"] = (self.ema is None or 0 < self.ema < 1, "a number between 0 and 1, for example 0.999")
-        fine["clip"] = (all(isinstance(c, Clip) for c in self.clips), "penjing.Clip(threshold=1.0), one or several")
-        fine["labels"] = (0 <= self.labels < math.inf, "a number of at least 0")
-        ways = [
-            all(hasattr(d, name) for name in ("term", "features", "weight")) and not isinstance(d, type)
-            for d in self.distillations
-        ]
-        like = "penjing.distill.Logits() or its like, with term, features and weight; or a tuple of them"
-        fine["distill"] = (all(ways), like)
-        fine["schedule"] = (self.schedule in tuple(SCHEDULES), "'cosine', 'linear' or 'constant'")
-        fine["optimizer"] = (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
-        fine["autocast"] = (self.autocast in ("auto", "bf16", "off"), "'auto', 'bf16' or 'off'")
-        for name in ("losses", "hooks"):
-            value = getattr(self, name)
-            fine[name] = (isinstance(value, tuple) and all(map(callable, value)), "a tuple of functions")
+        check(self, **RULES)
+        alone = self.workers == 1
+        if (self.cluster is None) != alone:
+            raise RecipeError(
+                "Finetune(cluster=...) can't be used with these workers",
+                got=f"cluster={self.cluster!r}, workers={self.workers}",
+                expected="'local', or an address, for workers above 1; None for one",
+            )
         several = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-        words = [t for t in several if isinstance(t, str)]
-        named = all(isinstance(t, nn.Module | Stored | str) for t in several)
-        # A network that was written as its repr, as a record keeps it, is no path.
-        paths = all(word.strip() and "\n" not in word and not word.endswith(")") for word in words)
-        fine["teacher"] = (
-            self.teacher is None or (named and paths and several != ()),
-            "a network, 'teacher.pt2', a Hugging Face folder, distill.Stored, a tuple of them, 'self', or None: the "
-            "source",
-        )
-        writes = any(isinstance(t, Stored) and t.teacher is not None for t in several)
-        if writes and self.workers > 1:
+        if any(isinstance(t, Stored) and t.teacher is not None for t in several) and not alone:
             raise RecipeError(
                 "several workers can't write a teacher's answers into one folder",
                 got=f"Stored with its teacher, workers={self.workers}",
                 expected="Stored(folder), whose answers are all there",
                 remedy="train one epoch with workers=1 first, or ask the teacher at every step",
             )
-        for name, (good, expected) in fine.items():
-            if not good:
-                got = repr(getattr(self, name))
-                remedy = in_percent(got, expected)
-                raise RecipeError(f"Finetune({name}=...) can't be used", got=got, expected=expected, remedy=remedy)
         if self.labels == 0 and self.distill == () and not self.losses:
             raise _nothing_to_learn("labels=0, distill=()")
         if self.teacher is not None and self.distill == ():

@@ -1,0 +1,185 @@
+"""The rules that settings are held to, and `check`, which refuses a field that breaks its rule.
+
+A boolean is not a number, and neither are NaN and infinity, unless a rule says so. A scalar of NumPy is taken for the
+Python value that it holds, and is kept as that: a recipe is written as JSON and YAML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from penjing.errors import RecipeError, in_percent
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting has to be.
+
+    Attributes:
+        holds: Whether a value, of any type, keeps the rule.
+        expected: The rule in words, as an error says it.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def check(settings: object, **rules: Rule) -> None:
+    """Hold the fields of frozen settings to their rules. To be called in `__post_init__`.
+
+    Args:
+        settings: An instance of a dataclass.
+        rules: Field → its rule.
+
+    Raises:
+        RecipeError: Of the first field that breaks its rule.
+    """
+    for name, rule in rules.items():
+        given = getattr(settings, name)
+        value = require(f"{type(settings).__name__}({name}=...)", given, rule)
+        if value is not given:
+            object.__setattr__(settings, name, value)
+
+
+def require(what: str, value: Any, rule: Rule) -> Any:
+    """A value that keeps its rule; a scalar of NumPy as Python's.
+
+    Raises:
+        RecipeError: `what` can't be used, for the value breaks the rule.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not rule.holds(plain):
+        got = plain if isinstance(plain, int | float) else repr(plain)[:300]
+        remedy = in_percent(plain, rule.expected)
+        raise RecipeError(f"{what} can't be used", got=got, expected=rule.expected, remedy=remedy)
+    return plain
+
+
+def whole(least: int = 1, most: int | None = None) -> Rule:
+    """A whole number.
+
+    >>> whole().expected, whole(2, 8).expected
+    ('a whole number of at least 1', 'a whole number from 2 to 8')
+    """
+
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value >= least
+            and (most is None or value <= most)
+        )
+
+    return Rule(holds, "a whole number " + (f"of at least {least}" if most is None else f"from {least} to {most}"))
+
+
+def number(
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    infinite: bool = False,
+    called: str | None = None,
+) -> Rule:
+    """A number within bounds, those given.
+
+    Args:
+        above: It is larger than this.
+        least: It is at least this.
+        below: It is smaller than this.
+        most: It is at most this.
+        infinite: Infinity is within.
+        called: What an error calls it; else "a fraction" within 0 and 1, and "a number".
+
+    >>> number(above=0, most=1).expected, number(least=1, infinite=True).expected, number().expected
+    ('a fraction above 0 and at most 1', 'a number of at least 1, or infinity', 'a number')
+    """
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        if value != value or (abs(value) == math.inf and not infinite):
+            return False
+        return (
+            (above is None or value > above)
+            and (least is None or value >= least)
+            and (below is None or value < below)
+            and (most is None or value <= most)
+        )
+
+    fraction = 0 in (above, least) and 1 in (below, most)
+    words = {"above": above, "of at least": least, "below": below, "at most": most}
+    bounds = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+    if least is not None and most is not None:
+        bounds = f"from {least:g} to {most:g}"
+    said = f"{called or ('a fraction' if fraction else 'a number')} {bounds}".strip()
+    return Rule(holds, f"{said}, or infinity" if infinite else said)
+
+
+def above(bound: float) -> Rule:
+    """A number larger than this.
+
+    >>> above(0).expected
+    'a number above 0'
+    """
+    return number(above=bound)
+
+
+def at_least(bound: float) -> Rule:
+    """A number of at least this.
+
+    >>> at_least(0).expected
+    'a number of at least 0'
+    """
+    return number(least=bound)
+
+
+def between(low: float, high: float) -> Rule:
+    """A number from the one to the other, both included.
+
+    >>> between(0, 1).expected
+    'a fraction from 0 to 1'
+    """
+    return number(least=low, most=high)
+
+
+def one_of(*values: str) -> Rule:
+    """One of these words.
+
+    >>> one_of("sgd", "adamw").expected
+    "'sgd' or 'adamw'"
+    """
+    words = [repr(value) for value in values]
+    said = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return Rule(lambda value: isinstance(value, str) and value in values, said)
+
+
+def instance(kind: Any, example: str) -> Rule:
+    """An instance of a class (or of one of several, A | B), with an example of one for the error.
+
+    >>> instance(dict, "{'weight_bits': 4}").holds({})
+    True
+    """
+    return Rule(lambda value: isinstance(value, kind), example)
+
+
+def optional(rule: Rule) -> Rule:
+    """What the rule says, or None.
+
+    >>> optional(whole()).expected
+    'a whole number of at least 1, or None'
+    """
+    return Rule(lambda value: value is None or rule.holds(value), f"{rule.expected}, or None")
+
+
+FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
+NAMES = Rule(
+    lambda value: isinstance(value, tuple | list) and all(isinstance(name, str) for name in value), "a tuple of names"
+)
+FUNCTIONS = Rule(lambda value: isinstance(value, tuple) and all(map(callable, value)), "a tuple of functions")
