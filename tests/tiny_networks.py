@@ -12,7 +12,6 @@ from penjing import runtimes
 from penjing.measure import machine
 from penjing.network.capture import raise_network
 from penjing.pipeline import building
-from penjing.pipeline import stages as pipeline
 from penjing.quantize import Static
 from penjing.records.manifest import Manifest
 from penjing.runtimes.artifact import arrange
@@ -154,7 +153,7 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
     task = Task(example=case.inputs(2, seed=0), calibration=[case.inputs(16, seed=seed) for seed in (1, 2)])
     network = raise_network(module.eval(), *task.call())
     draft = Draft(network)
-    if precision in pipeline.INTEGER:
+    if precision in building.INTEGER:
         accelerates = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
         draft = Static()(draft, Context(task=task, accelerates=accelerates))
     args, kwargs = task.call()

@@ -14,6 +14,7 @@ import penjing as pj
 from penjing import records
 from penjing.errors import PenjingError, SourceError, TaskError
 from penjing.onnx_files import write as onnx_file
+from penjing.pipeline import building
 from penjing.pipeline.verify import verify
 from penjing.quantize import Static
 from penjing.recipes.recipe import Recipe
@@ -149,10 +150,12 @@ def test_the_command_ends_with_3_where_nothing_is_left(tmp_path, lost, monkeypat
 def test_a_resumed_run_rejects_the_same_without_looking_again(tmp_path, lost, monkeypatch):
     lost("b", integers)
     with monkeypatch.context() as stopped:
-        stopped.setattr("penjing.pipeline.stages.latencies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr("penjing.pipeline.timing.latencies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compressed(tmp_path / "run")
-    monkeypatch.setattr("penjing.pipeline.stages.first_difference", lambda *_: pytest.fail("it was looked for before"))
+    monkeypatch.setattr(
+        "penjing.pipeline.candidates.first_difference", lambda *_: pytest.fail("it was looked for before")
+    )
     record = compressed(tmp_path / "run", resume=True).record
     assert [c.rejection.operator for c in record.rejected] == ["b"]
     assert any("is not offered" in text for text in record.warnings)
@@ -269,8 +272,8 @@ class TestWhatACandidateLosesAlone:
         def fails(*arguments):
             raise ValueError(next(failures))
 
-        monkeypatch.setattr("penjing.pipeline.stages.build", lambda *a: fails() if a[1] == "onnxruntime" else built(*a))
-        from penjing.pipeline.building import build as built
+        built = building.build
+        monkeypatch.setattr(building, "build", lambda *a: fails() if a[1] == "onnxruntime" else built(*a))
 
         with pytest.raises(ValueError, match="first"):
             compressed(tmp_path / "run")

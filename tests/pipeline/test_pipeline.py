@@ -14,8 +14,12 @@ from penjing import measure, records, runtimes
 from penjing.errors import TaskError
 from penjing.network.capture import raise_network
 from penjing.pipeline import building, evidence
-from penjing.pipeline import stages as pipeline
-from penjing.pipeline.stages import Run, Variant
+from penjing.pipeline.candidates import candidate
+from penjing.pipeline.drafts import draft
+from penjing.pipeline.metrics import metric_of
+from penjing.pipeline.prepare import source_figures, store_source
+from penjing.pipeline.run import Run, Variant
+from penjing.pipeline.timing import latencies, timed
 from penjing.quantize import Static
 from penjing.recipes.recipe import Recipe
 from penjing.records.events import Events
@@ -94,7 +98,7 @@ class Counting:
 
 class TestSource:
     def test_it_is_stored_with_its_answers_to_real_samples(self, run):
-        manifest, structure = pipeline.source(run)
+        manifest, structure = store_source(run)
         assert structure == {"kind": "tensor"}
         assert manifest.runtime == "torch"
         with np.load(run.folder.path / EVIDENCE, allow_pickle=False) as data:
@@ -109,17 +113,17 @@ class TestSource:
         np.testing.assert_allclose(session.run([stored["input_000"]])[0], expected, rtol=0, atol=1e-6)
 
     def test_evidence_that_a_crash_left_out_is_written_by_the_next_attempt(self, run, told):
-        pipeline.source(run)
+        store_source(run)
         whole = (run.folder.path / EVIDENCE).read_bytes()
         model = (run.folder.path / "source" / "model.pt2").stat().st_mtime_ns
         (run.folder.path / EVIDENCE).unlink()
-        pipeline.source(again(run, told))
+        store_source(again(run, told))
         assert (run.folder.path / EVIDENCE).read_bytes() == whole
         assert (run.folder.path / "source" / "model.pt2").stat().st_mtime_ns == model
 
     def test_its_figures(self, run):
-        pipeline.source(run)
-        figures, rows = pipeline.source_figures(run)
+        store_source(run)
+        figures, rows = source_figures(run)
         parameters = 8 * 3 * 9 + 8 + 8 * 8 * 9 + 8 + 8 * 4 + 4
         assert figures.parameters == parameters
         assert figures.size_bytes == 4 * parameters
@@ -132,10 +136,10 @@ class TestDraft:
     def test_steps_before_the_first_that_depends_on_the_runtime_run_once(self, run):
         ran = []
         recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), factor=2.0, stage="train integers"))
-        first = pipeline.draft(run, recipe, Variant("onnxruntime", "int8"))
-        second = pipeline.draft(run, recipe, Variant("openvino", "int8"))
+        first = draft(run, recipe, Variant("onnxruntime", "int8"))
+        second = draft(run, recipe, Variant("openvino", "int8"))
         assert ran == [None, "onnxruntime", "openvino"]
-        assert pipeline.draft(run, recipe, Variant("openvino", "int8-bf16")) is second
+        assert draft(run, recipe, Variant("openvino", "int8-bf16")) is second
         assert ran == [None, "onnxruntime", "openvino"]
         torch.testing.assert_close(first.network.get_submodule("a").weight, run.network.get_submodule("a").weight)
         assert [cost.name for cost in run.costs] == [
@@ -146,15 +150,15 @@ class TestDraft:
     def test_a_float_variant_takes_only_what_is_not_made_for_integers(self, run):
         ran = []
         recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), stage="train integers"))
-        made = pipeline.draft(run, recipe, Variant("openvino", "bf16"))
+        made = draft(run, recipe, Variant("openvino", "bf16"))
         assert ran == [None] and not made.plan
         torch.testing.assert_close(made.network.get_submodule("a").weight, run.network.get_submodule("a").weight / 2)
 
     def test_what_a_killed_run_has_done_is_read_back_to_the_bit(self, run, told):
         ran = []
         recipe = Recipe(Counting((ran,)), Static(samples=16))
-        before = pipeline.draft(run, recipe, Variant("onnxruntime", "int8"))
-        after = pipeline.draft(again(run, told), recipe, Variant("onnxruntime", "int8"))
+        before = draft(run, recipe, Variant("onnxruntime", "int8"))
+        after = draft(again(run, told), recipe, Variant("onnxruntime", "int8"))
         assert ran == [None]
         assert [e["step"] for e in told if e["kind"] == "resumed"] == ["Counting", "Static"]
         assert after.plan == before.plan and after.edits == before.edits
@@ -163,20 +167,20 @@ class TestDraft:
 
     def test_the_source_is_left_as_it_was(self, run):
         before = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-        pipeline.draft(run, Recipe(Counting(([],)), Static(samples=16)), Variant("openvino", "int8"))
+        draft(run, Recipe(Counting(([],)), Static(samples=16)), Variant("openvino", "int8"))
         assert all(torch.equal(before[name], tensor) for name, tensor in run.network.state_dict().items())
 
 
 class TestCandidate:
     def test_it_is_measured_in_its_own_runtime(self, run):
-        _, structure = pipeline.source(run)
+        _, structure = store_source(run)
         seen = []
 
         def metric(predict):
             seen.append(predict(np.zeros((3, 3, 8, 8), np.float64)))
             return 0.75
 
-        found = pipeline.candidate(run, Recipe(Static(samples=16)), Variant("openvino", "int8"), structure, metric)
+        found = candidate(run, Recipe(Static(samples=16)), Variant("openvino", "int8"), structure, metric)
         assert (found.name, found.folder) == ("openvino-int8", "candidates/openvino-int8")
         assert found.measured.metric == 0.75
         assert found.measured.latency_ms is None  # that is measured side by side with the others
@@ -192,30 +196,30 @@ class TestCandidate:
         assert planned.largest < source.largest
 
     def test_it_is_kept_for_a_resume(self, run, told):
-        _, structure = pipeline.source(run)
+        _, structure = store_source(run)
         recipe, variant = Recipe(), Variant("onnxruntime", "fp32")
         blank = np.zeros((1, 3, 8, 8), np.float32)
-        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 8)
+        found = candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 8)
         assert found.measured.metric == 0.5
 
         def never(predict):
             raise AssertionError("it was measured before")
 
-        assert pipeline.candidate(again(run, told), recipe, variant, structure, never) == found
+        assert candidate(again(run, told), recipe, variant, structure, never) == found
         assert records.from_dict(records.Candidate, json.loads(records.to_json(found))) == found
 
     def test_a_failure_leaves_no_half_artifact_and_the_next_attempt_works(self, run, monkeypatch):
-        _, structure = pipeline.source(run)
+        _, structure = store_source(run)
         variant = Variant("onnxruntime", "fp32")
         with monkeypatch.context() as patch:
             patch.setattr(building, "write_loader", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                pipeline.candidate(run, Recipe(), variant, structure, None)
+                candidate(run, Recipe(), variant, structure, None)
         assert list((run.folder.path / "candidates").iterdir()) == []
-        assert pipeline.candidate(run, Recipe(), variant, structure, None).measured.metric is None
+        assert candidate(run, Recipe(), variant, structure, None).measured.metric is None
 
     def test_answers_that_are_not_finite_are_a_reason_to_reject(self, run, monkeypatch):
-        _, structure = pipeline.source(run)
+        _, structure = store_source(run)
 
         def broken(draft, context):
             draft = draft.copy()
@@ -225,24 +229,24 @@ class TestCandidate:
 
         monkeypatch.setattr(Counting, "__call__", lambda self, draft, context: broken(draft, context))
         recipe, variant = Recipe(Counting(([],))), Variant("onnxruntime", "fp32")
-        found = pipeline.candidate(run, recipe, variant, structure, lambda predict: float("nan"))
+        found = candidate(run, recipe, variant, structure, lambda predict: float("nan"))
         assert "NaN" in found.rejection.reason and found.measured.metric is None
 
 
 def test_latencies_of_source_and_candidates_are_taken_once(run, told):
-    _, structure = pipeline.source(run)
+    manifest, structure = store_source(run)
     run.batch = 3
-    found = pipeline.candidate(run, Recipe(), Variant("onnxruntime", "fp32"), structure, None)
-    timings = pipeline.latencies(run, [found])
+    found = candidate(run, Recipe(), Variant("onnxruntime", "fp32"), structure, None)
+    timings = latencies(run, manifest, [found])
     assert list(timings) == ["source", "onnxruntime-fp32"]
     for timing in timings.values():
         assert (timing.latency.batch, timing.latency.threads) == (3, 1)
-        row = pipeline.timed(found.measured, timing)
+        row = timed(found.measured, timing)
         assert row.size_bytes == found.measured.size_bytes
         assert row.throughput_per_s == pytest.approx(3000 / timing.latency.median)
         assert row.peak_memory_bytes == timing.peak_memory_bytes
     # Decisions that came from timings are replayed: a resumed run sees the same figures.
-    assert pipeline.latencies(again(run, told), [found]) == timings
+    assert latencies(again(run, told), manifest, [found]) == timings
 
 
 class TestCalls:
@@ -269,25 +273,25 @@ class TestCalls:
 class TestMetric:
     def test_a_number_of_any_kind_will_do(self):
         predict = np.negative
-        assert pipeline.metric_of(lambda p: p(np.float32(-0.5)), predict, "the source") == 0.5
-        assert pipeline.metric_of(lambda p: torch.tensor(p(-0.25)), predict, "the source") == 0.25
+        assert metric_of(lambda p: p(np.float32(-0.5)), predict, "the source") == 0.5
+        assert metric_of(lambda p: torch.tensor(p(-0.25)), predict, "the source") == 0.25
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
         with pytest.raises(TaskError, match="no finite number") as found:
-            pipeline.metric_of(lambda p: value, abs, "openvino-int8")
+            metric_of(lambda p: value, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
 
     def test_one_that_never_looks_at_the_network_is_refused(self):
         with pytest.raises(TaskError, match="never called predict on openvino-int8"):
-            pipeline.metric_of(lambda p: 0.93, abs, "openvino-int8")
+            metric_of(lambda p: 0.93, abs, "openvino-int8")
 
     def test_an_error_names_its_line(self):
         def evaluate(predict):
             return predict(1)["accuracy"]  # this line
 
         with pytest.raises(TaskError, match=r"test_pipeline\.py:\d+ in evaluate: .*# this line"):
-            pipeline.metric_of(evaluate, abs, "the source")
+            metric_of(evaluate, abs, "the source")
 
 
 def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_path, told):
@@ -303,7 +307,7 @@ def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_pa
     data = {"right": torch.randn(9, 3), "left": torch.randn(9, 4)}
     task = Task(example={k: v[:2] for k, v in data.items()}, calibration=[data])
     run = started(tmp_path / "run", task, told, Two)
-    _, structure = pipeline.source(run)
+    _, structure = store_source(run)
     for variant in (Variant("onnxruntime", "int8"), Variant("openvino", "int8")):
         seen = {}
 
@@ -311,7 +315,7 @@ def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_pa
             seen.update(predict(**{name: x.numpy() for name, x in data.items()}))
             return 1.0
 
-        found = pipeline.candidate(run, Recipe(Static()), variant, structure, metric)
+        found = candidate(run, Recipe(Static()), variant, structure, metric)
         with torch.no_grad():
             expected = run.network(**data)
         assert list(seen) == ["sum", "parts"] and isinstance(seen["parts"], tuple)
@@ -322,12 +326,12 @@ def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_pa
 
 
 def test_build_freezes_integers_only_for_integer_precisions(run, tmp_path):
-    _, structure = pipeline.source(run)
-    draft = pipeline.draft(run, Recipe(Static(samples=16)), Variant("onnxruntime", "int8"))
+    _, structure = store_source(run)
+    made = draft(run, Recipe(Static(samples=16)), Variant("onnxruntime", "int8"))
     for precision in ("fp32", "int8"):
         folder = tmp_path / precision
         folder.mkdir()
-        manifest = pipeline.build(draft, "onnxruntime", precision, run.task, structure, folder)
+        manifest = building.build(made, "onnxruntime", precision, run.task, structure, folder)
         assert manifest == read_manifest(folder)
         data = (folder / "model.onnx").read_bytes()
         assert (b"QuantizeLinear" in data) == (precision == "int8")
@@ -345,9 +349,9 @@ def test_a_fixed_batch_and_values_that_are_zero_everywhere_go_all_the_way(tmp_pa
     data = torch.randn(8, 3, 6, 6)
     task = Task(example=data[:4], calibration=[data[:4], data[4:]], dynamic={})
     run = started(tmp_path / "run", task, told, Dead)
-    _, structure = pipeline.source(run)
+    _, structure = store_source(run)
     for runtime in runtimes.DEPLOYED:
-        found = pipeline.candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, None)
+        found = candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, None)
         assert found.integer_operators == {"conv": 2}
         assert found.parity[1].snr_db > 25 and found.parity[1].samples == 4
         ports = read_manifest(run.folder.path / found.folder).programs[0].inputs

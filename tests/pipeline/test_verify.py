@@ -9,7 +9,7 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import ArtifactError, RecordError
-from penjing.pipeline.stages import Variant
+from penjing.pipeline.run import Variant
 from penjing.pipeline.verify import _speed_holds, batch_of, verify
 from penjing.tasks.opening import open_task
 
@@ -230,7 +230,7 @@ def words(samples, seed=0):
 )
 def test_what_was_built_holds_at_every_limit(tmp_path, monkeypatch, network, data, step):
     # So small, the file with integers is not always the smallest; it is the one that is looked at.
-    monkeypatch.setattr("penjing.pipeline.compress._variants", lambda name, *_: [Variant(name, "int8")])
+    monkeypatch.setattr("penjing.pipeline.candidates._variants", lambda _: [Variant("onnxruntime", "int8")])
     torch.manual_seed(0)
     task = pj.Task(example=data(2), calibration=[data(16, seed) for seed in range(3)])
     result = pj.compress(

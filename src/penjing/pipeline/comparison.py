@@ -10,7 +10,8 @@ from penjing import measure
 from penjing.errors import TaskError
 from penjing.network.capture import raise_network
 from penjing.pipeline import building
-from penjing.pipeline import stages as pipeline
+from penjing.pipeline.metrics import metric_of
+from penjing.pipeline.timing import timed
 from penjing.pipeline.verify import batch_of
 from penjing.records import Measured, steadiness
 from penjing.records.folder import ARTIFACT, SOURCE
@@ -57,9 +58,7 @@ def measure_artifact(
         targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
         patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
         timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
-        return {
-            name: pipeline.timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()
-        }
+        return {name: timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()}
 
 
 def _artifact_folder(path: Path) -> Path:
@@ -88,5 +87,5 @@ def _figures(folder: Path, task: Task | None, threads: int) -> Measured:
     metric = None
     if task is not None and task.evaluate is not None:
         predict = predictor(isolated.open_artifact(folder, threads), manifest)
-        metric = pipeline.metric_of(task.evaluate, predict, folder.name)
+        metric = metric_of(task.evaluate, predict, folder.name)
     return Measured(metric=metric, size_bytes=measure.size_bytes(folder, manifest.files()))

@@ -1,97 +1,72 @@
-"""What a candidate's figures are worth before a goal: its drop, whether it meets the goal, and the last word."""
+"""The judge stage: what the figures are worth before the goal, and the last word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
-from torch.export import ExportedProgram
-
-from penjing import measure
-from penjing.analyze.cost import cost
+from penjing import runtimes
 from penjing.goals import goal as goals
 from penjing.goals.goal import Goal
-from penjing.pipeline import questions
-from penjing.pipeline import stages as pipeline
+from penjing.pipeline import drafts, questions, zeros
+from penjing.pipeline.building import INTEGER
+from penjing.pipeline.metrics import metric_of
+from penjing.pipeline.prepare import Prepared
 from penjing.pipeline.questions import Doubt
-from penjing.pipeline.repeatable import raise_repeatable
-from penjing.pipeline.stages import Run
-from penjing.records import Candidate, GoalResult, Measured, Reference
+from penjing.pipeline.run import Variant
+from penjing.pipeline.timing import Timed
+from penjing.quantize import Static
+from penjing.records import Candidate, GoalResult, Measured, Zeros
 from penjing.records.manifest import read_manifest
+from penjing.report import verdict as verdicts
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
-from penjing.sources.source import check_forward, in_single_precision, open_source
-from penjing.storage import checkpoint
-from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Task
 from penjing.tasks.witness import Witness
 
 
-@dataclass(frozen=True)
-class Original:
-    """The network that `drop` is against, where it is not the source.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the judge stage found.
 
     Attributes:
-        name: How it is called in tables.
-        network: Raised.
-        weights: SHA-256 of its tensors.
-        macs: Of one sample of the task's example.
+        timed: The figures that were judged.
+        candidates: With their drops, and whether they meet the goal.
+        verdict: Over all of them.
+        artifact: The chosen one's figures.
+        zeros: What its zeros gain; None where there are none.
     """
 
-    name: str
-    network: fx.GraphModule
-    weights: str
-    macs: int
+    timed: Timed
+    candidates: tuple[Candidate, ...]
+    verdict: GoalResult
+    artifact: Measured | None
+    zeros: Zeros | None
 
-    def row(self, metrics: dict[str, float | None]) -> Reference:
-        """What the record says of it."""
-        state = self.network.state_dict().values()
-        measured = Measured(
-            metric=metrics["evaluate"],
-            size_bytes=sum(t.numel() * t.element_size() for t in state),
-            parameters=sum(p.numel() for p in self.network.parameters()),
-            macs=self.macs,
-        )
-        return Reference(name=self.name, weights=self.weights, measured=measured, selected=metrics["select"])
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that becomes the artifact."""
+        return next((c for c in self.candidates if c.name == self.verdict.chosen), None)
 
 
-def original(reference: str | nn.Module | ExportedProgram | None, task: Task) -> Original | None:
-    """The network that `drop` is against; None where that is the source.
-
-    Raises:
-        SourceError: It can't be opened, or does not take the task's example.
-    """
-    if reference is None:
-        return None
-    opened, task, _ = in_single_precision(open_source(reference), task)
-    check_forward(opened, task)
-    network = raise_repeatable(opened, task)
-    macs = sum(row.macs for row in cost(network, task.call()))
-    return Original(opened.name, network, checkpoint.fingerprint(network), macs)
-
-
-def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, float | None]:
-    """The metric of the network that `drop` is against, by `evaluate` and by `select` where the task has it."""
-    metrics: dict[str, float | None] | None = run.folder.kept("reference-metrics")
-    if metrics is None:
-        predict = numpy_predictor(original.network)
-        with run.costing("evaluate reference"):
-            metrics = {
-                name: None if function is None else pipeline.metric_of(function, predict, "the reference")
-                for name, function in (("evaluate", task.evaluate), ("select", task.select))
-            }
-        run.folder.keep("reference-metrics", metrics)
-    return metrics
+def judge(prepared: Prepared, timed: Timed) -> Judged:
+    """Choose the best candidate; where `Task.select` chose it, `Task.evaluate` has the last word."""
+    run, goal, looked_at = prepared.run, prepared.order.goal, prepared.looked_at
+    shown = {c.name: run.folder.kept(f"shown-{c.name}") for c in timed.candidates}
+    differs = questions.other_data(run, shown, looked_at)
+    candidates = tuple(judged(c, goal, prepared.beside[looked_at], run.task) for c in timed.candidates)
+    artifact, verdict, last = final(prepared, goals.choose(goal, candidates), candidates)
+    verdict = doubted(verdict, (*prepared.doubts, differs, last))
+    found = Judged(timed=timed, candidates=candidates, verdict=verdict, artifact=artifact, zeros=None)
+    gained = _zeros(prepared, found.chosen)
+    _tell_of_plan(prepared, found.chosen)
+    return replace(found, zeros=gained)
 
 
-def judged(
-    candidate: Candidate, goal: Goal, timing: measure.Timing | None, reference: float | None, task: Task
-) -> Candidate:
-    """The candidate with its latency, its drop, and whether it meets the goal; a rejected one may not be timed."""
+def judged(candidate: Candidate, goal: Goal, reference: float | None, task: Task) -> Candidate:
+    """The candidate with its drop, and whether it meets the goal."""
     drop, relative = _drops(candidate.measured.metric, reference, task.higher_is_better)
-    measured = pipeline.timed(candidate.measured, timing) if timing is not None else candidate.measured
-    candidate = replace(candidate, measured=measured, drop=drop, relative_drop=relative)
+    candidate = replace(candidate, drop=drop, relative_drop=relative)
     met, reason = goals.check(goal, candidate)
     return replace(candidate, met=met, reason=reason)
 
@@ -105,16 +80,17 @@ def _drops(value: float | None, reference: float | None, higher_is_better: bool)
 
 
 def final(
-    run: Run, goal: Goal, verdict: GoalResult, found: list[Candidate], metrics: dict[str, float | None], looked_at: str
+    prepared: Prepared, verdict: GoalResult, found: Sequence[Candidate]
 ) -> tuple[Measured | None, GoalResult, Doubt | None]:
     """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict.
 
     What it read for the verdict may be other data than for the source: a doubt.
     """
+    run, goal = prepared.run, prepared.order.goal
     chosen = next((c for c in found if c.name == verdict.chosen), None)
     if chosen is None:
         return None, verdict, None
-    if looked_at == "evaluate" or run.task.evaluate is None:
+    if prepared.looked_at == "evaluate" or run.task.evaluate is None:
         return chosen.measured, verdict, None
     kept = run.folder.kept("verdict")
     if kept is None:
@@ -122,12 +98,12 @@ def final(
             folder = run.folder.path / chosen.folder
             session = isolated.open_artifact(folder, run.threads)
             witness = Witness(predictor(session, read_manifest(folder)))
-            kept = pipeline.metric_of(run.task.evaluate, witness, chosen.name)
+            kept = metric_of(run.task.evaluate, witness, chosen.name)
             run.folder.keep("shown-verdict", witness.shown)
         run.folder.keep("verdict", kept)
     doubt = questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate")
     measured = replace(chosen.measured, metric=kept)
-    drop, relative = _drops(kept, metrics["evaluate"], run.task.higher_is_better)
+    drop, relative = _drops(kept, prepared.beside["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
     if not met:
         how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
@@ -143,4 +119,27 @@ def doubted(verdict: GoalResult, doubts: Iterable[Doubt | None]) -> GoalResult:
     return replace(verdict, doubt=short, reason=f"{verdict.reason}. The metric is in doubt ({short}): see the warnings")
 
 
-__all__ = ["Original", "final", "judged", "original", "reference_metrics"]
+def _zeros(prepared: Prepared, chosen: Candidate | None) -> Zeros | None:
+    """What the chosen candidate's zeros gain, where it has any; a warning where that is nothing."""
+    if chosen is None:
+        return None
+    run = prepared.run
+    made = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision))
+    found = zeros.gained(run, made, chosen, prepared.manifest, prepared.structure)
+    if found is not None and (text := verdicts.idle_zeros(found, chosen)):
+        run.warn(text)
+    return found
+
+
+def _tell_of_plan(prepared: Prepared, chosen: Candidate | None) -> None:
+    """What the chosen integers are that nobody asked for: a remedy that was taken, more bits than the plan has."""
+    if chosen is None or chosen.precision not in INTEGER:
+        return
+    run = prepared.run
+    plan = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision)).plan
+    if plan.remedy and any(isinstance(step, Static) and step.outliers == "ease" for step in prepared.recipe):
+        run.warn(f"{chosen.name}: {plan.remedy}")
+    own = runtimes.get(chosen.runtime).accelerates(run.instruction_sets).weight.bits
+    bits = min((e.spec.bits for edge, e in plan.entries.items() if edge.endswith(":weight")), default=own)
+    if bits < own:
+        run.warn(verdicts.narrow_weights(bits, 8, chosen))

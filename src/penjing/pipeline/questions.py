@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from penjing.errors import TaskError
-from penjing.pipeline import stages as pipeline
-from penjing.pipeline.stages import Run
+from penjing.pipeline.metrics import metric_of
+from penjing.pipeline.run import Run
 from penjing.randomness import preserve_rng_state
 from penjing.report import numbers
 from penjing.tasks.outputs import numpy_predictor
@@ -105,10 +105,10 @@ def check_direction(task: Task) -> Doubt | None:
     return None
 
 
-def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str, float | None], Doubt | None]:
-    """The source's metric, once with `evaluate` and once with `select` where the task has it, and a doubt about it.
+def source_metrics(run: Run, task: Task) -> tuple[dict[str, float | None], dict[str, str], Doubt | None]:
+    """The source's metric, once with `evaluate` and once with `select` where the task has it; hashes, and a doubt.
 
-    What each of them showed to the network is hashed into `data`. A metric that a network with shuffled weights does
+    The hashes are of what each of them showed to the network. A metric that a network with shuffled weights does
     better or just as well is told, where looking is cheap.
     """
     stored = run.folder.kept("source-metrics")
@@ -123,21 +123,20 @@ def source_metrics(run: Run, task: Task, data: dict[str, str]) -> tuple[dict[str
                 metrics[name] = None
                 if function is not None:
                     digest = hashlib.sha256()
-                    witness = Witness(_hashing(pipeline.source_predictor(run), digest, answered[name]))
+                    witness = Witness(_hashing(numpy_predictor(run.network), digest, answered[name]))
                     start = time.perf_counter()
-                    metrics[name] = pipeline.metric_of(function, witness, "the source")
+                    metrics[name] = metric_of(function, witness, "the source")
                     seconds[name] = time.perf_counter() - start
                     hashes[name], shown[name] = digest.hexdigest(), witness.shown
         name = "select" if task.select is not None else "evaluate"
         doubt = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0), answered[name].digest())
         stored = {"metrics": metrics, "hashes": hashes, "shown": shown, "doubt": asdict(doubt) if doubt else None}
         run.folder.keep("source-metrics", stored)
-    data.update(stored["hashes"])
     doubt = Doubt(**stored["doubt"]) if stored["doubt"] else None
     if doubt is not None:
         run.warn(doubt.text)
     read: dict[str, float | None] = stored["metrics"]
-    return read, doubt
+    return read, stored["hashes"], doubt
 
 
 def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> Doubt | None:
@@ -193,7 +192,7 @@ def _destroyed(
     try:
         with preserve_rng_state():
             predict = _hashing(numpy_predictor(broken), hashlib.sha256(), answers)
-            score = pipeline.metric_of(metric, predict, "the source with shuffled weights")
+            score = metric_of(metric, predict, "the source with shuffled weights")
     except Exception:  # a network that was broken on purpose may break the metric too
         return None
     now, before = (numbers.metric(v, task.metric_name) for v in (score, value))

@@ -19,9 +19,9 @@ from penjing.errors import OutputError, TaskError, UsageError
 from penjing.goals.goal import Goal, needs_metric
 from penjing.network.graph import sites
 from penjing.pipeline import intact
-from penjing.pipeline.judging import Original
+from penjing.pipeline.reference import Original
 from penjing.pipeline.rehearsal import rehearse
-from penjing.pipeline.stages import Run
+from penjing.pipeline.run import Run
 from penjing.quantize import QAT, Static
 from penjing.quantize.static import matches
 from penjing.randomness import preserve_rng_state, seed_everything

@@ -14,7 +14,7 @@ from penjing.errors import ArtifactError, RecordError
 from penjing.pipeline import evidence, intact
 from penjing.pipeline.building import counted, executed_precisions
 from penjing.pipeline.evidence import PROBES
-from penjing.pipeline.stages import metric_of
+from penjing.pipeline.metrics import metric_of
 from penjing.records import Candidate, Parity, ParityRow, Record, steadiness
 from penjing.records.folder import ARTIFACT, EVIDENCE, SOURCE
 from penjing.records.manifest import Manifest, Port, read_manifest

@@ -17,20 +17,20 @@ import torch
 from penjing import measure
 from penjing.pipeline import evidence
 from penjing.pipeline.building import build
-from penjing.pipeline.stages import Run
+from penjing.pipeline.run import Run
 from penjing.records import Candidate, Zeros, from_dict
-from penjing.records.folder import SOURCE
-from penjing.records.manifest import read_manifest
+from penjing.records.manifest import Manifest
 from penjing.steps.draft import Draft
 
 
-def gained(run: Run, made: Draft, chosen: Candidate, structure: Any) -> Zeros | None:
+def gained(run: Run, made: Draft, chosen: Candidate, manifest: Manifest, structure: Any) -> Zeros | None:
     """How many weights are zero and what that gains; None where no step has made zeros.
 
     Args:
         run: For its data, threads and seconds.
         made: The draft that the candidate was built from.
         chosen: The candidate; its folder stands in the run folder.
+        manifest: Of the source, for the order of its inputs.
         structure: How the outputs are nested.
     """
     if kept := run.folder.kept("zeros"):
@@ -41,7 +41,7 @@ def gained(run: Run, made: Draft, chosen: Candidate, structure: Any) -> Zeros | 
         return None
     with run.costing(f"measure zeros of {chosen.name}"), tempfile.TemporaryDirectory(prefix="penjing-") as aside:
         build(filled(made, run.seed), chosen.runtime, chosen.precision, run.task, structure, Path(aside))
-        inputs = evidence.arrays(read_manifest(run.folder.path / SOURCE), evidence.one_call(run.task, run.batch))
+        inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
         folders = {"zeros": run.folder.path / chosen.folder, "numbers": Path(aside)}
         timings = measure.compare(
             [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()],

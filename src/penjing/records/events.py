@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ class Events:
     def into(self, path: Path) -> None:
         """From now on write to this file as well."""
         self.path = path
+
+    @contextmanager
+    def heard(self, listener: Listener) -> Iterator[None]:
+        """One listener more while the block lasts."""
+        before = self.listeners
+        self.listeners = (*before, listener)
+        try:
+            yield
+        finally:
+            self.listeners = before
 
     def __call__(self, kind: str, **values: Any) -> None:
         """Report one event."""

@@ -1,0 +1,186 @@
+"""The build stage: every candidate is exported, opened in its runtime, evaluated, and compared with its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from penjing import measure, runtimes
+from penjing.errors import PenjingError, TaskError
+from penjing.pipeline import building, drafts, evidence
+from penjing.pipeline.bisecting import first_difference
+from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
+from penjing.pipeline.causes import doubts
+from penjing.pipeline.metrics import metric_of
+from penjing.pipeline.prepare import Prepared
+from penjing.pipeline.run import Run, Variant, ends_run
+from penjing.recipes.recipe import Recipe
+from penjing.records import Candidate, Measured, Parity, Rejection, from_dict
+from penjing.records.folder import CANDIDATES
+from penjing.records.manifest import Manifest
+from penjing.runtimes import isolated
+from penjing.runtimes.artifact import predictor
+from penjing.steps.draft import Draft
+from penjing.steps.plan import Plan
+from penjing.tasks.witness import Witness
+
+
+def build(prepared: Prepared) -> tuple[Candidate, ...]:
+    """All candidates that could be built, rejected ones among them, with all their figures but those that are timed.
+
+    One that can't be built is a warning, and the first failure an error only when none is left. A variant whose plan
+    was chosen for another precision is not a candidate.
+    """
+    run, recipe, variants = prepared.run, prepared.recipe, _variants(prepared)
+    if not all(run.folder.kept(variant.name) for variant in variants):
+        drafts.shared(run, recipe)  # what all candidates need fails once, and by its own name
+    metric = getattr(run.task, prepared.looked_at)
+    found: list[Candidate] = []
+    failure: Exception | None = None
+    for position, variant in enumerate(variants):
+        run.events("progress", label="candidates", done=position, total=len(variants), name=variant.name)
+        try:
+            found += filter(None, [candidate(run, recipe, variant, prepared.structure, metric)])
+        except Exception as error:  # each runtime, exporter and step has exceptions of its own
+            if ends_run(error):
+                raise
+            failure = failure or error
+            run.warn(f"{variant.name} could not be built: {_told(error)}")
+    run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
+    if not found:
+        assert failure is not None
+        raise failure
+    for built in found:
+        if built.rejection is not None:
+            run.warn(f"{built.name} is not offered: {built.rejection.reason}")
+        for text in built.doubts:
+            run.warn(text)
+    return tuple(found)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, PenjingError):
+        return error.what + (f" ({error.got})" if error.got else "")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _variants(prepared: Prepared) -> list[Variant]:
+    """Every precision of every runtime; those of integers where a step makes a plan, or the run began with one."""
+    start = prepared.run.start
+    quantizes = prepared.recipe.quantizes or (start is not None and bool(start.plan))
+    return [
+        Variant(name, precision)
+        for name in prepared.order.runtimes
+        for precision in runtimes.get(name).accelerates(prepared.run.instruction_sets).precisions
+        if quantizes or precision not in INTEGER
+    ]
+
+
+def candidate(
+    run: Run, recipe: Recipe, variant: Variant, structure: Any, metric: Callable[[Any], float] | None
+) -> Candidate | None:
+    """Build one artifact and measure all but its latency, which is measured side by side with the others.
+
+    None where the plan was chosen for another precision of the same runtime, and is not what was measured then.
+    """
+    if kept := run.folder.kept(variant.name):
+        run.events("resumed", candidate=variant.name)
+        return from_dict(Candidate, kept)
+    made = drafts.draft(run, recipe, variant)
+    if variant.precision in INTEGER and made.plan.precision not in ("", variant.precision):
+        return None
+    if variant.precision in INTEGER:
+        check_integers(variant.name, made.plan)
+    where = f"{CANDIDATES}/{variant.name}"
+    with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
+        manifest = building.build(made, variant.runtime, variant.precision, run.task, structure, aside)
+    folder = run.folder.path / where
+    with run.costing(f"evaluate {variant.name}"):
+        session = isolated.open_artifact(folder, run.threads)
+        made = made if variant.precision in INTEGER else replace(made, plan=Plan())
+        answers = evidence.answers(run.folder, session)
+        value: float | TaskError | None = None
+        witness = Witness(predictor(session, manifest))
+        try:
+            value = metric_of(metric, witness, variant.name) if metric else None
+            run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
+        except TaskError as error:  # of an artifact that answers NaN it may have none
+            value = error
+        parity = evidence.parity(run.folder, run.task, session, answers, made, run.network, manifest)
+        del session, witness
+        rejection = rejected(run, made, manifest, folder, parity)
+        if isinstance(value, TaskError):
+            if rejection is None:
+                raise value
+            value = None
+        rows, integer, floating = executed_rows(made.network, made.plan, run.task.call(), manifest, folder)
+        packed = _packed(run, folder, manifest)
+    shares = float_shares(rows) if variant.precision in INTEGER else (None, None)
+    told: tuple[str, ...] = ()
+    if rejection is None:
+        told = doubts(variant.name, variant.precision, parity, made, run.task)
+        told += float_doubts(variant.name, rows) if variant.precision in INTEGER else ()
+    found = Candidate(
+        name=variant.name,
+        runtime=variant.runtime,
+        precision=variant.precision,
+        folder=where,
+        measured=Measured(
+            metric=value,
+            size_bytes=measure.size_bytes(folder, manifest.files()),
+            packed_bytes=packed,
+            parameters=sum(p.numel() for p in made.network.parameters()),
+            macs=sum(row.macs for row in rows),
+        ),
+        parity=parity,
+        integer_operators=integer,
+        float_operators=floating,
+        layers=rows,
+        sha256={name: measure.sha256(folder / name) for name in manifest.files()},
+        rejection=rejection,
+        float_macs_share=shares[0],
+        float_bytes_share=shares[1],
+        doubts=told,
+    )
+    run.folder.keep(variant.name, dataclasses.asdict(found))
+    run.events("candidate", name=variant.name, metric=value, size_bytes=found.measured.size_bytes)
+    if rejection is not None:
+        run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
+    return found
+
+
+def rejected(run: Run, made: Draft, manifest: Manifest, folder: Path, parity: Sequence[Parity]) -> Rejection | None:
+    """Why an artifact is not to be offered, with the first operator that differs; None where it may be.
+
+    Args:
+        run: For its data and threads.
+        made: What it was exported from, its plan empty for a floating-point artifact.
+        manifest: Its manifest.
+        folder: Where it lies.
+        parity: Its comparisons.
+    """
+    found = measure.limits.rejection(parity)
+    if found is None:
+        return None
+    worst = next(row for p in parity if p.against == found.against for row in p.rows if row.place == found.output)
+    with run.costing(f"look for the operator at which {folder.name} differs"):
+        site = first_difference(made, run.task, folder, manifest, run.threads, found.snr_db, worst.batch)
+    where = (
+        f"the first operator that differs is {site}"
+        if site
+        else "no operator that can be looked at differs by itself; the runtime may join them wrongly"
+    )
+    return replace(found, reason=f"{found.reason}; {where}", operator=site)
+
+
+def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
+    total = 0
+    for name in manifest.files():
+        key = ("packed", measure.sha256(folder / name))
+        if key not in run.memo:
+            run.memo[key] = measure.packed_bytes([folder / name])
+        total += run.memo[key]
+    return total

@@ -1,0 +1,64 @@
+"""What a run is asked for, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from penjing import runtimes
+from penjing.errors import MissingDependency
+from penjing.goals.goal import Goal
+from penjing.pipeline.applied import Applied
+from penjing.recipes.recipe import Recipe
+from penjing.records.events import Listener
+from penjing.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One run, as `compress` and `deliver` are called; they describe the fields.
+
+    Attributes:
+        model: The source, or what was made of one and trained already.
+        recipe: The steps that are still to be taken.
+        runtimes: Their names, all of them installed.
+    """
+
+    model: str | nn.Module | ExportedProgram | Applied
+    task: Task
+    goal: Goal
+    recipe: Recipe
+    reference: str | nn.Module | ExportedProgram | None
+    runtimes: tuple[str, ...]
+    seed: int
+    threads: int
+    batch: int
+    device: str
+    seconds: float
+    listeners: tuple[Listener, ...]
+
+
+def runtime_names(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The runtimes that are meant: one or several by name, or all that are installed.
+
+    Raises:
+        UsageError: There is no such runtime.
+        MissingDependency: It is not installed, or none is.
+    """
+    if wanted is None:
+        found = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
+        if not found:
+            raise MissingDependency(
+                "no runtime is installed",
+                got="torch alone",
+                expected=f"one of {', '.join(runtimes.DEPLOYED)}",
+                remedy=" or ".join(f"pip install 'penjing[{name}]'" for name in runtimes.DEPLOYED),
+            )
+        return found
+    names = tuple(wanted.replace(",", " ").split()) if isinstance(wanted, str) else tuple(wanted)
+    for name in names:
+        runtimes.get(name)
+    return names

@@ -1,0 +1,202 @@
+"""The prepare stage: everything is opened, checked, asked about and measured once, before any step begins."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from penjing import measure, records
+from penjing.analyze.cost import cost
+from penjing.measure import time_limits
+from penjing.pipeline import evidence, questions, reference
+from penjing.pipeline import request as requests
+from penjing.pipeline.applied import Applied
+from penjing.pipeline.building import build
+from penjing.pipeline.order import Order
+from penjing.pipeline.questions import Doubt
+from penjing.pipeline.reference import Original
+from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.run import Run
+from penjing.randomness import seed_everything
+from penjing.recipes.recipe import Recipe
+from penjing.records import LayerRow, Machine, Measured, Record
+from penjing.records.events import Events
+from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
+from penjing.records.manifest import Manifest, read_manifest
+from penjing.sources.source import Source, check_forward, in_single_precision, open_source
+from penjing.steps.draft import Draft
+from penjing.tasks import finite
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task, agreement_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the stages after it read.
+
+    Attributes:
+        order: What was asked for.
+        run: With the source's network and the task.
+        name: Of the source.
+        machine: Where the run goes on.
+        recipe: The steps, with every teacher opened.
+        recipe_data: All steps as plain data, those among them that were taken before this run.
+        data: SHA-256 of the data, by its role.
+        original: The network that drops are against; None: the source.
+        metrics: The source's, by `evaluate` and `select`.
+        beside: Those of the network that drops are against.
+        looked_at: Which of both gives the candidates' metrics.
+        source: The source's figures, without those that are timed.
+        layers: Its layers.
+        manifest: Of the source as a torch artifact.
+        structure: How the outputs are nested.
+        doubts: About the metric, as far as the source alone shows them.
+    """
+
+    order: Order
+    run: Run
+    name: str
+    machine: Machine
+    recipe: Recipe
+    recipe_data: list[dict[str, Any]]
+    data: dict[str, str]
+    original: Original | None
+    metrics: dict[str, float | None]
+    beside: dict[str, float | None]
+    looked_at: str
+    source: Measured
+    layers: tuple[LayerRow, ...]
+    manifest: Manifest
+    structure: Any
+    doubts: tuple[Doubt | None, ...]
+
+
+def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
+    """Open and check what was asked for; the record itself where this very run has come to its end before.
+
+    Raises:
+        PenjingError: The request, the data or the folder do not fit.
+    """
+    machine = measure.machine(order.threads)
+    torch.set_num_threads(order.threads)
+    seed_everything(order.seed)
+    requests.check_goal(order.goal, order.task)
+    requests.check_inputs(order.task)
+    direction = questions.check_direction(order.task)
+    opened, task, told = _opened(order)
+    original = reference.original(order.reference, task)
+    run = _started(order, opened, original, task, folder, machine)
+    recipe = requests.with_teachers(order.recipe, run.task)
+    requests.check_recipe(recipe, run.network, run.task, order.seed)
+    data = requests.data_hashes(run.task, recipe)
+    recipe_data = (order.model.recipe if isinstance(order.model, Applied) else []) + order.recipe.to_data()
+    finished = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
+    request = requests.request(run, opened.name, order.goal, recipe_data, order.runtimes, data, original)
+    folder.claim(request, requests.asked(finished) if finished is not None else None)
+    if finished is not None:
+        folder.finish()
+        requests.check_files(folder.path, finished)
+        return finished
+    run.events.into(folder.path / EVENTS)
+    notes = [requests.untrained(recipe), requests.undropped(recipe, opened.module), told]
+    notes += [direction.text if direction is not None else None]
+    notes += [order.model.planned_for_another(order.runtimes) if isinstance(order.model, Applied) else None]
+    for text in filter(None, notes):
+        run.warn(text)
+    manifest, structure = store_source(run)
+    source, layers = source_figures(run)
+    metrics, hashes, destroyed = questions.source_metrics(run, run.task)
+    beside = metrics if original is None else reference.reference_metrics(run, run.task, original)
+    run.events("source", name=opened.name, metric=metrics["evaluate"], metric_name=run.task.metric_name)
+    if small := requests.small_drop(order.goal, beside["evaluate"]):
+        run.warn(small)
+    return Prepared(
+        order=order,
+        run=run,
+        name=opened.name,
+        machine=machine,
+        recipe=recipe,
+        recipe_data=recipe_data,
+        data=data | hashes,
+        original=original,
+        metrics=metrics,
+        beside=beside,
+        looked_at="select" if run.task.select is not None else "evaluate",
+        source=replace(source, metric=metrics["evaluate"]),
+        layers=layers,
+        manifest=manifest,
+        structure=structure,
+        doubts=(direction, destroyed),
+    )
+
+
+def _opened(order: Order) -> tuple[Source, Task, str | None]:
+    """The source and the task in single precision, and what is to be told of that."""
+    if isinstance(order.model, Applied):
+        source = open_source(order.model.draft.network, task=order.task)
+        return replace(source, name=order.model.name), order.task, None
+    opened, task, told = in_single_precision(open_source(order.model), order.task)
+    check_forward(opened, task)
+    return opened, task, told
+
+
+def _started(
+    order: Order, opened: Source, original: Original | None, task: Task, folder: RunFolder, machine: Machine
+) -> Run:
+    events = Events(listeners=order.listeners)
+    events("stage", name="raise")
+    start = order.model.draft if isinstance(order.model, Applied) else None
+    network = start.network if start is not None else raise_repeatable(opened, task)
+    if task.evaluate is None and task.calibration is not None:
+        agrees = (network, "the source") if original is None else (original.network, "the reference")
+        task = agreement_task(task, *agrees)
+    return Run(
+        network=network,
+        start=start,
+        task=task,
+        folder=folder,
+        events=events,
+        seed=order.seed,
+        device=order.device,
+        threads=order.threads,
+        batch=evidence.batch_size(task, order.batch),
+        seconds=order.seconds,
+        instruction_sets=machine.instruction_sets,
+    )
+
+
+def store_source(run: Run) -> tuple[Manifest, Any]:
+    """Store the source as a torch artifact and its answers on a few samples; manifest and output structure."""
+    args, kwargs = evidence.one_call(run.task, evidence.SAMPLES)
+    start = time.perf_counter()
+    with torch.no_grad():
+        leaves, structure = flatten_outputs(run.network(*args, **kwargs))
+    time_limits.expect(time.perf_counter() - start, sum(t.numel() for t in (*args, *kwargs.values())))
+    finite.check_answers(leaves, structure)
+    if not (run.folder.path / SOURCE).exists():
+        with run.costing("export source"), run.folder.building(SOURCE) as aside:
+            build(Draft(run.network), "torch", "fp32", run.task, structure, aside)
+    manifest = read_manifest(run.folder.path / SOURCE)
+    if not (run.folder.path / EVIDENCE).exists():
+        evidence.store_source(run.folder, run.task, manifest, leaves)
+    return manifest, structure
+
+
+def source_figures(run: Run) -> tuple[Measured, tuple[LayerRow, ...]]:
+    """Size, parameters and MACs of the source; its size is that of its weights and buffers alone."""
+    rows = cost(run.network, run.task.call())
+    state = run.network.state_dict().values()
+    packed = run.folder.kept("packed-source")
+    if packed is None:
+        packed = measure.packed_bytes([run.folder.path / SOURCE / "model.pt2"])
+        run.folder.keep("packed-source", packed)
+    figures = Measured(
+        size_bytes=sum(t.numel() * t.element_size() for t in state),
+        packed_bytes=packed,
+        parameters=sum(p.numel() for p in run.network.parameters()),
+        macs=sum(row.macs for row in rows),
+    )
+    return figures, rows
