@@ -295,11 +295,10 @@ def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Format
     refusal = formats.refusal(spec)
     if refusal is None:
         return spec
-    got, _, expected = refusal.partition(", and it takes ")
     raise RecipeError(
         f"{accelerates.runtime} has no integer kernel for {what} of this format",
-        got=got,
-        expected=expected,
+        got=refusal.got,
+        expected=refusal.takes,
         remedy="change the step's settings; pj.apply(recipe, model, task) computes any format, in torch alone",
     )
 

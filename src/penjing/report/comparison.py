@@ -133,7 +133,7 @@ def faster(before: records.Latency | None, after: records.Latency | None, than: 
         low, high = (numbers.figure(value, "×") for value in steadiness.between(before, after))
         span = f"about {low}" if low == high else f"{low} to {high}"
         return f"busy machine: {span} as fast" + (f" as {than}" if than else "")
-    return _than(in_words(steadiness.speedup(before, after), "faster", "slower"), "as fast", than)
+    return than_whom(in_words(steadiness.speedup(before, after), "faster", "slower"), "as fast", than)
 
 
 def smaller(before: int | None, after: int | None, than: str = "") -> str:
@@ -142,13 +142,14 @@ def smaller(before: int | None, after: int | None, than: str = "") -> str:
     >>> smaller(360, 100, "the source"), smaller(100, 100, "the source"), smaller(100, 200)
     ('3.6× smaller than the source', 'as large as the source', '2.0× larger')
     """
-    return _than(in_words(gain(before, after), "smaller", "larger"), "as large", than)
+    return than_whom(in_words(gain(before, after), "smaller", "larger"), "as large", than)
 
 
-def _than(words: str, same: str, than: str) -> str:
-    if not than or not words:
+def than_whom(words: str, same: str, whom: str) -> str:
+    """A change in words with what it is beside; "" where nothing was compared."""
+    if not whom or not words:
         return words
-    return f"{same} as {than}" if words == "same" else f"{words} than {than}"
+    return f"{same} as {whom}" if words == "same" else f"{words} than {whom}"
 
 
 def by_select(record: records.Record) -> str:

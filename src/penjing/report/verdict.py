@@ -55,17 +55,17 @@ def changes(record: records.Record) -> tuple[str, ...]:
     source, artifact = record.source, comparison.measured(record)
     before, after = source.latency_ms, artifact.latency_ms
     speed = [comparison.faster(before, after, "torch")]
-    size = [comparison.smaller(source.size_bytes, artifact.size_bytes, "the source")]
+    size = {"the source": comparison.smaller(source.size_bytes, artifact.size_bytes)}
     plain = comparison.floor(record, record.chosen) if record.chosen else None
     if record.chosen is not None and plain is record.chosen.measured:
         speed = [f"{text} by the runtime alone" for text in speed if text]
     elif plain is not None:
         speed.append(comparison.faster(plain.latency_ms, after, FLOOR))
-        size.append(comparison.smaller(plain.size_bytes, artifact.size_bytes, FLOOR))
+        size[FLOOR] = comparison.smaller(plain.size_bytes, artifact.size_bytes)
     elif speed[0] and record.chosen is not None:
         rejected = any((c.runtime, c.precision) == (record.chosen.runtime, "fp32") for c in record.rejected)
         speed.append(f"{FLOOR} was rejected" if rejected else f"no {FLOOR} to compare with")
-    found = [*speed, *_joined(size)]
+    found = [*speed, *_sizes(size)]
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:
         old, new = numbers.metric_pair(metric, artifact.metric, record.metric_name)
@@ -77,12 +77,16 @@ def changes(record: records.Record) -> tuple[str, ...]:
     return tuple(f for f in found if f)
 
 
-def _joined(changes: list[str]) -> list[str]:
-    """Two changes by the same factor as one: "3.6× smaller than the source and than fp32 in the same runtime"."""
-    if len(changes) != 2 or not all(changes):
-        return changes
-    (one, whom), (other, floor) = (text.rsplit(" than ", 1) if " than " in text else (text, "") for text in changes)
-    return [f"{one} than {whom} and than {floor}"] if one == other and floor else changes
+def _sizes(changes: dict[str, str]) -> list[str]:
+    """How much smaller than each; the same factor as one: "3.6× smaller than the source and than fp32 …".
+
+    Args:
+        changes: Beside what → the change in words.
+    """
+    told = [comparison.than_whom(words, "as large", whom) for whom, words in changes.items()]
+    if len(changes) == 2 and len(set(changes.values())) == 1 and "same" not in changes.values() and all(told):
+        return [f"{told[0]} and than {list(changes)[1]}"]
+    return told
 
 
 TOLD = 0.1

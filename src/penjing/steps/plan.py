@@ -172,12 +172,20 @@ def _entry(row: Any) -> Entry:
     return Entry(spec, tuple(scales), tuple(zeros))
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What a kernel was asked for, and what it takes in its place."""
+
+    got: str
+    takes: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Formats:
     """Which specs an integer kernel takes; each field lists the values of `QuantSpec` that it may have.
 
     >>> Formats(per=("tensor",)).refusal(QuantSpec(axis=0))
-    'a scale for every channel, and it takes one for every tensor'
+    Refusal(got='a scale for every channel', takes='one for every tensor')
     """
 
     bits: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)  # fewer than 8 are stored in 8
@@ -185,18 +193,18 @@ class Formats:
     per: tuple[str, ...] = ("tensor", "channel", "group")
     grids: tuple[str, ...] = GRIDS
 
-    def refusal(self, spec: QuantSpec) -> str | None:
+    def refusal(self, spec: QuantSpec) -> Refusal | None:
         """What about the spec it does not take; None when it takes it."""
         per = "tensor" if spec.axis is None else "channel" if spec.group is None else "group"
         if spec.bits not in self.bits:
-            return f"{spec.bits} bits, and it takes {', '.join(map(str, self.bits))}"
+            return Refusal(f"{spec.bits} bits", ", ".join(map(str, self.bits)))
         if spec.symmetric not in self.symmetric:
             kinds = {True: "symmetric", False: "asymmetric"}
-            return f"{kinds[spec.symmetric]} integers, and it takes {kinds[not spec.symmetric]}"
+            return Refusal(f"{kinds[spec.symmetric]} integers", kinds[not spec.symmetric])
         if per not in self.per:
-            return f"a scale for every {per}, and it takes one for every {' or '.join(self.per)}"
+            return Refusal(f"a scale for every {per}", f"one for every {' or '.join(self.per)}")
         if spec.grid not in self.grids:
-            return f"the grid {spec.grid}, and it takes {', '.join(self.grids)}"
+            return Refusal(f"the grid {spec.grid}", ", ".join(self.grids))
         return None
 
 
