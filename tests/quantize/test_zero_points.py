@@ -126,3 +126,15 @@ class TwoReadings(nn.Module):
 def test_a_layer_that_the_exporter_merges_is_counted_once(tmp_path):
     integer = executed(TwoReadings(), tmp_path)
     assert integer["conv"] == 1 and integer["linear"] >= 1
+
+
+def test_a_last_layer_whose_bias_is_the_same_everywhere_is_counted(tmp_path):
+    class Classified(Patches):
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(self.second.bias)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.patch(x)).mean((2, 3)))
+
+    assert executed(Classified(), tmp_path)["linear"] == 1

@@ -141,6 +141,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
             remedy="write that operator with others, or choose another runtime",
         ) from error
     openvino_rewrites.integer_lstms(model, onnx_rewrites.integer_lstms(crossing))
+    _name_results(model, onnx_path)
     openvino_rewrites.select_for_booleans(model)
     openvino_rewrites.unequal_biases(model)
     openvino_rewrites.reductions_alone(model)
@@ -162,22 +163,25 @@ APART = ("convert", "compile_fixed")
 """What is done in a process of its own (see `penjing.runtimes.isolated`)."""
 
 
-def _name(model: Any, onnx_path: str) -> None:
-    """Give the operators names that are their sites, and the same at every export.
-
-    The reader calls an operator that computes an output by the output's name, and others by their number in this
-    process.
-    """
+def _name_results(model: Any, onnx_path: str) -> None:
+    """Call the operators that compute an output by their sites, as all others: the reader calls them by the output."""
     import onnx
 
-    graph = onnx.load(onnx_path, load_external_data=False).graph
-    nodes = graph.node
-    known = {part.name for part in (*nodes, *graph.initializer, *graph.input)}
+    nodes = onnx.load(onnx_path, load_external_data=False).graph.node
     sites = {tensor: node.name for node in nodes for tensor in node.output}
     for result in model.get_results():
         value = result.input_value(0)
         for tensor in value.get_names() & sites.keys():
             value.get_node().set_friendly_name(sites[tensor])
+
+
+def _name(model: Any, onnx_path: str) -> None:
+    """Give the operators names that are the same at every export: the reader calls some by their number there."""
+    import onnx
+
+    graph = onnx.load(onnx_path, load_external_data=False).graph
+    nodes = graph.node
+    known = {part.name for part in (*nodes, *graph.initializer, *graph.input)}
     for position, op in enumerate(model.get_ordered_ops()):
         name = op.get_friendly_name()
         if name.rpartition("/")[0] not in known and name not in known and re.search(r"_\d+", name):
