@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from penjing import cli, records, runtimes
+from penjing.cli.commands import _by_reason
 from penjing.records import Record
 from penjing.records.lock import LOCK
 
@@ -737,3 +738,14 @@ def test_a_file_that_is_missing_is_told_before_torch_is_imported(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "the source's file is missing" in done.stderr and "absent.py" in done.stderr
+
+
+def test_what_is_said_of_the_many_steps_of_a_layer_is_one_line():
+    reasons = {f"cells/add#{i}": "a sum" for i in range(20)} | {
+        "cells/add#20": "another",
+        "head": "a number",
+        "a/b#0": "x",
+    }
+    assert _by_reason(reasons) == [
+        "cells/add#0 to cells/add#19 (20): a sum", "cells/add#20: another", "head: a number", "a/b#0: x",
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import ArtifactError, RecordError
+from penjing.measure import machine
 from penjing.pipeline.run import Variant
 from penjing.pipeline.verify import _speed_holds, batch_of, verify
 from penjing.tasks.opening import open_task
@@ -212,6 +213,12 @@ class Transformer(nn.Module):
         return self.head(self.block(self.embed(ids)))
 
 
+vnni = pytest.mark.skipif(
+    not any("vnni" in name or name == "amx_int8" for name in machine(1).instruction_sets),
+    reason="OpenVINO is given integer LSTMs on processors with VNNI alone",
+)
+
+
 def pictures(samples, seed=0):
     return torch.randn(samples, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 
@@ -221,20 +228,21 @@ def words(samples, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("network", "data", "step"),
+    ("network", "data", "step", "runtime"),
     [
-        (Detector, pictures, pj.quantize.Static()),
-        (Tagger, words, pj.quantize.Dynamic()),
-        (Transformer, words, pj.quantize.Static()),
+        (Detector, pictures, pj.quantize.Static(), "onnxruntime"),
+        (Tagger, words, pj.quantize.Dynamic(), "onnxruntime"),
+        pytest.param(Tagger, words, pj.quantize.Static(), "openvino", marks=vnni),
+        (Transformer, words, pj.quantize.Static(), "onnxruntime"),
     ],
 )
-def test_what_was_built_holds_at_every_limit(tmp_path, monkeypatch, network, data, step):
+def test_what_was_built_holds_at_every_limit(tmp_path, monkeypatch, network, data, step, runtime):
     # So small, the file with integers is not always the smallest; it is the one that is looked at.
-    monkeypatch.setattr("penjing.pipeline.candidates._variants", lambda _: [Variant("onnxruntime", "int8")])
+    monkeypatch.setattr("penjing.pipeline.candidates._variants", lambda _: [Variant(runtime, "int8")])
     torch.manual_seed(0)
     task = pj.Task(example=data(2), calibration=[data(16, seed) for seed in range(3)])
     result = pj.compress(
-        network().eval(), task, "minimize size_bytes", runtime="onnxruntime", recipe=pj.Recipe(step),
+        network().eval(), task, "minimize size_bytes", runtime=runtime, recipe=pj.Recipe(step),
         out=tmp_path / "run", seconds=0.01, threads=1,
     )  # fmt: skip
     chosen = result.record.chosen
