@@ -503,6 +503,46 @@ def picture():
     return torch.randn(2, 3, 8, 8)
 
 
+class TorchShuffle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.g = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 48, 3, padding=1, groups=3)
+        self.h, self.o = nn.Conv2d(48, 24, 1, groups=3), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        return self.o(F.relu(self.h(F.channel_shuffle(self.g(F.relu(self.a(x))), 3))))
+
+
+class Unfolded(nn.Module):
+    """Windows laid out, weighed and added up again."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 10, 1), nn.Conv2d(10, 3, 1)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        windows = F.unfold(y, 3, padding=1) * F.unfold(y, 3, padding=1).mean(2, keepdim=True)
+        y = self.b(F.fold(windows, (8, 8), 3, padding=1))
+        return self.o(F.relu(y).unfold(2, 3, 2).amax(-1))
+
+
+class LambdaLayer(nn.Module):
+    """A convolution reads heads times values, which both may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.q, self.k = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 16, 1), nn.Conv2d(12, 4, 1)
+        self.v, self.o = nn.Conv2d(12, 10, 1), nn.Conv2d(40, 3, 1)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        n = x.shape[0]
+        q, k, v = self.q(x).view(n, 4, 4, 64), self.k(x).flatten(2).softmax(-1), self.v(x).flatten(2)
+        y = torch.einsum("bhkn,bkv->bhvn", q, torch.einsum("bkm,bvm->bkv", k, v))
+        return self.o(y.reshape(n, 40, 8, 8))
+
+
 def sequence():
     return torch.randn(2, 7, 6)
 
@@ -516,6 +556,9 @@ def ids():
 
 
 MORE = {
+    "torch's shuffle": (TorchShuffle, picture),
+    "unfolded": (Unfolded, picture),
+    "lambda layer": (LambdaLayer, picture),
     "siamese": (Siamese, vector),
     "tied language model": (TiedLanguageModel, ids),
     "tied function": (TiedFunction, ids),

@@ -208,7 +208,16 @@ def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 OWN = -1  # the side of a layout that is the axis itself
-_TAKING_PARTS = (*MOVES, "matmul", "linear", "einsum", "sum", "expand")  # rules that know axes laid out along one
+_TAKING_PARTS = (
+    *MOVES,
+    "matmul",
+    "linear",
+    "conv",
+    "batch_norm",
+    "einsum",
+    "sum",
+    "expand",
+)  # rules that know axes laid out along one
 
 
 def _visit(walk: Walk, node: fx.Node) -> None:

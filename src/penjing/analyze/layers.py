@@ -9,6 +9,7 @@ from torch import fx
 
 from penjing.analyze.atoms import Axis, Labels, Literal, Walk, fixed
 from penjing.analyze.relations import Rule, hold_all, refuse
+from penjing.analyze.reshaping import one_part
 from penjing.network.graph import arguments, operator_name, site
 
 
@@ -25,7 +26,7 @@ def convolution(walk: Walk, node: fx.Node) -> Labels:
     transposed = bool(layer.transposed)
     inner, outer = (0, 1) if transposed else (1, 0)
     weight = f"{name}.weight"
-    before = x[channels]
+    before = x[channels] if groups == 1 else one_part(walk, node, x[channels])
     if groups == 1:
         walk.join(walk.stored(weight, inner, "its inputs"), before, f"{name} reads it")
         out = walk.stored(weight, outer, "its outputs")
@@ -115,13 +116,16 @@ def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
     channels = len(x) - (len(weight) - 2) - 1
     transposed = "transpose" in operator_name(node)
     hold_all(walk, node, [*x[:channels], *x[channels + 1 :], *weight[2:]], "a convolution slides along this axis")
-    before, groups = x[channels], walk.shape(given["input"])[channels] // shape[0 if transposed else 1]
+    before, groups = (
+        one_part(walk, node, x[channels]),
+        walk.shape(given["input"])[channels] // shape[int(not transposed)],
+    )
     if transposed:
         if given["groups"] != 1:
             return refuse(walk, node, "a computed weight with groups")  # type: ignore[no-any-return]
-        inner, out, groups = weight[0], weight[1], 1
+        inner, out, groups = one_part(walk, node, weight[0]), weight[1], 1
     else:
-        out, inner = weight[0], weight[1]
+        out, inner = one_part(walk, node, weight[0]), one_part(walk, node, weight[1])
     _each(walk, inner, before, groups, f"{site(node)} sums over it")
     if out is not None and groups > 1:
         rows = out.reshape(groups, -1)

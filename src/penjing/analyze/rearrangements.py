@@ -15,6 +15,7 @@ from torch import fx
 from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Reordering, Walk, concatenated, fixed
 from penjing.analyze.relations import aligned, hold_all, refuse, same, unchanged
 from penjing.analyze.reshaping import one_part, reshape
+from penjing.analyze.windows import col2im, im2col, unfold
 from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
 
 # --- transposes, parts and wholes ------------------------------------------------------------------------------------
@@ -380,6 +381,9 @@ MOVING = {
     "pad": pad,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
+    "im2col": im2col,
+    "col2im": col2im,
+    "unfold": unfold,
     "roll": roll,
     "index_select": index_select,
     "index": index,

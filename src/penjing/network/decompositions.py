@@ -89,6 +89,11 @@ def _pad(build: Builder, a: dict[str, Any]) -> Any:
     return x
 
 
+def _channel_shuffle(build: Builder, a: dict[str, Any]) -> Any:
+    parts = build(aten.unflatten.int, a["self"], 1, [a["groups"], -1])
+    return build(aten.flatten.using_ints, build(aten.transpose.int, parts, 1, 2), 1, 2)
+
+
 def _zeros_joined(build: Builder, a: dict[str, Any]) -> Any:
     """Zeros that are joined to one value are its padding: their other sizes then follow the value's."""
     parts, dim = list(a["tensors"]), a["dim"] % build.value(build.node).dim()
@@ -340,6 +345,7 @@ def _rsub(build: Builder, a: dict[str, Any]) -> Any:
 REWRITES: dict[str, Rewrite] = {
     "rrelu": _rrelu,
     "pad": _pad,
+    "channel_shuffle": _channel_shuffle,
     "cat": _zeros_joined,
     "concat": _zeros_joined,
     "adaptive_max_pool1d": _adaptive_max_pool,
