@@ -217,3 +217,10 @@ def test_what_the_network_had_is_left_to_itself():
     before = str(program.graph), str(program.graph_signature), dict(program.constants)
     raise_network(program)
     assert (str(program.graph), str(program.graph_signature), dict(program.constants)) == before
+
+
+def test_an_empty_vector_joined_to_what_has_more_axes():
+    net = Called(lambda self, x: torch.cat([torch.zeros(0), x * 2], 1))
+    x = torch.randn(4, 3, 5)
+    with torch.no_grad():
+        assert torch.equal(raise_network(net, (torch.randn(2, 3, 5),))(x), 2 * x)

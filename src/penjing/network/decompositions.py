@@ -98,11 +98,11 @@ def _zeros_joined(build: Builder, a: dict[str, Any]) -> Any:
     """Zeros that are joined to one value are its padding: their other sizes then follow the value's."""
     parts, dim = list(a["tensors"]), a["dim"] % build.value(build.node).dim()
     zeros = [operator_name(part) in ("zeros", "new_zeros") and list(part.users) == [build.node] for part in parts]
-    sizes = [build.value(part).shape[dim] for part in parts]
     alike = {(build.value(part).dtype, build.value(part).dim()) for part in parts}
     place = zeros.index(False) if False in zeros else 0
     if sum(zeros) != len(parts) - 1 or len(alike) > 1 or len(parts) < 2:
-        return None
+        return None  # also where an empty vector is joined to what has more axes, as torch allows
+    sizes = [build.value(part).shape[dim] for part in parts]
     if not all(isinstance(size, int) for i, size in enumerate(sizes) if i != place):
         return None
     inner = [0, 0] * (build.value(parts[place]).dim() - 1 - dim)
