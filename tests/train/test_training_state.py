@@ -60,7 +60,7 @@ def test_the_generators_go_on_where_they_stood(path):
     assert [drawn() for _ in range(3)] == wanted
 
 
-def test_a_request_is_compared_by_words_without_addresses(path):
+def test_a_request_is_compared_by_what_its_functions_do(path):
     save(path, hooks=(lambda: 1,), epochs=1.5)
     with training_state.loading(path, {"hooks": (lambda: 1,), "epochs": 1.5}) as state:
         assert "weights" in state

@@ -8,12 +8,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from penjing.analyze.cost import cost
+from penjing.network import weights
 from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.repeatable import raise_repeatable
 from penjing.pipeline.run import Run
 from penjing.records import Measured, Reference
 from penjing.sources.source import check_forward, in_single_precision, open_source
-from penjing.storage import checkpoint
 from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Task
 
@@ -58,7 +58,7 @@ def original(reference: str | nn.Module | ExportedProgram | None, task: Task) ->
     check_forward(opened, task)
     network = raise_repeatable(opened, task)
     macs = sum(row.macs for row in cost(network, task.call()))
-    return Original(opened.name, network, checkpoint.fingerprint(network), macs)
+    return Original(opened.name, network, weights.fingerprint(network), macs)
 
 
 def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, float | None]:

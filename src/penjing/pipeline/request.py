@@ -17,6 +17,7 @@ from penjing.distill.stored import Answers
 from penjing.distill.teaching import digest, opened
 from penjing.errors import OutputError, TaskError, UsageError
 from penjing.goals.goal import Goal, needs_metric
+from penjing.network import weights
 from penjing.network.graph import sites
 from penjing.pipeline import intact
 from penjing.pipeline.reference import Original
@@ -27,7 +28,7 @@ from penjing.quantize.static import matches
 from penjing.randomness import preserve_rng_state, seed_everything
 from penjing.recipes.recipe import Recipe
 from penjing.records import Record
-from penjing.storage import checkpoint
+from penjing.steps.identity import identity
 from penjing.surgery.taps import Tapped
 from penjing.tasks.task import Task, calibration_calls, fingerprint
 from penjing.train.data import loader
@@ -250,7 +251,7 @@ def request(
     """All that decides what comes out, as plain data: a run goes on only where this is the same."""
     return {
         "source": name,
-        "weights": checkpoint.fingerprint(run.network),
+        "weights": weights.fingerprint(run.network),
         "goal": goal.text(),
         "recipe": recipe,
         "runtimes": list(runtimes),
@@ -258,15 +259,10 @@ def request(
         "batch": run.batch,
         "threads": run.threads,
         "data": data,
-        "loss": _called(run.task.loss),
+        "loss": identity(run.task.loss),
         "reference": None if original is None else original.weights,
         "plan": None if run.start is None else hashlib.sha256(run.start.plan.to_json().encode()).hexdigest(),
     }
-
-
-def _called(loss: object) -> str | None:
-    """A loss by its name: what it computes can't be compared."""
-    return None if loss is None else str(getattr(loss, "__qualname__", type(loss).__qualname__))
 
 
 def asked(record: Record) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from penjing.prune.masks import check_scope, fraction, keep_each
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, Moment
+from penjing.steps.identity import identity
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
 from penjing.train.finetune import Finetune, train
@@ -109,8 +110,9 @@ class _Renew:
     layers: tuple[str, ...]
     step: Movement
 
-    def __repr__(self) -> str:  # without the training, whose settings the saved state compares one by one
-        return f"_Renew({self.layers}, {replace(self.step, finetune=Finetune())})"
+    def to_data(self) -> Any:
+        """Without the training, whose settings the saved state compares one by one."""
+        return identity((self.layers, replace(self.step, finetune=Finetune())))
 
     def __call__(self, moment: Moment) -> None:
         step = self.step

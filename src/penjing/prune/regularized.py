@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from penjing.errors import PruningError
 from penjing.prune.weights import prunable
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Moment
+from penjing.steps.identity import identity
 from penjing.steps.settings import FLAG, NAMES, above, check, instance, one_of
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
@@ -266,8 +267,9 @@ class _Pull:
     step: Regularized
     penalty: Single | GroupLasso
 
-    def __repr__(self) -> str:  # without the training, whose settings the saved state compares one by one
-        return f"_Pull({replace(self.step, finetune=Finetune())})"
+    def to_data(self) -> Any:
+        """Without the training, whose settings the saved state compares one by one, and what follows from the step."""
+        return identity(replace(self.step, finetune=Finetune()))
 
     @torch.no_grad()
     def __call__(self, moment: Moment) -> None:

@@ -135,14 +135,12 @@ class QAT:
         )
 
 
+@dataclass(frozen=True)
 class _Freeze:
     """Batch norms keep their statistics and scales their values after a fraction of the steps."""
 
-    def __init__(self, norms: float, ranges: float) -> None:
-        self.norms, self.ranges = norms, ranges
-
-    def __repr__(self) -> str:
-        return f"_Freeze({self.norms}, {self.ranges})"
+    norms: float
+    ranges: float
 
     def __call__(self, moment: Moment) -> None:
         done = moment.step / max(1, moment.steps)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from penjing.errors import RecipeError
 from penjing.recipes import yaml_text
 from penjing.recipes.catalogue import CATALOGUE, not_plain, plain_data, step_of
 from penjing.records import reading
+from penjing.steps.identity import identity
 from penjing.steps.stages import PLAN, STAGES, WORK, Stage
 from penjing.steps.step import Step
 
@@ -77,11 +76,8 @@ class Recipe:
         return any(PLAN in STAGES[step.stage].leaves for step in self.steps)
 
     def to_data(self) -> list[dict[str, Any]]:
-        """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; what JSON can't hold is written as its repr."""
-        data = [plain_data(step) for step in self.steps]
-        # Without addresses, which are others in every process: a resumed run compares recipes.
-        plain: list[dict[str, Any]] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(data, default=repr)))
-        return plain
+        """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; functions and objects as their `identity`."""
+        return [identity(plain_data(step)) for step in self.steps]
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back.

@@ -72,7 +72,7 @@ class RunFolder:
             OutputError: The folder's run was asked for something else; names the difference.
         """
         path = self.path / STATE / "request.json"
-        plain = json.loads(json.dumps(request, default=repr))
+        plain = json.loads(json.dumps(request))
         before = self.kept("request") if self.resumed and path.exists() else finished
         if before is not None:
             if not isinstance(before, dict):

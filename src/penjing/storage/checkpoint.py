@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,15 +22,6 @@ from penjing.tasks.task import Task
 
 EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
 FORMAT = 1
-
-
-def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over the names, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name}:{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(draft: Draft, folder: Path) -> None:

@@ -21,6 +21,7 @@ from penjing.distill.teaching import Teaching, in_fp32
 from penjing.errors import TaskError, TrainingError
 from penjing.randomness import preserve_rng_state, rng_state, seed_everything, seed_of, set_rng_state
 from penjing.steps.hooks import Moment
+from penjing.steps.identity import identity
 from penjing.steps.step import Context
 from penjing.surgery.sparse import KeepZeros
 from penjing.tasks.call import Call, as_call, fingerprint, to_tensors
@@ -112,8 +113,8 @@ class Loop:
         self.clips = Clips(self.settings.clips)
         self.budget = budget.Budget(self.settings.minutes)
         self.length = count(self.data, self.settings.steps is None, PASS * self.budget.seconds)
-        # Now: what hooks and losses remember may show in their repr.
-        self.request = training_state.plain(self._request())
+        # Now: a loss may be a module, whose weights move.
+        self.request = identity(self._request())
         if self.teaching and any(isinstance(teacher, Answers) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():

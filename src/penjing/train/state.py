@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from penjing.errors import CheckpointError, OutputError, PenjingError
+from penjing.steps.identity import identity
 
 State = dict[str, Any]
 
@@ -29,7 +29,7 @@ def save(path: Path, state: State) -> None:
     try:
         with _undisturbed():
             with aside.open("wb") as file:
-                torch.save({**state, "request": json.dumps(plain(state["request"]))}, file)
+                torch.save({**state, "request": json.dumps(identity(state["request"]))}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -73,7 +73,7 @@ def loading(path: Path, request: dict[str, Any]) -> Iterator[State]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_request(path, json.loads(state["request"]), plain(request))
+        _check_request(path, json.loads(state["request"]), identity(request))
         yield state
     except PenjingError:
         raise
@@ -94,10 +94,3 @@ def _check_request(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             expected=f"{changed[0]} = {before.get(changed[0])}",
             remedy=f"resume with the settings of that run, or delete {path}",
         )
-
-
-def plain(request: dict[str, Any]) -> dict[str, Any]:
-    """A request as it is compared: functions and objects by their repr, as it is now."""
-    # An address is another one in every process.
-    found: dict[str, Any] = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(request, default=repr)))
-    return found
