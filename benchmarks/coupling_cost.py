@@ -49,10 +49,10 @@ def child(side, name):
     found = {}
     if side == "penjing":
         from penjing.analyze.coupling import couple
-        from penjing.network.capture import raise_network
+        from penjing.network.capture import capture_network
 
         start = time.perf_counter()
-        network = raise_network(model, (example,))
+        network = capture_network(model, (example,))
         found["raise_s"] = time.perf_counter() - start
     else:
         import torch_pruning as tp

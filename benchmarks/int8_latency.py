@@ -60,7 +60,7 @@ def build(name: str, folder: Path) -> list[str]:
     import torch
 
     from penjing import measure, runtimes
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.quantize import Static
     from penjing.steps.draft import Draft
@@ -72,14 +72,14 @@ def build(name: str, folder: Path) -> list[str]:
     pictures = torch.randn(SAMPLES, 3, 224, 224)
     task = Task(example=pictures[:2], calibration=list(pictures.split(4)))
     sets = measure.machine(THREADS).instruction_sets
-    draft = Draft(raise_network(model, *task.call()))
+    draft = Draft(capture_network(model, *task.call()))
     made = []
     for runtime in ("openvino", "onnxruntime"):
-        accelerates = runtimes.get(runtime).accelerates(sets)
-        for precision in accelerates.precisions:
+        capabilities = runtimes.get(runtime).capabilities(sets)
+        for precision in capabilities.precisions:
             quantized = draft
             if precision.startswith("int8"):
-                quantized = Static()(draft, Context(task=task, accelerates=accelerates))
+                quantized = Static()(draft, Context(task=task, capabilities=capabilities))
             aside = folder / f"penjing {runtime} {precision}"
             aside.mkdir()
             building.build(quantized, runtime, precision, task, {"kind": "tensor"}, aside)

@@ -74,17 +74,17 @@ def ran(recipe, module, task, seed, folder, runtime, device="cpu"):
     from pruning_accuracy import shown
 
     from penjing import measure, runtimes
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.randomness import seed_everything
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
     seed_everything(seed)
-    raised = raise_network(module, *task.call(), task.dynamic)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(THREADS).instruction_sets)
+    raised = capture_network(module, *task.call(), task.dynamic)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(THREADS).instruction_sets)
     context = Context(
-        task=task, source=raised, seed=seed, device=device, accelerates=accelerates, events=shown(folder.name)
+        task=task, source=raised, seed=seed, device=device, capabilities=capabilities, events=shown(folder.name)
     )
     draft = Draft(raised)
     for step in recipe:
@@ -267,12 +267,12 @@ def timed(folders, pictures, seconds):
 def whole(aside, task):
     """The whole network in fp32, a folder for every runtime."""
     from examples.fashion_mnist.network import resnet20
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.steps.draft import Draft
 
     folders = {}
-    raised = raise_network(resnet20(), *task.call(), task.dynamic)
+    raised = capture_network(resnet20(), *task.call(), task.dynamic)
     for runtime in ("openvino", "onnxruntime", "torch"):
         folders[f"fp32 {runtime}"] = folder = aside / f"fp32 {runtime}"
         folder.mkdir()

@@ -28,8 +28,8 @@ STATIC = "quantize.Static"
 RECIPES = {
     "Static": [{STATIC: {}}],
     "Static + BiasCorrection": [{STATIC: {}}, {"quantize.BiasCorrection": {}}],
-    "Static + AdaRound": [{STATIC: {}}, {"quantize.AdaRound": {}}],
-    "Static + AdaRound with float additions": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.AdaRound": {}}],
+    "Static + AdaRound": [{STATIC: {}}, {"quantize.CoordinateRounding": {}}],
+    "Static + AdaRound with float additions": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.CoordinateRounding": {}}],
     "Best": [{"quantize.Best": {}}],
     "Static + Rollback": [{STATIC: {"exclude": ["*/add#*"]}}, {"quantize.Rollback": {"agreement": 0.96, "snr_db": 27}}],
 }
@@ -76,7 +76,7 @@ def make(name: str, folder: Path) -> None:
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
         from penjing import measure, runtimes
-        from penjing.network.capture import raise_network
+        from penjing.network.capture import capture_network
         from penjing.pipeline import building
         from penjing.recipes.recipe import Recipe
         from penjing.steps.draft import Draft
@@ -86,10 +86,10 @@ def make(name: str, folder: Path) -> None:
             if kind != "progress":
                 log.append({"event": kind, **values})
 
-        accelerates = runtimes.get(kind).accelerates(measure.machine(THREADS).instruction_sets)
-        raised = raise_network(network, *task.call())
+        capabilities = runtimes.get(kind).capabilities(measure.machine(THREADS).instruction_sets)
+        raised = capture_network(network, *task.call())
         draft = Draft(raised)
-        context = Context(task=task, accelerates=accelerates, source=raised, events=events)
+        context = Context(task=task, capabilities=capabilities, source=raised, events=events)
         for step in Recipe.from_data(RECIPES.get(how, [])):
             draft = step(draft, context)
         building.build(draft, kind, "int8" if how in RECIPES else how, task, {"kind": "tensor"}, folder)

@@ -74,7 +74,7 @@ def main() -> None:
     from examples.imagenet_lite0.network import lite0
     from examples.imagenet_lite0.task import task as lite0_task
     from penjing import measure, runtimes
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.quantize.explanation import explain
     from penjing.report import table
     from penjing.steps.draft import Draft
@@ -82,8 +82,8 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     task = lite0_task()
-    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
-    found = explain(Draft(raise_network(lite0(), *task.call())), Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
+    found = explain(Draft(capture_network(lite0(), *task.call())), Context(task=task, capabilities=capabilities))
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
     noisiest = sorted(rows, key=_loudest)[: arguments.shown]

@@ -61,15 +61,15 @@ def build(model, task, folder: Path) -> list[str]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     from penjing import measure, runtimes
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.quantize import Dynamic
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
-    accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
-    draft = Draft(raise_network(model, *task.call()))
-    quantized = Dynamic()(draft, Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(THREADS).instruction_sets)
+    draft = Draft(capture_network(model, *task.call()))
+    quantized = Dynamic()(draft, Context(task=task, capabilities=capabilities))
     for name, made in (("penjing fp32", draft), ("penjing int8", quantized)):
         (folder / name).mkdir()
         building.build(made, "onnxruntime", name.split()[1], task, {"kind": "tensor"}, folder / name)

@@ -25,7 +25,10 @@ sys.path.insert(0, str(ROOT))
 THREADS = 2
 TOKENS = 128
 SETS = ("20newsgroups", "reuters-r8")
-DEFAULT = [{"quantize.Static": {"outliers": "ease"}}, {"quantize.AdaRound": {}}]  # what `compress` does by itself
+DEFAULT = [
+    {"quantize.Static": {"outliers": "ease"}},
+    {"quantize.CoordinateRounding": {}},
+]  # what `compress` does by itself
 NO_ADDS = {"exclude": ["*/add#*"]}
 CONTESTANTS = {
     "penjing openvino int8": ("openvino", "int8", DEFAULT),
@@ -33,9 +36,9 @@ CONTESTANTS = {
     "penjing openvino int8, rest bf16": ("openvino", "int8-bf16", DEFAULT),
     "penjing openvino int8, smooth": ("openvino", "int8", [{"quantize.SmoothQuant": {"alpha": 0.75, "multiply": True}},
                                       {"quantize.Static": NO_ADDS | {"activation_range": "minmax"}},
-                                      {"quantize.AdaRound": {}}]),
+                                      {"quantize.CoordinateRounding": {}}]),
     "penjing openvino int8, outliers fp32": ("openvino", "int8", [{"quantize.SplitOutliers": {}},
-                                             {"quantize.Static": NO_ADDS}, {"quantize.AdaRound": {}}]),
+                                             {"quantize.Static": NO_ADDS}, {"quantize.CoordinateRounding": {}}]),
     "penjing onnxruntime dynamic int8": ("onnxruntime", "int8", [{"quantize.Dynamic": {}}]),
     "penjing onnxruntime fp32": ("onnxruntime", "fp32", []),
     "penjing openvino fp32": ("openvino", "fp32", []),
@@ -127,7 +130,7 @@ def make(name: str, folder: Path) -> None:
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
         from penjing import measure, runtimes
-        from penjing.network.capture import raise_network
+        from penjing.network.capture import capture_network
         from penjing.pipeline import building
         from penjing.recipes.recipe import Recipe
         from penjing.steps.draft import Draft
@@ -135,11 +138,11 @@ def make(name: str, folder: Path) -> None:
         from penjing.tasks.task import Task
 
         task = Task(example={k: v[:2] for k, v in calibration[0].items()}, calibration=calibration, dynamic=axes)
-        raised = raise_network(model, *task.call(), task.dynamic)
+        raised = capture_network(model, *task.call(), task.dynamic)
         draft = Draft(raised)
-        accelerates = runtimes.get(kind).accelerates(measure.machine(THREADS).instruction_sets)
+        capabilities = runtimes.get(kind).capabilities(measure.machine(THREADS).instruction_sets)
         for step in Recipe.from_data(recipe):
-            draft = step(draft, Context(task=task, accelerates=accelerates, source=raised))
+            draft = step(draft, Context(task=task, capabilities=capabilities, source=raised))
         building.build(draft, kind, precision, task, {"kind": "tensor"}, folder)
     (folder / "made.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
 

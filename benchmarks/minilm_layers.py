@@ -90,11 +90,11 @@ def taught(arguments, task, classes):
 def student(module, task):
     """A draft of the network with three layers."""
     from penjing.distill import FewerLayers
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
-    raised = raise_network(module, *task.call(), task.dynamic)
+    raised = capture_network(module, *task.call(), task.dynamic)
     return FewerLayers(of=STACK, keep=KEPT)(Draft(raised), Context(task=task)), raised
 
 
@@ -103,7 +103,7 @@ def accuracies(arguments, module, task, data, save):
     from benchmarks.minilm_pruning import RATE, TRAIN_BATCH, classifier, macs, shown
     from examples.data import cache
     from penjing import measure
-    from penjing.distill import Stored
+    from penjing.distill import TeacherCache
     from penjing.randomness import seed_everything
     from penjing.steps.step import Context
     from penjing.tasks.outputs import numpy_predictor
@@ -121,7 +121,7 @@ def accuracies(arguments, module, task, data, save):
         losses = losses if isinstance(losses, tuple) else (losses,)
         if not losses or any(getattr(loss, "features", ()) for loss in losses):
             return None
-        return Stored(cache() / f"answers-minilm-{cycles(arguments)}-{arguments.texts}-{seed}", source)
+        return TeacherCache(cache() / f"answers-minilm-{cycles(arguments)}-{arguments.texts}-{seed}", source)
 
     def ran(name, seed):
         texts = arguments.texts + (sum(arguments.train_texts) if name == LONGER else 0)

@@ -172,14 +172,14 @@ def source(task, classes, texts):
 
 
 def penjing(settings, module, task, target, seed):
-    """The raised network that `prune.Channels` leaves."""
-    from penjing.network.capture import raise_network
+    """The captured network that `prune.Channels` leaves."""
+    from penjing.network.capture import capture_network
     from penjing.prune import Channels
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
     criterion, scope = settings.split()
-    raised = raise_network(module, *task.call(), task.dynamic)
+    raised = capture_network(module, *task.call(), task.dynamic)
     step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO, batches=10, reconstruct=False)
     return step(Draft(raised), Context(task=task, source=raised, seed=seed)).network
 
@@ -237,9 +237,9 @@ def torch_pruning(settings, module, task, target, seed):
 def macs(network, task):
     """Multiply-accumulates of one text."""
     from penjing.analyze.cost import cost, totals
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
 
-    return totals(cost(raise_network(network, *task.call()), task.call())).macs
+    return totals(cost(capture_network(network, *task.call()), task.call())).macs
 
 
 SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_PRUNING)}
@@ -289,7 +289,7 @@ def accuracies(arguments, module, task, data, save):
 def speeds(arguments, module, task, data, save):
     """Whole and pruned networks in the runtimes, in turns."""
     from penjing.measure import Target, compare
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.steps.draft import Draft
 
@@ -300,7 +300,7 @@ def speeds(arguments, module, task, data, save):
             settings = data["accuracy"].get(label, {}).get("settings", every[0] if every else "")
             network = prune(settings, module, task, arguments.target, 0) if prune else module
             shares[label] = macs(network, task) / whole
-            raised = raise_network(network, *task.call(), task.dynamic)
+            raised = capture_network(network, *task.call(), task.dynamic)
             for runtime in ("onnxruntime", "openvino"):
                 folder = Path(aside) / f"{label} {runtime}"
                 folder.mkdir()

@@ -2,8 +2,8 @@
 
 ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0, in two parts. Noise and the metric are read on held-out data.
 
-`bits`: both sides are rounded by `AdaRound` on the same calibration data and run in ONNX Runtime, where weights of
-fewer bits are stored in 8 and compute to the bit; size is that of the packed file.
+`bits`: both sides are rounded by `CoordinateRounding` on the same calibration data and run in ONNX Runtime, where
+weights of fewer bits are stored in 8 and compute to the bit; size is that of the packed file.
 
 `latency`: in OpenVINO, budgets between the latency of the network all in integers and all in bfloat16; the step chooses
 whether the rest is computed in fp32 or in bfloat16. All files, and NNCF's INT8 beside them, are measured again in turns
@@ -88,16 +88,16 @@ def by_bits(raised, network, task, wanted) -> list[dict]:
     """Uniform and mixed bits in weights."""
     from penjing import measure, runtimes
     from penjing.pipeline import building
-    from penjing.quantize import AdaRound, MixedPrecision, Static
+    from penjing.quantize import CoordinateRounding, MixedPrecision, Static
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
-    accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(THREADS).instruction_sets)
-    context = Context(task=task, accelerates=accelerates, source=raised)
+    capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(THREADS).instruction_sets)
+    context = Context(task=task, capabilities=capabilities, source=raised)
     rows = []
     print(f"{'':<10}{'bits':>6}{'metric':>9}{'SNR dB':>8}{'packed kB':>11}")
     for bits in wanted:
-        kinds = {"uniform": (Static(weight_bits=bits), AdaRound())}
+        kinds = {"uniform": (Static(weight_bits=bits), CoordinateRounding())}
         if bits < 8:
             kinds["mixed"] = (MixedPrecision(average_bits=bits, weight_bits=CHOICES),)
         for kind, steps in kinds.items():
@@ -130,11 +130,11 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
     from penjing import measure, runtimes
     from penjing.pipeline import building
     from penjing.pipeline.trial import Trial
-    from penjing.quantize import AdaRound, MixedPrecision, Static
+    from penjing.quantize import CoordinateRounding, MixedPrecision, Static
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
-    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
+    capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
     pictures = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
@@ -152,9 +152,9 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
             seconds=seconds,
         )  # fmt: skip
         context = Context(
-            task=task, accelerates=accelerates, source=raised, latency=trial.latency, profile=trial.profile
+            task=task, capabilities=capabilities, source=raised, latency=trial.latency, profile=trial.profile
         )
-        integer = AdaRound()(Static()(draft, context), context)
+        integer = CoordinateRounding()(Static()(draft, context), context)
         build(INTEGER, integer, "int8")
         build("bf16", draft, "bf16")
         peer(network, pictures, folder / "nncf")
@@ -226,7 +226,7 @@ def main() -> None:
     import torch
 
     from penjing import measure
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
 
     torch.set_num_threads(THREADS)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
@@ -237,7 +237,7 @@ def main() -> None:
         data["networks"] = json.loads(arguments.out.read_text())["networks"]
     for name in arguments.networks:
         network, task = source(name)
-        raised = raise_network(network, *task.call())
+        raised = capture_network(network, *task.call())
         found = data["networks"].setdefault(name, {})
         for part in arguments.parts:
             print(f"\n{name}, {part}")

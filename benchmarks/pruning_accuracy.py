@@ -94,14 +94,14 @@ def shown(label):
 
 
 def penjing(settings, name, module, task, target, seed):
-    """The raised network that `prune.Channels` leaves."""
-    from penjing.network.capture import raise_network
+    """The captured network that `prune.Channels` leaves."""
+    from penjing.network.capture import capture_network
     from penjing.prune import Channels
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
     criterion, scope, *fitted = settings.split()
-    raised = raise_network(module, *task.call())
+    raised = capture_network(module, *task.call())
     step = Channels(macs=target, criterion=criterion, scope=scope, round_to=ROUND_TO[name], reconstruct=bool(fitted))
     return step(Draft(raised), Context(task=task, source=raised, seed=seed)).network
 
@@ -157,9 +157,9 @@ def torch_pruning(settings, name, module, task, target, seed):
 def macs(network, task):
     """Multiply-accumulates of one sample."""
     from penjing.analyze.cost import cost, totals
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
 
-    return totals(cost(raise_network(network, *task.call()), task.call())).macs
+    return totals(cost(capture_network(network, *task.call()), task.call())).macs
 
 
 def finetuned(network, name, task, seed, epochs, label):
@@ -230,7 +230,7 @@ def speeds(arguments, name, data, save):
     import torch
 
     from penjing.measure import Target, compare
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.steps.draft import Draft
     from penjing.tasks.outputs import to_numpy
@@ -248,7 +248,7 @@ def speeds(arguments, name, data, save):
                 known = found.get("accuracy", {}).get(f"{target:g}", {}).get(side, {})
                 settings = known.get("settings", every[0])
                 network = module if target == 1 else prune(settings, name, module, task, target, 0)
-                raised = raise_network(network, *task.call(), task.dynamic)
+                raised = capture_network(network, *task.call(), task.dynamic)
                 label = "whole" if target == 1 else f"{side} {target:g}"
                 shares[label] = macs(network, task) / whole
                 for runtime in ("onnxruntime", "openvino"):
@@ -277,7 +277,7 @@ def widths(arguments, name, data, save):
     import torch
 
     from penjing.measure import Target, compare
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
     from penjing.steps.draft import Draft
     from penjing.tasks.task import Task
@@ -288,7 +288,7 @@ def widths(arguments, name, data, save):
             picture = torch.randn(BATCH, width, pixels, pixels)
             task = Task(example=picture[:2], calibration=[picture])
             network = torch.nn.Sequential(torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.ReLU())
-            raised = raise_network(network, *task.call(), task.dynamic)
+            raised = capture_network(network, *task.call(), task.dynamic)
             for runtime in ("onnxruntime", "openvino"):
                 folder = Path(aside) / f"{width} {runtime}"
                 folder.mkdir()

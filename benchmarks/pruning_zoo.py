@@ -160,7 +160,7 @@ def penjing(name, folder):
 
     from penjing.analyze.coupling import couple
     from penjing.measure import peak_memory_bytes, reset_peak
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline.building import build as export
     from penjing.prune import Channels
     from penjing.prune.channels import disagreement, remove
@@ -175,7 +175,7 @@ def penjing(name, folder):
     model, example, outputs = built(name)
     task = Task(example=example)
     start = time.perf_counter()
-    network = raise_network(model, (example,))
+    network = capture_network(model, (example,))
     found = {"raise_s": time.perf_counter() - start, "parameters_before": parameters(network)}
     reset_peak()
     before, start = peak_memory_bytes(), time.perf_counter()

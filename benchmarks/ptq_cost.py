@@ -75,18 +75,18 @@ def _penjing(network, pictures, folder):
 
     from examples.imagenet_lite0.task import task as lite0_task
     from penjing import measure, runtimes
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.pipeline import building
-    from penjing.quantize import AdaRound, Static
+    from penjing.quantize import CoordinateRounding, Static
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
     task = replace(lite0_task(), calibration=list(pictures.split(10)))
-    accelerates = runtimes.get("openvino").accelerates(measure.machine(THREADS).instruction_sets)
-    context, ends = Context(task=task, accelerates=accelerates), {"": time.perf_counter()}
-    draft = Draft(raise_network(network, *task.call()))
+    capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
+    context, ends = Context(task=task, capabilities=capabilities), {"": time.perf_counter()}
+    draft = Draft(capture_network(network, *task.call()))
     ends["raising"] = time.perf_counter()
-    for step in (Static(samples=len(pictures)), AdaRound()):
+    for step in (Static(samples=len(pictures)), CoordinateRounding()):
         draft = step(draft, context)
         ends[type(step).__name__] = time.perf_counter()
     building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)

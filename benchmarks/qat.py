@@ -34,14 +34,14 @@ BREVITAS = ("brevitas stats", "brevitas learned")
 
 
 def prepared():
-    """Module, raised network and task."""
+    """Module, captured network and task."""
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
 
     told = task()
     module = resnet20()
-    return module, raise_network(module, *told.call()), told
+    return module, capture_network(module, *told.call()), told
 
 
 def penjing(name, bits, rate, epochs, seed, raised, task):

@@ -56,8 +56,8 @@ RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 
 @functools.cache
 def subject(name):
-    """The raised network, its task, and the module that it came from."""
-    from penjing.network.capture import raise_network
+    """The captured network, its task, and the module that it came from."""
+    from penjing.network.capture import capture_network
 
     if name == "resnet20":
         from examples.fashion_mnist.network import resnet20
@@ -77,7 +77,7 @@ def subject(name):
             dynamic={k: {0: "batch", 1: "length"} for k in calibration[0]},
         )
         model = minilm_int8.encoder()
-    return raise_network(model, *task.call(), task.dynamic), task, model
+    return capture_network(model, *task.call(), task.dynamic), task, model
 
 
 def pruned(name, pattern, method="Magnitude"):
@@ -164,9 +164,9 @@ def built(name, pattern, runtime, precision, folder):
     network, task, _ = subject(name)
     draft = pruned(name, pattern)
     if precision.startswith("int8"):
-        accelerates = runtimes.get(runtime).accelerates(measure.machine(THREADS).instruction_sets)
+        capabilities = runtimes.get(runtime).capabilities(measure.machine(THREADS).instruction_sets)
         step = Static(exclude=("*/add#*",)) if name == "minilm" else Static()
-        draft = step(draft, Context(task=task, accelerates=accelerates, source=network))
+        draft = step(draft, Context(task=task, capabilities=capabilities, source=network))
     building.build(draft, runtime, precision, task, {"kind": "tensor"}, made)
     return made
 

@@ -82,7 +82,7 @@ def student(pair, name, arguments, task, source, seed):
     from pruning_accuracy import macs
 
     from penjing import distill, prune
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.randomness import seed_everything
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
@@ -90,7 +90,7 @@ def student(pair, name, arguments, task, source, seed):
     seed_everything(seed)
     teacher, narrow = networks(pair, arguments.width)
     if not name.startswith("copied"):
-        return raise_network(narrow, *task.call(), task.dynamic)
+        return capture_network(narrow, *task.call(), task.dynamic)
     if pair == "resnet":
         steps = [distill.FewerLayers(of=f"stages.{i}", keep=3) for i in range(3)]
     else:
@@ -148,15 +148,15 @@ def measured(pair, arguments, task, data, save):
     from pruning_accuracy import macs, shown
 
     from examples.data import cache
-    from penjing.distill import Stored
-    from penjing.network.capture import raise_network
+    from penjing.distill import TeacherCache
+    from penjing.network.capture import capture_network
     from penjing.steps.step import Context
     from penjing.tasks.outputs import numpy_predictor
     from penjing.train.finetune import Finetune, train
 
     found = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)
-    source = raise_network(teacher, *task.call(), task.dynamic)
+    source = capture_network(teacher, *task.call(), task.dynamic)
     reached = task.evaluate(numpy_predictor(teacher))
     print(f"{pair}: teacher {reached:.4f}", flush=True)
     every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
@@ -166,7 +166,7 @@ def measured(pair, arguments, task, data, save):
         losses = losses if isinstance(losses, tuple) else (losses,)
         if not losses or any(getattr(loss, "features", ()) for loss in losses):
             return None
-        return Stored(cache() / f"answers-{pair}-{cycles(arguments)}-{epochs:g}-{seed}", teacher)
+        return TeacherCache(cache() / f"answers-{pair}-{cycles(arguments)}-{epochs:g}-{seed}", teacher)
 
     def ran(name, seed, epochs=arguments.epochs):
         key = f"{pair} {arguments.width:g} {name} epochs {epochs:g} of {cycles(arguments)} seed {seed}"

@@ -2,9 +2,9 @@
 
 ResNet-20 and MobileNetV2, batches of 256 Fashion-MNIST pictures, SGD with Nesterov momentum, cosine schedule,
 channels-last on all sides. `bare` is the module in a loop of ten lines, under torch's autocast where the processor
-computes bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the raised network with everything that it
-watches and tells; `stored teacher` reads the answers of the source from a file (`distill.Stored`, written before) and
-learns from labels and answers. In turns, each from the same weights; seconds run from the first step to the last.
+computes bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the captured network with everything that it
+watches and tells; `stored teacher` reads the answers of the source from a file (`distill.TeacherCache`, written before)
+and learns from labels and answers. In turns, each from the same weights; seconds run from the first step to the last.
 
     python benchmarks/training_cost.py [--steps 40] [--rounds 7] [--device cuda]
 """
@@ -64,12 +64,12 @@ def bare(module, batches, steps, device, bf16):
 
 def penjing(module, task, device, settings):
     """Seconds of `Finetune` with the same settings."""
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.steps.step import Context
     from penjing.train.finetune import train
 
     clock = Clock()
-    raised = raise_network(module, *task.call(), task.dynamic)
+    raised = capture_network(module, *task.call(), task.dynamic)
     train(raised, Context(task=task, source=raised, device=device), settings(clock))
     return clock.seconds
 
@@ -126,7 +126,7 @@ def measured(title, module, arguments):
         return Finetune(steps=arguments.steps, learning_rate=RATE, warmup=0.0, distill=(), hooks=(clock,))
 
     with tempfile.TemporaryDirectory() as folder:
-        stored = distill.Stored(folder, module)
+        stored = distill.TeacherCache(folder, module)
         with torch.no_grad():
             answers = stored.opened(task)
             for x, _ in batches:

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from penjing import distill
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
@@ -27,7 +27,7 @@ class Small(nn.Module):
 
 def raised(width=6, seed=0):
     torch.manual_seed(seed)
-    return raise_network(Small(width), (torch.zeros(2, 1, 8, 8),))
+    return capture_network(Small(width), (torch.zeros(2, 1, 8, 8),))
 
 
 def task(**fields):

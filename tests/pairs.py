@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from penjing import distill, measure, prune, quantize, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.recipes.recipe import Recipe
 from penjing.records.manifest import read_manifest
@@ -50,7 +50,7 @@ TECHNIQUES = {
     "quantize.Best": ("integers", quantize.Best(minutes=0.02)),
     "quantize.MixedPrecision": ("integers", quantize.MixedPrecision(average_bits=6, weight_bits=(8, 4))),
     "quantize.BiasCorrection": ("repair", quantize.BiasCorrection()),
-    "quantize.AdaRound": ("repair", quantize.AdaRound()),
+    "quantize.CoordinateRounding": ("repair", quantize.CoordinateRounding()),
     "quantize.Rollback": ("repair", quantize.Rollback(snr_db=10)),
     "quantize.QAT": ("repair", quantize.QAT(epochs=0.1)),
 }
@@ -92,9 +92,9 @@ def task() -> Task:
 
 
 def trained(data: Task):
-    """The raised network after a few epochs: its answers mean something."""
+    """The captured network after a few epochs: its answers mean something."""
     torch.manual_seed(0)
-    raised = raise_network(Net(), *data.call(), data.dynamic)
+    raised = capture_network(Net(), *data.call(), data.dynamic)
     return train(raised, Context(task=data), Finetune(epochs=4, learning_rate=0.05, autocast="off"))
 
 
@@ -114,8 +114,8 @@ def steps(first: str, second: str) -> tuple:
 
 def artifact(recipe: Recipe, source, data: Task, folder, runtime: str = "onnxruntime", device: str = "cpu") -> dict:
     """Run the steps, build a file, run it in the runtime; what it answers beside the network in torch, in decibels."""
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    context = Context(task=data, source=source, accelerates=accelerates, device=device)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    context = Context(task=data, source=source, capabilities=capabilities, device=device)
     draft = Draft(source)
     for step in recipe:
         draft = step(draft, context)

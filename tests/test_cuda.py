@@ -10,7 +10,7 @@ from torch import nn
 import penjing as pj
 from penjing import distill
 from penjing.distill.stored import _keys
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.recipes.recipe import Recipe
 from penjing.train.finetune import Finetune, train
 from tests import lessons, pairs
@@ -100,7 +100,7 @@ def test_every_way_teaches(way, teacher):
         device=DEVICE,
         events=lambda kind, **v: told.append(v["loss"]) if "loss" in v else 0,
     )
-    settings = replace(lessons.SHORT, epochs=4, distill=way, labels=0, clip=pj.Clip(threshold=1.0))
+    settings = replace(lessons.SHORT, epochs=4, distill=way, task_loss_weight=0, clip=pj.Clip(threshold=1.0))
     student = train(lessons.raised(), where, settings)
     assert told[-1] < 0.8 * told[0]
     assert places(student, teacher) == {"cpu"}
@@ -116,8 +116,8 @@ def test_stored_answers_are_those_of_the_teacher(teacher, tmp_path):
     settings = replace(lessons.SHORT, epochs=2, distill=distill.Logits())
     where = replace(lessons.context(teacher), device=DEVICE)
     asked = train(lessons.raised(), where, replace(settings, teacher=teacher))
-    stored = train(lessons.raised(), where, replace(settings, teacher=distill.Stored(tmp_path, teacher)))
-    read = train(lessons.raised(), where, replace(settings, teacher=distill.Stored(tmp_path)))
+    stored = train(lessons.raised(), where, replace(settings, teacher=distill.TeacherCache(tmp_path, teacher)))
+    read = train(lessons.raised(), where, replace(settings, teacher=distill.TeacherCache(tmp_path)))
     assert loop.same(asked, stored) and loop.same(stored, read)
 
 
@@ -152,5 +152,5 @@ def test_a_network_that_lives_there_stays_there(teacher):
 
 def test_a_network_that_lives_there_is_raised():
     network = lessons.Small().to(DEVICE)
-    raised = raise_network(network, (torch.zeros(2, 1, 8, 8, device=DEVICE),))
+    raised = capture_network(network, (torch.zeros(2, 1, 8, 8, device=DEVICE),))
     assert places(raised) == {DEVICE}

@@ -11,7 +11,7 @@ from torch import nn
 
 import penjing as pj
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.pipeline.inspection import inspect
 from penjing.records import LayerRow
@@ -156,8 +156,10 @@ def inspected(name):
 @functools.cache
 def rows_of(name, runtime):
     model, task = network(name)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = pj.quantize.Static()(Draft(raise_network(model, *task.call())), Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = pj.quantize.Static()(
+        Draft(capture_network(model, *task.call())), Context(task=task, capabilities=capabilities)
+    )
     structure = flatten_outputs(model(*task.call()[0]))[1]
     with tempfile.TemporaryDirectory() as aside:
         manifest = building.build(draft, runtime, "int8", task, structure, Path(aside))

@@ -31,7 +31,7 @@ RECIPE = """\
 - prune.Channels: {macs: 0.5, criterion: taylor}
 - Finetune: {epochs: 3, learning_rate: 1e-3, distill: {distill.Logits: {temperature: 4.0}}}
 - quantize.Static: {weight_bits: 8, activation_bits: 8, exclude: ["head*", stem]}
-- quantize.AdaRound
+- quantize.CoordinateRounding
 """
 
 
@@ -60,12 +60,12 @@ def read_task(task):
 
 @pytest.fixture(scope="module")
 def raised(digits_run, digits_source, digits_task):
-    from penjing.network.capture import raise_network
+    from penjing.network.capture import capture_network
     from penjing.sources.source import open_source
     from penjing.tasks.opening import open_task
 
     task = open_task(digits_task)
-    return raise_network(open_source(digits_source, task=task).module, *task.call(), task.dynamic)
+    return capture_network(open_source(digits_source, task=task).module, *task.call(), task.dynamic)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def whole(digits_run, tmp_path_factory):
     BertModel(config).save_pretrained(folder / "bert")
     import torch
 
-    from penjing.distill.stored import Answers
+    from penjing.distill.stored import CachedTeacher
 
-    Answers(folder / "answers", torch.nn.Linear(3, 2))(torch.zeros(2, 3))
+    CachedTeacher(folder / "answers", torch.nn.Linear(3, 2))(torch.zeros(2, 3))
     (folder / "state").mkdir()
     (folder / "state" / "request.json").write_text(json.dumps({"goal": "drop<=1%", "seed": 0}))
     return folder
@@ -110,8 +110,9 @@ def whole(digits_run, tmp_path_factory):
 
 def doors(raised, artifacts):
     """Every kind of file with its reader."""
-    from penjing.distill.stored import Answers
     from penjing.pipeline.trainings import read as trainings
+
+    from penjing.distill.stored import CachedTeacher
     from penjing.records.folder import RunFolder
     from penjing.sources.huggingface import open_folder
 
@@ -136,7 +137,7 @@ def doors(raised, artifacts):
         Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
         Door("bert/config.json", lambda f: open_folder(f / "bert"), 2),
         Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
-        Door("answers/about.json", lambda f: Answers(f / "answers"), 2),
+        Door("answers/about.json", lambda f: CachedTeacher(f / "answers"), 2),
         Door("state/request.json", claimed),
         Door("events.jsonl", lambda f: trainings(f / "events.jsonl"), 2),
         Door("record.json", verified, 1),

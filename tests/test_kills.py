@@ -45,7 +45,7 @@ def go(out):
     )
     recipe = pj.Recipe(
         pj.prune.Channels(macs=0.7), pj.Finetune(epochs=3, save_every_s=0.05), pj.quantize.Static(),
-        pj.quantize.AdaRound(),
+        pj.quantize.CoordinateRounding(),
     )
     options = {"runtime": "onnxruntime", "seconds": 0.05, "threads": 1, "resume": True}
     pj.compress(network, task, "minimize size_bytes", recipe=recipe, out=out, **options)

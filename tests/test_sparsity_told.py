@@ -10,7 +10,7 @@ import torch
 
 import penjing as pj
 from penjing import records
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.zeros import filled
 from penjing.records import Candidate, Measured, Zeros
 from penjing.records.folder import ARTIFACT
@@ -95,11 +95,11 @@ def test_a_gain_that_was_seen_is_no_complaint(speedup, low, told):
 
 
 def test_the_twin_has_other_numbers_where_the_zeros_were_and_nothing_else():
-    raised = raise_network(network(), *task().call())
+    raised = capture_network(network(), *task().call())
     made = pj.prune.Magnitude(sparsity=0.6)(Draft(raised), Context(task=task(), source=raised))
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
-    twin = filled(made, seed=0).network
-    for name, parameter in twin.named_parameters():
+    replica = filled(made, seed=0).network
+    for name, parameter in replica.named_parameters():
         was, now = before[name].numpy(), parameter.detach().numpy()
         if name not in made.sparse:
             assert np.array_equal(was, now)

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from penjing import runtimes
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.records.manifest import Manifest
@@ -121,7 +121,7 @@ class Exported:
     """An artifact and the torch network that it should compute like."""
 
     case: Case
-    network: fx.GraphModule  # the raised source
+    network: fx.GraphModule  # the captured source
     reference: fx.GraphModule  # the source, or what the plan makes of it
     draft: Draft
     manifest: Manifest
@@ -151,11 +151,11 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
             nn.init.uniform_(part.running_mean, -0.5, 0.5)
             nn.init.uniform_(part.running_var, 0.5, 2.0)
     task = Task(example=case.inputs(2, seed=0), calibration=[case.inputs(16, seed=seed) for seed in (1, 2)])
-    network = raise_network(module.eval(), *task.call())
+    network = capture_network(module.eval(), *task.call())
     draft = Draft(network)
     if precision in building.INTEGER:
-        accelerates = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
-        draft = Static()(draft, Context(task=task, accelerates=accelerates))
+        capabilities = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
+        draft = Static()(draft, Context(task=task, capabilities=capabilities))
     args, kwargs = task.call()
     structure = flatten_outputs(network(*args, **kwargs))[1]
     manifest = building.build(draft, runtime, precision, task, structure, folder)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.fashion_mnist.network import WEIGHTS, untrained
 from examples.fashion_mnist.task import task as fashion_mnist_task
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
@@ -45,7 +45,7 @@ def main() -> None:
 
     step = Finetune(epochs=arguments.epochs, learning_rate=0.2, weight_decay=5e-4)
     context = Context(task=task, seed=arguments.seed, events=show, folder=arguments.state)
-    network = step(Draft(raise_network(source, *task.call())), context).network
+    network = step(Draft(capture_network(source, *task.call())), context).network
 
     def predict(pictures):
         with torch.no_grad():

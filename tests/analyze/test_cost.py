@@ -5,12 +5,12 @@ from torch import nn
 
 from penjing.analyze.cost import cost, peak_activation, peak_activation_bytes, totals
 from penjing.architectures import build
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import shapes
 
 
 def rows_of(model, *args, dynamic=None, **kwargs):
-    return {row.name: row for row in cost(raise_network(model, args, kwargs, dynamic), (args, kwargs))}
+    return {row.name: row for row in cost(capture_network(model, args, kwargs, dynamic), (args, kwargs))}
 
 
 def by_hooks(model, *args):
@@ -159,7 +159,9 @@ def test_a_plain_recurrent_layer_is_its_products():
 
 
 def test_resnet18_has_its_published_figures():
-    rows = cost(raise_network(build("resnet18"), (torch.zeros(1, 3, 224, 224),)), ((torch.zeros(1, 3, 224, 224),), {}))
+    rows = cost(
+        capture_network(build("resnet18"), (torch.zeros(1, 3, 224, 224),)), ((torch.zeros(1, 3, 224, 224),), {})
+    )
     total = totals(rows)
     assert total.macs == 1_814_073_344
     assert total.parameters == 11_689_512
@@ -170,7 +172,7 @@ def test_resnet18_has_its_published_figures():
 
 def test_resnet20_agrees_with_hooks_on_the_module():
     model, x = build("resnet20", in_channels=1), torch.zeros(1, 1, 28, 28)
-    rows = cost(raise_network(model, (x,)), ((x.expand(3, -1, -1, -1),), {}))
+    rows = cost(capture_network(model, (x,)), ((x.expand(3, -1, -1, -1),), {}))
     assert totals(rows).macs == by_hooks(model, x)
     assert totals(rows).parameters == sum(p.numel() for p in model.parameters())
 
@@ -235,14 +237,14 @@ def test_a_fixed_batch_is_counted_whole():
             return self.head(x.reshape(x.shape[0], 12))
 
     x = torch.zeros(4, 3, 4)
-    network = raise_network(Fixed(), (x,), dynamic={})
+    network = capture_network(Fixed(), (x,), dynamic={})
     assert totals(cost(network, ((x,), {}))).macs == 4 * 12 * 2
 
 
 def test_the_peak_of_a_chain_by_hand():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.ReLU(), nn.Linear(4 * 64, 2))
     x = torch.zeros(3, 1, 8, 8)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     # While the rectifier runs, its input (seen through a view) and its output are alive; the picture is gone.
     peak = peak_activation(network, ((x,), {}))
     assert peak.size_bytes == 2 * (4 * 64) * 4 == peak_activation_bytes(network, ((x,), {}))
@@ -262,7 +264,7 @@ class Skip(nn.Module):
 
 def test_a_shortcut_keeps_its_input_alive():
     x = torch.zeros(1, 2, 4, 4)
-    network = raise_network(Skip(), (x,))
+    network = capture_network(Skip(), (x,))
     one = 2 * 16 * 4
     # x, y and the sum while the addition runs; the sum of the weight's row (4 bytes) may be alive with them.
     assert 3 * one <= peak_activation_bytes(network, ((x,), {})) <= 3 * one + 4
@@ -271,7 +273,7 @@ def test_a_shortcut_keeps_its_input_alive():
 @pytest.mark.parametrize("model", [Skip(), Token(), build("resnet20")], ids=["skip", "token", "resnet20"])
 def test_the_peak_equals_a_slow_simulation(model):
     x = torch.zeros(1, 5, 4) if isinstance(model, Token) else torch.zeros(1, 2 if isinstance(model, Skip) else 3, 8, 8)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     found = shapes(network, ((x,), {}))
     nodes = list(network.graph.nodes)
     weights = {id(n) for n in nodes if n.op == "get_attr"}
@@ -292,7 +294,7 @@ def test_the_peak_equals_a_slow_simulation(model):
 
 def test_counting_leaves_the_network_as_it_was():
     x = torch.randn(2, 3, 8, 8)
-    network = raise_network(build("resnet20"), (x,)).train()
+    network = capture_network(build("resnet20"), (x,)).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     cost(network, ((x,), {}))
     peak_activation_bytes(network, ((x,), {}))

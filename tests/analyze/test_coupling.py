@@ -11,7 +11,7 @@ from torch import nn
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
 from penjing.errors import RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.surgery import replay, resize
 from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES, ONE_KEY
@@ -23,7 +23,7 @@ EVERY = {**TOPOLOGIES, **MORE, **ONE_KEY, **{name: (make, example) for name, (ma
 
 
 def coupled(model, *args, keep=()):
-    network = raise_network(scattered(model), args)
+    network = capture_network(scattered(model), args)
     return network, couple(network, (args, {}), keep)
 
 
@@ -88,7 +88,7 @@ def test_units_and_their_gates_heads_and_kernels_are_free(name):
     make, example, groups = FREE[name]
     _, coupling = coupled(make(), example())
     assert {group: units.units for group, units in coupling.groups.items()} == groups
-    assert set(coupling.held.values()) <= {"it is an output of the network"}
+    assert set(coupling.not_prunable.values()) <= {"it is an output of the network"}
 
 
 @pytest.mark.parametrize("name", ONE_KEY)
@@ -97,7 +97,7 @@ def test_heads_that_share_one_key_are_free_and_so_is_the_width_of_the_value(name
     make, example = ONE_KEY[name]
     _, coupling = coupled(make(), example())
     assert {group: units.units for group, units in coupling.groups.items()} == {"q": 4, "v": 6, "p": 10}
-    assert {tensor.partition(".")[0] for tensor in coupling.held} == {"k", "o"}
+    assert {tensor.partition(".")[0] for tensor in coupling.not_prunable} == {"k", "o"}
     members = {(m.tensor, m.axis): len(m.of([1])) for group in ("q", "v") for m in coupling.groups[group].members}
     assert members["q.weight", 0] == 6 and members["p.weight", 1] in (4, 6)
 
@@ -112,7 +112,7 @@ def test_groups_say_what_belongs_together_and_why():
     assert (stem.units, inner.units) == (8, 12)
     assert "/add#0 combines it" in stem.because
     assert "a.weight axis 0 (its outputs): 12 positions" in str(inner)
-    assert coupling.held == {
+    assert coupling.not_prunable == {
         "out.weight:0": "it is an output of the network",
         "out.bias:0": "it is an output of the network",
     }
@@ -180,14 +180,14 @@ def test_what_is_not_known_is_refused_by_name_and_the_rest_goes_on():
 
     _, coupling = coupled(Odd(), torch.randn(2, 4))
     assert set(coupling.groups) == {"b"}
-    assert "cumsum#0" in coupling.held["a.weight:0"]
+    assert "cumsum#0" in coupling.not_prunable["a.weight:0"]
 
 
 def test_a_computed_size_is_what_is_left_over():
     x = torch.randn(2, 3, 6, 6)
     network, coupling = coupled(Patches(), x)
     assert {name: group.units for name, group in coupling.groups.items()} == {"stem": 8, "join": 6}
-    assert set(coupling.held) == {"out.weight:0", "out.bias:0"}
+    assert set(coupling.not_prunable) == {"out.weight:0", "out.bias:0"}
     edits = coupling.edits({"stem": [0, 5]})
     computed = [e["argument"] for e in edits if e["edit"] == "literal" and e["value"] == -1]
     assert computed == [["shape", 0], ["shape", 0]]
@@ -208,7 +208,7 @@ def test_two_sizes_that_are_computed_or_open_hold_what_they_read():
 
     _, coupling = coupled(Odd(), torch.randn(2, 5, 4))
     assert not coupling.groups
-    assert coupling.held["a.weight:0"] == "/reshape#0: the size is computed, and another one is open"
+    assert coupling.not_prunable["a.weight:0"] == "/reshape#0: the size is computed, and another one is open"
 
 
 def test_an_operator_without_a_rule_holds_what_it_reads():
@@ -221,7 +221,7 @@ def test_an_operator_without_a_rule_holds_what_it_reads():
             return self.c(F.relu(self.b(torch.linalg.vander(self.a(x), N=6)[:, 0])))
 
     _, coupling = coupled(Odd(), torch.randn(2, 4))
-    assert "nothing is known about the channels of" in coupling.held["a.weight:0"]
+    assert "nothing is known about the channels of" in coupling.not_prunable["a.weight:0"]
     assert "b" in coupling.groups
 
 
@@ -236,7 +236,7 @@ def test_channels_added_to_an_input_stay():
 
     _, coupling = coupled(Odd(), torch.randn(2, 4))
     assert not coupling.groups
-    assert coupling.held["a.weight:0"] == "/add#0 combines it"
+    assert coupling.not_prunable["a.weight:0"] == "/add#0 combines it"
 
 
 def test_the_last_channel_is_never_removed():
@@ -249,7 +249,7 @@ def test_layers_that_stay_whole_are_held_and_a_wrong_name_gets_the_nearest():
     x = torch.randn(2, 3, 6, 6)
     network, coupling = coupled(Residual(), x, keep=["a"])
     assert set(coupling.groups) == {"stem"}
-    assert coupling.held["a.weight:0"] == "a shall stay whole"
+    assert coupling.not_prunable["a.weight:0"] == "a shall stay whole"
     with pytest.raises(RecipeError, match="did you mean stem"):
         couple(network, ((x,), {}), keep=["stm"])
     with pytest.raises(RecipeError, match="no such group"):

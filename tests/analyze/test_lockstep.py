@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import flat_inputs, kind, sites
 from penjing.quantize import Static
 from penjing.steps.draft import Draft
@@ -70,12 +70,12 @@ EAGER = replace(GENERIC, quantized_output=frozenset({"conv", "linear", "add", "c
     scope="module",
 )
 def example(request):
-    make, accelerates = request.param
+    make, capabilities = request.param
     module, data = make()
     task = Task(example=data[0], calibration=data)
-    context = Context(task=task, accelerates=accelerates)
-    draft = Static()(Draft(raise_network(module, *task.call())), context)
-    assert ("/output:in0" in draft.plan.entries) == (accelerates is not None)
+    context = Context(task=task, capabilities=capabilities)
+    draft = Static()(Draft(capture_network(module, *task.call())), context)
+    assert ("/output:in0" in draft.plan.entries) == (capabilities is not None)
     return draft, context, data
 
 
@@ -100,23 +100,23 @@ def test_both_sides_answer_as_the_network_and_as_its_quantized_copy(example):
 
     def with_integer_bias(layer):
         entry = bias_entry(draft.plan, layer.site)
-        if entry is None or layer.module.bias is None or layer.twin_inputs[0].dim() == 3:
+        if entry is None or layer.module.bias is None or layer.replica_inputs[0].dim() == 3:
             return None
         return layer.twin_outputs(bias=lockstep.rounded(layer.module.bias, entry))
 
-    source, twin = lockstep.run(draft.network, draft.plan, map(as_call, data), with_integer_bias)
+    source, replica = lockstep.run(draft.network, draft.plan, map(as_call, data), with_integer_bias)
     for found, wanted in zip(leaves(source), answers(draft.network, data), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     planned = answers(insert(draft.network, draft.plan), data)
-    for found, wanted, exact in zip(leaves(twin), planned, answers(draft.network, data), strict=True):
+    for found, wanted, exact in zip(leaves(replica), planned, answers(draft.network, data), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert not any(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
 def test_without_a_plan_the_twin_is_the_network(example):
     draft, _, data = example
-    source, twin = lockstep.run(draft.network, type(draft.plan)(), map(as_call, data), nobody)
-    for a, b in zip(leaves(source), leaves(twin), strict=True):
+    source, replica = lockstep.run(draft.network, type(draft.plan)(), map(as_call, data), nobody)
+    for a, b in zip(leaves(source), leaves(replica), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -135,7 +135,7 @@ def test_every_layer_is_seen_once_a_call_with_what_comes_in_and_goes_out(example
             assert torch.equal(lockstep.rounded(layer.weight, layer.entry), layer.weight)
             assert not torch.equal(layer.weight, layer.module.weight)
         if entry := draft.plan.entries.get(f"{layer.site}:in0"):
-            for x in layer.twin_inputs:
+            for x in layer.replica_inputs:
                 assert torch.equal(lockstep.rounded(x, entry), x)
 
     lockstep.run(draft.network, draft.plan, chunks(context, draft.network, 12), watch)
@@ -146,9 +146,9 @@ def test_every_layer_is_seen_once_a_call_with_what_comes_in_and_goes_out(example
 
 def test_what_a_watcher_returns_replaces_the_twins_output(example):
     draft, _, data = example
-    source, twin = lockstep.run(draft.network, draft.plan, map(as_call, data), lambda layer: layer.outputs)
+    source, replica = lockstep.run(draft.network, draft.plan, map(as_call, data), lambda layer: layer.outputs)
     _, other = lockstep.run(draft.network, draft.plan, map(as_call, data), nobody)
-    for exact, given, rounded in zip(leaves(source), leaves(twin), leaves(other), strict=True):
+    for exact, given, rounded in zip(leaves(source), leaves(replica), leaves(other), strict=True):
         for a, b, c in zip(exact, given, rounded, strict=True):
             assert (a - b).abs().mean() < (a - c).abs().mean()
 
@@ -162,11 +162,11 @@ def test_values_are_let_go_when_nobody_reads_them_any_more(example):
         nonlocal largest
         largest = max(largest, len(twins.source))
 
-    twins = lockstep._Twins(draft.network, draft.plan, inputs, watch, draft.network)
+    twins = lockstep._Replicas(draft.network, draft.plan, inputs, watch, draft.network)
     with torch.no_grad():
         twins.run()
     read_by_output = next(n for n in draft.network.graph.nodes if n.op == "output").all_input_nodes
-    assert set(twins.source) == set(twins.twin) == set(read_by_output)
+    assert set(twins.source) == set(twins.replica) == set(read_by_output)
     assert {node for node, _ in twins.grids} <= set(read_by_output)
     assert largest < len(draft.network.graph.nodes) / 2
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from tests.analyze.topologies import Residual, scattered
 
 
@@ -14,7 +14,7 @@ def test_zeroed_by_hand_is_the_same():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
     model = scattered(Residual())
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     coupling = couple(network, ((x,), {}))
     by_hand = copy.deepcopy(model)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def test_zeroed_by_hand_is_the_same():
 def test_masking_nothing_changes_nothing():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
-    network = raise_network(scattered(Residual()), (x,))
+    network = capture_network(scattered(Residual()), (x,))
     coupling = couple(network, ((x,), {}))
     with torch.no_grad():
         assert torch.equal(masked(network, coupling, {})(x), network(x))
@@ -46,7 +46,7 @@ def test_a_layer_norm_looks_at_the_kept_channels_alone():
     torch.manual_seed(0)
     x = torch.randn(3, 4)
     model = scattered(Norm())
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     coupling = couple(network, ((x,), {}))
     kept = [0, 1, 3, 4]
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_layer_norm_looks_at_the_kept_channels_alone():
 def test_the_network_stays_as_it_is():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
-    network = raise_network(scattered(Residual()), (x,))
+    network = capture_network(scattered(Residual()), (x,))
     before = copy.deepcopy(network.state_dict())
     coupling = couple(network, ((x,), {}))
     masked(network, coupling, {"a": [1], "stem": [0, 2]})(x)
@@ -78,7 +78,7 @@ def test_a_maximum_over_pieces_leaves_a_masked_unit_at_what_its_pieces_are():
     torch.manual_seed(0)
     x = torch.randn(3, 4)
     model = scattered(Maxout())
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     coupling = couple(network, ((x,), {}))
     by_hand = copy.deepcopy(model)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from penjing.analyze.coupling import couple
 from penjing.architectures import build, names
 from penjing.architectures.shufflenet_v2 import shuffled
 from penjing.errors import SourceError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build as export
 from penjing.prune import Channels
 from penjing.prune.channels import disagreement, remove
@@ -75,11 +75,11 @@ def test_every_architecture_computes_and_learns(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
     model, x = tiny(name)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     task = Task(example=x)
     coupling = couple(network, task.call())
-    assert set(coupling.held.values()) <= {"it is an output of the network"}  # nothing else is held
-    assert all(where.startswith(("classifier", "tokens")) for where in coupling.held)
+    assert set(coupling.not_prunable.values()) <= {"it is an output of the network"}  # nothing else is held
+    assert all(where.startswith(("classifier", "tokens")) for where in coupling.not_prunable)
     step = Channels(channels=0.6, scope="layer", criterion="random", approximate=True, round_to=1, least=0)
     ranking = step.ranking(network, coupling, Context(task=task))
     removed = ranking.removed(400)
@@ -100,7 +100,7 @@ REST = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name 
 def test_every_family_runs_pruned_in_the_runtimes(name, tmp_path):
     model, x = tiny(name)
     task = Task(example=x)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     step = Channels(channels=0.7, scope="layer", criterion="l2", approximate=True, round_to=1)
     pruned = step(Draft(network), Context(task=task))
     with torch.no_grad():

@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import densenet
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(depth):
@@ -24,7 +24,7 @@ def test_the_name_counts_convolutions_and_the_classifier(depth):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta(121), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(121), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(2.834e9, rel=0.01)
 
 

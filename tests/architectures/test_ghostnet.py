@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures.ghostnet import GhostModule, ghostnet
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(**settings):
@@ -18,7 +18,7 @@ def test_the_number_of_parameters_is_the_published_one(width, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta(), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(0.141e9, rel=0.02)
 
 

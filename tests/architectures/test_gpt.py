@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from penjing.architectures.gpt import gpt2, gpt_tiny
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def tiny(**settings):
@@ -30,7 +30,7 @@ def test_a_later_token_does_not_change_earlier_logits():
 
 def test_input_and_output_embedding_are_one_tensor_and_stay_one_when_raised():
     network = tiny()
-    raised = raise_network(network, (torch.zeros(2, 8, dtype=torch.long),))
+    raised = capture_network(network, (torch.zeros(2, 8, dtype=torch.long),))
     assert network.head.weight is network.tokens.weight
     assert sum(p.numel() for p in raised.parameters()) == sum(p.numel() for p in network.parameters())
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import inception
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 PUBLISHED = {"googlenet": 6_624_904, "inception_v3": 23_834_568}
 
@@ -29,7 +29,7 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 )
 def test_multiply_accumulates_are_the_published_ones(name, side, published):
     x = torch.zeros(1, 3, side, side, device="meta")
-    found = totals(cost(raise_network(on_meta(name), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(published, rel=0.01)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from penjing.architectures.lstm_tagger import lstm_tagger
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def tiny(**settings):
@@ -47,7 +47,7 @@ def test_raised_it_computes_the_same():
     network = tiny(depth=2)
     ids = torch.randint(0, 50, (2, 8))
     with torch.no_grad():
-        assert torch.equal(raise_network(network, (ids,))(ids), network(ids))
+        assert torch.equal(capture_network(network, (ids,))(ids), network(ids))
 
 
 @pytest.mark.parametrize("word", ["classes", "vocabulary", "embedding", "width", "depth"])

@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import mnasnet
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(form, **settings):
@@ -26,7 +26,7 @@ def test_the_number_of_parameters_is_the_published_one(form, settings, published
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta("1_0"), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta("1_0"), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(314e6, rel=0.02)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures.mobilenet_v1 import mobilenet_v1
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(**settings):
@@ -21,7 +21,7 @@ def test_the_number_of_parameters_is_the_published_one(width, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta(), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(569e6, rel=0.02)
 
 

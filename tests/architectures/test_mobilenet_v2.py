@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures.mobilenet_v2 import InvertedResidual, mobilenet_v2
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(**settings):
@@ -17,7 +17,7 @@ def test_the_number_of_parameters_is_the_published_one():
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta(), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(300.8e6, rel=0.01)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import resnext
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 PUBLISHED = {"resnext50_32x4d": 25_028_904, "resnext101_32x8d": 88_791_336}
 
@@ -22,7 +22,7 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta("resnext50_32x4d"), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta("resnext50_32x4d"), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(4.23e9, rel=0.01)
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import squeezenet
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 PUBLISHED = {"squeezenet1_0": 1_248_424, "squeezenet1_1": 1_235_496}
 
@@ -22,7 +22,7 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 @pytest.mark.parametrize(("name", "published"), [("squeezenet1_0", 819e6), ("squeezenet1_1", 349e6)])
 def test_multiply_accumulates_are_the_published_ones(name, published):
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta(name), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(published, rel=0.01)
 
 

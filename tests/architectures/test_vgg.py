@@ -4,7 +4,7 @@ from torch import nn
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import vgg
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 # Without and with batch norm.
 PUBLISHED = {
@@ -37,7 +37,7 @@ def test_the_small_form_has_the_parameters_of_a_count_by_hand():
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta("vgg16"), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta("vgg16"), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(15.47e9, rel=0.01)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from penjing.analyze.cost import cost, totals
 from penjing.architectures import vit
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 
 
 def on_meta(size):
@@ -23,7 +23,7 @@ def test_heads_are_64_wide(size, heads):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(raise_network(on_meta("base"), (x,)), ((x,), {}))).macs
+    found = totals(cost(capture_network(on_meta("base"), (x,)), ((x,), {}))).macs
     assert found == pytest.approx(17.56e9, rel=0.01)
 
 

@@ -18,7 +18,7 @@ from penjing.distill.hints import hint
 from penjing.distill.logits import soft_targets
 from penjing.distill.rkd import angles, distances
 from penjing.distill.similarity import similarity_preserving
-from penjing.distill.teaching import Lesson
+from penjing.distill.teaching import DistillationInputs
 from penjing.distill.tinybert import layer_to_layer
 from penjing.errors import RecipeError, TaskError
 
@@ -105,8 +105,8 @@ def test_correlations(seed, temperature):
 @pytest.mark.parametrize("way", [distill.Logits(), distill.HardLabels(), distill.DKD(), distill.DIST()])
 class TestEvery:
     def loss(self, way, student, teacher, target=None):
-        lesson = Lesson(student, teacher, target, {}, {})
-        return way.term(lesson)(lesson)
+        lesson = DistillationInputs(student, teacher, target, {}, {})
+        return way.loss(lesson)(lesson)
 
     def test_falls_to_its_least_at_the_teacher(self, way):
         student, teacher = two(0)
@@ -156,8 +156,8 @@ def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
     whole = decoupled(student, teacher, target, 4.0, 1.0, 4.0)
 
     def loss(done, **settings):
-        lesson = Lesson(student, teacher, target, {}, {}, done)
-        return distill.DKD(**settings).term(lesson)(lesson) / whole
+        lesson = DistillationInputs(student, teacher, target, {}, {}, done)
+        return distill.DKD(**settings).loss(lesson)(lesson) / whole
 
     found = [float(loss(done, warmup=0.2)) for done in (0.0, 0.05, 0.1, 0.2, 0.9)]
     assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
@@ -175,8 +175,8 @@ def test_decoupled_distillation_leaves_out_labels_below_0():
     rest = [0, 2, 3, 5]
 
     def loss(target, keep=slice(None)):
-        lesson = Lesson(student[keep], teacher[keep], target, {}, {})
-        return distill.DKD().term(lesson)(lesson)
+        lesson = DistillationInputs(student[keep], teacher[keep], target, {}, {})
+        return distill.DKD().loss(lesson)(lesson)
 
     assert torch.allclose(loss(target), loss(target[rest], rest))
     assert torch.allclose(loss(target[rest].to(torch.uint8), rest), loss(target[rest], rest))
@@ -186,9 +186,9 @@ def test_decoupled_distillation_leaves_out_labels_below_0():
 
 
 def test_labels_that_are_no_classes_are_refused():
-    lesson = Lesson(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
+    lesson = DistillationInputs(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
     with pytest.raises(TaskError, match="needs classes"):
-        distill.DKD().term(lesson)(lesson)
+        distill.DKD().loss(lesson)(lesson)
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
@@ -296,8 +296,8 @@ def test_relations_do_not_see_a_rotation(compare):
 @pytest.mark.parametrize("samples", [torch.randn(1, 3), torch.ones(4, 3)])
 def test_without_a_distance_there_is_nothing_to_learn(samples):
     student = samples.clone().requires_grad_()
-    lesson = Lesson(student, torch.randn(len(samples), 3), None, {}, {})
-    loss = distill.RKD().term(lesson)(lesson)
+    lesson = DistillationInputs(student, torch.randn(len(samples), 3), None, {}, {})
+    loss = distill.RKD().loss(lesson)(lesson)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
@@ -308,9 +308,9 @@ def test_relations_of_one_number_a_sample(way):
     student, teacher = (torch.randn(6, generator=generator) for _ in range(2))
     seen = []
     for shape in ((6,), (6, 1)):
-        lesson = Lesson(student.reshape(shape), teacher.reshape(shape), None, {}, {})
+        lesson = DistillationInputs(student.reshape(shape), teacher.reshape(shape), None, {}, {})
         torch.manual_seed(0)
-        seen.append(float(way.term(lesson)(lesson)))
+        seen.append(float(way.loss(lesson)(lesson)))
     assert seen[0] == seen[1] > 0
 
 
@@ -319,16 +319,16 @@ def test_relations_of_one_number_a_sample(way):
                              ((2, 4, 6, 6), (2, 8, 3, 3)), ((2, 4, 3, 3, 3), (2, 8, 3, 3, 3))]
 )  # fmt: skip
 def test_hints_of_other_widths(student, teacher):
-    lesson = Lesson(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
-    term = distill.Hints(features=(("a", "b"),)).term(lesson)
+    lesson = DistillationInputs(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
+    term = distill.Hints(features=(("a", "b"),)).loss(lesson)
     assert float(term(lesson)) > 0 and len(list(term.parameters())) == 2
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((2, 4, 6), (2, 8, 7)), ((2, 4, 6, 6), (2, 4)), ((2, 4), (2, 4, 1))])
 def test_hints_of_other_shapes_are_refused_before_the_training(student, teacher):
-    lesson = Lesson(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
+    lesson = DistillationInputs(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
     with pytest.raises(TaskError, match="can't be compared") as caught:
-        distill.Hints(features=(("a", "b"),)).term(lesson)
+        distill.Hints(features=(("a", "b"),)).loss(lesson)
     assert str(student) in str(caught.value) and str(teacher) in str(caught.value)
 
 
@@ -360,8 +360,8 @@ def test_contrastive(seed, temperature):
 
 def test_samples_that_were_seen_are_what_others_are_told_from():
     x, y = torch.randn(4, 5), torch.randn(4, 7)
-    lesson = Lesson(x, y, None, {}, {})
-    term = distill.CRD(dimensions=3, negatives=6).term(lesson)
+    lesson = DistillationInputs(x, y, None, {}, {})
+    term = distill.CRD(dimensions=3, negatives=6).loss(lesson)
     (pair,) = term.pairs
     mine, theirs = (F.normalize(embed(z), dim=1).detach() for embed, z in zip(pair.embed, (x, y), strict=True))
     first = torch.exp(mine @ theirs.t() / 0.07).mean().log()
@@ -378,9 +378,10 @@ def test_samples_that_all_look_alike_do_not_outweigh_the_labels():
     """As in a network that was not trained: with a scale of the first batch the loss was in the thousands."""
     generator = torch.Generator().manual_seed(0)
     lessons = [
-        Lesson(*(1 + 0.05 * torch.randn(32, 8, generator=generator) for _ in range(2)), None, {}, {}) for _ in range(40)
+        DistillationInputs(*(1 + 0.05 * torch.randn(32, 8, generator=generator) for _ in range(2)), None, {}, {})
+        for _ in range(40)
     ]
-    term = distill.CRD(negatives=1024).term(lessons[0])
+    term = distill.CRD(negatives=1024).loss(lessons[0])
     told = [float(term(lesson).detach()) for lesson in lessons]
     assert max(told) < 2 * (math.log(1024) + 2)
 
@@ -395,13 +396,13 @@ def test_layer_to_layer(seed):
 def test_layers_of_other_widths_need_adapters_and_other_heads_are_refused():
     values = {"a": torch.randn(2, 4, 6), "b": torch.randn(2, 4, 9), "a:scores": torch.randn(2, 3, 4, 4)}
     values["b:scores"] = torch.randn(2, 3, 4, 4)
-    lesson = Lesson(None, None, None, values, values)
-    term = distill.TinyBERT(hidden=(("a", "b"),), attention=(("a", "b"),)).term(lesson)
+    lesson = DistillationInputs(None, None, None, values, values)
+    term = distill.TinyBERT(hidden=(("a", "b"),), attention=(("a", "b"),)).loss(lesson)
     hidden, scores = term.adapters[0](values["a"]) - values["b"], values["a:scores"] - values["b:scores"]
     assert float(term(lesson)) == pytest.approx(float(hidden.square().mean() + scores.square().mean()), rel=1e-5)
     values["b:scores"] = torch.randn(2, 2, 4, 4)
     with pytest.raises(TaskError, match="can't be compared"):
-        distill.TinyBERT(attention=(("a", "b"),)).term(lesson)
+        distill.TinyBERT(attention=(("a", "b"),)).loss(lesson)
     with pytest.raises(RecipeError, match="needs layers"):
         distill.TinyBERT()
 

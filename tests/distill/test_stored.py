@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import penjing
 from penjing import distill
-from penjing.distill.stored import HASHES, Answers, _keys, _numbers, _sums
+from penjing.distill.stored import HASHES, CachedTeacher, _keys, _numbers, _sums
 from penjing.distill.teaching import digest, opened
 from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, SourceError, TaskError
 from penjing.recipes.recipe import Recipe
@@ -61,9 +61,9 @@ def test_every_sample_is_asked_about_once_and_the_student_is_the_same_to_the_bit
     teacher = Counted()
     asked = run(data, teacher)
     teacher.samples = 0
-    first = run(data, distill.Stored(tmp_path, teacher))
+    first = run(data, distill.TeacherCache(tmp_path, teacher))
     assert teacher.samples <= 40 + 8  # a batch with one new sample is asked about whole
-    second = run(data, distill.Stored(tmp_path))
+    second = run(data, distill.TeacherCache(tmp_path))
     assert same(asked, first) and same(asked, second)
     assert (tmp_path / "answers.bin").stat().st_size == 40 * 3 * 4
     assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
@@ -74,7 +74,7 @@ def test_inputs_are_told_apart_by_name(tmp_path):
         def forward(self, a, b):
             return a - 2 * b
 
-    stored = Answers(tmp_path, Difference())
+    stored = CachedTeacher(tmp_path, Difference())
     a, b = torch.rand(3, 2), torch.rand(3, 2)
     assert torch.equal(stored(a=a, b=b), a - 2 * b)
     assert torch.equal(stored(b=a, a=b), b - 2 * a)
@@ -128,12 +128,12 @@ class TestHashes:
 
 def test_the_teacher_keeps_its_mode(data, tmp_path):
     teacher = Counted().train()
-    run(data, distill.Stored(tmp_path, teacher))
+    run(data, distill.TeacherCache(tmp_path, teacher))
     assert teacher.samples and teacher.training and teacher.inner.training
 
 
 def test_a_sample_augmented_in_another_way_has_another_answer(data, tmp_path):
-    stored, teacher = Answers(tmp_path, net(16, 1)), net(16, 1)
+    stored, teacher = CachedTeacher(tmp_path, net(16, 1)), net(16, 1)
     x = data[0][:4]
     with torch.no_grad():
         assert torch.equal(stored(x), teacher(x)) and torch.equal(stored(x.flip(1)), teacher(x.flip(1)))
@@ -160,8 +160,8 @@ def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
 
     answers, state = tmp_path / "answers", tmp_path / "state"
     state.mkdir()
-    whole = run(data, distill.Stored(answers, net(16, 1)))
-    for step, teacher in ((6, distill.Stored(answers, net(16, 1))), (0, distill.Stored(answers))):
+    whole = run(data, distill.TeacherCache(answers, net(16, 1)))
+    for step, teacher in ((6, distill.TeacherCache(answers, net(16, 1))), (0, distill.TeacherCache(answers))):
         settings = replace(SETTINGS, teacher=teacher, hooks=(Hook(step),))
         context = Context(task=task(data), folder=state)
         if step:
@@ -170,17 +170,17 @@ def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
         else:
             assert same(train(net(), context, settings), whole)
     with pytest.raises(CheckpointError, match="another teacher"):
-        train(net(), context, replace(settings, teacher=distill.Stored(tmp_path / "others", net(16, 2))))
+        train(net(), context, replace(settings, teacher=distill.TeacherCache(tmp_path / "others", net(16, 2))))
 
 
 def test_two_on_one_folder_answer_what_the_teacher_answers(data, tmp_path):
     teacher, x = net(16, 1), data[0][:6]
-    one, two = (Answers(tmp_path, teacher) for _ in range(2))
+    one, two = (CachedTeacher(tmp_path, teacher) for _ in range(2))
     with torch.no_grad():
         wanted = teacher(x)
         for stored, order in ((one, [0, 1, 2]), (two, [3, 2, 1]), (one, [5, 3, 4])):
             assert torch.allclose(stored(x[order]), wanted[order], atol=1e-6)
-        assert torch.allclose(Answers(tmp_path)(x), wanted, atol=1e-6)
+        assert torch.allclose(CachedTeacher(tmp_path)(x), wanted, atol=1e-6)
 
 
 class Scaled(nn.Module):
@@ -189,7 +189,7 @@ class Scaled(nn.Module):
 
 
 def test_all_that_is_asked_is_part_of_the_question(tmp_path):
-    stored = Answers(tmp_path, Scaled())
+    stored = CachedTeacher(tmp_path, Scaled())
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for scale, by in ((torch.tensor(2.0), 1.0), (torch.tensor(2.0), 5.0), (torch.tensor(3.0), 5.0)):
         assert torch.equal(stored(x, scale, by=by), x * scale * by)
@@ -213,24 +213,24 @@ class TestBadInput:
 
         context = Context(task=task(data, train=Noisy()))
         with pytest.raises(TaskError, match="differ at every pass"):
-            train(net(), context, replace(SETTINGS, teacher=distill.Stored(tmp_path, net(16, 1))))
+            train(net(), context, replace(SETTINGS, teacher=distill.TeacherCache(tmp_path, net(16, 1))))
 
     def test_no_answers_and_no_teacher(self, tmp_path):
         with pytest.raises(TaskError, match="no stored answers"):
-            Answers(tmp_path)
+            CachedTeacher(tmp_path)
 
     def test_samples_that_have_no_answer(self, data, tmp_path):
         with torch.no_grad():
-            Answers(tmp_path, net(16, 1))(data[0][:8])
+            CachedTeacher(tmp_path, net(16, 1))(data[0][:8])
         with pytest.raises(TaskError, match="no stored answer") as error:
-            Answers(tmp_path)(data[0][4:12])
+            CachedTeacher(tmp_path)(data[0][4:12])
         assert "4 of 8 samples" in str(error.value)
 
     def test_answers_of_another_teacher(self, data, tmp_path):
         with torch.no_grad():
-            Answers(tmp_path, net(16, 1))(data[0][:8])
+            CachedTeacher(tmp_path, net(16, 1))(data[0][:8])
         with pytest.raises(TaskError, match="another teacher's"):
-            Answers(tmp_path, net(16, 2))
+            CachedTeacher(tmp_path, net(16, 2))
 
     @pytest.mark.parametrize(
         "text", ["", "{}", "[]", *(json.dumps({"version": 1, "teacher": of, "shape": [3]}) for of in ("", "xy"))]
@@ -238,17 +238,17 @@ class TestBadInput:
     def test_a_damaged_folder(self, tmp_path, text):
         (tmp_path / "about.json").write_text(text)
         with pytest.raises(TaskError, match="can't be read"):
-            Answers(tmp_path)
+            CachedTeacher(tmp_path)
 
     def test_values_inside(self, data, tmp_path):
-        from penjing.network.capture import raise_network
+        from penjing.network.capture import capture_network
 
-        student = raise_network(net(), (data[0][:2],))
+        student = capture_network(net(), (data[0][:2],))
         way = distill.Hints(features=("0",))
         with pytest.raises(TaskError, match="no values inside"):
             train(
                 student, Context(task=task(data)),
-                replace(SETTINGS, distill=way, teacher=distill.Stored(tmp_path, net(16, 1))),
+                replace(SETTINGS, distill=way, teacher=distill.TeacherCache(tmp_path, net(16, 1))),
             )  # fmt: skip
 
 
@@ -256,14 +256,14 @@ class TestBadInput:
 def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
     teacher = net(16, 1)
     with torch.no_grad():
-        wanted = Answers(tmp_path, teacher)(data[0])
+        wanted = CachedTeacher(tmp_path, teacher)(data[0])
         name, lost = cut
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-lost])
-        again = Answers(tmp_path, teacher)
+        again = CachedTeacher(tmp_path, teacher)
         assert 0 < len(again.rows) < 40
         assert torch.equal(again(data[0]), wanted)
-    assert torch.equal(Answers(tmp_path)(data[0]), wanted)
+    assert torch.equal(CachedTeacher(tmp_path)(data[0]), wanted)
 
 
 @dataclass(frozen=True)
@@ -306,9 +306,9 @@ class TestNamed:
         path = program(data, tmp_path / "teacher.pt2")
         assert same(run(data, path), wanted) and not same(run(data, "self"), wanted)
         assert same(run(data, tmp_path / "teacher.pt2"), wanted)
-        assert same(run(data, distill.Stored(answers, path)), wanted)
-        assert same(run(data, distill.Stored(answers, net(16, 1))), wanted)  # the same weights
-        assert same(run(data, distill.Stored(answers)), wanted)
+        assert same(run(data, distill.TeacherCache(answers, path)), wanted)
+        assert same(run(data, distill.TeacherCache(answers, net(16, 1))), wanted)  # the same weights
+        assert same(run(data, distill.TeacherCache(answers)), wanted)
         assert same(run(data, (path, "self")), run(data, (net(16, 1), net())))
 
     def test_opening_draws_nothing(self, data, tmp_path):
@@ -323,21 +323,21 @@ class TestNamed:
         recipe = Recipe(
             Finetune(teacher="teacher.pt2"),
             Finetune(teacher=("self", "teacher.pt2")),
-            Finetune(teacher=distill.Stored(tmp_path, "teacher.pt2"), distill=distill.Logits()),
+            Finetune(teacher=distill.TeacherCache(tmp_path, "teacher.pt2"), distill=distill.Logits()),
         )
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
         with pytest.raises(RecipeError, match="can't be written as YAML"):
-            Recipe(Finetune(teacher=distill.Stored(tmp_path, net()))).to_yaml()
-        with pytest.raises(RecipeError, match="can't be used"):
+            Recipe(Finetune(teacher=distill.TeacherCache(tmp_path, net()))).to_yaml()
+        with pytest.raises(RecipeError, match="does not exist"):
             Recipe.from_data(Recipe(Finetune(teacher=net())).to_data())
 
     @pytest.mark.parametrize(
         ("teacher", "told"),
         [
-            ("{Stored: {folder: answers}}", "did you mean distill.Stored"),
-            ("distill.Stored", "folder"),
-            ("{distill.Stored: {folder: 3}}", "takes a folder"),
-            ("{distill.Stored: {folder: answers, teacher: self}}", "takes a folder"),
+            ("{TeacherCache: {folder: answers}}", "did you mean distill.TeacherCache"),
+            ("distill.TeacherCache", "folder"),
+            ("{distill.TeacherCache: {folder: 3}}", "takes a folder"),
+            ("{distill.TeacherCache: {folder: answers, teacher: self}}", "takes a folder"),
             ("''", "can't be used"),
         ],
     )
@@ -355,17 +355,17 @@ class TestNamed:
 
     def test_a_recipe_is_refused_before_any_step(self, data, tmp_path):
         path = program(data, tmp_path / "teacher.pt2")
-        Answers(tmp_path / "answers", net(16, 1))(data[0])
-        Answers(tmp_path / "seven", nn.Linear(6, 7))(data[0])
-        there, logits = distill.Stored(tmp_path / "answers"), distill.Logits()
+        CachedTeacher(tmp_path / "answers", net(16, 1))(data[0])
+        CachedTeacher(tmp_path / "seven", nn.Linear(6, 7))(data[0])
+        there, logits = distill.TeacherCache(tmp_path / "answers"), distill.Logits()
         (tmp_path / "empty").mkdir()
         for teacher, way, told in (
             ("missing.pt2", logits, "can't be opened"),
             ("missing.pt2", distill.Hints(features=("0",)), "can't be opened"),
             ((there, "missing.pt2"), logits, "can't be opened"),
             (str(tmp_path / "empty"), logits, "the teacher: the folder holds no"),
-            (distill.Stored(tmp_path / "none"), logits, "no stored answers"),
-            (distill.Stored(tmp_path / "seven"), logits, "different outputs"),
+            (distill.TeacherCache(tmp_path / "none"), logits, "no stored answers"),
+            (distill.TeacherCache(tmp_path / "seven"), logits, "different outputs"),
             (path, distill.Hints(features=(("0", "nope"),)), "nope"),
             (there, distill.Hints(features=("0",)), "no values inside"),
             ((path, "self"), distill.Hints(features=("0",)), "can't be averaged"),
@@ -402,7 +402,7 @@ class TestNamed:
         training = Finetune(epochs=0.2, teacher=path)
         steps = Recipe(
             penjing.prune.Iterative(step=penjing.prune.Magnitude(sparsity=0.5), rounds=2, finetune=training),
-            Finetune(epochs=0.2, teacher=distill.Stored(tmp_path / "answers", path), distill=distill.Logits()),
+            Finetune(epochs=0.2, teacher=distill.TeacherCache(tmp_path / "answers", path), distill=distill.Logits()),
         )
         penjing.apply(steps, net(), task(data))
         assert len(opened_files) == 1
@@ -420,23 +420,23 @@ class Two(nn.Module):
 
 
 def test_only_the_first_output_is_kept_and_so_rehearsed(data, tmp_path):
-    way = Finetune(epochs=1, teacher=distill.Stored(tmp_path, Two()), distill=distill.Logits())
+    way = Finetune(epochs=1, teacher=distill.TeacherCache(tmp_path, Two()), distill=distill.Logits())
     penjing.apply(Recipe(way), net(), task(data))
     assert (tmp_path / "keys.bin").stat().st_size == 40 * 16
 
 
 def test_a_look_at_answers_changes_no_file(data, tmp_path):
-    Answers(tmp_path, net(16, 1))(data[0])
+    CachedTeacher(tmp_path, net(16, 1))(data[0])
     with (tmp_path / "keys.bin").open("ab") as file:
         file.write(b"half")
-    assert len(Answers(tmp_path).rows) == 40
+    assert len(CachedTeacher(tmp_path).rows) == 40
     assert (tmp_path / "keys.bin").stat().st_size == 40 * 16 + 4
 
 
 def test_a_student_that_is_its_own_kept_teacher_stays_as_it_was(data, tmp_path):
-    student, settings = net(), replace(SETTINGS, labels=0.1)
+    student, settings = net(), replace(SETTINGS, task_loss_weight=0.1)
     kept, other = (
-        train(one, Context(task=task(data)), replace(settings, teacher=distill.Stored(tmp_path / name, teacher)))
+        train(one, Context(task=task(data)), replace(settings, teacher=distill.TeacherCache(tmp_path / name, teacher)))
         for name, one, teacher in (("kept", student, student), ("other", net(), net()))
     )
     assert same(kept, other) and not same(kept, net())

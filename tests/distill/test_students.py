@@ -12,7 +12,7 @@ import penjing as pj
 from penjing import distill
 from penjing.architectures.bert import BERT
 from penjing.errors import RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.request import untrained
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -22,7 +22,7 @@ from penjing.train.finetune import train
 
 
 def draft_of(module, call):
-    return Draft(raise_network(module, call))
+    return Draft(capture_network(module, call))
 
 
 def text():
@@ -179,7 +179,7 @@ class TestStudent:
             distill.Student(architecture="resnet19")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
 
     def test_it_stands_first(self):
-        with pytest.raises(RecipeError, match="not the first"):
+        with pytest.raises(RecipeError, match="can't come after Magnitude"):
             pj.Recipe(pj.prune.Magnitude(sparsity=0.5), distill.Student(architecture="resnet20"))
 
     def test_both_are_read_back_from_yaml(self):

@@ -16,9 +16,9 @@ import penjing as pj
 from penjing import distill
 from penjing.architectures import build
 from penjing.architectures.bert import BERT
-from penjing.distill.teaching import Teaching
+from penjing.distill.teaching import Distiller
 from penjing.errors import CheckpointError, RecipeError, TaskError, TrainingError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.recipes.recipe import Recipe
 from penjing.steps.step import Context
 from penjing.surgery.taps import Tapped
@@ -36,7 +36,7 @@ def teacher():
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
 def test_a_student_without_labels_comes_nearer_to_its_teacher(way, teacher):
     told = []
-    settings = replace(SHORT, epochs=4, distill=way, labels=0, clip=Clip(threshold=1.0))
+    settings = replace(SHORT, epochs=4, distill=way, task_loss_weight=0, clip=Clip(threshold=1.0))
     where = replace(
         context(teacher, train=None, loss=None), events=lambda kind, **v: told.append(v["loss"]) if "loss" in v else 0
     )
@@ -47,7 +47,7 @@ def test_a_student_without_labels_comes_nearer_to_its_teacher(way, teacher):
 
 def test_soft_targets_teach_the_classes(teacher):
     student = train(
-        raised(), context(teacher, train=None, loss=None), replace(SHORT, epochs=8, distill=WAYS[0], labels=0)
+        raised(), context(teacher, train=None, loss=None), replace(SHORT, epochs=8, distill=WAYS[0], task_loss_weight=0)
     )
     assert agreement(student, teacher) > 0.9 > 0.5 > agreement(raised(), teacher)
 
@@ -88,7 +88,7 @@ class TestTheTeacherStaysWhatItWas:
 
     def test_the_place_where_it_was(self, teacher):
         other = copy.deepcopy(teacher)
-        teaching = Teaching(raised(), other, (distill.Logits(),), replace(context(None), device="meta"))
+        teaching = Distiller(raised(), other, (distill.Logits(),), replace(context(None), device="meta"))
         assert {p.device.type for p in other.parameters()} == {"meta"}
         teaching.homes = ["meta"]  # nothing comes back from there
         teaching.release()
@@ -104,7 +104,7 @@ def test_a_student_in_double_precision_has_adapters_of_its_own_kind(teacher):
         source=copy.deepcopy(teacher).double(),
     )
     torch.manual_seed(0)
-    student = raise_network(Small(), (torch.zeros(2, 1, 8, 8),)).double()
+    student = capture_network(Small(), (torch.zeros(2, 1, 8, 8),)).double()
     train(student, where, replace(SHORT, steps=2, distill=distill.Hints(features=("conv",))))
     assert student.get_parameter("conv.weight").dtype == torch.float64
 
@@ -118,7 +118,7 @@ def test_an_operator_with_several_results_is_named_by_them():
         def forward(self, x):
             return self.head(self.lstm(x)[0])
 
-    network = raise_network(Reads().eval(), (torch.zeros(2, 6, 4),))
+    network = capture_network(Reads().eval(), (torch.zeros(2, 6, 4),))
     with pytest.raises(RecipeError, match="does not exist") as caught:
         Tapped(network, ["lstm/lstm#0"])
     assert "lstm/getitem#0" in str(caught.value)
@@ -140,7 +140,7 @@ def test_labels_and_teacher_are_added(teacher):
     ways = {"labels": (), "soft": replace(WAYS[0], weight=0.5), "both": replace(WAYS[0], weight=0.5)}
     for name, way in ways.items():
         weight = {"labels": 2.0, "soft": 0.0, "both": 2.0}[name]
-        train(raised(), context(teacher), replace(SHORT, epochs=0.1, distill=way, labels=weight, hooks=(note(name),)))
+        train(raised(), context(teacher), replace(SHORT, epochs=0.1, distill=way, task_loss_weight=weight, hooks=(note(name),)))
     for one, two, both in zip(seen["labels"], seen["soft"], seen["both"], strict=True):
         assert torch.allclose(one + two, both, atol=1e-5)
 
@@ -160,7 +160,7 @@ def test_every_output_of_several_teachers_is_averaged():
     x = torch.cat([a for a, _ in task().train])
     teachers = (Two(1), Two(2))
     wanted = [(a + b) / 2 for a, b in zip(*(t(x).values() for t in teachers), strict=True)]
-    settings = replace(SHORT, epochs=60, labels=0.0, teacher=teachers, weight_decay=0.0)
+    settings = replace(SHORT, epochs=60, task_loss_weight=0.0, teacher=teachers, weight_decay=0.0)
     found = train(Two(0), context(None), settings)(x).values()
     noise = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, wanted, strict=True)]
     assert max(noise) < 0.05
@@ -168,7 +168,7 @@ def test_every_output_of_several_teachers_is_averaged():
 
 def test_stored_answers_of_a_network_with_two_outputs_are_of_its_first(tmp_path):
     with pytest.raises(TaskError, match="different outputs") as caught:
-        settings = replace(SHORT, labels=0.0, teacher=distill.Stored(tmp_path, Two(1)))
+        settings = replace(SHORT, task_loss_weight=0.0, teacher=distill.TeacherCache(tmp_path, Two(1)))
         train(Two(0), context(None), settings)
     assert "distill.Logits" in caught.value.remedy
 
@@ -193,7 +193,7 @@ def test_several_teachers_are_averaged(teacher):
 
 def test_the_network_before_the_training_can_teach(teacher):
     student = copy.deepcopy(teacher)
-    settings = replace(SHORT, epochs=1, distill=WAYS[0], labels=0, teacher="self")
+    settings = replace(SHORT, epochs=1, distill=WAYS[0], task_loss_weight=0, teacher="self")
     assert agreement(train(student, context(None, train=None), settings), teacher) > 0.97
 
 
@@ -229,7 +229,9 @@ def test_minutes_are_counted_without_training_the_student(teacher):
 def test_a_recipe_distils_from_its_source(teacher):
     recipe = pj.Recipe(
         pj.prune.Channels(params=0.6, criterion="l2", round_to=1),
-        replace(SHORT, epochs=8, distill=(pj.distill.Logits(), pj.distill.Hints(features=("norm",))), labels=0),
+        replace(
+            SHORT, epochs=8, distill=(pj.distill.Logits(), pj.distill.Hints(features=("norm",))), task_loss_weight=0
+        ),
     )
     small = pj.apply(recipe, teacher, task(train=None, loss=None))
     assert sum(p.numel() for p in small.parameters()) < 0.62 * sum(p.numel() for p in teacher.parameters())
@@ -238,7 +240,7 @@ def test_a_recipe_distils_from_its_source(teacher):
 
 def test_yaml():
     recipe = Recipe(
-        Finetune(distill=(distill.Logits(temperature=2), distill.Hints(features=(("a", "b"),))), labels=0.5)
+        Finetune(distill=(distill.Logits(temperature=2), distill.Hints(features=(("a", "b"),))), task_loss_weight=0.5)
     )
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     text = "- Finetune: {distill: {distill.DKD: {beta: 8}}}"
@@ -258,7 +260,7 @@ class TestResume:
             if moment.name == "step" and moment.step == self.step:
                 raise KeyboardInterrupt
 
-        def __repr__(self):
+        def to_data(self):
             return "Stop"
 
     def test_adapters_go_on_where_they_were(self, teacher, tmp_path):
@@ -323,16 +325,16 @@ class TestBadInput:
 
     def test_neither_labels_nor_teacher(self):
         with pytest.raises(RecipeError, match="learns nothing"):
-            Finetune(labels=0, distill=())
+            Finetune(task_loss_weight=0, distill=())
         with pytest.raises(RecipeError, match="learns nothing"):
-            train(raised(), Context(task=task()), replace(SHORT, labels=0))
+            train(raised(), Context(task=task()), replace(SHORT, task_loss_weight=0))
 
     def test_what_is_no_distillation(self):
         with pytest.raises(RecipeError, match="distill"):
             Finetune(distill="logits")
 
     def test_other_classes_say_which_and_how_many(self, teacher):
-        student = raise_network(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), (torch.zeros(2, 1, 8, 8),))
+        student = capture_network(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), (torch.zeros(2, 1, 8, 8),))
         with pytest.raises(TaskError, match="different outputs") as caught:
             train(student, context(teacher), replace(SHORT, distill=distill.Logits()))
         assert "7" in str(caught.value) and "10" in str(caught.value)
@@ -387,7 +389,7 @@ class TestBadInput:
 class TestTaps:
     def test_layers_operators_and_parts(self):
         torch.manual_seed(0)
-        network = raise_network(build("resnet20", width=4), (torch.zeros(2, 3, 16, 16),))
+        network = capture_network(build("resnet20", width=4), (torch.zeros(2, 3, 16, 16),))
         tapped = Tapped(network, ["conv1", "stages.1", "stages.0.0/add#0"])
         x = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
@@ -421,7 +423,7 @@ class TestTaps:
         module = Attends().eval()
         x, seen = torch.randn(3, 5, 8), torch.rand(3, 1, 1, 5) > 0.3
         seen[..., 0] = True
-        tapped = Tapped(raise_network(module, (x, seen)), ["/scaled_dot_product_attention#0:scores"])
+        tapped = Tapped(capture_network(module, (x, seen)), ["/scaled_dot_product_attention#0:scores"])
         with torch.no_grad():
             tapped(x, seen)
             query, key = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (module.query, module.key))
@@ -444,13 +446,13 @@ def test_a_transformer_learns_from_the_layers_of_a_wider_one():
 
     tokens = torch.randint(0, 50, (64, 12), generator=torch.Generator().manual_seed(1))
     data = Task(example=tokens[:2], calibration=list(tokens.split(16)))
-    teacher = raise_network(made(16, 4, 0), *data.call())
-    student = raise_network(made(8, 2, 1), *data.call())
+    teacher = capture_network(made(16, 4, 0), *data.call())
+    student = capture_network(made(8, 2, 1), *data.call())
     layers = (("blocks.0", "blocks.1"), ("blocks.1", "blocks.3"))
     told = []
     events = lambda kind, **v: told.append(v["terms"]["TinyBERT"]) if kind == "training" else None  # noqa: E731
     way = distill.TinyBERT(hidden=layers, attention=layers)
-    settings = replace(SHORT, epochs=10, distill=way, labels=0, optimizer="adamw", learning_rate=0.01)
+    settings = replace(SHORT, epochs=10, distill=way, task_loss_weight=0, optimizer="adamw", learning_rate=0.01)
     train(student, Context(task=data, source=teacher, events=events), settings)
     assert told[-1] < 0.6 * told[0]
     assert "adapters" not in dict(student.named_modules())

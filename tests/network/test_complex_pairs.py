@@ -6,7 +6,7 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.records.manifest import read_manifest
 from penjing.runtimes.artifact import predictor
@@ -124,7 +124,7 @@ def tokens(batch):
 def test_the_same_values_in_torch_and_in_the_runtimes(name, tmp_path):
     torch.manual_seed(0)
     net = CASES[name]().eval()
-    network = raise_network(net, (tokens(2),))
+    network = capture_network(net, (tokens(2),))
     assert not any(value.is_complex() for value in network.state_dict().values())
     with torch.no_grad():
         answer = net(tokens(5))
@@ -140,13 +140,13 @@ def test_the_same_values_in_torch_and_in_the_runtimes(name, tmp_path):
 
 def test_a_stored_table_keeps_its_name_with_a_last_axis_of_two():
     net = CASES["Llama's own"]()
-    network = raise_network(net, (tokens(2),))
+    network = capture_network(net, (tokens(2),))
     assert torch.equal(network.state_dict()["table"], torch.view_as_real(net.table))
     assert net.table.is_complex()
 
 
 def test_complex_weights_train():
-    network = raise_network(CASES["complex weights"](), (tokens(2),)).train()
+    network = capture_network(CASES["complex weights"](), (tokens(2),)).train()
     network(tokens(3)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
@@ -158,8 +158,8 @@ class Identity(nn.Module):
 
 def test_complex_inputs_and_outputs_are_refused_with_the_remedy():
     with pytest.raises(ExportError, match=r"an output of the network is complex \(test_complex_pairs.py") as error:
-        raise_network(Identity(), (torch.randn(2, 3, 2),))
+        capture_network(Identity(), (torch.randn(2, 3, 2),))
     assert "view_as_real" in str(error.value)
     with pytest.raises(ExportError, match="an input of the network is complex") as error:
-        raise_network(Identity(), (torch.randn(2, 3, dtype=torch.complex64),))
+        capture_network(Identity(), (torch.randn(2, 3, dtype=torch.complex64),))
     assert "view_as_complex" in str(error.value)

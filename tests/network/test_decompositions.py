@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.decompositions import REWRITES
 from penjing.network.exporting import export_module
 from penjing.network.graph import operator_name
@@ -167,7 +167,7 @@ def case(request):
     torch.manual_seed(0)
     make, data = CASES[request.param]
     net = make().eval()
-    return net, data, raise_network(net, (data(2),))
+    return net, data, capture_network(net, (data(2),))
 
 
 def test_the_same_values_in_torch_and_in_the_runtimes(case, tmp_path):
@@ -193,20 +193,20 @@ def test_projections_over_a_length_that_varies_are_refused_with_the_remedy():
     net = nn.LSTM(6, 8, batch_first=True, proj_size=3)
     example = (torch.zeros(2, 600, 6),)
     with pytest.raises(ExportError, match="step by step") as error:
-        raise_network(net, example)
+        capture_network(net, example)
     assert "600 steps" in str(error.value) and "proj_size" in error.value.remedy
 
 
 def test_they_train():
     net = Called(lambda self, x: F.rrelu(F.adaptive_max_pool2d(self.conv(x), 3)), conv=nn.Conv2d(3, 4, 3))
-    network = raise_network(net, (torch.zeros(1, 3, 12, 10),)).train()
+    network = capture_network(net, (torch.zeros(1, 3, 12, 10),)).train()
     network(torch.randn(2, 3, 12, 10)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
 
 def test_a_layer_that_is_written_with_others_keeps_its_place():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(3))
-    network = raise_network(net, (torch.zeros(1, 3, 10, 13),))
+    network = capture_network(net, (torch.zeros(1, 3, 10, 13),))
     places = [node.meta["site"] for node in network.graph.nodes if operator_name(node) == "max_pool2d"]
     assert places == [f"1/max_pool2d#{i}" for i in range(6)]
 
@@ -215,7 +215,7 @@ def test_what_the_network_had_is_left_to_itself():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU())
     program = export_module(net.eval(), (torch.zeros(1, 3, 8, 8),))
     before = str(program.graph), str(program.graph_signature), dict(program.constants)
-    raise_network(program)
+    capture_network(program)
     assert (str(program.graph), str(program.graph_signature), dict(program.constants)) == before
 
 
@@ -223,4 +223,4 @@ def test_an_empty_vector_joined_to_what_has_more_axes():
     net = Called(lambda self, x: torch.cat([torch.zeros(0), x * 2], 1))
     x = torch.randn(4, 3, 5)
     with torch.no_grad():
-        assert torch.equal(raise_network(net, (torch.randn(2, 3, 5),))(x), 2 * x)
+        assert torch.equal(capture_network(net, (torch.randn(2, 3, 5),))(x), 2 * x)

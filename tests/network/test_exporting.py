@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
 
 
 def rerun_of(network, args, dynamic):
-    return raise_network(export(network, (args, {}), dynamic))
+    return capture_network(export(network, (args, {}), dynamic))
 
 
 class TestRemedies:
@@ -31,9 +31,9 @@ class TestRemedies:
                 return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 0.0, (x,))
 
         with pytest.raises(ExportError, match="torch.where.*torch.cond"):
-            raise_network(Branch(), (torch.zeros(1, 3),))
+            capture_network(Branch(), (torch.zeros(1, 3),))
         for remedy in (Where(), Cond()):
-            network = raise_network(remedy, (torch.zeros(1, 3),))
+            network = capture_network(remedy, (torch.zeros(1, 3),))
             for x in (torch.ones(4, 3), -torch.ones(4, 3)):
                 assert torch.equal(network(x), Branch()(x))
 
@@ -48,9 +48,9 @@ class TestRemedies:
                 return x.flatten(1)
 
         with pytest.raises(ExportError, match=r"x.flatten\(1\)") as error:
-            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
+            capture_network(Fixed(), (torch.zeros(2, 3, 4),))
         assert "torch.where" not in error.value.remedy
-        assert raise_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
+        assert capture_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
 
     def test_fixed_sizes_are_the_other_remedy(self):
         class Fixed(nn.Module):
@@ -58,8 +58,8 @@ class TestRemedies:
                 return x.reshape(2, 12) + x.flatten(1)
 
         with pytest.raises(ExportError, match="dynamic={}"):
-            raise_network(Fixed(), (torch.zeros(2, 3, 4),))
-        network = raise_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
+            capture_network(Fixed(), (torch.zeros(2, 3, 4),))
+        network = capture_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
         assert network(torch.ones(2, 3, 4)).shape == (2, 12)
 
     def test_anything_else_points_at_torch_export(self):
@@ -68,7 +68,7 @@ class TestRemedies:
                 return torch.from_numpy(x.numpy() * 2)
 
         with pytest.raises(ExportError) as error:
-            raise_network(Foreign(), (torch.zeros(1, 3),))
+            capture_network(Foreign(), (torch.zeros(1, 3),))
         assert "torch.where" not in error.value.remedy
 
 
@@ -79,9 +79,9 @@ def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number
             return x * 2, number(x)
 
     with pytest.raises(ExportError, match="changes with the sizes") as error:
-        raise_network(Sizes(), (torch.zeros(2, 3),))
+        capture_network(Sizes(), (torch.zeros(2, 3),))
     assert "new_full" in error.value.remedy
-    assert raise_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
+    assert capture_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
 
 
 class FreeHeight(nn.Module):
@@ -100,7 +100,7 @@ class FreeHeight(nn.Module):
 def test_free_sizes_in_strided_residual_networks():
     net = FreeHeight().eval()
     axes = {"x": {0: "batch", 2: "height", 3: "width"}}
-    network = raise_network(net, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
+    network = capture_network(net, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
     again = rerun_of(network, (torch.zeros(1, 3, 32, 32),), dynamic=axes)
     for height, width in ((32, 32), (45, 31), (17, 64)):
         x = torch.randn(2, 3, height, width)
@@ -178,7 +178,7 @@ def test_inputs_that_a_forward_collects_stand_behind_those_it_names():
 
     example = tuple(torch.ones(2, 4) for _ in range(3))
     assert input_names(Sums(), example, {}) == ["first", "others_0", "others_1"]
-    network = raise_network(Sums(), example)
+    network = capture_network(Sums(), example)
     assert torch.equal(network(*[torch.ones(5, 4)] * 3), torch.full((5, 4), 3.0))
 
 
@@ -188,5 +188,5 @@ def test_two_inputs_of_one_name_are_refused():
             return x_0 + x[0]
 
     with pytest.raises(ExportError, match="two inputs of the network would be called 'x_0'") as error:
-        raise_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
+        capture_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
     assert "rename the parameter x_0" in error.value.remedy

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import operator_name
 from penjing.pipeline.building import build
 from penjing.records.manifest import read_manifest
@@ -114,7 +114,7 @@ def test_the_same_values_in_torch_and_in_the_runtimes(name, tmp_path):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     net, x = make().eval(), torch.randn(5, *shape)
-    network = raise_network(net, (torch.randn(2, *shape),))
+    network = capture_network(net, (torch.randn(2, *shape),))
     assert not transformed(network)
     with torch.no_grad():
         answer = net(x)
@@ -154,14 +154,14 @@ def test_every_transform_has_torchs_values_whatever_its_norm_and_length(norm, si
         return tuple(torch.view_as_real(part) for part in parts)
 
     x = torch.randn(2, 7, 8)
-    network = raise_network(Called(every).eval(), (x,))
+    network = capture_network(Called(every).eval(), (x,))
     assert not transformed(network)
     for given, expected in zip(network(x), every(x), strict=True):
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_weights_train_and_the_waves_do_not():
-    network = raise_network(Spectral(), (torch.randn(2, 3, 16),)).train()
+    network = capture_network(Spectral(), (torch.randn(2, 3, 16),)).train()
     network(torch.randn(4, 3, 16)).square().sum().backward()
     trained = {name.partition("_")[0].partition(".")[0] for name, p in network.named_parameters() if p.requires_grad}
     assert trained == {"w", "p", "o"}
@@ -172,6 +172,6 @@ def test_the_weights_train_and_the_waves_do_not():
 def test_a_length_that_varies_or_is_long_is_left_to_the_runtimes_exporter(length, dynamic):
     net = Called(lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2j, n=x.shape[-1])).eval()
     x = torch.randn(2, 1, length)
-    network = raise_network(net, (x,), dynamic=dynamic)
+    network = capture_network(net, (x,), dynamic=dynamic)
     assert len(transformed(network)) == 2
     torch.testing.assert_close(network(x), net(x))

@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.records.manifest import read_manifest
 from penjing.runtimes.artifact import predictor
@@ -70,7 +70,7 @@ class PooledMaxima(Pyramid):
 def test_the_same_values_in_torch_and_in_the_runtimes_at_other_sizes(kind, tmp_path):
     torch.manual_seed(0)
     net, example = kind().eval(), torch.randn(2, 3, 24, 40)
-    network = raise_network(net, (example,), dynamic=FREE)
+    network = capture_network(net, (example,), dynamic=FREE)
     _, structure = flatten_outputs(net(example))
     for runtime in ("onnxruntime", "openvino"):
         folder = tmp_path / runtime
@@ -94,5 +94,5 @@ def test_a_window_of_the_size_of_the_input_is_refused_with_what_to_write():
             return F.avg_pool2d(quarter, quarter.shape[2:]).flatten(1)
 
     with pytest.raises(ExportError) as error:
-        raise_network(Window(), (torch.randn(2, 3, 24, 40),), dynamic=FREE)
+        capture_network(Window(), (torch.randn(2, 3, 24, 40),), dynamic=FREE)
     assert "x.mean((2, 3))" in error.value.remedy

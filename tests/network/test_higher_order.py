@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import shapes
 from penjing.network.portable import Portable
 from penjing.pipeline.building import build
@@ -63,7 +63,7 @@ class Selects(Layers):
 @pytest.mark.parametrize("make", [Chooses, ChoosesWithin, Regions, Routes, Selects])
 def test_the_same_in_torch_and_in_the_runtimes(make, tmp_path):
     net = make().eval()
-    network = raise_network(net, (torch.zeros(1, 8),))
+    network = capture_network(net, (torch.zeros(1, 8),))
     task = Task(example=torch.zeros(1, 8))
     batches = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 5, 5, 33)]
     batches[2] = -batches[1]
@@ -81,14 +81,14 @@ def test_the_same_in_torch_and_in_the_runtimes(make, tmp_path):
 
 
 def test_layers_of_a_branch_are_layers_under_their_names():
-    network = raise_network(Chooses(), (torch.zeros(1, 8),))
+    network = capture_network(Chooses(), (torch.zeros(1, 8),))
     assert type(network.get_submodule("a")) is nn.Linear
     assert type(network.get_submodule("b")) is nn.Linear
     assert not any("graph" in name for name, _ in network.named_modules())
 
 
 def test_a_size_that_depends_on_values_is_that_of_the_example():
-    network = raise_network(Selects(), (torch.zeros(1, 8),))
+    network = capture_network(Selects(), (torch.zeros(1, 8),))
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     last = next(node for node in reversed(network.graph.nodes) if node.op == "call_function")
     assert shapes(network, ((x,), {}))[last.name].shape == network(x).shape
@@ -100,17 +100,17 @@ def test_a_condition_on_a_size_is_refused():
             return torch.cond(x.shape[0] > 3, self.a, self.b, (x,))
 
     with pytest.raises(ExportError, match="an operator that runs others: cond") as error:
-        raise_network(OnSize(), (torch.zeros(1, 8),))
+        capture_network(OnSize(), (torch.zeros(1, 8),))
     assert "on a size" in error.value.got
 
 
 def test_layers_that_choose_rows_or_are_given_chosen_ones_stay_in_floating_point():
-    network = raise_network(Routes(), (torch.zeros(1, 8),))
+    network = capture_network(Routes(), (torch.zeros(1, 8),))
     marked = {str(node.target) for node in network.graph.nodes if "float" in node.meta}
     assert marked == {"route", "a", "b"}
 
 
 def test_another_process_knows_too_what_stays_in_floating_point():
-    network = raise_network(Routes(), (torch.zeros(1, 8),))
+    network = capture_network(Routes(), (torch.zeros(1, 8),))
     again = pickle.loads(pickle.dumps(Portable.of(network))).network()
     assert [node.meta for node in again.graph.nodes] == [node.meta for node in network.graph.nodes]

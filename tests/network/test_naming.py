@@ -9,7 +9,7 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import SourceError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export_module
 from penjing.network.graph import sites
 from penjing.network.naming import free_name, safe_names
@@ -38,7 +38,7 @@ class Chain(nn.Module):
 
 
 def test_names_that_can_be_held_are_kept():
-    network = raise_network(Chain(HELD), (torch.zeros(1, 6),))
+    network = capture_network(Chain(HELD), (torch.zeros(1, 6),))
     assert network.meta["renamed"] == {}
     assert [name for name in sites(network) if "/" not in name] == list(HELD)
 
@@ -46,7 +46,7 @@ def test_names_that_can_be_held_are_kept():
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_name_that_can_not_is_changed_and_noted(name):
     model = Chain(("first", name, "last")).eval()
-    network = raise_network(model, (torch.zeros(1, 6),))
+    network = capture_network(model, (torch.zeros(1, 6),))
     x = torch.randn(3, 6)
     assert torch.equal(network(x), model(x))
     new = RENAMED[name]
@@ -58,7 +58,7 @@ def test_a_name_that_can_not_is_changed_and_noted(name):
 def test_two_names_never_become_one():
     names = ("a b", "a_b", "a/b", "graph", "graph_")
     model = Chain(names).eval()
-    network = raise_network(model, (torch.zeros(1, 6),))
+    network = capture_network(model, (torch.zeros(1, 6),))
     x = torch.randn(3, 6)
     assert torch.equal(network(x), model(x))
     assert [name for name in sites(network) if "/" not in name] == ["a_b_", "a_b", "a_b__", "graph__", "graph_"]
@@ -74,7 +74,7 @@ def test_a_layer_within_a_layer_and_a_second_call():
             inner = self._modules["a b"]
             return inner(inner(x))
 
-    network = raise_network(Twice(), (torch.zeros(1, 6),))
+    network = capture_network(Twice(), (torch.zeros(1, 6),))
     assert [s for s in sites(network) if "/" not in s] == ["a_b.class_", "a_b.last", "a_b.class_@1", "a_b.last@1"]
 
 
@@ -90,7 +90,7 @@ def test_parameters_too():
             return x * self._parameters['g"'] + self._buffers["b c"] + self.meta_data
 
     model = Scaled()
-    network = raise_network(model, (torch.zeros(1, 6),))
+    network = capture_network(model, (torch.zeros(1, 6),))
     assert set(network.state_dict()) == {"g_", "meta_data", "b_c"}
     assert network.meta["renamed"] == {"g_": 'g"', "b_c": "b c"}
 

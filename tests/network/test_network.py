@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from examples import data
 from penjing.architectures import build
 from penjing.errors import ExportError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
 from penjing.network.graph import arguments, flat_inputs, kind, shapes, site, sites, tensor_inputs
 
@@ -43,7 +43,7 @@ def run(module, args=(), kwargs=None):
 
 def rerun_of(network, args=(), kwargs=None, dynamic=None):
     """The network exported and raised a second time."""
-    return raise_network(export(network, (args, kwargs or {}), dynamic))
+    return capture_network(export(network, (args, kwargs or {}), dynamic))
 
 
 def assert_trains(network, args=(), kwargs=None):
@@ -146,7 +146,7 @@ def example(request):
     torch.manual_seed(0)
     make, shape = ZOO[request.param]
     model = randomized(make()) if request.param != "resnet20" else make()
-    return model, raise_network(model, (torch.zeros(1, *shape),)), shape
+    return model, capture_network(model, (torch.zeros(1, *shape),)), shape
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # recurrent layers keep lists of their weights
@@ -197,7 +197,7 @@ class TestEveryNetwork:
         model, network, shape = example
         program = export_module(model, (torch.zeros(1, *shape),))
         torch.export.save(program, tmp_path / "network.pt2")
-        loaded = raise_network(torch.export.load(tmp_path / "network.pt2"))
+        loaded = capture_network(torch.export.load(tmp_path / "network.pt2"))
         assert list(sites(loaded)) == list(sites(network))
         assert set(loaded.state_dict()) == set(network.state_dict())
         x = torch.randn(2, *shape)
@@ -211,7 +211,7 @@ class TestEveryNetwork:
 
 
 def test_layers_are_modules_under_their_own_names():
-    network = raise_network(Split(), (torch.zeros(1, 3, 6, 6),))
+    network = capture_network(Split(), (torch.zeros(1, 3, 6, 6),))
     types = {name: type(network.get_submodule(name)) for name in ("stem", "depthwise", "up", "norm")}
     assert types == {"stem": nn.Conv2d, "depthwise": nn.Conv2d, "up": nn.ConvTranspose2d, "norm": nn.GroupNorm}
     assert network.get_submodule("depthwise").groups == 4
@@ -224,7 +224,7 @@ def test_the_source_keeps_its_training_flags_and_gradients():
     model.bn1.eval()
     model.conv1.weight.requires_grad_(False)
     flags = {name: m.training for name, m in model.named_modules()}
-    network = raise_network(model, (torch.zeros(1, 3, 16, 16),))
+    network = capture_network(model, (torch.zeros(1, 3, 16, 16),))
     assert {name: m.training for name, m in model.named_modules()} == flags
     assert not network.get_submodule("conv1").weight.requires_grad
     assert network.get_submodule("classifier").weight.requires_grad
@@ -233,12 +233,12 @@ def test_the_source_keeps_its_training_flags_and_gradients():
 def test_a_failed_export_gives_the_flags_back_too():
     model = Branches().train()
     with pytest.raises(ExportError):
-        raise_network(model, (torch.zeros(1, 3),))
+        capture_network(model, (torch.zeros(1, 3),))
     assert all(m.training for m in model.modules())
 
 
 def test_a_layer_called_twice_is_one_module_with_two_sites():
-    network = raise_network(Residual(), (torch.zeros(1, 3, 8, 8),))
+    network = capture_network(Residual(), (torch.zeros(1, 3, 8, 8),))
     found = sites(network)
     assert [name for name in found if "conv" in name or "bn" in name] == ["conv", "bn", "conv@1", "bn@1"]
     assert found["conv"].target == found["conv@1"].target == "conv"
@@ -252,7 +252,7 @@ def test_in_place_operators_leave_the_inputs_alone():
             x += 1
             return x * 2
 
-    network = raise_network(Doubles(), (torch.zeros(1, 3),))
+    network = capture_network(Doubles(), (torch.zeros(1, 3),))
     x = torch.zeros(2, 3)
     assert torch.equal(network(x), torch.full((2, 3), 2.0))
     assert torch.equal(x, torch.zeros(2, 3))
@@ -266,7 +266,7 @@ def test_a_view_taken_before_sees_what_is_written_after(view):
             x += 1
             return seen * 2
 
-    network = raise_network(Late(), (torch.zeros(1, 4),))
+    network = capture_network(Late(), (torch.zeros(1, 4),))
     x = torch.randn(3, 4)
     before = x.clone()
     assert torch.equal(network(x), view(before + 1) * 2)
@@ -281,7 +281,7 @@ def test_numbers_written_in_the_forward_are_kept():
             x[:, 0] = 5
             return x
 
-    network = raise_network(Scales(), (torch.zeros(1, 3),))
+    network = capture_network(Scales(), (torch.zeros(1, 3),))
     expected = torch.tensor([[5.0, 2.0, 3.0]] * 2)
     assert torch.equal(network(torch.ones(2, 3)), expected)
     assert torch.equal(copy.deepcopy(network)(torch.ones(2, 3)), expected)
@@ -296,7 +296,7 @@ class TestWritingToAView:
         torch.manual_seed(0)
         model = randomized(Writes())
         model.bn.num_batches_tracked.fill_(7)
-        return model, raise_network(model, (torch.zeros(1, 3, 8, 8),))
+        return model, capture_network(model, (torch.zeros(1, 3, 8, 8),))
 
     def test_batch_norms_stay_modules(self, pair):
         model, network = pair
@@ -334,7 +334,7 @@ class TestWritingToAView:
 class TestFusedAttention:
     def test_the_projection_is_a_layer_and_its_new_keys_are_noted(self):
         model = Attending()
-        network = raise_network(model, (torch.zeros(1, 5, 8),))
+        network = capture_network(model, (torch.zeros(1, 5, 8),))
         assert isinstance(network.get_submodule("attend.in_proj"), nn.Linear)
         assert network.meta["renamed"] == {
             "attend.in_proj.weight": "attend.in_proj_weight",
@@ -343,7 +343,7 @@ class TestFusedAttention:
         assert copy.deepcopy(copy.deepcopy(network)).meta["renamed"] == network.meta["renamed"]
 
     def test_nothing_is_noted_where_nothing_was_renamed(self):
-        assert raise_network(build("resnet20"), (torch.zeros(1, 3, 8, 8),)).meta["renamed"] == {}
+        assert capture_network(build("resnet20"), (torch.zeros(1, 3, 8, 8),)).meta["renamed"] == {}
 
     @pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 6}], ids=["one", "three"])
     def test_query_and_key_of_their_own(self, sizes):
@@ -357,7 +357,7 @@ class TestFusedAttention:
 
         torch.manual_seed(0)
         model, width = Cross(), 6 if sizes else 8
-        network = raise_network(model, (torch.zeros(1, 5, 8), torch.zeros(1, 7, width)))
+        network = capture_network(model, (torch.zeros(1, 5, 8), torch.zeros(1, 7, width)))
         inputs = (torch.randn(3, 5, 8), torch.randn(3, 7, width))
         assert_same_bits(run(network, inputs), run(model, inputs))
         renamed = network.meta["renamed"]
@@ -370,7 +370,7 @@ class TestForms:
 
     def test_outputs_keep_their_structure(self):
         model = randomized(Residual())
-        network = raise_network(model, (torch.zeros(1, 3, 8, 8),))
+        network = capture_network(model, (torch.zeros(1, 3, 8, 8),))
         out = run(network, (torch.randn(2, 3, 8, 8),))
         assert set(out) == {"pooled", "map"}
         assert out["pooled"].shape == (2, 3)
@@ -381,7 +381,7 @@ class TestForms:
                 return (left @ right.transpose(1, 2)) * scale, right
 
         call = {"right": torch.zeros(1, 4, 3), "left": torch.zeros(1, 5, 3)}
-        network = raise_network(Two(), (), call)
+        network = capture_network(Two(), (), call)
         more = {"right": torch.randn(6, 4, 3), "left": torch.randn(6, 5, 3)}
         out = run(network, (), more)
         assert isinstance(out, tuple)
@@ -397,7 +397,7 @@ class TestForms:
             def forward(self, x, *, offset):
                 return x + offset
 
-        network = raise_network(Two(), (torch.zeros(1, 3),), {"offset": torch.zeros(1, 3)})
+        network = capture_network(Two(), (torch.zeros(1, 3),), {"offset": torch.zeros(1, 3)})
         x, offset = torch.randn(4, 3), torch.randn(4, 3)
         assert torch.equal(network(x, offset=offset), x + offset)
 
@@ -408,7 +408,7 @@ class TestForms:
 
         call = (torch.zeros(1, 3), torch.zeros(1, 3))
         assert input_names(Sum(), call, {}) == ["parts_0", "parts_1"]
-        network = raise_network(Sum(), call)
+        network = capture_network(Sum(), call)
         a, b = torch.randn(4, 3), torch.randn(4, 3)
         assert torch.equal(network(a, b), a + 2 * b)
 
@@ -417,17 +417,17 @@ class TestForms:
             def forward(self, pair):
                 return pair[0] - pair[1]
 
-        network = raise_network(Pair(), ((torch.zeros(1, 3), torch.zeros(1, 3)),))
+        network = capture_network(Pair(), ((torch.zeros(1, 3), torch.zeros(1, 3)),))
         a, b = torch.randn(4, 3), torch.randn(4, 3)
         assert torch.equal(network((a, b)), a - b)
 
     def test_an_example_that_does_not_fit_the_forward(self):
         with pytest.raises(TaskError) as caught:
-            raise_network(nn.Linear(3, 2), (torch.zeros(1, 3), torch.zeros(1, 3)))
+            capture_network(nn.Linear(3, 2), (torch.zeros(1, 3), torch.zeros(1, 3)))
         assert "forward(input" in str(caught.value.expected)
         assert caught.value.remedy
         with pytest.raises(TaskError):
-            raise_network(nn.Linear(3, 2), (), {"picture": torch.zeros(1, 3)})
+            capture_network(nn.Linear(3, 2), (), {"picture": torch.zeros(1, 3)})
 
 
 class Pooled(nn.Module):
@@ -450,7 +450,7 @@ class TestDynamicAxes:
     def test_another_axis_by_name_or_position(self, keys):
         axes = {0: "batch", 1: "length"}
         model = Pooled()
-        network = raise_network(model, self.call, dynamic=dict.fromkeys(keys, axes))
+        network = capture_network(model, self.call, dynamic=dict.fromkeys(keys, axes))
         for batch, length in ((1, 8), (3, 5), (2, 31)):
             inputs = self.words(batch, length)
             assert_same_bits(run(network, inputs), run(model, inputs))
@@ -466,17 +466,17 @@ class TestDynamicAxes:
             def forward(self, x):
                 return x.reshape(x.shape[0] * 3)
 
-        network = raise_network(Flat(), (torch.zeros(1, 3),), dynamic={})
+        network = capture_network(Flat(), (torch.zeros(1, 3),), dynamic={})
         assert network(torch.ones(1, 3)).shape == (3,)
         literals = [n.args[1] for n in network.graph.nodes if n.op == "call_function"]
         assert literals == [[3]]  # no arithmetic on sizes is left, and the example of 1 stayed 1
 
     def test_an_unknown_name_is_refused(self):
         with pytest.raises(TaskError) as caught:
-            raise_network(Pooled(), self.call, dynamic={"pictures": {0: "batch"}})
+            capture_network(Pooled(), self.call, dynamic={"pictures": {0: "batch"}})
         assert "words" in str(caught.value) and "pictures" in str(caught.value)
         with pytest.raises(TaskError):
-            raise_network(Pooled(), self.call, dynamic={2: {0: "batch"}})
+            capture_network(Pooled(), self.call, dynamic={2: {0: "batch"}})
 
     def test_an_axis_may_be_limited_by_a_table_of_positions(self):
         class Placed(Pooled):
@@ -489,7 +489,7 @@ class TestDynamicAxes:
                 return self.head((y * weights.unsqueeze(-1)).mean(1))
 
         model, dynamic = Placed(), dict.fromkeys((0, 1), {0: "batch", 1: "length"})
-        network = raise_network(model, self.call, dynamic=dynamic)
+        network = capture_network(model, self.call, dynamic=dynamic)
         again = rerun_of(network, self.call, dynamic=dynamic)
         for batch, length in ((1, 2), (4, 12)):
             inputs = self.words(batch, length)
@@ -502,11 +502,11 @@ class TestDynamicAxes:
                 return x.reshape(-1, 12)[:, :3] + x[:, :1, 0]
 
         with pytest.raises(ExportError) as caught:
-            raise_network(Fixed(), (torch.zeros(1, 3, 4),), dynamic={0: {0: "batch", 1: "length"}})
+            capture_network(Fixed(), (torch.zeros(1, 3, 4),), dynamic={0: {0: "batch", 1: "length"}})
         assert "length" in caught.value.got
 
     def test_an_example_of_one_sample_does_not_fix_the_batch(self):
-        network = raise_network(nn.Flatten(), (torch.zeros(1, 3, 4),))
+        network = capture_network(nn.Flatten(), (torch.zeros(1, 3, 4),))
         assert network(torch.zeros(9, 3, 4)).shape == (9, 12)
 
 
@@ -525,14 +525,14 @@ class Branches(nn.Module):
 class TestWhatCannotBeExported:
     def test_control_flow_on_data_names_the_users_line(self):
         with pytest.raises(ExportError) as caught:
-            raise_network(nn.Sequential(Branches()), (torch.zeros(1, 3),))
+            capture_network(nn.Sequential(Branches()), (torch.zeros(1, 3),))
         assert "test_network.py" in caught.value.what
         assert "if y.sum() > 0" in caught.value.what
         assert "torch.where" in caught.value.remedy
 
     def test_a_forward_that_fails(self):
         with pytest.raises(ExportError) as caught:
-            raise_network(Branches(), (torch.zeros(1, 7),))
+            capture_network(Branches(), (torch.zeros(1, 7),))
         assert "self.linear(x)" in caught.value.what
 
 
@@ -552,7 +552,7 @@ class TestTransformers:
             patch_size=8,
         )
         model = ViTModel(config).eval()
-        network = raise_network(model, (torch.zeros(1, 3, 32, 32),))
+        network = capture_network(model, (torch.zeros(1, 3, 32, 32),))
         x = torch.randn(5, 3, 32, 32)
         assert_same_bits(run(network, (x,)), run(model, (x,)))
         assert set(network.state_dict()) == set(model.state_dict())
@@ -565,7 +565,7 @@ class TestTransformers:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=99, use_cache=False)).eval()
         ids = {"input_ids": torch.randint(0, 99, (1, 12))}
-        network = raise_network(model, (), ids)
+        network = capture_network(model, (), ids)
         more = {"input_ids": torch.randint(0, 99, (5, 12))}
         assert_same_bits(run(network, (), more), run(model, (), more))
         for one in (network, copy.deepcopy(network)):
@@ -578,7 +578,7 @@ class TestRealWeights:
     def test_efficientnet_lite0(self):
         model = data.lite0()
         x = torch.randn(2, 3, 224, 224)
-        network = raise_network(model, (x[:1],))
+        network = capture_network(model, (x[:1],))
         assert_same_bits(run(network, (x,)), run(model, (x,)))
         assert set(network.state_dict()) == set(model.state_dict())
         assert_same_bits(run(rerun_of(network, (x,)), (x,)), run(model, (x,)))
@@ -591,7 +591,7 @@ class TestRealWeights:
         ids = torch.randint(0, 1000, (1, 16))
         axes = {0: "batch", 1: "length"}
         call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        network = raise_network(model, (), call, dynamic=dict.fromkeys(call, axes))
+        network = capture_network(model, (), call, dynamic=dict.fromkeys(call, axes))
         mask = (torch.arange(23) < torch.tensor([[23], [9], [17]])).long()
         more = {"input_ids": torch.randint(0, 1000, (3, 23)), "attention_mask": mask}
         assert_same_bits(run(network, (), more), run(model, (), more))
@@ -601,10 +601,10 @@ class TestRealWeights:
 
 
 class TestReading:
-    """The small questions that other code asks of a raised network."""
+    """The small questions that other code asks of a captured network."""
 
     def test_shapes_are_those_of_a_real_run_and_touch_nothing(self):
-        network = raise_network(Writes(), (torch.zeros(1, 3, 8, 8),)).train()
+        network = capture_network(Writes(), (torch.zeros(1, 3, 8, 8),)).train()
         before = {k: v.clone() for k, v in network.state_dict().items()}
         found = shapes(network, ((torch.zeros(6, 3, 8, 8),), {}))
         assert tuple(found["x"].shape) == (6, 3, 8, 8)
@@ -618,7 +618,7 @@ class TestReading:
             def forward(self, a, b, c):
                 return torch.cat([b, a, c.reshape(a.shape[0], -1)], 1)
 
-        network = raise_network(Cat(), (torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2, 2)))
+        network = capture_network(Cat(), (torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2, 2)))
         found = sites(network)
         assert [site(n) for n in tensor_inputs(found["/cat#0"])] == ["b", "a", "/reshape#0"]
         assert [site(n) for n in tensor_inputs(found["/reshape#0"])] == ["c"]  # the size is no port
@@ -628,7 +628,7 @@ class TestReading:
             def forward(self, x):
                 return F.max_pool2d(x, 3, padding=1)
 
-        network = raise_network(Pool(), (torch.zeros(1, 1, 9, 9),))
+        network = capture_network(Pool(), (torch.zeros(1, 1, 9, 9),))
         (pool,) = sites(network).values()
         a = arguments(pool)
         assert (a["kernel_size"], a["padding"], a["ceil_mode"]) == ([3, 3], [1, 1], False)
@@ -653,7 +653,7 @@ class TestReading:
             def forward(self, x):
                 return operator(x)
 
-        network = raise_network(One(), (torch.zeros(1, 4, 6, 6),))
+        network = capture_network(One(), (torch.zeros(1, 4, 6, 6),))
         assert [kind(network, n) for n in sites(network).values()] == [expected]
 
 
@@ -688,7 +688,7 @@ class Stack(nn.Module):
 def test_any_small_stack_is_equal_to_the_bit(layers, inplace, batch):
     torch.manual_seed(len(layers))
     model = randomized(Stack(layers, inplace))
-    network = raise_network(model, (torch.zeros(1, 4, 5, 5),))
+    network = capture_network(model, (torch.zeros(1, 4, 5, 5),))
     x = torch.randn(batch, 4, 5, 5)
     assert_same_bits(run(network, (x,)), run(model, (x,)))
     assert set(network.state_dict()) == set(model.state_dict())

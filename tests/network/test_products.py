@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from penjing.analyze.cost import cost
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind
 
 IN, OUT = 6, 9
@@ -62,7 +62,7 @@ WRITTEN = {
 def of(name):
     shape, sample, function = WRITTEN[name]
     model = Product(shape, function).eval()
-    return model, raise_network(model, (torch.randn(2, *sample),)), sample
+    return model, capture_network(model, (torch.randn(2, *sample),)), sample
 
 
 @pytest.fixture(params=WRITTEN, ids=lambda name: name.replace(" ", "-"))
@@ -98,7 +98,7 @@ class TestEveryProduct:
 
 
 def raised(model, *sample):
-    return raise_network(model.eval(), (torch.randn(2, *sample),))
+    return capture_network(model.eval(), (torch.randn(2, *sample),))
 
 
 class Tied(nn.Module):
@@ -133,7 +133,7 @@ class Thirds(nn.Module):
 
 class TestTies:
     def test_a_table_and_a_head_that_is_turned_twice_stay_one_parameter(self):
-        network = raise_network(Tied().eval(), (torch.zeros(2, 3, dtype=torch.long),))
+        network = capture_network(Tied().eval(), (torch.zeros(2, 3, dtype=torch.long),))
         head = next(m for n, m in network.named_modules() if isinstance(m, nn.Linear) and m.out_features == 20)
         assert head.weight is network.get_submodule("table").weight
         assert network.meta["folded"] == {}
@@ -269,7 +269,7 @@ class TestEinsumsOfSeveral:
         model = Several(equation, order.replace("v", "y")).eval()
         width = OUT if "v" in order else IN
         call = torch.randn(2, 5, IN), torch.randn(2, 5, width)
-        network = raise_network(model, call)
+        network = capture_network(model, call)
         assert [type(m) for m in network.modules()].count(nn.Linear) == layers
         kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
         assert kinds.count("einsum") == left
@@ -282,13 +282,13 @@ class TestEinsumsOfSeveral:
     def test_diagonals_and_broadcasts_stay_as_they_were_written(self, equation):
         model = Several(equation, "xwy").eval()
         call = torch.randn(2, 5, IN), torch.randn(2, 1 if "x" in equation else 5, IN)
-        network = raise_network(model, call)
+        network = capture_network(model, call)
         args = torch.randn(3, 5, IN), torch.randn(3, *call[1].shape[1:])
         torch.testing.assert_close(network(*args), model(*args))
 
     def test_values_alone_stay_as_they_were_written(self):
         model = Several("bni,bmi,bmj->bnj", "xyx").eval()
-        network = raise_network(model, (torch.randn(2, 5, IN), torch.randn(2, 5, IN)))
+        network = capture_network(model, (torch.randn(2, 5, IN), torch.randn(2, 5, IN)))
         (einsum,) = (n for n in network.graph.nodes if n.op == "call_function" and kind(network, n) == "einsum")
         assert len(einsum.args[1]) == 3
 
@@ -323,7 +323,7 @@ class TestEinsumsOfTwoValues:
             return torch.randn(n, *left), torch.randn(n, *right)
 
         model = Einsum(equation)
-        network = raise_network(model, call(2))
+        network = capture_network(model, call(2))
         kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
         assert kinds.count("matmul") == 1 and "einsum" not in kinds
         for batch in (1, 3):
@@ -342,7 +342,7 @@ class TestEinsumsOfTwoValues:
     )
     def test_others_stay_as_they_were_written(self, equation, left, right):
         args = torch.randn(2, *left), torch.randn(2, *right)
-        network = raise_network(Einsum(equation), args)
+        network = capture_network(Einsum(equation), args)
         kinds = [kind(network, n) for n in network.graph.nodes if n.op == "call_function"]
         assert "einsum" in kinds and "matmul" not in kinds
         torch.testing.assert_close(network(*args), Einsum(equation)(*args))

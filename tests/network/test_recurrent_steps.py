@@ -8,7 +8,7 @@ from torch import nn
 import penjing as pj
 from penjing import measure, runtimes
 from penjing.analyze.cost import cost
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
 from penjing.pipeline import building
 from penjing.records.manifest import read_manifest
@@ -86,7 +86,7 @@ def test_outputs_and_states_are_the_sources(name, given, tmp_path):
 
     dynamic = {"x": {batch: "batch"}, "state": {1: "batch"}} if given else {"x": {batch: "batch"}}
     task = pj.Task(example=call(2), dynamic=dynamic)
-    network = raise_network(model, *task.call(), dynamic=dynamic)
+    network = capture_network(model, *task.call(), dynamic=dynamic)
     assert {kind(network, n) for n in network.graph.nodes} >= {"linear"}
     assert not [n for n in network.graph.nodes if "rnn" in kind(network, n)]
     values = call(3)
@@ -105,7 +105,7 @@ def test_outputs_and_states_are_the_sources(name, given, tmp_path):
 def test_a_sequence_without_a_batch():
     torch.manual_seed(0)
     model, x = Layer(6, 8, bidirectional=True).eval(), torch.randn(5, 6)
-    network = raise_network(model, (x,), dynamic={})
+    network = capture_network(model, (x,), dynamic={})
     assert all(decibel(a, b) > 120 for a, b in zip(model(x), network(x), strict=True))
 
 
@@ -113,7 +113,7 @@ def test_a_sequence_without_a_batch():
 def test_a_cell_is_a_linear_layer_for_its_input_and_one_for_its_state(cell):
     torch.manual_seed(0)
     model, x = Looped(cell).eval(), torch.randn(3, 5, 6)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     assert decibel(model(x), network(x)) > 120
     layers = {str(n.target) for n in network.graph.nodes if kind(network, n) == "linear"}
     assert layers == {"cell.weight_ih_layer", "cell.weight_hh_layer", "head"}
@@ -122,9 +122,9 @@ def test_a_cell_is_a_linear_layer_for_its_input_and_one_for_its_state(cell):
 
 def quantized(model, data, runtime):
     task = pj.Task(example=data(2), calibration=[data(16 + i) for i in range(3)])
-    network = raise_network(model, *task.call())
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    return pj.quantize.Static()(Draft(network), Context(task=task, accelerates=accelerates)), task
+    network = capture_network(model, *task.call())
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    return pj.quantize.Static()(Draft(network), Context(task=task, capabilities=capabilities)), task
 
 
 def built(draft, task, runtime, folder):
@@ -193,7 +193,7 @@ def test_it_trains_with_dropout_between_the_layers():
     torch.manual_seed(0)
     model = Layer(6, 8, 2, dropout=0.5, batch_first=True)
     x = torch.randn(3, 5, 6)
-    network = raise_network(model.eval(), (x,)).train()
+    network = capture_network(model.eval(), (x,)).train()
     assert not torch.equal(network(x)[0], network(x)[0])
     network(x)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from penjing.errors import SourceError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.single_precision import single_module
 from penjing.sources.source import Source, in_single_precision
 from penjing.tasks.single_precision import single_task
@@ -68,7 +68,7 @@ class Doubles(nn.Module):
 
 def test_what_is_not_float32_within_a_network_becomes_so():
     model = Doubles().eval()
-    network = raise_network(model, (torch.zeros(2, 8),))
+    network = capture_network(model, (torch.zeros(2, 8),))
     x = torch.randn(5, 8)
     for mine, theirs in zip(network(x), model(x), strict=True):
         assert mine.dtype == torch.float32

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
@@ -96,7 +96,7 @@ CASES = {
 def test_the_same_values_in_torch_and_in_the_runtimes(kind, tmp_path):
     torch.manual_seed(0)
     net, (data, dynamic) = kind().eval(), CASES[kind]
-    network = raise_network(net, data(2), dynamic=dynamic)
+    network = capture_network(net, data(2), dynamic=dynamic)
     inputs = data(5)
     with torch.no_grad():
         answer = net(*inputs)
@@ -112,7 +112,7 @@ def test_the_same_values_in_torch_and_in_the_runtimes(kind, tmp_path):
 
 
 def test_they_train():
-    network = raise_network(DynamicConvolution(), CASES[DynamicConvolution][0](2)).train()
+    network = capture_network(DynamicConvolution(), CASES[DynamicConvolution][0](2)).train()
     network(torch.randn(3, 4, 9, 8)).square().sum().backward()
     assert len(list(network.parameters())) == 6
     assert all(parameter.grad.any() for parameter in network.parameters())
@@ -121,9 +121,9 @@ def test_they_train():
 def test_a_kernel_whose_size_varies_is_refused_by_its_line():
     dynamic = {i: {0: "batch", 2: f"height{i}", 3: f"width{i}"} for i in range(2)}
     with pytest.raises(ExportError, match=r"kernel whose size varies \(test_varying_groups.py:\d+ in forward"):
-        raise_network(Correlation(), CASES[Correlation][0](2), dynamic=dynamic)
+        capture_network(Correlation(), CASES[Correlation][0](2), dynamic=dynamic)
 
 
 def test_a_known_number_of_groups_is_left_a_layer():
-    network = raise_network(nn.Conv2d(4, 8, 3, groups=2), (torch.zeros(1, 4, 8, 8),))
+    network = capture_network(nn.Conv2d(4, 8, 3, groups=2), (torch.zeros(1, 4, 8, 8),))
     assert [node.op for node in network.graph.nodes] == ["placeholder", "call_module", "output"]

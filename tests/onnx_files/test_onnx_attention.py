@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.onnx_files import write as onnx_file
 
 
@@ -29,7 +29,7 @@ class Biased(nn.Module):
 def test_attention_with_a_learned_bias_is_exported(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16)
-    network = raise_network(Biased(), (x,))
+    network = capture_network(Biased(), (x,))
     assert network.table.weight.requires_grad  # what made the exporter take two kernels
     onnx_file.write(network, ((x,), {}), None, ["y"], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

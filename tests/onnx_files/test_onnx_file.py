@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from penjing.errors import ExportError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
 from penjing.onnx_files import write as onnx_file
 from penjing.steps.plan import Entry, Plan, QuantSpec
@@ -95,7 +95,7 @@ def test_the_same_network_gives_the_same_bytes(exported, tmp_path, runtime, prec
 
 def one_edge(spec, scale, zero_point):
     """A network of one rectifier whose input is quantized, exported, with its torch twin."""
-    network = raise_network(nn.Sequential(nn.ReLU(), nn.Tanh()), (torch.zeros(2, 4),))
+    network = capture_network(nn.Sequential(nn.ReLU(), nn.Tanh()), (torch.zeros(2, 4),))
     edge = f"{next(iter(sites(network)))}:in0"
     plan = Plan({edge: Entry(spec, (scale,), (zero_point,))})
     return insert(network, plan), freeze(network, plan)
@@ -110,13 +110,13 @@ def test_every_range_saturates_where_the_plan_says(tmp_path, bits, signed, symme
 
     spec = QuantSpec(bits=bits, signed=signed, symmetric=symmetric)
     zero = 0 if signed and symmetric else 1 if signed else 3
-    twin, frozen = one_edge(spec, 0.05, zero)
+    replica, frozen = one_edge(spec, 0.05, zero)
     call = ((torch.zeros(2, 4),), {})
     onnx_file.write(frozen, call, None, ["output"], tmp_path / "edge.onnx")
     x = torch.linspace(-20, 20, 804).reshape(-1, 4)
     session = onnxruntime.InferenceSession(str(tmp_path / "edge.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    expected = twin(x).numpy()
+    expected = replica(x).numpy()
     assert np.abs(found - expected).max() < 1e-6
     high = spec.limits[1]
     assert expected.max() == pytest.approx(np.tanh((high - zero) * 0.05), abs=1e-6)  # the edge itself is met
@@ -127,7 +127,7 @@ def test_a_spatial_mean_becomes_a_pooling_with_or_without_the_empty_axes(tmp_pat
         def forward(self, x):
             return x.mean((2, 3)), x.mean((-1, -2), keepdim=True), x.mean(1)
 
-    network = raise_network(Means(), (torch.zeros(2, 3, 4, 4),))
+    network = capture_network(Means(), (torch.zeros(2, 3, 4, 4),))
     path = tmp_path / "means.onnx"
     onnx_file.write(network, ((torch.zeros(2, 3, 4, 4),), {}), None, ["a", "b", "c"], path)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -140,7 +140,7 @@ def test_an_operator_without_an_onnx_form_is_named(tmp_path):
         def forward(self, x):
             return torch.special.bessel_j0(x)
 
-    network = raise_network(Strange(), (torch.zeros(2, 3),))
+    network = capture_network(Strange(), (torch.zeros(2, 3),))
     with pytest.raises(ExportError, match="bessel_j0"):
         onnx_file.write(network, ((torch.zeros(2, 3),), {}), None, ["output"], tmp_path / "strange.onnx")
     assert not (tmp_path / "strange.onnx").exists()
@@ -158,7 +158,7 @@ class PadsAsTensorFlow(nn.Module):
 def test_sizes_are_divided_as_python_divides_them(tmp_path):
     dynamic = {"x": {0: "batch", 2: "height"}}
     example = (torch.randn(2, 3, 12, 5),)
-    network = raise_network(PadsAsTensorFlow(), example, dynamic=dynamic)
+    network = capture_network(PadsAsTensorFlow(), example, dynamic=dynamic)
     file = tmp_path / "network.onnx"
     onnx_file.write(network, (example, {}), dynamic, [""], file)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -181,7 +181,7 @@ def test_layers_beside_a_recurrent_one_that_is_written_out_keep_their_names(tmp_
             return self.b(x + self.r(x)[0])
 
     x = torch.randn(2, 5, 6)
-    onnx_file.write(raise_network(Net().eval(), (x,)), ((x,), {}), None, ["y"], tmp_path / "model.onnx")
+    onnx_file.write(capture_network(Net().eval(), (x,)), ((x,), {}), None, ["y"], tmp_path / "model.onnx")
     named = {node.name: node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert (named["a"], named["b"], named["/add#0"], named["/relu#0"]) == ("MatMul", "MatMul", "Add", "Relu")
 
@@ -202,7 +202,7 @@ class ReadTwice(nn.Module):
 @pytest.mark.parametrize("combine", [torch.mul, torch.add])
 def test_what_reads_a_product_twice_has_two_names(combine, tmp_path):
     net, x = ReadTwice(combine).eval(), torch.randn(2, 3, 4)
-    onnx_file.write(raise_network(net, (x,)), ((x,), {}), None, ["y", "z"], tmp_path / "m.onnx")
+    onnx_file.write(capture_network(net, (x,)), ((x,), {}), None, ["y", "z"], tmp_path / "m.onnx")
     names = [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert len(set(names)) == len(names)
     answers = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})

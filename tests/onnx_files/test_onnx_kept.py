@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.onnx_files import export_cache as onnx_kept
 from penjing.onnx_files import write as onnx_file
 
@@ -19,7 +19,7 @@ def nothing_kept(monkeypatch):
 def network(seed: int = 0):
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-    return raise_network(module, (X,), {})
+    return capture_network(module, (X,), {})
 
 
 def mark(given, call=((X,), {}), *others):
@@ -78,7 +78,7 @@ def test_a_constant_that_is_no_buffer_counts():
         def forward(self, x):
             return x + self.shift
 
-    given = raise_network(Shifted().eval(), (X,), {})
+    given = capture_network(Shifted().eval(), (X,), {})
     node = next(n for n in given.graph.nodes if n.op == "get_attr")
     before = mark(given)
     path, _, leaf = str(node.target).rpartition(".")

@@ -12,7 +12,7 @@ from torch import nn
 from penjing import runtimes
 from penjing.errors import ExportError
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files.pooling import overhang
 from penjing.pipeline.building import build
@@ -71,12 +71,12 @@ def signal_to_noise(given, answered):
 
 def answers(network, call, runtime, precision, folder, inputs, step=None):
     """What the artifact answers, and what its plan answers in torch."""
-    raised = raise_network(network.eval(), call)
+    raised = capture_network(network.eval(), call)
     made = Draft(raised)
     if step is not None:
-        spec = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
+        spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
         task = Task(example=call, calibration=[torch.randn(16, *call[0].shape[1:])])
-        made = step(made, Context(task=task, accelerates=spec))
+        made = step(made, Context(task=task, capabilities=spec))
     _, structure = flatten_outputs(network(*call))
     folder.mkdir()
     build(made, runtime, precision, Task(example=call), structure, folder)

@@ -11,7 +11,7 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.onnx_files import write as onnx_file
 from penjing.onnx_files.rewrites import pad_in_convolutions, store_in_half, turn_for_each
 from penjing.pipeline import building
@@ -217,18 +217,18 @@ class Padded(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("accelerates", [None, "onnxruntime", "openvino"])
+@pytest.mark.parametrize("capabilities", [None, "onnxruntime", "openvino"])
 @pytest.mark.parametrize("bits", [8, 7])
-def test_a_quantized_network_with_pads_has_none_in_its_file(tmp_path, accelerates, bits):
+def test_a_quantized_network_with_pads_has_none_in_its_file(tmp_path, capabilities, bits):
     torch.manual_seed(0)
     data = torch.randn(16, 3, 15, 15)
     task = Task(example=data[:2], calibration=[data])
-    here = runtimes.get(accelerates or "onnxruntime").accelerates(machine(1).instruction_sets)
-    told = here if accelerates else None
-    network = raise_network(Padded().eval(), *task.call())
+    here = runtimes.get(capabilities or "onnxruntime").capabilities(machine(1).instruction_sets)
+    told = here if capabilities else None
+    network = capture_network(Padded().eval(), *task.call())
     # Without VNNI products of 8 by 8 bits saturate, and the file could not be run here.
     draft = Static(weight_bits=here.weight.bits, activation_bits=bits)(
-        Draft(network), Context(task=task, accelerates=told)
+        Draft(network), Context(task=task, capabilities=told)
     )
     path = tmp_path / "model.onnx"
     onnx_file.write(freeze(draft.network, draft.plan), task.call(), None, ["output"], path)
@@ -283,8 +283,8 @@ def test_a_layer_that_is_called_again_on_three_axes_is_integer_every_time(runtim
     torch.manual_seed(0)
     data = [torch.randint(0, 32, (n, 5)) for n in (2, 16, 16, 3)]
     task = Task(example=data[0], calibration=data[1:3])
-    context = Context(task=task, accelerates=runtimes.get(runtime).accelerates(machine(1).instruction_sets))
-    draft = Static()(Draft(raise_network(Again(table).eval(), *task.call())), context)
+    context = Context(task=task, capabilities=runtimes.get(runtime).capabilities(machine(1).instruction_sets))
+    draft = Static()(Draft(capture_network(Again(table).eval(), *task.call())), context)
     structure = flatten_outputs(draft.network(data[0]))[1]
     manifest = building.build(draft, runtime, "int8", task, structure, tmp_path)
     rows = building.executed_rows(draft.network, draft.plan, task.call(), manifest, tmp_path)[0]

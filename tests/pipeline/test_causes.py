@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penjing import measure
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.causes import doubts
 from penjing.quantize import Static
 from penjing.records import Parity
@@ -35,7 +35,7 @@ def draft_and_parities(factor):
     data = torch.randn(32, 16)
     task = Task(example=data[:2], calibration=[data])
     network = OneHugeChannel(factor).eval()
-    draft = Static()(Draft(raise_network(network, (data[:2],))), Context(task=task, accelerates=GENERIC))
+    draft = Static()(Draft(capture_network(network, (data[:2],))), Context(task=task, capabilities=GENERIC))
     with torch.no_grad():
         source, planned = network(data).numpy(), insert(draft.network, draft.plan)(data).numpy()
     rows = measure.limits.told(measure.differences([source], [planned], measure.split([source]), 32), ["scores"])

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from penjing.measure import differences, split
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.conditioning import rounded_elsewhere
 from penjing.tasks.outputs import to_numpy
 
 
 def keeps(network, x, rounding, seed=0):
     """Decibels of the first output."""
-    raised = raise_network(network.eval(), (x,), {})
+    raised = capture_network(network.eval(), (x,), {})
     with torch.no_grad():
         reference = [to_numpy(network(x))]
     return differences(reference, rounded_elsewhere(raised, ((x,), {}), rounding, seed), split(reference))[0].snr_db
@@ -62,7 +62,7 @@ def test_masks_and_integers_stay_and_the_seed_decides():
             lowest = torch.finfo(torch.float32).min
             return {"masked": x.masked_fill(x > 0, lowest), "inf": x.masked_fill(x > 0, -torch.inf), "at": x.argmax(1)}
 
-    raised = raise_network(Masks(), (X,), {})
+    raised = capture_network(Masks(), (X,), {})
     masked, infinite, at = rounded_elsewhere(raised, ((X,), {}), 2.0**-8, 0)
     assert torch.equal(torch.isfinite(torch.from_numpy(masked)), torch.ones_like(X, dtype=torch.bool))
     assert (masked[X.numpy() > 0] < -1e38).all() and (infinite[X.numpy() > 0] == -float("inf")).all()

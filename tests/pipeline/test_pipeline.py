@@ -12,7 +12,7 @@ from torch import nn
 
 from penjing import measure, records, runtimes
 from penjing.errors import TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building, evidence
 from penjing.pipeline.candidates import candidate
 from penjing.pipeline.drafts import draft
@@ -59,7 +59,7 @@ def started(path, task, told, build=Net):
     folder.claim({})
     torch.manual_seed(1)
     return Run(
-        network=raise_network(build().eval(), *task.call(), task.dynamic),
+        network=capture_network(build().eval(), *task.call(), task.dynamic),
         task=task,
         folder=folder,
         events=Events(listeners=(told.append,)),
@@ -89,7 +89,7 @@ class Counting:
     stage: str = "structure"
 
     def __call__(self, draft, context):
-        self.ran[0].append(context.accelerates.runtime if context.accelerates else None)
+        self.ran[0].append(context.capabilities.runtime if context.capabilities else None)
         draft = draft.copy()
         with torch.no_grad():
             draft.network.get_submodule("a").weight.mul_(self.factor)

@@ -141,7 +141,7 @@ def test_dropout_that_a_layer_does_within_is_told_where_the_recipe_trains(step, 
 
 
 def test_nothing_is_asked_for_keeps_and_random_numbers_stand(tmp_path):
-    kept = distill.Stored(tmp_path, network())
+    kept = distill.TeacherCache(tmp_path, network())
     torch.manual_seed(5)
     before = torch.rand(1)
     source = network()
@@ -165,10 +165,10 @@ class Noisy:
 
 @pytest.mark.parametrize("before", [None, pj.prune.Channels(macs=0.5)])
 def test_samples_without_a_kept_answer_are_told_before_any_step(tmp_path, before):
-    taught = pj.Finetune(epochs=1, teacher=distill.Stored(tmp_path, network()), distill=distill.Logits())
+    taught = pj.Finetune(epochs=1, teacher=distill.TeacherCache(tmp_path, network()), distill=distill.Logits())
     data = task(train=Noisy(), calibration=[X[:8]])
     pj.apply(pj.Recipe(taught), network(), data, seed=1)
-    read = pj.Finetune(epochs=1, teacher=distill.Stored(tmp_path), distill=distill.Logits())
+    read = pj.Finetune(epochs=1, teacher=distill.TeacherCache(tmp_path), distill=distill.Logits())
     said, begun = refused(read, data, before)
     assert "8 of 8 samples of a batch" in said and not begun
     begun = []

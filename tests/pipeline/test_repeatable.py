@@ -11,7 +11,7 @@ from torch import nn
 import penjing as pj
 from penjing.errors import ExportError, PenjingError, SourceError
 from penjing.pipeline.inspection import inspect
-from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.repeatable import capture_repeatable
 from penjing.sources.source import open_source
 
 
@@ -133,7 +133,7 @@ def task(**parts):
 
 
 def raised(network, given=None):
-    return raise_repeatable(open_source(network), given or task())
+    return capture_repeatable(open_source(network), given or task())
 
 
 def everything(network):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from penjing import measure
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.pipeline.trial import REPEATS, Trial
 from penjing.steps.draft import Draft
@@ -18,7 +18,7 @@ class Timing:
 @pytest.fixture
 def trial(tmp_path):
     task = Task(example=torch.zeros(2, 4))
-    network = raise_network(torch.nn.Sequential(torch.nn.Linear(4, 4)), *task.call())
+    network = capture_network(torch.nn.Sequential(torch.nn.Linear(4, 4)), *task.call())
     build(Draft(network), "torch", "fp32", task, {"kind": "tensor"}, tmp_path)
     return Trial(runtime="torch", source=network, stored=tmp_path, task=task, threads=1, batch=1, seconds=0.01)
 

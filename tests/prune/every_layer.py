@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.draft import Draft
 from penjing.tasks.task import Task
 
@@ -43,7 +43,7 @@ TASK = Task(example=pictures(1), calibration=[x for x, _ in TRAIN], train=TRAIN,
 
 def draft(seed=0):
     torch.manual_seed(seed)
-    return Draft(raise_network(Net().eval(), (pictures(2),)))
+    return Draft(capture_network(Net().eval(), (pictures(2),)))
 
 
 def zeros(made, name):

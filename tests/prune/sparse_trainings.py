@@ -2,7 +2,7 @@
 
 import torch
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.draft import Draft
 from penjing.train.finetune import Finetune
 from tests.trainings import EVERY_STEP, net
@@ -14,7 +14,7 @@ COUNT = 8 * 9 + 1280
 
 
 def draft():
-    return Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
+    return Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
 
 
 def zeros(network):

@@ -11,7 +11,7 @@ import penjing as pj
 from penjing.analyze.bypasses import bypasses
 from penjing.architectures import build
 from penjing.errors import PruningError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Blocks, Channels
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -27,7 +27,7 @@ def raised(model, x):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
     model.eval()
-    return raise_network(model, (x,)), Task(example=x[:2], calibration=[x])
+    return capture_network(model, (x,)), Task(example=x[:2], calibration=[x])
 
 
 def resnet():
@@ -72,7 +72,7 @@ def test_the_first_block_is_the_one_whose_loss_costs_least():
     assert draft.edits[0]["last"] == min(noise, key=noise.get)
 
 
-@pytest.mark.parametrize("target", [{"macs": 0.6}, {"params": 0.7}, {"size_bytes": 0.7}])
+@pytest.mark.parametrize("target", [{"macs": 0.6}, {"params": 0.7}, {"size": 0.7}])
 def test_a_target_is_met_and_no_block_more_goes(target):
     _, network, task = resnet()
     told = []
@@ -150,10 +150,10 @@ def test_settings_that_make_no_sense(settings):
 def test_a_latency_needs_a_runtime():
     _, network, task = resnet()
     with pytest.raises(PruningError, match="runtime"):
-        Blocks(latency_ms=0.5)(Draft(network), Context(task=task))
+        Blocks(latency=0.5)(Draft(network), Context(task=task))
     costs = iter([1.0, 0.9, 1.0, 0.6])
     context = Context(task=task, latency=lambda drafts, precision: [next(costs) for _ in drafts])
-    assert len(Blocks(latency_ms=0.7)(Draft(network), context).edits) == 2
+    assert len(Blocks(latency=0.7)(Draft(network), context).edits) == 2
 
 
 def test_noise_is_told_in_decibels():

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze.coupling import couple
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import criteria
 from penjing.prune.by_curvature import diagonal
 from penjing.prune.scoring import Evidence
@@ -17,7 +17,7 @@ X, Y = torch.randn(16, 3, generator=TORCH), torch.randint(0, 2, (16,), generator
 
 def evidence(model, batches=400):
     task = Task(example=X[:2], calibration=[X], train=[(X, Y)] * batches, loss=F.cross_entropy)
-    network = raise_network(model.eval(), (X[:2],))
+    network = capture_network(model.eval(), (X[:2],))
     return Evidence(network=network, context=Context(task=task), batches=batches, seed=0)
 
 

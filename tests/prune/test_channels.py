@@ -11,7 +11,7 @@ from penjing.analyze.cost import cost, totals
 from penjing.analyze.coupling import couple
 from penjing.distill import DKD
 from penjing.errors import CheckpointError, PruningError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels, criteria
 from penjing.quantize import QAT
@@ -37,10 +37,10 @@ def wide():
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize(("unit", "what"), [("macs", "macs"), ("params", "parameters"), ("size_bytes", "weight_bytes")])
+@pytest.mark.parametrize(("unit", "what"), [("macs", "macs"), ("params", "parameters"), ("size", "weight_bytes")])
 def test_a_target_is_met_as_counted_on_the_pruned_network(wide, unit, what, scope):
     pruned = Channels(**{unit: 0.5}, criterion="l2", scope=scope, round_to=1)(wide, Context(task=TASK))
-    assert 0.44 < left(wide, pruned, what) <= 0.5 + (0.01 if unit == "size_bytes" else 0)
+    assert 0.44 < left(wide, pruned, what) <= 0.5 + (0.01 if unit == "size" else 0)
 
 
 def test_a_share_of_channels_of_every_layer(wide):
@@ -96,7 +96,7 @@ def test_widths_under_norms_go_only_where_that_is_asked_for():
 
 def test_a_layer_that_reads_few_channels_keeps_one():
     shuffled = draft(Shuffle())
-    pruned = Channels(channels=0.35, criterion="random", least=0, round_to=1)(shuffled, Context(task=TASK))
+    pruned = Channels(channels=0.35, criterion="random", min_keep=0, round_to=1)(shuffled, Context(task=TASK))
     assert all(block.in_channels >= 1 for block in pruned.network.blocks.children())
 
 
@@ -113,7 +113,7 @@ def test_a_latency_is_aimed_at_by_measuring(wide):
         calls.append(precision)
         return [totals(cost(d.network, TASK.call())).macs / 1e4 for d in drafts]
 
-    step = Channels(latency_ms=0.6, criterion="l2", round_to=1)
+    step = Channels(latency=0.6, criterion="l2", round_to=1)
     pruned = step(wide, Context(task=TASK, latency=latency))
     assert step.per_runtime and not Channels(macs=0.5).per_runtime
     assert left(wide, pruned, "macs") <= 0.6
@@ -123,14 +123,14 @@ def test_a_latency_is_aimed_at_by_measuring(wide):
 
 
 def test_a_target_out_of_reach_says_how_far_it_got_and_why(wide):
-    with pytest.raises(PruningError, match=r"least=0.5.*") as caught:
-        Channels(macs=0.05, least=0.5)(wide, Context(task=TASK))
+    with pytest.raises(PruningError, match=r"min_keep=0.5.*") as caught:
+        Channels(macs=0.05, min_keep=0.5)(wide, Context(task=TASK))
     assert "is what is left" in caught.value.got
     assert "out.weight:0 (it is an output of the network)" in caught.value.remedy
 
 
 def test_a_network_without_free_channels_is_refused():
-    single = Draft(raise_network(nn.Linear(4, 2), (torch.randn(2, 4),)))
+    single = Draft(capture_network(nn.Linear(4, 2), (torch.randn(2, 4),)))
     with pytest.raises(PruningError, match="no channels that can be removed"):
         Channels(macs=0.5)(single, Context(task=Task(example=torch.zeros(1, 4))))
 
@@ -138,7 +138,7 @@ def test_a_network_without_free_channels_is_refused():
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": 1.2}, {"channels": -0.1}, {"macs": 0.5, "least": 1},
+        {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": 1.2}, {"channels": -0.1}, {"macs": 0.5, "min_keep": 1},
         {"macs": 0.5, "criterion": "magic"}, {"macs": 0.5, "scope": "some"}, {"macs": 0.5, "round_to": 0},
         {"macs": 0.5, "batches": 0},
     ],
@@ -217,8 +217,8 @@ def test_removing_nothing_is_no_edit(wide):
     ("make", "meant"),
     [
         (lambda: Channels(macs=50), 0.5),
-        (lambda: Channels(latency_ms="30%"), 0.3),
-        (lambda: Channels(macs=0.5, least=10), 0.1),
+        (lambda: Channels(latency="30%"), 0.3),
+        (lambda: Channels(macs=0.5, min_keep=10), 0.1),
         (lambda: Blocks(macs=75), 0.75),
         (lambda: Magnitude(sparsity=90), 0.9),
         (lambda: Wanda(sparsity="50%"), 0.5),
@@ -247,7 +247,7 @@ def test_gates_maxout_units_and_heads_are_pruned_by_the_step(name):
     make, example, _ = CASES[name]
     x = example()
     task = Task(example=x, calibration=[torch.cat([x] * 8) + torch.randn(16, *x.shape[1:])])
-    network = raise_network(scattered(make()), (x,))
+    network = capture_network(scattered(make()), (x,))
     pruned = Channels(channels=0.6, round_to=1)(Draft(network), Context(task=task)).network
     assert sum(p.numel() for p in pruned.parameters()) < 0.9 * sum(p.numel() for p in network.parameters())
 
@@ -257,7 +257,7 @@ def test_kernels_of_every_sample_are_pruned_by_the_step_and_run_in_the_runtimes(
     torch.manual_seed(0)
     make, example, _ = KERNELS[name]
     task = Task(example=example(), calibration=[torch.randn(16, 3, 8, 8)])
-    before = Draft(raise_network(scattered(make()), (example(),)))
+    before = Draft(capture_network(scattered(make()), (example(),)))
     pruned = Channels(macs=0.5, round_to=1)(before, Context(task=task))
     macs = [totals(cost(draft.network, task.call())).macs for draft in (before, pruned)]
     assert macs[1] <= 0.5 * macs[0]

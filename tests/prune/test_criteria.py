@@ -7,7 +7,7 @@ from torch import nn
 from penjing.analyze.coupling import couple
 from penjing.analyze.masked import masked
 from penjing.errors import TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import criteria
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
@@ -17,7 +17,7 @@ from tests.analyze.topologies import Residual, scattered
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return raise_network(scattered(Residual()), (torch.randn(2, 3, 6, 6),))
+    return capture_network(scattered(Residual()), (torch.randn(2, 3, 6, 6),))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_jacobian_is_the_mean_square_of_all_derivatives(task):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(1, 3)
-    network = raise_network(model, (torch.randn(2, 3),))
+    network = capture_network(model, (torch.randn(2, 3),))
     told = Task(example=x, calibration=[x] * 400)
     coupling = couple(network, told.call())
     found = criteria.score_units("jacobian", network, coupling, Context(task=told), 400)["0"] / 400

@@ -66,7 +66,7 @@ def test_what_is_removed_stays_removed(optimizer):
     assert masks[0].sum() == 0 < masks[-1].sum()
 
 
-@pytest.mark.parametrize("pattern", ["free", "1x4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "1x4"])
 @pytest.mark.parametrize(("optimizer", "at"), [("sgd", 2), ("sgd", 7), ("adamw", 10), ("sgd", 17)])
 def test_a_resumed_training_ends_in_the_same_bits(tmp_path, pattern, optimizer, at):
     step = replace(STEP, step=Magnitude(sparsity=0.8, pattern=pattern))

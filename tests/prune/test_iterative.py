@@ -22,7 +22,7 @@ from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, context_of, same
 TRAIN = [(pictures(16, seed), torch.arange(16) % 5) for seed in range(3)]
 TASK = Task(example=pictures(1), calibration=[pictures(8)], train=TRAIN, loss=F.cross_entropy)
 STEP = Iterative(
-    step=Channels(macs=0.4, criterion="l2", round_to=1, least=0),
+    step=Channels(macs=0.4, criterion="l2", round_to=1, min_keep=0),
     finetune=Finetune(epochs=1, autocast="off"),
     rounds=3,
 )
@@ -50,10 +50,10 @@ def test_rounds_together_keep_what_is_asked_for_and_train_between():
     assert all(torch.equal(before[k], v) for k, v in start.network.state_dict().items())
 
 
-@pytest.mark.parametrize("unit", ["macs", "params", "size_bytes", "channels"])
+@pytest.mark.parametrize("unit", ["macs", "params", "size", "channels"])
 def test_what_one_round_took_too_much_the_next_takes_less(unit):
     """Steps of 8 channels: a round that knew only the one before it would end far below the target."""
-    step = Channels(**{unit: 0.4}, criterion="l2", round_to=8, least=0)
+    step = Channels(**{unit: 0.4}, criterion="l2", round_to=8, min_keep=0)
     once = step(wide(), Context(task=TASK))
     made = Iterative(step=step, finetune=BRIEF, rounds=4)(wide(), Context(task=TASK))
     parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, made)]
@@ -75,7 +75,7 @@ def test_a_latency_is_aimed_at_from_the_start():
         asked.append(precision)
         return [float(macs(d)) for d in drafts]
 
-    step = Channels(latency_ms=0.5, criterion="l2", round_to=8, least=0)
+    step = Channels(latency=0.5, criterion="l2", round_to=8, min_keep=0)
     made = Iterative(step=step, finetune=BRIEF, rounds=2)(wide(), Context(task=TASK, latency=latency))
     assert 0.35 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
 
@@ -123,7 +123,7 @@ def test_a_folder_keeps_a_state_for_every_round(tmp_path):
 
 TRAINING = Finetune(epochs=1.5, learning_rate=0.05, autocast="off")  # 6 steps
 SPARSE = Iterative(step=Magnitude(sparsity=0.9), finetune=TRAINING, rounds=3)
-LESS = Iterative(step=Channels(channels=0.5, criterion="l2", round_to=1, least=0), finetune=TRAINING, rounds=2)
+LESS = Iterative(step=Channels(channels=0.5, criterion="l2", round_to=1, min_keep=0), finetune=TRAINING, rounds=2)
 COUNT = sparse_trainings.COUNT
 
 
@@ -226,7 +226,7 @@ def test_channels_that_stay_go_back(epochs):
 
 
 def test_zeros_of_a_step_before_stay_when_channels_go_back():
-    first = Magnitude(sparsity=0.5, scope="tensor")(small(), context_of())
+    first = Magnitude(sparsity=0.5, scope="per_layer")(small(), context_of())
     made, watch = watched(replace(LESS, rewind="weights"), start=first)
     expected = bits(replay(first.network, made.edits[len(first.edits) :]))
     assert same(watch.starts[-1], expected)

@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing import quantize
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import integers
 from penjing.prune import Magnitude, criteria
 from penjing.prune.weights import as_stored, by_output, prunable
@@ -20,7 +20,7 @@ from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft
 
 
 @pytest.mark.parametrize("criterion", criteria.OF_WEIGHTS)
-@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+@pytest.mark.parametrize("scope", ["global", "per_layer", "row"])
 def test_exactly_as_many_weights_as_asked_for_become_zero(criterion, scope):
     start = draft()
     before = bits(start)
@@ -28,7 +28,7 @@ def test_exactly_as_many_weights_as_asked_for_become_zero(criterion, scope):
     made, again = (step(start, Context(task=TASK, seed=4)) for _ in range(2))
     wanted = {
         "global": int(0.7 * COUNT),
-        "tensor": sum(int(0.7 * n) for n in (216, 432, 96, 30)),
+        "per_layer": sum(int(0.7 * n) for n in (216, 432, 96, 30)),
         "row": 8 * int(0.7 * 27) + 12 * int(0.7 * 36) + 6 * int(0.7 * 16) + 5 * int(0.7 * 6),
     }[scope]
     assert total(made) == wanted
@@ -141,7 +141,7 @@ def test_an_embedding_that_is_an_output_layer_too_stays():
             return self.head(self.body(self.table(x)))
 
     ids = torch.zeros(2, 4, dtype=torch.long)
-    start = Draft(raise_network(Tied(), (ids,)))
+    start = Draft(capture_network(Tied(), (ids,)))
     made = Magnitude()(start, Context(task=Task(example=ids)))
     assert made.sparse == ("body.weight",)
     assert torch.equal(made.network.head.weight, start.network.head.weight)
@@ -159,7 +159,7 @@ def test_a_checkpoint_keeps_the_zeros_and_the_log(tmp_path):
             self.head = nn.Identity()
 
     with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.load(tmp_path, raise_network(Other().eval(), (pictures(2),)))
+        checkpoint.load(tmp_path, capture_network(Other().eval(), (pictures(2),)))
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_symmetric": False, "weight_bits": 4}])

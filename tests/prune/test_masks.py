@@ -53,7 +53,7 @@ def test_n_of_every_m_input_channels_stay_and_a_short_end_stays_whole(shape, pat
         assert size[group].min() >= size[~group].max()
 
 
-@given(SHAPES, SPARSITY, st.sampled_from([(1, 4), (4, 1), (2, 2)]), st.sampled_from(["tensor", "row"]))
+@given(SHAPES, SPARSITY, st.sampled_from([(1, 4), (4, 1), (2, 2)]), st.sampled_from(["per_layer", "row"]))
 def test_blocks_go_as_a_whole_and_the_edges_stay(shape, sparsity, block, scope):
     rows, columns = block
     mask = keep(drawn(shape), sparsity, f"{rows}x{columns}", scope)
@@ -92,18 +92,18 @@ def test_patterns_that_do_not_exist_are_named(text):
 
 
 def test_sparsity_follows_from_the_pattern():
-    assert fraction(None, "free") == fraction(None, "1x4") == 0.5
+    assert fraction(None, "unstructured") == fraction(None, "1x4") == 0.5
     assert fraction(None, "1:4") == fraction(0.75, "1:4") == 0.75
     with pytest.raises(RecipeError, match="contradict"):
         fraction(0.5, "1:4")
     for wrong in (1, -0.1, "half", True, float("nan")):
         with pytest.raises(RecipeError, match="sparsity"):
-            fraction(wrong, "free")
+            fraction(wrong, "unstructured")
 
 
 def test_scopes_that_a_pattern_has_no_use_for_are_refused():
-    check_scope("global", "free")
+    check_scope("global", "unstructured")
     with pytest.raises(RecipeError, match="between layers"):
         check_scope("global", "2:4")
     with pytest.raises(RecipeError, match="scope"):
-        check_scope("layer", "free")
+        check_scope("layer", "unstructured")

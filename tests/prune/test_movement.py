@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export
 from penjing.prune import Magnitude, Movement
 from penjing.recipes.recipe import Recipe
@@ -33,7 +33,7 @@ class Watch:
 
 
 @pytest.mark.parametrize(
-    ("scope", "count"), [("tensor", int(0.8 * 72) + 1024), ("global", int(0.8 * COUNT)), ("row", 8 * 7 + 10 * 102)]
+    ("scope", "count"), [("per_layer", int(0.8 * 72) + 1024), ("global", int(0.8 * COUNT)), ("row", 8 * 7 + 10 * 102)]
 )
 def test_exactly_as_many_weights_as_asked_for_become_zero(scope, count):
     start = draft()
@@ -51,7 +51,7 @@ def test_scores_are_the_sum_of_minus_gradient_times_weight():
     """Against a loop of plain gradient descent on the weights, with the gradient of the masked ones too."""
     torch.manual_seed(0)
     x, y = torch.randn(12, 6), torch.randn(12, 4)
-    start = Draft(raise_network(nn.Linear(6, 4), (x,)))
+    start = Draft(capture_network(nn.Linear(6, 4), (x,)))
     task = Task(example=x[:1], train=[(x, y)], loss=F.mse_loss)
     finetune = Finetune(epochs=6, learning_rate=0.1, weight_decay=0.0, warmup=0.0, autocast="off")
     scores = []
@@ -98,12 +98,12 @@ def test_removed_weights_may_come_back_with_their_values():
 
 def test_movement_and_size_choose_differently():
     done = STEP(draft(), context_of())
-    other = Magnitude(sparsity=0.8, scope="tensor")(TRAINING(draft(), context_of()), context_of())
+    other = Magnitude(sparsity=0.8, scope="per_layer")(TRAINING(draft(), context_of()), context_of())
     gone = [made.network.head.weight == 0 for made in (done, other)]
     assert not torch.equal(*gone)
 
 
-@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
 @pytest.mark.parametrize(("optimizer", "at"), [("sgd", 2), ("sgd", 8), ("adamw", 11), ("sgd", 17)])
 def test_a_resumed_training_ends_in_the_same_bits(tmp_path, scope, optimizer, at):
     def run(hook, **fields):
@@ -150,7 +150,7 @@ def test_layers_that_share_a_weight_still_do():
             return self.out(F.relu(self.b(F.relu(self.a(x.flatten(1))))))
 
     torch.manual_seed(0)
-    start = Draft(raise_network(Shared().eval(), (torch.zeros(1, 1, 8, 8),)))
+    start = Draft(capture_network(Shared().eval(), (torch.zeros(1, 1, 8, 8),)))
     done = STEP(start, context_of())
     assert done.network.a.weight is done.network.b.weight
     assert int((done.network.a.weight == 0).sum()) == int(0.8 * 4096)

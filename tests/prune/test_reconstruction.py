@@ -6,7 +6,7 @@ from torch import nn
 
 from penjing.analyze.coupling import couple
 from penjing.errors import CalibrationError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Channels, Magnitude
 from penjing.prune.channels import remove
 from penjing.prune.reconstruction import correction, gain, reconstructed
@@ -58,7 +58,7 @@ class Repeated(nn.Module):
 def prepared():
     torch.manual_seed(1)
     task = Task(example=torch.zeros(2, 3, 12, 12), calibration=[torch.randn(16, 3, 12, 12) for _ in range(3)])
-    network = raise_network(Repeated().eval(), *task.call())
+    network = capture_network(Repeated().eval(), *task.call())
     return Draft(network), Context(task=task, source=network)
 
 
@@ -109,9 +109,9 @@ def test_it_needs_calibration_data(prepared):
 
 
 def known(model, samples):
-    """The task with these samples, the raised network, and what is coupled in it."""
+    """The task with these samples, the captured network, and what is coupled in it."""
     task = Task(example=torch.zeros(2, *samples.shape[1:]), calibration=[samples])
-    network = raise_network(model, *task.call())
+    network = capture_network(model, *task.call())
     return task, network, couple(network, task.call())
 
 
@@ -137,7 +137,7 @@ def test_few_samples_do_no_harm(samples):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         task = Task(example=torch.zeros(2, 8), calibration=[torch.randn(samples, 8)])
-        network = raise_network(model, *task.call())
+        network = capture_network(model, *task.call())
         x, errors = torch.randn(500, 8), []
         for reconstruct in (False, True):
             step = Channels(channels=0.6, criterion="l2", scope="layer", round_to=1, reconstruct=reconstruct)
@@ -191,7 +191,7 @@ def test_nested_inputs_and_layers_without_samples():
     model = Query().eval()
     xs = [torch.randn(40, 8), torch.randn(40, 8)]
     task = Task(example=([x[:2] for x in xs],), calibration=[(xs,)])
-    network = raise_network(model, *task.call())
+    network = capture_network(model, *task.call())
     made = Channels(macs=0.5, criterion="l2", round_to=1)(Draft(network), Context(task=task)).network
     assert made.get_submodule("a").out_features < 32
     assert torch.isfinite(made(xs)).all()
@@ -200,7 +200,7 @@ def test_nested_inputs_and_layers_without_samples():
 def test_a_batch_that_does_not_vary_stays_whole():
     calibration = [torch.randn(12, 8) for _ in range(60)]
     task = Task(example=torch.zeros(12, 8), calibration=calibration, dynamic={})
-    network = raise_network(Fixed().eval(), *task.call(), task.dynamic)
+    network = capture_network(Fixed().eval(), *task.call(), task.dynamic)
     made = Channels(macs=0.5, criterion="l2", round_to=1, reconstruct=True)(Draft(network), Context(task=task)).network
     assert made(calibration[0]).shape == (6, 2, 4)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from penjing.analyze.coupling import couple
 from penjing.errors import CheckpointError, PruningError, RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Channels, Magnitude, Regularized
 from penjing.prune.regularized import penalty_for
 from penjing.recipes.recipe import Recipe
@@ -37,7 +37,7 @@ def of_topology(name):
     torch.manual_seed(0)
     make, example = TOPOLOGIES[name]
     x = example()
-    return raise_network(make().eval(), (x,)), Context(task=Task(example=x))
+    return capture_network(make().eval(), (x,)), Context(task=Task(example=x))
 
 
 def units_of(step, network, context):
@@ -197,7 +197,7 @@ def test_what_is_removed_afterwards_is_small():
     context = context_of(digits(1200, 50))
     finetune = replace(TRAINING, epochs=6, save_every_s=60)
     torch.manual_seed(0)
-    start = finetune(Draft(raise_network(Perceptron().eval(), (torch.zeros(2, 1, 8, 8),))), context)
+    start = finetune(Draft(capture_network(Perceptron().eval(), (torch.zeros(2, 1, 8, 8),))), context)
     plain = removed_share(finetune(start, context), context)
     seen = []
     told = replace(context, events=lambda kind, **v: seen.append(v) if kind == "regularized" else None)
@@ -265,7 +265,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("penalty", ["l1", "group_lasso"])
 def test_a_shared_weight_is_pulled_once_and_stays_shared(penalty):
     torch.manual_seed(0)
-    start = Draft(raise_network(Twice().eval(), (torch.zeros(2, 1, 8, 8),)))
+    start = Draft(capture_network(Twice().eval(), (torch.zeros(2, 1, 8, 8),)))
     done = replace(STEP, penalty=penalty)(start, context_of())
     assert done.network.a.weight is done.network.b.weight
     parts = list(penalty_for(replace(STEP, penalty=penalty), start.network, context_of()).gradients(start.network))
@@ -301,7 +301,7 @@ def test_what_can_not_be_done_is_said():
     with pytest.raises(RecipeError, match="does not exist"):
         replace(STEP, keep=("cnv",))(draft(), context_of())
     x = torch.randn(2, 6)
-    alone = Draft(raise_network(nn.Linear(6, 4).eval(), (x,)))
+    alone = Draft(capture_network(nn.Linear(6, 4).eval(), (x,)))
     with pytest.raises(PruningError, match="nothing to make small") as found:
         STEP(alone, Context(task=Task(example=x)))
     assert "output of the network" in str(found.value)
@@ -318,7 +318,7 @@ def test_the_recipe_of_sparse_training_prunes():
     torch.manual_seed(0)
     x = torch.randn(16, 3, 6, 6)
     task = Task(example=x[:1], train=[(x, torch.arange(16) % 5)], loss=F.cross_entropy)
-    made = start = Draft(raise_network(Residual().eval(), (x[:2],)))
+    made = start = Draft(capture_network(Residual().eval(), (x[:2],)))
     for step in Recipe(
         Regularized(penalty="group_lasso", finetune=Finetune(epochs=2)),
         Channels(macs=0.5, criterion="l2", round_to=1),

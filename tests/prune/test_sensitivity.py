@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from penjing.analyze.coupling import couple
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Channels
 from penjing.prune.channels import remove
 from penjing.prune.sensitivity import FILE, Curve, scan
@@ -35,7 +35,7 @@ class Uneven(nn.Module):
 def uneven():
     torch.manual_seed(1)
     x = torch.randn(64, 6)
-    network = raise_network(Uneven().eval(), (x[:2],))
+    network = capture_network(Uneven().eval(), (x[:2],))
     task = Task(example=x[:2], calibration=[x])
     return network, task, couple(network, task.call())
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import PruningError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Magnitude, SparseGPT, Wanda
 from penjing.prune.masks import Pattern
 from penjing.prune.sparsegpt import hessian, prune_columns
@@ -27,7 +27,7 @@ def slow(weight, hessian, sparsity, pattern, width, block, damping):
         left = (left - torch.outer(left[:, 0], left[0]) / left[0, 0])[1:, 1:]
     gone, removed = torch.zeros(rows, columns, dtype=torch.bool), 0
     for j in range(columns):
-        if pattern.free and j % block == 0:
+        if pattern.unstructured and j % block == 0:
             last = min(j + block, columns)
             count = int(sparsity * rows * last + 1e-6) - removed
             removed += count
@@ -46,7 +46,7 @@ def slow(weight, hessian, sparsity, pattern, width, block, damping):
     return weight
 
 
-@pytest.mark.parametrize(("pattern", "width"), [("free", 14), ("2:4", 14), ("1:2", 7), ("2:4", 7)])
+@pytest.mark.parametrize(("pattern", "width"), [("unstructured", 14), ("2:4", 14), ("1:2", 7), ("2:4", 7)])
 @pytest.mark.parametrize("block", [1, 4, 5, 128])
 def test_it_is_optimal_brain_surgeon_column_by_column(pattern, width, block):
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_it_is_optimal_brain_surgeon_column_by_column(pattern, width, block):
     for group in range(2):
         expected = slow(weight[group], second[group], 0.6, Pattern.parse(pattern), width, block, 0.01)
         torch.testing.assert_close(found[group], expected, rtol=1e-7, atol=1e-9)
-        if pattern == "free":
+        if pattern == "unstructured":
             assert int((found[group] == 0).sum()) == int(0.6 * 5 * 14)
 
 
@@ -68,10 +68,10 @@ def correlated(count, seed):
 
 def test_its_output_errs_less_than_that_of_others():
     torch.manual_seed(0)
-    start = Draft(raise_network(nn.Linear(48, 32), (correlated(2, 0),)))
+    start = Draft(capture_network(nn.Linear(48, 32), (correlated(2, 0),)))
     context = Context(task=Task(example=correlated(1, 0), calibration=[correlated(128, s) for s in range(8)]))
     x, errors = correlated(512, 99), {}
-    for step in (SparseGPT(samples=1024, block=16), Magnitude(scope="tensor"), Wanda()):
+    for step in (SparseGPT(samples=1024, block=16), Magnitude(scope="per_layer"), Wanda()):
         made = step(start, context)
         assert int((made.network.get_parameter(made.sparse[0]) == 0).sum()) == 768
         with torch.no_grad():
@@ -125,7 +125,7 @@ def test_n_of_m_holds_along_the_input_channels():
     assert made.network.head.weight[:, 4:].all() and made.network.stem.weight.all()
 
 
-@pytest.mark.parametrize("pattern", ["free", "1:2"])
+@pytest.mark.parametrize("pattern", ["unstructured", "1:2"])
 def test_zeros_that_are_there_stay(pattern):
     context = Context(task=TASK)
     first = Magnitude(sparsity=0.8, criterion="random")(draft(), context)
@@ -138,7 +138,7 @@ def test_zeros_that_are_there_stay(pattern):
 def test_inputs_that_are_always_zero_do_no_harm():
     torch.manual_seed(0)
     x = torch.randn(16, 6) * torch.tensor([1.0, 1, 0, 1, 0, 1])
-    start = Draft(raise_network(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (x,)))
+    start = Draft(capture_network(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (x,)))
     with torch.no_grad():
         start.network.get_submodule("0").bias.fill_(-99)  # the second layer sees nothing but zeros
     made = SparseGPT()(start, Context(task=Task(example=x[:1], calibration=[x])))
@@ -157,7 +157,7 @@ def test_layers_it_does_not_reach():
             return F.relu(self.conv(x))
 
     x = torch.randn(2, 2, 4, 4, 4)
-    start = Draft(raise_network(Deep(), (x,)))
+    start = Draft(capture_network(Deep(), (x,)))
     with pytest.raises(PruningError, match="reaches no layer"):
         SparseGPT()(start, Context(task=Task(example=x[:1], calibration=[x])))
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.errors import CalibrationError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.prune import Magnitude, Wanda, wanda
 from penjing.prune.weights import by_output
 from penjing.recipes.recipe import Recipe
@@ -64,7 +64,7 @@ def correlated(count, seed):
 
 def test_it_errs_less_than_magnitude_where_inputs_differ_in_size():
     torch.manual_seed(0)
-    start = Draft(raise_network(nn.Linear(32, 24), (correlated(2, 0),)))
+    start = Draft(capture_network(nn.Linear(32, 24), (correlated(2, 0),)))
     task = Task(example=correlated(1, 0), calibration=[correlated(64, seed) for seed in range(4)])
     x = correlated(256, 9)
     errors = {}
@@ -84,7 +84,7 @@ def test_a_layer_that_is_called_twice_is_seen_twice():
             return self.body(self.body(x))
 
     x = torch.randn(8, 4)
-    network = raise_network(Twice(), (x,))
+    network = capture_network(Twice(), (x,))
     task = Task(example=x[:1], calibration=[x])
     found = wanda.input_norms(network, {"body": network.body}, Context(task=task), 20)["body"]
     with torch.no_grad():

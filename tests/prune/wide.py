@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze.cost import cost, totals
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.draft import Draft
 from penjing.tasks.task import Task
 from tests.analyze.topologies import scattered
@@ -37,7 +37,7 @@ class Wide(nn.Module):
 
 def draft(model, seed=0):
     torch.manual_seed(seed)
-    return Draft(raise_network(scattered(model), (pictures(2),)))
+    return Draft(capture_network(scattered(model), (pictures(2),)))
 
 
 def left(before, after, what):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind, site, sites
 from penjing.pipeline import building
 from penjing.quantize import Static
@@ -39,9 +39,9 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
     """Quantize, export and run; every output is compared with torch's and with the plan's, on another batch size."""
     net.eval()
     task = Task(example=data(2), calibration=[data(8 + i) for i in range(3)])
-    raised = raise_network(net, *task.call(), task.dynamic)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    raised = capture_network(net, *task.call(), task.dynamic)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
     outputs = [name for name, _ in getattr(net, "forms", [("output", None)])]
     structure = {"kind": "tuple", "items": [{"kind": "tensor"}] * len(outputs)}
     building.build(draft, runtime, "int8", task, structure, folder)
@@ -228,9 +228,9 @@ def test_rows_that_see_nothing_stay_zeros(runtime, tmp_path):
 
 def test_products_before_and_behind_the_softmax_stay_integers_and_the_addition_does_not():
     torch.manual_seed(0)
-    network = raise_network(eager(-1e4)["buffer"]().eval(), boolean(2))
-    accelerates = runtimes.get("onnxruntime").accelerates(measure.machine(1).instruction_sets)
-    placement = place(network, accelerates, {})
+    network = capture_network(eager(-1e4)["buffer"]().eval(), boolean(2))
+    capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(1).instruction_sets)
+    placement = place(network, capabilities, {})
     assert placement.floats == {"/add#0": REASON}
     assert {f"/matmul#{i}:in{j}" for i in range(2) for j in range(2)} <= set(placement.edges)
     assert not any(edge.startswith(("/add#0", "/softmax#0")) for edge in placement.edges)
@@ -247,13 +247,13 @@ def test_what_does_not_lead_to_a_softmax_keeps_its_integers():
         def forward(self, x):
             return self.b(x + self.a(x)).softmax(-1)
 
-    network = raise_network(Residual(), (torch.zeros(2, 8),))
+    network = capture_network(Residual(), (torch.zeros(2, 8),))
     assert before_softmax(network) == {}
     assert {"/add#0:in0", "/add#0:in1"} <= set(place(network, GENERIC, {}).edges)
 
 
 def test_every_sum_on_the_way_is_told():
-    network = raise_network(eager(-1e4)["behind a bias and a reshape"]().eval(), boolean(2))
+    network = capture_network(eager(-1e4)["behind a bias and a reshape"]().eval(), boolean(2))
     told = {site(n) for n in network.graph.nodes if n.name in before_softmax(network) and kind(network, n) == "add"}
     assert told == {"/add#0", "/add#1"} and told <= set(sites(network))
 
@@ -281,10 +281,12 @@ FILLS = {
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_a_maximum_over_what_is_not_masked_keeps_its_values(runtime, fill):
-    network = raise_network(MaskedMaximum(FILLS[fill]).eval(), (torch.zeros(2, 8, dtype=torch.long),))
+    network = capture_network(MaskedMaximum(FILLS[fill]).eval(), (torch.zeros(2, 8, dtype=torch.long),))
     data = [torch.randint(0, 50, (16, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(network), Context(task=Task(example=data[0], calibration=data[:3]), accelerates=accelerates))
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(
+        Draft(network), Context(task=Task(example=data[0], calibration=data[:3]), capabilities=capabilities)
+    )
     with torch.no_grad():
         wanted, given = network(data[3]), insert(draft.network, draft.plan)(data[3])
     assert 10 * torch.log10(wanted.square().mean() / (wanted - given).square().mean()) > 25

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from penjing.analyze.samples import batches, chunks
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
-from penjing.quantize import AdaRound, BiasCorrection, Static
+from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
@@ -31,7 +31,7 @@ def quantized(bits: int = 3) -> tuple[Draft, Context, torch.Tensor]:
     data = torch.rand(24, 3, 8, 8) + 1  # far from mean 0, as behind a relu
     task = Task(example=data[:2], calibration=list(data.split(8)))
     context = Context(task=task)
-    draft = Static(weight_bits=bits)(Draft(raise_network(network(), *task.call())), context)
+    draft = Static(weight_bits=bits)(Draft(capture_network(network(), *task.call())), context)
     return draft, context, data
 
 
@@ -98,7 +98,7 @@ def test_leaves_its_input_and_everything_but_biases_alone():
 
 def test_where_nothing_is_quantized_nothing_is_corrected():
     _, context, data = quantized()
-    draft = Draft(raise_network(network(), (data[:2],)))
+    draft = Draft(capture_network(network(), (data[:2],)))
     assert BiasCorrection()(draft, context) is draft
 
 
@@ -114,7 +114,7 @@ def test_batches_of_different_lengths_are_all_read(by_name):
 
 def test_chunks_hold_every_sample_once(monkeypatch):
     _, context, data = quantized()
-    network_ = raise_network(network(), (data[:2],))
+    network_ = capture_network(network(), (data[:2],))
     whole = chunks(context, network_, 20)
     assert torch.equal(torch.cat([args[0] for args, _ in whole]), data[:20])
     monkeypatch.setattr("penjing.analyze.samples.CHUNK_BYTES", 3 * 8 * 8 * 8 * 4)  # three samples of the largest value
@@ -141,11 +141,11 @@ class Routes(nn.Module):
         return x + y
 
 
-@pytest.mark.parametrize("repair", [BiasCorrection, AdaRound])
+@pytest.mark.parametrize("repair", [BiasCorrection, CoordinateRounding])
 def test_an_expert_that_no_sample_reaches_keeps_its_weights(repair):
     data = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     task = Task(example=data[:2], calibration=list(data.split(8)))
-    draft = Static()(Draft(raise_network(Routes().eval(), *task.call())), Context(task=task))
+    draft = Static()(Draft(capture_network(Routes().eval(), *task.call())), Context(task=task))
     assert draft.plan
     corrected = repair()(draft, Context(task=task)).network.state_dict()
     assert all(torch.equal(corrected[name], tensor) for name, tensor in Routes().state_dict().items())

@@ -10,10 +10,10 @@ from torch import nn
 from penjing import runtimes
 from penjing.analyze import lockstep
 from penjing.errors import QuantizationError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import integers, measured, on_grid
 from penjing.pipeline import building
-from penjing.quantize import QAT, AdaRound, BiasCorrection, Dynamic, Static
+from penjing.quantize import QAT, BiasCorrection, CoordinateRounding, Dynamic, Static
 from penjing.recipes.recipe import Recipe
 from penjing.runtimes import isolated, onnxruntime, openvino
 from penjing.runtimes.artifact import arrange
@@ -27,7 +27,7 @@ from penjing.tasks.task import Task
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
 UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
 GROUPS = QuantSpec(axis=0, group=32, range="dynamic")
-PLACES = {"onnxruntime": onnxruntime.accelerates(VNNI), "openvino": openvino.accelerates(VNNI)}
+PLACES = {"onnxruntime": onnxruntime.capabilities(VNNI), "openvino": openvino.capabilities(VNNI)}
 both = pytest.mark.parametrize("runtime", PLACES)
 
 
@@ -54,8 +54,8 @@ LINEAR = ("q", "k", "v", "up", "down", "head")
 def quantized(runtime=None, **settings):
     torch.manual_seed(0)
     task = Task(example=torch.randn(2, 6, 64))
-    network = raise_network(Tokens().eval(), *task.call())
-    context = Context(task=task, accelerates=PLACES.get(runtime))
+    network = capture_network(Tokens().eval(), *task.call())
+    context = Context(task=task, capabilities=PLACES.get(runtime))
     return Dynamic(**settings)(Draft(network), context), task
 
 
@@ -86,7 +86,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
 
 def test_the_given_draft_stays_as_it_is():
     task = Task(example=torch.randn(2, 6, 64))
-    draft = Draft(raise_network(Tokens().eval(), *task.call()))
+    draft = Draft(capture_network(Tokens().eval(), *task.call()))
     before = {k: v.clone() for k, v in draft.network.state_dict().items()}
     Dynamic()(draft, Context(task=task))
     assert not draft.plan
@@ -145,7 +145,7 @@ def artifact(draft, task, runtime, folder):
 def here(runtime):
     from penjing.measure import machine
 
-    return runtimes.get(runtime).accelerates(machine(1).instruction_sets)
+    return runtimes.get(runtime).capabilities(machine(1).instruction_sets)
 
 
 @both
@@ -155,7 +155,7 @@ def test_the_runtime_answers_as_torch_simulates_at_any_batch(tmp_path, runtime):
     torch.manual_seed(0)
     task = Task(example=torch.randn(2, 6, 64), dynamic=None)
     draft = Dynamic()(
-        Draft(raise_network(Tokens().eval(), *task.call())), Context(task=task, accelerates=here(runtime))
+        Draft(capture_network(Tokens().eval(), *task.call())), Context(task=task, capabilities=here(runtime))
     )
     manifest = artifact(draft, task, runtime, tmp_path)
     session = isolated.open_artifact(tmp_path, 1)
@@ -201,10 +201,10 @@ def test_onnx_holds_the_standards_operators_and_layers_share_what_they_read(tmp_
 
 def test_openvino_leaves_widths_that_no_groups_fill_in_floating_point():
     task = Task(example=torch.randn(2, 40))
-    network = raise_network(nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 3)).eval(), *task.call())
-    plan = Dynamic()(Draft(network), Context(task=task, accelerates=PLACES["openvino"])).plan
+    network = capture_network(nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 3)).eval(), *task.call())
+    plan = Dynamic()(Draft(network), Context(task=task, capabilities=PLACES["openvino"])).plan
     assert "no multiple of the 32" in plan.floats["0"] and set(plan.entries) == {"1:in0", "1:weight"}
-    plan = Dynamic()(Draft(network), Context(task=task, accelerates=openvino.accelerates(("avx2",)))).plan
+    plan = Dynamic()(Draft(network), Context(task=task, capabilities=openvino.capabilities(("avx2",)))).plan
     assert not plan and "at run time" in plan.floats["1"]
 
 
@@ -232,9 +232,9 @@ def recurrent(runtime=None, cell=nn.LSTM, **settings):
         for parameter in model.cells.parameters():
             parameter *= 3  # gates that open and close
     task = Task(example=torch.randint(0, 50, (2, 9)))
-    network = raise_network(model.eval(), *task.call())
-    accelerates = here(runtime) if runtime else None
-    return Dynamic()(Draft(network), Context(task=task, accelerates=accelerates)), task
+    network = capture_network(model.eval(), *task.call())
+    capabilities = here(runtime) if runtime else None
+    return Dynamic()(Draft(network), Context(task=task, capabilities=capabilities)), task
 
 
 @pytest.mark.parametrize(
@@ -300,13 +300,15 @@ def test_recurrent_layers_without_a_kernel_stay_in_floating_point_and_say_why(ru
 
 
 @both
-@pytest.mark.parametrize("step", [AdaRound(samples=128), BiasCorrection(samples=128)], ids=["adaround", "bias"])
+@pytest.mark.parametrize(
+    "step", [CoordinateRounding(samples=128), BiasCorrection(samples=128)], ids=["adaround", "bias"]
+)
 def test_repairs_come_behind(runtime, step):
     torch.manual_seed(0)
     data = torch.randn(160, 6, 12) @ torch.randn(12, 64)  # channels that depend on each other, as those of networks do
     task = Task(example=data[:2], calibration=[data[:128]])
-    network = raise_network(Tokens().eval(), *task.call())
-    context = Context(task=task, accelerates=PLACES[runtime])
+    network = capture_network(Tokens().eval(), *task.call())
+    context = Context(task=task, capabilities=PLACES[runtime])
     plain = Dynamic(weight_bits=4)(Draft(network), context)
     repaired = step(plain, context)
     with torch.no_grad():
@@ -318,16 +320,16 @@ def test_repairs_come_behind(runtime, step):
 def test_lockstep_takes_the_ranges_of_what_it_runs():
     draft, task = quantized()
     x = torch.randn(8, 6, 64)
-    _, twin = lockstep.run(draft.network, draft.plan, [((x,), {})], lambda layer: None)
+    _, replica = lockstep.run(draft.network, draft.plan, [((x,), {})], lambda layer: None)
     with torch.no_grad():
         torch.testing.assert_close(
-            twin[0][0] if isinstance(twin[0], tuple) else twin[0], insert(draft.network, draft.plan)(x)
+            replica[0][0] if isinstance(replica[0], tuple) else replica[0], insert(draft.network, draft.plan)(x)
         )
 
 
 def test_a_plan_with_a_range_at_run_time_elsewhere_is_refused():
     task = Task(example=torch.randn(2, 3, 8, 8), calibration=[torch.randn(8, 3, 8, 8)])
-    draft = Static()(Draft(raise_network(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), *task.call())), Context(task=task))
+    draft = Static()(Draft(capture_network(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), *task.call())), Context(task=task))
     plan = Plan({**draft.plan.entries, "0:in0": Entry(UNSIGNED)})
     for make in (insert, freeze):
         with pytest.raises(QuantizationError, match="linear layers"):

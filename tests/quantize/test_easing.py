@@ -9,9 +9,9 @@ from penjing import runtimes
 from penjing.architectures import build
 from penjing.errors import RecipeError
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
-from penjing.quantize import AdaRound, Static
+from penjing.quantize import CoordinateRounding, Static
 from penjing.quantize.easing import outliers
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -44,9 +44,9 @@ class Blocks(nn.Module):
 
 
 def context_of(runtime, *shape, data=None):
-    spec = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
+    spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
     data = data or [torch.randn(16, *shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    return Context(task=Task(example=torch.zeros(2, *shape), calibration=data), accelerates=spec)
+    return Context(task=Task(example=torch.zeros(2, *shape), calibration=data), capabilities=spec)
 
 
 def decibels(network, draft, x):
@@ -58,13 +58,13 @@ def decibels(network, draft, x):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_huge_channels_are_eased_and_the_plan_says_how(runtime):
     model = Blocks().eval()
-    draft, context = Draft(raise_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
+    draft, context = Draft(capture_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
     plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
     x = torch.randn(16, 6, 64, generator=torch.Generator().manual_seed(9))
     assert {"up.0", "up.1"} <= set(outliers(plain.network, plain.plan, [((x,), {})]))
     assert decibels(model, plain, x) < 15 < 20 < decibels(model, eased, x)
     assert "huge channels" in eased.plan.remedy and "dB instead of" in eased.plan.remedy
-    assert decibels(model, AdaRound()(eased, context), x) > 20
+    assert decibels(model, CoordinateRounding()(eased, context), x) > 20
 
 
 class WideAndDeep(nn.Module):
@@ -104,7 +104,7 @@ class Stream(nn.Module):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_the_products_of_a_stream_with_huge_channels_stay_in_integers(runtime):
-    draft = Draft(raise_network(Stream().eval(), (torch.zeros(2, 6, 32),)))
+    draft = Draft(capture_network(Stream().eval(), (torch.zeros(2, 6, 32),)))
     context = context_of(runtime, 6, 32)
     plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
     x = torch.randn(32, 6, 32, generator=torch.Generator().manual_seed(9))
@@ -123,7 +123,7 @@ def test_the_products_of_a_stream_with_huge_channels_stay_in_integers(runtime):
 def test_columns_of_which_most_are_huge_are_eased_too(runtime):
     model = WideAndDeep().eval()
     data = [1000 * torch.randn(16, 18, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    draft, context = Draft(raise_network(model, (data[0],))), context_of(runtime, 18, data=data[:3])
+    draft, context = Draft(capture_network(model, (data[0],))), context_of(runtime, 18, data=data[:3])
     plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
     assert decibels(model, plain, data[3]) < 15 < 20 < decibels(model, eased, data[3])
 
@@ -131,7 +131,7 @@ def test_columns_of_which_most_are_huge_are_eased_too(runtime):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_where_nothing_is_lost_the_plan_is_the_same_to_the_bit(runtime):
     torch.manual_seed(0)
-    draft = Draft(raise_network(build("resnet20", width=8).eval(), (torch.zeros(2, 3, 16, 16),)))
+    draft = Draft(capture_network(build("resnet20", width=8).eval(), (torch.zeros(2, 3, 16, 16),)))
     context = context_of(runtime, 3, 16, 16)
     plain, eased = Static()(draft, context), Static(outliers="ease")(draft, context)
     assert plain.plan.to_json() == eased.plan.to_json()
@@ -140,13 +140,13 @@ def test_where_nothing_is_lost_the_plan_is_the_same_to_the_bit(runtime):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_outputs_that_are_no_floats_or_infinite_are_not_judged(runtime):
-    class Answers(Blocks):
+    class CachedTeacher(Blocks):
         def forward(self, x):
             y = super().forward(x)
             return y.argmax(-1), y > 0, y, y.masked_fill(torch.eye(6)[:, :5] > 0, float("-inf"))
 
-    model = Answers().eval()
-    draft, context = Draft(raise_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
+    model = CachedTeacher().eval()
+    draft, context = Draft(capture_network(model, (torch.zeros(2, 6, 64),))), context_of(runtime, 6, 64)
     eased = Static(outliers="ease")(draft, context)
     assert eased.plan.remedy
     x = torch.randn(16, 6, 64, generator=torch.Generator().manual_seed(9))

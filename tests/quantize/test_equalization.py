@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penjing.errors import RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.quantize import CrossLayerEqualization, Static
 from penjing.recipes.recipe import Recipe
@@ -17,7 +17,7 @@ from penjing.tasks.task import Task
 
 def drafted(model: nn.Module, x: torch.Tensor, **more) -> tuple[Draft, Context]:
     task = Task(example=x[:2], calibration=[x])
-    return Draft(raise_network(model.eval(), *task.call())), Context(task=task, **more)
+    return Draft(capture_network(model.eval(), *task.call())), Context(task=task, **more)
 
 
 def uneven(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -9,7 +9,7 @@ import penjing as pj
 from penjing import runtimes
 from penjing.errors import QuantizationError, RecipeError
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import levels, rows
 from penjing.pipeline.building import build
 from penjing.quantize import Static
@@ -46,7 +46,7 @@ def prepared():
         *(nn.Conv2d(8, 18, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(18, 10)),
     ).eval()
     task = Task(example=torch.zeros(2, 3, 12, 12), calibration=[torch.rand(8, 3, 12, 12) for _ in range(3)])
-    return Draft(raise_network(model, *task.call())), task
+    return Draft(capture_network(model, *task.call())), task
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -77,8 +77,8 @@ def test_every_weight_and_value_lies_on_its_grid(prepared, name):
 @pytest.mark.parametrize("name", IN_RUNTIMES)
 def test_a_runtime_computes_what_torch_computes(prepared, name, runtime, tmp_path):
     draft, task = prepared
-    accelerates = runtimes.get(runtime).accelerates(machine(1).instruction_sets)  # 7-bit weights without VNNI
-    made = Static(**SETTINGS[name])(draft, Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get(runtime).capabilities(machine(1).instruction_sets)  # 7-bit weights without VNNI
+    made = Static(**SETTINGS[name])(draft, Context(task=task, capabilities=capabilities))
     build(made, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     x = task.calibration[0]
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_runtime_computes_what_torch_computes(prepared, name, runtime, tmp_pat
 )
 def test_what_no_kernel_takes_is_refused_with_what_it_takes(prepared, name, says, runtime):
     draft, task = prepared
-    context = Context(task=task, accelerates=runtimes.get(runtime).accelerates(("avx", "avx512_vnni")))
+    context = Context(task=task, capabilities=runtimes.get(runtime).capabilities(("avx", "avx512_vnni")))
     with pytest.raises(RecipeError) as caught:
         Static(**SETTINGS[name])(draft, context)
     assert says in caught.value.got and caught.value.expected and "pj.apply" in caught.value.remedy

@@ -10,8 +10,8 @@ import penjing as pj
 from penjing.analyze import noise
 from penjing.analyze.samples import split
 from penjing.errors import RecipeError, UsageError
-from penjing.network.capture import raise_network
-from penjing.quantize import AdaRound, MixedPrecision, Static
+from penjing.network.capture import capture_network
+from penjing.quantize import CoordinateRounding, MixedPrecision, Static
 from penjing.quantize.choice import FLOAT, Costs, solve
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC, Plan
@@ -111,7 +111,7 @@ def prepared():
         *(nn.Conv2d(16, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
     ).eval()
     task = Task(example=torch.zeros(2, 3, 12, 12), calibration=[torch.rand(8, 3, 12, 12) for _ in range(6)])
-    network = raise_network(model, *task.call())
+    network = capture_network(model, *task.call())
     return Draft(network), Context(task=task, source=network)
 
 
@@ -141,7 +141,7 @@ class TestTheStep:
         assert entries.keys() < made.plan.entries.keys()
         assert all(made.plan.entries[e].spec == entry.spec for e, entry in entries.items())
         plan = replace(plans[8].plan, entries={**plans[8].plan.entries, **entries})
-        again = AdaRound()(replace(plans[8], plan=plan), fitting)
+        again = CoordinateRounding()(replace(plans[8], plan=plan), fitting)
         snr = noise.signal_to_noise(draft.network, insert(again.network, again.plan), held)
         assert len(told) == 2 and snr == pytest.approx(max(told))
 
@@ -211,12 +211,12 @@ class TestTheStep:
         def price(f, precision):
             return (half if precision in ("bf16", "int8-bf16") else 8.0) if f else 1.0
 
-        context = on_a_machine(context, price, accelerates=BOTH)
+        context = on_a_machine(context, price, capabilities=BOTH)
         made = MixedPrecision(latency_ms=6.7, weight_bits=(2,))(draft, context)
         assert made.plan.precision == taken and Plan.from_json(made.plan.to_json()) == made.plan
         assert context.latency([made], taken)[0] <= 6.7
         with pytest.raises(UsageError, match="int8-bf16"):
-            MixedPrecision(latency_ms=6.7, precision="int8-bf16")(draft, replace(context, accelerates=GENERIC))
+            MixedPrecision(latency_ms=6.7, precision="int8-bf16")(draft, replace(context, capabilities=GENERIC))
 
     def test_a_ratio_is_of_the_faster_network_in_integers(self, prepared):
         """The rest takes 4 ms beside fp32 and 12 beside bfloat16, whose integers are no measure then."""
@@ -228,7 +228,7 @@ class TestTheStep:
         def rest(precision):
             return 12.0 if precision in ("bf16", "int8-bf16") else 4.0
 
-        context = on_a_machine(context, price, rest, accelerates=BOTH)
+        context = on_a_machine(context, price, rest, capabilities=BOTH)
         made = MixedPrecision(latency_ratio=1.1, weight_bits=(2,))(draft, context)
         assert made.plan.precision == "int8" and context.latency([made], "int8")[0] <= 1.1 * 8
 
@@ -244,7 +244,7 @@ class TestTheStep:
 
     def test_a_runtime_without_integers_is_told(self, prepared):
         draft, context = prepared
-        context = replace(context, accelerates=replace(GENERIC, precisions=("fp32",)))
+        context = replace(context, capabilities=replace(GENERIC, precisions=("fp32",)))
         with pytest.raises(UsageError, match="with integers"):
             MixedPrecision(snr_db=10)(draft, context)
 

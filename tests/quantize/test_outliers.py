@@ -4,9 +4,9 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import CheckpointError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
-from penjing.quantize import QAT, AdaRound, SplitOutliers, Static
+from penjing.quantize import QAT, CoordinateRounding, SplitOutliers, Static
 from penjing.recipes.recipe import Recipe
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -41,7 +41,7 @@ def prepared():
         example=x[:2], calibration=list(x.split(16)), train=[(part, part[..., :5]) for part in x.split(16)],
         loss=nn.functional.mse_loss,
     )  # fmt: skip
-    return model, x, task, Draft(raise_network(model, *task.call())), Context(task=task)
+    return model, x, task, Draft(capture_network(model, *task.call())), Context(task=task)
 
 
 def noise(network, wanted, x):
@@ -101,7 +101,7 @@ def test_the_checkpoint_has_it(prepared, tmp_path):
 def test_repair_and_training_follow(prepared):
     model, x, _, draft, context = prepared
     split = Static(weight_bits=4)(SplitOutliers()(draft, context), context)
-    repaired = AdaRound()(split, context)
+    repaired = CoordinateRounding()(split, context)
     wanted = model(x).detach()
     before, after = (noise(insert(made.network, made.plan), wanted, x) for made in (split, repaired))
     assert after < before

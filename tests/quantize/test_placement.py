@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing import measure, runtimes
 from penjing.architectures import build
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.pipeline import building
 from penjing.quantize import Static
@@ -37,10 +37,10 @@ def conv(inputs=4, outputs=4, kernel=3):
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
-def placed(model, *shape, accelerates=GENERIC, excluded=None):
-    network = raise_network(model, (torch.zeros(1, *shape),))
+def placed(model, *shape, capabilities=GENERIC, excluded=None):
+    network = capture_network(model, (torch.zeros(1, *shape),))
     fold_batch_norms(network)
-    return network, place(network, accelerates, excluded or {})
+    return network, place(network, capabilities, excluded or {})
 
 
 def value_at(network, name):
@@ -173,12 +173,12 @@ WRITES_INTEGERS = replace(GENERIC, quantized_output=frozenset({"conv", "add"}))
 class TestKernelsThatOnlyWriteIntegers:
     def test_every_reader_behind_the_activation_gets_a_quantizer(self):
         model = Net(lambda m, x: torch.tanh(F.relu(m.a(x))), a=conv())
-        network, found = placed(model, 4, 8, 8, accelerates=WRITES_INTEGERS)
+        network, found = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
         assert found.edges == {"a:in0": "x", "/tanh#0:in0": value_at(network, "/relu#0")}
 
     def test_a_reader_that_has_one_keeps_it(self):
         model = Net(lambda m, x: m.b(m.a(x)) + x, a=conv(), b=conv())
-        network, found = placed(model, 4, 8, 8, accelerates=WRITES_INTEGERS)
+        network, found = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
         assert found.edges["b:in0"] == value_at(network, "a")
         assert found.edges["/add#0:in0"] == value_at(network, "b")
         assert found.edges["/output:in0"] == value_at(network, "/add#0")
@@ -188,14 +188,14 @@ class TestKernelsThatOnlyWriteIntegers:
             y = F.relu(m.a(x))
             return torch.tanh(y), torch.sigmoid(y)
 
-        network, found = placed(Net(forward, a=conv()), 4, 8, 8, accelerates=WRITES_INTEGERS)
+        network, found = placed(Net(forward, a=conv()), 4, 8, 8, capabilities=WRITES_INTEGERS)
         rectified = value_at(network, "/relu#0")
         assert (found.edges["/tanh#0:in0"], found.edges["/sigmoid#0:in0"]) == (rectified, rectified)
 
 
 def test_what_a_runtime_does_not_absorb_stays_between():
-    plain = replace(GENERIC, absorbs=frozenset(), quantized_output=frozenset({"conv"}))
-    network, found = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8, accelerates=plain)
+    plain = replace(GENERIC, fuses=frozenset(), quantized_output=frozenset({"conv"}))
+    network, found = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8, capabilities=plain)
     assert found.edges["/relu#0:in0"] == value_at(network, "a")
 
 
@@ -222,9 +222,9 @@ def test_a_layer_of_stored_values_is_computed_once_and_no_runtime_fails_at_it(ru
     net = Relative().eval()
     data = [torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     task = Task(example=data[0], calibration=data[:2])
-    raised = raise_network(net, *task.call(), task.dynamic)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    raised = capture_network(net, *task.call(), task.dynamic)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
     assert draft.plan.floats["keys@1"] == FIXED and {"keys:in0", "head:in0"} <= set(draft.plan.entries)
     building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     [got] = isolated.open_artifact(tmp_path, 1).run([data[2].numpy()])

@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import on_grid
 from penjing.quantize import QAT, Static
 from penjing.quantize.learner import Grid, learned, learner
@@ -44,7 +44,7 @@ def prepared():
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, -1.5, 1.5)  # negative factors turn the sign of a folded channel
     task = task_of()
-    source = raise_network(model.eval(), *task.call())
+    source = capture_network(model.eval(), *task.call())
     context = Context(task=task, source=source)
     return Static(weight_bits=4, activation_bits=4)(Draft(source), context), context
 

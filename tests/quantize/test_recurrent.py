@@ -7,7 +7,7 @@ from torch import nn
 
 import penjing as pj
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
 from penjing.pipeline import building
 from penjing.quantize.static import Static
@@ -95,9 +95,9 @@ def decibel(reference, other):
 
 def quantized(model, data, runtime="openvino", step=None, **task):
     task = pj.Task(example=data(2), calibration=[data(16 + i) for i in range(3)], **task)
-    network = raise_network(model, *task.call(), dynamic=task.dynamic)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    return (step or Static())(Draft(network), Context(task=task, accelerates=accelerates)), task
+    network = capture_network(model, *task.call(), dynamic=task.dynamic)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    return (step or Static())(Draft(network), Context(task=task, capabilities=capabilities)), task
 
 
 def built(draft, task, folder, runtime="openvino"):
@@ -234,7 +234,9 @@ def test_the_operator_is_a_good_citizen_of_torch():
 @needs_kernel
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "steps", [(), (pj.quantize.AdaRound(samples=32),), (pj.quantize.QAT(epochs=1),)], ids=["static", "adaround", "qat"]
+    "steps",
+    [(), (pj.quantize.CoordinateRounding(samples=32),), (pj.quantize.QAT(epochs=1),)],
+    ids=["static", "adaround", "qat"],
 )
 def test_a_run_offers_it(steps, tmp_path):
     torch.manual_seed(0)

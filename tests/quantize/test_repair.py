@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from penjing.network.capture import raise_network
-from penjing.quantize import AdaRound, BiasCorrection, Static
+from penjing.network.capture import capture_network
+from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
@@ -23,16 +23,16 @@ class Mixed(nn.Module):
         return self.twice(torch.relu(self.twice(x)))
 
 
-@pytest.mark.parametrize("step, reached", [(AdaRound(), 1), (BiasCorrection(), 1)])
+@pytest.mark.parametrize("step, reached", [(CoordinateRounding(), 1), (BiasCorrection(), 1)])
 def test_says_how_many_of_the_quantized_layers_it_reaches(step, reached):
     torch.manual_seed(0)
     data = torch.randn(8, 1, 4, 8, 8)
     task, told = Task(example=data[:2], calibration=[data]), []
     context = Context(task=task, events=lambda kind, **values: told.append((kind, values)))
-    draft = Static(weight_bits=4)(Draft(raise_network(Mixed().eval(), *task.call())), context)
+    draft = Static(weight_bits=4)(Draft(capture_network(Mixed().eval(), *task.call())), context)
     quantized = [edge for edge in draft.plan.entries if edge.endswith(":weight")]
     step(draft, context)
-    # AdaRound: `flat` alone has patches and one call; BiasCorrection: `volume` alone has a bias and one call.
+    # CoordinateRounding: `flat` alone has patches and one call; BiasCorrection: `volume` alone has a bias and one call.
     assert [v for kind, v in told if kind == "covered"] == [
         {"step": type(step).__name__, "layers": reached, "total": len(quantized)}
     ]

@@ -6,7 +6,7 @@ import penjing as pj
 from penjing.analyze import noise
 from penjing.analyze.samples import split
 from penjing.errors import CalibrationError, RecipeError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.quantize import Best, Rollback, Static
 from penjing.quantize.explanation import explain
 from penjing.steps.draft import Draft
@@ -40,7 +40,7 @@ def prepared():
     torch.manual_seed(0)
     model = Delicate().eval()
     task = Task(example=torch.zeros(2, 3, 12, 12), calibration=[torch.rand(8, 3, 12, 12) for _ in range(9)])
-    network = raise_network(model, *task.call())
+    network = capture_network(model, *task.call())
     context = Context(task=task, source=network)
     return Static(weight_bits=4, activation_bits=6)(Draft(network), context), context
 
@@ -131,7 +131,7 @@ class TestBest:
         context = Context(task=context.task, source=context.source, events=lambda k, **v: events.append((k, v)))
         best = Best(weight_bits=4, activation_bits=6, minutes=1)(Draft(context.source), context)
         tried = [v for kind, v in events if kind == "remedy"]
-        assert [v["name"] for v in tried[:3]] == ["Static", "BiasCorrection", "AdaRound"]
+        assert [v["name"] for v in tried[:3]] == ["Static", "BiasCorrection", "CoordinateRounding"]
         assert tried[-1]["before_db"] >= tried[0]["snr_db"]
         assert all(v["kept"] == (v["snr_db"] > v["before_db"] + 0.3) for v in tried[1:])
         assert best.plan.remedy.startswith(("Static", "CrossLayerEqualization", "SmoothQuant"))
@@ -151,10 +151,10 @@ def test_one_sample_can_not_be_split():
         split(Context(task=Task(example=torch.zeros(1, 3), calibration=[torch.zeros(1, 3)])))
 
 
-@pytest.mark.parametrize("second", ["BiasCorrection", "AdaRound", "Rollback"])
+@pytest.mark.parametrize("second", ["BiasCorrection", "CoordinateRounding", "Rollback"])
 def test_a_second_repair_of_rounding_is_refused(second):
     step = Rollback(snr_db=20) if second == "Rollback" else getattr(pj.quantize, second)()
-    with pytest.raises(RecipeError, match="can't come after AdaRound"):
-        pj.Recipe(Static(), pj.quantize.AdaRound(), step)
+    with pytest.raises(RecipeError, match="can't come after CoordinateRounding"):
+        pj.Recipe(Static(), pj.quantize.CoordinateRounding(), step)
     with pytest.raises(RecipeError, match="nothing to work on"):
         pj.Recipe(step, Static())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import site
 from penjing.pipeline import building
 from penjing.quantize import Static, sentinels
@@ -87,9 +87,9 @@ def pictures(seed, n=16):
 def judge(net, data, runtime, folder):
     """The draft of an artifact that agrees with its source and its plan on another batch size."""
     task = Task(example=data(0), calibration=[data(1 + i) for i in range(3)])
-    raised = raise_network(net.eval(), *task.call(), task.dynamic)
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    raised = capture_network(net.eval(), *task.call(), task.dynamic)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
     building.build(draft, runtime, "int8", task, {"kind": "tensor"}, folder)
     args = data(9, 5)
     args = args if isinstance(args, tuple) else (args,)
@@ -139,7 +139,7 @@ def holding(forward, *args):
         def forward(self, x):
             return forward(self, self.fc(x))
 
-    network = raise_network(Net().eval(), (torch.randn(2, 8, 8),))
+    network = capture_network(Net().eval(), (torch.randn(2, 8, 8),))
     held = sentinels.holders(network)
     return [site(n) for n in network.graph.nodes if n.name in held and n.op == "call_function"]
 

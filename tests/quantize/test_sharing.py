@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.quantize.sharing import Columns
@@ -86,9 +86,9 @@ def planned(network, runtime):
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(16, *SHAPE, generator=generator) for _ in range(3)]
     task = Task(example=torch.zeros(2, *SHAPE), calibration=data)
-    raised = raise_network(network.eval(), *task.call())
-    spec = runtimes.get(runtime).accelerates(machine(1).instruction_sets)
-    return Static()(Draft(raised), Context(task=task, accelerates=spec)), task
+    raised = capture_network(network.eval(), *task.call())
+    spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
+    return Static()(Draft(raised), Context(task=task, capabilities=spec)), task
 
 
 def decibels(expected, given):
@@ -169,7 +169,7 @@ def test_powers_of_columns():
 def test_other_data_are_observed_anew():
     """The ranges of a part of the data are not those of all, though network and number of samples are the same."""
     small, large = [torch.randn(8, *SHAPE) for _ in range(2)], [50 * torch.randn(8, *SHAPE) for _ in range(2)]
-    raised = raise_network(Alike().eval(), (torch.zeros(2, *SHAPE),))
+    raised = capture_network(Alike().eval(), (torch.zeros(2, *SHAPE),))
     memo = {}
     highs = []
     for data in (small, large, small):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penjing.errors import RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.quantize import SmoothQuant, Static
 from penjing.recipes.recipe import Recipe
@@ -56,7 +56,7 @@ def outliers(block: nn.Module, seed: int = 0) -> nn.Module:
 
 def drafted(model: nn.Module, x: torch.Tensor, **more) -> tuple[Draft, Context]:
     task = Task(example=x[:2], calibration=list(x.split(5)))
-    return Draft(raise_network(model.eval(), *task.call())), Context(task=task, **more)
+    return Draft(capture_network(model.eval(), *task.call())), Context(task=task, **more)
 
 
 def noise(draft: Draft, context: Context, x: torch.Tensor) -> float:
@@ -192,7 +192,7 @@ def test_a_vision_transformer_and_a_bert():
     ids["attention_mask"][1, 4:] = 0
     for model, example in ((vit, {"pixel_values": torch.randn(4, 3, 16, 16)}), (bert, ids)):
         task = Task(example=example, calibration=[example])
-        draft = Draft(raise_network(model.eval(), *task.call()))
+        draft = Draft(capture_network(model.eval(), *task.call()))
         context = Context(task=task, events=lambda kind, **v: told.append(v) if kind == "covered" else None)
         after = SmoothQuant()(draft, context)
         with torch.no_grad():

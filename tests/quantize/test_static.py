@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import CalibrationError, RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.quantize import Static
 from penjing.quantize.static import collect, matches
@@ -29,7 +29,7 @@ def context_of(shape, calibration=None, **fields):
 
 
 def draft_of(model, *shape):
-    return Draft(raise_network(model.eval(), (torch.zeros(1, *shape),)))
+    return Draft(capture_network(model.eval(), (torch.zeros(1, *shape),)))
 
 
 def lived(model, seed=0):
@@ -321,17 +321,17 @@ class TestCollecting:
         assert one.to_json() == Static()(draft, context_of(SHAPE, data[::-1])).plan.to_json()
 
     def test_one_pass_serves_later_runs(self, draft):
-        passes = []
+        passthrough = []
 
         class Stream:
             def __iter__(self):
-                passes.append(1)
+                passthrough.append(1)
                 return iter(batches(*SHAPE))
 
         context = context_of(SHAPE, Stream())
         for step in (Static(), Static(weight_bits=4), Static(activation_range="percentile", exclude=("classifier",))):
             step(draft, context)
-        assert len(passes) == 1
+        assert len(passthrough) == 1
 
     def test_another_network_is_observed_anew(self, draft):
         context = context_of(SHAPE)

@@ -9,9 +9,9 @@ from torch import nn
 
 from penjing import measure, runtimes
 from penjing.analyze import noise
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
-from penjing.quantize import QAT, AdaRound, BiasCorrection, Dynamic, Static
+from penjing.quantize import QAT, BiasCorrection, CoordinateRounding, Dynamic, Static
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
@@ -109,9 +109,9 @@ def drafted(name, runtime, step=None):
     build, data = NETWORKS[name]
     model = build().eval()
     task = Task(example=data(2), calibration=[data(16 + i) for i in range(3)])
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    network = raise_network(model, *task.call())
-    return (step or Static())(Draft(network), Context(task=task, accelerates=accelerates)), task, model, data(5)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    network = capture_network(model, *task.call())
+    return (step or Static())(Draft(network), Context(task=task, capabilities=capabilities)), task, model, data(5)
 
 
 def built(draft, task, runtime, precision, folder):
@@ -188,9 +188,9 @@ def test_bags_of_any_length_are_looked_up_in_integers(runtime, tmp_path):
     model = Bags("mean").eval()
     data = [(ids(n).flatten()[: 5 * n + 1], torch.arange(n) * 5) for n in (3, 16, 20, 7)]
     task = Task(example=data[0], calibration=data[1:3], dynamic={"ids": {0: "words"}, "offsets": {0: "bags"}})
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    network = raise_network(model, *task.call(), task.dynamic)
-    draft = Static()(Draft(network), Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    network = capture_network(model, *task.call(), task.dynamic)
+    draft = Static()(Draft(network), Context(task=task, capabilities=capabilities))
     assert len(draft.plan.entries["words:weight"].scale) == WORDS
     manifest, size = built(draft, task, runtime, "int8", tmp_path / "int8")
     _, half = built(Draft(network), task, runtime, "fp16", tmp_path / "fp16")
@@ -242,7 +242,7 @@ def test_a_table_that_is_excluded_stays_as_it_is():
 def test_a_network_with_stored_weights_is_repaired_trained_and_judged(name):
     draft, task, model, x = drafted(name, "openvino")
     context = Context(task=task, source=model)
-    for step in (AdaRound(), BiasCorrection(), QAT(epochs=1, data="calibration", distill=1.0)):
+    for step in (CoordinateRounding(), BiasCorrection(), QAT(epochs=1, data="calibration", distill=1.0)):
         draft = step(draft, context)
     with torch.no_grad():
         assert snr(model(x).numpy(), insert(draft.network, draft.plan)(x).numpy()) > 20

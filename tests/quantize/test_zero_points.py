@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import isolated
@@ -32,9 +32,9 @@ def decibels(wanted, got):
 def executed(net, folder):
     """The operators by kind that OpenVINO computes in integers, of an artifact that agrees with source and plan."""
     task = Task(example=pictures(0), calibration=[pictures(1 + i) for i in range(3)])
-    raised = raise_network(net.eval(), *task.call(), task.dynamic)
-    accelerates = runtimes.get("openvino").accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, accelerates=accelerates, source=raised))
+    raised = capture_network(net.eval(), *task.call(), task.dynamic)
+    capabilities = runtimes.get("openvino").capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
     manifest = building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
     x = pictures(9, 5)
     [got] = isolated.open_artifact(folder, 1).run([x.numpy()])

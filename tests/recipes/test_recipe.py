@@ -100,7 +100,7 @@ EXAMPLES = {
     "quantize": Static(),
     "quantize at run time": quantize.Dynamic(),
     "quantize and repair": quantize.MixedPrecision(average_bits=5.0),
-    "repair": quantize.AdaRound(),
+    "repair": quantize.CoordinateRounding(),
     "train integers": quantize.QAT(),
 }
 FLOATS = ("replace", "structure", "train", "prepare")
@@ -135,7 +135,7 @@ class TestOrder:
             assert type(EXAMPLES[after]).__name__ in refusal.value.what and refusal.value.expected
 
     def test_a_repair_needs_a_plan(self):
-        for step in (quantize.AdaRound(), quantize.QAT()):
+        for step in (quantize.CoordinateRounding(), quantize.QAT()):
             with pytest.raises(RecipeError) as refusal:
                 Recipe(Finetune(), step)
             assert "quantize.Static" in refusal.value.expected

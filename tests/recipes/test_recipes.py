@@ -35,7 +35,7 @@ def test_without_a_target_half_of_the_macs_stay():
     assert isinstance(blocks, prune.Blocks) and isinstance(rounds, prune.Iterative)
     assert first.epochs == pytest.approx(2)  # channels are chosen in a network that works
     assert first.epochs + 2 * rounds.finetune.epochs + after.epochs + qat.epochs == pytest.approx(10)
-    assert recipes.joint(latency_ms=0.6).steps[0].step == prune.Channels(latency_ms=0.6)
+    assert recipes.joint(latency=0.6).steps[0].step == prune.Channels(latency=0.6)
 
 
 @pytest.mark.parametrize(

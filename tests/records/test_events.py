@@ -14,7 +14,7 @@ def lines(path):
 def test_every_event_is_a_line_of_json_and_reaches_every_listener(tmp_path):
     heard, also = [], []
     events = Events(tmp_path / "events.jsonl", (heard.append, also.append))
-    events("stage", name="raise")
+    events("stage", name="capture")
     events("candidate", name="openvino-int8", metric=0.93, size_bytes=12)
     assert lines(tmp_path / "events.jsonl") == heard == also
     assert [event["kind"] for event in heard] == ["stage", "candidate"]
@@ -72,11 +72,11 @@ def test_a_resumed_run_appends(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="can't be written") as found:
-        Events(tmp_path / "missing" / "events.jsonl")("stage", name="raise")
+        Events(tmp_path / "missing" / "events.jsonl")("stage", name="capture")
     assert "--out" in found.value.remedy
 
 
 def test_without_a_file_or_listeners_nothing_happens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Events()("stage", name="raise")
+    Events()("stage", name="capture")
     assert list(tmp_path.iterdir()) == []

@@ -100,10 +100,10 @@ def test_a_lock_file_that_says_nonsense(tmp_path, text):
 
 ANSWER = """
 import sys, time, torch
-from penjing.distill.stored import Answers
+from penjing.distill.stored import CachedTeacher
 torch.manual_seed(1)
 teacher = torch.nn.Linear(6, 3)
-answers = Answers(sys.argv[1], teacher)
+answers = CachedTeacher(sys.argv[1], teacher)
 x = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -115,7 +115,7 @@ for start in range(0, 400, 4):
 def test_two_processes_that_store_answers_take_turns(tmp_path):
     import torch
 
-    from penjing.distill.stored import Answers
+    from penjing.distill.stored import CachedTeacher
 
     command = [sys.executable, "-P", "-c", ANSWER, str(tmp_path / "answers")]
     pair = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -129,4 +129,6 @@ def test_two_processes_that_store_answers_take_turns(tmp_path):
     teacher = torch.nn.Linear(6, 3)
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        np.testing.assert_allclose(Answers(tmp_path / "answers")(x).numpy(), teacher(x).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            CachedTeacher(tmp_path / "answers")(x).numpy(), teacher(x).numpy(), rtol=1e-5, atol=1e-6
+        )

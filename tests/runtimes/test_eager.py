@@ -27,7 +27,7 @@ def test_ports_say_names_types_and_which_axis_varies(exported):
 
 
 def test_eager_torch_gains_from_no_precision():
-    assert runtimes.get("torch").accelerates(("avx512_vnni", "amx_bf16")).precisions == ("fp32",)
+    assert runtimes.get("torch").capabilities(("avx512_vnni", "amx_bf16")).precisions == ("fp32",)
 
 
 def test_a_file_that_would_run_code_is_refused(exported, tmp_path):

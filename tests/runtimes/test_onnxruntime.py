@@ -12,10 +12,10 @@ VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
     [(VNNI, 8), (("avx", "avx2", "fma"), 7), (("avx2", "avx_vnni"), 8), (("neon", "asimddp"), 8), ((), 8)],
 )
 def test_weights_are_narrow_where_sums_of_16_bits_would_saturate(instruction_sets, bits):
-    accelerates = runtime.accelerates(instruction_sets)
-    assert accelerates.weight.bits == bits
-    assert bool(accelerates.notes) == (bits == 7)
-    assert not accelerates.activation.signed
+    capabilities = runtime.capabilities(instruction_sets)
+    assert capabilities.weight.bits == bits
+    assert bool(capabilities.notes) == (bits == 7)
+    assert not capabilities.activation.signed
 
 
 def test_the_session_takes_its_threads(exported):

@@ -8,7 +8,7 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
@@ -32,11 +32,11 @@ VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
     ],
 )
 def test_what_it_accelerates_follows_the_processor(instruction_sets, bits, bf16):
-    accelerates = runtime.accelerates(instruction_sets)
-    assert accelerates.weight.bits == bits
-    assert ("bf16" in accelerates.precisions) == bf16
-    assert {"fp32", "fp16", "int8"} <= set(accelerates.precisions)
-    assert not accelerates.activation.signed  # AMX refuses signed activations with a zero point
+    capabilities = runtime.capabilities(instruction_sets)
+    assert capabilities.weight.bits == bits
+    assert ("bf16" in capabilities.precisions) == bf16
+    assert {"fp32", "fp16", "int8"} <= set(capabilities.precisions)
+    assert not capabilities.activation.signed  # AMX refuses signed activations with a zero point
 
 
 @pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32")])
@@ -107,7 +107,7 @@ class Crashing(nn.Module):
 def test_a_network_that_can_not_be_compiled_for_fixed_shapes_runs_all_the_same(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 64)
-    network = raise_network(Crashing().eval(), (x,))
+    network = capture_network(Crashing().eval(), (x,))
     folder = tmp_path / "with, a comma"
     folder.mkdir()
     manifest = runtime.export(network, ((x,), {}), None, "fp32", {"kind": "tensor"}, folder)
@@ -121,7 +121,7 @@ def test_a_network_that_can_not_be_compiled_for_fixed_shapes_runs_all_the_same(t
 def test_fixed_shapes_and_varying_ones_give_the_same_answers(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
-    network = raise_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)).eval(), (x,))
+    network = capture_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)).eval(), (x,))
     manifest = runtime.export(network, ((x,), {}), None, "fp32", {"kind": "tensor"}, tmp_path)
     assert manifest.fixed_shapes
     session = runtime.open_session(tmp_path, manifest, 1)
@@ -175,8 +175,8 @@ def test_integers_are_right_at_every_batch_size(network, tmp_path):
     """In one session: from the third shape on it compiles a network whose shapes vary."""
     model, example = network().eval(), torch.randn(2, *network.shape)
     task = Task(example=(example,), calibration=[torch.randn(16, *network.shape) for _ in range(2)])
-    spec = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
-    draft = Static()(Draft(raise_network(model, (example,))), Context(task=task, accelerates=spec))
+    spec = runtimes.get("openvino").capabilities(machine(1).instruction_sets)
+    draft = Static()(Draft(capture_network(model, (example,))), Context(task=task, capabilities=spec))
     building.build(draft, "openvino", "int8", task, flatten_outputs(model(example))[1], tmp_path)
     session, plan = runtimes.open_artifact(tmp_path, 1), insert(draft.network, draft.plan)
     for batch in (1, 2, 3, 32):

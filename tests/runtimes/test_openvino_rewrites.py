@@ -12,7 +12,7 @@ from torch import nn
 
 from penjing import runtimes, surgery
 from penjing.measure import machine
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import openvino as runtime
@@ -146,10 +146,10 @@ def rows(n, seed):
 
 def quantized(network, folder, draw):
     task = Task(example=draw(2, 0), calibration=[draw(16, seed) for seed in range(1, 5)])
-    graph = raise_network(network, (draw(2, 0),))
+    graph = capture_network(network, (draw(2, 0),))
     structure = flatten_outputs(graph(draw(2, 0)))[1]
-    accelerates = runtimes.get("openvino").accelerates(machine(1).instruction_sets)
-    draft = Static()(Draft(graph), Context(task=task, accelerates=accelerates, source=graph))
+    capabilities = runtimes.get("openvino").capabilities(machine(1).instruction_sets)
+    draft = Static()(Draft(graph), Context(task=task, capabilities=capabilities, source=graph))
     return draft, building.build(draft, "openvino", "int8", task, structure, folder)
 
 

@@ -170,7 +170,7 @@ def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(export
         predict(tokens=named["tokens"].numpy())
 
 
-class Answers(nn.Module):
+class CachedTeacher(nn.Module):
     """Numbers and None among the outputs, an integer, and one output twice."""
 
     def __init__(self):
@@ -186,7 +186,7 @@ class Answers(nn.Module):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_numbers_among_the_outputs_stand_in_the_structure(tmp_path, runtime, precision):
     made = export(
-        Case(Answers, ((8,),), {}, ("scores_0", "scores_1_again", "scores_1_best")), runtime, precision, tmp_path
+        Case(CachedTeacher, ((8,),), {}, ("scores_0", "scores_1_again", "scores_1_best")), runtime, precision, tmp_path
     )
     answer = predictor(isolated.open_artifact(made.folder, 1), made.manifest)(made.arrays(3, seed=1)[0])
     scores, rest = answer.pop("scores")
@@ -288,11 +288,11 @@ def test_the_source_is_stored_in_the_same_bytes_by_every_process(tmp_path):
     program = (
         "import sys, pathlib, torch\n"
         "from torch import nn\n"
-        "from penjing.network.capture import raise_network\n"
+        "from penjing.network.capture import capture_network\n"
         "from penjing.runtimes import eager\n"
         "torch.manual_seed(0)\n"
         "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()\n"
-        "network = raise_network(net, (torch.zeros(1, 3, 8, 8),))\n"
+        "network = capture_network(net, (torch.zeros(1, 3, 8, 8),))\n"
         "eager.export(network, ((torch.zeros(2, 3, 8, 8),), {}), None, 'fp32', {'kind': 'tensor'},\n"
         "             pathlib.Path(sys.argv[1]))\n"
     )

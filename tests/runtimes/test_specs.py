@@ -13,11 +13,11 @@ from penjing.runtimes import SPECS
 def test_a_runtime_has_the_functions_that_its_row_promises(name):
     module, spec = importlib.import_module(SPECS[name].module), SPECS[name]
     assert runtimes.get(name) is module
-    for function in ("accelerates", "export", "open_session", "executed"):
+    for function in ("capabilities", "export", "open_session", "executed"):
         assert callable(getattr(module, function))
     assert hasattr(module, "profile") == spec.times_operators
     assert hasattr(module, "expose") == spec.shows_values
-    assert module.accelerates(("avx2",)).runtime == name
+    assert module.capabilities(("avx2",)).runtime == name
     assert isinstance(module.SETTINGS, dict)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.architectures import build
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.quantize.placement import place
 from penjing.steps.plan import GENERIC, Entry, Plan, QuantSpec
@@ -88,8 +88,8 @@ def test_specs_and_entries_cannot_be_changed():
 
 def test_edges_survive_a_copy_and_another_raising():
     model, x = build("resnet20"), torch.zeros(1, 3, 16, 16)
-    network = raise_network(model, (x,))
+    network = capture_network(model, (x,))
     edges = set(place(network, GENERIC, {}).edges)
-    for other in (copy.deepcopy(network), raise_network(model, (torch.zeros(4, 3, 32, 32),))):
+    for other in (copy.deepcopy(network), capture_network(model, (torch.zeros(4, 3, 32, 32),))):
         assert set(place(other, GENERIC, {}).edges) == edges
         assert {edge.rpartition(":")[0] for edge in edges} <= set(sites(other))

@@ -11,7 +11,7 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import CheckpointError, OutputError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.quantize import Static
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -36,7 +36,7 @@ def resnet(seed, width=8):
             module.running_mean.normal_(std=0.3)
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    return raise_network(model.eval(), (pictures(1),))
+    return capture_network(model.eval(), (pictures(1),))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ class TestTiedWeights:
         config = GPT2Config(
             n_layer=1, n_embd=32, n_head=4, vocab_size=99, n_positions=16, use_cache=False, tie_word_embeddings=tied
         )
-        return raise_network(GPT2LMHeadModel(config).eval(), (), {"input_ids": torch.zeros(1, 12, dtype=torch.long)})
+        return capture_network(GPT2LMHeadModel(config).eval(), (), {"input_ids": torch.zeros(1, 12, dtype=torch.long)})
 
     def test_they_are_stored_once_and_tied_again(self, tmp_path):
         network = self.gpt2(0)
@@ -137,7 +137,7 @@ class TestTiedWeights:
     def test_equal_values_are_not_a_tie(self, tmp_path):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         model[1].load_state_dict(model[0].state_dict())
-        network = raise_network(model.eval(), (torch.zeros(1, 4),))
+        network = capture_network(model.eval(), (torch.zeros(1, 4),))
         checkpoint.save(Draft(network), tmp_path)
         assert json.loads((tmp_path / "edits.json").read_text())["ties"] == {}
 
@@ -150,21 +150,21 @@ class TestAnotherNetwork:
         assert found.value.remedy
 
     def test_another_precision_is_named(self, folder):
-        model = raise_network(build("resnet20", width=8).eval(), (pictures(1),)).double()
+        model = capture_network(build("resnet20", width=8).eval(), (pictures(1),)).double()
         with pytest.raises(CheckpointError, match="is float32, the network's float64"):
             checkpoint.load(folder, model)
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
         with pytest.raises(CheckpointError, match="edit 0 of the checkpoint does not fit"):
-            checkpoint.load(folder, raise_network(model, (pictures(1),)))
+            checkpoint.load(folder, capture_network(model, (pictures(1),)))
 
     def test_missing_and_more_layers_are_named(self, tmp_path):
         def network(*names):
             layers = nn.Sequential()
             for name in names:
                 layers.add_module(name, nn.Linear(4, 4))
-            return raise_network(layers.eval(), (torch.zeros(1, 4),))
+            return capture_network(layers.eval(), (torch.zeros(1, 4),))
 
         checkpoint.save(Draft(network("a", "b")), tmp_path)
         with pytest.raises(CheckpointError) as found:
@@ -285,7 +285,7 @@ def test_a_run_folder_is_restored_from_the_original_model_and_the_task(tmp_path)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
     data = torch.randn(16, 1, 8, 8)
     task = pj.Task(example=data[:2], calibration=[data])
-    draft = pj.quantize.Static()(Draft(raise_network(model, *task.call())), Context(task=task))
+    draft = pj.quantize.Static()(Draft(capture_network(model, *task.call())), Context(task=task))
     checkpoint.save(draft, tmp_path)
     again = pj.load_checkpoint(tmp_path, copy.deepcopy(model), task)
     assert torch.equal(again.network(data), draft.network(data))

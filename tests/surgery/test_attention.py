@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from penjing import measure, runtimes
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
 from penjing.pipeline import building
 from penjing.quantize import Static
@@ -53,7 +53,7 @@ def call(mask):
 def test_an_unfolded_attention_computes_what_torch_computes(word, settings):
     torch.manual_seed(1)
     args = call(masks()[word])
-    network = raise_network(Attention(**settings).eval(), args, {})
+    network = capture_network(Attention(**settings).eval(), args, {})
     wanted = network(*args)
     edits = unfold_attentions(network)
     assert edits == ({"edit": "unfold_attention", "site": SITE},)
@@ -66,7 +66,7 @@ def test_a_causal_one_too_at_any_length():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 6, 8) for _ in range(3))
     axes = {i: {0: "batch", 2: "length"} for i in range(3)}
-    network = raise_network(Attention(is_causal=True).eval(), (q, k, v), {}, axes)
+    network = capture_network(Attention(is_causal=True).eval(), (q, k, v), {}, axes)
     unfold_attentions(network)
     for length in (6, 1, 11):
         q, k, v = (torch.randn(4, 3, length, 8) for _ in range(3))
@@ -75,17 +75,17 @@ def test_a_causal_one_too_at_any_length():
 
 def test_what_is_kept_and_what_is_not_plain_stays():
     args = call(None)
-    network = raise_network(Attention().eval(), args, {})
+    network = capture_network(Attention().eval(), args, {})
     assert unfold_attentions(network, {SITE}) == () and SITE in sites(network)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    shared = raise_network(Attention(enable_gqa=True).eval(), (q, k, v), {})
+    shared = capture_network(Attention(enable_gqa=True).eval(), (q, k, v), {})
     assert unfold_attentions(shared) == ()
 
 
 def test_the_edit_can_be_replayed():
     args = call(masks()["bool"])
-    network = raise_network(Attention().eval(), args, {})
-    fresh = raise_network(Attention().eval(), args, {})
+    network = capture_network(Attention().eval(), args, {})
+    fresh = capture_network(Attention().eval(), args, {})
     edits = unfold_attentions(network)
     again = replay(fresh, edits)
     assert list(sites(again)) == list(sites(network))
@@ -111,7 +111,7 @@ class Block(nn.Module):
 def test_a_row_that_sees_nothing_is_zero_in_floating_point_files_too(tmp_path, runtime, word, settings):
     q, k, v, *mask = call(masks()[word])
     args = (q, k[:, :1], v[:, :1], *mask) if settings else (q, k, v, *mask)
-    network = raise_network(Attention(**settings).eval(), args, {})
+    network = capture_network(Attention(**settings).eval(), args, {})
     task = Task(example=args)
     manifest = building.build(Draft(network), runtime, "fp32", task, {"kind": "tensor"}, tmp_path)
     session = isolated.open_artifact(tmp_path, 1)
@@ -127,7 +127,7 @@ def test_a_row_that_sees_nothing_is_zero_in_floating_point_files_too(tmp_path, r
 
 
 def test_a_mask_that_no_input_has_a_part_in_costs_nothing():
-    network = raise_network(Attention().eval(), call(None), {})
+    network = capture_network(Attention().eval(), call(None), {})
     assert surgery_attention.zero_hidden_rows(network) is network
 
 
@@ -136,12 +136,12 @@ def test_both_products_run_on_integers(tmp_path, runtime):
     torch.manual_seed(0)
     data = torch.randn(64, 8, 64)
     task = Task(example=data[:2], calibration=[data])
-    source = raise_network(Block().eval(), *task.call())
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(source), Context(task=task, accelerates=accelerates))
+    source = capture_network(Block().eval(), *task.call())
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(source), Context(task=task, capabilities=capabilities))
     for port in ("in0", "in1"):
         spec = draft.plan.entries[f"{SITE}.scores:{port}"].spec
-        assert spec.symmetric == accelerates.symmetric_products
+        assert spec.symmetric == capabilities.symmetric_products
     assert draft.plan.entries[f"{SITE}.values:in0"].spec.signed is False  # probabilities keep all eight bits
     manifest = building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
@@ -157,8 +157,8 @@ def test_both_products_run_on_integers(tmp_path, runtime):
 def test_an_attention_can_be_left_out():
     data = torch.randn(4, 8, 64)
     task = Task(example=data[:2], calibration=[data])
-    accelerates = runtimes.get("openvino").accelerates(("avx512_vnni",))
-    source = raise_network(Block().eval(), *task.call())
-    draft = Static(exclude=("*attention*",))(Draft(source), Context(task=task, accelerates=accelerates))
+    capabilities = runtimes.get("openvino").capabilities(("avx512_vnni",))
+    source = capture_network(Block().eval(), *task.call())
+    draft = Static(exclude=("*attention*",))(Draft(source), Context(task=task, capabilities=capabilities))
     assert draft.plan.floats[SITE] == "excluded by '*attention*'"
     assert not [edge for edge in draft.plan.entries if edge.startswith(SITE)]

@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import CheckpointError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import kind
 from penjing.surgery import fold_batch_norms, replay
 from penjing.surgery.fold import fold_batch_norm
@@ -27,7 +27,7 @@ def with_statistics(model, seed=0):
 
 
 def raised(model, *shape, dtype=torch.float32):
-    return raise_network(with_statistics(model), (torch.zeros(1, *shape),)).to(dtype)
+    return capture_network(with_statistics(model), (torch.zeros(1, *shape),)).to(dtype)
 
 
 def kinds(network):
@@ -70,7 +70,7 @@ def test_the_formula_number_by_number():
     torch.manual_seed(0)
     model = with_statistics(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)))
     conv, bn = model.requires_grad_(False)
-    network = raise_network(model, (torch.zeros(1, 2, 4, 4),)).double()
+    network = capture_network(model, (torch.zeros(1, 2, 4, 4),)).double()
     fold_batch_norms(network)
     new = network.get_submodule("0")
     for o in range(3):

@@ -8,7 +8,7 @@ from torch import nn
 
 from penjing import measure, runtimes
 from penjing.errors import CheckpointError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.pipeline import building
 from penjing.quantize import Dynamic, Static
@@ -91,14 +91,14 @@ def values(name, n):
 def of(name):
     build, _, readers = WAYS[name]
     model = build().eval()
-    return model, raise_network(model, (values(name, 2),)), readers
+    return model, capture_network(model, (values(name, 2),)), readers
 
 
 def drafted(name, runtime, step):
     model, network, readers = of(name)
     task = Task(example=values(name, 2), calibration=[values(name, 16 + i) for i in range(3)])
-    accelerates = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    return step(Draft(network), Context(task=task, accelerates=accelerates)), task, model, readers
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    return step(Draft(network), Context(task=task, capabilities=capabilities)), task, model, readers
 
 
 def built(draft, task, runtime, precision, folder):
@@ -185,5 +185,5 @@ def test_a_reader_that_is_excluded_keeps_the_tie(step):
 
 
 def test_a_network_without_ties_stays_as_it_is():
-    network = raise_network(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (torch.randn(2, 4),))
+    network = capture_network(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (torch.randn(2, 4),))
     assert own_weights(network) == ()

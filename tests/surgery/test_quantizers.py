@@ -8,7 +8,7 @@ from torch import nn
 
 from penjing.architectures import build
 from penjing.errors import QuantizationError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export
 from penjing.network.graph import site, sites
 from penjing.quantize import Static
@@ -101,7 +101,7 @@ def quantized(model, shapes, **settings):
     generator = torch.Generator().manual_seed(1)
     batches = [tuple(torch.randn(8, *shape, generator=generator) for shape in shapes) for _ in range(2)]
     task = Task(example=tuple(torch.zeros(1, *shape) for shape in shapes), calibration=batches)
-    network = raise_network(model.eval(), *task.call())
+    network = capture_network(model.eval(), *task.call())
     return Static(**settings)(Draft(network), Context(task=task)), batches[0]
 
 
@@ -222,7 +222,7 @@ class TestEveryNetwork:
 
 
 def one_layer(layer, shape, weight_scale, input_scale, zero=0):
-    network = raise_network(nn.Sequential(layer), (torch.zeros(1, *shape),))
+    network = capture_network(nn.Sequential(layer), (torch.zeros(1, *shape),))
     entries = {
         "0:in0": Entry(ACTIVATION, (input_scale,), (zero,)),
         "0:weight": Entry(WEIGHT, tuple(weight_scale), (0,) * len(weight_scale)),
@@ -260,7 +260,7 @@ def test_the_bias_takes_the_grid_of_the_accumulator():
 def test_one_scale_for_the_whole_weight():
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, 3)
-    network = raise_network(nn.Sequential(layer), (torch.zeros(1, 3, 5, 5),))
+    network = capture_network(nn.Sequential(layer), (torch.zeros(1, 3, 5, 5),))
     whole = replace(WEIGHT, axis=None)
     plan = Plan({"0:in0": Entry(ACTIVATION, (0.02,), (128,)), "0:weight": Entry(whole, (0.003,), (0,))})
     x = torch.randn(2, 3, 5, 5)
@@ -274,7 +274,7 @@ def test_both_inputs_of_one_operator_may_be_the_same_value():
         def forward(self, x):
             return x + x
 
-    network = raise_network(Doubles(), (torch.zeros(1, 4),))
+    network = capture_network(Doubles(), (torch.zeros(1, 4),))
     entry = Entry(ACTIVATION, (0.5,), (4,))
     plan = Plan({"/add#0:in0": entry, "/add#0:in1": entry})
     inserted = insert(network, plan)
@@ -289,7 +289,7 @@ def test_two_readers_may_have_two_grids():
         def forward(self, x):
             return x + x
 
-    network = raise_network(Reads(), (torch.zeros(1, 1),))
+    network = capture_network(Reads(), (torch.zeros(1, 1),))
     plan = Plan({"/add#0:in0": Entry(ACTIVATION, (0.5,), (0,)), "/add#0:in1": Entry(ACTIVATION, (0.2,), (0,))})
     assert float(insert(network, plan)(torch.tensor([[0.7]]))) == pytest.approx(0.5 + 0.8)
     assert float(freeze(network, plan)(torch.tensor([[0.7]]))) == pytest.approx(0.5 + 0.8)
@@ -300,7 +300,7 @@ def test_the_output_of_a_network_can_be_an_edge():
         def forward(self, x):
             return {"a": x * 2, "b": (x * 3, x)}
 
-    network = raise_network(Names(), (torch.zeros(1, 1),))
+    network = capture_network(Names(), (torch.zeros(1, 1),))
     plan = Plan({"/output:in1": Entry(ACTIVATION, (2.0,), (0,))})
     for rounded in (insert(network, plan), freeze(network, plan)):
         out = rounded(torch.tensor([[1.2]]))
@@ -347,7 +347,7 @@ def test_a_weight_that_another_operator_reads_is_kept():
 
 
 def test_an_empty_plan_changes_nothing():
-    network = raise_network(build("resnet20", width=4), (torch.zeros(1, 3, 8, 8),))
+    network = capture_network(build("resnet20", width=4), (torch.zeros(1, 3, 8, 8),))
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(freeze(network, Plan())(x), network(x))
     assert torch.equal(insert(network, Plan())(x), network(x))
@@ -355,7 +355,7 @@ def test_an_empty_plan_changes_nothing():
 
 @pytest.mark.parametrize("change", [insert, freeze])
 def test_a_plan_for_another_network_is_refused(change):
-    network = raise_network(nn.Sequential(nn.Linear(3, 2)), (torch.zeros(1, 3),))
+    network = capture_network(nn.Sequential(nn.Linear(3, 2)), (torch.zeros(1, 3),))
     plan = Plan({"layer4.0.conv1:in0": Entry(ACTIVATION, (1.0,), (0,))})
     with pytest.raises(QuantizationError) as caught:
         change(network, plan)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune, train
@@ -103,7 +103,7 @@ class TestInTheLoop:
         seen = {}
         network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 2))
         task = Task(example=X[:, :1], train=[(X[:, :1], torch.tensor([0, 1]))], loss=F.cross_entropy)
-        raised = raise_network(network, *task.call(), task.dynamic)
+        raised = capture_network(network, *task.call(), task.dynamic)
         stem, depthwise = raised.get_submodule("0"), raised.get_submodule("1")
         stem.register_forward_pre_hook(lambda module, args: seen.update(pictures=args[0].stride()))
         depthwise.register_forward_pre_hook(lambda module, args: seen.update(weights=module.weight.stride()))
@@ -124,7 +124,7 @@ class TestInTheLoop:
 
         x = X[:, :, None].expand(-1, -1, 3, -1, -1).contiguous()
         task = Task(example=x, train=[(x, torch.tensor([0, 1]))], loss=F.cross_entropy)
-        raised = raise_network(Both(), *task.call(), task.dynamic)
+        raised = capture_network(Both(), *task.call(), task.dynamic)
         before = raised.get_submodule("volume").weight.clone()
         train(raised, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
         assert not torch.equal(before, raised.get_submodule("volume").weight)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError, TrainingError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.exporting import export
 from penjing.randomness import seed_everything
 from penjing.steps.draft import Draft
@@ -81,7 +81,7 @@ class TestLearning:
 
     def test_a_raised_network_learns_as_its_source_does(self):
         source = net()
-        raised = raise_network(source, (torch.zeros(1, 1, 8, 8),))
+        raised = capture_network(source, (torch.zeros(1, 1, 8, 8),))
         settings = replace(SHORT, channels_last=False)
         assert same(trained(settings, network=raised), trained(settings, network=source))
 
@@ -108,7 +108,9 @@ class TestTheContractOfAStep:
         assert isinstance(Finetune(), Step)
 
     def test_the_given_draft_stays_as_it_was(self):
-        draft = Draft(raise_network(net(), (torch.zeros(1, 1, 8, 8),)), Plan(floats={"head": "why"}), ({"edit": "x"},))
+        draft = Draft(
+            capture_network(net(), (torch.zeros(1, 1, 8, 8),)), Plan(floats={"head": "why"}), ({"edit": "x"},)
+        )
         before, grads = bits(draft.network), [p.requires_grad for p in draft.network.parameters()]
         result = SHORT(draft, context_of())
         assert same(before, draft.network)
@@ -708,7 +710,7 @@ class TestLosses:
         assert same(both, one)
         assert not same(both, trained(replace(SHORT, losses=(cross_entropy,)), context_of(loss=None)))
         assert same(both, trained(replace(SHORT, losses=(small_weights,))))  # the task's own loss is one of them
-        assert same(both, trained(replace(SHORT, labels=0.0, losses=(cross_entropy, small_weights))))
+        assert same(both, trained(replace(SHORT, task_loss_weight=0.0, losses=(cross_entropy, small_weights))))
 
     def test_a_term_sees_the_whole_step(self):
         seen = []
@@ -854,7 +856,7 @@ class TestPrecisionAndMemoryFormat:
 
     def test_the_result_can_be_exported(self):
         x = torch.randn(3, 1, 8, 8)
-        raised = raise_network(net(), (x,))
+        raised = capture_network(net(), (x,))
         draft = replace(SHORT, channels_last=True)(Draft(raised), context_of())
         program = export(draft.network, ((x,), {}), None)
         assert not [n for n in program.graph.nodes if "as_strided" in str(n.target)]
@@ -1004,7 +1006,7 @@ class TestBadInput:
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), {"x": torch.zeros(2, 1, 8, 8)}])
     def test_without_labels_inputs_may_stand_alone(self, batch):
         network, source = net(), net(1).eval()
-        trained(replace(SHORT, steps=1, labels=0.0), context_of([batch], loss=None, source=source), network)
+        trained(replace(SHORT, steps=1, task_loss_weight=0.0), context_of([batch], loss=None, source=source), network)
         assert not same(network, net())
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),), {"x": torch.zeros(2)}])

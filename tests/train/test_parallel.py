@@ -13,7 +13,7 @@ from penjing import distill
 from penjing.architectures import build
 from penjing.architectures.bert import BERT
 from penjing.errors import RecipeError, TaskError, TrainingError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.network.portable import Portable
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
@@ -45,7 +45,7 @@ def task(**fields):
 
 def raised(norm=False, seed=0):
     torch.manual_seed(seed)
-    return raise_network(Plain(norm), *task().call())
+    return capture_network(Plain(norm), *task().call())
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_network_is_the_same_in_another_process(name):
         module, x = BERT(width=8, depth=2, heads=2, vocabulary=40, length=10, classes=3), words
     else:
         module, x = build(name), words if name == "lstm_tagger" else torch.rand(2, 3, 64, 64)
-    network = raise_network(module.eval(), (x,))
+    network = capture_network(module.eval(), (x,))
     again = pickle.loads(pickle.dumps(Portable.of(network))).network()
     assert again.code == network.code
     assert [n.meta.get("site") for n in again.graph.nodes] == [n.meta.get("site") for n in network.graph.nodes]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from penjing import quantize
 from penjing.errors import CheckpointError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import integers
 from penjing.prune import Gradual, Magnitude
 from penjing.steps.draft import Draft
@@ -33,7 +33,7 @@ def context_of(**fields):
 
 @pytest.fixture(scope="module")
 def pruned():
-    draft = Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
+    draft = Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
     return Magnitude(sparsity=0.8)(draft, context_of())
 
 
@@ -80,7 +80,7 @@ def test_a_resumed_training_has_the_same_zeros_and_the_same_bits(pruned, tmp_pat
 
 
 def test_an_average_of_weights_has_the_zeros_that_came_on_the_way():
-    draft = Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
+    draft = Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
     training = replace(TRAINING, ema=0.99)
     found = Gradual(step=Magnitude(sparsity=0.8), finetune=training, every=1)(draft, context_of())
     zeros = sum(int((found.network.get_parameter(n) == 0).sum()) for n in found.sparse)
@@ -88,7 +88,7 @@ def test_an_average_of_weights_has_the_zeros_that_came_on_the_way():
 
 
 def test_a_draft_without_zeros_trains_as_before():
-    draft = Draft(raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
+    draft = Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
     assert draft.sparse == ()
     one = TRAINING(draft, context_of())
     assert same(bits(one.network), bits(replace(TRAINING, hooks=(KeepZeros(()),))(draft, context_of()).network))
@@ -111,7 +111,7 @@ def test_weights_that_were_frozen_are_no_trouble(pruned):
 
 def test_a_checkpoint_between_keeps_them(pruned, tmp_path):
     checkpoint.save(pruned, tmp_path)
-    again = checkpoint.load(tmp_path, raise_network(net(seed=5).eval(), (torch.zeros(1, 1, 8, 8),)))
+    again = checkpoint.load(tmp_path, capture_network(net(seed=5).eval(), (torch.zeros(1, 1, 8, 8),)))
     assert again.sparse == SPARSE
     assert not lost(pruned, TRAINING(again, context_of()))
 
@@ -136,20 +136,20 @@ def test_quantization_and_training_behind_it_keep_them(pruned, bits_of_weights):
 
 
 def test_adaptive_rounding_keeps_them(pruned):
-    draft = quantize.AdaRound()(quantize.Static(weight_bits=4)(pruned, context_of()), context_of())
+    draft = quantize.CoordinateRounding()(quantize.Static(weight_bits=4)(pruned, context_of()), context_of())
     for name, gone in masks(pruned).items():
         assert (draft.network.get_parameter(name)[gone] == 0).all()
 
 
 def test_the_log_names_every_tensor_once():
-    network = raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),))
+    network = capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),))
     edits = (mark_sparse(network, ["conv.weight"]), {"edit": "x"}, mark_sparse(network, SPARSE))
     assert Draft(network, edits=edits).sparse == SPARSE
     assert edits[0] == {"edit": "sparse", "tensors": ["conv.weight"]}
 
 
 def test_a_log_that_names_another_networks_tensors_is_refused():
-    network = raise_network(net().eval(), (torch.zeros(1, 1, 8, 8),))
+    network = capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),))
     assert same(bits(replay(network, [{"edit": "sparse", "tensors": list(SPARSE)}])), bits(network))
     for edit in ({"edit": "sparse", "tensors": ["body.weight"]}, {"edit": "sparse"}):
         with pytest.raises(CheckpointError, match="does not fit"):

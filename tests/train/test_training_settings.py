@@ -269,7 +269,7 @@ class TestClip:
 
 class TestBadInput:
     @pytest.mark.parametrize(
-        "wrong", [{"epochs": "3"}, {"labels": "1"}, {"learning_rate": None}, {"ema": "0.9"}, {"warmup": True},
+        "wrong", [{"epochs": "3"}, {"task_loss_weight": "1"}, {"learning_rate": None}, {"ema": "0.9"}, {"warmup": True},
                   {"hooks": print}, {"losses": print}, {"teacher": ()}, {"teacher": ""}, {"teacher": [nn.ReLU()]},
                   {"teacher": (nn.ReLU(), None)}, {"schedule": ["cosine"]}, {"channels_last": "no"}, {"workers": 0},
                   {"distill": pj.distill.Logits}, {"distill": [pj.distill.Logits()]}, {"optimizer": None}],
@@ -324,11 +324,11 @@ class TestTheSourceTeaches:
 
     def terms(self, *steps, **fields):
         told = []
-        from penjing.network.capture import raise_network
+        from penjing.network.capture import capture_network
         from penjing.steps.draft import Draft
 
         data = self.data(**fields)
-        source = raise_network(self.network(), *data.call())
+        source = capture_network(self.network(), *data.call())
         context = Context(
             task=data, source=source, events=lambda kind, **v: told.append(v["terms"]) if kind == "training" else None
         )
@@ -354,10 +354,10 @@ class TestTheSourceTeaches:
         network[2].weight.data *= 100  # outputs far from 1
         calls = [torch.randn(8, 6) for _ in range(8)]
         data = Task(example=calls[0], calibration=calls)
-        assert Finetune(labels=0).resolved(Context(task=data, source=network), changed=False).clip == Clip()
+        assert Finetune(task_loss_weight=0).resolved(Context(task=data, source=network), changed=False).clip == Clip()
         student = copy.deepcopy(network)
         student[0].weight.data *= 3
-        found = train(student, Context(task=data, source=network), Finetune(labels=0, epochs=3))
+        found = train(student, Context(task=data, source=network), Finetune(task_loss_weight=0, epochs=3))
         assert all(torch.isfinite(p).all() for p in found.parameters())
 
     def test_unless_it_is_told_not_to(self):
@@ -367,7 +367,7 @@ class TestTheSourceTeaches:
     def test_classes_are_soft_targets_and_numbers_are_noise(self):
         from penjing.distill.logits import soft_targets
         from penjing.distill.outputs import Outputs, relative_noise
-        from penjing.distill.teaching import Lesson
+        from penjing.distill.teaching import DistillationInputs
 
         student, teacher = torch.randn(8, 3), torch.randn(8, 3)
         for target, expected in {
@@ -375,8 +375,8 @@ class TestTheSourceTeaches:
             "numbers": (torch.rand(8, 3), relative_noise([student], [teacher])),
             "none": (None, relative_noise([student], [teacher])),
         }.values():
-            lesson = Lesson(student, teacher, target, {}, {})
-            assert torch.equal(Outputs().term(lesson)(lesson), expected)
+            lesson = DistillationInputs(student, teacher, target, {}, {})
+            assert torch.equal(Outputs().loss(lesson)(lesson), expected)
         slow = sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True))
         slow /= sum(b**2 for b in teacher.flatten().tolist())
         assert float(relative_noise([student], [teacher])) == pytest.approx(slow, rel=1e-5)

@@ -44,7 +44,7 @@ def bypasses(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any
     """All blocks and layers that can be taken out, in the order of execution.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         call: Example inputs (args, kwargs).
     """
     sizes = {name: tuple(int(n) for n in t.shape) for name, t in shapes(network, call).items()}

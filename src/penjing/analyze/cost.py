@@ -1,4 +1,4 @@
-"""What every operator of a raised network costs: parameters, multiply-accumulates, bytes.
+"""What every operator of a captured network costs: parameters, multiply-accumulates, bytes.
 
 A multiply-accumulate (MAC) is one multiplication whose product is added to a sum: half of what is called a FLOP
 elsewhere. Counted are convolutions, linear layers, matrix products, attention and recurrent layers; elementwise
@@ -57,7 +57,7 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
     Views, dropout, arithmetic on sizes and on masks have no row.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         call: Example inputs (args, kwargs), batch first. One sample of them is counted, or the whole example where
             the network was exported with a fixed batch.
 
@@ -95,7 +95,7 @@ def resized_macs(
     """MACs of the network with other sizes, without building it.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         sizes: Node name → shape of its result.
         stored: Name of a parameter → its shape, where it is another than in the network.
     """

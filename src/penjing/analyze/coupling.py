@@ -1,6 +1,6 @@
 """Which channels of a network belong together, so that they can only be removed together.
 
-The relation between inputs and outputs is derived operator by operator on the raised network. Every position along
+The relation between inputs and outputs is derived operator by operator on the captured network. Every position along
 every axis of every stored tensor is an atom; operators join atoms, and what is joined is one *unit*: the rows and
 columns of the weights that go with one channel, one head, one neuron. Units that the same layers make form a *group*.
 What can't be proven is held as it is, with the operator's name, and the rest goes on.
@@ -96,11 +96,11 @@ class Coupling:
 
     Attributes:
         groups: Groups by name.
-        held: For every axis of a weight that gives outputs and never changes, the reason.
+        not_prunable: For every axis of a weight that gives outputs and never changes, the reason.
     """
 
     groups: Mapping[str, Group]
-    held: Mapping[str, str]
+    not_prunable: Mapping[str, str]
     _walk: Walk
     _unit: np.ndarray  # component of every atom
     _units: Mapping[str, np.ndarray]  # group → components of its units
@@ -189,10 +189,10 @@ class Coupling:
 
 
 def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], keep: Iterable[str] = ()) -> Coupling:
-    """Derive the groups of a raised network.
+    """Derive the groups of a captured network.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         call: Example inputs (args, kwargs), batch first.
         keep: Layers (or parts with several layers) whose outputs stay whole.
 

@@ -1,4 +1,4 @@
-"""A network and its quantized twin, run side by side, operator by operator, on the same samples.
+"""A network and its quantized replica, run side by side, operator by operator, on the same samples.
 
 Whoever watches sees, at every layer, what comes in and goes out of both: enough to measure where noise arises, to
 give a layer back what rounding took from it, and to choose how its weights are rounded, each behind the layers
@@ -31,10 +31,10 @@ class Layer:
         site: The layer's name in the plan.
         kind: "conv" or "linear".
         module: The layer, with the weights of the floating-point network.
-        weight: The twin's weight: on its grid where the plan has one.
+        weight: The replica's weight: on its grid where the plan has one.
         entry: The plan's entry of the weight; None where it stays in floating point.
         inputs: The network's input, one tensor a chunk of samples.
-        twin_inputs: The twin's, quantized where the plan says so.
+        replica_inputs: The replica's, quantized where the plan says so.
         outputs: The network's output.
     """
 
@@ -44,24 +44,24 @@ class Layer:
     weight: torch.Tensor
     entry: Entry | None
     inputs: list[torch.Tensor]
-    twin_inputs: list[torch.Tensor]
+    replica_inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
 
     def twin_outputs(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """What the twin computes, with its own or with another weight and bias."""
+        """What the replica computes, with its own or with another weight and bias."""
         bias = self.module.bias if bias is None else bias
-        return [apply(self.module, x, self.weight if weight is None else weight, bias) for x in self.twin_inputs]
+        return [apply(self.module, x, self.weight if weight is None else weight, bias) for x in self.replica_inputs]
 
     def part(self, first: int, last: int) -> Layer:
         """The same layer with some of the chunks."""
-        chunks = {name: getattr(self, name)[first:last] for name in ("inputs", "twin_inputs", "outputs")}
+        chunks = {name: getattr(self, name)[first:last] for name in ("inputs", "replica_inputs", "outputs")}
         return replace(self, **chunks)
 
     def noise(self, weight: torch.Tensor) -> float:
-        """Power of the twin's error with this weight, channel means apart: they are the bias's business."""
+        """Power of the replica's error with this weight, channel means apart: they are the bias's business."""
         found = self.twin_outputs(weight)
         found = shifted(found, self.shift(found), self.axis)
-        errors = [(wanted - twin).square_() for wanted, twin in zip(self.outputs, found, strict=True)]
+        errors = [(wanted - replica).square_() for wanted, replica in zip(self.outputs, found, strict=True)]
         if (weights := self.row_weights()) is not None:
             errors = [error * w[..., None] for error, w in zip(errors, weights, strict=True)]
         return sum(float(error.sum()) for error in errors)
@@ -93,25 +93,25 @@ Watcher = Callable[[Layer], "list[torch.Tensor] | None"]
 
 
 def run(
-    network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watcher, twin: fx.GraphModule | None = None
+    network: fx.GraphModule, plan: Plan, calls: Iterable[Call], watch: Watcher, replica: fx.GraphModule | None = None
 ) -> tuple[Chunks, Chunks]:
     """Run both over `calls` at once.
 
     Args:
-        network: A raised network in eval mode.
-        plan: What the twin quantizes.
+        network: A captured network in eval mode.
+        plan: What the replica quantizes.
         calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
         watch: Called at every convolution and linear layer that is a module, in the order of execution. What it
-            returns replaces the twin's output.
-        twin: What the twin computes with in all that is not watched: a copy of the network with other tensors. None
-            is the network itself.
+            returns replaces the replica's output.
+        replica: What the replica computes with in all that is not watched: a copy of the network with other tensors.
+            None is the network itself.
 
     Returns:
-        The outputs of the network and of the twin, one for each chunk.
+        The outputs of the network and of the replica, one for each chunk.
     """
     inputs = [flat_inputs(network, call) for call in calls]
     with torch.no_grad():
-        return _Twins(network, plan, inputs, watch, twin or network).run()
+        return _Replicas(network, plan, inputs, watch, replica or network).run()
 
 
 def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -126,14 +126,14 @@ def apply(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return result
 
 
-class _Twins:
+class _Replicas:
     def __init__(
         self, network: fx.GraphModule, plan: Plan, inputs: list[list[Any]], watch: Watcher, other: fx.GraphModule
     ) -> None:
         self.network, self.plan, self.watch, self.other = network, plan, watch, other
         self.inputs = inputs
         self.source: dict[fx.Node, Chunks] = {}
-        self.twin: dict[fx.Node, Chunks] = {}
+        self.replica: dict[fx.Node, Chunks] = {}
         self.grids: dict[tuple[fx.Node, Entry], Chunks] = {}
 
     def run(self) -> tuple[Chunks, Chunks]:
@@ -145,45 +145,45 @@ class _Twins:
         for node in self.network.graph.nodes:
             if node.op == "placeholder":
                 self.source[node] = [chunk[placeholders] for chunk in self.inputs]
-                self.twin[node] = self.source[node]
+                self.replica[node] = self.source[node]
                 placeholders += 1
             elif node.op == "output":
                 break
             else:
                 self._step(node)
             for read in [n for n in node.all_input_nodes if last[n] is node] + ([node] if node not in last else []):
-                del self.source[read], self.twin[read]
+                del self.source[read], self.replica[read]
                 for key in [key for key in self.grids if key[0] is read]:
                     del self.grids[key]
         chunks = range(len(self.inputs))
         outputs = [self._arguments(node, self.source, i)[0][0] for i in chunks]
-        return outputs, [self._arguments(node, self.twin, i, self._grid)[0][0] for i in chunks]
+        return outputs, [self._arguments(node, self.replica, i, self._grid)[0][0] for i in chunks]
 
     def _step(self, node: fx.Node) -> None:
         chunks = range(len(self.inputs))
         self.source[node] = [compute(self.network, node, *self._arguments(node, self.source, i)) for i in chunks]
         if node.op == "get_attr":
             own = self.other is not self.network
-            self.twin[node] = [compute(self.other, node, (), {}) for _ in chunks] if own else self.source[node]
+            self.replica[node] = [compute(self.other, node, (), {}) for _ in chunks] if own else self.source[node]
             return
-        arguments = [self._arguments(node, self.twin, i, self._grid) for i in chunks]
+        arguments = [self._arguments(node, self.replica, i, self._grid) for i in chunks]
         what = kind(self.network, node)
         if node.op == "call_module" and what in LAYERS:
-            self.twin[node] = self._layer(node, what, [a[0][0] for a in arguments])
+            self.replica[node] = self._layer(node, what, [a[0][0] for a in arguments])
         elif node.op == "call_module" and (entry := self.plan.entries.get(f"{site(node)}:weight")) is not None:
             module: Any = self.other.get_submodule(str(node.target))
             weight = rounded(module.weight, entry)
-            self.twin[node] = [apply(module, a[0][0], weight, getattr(module, "bias", None)) for a in arguments]
+            self.replica[node] = [apply(module, a[0][0], weight, getattr(module, "bias", None)) for a in arguments]
         else:
-            self.twin[node] = [compute(self.other, node, *a) for a in arguments]
+            self.replica[node] = [compute(self.other, node, *a) for a in arguments]
 
-    def _layer(self, node: fx.Node, what: str, twin_inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _layer(self, node: fx.Node, what: str, replica_inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         module: Any = self.network.get_submodule(str(node.target))
         entry = self.plan.entries.get(f"{site(node)}:weight")
         weight = module.weight if entry is None else rounded(module.weight, entry)
         producer = node.args[0]
         assert isinstance(producer, fx.Node)
-        layer = Layer(site(node), what, module, weight, entry, self.source[producer], twin_inputs, self.source[node])
+        layer = Layer(site(node), what, module, weight, entry, self.source[producer], replica_inputs, self.source[node])
         replaced = self.watch(layer)
         return layer.twin_outputs() if replaced is None else replaced
 
@@ -207,7 +207,7 @@ class _Twins:
 
     def _grid(self, node: fx.Node, entry: Entry, chunk: int) -> torch.Tensor:
         if (node, entry) not in self.grids:
-            self.grids[node, entry] = [rounded(x, entry) for x in self.twin[node]]
+            self.grids[node, entry] = [rounded(x, entry) for x in self.replica[node]]
         found: torch.Tensor = self.grids[node, entry][chunk]
         return found
 
@@ -224,7 +224,7 @@ def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
 def countable(network: fx.GraphModule) -> tuple[str, ...]:
     """Convolution and linear layers that are modules called once: those whose tensors one call alone may change.
 
-    Without those whose rows are chosen by values: few samples or none reach them, and the twin may choose others.
+    Without those whose rows are chosen by values: few samples or none reach them, and the replica may choose others.
     """
     called: dict[str, int] = {}
     for node in network.graph.nodes:

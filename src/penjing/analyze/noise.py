@@ -77,7 +77,7 @@ def isolated(
     """The noise of every operator of the plan, by its site.
 
     Args:
-        network: A raised network in eval mode, in floating point.
+        network: A captured network in eval mode, in floating point.
         plan: What would be quantized.
         calls: Chunks of samples; all intermediate values of one chunk are held at a time.
         progress: Called with operators done and to do.
@@ -111,7 +111,7 @@ def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[C
     Inputs and weights are rounded to bfloat16; products are summed up in float32, as processors do.
 
     Args:
-        network: A raised network in eval mode, in floating point.
+        network: A captured network in eval mode, in floating point.
         names: Sites.
         calls: Chunks of samples.
     """

@@ -199,7 +199,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     if found.sensitivity:
         return _show_sensitivity(found, parsed, out)
     out.print("\n[bold]channels that belong together[/bold]")
-    out.print(table.groups(found.groups, found.held))
+    out.print(table.groups(found.groups, found.not_prunable))
     for runtime, reasons in found.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
         out.print(
@@ -328,10 +328,10 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
         row: dict[str, Any] = {"runtime": name, "installed": runtimes.installed(name), "version": versions.get(name)}
         row |= {"precisions": [], "integer_operators": [], "notes": [f"pip install 'penjing[{name}]'"]}
         if row["installed"]:
-            accelerates = runtimes.get(name).accelerates(machine.instruction_sets)
-            integers = sorted(accelerates.integer) if "int8" in accelerates.precisions else []
-            row |= {"precisions": list(accelerates.precisions), "integer_operators": integers}
-            row["notes"] = list(accelerates.notes)
+            capabilities = runtimes.get(name).capabilities(machine.instruction_sets)
+            integers = sorted(capabilities.integer) if "int8" in capabilities.precisions else []
+            row |= {"precisions": list(capabilities.precisions), "integer_operators": integers}
+            row["notes"] = list(capabilities.notes)
         found.append(row)
     if parsed.json:
         print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))

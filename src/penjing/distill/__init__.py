@@ -1,6 +1,6 @@
 """Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`.
 
-`FewerLayers` and `Student` are steps that make a student; `Stored` is a teacher.
+`FewerLayers` and `Student` are steps that make a student; `TeacherCache` is a teacher.
 """
 
 from penjing.distill.attention import AttentionTransfer
@@ -14,7 +14,7 @@ from penjing.distill.logits import Logits
 from penjing.distill.outputs import Outputs
 from penjing.distill.rkd import RKD
 from penjing.distill.similarity import SimilarityPreserving
-from penjing.distill.stored import Stored
+from penjing.distill.stored import TeacherCache
 from penjing.distill.student import Student
 from penjing.distill.tinybert import TinyBERT
 
@@ -30,7 +30,7 @@ __all__ = [
     "Logits",
     "Outputs",
     "SimilarityPreserving",
-    "Stored",
+    "TeacherCache",
     "Student",
     "TinyBERT",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.errors import TaskError
 from penjing.steps.settings import at_least, check
 
@@ -56,13 +56,13 @@ class AttentionTransfer:
         check(self, weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch.
 
         Raises:
             TaskError: A feature is no picture.
         """
-        for names, values in zip(self.features, lesson.pairs(self.features), strict=True):
+        for names, values in zip(self.features, inputs.pairs(self.features), strict=True):
             if any(value.dim() != 4 for value in values):
                 raise TaskError(
                     "attention transfer looks at pictures",
@@ -71,7 +71,7 @@ class AttentionTransfer:
                     remedy="distill.Hints takes values of any shape",
                 )
 
-        def loss(lesson: Lesson) -> torch.Tensor:
-            return torch.stack([attention_transfer(*pair) for pair in lesson.pairs(self.features)]).sum()
+        def loss(inputs: DistillationInputs) -> torch.Tensor:
+            return torch.stack([attention_transfer(*pair) for pair in inputs.pairs(self.features)]).sum()
 
         return loss

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, check, whole
 
 FOLLOW = 0.1  # how fast the scale follows the samples, a batch
@@ -79,19 +79,19 @@ class CRD:
         check(self, dimensions=whole(), negatives=whole(), temperature=above(0), weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch, a module with two embeddings a pair and the samples that were seen."""
-        return _CRD(self, lesson)
+        return _CRD(self, inputs)
 
 
 class _CRD(nn.Module):
-    def __init__(self, settings: CRD, lesson: Lesson) -> None:
+    def __init__(self, settings: CRD, inputs: DistillationInputs) -> None:
         super().__init__()
         self.settings = settings
-        self.pairs = nn.ModuleList(_Pair(settings, *pair) for pair in lesson.pairs(settings.features))
+        self.pairs = nn.ModuleList(_Pair(settings, *pair) for pair in inputs.pairs(settings.features))
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        pairs = zip(self.pairs, lesson.pairs(self.settings.features), strict=True)
+    def forward(self, inputs: DistillationInputs) -> torch.Tensor:
+        pairs = zip(self.pairs, inputs.pairs(self.settings.features), strict=True)
         return torch.stack([pair(*values) for pair, values in pairs]).sum()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, check
 
 
@@ -64,12 +64,12 @@ class DIST:
         """(student's, teacher's) values inside the networks that are looked at: none."""
         return ()
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        lesson.logits()  # other classes are refused before anything is trained
+        inputs.logits()  # other classes are refused before anything is trained
 
-        def loss(lesson: Lesson) -> torch.Tensor:
-            student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
+        def loss(inputs: DistillationInputs) -> torch.Tensor:
+            student, teacher = (x.reshape(-1, x.shape[-1]) for x in inputs.logits())
             between, within = correlations(student, teacher, self.temperature)
             return self.between * between + self.within * within
 

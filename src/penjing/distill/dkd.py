@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, between, check
 
 _OUT = 1000.0
@@ -79,17 +79,17 @@ class DKD:
         """(student's, teacher's) values inside the networks that are looked at: none."""
         return ()
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        lesson.logits()  # other classes are refused before anything is trained
+        inputs.logits()  # other classes are refused before anything is trained
 
-        def loss(lesson: Lesson) -> torch.Tensor:
-            student, teacher = (x.reshape(-1, x.shape[-1]) for x in lesson.logits())
-            classes = lesson.classes()
+        def loss(inputs: DistillationInputs) -> torch.Tensor:
+            student, teacher = (x.reshape(-1, x.shape[-1]) for x in inputs.logits())
+            classes = inputs.classes()
             there = (classes >= 0) & (classes < student.shape[1])
             if not there.any():
                 return 0.0 * student.sum()
-            grown = min(1.0, lesson.done / self.warmup) if self.warmup else 1.0
+            grown = min(1.0, inputs.done / self.warmup) if self.warmup else 1.0
             student, teacher, classes = student[there], teacher[there], classes[there]
             return grown * decoupled(student, teacher, classes, self.temperature, self.alpha, self.beta)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import at_least, check
 
 
@@ -50,7 +50,7 @@ class HardLabels:
         """(student's, teacher's) values inside the networks that are looked at: none."""
         return ()
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        lesson.logits()  # other classes are refused before anything is trained
-        return lambda lesson: hard_labels(*lesson.logits())
+        inputs.logits()  # other classes are refused before anything is trained
+        return lambda inputs: hard_labels(*inputs.logits())

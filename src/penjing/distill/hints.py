@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.errors import TaskError
 from penjing.steps.settings import at_least, check
 
@@ -49,28 +49,28 @@ class Hints:
         check(self, weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch, a module with one adapter a pair.
 
         Raises:
             TaskError: Values of a pair differ in more than their width, and are no pictures of two sizes.
         """
-        return _Hints(self.features, lesson)
+        return _Hints(self.features, inputs)
 
 
 class _Hints(nn.Module):
-    def __init__(self, features: tuple[tuple[str, str], ...], lesson: Lesson) -> None:
+    def __init__(self, features: tuple[tuple[str, str], ...], inputs: DistillationInputs) -> None:
         super().__init__()
         self.features = features
         self.adapters = nn.ModuleList(
-            _adapter((mine, theirs), lesson.student_features[mine], lesson.teacher_features[theirs])
+            _adapter((mine, theirs), inputs.student_features[mine], inputs.teacher_features[theirs])
             for mine, theirs in features
         )
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
+    def forward(self, inputs: DistillationInputs) -> torch.Tensor:
         parts = []
         for adapter, (mine, theirs) in zip(self.adapters, self.features, strict=True):
-            found, wanted = adapter(lesson.student_features[mine]), lesson.teacher_features[theirs]
+            found, wanted = adapter(inputs.student_features[mine]), inputs.teacher_features[theirs]
             if found.dim() == 4 and found.shape[2:] != wanted.shape[2:]:
                 found = nn.functional.adaptive_avg_pool2d(found, (wanted.shape[2], wanted.shape[3]))
             parts.append(hint(found, wanted))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, check
 
 
@@ -56,7 +56,7 @@ class Logits:
         """(student's, teacher's) values inside the networks that are looked at: none."""
         return ()
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        lesson.logits()  # other classes are refused before anything is trained
-        return lambda lesson: soft_targets(*lesson.logits(), self.temperature)
+        inputs.logits()  # other classes are refused before anything is trained
+        return lambda inputs: soft_targets(*inputs.logits(), self.temperature)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from penjing.distill.logits import soft_targets
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.errors import TaskError
 from penjing.steps.settings import above, at_least, check
 from penjing.tasks.outputs import flatten_outputs
@@ -53,9 +53,9 @@ class Outputs:
         """(student's, teacher's) values inside the networks that are looked at: none."""
         return ()
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        found, wanted = _floats(lesson.student), _floats(lesson.teacher)
+        found, wanted = _floats(inputs.student), _floats(inputs.teacher)
         if [x.shape for x in found] != [x.shape for x in wanted]:
             raise TaskError(
                 "student and teacher have different outputs",
@@ -63,13 +63,13 @@ class Outputs:
                 expected="the same outputs in the same order",
                 remedy="another teacher, or a distillation of features alone, for example distill.Hints"
                 if len(found) <= len(wanted)
-                else "distill.Logits learns from the first output alone, which is what distill.Stored keeps",
+                else "distill.Logits learns from the first output alone, which is what distill.TeacherCache keeps",
             )
 
-        def loss(lesson: Lesson) -> torch.Tensor:
-            if _of_classes(lesson):
-                return soft_targets(*lesson.logits(), self.temperature)
-            return relative_noise(_floats(lesson.student), _floats(lesson.teacher))
+        def loss(inputs: DistillationInputs) -> torch.Tensor:
+            if _of_classes(inputs):
+                return soft_targets(*inputs.logits(), self.temperature)
+            return relative_noise(_floats(inputs.student), _floats(inputs.teacher))
 
         return loss
 
@@ -78,12 +78,12 @@ def _floats(output: object) -> list[torch.Tensor]:
     return [x.float() for x in flatten_outputs(output)[0] if x.is_floating_point()]
 
 
-def _of_classes(lesson: Lesson) -> bool:
+def _of_classes(inputs: DistillationInputs) -> bool:
     """Whether the labels are integers, one for each row of the only output's logits."""
-    outputs, target = _floats(lesson.student), lesson.target
+    outputs, target = _floats(inputs.student), inputs.target
     if len(outputs) != 1 or not isinstance(target, torch.Tensor) or target.is_floating_point():
         return False
     (output,) = outputs
     shape = output.shape
     rows = [shape[:1] + shape[2:], shape[:-1]]
-    return len(shape) > 1 and target.shape in rows and shape[lesson.axis(output)] > 1
+    return len(shape) > 1 and target.shape in rows and shape[inputs.axis(output)] > 1

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import at_least, check
 
 
@@ -76,12 +76,12 @@ class RKD:
         check(self, distance=at_least(0), angle=at_least(0), weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
 
-        def loss(lesson: Lesson) -> torch.Tensor:
+        def loss(inputs: DistillationInputs) -> torch.Tensor:
             parts = []
-            for found, wanted in lesson.pairs(self.features):
+            for found, wanted in inputs.pairs(self.features):
                 a, b = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
                 parts.append(self.distance * distances(a, b) + self.angle * angles(a, b))
             return torch.stack(parts).sum()

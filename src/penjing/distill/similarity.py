@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import at_least, check
 
 
@@ -53,6 +53,6 @@ class SimilarityPreserving:
         check(self, weight=at_least(0))
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        return lambda lesson: torch.stack([similarity_preserving(*pair) for pair in lesson.pairs(self.features)]).sum()
+        return lambda inputs: torch.stack([similarity_preserving(*pair) for pair in inputs.pairs(self.features)]).sum()

@@ -40,7 +40,7 @@ WAIT_S = 60.0  # for another process that is writing
 
 
 @dataclass(frozen=True)
-class Stored:
+class TeacherCache:
     """A teacher for `penjing.Finetune(teacher=...)` that keeps its first output for every sample in a folder.
 
     ``about.json`` says whose answers they are, ``keys.bin`` has 16 bytes a sample, ``answers.bin`` as many floats as
@@ -65,24 +65,24 @@ class Stored:
         fine = isinstance(self.folder, str | Path) and str(self.folder) not in ("", ".")
         if not fine or not isinstance(self.teacher, nn.Module | str | None) or self.teacher in ("", "self"):
             raise RecipeError(
-                "Stored takes a folder and a network",
+                "TeacherCache takes a folder and a network",
                 got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
-                expected='Stored("answers", network), or Stored("answers") to read only',
+                expected='TeacherCache("answers", network), or TeacherCache("answers") to read only',
                 remedy="a .pt2 file or a Hugging Face folder may stand in the network's place",
             )
         object.__setattr__(self, "folder", str(self.folder))
 
-    def opened(self, task: Task) -> Answers:
+    def opened(self, task: Task) -> CachedTeacher:
         """The answers, as a module that is called like the teacher.
 
         Raises:
             TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
             SourceError: The teacher's file is missing, or holds no network.
         """
-        return Answers(self.folder, None if self.teacher is None else opened(self.teacher, task))
+        return CachedTeacher(self.folder, None if self.teacher is None else opened(self.teacher, task))
 
 
-class Answers(nn.Module):
+class CachedTeacher(nn.Module):
     """A teacher's answers: those in the folder are read, others are asked for and written.
 
     Args:
@@ -110,7 +110,7 @@ class Answers(nn.Module):
             self._open(about, name)
         elif not name:
             raise self._wrong(
-                "there are no stored answers", "no about.json", "give the teacher: Stored(folder, network)"
+                "there are no stored answers", "no about.json", "give the teacher: TeacherCache(folder, network)"
             )
         self.register_buffer("of", torch.frombuffer(bytearray(bytes.fromhex(self.name)), dtype=torch.uint8))
 
@@ -231,12 +231,12 @@ class Answers(nn.Module):
             "samples of the training have no stored answer",
             got=f"{missing} of {samples} samples of a batch are not in {self.folder}",
             expected="the data, order of seeds and augmentation that the answers were stored with",
-            remedy="give the teacher, which is then asked: Stored(folder, network)",
+            remedy="give the teacher, which is then asked: TeacherCache(folder, network)",
         )
 
     def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
         remedy = remedy or f"delete {self.folder}; the teacher is asked again"
-        expected = "a folder that Stored(folder, network) wrote for this teacher"
+        expected = "a folder that TeacherCache(folder, network) wrote for this teacher"
         return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
 
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, PenjingError, SourceError, TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.randomness import preserve_rng_state
 from penjing.sources.source import open_file
 from penjing.steps.step import Context
@@ -29,7 +29,7 @@ from penjing.tasks.usercode import suggest_file
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationInputs:
     """What a distillation sees of one batch: the same call of student and teacher.
 
     Attributes:
@@ -110,7 +110,7 @@ class Lesson:
         return self.target.reshape(-1).long()
 
 
-Term = Callable[[Lesson], torch.Tensor]
+DistillationLoss = Callable[[DistillationInputs], torch.Tensor]
 
 
 class Distillation(Protocol):
@@ -126,7 +126,7 @@ class Distillation(Protocol):
         """Pairs of values inside student and teacher that are looked at: sites, or parts of the networks."""
         ...
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """A scalar from a lesson; `lesson` is the first one, for its shapes.
 
         Where it is a module, its parameters are trained beside the student and thrown away at the end.
@@ -135,7 +135,7 @@ class Distillation(Protocol):
 
 
 class Kept(Protocol):
-    """A teacher whose answers are kept: `penjing.distill.Stored`."""
+    """A teacher whose answers are kept: `penjing.distill.TeacherCache`."""
 
     @property
     def teacher(self) -> nn.Module | str | None:
@@ -158,7 +158,7 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
 
     Args:
         teacher: See `penjing.Finetune.teacher`.
-        task: For its example, on which an exported program is raised.
+        task: For its example, on which an exported program is captured.
 
     Raises:
         SourceError: The file is missing, or holds no network.
@@ -179,13 +179,13 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
     with preserve_rng_state():
         try:
             module = open_file(path).module
-            return module if isinstance(module, nn.Module) else raise_network(module, *task.call(), task.dynamic)
+            return module if isinstance(module, nn.Module) else capture_network(module, *task.call(), task.dynamic)
         except PenjingError as error:
             what = f"the teacher: {error.what}"
             raise type(error)(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
 
 
-class Teaching:
+class Distiller:
     """Student and teachers of one training.
 
     Args:
@@ -218,7 +218,7 @@ class Teaching:
             self.release()
             raise
         self.adapters = nn.ModuleList()
-        self.made: dict[str, tuple[float, Term]] = {}
+        self.made: dict[str, tuple[float, DistillationLoss]] = {}
 
     def release(self) -> None:
         """Put the teachers back where they were, in the modes that they were in."""
@@ -228,7 +228,7 @@ class Teaching:
         for part, mode in self.modes:
             part.training = mode
 
-    def of(self, student: nn.Module) -> Teaching:
+    def of(self, student: nn.Module) -> Distiller:
         """The same lessons for another student of the same form, with adapters of its own."""
         found = copy.copy(self)
         found.student = found._student_view(student)
@@ -242,7 +242,7 @@ class Teaching:
         with evaluating(module), cast():
             output = self.student(*args, **kwargs)
             try:
-                lesson = self.lesson(output, None, (args, kwargs), done=0.0)
+                inputs = self.inputs(output, None, (args, kwargs), done=0.0)
             except PenjingError:
                 raise
             except Exception as error:
@@ -259,13 +259,13 @@ class Teaching:
                 word, again = type(distillation).__name__, 1
                 while word in self.made:
                     word, again = f"{type(distillation).__name__} {again + 1}", again + 1
-                self.made[word] = distillation.weight, distillation.term(lesson)
+                self.made[word] = distillation.weight, distillation.loss(inputs)
         self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
-        values = pytree.tree_leaves((lesson.student_features, lesson.student))
+        values = pytree.tree_leaves((inputs.student_features, inputs.student))
         exact = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
         self.adapters.to(self.context.device, torch.float64 if exact else torch.float32).train()
 
-    def lesson(self, output: Any, target: Any, call: Call, done: float) -> Lesson:
+    def inputs(self, output: Any, target: Any, call: Call, done: float) -> DistillationInputs:
         """What the teachers say to the call that the student has just answered."""
         args, kwargs = call
         found = self.student.values() if isinstance(self.student, Tapped) else {}
@@ -273,11 +273,13 @@ class Teaching:
             taught = [model(*args, **kwargs) for model in self.teacher_view]
         wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
         said = taught[0] if len(taught) == 1 else _mean(taught)
-        return Lesson(in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done)
+        return DistillationInputs(
+            in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done
+        )
 
-    def terms(self, lesson: Lesson) -> dict[str, torch.Tensor]:
+    def terms(self, inputs: DistillationInputs) -> dict[str, torch.Tensor]:
         """Every weighted term by the name of its distillation."""
-        return {name: weight * term(lesson) for name, (weight, term) in self.made.items()}
+        return {name: weight * term(inputs) for name, (weight, term) in self.made.items()}
 
     def digest(self) -> str:
         """Of the teachers' weights: a training that goes on has to have the same."""
@@ -291,7 +293,7 @@ class Teaching:
             raise TaskError(
                 "values inside the student can't be read",
                 got=f"a {type(student).__name__}",
-                expected="a raised network, as a recipe trains it",
+                expected="a captured network, as a recipe trains it",
                 remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
             )
         return Tapped(student, names, "student")
@@ -303,7 +305,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
     Raises:
         TaskError: Values inside several teachers are asked for, or inside stored answers.
         RecipeError: There is none by such a name.
-        ExportError: The teacher can't be raised.
+        ExportError: The teacher can't be captured.
     """
     if not names:
         return list(models)
@@ -323,7 +325,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
         )
     if not isinstance(model, fx.GraphModule):
         try:
-            model = raise_network(model, *task.call(), task.dynamic)
+            model = capture_network(model, *task.call(), task.dynamic)
         except ExportError as error:
             what = f"the teacher: {error.what}"
             raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error

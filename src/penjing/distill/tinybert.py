@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from penjing.distill.settings import paired
-from penjing.distill.teaching import Lesson, Term
+from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.errors import RecipeError, TaskError
 from penjing.steps.settings import at_least, check
 
@@ -68,13 +68,13 @@ class TinyBERT:
         """(student's, teacher's) values inside the networks that are looked at."""
         return (*self.hidden, *((f"{mine}:scores", f"{theirs}:scores") for mine, theirs in self.attention))
 
-    def term(self, lesson: Lesson) -> Term:
+    def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch, a module with one linear layer for each pair of other widths.
 
         Raises:
             TaskError: Heads, tokens or dimensions differ.
         """
-        for names, pair in zip(self.features, lesson.pairs(self.features), strict=True):
+        for names, pair in zip(self.features, inputs.pairs(self.features), strict=True):
             mine, theirs = (tuple(value.shape) for value in pair)
             alike = mine[:-1] == theirs[:-1] if names in self.hidden else mine == theirs
             if not alike:
@@ -84,18 +84,18 @@ class TinyBERT:
                     expected="as many heads and tokens" if names[0].endswith(":scores") else "as many tokens",
                     remedy="compare hidden states alone where the heads differ",
                 )
-        return _TinyBERT(self.features, len(self.hidden), lesson)
+        return _TinyBERT(self.features, len(self.hidden), inputs)
 
 
 class _TinyBERT(nn.Module):
-    def __init__(self, features: tuple[tuple[str, str], ...], hidden: int, lesson: Lesson) -> None:
+    def __init__(self, features: tuple[tuple[str, str], ...], hidden: int, inputs: DistillationInputs) -> None:
         super().__init__()
         self.features = features
-        widths = [(a.shape[-1], b.shape[-1]) for a, b in lesson.pairs(features)]
+        widths = [(a.shape[-1], b.shape[-1]) for a, b in inputs.pairs(features)]
         self.adapters = nn.ModuleList(
             nn.Linear(a, b) if i < hidden and a != b else nn.Identity() for i, (a, b) in enumerate(widths)
         )
 
-    def forward(self, lesson: Lesson) -> torch.Tensor:
-        pairs = zip(self.adapters, lesson.pairs(self.features), strict=True)
+    def forward(self, inputs: DistillationInputs) -> torch.Tensor:
+        pairs = zip(self.adapters, inputs.pairs(self.features), strict=True)
         return torch.stack([layer_to_layer(adapter(mine), theirs) for adapter, (mine, theirs) in pairs]).sum()

@@ -1,6 +1,6 @@
 """Raising an exported program into a trainable graph of layers: the one form that every step knows.
 
-A raised network is a `torch.fx.GraphModule`. Layers with parameters (convolution, linear, norms, embedding) and
+A captured network is a `torch.fx.GraphModule`. Layers with parameters (convolution, linear, norms, embedding) and
 dropout are real `torch.nn` modules under their original names; every other operator is a functional node whose
 sizes are literals that can be edited. It trains, evaluates, deep-copies and exports like any module, and in eval
 mode it computes the same bits as its source; where torch would take its fused attention kernel instead
@@ -40,7 +40,7 @@ CHOSEN = "its rows are chosen by values: the calibration data may not reach it"
 CHOOSES = "what it computes decides which rows are taken: a small error takes others"
 
 
-def raise_network(
+def capture_network(
     model: nn.Module | ExportedProgram,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -66,17 +66,17 @@ def raise_network(
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     graph_module = _Raiser(flat, state).build()
-    raised = copy.deepcopy(graph_module)
-    names = raised.meta["renamed"]
+    captured = copy.deepcopy(graph_module)
+    names = captured.meta["renamed"]
     names |= {key: owned.get(names.get(key, key), names.get(key, key)) for key in {**owned, **names}}
-    return raised.eval()
+    return captured.eval()
 
 
 def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.Node] | None:
     """The layer that a functional operator is where it reads stored tensors alone, and what the layer reads.
 
     Args:
-        node: Of a raised network.
+        node: Of a captured network.
         tensors: What the get_attr nodes among its arguments read.
 
     Returns:
@@ -143,8 +143,8 @@ class _Raiser(_Tensors):
             value = node.meta.get("val")
             if node.op == "call_module" and isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
                 node.meta["float"], node.meta["chosen"] = CHOSEN, True
-        raised = fx.GraphModule(attributes, graph, class_name="Network")
-        for node in raised.graph.nodes:
+        captured = fx.GraphModule(attributes, graph, class_name="Network")
+        for node in captured.graph.nodes:
             value = node.meta.get("val")
             node.meta = {key: node.meta[key] for key in ("site", "stack_trace", "float", "chosen") if key in node.meta}
             if isinstance(value, torch.Tensor):
@@ -152,9 +152,9 @@ class _Raiser(_Tensors):
                 node.meta["floating"] = value.is_floating_point()
                 if value.dim() and isinstance(value.shape[-1], int):
                     node.meta["width"] = value.shape[-1]
-        raised.meta["renamed"], raised.meta["folded"] = self.renamed, self.folded
-        raised.recompile()
-        return raised
+        captured.meta["renamed"], captured.meta["folded"] = self.renamed, self.folded
+        captured.recompile()
+        return captured
 
     def _raise(self, node: fx.Node) -> None:
         path = _module_path(node)

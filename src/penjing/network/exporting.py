@@ -1,4 +1,4 @@
-"""Exporting a module with torch, with axes that vary: the way in for sources and the way out for raised networks."""
+"""Exporting a module with torch, with axes that vary: the way in for sources and the way out for captured networks."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Dynamic) -> ExportedProgram:
-    """Export a raised (and edited) network again. Weights are made contiguous first.
+    """Export a captured (and edited) network again. Weights are made contiguous first.
 
     In channels-last memory format, pooling decomposes into ``as_strided``, which runtimes misread.
     """

@@ -1,4 +1,4 @@
-"""Reading the graph of a raised network: what its operators are, how they are called, what they read and compute.
+"""Reading the graph of a captured network: what its operators are, how they are called, what they read and compute.
 
 Every operator has a *site*, a name made of the source's own module paths that survives copies and edits:
 ``"layer1.0.conv1"`` for a layer, ``"layer1.0.conv1@1"`` for its second call, ``"layer1.0/add#0"`` for the first

@@ -1,4 +1,4 @@
-"""A raised network as data that another process builds it from again.
+"""A captured network as data that another process builds it from again.
 
 Pickling a graph module traces it anew, which loses the names of its operators and turns sizes into numbers; here every
 node is written down as it is.
@@ -32,7 +32,7 @@ class _Operator:
 
 @dataclass(frozen=True)
 class Portable:
-    """A raised network that can be pickled; `network` builds it again."""
+    """A captured network that can be pickled; `network` builds it again."""
 
     layers: nn.Module
     nodes: tuple[tuple[str, Any, Any, Any, str, dict[str, Any]], ...]

@@ -1,7 +1,7 @@
 """Products with a stored weight, by whatever operator they were written, become linear layers.
 
 ``x @ w``, ``x @ w.T``, ``w @ x``, ``torch.addmm``, ``mm``, ``mv``, ``inner``, ``tensordot``, ``einsum`` and
-``bilinear`` with a stored operand say what ``F.linear`` says. The graph is rewritten before it is raised; what it
+``bilinear`` with a stored operand say what ``F.linear`` says. The graph is rewritten before it is captured; what it
 computes stays, and the weights that are turned on the way are folded by `penjing.network.stored_weights`.
 
 An `einsum` of more than two tensors, one of them stored, is taken apart into products of two. One of two values is a

@@ -40,7 +40,7 @@ def write(
     """Write `path`; nodes are called by the sites of the network, inputs by the parameters of its forward.
 
     Args:
-        network: A raised network, frozen where it is quantized.
+        network: A captured network, frozen where it is quantized.
         call: Example inputs (args, kwargs).
         dynamic: See `Task.dynamic`.
         outputs: Names of the flat outputs.

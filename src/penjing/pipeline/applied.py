@@ -20,7 +20,7 @@ from penjing.network.naming import free_name
 from penjing.network.wrappers import unwrapped
 from penjing.pipeline import questions
 from penjing.pipeline import request as requests
-from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.repeatable import capture_repeatable
 from penjing.randomness import seed_everything
 from penjing.recipes.recipe import Recipe
 from penjing.sources.source import Source, in_single_precision
@@ -107,13 +107,13 @@ def apply(
         warnings.warn(told, stacklevel=4)
     before = drafted(model) if _META in _meta(model) else None
     name = type(model).__name__ if before is None else before.name
-    draft = Draft(raise_repeatable(replace(source, name=name), task)) if before is None else before.draft
+    draft = Draft(capture_repeatable(replace(source, name=name), task)) if before is None else before.draft
     recipe = requests.with_teachers(recipe, task)
     requests.check_recipe(recipe, draft.network, task, seed)
     planned = None
     if runtime is not None:
-        planned = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets)
-    context = Context(task=task, seed=seed, device=device, accelerates=planned, source=draft.network)
+        planned = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    context = Context(task=task, seed=seed, device=device, capabilities=planned, source=draft.network)
     for step in recipe:
         draft = step(draft, context)
     steps = ([] if before is None else before.recipe) + recipe.to_data()

@@ -172,7 +172,7 @@ def _weight_bytes(network: fx.GraphModule, found: Mapping[str, fx.Node], row: La
 
 def _why_float(kind: str, planned: str, executed: str | None, runtime: str) -> str:
     if planned != "int8":
-        kernels = runtimes.get(runtime).accelerates(measure.machine(1).instruction_sets).integer
+        kernels = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets).integer
         return "no edge of it is quantized" if kind in kernels else f"{runtime} has no integer kernel for {kind}"
     if kind in TABLES:
         return LOOKED_UP

@@ -74,7 +74,7 @@ def _variants(prepared: Prepared) -> list[Variant]:
     return [
         Variant(name, precision)
         for name in prepared.order.runtimes
-        for precision in runtimes.get(name).accelerates(prepared.run.instruction_sets).precisions
+        for precision in runtimes.get(name).capabilities(prepared.run.instruction_sets).precisions
         if quantizes or precision not in INTEGER
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from penjing import measure
 from penjing.errors import TaskError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.timing import timed
@@ -75,7 +75,7 @@ def _other(spec: str, task: Task | None, aside: Path) -> Path:
         if source.example is None:
             raise TaskError("measuring against a source needs an example input", expected="--task", got=spec)
         task = Task(example=source.example)
-    network = raise_network(source.module, *task.call(), task.dynamic)
+    network = capture_network(source.module, *task.call(), task.dynamic)
     args, kwargs = task.call()
     structure = flatten_outputs(network(*args, **kwargs))[1]
     building.build(Draft(network), "torch", "fp32", task, structure, aside)

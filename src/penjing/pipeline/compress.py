@@ -22,7 +22,7 @@ from penjing.pipeline.judging import judge
 from penjing.pipeline.order import Order, runtime_names
 from penjing.pipeline.prepare import prepare
 from penjing.pipeline.timing import measure_all
-from penjing.quantize import AdaRound, Static
+from penjing.quantize import CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
 from penjing.records import Record
 from penjing.records.events import Listener
@@ -124,7 +124,7 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
-    plain = (Static(exclude=tuple(exclude), outliers="ease"), AdaRound())
+    plain = (Static(exclude=tuple(exclude), outliers="ease"), CoordinateRounding())
     steps = Recipe.of(recipe) if recipe is not None else Recipe(*plain)
     order = _order(
         model, task, goal, steps, reference=reference, runtime=runtime, seed=seed, threads=threads, batch=batch,

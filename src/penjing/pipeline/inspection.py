@@ -13,7 +13,7 @@ from torch import fx
 from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
-from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
 from penjing.quantize.placement import place
@@ -38,7 +38,9 @@ class Inspection:
     notes: dict[str, tuple[str, ...]]
     noise: tuple[NoiseRow, ...] = ()
     groups: tuple[GroupRow, ...] = ()
-    held: Mapping[str, str] = field(default_factory=dict)  # tensor and axis of outputs that never change → reason
+    not_prunable: Mapping[str, str] = field(
+        default_factory=dict
+    )  # tensor and axis of outputs that never change → reason
     sensitivity: tuple[SensitivityRow, ...] = ()
 
 
@@ -60,14 +62,14 @@ def inspect(
             or read from there.
     """
     check_forward(source, task)
-    network = raise_repeatable(source, task)
+    network = capture_repeatable(source, task)
     rows = cost(network, task.call())
     parameters = sum(p.numel() for p in network.parameters())
     peak = peak_activation_bytes(network, task.call())
     explained: tuple[NoiseRow, ...] = ()
     if noise is not None:
-        accelerates = runtimes.get(noise).accelerates(measure.machine(1).instruction_sets)
-        context = Context(task=task, accelerates=accelerates, source=network)
+        capabilities = runtimes.get(noise).capabilities(measure.machine(1).instruction_sets)
+        context = Context(task=task, capabilities=capabilities, source=network)
         explained = explain(Draft(network), replace(context, events=events) if events else context)
     coupling = couple(network, task.call())
     groups = tuple(_group_row(network, group, rows) for group in coupling.groups.values())
@@ -89,7 +91,17 @@ def inspect(
     floats, notes = _blockers(network)
     macs = sum(r.macs for r in rows)
     return Inspection(
-        source.name, rows, parameters, macs, int(peak), floats, notes, explained, groups, dict(coupling.held), scan
+        source.name,
+        rows,
+        parameters,
+        macs,
+        int(peak),
+        floats,
+        notes,
+        explained,
+        groups,
+        dict(coupling.not_prunable),
+        scan,
     )
 
 
@@ -123,9 +135,9 @@ def _blockers(network: fx.GraphModule) -> tuple[dict[str, dict[str, str]], dict[
     floats, notes = {}, {}
     for name in runtimes.DEPLOYED:
         if runtimes.installed(name):
-            accelerates = runtimes.get(name).accelerates(sets)
+            capabilities = runtimes.get(name).capabilities(sets)
             mine = copy.deepcopy(network)
-            prepare(mine, accelerates)
-            floats[name] = place(mine, accelerates, {}).floats
-            notes[name] = accelerates.notes
+            prepare(mine, capabilities)
+            floats[name] = place(mine, capabilities, {}).floats
+            notes[name] = capabilities.notes
     return floats, notes

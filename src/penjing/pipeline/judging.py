@@ -139,7 +139,7 @@ def _tell_of_plan(prepared: Prepared, chosen: Candidate | None) -> None:
     plan = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision)).plan
     if plan.remedy and any(isinstance(step, Static) and step.outliers == "ease" for step in prepared.recipe):
         run.warn(f"{chosen.name}: {plan.remedy}")
-    own = runtimes.get(chosen.runtime).accelerates(run.instruction_sets).weight.bits
+    own = runtimes.get(chosen.runtime).capabilities(run.instruction_sets).weight.bits
     bits = min((e.spec.bits for edge, e in plan.entries.items() if edge.endswith(":weight")), default=own)
     if bits < own:
         run.warn(verdicts.narrow_weights(bits, 8, chosen))

@@ -18,7 +18,7 @@ from penjing.pipeline.building import build
 from penjing.pipeline.order import Order
 from penjing.pipeline.questions import Doubt
 from penjing.pipeline.reference import Original
-from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.repeatable import capture_repeatable
 from penjing.pipeline.run import Run
 from penjing.randomness import seed_everything
 from penjing.recipes.recipe import Recipe
@@ -147,9 +147,9 @@ def _started(
     order: Order, opened: Source, original: Original | None, task: Task, folder: RunFolder, machine: Machine
 ) -> Run:
     events = Events(listeners=order.listeners)
-    events("stage", name="raise")
+    events("stage", name="capture")
     start = order.model.draft if isinstance(order.model, Applied) else None
-    network = start.network if start is not None else raise_repeatable(opened, task)
+    network = start.network if start is not None else capture_repeatable(opened, task)
     if task.evaluate is None and task.calibration is not None:
         agrees = (network, "the source") if original is None else (original.network, "the reference")
         task = agreement_task(task, *agrees)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from penjing.analyze.cost import cost
 from penjing.network import weights
 from penjing.pipeline.metrics import metric_of
-from penjing.pipeline.repeatable import raise_repeatable
+from penjing.pipeline.repeatable import capture_repeatable
 from penjing.pipeline.run import Run
 from penjing.records import Measured, Reference
 from penjing.sources.source import check_forward, in_single_precision, open_source
@@ -56,7 +56,7 @@ def original(reference: str | nn.Module | ExportedProgram | None, task: Task) ->
         return None
     opened, task, _ = in_single_precision(open_source(reference), task)
     check_forward(opened, task)
-    network = raise_repeatable(opened, task)
+    network = capture_repeatable(opened, task)
     macs = sum(row.macs for row in cost(network, task.call()))
     return Original(opened.name, network, weights.fingerprint(network), macs)
 

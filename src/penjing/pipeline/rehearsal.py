@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.distill.stored import Answers, Stored
-from penjing.distill.teaching import Teaching, in_fp32, teacher_view, teachers
+from penjing.distill.stored import CachedTeacher, TeacherCache
+from penjing.distill.teaching import Distiller, in_fp32, teacher_view, teachers
 from penjing.network.graph import in_eval_mode
 from penjing.randomness import preserve_rng_state, seed_everything, seed_of
 from penjing.steps.step import Context
@@ -42,8 +42,8 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
     ways = tuple(way for way in training.distillations if not (changed and way.features))
     if training.teacher is not None and not training.distillations:
         ways = training.resolved(context, changed).distillations
-    data = loader(task, training.labels)
-    objective = Objective(task, training.losses, training.labels, training.label_smoothing)
+    data = loader(task, training.task_loss_weight)
+    objective = Objective(task, training.losses, training.task_loss_weight, training.label_smoothing)
     if changed:  # they may look at the network that is trained, which is not there yet
         objective.losses = ()
     count(data, needed=False)
@@ -53,7 +53,7 @@ def rehearse(training: Finetune, network: fx.GraphModule, task: Task, changed: b
     with preserve_rng_state(context.device), same_generators(data):
         if changed and features:
             teacher_view(teachers(network, teacher, context), features, task)
-        teaching = Teaching(network, teacher, ways, context) if ways else None
+        teaching = Distiller(network, teacher, ways, context) if ways else None
         try:
             if teaching:
                 teaching.prepare(nullcontext)
@@ -68,7 +68,7 @@ class _Unwritten(nn.Module):
 
     outputs_only: ClassVar[bool] = True
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: CachedTeacher) -> None:
         super().__init__()
         self.answers, self.teacher, self.shape = answers, answers.teacher, answers.shape
 
@@ -82,7 +82,7 @@ class _Unwritten(nn.Module):
 
 
 def _unwritten(teacher: Any, task: Task) -> Any:
-    return _Unwritten(teacher.opened(task)) if isinstance(teacher, Stored) else teacher
+    return _Unwritten(teacher.opened(task)) if isinstance(teacher, TeacherCache) else teacher
 
 
 def _first_batch(
@@ -90,7 +90,7 @@ def _first_batch(
     network: fx.GraphModule,
     context: Context,
     objective: Objective,
-    teaching: Teaching | None,
+    teaching: Distiller | None,
     data: Iterable[object],
 ) -> None:
     seed_everything(seed := seed_of(context.seed, 0))
@@ -98,7 +98,7 @@ def _first_batch(
     first = None if isinstance(data, Iterator) else next(iter(data), None)  # what is its own iterator is not disturbed
     if first is None:
         return
-    inputs, target = pair(first, training.labels)
+    inputs, target = pair(first, training.task_loss_weight)
     call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
     call, target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(context.device), (call, target))
     for teacher in teaching.teachers if teaching else ():
@@ -109,8 +109,8 @@ def _first_batch(
         with explained("the network", call, target, context.task, place):
             output = (teaching.student if teaching else network)(*call[0], **call[1])
         with explained("the teacher", call, target, context.task, place):
-            lesson = teaching.lesson(output, target, call, 0.0) if teaching else None
+            distilled = teaching.inputs(output, target, call, 0.0) if teaching else None
         with explained("the loss", call, target, context.task, place):
             objective(Batch(call, in_fp32(output), target, network, 0))
-            if teaching and lesson:
-                teaching.terms(lesson)
+            if teaching and distilled:
+                teaching.terms(distilled)

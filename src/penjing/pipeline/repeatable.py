@@ -1,4 +1,4 @@
-"""A network that answers the same when it is asked twice: looked for at the door, in torch and once it is raised.
+"""A network that answers the same when it is asked twice: looked for at the door, in torch and once it is captured.
 
 An artifact has no state between two calls, and a runtime's random numbers are not torch's. A network that draws some,
 or remembers what it was shown, would come out as another network, whose figures are those of one draw.
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penjing.errors import ExportError, SourceError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.pipeline import evidence
 from penjing.randomness import preserve_rng_state
 from penjing.sources.source import Source, forward
@@ -36,11 +36,11 @@ ANSWERS_DB = 60.0
 """Two answers to the same inputs agree to this, as a floating-point artifact has to agree with its source. Kernels
 that add in another order differ by 1e-6 (120 dB); a noise that is meant to be one is far above 1e-3."""
 HALF_DB = {torch.float16: 40.0, torch.bfloat16: 20.0}  # where the source itself rounds to 11 or 8 bits
-SAMPLES = 8  # on which the raised network is compared with the module
+SAMPLES = 8  # on which the captured network is compared with the module
 
 
-def raise_repeatable(source: Source, task: Task) -> fx.GraphModule:
-    """Raise a source that answers the same when it is asked twice, and check that the raised network answers alike.
+def capture_repeatable(source: Source, task: Task) -> fx.GraphModule:
+    """Raise a source that answers the same when it is asked twice, and check that the captured network answers alike.
 
     The source is run in eval mode as it was given; its buffers and attributes and the global generators are put back.
 
@@ -57,10 +57,10 @@ def raise_repeatable(source: Source, task: Task) -> fx.GraphModule:
         module = module.module(check_guards=False)
     with same_state(module) as state, preserve_rng_state(), _plain_attention():
         _check_twice(source.name, module, task, state)
-        network = raise_network(source.module, *task.call(), task.dynamic)
+        network = capture_network(source.module, *task.call(), task.dynamic)
         _check_weights(network)
         state.restore()
-        _check_raised(source.name, module, network, task)
+        _check_captured(source.name, module, network, task)
     return network
 
 
@@ -94,8 +94,8 @@ def _check_twice(name: str, module: nn.Module, task: Task, state: ModuleState) -
     )
 
 
-def _check_raised(name: str, module: nn.Module, network: fx.GraphModule, task: Task) -> None:
-    """The raised network agrees with itself and with the module, on samples of another number than it was raised on."""
+def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task: Task) -> None:
+    """The captured network agrees with itself and with the module, on another number of samples than the example."""
     call, genuine = _inputs(task, SAMPLES)
     wanted = _answers(module, call, name)
     if genuine:
@@ -186,7 +186,7 @@ def _decibels(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _least(module: nn.Module, call: Call) -> float:
-    """Decibels to which the raised network has to agree: fewer where the module computes in half precision."""
+    """Decibels to which the captured network has to agree: fewer where the module computes in half precision."""
     tensors = [*module.parameters(), *module.buffers(), *pytree.tree_leaves(call)]
     kinds = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
     return min([ANSWERS_DB, *(db for kind, db in HALF_DB.items() if kind in kinds)])
@@ -286,7 +286,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _first_difference(module: nn.Module, network: fx.GraphModule, call: Call, least: float) -> str | None:
-    """The first layer, in the order in which the raised network runs, whose output is not that of the module."""
+    """The first layer, in the order in which the captured network runs, whose output is not that of the module."""
     names = [str(node.target) for node in network.graph.nodes if node.op == "call_module"]
     theirs, ours = (_outputs_of(part, names, call) for part in (module, network))
     for name in dict.fromkeys(names):

@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from penjing.distill import Stored, Student
-from penjing.distill.stored import Answers
+from penjing.distill import Student, TeacherCache
+from penjing.distill.stored import CachedTeacher
 from penjing.distill.teaching import digest, opened
 from penjing.errors import OutputError, TaskError, UsageError
 from penjing.goals.goal import Goal, needs_metric
@@ -112,8 +112,8 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task, seed: int)
                 matches(pattern, names)
         changed = changed or not isinstance(step, Finetune)
         for training in _trainings(step):
-            loader(task, training.labels)
-            Objective(task, training.losses, training.labels, training.label_smoothing)
+            loader(task, training.task_loss_weight)
+            Objective(task, training.losses, training.task_loss_weight, training.label_smoothing)
             features = [pair for way in training.distillations for pair in way.features]
             if training.teacher is None:
                 Tapped(network, [theirs for _, theirs in features], "teacher")
@@ -174,7 +174,7 @@ def with_teachers(recipe: Recipe, task: Task) -> Recipe:
     found: dict[str, nn.Module] = {}
 
     def one(teacher: Any) -> Any:
-        if isinstance(teacher, Stored):
+        if isinstance(teacher, TeacherCache):
             return dataclasses.replace(teacher, teacher=one(teacher.teacher))
         if not isinstance(teacher, str) or teacher == "self":
             return teacher
@@ -221,7 +221,7 @@ def data_hashes(task: Task, recipe: Recipe) -> dict[str, str]:
     found |= {"train": first} if first is not None else {}
     several = pytree.tree_leaves([training.teacher for step in recipe for training in _trainings(step)])
     models = [opened(one, task) for one in several if one is not None and one != "self"]
-    weights = dict.fromkeys(model.name if isinstance(model, Answers) else digest([model]) for model in models)
+    weights = dict.fromkeys(model.name if isinstance(model, CachedTeacher) else digest([model]) for model in models)
     return found | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(weights, 1)}
 
 

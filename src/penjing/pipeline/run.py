@@ -41,7 +41,7 @@ class Run:
     """One run while it goes on: what every stage needs, its costs and its warnings.
 
     Attributes:
-        network: The source, raised.
+        network: The source, captured.
         start: The draft that the steps begin with, where it is more than the source: with a plan and edits.
         costs: Of all stages, those before an interruption among them.
         trainings: Those that came to their end.
@@ -75,7 +75,7 @@ class Run:
 
     def context(self, runtime: str | None, folder: Path | None) -> Context:
         """What a step is told."""
-        accelerates = runtimes.get(runtime).accelerates(self.instruction_sets) if runtime else None
+        capabilities = runtimes.get(runtime).capabilities(self.instruction_sets) if runtime else None
         trial = Trial(
             runtime=runtime or "torch",
             source=self.network,
@@ -89,7 +89,7 @@ class Run:
             task=self.task,
             seed=self.seed,
             device=self.device,
-            accelerates=accelerates,
+            capabilities=capabilities,
             events=self.events,
             folder=folder,
             source=self.network,

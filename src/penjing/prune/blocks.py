@@ -28,7 +28,7 @@ from penjing.surgery import skip
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Call, calibration_calls
 
-UNITS = ("blocks", "macs", "params", "size_bytes", "latency_ms")
+UNITS = ("blocks", "macs", "params", "size", "latency")
 KEPT = number(above=0, most=1, called="the fraction to keep,")
 
 
@@ -46,8 +46,8 @@ class Blocks:
         blocks: How many are taken out.
         macs: Fraction of the multiply-accumulates that is kept.
         params: Of the parameters.
-        size_bytes: Of the bytes of parameters and buffers.
-        latency_ms: Of the latency, measured in the target runtime.
+        size: Of the bytes of parameters and buffers.
+        latency: Of the latency, measured in the target runtime.
         layers: Also layers without a shortcut whose input and output have one shape, with their norm and activation.
         keep: Layers, or parts of the network, that stay.
         batches: Batches of calibration data on which every candidate is tried.
@@ -60,8 +60,8 @@ class Blocks:
     blocks: int | None = None
     macs: float | None = None
     params: float | None = None
-    size_bytes: float | None = None
-    latency_ms: float | None = None
+    size: float | None = None
+    latency: float | None = None
     layers: bool = False
     keep: tuple[str, ...] = ()
     batches: int = 2
@@ -87,7 +87,7 @@ class Blocks:
     @property
     def per_runtime(self) -> bool:
         """Whether what is taken out depends on the runtime."""
-        return self.latency_ms is not None
+        return self.latency is not None
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft without the blocks that matter least.
@@ -152,7 +152,7 @@ class Blocks:
 
     def _meter(self, draft: Draft, context: Context) -> Callable[[Draft], float]:
         """A function that says which fraction of the cost is left."""
-        if self.unit == "latency_ms":
+        if self.unit == "latency":
             if context.latency is None:
                 raise PruningError(
                     "a latency can only be aimed at in a runtime",
@@ -198,7 +198,7 @@ def _prices(unit: str, network: fx.GraphModule, candidates: Sequence[Bypass], co
     """What every candidate's layers cost: multiply-accumulates, which stand for a latency too, or parameters."""
     if unit == "blocks":
         return dict.fromkeys(candidates, 1.0)
-    if unit in ("macs", "latency_ms"):
+    if unit in ("macs", "latency"):
         each = {row.name: float(row.macs) for row in cost(network, context.task.call())}
     else:
         names = {name for part in candidates for name in part.layers}

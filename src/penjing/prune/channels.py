@@ -31,7 +31,7 @@ from penjing.steps.step import Context
 from penjing.surgery import resize
 from penjing.tasks.task import Call
 
-UNITS = ("macs", "params", "channels", "size_bytes", "latency_ms")
+UNITS = ("macs", "params", "channels", "size", "latency")
 KEPT = number(above=0, most=1, called="the fraction to keep,")
 AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
 
@@ -51,8 +51,8 @@ class Channels:
         macs: Of the multiply-accumulates.
         params: Of the parameters.
         channels: Of the units of all groups that take part (with scope "layer": of each).
-        size_bytes: Of the bytes of parameters and buffers.
-        latency_ms: Of the latency, measured in the target runtime.
+        size: Of the bytes of parameters and buffers.
+        latency: Of the latency, measured in the target runtime.
         criterion: Importance score of a unit, one of `penjing.prune.criteria.OF_UNITS`; "auto" is "taylor" where the
             task has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
         scope: "global" compares units of all groups, "layer" takes the same fraction of each, "sensitivity" what the
@@ -61,7 +61,7 @@ class Channels:
         keep: Layers, or parts of the network, whose outputs stay whole.
         approximate: Also groups that norms and averages take statistics over (a transformer's residual width): what
             is left of them computes something else than before.
-        least: The smallest part of a group that is kept.
+        min_keep: The smallest part of a group that is kept.
         batches: Batches of data that a criterion reads.
         reconstruct: Fit the layers that read what goes to what they computed with it (`penjing.prune.reconstruction`),
             without labels; None does so where the task has calibration data. Layers whose zeros have to stay keep
@@ -75,14 +75,14 @@ class Channels:
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
-    size_bytes: float | None = None
-    latency_ms: float | None = None
+    size: float | None = None
+    latency: float | None = None
     criterion: str = "auto"
     scope: Literal["global", "layer", "sensitivity"] = "global"
     round_to: int | None = None
     keep: tuple[str, ...] = ()
     approximate: bool = False
-    least: float = 0.1
+    min_keep: float = 0.1
     batches: int = 20
     reconstruct: bool | None = None
     precision: str = "fp32"
@@ -104,7 +104,7 @@ class Channels:
             round_to=optional(whole()),
             keep=NAMES,
             approximate=FLAG,
-            least=number(least=0, below=1),
+            min_keep=number(least=0, below=1),
             batches=whole(),
             reconstruct=optional(FLAG),
         )
@@ -112,7 +112,7 @@ class Channels:
     @property
     def per_runtime(self) -> bool:
         """Whether what is removed depends on the runtime."""
-        return self.latency_ms is not None
+        return self.latency is not None
 
     def ranking(self, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
         """The units of a network in the order in which they go."""
@@ -125,7 +125,7 @@ class Channels:
             scope=self.scope,
             batches=self.batches,
             round_to=self.round_to,
-            least=self.least,
+            min_keep=self.min_keep,
             approximate=self.approximate,
         )
 
@@ -146,7 +146,7 @@ class Channels:
             "pruned",
             groups=len(removed),
             units=sum(map(len, removed.values())),
-            held=len(coupling.held),
+            held=len(coupling.not_prunable),
             disagreement=error,
         )
         if not error < AGREEMENT:
@@ -197,7 +197,7 @@ class Channels:
             done = math.log2(ranking.steps / (high - low))
             context.events("progress", label="channels", done=round(done), total=round(math.log2(ranking.steps)))
         removed = ranking.removed(high)
-        if self.unit == "latency_ms":  # measured anew for every group it would take minutes
+        if self.unit == "latency":  # measured anew for every group it would take minutes
             return removed
         for name, fewer in ranking.refills(removed):
             if left(fuller := {**removed, name: fewer}) <= wanted:
@@ -211,7 +211,7 @@ def scanned(
     """What the outputs lose by every group that `Channels` would prune as it is, in the order of its criterion.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         coupling: `penjing.analyze.coupling.couple` of it.
         context: For its data.
         kept: A JSON file that finished groups are written to and read from.
@@ -258,7 +258,7 @@ def disagreement(
 def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precision: str) -> Callable[[Removed], float]:
     """A function that says which fraction of the cost is left."""
     coupling = ranking.coupling
-    if unit == "latency_ms":
+    if unit == "latency":
         if context.latency is None:
             raise PruningError(
                 "a latency can only be aimed at in a runtime",
@@ -279,7 +279,7 @@ def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precisio
     tensors = {n: t for n, t in [*network.named_parameters(), *network.named_buffers()]}
     if unit == "params":
         tensors = dict(network.named_parameters())
-    weight = {name: tensor.element_size() if unit == "size_bytes" else 1 for name, tensor in tensors.items()}
+    weight = {name: tensor.element_size() if unit == "size" else 1 for name, tensor in tensors.items()}
 
     def amount(removed: Removed) -> float:
         values, stored = coupling.sizes(coupling.removed_atoms(removed))
@@ -292,10 +292,10 @@ def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precisio
 
 
 def _in_the_way(step: Channels, ranking: Ranking) -> str:
-    held = ranking.coupling.held
+    held = ranking.coupling.not_prunable
     left_out = [name for name, group in ranking.coupling.groups.items() if group.statistics]
     reasons = [f"{name} ({why})" for name, why in list(held.items())[:3]]
-    texts = [f"least={step.least:g} of every group is kept"] if step.least else []
+    texts = [f"min_keep={step.min_keep:g} of every group is kept"] if step.min_keep else []
     if reasons:
         texts.append(f"held: {', '.join(reasons)}{' …' if len(held) > 3 else ''}")
     if left_out and not step.approximate:

@@ -20,7 +20,7 @@ from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Moment
+from penjing.steps.hooks import TrainingEvent
 from penjing.steps.settings import between, check, whole
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
@@ -66,7 +66,7 @@ class Gradual:
         fine = {
             'criterion="magnitude"': self.step.criterion == "magnitude",
             "a sparsity, and no threshold": self.step.threshold is None,
-            'a pattern with sparsities in between: "free" or blocks': not Pattern.parse(self.step.pattern).of,
+            'a pattern with sparsities in between: "unstructured" or blocks': not Pattern.parse(self.step.pattern).of,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError("Gradual can't raise the sparsity of this step", got=self.step, expected=wrong[0])
@@ -91,7 +91,7 @@ class _Raise:
     end: float
     every: int
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         final = fraction(self.step.sparsity, self.step.pattern)
         sparsity = due(moment, final, self.begin, self.end, self.every)
         if sparsity is None:
@@ -110,7 +110,7 @@ def zero(parameter: torch.Tensor, gone: torch.Tensor, optimizer: torch.optim.Opt
             value.masked_fill_(gone, 0.0)
 
 
-def due(moment: Moment, final: float, begin: float, end: float, every: int) -> float | None:
+def due(moment: TrainingEvent, final: float, begin: float, end: float, every: int) -> float | None:
     """The sparsity that the mask of this moment shall have; None where no mask is due."""
     first, last = math.floor(begin * moment.steps), max(1, math.ceil(end * moment.steps))
     if moment.name != "step" or not first <= moment.step <= last:

@@ -25,7 +25,7 @@ from penjing.prune.channels import Channels
 from penjing.prune.magnitude import Magnitude
 from penjing.prune.masks import Pattern, fraction
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Hook, Moment
+from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.settings import at_least, check, instance, one_of, whole
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros, resize
@@ -88,7 +88,7 @@ class Iterative:
             return
         fine = {
             "a sparsity, and no threshold": self.step.threshold is None,
-            'a pattern with sparsities in between: "free" or blocks': not Pattern.parse(self.step.pattern).of,
+            'a pattern with sparsities in between: "unstructured" or blocks': not Pattern.parse(self.step.pattern).of,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError(
@@ -167,7 +167,7 @@ class Iterative:
 
 def left(step: Channels, start: Draft, draft: Draft, context: Context) -> float:
     """Which fraction of the start is left, in the unit of the step's target."""
-    if step.unit == "latency_ms" and context.latency is not None:
+    if step.unit == "latency" and context.latency is not None:
         before, after = context.latency([start, draft], step.precision)
     else:
         before, after = (_amount(step, d, context) for d in (start, draft))
@@ -207,7 +207,7 @@ class _Note:
 
     part: float
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         if moment.name != "step" or moment.step != max(1, round(self.part * moment.steps)):
             return
         held = moment.network.get_submodule(_EARLY).state_dict()

@@ -33,9 +33,9 @@ class Magnitude:
         sparsity: The fraction of the weights that becomes zero, those included that are zero already; None is what
             the pattern "N:M" says, else one half.
         threshold: Instead of `sparsity`: scores below it go. With "magnitude" that is a weight's size.
-        pattern: "free", "N:M" (for example "2:4") or blocks "RxC"; see `penjing.prune.masks`.
-        scope: "global" compares the weights of all layers, "tensor" those of one layer, "row" those of one output;
-            None is "global" for free weights, else "tensor". "N:M" compares neighbours whatever it says.
+        pattern: "unstructured", "N:M" (for example "2:4") or blocks "RxC"; see `penjing.prune.masks`.
+        scope: "global" compares the weights of all layers, "per_layer" those of one layer, "row" those of one output;
+            None is "global" for unstructured sparsity, else "per_layer". "N:M" compares neighbours whatever it says.
         criterion: One of `penjing.prune.criteria.OF_WEIGHTS`; those with gradients need labelled data and a loss.
         layers: Layers, or parts of the network, that take part; empty takes all, the first and the last too.
         keep: Layers, or parts of the network, that stay as they are.
@@ -48,8 +48,8 @@ class Magnitude:
 
     sparsity: float | None = None
     threshold: float | None = None
-    pattern: str = "free"
-    scope: Literal["global", "tensor", "row"] | None = None
+    pattern: str = "unstructured"
+    scope: Literal["global", "per_layer", "row"] | None = None
     criterion: str = "magnitude"
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Magnitude:
     def _check_threshold(self, threshold: float) -> None:
         fine = {
             "it stands in the place of sparsity": self.sparsity is None,
-            "it is for free weights": Pattern.parse(self.pattern).free,
+            "it is for unstructured sparsity": Pattern.parse(self.pattern).unstructured,
             "random scores have no scale": criteria.CRITERIA[self.criterion].has_scale,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
@@ -102,5 +102,5 @@ class Magnitude:
         """Where weights stay, by their scores; both (out, in, *kernel)."""
         if self.threshold is not None:
             return {name: value >= self.threshold for name, value in found.items()}
-        scope = self.scope or ("global" if Pattern.parse(self.pattern).free else "tensor")
+        scope = self.scope or ("global" if Pattern.parse(self.pattern).unstructured else "per_layer")
         return keep_each(found, fraction(self.sparsity, self.pattern), self.pattern, scope)

@@ -5,7 +5,7 @@ kernel. The larger ones stay. Of equal scores those that stand first go, so the 
 
 | pattern | what goes | source |
 |---|---|---|
-| ``free`` | any weight | Han et al., "Learning both Weights and Connections", NeurIPS 2015 |
+| ``unstructured`` | any weight | Han et al., "Learning both Weights and Connections", NeurIPS 2015 |
 | ``N:M`` | all but N of every M neighbours | Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 |
 | ``RxC`` | whole blocks of R outputs by C inputs | Narang et al., "Block-Sparse Recurrent Neural Networks", 2017 |
 
@@ -25,7 +25,7 @@ import torch
 from penjing.errors import RecipeError
 from penjing.steps.settings import number, require
 
-SCOPES = ("tensor", "row", "global")
+SCOPES = ("per_layer", "row", "global")
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Pattern:
     columns: int = 1
 
     @property
-    def free(self) -> bool:
+    def unstructured(self) -> bool:
         """Whether every weight is for itself."""
         return not self.of and self.rows * self.columns == 1
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read "free", "2:4" or "1x4".
+        """Read "unstructured", "2:4" or "1x4".
 
         Raises:
             RecipeError: It is none of them.
         """
-        if text == "free":
+        if text == "unstructured":
             return cls()
         found = re.fullmatch(r"([1-9]\d*)([:x])([1-9]\d*)", text) if isinstance(text, str) else None
         if found and found[2] == ":" and int(found[1]) < int(found[3]):
@@ -66,7 +66,7 @@ class Pattern:
         raise RecipeError(
             "there is no such pattern of zeros",
             got=repr(text),
-            expected='"free", "N:M" with N below M (for example "2:4"), or a block "RxC" (for example "1x4")',
+            expected='"unstructured", "N:M" with N below M (for example "2:4"), or a block "RxC" (for example "1x4")',
         )
 
 
@@ -95,11 +95,11 @@ def check_scope(scope: str, pattern: str) -> None:
     """Raise RecipeError for a scope that does not exist, or that the pattern has no use for."""
     if scope not in SCOPES:
         raise RecipeError("there is no such scope", got=repr(scope), expected=" or ".join(map(repr, SCOPES)))
-    if scope == "global" and not Pattern.parse(pattern).free:
+    if scope == "global" and not Pattern.parse(pattern).unstructured:
         raise RecipeError(
             f"the pattern {pattern!r} is not compared between layers",
             got="scope='global'",
-            expected="scope='tensor' or scope='row'",
+            expected="scope='per_layer' or scope='row'",
         )
 
 
@@ -123,30 +123,32 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return below | (equal & (equal.cumsum(1) <= missing))
 
 
-def keep(scores: torch.Tensor, sparsity: float, pattern: str = "free", scope: str = "tensor") -> torch.Tensor:
+def keep(
+    scores: torch.Tensor, sparsity: float, pattern: str = "unstructured", scope: str = "per_layer"
+) -> torch.Tensor:
     """True where a weight stays.
 
-    The count is exact: with "free" and the scope "tensor" ⌊sparsity · weights⌋ go, with the scope "row" as many of
-    every output. With blocks it is that part of the whole blocks (with "row": of every row of blocks). With "N:M"
-    the pattern alone says how many.
+    The count is exact: with "unstructured" and the scope "per_layer" ⌊sparsity · weights⌋ go, with the scope "row" as
+    many of every output. With blocks it is that part of the whole blocks (with "row": of every row of blocks). With
+    "N:M" the pattern alone says how many.
 
     Args:
         scores: (out, in, *kernel).
         sparsity: The fraction that goes.
-        pattern: "free", "N:M" or "RxC".
-        scope: "tensor" or "row".
+        pattern: "unstructured", "N:M" or "RxC".
+        scope: "per_layer" or "row".
     """
     read = Pattern.parse(pattern)
     if read.of:
         return _neighbours(scores, read)
-    if not read.free:
+    if not read.unstructured:
         return _blocks(scores, sparsity, read, scope)
-    flat = scores.reshape(1, -1) if scope == "tensor" else scores.reshape(len(scores), -1)
+    flat = scores.reshape(1, -1) if scope == "per_layer" else scores.reshape(len(scores), -1)
     return ~smallest(flat, removed_count(sparsity, flat.shape[1])).reshape(scores.shape)
 
 
 def keep_each(
-    scores: Mapping[str, torch.Tensor], sparsity: float, pattern: str = "free", scope: str = "tensor"
+    scores: Mapping[str, torch.Tensor], sparsity: float, pattern: str = "unstructured", scope: str = "per_layer"
 ) -> dict[str, torch.Tensor]:
     """`keep` of several layers: each for itself, or with the scope "global" the smallest of all together.
 
@@ -179,7 +181,7 @@ def _blocks(scores: torch.Tensor, sparsity: float, pattern: Pattern, scope: str)
         return kept.permute(0, 2, 1).reshape(scores.shape)
     whole = taps[: high * pattern.rows, :, : wide * pattern.columns]
     sums = whole.reshape(high, pattern.rows, taps.shape[1], wide, pattern.columns).sum((1, 4))  # (high, taps, wide)
-    flat = sums.reshape(1, -1) if scope == "tensor" else sums.reshape(high, -1)
+    flat = sums.reshape(1, -1) if scope == "per_layer" else sums.reshape(high, -1)
     gone = smallest(flat, removed_count(sparsity, flat.shape[1])).reshape(high, 1, taps.shape[1], wide, 1)
     spread = gone.expand(-1, pattern.rows, -1, -1, pattern.columns).reshape(whole.shape)
     kept[: high * pattern.rows, :, : wide * pattern.columns] = ~spread

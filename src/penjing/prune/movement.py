@@ -26,7 +26,7 @@ from penjing.prune.gradual import check_schedule, due
 from penjing.prune.masks import check_scope, fraction, keep_each
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Hook, Moment
+from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
@@ -47,8 +47,8 @@ class Movement:
     Attributes:
         sparsity: The fraction of the weights that becomes zero; None is what the pattern "N:M" says, else one half.
         finetune: The training. Scores are as good as it is long.
-        pattern: "free", "N:M" or blocks "RxC"; see `penjing.prune.masks`. "N:M" holds from `begin` on.
-        scope: "tensor" compares the weights of one layer, "row" those of one output, "global" those of all layers.
+        pattern: "unstructured", "N:M" or blocks "RxC"; see `penjing.prune.masks`. "N:M" holds from `begin` on.
+        scope: "per_layer" compares the weights of one layer, "row" those of one output, "global" those of all layers.
         begin: Fraction of the training's steps in which scores are collected and nothing is removed.
         end: Fraction after which the mask stays. Between them the sparsity rises as in `Gradual`.
         every: Steps between two of the masks.
@@ -62,8 +62,8 @@ class Movement:
 
     sparsity: float | None = None
     finetune: Finetune = Finetune()
-    pattern: str = "free"
-    scope: Literal["global", "tensor", "row"] = "tensor"
+    pattern: str = "unstructured"
+    scope: Literal["global", "per_layer", "row"] = "per_layer"
     begin: float = 0.1
     end: float = 0.75
     every: int = 20
@@ -114,7 +114,7 @@ class _Renew:
         """Without the training, whose settings the saved state compares one by one."""
         return identity((self.layers, replace(self.step, finetune=Finetune())))
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         step = self.step
         final = fraction(step.sparsity, step.pattern)
         sparsity = due(moment, final, step.begin, step.end, step.every)

@@ -53,7 +53,7 @@ class Ranking:
         scope: str,
         batches: int,
         round_to: int | None,
-        least: float,
+        min_keep: float,
         approximate: bool,
     ) -> Ranking:
         """Score all units; the settings are those of `Channels`, `unit` the name of its target."""
@@ -61,7 +61,8 @@ class Ranking:
         if not groups:
             raise PruningError(
                 "the network has no channels that can be removed",
-                got="; ".join(f"{k}: {v}" for k, v in list(coupling.held.items())[:3]) or "no layer with channels",
+                got="; ".join(f"{k}: {v}" for k, v in list(coupling.not_prunable.items())[:3])
+                or "no layer with channels",
                 remedy="approximate=True takes those that norms look at, too"
                 if coupling.groups
                 else "`penjing inspect` shows the reason for every layer",
@@ -78,10 +79,10 @@ class Ranking:
             scores = {name: value / prices[name] for name, value in scores.items()}
         else:
             scores = criteria.relative(scores)
-        accelerates = context.accelerates
-        round_to = round_to or (accelerates.channel_multiple if accelerates else 8)
+        capabilities = context.capabilities
+        round_to = round_to or (capabilities.channel_multiple if capabilities else 8)
         multiple = {name: _multiple(group, round_to) for name, group in groups.items()}
-        most = {n: g.units - max(1, multiple[n], math.ceil(least * g.units)) for n, g in groups.items()}
+        most = {n: g.units - max(1, multiple[n], math.ceil(min_keep * g.units)) for n, g in groups.items()}
         order = sorted(
             ((name, unit) for name, value in scores.items() for unit in range(len(value))),
             key=lambda u: (scores[u[0]][u[1]], u),
@@ -151,7 +152,7 @@ def _by_sensitivity(
 def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Context) -> dict[str, float]:
     """What one unit of a group costs: multiply-accumulates, which stand for a latency too, or numbers that it holds."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    rows = cost(network, context.task.call()) if unit in ("macs", "latency_ms") else ()
+    rows = cost(network, context.task.call()) if unit in ("macs", "latency") else ()
     macs = {row.name: row.macs for row in rows}
     prices: dict[str, float] = {}
     for name, group in coupling.groups.items():

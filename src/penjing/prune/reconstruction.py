@@ -93,7 +93,7 @@ def reconstructed(
     times, share their weights, or have more than `LARGEST` inputs.
 
     Args:
-        network: A raised network in eval mode; it stays as it is.
+        network: A captured network in eval mode; it stays as it is.
         coupling: `penjing.analyze.coupling.couple` of it.
         removed: Group → units.
         calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
@@ -118,7 +118,7 @@ def reconstructed(
         return layer.twin_outputs(weight, bias)
 
     with torch.no_grad():
-        lockstep.run(network, Plan(), calls, watch, twin=copied)
+        lockstep.run(network, Plan(), calls, watch, replica=copied)
         for name, value in parameters.items():
             copied.get_parameter(name).copy_(value)
     return copied
@@ -155,12 +155,14 @@ def _fitted(
     read = torch.tensor([i for i in range(weight.shape[1]) if i not in columns])
     made = torch.tensor([i for i in range(weight.shape[0]) if i not in rows])
     size = len(read) * weight[0, 0].numel()
-    if size > LARGEST or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.twin_inputs):
+    if size > LARGEST or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.replica_inputs):
         return weight, bias
     gram = torch.zeros(2, size + (bias is not None), size + (bias is not None), dtype=torch.float64)
     cross = torch.zeros(2, len(made), gram.shape[1], dtype=torch.float64)
     sample = 0
-    for inputs, wanted, found in zip(layer.twin_inputs, layer.outputs, layer.twin_outputs(weight, bias), strict=True):
+    for inputs, wanted, found in zip(
+        layer.replica_inputs, layer.outputs, layer.twin_outputs(weight, bias), strict=True
+    ):
         if inputs.dim() < 2:
             return weight, bias  # one row that is the same for every sample
         unfolded = 4 * size * wanted[0, 0].numel() if weight.dim() == 4 else 0  # bytes a sample

@@ -30,7 +30,7 @@ from penjing.analyze.coupling import Coupling, Group, couple
 from penjing.errors import PruningError
 from penjing.prune.weights import prunable
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Moment
+from penjing.steps.hooks import TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.settings import FLAG, NAMES, above, check, instance, one_of
 from penjing.steps.step import Context
@@ -216,7 +216,7 @@ def penalty_for(step: Regularized, network: fx.GraphModule, context: Context) ->
 
 
 def _held(coupling: Coupling, step: Regularized) -> str:
-    reasons = "; ".join(f"{name}: {why}" for name, why in list(coupling.held.items())[:3])
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(coupling.not_prunable.items())[:3])
     left_out = [name for name, group in coupling.groups.items() if group.statistics and not step.approximate]
     texts = [reasons] if reasons else []
     texts += [f"approximate=True frees {', '.join(left_out[:3])}"] if left_out else []
@@ -272,7 +272,7 @@ class _Pull:
         return identity(replace(self.step, finetune=Finetune()))
 
     @torch.no_grad()
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         if moment.name != "gradients":
             return
         grown = (moment.step + 1) / moment.steps if self.step.growing else 1.0

@@ -80,7 +80,7 @@ def scan(
     """Prune every group alone, several times, and see what the outputs lose.
 
     Args:
-        network: A raised network; it stays as it is.
+        network: A captured network; it stays as it is.
         coupling: Its groups.
         ranked: Group → its units, the first to go first; groups that are not named are left out.
         context: For its data; reports progress.

@@ -30,7 +30,8 @@ from penjing.tasks.task import Call, calibration_calls
 UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
 CHUNK = 16  # samples that run through the network together
 NOT_BLOCKS = Rule(
-    lambda text: (read := Pattern.parse(text)).free or bool(read.of), '"free" or "N:M"; Magnitude and Wanda know blocks'
+    lambda text: (read := Pattern.parse(text)).unstructured or bool(read.of),
+    '"unstructured" or "N:M"; Magnitude and Wanda know blocks',
 )
 
 
@@ -49,7 +50,7 @@ class SparseGPT:
     Attributes:
         sparsity: The fraction of a layer's weights (of a grouped convolution: of every group's) that becomes zero;
             None is what the pattern "N:M" says, else one half.
-        pattern: "free" or "N:M" (for example "2:4").
+        pattern: "unstructured" or "N:M" (for example "2:4").
         block: Columns among which weights are compared, and whose updates the later ones get together.
         damping: Added to the diagonal of H, as a fraction of its mean.
         layers: Layers, or parts of the network, that take part; empty takes all.
@@ -62,7 +63,7 @@ class SparseGPT:
     for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
-    pattern: str = "free"
+    pattern: str = "unstructured"
     block: int = 128
     damping: float = 0.01
     layers: tuple[str, ...] = ()
@@ -94,7 +95,7 @@ class SparseGPT:
         def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
             if layer.site not in reached:
                 return None
-            found[layer.site] = self._pruned(layer.module, layer.twin_inputs)
+            found[layer.site] = self._pruned(layer.module, layer.replica_inputs)
             context.events("progress", label="SparseGPT", done=len(found), total=len(reached))
             return layer.twin_outputs(found[layer.site])
 
@@ -138,7 +139,7 @@ def prune_columns(
     Args:
         weight: (groups, rows, columns), float64; what is zero stays zero.
         hessian: X·Xᵀ of each group, (groups, columns, columns), float64.
-        sparsity: The fraction that goes where the pattern is free.
+        sparsity: The fraction that goes where the pattern is unstructured.
         pattern: Free, or N of every M neighbours among `width` columns.
         width: Columns come in runs of so many neighbours: the input channels at one position of a kernel.
         block: Columns whose zeros are chosen together.
@@ -151,7 +152,7 @@ def prune_columns(
         here, inside = weight[:, :, first:last].clone(), factor[:, first:last, first:last]
         pivots = inside.diagonal(dim1=1, dim2=2)
         zero, errors = given[:, :, first:last].clone(), torch.zeros_like(here)
-        if pattern.free:
+        if pattern.unstructured:
             count = removed_count(sparsity, weight.shape[1] * last) - removed
             removed += count
             zero |= _cheapest(here, pivots, zero, count)

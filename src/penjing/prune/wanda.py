@@ -38,7 +38,7 @@ class Wanda:
     Attributes:
         sparsity: The fraction of every output's weights that becomes zero; None is what the pattern "N:M" says, else
             one half.
-        pattern: "free", "N:M" (for example "2:4") or blocks "RxC", compared within a row of blocks.
+        pattern: "unstructured", "N:M" (for example "2:4") or blocks "RxC", compared within a row of blocks.
         layers: Layers, or parts of the network, that take part; empty takes all.
         keep: Layers, or parts of the network, that stay as they are.
         batches: At most so many calibration batches are read, in one pass; sums alone are held.
@@ -49,7 +49,7 @@ class Wanda:
     for_floats: ClassVar[bool] = True
 
     sparsity: float | None = None
-    pattern: str = "free"
+    pattern: str = "unstructured"
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     batches: int = 20

@@ -28,7 +28,7 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
     not connections. A weight that several layers share counts once.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         layers: Layers, or parts of the network; empty takes all.
         keep: Layers, or parts of the network, that are left out.
 

@@ -1,8 +1,8 @@
 """Quantization: fewer bits for weights and activations. One method, one file."""
 
-from penjing.quantize.adaround import AdaRound
 from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.dynamic import Dynamic
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.mixed import MixedPrecision
@@ -14,7 +14,7 @@ from penjing.quantize.static import Static
 
 __all__ = [
     "QAT",
-    "AdaRound",
+    "CoordinateRounding",
     "Best",
     "BiasCorrection",
     "CrossLayerEqualization",

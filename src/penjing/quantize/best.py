@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from penjing.analyze import noise
 from penjing.analyze.samples import split
 from penjing.network.graph import kind, site
-from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.qat import QAT
 from penjing.quantize.smoothquant import SmoothQuant
@@ -28,8 +28,9 @@ GAIN_DB = 0.3  # less is within what other samples would change
 class Best:
     """Quantize, and try the repairs from the cheapest to the dearest; each stays if the outputs gain by it.
 
-    In this order: `BiasCorrection`, `AdaRound`, additions in floating point (where the runtime is not slower by it,
-    or nothing tells), `SmoothQuant`, `CrossLayerEqualization`, `QAT` without labels for the minutes that are left.
+    In this order: `BiasCorrection`, `CoordinateRounding`, additions in floating point (where the runtime is not slower
+    by it, or nothing tells), `SmoothQuant`, `CrossLayerEqualization`, `QAT` without labels for the minutes that are
+    left.
     A third of the calibration data judges and is not fitted; the winner is made again from all of it.
 
     Attributes:
@@ -89,7 +90,7 @@ class _Search:
 
     def run(self) -> None:
         self.attempt("Static", _Trial(), always=True)
-        for repair in (BiasCorrection(), AdaRound()):
+        for repair in (BiasCorrection(), CoordinateRounding()):
             self.attempt(type(repair).__name__, replace(self.best, after=(repair,)))
         adds = tuple(site(n) for n in self.draft.network.graph.nodes if kind(self.draft.network, n) == "add")
         made = self._made(replace(self.best, floats=()), self.fitting).plan

@@ -41,7 +41,7 @@ class Couple:
 
 
 def couples(network: fx.GraphModule, call: Call, sources: Iterable[str], readers: Iterable[str]) -> list[Couple]:
-    """All couples of a raised network, in the order of execution.
+    """All couples of a captured network, in the order of execution.
 
     Args:
         network: In eval mode.

@@ -17,7 +17,7 @@ from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize.placement import CHECKED
 from penjing.quantize.static import fitting, for_layer, matches, stored_entry
 from penjing.steps.draft import Draft
-from penjing.steps.plan import GENERIC, Accelerates, Entry, Plan, QuantSpec
+from penjing.steps.plan import GENERIC, Capabilities, Entry, Plan, QuantSpec
 from penjing.steps.settings import NAMES, check, one_of, whole
 from penjing.steps.step import Context
 from penjing.surgery import own_weights, recurrent
@@ -48,7 +48,7 @@ class Dynamic:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with a plan; its network is the same but for tied weights that are read turned."""
-        accelerates = context.accelerates or GENERIC
+        capabilities = context.capabilities or GENERIC
         draft = draft.copy()
         edits = own_weights(draft.network, fitting(self.exclude, draft.network))
         names = list(sites(draft.network))
@@ -58,50 +58,51 @@ class Dynamic:
             name, what = site(node), kind(draft.network, node)
             if name in floats:
                 continue
-            if what in accelerates.stored and node.op == "call_module":
+            if what in capabilities.stored and node.op == "call_module":
                 table: Any = draft.network.get_submodule(str(node.target))
-                entries[f"{name}:weight"] = self._weight(table.weight, accelerates, table)
+                entries[f"{name}:weight"] = self._weight(table.weight, capabilities, table)
             if what not in (*CHECKED, *RECURRENT) and not multiplies(draft.network, node):
                 continue
-            if (reason := _refusal(draft.network, node, what, accelerates)) is not None:
+            if (reason := _refusal(draft.network, node, what, capabilities)) is not None:
                 floats[name] = reason
                 continue
-            assert accelerates.dynamic is not None
-            entries[f"{name}:in0"] = Entry(accelerates.dynamic)
+            assert capabilities.dynamic is not None
+            entries[f"{name}:in0"] = Entry(capabilities.dynamic)
             if what in RECURRENT:
                 matrices = recurrent.weights(draft.network, node)
-                entries |= {edge: self._weight(weight, accelerates) for edge, weight in matrices.items()}
+                entries |= {edge: self._weight(weight, capabilities) for edge, weight in matrices.items()}
             else:
                 layer: Any = draft.network.get_submodule(str(node.target))
-                entries[f"{name}:weight"] = self._weight(layer.weight, accelerates)
+                entries[f"{name}:weight"] = self._weight(layer.weight, capabilities)
         plan = Plan(dict(sorted(entries.items())), floats)
         return replace(draft, plan=plan, edits=draft.edits + edits)
 
-    def _weight(self, weight: torch.Tensor, accelerates: Accelerates, layer: nn.Module | None = None) -> Entry:
-        bits = min(self.weight_bits, accelerates.weight.bits)
-        spec: QuantSpec = replace(accelerates.weight, bits=bits, range=self.weight_range)
+    def _weight(self, weight: torch.Tensor, capabilities: Capabilities, layer: nn.Module | None = None) -> Entry:
+        bits = min(self.weight_bits, capabilities.weight.bits)
+        spec: QuantSpec = replace(capabilities.weight, bits=bits, range=self.weight_range)
         return stored_entry(weight, spec if layer is None else for_layer(spec, layer))
 
 
-def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
+def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Capabilities) -> str | None:
     """Why a node stays in floating point; None when it is quantized."""
     if what in RECURRENT:
-        if what not in accelerates.recurrent:
-            refusal = f"{accelerates.runtime} has no integer kernel for {what} that takes its ranges at run time"
-            return f"{refusal}: quantize.Static has them from calibration" if what in accelerates.integer else refusal
+        if what not in capabilities.recurrent:
+            refusal = f"{capabilities.runtime} has no integer kernel for {what} that takes its ranges at run time"
+            return f"{refusal}: quantize.Static has them from calibration" if what in capabilities.integer else refusal
         return recurrent.refusal(network, node)
     if what != "linear":
         return "its range would be taken at run time, and that is done for linear and recurrent layers alone"
     if node.op != "call_module":
         return "its weight is computed, not stored"
-    if accelerates.dynamic is None:
-        return f"{accelerates.runtime} takes no ranges at run time on this processor"
+    if capabilities.dynamic is None:
+        return f"{capabilities.runtime} takes no ranges at run time on this processor"
     layer = network.get_submodule(str(node.target))
     assert isinstance(layer, nn.Linear)
-    group = accelerates.dynamic.group
+    group = capabilities.dynamic.group
     if group is not None and layer.in_features % group:
         return (
-            f"its {layer.in_features} inputs are no multiple of the {group} that share a scale in {accelerates.runtime}"
+            f"its {layer.in_features} inputs are not a multiple of the {group} that share a scale in "
+            f"{capabilities.runtime}"
         )
     if layer.weight.dtype != torch.float32:
         return f"its weight is {layer.weight.dtype}"

@@ -7,7 +7,7 @@ import math
 from penjing.analyze import lockstep, noise
 from penjing.analyze.samples import chunks, part, split
 from penjing.network.graph import kind, sites
-from penjing.quantize.adaround import AdaRound
+from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.placement import carries
 from penjing.quantize.static import Static
 from penjing.records import NoiseRow
@@ -20,7 +20,7 @@ FAINT = 1e-4  # noise over signal, 40 dB: fewer answers change by it than by bfl
 
 
 def explain(draft: Draft, context: Context, static: Static | None = None) -> tuple[NoiseRow, ...]:
-    """The noise of every quantized operator alone, before and after `AdaRound`, on calibration samples held out.
+    """The noise of every quantized operator alone, before and after `CoordinateRounding`, on held-out samples.
 
     Args:
         draft: A network that is not quantized yet.
@@ -29,16 +29,16 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
     """
     fitting, held = split(context)
     plain = (static or Static())(draft, fitting)
-    repaired = AdaRound()(plain, fitting)
+    repaired = CoordinateRounding()(plain, fitting)
     few = [part(call, 0, 4) for call in held[: SAMPLES // 4]]
 
     def progress(done: int, total: int) -> None:
         context.events("progress", label="noise of every operator", done=done, total=total)
 
-    nodes, accelerates = sites(plain.network), context.accelerates or GENERIC
+    nodes, capabilities = sites(plain.network), context.capabilities or GENERIC
     before = noise.isolated(plain.network, plain.plan, few, progress)
     # What only moves values brings the noise of its reader a second time.
-    before = {name: alone for name, alone in before.items() if not carries(plain.network, nodes[name], accelerates)}
+    before = {name: alone for name, alone in before.items() if not carries(plain.network, nodes[name], capabilities)}
     after = noise.isolated(plain.network, plain.plan, few, progress, repaired.network)
     ranges = _clipped(plain, context)
     total = sum(after[name].total for name in before) or 1.0

@@ -41,7 +41,7 @@ def behind(
     """Labels of the result of `user`, which reads `node`; None when scaling the channels does not scale the result.
 
     Args:
-        network: The raised network.
+        network: The captured network.
         sizes: Of all its values.
         node: The value that is labelled.
         user: An operator that reads it.

@@ -26,8 +26,8 @@ from penjing.analyze import noise
 from penjing.analyze.samples import part, split
 from penjing.errors import RecipeError, UsageError
 from penjing.network.graph import shapes, sites, tensor_inputs
-from penjing.quantize.adaround import AdaRound
 from penjing.quantize.choice import FLOAT, Costs, solve
+from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.placement import carries
 from penjing.quantize.static import Static
 from penjing.steps.draft import Draft
@@ -52,7 +52,7 @@ BITS = Rule(
 class MixedPrecision:
     """Choose every operator's bits: the least noise within a latency or a mean of bits, or the fastest within a noise.
 
-    Exactly one limit is given. Instead of `Static`; weights are rounded by `AdaRound` at the end.
+    Exactly one limit is given. Instead of `Static`; weights are rounded by `CoordinateRounding` at the end.
 
     Attributes:
         latency_ms: Largest latency in the target runtime, as measured on the whole network.
@@ -113,7 +113,7 @@ class MixedPrecision:
         if self._timed and context.profile is None:
             raise UsageError(
                 "a latency can only be held in a runtime that times its operators",
-                got=context.accelerates.runtime if context.accelerates else "no runtime",
+                got=context.capabilities.runtime if context.capabilities else "no runtime",
                 expected="openvino, through pj.run or penjing compress",
             )
         precisions = self._precisions(context)
@@ -141,12 +141,12 @@ class MixedPrecision:
         for name, bits in best.chosen.items():
             context.events("bits", site=name, bits=bits or "float", precision=best.precision)
         final = {bits: self._static(bits)(draft, context) for bits in self.weight_bits}
-        made = AdaRound()(_planned(final, best.chosen), context)
+        made = CoordinateRounding()(_planned(final, best.chosen), context)
         return replace(made, plan=replace(made.plan, precision=best.precision))
 
     def _precisions(self, context: Context) -> tuple[str, ...]:
         """What the rest may be computed in: the artifacts' precisions to choose from."""
-        there = [p for p in (context.accelerates or GENERIC).precisions if p in INTEGERS]
+        there = [p for p in (context.capabilities or GENERIC).precisions if p in INTEGERS]
         if not there or self.precision not in ("auto", *there):
             raise UsageError(
                 "MixedPrecision(precision=...) is not to be had in this runtime on this processor",
@@ -170,7 +170,7 @@ class MixedPrecision:
             chosen = chosen or (self._nearest(costs) if not tried else None)
             if chosen is None:
                 break
-            made = AdaRound()(_planned(candidates.drafts, chosen), fitting)
+            made = CoordinateRounding()(_planned(candidates.drafts, chosen), fitting)
             snr = noise.signal_to_noise(candidates.draft.network, insert(made.network, made.plan), held)
             power = 10 ** (-snr / 10) + sum(costs.noise[n][FLOAT] for n, bits in chosen.items() if bits == FLOAT)
             snr = noise.decibels(power)
@@ -267,17 +267,17 @@ def _alone(
 ) -> dict[str, dict[int, float]]:
     """Site → bits → noise of its integers alone, for every operator that there is a choice for.
 
-    Weights are those that AdaRound gives, or, where not `repaired`, rounded to the nearest.
+    Weights are those that CoordinateRounding gives, or, where not `repaired`, rounded to the nearest.
     """
     few = _few(held)
     widest = drafts[max(drafts)]
-    accelerates = fitting.accelerates or GENERIC
+    capabilities = fitting.capabilities or GENERIC
     nodes = sites(widest.network)
     names = [n for n in nodes if any(e.startswith(f"{n}:") for e in widest.plan.entries)]
-    names = [n for n in names if not carries(widest.network, nodes[n], accelerates)]
+    names = [n for n in names if not carries(widest.network, nodes[n], capabilities)]
     alone: dict[str, dict[int, float]] = {n: {} for n in names}
     for bits, draft in drafts.items():
-        rounded = AdaRound()(draft, fitting).network if repaired else None
+        rounded = CoordinateRounding()(draft, fitting).network if repaired else None
         for name, found in noise.isolated(draft.network, draft.plan, few, repaired=rounded).items():
             if name in alone and (f"{name}:weight" in draft.plan.entries or bits == max(drafts)):
                 alone[name][bits] = found.total

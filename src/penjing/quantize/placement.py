@@ -12,7 +12,7 @@ from penjing.analyze.cost import multiplies
 from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
 from penjing.quantize import sentinels
 from penjing.quantize.masking import before_softmax
-from penjing.steps.plan import Accelerates
+from penjing.steps.plan import Capabilities
 from penjing.surgery import recurrent
 
 FIXED = "what it computes is the same for every input: a runtime computes it once"
@@ -44,7 +44,7 @@ class Placement:
 
 def place(
     network: fx.GraphModule,
-    accelerates: Accelerates,
+    capabilities: Capabilities,
     excluded: dict[str, str],
     seen: Mapping[str, frozenset[int]] | None = None,
 ) -> Placement:
@@ -56,7 +56,7 @@ def place(
 
     Args:
         network: Prepared.
-        accelerates: What the runtime computes in integers.
+        capabilities: What the runtime computes in integers.
         excluded: Site → why it is left out.
         seen: Name of a node → signs of the mask's numbers that calibration has shown in its values.
     """
@@ -68,7 +68,7 @@ def place(
         what = kind(network, node)
         if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
-        reason = masked.get(node.name) or _refusal(network, node, what, accelerates)
+        reason = masked.get(node.name) or _refusal(network, node, what, capabilities)
         if reason is None and node in fixed:
             reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
@@ -82,7 +82,7 @@ def place(
     stored = tuple(
         site(n)
         for n in network.graph.nodes
-        if (kind(network, n) in accelerates.stored or n in integer and kind(network, n) in RECURRENT)
+        if (kind(network, n) in capabilities.stored or n in integer and kind(network, n) in RECURRENT)
         and site(n) not in excluded
         and _holds_weights(network, n)
     )
@@ -92,12 +92,12 @@ def place(
             edges[f"{site(node)}:in0"] = tensor_inputs(node)[0].name
             continue
         for port, producer in enumerate(tensor_inputs(node)):
-            _carry(network, accelerates, f"{site(node)}:in{port}", producer, edges, hold)
+            _carry(network, capabilities, f"{site(node)}:in{port}", producer, edges, hold)
     read = frozenset(edges)
     chosen = {site(n) for n in integer}
     for node in integer:
-        if kind(network, node) in accelerates.quantized_output:
-            _quantize_readers(network, accelerates, node, chosen, edges)
+        if kind(network, node) in capabilities.quantized_output:
+            _quantize_readers(network, capabilities, node, chosen, edges)
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
     centred = {edges[f"{site(n)}:in{port}"] for n in integer for port in _without_zero_point(network, n)}
     return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(edges) - read)
@@ -121,15 +121,15 @@ def _holds_weights(network: fx.GraphModule, node: fx.Node) -> bool:
     return recurrent.stores(node)
 
 
-def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Accelerates) -> str | None:
+def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Capabilities) -> str | None:
     """Why a node has no integer kernel; None when it has one."""
     if node.op not in ("call_module", "call_function"):
         return "not an operator"
     if "float" in node.meta:
         return str(node.meta["float"])
-    if what not in accelerates.integer:
-        refusal = f"{accelerates.runtime} has no integer kernel for {what}"
-        if what not in accelerates.recurrent or recurrent.refusal(network, node):
+    if what not in capabilities.integer:
+        refusal = f"{capabilities.runtime} has no integer kernel for {what}"
+        if what not in capabilities.recurrent or recurrent.refusal(network, node):
             return refusal
         return f"{refusal} with ranges from calibration: quantize.Dynamic takes them at run time"
     if what in RECURRENT:
@@ -148,7 +148,7 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, accelerates: Acc
 
 def _carry(
     network: fx.GraphModule,
-    accelerates: Accelerates,
+    capabilities: Capabilities,
     edge: str,
     producer: fx.Node,
     edges: dict[str, str],
@@ -157,7 +157,7 @@ def _carry(
     """Quantize an edge, and the edges before it as long as the operators only move values that are none of a mask's."""
     root = producer
     before: list[str] = []
-    while (what := kind(network, root)) in SILENT or carries(network, root, accelerates):
+    while (what := kind(network, root)) in SILENT or carries(network, root, capabilities):
         chooses = tensor_inputs(root)[0] if root.target is operator.getitem else root
         if tensor_inputs(chooses)[0].name in hold:
             break  # a maximum, say, that passes the mask's numbers over
@@ -168,25 +168,25 @@ def _carry(
         edges[name] = root.name
 
 
-def carries(network: fx.GraphModule, node: fx.Node, accelerates: Accelerates) -> bool:
+def carries(network: fx.GraphModule, node: fx.Node, capabilities: Capabilities) -> bool:
     """Whether nothing but values that went in, or zeros, comes out: every grid holds the zero."""
     what = kind(network, node)
     if node.target is operator.getitem:  # the values of a maximum; the other result says where they are
         source = node.args[0]
-        return isinstance(source, fx.Node) and not node.args[1] and carries(network, source, accelerates)
+        return isinstance(source, fx.Node) and not node.args[1] and carries(network, source, capabilities)
     if what in ("max", "min") and len(tensor_inputs(node)) > 1:
         return False  # of two tensors, element by element
-    if what != "pad" or what not in accelerates.passes:
-        return what in accelerates.passes
+    if what != "pad" or what not in capabilities.passthrough:
+        return what in capabilities.passthrough
     given = arguments(node)
     return given.get("mode", "constant") == "constant" and not given["value"]
 
 
 def _quantize_readers(
-    network: fx.GraphModule, accelerates: Accelerates, node: fx.Node, chosen: set[str], edges: dict[str, str]
+    network: fx.GraphModule, capabilities: Capabilities, node: fx.Node, chosen: set[str], edges: dict[str, str]
 ) -> None:
     end = node
-    while len(end.users) == 1 and kind(network, next(iter(end.users))) in accelerates.absorbs | SILENT:
+    while len(end.users) == 1 and kind(network, next(iter(end.users))) in capabilities.fuses | SILENT:
         end = next(iter(end.users))
     if end is not node and end.op == "output":
         return

@@ -19,7 +19,7 @@ from penjing.distill import Outputs
 from penjing.errors import RecipeError, TaskError
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Hook, Moment
+from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.settings import above, at_least, between, check, one_of
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
@@ -116,7 +116,7 @@ class QAT:
             task = replace(task, train=_Unlabelled(context), loss=None)
         hooks: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
         bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
-        settings = replace(self._settings(hooks), labels=1.0 if task.loss is not None else 0.0)
+        settings = replace(self._settings(hooks), task_loss_weight=1.0 if task.loss is not None else 0.0)
         if self.autocast == "auto" and max(bits, default=8) > 4:
             settings = replace(settings, autocast="off")
         return learned(draft, train(network, replace(context, task=task, source=teacher), settings))
@@ -142,7 +142,7 @@ class _Freeze:
     norms: float
     ranges: float
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         done = moment.step / max(1, moment.steps)
         for module in moment.network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and done >= self.norms:

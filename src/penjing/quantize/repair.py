@@ -1,4 +1,4 @@
-"""What repairs of rounding share: layer by layer a weight for the twin, and a bias that gives its means back."""
+"""What repairs of rounding share: layer by layer a weight for the replica, and a bias that gives its means back."""
 
 from __future__ import annotations
 

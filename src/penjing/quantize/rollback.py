@@ -15,8 +15,8 @@ from penjing.analyze import noise
 from penjing.analyze.samples import part, split
 from penjing.errors import RecipeError, TaskError
 from penjing.network.graph import site, sites, tensor_inputs
-from penjing.quantize.adaround import AdaRound
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.placement import carries
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC
@@ -27,7 +27,7 @@ from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Call
 
 RANKED = 16  # samples that the ranking looks at
-REPAIRS: dict[str, Step | None] = {"adaround": AdaRound(), "bias_correction": BiasCorrection(), "none": None}
+REPAIRS: dict[str, Step | None] = {"adaround": CoordinateRounding(), "bias_correction": BiasCorrection(), "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +142,12 @@ class Rollback:
 
 def _returned(draft: Draft, reasons: dict[str, str], count: int, context: Context) -> Draft:
     """The draft with the first `count` operators in floating point, and with what only carries values to them."""
-    accelerates = context.accelerates or GENERIC
+    capabilities = context.capabilities or GENERIC
     found = sites(draft.network)
     names = dict(list(reasons.items())[:count])
     for name, reason in list(names.items()):
         for producer in tensor_inputs(found[name]):
-            while carries(draft.network, producer, accelerates) and len(producer.users) == 1:
+            while carries(draft.network, producer, capabilities) and len(producer.users) == 1:
                 names[site(producer)] = reason
                 producer = tensor_inputs(producer)[0]
     return replace(draft, plan=draft.plan.without(names))
@@ -168,6 +168,6 @@ def ranking(draft: Draft, repaired: Draft, held: list[Call], context: Context) -
         context.events("progress", label="rank operators", done=done, total=total)
 
     found = noise.isolated(draft.network, draft.plan, few, progress, repaired.network)
-    nodes, accelerates = sites(draft.network), context.accelerates or GENERIC
-    computing = {name: n.total for name, n in found.items() if not carries(draft.network, nodes[name], accelerates)}
+    nodes, capabilities = sites(draft.network), context.capabilities or GENERIC
+    computing = {name: n.total for name, n in found.items() if not carries(draft.network, nodes[name], capabilities)}
     return dict(sorted(computing.items(), key=lambda item: -item[1]))

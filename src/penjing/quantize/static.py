@@ -27,7 +27,7 @@ from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
 from penjing.steps.draft import Draft, Edit
-from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Accelerates, Entry, Formats, Plan, QuantSpec
+from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
 from penjing.steps.settings import FLAG, NAMES, check, one_of, optional, require, whole
 from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
@@ -118,10 +118,10 @@ class Static:
         return eased(quantize, draft, made, context)
 
     def _quantized(self, draft: Draft, context: Context) -> Draft:
-        accelerates = context.accelerates or GENERIC
+        capabilities = context.capabilities or GENERIC
         draft = draft.copy()
         whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) == "attention"]
-        edits = prepare(draft.network, accelerates, self.exclude)
+        edits = prepare(draft.network, capabilities, self.exclude)
         names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # an unfolded one can be named as a whole
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
@@ -129,17 +129,17 @@ class Static:
             matches(pattern, names)
         seen: dict[str, frozenset[int]] = {}  # masks' numbers
         while True:
-            placement = place(draft.network, accelerates, excluded, seen)
+            placement = place(draft.network, capabilities, excluded, seen)
             values, watched = set(placement.edges.values()), to_watch(draft.network, placement)
             statistics, columns = collect(draft.network, values, context, self.samples, watched)
             shown = {name: signs for name in values if (signs := sentinels.standing_out(statistics[name]))}
             if shown.keys() <= seen.keys():
                 break
             seen |= shown
-        entries = self._activations(placement, statistics, accelerates)
-        entries |= self._cells(draft.network, placement, statistics, accelerates)
+        entries = self._activations(placement, statistics, capabilities)
+        entries |= self._cells(draft.network, placement, statistics, capabilities)
         separate = apart(draft.network, placement, entries, statistics, columns)
-        entries |= self._weights(draft.network, placement, entries, accelerates)
+        entries |= self._weights(draft.network, placement, entries, capabilities)
         entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
         plan = Plan(entries, {**placement.floats, **separate.floats})
         return replace(draft, plan=plan, edits=draft.edits + edits)
@@ -150,39 +150,39 @@ class Static:
                 return replace(self, settings={}, **values)
         return self
 
-    def activation_spec(self, accelerates: Accelerates) -> QuantSpec:
+    def activation_spec(self, capabilities: Capabilities) -> QuantSpec:
         """The format of activations in a runtime."""
         spec = replace(
-            accelerates.activation, bits=self.activation_bits, range=self.activation_range, scale=self.scale,
+            capabilities.activation, bits=self.activation_bits, range=self.activation_range, scale=self.scale,
             grid=self.activation_grid,
         )  # fmt: skip
         if self.activation_symmetric is not None:
             # Not narrow: a file has no type of its own for −127..127, and the clip would stand between fused operators.
             spec = replace(spec, symmetric=self.activation_symmetric, signed=self.activation_symmetric, narrow=False)
-        return _legal("activations", spec, accelerates, accelerates.activations)
+        return _legal("activations", spec, capabilities, capabilities.activations)
 
-    def weight_spec(self, accelerates: Accelerates, weight: torch.Tensor) -> QuantSpec:
+    def weight_spec(self, capabilities: Capabilities, weight: torch.Tensor) -> QuantSpec:
         """The format of a weight (out, …) in a runtime."""
-        bits = min(self.weight_bits, accelerates.weight.bits)
-        axis = accelerates.weight.axis if self.weight_per == "channel" else None
+        bits = min(self.weight_bits, capabilities.weight.bits)
+        axis = capabilities.weight.axis if self.weight_per == "channel" else None
         spec = replace(
-            accelerates.weight, bits=bits, range=self.weight_range, scale=self.scale, grid=self.weight_grid, axis=axis
+            capabilities.weight, bits=bits, range=self.weight_range, scale=self.scale, grid=self.weight_grid, axis=axis
         )
         if self.weight_symmetric is not None:
             spec = replace(spec, symmetric=self.weight_symmetric)
         if self.weight_group is not None and weight[0].numel() % self.weight_group == 0:
             spec = replace(spec, axis=0, group=self.weight_group)
-        return _legal("weights", spec, accelerates, accelerates.weights)
+        return _legal("weights", spec, capabilities, capabilities.weights)
 
     def _activations(
-        self, placement: Placement, statistics: Mapping[str, Histogram], accelerates: Accelerates
+        self, placement: Placement, statistics: Mapping[str, Histogram], capabilities: Capabilities
     ) -> dict[str, Entry]:
         found: dict[tuple[str, QuantSpec], Entry] = {}
         entries: dict[str, Entry] = {}
         for edge, value in placement.edges.items():
             mine = self._for(edge.rpartition(":")[0])
-            spec = mine.activation_spec(accelerates)
-            if accelerates.symmetric_products and value in placement.centred and statistics[value].low < 0:
+            spec = mine.activation_spec(capabilities)
+            if capabilities.symmetric_products and value in placement.centred and statistics[value].low < 0:
                 spec = replace(spec, symmetric=True, signed=True, narrow=False)
             if (value, spec) not in found:
                 low, high = estimate(statistics[value], spec)
@@ -192,7 +192,11 @@ class Static:
         return entries
 
     def _weights(
-        self, network: fx.GraphModule, placement: Placement, activations: Mapping[str, Entry], accelerates: Accelerates
+        self,
+        network: fx.GraphModule,
+        placement: Placement,
+        activations: Mapping[str, Entry],
+        capabilities: Capabilities,
     ) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for name in placement.weights:
@@ -200,7 +204,7 @@ class Static:
             layer = network.get_submodule(name.split("@")[0])
             weight, bias = layer.weight, layer.bias
             assert isinstance(weight, torch.Tensor)
-            spec = for_layer(mine.weight_spec(accelerates, weight), layer)
+            spec = for_layer(mine.weight_spec(capabilities, weight), layer)
             scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
             if isinstance(bias, torch.Tensor) and spec.group is None:
                 # A bias is int32 on the grid weight scale × input scale: a dead channel's grid must not be too fine.
@@ -208,14 +212,14 @@ class Static:
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
                 scale = shiftable(scale, spec)
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
-        return entries | self._tables(network, placement.stored, entries, accelerates)
+        return entries | self._tables(network, placement.stored, entries, capabilities)
 
     def _cells(
         self,
         network: fx.GraphModule,
         placement: Placement,
         statistics: Mapping[str, Histogram],
-        accelerates: Accelerates,
+        capabilities: Capabilities,
     ) -> dict[str, Entry]:
         """Of recurrent layers: their matrices (gates·hidden, in) are stored in integers.
 
@@ -228,16 +232,16 @@ class Static:
                 continue
             mine = self._for(name)
             matrices = recurrent.weights(network, node)
-            spec = replace(mine.weight_spec(accelerates, next(iter(matrices.values()))), group=None)
+            spec = replace(mine.weight_spec(capabilities, next(iter(matrices.values()))), group=None)
             if name in placement.floats:
                 entries |= {edge: stored_entry(matrix, spec) for edge, matrix in matrices.items()}
                 continue
-            low, high = estimate(statistics[placement.edges[f"{name}:in0"]], mine.activation_spec(accelerates))
-            entries |= recurrent.entries(network, node, max(-low, high), mine.activation_spec(accelerates), spec)
+            low, high = estimate(statistics[placement.edges[f"{name}:in0"]], mine.activation_spec(capabilities))
+            entries |= recurrent.entries(network, node, max(-low, high), mine.activation_spec(capabilities), spec)
         return entries
 
     def _tables(
-        self, network: fx.GraphModule, names: Iterable[str], layers: Mapping[str, Entry], accelerates: Accelerates
+        self, network: fx.GraphModule, names: Iterable[str], layers: Mapping[str, Entry], capabilities: Capabilities
     ) -> dict[str, Entry]:
         """Of weights that are only stored in integers.
 
@@ -254,13 +258,13 @@ class Static:
             layer: Any = network.get_submodule(name.split("@")[0])
             shared = grids.get(id(layer.weight))
             if shared is None or shared.spec.group is not None:
-                spec = self._for(name).weight_spec(accelerates, layer.weight)
+                spec = self._for(name).weight_spec(capabilities, layer.weight)
                 shared = stored_entry(layer.weight, for_layer(replace(spec, group=None), layer))
             entries[f"{name}:weight"] = shared
         return entries
 
 
-def prepare(network: fx.GraphModule, accelerates: Accelerates, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
+def prepare(network: fx.GraphModule, capabilities: Capabilities, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
     """Edit a network, in place, into the form whose edges are quantized: what stays in floating point is told of it.
 
     Readers of a tied weight that turn it get one of their own, batch norms are folded, and attentions unfolded. What
@@ -268,7 +272,7 @@ def prepare(network: fx.GraphModule, accelerates: Accelerates, exclude: Iterable
     """
     kept = fitting(exclude, network)
     edits = own_weights(network, kept) + fold_batch_norms(network)
-    if "matmul" not in accelerates.integer:
+    if "matmul" not in capabilities.integer:
         return edits
     return edits + unfold_attentions(network, kept)
 
@@ -286,7 +290,7 @@ def stored_entry(weight: torch.Tensor, spec: QuantSpec) -> Entry:
     return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
 
 
-def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Formats) -> QuantSpec:
+def _legal(what: str, spec: QuantSpec, capabilities: Capabilities, formats: Formats) -> QuantSpec:
     """The spec, if the runtime has integer kernels for it.
 
     Raises:
@@ -296,7 +300,7 @@ def _legal(what: str, spec: QuantSpec, accelerates: Accelerates, formats: Format
     if refusal is None:
         return spec
     raise RecipeError(
-        f"{accelerates.runtime} has no integer kernel for {what} of this format",
+        f"{capabilities.runtime} has no integer kernel for {what} of this format",
         got=refusal.got,
         expected=refusal.takes,
         remedy="change the step's settings; pj.apply(recipe, model, task) computes any format, in torch alone",

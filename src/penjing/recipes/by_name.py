@@ -32,7 +32,7 @@ def joint(
     *,
     macs: float | None = None,
     params: float | None = None,
-    latency_ms: float | None = None,
+    latency: float | None = None,
     blocks: int = 0,
     epochs: float = 10.0,
     rounds: int = 2,
@@ -47,7 +47,7 @@ def joint(
     Args:
         macs: Fraction of the multiply-accumulates that is kept; 0.5 where no target is given.
         params: Of the parameters, in its place.
-        latency_ms: Of the latency in the runtime, in its place.
+        latency: Of the latency in the runtime, in its place.
         blocks: Residual blocks that are taken out first. A fraction is of what they leave, and without one all channels
             stay. Where channels are fewer than a processor's vectors hold, a block less saves more time.
         epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers. Of
@@ -63,12 +63,12 @@ def joint(
     Raises:
         RecipeError: A setting makes no sense.
     """
-    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
+    _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
     trained = quantize.QAT(
         epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
     )
-    target = _target(macs, params, latency_ms, blocks)
+    target = _target(macs, params, latency, blocks)
     return _composed(target, "auto", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
 
 
@@ -76,7 +76,7 @@ def label_free(
     *,
     macs: float | None = None,
     params: float | None = None,
-    latency_ms: float | None = None,
+    latency: float | None = None,
     blocks: int = 0,
     epochs: float = 10.0,
     rounds: int = 2,
@@ -92,7 +92,7 @@ def label_free(
     Args:
         macs: As in `joint`.
         params: As in `joint`.
-        latency_ms: As in `joint`.
+        latency: As in `joint`.
         blocks: As in `joint`.
         epochs: As in `joint`.
         rounds: As in `joint`.
@@ -104,12 +104,12 @@ def label_free(
     Raises:
         RecipeError: A setting makes no sense.
     """
-    _check(macs=macs, params=params, latency_ms=latency_ms, blocks=blocks, epochs=epochs, rounds=rounds)
-    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), labels=0.0)
+    _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
+    learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), task_loss_weight=0.0)
     trained = quantize.QAT(
         epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
     )
-    target = _target(macs, params, latency_ms, blocks)
+    target = _target(macs, params, latency, blocks)
     return _composed(target, "jacobian", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
 
 
@@ -127,11 +127,9 @@ def _part(fraction: float, epochs: float) -> float:
     return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999: people read it
 
 
-def _target(macs: float | None, params: float | None, latency_ms: float | None, blocks: int) -> dict[str, float | str]:
+def _target(macs: float | None, params: float | None, latency: float | None, blocks: int) -> dict[str, float | str]:
     given: dict[str, float | str] = {
-        name: value
-        for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms))
-        if value is not None
+        name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None
     }
     return given or ({} if blocks else {"macs": 0.5})
 

@@ -29,7 +29,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,
-    "quantize.AdaRound": quantize.AdaRound,
+    "quantize.CoordinateRounding": quantize.CoordinateRounding,
     "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
     "quantize.SmoothQuant": quantize.SmoothQuant,
     "quantize.SplitOutliers": quantize.SplitOutliers,
@@ -43,12 +43,12 @@ CATALOGUE: dict[str, type[Any]] = {
 
 SETTINGS: dict[str, type[Any]] = {
     "Clip": Clip,
-    **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "term")},
+    **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "loss")},
 }
 """What is not a step but a setting of one, by the name that it has in a YAML recipe."""
 
 
-TEACHERS: dict[str, type[Any]] = {"distill.Stored": distill.Stored}
+TEACHERS: dict[str, type[Any]] = {"distill.TeacherCache": distill.TeacherCache}
 """What stands as the teacher of a step, by the name that it has in a YAML recipe."""
 
 
@@ -120,7 +120,7 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             f"{name} is not a step",
             got=repr(item),
             expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
-            "{clip: {Clip: {}}}, or {teacher: {distill.Stored: {folder: answers}}}",
+            "{clip: {Clip: {}}}, or {teacher: {distill.TeacherCache: {folder: answers}}}",
         )
     if not isinstance(name, str) or name not in catalogue:
         whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)

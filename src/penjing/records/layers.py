@@ -94,7 +94,7 @@ class NoiseRow:
     name: str
     kind: str
     weights_db: float | None  # weights rounded to the nearest
-    repaired_db: float | None  # weights rounded as `quantize.AdaRound` does
+    repaired_db: float | None  # weights rounded as `quantize.CoordinateRounding` does
     activations_db: float | None
     low: float | None  # range of its first input
     high: float | None

@@ -16,7 +16,7 @@ import numpy as np
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.records.manifest import Manifest, Port, read_manifest, write_manifest
 from penjing.runtimes.artifact import Executed, Timed
-from penjing.steps.plan import Accelerates
+from penjing.steps.plan import Capabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Runtime(Protocol):
     SETTINGS: dict[str, str]
     """The settings that a manifest may tell it, and the pattern of their values."""
 
-    def accelerates(self, instruction_sets: tuple[str, ...]) -> Accelerates:
+    def capabilities(self, instruction_sets: tuple[str, ...]) -> Capabilities:
         """What it gains from on a processor with these instruction sets."""
         ...
 

@@ -15,14 +15,14 @@ from penjing.network.exporting import input_names, with_plain_outputs
 from penjing.records.manifest import Manifest, Port, Program
 from penjing.runtimes.artifact import Executed
 from penjing.sources.pt2 import open_program
-from penjing.steps.plan import GENERIC, Accelerates
+from penjing.steps.plan import GENERIC, Capabilities
 from penjing.tasks.outputs import flatten_outputs, output_names
 
 SETTINGS = {"keywords": r"[^\x00-\x1f\x7f]*"}
 """What a manifest may tell it, and how that reads."""
 
 
-def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Eager torch has no integer kernels for plans: quantized networks run in simulation and gain nothing."""
     from dataclasses import replace
 

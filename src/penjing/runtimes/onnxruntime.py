@@ -12,7 +12,7 @@ import numpy as np
 
 from penjing.records.manifest import Manifest, Program
 from penjing.runtimes.artifact import Executed
-from penjing.steps.plan import Accelerates, Formats, QuantSpec, channel_multiple
+from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
@@ -26,22 +26,22 @@ APART = ()
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Unsigned activations and signed weights; 7-bit weights where 8 would saturate 16-bit sums (AVX2 without VNNI)."""
     x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
     vnni = any("vnni" in name for name in instruction_sets)
     narrow = x86 and not vnni
     note = "without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits" if narrow else ""
-    return Accelerates(
+    return Capabilities(
         runtime="onnxruntime",
         precisions=("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul"}),
-        absorbs=frozenset({"relu", "clip"}),
+        fuses=frozenset({"relu", "clip"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
-        passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        passthrough=frozenset({"max_pool", "pad", "reshape", "transpose"}),
         quantized_output=frozenset({"conv", "add", "cat", "avg_pool"}),
         stored=frozenset({"embedding", "conv_transpose", "lstm", "gru"}),
         recurrent=frozenset({"lstm"}),

@@ -13,7 +13,7 @@ import numpy as np
 from penjing.errors import ArtifactError, ExportError, OutputError
 from penjing.records.manifest import Manifest, Program
 from penjing.runtimes.artifact import Executed, Timed
-from penjing.steps.plan import Accelerates, Formats, QuantSpec, channel_multiple
+from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
 _HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16", "int8-bf16": "bf16"}
 GROUP = 32  # neighbouring inputs of a linear layer that share a scale where ranges are taken at run time
@@ -32,7 +32,7 @@ _LARGEST = ("amax", "amin", "max", "min", *(f"adaptive_max_pool{rank}d" for rank
 behind it; from integers to integers of the same scale it is right."""
 
 
-def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
+def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Unsigned activations, signed weights; bfloat16 where the processor multiplies it.
 
     Signed activations with a zero point other than 0 are refused by convolutions on AMX.
@@ -42,16 +42,16 @@ def accelerates(instruction_sets: tuple[str, ...]) -> Accelerates:
     x86 = any(name.startswith(("avx", "sse")) for name in instruction_sets)
     narrow = x86 and not vnni
     recurrent = {"lstm"} if vnni else set()
-    return Accelerates(
+    return Capabilities(
         runtime="openvino",
         precisions=("fp32", "fp16", "bf16", "int8", "int8-bf16") if bf16 else ("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
         integer=frozenset({"conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul"} | recurrent),
-        absorbs=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
+        fuses=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
-        passes=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
+        passthrough=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
         stored=frozenset({"embedding", "lstm", "gru"}),
         symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,

@@ -15,10 +15,10 @@ Edit = dict[str, Any]  # one JSON object: {"edit": "fold", ...}; the vocabulary 
 
 @dataclass(frozen=True)
 class Draft:
-    """A raised network, the plan of its integers, and the log of the edits that led from the source to it.
+    """A captured network, the plan of its integers, and the log of the edits that led from the source to it.
 
     Attributes:
-        network: The raised network (`penjing.network.capture.raise_network`), with floating-point weights.
+        network: The captured network (`penjing.network.capture.capture_network`), with floating-point weights.
         plan: Which edges become integers; empty until a step quantizes.
         edits: Every structural edit, in order; replayed on the source they give this network's structure.
     """

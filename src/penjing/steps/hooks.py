@@ -10,7 +10,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingEvent:
     """What a hook sees.
 
     `name` is "start" (once in every process: after a resume `step` is above 0), "pass" (the network was put into
@@ -26,11 +26,11 @@ class Moment:
 
 
 class Hook(Protocol):
-    """Called at every `Moment`; may change weights or gradients in place.
+    """Called at every `TrainingEvent`; may change weights or gradients in place.
 
     What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
     """
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         """Act on this moment."""
         ...

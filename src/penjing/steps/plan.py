@@ -209,7 +209,7 @@ class Formats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accelerates:
+class Capabilities:
     """What a runtime gains from on one kind of processor, as data that a plan is made from and checked against.
 
     Attributes:
@@ -218,8 +218,8 @@ class Accelerates:
         weight: Format of quantized weights.
         activation: Format of quantized activations.
         integer: Kinds of operator (see `penjing.network.graph.kind`) with an integer kernel.
-        absorbs: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
-        passes: Kinds that only move or select values: what goes in keeps its scale on the way out.
+        fuses: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
+        passthrough: Kinds that only move or select values: what goes in keeps its scale on the way out.
         quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.
         weights: Every format of weights that its integer kernels take.
         activations: Every format of activations that they take.
@@ -237,8 +237,8 @@ class Accelerates:
     weight: QuantSpec
     activation: QuantSpec
     integer: frozenset[str]
-    absorbs: frozenset[str]
-    passes: frozenset[str]
+    fuses: frozenset[str]
+    passthrough: frozenset[str]
     quantized_output: frozenset[str] = frozenset()
     weights: Formats = Formats()
     activations: Formats = Formats()
@@ -263,14 +263,14 @@ def channel_multiple(instruction_sets: tuple[str, ...]) -> int:
 
 BIAS_LIMIT = 2**30  # integers of a bias stay below this: int32 with a bit to spare for the accumulator
 
-GENERIC = Accelerates(
+GENERIC = Capabilities(
     runtime="any runtime",
     precisions=("fp32", "int8"),
     weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
     activation=QuantSpec(bits=8, signed=False, symmetric=False),
     integer=frozenset({"conv", "linear", "add", "cat", "avg_pool"}),
-    absorbs=frozenset({"relu", "clip"}),
-    passes=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+    fuses=frozenset({"relu", "clip"}),
+    passthrough=frozenset({"max_pool", "pad", "reshape", "transpose"}),
     recurrent=frozenset({"lstm"}),
 )
 """What plans are made for when no runtime is named."""

@@ -38,8 +38,8 @@ _TWICE = (
 )
 _NEEDS_PLAN = {PLAN: "a step that quantizes before it, such as quantize.Static"}
 _UNROUNDED = (
-    "one of BiasCorrection, AdaRound (which corrects biases too) and Rollback (which repairs by itself): each compares "
-    "with the weights that the plan was made for"
+    "one of BiasCorrection, CoordinateRounding (which corrects biases too) and Rollback (which repairs by itself): "
+    "each compares with the weights that the plan was made for"
 )
 
 STAGES: dict[str, Stage] = {

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.fx import GraphModule
 
 from penjing.steps.draft import Draft
-from penjing.steps.plan import Accelerates
+from penjing.steps.plan import Capabilities
 from penjing.tasks.task import Task
 
 
@@ -26,21 +26,21 @@ class Context:
         task: The user's data, metric and loss.
         seed: Every random choice derives from it.
         device: Where training runs, for example "cpu" or "cuda".
-        accelerates: What the target runtime gains from on this processor; None when no runtime was named.
+        capabilities: What the target runtime gains from on this processor; None when no runtime was named.
         events: `events(kind, **values)` reports progress; `kind` "progress" carries `label`, `done`, `total`.
         latency: Measures drafts side by side in the target runtime, in milliseconds, one figure each, each as the
             precision that is named; None when nothing can be measured.
         profile: Measures the operators of one draft in the target runtime: the sites that each computes, and
             milliseconds; None when nothing can be measured.
         folder: Where a step may keep what it needs to resume; None when nothing is kept.
-        source: The raised source network, the teacher of steps that learn without or beside labels.
+        source: The captured source network, the teacher of steps that learn without or beside labels.
         memo: Results that later runs on the same network and data may reuse (collected statistics).
     """
 
     task: Task
     seed: int = 0
     device: str = "cpu"
-    accelerates: Accelerates | None = None
+    capabilities: Capabilities | None = None
     events: Callable[..., None] = _silent
     latency: Callable[[Sequence[Draft], str], list[float]] | None = None
     profile: Callable[[Draft, str], list[tuple[tuple[str, ...], float]]] | None = None
@@ -55,7 +55,7 @@ class Step(Protocol):
 
     Attributes:
         stage: Its row of `penjing.steps.stages.STAGES`: what it may follow and what it leaves.
-        per_runtime: Whether its result depends on the target runtime (`context.accelerates`). Then it runs once for
+        per_runtime: Whether its result depends on the target runtime (`context.capabilities`). Then it runs once for
             every runtime, and the steps before it only once.
         for_floats: Whether floating-point artifacts take it too. They go without a step of `per_runtime` that is not
             for them, and without what follows.

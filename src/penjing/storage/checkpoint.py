@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from penjing.errors import CheckpointError, OutputError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.records import reading
 from penjing.records.files import umask, write_text
 from penjing.steps.draft import Draft, Edit
@@ -56,7 +56,7 @@ def save(draft: Draft, folder: Path) -> None:
 
 
 def load(folder: Path | str, source: fx.GraphModule) -> Draft:
-    """The draft that `save` wrote, rebuilt on a freshly raised `source`; the same outputs to the bit.
+    """The draft that `save` wrote, rebuilt on a freshly captured `source`; the same outputs to the bit.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the source is another network.
@@ -124,7 +124,7 @@ def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
     Raises:
         CheckpointError: The folder holds no whole checkpoint, or the model is another network.
     """
-    return load(folder, raise_network(model, *task.call(), task.dynamic))
+    return load(folder, capture_network(model, *task.call(), task.dynamic))
 
 
 def difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from penjing import architectures
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.steps.draft import Edit
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,7 +43,7 @@ def building(architecture: str, settings: Mapping[str, Any], call: Call, dynamic
 
 
 def build(edit: Edit) -> fx.GraphModule:
-    """The raised network of an edit, with weights from torch's global generator.
+    """The captured network of an edit, with weights from torch's global generator.
 
     Raises:
         SourceError: The architecture is unknown, or the settings do not fit it.
@@ -53,7 +53,7 @@ def build(edit: Edit) -> fx.GraphModule:
     axes = edit["dynamic"]
     dynamic = None if axes is None else {key: {int(axis): word for axis, word in of} for key, of in axes}
     kwargs = {name: _example(form) for name, form in edit["kwargs"].items()}
-    return raise_network(module, tuple(map(_example, edit["args"])), kwargs, dynamic)
+    return capture_network(module, tuple(map(_example, edit["args"])), kwargs, dynamic)
 
 
 def _form(x: Any) -> list[Any]:

@@ -24,7 +24,7 @@ def split_outliers(network: fx.GraphModule, layers: Sequence[str], channels: Seq
     A layer keeps its shape, and its columns of `channels` become 0. The new layers are called ``NAME_outliers``.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         layers: Names of linear modules, each called once and with weights of its own.
         channels: Input channels with outliers.
 

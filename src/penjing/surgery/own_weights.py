@@ -24,11 +24,11 @@ _PRODUCTS = ("matmul", "bmm")  # with a matrix for every head or expert
 def own_weights(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Edit, ...]:
     """Give every product that computes its weight from stored tensors a weight of its own, in place.
 
-    A raised network computes one only where the tensor has another reader. Gradients that flow to it afterwards do not
-    reach the others: tied weights part here.
+    A captured network computes one only where the tensor has another reader. Gradients that flow to it afterwards do
+    not reach the others: tied weights part here.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         keep: Sites that stay as they are.
 
     Returns:

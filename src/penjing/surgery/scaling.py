@@ -21,7 +21,7 @@ def divide_inputs(network: fx.GraphModule, layers: Sequence[str], factor: torch.
     """Let linear layers that read the same value x (…, in) read x/factor, in place: y = (W·factor)·(x/factor) + b.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         layers: Names of linear modules, each called once and with weights of its own.
         factor: (in,), above 0; None is 1 everywhere, for values that are loaded later.
 

@@ -12,7 +12,7 @@ def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
     """Put the value of one operator in the place of another's, in place, and return the edit that says so.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         last: Site of the operator whose value is replaced: the addition at the end of a residual block, the last
             operator of a layer.
         by: Site of the operator, or name of the input, whose value takes its place. It has the same shape.
@@ -22,7 +22,7 @@ def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
     """
     operators = {site(n): n for n in network.graph.nodes if n.op == "placeholder"} | sites(network)
     operators[last].replace_all_uses_with(operators[by])
-    # torch keeps attentions, which may draw dropout; a raised network's operators change nothing but their results
+    # torch keeps attentions, which may draw dropout; a captured network's operators change nothing but their results
     network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     network.delete_all_unused_submodules()
     _drop_unread(network)

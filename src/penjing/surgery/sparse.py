@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from penjing.steps.draft import Edit
-from penjing.steps.hooks import Moment
+from penjing.steps.hooks import TrainingEvent
 
 
 def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:
@@ -34,7 +34,7 @@ class KeepZeros:
 
     tensors: tuple[str, ...]
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: TrainingEvent) -> None:
         """Act on this moment."""
         if moment.name != "gradients":
             return

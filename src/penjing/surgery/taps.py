@@ -59,7 +59,7 @@ class Tapped:
     Layers and their weights are those of the network: what trains the one trains the other.
 
     Args:
-        network: A raised network.
+        network: A captured network.
         names: Sites, or parts of the network, whose last value is meant; with ``:scores`` behind it, the scores of
             the last attention.
         called: What errors call the network.

@@ -51,14 +51,14 @@ class Finetune(TrainingSettings):
         autocast: "auto" uses bfloat16 where the processor computes it natively; "bf16" or "off" decide. On a CPU
             depthwise convolutions stay in 32 bits, in which they are faster.
         channels_last: Memory format of networks with 2-D convolutions, where it repeats to the bit.
-        losses: Terms of yours that are added to `task.loss` (which `labels=0` leaves out).
+        losses: Terms of yours that are added to `task.loss` (which `task_loss_weight=0` leaves out).
         distill: Ways to imitate a teacher (`penjing.distill`), one or several; their weighted terms are added.
             "auto" is `distill.Outputs()` where the recipe has changed the structure or removed weights before, where
-            `labels` is 0 without `losses`, and where a teacher is named.
+            `task_loss_weight` is 0 without `losses`, and where a teacher is named.
         teacher: Who is imitated: None takes the source network, "self" the network as it is before the training; or
-            any module, a ``.pt2`` file or a Hugging Face folder by its path, or `penjing.distill.Stored`; or several
-            of them, whose outputs are averaged.
-        labels: Weight of `task.loss`; with 0 the training needs neither labels nor a loss.
+            any module, a ``.pt2`` file or a Hugging Face folder by its path, or `penjing.distill.TeacherCache`; or
+            several of them, whose outputs are averaged.
+        task_loss_weight: Weight of `task.loss`; with 0 the training needs neither labels nor a loss.
         hooks: Called at every moment of the loop.
         workers: Processes that share every batch, see `penjing.train.parallel`.
         cluster: Where they run: "local" starts Ray on this machine; else an address that `ray.init` takes.

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing.distill.stored import Answers
-from penjing.distill.teaching import Teaching, in_fp32
+from penjing.distill.stored import CachedTeacher
+from penjing.distill.teaching import Distiller, in_fp32
 from penjing.errors import TaskError, TrainingError
 from penjing.randomness import preserve_rng_state, rng_state, seed_everything, seed_of, set_rng_state
-from penjing.steps.hooks import Moment
+from penjing.steps.hooks import TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.step import Context
 from penjing.surgery.sparse import KeepZeros
@@ -66,8 +66,8 @@ class Loop:
     def __init__(self, network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> None:
         settings = settings.resolved(context, changed=False)
         task = context.task
-        data = loader(task, settings.labels)
-        self.objective = Objective(task, settings.losses, settings.labels, settings.label_smoothing)
+        data = loader(task, settings.task_loss_weight)
+        self.objective = Objective(task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
@@ -78,7 +78,7 @@ class Loop:
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.cast = caster(settings.autocast, self.network, context.device)
         self.teaching = (
-            Teaching(self.network, settings.teacher, settings.distillations, context)
+            Distiller(self.network, settings.teacher, settings.distillations, context)
             if settings.distillations
             else None
         )
@@ -115,7 +115,7 @@ class Loop:
         self.length = count(self.data, self.settings.steps is None, PASS * self.budget.seconds)
         # Now: a loss may be a module, whose weights move.
         self.request = identity(self._request())
-        if self.teaching and any(isinstance(teacher, Answers) for teacher in self.teaching.teachers):
+        if self.teaching and any(isinstance(teacher, CachedTeacher) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():
             self.steps = self.group.first(self._count_steps())
@@ -185,7 +185,7 @@ class Loop:
         for batch in batches:
             came = True
             self.last = batch
-            yield pair(batch, self.settings.labels)
+            yield pair(batch, self.settings.task_loss_weight)
         if not came:
             raise TaskError(
                 f"the training data gave no batch in epoch {self.epoch}",
@@ -257,12 +257,12 @@ class Loop:
                 output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
             with explained("the teacher", call, target, task, self.place):
                 done = self.step / self.steps
-                lesson = self.teaching.lesson(output, target, (args, kwargs), done) if self.teaching else None
+                distilled = self.teaching.inputs(output, target, (args, kwargs), done) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
         with explained("the loss", call, target, task, self.place):
             terms = self.objective(batch)
-            if self.teaching and lesson:
-                terms += [(name, scalar(term)) for name, term in self.teaching.terms(lesson).items()]
+            if self.teaching and distilled:
+                terms += [(name, scalar(term)) for name, term in self.teaching.terms(distilled).items()]
         values = torch.stack([term for _, term in terms])
         loss = values.sum() * (part * share)
         if not loss.requires_grad:
@@ -285,7 +285,7 @@ class Loop:
 
     def _hook(self, name: str) -> None:
         for hook in self.settings.hooks:
-            hook(Moment(name, self.network, self.optimizer, self.step, self.steps))
+            hook(TrainingEvent(name, self.network, self.optimizer, self.step, self.steps))
 
     def _check_last(self) -> None:
         """A resumed training warns where it is not given the data that it would have been given."""

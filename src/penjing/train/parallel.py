@@ -250,7 +250,7 @@ def _knock(cluster: str) -> None:
 
 
 _SILENT: dict[str, Any] = {
-    "events": None, "latency": None, "profile": None, "folder": None, "memo": {}, "accelerates": None,
+    "events": None, "latency": None, "profile": None, "folder": None, "memo": {}, "capabilities": None,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.distill.outputs import Outputs
-from penjing.distill.stored import Stored
+from penjing.distill.stored import TeacherCache
 from penjing.distill.teaching import Distillation, Teacher
 from penjing.errors import RecipeError
 from penjing.steps.hooks import Hook
@@ -36,7 +36,7 @@ from penjing.train.schedules import SCHEDULES
 
 def _ways(distill: Any) -> bool:
     ways = distill if isinstance(distill, tuple) else (distill,)
-    names = ("term", "features", "weight")
+    names = ("loss", "features", "weight")
     return distill == "auto" or all(all(hasattr(w, n) for n in names) and not isinstance(w, type) for w in ways)
 
 
@@ -45,7 +45,7 @@ def _teachers(teacher: Any) -> bool:
     words = [t for t in several if isinstance(t, str)]
     # A network that was written as its repr, as a record keeps it, is not a path.
     paths = all(word.strip() and "\n" not in word and not word.endswith(")") for word in words)
-    return bool(several) and paths and all(isinstance(t, nn.Module | Stored | str) for t in several)
+    return bool(several) and paths and all(isinstance(t, nn.Module | TeacherCache | str) for t in several)
 
 
 def _clips(clip: Any) -> bool:
@@ -68,14 +68,14 @@ RULES = {
     "autocast": one_of("auto", "bf16", "off"),
     "channels_last": FLAG,
     "losses": FUNCTIONS,
-    "distill": Rule(_ways, "penjing.distill.Logits() or its like, with term, features and weight; or a tuple of them"),
+    "distill": Rule(_ways, "penjing.distill.Logits() or its like, with loss, features and weight; or a tuple of them"),
     "teacher": optional(
         Rule(
             _teachers,
-            "a network, 'teacher.pt2', a Hugging Face folder, distill.Stored, a tuple of them, or 'self'",
+            "a network, 'teacher.pt2', a Hugging Face folder, distill.TeacherCache, a tuple of them, or 'self'",
         )
     ),
-    "labels": at_least(0),
+    "task_loss_weight": at_least(0),
     "hooks": FUNCTIONS,
     "workers": whole(),
     "cluster": optional(instance(str, "'local', or an address")),
@@ -108,7 +108,7 @@ class TrainingSettings:
     losses: tuple[Loss, ...] = ()
     distill: Distillation | tuple[Distillation, ...] | Literal["auto"] = "auto"
     teacher: Teacher = None
-    labels: float = 1.0
+    task_loss_weight: float = 1.0
     hooks: tuple[Hook, ...] = ()
     workers: int = 1
     cluster: str | None = None
@@ -126,15 +126,15 @@ class TrainingSettings:
                 expected="'local', or an address, for workers above 1; None for one",
             )
         several = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-        if any(isinstance(t, Stored) and t.teacher is not None for t in several) and not alone:
+        if any(isinstance(t, TeacherCache) and t.teacher is not None for t in several) and not alone:
             raise RecipeError(
                 "several workers can't write a teacher's answers into one folder",
-                got=f"Stored with its teacher, workers={self.workers}",
-                expected="Stored(folder), whose answers are all there",
+                got=f"TeacherCache with its teacher, workers={self.workers}",
+                expected="TeacherCache(folder), whose answers are all there",
                 remedy="train one epoch with workers=1 first, or ask the teacher at every step",
             )
-        if self.labels == 0 and self.distill == () and not self.losses:
-            raise _nothing_to_learn("labels=0, distill=()")
+        if self.task_loss_weight == 0 and self.distill == () and not self.losses:
+            raise _nothing_to_learn("task_loss_weight=0, distill=()")
         if self.teacher is not None and self.distill == ():
             raise RecipeError(
                 "a teacher is named, and nothing is learned from it",
@@ -161,14 +161,14 @@ class TrainingSettings:
         Raises:
             RecipeError: There are neither labels nor a teacher.
         """
-        alone = self.labels == 0 and not self.losses
+        alone = self.task_loss_weight == 0 and not self.losses
         if alone and self.clip == ():
             return replace(self, clip=Clip()).resolved(context, changed)
         if self.distill != "auto":
             return self
         taught = context.source is not None if self.teacher is None else True
         if alone and not taught:
-            raise _nothing_to_learn("labels=0, and no teacher")
+            raise _nothing_to_learn("task_loss_weight=0, and no teacher")
         wanted = changed or alone or self.teacher is not None
         return replace(self, distill=(Outputs(),) if taught and wanted else ())
 
@@ -177,5 +177,5 @@ def _nothing_to_learn(got: str) -> RecipeError:
     return RecipeError(
         "training without labels and without a teacher learns nothing",
         got=got,
-        expected="labels above 0, or distill=penjing.distill.Logits()",
+        expected="task_loss_weight above 0, or distill=penjing.distill.Logits()",
     )

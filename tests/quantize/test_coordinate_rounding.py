@@ -7,11 +7,11 @@ from torch import nn
 
 from penjing.analyze import lockstep
 from penjing.errors import RecipeError
-from penjing.network.capture import raise_network
+from penjing.network.capture import capture_network
 from penjing.numerics.grid import integers
-from penjing.quantize import AdaRound, BiasCorrection, Static
-from penjing.quantize import adaround as module_of
-from penjing.quantize.adaround import descend, gram, patches
+from penjing.quantize import BiasCorrection, CoordinateRounding, Static
+from penjing.quantize import coordinate_rounding as module_of
+from penjing.quantize.coordinate_rounding import descend, gram, patches
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
@@ -52,7 +52,7 @@ def quantized(bits):
     data = smooth(64, 1)
     task = Task(example=data[:2], calibration=list(data.split(16)))
     context = Context(task=task)
-    network = raise_network(source(), *task.call())
+    network = capture_network(source(), *task.call())
     return Static(weight_bits=bits)(Draft(network), context), context
 
 
@@ -66,7 +66,7 @@ def test_the_noise_of_few_bits_falls_on_samples_that_it_was_not_shown(bits):
     plain, context = quantized(bits)
     unseen = smooth(64, 99)
     corrected = BiasCorrection()(plain, context)
-    rounded = AdaRound()(plain, context)
+    rounded = CoordinateRounding()(plain, context)
     static, mean, best = (noise(draft, unseen) for draft in (plain, corrected, rounded))
     assert best < 0.6 * mean
     assert best < 0.5 * static
@@ -74,7 +74,7 @@ def test_the_noise_of_few_bits_falls_on_samples_that_it_was_not_shown(bits):
 
 def test_weights_lie_on_their_grids_and_freeze_to_the_same_integers():
     plain, context = quantized(4)
-    rounded = AdaRound(samples=16)(plain, context)
+    rounded = CoordinateRounding(samples=16)(plain, context)
     frozen = freeze(rounded.network, rounded.plan)
     moved = 0
     for edge, entry in rounded.plan.entries.items():
@@ -99,7 +99,7 @@ def test_the_given_draft_the_plan_and_layers_in_floating_point_stay_as_they_are(
     plain, context = quantized(4)
     without = Draft(plain.network, plain.plan.without({"wide": "a test"}), plain.edits)
     before = {k: v.clone() for k, v in plain.network.state_dict().items()}
-    rounded = AdaRound(samples=16)(without, context)
+    rounded = CoordinateRounding(samples=16)(without, context)
     assert all(torch.equal(v, before[k]) for k, v in plain.network.state_dict().items())
     assert rounded.plan == without.plan and rounded.edits == without.edits
     after = rounded.network.state_dict()
@@ -110,14 +110,14 @@ def test_the_given_draft_the_plan_and_layers_in_floating_point_stay_as_they_are(
 
 def test_the_same_draft_and_samples_give_the_same_weights():
     plain, context = quantized(3)
-    first, second = (AdaRound(samples=16)(plain, context).network.state_dict() for _ in range(2))
+    first, second = (CoordinateRounding(samples=16)(plain, context).network.state_dict() for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_where_nothing_is_quantized_nothing_is_rounded():
     plain, context = quantized(4)
     draft = Draft(plain.network)
-    assert AdaRound()(draft, context) is draft
+    assert CoordinateRounding()(draft, context) is draft
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_where_nothing_is_quantized_nothing_is_rounded():
 def test_settings_that_make_no_sense_are_refused(settings):
     (name,) = settings
     with pytest.raises(RecipeError, match=name):
-        AdaRound(**settings)
+        CoordinateRounding(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"damping": "much"}, {"damping": float("nan")}, {"samples": "64"}])
 def test_settings_of_another_type_are_refused_alike(settings):
     with pytest.raises(RecipeError):
-        AdaRound(**settings)
+        CoordinateRounding(**settings)
 
 
 LAYERS = {
@@ -190,10 +190,10 @@ def test_covariances_equal_those_of_all_rows_together():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
     x = [torch.randn(3, 4, 6, 6), torch.randn(2, 4, 6, 6)]
-    twin = [a + 0.1 * torch.randn_like(a) for a in x]
-    layer = lockstep.Layer("conv", "conv", conv, conv.weight, None, x, twin, [conv(a) for a in x])
+    replica = [a + 0.1 * torch.randn_like(a) for a in x]
+    layer = lockstep.Layer("conv", "conv", conv, conv.weight, None, x, replica, [conv(a) for a in x])
     own, cross = gram(layer)
-    a, b = patches(conv, torch.cat(x)), patches(conv, torch.cat(twin))
+    a, b = patches(conv, torch.cat(x)), patches(conv, torch.cat(replica))
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     torch.testing.assert_close(own, b.transpose(1, 2) @ b / a.shape[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(cross, a.transpose(1, 2) @ b / a.shape[1], atol=1e-5, rtol=1e-4)
@@ -222,8 +222,8 @@ def test_descent_comes_near_the_best_of_all_roundings(seed, damping):
     torch.manual_seed(seed)
     columns, out = 8, 24
     x = (torch.randn(400, columns) @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns))).double()
-    twin = x + 0.05 * torch.randn_like(x)
-    own, cross = twin.T @ twin / len(x), x.T @ twin / len(x)
+    replica = x + 0.05 * torch.randn_like(x)
+    own, cross = replica.T @ replica / len(x), x.T @ replica / len(x)
     exact = 3 * torch.randn(1, out, columns).double()
     steps = torch.rand(1, out, 1).expand(1, out, columns).double() + 0.1
     nearest = exact.round().clamp(-7, 7)

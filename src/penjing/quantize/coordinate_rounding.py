@@ -32,7 +32,7 @@ SETTLED = 1e-3  # a sweep that moves a smaller share of the weights is the last
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaRound:
+class CoordinateRounding:
     """Choose the rounding of every quantized weight, layer by layer, each behind its finished predecessors.
 
     Biases are corrected on the way (see `BiasCorrection`).
@@ -56,7 +56,7 @@ class AdaRound:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with weights on their grids, biases corrected."""
-        return repaired(draft, context, self.samples, "AdaRound", self._weight, PIECES)
+        return repaired(draft, context, self.samples, "CoordinateRounding", self._weight, PIECES)
 
     def _weight(self, layer: lockstep.Layer) -> torch.Tensor | None:
         return layer.weight if layer.entry is None else self._chosen(layer, layer.entry)
@@ -100,7 +100,7 @@ class AdaRound:
 
 
 def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Covariances of a layer's input patches: of the twin's with themselves, and of the source's with the twin's.
+    """Covariances of a layer's input patches: of the replica's with themselves, and of the source's with the replica's.
 
     Returns:
         own = E[x̂ x̂ᵀ] and cross = E[x x̂ᵀ], both centred, each (groups, columns, columns), where a column is one
@@ -112,8 +112,8 @@ def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
     # Rows that are chosen by values may be none, or others once it is quantized.
     usable = [
         i
-        for i, (x, twin) in enumerate(zip(layer.inputs, layer.twin_inputs, strict=True))
-        if x.shape == twin.shape and x.numel()
+        for i, (x, replica) in enumerate(zip(layer.inputs, layer.replica_inputs, strict=True))
+        if x.shape == replica.shape and x.numel()
     ]
     if not usable:
         return None
@@ -124,7 +124,7 @@ def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
     count = 0.0
     weights = layer.row_weights()
     for i in usable:
-        a, b = (patches(layer.module, x[i]) for x in (layer.inputs, layer.twin_inputs))  # (groups, rows, columns)
+        a, b = (patches(layer.module, x[i]) for x in (layer.inputs, layer.replica_inputs))  # (groups, rows, columns)
         root = torch.ones(1) if weights is None else patches(layer.module, weights[i][..., None]).sqrt()
         a, b = (a, b) if weights is None else (a * root, b * root)
         own.baddbmm_(b.transpose(1, 2), b)
