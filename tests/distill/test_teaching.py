@@ -140,7 +140,8 @@ def test_labels_and_teacher_are_added(teacher):
     ways = {"labels": (), "soft": replace(WAYS[0], weight=0.5), "both": replace(WAYS[0], weight=0.5)}
     for name, way in ways.items():
         weight = {"labels": 2.0, "soft": 0.0, "both": 2.0}[name]
-        train(raised(), context(teacher), replace(SHORT, epochs=0.1, distill=way, task_loss_weight=weight, hooks=(note(name),)))
+        settings = replace(SHORT, epochs=0.1, distill=way, task_loss_weight=weight, hooks=(note(name),))
+        train(raised(), context(teacher), settings)
     for one, two, both in zip(seen["labels"], seen["soft"], seen["both"], strict=True):
         assert torch.allclose(one + two, both, atol=1e-5)
 
