@@ -14,6 +14,7 @@ from penjing.distill.logits import Logits
 from penjing.distill.outputs import Outputs
 from penjing.distill.rkd import RKD
 from penjing.distill.similarity import SimilarityPreserving
+from penjing.distill.standardized import StandardizedLogits
 from penjing.distill.stored import TeacherCache
 from penjing.distill.student import Student
 from penjing.distill.tinybert import TinyBERT
@@ -30,6 +31,7 @@ __all__ = [
     "Logits",
     "Outputs",
     "SimilarityPreserving",
+    "StandardizedLogits",
     "TeacherCache",
     "Student",
     "TinyBERT",
