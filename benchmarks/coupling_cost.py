@@ -1,6 +1,6 @@
 """Time and memory of the coupling analysis against depth, beside Torch-Pruning's dependency graph.
 
-ResNets for 32×32 pictures from 20 to 200 layers, and DenseNet-201, where every layer reads all layers of its block
+ResNets for 32×32 images from 20 to 200 layers, and DenseNet-201, where every layer reads all layers of its block
 before it. Each network and side in a process of its own, in turns; the median of the repeats. Raising (torch.export)
 is a figure of its own, since it is done once for everything. Memory is the rise of the process' peak during the
 analysis.

@@ -69,8 +69,8 @@ def build(name: str, folder: Path) -> list[str]:
 
     model = network(name)
     torch.manual_seed(1)
-    pictures = torch.randn(SAMPLES, 3, 224, 224)
-    task = Task(example=pictures[:2], calibration=list(pictures.split(4)))
+    images = torch.randn(SAMPLES, 3, 224, 224)
+    task = Task(example=images[:2], calibration=list(images.split(4)))
     sets = measure.machine(THREADS).instruction_sets
     draft = Draft(capture_network(model, *task.call()))
     made = []
@@ -88,7 +88,7 @@ def build(name: str, folder: Path) -> list[str]:
         aside = folder / peer
         aside.mkdir()
         run = {"nncf": ptq_cost._nncf, "ort-minmax": ptq_cost._onnxruntime}[peer]
-        run(ptq_cost._prepare(peer, model, aside), pictures, aside)
+        run(ptq_cost._prepare(peer, model, aside), images, aside)
         made.append(peer)
     return made
 
@@ -143,11 +143,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as aside:
             made = build(name, Path(aside))
             for batch in arguments.batches:
-                picture = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
+                image = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
                 names = [*made, *(f"{n} fixed {batch}" for n in made if n == "nncf" or " openvino " in n)]
                 for extra in names[len(made) :]:
                     (Path(aside) / extra).mkdir(exist_ok=True)
-                targets = [Target(n, Path(aside) / n, [picture], batch) for n in names]
+                targets = [Target(n, Path(aside) / n, [image], batch) for n in names]
                 timings = compare(
                     targets, threads=THREADS, seconds=arguments.seconds, opener="int8_latency:open_folder"
                 )

@@ -4,13 +4,13 @@ Fashion-MNIST. Both sides start from the same trained network and train for the 
 
 `joint`: `penjing.recipes.joint`, written out for OpenVINO. `chain`: Torch-Pruning with the settings that were best for
 it in `pruning_accuracy.py`, plain fine-tuning with labels in the same loop at the same learning rate, then NNCF's
-`quantize` with its default preset on the same calibration pictures, in OpenVINO.
+`quantize` with its default preset on the same calibration images, in OpenVINO.
 
-Accuracy is that of the INT8 file in its runtime, on the test pictures, by every seed. Latency: the files of the first
+Accuracy is that of the INT8 file in its runtime, on the test images, by every seed. Latency: the files of the first
 seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 32, in turns. Every chain
 is held against the fastest joint file whose median accuracy is at least the chain's.
 
-`limit`: one picture in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
+`limit`: one image in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
 network (`resnet8`, begun with random weights), for `--limit-epochs`, in ONNX Runtime with one thread and with two. They
 train on `--device`; what `--limit` names is made with all `--seeds` and not timed, so that another machine can make it.
 
@@ -119,7 +119,7 @@ def opened(folder, threads=THREADS):
 
 
 def accuracies(arguments, data, save):
-    """Make every file, and read the test pictures with it."""
+    """Make every file, and read the test images with it."""
     from examples.data import cache
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
@@ -173,18 +173,18 @@ def speeds(arguments, data, save):
     from penjing.tasks.outputs import to_numpy
 
     task = fashion()
-    pictures = to_numpy(torch.cat(list(task.calibration)))
+    images = to_numpy(torch.cat(list(task.calibration)))
     with tempfile.TemporaryDirectory() as aside:
         folders = whole(Path(aside), task)
         for name in data["accuracy"]:
             folders[name] = cache() / "joint" / f"{name} epochs {arguments.epochs:g} seed {arguments.seeds[0]}"
-        data["speed"] = timed(folders, pictures, arguments.seconds)
+        data["speed"] = timed(folders, images, arguments.seconds)
     data["machine"], data["wins"] = vars(measure.machine(THREADS)), wins(data)
     save()
 
 
 def limit(arguments, data, save):
-    """Networks of few layers: accuracy and time of one picture, beside the whole network's in every runtime."""
+    """Networks of few layers: accuracy and time of one image, beside the whole network's in every runtime."""
     import tempfile
 
     import torch
@@ -226,8 +226,8 @@ def limit(arguments, data, save):
         return
     with tempfile.TemporaryDirectory() as aside:
         folders |= whole(Path(aside), task)
-        pictures = to_numpy(torch.cat(list(task.calibration)))
-        data["limit"]["speed"] = timed(folders, pictures, arguments.seconds)
+        images = to_numpy(torch.cat(list(task.calibration)))
+        data["limit"]["speed"] = timed(folders, images, arguments.seconds)
     data["limit"]["measured on"] = {"machine": vars(measure.machine(THREADS)), "versions": versions()}
     save()
 
@@ -247,13 +247,13 @@ def versions(*others):
     return measure.versions() | {name: importlib.metadata.version(name) for name in others}
 
 
-def timed(folders, pictures, seconds):
-    """All files in turns: one picture, with one thread and with two, and many."""
+def timed(folders, images, seconds):
+    """All files in turns: one image, with one thread and with two, and many."""
     from penjing.measure import Target, compare
 
     found = {}
     for batch, threads in ((1, 1), (1, THREADS), (32, THREADS)):
-        targets = [Target(name, folder, [pictures[:batch]], batch) for name, folder in folders.items()]
+        targets = [Target(name, folder, [images[:batch]], batch) for name, folder in folders.items()]
         timings = compare(targets, threads=threads, seconds=seconds, opener="joint:opened")
         key = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
         rows = found[key] = {name: vars(timings[name].latency) for name in folders}

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 in INT8 without labels: what every method keeps of the network, and how fast its file runs.
 
-300 pictures are all that any method sees (its trials hold some of them out); the 496 others are read once, at the end,
+300 images are all that any method sees (its trials hold some of them out); the 496 others are read once, at the end,
 in the runtime. Agreement is the share of equal first answers, with the interval in which 95 % of 10,000 bootstrap
-samples of the pictures lie; noise is logit power over error power. Peers: ONNX Runtime's static quantization, NNCF with
+samples of the images lie; noise is logit power over error power. Peers: ONNX Runtime's static quantization, NNCF with
 its default and with its accurate bias correction. Latency side by side; OpenVINO's files with a fixed shape, which its
 documentation recommends, on both sides.
 
@@ -59,18 +59,18 @@ def make(name: str, folder: Path) -> None:
     if kind in ("nncf", "ort"):
         import ptq_cost
 
-        pictures = torch.cat(list(task.calibration))
+        images = torch.cat(list(task.calibration))
         prepared = ptq_cost._prepare("nncf" if kind == "nncf" else "ort-minmax", network, folder)
         if kind == "ort":
-            ptq_cost._onnxruntime(prepared, pictures, folder, how)
+            ptq_cost._onnxruntime(prepared, images, folder, how)
         else:
             import nncf
             import openvino
 
             advanced = nncf.AdvancedQuantizationParameters()
-            data = nncf.Dataset([p[None].numpy() for p in pictures])
+            data = nncf.Dataset([p[None].numpy() for p in images])
             quantized = nncf.quantize(
-                prepared, data, subset_size=len(pictures), fast_bias_correction=how == "fast",
+                prepared, data, subset_size=len(images), fast_bias_correction=how == "fast",
                 advanced_parameters=advanced,
             )  # fmt: skip
             openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
@@ -130,7 +130,7 @@ def open_folder(folder, threads):
 
 
 def judge(folder: Path) -> dict:
-    """The 496 pictures, once."""
+    """The 496 images, once."""
     import numpy as np
     import torch
 
@@ -201,9 +201,9 @@ def main() -> None:
             flush=True,
         )
     os.environ["PYTHONPATH"] = str(ROOT / "benchmarks")
-    picture = torch.cat(list(lite0_task().calibration))
+    image = torch.cat(list(lite0_task().calibration))
     for batch in arguments.batches:
-        targets = [Target(n, arguments.folder / n, [picture[:batch].numpy()], batch) for n in rows]
+        targets = [Target(n, arguments.folder / n, [image[:batch].numpy()], batch) for n in rows]
         timings = compare(targets, threads=THREADS, seconds=arguments.seconds, opener="lite0_int8:open_folder")
         print(f"\nbatch {batch}")
         for name in sorted(rows, key=lambda n: timings[n].latency.median):

@@ -1,6 +1,6 @@
-"""Where EfficientNet-Lite0's INT8 noise comes from, operator by operator, before and after the repair; a picture.
+"""Where EfficientNet-Lite0's INT8 noise comes from, operator by operator, before and after the repair; an image.
 
-Every operator is quantized alone; what reaches the logits is signal-to-noise in dB. Held-out calibration pictures.
+Every operator is quantized alone; what reaches the logits is signal-to-noise in dB. Held-out calibration images.
 
     python benchmarks/lite0_noise.py [--shown 24] [--picture docs/assets/lite0_noise.svg]
 """
@@ -25,7 +25,7 @@ WORDS = {
 }
 
 
-def picture(rows: list[dict]) -> str:
+def image(rows: list[dict]) -> str:
     """An SVG of bars: the longer, the more noise."""
     left, width, bar, gap = 250, 470, 7, 10
     step = 3 * bar + gap
@@ -62,7 +62,7 @@ def _loudest(row: dict) -> float:
 
 
 def main() -> None:
-    """Measure, print, write JSON and picture."""
+    """Measure, print, write JSON and image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shown", type=int, default=24)
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/assets/lite0_noise.svg")
@@ -87,12 +87,12 @@ def main() -> None:
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
     noisiest = sorted(rows, key=_loudest)[: arguments.shown]
-    arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-    arguments.picture.write_text(picture(noisiest), encoding="utf-8")
+    arguments.image.parent.mkdir(parents=True, exist_ok=True)
+    arguments.image.write_text(image(noisiest), encoding="utf-8")
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    print(f"{arguments.out}\n{arguments.picture}")
+    print(f"{arguments.out}\n{arguments.image}")
 
 
 if __name__ == "__main__":

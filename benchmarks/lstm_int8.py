@@ -1,6 +1,6 @@
 """A recurrent network in INT8: what it keeps, how large it is and how fast it runs, beside ONNX Runtime's own tool.
 
-Two bidirectional LSTM layers that read Fashion-MNIST pictures row by row, trained here for two epochs. Penjing's
+Two bidirectional LSTM layers that read Fashion-MNIST images row by row, trained here for two epochs. Penjing's
 `Dynamic` and `onnxruntime.quantization.quantize_dynamic` (per channel, after its pre-processing) from the same network,
 both in ONNX Runtime; no calibration data on either side. Latency in turns at batch 1 and 16.
 
@@ -21,7 +21,7 @@ THREADS = 2
 
 
 def network(width: int):
-    """Pictures (N, 1, 28, 28) to logits (N, 10)."""
+    """Images (N, 1, 28, 28) to logits (N, 10)."""
     import torch
 
     class Reader(torch.nn.Module):

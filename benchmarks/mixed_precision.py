@@ -135,7 +135,7 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
     from penjing.steps.step import Context
 
     capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
-    pictures = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
+    images = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
         made: dict[str, dict] = {}
@@ -157,7 +157,7 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
         integer = CoordinateRounding()(Static()(draft, context), context)
         build(INTEGER, integer, "int8")
         build("bf16", draft, "bf16")
-        peer(network, pictures, folder / "nncf")
+        peer(network, images, folder / "nncf")
         made["nncf"] = {}
         ends = timed(folder, (INTEGER, "bf16"), task, seconds)
         fast, slow = sorted((1.0, measure.ratio(ends["bf16"], ends[INTEGER])))
@@ -196,7 +196,7 @@ def timed(folder: Path, names, task, seconds: float) -> dict:
     return measure.compare(targets, threads=THREADS, seconds=seconds, rounds=15, opener="mixed_precision:open_folder")
 
 
-def peer(network, pictures, folder: Path) -> None:
+def peer(network, images, folder: Path) -> None:
     """NNCF's file with its default preset."""
     import nncf
     import openvino
@@ -206,11 +206,11 @@ def peer(network, pictures, folder: Path) -> None:
     path = folder / "fp32.onnx"
     batch = torch.export.Dim("batch", min=1, max=4096)
     torch.onnx.export(
-        network.eval(), (pictures[:2],), str(path), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"],
+        network.eval(), (images[:2],), str(path), dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"],
         output_names=["output"], verbose=False, external_data=False,
     )  # fmt: skip
-    data = nncf.Dataset([p[None].numpy() for p in pictures])
-    quantized = nncf.quantize(openvino.convert_model(str(path)), data, subset_size=min(300, len(pictures)))
+    data = nncf.Dataset([p[None].numpy() for p in images])
+    quantized = nncf.quantize(openvino.convert_model(str(path)), data, subset_size=min(300, len(images)))
     openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
 
 

@@ -1,11 +1,11 @@
 """Accuracy and measured speed at two and four times fewer multiply-accumulates, beside Torch-Pruning.
 
-ResNet-20 and VGG-16 (the form for small pictures) on Fashion-MNIST. Both sides start from the same trained network,
+ResNet-20 and VGG-16 (the form for small images) on Fashion-MNIST. Both sides start from the same trained network,
 prune once to the same fraction, and fine-tune in the same loop: the same batches in the same order, labels alone, the
 same optimizer, learning rate and epochs. Channels are kept in multiples of 4 (ResNet-20) and 8 (VGG-16) on both sides.
 
 Every side may choose: each of its settings is pruned and trained for `--select-epochs`, and the one with the best
-accuracy on held-out training pictures is trained in full with every seed. The test pictures are read twice per seed,
+accuracy on held-out training images is trained in full with every seed. The test images are read twice per seed,
 before and after the training.
 
 Penjing: `prune.Channels(macs=..., reconstruct=True)` with several criteria and scopes; *fitted* is that the layers that
@@ -59,7 +59,7 @@ def source(name, epochs):
 
 
 def trained_vgg(task, epochs):
-    """VGG-16 for small pictures, trained once with Penjing's loop and kept in the cache folder."""
+    """VGG-16 for small images, trained once with Penjing's loop and kept in the cache folder."""
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
@@ -175,13 +175,15 @@ SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_P
 
 
 def accuracies(arguments, name, data, save):
-    """Choose the settings of both sides, train them, note the accuracy on test pictures."""
+    """Choose the settings of both sides, train them, note the accuracy on test images."""
     from penjing.tasks.outputs import numpy_predictor
 
     module, task = source(name, arguments.train_epochs)
     found = data["networks"].setdefault(name, {})
     trained = arguments.train_epochs if name == "vgg16" else None  # ResNet-20 comes trained
-    if found.get("source", {}).get("epochs") != trained:  # what was pruned from another network is no part of the table
+    if (
+        found.get("source", {}).get("epochs") != trained
+    ):  # what was pruned from another network is not part of the table
         found.clear()
         data["runs"] = {key: row for key, row in data["runs"].items() if not key.startswith(f"{name} ")}
     if "source" not in found:
@@ -240,7 +242,7 @@ def speeds(arguments, name, data, save):
     whole = macs(module, task)
     with tempfile.TemporaryDirectory() as aside:
         targets, shares = [], {}
-        picture = to_numpy(torch.cat([task.calibration[0]] * 2)[:BATCH])
+        image = to_numpy(torch.cat([task.calibration[0]] * 2)[:BATCH])
         for target in (1.0, *arguments.targets):
             for side, (prune, every) in SIDES.items():
                 if target == 1 and side != "penjing":
@@ -255,7 +257,7 @@ def speeds(arguments, name, data, save):
                     folder = Path(aside) / f"{label} {runtime}"
                     folder.mkdir()
                     building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folder)
-                    targets.append(Target(folder.name, folder, [picture], BATCH))
+                    targets.append(Target(folder.name, folder, [image], BATCH))
         timings = compare(targets, threads=THREADS, seconds=arguments.seconds)
     rows = {}
     for target in targets:
@@ -285,15 +287,15 @@ def widths(arguments, name, data, save):
     pixels, targets = 28, []
     with tempfile.TemporaryDirectory() as aside:
         for width in WIDTHS:
-            picture = torch.randn(BATCH, width, pixels, pixels)
-            task = Task(example=picture[:2], calibration=[picture])
+            image = torch.randn(BATCH, width, pixels, pixels)
+            task = Task(example=image[:2], calibration=[image])
             network = torch.nn.Sequential(torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.ReLU())
             raised = capture_network(network, *task.call(), task.dynamic)
             for runtime in ("onnxruntime", "openvino"):
                 folder = Path(aside) / f"{width} {runtime}"
                 folder.mkdir()
                 building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folder)
-                targets.append(Target(folder.name, folder, [picture.numpy()], BATCH))
+                targets.append(Target(folder.name, folder, [image.numpy()], BATCH))
         timings = compare(targets, threads=THREADS, seconds=arguments.seconds)
     found = data["widths"] = {"batch": BATCH, "pixels": pixels, "rows": {}}
     for width in WIDTHS:

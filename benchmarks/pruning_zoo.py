@@ -37,7 +37,7 @@ THREADS = 2
 RATIO = 0.3
 LIMIT_S, LIMIT_BYTES = 400, 14 << 30
 
-# name → (side of the picture or None for tokens, layers that make the outputs, settings)
+# name → (side of the image or None for tokens, layers that make the outputs, settings)
 PICTURES = {
     "vgg16": (64, ["classifier"], {}),
     "vgg16_small": (32, ["classifier"], {"classes": 10}),
@@ -103,29 +103,29 @@ def from_transformers(name):
     import torch
     import transformers as t
 
-    pictures, tokens = torch.randn(2, 3, 64, 64), torch.randint(5, 100, (2, 32))
+    images, tokens = torch.randn(2, 3, 64, 64), torch.randint(5, 100, (2, 32))
     small = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name == "hf-resnet50":
-        return t.ResNetForImageClassification(t.ResNetConfig(num_labels=1000)), pictures, ["classifier.1"]
+        return t.ResNetForImageClassification(t.ResNetConfig(num_labels=1000)), images, ["classifier.1"]
     if name == "hf-vit":
         config = t.ViTConfig(image_size=64, num_labels=1000)
-        return t.ViTForImageClassification(config), pictures, ["classifier"]
+        return t.ViTForImageClassification(config), images, ["classifier"]
     if name == "hf-deit":
         config = t.DeiTConfig(image_size=64, num_labels=1000, hidden_size=384, num_attention_heads=6,
                               intermediate_size=1536)  # fmt: skip
-        return t.DeiTForImageClassification(config), pictures, ["classifier"]
+        return t.DeiTForImageClassification(config), images, ["classifier"]
     if name == "hf-swin":
         model = t.SwinForImageClassification(t.SwinConfig(num_labels=1000))
         return model, torch.randn(2, 3, 224, 224), ["classifier"]
     if name == "hf-convnext":
-        return t.ConvNextForImageClassification(t.ConvNextConfig(num_labels=1000)), pictures, ["classifier"]
+        return t.ConvNextForImageClassification(t.ConvNextConfig(num_labels=1000)), images, ["classifier"]
     if name == "hf-segformer":
-        return t.SegformerForImageClassification(t.SegformerConfig(num_labels=1000)), pictures, ["classifier"]
+        return t.SegformerForImageClassification(t.SegformerConfig(num_labels=1000)), images, ["classifier"]
     if name == "hf-regnet":
-        return t.RegNetForImageClassification(t.RegNetConfig(num_labels=1000)), pictures, ["classifier.1"]
+        return t.RegNetForImageClassification(t.RegNetConfig(num_labels=1000)), images, ["classifier.1"]
     if name == "hf-mobilevit":
         config = t.MobileViTConfig(image_size=64, num_labels=1000)
-        return t.MobileViTForImageClassification(config), pictures, ["classifier"]
+        return t.MobileViTForImageClassification(config), images, ["classifier"]
     if name == "hf-bert":
         return t.BertForSequenceClassification(t.BertConfig(**small)), tokens, ["classifier"]
     if name == "hf-distilbert":

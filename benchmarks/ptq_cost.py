@@ -1,10 +1,10 @@
 """What post-training quantization costs and what it gives: time, peak memory, agreement, noise.
 
-EfficientNet-Lite0 on unlabelled pictures, 30, 300 and 1,000 samples (repeated where there are fewer), Penjing's default
+EfficientNet-Lite0 on unlabelled images, 30, 300 and 1,000 samples (repeated where there are fewer), Penjing's default
 preset against NNCF's and ONNX Runtime's, each run in a process of its own, in turns. Time runs from the fp32
 network in the tool's own form (torch module, OpenVINO model, ONNX file) to the quantized file on disk; importing and
-reading pictures are left out. Peak memory is that of the whole process. Accuracy is that of the files of 300 samples
-(of 30 for ONNX Runtime's percentile, which keeps every activation): agreement with fp32 on 496 other pictures, and
+reading images are left out. Peak memory is that of the whole process. Accuracy is that of the files of 300 samples
+(of 30 for ONNX Runtime's percentile, which keeps every activation): agreement with fp32 on 496 other images, and
 logit signal-to-noise. How fast the files run is what `int8_latency.py` measures.
 
     python benchmarks/ptq_cost.py [--repeats 3] [--samples 30 300 1000] [--out benchmarks/results/ptq_cost.json]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TOOLS = ("penjing", "nncf", "ort-minmax", "ort-percentile")
 MOST = {"ort-percentile": 30}
-"""Samples that a tool can be given: ONNX Runtime's percentile keeps every activation, 300 pictures pass 12 GB."""
+"""Samples that a tool can be given: ONNX Runtime's percentile keeps every activation, 300 images pass 12 GB."""
 THREADS = 2
 
 
@@ -38,13 +38,13 @@ def child(tool: str, samples: int, folder: Path) -> None:
 
     task = lite0_task()
     batches = list(task.calibration)
-    pictures = torch.cat(batches)
-    pictures = pictures.repeat(-(-samples // len(pictures)), 1, 1, 1)[:samples]
+    images = torch.cat(batches)
+    images = images.repeat(-(-samples // len(images)), 1, 1, 1)[:samples]
     run = {"penjing": _penjing, "nncf": _nncf, "ort-minmax": _onnxruntime, "ort-percentile": _percentile}[tool]
     prepared = _prepare(tool, lite0(), folder)
     reset_peak()
     start = time.perf_counter()
-    stages = run(prepared, pictures, folder)
+    stages = run(prepared, images, folder)
     seconds = time.perf_counter() - start
     result = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()} | ({"stages_s": stages} if stages else {})
     (folder / "result.json").write_text(json.dumps(result))
@@ -69,7 +69,7 @@ def _prepare(tool, network, folder):
     return path
 
 
-def _penjing(network, pictures, folder):
+def _penjing(network, images, folder):
     """Quantize, and tell the seconds of every stage: no calibration is as cheap as the ways into and out of torch."""
     from dataclasses import replace
 
@@ -81,12 +81,12 @@ def _penjing(network, pictures, folder):
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
 
-    task = replace(lite0_task(), calibration=list(pictures.split(10)))
+    task = replace(lite0_task(), calibration=list(images.split(10)))
     capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
     context, ends = Context(task=task, capabilities=capabilities), {"": time.perf_counter()}
     draft = Draft(capture_network(network, *task.call()))
     ends["raising"] = time.perf_counter()
-    for step in (Static(samples=len(pictures)), CoordinateRounding()):
+    for step in (Static(samples=len(images)), CoordinateRounding()):
         draft = step(draft, context)
         ends[type(step).__name__] = time.perf_counter()
     building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
@@ -94,20 +94,20 @@ def _penjing(network, pictures, folder):
     return {name: ends[name] - before for name, before in zip(list(ends)[1:], ends.values(), strict=False)}
 
 
-def _nncf(model, pictures, folder):
+def _nncf(model, images, folder):
     import nncf
     import openvino
 
-    data = nncf.Dataset([p[None].numpy() for p in pictures])
-    quantized = nncf.quantize(model, data, subset_size=len(pictures))
+    data = nncf.Dataset([p[None].numpy() for p in images])
+    quantized = nncf.quantize(model, data, subset_size=len(images))
     openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
 
 
-def _percentile(path, pictures, folder):
-    _onnxruntime(path, pictures, folder, "Percentile")
+def _percentile(path, images, folder):
+    _onnxruntime(path, images, folder, "Percentile")
 
 
-def _onnxruntime(path, pictures, folder, method="MinMax"):
+def _onnxruntime(path, images, folder, method="MinMax"):
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -119,7 +119,7 @@ def _onnxruntime(path, pictures, folder, method="MinMax"):
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.rows = iter(pictures)
+            self.rows = iter(images)
 
         def get_next(self):
             row = next(self.rows, None)
@@ -166,7 +166,7 @@ def opened(tool: str, folder: Path, threads: int = THREADS):
 
 
 def quality(tool: str, folder: Path) -> dict:
-    """Agreement with fp32 and logit signal-to-noise on the held-out pictures."""
+    """Agreement with fp32 and logit signal-to-noise on the held-out images."""
     import numpy as np
     import torch
 

@@ -3,11 +3,11 @@
 Both sides start from the same trained network and see the same batches in the same order, the same loss (labels, and
 the source network's softened answers), the same optimizer, schedule, epochs and grid of learning rates. First and last
 layer keep 8 bits, every other convolution and both inputs of every addition the bits of the row. Settings are chosen
-on held-out training pictures with seed 0, and the test pictures are read once per seed at the end. Accuracy is that
+on held-out training images with seed 0, and the test images are read once per seed at the end. Accuracy is that
 of the network in torch (*simulated*): no runtime has kernels for these activations.
 
 Brevitas: its quantizers for training, per-channel weights with scales from statistics or learned from an MSE start,
-learned activation scales, ranges first calibrated with its `calibration_mode` on the same pictures.
+learned activation scales, ranges first calibrated with its `calibration_mode` on the same images.
 
     python benchmarks/qat.py [--bits 4 2] [--epochs 1.5] [--grid-epochs 0.3] [--rates 0.02 0.05 0.1] [--seeds 0 1 2]
 

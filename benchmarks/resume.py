@@ -84,7 +84,7 @@ def killed(folder, epochs, told):
     return {"status": status, "killed at": f"{points[-1]['step']} of {points[-1]['steps']} steps", "went on": went_on}
 
 
-def picture(folder):
+def image(folder):
     """The largest curve of the report, with the report's colours, as a file of its own."""
     page = (folder / "report.html").read_text(encoding="utf-8")
     rules = re.findall(r"[^{}]+{[^{}]*}", re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1])
@@ -97,7 +97,7 @@ def picture(folder):
 
 
 def main() -> None:
-    """Run all, print the table, write JSON and the picture."""
+    """Run all, print the table, write JSON and the image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 0.5, 0.9])
     parser.add_argument("--epochs", type=float, default=20.0)
@@ -124,9 +124,9 @@ def main() -> None:
             row |= {"fraction": fraction, "same": {n: d == wanted[n] for n, d in digests(folder).items()}}
             data["rows"].append(row)
             print(f"killed at {row['killed at']} ({row['status']}), went on with {row['went on']}: {row['same']}")
-        arguments.picture.write_text(picture(whole), encoding="utf-8")
+        arguments.image.write_text(image(whole), encoding="utf-8")
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-    print(f"{arguments.out}\n{arguments.picture}")
+    print(f"{arguments.out}\n{arguments.image}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The trained ResNet-20 on Fashion-MNIST and the sentence encoder all-MiniLM-L6-v2, pruned in one shot and not trained
 afterwards, by `prune.Magnitude`, `prune.Wanda` and `prune.SparseGPT`:
 
-- `accuracy`: of ResNet-20 on the test pictures; of MiniLM the mean cosine of its sentence vectors to those of the whole
+- `accuracy`: of ResNet-20 on the test images; of MiniLM the mean cosine of its sentence vectors to those of the whole
   network, on texts that did not calibrate.
 - `bytes`: the ONNX file, and what a general packer makes of it (DEFLATE in a zip, LZMA in an xz), written, read back
   and compared. The INT8 files of OpenVINO the same way.

@@ -6,15 +6,15 @@ fourth and seventh block of every stage (`distill.FewerLayers`), MobileNetV2 wit
 leaves at the MACs of the narrow one. All see the same batches in the same order, with the same optimizer, learning rate
 and epochs: `labels` learns from labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add what
 their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
-student from labels lacks to the teacher, in the mean of its seeds. The test pictures are read once per run.
+student from labels lacks to the teacher, in the mean of its seeds. The test images are read once per run.
 
 Every way is run with all seeds. With `--long` epochs `labels` and the best of the others (by held-out training
-pictures) are trained once more, with the first seed, to where labels alone bring the student.
+images) are trained once more, with the first seed, to where labels alone bring the student.
 
     python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 5 6] [--seeds 0 1 2]
         [--width 0.35] [--ways labels Logits ...] [--long 12]
 
-Teachers are trained first and kept in the cache folder, and so are their answers to the pictures of a seed, for the
+Teachers are trained first and kept in the cache folder, and so are their answers to the images of a seed, for the
 ways that compare nothing else. A teacher that is trained anew, on another machine or with an empty cache, is another
 one: every run is written with the accuracy of its own, and held against it. Every finished run is written at once; a
 second call goes on where the first stopped.
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 RATE = {"resnet": 0.1, "mobilenet": 0.02}
 BATCH = 64  # small, so that few epochs have many steps
-# Values inside, student's and teacher's: behind each stage; behind the blocks where the picture was made smaller.
+# Values inside, student's and teacher's: behind each stage; behind the blocks where the image was made smaller.
 INSIDE = {
     "resnet": tuple((f"stages.{i}", f"stages.{i}") for i in range(3)),
     "mobilenet": tuple((f"blocks.{i}", f"blocks.{i}") for i in (2, 5, 12, 16)),

@@ -1,6 +1,6 @@
 """What Penjing's training loop costs: a step of `Finetune` beside the same step in a bare PyTorch loop.
 
-ResNet-20 and MobileNetV2, batches of 256 Fashion-MNIST pictures, SGD with Nesterov momentum, cosine schedule,
+ResNet-20 and MobileNetV2, batches of 256 Fashion-MNIST images, SGD with Nesterov momentum, cosine schedule,
 channels-last on all sides. `bare` is the module in a loop of ten lines, under torch's autocast where the processor
 computes bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the captured network with everything that it
 watches and tells; `stored teacher` reads the answers of the source from a file (`distill.TeacherCache`, written before)

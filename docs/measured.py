@@ -114,7 +114,7 @@ def lite0_int8() -> str:
             f"| {name} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['8'])} | {row['seconds']:.0f} s |"
         )
-    return _under(lines, data, "496 pictures; ")
+    return _under(lines, data, "496 images; ")
 
 
 def minilm_int8() -> str:
@@ -265,7 +265,7 @@ def coupling_cost() -> str:
 
 
 def pruning_accuracy() -> str:
-    """Accuracy and speed of pruned picture networks beside Torch-Pruning."""
+    """Accuracy and speed of pruned image networks beside Torch-Pruning."""
     data = _read("pruning_accuracy")
     parts, titles = [], {"resnet20": "ResNet-20", "vgg16": "VGG-16"}
     for name, network in data["networks"].items():

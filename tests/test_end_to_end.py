@@ -12,7 +12,7 @@ from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 
-PICTURES = 2000  # of the 10,000 test pictures
+PICTURES = 2000  # of the 10,000 test images
 OPERATORS = {"conv": 21, "linear": 1, "add": 9}
 
 
@@ -29,9 +29,9 @@ def task():
         pytest.skip(str(error))
     import torch
 
-    pictures = torch.from_numpy(arrays["test_images"][:PICTURES, None])
+    images = torch.from_numpy(arrays["test_images"][:PICTURES, None])
     labels = torch.from_numpy(arrays["test_labels"][:PICTURES]).long()
-    return replace(fashion.task(), select=None, evaluate=fashion.accuracy(pictures, labels))
+    return replace(fashion.task(), select=None, evaluate=fashion.accuracy(images, labels))
 
 
 @pytest.fixture(scope="module")

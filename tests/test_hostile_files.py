@@ -87,10 +87,10 @@ def whole(digits_run, tmp_path_factory):
     np.savez_compressed(folder / "packed.npz", x_train=draw.normal(size=(6, 3)).astype(np.float32))
     for suffix in ("png", "jpg"):
         for name in ("a", "b"):
-            (folder / "pictures" / suffix / name).mkdir(parents=True)
+            (folder / "images" / suffix / name).mkdir(parents=True)
             for i in range(2):
-                picture = Image.fromarray(draw.integers(0, 255, (9, 8, 3), dtype=np.uint8))
-                picture.save(folder / "pictures" / suffix / name / f"{i}.{suffix}")
+                image = Image.fromarray(draw.integers(0, 255, (9, 8, 3), dtype=np.uint8))
+                image.save(folder / "images" / suffix / name / f"{i}.{suffix}")
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -132,8 +132,8 @@ def doors(raised, artifacts):
         Door("recipe.yaml", lambda f: Recipe.from_yaml((f / "recipe.yaml").read_text("utf-8", "surrogateescape")), 8),
         Door("task.npz", lambda f: read_task(npz_arrays(f / "task.npz"))),
         Door("packed.npz", lambda f: read_task(npz_arrays(f / "packed.npz"))),
-        Door("pictures/png/a/1.png", lambda f: read_task(image_folder(f / "pictures/png", size=8)), 2),
-        Door("pictures/jpg/b/0.jpg", lambda f: read_task(image_folder(f / "pictures/jpg", size=8)), 2),
+        Door("images/png/a/1.png", lambda f: read_task(image_folder(f / "images/png", size=8)), 2),
+        Door("images/jpg/b/0.jpg", lambda f: read_task(image_folder(f / "images/jpg", size=8)), 2),
         Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
         Door("bert/config.json", lambda f: open_folder(f / "bert"), 2),
         Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
@@ -254,7 +254,7 @@ def test_a_picture_that_is_a_line(tmp_path):
     for name, size in (("a", (1, 100_000)), ("b", (100_000, 1))):
         (tmp_path / name).mkdir()
         Image.new("RGB", size).save(tmp_path / name / "0.png")
-    with pytest.raises(PenjingError, match="a picture can't be read"):
+    with pytest.raises(PenjingError, match="an image can't be read"):
         read_task(image_folder(tmp_path))
 
 

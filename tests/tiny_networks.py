@@ -84,8 +84,8 @@ class TwoInputs(nn.Module):
         self.left = conv(3, 4)
         self.right = conv(1, 4)
 
-    def forward(self, picture, mask):
-        return F.relu(self.left(picture) + self.right(mask))
+    def forward(self, image, mask):
+        return F.relu(self.left(image) + self.right(mask))
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class Shuffled:
         order = torch.randperm(len(self.x))
         for i in range(len(self)):
             rows = order[i * self.size : (i + 1) * self.size]
-            pictures = torch.roll(self.x[rows], random.randint(-1, 1), dims=-1) * np.random.uniform(0.9, 1.1)
-            yield pictures.float() + 0.01 * torch.randn(1), self.y[rows]
+            images = torch.roll(self.x[rows], random.randint(-1, 1), dims=-1) * np.random.uniform(0.9, 1.1)
+            yield images.float() + 0.01 * torch.randn(1), self.y[rows]
 
 
 def digits(count=400, size=100):

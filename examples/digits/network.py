@@ -27,9 +27,9 @@ def train(network: nn.Module, task: Task, epochs: int = 12, rate: float = 0.01) 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=len(task.train))
     network.train()
     for _ in range(epochs):
-        for pictures, labels in task.train:
+        for images, labels in task.train:
             optimizer.zero_grad()
-            task.loss(network(pictures), labels).backward()
+            task.loss(network(images), labels).backward()
             optimizer.step()
             schedule.step()
     return network.eval()

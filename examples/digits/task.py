@@ -19,22 +19,22 @@ TEST, HELD_OUT, CALIBRATION = 500, 200, 256
 class Batches:
     """Train batches in a new order at every iteration, drawn from torch's global generator."""
 
-    def __init__(self, pictures: torch.Tensor, labels: torch.Tensor, batch: int = 64) -> None:
-        self.pictures, self.labels, self.batch = pictures, labels, batch
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch: int = 64) -> None:
+        self.images, self.labels, self.batch = images, labels, batch
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for index in torch.randperm(len(self.labels)).split(self.batch):
-            yield self.pictures[index], self.labels[index]
+            yield self.images[index], self.labels[index]
 
 
-def accuracy(pictures: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of right answers over these pictures, as a function of `predict`."""
+def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
+    """The share of right answers over these images, as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
-        return float((predict(pictures.numpy()).argmax(1) == labels.numpy()).mean())
+        return float((predict(images.numpy()).argmax(1) == labels.numpy()).mean())
 
     return evaluate
 
@@ -42,18 +42,18 @@ def accuracy(pictures: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable
 def task() -> Task:
     """Everything Penjing needs to know about the digits: 1,097 to train on, 200 to select by, 500 to test on."""
     values, classes = digits()
-    # The file goes writer by writer: every third picture, then the next third, mixes them without a generator.
+    # The file goes writer by writer: every third image, then the next third, mixes them without a generator.
     order = np.concatenate([np.arange(start, len(classes), 3) for start in range(3)])
-    pictures = torch.from_numpy((values[order, None] - 4.9) / 6.0)  # mean 0 and deviation 1, about
+    images = torch.from_numpy((values[order, None] - 4.9) / 6.0)  # mean 0 and deviation 1, about
     labels = torch.from_numpy(classes[order])
     kept = len(labels) - TEST - HELD_OUT
     return Task(
         name="digits",
         metric_name="accuracy",
-        example=pictures[:2],
-        calibration=list(pictures[:CALIBRATION].split(64)),
-        train=Batches(pictures[:kept], labels[:kept]),
-        select=accuracy(pictures[kept:-TEST], labels[kept:-TEST]),
-        evaluate=accuracy(pictures[-TEST:], labels[-TEST:]),
+        example=images[:2],
+        calibration=list(images[:CALIBRATION].split(64)),
+        train=Batches(images[:kept], labels[:kept]),
+        select=accuracy(images[kept:-TEST], labels[kept:-TEST]),
+        evaluate=accuracy(images[-TEST:], labels[-TEST:]),
         loss=F.cross_entropy,
     )

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as a Penjing task: 60,000 train and 10,000 test pictures of clothing, 28×28, ten classes.
+"""Fashion-MNIST as a Penjing task: 60,000 train and 10,000 test images of clothing, 28×28, ten classes.
 
 Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017.
 """
@@ -16,28 +16,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this fil
 from examples.data import fashion_mnist
 from penjing.tasks.task import Task
 
-MEAN, STD = 0.2860, 0.3530  # of the train pictures, as fractions of 255
-HELD_OUT = 5000  # the last train pictures: never trained on, so that a search may look at them
+MEAN, STD = 0.2860, 0.3530  # of the train images, as fractions of 255
+HELD_OUT = 5000  # the last train images: never trained on, so that a search may look at them
 CALIBRATION = 512
 PADDING = 2  # pixels: how far a random crop may wander
 
 
-def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """Uint8 pictures (N, 1, 28, 28) as float32 with mean 0 and deviation 1 over the train set."""
-    return (pictures.float() / 255 - MEAN) / STD
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Uint8 images (N, 1, 28, 28) as float32 with mean 0 and deviation 1 over the train set."""
+    return (images.float() / 255 - MEAN) / STD
 
 
 class Batches:
-    """Augmented train batches, anew at every iteration: (N, 1, 28, 28) float32 pictures and (N,) int64 labels.
+    """Augmented train batches, anew at every iteration: (N, 1, 28, 28) float32 images and (N,) int64 labels.
 
     The order, the crops and the flips all come from torch's global generator: seed that and the batches repeat.
     """
 
-    def __init__(self, pictures: torch.Tensor, labels: torch.Tensor, batch: int = 256) -> None:
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch: int = 256) -> None:
         self.labels = labels
         self.batch = batch
-        side = pictures.shape[-1]
-        padded = F.pad(pictures, (PADDING,) * 4)
+        side = images.shape[-1]
+        padded = F.pad(images, (PADDING,) * 4)
         # Every crop as a view, (N, 1, offsets, offsets, side, side): picking one costs a copy of the crop alone.
         self.crops = padded.unfold(2, side, 1).unfold(3, side, 1)
 
@@ -47,17 +47,17 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for index in torch.randperm(len(self.labels)).split(self.batch):
             down, right = torch.randint(0, 2 * PADDING + 1, (2, len(index)))
-            pictures = self.crops[index, :, down, right]
+            images = self.crops[index, :, down, right]
             flipped = torch.rand(len(index), 1, 1, 1) < 0.5
-            yield normalise(torch.where(flipped, pictures.flip(-1), pictures)), self.labels[index]
+            yield normalise(torch.where(flipped, images.flip(-1), images)), self.labels[index]
 
 
-def accuracy(pictures: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of right answers over these pictures, as a function of `predict`."""
+def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
+    """The share of right answers over these images, as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
         right = 0
-        for some, truth in zip(pictures.split(500), labels.split(500), strict=True):
+        for some, truth in zip(images.split(500), labels.split(500), strict=True):
             right += int((predict(normalise(some).numpy()).argmax(1) == truth.numpy()).sum())
         return right / len(labels)
 
@@ -65,7 +65,7 @@ def accuracy(pictures: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable
 
 
 def task(batch: int = 256) -> Task:
-    """Everything Penjing needs to know about Fashion-MNIST; `batch` pictures train at a time."""
+    """Everything Penjing needs to know about Fashion-MNIST; `batch` images train at a time."""
     arrays = {name: torch.from_numpy(array) for name, array in fashion_mnist().items()}
     train, labels = arrays["train_images"][:, None], arrays["train_labels"].long()
     kept = len(labels) - HELD_OUT

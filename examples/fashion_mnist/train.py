@@ -47,9 +47,9 @@ def main() -> None:
     context = Context(task=task, seed=arguments.seed, events=show, folder=arguments.state)
     network = step(Draft(capture_network(source, *task.call())), context).network
 
-    def predict(pictures):
+    def predict(images):
         with torch.no_grad():
-            return network(torch.from_numpy(pictures)).numpy()
+            return network(torch.from_numpy(images)).numpy()
 
     print(f"held-out accuracy {task.select(predict):.4f}, test accuracy {task.evaluate(predict):.4f}")
     state = {key: network.state_dict()[key].contiguous() for key in source.state_dict()}

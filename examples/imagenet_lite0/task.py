@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 against its own fp32 self, on 796 pictures that have no labels.
+"""EfficientNet-Lite0 against its own fp32 self, on 796 images that have no labels.
 
-300 pictures calibrate; the metric is the share of the other 496 to which a compressed network gives the same
+300 images calibrate; the metric is the share of the other 496 to which a compressed network gives the same
 first answer as the fp32 network in torch.
 """
 
@@ -27,12 +27,12 @@ BATCH = 10
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """Uint8 pictures (N, 3, 224, 224) as the float32 that the network was trained on."""
+    """Uint8 images (N, 3, 224, 224) as the float32 that the network was trained on."""
     return (pixels.astype(np.float32) - 127) / 128
 
 
 class Batches:
-    """Pictures as tensors of (10, 3, 224, 224) float32, made anew at every iteration: 0.6 MB each add up."""
+    """Images as tensors of (10, 3, 224, 224) float32, made anew at every iteration: 0.6 MB each add up."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -46,48 +46,48 @@ class Batches:
 
 
 def prepared(path: Path) -> np.ndarray:
-    """One picture on white, short side 256 (bicubic), its centre: uint8 (3, 224, 224)."""
+    """One image on white, short side 256 (bicubic), its centre: uint8 (3, 224, 224)."""
     with Image.open(path) as file:
-        picture = file.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    ratio = RESIZED / min(picture.size)
-    width, height = (max(RESIZED, round(side * ratio)) for side in picture.size)
+        image = file.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    ratio = RESIZED / min(image.size)
+    width, height = (max(RESIZED, round(side * ratio)) for side in image.size)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture.crop((left, top, left + SIDE, top + SIDE))).transpose(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE))).transpose(2, 0, 1)
 
 
 def pixels() -> tuple[np.ndarray, np.ndarray]:
-    """The pictures, uint8: (300, 3, 224, 224) to calibrate on, (496, 3, 224, 224) held out."""
+    """The images, uint8: (300, 3, 224, 224) to calibrate on, (496, 3, 224, 224) held out."""
     paths = data.pictures()
     name = f"lite0-pictures-{len(paths)}-{RESIZED}-{SIDE}-pillow-{PIL.__version__}"
     array = _cached(name, lambda: _shuffled(np.stack([prepared(path) for path in paths])))
     return array[:CALIBRATION], array[CALIBRATION:]
 
 
-def answers(pictures: np.ndarray) -> np.ndarray:
-    """The first answer of the fp32 network in torch to each of the uint8 pictures: int64 (N,)."""
+def answers(images: np.ndarray) -> np.ndarray:
+    """The first answer of the fp32 network in torch to each of the uint8 images: int64 (N,)."""
 
     def compute() -> np.ndarray:
-        print(f"Asking the fp32 network about {len(pictures)} pictures, once.", file=sys.stderr)
+        print(f"Asking the fp32 network about {len(images)} images, once.", file=sys.stderr)
         with torch.inference_mode():
-            return np.concatenate([network(batch).argmax(1).numpy() for batch in Batches(pictures)])
+            return np.concatenate([network(batch).argmax(1).numpy() for batch in Batches(images)])
 
     network = data.lite0()
-    seen = hashlib.sha256(np.ascontiguousarray(pictures).data)
+    seen = hashlib.sha256(np.ascontiguousarray(images).data)
     for name, tensor in network.state_dict().items():
         seen.update(name.encode())
         seen.update(np.ascontiguousarray(tensor.numpy()).tobytes())
     return _cached(f"lite0-answers-{seen.hexdigest()[:16]}", compute)
 
 
-def agreement(pictures: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of pictures with the fp32 network's first answer, as a function of `predict`."""
+def agreement(images: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float]:
+    """The share of images with the fp32 network's first answer, as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
-        expected = answers(pictures)
-        found = np.concatenate([predict(batch.numpy()).argmax(1) for batch in Batches(pictures)])
+        expected = answers(images)
+        found = np.concatenate([predict(batch.numpy()).argmax(1) for batch in Batches(images)])
         return float((found == expected).mean())
 
     return evaluate
@@ -105,12 +105,12 @@ def task() -> Task:
     )
 
 
-def _shuffled(pictures: np.ndarray) -> np.ndarray:
+def _shuffled(images: np.ndarray) -> np.ndarray:
     """Ordered by the hash of their pixels: a shuffle that no library's generator can change.
 
     Some stamps look the same once they are prepared; this way they stand side by side, and so on one side of the split.
     """
-    return pictures[np.argsort([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures], kind="stable")]
+    return images[np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable")]
 
 
 def _cached(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

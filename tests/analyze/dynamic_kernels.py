@@ -112,22 +112,22 @@ class ByTheBatch(Mixed):
         return F.conv2d(x, (c @ self.w.view(4, -1)).view(8, 10, 3, 3), padding=1)
 
 
-def picture():
+def image():
     return torch.randn(2, 3, 8, 8)
 
 
 FREE = {"a": 10, "k": 4}
 KERNELS = {
-    "mixed": (Mixed, picture, {**FREE, "w_layer": 8}),
-    "by einsum": (ByEinsum, picture, {**FREE, "w_layer": 8}),
-    "by sum": (BySum, picture, {**FREE, "w": 8}),
-    "flat, with biases": (Flat, picture, {**FREE, "b_layer": 8}),
-    "flat, by sum": (FlatBySum, picture, {**FREE, "b": 8}),
-    "flat, in two steps": (FlatInTwoSteps, picture, {**FREE, "b_layer": 8}),
-    "made by a layer": (Made, picture, {**FREE, "h": 8}),
-    "in groups": (Grouped, picture, {"a": 5, "k": 4, "w_layer": 4}),
-    "depthwise": (Depthwise, picture, FREE),
-    "two, with a residual": (Residual, picture, {**FREE, "w_layer": 8, "k2": 4}),
-    "one kernel for the batch": (ByTheBatch, picture, {**FREE, "w_layer": 8}),
+    "mixed": (Mixed, image, {**FREE, "w_layer": 8}),
+    "by einsum": (ByEinsum, image, {**FREE, "w_layer": 8}),
+    "by sum": (BySum, image, {**FREE, "w": 8}),
+    "flat, with biases": (Flat, image, {**FREE, "b_layer": 8}),
+    "flat, by sum": (FlatBySum, image, {**FREE, "b": 8}),
+    "flat, in two steps": (FlatInTwoSteps, image, {**FREE, "b_layer": 8}),
+    "made by a layer": (Made, image, {**FREE, "h": 8}),
+    "in groups": (Grouped, image, {"a": 5, "k": 4, "w_layer": 4}),
+    "depthwise": (Depthwise, image, FREE),
+    "two, with a residual": (Residual, image, {**FREE, "w_layer": 8, "k2": 4}),
+    "one kernel for the batch": (ByTheBatch, image, {**FREE, "w_layer": 8}),
 }
 """Name → how it is built, its example, and its groups with their units."""

@@ -288,7 +288,7 @@ def five():
     return torch.randn(2, 5)
 
 
-def picture():
+def image():
     return torch.randn(2, 3, 8, 8)
 
 
@@ -306,9 +306,9 @@ CASES = {
     "gate by select": (Selected, vector, {"a": 32}),
     "every second is a gate": (EverySecond, vector, {"a": 32}),
     "gate by unbind": (Unbound, vector, {"a": 32}),
-    "glu of a convolution": (GluConvolution, picture, {"a": 8}),
-    "maxout": (Maxout, picture, {"a": 10}),
-    "maxout, pieces first": (MaxoutFirst, picture, {"a": 4}),
+    "glu of a convolution": (GluConvolution, image, {"a": 8}),
+    "maxout": (Maxout, image, {"a": 10}),
+    "maxout, pieces first": (MaxoutFirst, image, {"a": 4}),
     "maxout, more pieces than units": (MaxoutLast, five, {"a": 4}),
     "maximum of halves": (MaximumOfHalves, five, {"a": 10}),
     "torch attention": (TorchAttention, sequence, HEADS),

@@ -245,7 +245,7 @@ def test_the_peak_of_a_chain_by_hand():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.ReLU(), nn.Linear(4 * 64, 2))
     x = torch.zeros(3, 1, 8, 8)
     network = capture_network(model, (x,))
-    # While the rectifier runs, its input (seen through a view) and its output are alive; the picture is gone.
+    # While the rectifier runs, its input (seen through a view) and its output are alive; the image is gone.
     peak = peak_activation(network, ((x,), {}))
     assert peak.size_bytes == 2 * (4 * 64) * 4 == peak_activation_bytes(network, ((x,), {}))
     assert peak.site == next(r.name for r in cost(network, ((x,), {})) if r.kind == "relu")

@@ -66,7 +66,7 @@ EAGER = replace(GENERIC, quantized_output=frozenset({"conv", "linear", "add", "c
 
 @pytest.fixture(
     params=[(picture_net, None), (picture_net, EAGER), (bert, None)],
-    ids=["pictures", "pictures, quantized outputs", "bert"],
+    ids=["images", "images, quantized outputs", "bert"],
     scope="module",
 )
 def example(request):

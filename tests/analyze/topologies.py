@@ -286,7 +286,7 @@ class Distances(nn.Module):
 
 
 class Patches(nn.Module):
-    """MobileViT: channels and batch are one axis while pictures are cut into patches and put together again."""
+    """MobileViT: channels and batch are one axis while images are cut into patches and put together again."""
 
     def __init__(self):
         super().__init__()
@@ -305,7 +305,7 @@ class Patches(nn.Module):
         return self.out(F.relu(self.join(x)).mean((2, 3)))
 
 
-def picture():
+def image():
     return torch.randn(2, 3, 6, 6)
 
 
@@ -314,27 +314,27 @@ def ids():
 
 
 TOPOLOGIES = {
-    "residual": (Residual, picture),
-    "concat": (Concat, picture),
-    "split": (Split, picture),
-    "grouped": (Grouped, picture),
-    "shuffle": (Shuffle, picture),
-    "fused attention": (Attention, picture),
-    "attention of products": (lambda: Attention(fused=False), picture),
+    "residual": (Residual, image),
+    "concat": (Concat, image),
+    "split": (Split, image),
+    "grouped": (Grouped, image),
+    "shuffle": (Shuffle, image),
+    "fused attention": (Attention, image),
+    "attention of products": (lambda: Attention(fused=False), image),
     "grouped queries": (GroupedQueries, lambda: torch.randn(2, 5, 12)),
     "tied": (Tied, ids),
     "shared": (Shared, lambda: torch.randn(2, 6)),
     "lstm": (Recurrent, ids),
     "gru": (lambda: Recurrent(nn.GRU), ids),
     "rnn": (lambda: Recurrent(nn.RNN), ids),
-    "up and down": (UpAndDown, picture),
-    "padded": (Padded, picture),
+    "up and down": (UpAndDown, image),
+    "padded": (Padded, image),
     "slices": (Slices, lambda: torch.randn(2, 5)),
     "normalised": (Normalised, lambda: torch.randn(2, 5)),
     "products": (Products, lambda: torch.randn(2, 4, 5)),
-    "windows": (Windows, picture),
+    "windows": (Windows, image),
     "distances": (Distances, ids),
-    "patches": (Patches, picture),
+    "patches": (Patches, image),
 }
 
 

@@ -21,7 +21,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_fashion(tmp_path, monkeypatch):
-    """A data set of the same form, three pictures each, where the Debian package would have put it."""
+    """A data set of the same form, three images each, where the Debian package would have put it."""
     folder = tmp_path / "installed"
     folder.mkdir()
     files = {}
@@ -104,9 +104,9 @@ def test_a_file_of_another_content_is_refused(tmp_path):
 
 
 def test_digits_are_whole():
-    pictures, labels = data.digits()
-    assert pictures.shape == (1797, 8, 8)
-    assert pictures.dtype == np.float32
+    images, labels = data.digits()
+    assert images.shape == (1797, 8, 8)
+    assert images.dtype == np.float32
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 

@@ -33,8 +33,8 @@ def test_every_example_loads_from_any_folder(file, tmp_path, monkeypatch):
 def test_fashion_batches_cover_the_train_set_once_and_leave_the_held_out_pictures(fashion):
     counts = torch.zeros(10, dtype=torch.long)
     batches = 0
-    for pictures, labels in fashion.train:
-        assert pictures.shape == (len(labels), 1, 28, 28)
+    for images, labels in fashion.train:
+        assert images.shape == (len(labels), 1, 28, 28)
         counts += labels.bincount(minlength=10)
         batches += 1
     assert batches == len(fashion.train)
@@ -57,13 +57,13 @@ def test_fashion_batches_follow_the_seed_and_differ_between_epochs(fashion):
 def test_augmentation_is_a_shifted_and_flipped_crop():
     from examples.fashion_mnist.task import PADDING, Batches, normalise
 
-    pictures = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 1, 5, 5).repeat(64, 1, 1, 1)
-    padded = torch.nn.functional.pad(pictures[:1], (PADDING,) * 4)
+    images = torch.arange(1, 26, dtype=torch.uint8).reshape(1, 1, 5, 5).repeat(64, 1, 1, 1)
+    padded = torch.nn.functional.pad(images[:1], (PADDING,) * 4)
     places = range(2 * PADDING + 1)
     crops = [padded[0, :, down : down + 5, right : right + 5] for down in places for right in places]
     possible = {normalise(crop).numpy().tobytes() for one in crops for crop in (one, one.flip(-1))}
     torch.manual_seed(0)
-    ((batch, _),) = Batches(pictures, torch.zeros(64, dtype=torch.long))
+    ((batch, _),) = Batches(images, torch.zeros(64, dtype=torch.long))
     seen = {crop.contiguous().numpy().tobytes() for crop in batch}
     assert seen <= possible
     assert len(seen) > 20
@@ -75,11 +75,11 @@ def test_fashion_metrics_see_every_picture_once(fashion, metric, expected):
     labels = arrays["test_labels"] if metric == "evaluate" else arrays["train_labels"][-5000:]
     seen = 0
 
-    def predict(pictures):  # right but for the first hundred
+    def predict(images):  # right but for the first hundred
         nonlocal seen
-        truth = labels[seen : seen + len(pictures)].astype(int)
-        wrong = np.arange(seen, seen + len(pictures)) < 100
-        seen += len(pictures)
+        truth = labels[seen : seen + len(images)].astype(int)
+        wrong = np.arange(seen, seen + len(images)) < 100
+        seen += len(images)
         return np.eye(10)[(truth + wrong) % 10]
 
     assert getattr(fashion, metric)(predict) == pytest.approx(1 - 100 / expected)
@@ -125,7 +125,7 @@ def test_the_digits_network_is_trained_the_same_way_each_time():
     network = trained()
     assert torch.equal(state, torch.random.get_rng_state())
     with torch.inference_mode():
-        assert digits.evaluate(lambda pictures: network(torch.from_numpy(pictures)).numpy()) > 0.95
+        assert digits.evaluate(lambda images: network(torch.from_numpy(images)).numpy()) > 0.95
     states = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -151,6 +151,6 @@ def test_lite0_agrees_with_itself_and_not_with_its_negative():
             batch = (torch.from_numpy(held_out[start : start + 10]).float() - 127) / 128
             answers.append(network(batch).numpy())
     replies = iter(answers)
-    assert example.evaluate(lambda pictures: next(replies)) == 1.0
+    assert example.evaluate(lambda images: next(replies)) == 1.0
     replies = iter(answers)
-    assert example.evaluate(lambda pictures: -next(replies)) == 0.0
+    assert example.evaluate(lambda images: -next(replies)) == 0.0

@@ -38,8 +38,8 @@ def test_scores_do_not_hide_behind_boxes(turned, axis):
 def test_columns_of_like_size_are_not_parted():
     logits = RANDOM.normal(0, 1, (32, 10)) * np.linspace(0.2, 2, 10)
     assert split([logits.astype(np.float32)]) == (Columns(0),)
-    picture = RANDOM.normal(0, 1, (4, 3, 16, 16)).astype(np.float32)
-    assert split([picture]) == (Columns(0),)
+    image = RANDOM.normal(0, 1, (4, 3, 16, 16)).astype(np.float32)
+    assert split([image]) == (Columns(0),)
 
 
 def test_columns_that_are_zero_or_next_to_nothing_are_no_group():

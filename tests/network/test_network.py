@@ -427,7 +427,7 @@ class TestForms:
         assert "forward(input" in str(caught.value.expected)
         assert caught.value.remedy
         with pytest.raises(TaskError):
-            capture_network(nn.Linear(3, 2), (), {"picture": torch.zeros(1, 3)})
+            capture_network(nn.Linear(3, 2), (), {"image": torch.zeros(1, 3)})
 
 
 class Pooled(nn.Module):
@@ -473,8 +473,8 @@ class TestDynamicAxes:
 
     def test_an_unknown_name_is_refused(self):
         with pytest.raises(TaskError) as caught:
-            capture_network(Pooled(), self.call, dynamic={"pictures": {0: "batch"}})
-        assert "words" in str(caught.value) and "pictures" in str(caught.value)
+            capture_network(Pooled(), self.call, dynamic={"images": {0: "batch"}})
+        assert "words" in str(caught.value) and "images" in str(caught.value)
         with pytest.raises(TaskError):
             capture_network(Pooled(), self.call, dynamic={2: {0: "batch"}})
 

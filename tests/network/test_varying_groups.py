@@ -64,7 +64,7 @@ class Modulated(nn.Module):
 
 
 class Correlation(nn.Module):
-    """A tracker: the features of one picture are the kernel for those of another."""
+    """A tracker: the features of one image are the kernel for those of another."""
 
     def __init__(self):
         super().__init__()

@@ -142,7 +142,7 @@ def test_integers_pool_as_planned(name, runtime, tmp_path):
 
 
 def written(network, x, path):
-    """A file for pictures of any height."""
+    """A file for images of any height."""
     height = torch.export.Dim("height", min=8, max=64)
     program = torch.export.export(
         network.eval(), (x,), dynamic_shapes=({2: height},), prefer_deferred_runtime_asserts_over_guards=True

@@ -218,15 +218,15 @@ def test_apply_gives_a_trainable_module_and_leaves_the_model_alone(digits_source
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     small = pj.apply(pj.Recipe(pj.quantize.Static()), model, task)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    pictures = task.calibration[0]
+    images = task.calibration[0]
     with torch.no_grad():
         model.eval()
-        assert not torch.equal(small(pictures), model(pictures))
-        assert (small(pictures).argmax(1) == model(pictures).argmax(1)).float().mean() > 0.9
+        assert not torch.equal(small(images), model(images))
+        assert (small(images).argmax(1) == model(images).argmax(1)).float().mean() > 0.9
     assert isinstance(small, torch.nn.Module)
-    assert torch.equal(small(pictures), pj.apply(pj.Recipe(pj.quantize.Static()), model, task)(pictures))
+    assert torch.equal(small(images), pj.apply(pj.Recipe(pj.quantize.Static()), model, task)(images))
     plain = pj.apply(pj.Recipe(), model, task)
-    torch.testing.assert_close(plain(pictures), model(pictures))
+    torch.testing.assert_close(plain(images), model(images))
 
 
 class TestRefusals:
@@ -299,8 +299,8 @@ class TestRefusals:
     ("evaluate", "says"),
     [
         (lambda predict: predict("nonsense"), "raised"),
-        (lambda predict: None, "no finite number"),
-        (lambda predict: float("nan"), "no finite number"),
+        (lambda predict: None, "not a finite number"),
+        (lambda predict: float("nan"), "not a finite number"),
         (lambda predict: 1 / 0, "division by zero"),
     ],
 )

@@ -278,7 +278,7 @@ class TestMetric:
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
-        with pytest.raises(TaskError, match="no finite number") as found:
+        with pytest.raises(TaskError, match="not a finite number") as found:
             metric_of(lambda p: value, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
 

@@ -219,7 +219,7 @@ vnni = pytest.mark.skipif(
 )
 
 
-def pictures(samples, seed=0):
+def images(samples, seed=0):
     return torch.randn(samples, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 
 
@@ -230,7 +230,7 @@ def words(samples, seed=0):
 @pytest.mark.parametrize(
     ("network", "data", "step", "runtime"),
     [
-        (Detector, pictures, pj.quantize.Static(), "onnxruntime"),
+        (Detector, images, pj.quantize.Static(), "onnxruntime"),
         (Tagger, words, pj.quantize.Dynamic(), "onnxruntime"),
         pytest.param(Tagger, words, pj.quantize.Static(), "openvino", marks=vnni),
         (Transformer, words, pj.quantize.Static(), "onnxruntime"),

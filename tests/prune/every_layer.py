@@ -31,19 +31,19 @@ LAYERS = ("stem", "grouped", "up", "head")
 COUNT = 8 * 27 + 12 * 36 + 12 * 8 + 30
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
-TRAIN = [(pictures(8, seed), torch.arange(8) % 5) for seed in range(3)]
+TRAIN = [(images(8, seed), torch.arange(8) % 5) for seed in range(3)]
 
 
-TASK = Task(example=pictures(1), calibration=[x for x, _ in TRAIN], train=TRAIN, loss=F.cross_entropy)
+TASK = Task(example=images(1), calibration=[x for x, _ in TRAIN], train=TRAIN, loss=F.cross_entropy)
 
 
 def draft(seed=0):
     torch.manual_seed(seed)
-    return Draft(capture_network(Net().eval(), (pictures(2),)))
+    return Draft(capture_network(Net().eval(), (images(2),)))
 
 
 def zeros(made, name):

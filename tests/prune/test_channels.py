@@ -28,7 +28,7 @@ from penjing.train.finetune import Finetune
 from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
-from tests.prune.wide import TASK, Wide, draft, left, pictures
+from tests.prune.wide import TASK, Wide, draft, images, left
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_network_that_does_not_agree_is_never_given_back(wide, monkeypatch):
 
 def test_a_pruned_network_still_trains(wide):
     pruned = Channels(macs=0.5)(wide, Context(task=TASK))
-    loss = F.cross_entropy(copy.deepcopy(pruned.network).train()(pictures(4)), torch.arange(4))
+    loss = F.cross_entropy(copy.deepcopy(pruned.network).train()(images(4)), torch.arange(4))
     loss.backward()
     assert torch.isfinite(loss)
 
@@ -161,8 +161,8 @@ def test_recipes_hold_it_in_yaml():
 
 @pytest.mark.parametrize("criterion", ["auto", "l2"])
 def test_auto_takes_what_the_task_has(criterion):
-    step, bare = Channels(macs=0.5, criterion=criterion), Task(example=pictures(1))
-    tasks = (TASK, Task(example=pictures(1), calibration=[pictures(2)]), bare)
+    step, bare = Channels(macs=0.5, criterion=criterion), Task(example=images(1))
+    tasks = (TASK, Task(example=images(1), calibration=[images(2)]), bare)
     found = [criteria.for_context(step.criterion, Context(task=t)) for t in tasks]
     assert found == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
 
@@ -171,11 +171,11 @@ LOADING = """
 import sys, torch
 sys.path[:0] = {paths}
 from penjing.storage.checkpoint import restore
-from tests.prune.wide import TASK, pictures
+from tests.prune.wide import TASK, images
 from tests.analyze.topologies import {model}
 draft = restore({folder!r}, {model}(), TASK)
 with torch.no_grad():
-    torch.save(draft.network(pictures(3, seed=9)), {out!r})
+    torch.save(draft.network(images(3, seed=9)), {out!r})
 """
 
 
@@ -190,7 +190,7 @@ def test_another_process_rebuilds_it_from_the_factory_to_the_bit(model, tmp_path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        assert torch.equal(torch.load(out, weights_only=True), pruned.network(pictures(3, seed=9)))
+        assert torch.equal(torch.load(out, weights_only=True), pruned.network(images(3, seed=9)))
 
 
 def test_a_factory_that_has_changed_is_named(tmp_path):

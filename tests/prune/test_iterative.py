@@ -16,11 +16,11 @@ from penjing.surgery import replay
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
 from tests.prune import sparse_trainings
-from tests.prune.wide import Wide, draft, pictures
+from tests.prune.wide import Wide, draft, images
 from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, context_of, same
 
-TRAIN = [(pictures(16, seed), torch.arange(16) % 5) for seed in range(3)]
-TASK = Task(example=pictures(1), calibration=[pictures(8)], train=TRAIN, loss=F.cross_entropy)
+TRAIN = [(images(16, seed), torch.arange(16) % 5) for seed in range(3)]
+TASK = Task(example=images(1), calibration=[images(8)], train=TRAIN, loss=F.cross_entropy)
 STEP = Iterative(
     step=Channels(macs=0.4, criterion="l2", round_to=1, min_keep=0),
     finetune=Finetune(epochs=1, autocast="off"),

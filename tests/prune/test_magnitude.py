@@ -16,7 +16,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.storage import checkpoint
 from penjing.tasks.task import Task
-from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft, pictures, same, total, zeros
+from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft, images, same, total, zeros
 
 
 @pytest.mark.parametrize("criterion", criteria.OF_WEIGHTS)
@@ -159,7 +159,7 @@ def test_a_checkpoint_keeps_the_zeros_and_the_log(tmp_path):
             self.head = nn.Identity()
 
     with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.load(tmp_path, capture_network(Other().eval(), (pictures(2),)))
+        checkpoint.load(tmp_path, capture_network(Other().eval(), (images(2),)))
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_symmetric": False, "weight_bits": 4}])
@@ -193,7 +193,7 @@ def test_what_is_pruned_still_trains():
 
 def test_labels_that_are_missing_are_asked_for():
     with pytest.raises(TaskError, match="labelled data") as found:
-        Magnitude(criterion="fisher")(draft(), Context(task=Task(example=pictures(1))))
+        Magnitude(criterion="fisher")(draft(), Context(task=Task(example=images(1))))
     assert "prune.Wanda" in str(found.value)
 
 

@@ -11,14 +11,14 @@ from penjing.tasks.task import Task
 from tests.analyze.topologies import scattered
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
 TASK = Task(
-    example=pictures(1),
-    calibration=[pictures(8)],
-    train=[(pictures(8), torch.arange(8) % 3)],
+    example=images(1),
+    calibration=[images(8)],
+    train=[(images(8), torch.arange(8) % 3)],
     loss=F.cross_entropy,
 )
 
@@ -37,7 +37,7 @@ class Wide(nn.Module):
 
 def draft(model, seed=0):
     torch.manual_seed(seed)
-    return Draft(capture_network(scattered(model), (pictures(2),)))
+    return Draft(capture_network(scattered(model), (images(2),)))
 
 
 def left(before, after, what):

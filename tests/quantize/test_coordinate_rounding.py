@@ -36,7 +36,7 @@ class Small(nn.Module):
 
 
 def smooth(samples, seed):
-    """Pictures whose neighbours are alike, as those of the world are."""
+    """Images whose neighbours are alike, as those of the world are."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.randn(samples, 3, 4, 4, generator=random)
     fine = F.interpolate(coarse, size=12, mode="bilinear")

@@ -42,7 +42,7 @@ class Words(nn.Module):
         return self.head(self.reduce(hidden, (ids < 12)[..., None]))
 
 
-class Pictures(nn.Module):
+class Images(nn.Module):
     def __init__(self, reduce):
         super().__init__()
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def ids(seed, n=16):
     return torch.randint(0, 50, (n, 10), generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(seed, n=16):
+def images(seed, n=16):
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -111,7 +111,7 @@ def test_what_hides_tokens_costs_nothing(way, runtime, tmp_path):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("way", PICTURES)
 def test_a_border_that_pooling_passes_over_costs_nothing(way, runtime, tmp_path):
-    draft = judge(Pictures(PICTURES[way]), pictures, runtime, tmp_path)
+    draft = judge(Images(PICTURES[way]), images, runtime, tmp_path)
     assert {"up:in0", "head:in0"} <= set(draft.plan.entries)
 
 

@@ -19,7 +19,7 @@ from penjing.surgery import insert
 from penjing.tasks.task import Task
 
 
-def pictures(seed, n=8):
+def images(seed, n=8):
     return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
@@ -31,12 +31,12 @@ def decibels(wanted, got):
 
 def executed(net, folder):
     """The operators by kind that OpenVINO computes in integers, of an artifact that agrees with source and plan."""
-    task = Task(example=pictures(0), calibration=[pictures(1 + i) for i in range(3)])
+    task = Task(example=images(0), calibration=[images(1 + i) for i in range(3)])
     raised = capture_network(net.eval(), *task.call(), task.dynamic)
     capabilities = runtimes.get("openvino").capabilities(measure.machine(1).instruction_sets)
     draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
     manifest = building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
-    x = pictures(9, 5)
+    x = images(9, 5)
     [got] = isolated.open_artifact(folder, 1).run([x.numpy()])
     with torch.no_grad():
         assert decibels(net(x), got) > 28

@@ -22,7 +22,7 @@ from penjing.tasks.task import Task
 FILES = {"edits.json", "plan.json", "weights.safetensors"}
 
 
-def pictures(count=4, channels=3, seed=0):
+def images(count=4, channels=3, seed=0):
     return torch.randn(count, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
@@ -36,12 +36,12 @@ def resnet(seed, width=8):
             module.running_mean.normal_(std=0.3)
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    return capture_network(model.eval(), (pictures(1),))
+    return capture_network(model.eval(), (images(1),))
 
 
 @pytest.fixture(scope="module")
 def quantized():
-    task = Task(example=pictures(1), calibration=[pictures(8)])
+    task = Task(example=images(1), calibration=[images(8)])
     return Static(exclude=("conv1",))(Draft(resnet(0)), Context(task=task))
 
 
@@ -59,7 +59,7 @@ class TestRoundTrip:
     def test_the_same_bits_on_another_training_of_the_network(self, quantized, folder):
         source = resnet(seed=1)
         again = checkpoint.load(folder, source)
-        x = pictures(seed=5)
+        x = images(seed=5)
         assert torch.equal(again.network(x), quantized.network(x))
         state, wanted = again.network.state_dict(), quantized.network.state_dict()
         assert state.keys() == wanted.keys()
@@ -75,7 +75,7 @@ class TestRoundTrip:
         again = checkpoint.load(folder, resnet(seed=1))
         assert again.plan == quantized.plan
         assert again.plan.floats["conv1"] == "excluded by 'conv1'"
-        x = pictures(seed=5)
+        x = images(seed=5)
         assert torch.equal(insert(again.network, again.plan)(x), insert(quantized.network, quantized.plan)(x))
 
     def test_the_source_stays_as_it_was(self, folder):
@@ -88,7 +88,7 @@ class TestRoundTrip:
     def test_it_still_trains(self, folder):
         network = checkpoint.load(folder, resnet(seed=1)).network
         assert not any(module.training for module in network.modules())
-        network(pictures()).sum().backward()
+        network(images()).sum().backward()
         assert all(p.grad is not None for p in network.parameters())
 
     def test_saving_what_was_loaded_gives_the_same_files(self, folder, tmp_path_factory):
@@ -100,7 +100,7 @@ class TestRoundTrip:
     def test_an_older_one_is_replaced(self, folder):
         network = resnet(seed=2)
         checkpoint.save(Draft(network), folder)
-        assert torch.equal(checkpoint.load(folder, resnet(seed=1)).network(pictures()), network(pictures()))
+        assert torch.equal(checkpoint.load(folder, resnet(seed=1)).network(images()), network(images()))
         assert {p.name for p in folder.iterdir()} == FILES
 
     def test_it_opens_by_the_name_of_its_folder(self, folder):
@@ -150,14 +150,14 @@ class TestAnotherNetwork:
         assert found.value.remedy
 
     def test_another_precision_is_named(self, folder):
-        model = capture_network(build("resnet20", width=8).eval(), (pictures(1),)).double()
+        model = capture_network(build("resnet20", width=8).eval(), (images(1),)).double()
         with pytest.raises(CheckpointError, match="is float32, the network's float64"):
             checkpoint.load(folder, model)
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
         with pytest.raises(CheckpointError, match="edit 0 of the checkpoint does not fit"):
-            checkpoint.load(folder, capture_network(model, (pictures(1),)))
+            checkpoint.load(folder, capture_network(model, (images(1),)))
 
     def test_missing_and_more_layers_are_named(self, tmp_path):
         def network(*names):

@@ -153,7 +153,7 @@ def test_values_that_are_not_finite(bad, word):
 
 
 def test_what_is_no_tensor():
-    assert "is no tensor" in refused([["a"]])
+    assert "is not a tensor" in refused([["a"]])
     assert "holds no numbers" in refused([np.array(["a"])])
     assert "calibration batch 0" in refused([np.array([object()])])
 

@@ -31,7 +31,7 @@ def plain(folder, **settings):
     return image_folder(folder, size=8, mean=(0, 0, 0), std=(1, 1, 1), **settings)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
 def test_a_flat_folder_keeps_every_fifth_picture_for_evaluation(tmp_path):
@@ -84,8 +84,8 @@ def test_calibration_is_even_over_the_classes_and_the_same_every_time(tmp_path):
     task = plain(paint(tmp_path / "train").parent, calibration_samples=6, batch=4)
     sizes = [args[0].shape[0] for args, _ in calibration_calls(task)]
     assert sizes == [4, 2]
-    pictures = torch.cat([args[0] for args, _ in calibration_calls(task)]).numpy()
-    assert by_colour(pictures).argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
+    images = torch.cat([args[0] for args, _ in calibration_calls(task)]).numpy()
+    assert by_colour(images).argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
     assert fingerprint(calibration_calls(task)) == fingerprint(calibration_calls(task))
 
 
@@ -116,9 +116,9 @@ def test_it_trains_any_form_of_output(tmp_path):
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda root: None, "no pictures"),
-        (lambda root: (root / "a").mkdir(), "no pictures"),
-        (lambda root: Image.new("RGB", (4, 4)).save(root / "0.png"), "no pictures"),
+        (lambda root: None, "no images"),
+        (lambda root: (root / "a").mkdir(), "no images"),
+        (lambda root: Image.new("RGB", (4, 4)).save(root / "0.png"), "no images"),
         (lambda root: (paint(root / "train", ["red"]), paint(root / "val", ["green"])), "has classes that"),
     ],
 )
@@ -135,8 +135,8 @@ def test_a_missing_folder(tmp_path):
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     paint(tmp_path / "train", ["red"], count=1)
-    (tmp_path / "train" / "red" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(TaskError, match="picture can't be read") as error:
+    (tmp_path / "train" / "red" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(TaskError, match="image can't be read") as error:
         list(calibration_calls(plain(tmp_path)))
     assert "broken.png" in error.value.got
 
@@ -150,7 +150,7 @@ def test_without_pillow_the_install_command_is_given(tmp_path, monkeypatch):
 
 
 def test_open_task_opens_both_kinds(tmp_path):
-    assert open_task(str(paint(tmp_path / "pictures"))).name == "pictures"
+    assert open_task(str(paint(tmp_path / "images"))).name == "images"
     np.savez(tmp_path / "data.npz", x_train=np.zeros((3, 2)))
     assert open_task(str(tmp_path / "data.npz")).name == "data"
 
@@ -241,9 +241,9 @@ def test_python_objects_are_refused_and_do_not_run(tmp_path):
         ({"X_train": X}, "did you mean x_train"),
         ({"x_train": X, "y_test": X}, "y_test without x_test"),
         ({"x_train": X, "y_train": np.zeros(29, int)}, "differ in length"),
-        ({"x_train": X, "y_train": np.zeros((30, 2), int)}, "no list of classes"),
-        ({"x_train": X[:0]}, "no array of samples"),
-        ({"x_train": np.array(["a", "b"])}, "no array of samples"),
+        ({"x_train": X, "y_train": np.zeros((30, 2), int)}, "not a list of classes"),
+        ({"x_train": X[:0]}, "not an array of samples"),
+        ({"x_train": np.array(["a", "b"])}, "not an array of samples"),
         ({"x_test": X, "y_test": np.ones(30)}, "R² is not defined"),
         ({"x_train": X, "y_train": np.zeros(30, int), "x_test": X, "y_test": X[:, 0]}, "different kinds"),
     ],

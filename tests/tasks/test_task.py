@@ -29,7 +29,7 @@ def test_an_evaluate_that_is_no_function_is_refused():
 
 
 def test_dynamic_must_map_axes():
-    with pytest.raises(TaskError, match="no mapping of axes"):
+    with pytest.raises(TaskError, match="not a mapping of axes"):
         Task(example=torch.zeros(1, 2), dynamic={"x": [0]})
 
 

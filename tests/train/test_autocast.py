@@ -105,10 +105,10 @@ class TestInTheLoop:
         task = Task(example=X[:, :1], train=[(X[:, :1], torch.tensor([0, 1]))], loss=F.cross_entropy)
         raised = capture_network(network, *task.call(), task.dynamic)
         stem, depthwise = raised.get_submodule("0"), raised.get_submodule("1")
-        stem.register_forward_pre_hook(lambda module, args: seen.update(pictures=args[0].stride()))
+        stem.register_forward_pre_hook(lambda module, args: seen.update(images=args[0].stride()))
         depthwise.register_forward_pre_hook(lambda module, args: seen.update(weights=module.weight.stride()))
         train(raised, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
-        assert seen == {"pictures": (36, 1, 6, 1), "weights": (9, 1, 3, 1)}
+        assert seen == {"images": (36, 1, 6, 1), "weights": (9, 1, 3, 1)}
         assert depthwise.weight.stride() == (9, 9, 3, 1)  # a state dict has no strides: a run that goes on has none
 
     def test_volumes_stay_as_they_are(self, monkeypatch):
@@ -117,7 +117,7 @@ class TestInTheLoop:
         class Both(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.volume, self.picture = nn.Conv3d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 6)
+                self.volume, self.image = nn.Conv3d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 6)
 
             def forward(self, x):
                 return self.picture(self.volume(x).mean(2)).flatten(1)

@@ -737,7 +737,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("loss", [lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: 0.5])
     def test_what_is_no_single_number_is_refused(self, loss):
-        with pytest.raises(TaskError, match="no single number"):
+        with pytest.raises(TaskError, match="not a single number"):
             trained(SHORT, context_of(loss=loss))
 
 
@@ -1011,7 +1011,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),), {"x": torch.zeros(2)}])
     def test_batches_that_are_no_pairs(self, batch):
-        with pytest.raises(TaskError, match="no pair"):
+        with pytest.raises(TaskError, match="not a pair"):
             trained(SHORT, context_of([batch]))
 
     @pytest.mark.parametrize(

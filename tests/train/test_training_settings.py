@@ -289,7 +289,7 @@ class TestBadInput:
             ([(torch.rand(4, 6), None)], "the loss can't take", "labels None"),
             ([(torch.rand(4, 5), torch.zeros(4).long())], "the network can't take", "float32 (4, 5)"),
             ([(torch.rand(4, 6).double(), torch.zeros(4).long())], "the network can't take", "float64 (4, 6)"),
-            (5, "is no loader", "int"),
+            (5, "is not a loader", "int"),
         ],
     )
     def test_a_batch_that_does_not_fit_is_shown_beside_the_example(self, train, what, shown):

@@ -50,7 +50,7 @@ def batches(context: Context, samples: int) -> Iterator[Call]:
 def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> Iterator[list[Call]]:
     """Every batch of the first calibration samples in chunks, so small that no value has more than `CHUNK_BYTES`.
 
-    Pictures come channels last where the network has convolutions: processors compute these faster.
+    Images come channels last where the network has convolutions: processors compute these faster.
 
     Args:
         context: Its task has the samples.
@@ -59,14 +59,14 @@ def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: i
         pieces: There are at least so many chunks in all, where there are as many samples.
     """
     most = 0
-    pictures = any(isinstance(m, nn.Conv2d) for m in network.modules())
+    images = any(isinstance(m, nn.Conv2d) for m in network.modules())
     for call in batches(context, samples):
         size = size_of(call)
         if not most:
             largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
             most = max(1, min(CHUNK_BYTES * size // largest, samples // pieces))
         found = [part(call, first, min(first + most, size)) for first in range(0, size, most)]
-        yield [_channels_last(piece) for piece in found] if pictures else found
+        yield [_channels_last(piece) for piece in found] if images else found
 
 
 def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> list[Call]:
@@ -76,8 +76,8 @@ def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int 
 
 def _channels_last(call: Call) -> Call:
     def laid(value: Any) -> Any:
-        picture = isinstance(value, torch.Tensor) and value.dim() == 4
-        return value.contiguous(memory_format=torch.channels_last) if picture else value
+        image = isinstance(value, torch.Tensor) and value.dim() == 4
+        return value.contiguous(memory_format=torch.channels_last) if image else value
 
     return tuple(map(laid, call[0])), {name: laid(value) for name, value in call[1].items()}
 

@@ -87,15 +87,15 @@ class DenseNet(nn.Module):
 
 
 def densenet121(in_channels: int = 3, classes: int = 1000, width: int = 32) -> DenseNet:
-    """DenseNet-121 for pictures of about 224×224: 7,978,856 parameters with the default arguments."""
+    """DenseNet-121 for images of about 224×224: 7,978,856 parameters with the default arguments."""
     return DenseNet((6, 12, 24, 16), in_channels=in_channels, classes=classes, width=width)
 
 
 def densenet169(in_channels: int = 3, classes: int = 1000, width: int = 32) -> DenseNet:
-    """DenseNet-169 for pictures of about 224×224: 14,149,480 parameters with the default arguments."""
+    """DenseNet-169 for images of about 224×224: 14,149,480 parameters with the default arguments."""
     return DenseNet((6, 12, 32, 32), in_channels=in_channels, classes=classes, width=width)
 
 
 def densenet201(in_channels: int = 3, classes: int = 1000, width: int = 32) -> DenseNet:
-    """DenseNet-201 for pictures of about 224×224: 20,013,928 parameters with the default arguments."""
+    """DenseNet-201 for images of about 224×224: 20,013,928 parameters with the default arguments."""
     return DenseNet((6, 12, 48, 32), in_channels=in_channels, classes=classes, width=width)

@@ -158,5 +158,5 @@ class GhostNet(nn.Module):
 
 
 def ghostnet(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -> GhostNet:
-    """GhostNet for pictures of about 224×224: 5,182,508 parameters with the default arguments."""
+    """GhostNet for images of about 224×224: 5,182,508 parameters with the default arguments."""
     return GhostNet(in_channels=in_channels, classes=classes, width=width, dropout=0.2)

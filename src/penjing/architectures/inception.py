@@ -88,7 +88,7 @@ _GOOGLENET = (
 
 
 def googlenet(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -> Inception:
-    """GoogLeNet: 6,624,904 parameters with the default arguments; pictures of at least 32×32."""
+    """GoogLeNet: 6,624,904 parameters with the default arguments; images of at least 32×32."""
     _check(in_channels, classes, width)
 
     def wide(channels: int) -> int:
@@ -123,7 +123,7 @@ def _fork(inputs: int, outputs: int) -> Joined:
 
 
 def inception_v3(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -> Inception:
-    """Inception v3: 23,834,568 parameters with the default arguments; pictures of at least 75×75."""
+    """Inception v3: 23,834,568 parameters with the default arguments; images of at least 75×75."""
     _check(in_channels, classes, width)
 
     def wide(channels: int) -> int:

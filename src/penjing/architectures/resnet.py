@@ -1,4 +1,4 @@
-"""ResNet, in its small form for pictures of about 32×32 and in its form for 224×224.
+"""ResNet, in its small form for images of about 32×32 and in its form for 224×224.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -129,7 +129,7 @@ class Short(nn.Module):
     """A stem, and twice a convolution of stride 2 before a residual block; global average, linear classifier.
 
     Few wide layers instead of many narrow ones: Page, "How to Train Your ResNet", 2018, whose ResNet-9 has one such
-    layer more. A processor's vectors are full, and a picture passes eight layers.
+    layer more. A processor's vectors are full, and an image passes eight layers.
 
     Args:
         in_channels: Channels of the input.
@@ -169,7 +169,7 @@ class Short(nn.Module):
 
 
 def resnet8(in_channels: int = 3, classes: int = 10, width: int = 32) -> Short:
-    """Eight wide layers for pictures of about 32×32: 464,170 parameters with the default arguments."""
+    """Eight wide layers for images of about 32×32: 464,170 parameters with the default arguments."""
     return Short(in_channels=in_channels, classes=classes, width=width)
 
 
@@ -179,25 +179,25 @@ def _small(depth: int, in_channels: int, classes: int, width: int) -> ResNet:
 
 
 def resnet20(in_channels: int = 3, classes: int = 10, width: int = 16) -> ResNet:
-    """ResNet-20 for pictures of about 32×32: 272,474 parameters with the default arguments."""
+    """ResNet-20 for images of about 32×32: 272,474 parameters with the default arguments."""
     return _small(20, in_channels, classes, width)
 
 
 def resnet32(in_channels: int = 3, classes: int = 10, width: int = 16) -> ResNet:
-    """ResNet-32 for pictures of about 32×32: 466,906 parameters with the default arguments."""
+    """ResNet-32 for images of about 32×32: 466,906 parameters with the default arguments."""
     return _small(32, in_channels, classes, width)
 
 
 def resnet56(in_channels: int = 3, classes: int = 10, width: int = 16) -> ResNet:
-    """ResNet-56 for pictures of about 32×32: 855,770 parameters with the default arguments."""
+    """ResNet-56 for images of about 32×32: 855,770 parameters with the default arguments."""
     return _small(56, in_channels, classes, width)
 
 
 def resnet18(in_channels: int = 3, classes: int = 1000, width: int = 64) -> ResNet:
-    """ResNet-18 for pictures of about 224×224: 11,689,512 parameters with the default arguments."""
+    """ResNet-18 for images of about 224×224: 11,689,512 parameters with the default arguments."""
     return ResNet(BasicBlock, (2, 2, 2, 2), in_channels=in_channels, classes=classes, width=width, small=False)
 
 
 def resnet50(in_channels: int = 3, classes: int = 1000, width: int = 64) -> ResNet:
-    """ResNet-50 for pictures of about 224×224: 25,557,032 parameters with the default arguments."""
+    """ResNet-50 for images of about 224×224: 25,557,032 parameters with the default arguments."""
     return ResNet(Bottleneck, (3, 4, 6, 3), in_channels=in_channels, classes=classes, width=width, small=False)

@@ -1,4 +1,4 @@
-"""VGG: 3×3 convolutions and nothing else, in the form for 224×224 and in a small one for pictures of about 32×32.
+"""VGG: 3×3 convolutions and nothing else, in the form for 224×224 and in a small one for images of about 32×32.
 
 Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. The small form
 has batch norm, a global average instead of the large linear layers, and is the usual one for CIFAR. All inputs are
@@ -114,5 +114,5 @@ def vgg19(in_channels: int = 3, classes: int = 1000, width: int = 64, norm: bool
 
 
 def vgg16_small(in_channels: int = 3, classes: int = 10, width: int = 64) -> SmallVGG:
-    """VGG-16 for pictures of about 32×32: 14,724,042 parameters with the default arguments."""
+    """VGG-16 for images of about 32×32: 14,724,042 parameters with the default arguments."""
     return SmallVGG(16, in_channels=in_channels, classes=classes, width=width)

@@ -1,4 +1,4 @@
-"""Vision transformer: a picture is a sequence of patches, and a class token gathers what they say.
+"""Vision transformer: an image is a sequence of patches, and a class token gathers what they say.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021; the tiny
 and the small size and the initialisation are those of Touvron et al., "Training data-efficient image transformers &

@@ -35,7 +35,7 @@ class Terminal(Console):
 
 
 class Progressing:
-    """Shows events as progress bars with the expected end; on something that is no terminal, as plain lines."""
+    """Shows events as progress bars with the expected end; on something that is not a terminal, as plain lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

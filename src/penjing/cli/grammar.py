@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from penjing import __version__
 
 SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
-TASK_HELP = "file.py:task, package.module:task, a folder of pictures by class, or an .npz file"
+TASK_HELP = "file.py:task, package.module:task, a folder of images by class, or an .npz file"
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -19,13 +19,13 @@ def _shape(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape of one sample, such as 3,224,224")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape of one sample, such as 3,224,224")
     return sizes
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
 
 
@@ -35,7 +35,7 @@ def _duration(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
     return seconds
 
 

@@ -44,7 +44,7 @@ class AttentionTransfer:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks, with pictures of many channels. A name alone
+        features: (student's, teacher's) sites, or parts of the networks, with images of many channels. A name alone
             stands for the same name in both.
         weight: Of this term in the training loss.
     """
@@ -60,12 +60,12 @@ class AttentionTransfer:
         """The loss of a batch.
 
         Raises:
-            TaskError: A feature is no picture.
+            TaskError: A feature is not an image.
         """
         for names, values in zip(self.features, inputs.pairs(self.features), strict=True):
             if any(value.dim() != 4 for value in values):
                 raise TaskError(
-                    "attention transfer looks at pictures",
+                    "attention transfer looks at images",
                     got=", ".join(f"{n}: {tuple(v.shape)}" for n, v in zip(names, values, strict=True)),
                     expected="(samples, channels, height, width)",
                     remedy="distill.Hints takes values of any shape",

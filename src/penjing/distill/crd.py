@@ -137,7 +137,7 @@ def _log_scale(anchors: torch.Tensor, others: torch.Tensor, temperature: float) 
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
-    """(samples, values): pictures of many channels and sequences are averaged over places."""
+    """(samples, values): images of many channels and sequences are averaged over places."""
     if x.dim() > 3:
         return x.flatten(2).mean(2)
     return x.mean(1) if x.dim() == 3 else x.reshape(len(x), -1)

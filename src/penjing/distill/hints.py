@@ -53,7 +53,7 @@ class Hints:
         """The loss of a batch, a module with one adapter a pair.
 
         Raises:
-            TaskError: Values of a pair differ in more than their width, and are no pictures of two sizes.
+            TaskError: Values of a pair differ in more than their width, and are not images of two sizes.
         """
         return _Hints(self.features, inputs)
 
@@ -82,7 +82,7 @@ def _adapter(names: tuple[str, str], student: torch.Tensor, teacher: torch.Tenso
     mine, theirs = tuple(student.shape), tuple(teacher.shape)
     axes = [len(mine) - 1] if len(mine) < 3 else [2, 1] if len(mine) == 3 else [1]
 
-    def alike(axis: int) -> bool:  # but for the width; of pictures the larger is averaged down to the smaller
+    def alike(axis: int) -> bool:  # but for the width; of images the larger is averaged down to the smaller
         others = [i for i in range(len(mine)) if i != axis and not (len(mine) == 4 and i > 1)]
         return len(mine) == len(theirs) and all(mine[i] == theirs[i] for i in others)
 
@@ -91,7 +91,7 @@ def _adapter(names: tuple[str, str], student: torch.Tensor, teacher: torch.Tenso
         raise TaskError(
             "values inside student and teacher can't be compared",
             got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
-            expected="shapes that differ in their width alone, or pictures",
+            expected="shapes that differ in their width alone, or images",
             remedy="name values at the same depth of both networks; distill.RKD compares values of any shapes",
         )
     if mine[axis] == theirs[axis]:

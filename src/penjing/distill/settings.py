@@ -9,7 +9,7 @@ def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, s
     """Features as (student's, teacher's) names; a name alone stands for itself in both.
 
     Raises:
-        RecipeError: They are no names, or too few.
+        RecipeError: They are not names, or too few.
     """
     found = []
     for feature in features if isinstance(features, tuple | list) else [None]:

@@ -48,7 +48,7 @@ class TeacherCache:
     killed leaves what was written. Processes that write into one folder take turns.
 
     Raises:
-        RecipeError: What is given is no folder and no teacher.
+        RecipeError: What is given is neither a folder nor a teacher.
 
     Attributes:
         folder: Where the answers are, or will be; from the current folder.

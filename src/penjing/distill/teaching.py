@@ -93,10 +93,10 @@ class DistillationInputs:
         return [(self.student_features[mine], self.teacher_features[theirs]) for mine, theirs in features]
 
     def classes(self) -> torch.Tensor:
-        """The labels as (samples,) int64; what is below 0 is no class (`ignore_index` of torch's losses).
+        """The labels as (samples,) int64; what is below 0 is not a class (`ignore_index` of torch's losses).
 
         Raises:
-            TaskError: There are none, or they are no classes.
+            TaskError: There are none, or they are not classes.
         """
         if not isinstance(self.target, torch.Tensor) or self.target.is_floating_point():
             raise TaskError(

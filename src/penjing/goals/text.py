@@ -92,7 +92,7 @@ def _clause(text: str, clause: str, begin: int) -> Clause:
     op = _OPERATORS.get(limit[2])
     if op is None:
         at = begin + limit.start(2)
-        what = f"{limit[2]} is no comparison of a goal"
+        what = f"{limit[2]} is not a comparison of a goal"
         near = ">=" if limit[2].startswith(">") else "<="
         raise pointing(text, at, at + len(limit[2]), what, limit[2], "<= or >=", f"write {figure}{near}{limit[3]}")
     return Clause(op, figure, _value(text, figure, limit[3], begin + limit.start(3)), begin, end)
@@ -110,7 +110,7 @@ def _value(text: str, figure: str, word: str, at: int) -> float:
     units = _UNITS[FIGURES[figure].unit]
     known = ", ".join(unit for unit in units if unit) or "none"
     if match is None:
-        what = f"the value of {figure} is no number"
+        what = f"the value of {figure} is not a number"
         expected = f"a number, with a unit of: {known}"
         raise pointing(text, at, at + len(word), what, repr(word), expected, _help(figure))
     if match[2] not in units:
@@ -131,7 +131,7 @@ def checked(figure: str, value: float) -> float:
         GoalError: It is not finite, or below 0 for a figure that can't be.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise GoalError(f"the limit of {figure} is no finite number", got=repr(value), expected="a finite number")
+        raise GoalError(f"the limit of {figure} is not a finite number", got=repr(value), expected="a finite number")
     if value < 0 and not of_the_metric(figure):
         raise GoalError(f"{figure} is never below 0", got=value, expected="a number of at least 0")
     return float(value) + 0.0  # minus zero would be written as another goal

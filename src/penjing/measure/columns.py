@@ -60,7 +60,7 @@ class Difference:
     noise: float
     values: int
     largest: float
-    equal: float | None  # share of equal values where they are no floating-point numbers
+    equal: float | None  # share of equal values where they are not floating-point numbers
     fault: str
     batch: int = 0
 

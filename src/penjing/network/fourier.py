@@ -27,7 +27,7 @@ SHIFTS = ("fft_fftshift", "fft_ifftshift")
 
 
 def expressible(node: fx.Node) -> bool:
-    """Whether an operator is no transform, or one whose lengths are fixed and not too long."""
+    """Whether an operator is not a transform, or one whose lengths are fixed and not too long."""
     if operator_name(node) not in RULES:
         return True
     x = node.args[0]

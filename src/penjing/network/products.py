@@ -266,7 +266,7 @@ def _axes(term: str, rank: int) -> list[str]:
 def _contract(
     write: _Writer, left: fx.Node, right: fx.Node, one: list[str], two: list[str], out: list[str]
 ) -> fx.Node | None:
-    """A sum over the axes that both have and the result has not; None where it is no such product."""
+    """A sum over the axes that both have and the result has not; None where it is not such a product."""
     if write.is_stored(left) and write.is_stored(right):
         return None
     if not write.is_stored(left) and not write.is_stored(right):

@@ -2,7 +2,7 @@
 
 `ceil_mode` means another size and another divisor in torch, in the standard and in each runtime, in floating point and
 in integers; `divisor_override` has no ONNX form at all. What the last windows hang over is written as padding behind
-the picture instead, and a divisor as a factor.
+the image instead, and a divisor as a factor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penjing.errors import ExportError
 def overhang(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
     """Places by which the last window ends behind the padding; below 0 where some of the padding is left unread.
 
-    A window that would start behind the picture, in its padding, is none (torch's `pooling_output_shape`).
+    A window that would start behind the image, in its padding, is none (torch's `pooling_output_shape`).
 
     >>> overhang(9, kernel=2, stride=2, padding=0)
     1
@@ -59,7 +59,7 @@ def _average(rank: int) -> Callable[..., Any]:
                 before = ends = [0] * rank
             count_include_pad, unknown = True, False
         elif count_include_pad and any(pads) and (unknown or behind != pads):
-            # Padding counts, what hangs over does not: zeros of a picture of its own are told apart from it.
+            # Padding counts, what hangs over does not: zeros of an image of its own are told apart from it.
             x = _padded(op, x, pads, pads)
             before, ends = [0] * rank, [e - p for e, p in zip(behind, pads, strict=True)]
             count_include_pad = False
@@ -106,7 +106,7 @@ def _maximum(rank: int) -> Callable[..., Any]:
 def _behind(
     x: Any, kernel: Sequence[int], strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]
 ) -> tuple[list[int], bool]:
-    """Padding behind the picture that stands for rounding up; and whether the runtime has to round up itself.
+    """Padding behind the image that stands for rounding up; and whether the runtime has to round up itself.
 
     Raises:
         ExportError: It would have to, and some of its windows would lie in the padding alone.

@@ -10,7 +10,7 @@ SMALLEST_IN_HALF = 64  # values of a constant: below that a Cast takes more byte
 
 
 def pool_globally(model: Any) -> None:
-    """ReduceMean over the picture becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
+    """ReduceMean over the image becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel."""
     from onnx import helper, numpy_helper
 
     graph = model.graph
@@ -125,7 +125,7 @@ def _holds_all(chain: list[Any], other: Any, made: dict[str, Any], constants: di
 
 
 def _zero_pads(node: Any, constants: dict[str, Any]) -> list[int] | None:
-    """Sizes of a Pad with the constant 0, starts before ends; None where a node is no such Pad."""
+    """Sizes of a Pad with the constant 0, starts before ends; None where a node is not such a Pad."""
     from onnx import numpy_helper
 
     if node.op_type != "Pad" or node.input[1] not in constants or len(node.input) > 3 and node.input[3]:

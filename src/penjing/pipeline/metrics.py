@@ -40,7 +40,7 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
         number = math.nan
     if not math.isfinite(number):
         raise TaskError(
-            f"the task's metric of {name} is no finite number",
+            f"the task's metric of {name} is not a finite number",
             got=repr(value),
             expected="evaluate(predict) -> float",
             remedy="return one number from evaluate",

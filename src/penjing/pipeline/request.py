@@ -79,12 +79,12 @@ def small_drop(goal: Goal, metric: float | None) -> str | None:
 
 
 def check_inputs(task: Task) -> None:
-    """Raise TaskError where an input is no tensor: a runtime's programs take nothing else."""
+    """Raise TaskError where an input is not a tensor: a runtime's programs take nothing else."""
     args, kwargs = task.call()
     for name, value in [*enumerate(args), *kwargs.items()]:
         if not isinstance(value, torch.Tensor):
             raise TaskError(
-                f"input {name!r} of the task's example is no tensor",
+                f"input {name!r} of the task's example is not a tensor",
                 got=type(value).__name__,
                 expected="one tensor for every input: a runtime takes nothing else",
                 remedy="wrap the network in a module whose forward takes tensors, and builds or fixes the rest itself",

@@ -74,7 +74,7 @@ def fraction(sparsity: float | None, pattern: str) -> float:
     """The fraction of weights that goes: `sparsity`, or what "N:M" says; without either one half.
 
     Raises:
-        RecipeError: It is no fraction, or "N:M" says another.
+        RecipeError: It is not a fraction, or "N:M" says another.
     """
     read = Pattern.parse(pattern)
     said = 1 - read.kept / read.of if read.of else None

@@ -76,7 +76,7 @@ class Movement:
         check_schedule(self)
         if not isinstance(self.finetune, Finetune):
             raise RecipeError(
-                "Movement(finetune=...) is no training", got=repr(self.finetune), expected="Finetune(epochs=3)"
+                "Movement(finetune=...) is not a Finetune", got=repr(self.finetune), expected="Finetune(epochs=3)"
             )
         if self.finetune.workers > 1:
             raise RecipeError(

@@ -25,7 +25,7 @@ from penjing.tasks.task import Call
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of an input: how dear it is to leave the given weights
 HELD = 3  # every third sample judges, and is not fitted to
-POSITIONS = 1024  # of a picture, evenly spread, that a convolution is fitted on
+POSITIONS = 1024  # of an image, evenly spread, that a convolution is fitted on
 LARGEST = 5000  # inputs of a layer that is fitted: its equations have as many unknowns for every output
 SAMPLES, FEWEST = 512, 16  # that are fitted on
 BYTES = 1 << 28  # of the network's largest value for all samples: some such values are held at a time

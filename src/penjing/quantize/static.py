@@ -99,7 +99,7 @@ class Static:
         _check_grids("", vars(self))
         if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
             expected = "{'layer3.*': {'activation_range': 'minmax'}}"
-            raise RecipeError("Static(settings=...) is no mapping", got=repr(self.settings), expected=expected)
+            raise RecipeError("Static(settings=...) is not a mapping", got=repr(self.settings), expected=expected)
         for pattern, values in self.settings.items():
             _check_fields(pattern, values)
             for name, value in values.items():

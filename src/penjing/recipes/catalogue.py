@@ -137,7 +137,7 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise RecipeError(
-            f"the settings of {name} are no mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
+            f"the settings of {name} are not a mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
         )
     cls = catalogue[name]
     known = {f.name: f for f in dataclasses.fields(cls)}

@@ -14,7 +14,7 @@ class ParityRow:
         columns: Which of its columns, for example "0-3 of the last axis"; "" for the whole output.
         snr_db: Signal power over noise power in decibels.
         largest: The largest difference.
-        equal: Of outputs that are no floating-point numbers, the share of values that are equal; None of others.
+        equal: Of outputs that are not floating-point numbers, the share of values that are equal; None of others.
         batch: Samples in the call that came out worst.
         fault: What no decibels say: NaN, or an infinity on one side alone; "" where there is none.
         limit_db: What `snr_db` has to reach; None where it is told and not judged.

@@ -169,7 +169,7 @@ def arrays(path: Path | str, limit: int | None = None, names: tuple[str, ...] | 
 
     Raises:
         OSError: It can't be read.
-        ValueError: It is no such file; an array holds objects, is encrypted or damaged, or claims other numbers than
+        ValueError: It is not such a file; an array holds objects, is encrypted or damaged, or claims other numbers than
             it holds.
     """
     limit = limit if limit is not None else _memory() // 2
@@ -227,7 +227,7 @@ def safetensors_header(path: Path | str) -> dict[str, Any]:
 
     Raises:
         OSError: It can't be read.
-        ValueError: It is no such file, or its header claims more than there is.
+        ValueError: It is not such a file, or its header claims more than there is.
     """
     with regular(path) as file:
         size = os.fstat(file.fileno()).st_size

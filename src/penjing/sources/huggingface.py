@@ -207,6 +207,6 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
 
 def _example(model: Any) -> Any | None:
     if getattr(model, "main_input_name", None) != "input_ids":
-        return None  # transformers declares token ids for every model, also for those that take pictures
+        return None  # transformers declares token ids for every model, also for those that take images
     ids = model.dummy_inputs.get("input_ids")
     return {"input_ids": ids} if isinstance(ids, torch.Tensor) else None

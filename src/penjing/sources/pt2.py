@@ -126,7 +126,7 @@ def _check(path: Path, archive: PT2ArchiveReader) -> None:
         elif _PLAIN_MEMBERS.fullmatch(member):
             why = None
         else:
-            why = f"it holds {member}, which is no part of an exported program"
+            why = f"it holds {member}, which is not a part of an exported program"
         if why is not None:
             raise _refusal(path, why)
 

@@ -52,7 +52,7 @@ def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | 
         task: Whose example the network must accept.
 
     Raises:
-        SourceError: It is missing, its factory raises, it is no network, or its forward fails on the example.
+        SourceError: It is missing, its factory raises, it is not a network, or its forward fails on the example.
         CheckpointError: Opening it would run code that was not named on purpose.
         MissingDependency: A package that this kind of source needs is not installed.
     """

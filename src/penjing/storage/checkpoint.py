@@ -107,9 +107,9 @@ def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
             remedy="pip install --upgrade penjing",
         )
     if not all(isinstance(edit, dict) for edit in log["edits"]):
-        raise ValueError(f"{EDITS} holds an edit that is no JSON object")
+        raise ValueError(f"{EDITS} holds an edit that is not a JSON object")
     if not all(isinstance(name, str) for tie in log["ties"].items() for name in tie):
-        raise ValueError(f"{EDITS} holds a tie that is no pair of names")
+        raise ValueError(f"{EDITS} holds a tie that is not a pair of names")
     return tuple(log["edits"]), dict(log["ties"].items())
 
 

@@ -38,7 +38,7 @@ def unfold_attention(network: fx.GraphModule, name: str) -> None:
     """
     node = sites(network)[name]
     if kind(network, node) != "attention" or not _is_plain(node):
-        raise TypeError(f"{name} is no attention that can be unfolded")
+        raise TypeError(f"{name} is not an attention that can be unfolded")
     given = arguments(node)
     query, key, value, mask = (given[word] for word in ("query", "key", "value", "attn_mask"))
 

@@ -26,7 +26,7 @@ def building(architecture: str, settings: Mapping[str, Any], call: Call, dynamic
         dynamic: See `penjing.Task.dynamic`.
 
     Raises:
-        TypeError: An input is no tensor.
+        TypeError: An input is not a tensor.
     """
     args, kwargs = call
     axes = (

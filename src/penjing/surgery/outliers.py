@@ -32,12 +32,12 @@ def split_outliers(network: fx.GraphModule, layers: Sequence[str], channels: Seq
         The edit.
 
     Raises:
-        TypeError: A layer is no linear module, or they read different values.
+        TypeError: A layer is not a linear module, or they read different values.
     """
     nodes = [sites(network)[name] for name in layers]
     modules: list[Any] = [network.get_submodule(name) for name in layers]
     if len({node.args[0] for node in nodes}) != 1 or not all(isinstance(m, nn.Linear) for m in modules):
-        raise TypeError(f"{', '.join(layers)} are no linear layers that read one value")
+        raise TypeError(f"{', '.join(layers)} are not linear layers that read one value")
     picked = torch.tensor(sorted(channels))
     first = layers[0] + BRANCH
     for name, module in zip(layers, modules, strict=True):

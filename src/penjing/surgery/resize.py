@@ -69,7 +69,7 @@ def set_argument(node: fx.Node, word: str, value: Any, index: int | None = None)
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        raise TypeError(f"{node.target} is no operator with named arguments")
+        raise TypeError(f"{node.target} is not an operator with named arguments")
     arguments = target._schema.arguments
     position = next((i for i, a in enumerate(arguments) if a.name == word), None)
     if position is None:
@@ -89,7 +89,7 @@ def set_argument(node: fx.Node, word: str, value: Any, index: int | None = None)
 def _partition(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
     node = operators[edit["site"]]
     if operator_name(node) not in ("chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk"):
-        raise TypeError(f"{edit['site']} is no split")
+        raise TypeError(f"{edit['site']} is not a split")
     node.target = torch.ops.aten.split_with_sizes.default
     node.args, node.kwargs = (node.args[0], list(edit["sizes"]), int(edit["axis"])), {}
 
@@ -134,7 +134,7 @@ def _tensor(network: fx.GraphModule, name: str) -> torch.Tensor:
     path, _, role = name.rpartition(".")
     value = getattr(network.get_submodule(path), role)
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is no tensor")
+        raise TypeError(f"{name} is not a tensor")
     return value
 
 

@@ -152,17 +152,17 @@ def _check_constant(place: str, value: Any, want: Any) -> None:
     same = type(value) is type(want) and bool(np.all(value == want))
     if not same:
         raise CalibrationError(
-            f"{place} differs from the example, and is no tensor",
+            f"{place} differs from the example, and is not a tensor",
             got=repr(value)[:80],
             expected=repr(want)[:80],
-            remedy="what is no tensor is fixed when the network is exported; give it as a tensor if it varies",
+            remedy="what is not a tensor is fixed when the network is exported; give it as a tensor if it varies",
         )
 
 
 def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[int]) -> None:
     if not isinstance(value, torch.Tensor):
         raise CalibrationError(
-            f"{place} is no tensor",
+            f"{place} is not a tensor",
             got=type(value).__name__,
             expected=f"a tensor or NumPy array of {_type(want)}",
             remedy="turn the samples of a batch into one array first",
@@ -172,7 +172,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
             f"{place} has another type of numbers",
             got=_type(value),
             expected=_type(want),
-            remedy="prepare it as for training: pictures as scaled floats, token ids as integers",
+            remedy="prepare it as for training: images as scaled floats, token ids as integers",
         )
     fits = value.dim() == want.dim() and all(
         a == b or i in free for i, (a, b) in enumerate(zip(value.shape, want.shape, strict=True))

@@ -34,7 +34,7 @@ def as_inputs(call: Call) -> Any:
 
 
 def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `change` applied to everything in it that is no dict, tuple or list."""
+    """`value` with `change` applied to everything in it that is not a dict, tuple or list."""
     if isinstance(value, Mapping):
         return {key: map_leaves(change, item) for key, item in value.items()}
     if isinstance(value, tuple | list):

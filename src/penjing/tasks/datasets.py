@@ -1,4 +1,4 @@
-"""The built-in tasks: a folder of pictures, and a file of NumPy arrays.
+"""The built-in tasks: a folder of images, and a file of NumPy arrays.
 
 Loaders start anew at every pass. The train loaders shuffle with torch's global generator and nothing else, so that
 ``torch.manual_seed`` repeats an epoch.
@@ -16,7 +16,7 @@ import torch
 
 from penjing.errors import TaskError
 from penjing.records import reading
-from penjing.tasks.images import IMAGENET_MEAN, IMAGENET_STD, Pictures, picture_files, pillow
+from penjing.tasks.images import IMAGENET_MEAN, IMAGENET_STD, Images, image_files, pillow
 from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Task
 from penjing.tasks.usercode import suggest
@@ -52,7 +52,7 @@ class Arrays:
         return self.y[list(indices)]
 
 
-Samples = Pictures | Arrays
+Samples = Images | Arrays
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def image_folder(
     batch: int = 32,
     calibration_samples: int = 512,
 ) -> Task:
-    """A task of classifying pictures: ``root/<class>/*.png`` (or jpg), or ``root/train/...`` with val or test.
+    """A task of classifying images: ``root/<class>/*.png`` (or jpg), or ``root/train/...`` with val or test.
 
-    Classes are numbered in the order of their sorted names. Without ``train`` and ``val``, every fifth picture of a
-    class (by name) is kept for evaluation. Calibration reads train pictures, spread evenly over the classes. The
-    metric is top-1 accuracy; the loss is cross entropy on the first output. Train pictures are not augmented.
+    Classes are numbered in the order of their sorted names. Without ``train`` and ``val``, every fifth image of a
+    class (by name) is kept for evaluation. Calibration reads train images, spread evenly over the classes. The
+    metric is top-1 accuracy; the loss is cross entropy on the first output. Train images are not augmented.
 
     Args:
         root: The folder.
@@ -113,14 +113,14 @@ def image_folder(
         calibration_samples: At most so many.
 
     Raises:
-        TaskError: There are no pictures, or val has a class that train has not.
+        TaskError: There are no images, or val has a class that train has not.
         MissingDependency: Pillow is not installed.
     """
     pillow()
     root = Path(root)
     resize = max(size, resize if resize is not None else round(size * 8 / 7))
-    train_files, test_files = picture_files(root)
-    train, test = (Pictures(files, size, resize, mean, std) for files in (train_files, test_files))
+    train_files, test_files = image_files(root)
+    train, test = (Images(files, size, resize, mean, std) for files in (train_files, test_files))
     return Task(
         example=torch.zeros(1, 3, size, size),
         calibration=InputLoader(train, batch, calibration_samples) if train_files else None,
@@ -250,7 +250,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) == 0 or array.dtype.kind not in "biuf":
             raise TaskError(
-                f"{name} in {path.name} is no array of samples",
+                f"{name} in {path.name} is not an array of samples",
                 got=f"shape {array.shape}, {array.dtype}",
                 expected="numbers with the samples along axis 0, at least one",
                 remedy="turn text into numbers, and leave empty arrays out",
@@ -295,7 +295,7 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
         y = y[:, 0]
     if y.ndim != 1:
         raise TaskError(
-            f"{y_name} in {path.name} is no list of classes",
+            f"{y_name} in {path.name} is not a list of classes",
             got=f"shape {y.shape}, {y.dtype}",
             expected="(samples,) integer classes, or floating-point values",
             remedy="for one-hot rows: y.argmax(axis=1); for values: y.astype('float32')",

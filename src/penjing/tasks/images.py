@@ -1,4 +1,4 @@
-"""Folders of picture files: which file is of which class, and pictures as tensors."""
+"""Folders of image files: which file is of which class, and images as tensors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from penjing.tasks.usercode import suggest
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue as fractions of 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-_EVALUATION_SHARE = 5  # of a folder without train and val, every fifth picture of a class is for evaluation
+_EVALUATION_SHARE = 5  # of a folder without train and val, every fifth image of a class is for evaluation
 
-MOST_BYTES = 1 << 28  # of a picture's file
-MOST_PIXELS = 1 << 26  # of a picture after it was resized: one of 1 × 100,000 would fill the memory
+MOST_BYTES = 1 << 28  # of an image's file
+MOST_PIXELS = 1 << 26  # of an image after it was resized: one of 1 × 100,000 would fill the memory
 
 Files = tuple[tuple[Path, int], ...]  # paths and class numbers
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Picture files read as (3, size, size) float32: short side resized, centre cut out, normalised.
+class Images:
+    """Image files read as (3, size, size) float32: short side resized, centre cut out, normalised.
 
     Attributes:
         files: Paths and class numbers, in a fixed order.
@@ -47,10 +47,10 @@ class Pictures:
         return len(self.files)
 
     def inputs(self, indices: Sequence[int]) -> torch.Tensor:
-        """These pictures as (batch, 3, size, size) float32.
+        """These images as (batch, 3, size, size) float32.
 
         Raises:
-            TaskError: A file is no picture.
+            TaskError: A file is not a picture.
         """
         return torch.stack([self._read(self.files[i][0]) for i in indices])
 
@@ -70,7 +70,7 @@ class Pictures:
                 picture = file.convert("RGB")
         except (*reading.UNREADABLE, image.DecompressionBombError) as cause:
             raise TaskError(
-                "a picture can't be read",
+                "an image can't be read",
                 got=f"{path}: {cause}",
                 expected=f"a PNG or JPEG file that has at most {MOST_PIXELS:,} pixels when it is resized",
                 remedy="remove or replace this file",
@@ -92,7 +92,7 @@ def pillow() -> ModuleType:
         from PIL import Image
     except ImportError as cause:
         raise MissingDependency(
-            "a folder of pictures needs Pillow",
+            "a folder of images needs Pillow",
             got=str(cause),
             expected="the package pillow",
             remedy="pip install pillow",
@@ -100,17 +100,17 @@ def pillow() -> ModuleType:
     return Image
 
 
-def picture_files(root: Path) -> tuple[Files, Files]:
+def image_files(root: Path) -> tuple[Files, Files]:
     """Files for training and for evaluation, with their class numbers, in the order of their sorted names.
 
     ``root/<class>/*.png`` or ``.jpg``, or the same below ``root/train`` and ``root/val`` (or ``test``). Without these,
-    every fifth picture of a class is for evaluation.
+    every fifth image of a class is for evaluation.
 
     Raises:
-        TaskError: There are no pictures, or the evaluation part has a class that the train part has not.
+        TaskError: There are no images, or the evaluation part has a class that the train part has not.
     """
     if not root.is_dir():
-        raise TaskError("the folder of pictures is missing", got=str(root), expected="an existing folder")
+        raise TaskError("the folder of images is missing", got=str(root), expected="an existing folder")
     parts = [
         next((root / name for name in names if (root / name).is_dir()), None) for names in (("train",), ("val", "test"))
     ]
@@ -140,7 +140,7 @@ def picture_files(root: Path) -> tuple[Files, Files]:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name → its pictures, both sorted by name. A class folder without pictures keeps its number."""
+    """Class name → its images, both sorted by name. A class folder without images keeps its number."""
     classes = {}
     for entry in sorted(folder.iterdir(), key=lambda path: path.name):
         if entry.is_dir() and not entry.name.startswith("."):
@@ -148,7 +148,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
             classes[entry.name] = sorted(files, key=lambda path: path.name)
     if not any(classes.values()):
         raise TaskError(
-            "the folder holds no pictures",
+            "the folder holds no images",
             got=f"{folder} with {', '.join(list(classes)[:5]) or 'no folders'}",
             expected="one folder per class with .png or .jpg files: root/cat/1.png",
             remedy="give the folder whose subfolders are the classes (or train and val)",

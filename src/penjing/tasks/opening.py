@@ -18,10 +18,10 @@ def open_task(spec: str) -> Task:
 
     Args:
         spec: ``file.py:task`` or ``package.module:task`` (a `Task`, or a function without arguments that returns
-            one), a folder of pictures ``root/<class>/*.png``, or a file of NumPy arrays ``data.npz``.
+            one), a folder of images ``root/<class>/*.png``, or a file of NumPy arrays ``data.npz``.
 
     Raises:
-        TaskError: It is missing, raises, or is no task.
+        TaskError: It is missing, raises, or is not a task.
     """
     parts = split_spec(spec)
     if parts is not None:
@@ -46,7 +46,7 @@ def open_task(spec: str) -> Task:
     raise TaskError(
         "a Python file needs the name of its task" if names else "the task is missing, or of an unknown kind",
         got=repr(spec),
-        expected="file.py:task, package.module:task, a folder of pictures root/<class>/*.png, or an .npz file",
+        expected="file.py:task, package.module:task, a folder of images root/<class>/*.png, or an .npz file",
         remedy=f"one of its names: {', '.join(names)}" if names else suggest_file(path) or "check the path",
     )
 
@@ -55,7 +55,7 @@ def as_task(task: Any) -> Task:
     """A task as it was given: itself, or TASK in words (see `open_task`).
 
     Raises:
-        TaskError: It is neither, or what the words name is no task.
+        TaskError: It is neither, or what the words name is not a task.
     """
     if isinstance(task, Task):
         return task
@@ -64,6 +64,6 @@ def as_task(task: Any) -> Task:
     raise TaskError(
         "the task is not a task",
         got=type(task).__name__,
-        expected="a penjing.Task, or as on the command line: file.py:task, a folder of pictures, an .npz file",
+        expected="a penjing.Task, or as on the command line: file.py:task, a folder of images, an .npz file",
         remedy="build it with Task(example=..., calibration=..., evaluate=...); it stands behind the network",
     )

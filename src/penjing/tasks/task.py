@@ -101,7 +101,7 @@ class Task:
         for key, axes in (self.dynamic or {}).items():
             if not isinstance(axes, Mapping) or not all(isinstance(axis, int) for axis in axes):
                 raise TaskError(
-                    f"Task.dynamic of input {key!r} is no mapping of axes",
+                    f"Task.dynamic of input {key!r} is not a mapping of axes",
                     got=repr(axes),
                     expected='{axis: name}, for example {0: "batch", 1: "length"}',
                     remedy='write dynamic={"input_ids": {0: "batch", 1: "length"}}',

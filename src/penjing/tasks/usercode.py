@@ -84,7 +84,7 @@ def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -
 
 
 def _own(value: Any, module: ModuleType) -> bool:
-    """Whether a module defined a value itself; what it imported is no candidate for a suggestion."""
+    """Whether a module defined a value itself; what it imported is not a candidate for a suggestion."""
     if isinstance(value, ModuleType):
         return False
     return not isinstance(value, type | FunctionType) or value.__module__ == module.__name__

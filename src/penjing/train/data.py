@@ -41,7 +41,7 @@ def loader(task: Task, labels: float) -> Any:
         labels: Their weight in the loss.
 
     Raises:
-        TaskError: There is none, or it is no loader.
+        TaskError: There is none, or it is not a loader.
     """
     data = task.train
     if data is None and not labels and task.calibration is not None:
@@ -57,7 +57,7 @@ def loader(task: Task, labels: float) -> Any:
         )
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TaskError(
-            "the training data is no loader",
+            "the training data is not a loader",
             got=type(data).__name__,
             expected="a list, a DataLoader, or an object whose __iter__ starts anew",
         )
@@ -171,7 +171,7 @@ def pair(batch: Any, labels: float) -> tuple[Any, Any]:
     if not labels and isinstance(batch, tuple | list) and len(batch) == 1:  # what TensorDataset(x) gives
         return batch[0], None
     raise TaskError(
-        "a training batch is no pair",
+        "a training batch is not a pair",
         got=type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
         expected="(inputs, target)" if labels else "(inputs, None), or a tensor or a dict",
         remedy="several inputs stand in a tuple or a dict of their own: ((ids, mask), target)",

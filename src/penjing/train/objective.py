@@ -70,7 +70,7 @@ class Objective:
         """The terms of a batch, scalars each; the task's own is called "labels".
 
         Raises:
-            TaskError: A term is no single number.
+            TaskError: A term is not a single number.
         """
         labels = self.weight and self.task.loss is not None
         own = [("labels", self.weight * scalar(self._task_loss(batch)))] if labels else []
@@ -107,12 +107,12 @@ def scalar(loss: Any) -> torch.Tensor:
     """A loss as a tensor without dimensions.
 
     Raises:
-        TaskError: It is no single number.
+        TaskError: It is not a single number.
     """
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return loss.reshape(())
     got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-    raise TaskError("a loss is no single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
+    raise TaskError("a loss is not a single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
 
 
 def _called(loss: Loss, position: int) -> str:

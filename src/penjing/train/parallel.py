@@ -175,7 +175,7 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
         "state": kept.read_bytes() if kept is not None and kept.exists() else None,
         "keeps": kept is not None,
     }
-    # The user's own files are no modules that another process could import: what they define goes along.
+    # The user's own files are not modules that another process could import: what they define goes along.
     files = [module for name, module in sys.modules.items() if name.startswith(USER_MODULE)]
     try:
         for module in files:
