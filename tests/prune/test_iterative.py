@@ -62,9 +62,9 @@ def test_what_one_round_took_too_much_the_next_takes_less(unit):
 
 def test_what_can_not_be_reached_is_told_with_the_round_and_the_whole_target():
     step = Iterative(step=Channels(macs=1e-6, criterion="l2"), finetune=BRIEF, rounds=2)
-    told = r"round 1 of 2 towards macs=1e-06: so few macs can't be reached\n  got:      macs=0\.001;"
-    with pytest.raises(PruningError, match=told):
+    with pytest.raises(PruningError) as refusal:
         step(wide(), Context(task=TASK))
+    assert "round 1 of 2 towards macs=1e-06" in refusal.value.what and "macs=0.001" in refusal.value.got
 
 
 def test_a_latency_is_aimed_at_from_the_start():

@@ -58,36 +58,36 @@ class _Search:
         self.limit = min(measure.limits.of(manifest.precision).snr_db, (worst if worst is not None else 0.0) + NEAR_DB)
         network = insert(draft.network, draft.plan)
         sizes = [SAMPLES] if batch in (0, SAMPLES) else [SAMPLES, batch]
-        self.wanted = _values(network, one_call(task, sizes[-1]))
-        if sum(value.nbytes for value in self.wanted.values()) > MOST_BYTES:
+        self.expected = _values(network, one_call(task, sizes[-1]))
+        if sum(value.nbytes for value in self.expected.values()) > MOST_BYTES:
             sizes = [min(size, 4) for size in sizes]
-            self.wanted = _values(network, one_call(task, sizes[-1]))
+            self.expected = _values(network, one_call(task, sizes[-1]))
         ends = next(node for node in network.graph.nodes if node.op == "output").all_input_nodes
         self.ends = [site(node) for node in ends]
         self.calls = [arrays(manifest, one_call(task, size)) for size in sizes]
 
     def first(self) -> str | None:
-        names = list(self.wanted)
-        found = self._asked(names)
-        names = [name for name in names if name in found]
+        names = list(self.expected)
+        values = self._asked(names)
+        names = [name for name in names if name in values]
         for name in names:
-            if self._differs(name, found[name]):
+            if self._differs(name, values[name]):
                 return name
         low, high = -1, len(names) - 1
         if high < 0 or not self._alone(names[high]):  # then it is what gives the outputs, which stands last
-            return self.ends[0] if len(self.ends) == 1 and self.ends[0] in self.wanted else None
+            return self.ends[0] if len(self.ends) == 1 and self.ends[0] in self.expected else None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._alone(names[middle]) else (middle, high)
         return names[high]
 
     def _alone(self, name: str) -> bool:
-        found = self._asked([name])
-        return name in found and self._differs(name, found[name])
+        values = self._asked([name])
+        return name in values and self._differs(name, values[name])
 
-    def _differs(self, name: str, found: np.ndarray) -> bool:
-        (part, *_) = measure.split([self.wanted[name]])
-        (difference,) = measure.differences([self.wanted[name]], [found], [part])
+    def _differs(self, name: str, values: np.ndarray) -> bool:
+        (part, *_) = measure.split([self.expected[name]])
+        (difference,) = measure.differences([self.expected[name]], [values], [part])
         return difference.snr_db < self.limit and difference.signal > 0 or bool(difference.fault)
 
     def _asked(self, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -98,14 +98,14 @@ class _Search:
             for call in self.calls:
                 results = session.run(call)
             del session
-        found = dict(zip(shown, results[len(results) - len(shown) :], strict=True))
-        return {name: value for name, value in found.items() if value.shape == self.wanted[name].shape}
+        values = dict(zip(shown, results[len(results) - len(shown) :], strict=True))
+        return {name: value for name, value in values.items() if value.shape == self.expected[name].shape}
 
 
 def _values(network: fx.GraphModule, call: Call) -> dict[str, np.ndarray]:
     """Floating-point results of every operator by its site, in the order of execution."""
     nodes = {node: name for name, node in sites(network).items()}
-    found: dict[str, np.ndarray] = {}
+    values: dict[str, np.ndarray] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -113,9 +113,9 @@ def _values(network: fx.GraphModule, call: Call) -> dict[str, np.ndarray]:
             first = result[0] if isinstance(result, tuple | list) and result else result
             if n in nodes and kind(network, n) != "fakequantize" and isinstance(first, torch.Tensor):
                 if first.is_floating_point():
-                    found[nodes[n]] = to_numpy(first)
+                    values[nodes[n]] = to_numpy(first)
             return result
 
     with torch.no_grad():
         Recorder(network).run(*flat_inputs(network, call), enable_io_processing=False)
-    return found
+    return values

@@ -55,7 +55,7 @@ def executed_rows(
         Rows, and the operators by kind that ran in integers and in floating point.
     """
     precision = executed_precisions(folder, manifest)
-    found = sites(network)
+    nodes = sites(network)
     rows = []
     for row in cost(network, call):
         executed = precision.get(row.name)
@@ -67,11 +67,11 @@ def executed_rows(
         reason = None
         if manifest.precision in INTEGER and executed != "int8" and matters:
             reason = plan.floats.get(row.name) or _why_float(row.kind, planned, executed, manifest.runtime)
-        weights = _stored_edges(network, found.get(row.name), row.name) & plan.entries.keys()
-        size = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, found, row, plan)
+        weights = _stored_edges(network, nodes.get(row.name), row.name) & plan.entries.keys()
+        size = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, nodes, row, plan)
         stored = "int8" if weights else None
         rows.append(replace(row, planned=planned, executed=executed, reason=reason, weight_bytes=size, stored=stored))
-    integer, floating = counted({row.name: row.kind for row in rows if row.name in found}, precision)
+    integer, floating = counted({row.name: row.kind for row in rows if row.name in nodes}, precision)
     return tuple(rows), integer, floating
 
 
@@ -154,10 +154,10 @@ def _stored_edges(network: fx.GraphModule, node: fx.Node | None, name: str) -> s
     return {f"{name}:in{port}" for port, read in enumerate(tensor_inputs(node)) if read.op == "get_attr"}
 
 
-def _weight_bytes(network: fx.GraphModule, found: Mapping[str, fx.Node], row: LayerRow, plan: Plan) -> int:
+def _weight_bytes(network: fx.GraphModule, nodes: Mapping[str, fx.Node], row: LayerRow, plan: Plan) -> int:
     """Bytes of a layer's parameters as the artifact stores them: integer weights, int32 biases."""
     stored: dict[str, Any] = {}
-    node = found.get(row.name)
+    node = nodes.get(row.name)
     if f"{row.name}:weight" in plan.entries and row.weight_bytes:
         stored = {f"{row.name}:weight": network.get_submodule(row.name.split("@")[0]).weight}
     elif node is not None and node.op == "call_function" and row.weight_bytes:

@@ -38,27 +38,27 @@ def build(prepared: Prepared) -> tuple[Candidate, ...]:
     if not all(run.folder.kept(variant.name) for variant in variants):
         drafts.shared(run, recipe)  # what all candidates need fails once, and by its own name
     metric = getattr(run.task, prepared.looked_at)
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     failure: Exception | None = None
     for position, variant in enumerate(variants):
         run.events("progress", label="candidates", done=position, total=len(variants), name=variant.name)
         try:
-            found += filter(None, [candidate(run, recipe, variant, prepared.structure, metric)])
+            candidates += filter(None, [candidate(run, recipe, variant, prepared.structure, metric)])
         except Exception as error:  # each runtime, exporter and step has exceptions of its own
             if ends_run(error):
                 raise
             failure = failure or error
             run.warn(f"{variant.name} could not be built: {_told(error)}")
     run.events("progress", label="candidates", done=len(variants), total=len(variants), name="")
-    if not found:
+    if not candidates:
         assert failure is not None
         raise failure
-    for built in found:
+    for built in candidates:
         if built.rejection is not None:
             run.warn(f"{built.name} is not offered: {built.rejection.reason}")
         for text in built.doubts:
             run.warn(text)
-    return tuple(found)
+    return tuple(candidates)
 
 
 def _told(error: Exception) -> str:
@@ -86,21 +86,21 @@ def candidate(
 
     None where the plan was chosen for another precision of the same runtime, and is not what was measured then.
     """
-    if kept := run.folder.kept(variant.name):
+    if stored := run.folder.kept(variant.name):
         run.events("resumed", candidate=variant.name)
-        return from_dict(Candidate, kept)
-    made = drafts.draft(run, recipe, variant)
-    if variant.precision in INTEGER and made.plan.precision not in ("", variant.precision):
+        return from_dict(Candidate, stored)
+    draft = drafts.draft(run, recipe, variant)
+    if variant.precision in INTEGER and draft.plan.precision not in ("", variant.precision):
         return None
     if variant.precision in INTEGER:
-        check_integers(variant.name, made.plan)
+        check_integers(variant.name, draft.plan)
     where = f"{CANDIDATES}/{variant.name}"
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
-        manifest = building.build(made, variant.runtime, variant.precision, run.task, structure, aside)
+        manifest = building.build(draft, variant.runtime, variant.precision, run.task, structure, aside)
     folder = run.folder.path / where
     with run.costing(f"evaluate {variant.name}"):
         session = isolated.open_artifact(folder, run.threads)
-        made = made if variant.precision in INTEGER else replace(made, plan=Plan())
+        draft = draft if variant.precision in INTEGER else replace(draft, plan=Plan())
         answers = evidence.answers(run.folder, session)
         value: float | TaskError | None = None
         witness = Witness(predictor(session, manifest))
@@ -109,21 +109,21 @@ def candidate(
             run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
         except TaskError as error:  # of an artifact that answers NaN it may have none
             value = error
-        parity = evidence.parity(run.folder, run.task, session, answers, made, run.network, manifest)
+        parity = evidence.parity(run.folder, run.task, session, answers, draft, run.network, manifest)
         del session, witness
-        rejection = rejected(run, made, manifest, folder, parity)
+        rejection = rejected(run, draft, manifest, folder, parity)
         if isinstance(value, TaskError):
             if rejection is None:
                 raise value
             value = None
-        rows, integer, floating = executed_rows(made.network, made.plan, run.task.call(), manifest, folder)
+        rows, integer, floating = executed_rows(draft.network, draft.plan, run.task.call(), manifest, folder)
         packed = _packed(run, folder, manifest)
     shares = float_shares(rows) if variant.precision in INTEGER else (None, None)
     told: tuple[str, ...] = ()
     if rejection is None:
-        told = doubts(variant.name, variant.precision, parity, made, run.task)
+        told = doubts(variant.name, variant.precision, parity, draft, run.task)
         told += float_doubts(variant.name, rows) if variant.precision in INTEGER else ()
-    found = Candidate(
+    built = Candidate(
         name=variant.name,
         runtime=variant.runtime,
         precision=variant.precision,
@@ -132,7 +132,7 @@ def candidate(
             metric=value,
             size_bytes=measure.size_bytes(folder, manifest.files()),
             packed_bytes=packed,
-            parameters=sum(p.numel() for p in made.network.parameters()),
+            parameters=sum(p.numel() for p in draft.network.parameters()),
             macs=sum(row.macs for row in rows),
         ),
         parity=parity,
@@ -145,35 +145,37 @@ def candidate(
         float_bytes_share=shares[1],
         doubts=told,
     )
-    run.folder.keep(variant.name, dataclasses.asdict(found))
-    run.events("candidate", name=variant.name, metric=value, size_bytes=found.measured.size_bytes)
+    run.folder.keep(variant.name, dataclasses.asdict(built))
+    run.events("candidate", name=variant.name, metric=value, size_bytes=built.measured.size_bytes)
     if rejection is not None:
         run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
-    return found
+    return built
 
 
-def rejected(run: Run, made: Draft, manifest: Manifest, folder: Path, parity: Sequence[Parity]) -> Rejection | None:
+def rejected(run: Run, draft: Draft, manifest: Manifest, folder: Path, parity: Sequence[Parity]) -> Rejection | None:
     """Why an artifact is not to be offered, with the first operator that differs; None where it may be.
 
     Args:
         run: For its data and threads.
-        made: What it was exported from, its plan empty for a floating-point artifact.
+        draft: What it was exported from, its plan empty for a floating-point artifact.
         manifest: Its manifest.
         folder: Where it lies.
         parity: Its comparisons.
     """
-    found = measure.limits.rejection(parity)
-    if found is None:
+    rejection = measure.limits.rejection(parity)
+    if rejection is None:
         return None
-    worst = next(row for p in parity if p.against == found.against for row in p.rows if row.place == found.output)
+    worst = next(
+        row for p in parity if p.against == rejection.against for row in p.rows if row.place == rejection.output
+    )
     with run.costing(f"look for the operator at which {folder.name} differs"):
-        site = first_difference(made, run.task, folder, manifest, run.threads, found.snr_db, worst.batch)
+        site = first_difference(draft, run.task, folder, manifest, run.threads, rejection.snr_db, worst.batch)
     where = (
         f"the first operator that differs is {site}"
         if site
         else "no operator that can be looked at differs by itself; the runtime may join them wrongly"
     )
-    return replace(found, reason=f"{found.reason}; {where}", operator=site)
+    return replace(rejection, reason=f"{rejection.reason}; {where}", operator=site)
 
 
 def _packed(run: Run, folder: Path, manifest: Manifest) -> int:

@@ -52,11 +52,11 @@ def one_call(task: Task, batch: int) -> Call:
     return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
 
 
-def batch_size(task: Task, wanted: int) -> int:
-    """Samples of one call: as many as are wanted, or the number that the network is fixed to."""
-    args, kwargs = one_call(task, wanted)
+def batch_size(task: Task, size: int) -> int:
+    """Samples of one call: `size`, or the number that the network is fixed to."""
+    args, kwargs = one_call(task, size)
     first = next(iter([*args, *kwargs.values()]))
-    return int(first.shape[0]) if first.dim() else wanted
+    return int(first.shape[0]) if first.dim() else size
 
 
 def arrays(manifest: Manifest, call: Call) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def parity(
     folder: RunFolder,
     task: Task,
     session: Any,
-    found: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
     draft: Draft,
     source: fx.GraphModule,
     manifest: Manifest,
@@ -105,7 +105,7 @@ def parity(
         folder: With the stored samples.
         task: Gives calls of other sizes, where the batch varies.
         session: The opened artifact; it is called with each of them, and with the stored samples again.
-        found: What it answered to the stored samples at first.
+        answers: What it answered to the stored samples at first.
         draft: What it was exported from, its plan empty for a floating-point artifact.
         source: The source network.
         manifest: Of the artifact.
@@ -118,15 +118,15 @@ def parity(
     whole = one_call(task, SAMPLES)
     planned = _outputs(network, whole)
     samples = len(planned[0]) if planned and planned[0].ndim else 1
-    near = measure.differences(planned, found, parts, samples)
-    far = measure.differences(original, found, parts, samples)
+    near = measure.differences(planned, answers, parts, samples)
+    far = measure.differences(original, answers, parts, samples)
     for size in (*PROBES, SAMPLES) if varies(task) else ():
         call = one_call(task, size)
-        wanted = _tried(network, call)
-        if wanted is None:  # the network itself does not take so few
+        expected = _tried(network, call)
+        if expected is None:  # the network itself does not take so few
             continue
-        mine = _called(session, arrays(manifest, call), wanted, size)
-        near = measure.worst(near, measure.differences(wanted, mine, parts, size))
+        mine = _called(session, arrays(manifest, call), expected, size)
+        near = measure.worst(near, measure.differences(expected, mine, parts, size))
         far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
 
     def elsewhere(rounding: float) -> Sequence[measure.Difference]:
@@ -137,8 +137,8 @@ def parity(
         "source": measure.limits.told(far, names),
     }
     return (
-        replace(measure.parity([planned], [found], "planned"), rows=rows["planned"]),
-        replace(measure.parity([original], [found], "source"), rows=rows["source"]),
+        replace(measure.parity([planned], [answers], "planned"), rows=rows["planned"]),
+        replace(measure.parity([original], [answers], "source"), rows=rows["source"]),
     )
 
 
@@ -147,14 +147,14 @@ def varies(task: Task) -> bool:
     return task.dynamic is None or any(0 in axes for axes in task.dynamic.values())
 
 
-def _called(session: Any, inputs: list[np.ndarray], wanted: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+def _called(session: Any, inputs: list[np.ndarray], expected: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
     try:
         outputs: list[np.ndarray] = session.run(inputs)
     except Exception as error:
         raise ArtifactError(
             f"the artifact fails when the batch changes to {size}",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            expected=f"{len(wanted)} outputs, as the network gives",
+            expected=f"{len(expected)} outputs, as the network gives",
             remedy="fix the batch with Task(dynamic={}), or choose another runtime",
         ) from error
     return outputs

@@ -57,10 +57,10 @@ def judge(prepared: Prepared, timed: Timed) -> Judged:
     candidates = tuple(judged(c, goal, prepared.beside[looked_at], run.task) for c in timed.candidates)
     artifact, verdict, last = final(prepared, goals.choose(goal, candidates), candidates)
     verdict = doubted(verdict, (*prepared.doubts, differs, last))
-    found = Judged(timed=timed, candidates=candidates, verdict=verdict, artifact=artifact, zeros=None)
-    gained = _zeros(prepared, found.chosen)
-    _tell_of_plan(prepared, found.chosen)
-    return replace(found, zeros=gained)
+    judged_all = Judged(timed=timed, candidates=candidates, verdict=verdict, artifact=artifact, zeros=None)
+    gained = _zeros(prepared, judged_all.chosen)
+    _tell_of_plan(prepared, judged_all.chosen)
+    return replace(judged_all, zeros=gained)
 
 
 def judged(candidate: Candidate, goal: Goal, reference: float | None, task: Task) -> Candidate:
@@ -80,30 +80,30 @@ def _drops(value: float | None, reference: float | None, higher_is_better: bool)
 
 
 def final(
-    prepared: Prepared, verdict: GoalResult, found: Sequence[Candidate]
+    prepared: Prepared, verdict: GoalResult, candidates: Sequence[Candidate]
 ) -> tuple[Measured | None, GoalResult, Doubt | None]:
     """The chosen candidate's figures; where `select` made the choice, `evaluate` is read now, once, for the verdict.
 
     What it read for the verdict may be other data than for the source: a doubt.
     """
     run, goal = prepared.run, prepared.order.goal
-    chosen = next((c for c in found if c.name == verdict.chosen), None)
+    chosen = next((c for c in candidates if c.name == verdict.chosen), None)
     if chosen is None:
         return None, verdict, None
     if prepared.looked_at == "evaluate" or run.task.evaluate is None:
         return chosen.measured, verdict, None
-    kept = run.folder.kept("verdict")
-    if kept is None:
+    value = run.folder.kept("verdict")
+    if value is None:
         with run.costing(f"verdict on {chosen.name}"):
             folder = run.folder.path / chosen.folder
             session = isolated.open_artifact(folder, run.threads)
             witness = Witness(predictor(session, read_manifest(folder)))
-            kept = metric_of(run.task.evaluate, witness, chosen.name)
+            value = metric_of(run.task.evaluate, witness, chosen.name)
             run.folder.keep("shown-verdict", witness.shown)
-        run.folder.keep("verdict", kept)
+        run.folder.keep("verdict", value)
     doubt = questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate")
-    measured = replace(chosen.measured, metric=kept)
-    drop, relative = _drops(kept, prepared.beside["evaluate"], run.task.higher_is_better)
+    measured = replace(chosen.measured, metric=value)
+    drop, relative = _drops(value, prepared.beside["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))
     if not met:
         how = "meets the goal on Task.select alone" if verdict.met else "comes nearest, and no candidate meets the goal"
@@ -124,11 +124,11 @@ def _zeros(prepared: Prepared, chosen: Candidate | None) -> Zeros | None:
     if chosen is None:
         return None
     run = prepared.run
-    made = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision))
-    found = zeros.gained(run, made, chosen, prepared.manifest, prepared.structure)
-    if found is not None and (text := verdicts.idle_zeros(found, chosen)):
+    draft = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision))
+    gain = zeros.gained(run, draft, chosen, prepared.manifest, prepared.structure)
+    if gain is not None and (text := verdicts.idle_zeros(gain, chosen)):
         run.warn(text)
-    return found
+    return gain
 
 
 def _tell_of_plan(prepared: Prepared, chosen: Candidate | None) -> None:

@@ -41,24 +41,24 @@ class Order:
     listeners: tuple[Listener, ...]
 
 
-def runtime_names(wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     """The runtimes that are meant: one or several by name, or all that are installed.
 
     Raises:
         UsageError: There is no such runtime.
         MissingDependency: It is not installed, or none is.
     """
-    if wanted is None:
-        found = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
-        if not found:
+    if asked is None:
+        names = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
+        if not names:
             raise MissingDependency(
                 "no runtime is installed",
                 got="torch alone",
                 expected=f"one of {', '.join(runtimes.DEPLOYED)}",
                 remedy=" or ".join(f"pip install 'penjing[{name}]'" for name in runtimes.DEPLOYED),
             )
-        return found
-    names = tuple(wanted.replace(",", " ").split()) if isinstance(wanted, str) else tuple(wanted)
+        return names
+    names = tuple(asked.replace(",", " ").split()) if isinstance(asked, str) else tuple(asked)
     for name in names:
         runtimes.get(name)
     return names

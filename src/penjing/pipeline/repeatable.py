@@ -97,9 +97,9 @@ def _check_twice(name: str, module: nn.Module, task: Task, state: ModuleState) -
 def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task: Task) -> None:
     """The captured network agrees with itself and with the module, on another number of samples than the example."""
     call, genuine = _inputs(task, SAMPLES)
-    wanted = _answers(module, call, name)
+    expected = _answers(module, call, name)
     if genuine:
-        _check_finite(wanted, name)
+        _check_finite(expected, name)
     with same_state(network):
         first, second = (_answers(network, call, f"{name}, raised,") for _ in range(2))
     place, decibels = _worst(first, second, ANSWERS_DB)
@@ -112,7 +112,7 @@ def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task:
             remedy="leave random numbers out of the forward, or make them an input",
         )
     least = _least(module, call)
-    place, decibels = _worst(wanted, first, least)
+    place, decibels = _worst(expected, first, least)
     if place is not None:
         layer = _first_difference(module, network, call, least)
         where = f"; the first layer that differs is {layer}" if layer else ""
@@ -297,11 +297,11 @@ def _first_difference(module: nn.Module, network: fx.GraphModule, call: Call, le
 
 def _outputs_of(module: nn.Module, names: Sequence[str], call: Call) -> dict[str, torch.Tensor]:
     """The output of the last call of each named layer that gives a tensor."""
-    kept: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            kept[name] = output.detach().clone()
+            outputs[name] = output.detach().clone()
 
     parts = dict(module.named_modules())
     hooks = [
@@ -316,4 +316,4 @@ def _outputs_of(module: nn.Module, names: Sequence[str], call: Call) -> dict[str
     finally:
         for hook in hooks:
             hook.remove()
-    return kept
+    return outputs

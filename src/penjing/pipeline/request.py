@@ -51,12 +51,12 @@ def check_goal(goal: Goal, task: Task) -> None:
 
 def check_files(folder: Path, record: Record) -> None:
     """Raise OutputError where a finished run's files are not those that it left."""
-    found = intact.differences(folder, record)
-    if record.files and not (found.missing or found.changed):
+    differences = intact.differences(folder, record)
+    if record.files and not (differences.missing or differences.changed):
         return
     raise OutputError(
         "the finished run in this folder is not as it was left",
-        got=str(found) or "a record without hashes",
+        got=str(differences) or "a record without hashes",
         expected="the files that the record names, with the bytes that they had",
         remedy="--force runs it anew; `penjing verify` tells what still holds",
     )
@@ -138,17 +138,17 @@ def undropped(recipe: Recipe, model: object) -> str | None:
     """
     if not isinstance(model, nn.Module) or not any(isinstance(s, QAT) or list(_trainings(s)) for s in recipe):
         return None
-    found = [
+    layers = [
         name
         for name, part in model.named_modules()
         if (isinstance(part, nn.MultiheadAttention) and part.dropout)
         or (isinstance(part, nn.RNNBase) and part.dropout and part.num_layers > 1)
     ]
-    if not found:
+    if not layers:
         return None
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
     return (
-        f"the dropout within {', '.join(found[:3])}{more} is left out while the recipe trains: nn.Dropout alone stays"
+        f"the dropout within {', '.join(layers[:3])}{more} is left out while the recipe trains: nn.Dropout alone stays"
     )
 
 
@@ -171,16 +171,16 @@ def with_teachers(recipe: Recipe, task: Task) -> Recipe:
         SourceError: A file is missing, or holds no network.
         CheckpointError: It would run code.
     """
-    found: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Module] = {}
 
     def one(teacher: Any) -> Any:
         if isinstance(teacher, TeacherCache):
             return dataclasses.replace(teacher, teacher=one(teacher.teacher))
         if not isinstance(teacher, str) or teacher == "self":
             return teacher
-        if teacher not in found:
-            found[teacher] = opened(teacher, task)
-        return found[teacher]
+        if teacher not in networks:
+            networks[teacher] = opened(teacher, task)
+        return networks[teacher]
 
     def walk(value: Any) -> Any:
         if isinstance(value, Finetune):
@@ -216,13 +216,13 @@ def data_hashes(task: Task, recipe: Recipe) -> dict[str, str]:
     Of the calibration data all is read, and so checked; of the training data the first batch, where it is the same
     again after the same seed.
     """
-    found = {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
+    hashes = {"calibration": fingerprint(calibration_calls(task))} if task.calibration is not None else {}
     first = _first_batch(task)
-    found |= {"train": first} if first is not None else {}
+    hashes |= {"train": first} if first is not None else {}
     several = pytree.tree_leaves([training.teacher for step in recipe for training in _trainings(step)])
     models = [opened(one, task) for one in several if one is not None and one != "self"]
     weights = dict.fromkeys(model.name if isinstance(model, CachedTeacher) else digest([model]) for model in models)
-    return found | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(weights, 1)}
+    return hashes | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(weights, 1)}
 
 
 def _first_batch(task: Task) -> str | None:

@@ -61,7 +61,7 @@ def floors(run: Run, candidates: Sequence[Candidate], source: Measured, structur
     What is faster or smaller than this is so by the recipe; what this is faster than torch, by the runtime. Where it
     can't be built, the runtime is left out.
     """
-    found = {}
+    floors = {}
     for runtime in dict.fromkeys(c.runtime for c in candidates):
         plain = next((c for c in candidates if (c.runtime, c.precision) == (runtime, "fp32")), None)
         if plain is not None and plain.rejection is not None:
@@ -77,8 +77,8 @@ def floors(run: Run, candidates: Sequence[Candidate], source: Measured, structur
         except PenjingError as error:
             run.warn(f"the source could not be built in fp32 for {runtime}, to be compared with: {error.what}")
             continue
-        found[runtime] = Measured(size_bytes=size, parameters=source.parameters, macs=source.macs)
-    return found
+        floors[runtime] = Measured(size_bytes=size, parameters=source.parameters, macs=source.macs)
+    return floors
 
 
 def _floor(runtime: str) -> str:
@@ -93,8 +93,8 @@ def latencies(
     The source in fp32 in a runtime of `floors` is called "floor-" and the runtime's name. What a runtime crashes or
     hangs at has none, and a warning says so.
     """
-    if kept := run.folder.kept("latency"):
-        return {name: from_dict(measure.Timing, value) for name, value in kept.items()}
+    if stored := run.folder.kept("latency"):
+        return {name: from_dict(measure.Timing, value) for name, value in stored.items()}
     inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
     folders |= {f"floor-{runtime}": run.folder.path / _floor(runtime) for runtime in floors}

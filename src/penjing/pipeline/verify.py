@@ -82,19 +82,19 @@ def verify(
 
 
 def _hashes(folder: Path, record: Record, chosen: Candidate) -> list[Check]:
-    found = intact.differences(folder, record)
+    differences = intact.differences(folder, record)
     held = {name: record.files.get(f"{ARTIFACT}/{name}") for name in chosen.sha256}
     other = sorted(name for name in held if held[name] != chosen.sha256[name])
-    text = str(found) or f"{len(record.files)} files, all equal"
+    text = str(differences) or f"{len(record.files)} files, all equal"
     if not record.files or not chosen.sha256:
         text = "the record holds no hashes"
     elif other:
         text = f"the chosen candidate's hashes are others: {', '.join(other[:5])}"
-    holds = bool(record.files and chosen.sha256) and not (found.missing or found.changed or other)
+    holds = bool(record.files and chosen.sha256) and not (differences.missing or differences.changed or other)
     checks = [Check("SHA-256 of the files", f"{len(record.files)} files", text, holds)]
-    if found.strange:
+    if differences.strange:
         note = "the run did not leave them, and nothing vouches for them"
-        checks.append(Check("other files", "none", intact.listed(found.strange), None, note))
+        checks.append(Check("other files", "none", intact.listed(differences.strange), None, note))
     return checks
 
 
@@ -107,9 +107,9 @@ def _size(folder: Path, record: Record, chosen: Candidate, manifest: Manifest) -
 
 def _operators(folder: Path, chosen: Candidate, manifest: Manifest) -> Check:
     kinds = {row.name: row.kind for row in chosen.layers}
-    found, _ = counted(kinds, executed_precisions(folder / ARTIFACT, manifest))
+    counts, _ = counted(kinds, executed_precisions(folder / ARTIFACT, manifest))
     recorded = chosen.integer_operators
-    return Check("integer operators", _counts(recorded), _counts(found), found == recorded)
+    return Check("integer operators", _counts(recorded), _counts(counts), counts == recorded)
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -128,17 +128,17 @@ def _parities(folder: Path, chosen: Candidate, session: Any, manifest: Manifest)
     for recorded in chosen.parity:
         reference = [stored[k] for k in stored if k.startswith(f"{recorded.against}_")]
         if reference:
-            found = measure.parity([reference], [outputs], recorded.against)
-            holds = found.largest <= recorded.largest * (1 + PARITY_TOLERANCE) + 1e-5
-            checks.append(Check(f"parity with {recorded.against}", _parity(recorded), _parity(found), holds))
+            parity = measure.parity([reference], [outputs], recorded.against)
+            holds = parity.largest <= recorded.largest * (1 + PARITY_TOLERANCE) + 1e-5
+            checks.append(Check(f"parity with {recorded.against}", _parity(recorded), _parity(parity), holds))
             if recorded.against == "planned":
                 samples = len(outputs[0]) if outputs[0].ndim else 1
                 near = measure.differences(reference, outputs, parts, samples)
                 for size in (*PROBES, samples):  # in one session, as when it was judged
-                    wanted = reference if size == samples else [x for k, x in stored.items() if f"probe{size}_" in k]
-                    if wanted:
+                    expected = reference if size == samples else [x for k, x in stored.items() if f"probe{size}_" in k]
+                    if expected:
                         few = session.run([x[:size] for x in inputs] if size != samples else inputs)
-                        near = measure.worst(near, measure.differences(wanted, few, parts, size))
+                        near = measure.worst(near, measure.differences(expected, few, parts, size))
                 rows = list(measure.limits.judged(near, names, manifest.precision))
     if rows:
         checks.append(_limit(rows, chosen))
@@ -183,22 +183,22 @@ def _speed(
     patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
     timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
     recorded = steadiness.speedup(before, after)
-    found = measure.ratio(timings["source"], timings["artifact"])
+    measured = measure.ratio(timings["source"], timings["artifact"])
     same = record.machine == measure.machine(record.machine.threads) and threads == record.machine.threads
-    holds, note = _speed_holds(recorded, found, same, after.doubt, timings["artifact"].latency.doubt)
+    holds, note = _speed_holds(recorded, measured, same, after.doubt, timings["artifact"].latency.doubt)
     text = f"{timings['artifact'].latency.median:.3f} ms"
     return [
         Check("latency", f"{after.median:.3f} ms", text, None, "absolute times drift; the speed-up is what is checked"),
-        Check("speed-up over the source", f"{recorded:.2f}×", f"{found:.2f}×", holds, note),
+        Check("speed-up over the source", f"{recorded:.2f}×", f"{measured:.2f}×", holds, note),
     ]
 
 
-def _speed_holds(recorded: float, found: float, same: bool, then: str, now: str) -> tuple[bool | None, str]:
+def _speed_holds(recorded: float, measured: float, same: bool, then: str, now: str) -> tuple[bool | None, str]:
     """Whether a speed-up holds, and what there is to say; None where two figures do not compare.
 
     Args:
         recorded: The record's.
-        found: Measured now.
+        measured: Measured now.
         same: Whether machine and threads are the record's.
         then: Why the record's timings can't be trusted; "" where they can.
         now: The same of those taken now.
@@ -209,7 +209,7 @@ def _speed_holds(recorded: float, found: float, same: bool, then: str, now: str)
         return None, f"the machine was busy when this was recorded ({then}): not comparable"
     if now:
         return None, f"this machine is busy ({now}): measure again when it is quiet"
-    return abs(found / recorded - 1) <= SPEED_TOLERANCE, ""
+    return abs(measured / recorded - 1) <= SPEED_TOLERANCE, ""
 
 
 def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarray]:
@@ -227,5 +227,5 @@ def _metric(record: Record, task: Task, session: Any, manifest: Manifest) -> Che
     recorded = record.artifact.metric if record.artifact is not None else None
     if task.evaluate is None or recorded is None:
         return Check(record.metric_name, str(recorded), "the task has no evaluate", None)
-    found = metric_of(task.evaluate, predictor(session, manifest), "the artifact")
-    return Check(record.metric_name, f"{recorded:.6g}", f"{found:.6g}", abs(found - recorded) <= METRIC_TOLERANCE)
+    measured = metric_of(task.evaluate, predictor(session, manifest), "the artifact")
+    return Check(record.metric_name, f"{recorded:.6g}", f"{measured:.6g}", abs(measured - recorded) <= METRIC_TOLERANCE)

@@ -23,24 +23,24 @@ from penjing.records.manifest import Manifest
 from penjing.steps.draft import Draft
 
 
-def gained(run: Run, made: Draft, chosen: Candidate, manifest: Manifest, structure: Any) -> Zeros | None:
-    """How many weights are zero and what that gains; None where no step has made zeros.
+def gained(run: Run, draft: Draft, chosen: Candidate, manifest: Manifest, structure: Any) -> Zeros | None:
+    """How many weights are zero and what that gains; None where no step has draft zeros.
 
     Args:
         run: For its data, threads and seconds.
-        made: The draft that the candidate was built from.
+        draft: The draft that the candidate was built from.
         chosen: The candidate; its folder stands in the run folder.
         manifest: Of the source, for the order of its inputs.
         structure: How the outputs are nested.
     """
-    if kept := run.folder.kept("zeros"):
-        return from_dict(Zeros, kept)
-    weights = _marked(made)
+    if stored := run.folder.kept("zeros"):
+        return from_dict(Zeros, stored)
+    weights = _marked(draft)
     count = sum(int((w == 0).sum()) for w in weights)
     if not count:
         return None
     with run.costing(f"measure zeros of {chosen.name}"), tempfile.TemporaryDirectory(prefix="penjing-") as aside:
-        build(filled(made, run.seed), chosen.runtime, chosen.precision, run.task, structure, Path(aside))
+        build(filled(draft, run.seed), chosen.runtime, chosen.precision, run.task, structure, Path(aside))
         inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
         folders = {"zeros": run.folder.path / chosen.folder, "numbers": Path(aside)}
         timings = measure.compare(
@@ -51,9 +51,9 @@ def gained(run: Run, made: Draft, chosen: Candidate, manifest: Manifest, structu
         )
     rounds = zip(timings["numbers"].rounds, timings["zeros"].rounds, strict=True)
     low, median, high = statistics.quantiles([n / z for n, z in rounds], n=4, method="inclusive")
-    found = Zeros(count=count, weights=sum(w.numel() for w in weights), speedup=median, low=low, high=high)
-    run.folder.keep("zeros", dataclasses.asdict(found))
-    return found
+    gain = Zeros(count=count, weights=sum(w.numel() for w in weights), speedup=median, low=low, high=high)
+    run.folder.keep("zeros", dataclasses.asdict(gain))
+    return gain
 
 
 def filled(draft: Draft, seed: int) -> Draft:

@@ -186,8 +186,8 @@ class Channels:
         least = left(ranking.removed(high))
         if least > wanted:
             raise PruningError(
-                f"so few {self.unit} can't be reached",
-                got=f"{self.unit}={wanted:g}; {least:.3g} is what is left without all that may go",
+                f"the target {self.unit}={wanted:g} is below what may be removed",
+                got=f"{self.unit}={wanted:g}; with everything prunable removed {least:.3g} is left",
                 expected=f"a fraction of at least {least:.3g}",
                 remedy=_in_the_way(self, ranking),
             )

@@ -25,7 +25,7 @@ from penjing.train.finetune import Finetune
 SHALLOW = 0.2  # of all epochs train what is left of the blocks, where channels go after them
 ROUNDS = 0.3  # go to the rounds of pruning
 QUANTIZED = 0.2  # train behind quantizers
-_LEARN = Finetune(clip=Clip())  # what was just pruned and fitted is thrown far off by the first long gradients
+_LEARN = Finetune(clip=Clip())  # a network that was just pruned and fitted diverges under large gradients
 
 
 def joint(
@@ -45,20 +45,20 @@ def joint(
     """Prune in rounds, learn from the source, and learn on with integers in place.
 
     Args:
-        macs: Fraction of the multiply-accumulates that is kept; 0.5 where no target is given.
-        params: Of the parameters, in its place.
-        latency: Of the latency in the runtime, in its place.
-        blocks: Residual blocks that are taken out first. A fraction is of what they leave, and without one all channels
-            stay. Where channels are fewer than a processor's vectors hold, a block less saves more time.
-        epochs: Passes over `Task.train` in all: 30 % in the rounds, 50 % when all is pruned, 20 % behind quantizers. Of
-            the 50, 20 come before the rounds where blocks went: channels of a network that does not work are ranked,
-            and what is left fitted, by what means nothing.
-        rounds: In how many the channels go.
-        learning_rate: Peak of the trainings; a tenth of it behind quantizers.
+        macs: Fraction of the multiply-accumulates to keep; 0.5 where no target is given.
+        params: Fraction of the parameters to keep, instead.
+        latency: Fraction of the latency in the runtime to keep, instead.
+        blocks: Residual blocks to remove first. A fraction above is then of what remains, and without one all channels
+            stay. Where layers have fewer channels than a vector register holds, removing a block saves more time.
+        epochs: Passes over `Task.train` in total: 30 % in the pruning rounds, 50 % after the last of them, 20 % with
+            quantizers in place. Where blocks were removed, 20 of the 50 come before the rounds: in a network that does
+            not work yet, neither ranking channels nor fitting the remaining weights means anything.
+        rounds: Number of pruning rounds.
+        learning_rate: Peak learning rate; a tenth of it with quantizers in place.
         optimizer: "sgd" or "adamw".
-        weight_bits: Of weights.
-        activation_bits: Of activations.
-        temperature: Of the softened classes that are compared with the source's.
+        weight_bits: Bits of weights.
+        activation_bits: Bits of activations.
+        temperature: Softening temperature of the distillation from the source.
 
     Raises:
         RecipeError: A setting makes no sense.
@@ -85,21 +85,21 @@ def label_free(
     weight_bits: int = 8,
     activation_bits: int = 8,
 ) -> Recipe:
-    """`joint` for those who have samples without labels: what the outputs lose is all that counts.
+    """`joint` without labels: the network learns to reproduce the source's outputs.
 
-    Without `Task.train` the calibration data are what is learned from; a few hundred samples are soon learned by heart.
+    Without `Task.train` it trains on the calibration data; a few hundred samples are soon overfitted.
 
     Args:
-        macs: As in `joint`.
-        params: As in `joint`.
-        latency: As in `joint`.
-        blocks: As in `joint`.
-        epochs: As in `joint`.
-        rounds: As in `joint`.
-        learning_rate: As in `joint`.
-        optimizer: As in `joint`.
-        weight_bits: As in `joint`.
-        activation_bits: As in `joint`.
+        macs: Fraction of the multiply-accumulates to keep; 0.5 where no target is given.
+        params: Fraction of the parameters to keep, instead.
+        latency: Fraction of the latency in the runtime to keep, instead.
+        blocks: Residual blocks to remove first; a fraction above is then of what remains.
+        epochs: Passes over the data in total.
+        rounds: Number of pruning rounds.
+        learning_rate: Peak learning rate; a tenth of it with quantizers in place.
+        optimizer: "sgd" or "adamw".
+        weight_bits: Bits of weights.
+        activation_bits: Bits of activations.
 
     Raises:
         RecipeError: A setting makes no sense.
