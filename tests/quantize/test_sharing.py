@@ -13,6 +13,7 @@ from penjing.quantize import Static
 from penjing.quantize.sharing import Columns
 from penjing.quantize.static import collect
 from penjing.runtimes import isolated
+from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
@@ -170,9 +171,9 @@ def test_other_data_are_observed_anew():
     """The ranges of a part of the data are not those of all, though network and number of samples are the same."""
     small, large = [torch.randn(8, *SHAPE) for _ in range(2)], [50 * torch.randn(8, *SHAPE) for _ in range(2)]
     raised = capture_network(Alike().eval(), (torch.zeros(2, *SHAPE),))
-    memo = {}
+    cache = Cache()
     highs = []
     for data in (small, large, small):
-        context = Context(task=Task(example=torch.zeros(2, *SHAPE), calibration=data), memo=memo)
+        context = Context(task=Task(example=torch.zeros(2, *SHAPE), calibration=data), cache=cache)
         highs.append(collect(raised, {"x"}, context, 300)[0]["x"].high)
     assert highs[1] > 10 * highs[0] and highs[2] == highs[0]

@@ -181,8 +181,8 @@ def rejected(run: Run, draft: Draft, manifest: Manifest, folder: Path, parity: S
 def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
     total = 0
     for name in manifest.files():
-        key = ("packed", measure.sha256(folder / name))
-        if key not in run.memo:
-            run.memo[key] = measure.packed_bytes([folder / name])
-        total += run.memo[key]
+        key = measure.sha256(folder / name)
+        if key not in run.packed:
+            run.packed[key] = measure.packed_bytes([folder / name])
+        total += run.packed[key]
     return total

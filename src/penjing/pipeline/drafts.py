@@ -51,17 +51,17 @@ def shared(run: Run, recipe: Recipe) -> None:
 def _once(run: Run, step: Step, current: Draft, where: str, position: int, branch: str = "") -> Draft:
     """What a step makes, or how it fails: neither is computed twice."""
     key = (where, position, branch)
-    if key not in run.memo:
+    if key not in run.drafts:
         try:
-            run.memo[key] = _step(run, step, current, where, f"{where}-{position}{branch}")
+            run.drafts[key] = _step(run, step, current, where, f"{where}-{position}{branch}")
         except Exception as error:
             if ends_run(error):
                 raise
-            run.memo[key] = error
-    if isinstance(run.memo[key], Exception):
-        raise run.memo[key]
-    made: Draft = run.memo[key]
-    return made
+            run.drafts[key] = error
+    outcome = run.drafts[key]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _step(run: Run, step: Step, current: Draft, where: str, name: str) -> Draft:

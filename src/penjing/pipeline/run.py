@@ -18,6 +18,7 @@ from penjing.pipeline.trial import Trial
 from penjing.records import StepCost, Training, from_dict
 from penjing.records.events import Events
 from penjing.records.folder import SOURCE, RunFolder
+from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
@@ -43,6 +44,9 @@ class Run:
     Attributes:
         network: The source, captured.
         start: The draft that the steps begin with, where it is more than the source: with a plan and edits.
+        cache: Statistics that steps share.
+        drafts: What each step made, or how it failed, by where it ran, its position and its branch.
+        packed: Bytes of compressed files, by the hash of what they hold.
         costs: Of all stages, those before an interruption among them.
         trainings: Those that came to their end.
     """
@@ -58,7 +62,9 @@ class Run:
     seconds: float
     instruction_sets: tuple[str, ...]
     start: Draft | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
+    cache: Cache = field(default_factory=Cache)
+    drafts: dict[tuple[str, int, str], Draft | Exception] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
     costs: list[StepCost] = field(init=False)
     trainings: list[Training] = field(init=False)
     warnings: list[str] = field(default_factory=list)
@@ -93,7 +99,7 @@ class Run:
             events=self.events,
             folder=folder,
             source=self.network,
-            memo=self.memo,
+            cache=self.cache,
             latency=trial.latency if runtime else None,
             profile=trial.profile if runtime and runtimes.SPECS[runtime].times_operators else None,
         )

@@ -15,6 +15,7 @@ from penjing.quantize.equalization import CrossLayerEqualization
 from penjing.quantize.qat import QAT
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
+from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
 from penjing.steps.settings import check, number, optional
 from penjing.steps.step import Context, Step
@@ -84,7 +85,7 @@ class _Trial:
 class _Search:
     def __init__(self, settings: Best, draft: Draft, context: Context) -> None:
         self.settings, self.draft, self.context = settings, draft, context
-        self.fitting, self.held = split(replace(context, memo={}))
+        self.fitting, self.held = split(replace(context, cache=Cache()))
         self.start = time.monotonic()
         self.best, self.snr = _Trial(), -float("inf")
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,6 +26,7 @@ from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
 from penjing.quantize.sharing import Columns, apart, to_watch
+from penjing.steps.cache import Identity, Key
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
 from penjing.steps.settings import FLAG, NAMES, check, one_of, optional, require, whole
@@ -358,7 +359,11 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-Statistics = tuple[dict[str, Histogram], dict[str, Columns]]
+class Statistics(NamedTuple):
+    """What the values of a network looked like, by node name."""
+
+    histograms: dict[str, Histogram]
+    columns: dict[str, Columns]
 
 
 def collect(
@@ -366,24 +371,25 @@ def collect(
 ) -> Statistics:
     """Histograms of the named values over the calibration data, and of some of them the columns too, in one pass.
 
-    They are kept in `context.memo`, for this network and this very object that gives the data: what is equal but
-    another object is read again.
+    They are kept in `context.cache`, and what was collected before is not collected again.
     """
-    known: list[tuple[object, Statistics]] = context.memo.setdefault(("histograms", _fingerprint(network), samples), [])
-    data = context.task.calibration  # held here, so that no other object can take its identity
-    found = next((statistics for source, statistics in known if source is data), None)
-    if found is None:
-        found = ({}, {})
-        known.append((data, found))
-    histograms, powers = found
-    new, beside = values - set(histograms), set(columns) - set(powers)
+    dynamic = context.task.dynamic  # whether a batch may be cut
+    key = Key(
+        kind=Statistics,
+        network=_fingerprint(network),
+        data=Identity(context.task.calibration),
+        samples=samples,
+        settings=None if dynamic is None else frozenset((name, frozenset(axes)) for name, axes in dynamic.items()),
+    )
+    statistics = context.cache.once(key, lambda: Statistics({}, {}))
+    new, beside = values - set(statistics.histograms), set(columns) - set(statistics.columns)
     if new | beside:
         more = {name: Histogram() for name in sorted(new)}
         watched = {name: Columns() for name in sorted(beside)}
         _observe(network, more, watched, context, samples)
-        histograms.update(more)
-        powers.update(watched)
-    return found
+        statistics.histograms.update(more)
+        statistics.columns.update(watched)
+    return statistics
 
 
 def _observe(

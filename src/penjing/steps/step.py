@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import GraphModule
 
+from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Capabilities
 from penjing.tasks.task import Task
@@ -34,7 +35,7 @@ class Context:
             milliseconds; None when nothing can be measured.
         folder: Where a step may keep what it needs to resume; None when nothing is kept.
         source: The captured source network, the teacher of steps that learn without or beside labels.
-        memo: Results that later runs on the same network and data may reuse (collected statistics).
+        cache: Statistics that later steps on the same network and data take instead of collecting them again.
     """
 
     task: Task
@@ -46,7 +47,7 @@ class Context:
     profile: Callable[[Draft, str], list[tuple[tuple[str, ...], float]]] | None = None
     folder: Path | None = None
     source: GraphModule | None = None
-    memo: MutableMapping[Any, Any] = field(default_factory=dict)
+    cache: Cache = field(default_factory=Cache)
 
 
 @runtime_checkable

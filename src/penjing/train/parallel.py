@@ -168,7 +168,7 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
     sent = {
         "work": work,
         "network": _portable(network),
-        "context": replace(context, **_SILENT, source=None),
+        "context": Context(task=context.task, seed=context.seed, device=context.device),
         "source": _portable(context.source),
         "settings": replace(settings, teacher=None),
         "teacher": pytree.tree_map(_portable, settings.teacher),
@@ -247,11 +247,6 @@ def _knock(cluster: str) -> None:
     host, colon, port = cluster.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-_SILENT: dict[str, Any] = {
-    "events": None, "latency": None, "profile": None, "folder": None, "memo": {}, "capabilities": None,
-}  # fmt: skip
 
 
 def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept: Path | None) -> None:
