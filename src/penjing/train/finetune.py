@@ -16,7 +16,7 @@ from penjing.distill.teaching import opened
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery.sparse import KeepZeros
-from penjing.train.loop import Loop
+from penjing.train.loop import carry_out
 from penjing.train.parallel import Group, spread
 from penjing.train.settings import TrainingSettings
 
@@ -101,4 +101,4 @@ def train(network: M, context: Context, settings: TrainingSettings) -> M:
 
 
 def _work(network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> nn.Module:
-    return Loop(network, context, settings, group).run()
+    return carry_out(network, context, settings, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -60,14 +61,30 @@ def _frozen(module: nn.Module) -> bool:
     return bool(own) and not any(p.requires_grad for p in own)
 
 
+def carry_out(network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> nn.Module:
+    """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
+    settings = settings.resolved(context, changed=False)
+    data = loader(context.task, settings.task_loss_weight)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserve_rng_state(context.device))
+        stack.enter_context(same_generators(data))
+        loop = Loop(network, context, settings, data, group, stack)
+        return loop.run()
+
+
 class Loop:
     """One training of one network: what it is at, and how it goes on from there."""
 
-    def __init__(self, network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> None:
-        settings = settings.resolved(context, changed=False)
-        task = context.task
-        data = loader(task, settings.task_loss_weight)
-        self.objective = Objective(task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
+    def __init__(
+        self,
+        network: nn.Module,
+        context: Context,
+        settings: TrainingSettings,
+        data: Any,
+        group: Group,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.objective = Objective(context.task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
@@ -77,44 +94,36 @@ class Loop:
         last = settings.channels_last and conv and channels_last_pays(context.device)
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.cast = caster(settings.autocast, self.network, context.device)
-        self.teaching = (
-            Distiller(self.network, settings.teacher, settings.distillations, context)
-            if settings.distillations
-            else None
-        )
-        self.adapters = self.teaching.adapters if self.teaching else nn.ModuleList()
-        self.path = context.folder / "finetune.pt" if context.folder else None
-        self.random_numbers: dict[str, Any] | None = None
-        self.last: Any = None  # the batch that came last
-        self.known: str | None = None  # what the saved state says of it
-
-    def run(self) -> nn.Module:
-        """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
-        try:
-            with preserve_rng_state(self.context.device), same_generators(self.data):
-                return self._run()
-        finally:
-            if self.teaching:
-                self.teaching.release()
-
-    def _run(self) -> nn.Module:
+        self.teaching: Distiller | None = None
+        if settings.distillations:
+            self.teaching = Distiller(self.network, settings.teacher, settings.distillations, context)
+            stack.callback(self.teaching.release)
         # `to` also orders the strides of a single channel; `contiguous` leaves those, and depthwise layers are slow.
         for p in self.network.parameters():
             if p.dim() == 4:
                 p.data = p.data.to(memory_format=self.memory_format)
         if self.teaching:
             self.teaching.prepare(self.cast)
-        self.optimizer = optimizer(self.settings, self.network, self.adapters)
-        self.average = Average(self.network, self.settings.ema) if self.settings.ema is not None else None
-        self.step, self.epoch, self.position = 0, 0, 0
+        self.adapters = self.teaching.adapters if self.teaching else nn.ModuleList()
+        self.optimizer = optimizer(settings, self.network, self.adapters)
+        self.average = Average(self.network, settings.ema) if settings.ema is not None else None
+        self.path = context.folder / "finetune.pt" if context.folder else None
+        self.step, self.steps, self.epoch, self.position = 0, 0, 0, 0
+        self.place = ""  # of the batch that is looked at, for errors
         self.curve: list[dict[str, Any]] = []
         self.means: dict[str, float] = {}  # of the loss and its terms, over the last steps
         self.terms: dict[str, float] = {}  # of this step; with several workers, of this one's parts
-        self.clips = Clips(self.settings.clips)
-        self.budget = budget.Budget(self.settings.minutes)
-        self.length = count(self.data, self.settings.steps is None, PASS * self.budget.seconds)
-        # Now: a loss may be a module, whose weights move.
+        self.clips = Clips(settings.clips)
+        self.budget = budget.Budget(settings.minutes)
+        self.length = count(data, settings.steps is None, PASS * self.budget.seconds)
+        self.random_numbers: dict[str, Any] | None = None
+        self.last: Any = None  # the batch that came last
+        self.known: str | None = None  # what the saved state says of it
+        # Before the first step: a loss may be a module, whose weights move.
         self.request = identity(self._request())
+
+    def run(self) -> nn.Module:
+        """Train to the end."""
         if self.teaching and any(isinstance(teacher, CachedTeacher) for teacher in self.teaching.teachers):
             self._check_reproducible()
         if not self._restore():
