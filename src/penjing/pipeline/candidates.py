@@ -90,39 +90,25 @@ def candidate(
         run.events("resumed", candidate=variant.name)
         return from_dict(Candidate, stored)
     draft = drafts.draft(run, recipe, variant)
-    if variant.precision in INTEGER and draft.plan.precision not in ("", variant.precision):
+    integers = variant.precision in INTEGER
+    if integers and draft.plan.precision not in ("", variant.precision):
         return None
-    if variant.precision in INTEGER:
+    if integers:
         check_integers(variant.name, draft.plan)
     where = f"{CANDIDATES}/{variant.name}"
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
         manifest = building.build(draft, variant.runtime, variant.precision, run.task, structure, aside)
     folder = run.folder.path / where
+    draft = draft if integers else replace(draft, plan=Plan())
     with run.costing(f"evaluate {variant.name}"):
-        session = isolated.open_artifact(folder, run.threads)
-        draft = draft if variant.precision in INTEGER else replace(draft, plan=Plan())
-        answers = evidence.answers(run.folder, session)
-        value: float | TaskError | None = None
-        witness = Witness(predictor(session, manifest))
-        try:
-            value = metric_of(metric, witness, variant.name) if metric else None
-            run.folder.keep(f"shown-{variant.name}", witness.shown if metric else None)
-        except TaskError as error:  # of an artifact that answers NaN it may have none
-            value = error
-        parity = evidence.parity(run.folder, run.task, session, answers, draft, run.network, manifest)
-        del session, witness
-        rejection = rejected(run, draft, manifest, folder, parity)
-        if isinstance(value, TaskError):
-            if rejection is None:
-                raise value
-            value = None
+        value, parity, rejection = _evaluated(run, variant.name, draft, manifest, folder, metric)
         rows, integer, floating = executed_rows(draft.network, draft.plan, run.task.call(), manifest, folder)
         packed = _packed(run, folder, manifest)
-    shares = float_shares(rows) if variant.precision in INTEGER else (None, None)
+    shares = float_shares(rows) if integers else (None, None)
     told: tuple[str, ...] = ()
     if rejection is None:
         told = doubts(variant.name, variant.precision, parity, draft, run.task)
-        told += float_doubts(variant.name, rows) if variant.precision in INTEGER else ()
+        told += float_doubts(variant.name, rows) if integers else ()
     built = Candidate(
         name=variant.name,
         runtime=variant.runtime,
@@ -150,6 +136,31 @@ def candidate(
     if rejection is not None:
         run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
     return built
+
+
+def _evaluated(
+    run: Run, name: str, draft: Draft, manifest: Manifest, folder: Path, metric: Callable[[Any], float] | None
+) -> tuple[float | None, tuple[Parity, ...], Rejection | None]:
+    """The artifact's metric, its parity, and why it is rejected, from one session of its runtime.
+
+    Raises:
+        TaskError: The metric failed on an artifact that computes what was planned.
+    """
+    session = isolated.open_artifact(folder, run.threads)
+    answers = evidence.answers(run.folder, session)
+    witness = Witness(predictor(session, manifest))
+    value, failure = None, None
+    try:
+        value = metric_of(metric, witness, name) if metric else None
+        run.folder.keep(f"shown-{name}", witness.shown if metric else None)
+    except TaskError as error:  # an artifact that answers NaN may have no metric
+        failure = error
+    parity = evidence.parity(run.folder, run.task, session, answers, draft, run.network, manifest)
+    del session, witness  # the process ends: looking for an operator opens others
+    rejection = rejected(run, draft, manifest, folder, parity)
+    if failure is not None and rejection is None:
+        raise failure
+    return value, parity, rejection
 
 
 def rejected(run: Run, draft: Draft, manifest: Manifest, folder: Path, parity: Sequence[Parity]) -> Rejection | None:
