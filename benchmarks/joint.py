@@ -65,7 +65,7 @@ def student(epochs):
         distill.Student(architecture="resnet8", settings={"width": WIDTH}),
         Finetune(epochs=0.8 * epochs, learning_rate=0.1, clip=Clip(), distill=(distill.Logits(), looks)),
         quantize.Static(),
-        quantize.QAT(epochs=0.2 * epochs, learning_rate=0.005),
+        quantize.QAT(finetune=Finetune(epochs=0.2 * epochs, learning_rate=0.005, weight_decay=1e-4)),
     )
 
 

@@ -51,6 +51,7 @@ def penjing(name, bits, rate, epochs, seed, raised, task):
     from penjing.steps.step import Context
     from penjing.surgery import insert
     from penjing.tasks.outputs import numpy_predictor
+    from penjing.train.finetune import Finetune
 
     context = Context(task=task, source=raised, seed=seed)
     edge = {"weight_bits": EDGE_BITS, "activation_bits": EDGE_BITS}
@@ -59,7 +60,7 @@ def penjing(name, bits, rate, epochs, seed, raised, task):
         settings={"conv1": edge, "classifier": edge},
     )  # fmt: skip
     draft = static(Draft(raised), context)
-    draft = QAT(epochs=epochs, learning_rate=rate)(draft, context)
+    draft = QAT(finetune=Finetune(epochs=epochs, learning_rate=rate, weight_decay=1e-4))(draft, context)
     return numpy_predictor(insert(draft.network, draft.plan))
 
 

@@ -52,7 +52,7 @@ TECHNIQUES = {
     "quantize.BiasCorrection": ("repair", quantize.BiasCorrection()),
     "quantize.CoordinateRounding": ("repair", quantize.CoordinateRounding()),
     "quantize.Rollback": ("repair", quantize.Rollback(snr_db=10)),
-    "quantize.QAT": ("repair", quantize.QAT(epochs=0.1)),
+    "quantize.QAT": ("repair", quantize.QAT(finetune=Finetune(epochs=0.1, weight_decay=1e-4))),
 }
 
 

@@ -13,6 +13,7 @@ from penjing.steps.step import Context
 from penjing.storage.checkpoint import restore, save
 from penjing.surgery import insert, replay
 from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
 
 LARGE = [3, 20]
 
@@ -105,7 +106,7 @@ def test_repair_and_training_follow(prepared):
     wanted = model(x).detach()
     before, after = (noise(insert(made.network, made.plan), wanted, x) for made in (split, repaired))
     assert after < before
-    trained = QAT(epochs=1, learning_rate=1e-3)(split, context)
+    trained = QAT(finetune=Finetune(epochs=1, learning_rate=1e-3))(split, context)
     assert torch.isfinite(insert(trained.network, trained.plan)(x)).all()
 
 

@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+import penjing as pj
 from penjing.architectures import build
+from penjing.distill import Hints, Logits, Outputs
 from penjing.errors import RecipeError, TaskError
 from penjing.network.capture import capture_network
 from penjing.numerics.grid import on_grid
+from penjing.pipeline.request import check_recipe
 from penjing.quantize import QAT, Static
 from penjing.quantize.learner import Grid, learned, learner
 from penjing.steps.draft import Draft
@@ -16,8 +19,9 @@ from penjing.steps.plan import Plan, QuantSpec
 from penjing.steps.step import Context, Step
 from penjing.surgery import insert
 from penjing.tasks.task import Task
+from penjing.train.clipping import Clip
+from penjing.train.finetune import Finetune
 
-settings = QAT._settings
 SPECS = [
     QuantSpec(bits=3, signed=False, symmetric=False),
     QuantSpec(bits=4, axis=0),
@@ -141,7 +145,9 @@ class TestTheNetwork:
     def test_training_brings_the_answers_nearer(self, prepared, method):
         draft, context = prepared
         before = copy.deepcopy(draft.network.state_dict())
-        trained = QAT(method=method, data="calibration", epochs=6, learning_rate=3e-3)(draft, context)
+        trained = QAT(
+            method=method, data="calibration", finetune=Finetune(epochs=6, learning_rate=3e-3, weight_decay=1e-4)
+        )(draft, context)
         assert noise(trained, context) < 0.7 * noise(draft, context)
         assert all(torch.equal(v, before[k]) for k, v in draft.network.state_dict().items())
         moved = {e for e, v in trained.plan.entries.items() if v.scale != draft.plan.entries[e].scale}
@@ -150,7 +156,7 @@ class TestTheNetwork:
 
     def test_labels_are_learned_from_and_the_same_seed_gives_the_same_bits(self, prepared):
         draft, context = prepared
-        step = QAT(epochs=1, learning_rate=1e-3)
+        step = QAT(finetune=Finetune(epochs=1, learning_rate=1e-3))
         one, two = step(draft, context), step(draft, context)
         assert one.plan == two.plan
         pairs = zip(one.network.state_dict().values(), two.network.state_dict().values(), strict=True)
@@ -160,7 +166,8 @@ class TestTheNetwork:
 @pytest.mark.parametrize("stop", [7, 9, 11])
 def test_a_resumed_training_ends_in_the_same_bits_after_norms_and_scales_were_frozen(prepared, tmp_path, stop):
     draft, context = prepared
-    step = QAT(epochs=2, learning_rate=1e-3)  # of 6 batches; norms are frozen from step 9, scales from step 11
+    learn = Finetune(epochs=2, learning_rate=1e-3, save_every_s=1e-9)
+    step = QAT(finetune=learn)  # of 6 batches; norms are frozen from step 9, scales from step 11
 
     class Stop(Exception):
         pass
@@ -174,11 +181,9 @@ def test_a_resumed_training_ends_in_the_same_bits_after_norms_and_scales_were_fr
                 raise Stop
 
     whole = step(draft, context)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QAT, "_settings", lambda self, hooks: replace(settings(self, hooks), save_every_s=1e-9))
-        with pytest.raises(Stop):
-            step(draft, replace(context, folder=tmp_path, events=events))
-        resumed = step(draft, replace(context, folder=tmp_path))
+    with pytest.raises(Stop):
+        step(draft, replace(context, folder=tmp_path, events=events))
+    resumed = step(draft, replace(context, folder=tmp_path))
     assert resumed.plan == whole.plan
     pairs = zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -194,9 +199,76 @@ def test_without_training_data_it_says_what_to_do(prepared):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "magic"}, {"data": "test"}, {"distill": -1}, {"temperature": 0}, {"freeze_norms": 2}, {"epochs": 0},
-     {"data": "calibration", "distill": 0.0}],
+    [{"method": "magic"}, {"data": "test"}, {"freeze_norms": 2}, {"finetune": 3}, {"finetune": Outputs()},
+     {"data": "calibration", "finetune": Finetune(distill=())}, {"finetune": Finetune(workers=2, cluster="local")}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(RecipeError):
         QAT(**settings)
+
+
+class TestTheTraining:
+    def test_what_is_not_said_is_what_suits_integers(self, prepared):
+        _, context = prepared
+        training = QAT().training(context.task)
+        assert training == Finetune(weight_decay=1e-4, distill=(Outputs(),), clip=Clip())
+        assert QAT(data="calibration").training(context.task) == replace(training, task_loss_weight=0.0)
+        assert QAT().training(replace(context.task, loss=None)).task_loss_weight == 0
+
+    def test_what_is_said_stays(self, prepared):
+        _, context = prepared
+        said = Finetune(
+            steps=2,
+            distill=(Logits(weight=0.5), Hints(features=("stages.0",))),
+            clip=Clip(threshold=3.0),
+            task_loss_weight=0.25,
+        )
+        assert QAT(finetune=said).training(context.task) == said
+        alone = replace(said, distill=())
+        assert QAT(finetune=alone).training(context.task) == alone
+
+    def test_every_way_to_imitate_a_teacher_is_one_here(self, prepared):
+        draft, context = prepared
+        curves = {}
+        ways = {"auto": "auto", "labels": (), "several": (Logits(weight=0.5), Hints(features=("stages.0",)))}
+        for name, distill in ways.items():
+
+            def events(kind, name=name, **values):
+                if kind == "trained":
+                    curves[name] = values["curve"]
+
+            QAT(finetune=Finetune(steps=2, distill=distill))(draft, replace(context, events=events))
+        terms = {name: set(curve[-1]["terms"]) for name, curve in curves.items()}
+        assert terms["several"] - terms["labels"] == {"Logits", "Hints"}
+        assert terms["auto"] - terms["labels"] == {"Outputs"}
+
+    def test_hooks_and_losses_of_the_user_are_called(self, prepared):
+        draft, context = prepared
+        seen = []
+        learn = Finetune(
+            steps=2, distill=(), hooks=(lambda event: seen.append(event.name),),
+            losses=(lambda batch: (batch.output - 1).square().mean(),),
+        )  # fmt: skip
+        trained = QAT(finetune=learn, data="calibration")(draft, context)
+        assert seen.count("step") == 2 and seen[-1] == "end"
+        assert any(not torch.equal(v, draft.network.state_dict()[k]) for k, v in trained.network.state_dict().items())
+
+    def test_a_recipe_holds_it_as_yaml(self):
+        recipe = pj.Recipe(Static(), QAT(finetune=Finetune(epochs=0.5, distill=Logits()), method="ste"))
+        assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+    def test_its_data_and_teacher_are_looked_at_before_any_step_runs(self, prepared):
+        _, context = prepared
+        small = nn.Sequential(nn.Flatten(), nn.Linear(432, 4)).eval()
+        other = nn.Sequential(nn.Flatten(), nn.Linear(432, 5)).eval()
+        for step, task in (
+            (QAT(), replace(context.task, train=None)),
+            (QAT(finetune=Finetune(distill=())), replace(context.task, loss=None)),
+            (QAT(finetune=Finetune(teacher=other, distill=Logits())), context.task),
+        ):
+            with pytest.raises(TaskError):
+                check_recipe(pj.Recipe(Static(), step), capture_network(small, *task.call()), task, seed=0)
+        silent = replace(context.task, train=None, loss=None)
+        check_recipe(
+            pj.Recipe(Static(), QAT(data="calibration")), capture_network(small, *silent.call()), silent, seed=0
+        )

@@ -235,7 +235,7 @@ def test_the_operator_is_a_good_citizen_of_torch():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "steps",
-    [(), (pj.quantize.CoordinateRounding(samples=32),), (pj.quantize.QAT(epochs=1),)],
+    [(), (pj.quantize.CoordinateRounding(samples=32),), (pj.quantize.QAT(finetune=pj.Finetune(epochs=1)),)],
     ids=["static", "adaround", "qat"],
 )
 def test_a_run_offers_it(steps, tmp_path):

@@ -19,6 +19,7 @@ from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
+from penjing.train.finetune import Finetune
 
 WORDS, WIDTH = 400, 48
 both = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -242,7 +243,7 @@ def test_a_table_that_is_excluded_stays_as_it_is():
 def test_a_network_with_stored_weights_is_repaired_trained_and_judged(name):
     draft, task, model, x = drafted(name, "openvino")
     context = Context(task=task, source=model)
-    for step in (CoordinateRounding(), BiasCorrection(), QAT(epochs=1, data="calibration", distill=1.0)):
+    for step in (CoordinateRounding(), BiasCorrection(), QAT(finetune=Finetune(epochs=1), data="calibration")):
         draft = step(draft, context)
     with torch.no_grad():
         assert snr(model(x).numpy(), insert(draft.network, draft.plan)(x).numpy()) > 20

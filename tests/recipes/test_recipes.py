@@ -17,11 +17,11 @@ def test_what_it_is_made_of():
     recipe = recipes.joint(params=0.3, epochs=10, rounds=3, learning_rate=0.1, weight_bits=4, activation_bits=8)
     gone, after, static, qat = recipe.steps
     assert isinstance(gone, prune.Iterative) and gone.rounds == 3 and gone.step == prune.Channels(params=0.3)
-    assert gone.finetune.epochs * 3 + after.epochs + qat.epochs == pytest.approx(10)
+    assert gone.finetune.epochs * 3 + after.epochs + qat.finetune.epochs == pytest.approx(10)
     assert (static.weight_bits, static.activation_bits) == (4, 8)
-    assert after.learning_rate == 0.1 and qat.learning_rate == pytest.approx(0.01)
+    assert after.learning_rate == 0.1 and qat.finetune.learning_rate == pytest.approx(0.01)
     assert isinstance(qat, quantize.QAT)
-    assert gone.finetune.clip == after.clip == qat.clip == pj.Clip()
+    assert gone.finetune.clip == after.clip == qat.finetune.clip == pj.Clip()
     recipe.check()
     assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe
 
@@ -34,7 +34,7 @@ def test_without_a_target_half_of_the_macs_stay():
     blocks, first, rounds, after, _, qat = recipes.joint(blocks=2, macs=0.8, epochs=10).steps
     assert isinstance(blocks, prune.Blocks) and isinstance(rounds, prune.Iterative)
     assert first.epochs == pytest.approx(2)  # channels are chosen in a network that works
-    assert first.epochs + 2 * rounds.finetune.epochs + after.epochs + qat.epochs == pytest.approx(10)
+    assert first.epochs + 2 * rounds.finetune.epochs + after.epochs + qat.finetune.epochs == pytest.approx(10)
     assert recipes.joint(latency=0.6).steps[0].step == prune.Channels(latency=0.6)
 
 

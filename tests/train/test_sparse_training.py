@@ -122,7 +122,7 @@ def test_quantization_and_training_behind_it_keep_them(pruned, bits_of_weights):
     context = replace(context_of(), source=pruned.network)
     steps = (
         quantize.Static(weight_bits=bits_of_weights),
-        quantize.QAT(epochs=1, learning_rate=0.01, autocast="off"),
+        quantize.QAT(finetune=Finetune(epochs=1, learning_rate=0.01, autocast="off")),
     )
     draft = pruned
     for step in steps:

@@ -111,22 +111,23 @@ def check_recipe(recipe: Recipe, network: fx.GraphModule, task: Task, seed: int)
             for pattern in (*step.exclude, *step.settings):
                 matches(pattern, names)
         changed = changed or not isinstance(step, Finetune)
-        for training in _trainings(step):
-            loader(task, training.task_loss_weight)
-            Objective(task, training.losses, training.task_loss_weight, training.label_smoothing)
+        data = dataclasses.replace(task, train=None) if isinstance(step, QAT) and step.data == "calibration" else task
+        for training in [step.training(task)] if isinstance(step, QAT) else _trainings(step):
+            loader(data, training.task_loss_weight)
+            Objective(data, training.losses, training.task_loss_weight, training.label_smoothing)
             features = [pair for way in training.distillations for pair in way.features]
             if training.teacher is None:
                 Tapped(network, [theirs for _, theirs in features], "teacher")
             if not changed:
                 Tapped(network, [mine for mine, _ in features], "student")
             if position or step is not training or training.teacher is not None:
-                rehearse(training, network, task, changed, seed)
+                rehearse(training, network, data, changed, seed)
 
 
 def untrained(recipe: Recipe) -> str | None:
     """A warning where a student with random weights is never trained."""
     student = any(isinstance(step, Student) for step in recipe)
-    if student and not any(isinstance(step, QAT) or list(_trainings(step)) for step in recipe):
+    if student and not any(list(_trainings(step)) for step in recipe):
         return "Student has random weights, and no step of the recipe trains it: put Finetune behind it"
     return None
 
@@ -136,7 +137,7 @@ def undropped(recipe: Recipe, model: object) -> str | None:
 
     A network is exported in eval mode: what `nn.Dropout` does is found again, what these layers do within is not.
     """
-    if not isinstance(model, nn.Module) or not any(isinstance(s, QAT) or list(_trainings(s)) for s in recipe):
+    if not isinstance(model, nn.Module) or not any(list(_trainings(s)) for s in recipe):
         return None
     layers = [
         name

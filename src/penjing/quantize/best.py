@@ -21,6 +21,7 @@ from penjing.steps.settings import check, number, optional
 from penjing.steps.step import Context, Step
 from penjing.surgery import insert
 from penjing.tasks.task import Call
+from penjing.train.finetune import Finetune
 
 GAIN_DB = 0.3  # less is within what other samples would change
 
@@ -102,7 +103,8 @@ class _Search:
             self.attempt(type(step).__name__, replace(self.best, before=(*self.best.before, step)))
         left = self.settings.minutes - (time.monotonic() - self.start) / 60
         if left >= 2:
-            qat = QAT(data="calibration", epochs=50, minutes=left / 2, learning_rate=1e-4, optimizer="adamw")
+            training = Finetune(epochs=50, minutes=left / 2, learning_rate=1e-4, optimizer="adamw", weight_decay=1e-4)
+            qat = QAT(data="calibration", finetune=training)
             self.attempt("QAT", replace(self.best, after=(*self.best.after, qat)))
 
     def attempt(self, name: str, trial: _Trial, *, always: bool = False) -> None:

@@ -20,10 +20,10 @@ from penjing.errors import RecipeError, TaskError
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, TrainingEvent
-from penjing.steps.settings import above, at_least, between, check, one_of
+from penjing.steps.settings import between, check, instance, one_of
 from penjing.steps.step import Context
 from penjing.surgery import KeepZeros
-from penjing.tasks.task import Call
+from penjing.tasks.task import Call, Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
 
@@ -37,102 +37,102 @@ class QAT:
     Batch norms that were folded live again while the network learns, behind their quantized layers; at the end they
     go into the scales of the weights, channel by channel, so that the integers stay what they were.
 
+    In YAML: ``- quantize.QAT: {finetune: {Finetune: {epochs: 5, weight_decay: 0.0001}}}``.
+
+    Raises:
+        RecipeError: A setting makes no sense.
+
     Attributes:
+        finetune: The training. "auto" of its `distill` is the source network's `penjing.distill.Outputs` here, whatever
+            came before. Where it names no `clip`, gradients are kept within `Clip()`: the first steps after few bits
+            came in are far from the teacher. "auto" of its `autocast` is off where weights have more than 4 bits, for
+            bfloat16 keeps 8.
         method: "lsq" learns the scales of weights and activations, "pact" the upper ends of activations, "ste"
             leaves all ranges as they are.
-        data: "train" takes `Task.train`; "calibration" takes `Task.calibration` and no labels, and the source network
-            alone says what is right.
-        epochs: Passes over the data.
-        minutes: An upper bound, see `Finetune`.
-        learning_rate: Peak of the schedule.
-        optimizer: "sgd" or "adamw".
-        weight_decay: On weights.
-        clip: What keeps gradients within a norm. The first steps after few bits came in are far from the teacher.
-        distill: Weight of the distance to the source network's outputs beside `Task.loss`; 0 leaves it out.
-        temperature: Of the softened classes that are compared, see `penjing.distill.Outputs`.
+        data: "train" takes `Task.train`; "calibration" takes `Task.calibration` and no labels, and the teacher alone
+            says what is right.
         freeze_norms: Fraction of the steps after which batch norms keep their statistics.
         freeze_ranges: Fraction of the steps after which scales stay.
-        autocast: As in `Finetune`; "auto" is off where weights have more than 4 bits, for bfloat16 keeps 8.
     """
 
     stage: ClassVar[str] = "train integers"
     per_runtime: ClassVar[bool] = True
     for_floats: ClassVar[bool] = False
 
+    finetune: Finetune = Finetune(weight_decay=1e-4)
     method: Literal["lsq", "pact", "ste"] = "lsq"
     data: Literal["train", "calibration"] = "train"
-    epochs: float = 1.0
-    minutes: float | None = None
-    learning_rate: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 1e-4
-    clip: Clip | tuple[Clip, ...] = Clip()
-    distill: float = 1.0
-    temperature: float = 4.0
     freeze_norms: float = 0.7
     freeze_ranges: float = 0.9
-    autocast: Literal["auto", "bf16", "off"] = "auto"
 
     def __post_init__(self) -> None:
         check(
             self,
+            finetune=instance(Finetune, "Finetune(...)"),
             method=one_of(*METHODS),
             data=one_of("train", "calibration"),
-            distill=at_least(0),
-            temperature=above(0),
             freeze_norms=between(0, 1),
             freeze_ranges=between(0, 1),
         )
-        if self.data == "calibration" and self.distill == 0:
+        if self.finetune.workers > 1:
+            raise RecipeError(
+                "QAT trains in one process",
+                got=f"Finetune(workers={self.finetune.workers})",
+                expected="Finetune(workers=1)",
+                remedy="a Finetune before the step that quantizes may have several workers",
+            )
+        if self.data == "calibration" and self.finetune.distill == () and not self.finetune.losses:
             raise RecipeError(
                 "QAT without labels and without a teacher learns nothing",
-                got="data='calibration', distill=0",
-                expected="distill above 0, or data='train'",
+                got="data='calibration', finetune=Finetune(distill=())",
+                expected="a way to imitate the teacher, or data='train'",
             )
-        self._settings(())
 
-    def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with trained weights and the plan's learned scales."""
-        if not draft.plan:
-            return draft
-        if self.data == "train" and context.task.train is None:
+    def training(self, task: Task) -> Finetune:
+        """`finetune` as it is carried out on a task: "auto" of `distill` replaced, and labels left out where none are.
+
+        Raises:
+            TaskError: The task has no training data, or there is nothing to learn from.
+        """
+        if self.data == "train" and task.train is None:
             raise TaskError(
                 "quantization-aware training needs training data",
                 got="Task.train is None",
                 expected="an iterable of (inputs, target)",
                 remedy="give Task(train=loader, loss=...), or QAT(data='calibration') to learn without labels",
             )
-        if self.data == "train" and self.distill == 0 and context.task.loss is None:
+        settings = self.finetune
+        labels = self.data == "train" and task.loss is not None
+        if not labels and settings.distill == () and not settings.losses:
             raise TaskError(
                 "quantization-aware training has nothing to learn from",
-                got="Task.loss is None, and QAT(distill=0)",
-                expected="loss(output, target) -> scalar tensor, or distill above 0",
+                got="Task.loss is None, and Finetune(distill=())",
+                expected="loss(output, target) -> scalar tensor, or a way to imitate the teacher",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
             )
+        return replace(
+            settings,
+            task_loss_weight=settings.task_loss_weight if labels else 0.0,
+            distill=(Outputs(),) if settings.distill == "auto" else settings.distill,
+            clip=settings.clip or Clip(),
+        )
+
+    def __call__(self, draft: Draft, context: Context) -> Draft:
+        """Return a draft with trained weights and the plan's learned scales."""
+        if not draft.plan:
+            return draft
+        settings = self.training(context.task)
         network = learner(draft, context, self.method)
         teacher = context.source if context.source is not None else draft.network
         task = context.task
         if self.data == "calibration":
             task = replace(task, train=_Unlabelled(context), loss=None)
-        hooks: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
+        own: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
+        settings = replace(settings, hooks=(*settings.hooks, *own))
         bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
-        settings = replace(self._settings(hooks), task_loss_weight=1.0 if task.loss is not None else 0.0)
-        if self.autocast == "auto" and max(bits, default=8) > 4:
+        if settings.autocast == "auto" and max(bits, default=8) > 4:
             settings = replace(settings, autocast="off")
         return learned(draft, train(network, replace(context, task=task, source=teacher), settings))
-
-    def _settings(self, hooks: tuple[Hook, ...]) -> Finetune:
-        return Finetune(
-            epochs=self.epochs,
-            minutes=self.minutes,
-            learning_rate=self.learning_rate,
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            autocast=self.autocast,
-            distill=(Outputs(temperature=self.temperature, weight=self.distill),) if self.distill else (),
-            hooks=hooks,
-        )
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,7 @@ def joint(
     """
     _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
-    trained = quantize.QAT(
-        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, temperature=temperature
-    )
+    trained = quantize.QAT(finetune=_with_integers(learn, epochs))
     target = _target(macs, params, latency, blocks)
     return _composed(target, "auto", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
 
@@ -106,9 +104,7 @@ def label_free(
     """
     _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), task_loss_weight=0.0)
-    trained = quantize.QAT(
-        epochs=_part(QUANTIZED, epochs), learning_rate=learning_rate / 10, optimizer=optimizer, data="calibration"
-    )
+    trained = quantize.QAT(finetune=_with_integers(learn, epochs), data="calibration")
     target = _target(macs, params, latency, blocks)
     return _composed(target, "jacobian", blocks, epochs, rounds, learn, (weight_bits, activation_bits), trained)
 
@@ -125,6 +121,12 @@ def _check(**values: float | None) -> None:
 
 def _part(fraction: float, epochs: float) -> float:
     return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999: people read it
+
+
+def _with_integers(learn: Finetune, epochs: float) -> Finetune:
+    """The same training behind quantizers, at a tenth of the rate."""
+    rate = learn.learning_rate / 10
+    return replace(learn, epochs=_part(QUANTIZED, epochs), learning_rate=rate, weight_decay=1e-4)
 
 
 def _target(macs: float | None, params: float | None, latency: float | None, blocks: int) -> dict[str, float | str]:
