@@ -106,6 +106,11 @@ class Coupling:
     _units: Mapping[str, np.ndarray]  # group → components of its units
     _laid_out: LaidOut
 
+    @property
+    def held(self) -> Mapping[str, str]:
+        """`not_prunable`, by its name in earlier scripts."""
+        return self.not_prunable
+
     def edits(self, removed: Mapping[str, Collection[int]]) -> tuple[Edit, ...]:
         """The edits that remove these units of these groups from the network.
 
