@@ -253,7 +253,7 @@ def pruning_zoo() -> str:
 def coupling_cost() -> str:
     """Seconds and memory of the coupling analysis against depth."""
     data = _read("coupling_cost")
-    lines = ["| | Penjing | groups | raising | Torch-Pruning | groups |", "|---|---|---|---|---|---|"]
+    lines = ["| | Penjing | groups | capturing | Torch-Pruning | groups |", "|---|---|---|---|---|---|"]
     for name, row in data["networks"].items():
         mine, theirs = row["penjing"], row["torch-pruning"]
         lines.append(
