@@ -38,10 +38,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 THREADS = 2
 PATTERNS = {
     "dense": None,
-    "free 50 %": {"sparsity": 0.5},
-    "free 70 %": {"sparsity": 0.7},
-    "free 80 %": {"sparsity": 0.8},
-    "free 90 %": {"sparsity": 0.9},
+    "unstructured 50 %": {"sparsity": 0.5},
+    "unstructured 70 %": {"sparsity": 0.7},
+    "unstructured 80 %": {"sparsity": 0.8},
+    "unstructured 90 %": {"sparsity": 0.9},
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
     "blocks 4x4, 50 %": {"sparsity": 0.5, "pattern": "4x4"},
@@ -49,8 +49,18 @@ PATTERNS = {
 METHODS = ("Magnitude", "Wanda", "SparseGPT")
 BATCHES = {"resnet20": (1, 32), "minilm": (1, 16)}
 METRICS = {"resnet20": "accuracy", "minilm": "cosine"}
-INTEGER = ("dense", "free 50 %", "free 80 %", "free 90 %", "2:4")  # the patterns that are also tried in INT8
-CSR = ("free 50 %", "free 80 %", "free 90 %")  # and those that torch's sparse matrices are tried with
+INTEGER = (
+    "dense",
+    "unstructured 50 %",
+    "unstructured 80 %",
+    "unstructured 90 %",
+    "2:4",
+)  # the patterns that are also tried in INT8
+CSR = (
+    "unstructured 50 %",
+    "unstructured 80 %",
+    "unstructured 90 %",
+)  # and those that torch's sparse matrices are tried with
 RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 
 
