@@ -106,8 +106,9 @@ def input_norms(
         hooks.append(module.register_forward_pre_hook(note(name, axis)))
     try:
         with in_eval_mode(network), torch.no_grad():
-            for args, kwargs in calibration_calls(context.task, limit=batches):
+            for done, (args, kwargs) in enumerate(calibration_calls(context.task, limit=batches), 1):
                 network(*args, **kwargs)
+                context.events("progress", label="input norms", done=done, total=batches)
     finally:
         for hook in hooks:
             hook.remove()
