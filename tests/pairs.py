@@ -1,6 +1,6 @@
 """Every technique before every other: what is run, on which network, and which orders are against the nature of things.
 
-A technique joins by a line in `TECHNIQUES`; tests/conformance/test_steps.py holds each of them to what a step promises.
+A technique joins by a line in `TECHNIQUES`; tests/conformance holds each of them to what a step promises.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from penjing.surgery import insert
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune, train
+
+FLOAT_DB, INTEGER_DB = 60, 30  # what an artifact has to reach beside torch, and beside its plan in torch
 
 SHORT = Finetune(steps=3, autocast="off", learning_rate=0.01)
 

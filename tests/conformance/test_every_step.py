@@ -20,7 +20,6 @@ from penjing.tasks.task import Task
 from tests import pairs
 
 pytest.importorskip("onnxruntime")
-FLOAT_DB, INTEGER_DB = 60, 30
 
 
 class Watched(list):
@@ -182,7 +181,7 @@ def test_a_checkpoint_reloads_to_the_bit(ran, tmp_path):
 
 
 def test_an_artifact_of_it_answers_as_torch(ran, tmp_path):
-    limit = INTEGER_DB if ran.first.plan else FLOAT_DB
+    limit = pairs.INTEGER_DB if ran.first.plan else pairs.FLOAT_DB
     assert pairs.parity_db(ran.first, ran.task, tmp_path) >= limit
 
 

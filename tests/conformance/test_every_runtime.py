@@ -1,0 +1,87 @@
+"""What every runtime promises. A runtime joins by its row in `penjing.runtimes.SPECS`."""
+
+import importlib
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+
+from penjing import measure, runtimes
+from penjing.pipeline import building
+from penjing.records.manifest import read_manifest
+from penjing.runtimes import SPECS
+from penjing.runtimes.artifact import predictor
+from tests.pairs import FLOAT_DB, INTEGER_DB
+
+every_runtime = pytest.mark.parametrize("name", SPECS)
+ARTIFACTS = [(name, p) for name, spec in SPECS.items() for p in (("fp32", "int8") if spec.deployed else ("fp32",))]
+every_artifact = pytest.mark.parametrize(("name", "precision"), ARTIFACTS)
+BATCHES = (1, 2, 5)
+
+
+@pytest.fixture
+def made(exported, name, precision):
+    """An artifact of a convolutional network with a residual addition."""
+    return exported("residual", name, precision)
+
+
+def answers_db(found, reference):
+    return measure.parity([reference], [found], "planned").snr_db
+
+
+@every_runtime
+def test_it_has_the_functions_that_its_row_promises(name):
+    module, spec = importlib.import_module(SPECS[name].module), SPECS[name]
+    assert runtimes.get(name) is module
+    for function in ("capabilities", "export", "open_session", "executed"):
+        assert callable(getattr(module, function))
+    assert hasattr(module, "profile") == spec.times_operators
+    assert hasattr(module, "expose") == spec.shows_values
+    capabilities = module.capabilities(("avx2",))
+    assert capabilities.runtime == name and "fp32" in capabilities.precisions
+    assert isinstance(module.SETTINGS, dict)
+
+
+@every_artifact
+def test_its_manifest_says_what_lies_in_the_folder(name, precision, made):
+    again = read_manifest(made.folder)
+    assert again == made.manifest and (again.runtime, again.precision) == (name, precision)
+    assert all((made.folder / file).is_file() for file in again.files())
+    pattern = runtimes.get(name).SETTINGS
+    assert all(re.fullmatch(pattern[key], value) for key, value in again.settings.items() if key != "precision")
+
+
+@every_artifact
+def test_it_answers_as_torch_at_every_batch_and_again(name, precision, made):
+    session = runtimes.open_artifact(made.folder, 1)
+    limit = INTEGER_DB if made.draft.plan else FLOAT_DB
+    for batch in BATCHES:
+        arrays = made.arrays(batch, seed=7)
+        outputs = session.run(arrays)
+        assert [x.shape for x in outputs] == [x.shape for x in made.answers(batch, seed=7)]
+        assert answers_db(outputs, made.answers(batch, seed=7)) >= limit
+        assert all(np.array_equal(x, y) for x, y in zip(outputs, session.run(arrays), strict=True))
+
+
+@every_artifact
+def test_it_says_in_which_precision_it_computes_every_layer(name, precision, made):
+    operators = runtimes.executed(made.folder, made.manifest)
+    if not SPECS[name].deployed:  # nothing is fused or changed: there is nothing to say
+        assert operators == []
+        return
+    assert {operator.precision for operator in operators} <= {"int8", "bf16", "fp16", "fp32"}
+    found = building.executed_precisions(made.folder, made.manifest)
+    assert {layer: found.get(layer) for layer in ("stem", "body", "head")} == dict.fromkeys(
+        ("stem", "body", "head"), precision
+    )
+
+
+@every_artifact
+def test_its_loader_answers_as_its_session(name, precision, made):
+    spec = importlib.util.spec_from_file_location("load_of_a_test", made.folder / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (x,) = made.arrays(3, seed=8)
+    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    np.testing.assert_allclose(module.predict(x), predict(x), rtol=0, atol=1e-6)
