@@ -181,9 +181,3 @@ class TestStudent:
     def test_it_stands_first(self):
         with pytest.raises(RecipeError, match="can't come after Magnitude"):
             pj.Recipe(pj.prune.Magnitude(sparsity=0.5), distill.Student(architecture="resnet20"))
-
-    def test_both_are_read_back_from_yaml(self):
-        recipe = pj.Recipe(
-            distill.Student(architecture="resnet20", settings={"width": 4}), distill.FewerLayers(of="stages.0", keep=2)
-        )
-        assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe

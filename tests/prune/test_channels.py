@@ -54,14 +54,6 @@ def test_channels_come_in_multiples(wide):
     assert [n % multiple for n, multiple in zip(kept, (8, 8, 4), strict=True)] == [0, 0, 0]  # 24 are too few for 8
 
 
-def test_the_draft_that_is_given_stays_and_the_seed_repeats(wide):
-    before = copy.deepcopy(wide.network.state_dict())
-    one, two = (Channels(macs=0.6)(wide, Context(task=TASK, seed=3)) for _ in range(2))
-    assert all(torch.equal(before[k], v) for k, v in wide.network.state_dict().items())
-    assert one.edits == two.edits
-    assert all(torch.equal(one.network.state_dict()[k], v) for k, v in two.network.state_dict().items())
-
-
 def test_what_is_left_agrees_with_the_masked_network_and_says_by_how_much(wide):
     told = {}
     context = Context(task=TASK, events=lambda kind, **values: told.update({kind: values}))

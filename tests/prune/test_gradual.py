@@ -90,11 +90,6 @@ def test_another_schedule_does_not_continue_it(tmp_path):
         other(draft(), context_of(folder=tmp_path))
 
 
-def test_the_same_seed_gives_the_same_bits():
-    one, two = (STEP(draft(), context_of(seed=3)) for _ in range(2))
-    assert same(bits(one.network), bits(two.network)) and one.edits == two.edits
-
-
 def test_zeros_of_a_step_before_go_first_and_stay():
     first = Magnitude(sparsity=0.3, criterion="random")(draft(), context_of())
     done = STEP(first, context_of())

@@ -207,15 +207,6 @@ def test_what_is_removed_afterwards_is_small():
         assert seen[-1]["penalty"] == "group_lasso" and seen[-1]["after"] < seen[-1]["before"]
 
 
-def test_the_draft_that_is_given_stays_and_the_seed_repeats():
-    start = draft()
-    before = bits(start.network)
-    one, two = (STEP(start, context_of(seed=3)) for _ in range(2))
-    assert same(bits(one.network), bits(two.network))
-    assert same(bits(start.network), before) and one.edits == start.edits == ()
-    assert not one.network.training
-
-
 @pytest.mark.parametrize(
     ("penalty", "optimizer", "at", "growing"),
     [("l1", "sgd", 2, True), ("l2", "adamw", 7, False), ("bn_l1", "sgd", 5, False), ("group_lasso", "adamw", 7, True)],

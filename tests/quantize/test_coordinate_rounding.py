@@ -108,12 +108,6 @@ def test_the_given_draft_the_plan_and_layers_in_floating_point_stay_as_they_are(
     assert not torch.equal(after["stem.weight"], before["stem.weight"])
 
 
-def test_the_same_draft_and_samples_give_the_same_weights():
-    plain, context = quantized(3)
-    first, second = (CoordinateRounding(samples=16)(plain, context).network.state_dict() for _ in range(2))
-    assert all(torch.equal(first[k], second[k]) for k in first)
-
-
 def test_where_nothing_is_quantized_nothing_is_rounded():
     plain, context = quantized(4)
     draft = Draft(plain.network)

@@ -84,15 +84,6 @@ def test_settings_that_make_no_sense_are_refused(settings):
         Dynamic(**settings)
 
 
-def test_the_given_draft_stays_as_it_is():
-    task = Task(example=torch.randn(2, 6, 64))
-    draft = Draft(capture_network(Tokens().eval(), *task.call()))
-    before = {k: v.clone() for k, v in draft.network.state_dict().items()}
-    Dynamic()(draft, Context(task=task))
-    assert not draft.plan
-    assert all(torch.equal(v, before[k]) for k, v in draft.network.state_dict().items())
-
-
 def by_hand(values):
     """DynamicQuantizeLinear of the ONNX standard, one number after the other."""
     low, high = min([0.0, *values]), max([0.0, *values])

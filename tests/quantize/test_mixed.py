@@ -15,7 +15,7 @@ from penjing.quantize import CoordinateRounding, MixedPrecision, Static
 from penjing.quantize.choice import FLOAT, Costs, solve
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC, Plan
-from penjing.steps.step import Context, Step
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
 
@@ -116,9 +116,6 @@ def prepared():
 
 
 class TestTheStep:
-    def test_it_is_a_step(self):
-        assert isinstance(MixedPrecision(average_bits=5), Step)
-
     def test_the_mean_of_bits_is_kept_and_beats_the_same_bits_everywhere(self, prepared):
         draft, context = prepared
         made = MixedPrecision(average_bits=4.5, weight_bits=(8, 4, 2))(draft, context)

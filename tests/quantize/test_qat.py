@@ -16,7 +16,7 @@ from penjing.quantize import QAT, Static
 from penjing.quantize.learner import Grid, learned, learner
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan, QuantSpec
-from penjing.steps.step import Context, Step
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
@@ -104,9 +104,6 @@ class TestTheGradient:
 
 
 class TestTheNetwork:
-    def test_it_is_a_step(self):
-        assert isinstance(QAT(), Step)
-
     def test_before_the_first_step_it_computes_what_the_plan_computes(self, weights_alone):
         draft, context = weights_alone
         network = learner(draft, context, "lsq").eval()

@@ -11,7 +11,7 @@ from penjing.quantize import Best, Rollback, Static
 from penjing.quantize.explanation import explain
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
-from penjing.steps.step import Context, Step
+from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
 
@@ -85,9 +85,6 @@ class TestNoise:
 
 
 class TestRollback:
-    def test_it_is_a_step(self):
-        assert isinstance(Rollback(snr_db=20), Step)
-
     def test_the_worst_operators_return_and_no_more_than_needed(self, prepared):
         draft, context = prepared
         before = snr(draft, Rollback(snr_db=0.0)(draft, context), context)

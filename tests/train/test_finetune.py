@@ -27,7 +27,7 @@ from penjing.network.exporting import export
 from penjing.randomness import seed_everything
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
-from penjing.steps.step import Context, Step
+from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
@@ -104,9 +104,6 @@ class TestLearning:
 
 
 class TestTheContractOfAStep:
-    def test_it_is_a_step(self):
-        assert isinstance(Finetune(), Step)
-
     def test_the_given_draft_stays_as_it_was(self):
         draft = Draft(
             capture_network(net(), (torch.zeros(1, 1, 8, 8),)), Plan(floats={"head": "why"}), ({"edit": "x"},)
