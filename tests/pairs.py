@@ -47,6 +47,7 @@ TECHNIQUES = {
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
     "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),
     "quantize.SplitOutliers": ("equalization", quantize.SplitOutliers(most=0.1)),
+    "quantize.WeightClipping": ("equalization", quantize.WeightClipping(percentile=90)),
     "quantize.Static": ("integers", quantize.Static()),
     "quantize.Dynamic": ("integers", quantize.Dynamic()),
     "quantize.Best": ("integers", quantize.Best(minutes=0.02)),

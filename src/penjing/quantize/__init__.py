@@ -11,6 +11,7 @@ from penjing.quantize.qat import QAT
 from penjing.quantize.rollback import Rollback
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
+from penjing.quantize.weight_clipping import WeightClipping
 
 __all__ = [
     "QAT",
@@ -24,4 +25,5 @@ __all__ = [
     "SmoothQuant",
     "SplitOutliers",
     "Static",
+    "WeightClipping",
 ]

@@ -33,6 +33,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.CrossLayerEqualization": quantize.CrossLayerEqualization,
     "quantize.SmoothQuant": quantize.SmoothQuant,
     "quantize.SplitOutliers": quantize.SplitOutliers,
+    "quantize.WeightClipping": quantize.WeightClipping,
     "quantize.QAT": quantize.QAT,
     "quantize.Rollback": quantize.Rollback,
     "quantize.Best": quantize.Best,

@@ -22,8 +22,7 @@ class Stage:
         needs: What must hold before, each with what is to be done for it.
         refuses: What must not hold before, each with the reason, "expected" of the error.
         leaves: What holds after it, besides WORK.
-        only_prepares: It computes the same function and is of use to integers alone: where it fails, floating-point
-            candidates go on without it.
+        only_prepares: It is of use to integers alone: where it fails, floating-point candidates go on without it.
     """
 
     needs: Mapping[str, str] = field(default_factory=dict)
