@@ -182,8 +182,8 @@ def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> An
 def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
     """Smallest and largest size of the axes for which the exporter asks for a narrower range, and for nothing else."""
     fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
-    found = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
-    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in found if m}
+    matches = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
+    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in matches if m}
     return limits if len(limits) == len(fixes) else {}
 
 

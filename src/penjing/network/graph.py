@@ -148,9 +148,9 @@ def is_tensor(node: Any) -> bool:
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The tensors that an operator reads, in the order of its ports; what a layer module owns is not among them."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if is_tensor(n) else None)
-    return found
+    inputs: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: inputs.append(n) if is_tensor(n) else None)
+    return inputs
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -179,13 +179,13 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
         FakeTensorMode,
     )
 
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, torch.Tensor):
-                found[n.name] = result
+                values[n.name] = result
             return result
 
     # In eval mode, because in training mode batch norm counts its batches on the real buffer.
@@ -195,11 +195,11 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
             fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, call)
             Recorder(network).run(*flat_inputs(network, fake))
     except (DataDependentOutputException, DynamicOutputShapeException):
-        found.clear()
+        values.clear()
         with in_eval_mode(network), torch.no_grad():
             Recorder(network).run(*flat_inputs(network, call))
-        return {name: mode.from_tensor(value) for name, value in found.items()}
-    return found
+        return {name: mode.from_tensor(value) for name, value in values.items()}
+    return values
 
 
 def flat_inputs(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:

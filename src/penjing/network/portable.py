@@ -78,11 +78,11 @@ class Portable:
             node.meta = dict(meta)
             built.append(node)
         graph.set_codegen(self.codegen)
-        found = fx.GraphModule(self.layers, graph)
+        network = fx.GraphModule(self.layers, graph)
         for name, layer in self.layers.named_children():  # what the graph does not read: the notes of a hook
-            if name not in found._modules:
-                found.add_module(name, layer)
-        return found.eval()
+            if name not in network._modules:
+                network.add_module(name, layer)
+        return network.eval()
 
 
 def _named(target: Any) -> Any:

@@ -40,9 +40,9 @@ def as_linear(graph: fx.Graph, stored: Any) -> None:
         if rewrite is None:
             continue
         with graph.inserting_before(node):
-            made = rewrite(_Writer(graph, node, constant, stored), arguments(node))
-        if made is not None:
-            node.replace_all_uses_with(made)
+            replacement = rewrite(_Writer(graph, node, constant, stored), arguments(node))
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
             graph.erase_node(node)
 
 
@@ -54,12 +54,12 @@ class _Writer:
 
     def call(self, target: Any, *args: Any) -> fx.Node:
         """A new node; what is computed from constants alone is one too."""
-        made: fx.Node = self.graph.call_function(target, args)
-        made.meta = {key: self.node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.node.meta}
-        if all(n in self.constant for n in made.all_input_nodes):
-            self.constant.add(made)
-        made.meta["val"] = self._example(target, args)
-        return made
+        new: fx.Node = self.graph.call_function(target, args)
+        new.meta = {key: self.node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.node.meta}
+        if all(n in self.constant for n in new.all_input_nodes):
+            self.constant.add(new)
+        new.meta["val"] = self._example(target, args)
+        return new
 
     def _example(self, target: Any, args: Any) -> Any:
         mode = self.node.meta["val"].fake_mode
@@ -232,12 +232,12 @@ def _in_pairs(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: li
         (left, one), (right, two) = operands[i], operands[j]
         rest = [x for n, x in enumerate(operands) if n not in (i, j)]
         needed = {*out, *(axis for _, axes in rest for axis in axes)}
-        kept = [axis for axis in dict.fromkeys([*one, *two]) if axis in needed] if rest else out
-        product = _contract(write, left, right, one, two, kept)
+        remaining = [axis for axis in dict.fromkeys([*one, *two]) if axis in needed] if rest else out
+        product = _contract(write, left, right, one, two, remaining)
         if product is None:
-            equation = "{},{}->{}".format(*("".join(letters[axis] for axis in axes) for axes in (one, two, kept)))
+            equation = "{},{}->{}".format(*("".join(letters[axis] for axis in axes) for axes in (one, two, remaining)))
             product = write.call(aten.einsum.default, equation, [left, right])
-        operands = [(product, kept), *rest]
+        operands = [(product, remaining), *rest]
     return operands[0][0]
 
 
@@ -325,7 +325,7 @@ def _product_of_values(
     sizes = dict(zip(two, write.shape(right), strict=True))
     if any(write.shape(left)[one.index(a)] != sizes[a] for a in set(one) & set(two)):
         return None  # broadcast
-    shared, summed = ([a for a in one if a in two and (a in out) == kept] for kept in (True, False))
+    shared, summed = ([a for a in one if a in two and (a in out) == in_result] for in_result in (True, False))
     rows, columns = [a for a in one if a not in two], [a for a in two if a not in one]
     sizes |= dict(zip(one, write.shape(left), strict=True))
     varies = [a for group in (rows, columns) if len(group) > 1 for a in group if not isinstance(sizes[a], int)]

@@ -38,12 +38,12 @@ def single_module(module: nn.Module) -> tuple[nn.Module, str | None]:
             expected="a network in float32: an artifact computes in it, and stores weights in half where that is asked",
             remedy="give model.float(), and a task whose inputs are float32",
         )
-    found = Counter(tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in OTHERS)
-    if not found:
+    dtypes = Counter(tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in OTHERS)
+    if not dtypes:
         return module, None
-    words = " and ".join(str(dtype).removeprefix("torch.") for dtype, _ in found.most_common())
-    told = f"the network's {words} tensors are computed and stored in float32, and its outputs are float32"
-    return copy.deepcopy(module).float(), told
+    words = " and ".join(str(dtype).removeprefix("torch.") for dtype, _ in dtypes.most_common())
+    note = f"the network's {words} tensors are computed and stored in float32, and its outputs are float32"
+    return copy.deepcopy(module).float(), note
 
 
 def single_program(program: ExportedProgram) -> ExportedProgram:

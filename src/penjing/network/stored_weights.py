@@ -71,16 +71,16 @@ class Folded:
 def constants(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that are the same at every call: stored tensors, and what is computed from them alone."""
     changed = {n.args[0] for n in graph.nodes if _changes(n)}
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             if node not in changed:
-                found.add(node)
+                nodes.add(node)
         elif node.op == "call_function" and is_tensor(node) and not _is_random(node) and node not in changed:
             inputs = node.all_input_nodes
-            if all(n in found for n in inputs) and (inputs or isinstance(node.meta.get("val"), torch.Tensor)):
-                found.add(node)
-    return found
+            if all(n in nodes for n in inputs) and (inputs or isinstance(node.meta.get("val"), torch.Tensor)):
+                nodes.add(node)
+    return nodes
 
 
 def _changes(node: fx.Node) -> bool:
@@ -152,7 +152,7 @@ class _Folder:
 
     def _leaves(self, node: fx.Node) -> tuple[str, ...]:
         """Names of the parameters that a constant is computed from; of buffers, where there are no parameters."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         waiting = [node]
         seen: set[fx.Node] = set()
         while waiting:
@@ -161,10 +161,10 @@ class _Folder:
                 continue
             seen.add(here)
             if here.op == "get_attr":
-                found[self.first[_memory(self.stored[str(here.target)])]] = None
+                names[self.first[_memory(self.stored[str(here.target)])]] = None
             waiting += here.all_input_nodes
-        parameters = tuple(name for name in found if isinstance(self.stored[name], nn.Parameter))
-        return tuple(sorted(parameters or found))
+        parameters = tuple(name for name in names if isinstance(self.stored[name], nn.Parameter))
+        return tuple(sorted(parameters or names))
 
     def _key(self, node: fx.Node) -> int:
         """A number, the same for two nodes that compute the same from the same tensors."""
@@ -207,8 +207,8 @@ class _Folder:
 
     def _positions(self, node: fx.Node) -> torch.Tensor:
         """Where in the one stored tensor each element of a node comes from: the node's shape, int32."""
-        found: torch.Tensor = self._value(node, numbered=True)
-        return found
+        positions: torch.Tensor = self._value(node, numbered=True)
+        return positions
 
     def _value(self, node: fx.Node, numbered: bool = False) -> Any:
         key = (node, numbered)

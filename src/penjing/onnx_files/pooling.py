@@ -38,8 +38,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     averages = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
     maxima = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-    found = {operator: _average(rank) for rank, operator in enumerate(averages, 1)}
-    return found | {operator: _maximum(rank) for rank, operator in enumerate(maxima, 1)}
+    table = {operator: _average(rank) for rank, operator in enumerate(averages, 1)}
+    return table | {operator: _maximum(rank) for rank, operator in enumerate(maxima, 1)}
 
 
 def _average(rank: int) -> Callable[..., Any]:

@@ -31,8 +31,8 @@ def pool_globally(model: Any) -> None:
             graph.initializer.append(numpy_helper.from_array(np.array([2, 3], dtype=np.int64), square))
             new.append(helper.make_node("Squeeze", [pooled, square], [node.output[0]], name=f"{node.name}_flat"))
         del graph.node[position]
-        for offset, made in enumerate(new):
-            graph.node.insert(position + offset, made)
+        for offset, added in enumerate(new):
+            graph.node.insert(position + offset, added)
 
 
 def pad_in_convolutions(model: Any) -> None:
@@ -43,7 +43,7 @@ def pad_in_convolutions(model: Any) -> None:
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    made = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, int] = {}
     for node in graph.node:
         for name in node.input:
@@ -51,18 +51,18 @@ def pad_in_convolutions(model: Any) -> None:
     outputs = {value.name for value in graph.output}
     removed = []
     for conv in graph.node:
-        if conv.op_type != "Conv" or conv.input[0] not in made or _pads_itself(conv):
+        if conv.op_type != "Conv" or conv.input[0] not in producers or _pads_itself(conv):
             continue
-        chain = [made[conv.input[0]]]
-        if chain[0].op_type == "DequantizeLinear" and chain[0].input[0] in made:
-            chain += _requantized(chain[0], made)
+        chain = [producers[conv.input[0]]]
+        if chain[0].op_type == "DequantizeLinear" and chain[0].input[0] in producers:
+            chain += _requantized(chain[0], producers)
         pad = chain[-1]
         pads = _zero_pads(pad, constants)
         sole = all(readers[node.output[0]] == 1 and node.output[0] not in outputs for node in chain)
         if (
             pads is None
             or not sole
-            or (len(chain) > 1 and not _holds_all(chain, made.get(pad.input[0]), made, constants))
+            or (len(chain) > 1 and not _holds_all(chain, producers.get(pad.input[0]), producers, constants))
         ):
             continue
         before, after = pads[: len(pads) // 2], pads[len(pads) // 2 :]
@@ -82,25 +82,25 @@ def pad_in_convolutions(model: Any) -> None:
     for name in {name for node in removed for name in node.input} - used:
         if name in constants:
             graph.initializer.remove(constants[name])
-        elif name in made and made[name].op_type == "Constant":
-            graph.node.remove(made[name])
+        elif name in producers and producers[name].op_type == "Constant":
+            graph.node.remove(producers[name])
 
 
 def _pads_itself(conv: Any) -> bool:
     return any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in conv.attribute)
 
 
-def _requantized(dequantize: Any, made: dict[str, Any]) -> list[Any]:
+def _requantized(dequantize: Any, producers: dict[str, Any]) -> list[Any]:
     """The quantizer before a dequantizer (with its Clip, where there is one), and what is quantized."""
-    chain = [made[dequantize.input[0]]]
-    if chain[-1].op_type == "Clip" and chain[-1].input[0] in made:
-        chain.append(made[chain[-1].input[0]])
-    if chain[-1].op_type == "QuantizeLinear" and chain[-1].input[0] in made:
-        chain.append(made[chain[-1].input[0]])
+    chain = [producers[dequantize.input[0]]]
+    if chain[-1].op_type == "Clip" and chain[-1].input[0] in producers:
+        chain.append(producers[chain[-1].input[0]])
+    if chain[-1].op_type == "QuantizeLinear" and chain[-1].input[0] in producers:
+        chain.append(producers[chain[-1].input[0]])
     return chain
 
 
-def _holds_all(chain: list[Any], other: Any, made: dict[str, Any], constants: dict[str, Any]) -> bool:
+def _holds_all(chain: list[Any], other: Any, producers: dict[str, Any], constants: dict[str, Any]) -> bool:
     """Whether what another dequantizer gives passes through this quantizer (its nodes, last first) unchanged."""
     from onnx import numpy_helper
 
@@ -110,12 +110,12 @@ def _holds_all(chain: list[Any], other: Any, made: dict[str, Any], constants: di
     def value(name: str) -> Any:
         if name in constants:
             return numpy_helper.to_array(constants[name])
-        node = made.get(name)
+        node = producers.get(name)
         stored = [a.t for a in node.attribute if a.name == "value"] if node is not None else []
         return numpy_helper.to_array(stored[0]) if stored else None
 
     mine, theirs = [*chain[0].input[1:]], [*other.input[1:]]
-    clip, before = chain[1], made.get(other.input[0])
+    clip, before = chain[1], producers.get(other.input[0])
     if clip.op_type == "Clip":  # a narrow range: the other has to be as narrow
         if before is None or before.op_type != "Clip":
             return False
@@ -148,14 +148,14 @@ def turn_for_each(model: Any) -> None:
     """
     graph = model.graph
     stored = {tensor.name for tensor in graph.initializer}
-    made = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     places = {name: i for i, node in enumerate(graph.node) for name in node.output}
     seen: set[str] = set()
     copies: list[tuple[int, tuple[Any, Any]]] = []
     for product in graph.node:
         turned = product.input[1] if product.op_type == "MatMul" else ""
-        transpose = made.get(turned)
-        dequantize = made.get(transpose.input[0]) if transpose is not None else None
+        transpose = producers.get(turned)
+        dequantize = producers.get(transpose.input[0]) if transpose is not None else None
         if transpose is None or transpose.op_type != "Transpose" or dequantize is None:
             continue
         if dequantize.op_type != "DequantizeLinear" or dequantize.input[0] not in stored:
@@ -254,9 +254,10 @@ def cast_when_loaded(model: Any) -> None:
             readers.setdefault(name, []).append(node)
 
     def in_floats(name: str) -> bool:
-        found = readers.get(name, [])
-        return bool(found) and all(
-            n.op_type in _IN_FLOATS or (n.op_type in _MOVES and all(in_floats(out) for out in n.output)) for n in found
+        consumers = readers.get(name, [])
+        return bool(consumers) and all(
+            n.op_type in _IN_FLOATS or (n.op_type in _MOVES and all(in_floats(out) for out in n.output))
+            for n in consumers
         )
 
     for position, node in reversed(list(enumerate(graph.node))):
@@ -307,13 +308,13 @@ def integer_lstms(model: Any) -> dict[str, str]:
     Of those alone whose matrices have their scales in common (``penjing::lstm_static``): others are only stored in
     integers, and compute in floating point.
     """
-    made = {name: node for node in model.graph.node for name in node.output}
+    producers = {name: node for node in model.graph.node for name in node.output}
     names = {}
     for node in model.graph.node:
         if node.op_type != "LSTM":
             continue
-        reshapes = [made[value] for value in node.input[1:3] if value in made]
-        dequantized = [made[n.input[0]] for n in reshapes if n.input[0] in made]
+        reshapes = [producers[value] for value in node.input[1:3] if value in producers]
+        dequantized = [producers[n.input[0]] for n in reshapes if n.input[0] in producers]
         if [n.op_type for n in dequantized] == ["DequantizeLinear", "DequantizeLinear"]:
             (matrix, scale), (_, other) = (n.input[:2] for n in dequantized)
             if scale == other:

@@ -286,26 +286,27 @@ def _name_nodes(model: Any, network: fx.GraphModule) -> None:
     It merges those that compute the same from the same: they are called by the first. Where the counts differ all the
     same (it split some), that kind of operator keeps its generated names.
     """
-    wanted: dict[str, list[str]] = defaultdict(list)
-    merged: dict[str, list[str]] = defaultdict(list)
+    all_sites: dict[str, list[str]] = defaultdict(list)
+    merged_sites: dict[str, list[str]] = defaultdict(list)
     first = _first_alike(network)
     for node in network.graph.nodes:
         if node.op in ("call_module", "call_function") and is_tensor(node):
-            made = kind(network, node)
-            layers = arguments(node)["num_layers"] if made in RECURRENT else 1  # the exporter writes a node for each
+            operator = kind(network, node)
+            # The exporter writes a node for each layer.
+            layers = arguments(node)["num_layers"] if operator in RECURRENT else 1
             names = [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
-            wanted[made] += names
-            merged[made] += names if first[node] is node else []
+            all_sites[operator] += names
+            merged_sites[operator] += names if first[node] is node else []
     stored = {tensor.name for tensor in model.graph.initializer}
-    found: dict[str, list[Any]] = defaultdict(list)
+    by_kind: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
         if what := _kind_of(node, stored):
-            found[what].append(node)
-    for what, nodes in found.items():
-        names = next((called[what] for called in (wanted, merged) if len(called[what]) == len(nodes)), [])
+            by_kind[what].append(node)
+    for what, nodes in by_kind.items():
+        names = next((sites[what] for sites in (all_sites, merged_sites) if len(sites[what]) == len(nodes)), [])
         for node, name in zip(nodes, names, strict=False):
             node.name = name or node.name
-    products = {node.output[0]: node.name for node in found["linear"] + found["matmul"] if node.op_type == "MatMul"}
+    products = {node.output[0]: node.name for node in by_kind["linear"] + by_kind["matmul"] if node.op_type == "MatMul"}
     readers = Counter(name for node in model.graph.node for name in node.input)
     products = {result: name for result, name in products.items() if readers[result] == 1}
     for node in model.graph.node:  # what a runtime fuses is called by its last node
@@ -343,8 +344,8 @@ def _kind_of(node: Any, stored: set[str]) -> str | None:
 def _made_of(node: Any) -> str:
     """The ATen operator that the exporter translated: one of several nodes of a linear layer or of an attention."""
     notes = {entry.key: entry.value for entry in node.metadata_props}
-    found = re.search(r"target=torch\.ops\.aten\.(\w+?)_?\.", notes.get("pkg.torch.onnx.fx_node", ""))
-    return found[1] if found else ""
+    match = re.search(r"target=torch\.ops\.aten\.(\w+?)_?\.", notes.get("pkg.torch.onnx.fx_node", ""))
+    return match[1] if match else ""
 
 
 _ONNX_KINDS = {

@@ -73,12 +73,12 @@ class _Worker:
 def _worker(runtime: str) -> _Worker:
     """The process of a runtime, started where there is none that lives."""
     with _lock:
-        found = _workers.get(runtime)
-        if found is None or found.owner != os.getpid() or not found.process.alive:
-            if found is not None:
-                found.close()
-            found = _workers[runtime] = _Worker(runtime)
-        return found
+        worker = _workers.get(runtime)
+        if worker is None or worker.owner != os.getpid() or not worker.process.alive:
+            if worker is not None:
+                worker.close()
+            worker = _workers[runtime] = _Worker(runtime)
+        return worker
 
 
 @atexit.register

@@ -128,12 +128,12 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         # Blocked layouts are for floating-point operators alone, and their transformer drops the names.
         _inference(folder, manifest, options, "NchwcTransformer")
         graph = onnx.load(str(optimized)).graph
-    found = []
+    operators = []
     for node in graph.node:
         integer = node.op_type.startswith(_INTEGER_TYPES)
         name = _origin(node.name, sites)
-        found.append(Executed((name,) if name else (), node.op_type, "int8" if integer else "fp32"))
-    return found
+        operators.append(Executed((name,) if name else (), node.op_type, "int8" if integer else "fp32"))
+    return operators
 
 
 def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:

@@ -235,7 +235,7 @@ def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     """The operators of the compiled model's runtime graph."""
     runtime_model = _compile(folder, manifest, 1).get_runtime_model()
-    found = []
+    operators = []
     for op in runtime_model.get_ordered_ops():
         info = op.get_rt_info()
         kind = info["layerType"].astype(str) if "layerType" in info else op.get_type_name()
@@ -246,8 +246,8 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         sites = tuple(dict.fromkeys(_origin(name) for name in names.split(",") if name))
         if precision.lower() == "f16" and manifest.settings["INFERENCE_PRECISION_HINT"] == "f32":
             precision = "f32"  # it names what the weights are stored in; the products are those of the hint
-        found.append(Executed(sites, kind, _PRECISIONS.get(precision.lower(), precision.lower())))
-    return found
+        operators.append(Executed(sites, kind, _PRECISIONS.get(precision.lower(), precision.lower())))
+    return operators
 
 
 def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads: int, calls: int) -> list[Timed]:
@@ -267,7 +267,7 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
         if call >= 5:  # the first ones warm up
             for info in request.get_profiling_info():
                 total[info.node_name] = total.get(info.node_name, 0.0) + info.real_time.total_seconds() * 1e3
-    found = []
+    timings = []
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = op.get_rt_info()
         name = op.get_friendly_name()
@@ -275,8 +275,8 @@ def profile(folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads:
         kind = info["layerType"].astype(str) if "layerType" in info else op.get_type_name()
         if total.get(name):
             sites = tuple(dict.fromkeys(_origin(part) for part in names.split(",") if part))
-            found.append(Timed(sites, kind, total[name] / calls))
-    return found
+            timings.append(Timed(sites, kind, total[name] / calls))
+    return timings
 
 
 def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:

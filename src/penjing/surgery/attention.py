@@ -43,9 +43,9 @@ def unfold_attention(network: fx.GraphModule, name: str) -> None:
     query, key, value, mask = (given[word] for word in ("query", "key", "value", "attn_mask"))
 
     def call(operator: Any, *args: Any, word: str | None = None) -> fx.Node:
-        made: fx.Node = network.graph.call_function(operator, args)
-        made.meta = {"site": f"{name}.{word or made.name}", "floating": word is not None, "rank": node.meta.get("rank")}
-        return made
+        new: fx.Node = network.graph.call_function(operator, args)
+        new.meta = {"site": f"{name}.{word or new.name}", "floating": word is not None, "rank": node.meta.get("rank")}
+        return new
 
     aten = torch.ops.aten
     with network.graph.inserting_before(node):
@@ -87,9 +87,9 @@ def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
     rows: dict[fx.Node, fx.Node] = {}
 
     def call(site: str, like: fx.Node, operator: Any, *args: Any) -> fx.Node:
-        made: fx.Node = network.graph.call_function(operator, args)
-        made.meta = {"site": site, "floating": True, "rank": like.meta.get("rank")}
-        return made
+        new: fx.Node = network.graph.call_function(operator, args)
+        new.meta = {"site": site, "floating": True, "rank": like.meta.get("rank")}
+        return new
 
     for node in _masked(network):
         name, mask = site(node), arguments(node)["attn_mask"]
@@ -111,7 +111,7 @@ def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
 def _masked(network: fx.GraphModule) -> list[fx.Node]:
     """The attentions whose mask is computed from an input of the network."""
     varying: set[fx.Node] = set()
-    found = []
+    attentions = []
     for node in network.graph.nodes:
         if node.op == "placeholder" or (is_tensor(node) and varying.intersection(tensor_inputs(node))):
             varying.add(node)
@@ -119,8 +119,8 @@ def _masked(network: fx.GraphModule) -> list[fx.Node]:
             node.target is torch.ops.aten.scaled_dot_product_attention.default
             and arguments(node)["attn_mask"] in varying
         ):
-            found.append(node)
-    return found
+            attentions.append(node)
+    return attentions
 
 
 def _is_boolean(mask: fx.Node) -> bool:

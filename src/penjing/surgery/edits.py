@@ -49,8 +49,8 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
                 remedy="pip install --upgrade penjing",
             )
         try:
-            found = apply(network, edit)
-            network = found if isinstance(found, fx.GraphModule) else network
+            edited = apply(network, edit)
+            network = edited if isinstance(edited, fx.GraphModule) else network
         except CheckpointError:
             raise
         except Exception as error:  # an edit that a stranger wrote fails in many ways

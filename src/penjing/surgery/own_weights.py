@@ -49,7 +49,7 @@ def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
         TypeError: One of them is not such a product.
     """
     constant = constants(network.graph)
-    made: dict[str, tuple[str, nn.Parameter]] = {}  # what two readers compute alike, they read in common
+    copies: dict[str, tuple[str, nn.Parameter]] = {}  # what two readers compute alike, they read in common
     for name in names:
         node = sites(network)[name]
         arguments = _computed(node, constant)
@@ -58,9 +58,9 @@ def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for argument in arguments:
             known = _written(network, argument)
-            if known not in made:
-                made[known] = (_free_path(network, argument, made), _evaluated(network, argument))
-            path, value = made[known]
+            if known not in copies:
+                copies[known] = (_free_path(network, argument, copies), _evaluated(network, argument))
+            path, value = copies[known]
             tensors[path] = value
             with network.graph.inserting_before(node):
                 read = network.graph.create_node("get_attr", path)
@@ -131,12 +131,12 @@ def _written(network: fx.GraphModule, node: fx.Node) -> str:
     return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda n: _written(network, n))!r}"
 
 
-def _free_path(network: fx.GraphModule, node: fx.Node, made: Mapping[str, tuple[str, nn.Parameter]]) -> str:
+def _free_path(network: fx.GraphModule, node: fx.Node, copies: Mapping[str, tuple[str, nn.Parameter]]) -> str:
     """A name beside that of the tensor it is computed from."""
     path = str(_leaves(node)[0].target) if _leaves(node) else "weight"
     base = path.removesuffix(".weight").removesuffix("_weight") + "_copy"
     taken = {*dict(network.named_modules()), *dict(network.named_parameters()), *dict(network.named_buffers())}
-    taken |= {name for name, _ in made.values()}
+    taken |= {name for name, _ in copies.values()}
     name, n = base, 1
     while name in taken:
         name, n = f"{base}_{n}", n + 1

@@ -113,11 +113,11 @@ def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns:
 
 def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
     """Edge of the plan → the call of its quantizer in a network that `insert` made to train."""
-    found = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
+    nodes = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     edges: dict[str, Any] = {}
     for edge in plan.entries:
         name, _, port = edge.rpartition(":")
-        node = found[name]
+        node = nodes[name]
         position = 0 if kind(network, node) == "embedding" else 1
         edges[edge] = node.args[position] if port == "weight" else tensor_inputs(node)[int(port.removeprefix("in"))]
     return edges
@@ -162,7 +162,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if producer.op == "get_attr":  # the other operand of a product: a weight, by whatever name
             path = str(producer.target)
             owner, _, leaf = path.rpartition(".")
-            return kept(path, getattr(network.get_submodule(owner), leaf).detach(), entry)
+            return dequantized(path, getattr(network.get_submodule(owner), leaf).detach(), entry)
         scale, zero = numbers(f"activation{len(list(network.get_submodule(integers).buffers()))}", entry)
         axis = entry.spec.axis or 0
         call = network.graph.call_function
@@ -181,15 +181,15 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     def stored(layer: str, role: str, entry: Entry) -> fx.Node:
         value = getattr(network.get_submodule(layer), role).detach()
-        return kept(name_for(layer, role, entry), value, entry)
+        return dequantized(name_for(layer, role, entry), value, entry)
 
-    def held(value: torch.Tensor, entry: Entry) -> torch.Tensor:
+    def in_integers(value: torch.Tensor, entry: Entry) -> torch.Tensor:
         scale = torch.tensor(entry.scale, dtype=torch.float32)
         zero = torch.tensor(entry.zero_point, dtype=torch.int32)
         return grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
 
-    def kept(name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
-        q = held(value, entry)
+    def dequantized(name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
+        q = in_integers(value, entry)
         call = network.graph.call_function
         if entry.spec.group is None:
             nodes = (constant(name, q), *numbers(name, entry))
@@ -218,7 +218,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 return constant(f"{name}_{what}", rows.reshape(()))
             return call(gather, (constant(f"{name}_{what}", rows.reshape(-1, 1)), positions))
 
-        q = call(gather, (constant(name, held(value.detach(), entry)), positions))
+        q = call(gather, (constant(name, in_integers(value.detach(), entry)), positions))
         x = call(torch.ops.aten.to.dtype, (q, torch.float32))
         if any(entry.zero_point):
             x = call(torch.ops.aten.sub.Tensor, (x, each("row_zero", entry.zero_point)))
@@ -301,12 +301,12 @@ def _rewire(
     rows: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
     """Put quantizers on the plan's edges; layers with integer weights become functional."""
-    found = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
+    nodes = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     placed: dict[tuple[fx.Node, Entry], fx.Node] = {}
     cells: dict[str, fx.Node] = {}
     for edge, entry in plan.entries.items():
         name, _, port = edge.rpartition(":")
-        if name not in found:
+        if name not in nodes:
             raise QuantizationError(
                 "the plan names an operator that the network does not have",
                 got=edge,
@@ -314,7 +314,7 @@ def _rewire(
             )
         if port == "weight":
             continue
-        consumer = found[name]
+        consumer = nodes[name]
         recurs = kind(network, consumer) in RECURRENT
         first = plan.entries.get(f"{name}:in0")
         if recurs and store is not None and first is not None and (first.dynamic or name not in plan.floats):
@@ -338,7 +338,7 @@ def _rewire(
     for edge, entry in plan.entries.items():
         name, _, port = edge.rpartition(":")
         if port == "weight":
-            _functional_layer(network, found[name], plan, entry, weight, bias, dynamic, rows)
+            _functional_layer(network, nodes[name], plan, entry, weight, bias, dynamic, rows)
     for node in cells.values():
         assert store is not None
         recurrent.in_integers(network, node, plan, store)

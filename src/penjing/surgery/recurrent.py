@@ -103,8 +103,8 @@ def stores(node: fx.Node) -> bool:
 
 def value(network: fx.GraphModule, stored: fx.Node) -> torch.Tensor:
     """The tensor that a get_attr node reads."""
-    found: torch.Tensor = compute(network, stored, (), {}).detach()
-    return found
+    tensor: torch.Tensor = compute(network, stored, (), {}).detach()
+    return tensor
 
 
 def weights(network: fx.GraphModule, node: fx.Node) -> dict[str, torch.Tensor]:
@@ -131,14 +131,14 @@ def entries(
     ports, each = tensor_inputs(node), directions(node)
     both = 1 + arguments(node)["bidirectional"]
     step = input_scale(reach, each[:both], network)
-    made = {f"{site(node)}:in0": Entry(inputs, (step,), (operators.STATE_ZERO,))}
+    planned = {f"{site(node)}:in0": Entry(inputs, (step,), (operators.STATE_ZERO,))}
     for i, d in enumerate(each):
         ratio = operators.STATE_SCALE / step if i < both else 1.0
         scale = grids(value(network, d.input), value(network, d.hidden), ratio, spec)
         zeros = (0,) * len(scale)
-        made[f"{site(node)}:in{ports.index(d.input)}"] = Entry(rows, tuple((scale * ratio).tolist()), zeros)
-        made[f"{site(node)}:in{ports.index(d.hidden)}"] = Entry(rows, tuple(scale.tolist()), zeros)
-    return made
+        planned[f"{site(node)}:in{ports.index(d.input)}"] = Entry(rows, tuple((scale * ratio).tolist()), zeros)
+        planned[f"{site(node)}:in{ports.index(d.hidden)}"] = Entry(rows, tuple(scale.tolist()), zeros)
+    return planned
 
 
 def in_integers(
@@ -210,11 +210,11 @@ def in_integers(
         states: tuple[list[fx.Node], list[fx.Node]] = ([], [])
         for layer in range(given["num_layers"]):
             mine = each[layer * both : (layer + 1) * both]
-            made = call(*(dynamic if first.dynamic else static)(mine, x, layer))
-            made.meta["site"] = layer_site(site(node), layer)
-            x, *after = (call(operator.getitem, (made, i)) for i in range(3))
-            for state, found in zip(states, after, strict=True):
-                state.append(found)
+            outputs = call(*(dynamic if first.dynamic else static)(mine, x, layer))
+            outputs.meta["site"] = layer_site(site(node), layer)
+            x, *after = (call(operator.getitem, (outputs, i)) for i in range(3))
+            for state, final in zip(states, after, strict=True):
+                state.append(final)
         y = call(torch.ops.aten.transpose.int, (x, 0, 1)) if given["batch_first"] else x
         results = (y, *(call(torch.ops.aten.cat.default, (state, 0)) for state in states))
     for user in list(node.users):

@@ -31,12 +31,12 @@ def resize(network: fx.GraphModule, edits: tuple[Edit, ...]) -> None:
 def _slice(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit) -> None:
     tensor = _tensor(network, edit["tensor"])
     axis = int(edit["axis"])
-    kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
+    keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
     removed = from_text(edit["removed"])
-    if removed and max(removed) >= len(kept):
-        raise IndexError(f"{edit['tensor']} has {len(kept)} positions along axis {axis}, not {max(removed) + 1}")
-    kept[removed] = False
-    smaller = tensor.detach().index_select(axis, kept.nonzero().reshape(-1).to(tensor.device)).clone()
+    if removed and max(removed) >= len(keep):
+        raise IndexError(f"{edit['tensor']} has {len(keep)} positions along axis {axis}, not {max(removed) + 1}")
+    keep[removed] = False
+    smaller = tensor.detach().index_select(axis, keep.nonzero().reshape(-1).to(tensor.device)).clone()
     new: torch.Tensor = smaller
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
@@ -106,11 +106,11 @@ def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit)
     with network.graph.inserting_after(positions):
         chosen = call(torch.ops.aten.index_select.default, (first.args[0], axis, positions))
     with network.graph.inserting_after(chosen):
-        made = call(torch.ops.aten.slice.Tensor, (chosen, axis, 0, len(order)))
+        reordered = call(torch.ops.aten.slice.Tensor, (chosen, axis, 0, len(order)))
     positions.meta = {"site": f"{edit['last']}.order", "floating": False, "rank": 1}
     chosen.meta = {**last.meta, "site": f"{edit['last']}.chosen"}
-    made.meta = dict(last.meta)
-    last.replace_all_uses_with(made)
+    reordered.meta = dict(last.meta)
+    last.replace_all_uses_with(reordered)
     numbers = first.all_input_nodes[1:]  # of an order that this one replaces
     node: Any = last
     while node is not first:

@@ -91,10 +91,10 @@ class Tapped:
 
     def values(self) -> Mapping[str, torch.Tensor]:
         """Every name's value in the last call."""
-        found = {name: tap.value for name, tap in self.taps.items() if tap.value is not None}
+        result = {name: tap.value for name, tap in self.taps.items() if tap.value is not None}
         for tap in self.taps.values():
             tap.value = None  # and what its gradient holds
-        return found
+        return result
 
 
 def _several(node: fx.Node) -> bool:
