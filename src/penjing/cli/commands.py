@@ -176,42 +176,42 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.records.events import Events
 
     if parsed.noise or parsed.sensitivity:
-        kept = Path(parsed.sensitivity) if parsed.sensitivity else None
+        sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
         with Progressing(messages) as progress:
-            found = inspect(source, task, parsed.noise, Events(listeners=(progress,)), kept)
+            inspection = inspect(source, task, parsed.noise, Events(listeners=(progress,)), sensitivity_file)
     else:
         with messages.status("exporting and analysing"):
-            found = inspect(source, task)
+            inspection = inspect(source, task)
     if parsed.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(json.dumps(dataclasses.asdict(inspection), indent=2))
         return MET
     out = Terminal()
-    out.print(table.layers(found.layers))
-    out.print(table.chart(found.layers))
+    out.print(table.layers(inspection.layers))
+    out.print(table.chart(inspection.layers))
     out.print(
-        f"{found.name}: {figure(found.parameters, 'count')} parameters, {figure(found.macs, 'MACs')}, "
-        f"{figure(found.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
+        f"{inspection.name}: {figure(inspection.parameters, 'count')} parameters, {figure(inspection.macs, 'MACs')}, "
+        f"{figure(inspection.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
         highlight=False,
         markup=False,
     )
     if parsed.group:
-        return _show_group(found, parsed, out)
-    if found.sensitivity:
-        return _show_sensitivity(found, parsed, out)
+        return _show_group(inspection, parsed, out)
+    if inspection.sensitivity:
+        return _show_sensitivity(inspection, parsed, out)
     out.print("\n[bold]channels that belong together[/bold]")
-    out.print(table.groups(found.groups, found.not_prunable))
-    for runtime, reasons in found.floats.items():
+    out.print(table.groups(inspection.groups, inspection.not_prunable))
+    for runtime, reasons in inspection.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
         out.print(
             "every convolution, linear and addition can be integer" if not reasons else "stays in floating point:"
         )
         for line in _by_reason(reasons):
             out.print(f"  {line}", markup=False, highlight=False)
-        for note in found.notes[runtime]:
+        for note in inspection.notes[runtime]:
             out.print(f"  note: {note}", markup=False, highlight=False)
-    if found.noise:
+    if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
-        out.print(table.noise(found.noise))
+        out.print(table.noise(inspection.noise))
     return MET
 
 
@@ -227,26 +227,26 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _show_sensitivity(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+def _show_sensitivity(inspection: Any, parsed: argparse.Namespace, out: Terminal) -> int:
     from penjing.records import files
     from penjing.report import sensitivity
 
-    out.print(sensitivity.text(found.sensitivity), markup=False, highlight=False, soft_wrap=True)
+    out.print(sensitivity.text(inspection.sensitivity), markup=False, highlight=False, soft_wrap=True)
     if parsed.picture:
-        files.write_text(Path(parsed.picture), sensitivity.picture(found.sensitivity))
+        files.write_text(Path(parsed.picture), sensitivity.picture(inspection.sensitivity))
         out.print(parsed.picture, markup=False, highlight=False)
     return MET
 
 
-def _show_group(found: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+def _show_group(inspection: Any, parsed: argparse.Namespace, out: Terminal) -> int:
     import difflib
 
     from penjing.records import files
     from penjing.report import strips
 
-    row = next((group for group in found.groups if group.name == parsed.group), None)
+    row = next((group for group in inspection.groups if group.name == parsed.group), None)
     if row is None:
-        names = [group.name for group in found.groups]
+        names = [group.name for group in inspection.groups]
         near = difflib.get_close_matches(parsed.group, names, n=3)
         raise UsageError(
             "there is no such group of channels",
@@ -323,7 +323,7 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
 
     machine = measure.machine(1)
     versions = measure.versions()
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name in runtimes.names():
         row: dict[str, Any] = {"runtime": name, "installed": runtimes.installed(name), "version": versions.get(name)}
         row |= {"precisions": [], "integer_operators": [], "notes": [f"pip install 'penjing[{name}]'"]}
@@ -332,14 +332,14 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
             integers = sorted(capabilities.integer) if "int8" in capabilities.precisions else []
             row |= {"precisions": list(capabilities.precisions), "integer_operators": integers}
             row["notes"] = list(capabilities.notes)
-        found.append(row)
+        rows.append(row)
     if parsed.json:
-        print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": found}, indent=2))
+        print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": rows}, indent=2))
         return MET
     out = Terminal()
     out.print(f"{machine.processor}, {machine.cores} cores: {', '.join(machine.instruction_sets)}", highlight=False)
     table = Table("runtime", "version", "precisions here", "integer operators", "notes")
-    for row in found:
+    for row in rows:
         cells = (row["precisions"], row["integer_operators"], row["notes"])
         table.add_row(row["runtime"], row["version"] or "not installed", *(", ".join(map(str, c)) for c in cells))
     out.print(table)

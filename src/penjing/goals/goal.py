@@ -217,10 +217,10 @@ def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
     """
     if candidate.rejection is not None:
         return False, f"rejected: {candidate.rejection.reason}"
-    found = figures(candidate)
-    kept, failed = [], []
+    values = figures(candidate)
+    met, failed = [], []
     for limit in goal.all_limits():
-        value = found[limit.figure]
+        value = values[limit.figure]
         if value is None:
             failed.append(f"{limit.figure} was not measured")
         elif limit.excess(value):
@@ -228,17 +228,17 @@ def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
             failed.append(f"{limit.figure} {mine} is {'above' if limit.op == '<=' else 'below'} {bound}")
         else:
             side = "within" if limit.op == "<=" else "at least"
-            kept.append(f"{limit.figure} {_words(limit.figure, value)} is {side} {_words(limit.figure, limit.value)}")
+            met.append(f"{limit.figure} {_words(limit.figure, value)} is {side} {_words(limit.figure, limit.value)}")
     objective, _ = goal.objective()
     latency = candidate.measured.latency_ms
     busy = ""
     if latency is not None and not latency.steady and {objective, *(m.figure for m in goal.all_limits())} & _TIMED:
         busy = f"; busy machine, so its timing can't be trusted: {latency.doubt}"
-    if found[objective] is None and f"{objective} was not measured" not in failed:
+    if values[objective] is None and f"{objective} was not measured" not in failed:
         failed.append(f"{objective} was not measured")
     if failed:
         return False, "; ".join(failed) + busy
-    return True, ("; ".join(kept) or f"{objective} {_words(objective, found[objective])}, without limits") + busy
+    return True, ("; ".join(met) or f"{objective} {_words(objective, values[objective])}, without limits") + busy
 
 
 def pareto(goal: Goal, candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -250,8 +250,8 @@ def pareto(goal: Goal, candidates: Sequence[Candidate]) -> tuple[str, ...]:
     axes = {(limit.figure, 1 if limit.op == "<=" else -1) for limit in goal.all_limits()} | {goal.objective()}
     rows = {}
     for position, candidate in enumerate(candidates):
-        found = figures(candidate)
-        rows[position] = [_cost(found[figure], sign) for figure, sign in sorted(axes)]
+        values = figures(candidate)
+        rows[position] = [_cost(values[figure], sign) for figure, sign in sorted(axes)]
 
     def beats(one: int, other: int) -> bool:
         pairs = list(zip(rows[one], rows[other], strict=True))
@@ -305,8 +305,8 @@ def _order(goal: Goal) -> Callable[[Candidate], tuple[float, float, str]]:
     figure, sign = goal.objective()
 
     def key(candidate: Candidate) -> tuple[float, float, str]:
-        found = figures(candidate)
-        return _cost(found[figure], sign), _cost(found["size_bytes"], 1), candidate.name
+        values = figures(candidate)
+        return _cost(values[figure], sign), _cost(values["size_bytes"], 1), candidate.name
 
     return key
 
@@ -316,10 +316,10 @@ def _cost(value: float | None, sign: int) -> float:
 
 
 def _violation(goal: Goal, candidate: Candidate) -> float:
-    found = figures(candidate)
+    values = figures(candidate)
     total = 0.0
     for limit in goal.all_limits():
-        value = found[limit.figure]
+        value = values[limit.figure]
         # a limit of 0 has no share: then 1% of a drop or metric, and 1 of everything else, count as the whole limit
         whole = abs(limit.value) or (0.01 if of_the_metric(limit.figure) else 1.0)
         total += math.inf if value is None else limit.excess(value) / whole
@@ -327,10 +327,10 @@ def _violation(goal: Goal, candidate: Candidate) -> float:
 
 
 def _by_how_much(goal: Goal, candidate: Candidate) -> str:
-    found = figures(candidate)
+    values = figures(candidate)
     parts = []
     for limit in goal.all_limits():
-        value = found[limit.figure]
+        value = values[limit.figure]
         if value is not None and (beyond := limit.excess(value)):
             parts.append(f"{limit.figure} by {_words(limit.figure, beyond)}")
     return f" (missed: {', '.join(parts)})" if parts else ""

@@ -76,20 +76,20 @@ def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
     Args:
         outputs: Of the network that others are compared with, samples first.
     """
-    found: list[Columns] = []
+    columns: list[Columns] = []
     for port, array in enumerate(outputs):
-        found.append(Columns(port))
+        columns.append(Columns(port))
         if not is_float(array):
             continue
         axes = {1: "axis 1", array.ndim - 1: "the last axis"} if array.ndim > 1 else {}
         groups = [(gap, axis, parts) for axis in axes for gap, parts in [_groups(_sizes(array, axis))] if parts]
         if groups:
             _, axis, parts = max(groups, key=lambda group: group[0])
-            found += [
+            columns += [
                 Columns(port, axis, tuple(part), f"{ranges(part)} of {axes[axis]}", bool(i))
                 for i, part in enumerate(parts)
             ]
-    return tuple(found)
+    return tuple(columns)
 
 
 def differences(
@@ -107,13 +107,13 @@ def differences(
         ArtifactError: Another number of outputs, or another shape.
     """
     check_shapes(reference, candidate)
-    found = []
+    compared = []
     for part in parts:
         whole = reference[part.port]
         if part.axis and (whole.ndim <= part.axis or whole.shape[part.axis] <= max(part.positions)):
             continue
-        found.append(replace(_difference(part.of(reference), part.of(candidate), part), batch=batch))
-    return tuple(found)
+        compared.append(replace(_difference(part.of(reference), part.of(candidate), part), batch=batch))
+    return tuple(compared)
 
 
 SCATTER = 4.0
@@ -129,8 +129,8 @@ def worst(many: Sequence[Difference], few: Sequence[Difference]) -> tuple[Differ
         many: Of a call of many samples, or of several.
         few: Of a call of few.
     """
-    found = {d.columns: d for d in few}
-    return tuple(_worse(d, found[d.columns]) if d.columns in found else d for d in many)
+    by_part = {d.columns: d for d in few}
+    return tuple(_worse(d, by_part[d.columns]) if d.columns in by_part else d for d in many)
 
 
 def _worse(many: Difference, few: Difference) -> Difference:

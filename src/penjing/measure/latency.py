@@ -146,8 +146,8 @@ def compare(
                 if not any(steadiness.doubt(windows[-1][0], latency) for latency in windows[-1]):
                     break
         memory = {child.name: child.peak() for child in children}
-    kept = windows[steadiness.steady_rounds(windows)]
-    doubts = [steadiness.doubt(kept[0], latency) for latency in kept]
+    latencies = windows[steadiness.steady_rounds(windows)]
+    doubts = [steadiness.doubt(latencies[0], latency) for latency in latencies]
     return {
         target.name: Timing(
             latency=replace(latency, steady=not text, doubt=text),
@@ -155,7 +155,7 @@ def compare(
             baseline_bytes=memory[target.name][1],
             load_ms=loading[target.name],
         )
-        for target, latency, text in zip(targets, kept, doubts, strict=True)
+        for target, latency, text in zip(targets, latencies, doubts, strict=True)
     }
 
 

@@ -51,7 +51,7 @@ def of(precision: str) -> Limits:
 
 
 def judged(
-    found: Sequence[Difference],
+    differences: Sequence[Difference],
     names: Sequence[str],
     precision: str,
     elsewhere: Callable[[float], Sequence[Difference]] | None = None,
@@ -71,20 +71,20 @@ def judged(
     limits = of(precision)
     rows = tuple(
         replace(row, limit_db=limits.snr_db) if row.equal is None else replace(row, limit_equal=limits.equal)
-        for row in told(found, names)
+        for row in told(differences, names)
     )
     failing = [not row.holds and row.equal is None and not row.fault for row in rows]
     if not any(failing):
         return rows
-    largest = max((d.signal / d.values for d in found if d.values), default=0.0)
+    largest = max((d.signal / d.values for d in differences if d.values), default=0.0)
     itself = {d.columns: d for d in (elsewhere(limits.rounding) if elsewhere is not None else ())}
     return tuple(
         _lowered(row, d, _allowed(d, itself.get(d.columns), largest)) if fails else row
-        for row, d, fails in zip(rows, found, failing, strict=True)
+        for row, d, fails in zip(rows, differences, failing, strict=True)
     )
 
 
-def told(found: Sequence[Difference], names: Sequence[str]) -> tuple[ParityRow, ...]:
+def told(differences: Sequence[Difference], names: Sequence[str]) -> tuple[ParityRow, ...]:
     """Rows without limits."""
     return tuple(
         ParityRow(
@@ -96,7 +96,7 @@ def told(found: Sequence[Difference], names: Sequence[str]) -> tuple[ParityRow, 
             batch=d.batch,
             fault=d.fault,
         )
-        for d in found
+        for d in differences
     )
 
 

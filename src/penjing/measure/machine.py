@@ -92,13 +92,13 @@ def machine(threads: int) -> Machine:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, those that are installed; none is imported."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cores() -> int:

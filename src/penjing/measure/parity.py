@@ -39,17 +39,17 @@ def parity(
     sums = _Sums()
     left, right = iter(reference), iter(candidate)
     for batch in count():
-        expected, found = next(left, None), next(right, None)  # zip would keep the batch before alive
-        if expected is None and found is None:
+        expected, actual = next(left, None), next(right, None)  # zip would keep the batch before alive
+        if expected is None and actual is None:
             break
-        if expected is None or found is None:
+        if expected is None or actual is None:
             raise ArtifactError(
                 "the artifact answered another number of batches than the network",
                 got=f"{batch} batches from the {'network' if expected is None else 'artifact'}, more from the other",
                 expected="the same batches on both sides",
             )
-        sums.add(expected, found, batch)
-        del expected, found
+        sums.add(expected, actual, batch)
+        del expected, actual
     return sums.result(against)
 
 

@@ -53,11 +53,11 @@ def regular(path: Path | str, limit: int | None = None) -> Iterator[IO[bytes]]:
     # A pipe without a writer would be waited for.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if limit is not None and found.st_size > limit:
-            raise ValueError(f"{found.st_size:,} bytes, and at most {limit:,} are read")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"{status.st_size:,} bytes, and at most {limit:,} are read")
         yield file
 
 
@@ -125,11 +125,11 @@ def check(value: Any) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice[:100]!r} stands twice")
-    return found
+    return members
 
 
 def _integer(written: str) -> int:
@@ -173,26 +173,26 @@ def arrays(path: Path | str, limit: int | None = None, names: tuple[str, ...] | 
             it holds.
     """
     limit = limit if limit is not None else _memory() // 2
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     try:
         with regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len(members) > MEMBERS or len({m.filename for m in members}) != len(members):
                 raise ValueError(f"{len(members)} members, some of the same name or more than {MEMBERS:,}")
-            wanted = [m for m in members if names is None or m.filename.removesuffix(".npy") in names]
-            if (total := sum(m.file_size for m in wanted)) > limit:
+            selected = [m for m in members if names is None or m.filename.removesuffix(".npy") in names]
+            if (total := sum(m.file_size for m in selected)) > limit:
                 raise ValueError(f"arrays of {total:,} bytes, and at most {limit:,} are read")
-            for member in wanted:
+            for member in selected:
                 name = member.filename.removesuffix(".npy")
                 if member.flag_bits & 0x1:
                     raise ValueError(f"{name[:100]!r} is encrypted")
                 with archive.open(member) as stream:
-                    found[name] = _array(stream, member.file_size, name[:100])
+                    by_name[name] = _array(stream, member.file_size, name[:100])
     except OSError:
         raise
     except UNREADABLE as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    return found
+    return by_name
 
 
 def _array(stream: IO[bytes], size: int, name: str) -> Any:

@@ -53,8 +53,8 @@ class Axis:
         bare = cls(low - margin, high + margin, start, end, log)
         marks = _decades(bare.low, bare.high) if log else _round_steps(bare.low, bare.high, ticks)
         texts = _texts(marks, 100.0 if percent else 1.0, log)
-        found = tuple(Tick(round(bare.at(m), 1), t) for m, t in zip(marks, texts, strict=True))
-        return cls(bare.low, bare.high, start, end, log, found)
+        placed = tuple(Tick(round(bare.at(m), 1), t) for m, t in zip(marks, texts, strict=True))
+        return cls(bare.low, bare.high, start, end, log, placed)
 
     def at(self, value: float) -> float:
         """The pixel of a value."""

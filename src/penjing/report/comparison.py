@@ -47,13 +47,13 @@ def rows(record: records.Record) -> tuple[Row, ...]:
     if plain is not None and record.chosen is not None and plain is record.chosen.measured:
         plain = None  # nothing was compressed
     sides = source, artifact
-    found = [_metric(record, *sides)]
+    every = [_metric(record, *sides)]
     for figure in FIGURES.values():
         if figure.label:
-            found.append(_DETAILS.get(figure.name, _as_measured)(_row(figure, *sides), *sides, plain))
+            every.append(_DETAILS.get(figure.name, _as_measured)(_row(figure, *sides), *sides, plain))
         if figure.name == "latency_ms":
-            found.append(_p95(*sides))
-    shown = tuple(r for r in found if not r.optional or r.source is not None or r.artifact is not None)
+            every.append(_p95(*sides))
+    shown = tuple(r for r in every if not r.optional or r.source is not None or r.artifact is not None)
     return shown if record.reference is None else tuple(_beside(r, record.reference) for r in shown)
 
 

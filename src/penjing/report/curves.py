@@ -43,13 +43,13 @@ class Chart:
 def charts(trainings: Sequence[records.Training]) -> tuple[Chart, ...]:
     """One chart for every training; several of one step are numbered."""
     names = [t.name for t in trainings]
-    found = []
+    drawn = []
     for i, training in enumerate(trainings):
         many = names.count(training.name)
         name = f"{training.name}, {names[: i + 1].count(training.name)} of {many}" if many > 1 else training.name
         if training.curve:
-            found.append(_chart(name, training.curve))
-    return tuple(found)
+            drawn.append(_chart(name, training.curve))
+    return tuple(drawn)
 
 
 def _chart(name: str, curve: Sequence[records.CurvePoint], width: float = 480, height: float = 250) -> Chart:

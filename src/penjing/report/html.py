@@ -142,7 +142,7 @@ def trees(record: records.Record) -> tuple[float, float] | None:
 
 def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[FloatGroup, ...]], ...]:
     """For every integer candidate the layers that stayed in floating point by reason, the chosen candidate first."""
-    found = []
+    by_candidate = []
     for c in sorted((*record.candidates, *record.rejected), key=lambda c: c.name != record.goal.chosen):
         if arithmetic.family(c.precision) != arithmetic.INTEGER or not c.layers:
             continue
@@ -151,8 +151,8 @@ def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple
         for row in filter(_is_float_work, c.layers):
             groups.setdefault(row.reason or "no reason was recorded", []).append(row)
         listed = (FloatGroup(text, tuple(rows), sum(r.macs for r in rows) / total) for text, rows in groups.items())
-        found.append((c, tuple(sorted(listed, key=lambda g: -g.share))))
-    return tuple(found)
+        by_candidate.append((c, tuple(sorted(listed, key=lambda g: -g.share))))
+    return tuple(by_candidate)
 
 
 def _is_float_work(row: records.LayerRow) -> bool:

@@ -86,8 +86,8 @@ class _Measure:
     def of(self, candidate: records.Candidate) -> float | None:
         if self.kind == "metric":
             return candidate.measured.metric
-        found = parity(candidate)
-        value = None if found is None else getattr(found, self.kind)
+        row = parity(candidate)
+        value = None if row is None else getattr(row, self.kind)
         return value if value is not None and math.isfinite(value) else None
 
     def write(self, value: float) -> str:
@@ -155,17 +155,17 @@ def _measure(record: records.Record) -> _Measure:
 
 
 def _points(record: records.Record, measure: _Measure) -> list[_Point]:
-    found = []
+    points = []
     for c in record.candidates:
         value, latency = measure.of(c), c.measured.latency_ms
         if value is not None and latency is not None and latency.median > 0:
-            found.append(_Point(c.name, latency.median, value, c.measured.size_bytes, c))
+            points.append(_Point(c.name, latency.median, value, c.measured.size_bytes, c))
     source = record.source
     # The source agrees with itself by definition; its signal-to-noise has no end, so it is not drawn there.
     value = {"metric": record.source_metric, "agreement": 1.0}.get(measure.kind)
     if value is not None and source.latency_ms is not None and source.latency_ms.median > 0:
-        found.append(_Point("source", source.latency_ms.median, value, source.size_bytes))
-    return found
+        points.append(_Point("source", source.latency_ms.median, value, source.size_bytes))
+    return points
 
 
 def _limits(
@@ -231,16 +231,16 @@ def _lines(
     limits: list[tuple[str, float, str]], x: Axis, y: Axis, frame: tuple[float, float, float, float]
 ) -> tuple[Limit, ...]:
     left, right, top, _ = frame
-    found = []
+    lines = []
     for axis, value, text in limits:
         if axis == "x":
             at = round(x.at(value), 1)
             anchor = "end" if at > (left + right) / 2 else "start"
-            found.append(Limit(True, at, text, Label.standing(text, at, top - 9, anchor)))
+            lines.append(Limit(True, at, text, Label.standing(text, at, top - 9, anchor)))
         else:
             at = round(y.at(value), 1)
-            found.append(Limit(False, at, text, Label.standing(text, right - 4, at + 15, "end")))
-    return tuple(found)
+            lines.append(Limit(False, at, text, Label.standing(text, right - 4, at + 15, "end")))
+    return tuple(lines)
 
 
 def _labelled(

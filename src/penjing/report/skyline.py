@@ -127,9 +127,9 @@ def heaviest(rows: Sequence[records.LayerRow], count: int = 20) -> list[records.
 def shares(rows: Sequence[records.LayerRow]) -> list[tuple[str, int, float]]:
     """For every family of arithmetic that occurs: its name, its layers with work, and its share of all MACs."""
     total = sum(r.macs for r in rows)
-    found = []
+    families = []
     for family in _STACK:
         mine = [r for r in rows if r.macs and arithmetic.family(r.executed) == family]
         if mine:
-            found.append((family, len(mine), sum(r.macs for r in mine) / total))
-    return found
+            families.append((family, len(mine), sum(r.macs for r in mine) / total))
+    return families

@@ -170,8 +170,8 @@ def candidates(record: records.Record) -> Table:
 def _kept(shown: Sequence[records.Candidate]) -> list[str]:
     """What every candidate keeps of its plan, where that is least, beside its limit."""
     worst = [(c.name, p.worst) for c in shown for p in c.parity if p.against == "planned" and p.worst is not None]
-    found = [f"{name} {_decibels(w.snr_db)} ({w.limit_db:.0f})" for name, w in worst if w.limit_db is not None]
-    return [f"least dB against the plan (limit): {', '.join(found)}"] if found else []
+    parts = [f"{name} {_decibels(w.snr_db)} ({w.limit_db:.0f})" for name, w in worst if w.limit_db is not None]
+    return [f"least dB against the plan (limit): {', '.join(parts)}"] if parts else []
 
 
 def layers(rows: Sequence[records.LayerRow]) -> Table:
@@ -275,7 +275,7 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
     m, parity = candidate.measured, scatter.parity(candidate)
     counted = arithmetic.counted(candidate)
     speedup = compared.speedup(record, candidate)
-    found = (
+    texts = (
         numbers.metric(m.metric, record.metric_name) if m.metric is not None else None,
         numbers.drop(candidate.drop, record.metric_name) if candidate.drop is not None else None,
         numbers.figure(m.latency_ms.median, "ms") if m.latency_ms else None,
@@ -285,7 +285,7 @@ def _figures(record: records.Record, candidate: records.Candidate) -> tuple[str,
         _agreement(parity.agreement) if parity and parity.agreement is not None else None,
         f"{counted[0]}/{sum(counted)}" if counted else None,
     )
-    return tuple(text or "-" for text in found)
+    return tuple(text or "-" for text in texts)
 
 
 def _decibels(value: float) -> str:

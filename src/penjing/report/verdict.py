@@ -65,16 +65,16 @@ def changes(record: records.Record) -> tuple[str, ...]:
     elif speed[0] and record.chosen is not None:
         rejected = any((c.runtime, c.precision) == (record.chosen.runtime, "fp32") for c in record.rejected)
         speed.append(f"{FLOOR} was rejected" if rejected else f"no {FLOOR} to compare with")
-    found = [*speed, *_sizes(size)]
+    phrases = [*speed, *_sizes(size)]
     metric = source.metric if record.reference is None else record.reference.measured.metric
     if metric is not None and artifact.metric is not None:
         old, new = numbers.metric_pair(metric, artifact.metric, record.metric_name)
         whose = "" if record.reference is None else " of the reference"
-        found.append(f"{record.metric_name} {old}{whose} → {new}")
+        phrases.append(f"{record.metric_name} {old}{whose} → {new}")
     share = record.chosen.float_macs_share if record.chosen else None
     if share is not None and share > TOLD:
-        found.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
-    return tuple(f for f in found if f)
+        phrases.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
+    return tuple(f for f in phrases if f)
 
 
 def _sizes(changes: dict[str, str]) -> list[str]:

@@ -114,17 +114,17 @@ def open_file(path: Path) -> Source:
 
 
 def _open_python(spec: str, where: str, name: str) -> Source:
-    found = load_named(where, name, error=SourceError, role="source")
-    if not isinstance(found, nn.Module | ExportedProgram) and callable(found):
-        found = call_named(found, where, error=SourceError, role="source")
-    if not isinstance(found, nn.Module | ExportedProgram):
+    opened = load_named(where, name, error=SourceError, role="source")
+    if not isinstance(opened, nn.Module | ExportedProgram) and callable(opened):
+        opened = call_named(opened, where, error=SourceError, role="source")
+    if not isinstance(opened, nn.Module | ExportedProgram):
         raise SourceError(
             f"{spec} is not a network",
-            got=type(found).__name__,
+            got=type(opened).__name__,
             expected="an nn.Module, or a callable without arguments that returns one",
             remedy="return the module itself (not its state dict, nor a tuple)",
         )
-    module = found if isinstance(found, ExportedProgram) else unwrapped(found)
+    module = opened if isinstance(opened, ExportedProgram) else unwrapped(opened)
     return Source(name=name, module=module, spec=spec)
 
 

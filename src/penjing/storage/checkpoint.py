@@ -85,8 +85,8 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         ) from None
     network = replay(source, edits)
     state = {**weights, **{name: weights[of] for name, of in ties.items() if of in weights}}
-    wanted = network.state_dict()
-    if problem := difference(state, wanted) or _untied(state, wanted):
+    network_state = network.state_dict()
+    if problem := difference(state, network_state) or _untied(state, network_state):
         raise CheckpointError(
             "the checkpoint does not fit this network",
             got=problem,
@@ -127,27 +127,27 @@ def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
     return load(folder, capture_network(model, *task.call(), task.dynamic))
 
 
-def difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
     """The first few names or shapes that differ, in words; None where nothing does."""
-    missing, more = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    missing, more = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     shapes = [
-        f"{n} has shape {tuple(got[n].shape)}, the network's {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in got and got[n].shape != wanted[n].shape
+        f"{n} has shape {tuple(got[n].shape)}, the network's {tuple(expected[n].shape)}"
+        for n in expected
+        if n in got and got[n].shape != expected[n].shape
     ]
     shapes += [
-        f"{n} is {got[n].dtype}, the network's {wanted[n].dtype}".replace("torch.", "")
-        for n in wanted
-        if n in got and got[n].dtype != wanted[n].dtype
+        f"{n} is {got[n].dtype}, the network's {expected[n].dtype}".replace("torch.", "")
+        for n in expected
+        if n in got and got[n].dtype != expected[n].dtype
     ]
     parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has also {', '.join(more[:3])}" if more else ""]
     return "; ".join(p for p in (*parts, *shapes[:3]) if p) or None
 
 
-def _untied(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str | None:
+def _untied(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
     """The first two names that are one tensor in the network and two in the checkpoint."""
     first: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         known = first.setdefault((tensor.data_ptr(), tensor.shape), name)
         if tensor.numel() and not torch.equal(got[known], got[name]):
             return f"{known} and {name} differ, and are one tensor in the network"

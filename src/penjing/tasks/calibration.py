@@ -94,24 +94,24 @@ def _checked(batch: Any, index: int, example: Call, dynamic: Dynamic) -> Call:
         raise CalibrationError(
             f"{where} holds no numbers", got=error.got, expected=error.expected, remedy=error.remedy
         ) from None
-    wanted = {name: (key, value) for key, name, value in leaves(example)}
-    found = {name: value for _, name, value in leaves(call)}
-    if found.keys() != wanted.keys():
+    examples = {name: (key, value) for key, name, value in leaves(example)}
+    values = {name: value for _, name, value in leaves(call)}
+    if values.keys() != examples.keys():
         raise CalibrationError(
             f"{where} is nested differently from the example",
-            got=", ".join(found) or "nothing",
-            expected=", ".join(wanted),
+            got=", ".join(values) or "nothing",
+            expected=", ".join(examples),
             remedy="give every batch in the form of Task.example",
         )
     ready = []
-    for name, value in found.items():
-        key, want = wanted[name]
+    for name, value in values.items():
+        key, like = examples[name]
         place = f"{where}, {name}"
-        if isinstance(want, torch.Tensor):
-            _check_tensor(place, value, want, _free_axes(dynamic, key, example))
-            ready.append(value.to(want.dtype))
+        if isinstance(like, torch.Tensor):
+            _check_tensor(place, value, like, _free_axes(dynamic, key, example))
+            ready.append(value.to(like.dtype))
         else:
-            _check_constant(place, value, want)
+            _check_constant(place, value, like)
             ready.append(value)
     source = iter(ready)  # leaves and map_leaves walk in the same order
     args = tuple(map_leaves(lambda _: next(source), arg) for arg in call[0])

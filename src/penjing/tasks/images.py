@@ -122,9 +122,9 @@ def image_files(root: Path) -> tuple[Files, Files]:
             for i, file in enumerate(files):
                 (test if i % _EVALUATION_SHARE == _EVALUATION_SHARE - 1 else train).append((file, number))
         return tuple(train), tuple(test)
-    found = [_classes(part) if part is not None else {} for part in parts]
-    names = sorted(found[0] or found[1])
-    strangers = sorted(set(found[1]) - set(names))
+    part_classes = [_classes(part) if part is not None else {} for part in parts]
+    names = sorted(part_classes[0] or part_classes[1])
+    strangers = sorted(set(part_classes[1]) - set(names))
     if strangers:
         raise TaskError(
             f"{parts[1]} has classes that {parts[0]} has not",
@@ -134,7 +134,7 @@ def image_files(root: Path) -> tuple[Files, Files]:
         )
     number_of = {name: i for i, name in enumerate(names)}
     train_files, test_files = (
-        tuple((file, number_of[name]) for name, files in classes.items() for file in files) for classes in found
+        tuple((file, number_of[name]) for name, files in classes.items() for file in files) for classes in part_classes
     )
     return train_files, test_files
 

@@ -26,14 +26,14 @@ def open_task(spec: str) -> Task:
     parts = split_spec(spec)
     if parts is not None:
         where, name = parts
-        found = load_named(where, name, error=TaskError, role="task")
-        if callable(found) and not isinstance(found, Task | nn.Module):
-            found = call_named(found, where, error=TaskError, role="task")
-        if isinstance(found, Task):
-            return found
+        opened = load_named(where, name, error=TaskError, role="task")
+        if callable(opened) and not isinstance(opened, Task | nn.Module):
+            opened = call_named(opened, where, error=TaskError, role="task")
+        if isinstance(opened, Task):
+            return opened
         raise TaskError(
             f"{spec} is not a task",
-            got=type(found).__name__,
+            got=type(opened).__name__,
             expected="a penjing.Task, or a function without arguments that returns one",
             remedy="build it with Task(example=..., calibration=..., evaluate=...)",
         )

@@ -82,11 +82,11 @@ class Task:
 
     def __post_init__(self) -> None:
         """Refuse what can be seen to be wrong without running anything."""
-        found = [type(value).__name__ for _, _, value in leaves(as_call(self.example))]
+        types = [type(value).__name__ for _, _, value in leaves(as_call(self.example))]
         if not any(isinstance(v, torch.Tensor | np.ndarray) for _, _, v in leaves(as_call(self.example))):
             raise TaskError(
                 "the task's example holds no tensor",
-                got=", ".join(found) or repr(self.example),
+                got=", ".join(types) or repr(self.example),
                 expected="a tensor, a tuple of tensors or a dict of keyword tensors, batch first",
                 remedy="for example Task(example=torch.zeros(1, 3, 224, 224))",
             )
