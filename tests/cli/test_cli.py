@@ -205,7 +205,7 @@ class TestInspect:
         assert cli.main(["inspect", "resnet20", "--shape", "3,32,32"]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert "12 groups with" in out
-        assert "held: classifier.weight:0 (it is an output of the network)" in out
+        assert "not prunable: classifier.weight:0 (it is an output of the network)" in out
 
     def test_what_each_group_of_channels_alone_is_worth(self, capsys, tmp_path):
         (tmp_path / "net.py").write_text(
@@ -310,9 +310,9 @@ class TestBadInput:
             ("empty", "is empty"),
             ("nan", "calibration batch 1, input 0 holds values that are not finite"),
             ("infinite", "not finite"),
-            ("narrow", "another shape"),
+            ("narrow", "a different shape"),
             ("unbatched", "axis 0 is the batch"),
-            ("integers", "another type of numbers"),
+            ("integers", "a different type of numbers"),
             ("labelled", "leave the target out"),
             ("missing", "has no 'missing'"),
             ("raising", "no such weights"),
@@ -481,7 +481,7 @@ class TestExitCodes:
         assert "already holds a run" in text and "--resume" in text and "--force" in text
         impossible = "latency_ms<=0.0000001, minimize size_bytes"
         assert goes_on(digits_copy, digits_source, digits_task, "--resume", goal=impossible) == 1
-        assert "another goal" in error_of(capsys)
+        assert "different settings: goal" in error_of(capsys)
         assert goes_on(digits_copy, "nowhere.py:make", digits_task, "--force") == 1  # which removes nothing
         assert records.read(digits_copy) == before and (digits_copy / "artifact").is_dir()
         capsys.readouterr()

@@ -77,7 +77,7 @@ def test_integers_and_booleans_are_equal_or_not(dtype, equal):
         ([1.0, 2.0], [1.0, np.nan], "1 of 2 values is NaN"),
         ([1.0, 2.0], [np.inf, -np.inf], "2 of 2 values are infinite, where the torch network's are finite"),
         ([-np.inf, 2.0], [-1e4, 2.0], "1 of 2 values is finite, where the torch network's are infinite"),
-        ([np.nan, 2.0], [np.nan, 2.0], "1 of 2 values is NaN, in the torch network it is compared with too"),
+        ([np.nan, 2.0], [np.nan, 2.0], "1 of 2 values is NaN, as in the torch network that it is compared with"),
         ([-np.inf, 2.0], [-np.inf, 2.5], ""),
     ],
 )
@@ -127,7 +127,7 @@ def test_sides_that_do_not_fit_are_refused():
     one = np.zeros((2, 2), np.float32)
     with pytest.raises(ArtifactError, match="number of outputs"):
         differences([one], [one, one], split([one]))
-    with pytest.raises(ArtifactError, match="another shape"):
+    with pytest.raises(ArtifactError, match="different shape"):
         differences([one], [one[:1]], split([one]))
 
 

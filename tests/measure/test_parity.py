@@ -139,7 +139,7 @@ def test_sides_that_do_not_fit_are_refused():
         parity([[a]], [[a], [a]], "planned")
     with pytest.raises(ArtifactError, match="number of outputs"):
         parity([[a]], [[a, a]], "planned")
-    with pytest.raises(ArtifactError, match="another shape"):
+    with pytest.raises(ArtifactError, match="different shape"):
         parity([[a]], [[a[:1]]], "planned")
     for empty in ([], [[a[:0]]]):
         with pytest.raises(TaskError, match="no sample"):

@@ -206,7 +206,7 @@ class TestWhatIsNotFinite:
         batch = data(32)
         batch[20:23] -= 100  # behind the few samples that are looked at before anything else
         of = pj.Task(example=data(2), calibration=[batch, data(32, 1)])
-        with pytest.raises(TaskError, match="answers NaN in roots") as caught:
+        with pytest.raises(TaskError, match="returns NaN in roots") as caught:
             compressed(tmp_path / "run", Roots().eval(), recipe=Recipe(), of=of)
         assert "3 of 32 samples" in str(caught.value)
 

@@ -93,14 +93,14 @@ class TestResume:
 
     def test_the_difference_is_named_and_not_all_that_is_the_same(self, run):
         wanted = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
-        with pytest.raises(OutputError, match="another recipe") as found:
+        with pytest.raises(OutputError, match="different settings: recipe") as found:
             RunFolder(run, resume=True).claim(wanted)
         place = "recipe[0].quantize.Static.exclude[0]"
         assert (found.value.got, found.value.expected) == (f"{place} = b", f"{place} = a")
 
     def test_another_request_is_refused_by_name(self, run):
         folder = RunFolder(run, resume=True)
-        with pytest.raises(OutputError, match="another goal, seed") as found:
+        with pytest.raises(OutputError, match="different settings: goal, seed") as found:
             folder.claim({**REQUEST, "goal": "drop<=2%", "seed": 1})
         assert (found.value.got, found.value.expected) == ("goal = drop<=2%", "goal = drop<=1%")
 

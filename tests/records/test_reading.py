@@ -58,7 +58,7 @@ class TestJson:
             ("-1e400", "too large"),
             ("NaN", "not a number"),
             ("[Infinity]", "not a number"),
-            ('{"a": 1, "a": 2}', "'a' stands twice"),
+            ('{"a": 1, "a": 2}', "'a' appears twice"),
             (json.dumps("x" * 70_000), "70,000 characters"),
             (json.dumps({"x" * 70_000: 1}), "70,000 characters"),
             ("", "not valid JSON"),

@@ -38,8 +38,8 @@ def test_the_jitter_of_microseconds_is_no_doubt(ms):
 def test_calls_that_scatter_are_told_on_either_side():
     slow, fast = QUIET
     busy = latency(*slow.rounds, spread=SPREAD + 0.2)
-    assert doubt(busy, fast) == "half of the calls that it is compared with lie 60 % of their median apart"
-    assert doubt(slow, latency(*fast.rounds, spread=0.63)) == "half of its calls lie 63 % of their median apart"
+    assert doubt(busy, fast) == "the middle half of the calls that it is compared with spans 60 % of their median"
+    assert doubt(slow, latency(*fast.rounds, spread=0.63)) == "the middle half of its calls spans 63 % of their median"
 
 
 def test_a_ratio_that_changes_between_turns_is_told():

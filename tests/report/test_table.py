@@ -80,7 +80,7 @@ def test_candidates_of_a_busy_machine_have_no_speed_up():
     text = shown(table.candidates(record), 120)
     lines = [words(line) for line in text.splitlines()]
     assert "onnxruntime-fp32 93.41 % 0.00 % 0.512 ms busy 1.12 MB 118.0 100 % 0/31 yes" in lines
-    assert "busy machine: onnxruntime-fp32: half of its calls lie 70 % of their median apart" in words(text)
+    assert "busy machine: onnxruntime-fp32: the middle half of its calls spans 70 % of their median" in words(text)
     assert "onnxruntime-int8 1.5×" not in words(text)  # which is compared with it
 
 

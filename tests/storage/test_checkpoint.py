@@ -169,7 +169,7 @@ class TestAnotherNetwork:
         checkpoint.save(Draft(network("a", "b")), tmp_path)
         with pytest.raises(CheckpointError) as found:
             checkpoint.load(tmp_path, network("a", "c"))
-        assert "lacks c.bias, c.weight; has also b.bias, b.weight" in str(found.value)
+        assert "lacks c.bias, c.weight; also has b.bias, b.weight" in str(found.value)
 
 
 class TestDamage:

@@ -122,7 +122,7 @@ def test_labels_in_a_dict_are_recognised():
 
 
 def test_a_missing_input_is_an_error():
-    assert "other inputs" in refused([{"y": X}], {"x": torch.zeros(1, 3, 2)})
+    assert "different inputs" in refused([{"y": X}], {"x": torch.zeros(1, 3, 2)})
 
 
 def test_the_batch_and_the_input_are_named():

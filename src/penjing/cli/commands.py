@@ -198,7 +198,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
         return _show_group(inspection, parsed, out)
     if inspection.sensitivity:
         return _show_sensitivity(inspection, parsed, out)
-    out.print("\n[bold]channels that belong together[/bold]")
+    out.print("\n[bold]coupled channels[/bold]")
     out.print(table.groups(inspection.groups, inspection.not_prunable))
     for runtime, reasons in inspection.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")

@@ -104,7 +104,7 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
     sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
-    sub.add_argument("--group", metavar="NAME", help="everything that goes with the channels of this layer")
+    sub.add_argument("--group", metavar="NAME", help="everything coupled with the channels of this layer")
     sub.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: draws it")
     sub.add_argument(
         "--sensitivity", metavar="FILE.json", help="prune every group alone, and show what is lost; needs --task"
@@ -133,7 +133,7 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
     _timing(sub, 2.0)
 
-    command("runtimes", "Which runtimes are here, and what each accelerates.", "penjing runtimes --json")
+    command("runtimes", "Which runtimes are installed, and what each accelerates.", "penjing runtimes --json")
     return grammar
 
 

@@ -181,7 +181,7 @@ def _same(one: Limit, other: Limit) -> bool:
 
 
 def _twice(what: str) -> GoalError:
-    return GoalError("a limit stands twice in the goal", got=what, expected="each limit once", remedy="remove one")
+    return GoalError("a limit appears twice in the goal", got=what, expected="each limit once", remedy="remove one")
 
 
 def _two_objectives(got: str) -> GoalError:

@@ -145,14 +145,14 @@ def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: 
     """Raise ArtifactError where the candidate has another number of outputs, or another shape."""
     if len(reference) != len(candidate):
         raise ArtifactError(
-            "the artifact has another number of outputs than the network",
+            "the artifact has a different number of outputs from the network",
             got=f"{len(candidate)} outputs",
             expected=f"{len(reference)}",
         )
     for port, (r, c) in enumerate(zip(reference, candidate, strict=True)):
         if r.shape != c.shape:
             raise ArtifactError(
-                f"output {port} of the artifact has another shape than the network's",
+                f"output {port} of the artifact has a different shape from the network's",
                 got=f"{c.shape}{where}",
                 expected=f"{r.shape}",
             )
@@ -165,7 +165,7 @@ def fault(reference: Array, candidate: Array) -> str:
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
     told = []
     for count, text in (
-        (int(np.isnan(r).sum()), "NaN, in the torch network it is compared with too"),
+        (int(np.isnan(r).sum()), "NaN, as in the torch network that it is compared with"),
         (int((np.isnan(c) & ~np.isnan(r)).sum()), "NaN"),
         (int((np.isinf(c) & ~np.isnan(r) & (c != r)).sum()), "infinite, where the torch network's are finite"),
         (int((np.isinf(r) & np.isfinite(c)).sum()), "finite, where the torch network's are infinite"),
@@ -205,7 +205,7 @@ def _difference(reference: Array, candidate: Array, part: Columns) -> Difference
         largest = math.sqrt(float(np.square(r[counted & ~filled]).mean()))
         lost = int((counted & filled & ~((np.sign(c) == np.sign(r)) & (np.abs(c) > MASK / 10 * largest))).sum())
         if lost:
-            text = f"{lost} masked values are not, where the network fills in {r[filled][0]:.3g}"
+            text = f"{lost} masked values are not masked: the network fills in {r[filled][0]:.3g}"
             told = f"{told}; {text}" if told else text
         counted &= ~filled  # what stands beside them is what counts
     r, c = r[counted], c[counted]

@@ -102,7 +102,7 @@ def told(differences: Sequence[Difference], names: Sequence[str]) -> tuple[Parit
 
 def _allowed(d: Difference, itself: Difference | None, largest: float) -> list[tuple[float, str]]:
     """Noise that is not the artifact's mistake, by every rule, and the rule in words."""
-    rules = [(d.values * largest * _NOTHING, "the values are next to nothing beside the others")]
+    rules = [(d.values * largest * _NOTHING, "the values are negligible beside the others")]
     if itself is not None and itself.values and not itself.fault:
         noise = _SPARE * itself.noise * d.values / itself.values
         if d.signal:

@@ -44,7 +44,7 @@ def parity(
             break
         if expected is None or actual is None:
             raise ArtifactError(
-                "the artifact answered another number of batches than the network",
+                "the artifact returned a different number of batches from the network",
                 got=f"{batch} batches from the {'network' if expected is None else 'artifact'}, more from the other",
                 expected="the same batches on both sides",
             )

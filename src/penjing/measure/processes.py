@@ -183,7 +183,7 @@ class Process:
         if self._late is not None:
             raise ArtifactError(
                 f"the process of {self.name!r} did not answer and was ended",
-                got=f"nothing within {self._late:.0f} s; it said last:\n{self.tail()}",
+                got=f"nothing within {self._late:.0f} s; its last output:\n{self.tail()}",
                 expected="an answer; the limit is many times what the source took for the same work",
                 remedy=remedy,
             )
@@ -191,7 +191,7 @@ class Process:
             remedy = "most often the system was out of memory: free some, or take a smaller batch"
         raise ArtifactError(
             f"the process of {self.name!r} crashed",
-            got=f"{_ending(code)}; it said last:\n{self.tail()}",
+            got=f"{_ending(code)}; its last output:\n{self.tail()}",
             expected="a runtime that opens the artifact and runs it",
             remedy=remedy,
         )

@@ -78,7 +78,7 @@ def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
             raise ExportError(
                 f"an output of the network is a number that changes with the sizes of its inputs{line(number)}",
                 got=str(number.meta.get("val", number)),
-                expected="tensors, and numbers that are always the same",
+                expected="tensors, and numbers that are constant",
                 remedy="leave it out and compute it from the inputs, or return a tensor: x.new_full((1,), x.shape[0])",
             )
 
@@ -104,7 +104,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             if both:
                 raise ExportError(
                     f"two inputs of the network would be called {both[0]!r}",
-                    got=f"forward{signature}: torch calls so the input that *{name} collects",
+                    got=f"forward{signature}: torch gives this name to the input that *{name} collects",
                     expected="one name for each input",
                     remedy=f"rename the parameter {both[0]} of forward",
                 )

@@ -35,7 +35,7 @@ def single_module(module: nn.Module) -> tuple[nn.Module, str | None]:
         raise SourceError(
             f"the network is in {str(dtype).removeprefix('torch.')}",
             got=f"{name} and {len(halves) - 1} more parameters",
-            expected="a network in float32: an artifact computes in it, and stores weights in half where that is asked",
+            expected="a network in float32: an artifact computes in it (half precision is for stored weights)",
             remedy="give model.float(), and a task whose inputs are float32",
         )
     dtypes = Counter(tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in OTHERS)

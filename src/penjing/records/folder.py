@@ -81,7 +81,7 @@ class RunFolder:
             if changed:
                 where, now, then = _difference(changed[0], plain[changed[0]], before[changed[0]])
                 raise OutputError(
-                    f"the run in this folder was asked for another {', '.join(changed)}",
+                    f"the run in this folder was started with different settings: {', '.join(changed)}",
                     got=f"{where} = {now}",
                     expected=f"{where} = {then}",
                     remedy="resume with the same request, or start anew with --force",

@@ -139,7 +139,7 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 def _told(holder: dict[str, Any]) -> str:
     if not holder:
-        return "a process that has not said which"
+        return "an unknown process"
     where = "" if holder.get("host") == socket.gethostname() else f" on {holder.get('host')}"
     text = f"process {holder.get('pid')}{where} since {holder.get('since')}: {holder.get('command')}"
     return "".join(c if c.isprintable() else "?" for c in text)

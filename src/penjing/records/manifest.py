@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(name).name != name or name in ("", ".", ".."):
             raise ArtifactError(f"{MANIFEST} names a file outside its folder", got=name, expected="a plain file name")
         if (folder / name).is_symlink() and (folder / name).resolve().parent != folder.resolve():
-            raise ArtifactError(f"{MANIFEST} names a link out of its folder", got=name, expected="a file of its own")
+            raise ArtifactError(f"{MANIFEST} names a link out of its folder", got=name, expected="a file inside it")
         if not (folder / name).is_file():
             raise ArtifactError(
                 "a file of the artifact is missing", got=str(folder / name), expected=list(manifest.files())
@@ -118,7 +118,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{port.name[:100]!r} has {math.prod(sizes):,} values")
     # A program may give more: values of its middle, where they are asked for.
     if manifest.programs and _tensors(manifest.structure) > len(manifest.programs[0].outputs):
-        raise ValueError("the structure of the outputs has more of them than the program")
+        raise ValueError("the structure names more outputs than the program has")
 
 
 def _tensors(structure: Any) -> int:

@@ -128,7 +128,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{twice[:100]!r} stands twice")
+        raise ValueError(f"{twice[:100]!r} appears twice")
     return members
 
 
@@ -202,7 +202,7 @@ def _array(stream: IO[bytes], size: int, name: str) -> Any:
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
-        raise ValueError(f"{name!r} has the format {version} of NumPy, and 1.0 and 2.0 are read")
+        raise ValueError(f"{name!r} has NumPy's format {version}, and only 1.0 and 2.0 are read")
     shape, fortran, dtype = read(stream, max_header_size=HEADER)
     if dtype.hasobject:
         raise ValueError(f"{name!r} holds Python objects: opening them needs allow_pickle, and could run code")
@@ -243,7 +243,7 @@ def safetensors_header(path: Path | str) -> dict[str, Any]:
         start, end = places if isinstance(places := entry.get("data_offsets"), list) and len(places) == 2 else (0, -1)
         whole = type(start) is int and type(end) is int and isinstance(entry.get("shape"), list)
         if not whole or not 0 <= start <= end <= size - 8 - length:
-            raise ValueError(f"{name[:100]!r} lies outside the file")
+            raise ValueError(f"{name[:100]!r} is outside the file")
     return header
 
 

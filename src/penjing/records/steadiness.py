@@ -49,7 +49,7 @@ def scatters(latency: Latency) -> str:
     """Why a network's own calls can't be trusted, in words; "" where they can."""
     if latency.spread <= SPREAD or latency.spread * latency.median <= JITTER_MS:
         return ""
-    return f"half of its calls lie {100 * latency.spread:.0f} % of their median apart"
+    return f"the middle half of its calls spans {100 * latency.spread:.0f} % of their median"
 
 
 def tails(latency: Latency) -> bool:

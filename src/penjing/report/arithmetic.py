@@ -60,6 +60,6 @@ def no_smaller(record: Record, candidate: Candidate) -> str:
         return ""
     sizes = " against ".join(numbers.figure(c.measured.size_bytes, "bytes") for c in (candidate, half))
     return (
-        f"{candidate.name}: no smaller than {half.name} ({sizes}): scales and operators take what its weights save, "
+        f"{candidate.name}: no smaller than {half.name} ({sizes}): scales and operators take up what its weights save, "
         "as in small networks"
     )

@@ -248,8 +248,8 @@ def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int
     units = sum(row.units for row in rows)
     lines = [f"{len(rows)} groups with {units} units that can be removed"]
     lines += [f"and {len(rows) - limit} groups more"] if len(rows) > limit else []
-    lines += [f"held: {tensor} ({why})" for tensor, why in list(held.items())[:5]]
-    lines += [f"and {len(held) - 5} more are held"] if len(held) > 5 else []
+    lines += [f"not prunable: {tensor} ({why})" for tensor, why in list(held.items())[:5]]
+    lines += [f"and {len(held) - 5} more are not prunable"] if len(held) > 5 else []
     return _captioned(table, lines)
 
 

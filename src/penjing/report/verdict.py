@@ -125,7 +125,7 @@ def idle_zeros(zeros: records.Zeros, candidate: records.Candidate) -> str:
     """
     if zeros.speedup >= GAIN and zeros.low > 1:
         return ""
-    claim = "computes zeros like other numbers" if zeros.speedup < GAIN else "gains nothing by them beyond the noise"
+    claim = "computes zeros like other numbers" if zeros.speedup < GAIN else "gains nothing from them beyond the noise"
     size, packed = candidate.measured.size_bytes, candidate.measured.packed_bytes
     gains = ["prune.Channels, which removes whole channels"]
     if size and packed and packed < PACKS * size:

@@ -217,10 +217,10 @@ def _opening(folder: Path, manifest: Manifest, runtime: Runtime) -> Iterator[Non
     for name, value in manifest.settings.items():
         if not re.fullmatch(runtime.SETTINGS.get(name, "(?!)"), value):
             raise ArtifactError(
-                "the manifest has a setting that is not handed to a runtime",
+                "the manifest has a setting that may not be passed to a runtime",
                 got=f"{name} = {value}"[:200],
-                expected=f"for {manifest.runtime}: {', '.join(runtime.SETTINGS) or 'none'}, with values of Penjing's",
-                remedy="`penjing verify` tells whether the files are as they were written",
+                expected=f"for {manifest.runtime}: {', '.join(runtime.SETTINGS) or 'none'}, with their known values",
+                remedy="`penjing verify` checks whether the files are unchanged",
             )
     try:
         yield
@@ -231,5 +231,5 @@ def _opening(folder: Path, manifest: Manifest, runtime: Runtime) -> Iterator[Non
             f"{manifest.runtime} can't open the artifact",
             got=f"{folder}: {' '.join(str(error).split())[:400]}",
             expected=f"files that {manifest.runtime} loads on this processor",
-            remedy="`penjing verify` tells whether the files are as they were written",
+            remedy="`penjing verify` checks whether the files are unchanged",
         ) from error

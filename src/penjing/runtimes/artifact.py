@@ -49,7 +49,7 @@ def arrange(ports: tuple[Port, ...], args: tuple[Any, ...], kwargs: dict[str, An
     values = list(args) + [kwargs[p.name] for p in ports[len(args) :] if p.name in kwargs]
     if len(values) != len(ports) or len(args) + len(kwargs) != len(ports):
         raise TaskError(
-            "the artifact was called with other inputs than it has",
+            "the artifact was called with inputs that do not match its own",
             got=f"{len(args)} positional and {sorted(kwargs)}",
             expected=f"{[p.name for p in ports]}",
         )

@@ -96,7 +96,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the model in {folder.name} is refused: it asks for code outside transformers",
             got=got,
-            expected="a floating-point model whose class transformers itself has",
+            expected="a floating-point model whose class is part of transformers itself",
             remedy=remedy,
         )
     if (folder / "adapter_config.json").exists():
@@ -158,15 +158,15 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
     for key, value in _entries(config):
         counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
         if _LAYERS.search(key) and sum(counts) > tensors:
-            expected = f"at most {tensors}, for so many tensors are in the folder"
+            expected = f"at most {tensors}, the number of tensors in the folder"
         elif _WIDTHS.search(key) and any(n > FEWER * widest for n in counts):
-            expected = f"at most {FEWER * widest:,}, for no tensor in the folder has more than {widest:,} along an axis"
+            expected = f"at most {FEWER * widest:,}, as no tensor in the folder has more than {widest:,} along an axis"
         elif any(abs(n) > MOST for n in counts):
             expected = f"at most {MOST:,}"
         else:
             continue
         raise SourceError(
-            f"config.json in {folder.name} describes a network that its weights are not of",
+            f"config.json in {folder.name} describes a network that does not match its weights",
             got=f"{key}: {value}"[:200],
             expected=expected,
             remedy="write the folder again with model.save_pretrained(folder)",
@@ -200,7 +200,7 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     raise SourceError(
         f"this transformers has no model class {name!r}",
         got=f"transformers {transformers.__version__}",
-        expected="a class that transformers itself has",
+        expected="a class that is part of transformers itself",
         remedy=suggest(name, known) or "pip install --upgrade transformers, or give the model as file.py:factory",
     )
 

@@ -72,7 +72,7 @@ def _open(spec: Any) -> Source:
             "the source is not a network",
             got=type(spec).__name__,
             expected=f"an nn.Module, or {_FORMS}",
-            remedy="wrap a function in a module whose forward calls it; of a traced or scripted one, give the original"
+            remedy="wrap a function in a module whose forward calls it; for a traced or scripted one, give the original"
             if callable(spec)
             else None,
         )
@@ -161,7 +161,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
     if suffix in _PICKLED:
         raise CheckpointError(
             "a pickled file is not opened as a source",
-            got=f"{path}: as a whole model it would run code, as a state dict it holds no network",
+            got=f"{path}: a whole model would run code when opened, and a state dict does not hold a network",
             expected=_FORMS,
             remedy="write a factory that builds the network and loads it with torch.load(..., weights_only=True), "
             "and give it as file.py:factory",

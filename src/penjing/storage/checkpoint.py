@@ -75,7 +75,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         weights = load_file(folder / WEIGHTS)
         plan = Plan.from_json(reading.text(folder / PLAN))
         if uneven := [edge for edge, e in plan.entries.items() if len(e.scale) != len(e.zero_point)]:
-            raise ValueError(f"{PLAN} has another number of scales than of zero points for {uneven[0]}")
+            raise ValueError(f"{PLAN} has different numbers of scales and zero points for {uneven[0]}")
     except (*reading.UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
             "the checkpoint is damaged",
@@ -140,7 +140,7 @@ def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
         for n in expected
         if n in got and got[n].dtype != expected[n].dtype
     ]
-    parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has also {', '.join(more[:3])}" if more else ""]
+    parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"also has {', '.join(more[:3])}" if more else ""]
     return "; ".join(p for p in (*parts, *shapes[:3]) if p) or None
 
 

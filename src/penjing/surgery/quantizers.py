@@ -326,7 +326,7 @@ def _rewire(
             and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries)
         ):
             raise QuantizationError(
-                "a range taken at run time is for linear layers with quantized weights",
+                "an activation range taken at run time needs a linear layer with quantized weights",
                 got=f"{edge}, of kind {kind(network, consumer)}",
                 expected="a plan of quantize.Dynamic, or quantize.Static for the others",
             )

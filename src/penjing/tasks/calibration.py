@@ -13,7 +13,7 @@ from penjing.errors import CalibrationError
 from penjing.tasks.call import Call, as_call, leaves, map_leaves, to_tensors
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
-_AGAIN = "give a list, a DataLoader, or an object whose __iter__ starts anew"
+_AGAIN = "give a list, a DataLoader, or an object whose __iter__ starts over"
 _started: weakref.WeakSet[Any] = weakref.WeakSet()  # one-shot iterators that somebody has begun to read
 
 
@@ -69,7 +69,7 @@ def _exhausted(batches: Any) -> CalibrationError:
     return CalibrationError(
         "the calibration data can be read only once, and has been read",
         got=f"a {type(batches).__name__}",
-        expected="data that starts anew at every pass (ranges, metric and record each read it)",
+        expected="data that starts over at every pass (ranges, metric and record each read it)",
         remedy=_AGAIN,
     )
 
@@ -135,7 +135,7 @@ def _check_names(batch: Any, call: Call, where: str, example: Call) -> None:
     else:
         remedy = "give every batch in the form of Task.example"
     raise CalibrationError(
-        f"{where} has other inputs than the example",
+        f"{where} has different inputs from the example",
         got=_names(call) + (f" in a {type(batch).__name__}" if args else ""),
         expected=_names(example),
         remedy=remedy,
@@ -169,7 +169,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
         )
     if _kind(value) != _kind(want):
         raise CalibrationError(
-            f"{place} has another type of numbers",
+            f"{place} has a different type of numbers",
             got=_type(value),
             expected=_type(want),
             remedy="prepare it as for training: images as scaled floats, token ids as integers",
@@ -181,7 +181,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
         expected = ", ".join("any" if i in free else str(n) for i, n in enumerate(want.shape))
         missing_batch = list(value.shape) == list(want.shape)[1:]
         raise CalibrationError(
-            f"{place} has another shape",
+            f"{place} has a different shape",
             got=f"({', '.join(map(str, value.shape))})",
             expected=f"({expected})",
             remedy="stack the samples into a batch: axis 0 is the batch"
@@ -203,7 +203,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
                 f"{place} holds values that are not finite",
                 got=f"{int(bad.sum())} of {value.numel()}, the first is {value[spot].item()} at {list(spot)}",
                 expected="finite numbers",
-                remedy="drop or mend these samples: one infinity would decide every range",
+                remedy="drop or fix these samples: one infinity would decide every range",
             )
 
 

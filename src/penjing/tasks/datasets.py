@@ -245,7 +245,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
             f"{path.name} holds no inputs",
             got=", ".join([*arrays, *strange]) or "no arrays",
             expected=f"at least one of {', '.join(n for n in _ARRAYS if n.startswith('x_'))}",
-            remedy=next((s for name in strange if (s := suggest(name, _ARRAYS))), None) or "name the arrays so",
+            remedy=next((s for name in strange if (s := suggest(name, _ARRAYS))), None) or "rename the arrays",
         )
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) == 0 or array.dtype.kind not in "biuf":

@@ -28,7 +28,7 @@ def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:
         if wrong.any():
             rows = wrong.reshape(len(wrong), -1).any(1) if wrong.dim() else wrong.reshape(1)
             raise TaskError(
-                f"the network answers NaN in {name}",
+                f"the network returns NaN in {name}",
                 got=f"NaN for {int(rows.sum())} of {len(rows)} samples of the calibration data (or of the example)",
                 expected="numbers: with NaN no artifact can be compared",
                 remedy="look for a division by zero, a logarithm of a negative number, or a row that is masked "

@@ -127,7 +127,7 @@ def image_files(root: Path) -> tuple[Files, Files]:
     strangers = sorted(set(part_classes[1]) - set(names))
     if strangers:
         raise TaskError(
-            f"{parts[1]} has classes that {parts[0]} has not",
+            f"{parts[1]} has classes that {parts[0]} does not have",
             got=", ".join(strangers[:5]),
             expected=f"some of {', '.join(names[:10])}",
             remedy=suggest(strangers[0], names) or "give both the same class folders",

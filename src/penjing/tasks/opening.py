@@ -62,8 +62,8 @@ def as_task(task: Any) -> Task:
     if isinstance(task, str | Path):
         return open_task(str(task))
     raise TaskError(
-        "the task is not a task",
+        "the argument `task` is not a Task",
         got=type(task).__name__,
         expected="a penjing.Task, or as on the command line: file.py:task, a folder of images, an .npz file",
-        remedy="build it with Task(example=..., calibration=..., evaluate=...); it stands behind the network",
+        remedy="build it with Task(example=..., calibration=..., evaluate=...); it is the argument after the network",
     )

@@ -51,7 +51,7 @@ def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
                 raise SourceError(
                     f"two entries of {where} have one name",
                     got=f"{key!r} beside {str(key)!r}",
-                    expected="keys that differ as text: a file calls its outputs by them",
+                    expected="keys that differ as text: they name the outputs in a file",
                     remedy="rename one of the two keys",
                 )
             if item is not None:

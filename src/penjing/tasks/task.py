@@ -224,7 +224,7 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
     samples = max(rows, default=0)
     if fixed or samples < 2:
         raise CalibrationError(
-            "the calibration data is too little to hold a part out",
+            "there is too little calibration data to hold a part out",
             got=f"one batch of {samples}" + (" and a fixed batch size" if fixed else ""),
             expected="two batches, or one batch of two samples",
             remedy="give more calibration data, or a metric: Task(evaluate=...)",

@@ -107,7 +107,7 @@ def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingErr
             f"the {role}'s factory {getattr(factory, '__name__', factory)!s} raised {type(cause).__name__}",
             got=f"{cause or type(cause).__name__} ({line_of(cause)})",
             expected="a factory that can be called without arguments",
-            remedy="call it in a Python shell and mend what it says",
+            remedy="call it in a Python shell and fix what it reports",
         ) from cause
 
 
@@ -236,7 +236,7 @@ def _import_error(where: str, cause: BaseException, error: type[PenjingError], r
         f"importing the {role}'s code raised {type(cause).__name__}",
         got=f"{cause or type(cause).__name__} ({line_of(cause)})",
         expected=f"{where} to be importable",
-        remedy="run it with python and mend what it says",
+        remedy="run it with python and fix what it reports",
     )
 
 
