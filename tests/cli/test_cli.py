@@ -701,11 +701,6 @@ class TestMeasure:
 
 
 class TestVerify:
-    @pytest.fixture(autouse=True)
-    def patient(self, monkeypatch):
-        """The speed-up of 0.05 seconds on a busy machine is no evidence."""
-        monkeypatch.setattr("penjing.pipeline.verify.SPEED_TOLERANCE", float("inf"))
-
     def test_evidence_that_holds_0(self, capsys, digits_run, digits_task):
         assert cli.main(["verify", str(digits_run.folder), "--task", digits_task, "--seconds", "0", "--json"]) == 0
         checks = json.loads(capsys.readouterr().out)

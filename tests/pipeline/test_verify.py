@@ -41,6 +41,7 @@ def test_a_run_holds_on_the_machine_that_made_it(digits_run, digits_task):
 @pytest.mark.parametrize(
     ("recorded", "found", "same", "then", "now", "holds"),
     [
+        (4.0, 4.0, True, "", "", True),
         (4.0, 4.9, True, "", "", True),
         (4.0, 3.1, True, "", "", True),
         (4.0, 5.1, True, "", "", False),

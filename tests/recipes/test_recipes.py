@@ -60,8 +60,10 @@ def test_the_command_line_takes_them_by_name(tmp_path):
     assert commands._recipe("joint") == recipes.joint() and commands._recipe("label-free") == recipes.label_free()
     (tmp_path / "own.yaml").write_text(recipes.joint(macs=0.3).to_yaml(), encoding="utf-8")
     assert commands._recipe(str(tmp_path / "own.yaml")) == recipes.joint(macs=0.3)
-    with pytest.raises(UsageError, match="or one of joint, label-free"):
+    with pytest.raises(UsageError) as refusal:
         commands._recipe("joints")
+    assert refusal.value.got.startswith("joints: ") and refusal.value.remedy == "did you mean joint?"
+    assert all(name in refusal.value.expected for name in ("joint", "label-free"))
 
 
 def test_the_joint_recipe_gives_integers_that_answer_right(digits_source, tmp_path):

@@ -73,8 +73,9 @@ def test_limit_counts_batches():
 
 
 def test_missing_calibration_is_said_before_iterating():
-    with pytest.raises(CalibrationError, match="no calibration data"):
+    with pytest.raises(CalibrationError) as refusal:
         calibration_calls(task(None))
+    assert refusal.value.got == "Task.calibration is None"
 
 
 def test_empty():
@@ -98,8 +99,9 @@ def test_a_generator_read_twice_is_told_from_an_empty_one():
 def test_an_exhausted_map_is_recognised_by_what_it_lacks():
     once = task(map(torch.clone, [X]))
     assert len(list(calibration_calls(once))) == 1
-    with pytest.raises(CalibrationError, match="was read before"):
+    with pytest.raises(CalibrationError) as refusal:
         list(calibration_calls(once))
+    assert refusal.value.got == "no batch in a map" and "__iter__" in refusal.value.remedy
 
 
 @pytest.mark.parametrize(
