@@ -24,11 +24,12 @@ from torch.utils import _pytree as pytree
 
 from penjing.distill.teaching import digest, opened
 from penjing.errors import OutputError, RecipeError, TaskError
+from penjing.modes import in_eval_mode
 from penjing.records import reading
 from penjing.records.files import write_text
 from penjing.records.lock import locked
 from penjing.tasks.call import leaves
-from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Task
 
 VERSION = 3
@@ -145,7 +146,7 @@ class CachedTeacher(nn.Module):
     def _ask(self, args: Any, kwargs: Any, new: dict[bytes, int], samples: int) -> None:
         if self.teacher is None:
             raise self._unanswered(len(new), samples)
-        with evaluating(self.teacher), torch.no_grad():
+        with in_eval_mode(self.teacher), torch.no_grad():
             said = first_output(self.teacher(*args, **kwargs)).float().cpu()
         if len(said) != samples:
             raise TaskError(

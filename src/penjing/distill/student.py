@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from penjing.errors import PenjingError, RecipeError, TaskError
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
 from penjing.steps.step import Context

@@ -18,12 +18,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, PenjingError, SourceError, TaskError
+from penjing.modes import in_eval_mode
 from penjing.network.capture import capture_network
 from penjing.randomness import preserve_rng_state
 from penjing.sources.source import open_file
 from penjing.steps.step import Context
 from penjing.surgery.taps import Tapped
-from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Call, Task
 from penjing.tasks.usercode import suggest_file
 
@@ -239,7 +240,7 @@ class Distiller:
         """Make the terms, and their adapters, from the shapes of the task's example."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
         module = self.student.view if isinstance(self.student, Tapped) else self.student
-        with evaluating(module), cast():
+        with in_eval_mode(module), torch.no_grad(), cast():
             output = self.student(*args, **kwargs)
             try:
                 inputs = self.inputs(output, None, (args, kwargs), done=0.0)

@@ -16,7 +16,8 @@ from torch.export.graph_signature import SymBoolArgument, SymFloatArgument, SymI
 from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, TaskError
-from penjing.network.graph import in_eval_mode, line
+from penjing.modes import in_eval_mode
+from penjing.network.graph import line
 from penjing.network.wrappers import unwrapped
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None

@@ -7,17 +7,17 @@ addition in the forward of ``layer1.0``.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
 import re
-from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+
+from penjing.modes import in_eval_mode
 
 # How operators are called in plans, costs and records. What is not listed is called as ATen calls it.
 _KINDS = {
@@ -227,18 +227,6 @@ def compute(network: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> A
         return getattr(network.get_submodule(path), leaf)
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every part of `model` in eval mode, and afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _is_spatial_mean(node: fx.Node) -> bool:

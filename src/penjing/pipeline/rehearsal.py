@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.distill.stored import CachedTeacher, TeacherCache
 from penjing.distill.teaching import Distiller, in_fp32, teacher_view, teachers
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.randomness import preserve_rng_state, seed_everything, seed_of
 from penjing.steps.step import Context
 from penjing.tasks.call import as_call, to_tensors

@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penjing.errors import ExportError, SourceError
+from penjing.modes import in_eval_mode
 from penjing.network.capture import capture_network
 from penjing.pipeline import evidence
 from penjing.randomness import preserve_rng_state
 from penjing.sources.source import Source, forward
 from penjing.tasks.call import Call
-from penjing.tasks.outputs import evaluating, flatten_outputs
+from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
 from penjing.tasks.undisturbed import ModuleState, same_state
 from penjing.tasks.usercode import line_in
@@ -243,7 +244,7 @@ def _random_operators(module: nn.Module, call: Call) -> list[str]:
     """The operators that draw random numbers: name, layer, and the line of the user's code."""
     watch = _Watch(module)
     copied = pytree.tree_map_only(torch.Tensor, torch.clone, call)
-    with contextlib.suppress(Exception), evaluating(module), watch.layers(), watch:
+    with contextlib.suppress(Exception), in_eval_mode(module), torch.no_grad(), watch.layers(), watch:
         module(*copied[0], **copied[1])
     return list(dict.fromkeys(watch.drawing))
 
@@ -311,7 +312,7 @@ def _outputs_of(module: nn.Module, names: Sequence[str], call: Call) -> dict[str
     ]
     copied = pytree.tree_map_only(torch.Tensor, torch.clone, call)
     try:
-        with contextlib.suppress(Exception), evaluating(module), same_state(module):
+        with contextlib.suppress(Exception), in_eval_mode(module), torch.no_grad(), same_state(module):
             module(*copied[0], **copied[1])
     finally:
         for hook in hooks:

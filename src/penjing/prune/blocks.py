@@ -20,7 +20,7 @@ from torch import fx
 from penjing.analyze.bypasses import Bypass, bypasses
 from penjing.analyze.cost import cost, totals
 from penjing.errors import PruningError, RecipeError
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.steps.draft import Draft
 from penjing.steps.settings import FLAG, NAMES, check, number, whole
 from penjing.steps.step import Context

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from penjing.analyze.coupling import Coupling, Group
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.prune.scoring import Criterion, Evidence, Scores, per_unit, readers
 from penjing.tasks.task import calibration_calls
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.analyze.coupling import Coupling
 from penjing.errors import TaskError
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.prune.scoring import Criterion, Evidence, Scores, WeightScores, per_unit, readers, rows, zeros_last
 from penjing.tasks.call import as_call, to_tensors
 from penjing.tasks.outputs import to_tensor

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from penjing.analyze.coupling import Coupling
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.records import reading
 from penjing.records.files import write_text
 from penjing.steps.step import Context

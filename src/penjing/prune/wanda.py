@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from penjing.network.graph import in_eval_mode
+from penjing.modes import in_eval_mode
 from penjing.prune.masks import fraction, keep
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
 from penjing.steps.draft import Draft

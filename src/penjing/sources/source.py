@@ -12,10 +12,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from penjing.errors import CheckpointError, PenjingError, SourceError
+from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
 from penjing.sources import huggingface, pt2
-from penjing.tasks.outputs import evaluating, first_output
+from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
 from penjing.tasks.undisturbed import same_state
@@ -212,7 +213,7 @@ def forward(module: nn.Module, call: Call, name: str) -> Any:
     """
     args, kwargs = call
     try:
-        with evaluating(module):
+        with in_eval_mode(module), torch.no_grad():
             outputs = module(*args, **kwargs)
     except PenjingError:
         raise

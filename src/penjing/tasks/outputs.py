@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from penjing.errors import CalibrationError, SourceError
+from penjing.modes import in_eval_mode
 
 Structure = dict[str, Any]  # {"kind": "tensor" | "tuple" | "dict" | "none" | "constant", ...}
 _REGULAR = "?bBhHiIlLqQefdFD"  # NumPy type characters that torch knows
@@ -165,23 +165,6 @@ def to_numpy(value: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).numpy())
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a block with `module` in eval mode and without gradients; every submodule gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    if any(mode for _, mode in modes):
-        with contextlib.suppress(NotImplementedError):  # an exported program's module has one mode only
-            module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if modes[0][1] and not module.training:
-            module.train()
-        for part, mode in modes:
-            part.training = mode
-
-
 def numpy_predictor(module: nn.Module, device: str = "cpu") -> Callable[..., Any]:
     """`predict`: NumPy inputs (called as the network is called) to NumPy outputs in the network's structure.
 
@@ -207,7 +190,7 @@ def numpy_predictor(module: nn.Module, device: str = "cpu") -> Callable[..., Any
         return value
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        with evaluating(module):
+        with in_eval_mode(module), torch.no_grad():
             outputs = module(*place(args), **place(kwargs))
         leaves, structure = flatten_outputs(outputs)
         return unflatten_outputs([to_numpy(leaf) for leaf in leaves], structure)
