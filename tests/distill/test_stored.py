@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import penjing
 from penjing import distill
 from penjing.distill.stored import HASHES, CachedTeacher, _keys, _numbers, _sums
-from penjing.distill.teaching import digest, opened
+from penjing.distill.teaching import opened
 from penjing.errors import CheckpointError, OutputError, PenjingError, RecipeError, SourceError, TaskError
+from penjing.network.weights import fingerprint_by_name
 from penjing.recipes.recipe import Recipe
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
@@ -387,7 +388,7 @@ class TestNamed:
         again = {"runtime": "onnxruntime", "out": tmp_path / "run", "seconds": 0.01, "resume": True}
         steps = Recipe(Finetune(epochs=1, teacher=program(data, tmp_path / "teacher.pt2")))
         first = penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
-        assert first.record.data["teacher"] == digest([net(16, 1)])
+        assert first.record.data["teacher"] == fingerprint_by_name([net(16, 1)])
         assert penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again).record == first.record
         program(data, tmp_path / "teacher.pt2", 2)
         with pytest.raises(OutputError, match=r"another data(.|\n)*data.teacher"):

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing.distill.teaching import digest, opened
+from penjing.distill.teaching import opened
 from penjing.errors import OutputError, RecipeError, TaskError
 from penjing.modes import in_eval_mode
+from penjing.network.weights import fingerprint_by_name
 from penjing.records import reading
 from penjing.records.files import write_text
 from penjing.records.lock import locked
@@ -105,7 +106,7 @@ class CachedTeacher(nn.Module):
         self.shape: tuple[int, ...] | None = None
         self.answers: np.ndarray[Any, Any] | None = None
         self.asked = 0  # samples about which the teacher was asked in this process
-        self.name = name = digest([teacher]) if teacher is not None else ""
+        self.name = name = fingerprint_by_name([teacher]) if teacher is not None else ""
         about = self.folder / "about.json"
         if about.exists():
             self._open(about, name)

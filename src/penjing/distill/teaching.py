@@ -6,7 +6,6 @@ Ways to imitate a teacher stand in `penjing.distill`; the training loop of `penj
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 from penjing.errors import ExportError, PenjingError, SourceError, TaskError
 from penjing.modes import in_eval_mode
 from penjing.network.capture import capture_network
+from penjing.network.weights import fingerprint_by_name
 from penjing.randomness import preserve_rng_state
 from penjing.sources.source import open_file
 from penjing.steps.step import Context
@@ -284,7 +284,7 @@ class Distiller:
 
     def digest(self) -> str:
         """Of the teachers' weights: a training that goes on has to have the same."""
-        return digest(self.teachers)
+        return fingerprint_by_name(self.teachers)
 
     def _student_view(self, student: nn.Module) -> Any:
         names = [name for name, _ in self.pairs]
@@ -350,16 +350,6 @@ def _mean(said: Sequence[Any]) -> Any:
 def _average(values: Sequence[Any]) -> Any:
     numbers = isinstance(values[0], torch.Tensor) and values[0].is_floating_point()
     return torch.stack(list(values)).mean(0) if numbers else values[0]
-
-
-def digest(models: Sequence[nn.Module]) -> str:
-    """SHA-256 over names, types, shapes and values of all weights and buffers, in the order of their names."""
-    found = hashlib.sha256()
-    for model in models:
-        for name, tensor in sorted(model.state_dict().items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def in_fp32(output: Any) -> Any:

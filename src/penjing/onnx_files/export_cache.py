@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.network.graph import compute
+from penjing.network.weights import add_tensor
 
 LIMIT = 2**29  # bytes of all files that are kept
 
@@ -59,8 +60,7 @@ def fingerprint(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, 
         if node.op == "get_attr":  # a constant need be no buffer
             tensors.append((node.name, compute(network, node, (), {})))
     for name, tensor in tensors:
-        tell(name, tensor.dtype, tuple(tensor.shape))
-        told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add_tensor(told, repr((name, tensor.dtype, tuple(tensor.shape))), tensor)
     flat, structure = pytree.tree_flatten(call)
     tell(structure, [(v.dtype, tuple(v.shape)) if isinstance(v, torch.Tensor) else v for v in flat], others)
     return told.hexdigest()

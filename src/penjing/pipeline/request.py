@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.distill import Student, TeacherCache
 from penjing.distill.stored import CachedTeacher
-from penjing.distill.teaching import digest, opened
+from penjing.distill.teaching import opened
 from penjing.errors import OutputError, TaskError, UsageError
 from penjing.goals.goal import Goal, needs_metric
 from penjing.network import weights
@@ -222,8 +222,10 @@ def data_hashes(task: Task, recipe: Recipe) -> dict[str, str]:
     hashes |= {"train": first} if first is not None else {}
     several = pytree.tree_leaves([training.teacher for step in recipe for training in _trainings(step)])
     models = [opened(one, task) for one in several if one is not None and one != "self"]
-    weights = dict.fromkeys(model.name if isinstance(model, CachedTeacher) else digest([model]) for model in models)
-    return hashes | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(weights, 1)}
+    taught_by = dict.fromkeys(
+        one.name if isinstance(one, CachedTeacher) else weights.fingerprint_by_name([one]) for one in models
+    )
+    return hashes | {f"teacher {i}" if i > 1 else "teacher": sha for i, sha in enumerate(taught_by, 1)}
 
 
 def _first_batch(task: Task) -> str | None:

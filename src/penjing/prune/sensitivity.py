@@ -24,6 +24,7 @@ from torch import fx
 
 from penjing.analyze.coupling import Coupling
 from penjing.modes import in_eval_mode
+from penjing.network.weights import add_tensor
 from penjing.records import reading
 from penjing.records.files import write_text
 from penjing.steps.step import Context
@@ -142,10 +143,10 @@ def _digest(
     stored = [*network.named_parameters(), *network.named_buffers()]
     given = [(str(i), x) for i, (args, kwargs) in enumerate(calls) for x in (*args, *kwargs.values())]
     for name, value in [*stored, *given]:
-        known.update(name.encode())
         if isinstance(value, torch.Tensor):
-            known.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            add_tensor(known, f"{name}{value.dtype}{tuple(value.shape)}", value)
+        else:
+            known.update(name.encode())
     known.update(json.dumps([{n: list(map(int, u)) for n, u in ranked.items()}, list(shares)]).encode())
     return known.hexdigest()
 

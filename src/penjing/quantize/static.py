@@ -7,7 +7,6 @@ channel, activations per tensor.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from torch import fx, nn
 from penjing.analyze.samples import in_chunks, size_of
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, flat_inputs, kind, site, sites
+from penjing.network.weights import fingerprint_with_graph
 from penjing.quantize import sentinels
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.easing import eased
@@ -376,7 +376,7 @@ def collect(
     dynamic = context.task.dynamic  # whether a batch may be cut
     key = Key(
         kind=Statistics,
-        network=_fingerprint(network),
+        network=fingerprint_with_graph(network),
         data=Identity(context.task.calibration),
         samples=samples,
         settings=None if dynamic is None else frozenset((name, frozenset(axes)) for name, axes in dynamic.items()),
@@ -419,14 +419,3 @@ def _observe(
                 observer.run(*flat_inputs(network, call))
                 done += size_of(call)
                 context.events("progress", label="calibrate", done=done, total=samples)
-
-
-def _fingerprint(network: fx.GraphModule) -> str:
-    """Of the operators, by the names that values are known by, and of all tensors."""
-    digest = hashlib.sha256()
-    for node in network.graph.nodes:
-        digest.update(repr((node.op, node.name, str(node.target), node.args, node.kwargs)).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
