@@ -10,20 +10,20 @@ one channel see the same values but for the border and what a stride skips.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from penjing.modes import in_eval_mode
+from penjing.analyze.channel_statistics import SQUARES, collect
 from penjing.prune.masks import fraction, keep
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
 from penjing.steps.draft import Draft
 from penjing.steps.settings import NAMES, check, whole
 from penjing.steps.step import Context
-from penjing.tasks.task import calibration_calls
+from penjing.tasks.task import Call, calibration_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,29 +90,13 @@ def input_norms(
     network: fx.GraphModule, modules: Mapping[str, Any], context: Context, batches: int
 ) -> dict[str, torch.Tensor]:
     """Layer → ‖x_j‖₂ of its input channels over the calibration data, (in_channels,), float64."""
-    sums: dict[str, torch.Tensor] = {}
 
-    def note(name: str, axis: int) -> Any:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            power = inputs[0].detach().movedim(axis, 0).flatten(1).square().sum(1, dtype=torch.float64)
-            sums[name] = sums.get(name, torch.zeros_like(power)) + power
+    def told() -> Iterator[Call]:
+        for done, call in enumerate(calibration_calls(context.task, limit=batches), 1):
+            yield call
+            context.events("progress", label="input norms", done=done, total=batches)
 
-        return hook
-
-    hooks = []
-    for name, module in modules.items():
-        # The channels of one sample without a batch axis stand first, those of a batch second.
-        axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()
-        hooks.append(module.register_forward_pre_hook(note(name, axis)))
-    try:
-        with in_eval_mode(network), torch.no_grad():
-            for done, (args, kwargs) in enumerate(calibration_calls(context.task, limit=batches), 1):
-                network(*args, **kwargs)
-                context.events("progress", label="input norms", done=done, total=batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: value.sqrt() for name, value in sums.items()}
+    return {name: value.sqrt() for name, value in collect(network, modules, told(), SQUARES).items()}
 
 
 __all__ = ["Wanda", "input_norms", "scores"]

@@ -7,15 +7,16 @@ readers' weights multiplied by them: the function stays, and what a quantizer se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from penjing.analyze.channel_statistics import LARGEST, collect
 from penjing.analyze.samples import chunks
-from penjing.network.graph import flat_inputs, kind, operator_name, tensor_inputs
+from penjing.network.graph import kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
 from penjing.steps.step import Context
 from penjing.tasks.task import Call
@@ -180,22 +181,14 @@ class _Tracer:
 
 def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
     """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
-    found: dict[str, torch.Tensor] = {}
-
-    class Observer(fx.Interpreter):
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target in names:
-                now = args[0].abs().reshape(-1, args[0].shape[-1]).amax(0)
-                found[target] = torch.maximum(found[target], now) if target in found else now
-            return super().call_module(target, args, kwargs)
-
-    observer = Observer(network)
     parts = chunks(context, network, samples) if names else []
-    with torch.no_grad():
+
+    def told() -> Iterator[Call]:
         for done, call in enumerate(parts, 1):
-            observer.run(*flat_inputs(network, call))
+            yield call
             context.events("progress", label="magnitudes", done=done, total=len(parts))
-    return found
+
+    return collect(network, {name: network.get_submodule(name) for name in names}, told(), LARGEST)
 
 
 def linears_by_input(network: fx.GraphModule) -> list[list[fx.Node]]:
