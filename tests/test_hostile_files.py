@@ -110,8 +110,6 @@ def whole(digits_run, tmp_path_factory):
 
 def doors(raised, artifacts):
     """Every kind of file with its reader."""
-    from penjing.pipeline.trainings import read as trainings
-
     from penjing.distill.stored import CachedTeacher
     from penjing.records.folder import RunFolder
     from penjing.sources.huggingface import open_folder
@@ -139,7 +137,6 @@ def doors(raised, artifacts):
         Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
         Door("answers/about.json", lambda f: CachedTeacher(f / "answers"), 2),
         Door("state/request.json", claimed),
-        Door("events.jsonl", lambda f: trainings(f / "events.jsonl"), 2),
         Door("record.json", verified, 1),
         Door("evidence.npz", verified, 1),
     ]
