@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from penjing.analyze import meter
 from penjing.analyze.bypasses import Bypass, bypasses
-from penjing.analyze.cost import cost, totals
+from penjing.analyze.cost import cost
 from penjing.errors import PruningError, RecipeError
 from penjing.modes import in_eval_mode
 from penjing.steps.draft import Draft
@@ -153,20 +154,12 @@ class Blocks:
     def _meter(self, draft: Draft, context: Context) -> Callable[[Draft], float]:
         """A function that says which fraction of the cost is left."""
         if self.unit == "latency":
-            if context.latency is None:
-                raise PruningError(
-                    "a latency can only be aimed at in a runtime",
-                    got="no runtime",
-                    expected="pj.run(..., runtime=...) or penjing compress",
-                )
-            measure, precision = context.latency, self.precision
+            left = meter.latency_left(context, self.precision)
+            return lambda now: 1.0 if now is draft else left(draft, now)
 
-            def latency(now: Draft) -> float:
-                before, after = (1.0, 1.0) if now is draft else measure([draft, now], precision)
-                return after / before
+        def amount(now: Draft) -> float:
+            return meter.amount(self.unit, now.network, context.task.call())
 
-            return latency
-        amount = _amount(self.unit, context)
         whole = amount(draft)
         return lambda now: amount(now) / max(whole, 1.0)
 
@@ -204,20 +197,6 @@ def _prices(unit: str, network: fx.GraphModule, candidates: Sequence[Bypass], co
         names = {name for part in candidates for name in part.layers}
         each = {name: float(sum(p.numel() for p in network.get_submodule(name).parameters())) for name in names}
     return {part: max(1.0, sum(each.get(name, 0.0) for name in part.layers)) for part in candidates}
-
-
-def _amount(unit: str, context: Context) -> Callable[[Draft], float]:
-    """What a draft costs in this unit."""
-    if unit == "macs":
-        return lambda draft: float(totals(cost(draft.network, context.task.call())).macs)
-
-    def stored(draft: Draft) -> float:
-        if unit == "params":
-            return float(sum(p.numel() for p in draft.network.parameters()))
-        tensors = [*draft.network.parameters(), *draft.network.buffers()]
-        return float(sum(t.numel() * t.element_size() for t in tensors))
-
-    return stored
 
 
 __all__ = ["Blocks"]

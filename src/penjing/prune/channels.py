@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from penjing.analyze import meter
 from penjing.analyze.cost import resized_macs
 from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
@@ -259,19 +260,8 @@ def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precisio
     """A function that says which fraction of the cost is left."""
     coupling = ranking.coupling
     if unit == "latency":
-        if context.latency is None:
-            raise PruningError(
-                "a latency can only be aimed at in a runtime",
-                got="no runtime",
-                expected="pj.run(..., runtime=...) or penjing compress",
-            )
-        measure = context.latency
-
-        def latency(removed: Removed) -> float:
-            before, after = measure([draft, remove(draft, coupling, removed)], precision)
-            return after / before
-
-        return latency
+        left = meter.latency_left(context, precision)
+        return lambda removed: left(draft, remove(draft, coupling, removed))
     if unit == "channels":
         every = sum(coupling.groups[name].units for name in ranking.most)
         return lambda removed: 1 - sum(map(len, removed.values())) / every

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from penjing.analyze.cost import cost, totals
+from penjing.analyze import meter
 from penjing.analyze.coupling import couple
 from penjing.errors import PruningError, RecipeError
 from penjing.prune.channels import Channels
@@ -167,23 +167,18 @@ class Iterative:
 
 def left(step: Channels, start: Draft, draft: Draft, context: Context) -> float:
     """Which fraction of the start is left, in the unit of the step's target."""
-    if step.unit == "latency" and context.latency is not None:
-        before, after = context.latency([start, draft], step.precision)
-    else:
-        before, after = (_amount(step, d, context) for d in (start, draft))
+    if step.unit == "latency":
+        return meter.latency_left(context, step.precision)(start, draft)
+    before, after = (_amount(step, d, context) for d in (start, draft))
     return after / before
 
 
 def _amount(step: Channels, draft: Draft, context: Context) -> float:
     network, call = draft.network, context.task.call()
-    if step.unit == "macs":
-        return totals(cost(network, call)).macs
     if step.unit == "channels":
         groups = couple(network, call, step.keep).groups.values()
         return sum(group.units for group in groups if step.approximate or not group.statistics)
-    if step.unit == "params":
-        return sum(p.numel() for p in network.parameters())
-    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    return meter.amount(step.unit, network, call)
 
 
 def rewound(early: Draft, pruned: Draft) -> Draft:
