@@ -27,7 +27,7 @@ tests-rest: FILES = src $(filter-out tests/pipeline tests/cli tests/goals tests/
 	tests/recipes tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 test: lint
-	$(MAKE) --jobs 2 $(addprefix tests-,$(PARTS))
+	$(MAKE) --keep-going --jobs 2 $(addprefix tests-,$(PARTS))
 
 $(addprefix tests-,$(PARTS)): setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)
