@@ -391,7 +391,7 @@ class TestNamed:
         assert first.record.data["teacher"] == fingerprint_by_name([net(16, 1)])
         assert penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again).record == first.record
         program(data, tmp_path / "teacher.pt2", 2)
-        with pytest.raises(OutputError, match=r"another data(.|\n)*data.teacher"):
+        with pytest.raises(OutputError, match=r"different settings: data(.|\n)*data.teacher"):
             penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
 
     def test_teachers_within_steps_are_opened_once(self, data, tmp_path, monkeypatch):

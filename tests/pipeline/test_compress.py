@@ -358,7 +358,7 @@ def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for
         pj.compress(digits_source, dataclasses.replace(first, train=[(x, y + 1)]), resume=True, **asked)
     assert found.value.got.startswith("data.train = ")
     other = dataclasses.replace(first, loss=torch.nn.functional.cross_entropy)
-    with pytest.raises(OutputError, match="another loss") as found:
+    with pytest.raises(OutputError, match="different settings: loss") as found:
         pj.compress(digits_source, other, resume=True, **asked)
     assert found.value.got == "loss = torch.nn.functional.cross_entropy"
     with pytest.raises(KeyboardInterrupt):

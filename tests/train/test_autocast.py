@@ -120,7 +120,7 @@ class TestInTheLoop:
                 self.volume, self.image = nn.Conv3d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 6)
 
             def forward(self, x):
-                return self.picture(self.volume(x).mean(2)).flatten(1)
+                return self.image(self.volume(x).mean(2)).flatten(1)
 
         x = X[:, :, None].expand(-1, -1, 3, -1, -1).contiguous()
         task = Task(example=x, train=[(x, torch.tensor([0, 1]))], loss=F.cross_entropy)
