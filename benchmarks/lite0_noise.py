@@ -87,12 +87,12 @@ def main() -> None:
     Console().print(table.noise(found, arguments.shown))
     rows = [dataclasses.asdict(row) for row in found]
     noisiest = sorted(rows, key=_loudest)[: arguments.shown]
-    arguments.image.parent.mkdir(parents=True, exist_ok=True)
-    arguments.image.write_text(image(noisiest), encoding="utf-8")
+    arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+    arguments.picture.write_text(image(noisiest), encoding="utf-8")
     data = {"machine": vars(measure.machine(THREADS)), "versions": measure.versions(), "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    print(f"{arguments.out}\n{arguments.image}")
+    print(f"{arguments.out}\n{arguments.picture}")
 
 
 if __name__ == "__main__":

@@ -124,9 +124,9 @@ def main() -> None:
             row |= {"fraction": fraction, "same": {n: d == wanted[n] for n, d in digests(folder).items()}}
             data["rows"].append(row)
             print(f"killed at {row['killed at']} ({row['status']}), went on with {row['went on']}: {row['same']}")
-        arguments.image.write_text(image(whole), encoding="utf-8")
+        arguments.picture.write_text(image(whole), encoding="utf-8")
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-    print(f"{arguments.out}\n{arguments.image}")
+    print(f"{arguments.out}\n{arguments.picture}")
 
 
 if __name__ == "__main__":
