@@ -21,6 +21,7 @@ from penjing.steps.step import Step
 class Recipe:
     """Steps that run one after another.
 
+    >>> from penjing import quantize
     >>> Recipe(quantize.Static(weight_bits=8)).to_data()[0]["quantize.Static"]["weight_bits"]
     8
     """
