@@ -184,7 +184,7 @@ def penjing(name, folder):
     found["couple_bytes"] = peak_memory_bytes() - before
     found["covered"], found["missed"] = covered(model, coupling, outputs)
     found["channels_before"] = channels(model, outputs)
-    step = Channels(channels=1 - RATIO, scope="layer", criterion="l2", approximate=True, round_to=1, least=0)
+    step = Channels(channels=1 - RATIO, scope="layer", criterion="l2", approximate=True, round_to=1, min_keep=0)
     start = time.perf_counter()
     ranking = step.ranking(network, coupling, Context(task=task))
     removed = step._chosen(Draft(network), ranking, Context(task=task))

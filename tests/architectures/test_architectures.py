@@ -80,7 +80,7 @@ def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
     coupling = couple(network, task.call())
     assert set(coupling.not_prunable.values()) <= {"it is an output of the network"}  # nothing else is held
     assert all(where.startswith(("classifier", "tokens")) for where in coupling.not_prunable)
-    step = Channels(channels=0.6, scope="layer", criterion="random", approximate=True, round_to=1, least=0)
+    step = Channels(channels=0.6, scope="layer", criterion="random", approximate=True, round_to=1, min_keep=0)
     ranking = step.ranking(network, coupling, Context(task=task))
     removed = ranking.removed(400)
     pruned = remove(Draft(network), coupling, removed)
