@@ -224,6 +224,45 @@ def test_residual_additions_are_integer_and_right(build, draw, tmp_path):
             assert decibels(expected[1], got) > 30, (threads, n)
 
 
+class Places(nn.Module):
+    """A convolution without a bias, and what is read of its places."""
+
+    def __init__(self, conv, read):
+        super().__init__()
+        self.conv, self.read, self.head = conv, read, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.read(F.relu(self.conv(x)).flatten(2)))
+
+
+@pytest.mark.parametrize("read", [lambda x: x.mean(2), lambda x: x[..., 0]], ids=["mean", "first"])
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (lambda: nn.Conv1d(3, 8, 3, bias=False), (3, 9)),
+        (lambda: nn.Conv1d(8, 8, 3, groups=8, bias=False), (8, 9)),
+        (lambda: nn.Conv2d(3, 8, 3, bias=False), (3, 6, 6)),
+        (lambda: nn.Conv2d(3, 8, 1, bias=False), (3, 6, 6)),
+        (lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False), (8, 6, 6)),
+    ],
+    ids=["1d", "1d_depthwise", "2d", "1x1", "2d_depthwise"],
+)
+def test_places_of_a_convolution_without_a_bias_are_read_right_for_every_batch(conv, shape, read, tmp_path):
+    torch.manual_seed(0)
+    network = Places(conv(), read).eval()
+
+    def draw(n, seed):
+        return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+    draft, manifest = quantized(network, tmp_path, draw)
+    plan = surgery.insert(draft.network, draft.plan)
+    session = runtime.open_session(tmp_path, manifest, 1)
+    for n in (1, 3, 8):
+        x = draw(n, seed=n + 10)
+        with torch.no_grad():
+            assert decibels(plan(x).numpy(), predictor(session, manifest)(x.numpy())) > 40, n
+
+
 def test_shapes_are_fixed_only_where_they_compile_with_one_thread_too(tmp_path):
     torch.manual_seed(1)
     network = Linears(F.relu, bias=0.5, sizes=(1, 1, 1)).eval()
