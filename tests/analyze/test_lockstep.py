@@ -14,7 +14,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC
 from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.surgery.quantizers import bias_entry
+from penjing.surgery.functional_layers import bias_entry
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task, as_call
 

@@ -61,7 +61,7 @@ def test_shift_and_scale_of_a_sample_are_not_seen(of):
 def test_the_gradient_is_that_of_small_differences(of):
     student, teacher = two(1)
     target, way = teacher.argmax(1), distill.StandardizedLogits(of=of)
-    torch.autograd.gradcheck(lambda x: loss(way, x, teacher, target), student.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: loss(way, x, teacher, target), student.requires_grad_())
 
 
 def test_equal_logits_of_a_sample_are_zeros_and_have_a_finite_gradient():

@@ -217,7 +217,7 @@ class TestBadInput:
             train(net(), context, replace(SETTINGS, teacher=distill.TeacherCache(tmp_path, net(16, 1))))
 
     def test_no_answers_and_no_teacher(self, tmp_path):
-        with pytest.raises(TaskError, match="no stored answers"):
+        with pytest.raises(TaskError, match="no cached teacher outputs"):
             CachedTeacher(tmp_path)
 
     def test_samples_that_have_no_answer(self, data, tmp_path):
@@ -365,7 +365,7 @@ class TestNamed:
             ("missing.pt2", distill.Hints(features=("0",)), "can't be opened"),
             ((there, "missing.pt2"), logits, "can't be opened"),
             (str(tmp_path / "empty"), logits, "the teacher: the folder holds no"),
-            (distill.TeacherCache(tmp_path / "none"), logits, "no stored answers"),
+            (distill.TeacherCache(tmp_path / "none"), logits, "no cached teacher outputs"),
             (distill.TeacherCache(tmp_path / "seven"), logits, "different outputs"),
             (path, distill.Hints(features=(("0", "nope"),)), "nope"),
             (there, distill.Hints(features=("0",)), "no values inside"),

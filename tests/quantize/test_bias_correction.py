@@ -9,7 +9,7 @@ from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.surgery.quantizers import bias_entry
+from penjing.surgery.functional_layers import bias_entry
 from penjing.tasks.task import Task
 
 

@@ -11,7 +11,7 @@ from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.quantize.sharing import Columns
-from penjing.quantize.static import collect
+from penjing.quantize.statistics import collect
 from penjing.runtimes import isolated
 from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft

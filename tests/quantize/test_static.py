@@ -8,7 +8,8 @@ from penjing.errors import CalibrationError, RecipeError
 from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.quantize import Static
-from penjing.quantize.static import collect, matches
+from penjing.quantize.static import matches
+from penjing.quantize.statistics import collect
 from penjing.steps.draft import Draft
 from penjing.steps.plan import BIAS_LIMIT
 from penjing.steps.step import Context

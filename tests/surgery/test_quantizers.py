@@ -16,7 +16,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, Entry, Plan, QuantSpec
 from penjing.steps.step import Context
 from penjing.surgery import FakeQuantize, freeze, insert
-from penjing.surgery.quantizers import bias_entry
+from penjing.surgery.functional_layers import bias_entry
 from penjing.tasks.task import Task
 
 WEIGHT = QuantSpec(axis=0)

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from penjing.analyze.atoms import FIXED, STORED, Change, Literal, Partition, Reordering, Walk, fixed
+from penjing.analyze.atoms import STORED, Reordering, Walk, fixed
+from penjing.analyze.cuts import edits_of, remaining
 from penjing.analyze.laid_out import LaidOut, held_components, laid_out
 from penjing.analyze.layers import COMPUTED, LAYERS
 from penjing.analyze.rearrangements import MOVING, single
@@ -133,7 +134,7 @@ class Coupling:
             if len(cut):
                 edits.append({"edit": "slice", "tensor": tensor, "axis": axis, "removed": to_text(cut.tolist())})
         for change in self._walk.changes:
-            edits.extend(_edit(change, gone))
+            edits.extend(edits_of(change, gone))
         return tuple(edits)
 
     def removed_atoms(self, removed: Mapping[str, Collection[int]]) -> np.ndarray:
@@ -190,7 +191,7 @@ class Coupling:
         labels = self._labels.get(node)
         if not isinstance(labels, tuple):
             return []
-        return [None if axis is None else _kept(axis, gone) for axis in labels]
+        return [None if axis is None else remaining(axis, gone) for axis in labels]
 
 
 def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], keep: Iterable[str] = ()) -> Coupling:
@@ -361,42 +362,6 @@ def _name(members: tuple[Member, ...], taken: Mapping[str, Group]) -> str:
     while name in taken:
         name, n = f"{base} ({n})", n + 1
     return name
-
-
-def _kept(axis: np.ndarray, gone: np.ndarray) -> np.ndarray:
-    kept = np.ones(axis.shape, bool)
-    known = axis != FIXED
-    kept[known] = ~gone[axis[known]]
-    every: np.ndarray = np.logical_and.reduce(np.atleast_2d(kept))  # of the atoms that a position stands for
-    return every
-
-
-def _edit(change: Change, gone: np.ndarray) -> list[Edit]:
-    if isinstance(change, Literal):
-        kept = _kept(change.labels, gone)
-        if kept.all():
-            return []
-        value = change.value if change.value is not None else int(kept.sum()) // change.divisor
-        return [{"edit": "literal", "site": change.where, "argument": list(change.argument), "value": value}]
-    if isinstance(change, Partition):
-        sizes = [int(_kept(part, gone).sum()) for part in change.parts]
-        if sizes == [len(part) for part in change.parts]:
-            return []
-        return [{"edit": "partition", "site": change.where, "axis": change.axis, "sizes": sizes}]
-    kept = _kept(change.labels, gone)
-    if kept.all():
-        return []
-    renumbered = np.cumsum(kept) - 1
-    order = renumbered[change.order[kept[change.order]]]
-    return [
-        {
-            "edit": "reorder",
-            "first": change.first,
-            "last": change.last,
-            "axis": change.axis,
-            "order": to_text(order.tolist()),
-        }
-    ]
 
 
 __all__ = ["Coupling", "Group", "Member", "Reordering", "couple"]

@@ -66,10 +66,10 @@ def laid_out(walk: Walk) -> tuple[np.ndarray, LaidOut]:
         walk.hold(atoms[unlike], "it is taken apart in two ways")
     one_of_each = np.zeros(len(atoms), bool)
     one_of_each[first] = True
-    found = _bottom(LaidOut(components[one_of_each & ~unlike], parts[:, one_of_each & ~unlike]))
-    if found is None:
+    bottom = _bottom(LaidOut(components[one_of_each & ~unlike], parts[:, one_of_each & ~unlike]))
+    if bottom is None:
         walk.hold(np.concatenate([atoms, sides[sides >= 0]]), "what it is made of is taken apart too often")
-    return unit, found or nothing
+    return unit, bottom or nothing
 
 
 def _padded(tables: list[np.ndarray]) -> np.ndarray:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Reordering, Walk, concatenated, fixed
+from penjing.analyze.atoms import Axis, Labels, Literal, Partition, Walk, concatenated
 from penjing.analyze.relations import aligned, hold_all, refuse, same, unchanged
 from penjing.analyze.reshaping import one_part, reshape
+from penjing.analyze.selections import gather, getitem, index, index_select, narrow, select, slice_
 from penjing.analyze.windows import col2im, im2col, unfold
-from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
+from penjing.network.graph import arguments, operator_name, site, tensor_inputs
 
 # --- transposes, parts and wholes ------------------------------------------------------------------------------------
 
@@ -93,77 +94,6 @@ def unbind(walk: Walk, node: fx.Node) -> list[Labels]:
     dim = int(arguments(node)["dim"]) % len(x)
     hold_all(walk, node, [x[dim]], "it gives every position by itself")
     return [(*x[:dim], *x[dim + 1 :])] * walk.shape(source)[dim]
-
-
-def getitem(walk: Walk, node: fx.Node) -> Any:
-    """One of several results."""
-    results: Any = walk.values[node.args[0]]  # type: ignore[index]
-    index: Any = node.args[1]
-    return results[index]
-
-
-def select(walk: Walk, node: fx.Node) -> Labels:
-    """One position of an axis, by its number."""
-    given = arguments(node)
-    x, shape = walk.of(given["self"]), walk.shape(given["self"])
-    dim = int(given["dim"]) % len(x)
-    axis = x[dim]
-    if axis is not None:
-        index = given["index"]
-        if isinstance(index, int):
-            index %= shape[dim]
-            walk.hold(axis[index : index + 1], f"{site(node)} picks it")
-            if index:
-                walk.changes.append(Literal(site(node), ("index",), axis[:index]))
-        else:
-            hold_all(walk, node, [axis], "it picks a position that is computed")
-    return (*x[:dim], *x[dim + 1 :])
-
-
-def slice_(walk: Walk, node: fx.Node) -> Labels:
-    """A run of positions of an axis."""
-    given = arguments(node)
-    x, shape = walk.of(given["self"]), walk.shape(given["self"])
-    dim = int(given["dim"]) % len(x)
-    axis, size = x[dim], shape[dim]
-    if axis is None:
-        return x
-    start, end, step = (given[w] for w in ("start", "end", "step"))
-    if not all(isinstance(n, int) or n is None for n in (start, end, step)):
-        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
-    first, last, _ = slice(start, end).indices(size)
-    if step not in (1, None):
-        if size % step or first >= step or last < size:
-            return refuse(walk, node, f"it takes one of every {step} positions, and not to the end")  # type: ignore[no-any-return]
-        rows = axis.reshape(-1, step)
-        for k in range(1, step):
-            walk.join(rows[:, 0], rows[:, k], f"{site(node)} takes one of every {step}")
-        return (*x[:dim], rows[:, first], *x[dim + 1 :])
-    if first:
-        walk.changes.append(Literal(site(node), ("start",), axis[:first]))
-    if end is not None and last < size:
-        walk.changes.append(Literal(site(node), ("end",), axis[:last]))
-    elif end is not None and end <= size:
-        walk.changes.append(Literal(site(node), ("end",), axis))
-    return (*x[:dim], axis[first:last], *x[dim + 1 :])
-
-
-def narrow(walk: Walk, node: fx.Node) -> Labels:
-    """A run of positions, by start and length."""
-    given = arguments(node)
-    x = walk.of(given["self"])
-    dim = int(given["dim"]) % len(x)
-    axis = x[dim]
-    if axis is None:
-        return x
-    start, length = given["start"], given["length"]
-    if not isinstance(start, int) or not isinstance(length, int):
-        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
-    part = axis[start : start + length]
-    walk.changes.append(Literal(site(node), ("length",), part))
-    if start:
-        walk.changes.append(Literal(site(node), ("start",), axis[:start]))
-    return (*x[:dim], part, *x[dim + 1 :])
 
 
 def expand(walk: Walk, node: fx.Node) -> Labels:
@@ -280,61 +210,6 @@ def roll(walk: Walk, node: fx.Node) -> Labels:
 
 
 # --- indexing ------------------------------------------------------------------------------------------------------
-
-
-def index_select(walk: Walk, node: fx.Node) -> Labels:
-    """Positions of one axis by computed numbers, or by those that an earlier reordering stored."""
-    given = arguments(node)
-    x = walk.of(given["self"])
-    dim = int(given["dim"]) % len(x)
-    order, last = _stored_order(walk, node)
-    axis = x[dim]
-    if axis is not None and order is not None:
-        walk.changes.append(Reordering(site(node), site(last), dim, order, axis))
-        walk.values[last] = (*x[:dim], axis[order], *x[dim + 1 :])
-        return fixed(len(x))
-    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
-    return (*x[:dim], None, *x[dim + 1 :])
-
-
-def _stored_order(walk: Walk, node: fx.Node) -> tuple[np.ndarray | None, fx.Node]:
-    """The order that a reordering selects by, and its last operator, which cuts off the position too many."""
-    numbers = arguments(node)["index"]
-    cut = next(iter(node.users)) if len(node.users) == 1 else node
-    stored = walk.stored_tensors.get(str(numbers.target)) if numbers.op == "get_attr" else None
-    if stored is None or kind(walk.network, cut) != "slice":
-        return None, node
-    given = arguments(cut)
-    if (given["start"], given["end"], given["step"]) != (0, len(stored) - 1, 1):
-        return None, node
-    return stored[:-1].cpu().numpy(), cut
-
-
-def index(walk: Walk, node: fx.Node) -> Labels:
-    """x[…, i, j, …] with tensors of numbers."""
-    given = arguments(node)
-    x, picks = walk.of(given["self"]), list(given["indices"])
-    picks += [None] * (len(x) - len(picks))
-    places = [d for d, pick in enumerate(picks) if pick is not None]
-    hold_all(walk, node, [x[d] for d in places], "it picks positions by computed numbers")
-    rank = len(walk.shape(node))
-    picked = rank - (len(x) - len(places))
-    adjacent = places == list(range(places[0], places[-1] + 1))
-    first = places[0] if adjacent else 0
-    rest = [axis for d, axis in enumerate(x) if d not in places]
-    return (*rest[:first], *fixed(picked), *rest[first:])
-
-
-def gather(walk: Walk, node: fx.Node) -> Labels:
-    """Positions of one axis by numbers of the result's shape: the other axes follow the numbers' own."""
-    given = arguments(node)
-    x, numbers = walk.of(given["self"]), walk.of(given["index"])
-    dim = int(given["dim"]) % len(x)
-    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
-    for d in range(len(x)):
-        if d != dim:
-            walk.join(x[d], numbers[d], f"{site(node)} reads it")
-    return numbers
 
 
 def filled(walk: Walk, node: fx.Node) -> Labels:

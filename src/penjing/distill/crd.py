@@ -42,9 +42,9 @@ def contrastive(
     two = anchors @ others.t() / temperature - log_scale
     log_count = torch.log(torch.tensor(float(count), device=one.device))
     # log(r / (r + K)) and log(K / (r + K)), without overflow
-    found = F.logsigmoid(one - log_count)
+    accepted = F.logsigmoid(one - log_count)
     refused = F.logsigmoid(log_count - two).sum(1)
-    return -(found + refused).mean()
+    return -(accepted + refused).mean()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
         Two scalars: between the classes of each sample (the mean over samples), and between the samples of each class
         (the mean over classes).
     """
-    found, wanted = (torch.softmax(x / temperature, dim=1) for x in (student, teacher))
-    between = 1 - _pearson(found, wanted).mean()
-    within = 1 - _pearson(found.t(), wanted.t()).mean()
+    ours, theirs = (torch.softmax(x / temperature, dim=1) for x in (student, teacher))
+    between = 1 - _pearson(ours, theirs).mean()
+    within = 1 - _pearson(ours.t(), theirs.t()).mean()
     return between * temperature**2, within * temperature**2
 
 

@@ -36,7 +36,7 @@ def decoupled(
         A scalar, in nats.
     """
     true = F.one_hot(target, student.shape[1]).bool()
-    found, wanted = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+    ours, theirs = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
 
     def two(logs: torch.Tensor) -> torch.Tensor:  # (samples, 2): the true class, all others
         return torch.stack([logs[true], torch.logsumexp(logs.masked_fill(true, -torch.inf), dim=1)], dim=1)
@@ -44,7 +44,7 @@ def decoupled(
     def others(x: torch.Tensor) -> torch.Tensor:  # (samples, classes): among the others
         return F.log_softmax(x / temperature - _OUT * true, dim=1)
 
-    target_class = F.kl_div(two(found), two(wanted), reduction="batchmean", log_target=True)
+    target_class = F.kl_div(two(ours), two(theirs), reduction="batchmean", log_target=True)
     other_classes = F.kl_div(others(student), others(teacher), reduction="batchmean", log_target=True)
     return (alpha * target_class + beta * other_classes) * temperature**2
 

@@ -79,7 +79,7 @@ class FewerLayers:
 
     def _layers(self, network: fx.GraphModule) -> list[str]:
         """The stack's parts in the order of execution."""
-        found: dict[str, None] = {}
+        parts: dict[str, None] = {}
         stacks: dict[str, None] = {}
         for node in network.graph.nodes:
             words = site(node).replace("/", ".").split(".")
@@ -87,8 +87,8 @@ class FewerLayers:
                 if word.isdigit() and depth and depth < len(words) - 1:
                     stacks[".".join(words[:depth])] = None
                     if ".".join(words[:depth]) == self.of:
-                        found[".".join(words[: depth + 1])] = None
-        if not found:
+                        parts[".".join(words[: depth + 1])] = None
+        if not parts:
             near = difflib.get_close_matches(self.of, stacks, n=3, cutoff=0.3) or list(stacks)[:3]
             raise RecipeError(
                 "the network has no such stack of layers",
@@ -96,7 +96,7 @@ class FewerLayers:
                 expected="the name of a list of layers, without the number",
                 remedy=f"did you mean {' or '.join(near)}?" if near else "`penjing inspect` lists the layers",
             )
-        return list(found)
+        return list(parts)
 
 
 def _spread(count: int, keep: int) -> tuple[int, ...]:

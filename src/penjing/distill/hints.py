@@ -70,10 +70,10 @@ class _Hints(nn.Module):
     def forward(self, inputs: DistillationInputs) -> torch.Tensor:
         parts = []
         for adapter, (mine, theirs) in zip(self.adapters, self.features, strict=True):
-            found, wanted = adapter(inputs.student_features[mine]), inputs.teacher_features[theirs]
-            if found.dim() == 4 and found.shape[2:] != wanted.shape[2:]:
-                found = nn.functional.adaptive_avg_pool2d(found, (wanted.shape[2], wanted.shape[3]))
-            parts.append(hint(found, wanted))
+            student, teacher = adapter(inputs.student_features[mine]), inputs.teacher_features[theirs]
+            if student.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
+                student = nn.functional.adaptive_avg_pool2d(student, (teacher.shape[2], teacher.shape[3]))
+            parts.append(hint(student, teacher))
         return torch.stack(parts).mean()
 
 

@@ -28,9 +28,9 @@ def soft_targets(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
         A scalar, in nats.
     """
     classes = student.shape[-1]
-    found = F.log_softmax(student.reshape(-1, classes) / temperature, dim=1)
-    wanted = F.log_softmax(teacher.reshape(-1, classes) / temperature, dim=1)
-    return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+    ours = F.log_softmax(student.reshape(-1, classes) / temperature, dim=1)
+    theirs = F.log_softmax(teacher.reshape(-1, classes) / temperature, dim=1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 @dataclass(frozen=True, kw_only=True)

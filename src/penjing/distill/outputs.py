@@ -55,14 +55,14 @@ class Outputs:
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """The loss of a batch."""
-        found, wanted = _floats(inputs.student), _floats(inputs.teacher)
-        if [x.shape for x in found] != [x.shape for x in wanted]:
+        ours, theirs = _floats(inputs.student), _floats(inputs.teacher)
+        if [x.shape for x in ours] != [x.shape for x in theirs]:
             raise TaskError(
                 "student and teacher have different outputs",
-                got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (found, wanted)),
+                got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (ours, theirs)),
                 expected="the same outputs in the same order",
                 remedy="another teacher, or a distillation of features alone, for example distill.Hints"
-                if len(found) <= len(wanted)
+                if len(ours) <= len(theirs)
                 else "distill.Logits learns from the first output alone, which is what distill.TeacherCache keeps",
             )
 

@@ -42,9 +42,11 @@ def angles(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
-    found = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact where samples are close
-    mean = found.sum() / (found > 0).sum().clamp_min(1)  # a sample alone, or all alike, has no distance
-    return found / mean.clamp_min(1e-12)
+    distance_matrix = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact where samples are close
+    mean = distance_matrix.sum() / (distance_matrix > 0).sum().clamp_min(
+        1
+    )  # a sample alone, or all alike, has no distance
+    return distance_matrix / mean.clamp_min(1e-12)
 
 
 def _cosines(x: torch.Tensor) -> torch.Tensor:
@@ -81,8 +83,8 @@ class RKD:
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:
             parts = []
-            for found, wanted in inputs.pairs(self.features):
-                a, b = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
+            for student, teacher in inputs.pairs(self.features):
+                a, b = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
                 parts.append(self.distance * distances(a, b) + self.angle * angles(a, b))
             return torch.stack(parts).sum()
 

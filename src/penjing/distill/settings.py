@@ -11,7 +11,7 @@ def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, s
     Raises:
         RecipeError: They are not names, or too few.
     """
-    found = []
+    pairs = []
     for feature in features if isinstance(features, tuple | list) else [None]:
         pair = (feature, feature) if isinstance(feature, str) else feature
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
@@ -21,7 +21,7 @@ def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, s
                 expected="names, or pairs of names",
                 remedy='for example features=("stages.1", "stages.2"), or (("stages.1", "layer2"),)',
             )
-        found.append((pair[0], pair[1]))
-    if len(found) < least:
+        pairs.append((pair[0], pair[1]))
+    if len(pairs) < least:
         raise RecipeError(f"{type(term).__name__} needs features to look at", got="none", expected="at least one name")
-    return tuple(found)
+    return tuple(pairs)

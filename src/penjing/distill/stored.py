@@ -112,7 +112,9 @@ class CachedTeacher(nn.Module):
             self._open(about, name)
         elif not name:
             raise self._wrong(
-                "there are no stored answers", "no about.json", "give the teacher: TeacherCache(folder, network)"
+                "the folder has no cached teacher outputs",
+                "no about.json",
+                "give the teacher: TeacherCache(folder, network)",
             )
         self.register_buffer("of", torch.frombuffer(bytearray(bytes.fromhex(self.name)), dtype=torch.uint8))
 
@@ -133,9 +135,9 @@ class CachedTeacher(nn.Module):
         if new:
             self._ask(args, kwargs, new, len(keys))
         assert self.answers is not None and self.shape is not None
-        found = self.answers[[self.rows[key] for key in keys]]
+        rows = self.answers[[self.rows[key] for key in keys]]
         device = next(x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        return torch.from_numpy(np.array(found)).reshape(len(keys), *self.shape).to(device)
+        return torch.from_numpy(np.array(rows)).reshape(len(keys), *self.shape).to(device)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Raise TaskError where a sample has no answer and there is no teacher. Nobody is asked."""

@@ -49,9 +49,9 @@ class Student:
             TaskError: Its outputs are not those of the source.
         """
         call = context.task.call()
-        wanted = _outputs(draft.network, call)
+        expected = _outputs(draft.network, call)
         try:
-            edit, network = self._built(call, wanted, context)
+            edit, network = self._built(call, expected, context)
         except (PenjingError, TypeError) as error:
             raise RecipeError(
                 f"the student {self.architecture} can't be built",
@@ -59,23 +59,23 @@ class Student:
                 expected="an architecture for the inputs of the source",
                 remedy="Student(architecture=..., settings={...}) passes settings on",
             ) from error
-        found = _outputs(network, call)
-        if found != wanted:
+        produced = _outputs(network, call)
+        if produced != expected:
             raise TaskError(
                 "student and teacher have different outputs",
-                got=f"{self.architecture}: {found}, the source: {wanted}",
+                got=f"{self.architecture}: {produced}, the source: {expected}",
                 expected="outputs of the same shapes",
-                remedy=f"for example Student(..., settings={{'classes': {wanted[0][-1]}}})",
+                remedy=f"for example Student(..., settings={{'classes': {expected[0][-1]}}})",
             )
         return replace(draft, network=network, plan=Plan(), edits=(edit,))
 
     def _built(
-        self, call: Call, wanted: list[tuple[int, ...]], context: Context
+        self, call: Call, expected: list[tuple[int, ...]], context: Context
     ) -> tuple[dict[str, Any], fx.GraphModule]:
         """The first combination of what is read from the source that the factory takes."""
         args, kwargs = call
         first = next(iter((*args, *kwargs.values())))
-        read = {"classes": wanted[0][1] if len(wanted[0]) > 1 else 1}
+        read = {"classes": expected[0][1] if len(expected[0]) > 1 else 1}
         if first.dim() == 4:
             read["in_channels"] = first.shape[1]
         failures: list[PenjingError] = []
@@ -95,6 +95,6 @@ class Student:
 def _outputs(network: fx.GraphModule, call: Call) -> list[tuple[int, ...]]:
     args, kwargs = call
     with torch.no_grad(), in_eval_mode(network):
-        found = network(*args, **kwargs)
-    first_output(found)
-    return [tuple(x.shape) for x in flatten_outputs(found)[0]]
+        produced = network(*args, **kwargs)
+    first_output(produced)
+    return [tuple(x.shape) for x in flatten_outputs(produced)[0]]

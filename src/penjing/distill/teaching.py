@@ -231,10 +231,10 @@ class Distiller:
 
     def of(self, student: nn.Module) -> Distiller:
         """The same lessons for another student of the same form, with adapters of its own."""
-        found = copy.copy(self)
-        found.student = found._student_view(student)
-        found.made, found.adapters = copy.deepcopy((self.made, self.adapters))
-        return found
+        other = copy.copy(self)
+        other.student = other._student_view(student)
+        other.made, other.adapters = copy.deepcopy((self.made, self.adapters))
+        return other
 
     def prepare(self, cast: Callable[[], AbstractContextManager[Any]]) -> None:
         """Make the terms, and their adapters, from the shapes of the task's example."""
@@ -269,13 +269,13 @@ class Distiller:
     def inputs(self, output: Any, target: Any, call: Call, done: float) -> DistillationInputs:
         """What the teachers say to the call that the student has just answered."""
         args, kwargs = call
-        found = self.student.values() if isinstance(self.student, Tapped) else {}
+        student_values = self.student.values() if isinstance(self.student, Tapped) else {}
         with torch.no_grad():
             taught = [model(*args, **kwargs) for model in self.teacher_view]
-        wanted = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
+        teacher_values = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
         said = taught[0] if len(taught) == 1 else _mean(taught)
         return DistillationInputs(
-            in_fp32(output), in_fp32(said), target, in_fp32(dict(found)), in_fp32(dict(wanted)), done
+            in_fp32(output), in_fp32(said), target, in_fp32(dict(student_values)), in_fp32(dict(teacher_values)), done
         )
 
     def terms(self, inputs: DistillationInputs) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import logging
 import operator
 import re
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch import fx
 
 from penjing.errors import ExportError
 from penjing.network.exporting import export, input_names, with_plain_outputs
-from penjing.network.graph import RECURRENT, arguments, is_tensor, kind, layer_site, line
+from penjing.network.graph import line
 from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
 from penjing.onnx_files import export_cache as onnx_kept
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
+from penjing.onnx_files.node_names import name_nodes
 from penjing.records.manifest import Port
 
 OPSET = 18
@@ -105,7 +105,7 @@ def _exported(
     onnx_rewrites.pool_globally(model)
     onnx_rewrites.pad_in_convolutions(model)
     onnx_rewrites.turn_for_each(model)
-    _name_nodes(model, network)
+    name_nodes(model, network)
     _tidy(model, inputs, call, dynamic)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
@@ -277,97 +277,6 @@ def _values(graph: Any) -> Iterator[str]:
     yield from (part.name for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info])
     for node in graph.node:
         yield from (*node.input, *node.output)
-
-
-def _name_nodes(model: Any, network: fx.GraphModule) -> None:
-    """Call every ONNX node by the site that it computes.
-
-    Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
-    It merges those that compute the same from the same: they are called by the first. Where the counts differ all the
-    same (it split some), that kind of operator keeps its generated names.
-    """
-    all_sites: dict[str, list[str]] = defaultdict(list)
-    merged_sites: dict[str, list[str]] = defaultdict(list)
-    first = _first_alike(network)
-    for node in network.graph.nodes:
-        if node.op in ("call_module", "call_function") and is_tensor(node):
-            operator = kind(network, node)
-            # The exporter writes a node for each layer.
-            layers = arguments(node)["num_layers"] if operator in RECURRENT else 1
-            names = [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
-            all_sites[operator] += names
-            merged_sites[operator] += names if first[node] is node else []
-    stored = {tensor.name for tensor in model.graph.initializer}
-    by_kind: dict[str, list[Any]] = defaultdict(list)
-    for node in model.graph.node:
-        if what := _kind_of(node, stored):
-            by_kind[what].append(node)
-    for what, nodes in by_kind.items():
-        names = next((sites[what] for sites in (all_sites, merged_sites) if len(sites[what]) == len(nodes)), [])
-        for node, name in zip(nodes, names, strict=False):
-            node.name = name or node.name
-    products = {node.output[0]: node.name for node in by_kind["linear"] + by_kind["matmul"] if node.op_type == "MatMul"}
-    readers = Counter(name for node in model.graph.node for name in node.input)
-    products = {result: name for result, name in products.items() if readers[result] == 1}
-    for node in model.graph.node:  # what a runtime fuses is called by its last node
-        if node.op_type == "Add" and _made_of(node) == "linear" and node.input[0] in products:
-            node.name = f"{products[node.input[0]]}/bias"
-        elif node.op_type == "Mul" and node.input[0] in products and node.input[1] in stored:
-            node.name = f"{products[node.input[0]]}/scale"
-
-
-def _first_alike(network: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Every node → the first that computes the same from the same."""
-    first: dict[fx.Node, fx.Node] = {}
-    known: dict[str, fx.Node] = {}
-    for node in network.graph.nodes:
-        read = fx.node.map_arg((node.args, node.kwargs), lambda n: first[n])
-        key = node.name if node.op == "placeholder" else repr((node.op, str(node.target), read))
-        first[node] = known.setdefault(key, node)
-    return first
-
-
-def _kind_of(node: Any, stored: set[str]) -> str | None:
-    """The kind of operator (see `penjing.network.graph.kind`) that an ONNX node is; None where it is not looked for."""
-    made_of = _made_of(node)
-    if node.op_type in ("Add", "Mul"):
-        computed = [name for name in node.input if name not in stored]
-        word = str(node.op_type).lower()
-        return word if len(computed) == 2 and made_of == word else None
-    if node.op_type == "MatMul":
-        return made_of if made_of == "linear" else "matmul" if made_of in ("matmul", "mm", "bmm") else None
-    if node.op_type == "LSTM" and not made_of:
-        return "lstm_static"
-    return _ONNX_KINDS.get(node.op_type)
-
-
-def _made_of(node: Any) -> str:
-    """The ATen operator that the exporter translated: one of several nodes of a linear layer or of an attention."""
-    notes = {entry.key: entry.value for entry in node.metadata_props}
-    match = re.search(r"target=torch\.ops\.aten\.(\w+?)_?\.", notes.get("pkg.torch.onnx.fx_node", ""))
-    return match[1] if match else ""
-
-
-_ONNX_KINDS = {
-    "Conv": "conv",
-    "ConvTranspose": "conv_transpose",
-    "Gemm": "linear",
-    "MatMulInteger": "linear_dynamic",
-    "LSTM": "lstm",
-    "GRU": "gru",
-    "DynamicQuantizeLSTM": "lstm_dynamic",
-    "Concat": "cat",
-    "Relu": "relu",
-    "Clip": "clip",
-    "MaxPool": "max_pool",
-    "AveragePool": "avg_pool",
-    "GlobalAveragePool": "avg_pool",
-    "ReduceMean": "avg_pool",
-    "HardSwish": "hardswish",
-    "Sigmoid": "sigmoid",
-    "LayerNormalization": "layer_norm",
-    "Softmax": "softmax",
-}
 
 
 def _tidy(model: Any, inputs: list[str], call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Any) -> None:

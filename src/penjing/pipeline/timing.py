@@ -35,7 +35,7 @@ class Timed:
 
 
 def measure_all(prepared: Prepared, candidates: Sequence[Candidate]) -> Timed:
-    """Time everything in turns. Rejected candidates are timed only where there is no other."""
+    """Time all candidates interleaved with the source; rejected ones only if no other candidate is left."""
     run = prepared.run
     offered = [c for c in candidates if c.rejection is None] or list(candidates)
     plain = floors(run, candidates, prepared.source, prepared.structure)

@@ -28,12 +28,12 @@ def _activation(evidence: Evidence, coupling: Coupling) -> Scores:
 
 
 def _mean_size(group: Group, sums: dict[str, torch.Tensor]) -> np.ndarray:
-    found = torch.zeros(group.units, dtype=torch.float64)
+    sums_per_unit = torch.zeros(group.units, dtype=torch.float64)
     for member in readers(group):
         sizes = sums.get(member.tensor.rpartition(".")[0])
         if sizes is not None and member.positions.max() < len(sizes):
-            found += per_unit(member, sizes[torch.from_numpy(member.positions)], group.units)
-    return found.numpy()
+            sums_per_unit += per_unit(member, sizes[torch.from_numpy(member.positions)], group.units)
+    return sums_per_unit.numpy()
 
 
 ACTIVATION = Criterion(name="activation", needs="calibration", units=_activation)

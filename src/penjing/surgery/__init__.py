@@ -14,9 +14,10 @@ from penjing.surgery.attention import unfold_attentions
 from penjing.surgery.build import build, building
 from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
+from penjing.surgery.freezing import freeze
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import own_weights
-from penjing.surgery.quantizers import FakeQuantize, freeze, insert, quantizer_calls
+from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.skip import skip

@@ -1,0 +1,79 @@
+"""Histograms of the values that a plan needs ranges of, collected once for all steps on the same network and data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from penjing.analyze.samples import in_chunks, size_of
+from penjing.network.graph import flat_inputs
+from penjing.network.weights import fingerprint_with_graph
+from penjing.quantize.histogram import Histogram
+from penjing.quantize.sharing import Columns
+from penjing.steps.cache import Identity, Key
+from penjing.steps.step import Context
+
+
+class Statistics(NamedTuple):
+    """What the values of a network looked like, by node name."""
+
+    histograms: dict[str, Histogram]
+    columns: dict[str, Columns]
+
+
+def collect(
+    network: fx.GraphModule, values: set[str], context: Context, samples: int, columns: Collection[str] = ()
+) -> Statistics:
+    """Histograms of the named values over the calibration data, and of some of them the columns too, in one pass.
+
+    They are kept in `context.cache`, and what was collected before is not collected again.
+    """
+    dynamic = context.task.dynamic  # whether a batch may be cut
+    key = Key(
+        kind=Statistics,
+        network=fingerprint_with_graph(network),
+        data=Identity(context.task.calibration),
+        samples=samples,
+        settings=None if dynamic is None else frozenset((name, frozenset(axes)) for name, axes in dynamic.items()),
+    )
+    statistics = context.cache.once(key, lambda: Statistics({}, {}))
+    new, beside = values - set(statistics.histograms), set(columns) - set(statistics.columns)
+    if new | beside:
+        more = {name: Histogram() for name in sorted(new)}
+        watched = {name: Columns() for name in sorted(beside)}
+        _observe(network, more, watched, context, samples)
+        statistics.histograms.update(more)
+        statistics.columns.update(watched)
+    return statistics
+
+
+def _observe(
+    network: fx.GraphModule,
+    histograms: Mapping[str, Histogram],
+    columns: Mapping[str, Columns],
+    context: Context,
+    samples: int,
+) -> None:
+    class Observer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.name in histograms and isinstance(result, torch.Tensor):
+                histograms[n.name].update(result, share=share, more=more)  # of the loop below
+            if n.name in columns and isinstance(result, torch.Tensor):
+                columns[n.name].update(result)
+            return result
+
+    network.eval()
+    observer = Observer(network)
+    done = 0
+    with torch.no_grad():
+        for batch in in_chunks(context, network, samples):
+            share = 1 / len(batch)
+            for i, call in enumerate(batch):
+                more = i > 0
+                observer.run(*flat_inputs(network, call))
+                done += size_of(call)
+                context.events("progress", label="calibrate", done=done, total=samples)

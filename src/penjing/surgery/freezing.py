@@ -1,0 +1,162 @@
+"""From fake quantizers to stored integers: what an exporter writes of a plan."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.errors import QuantizationError
+from penjing.network.naming import free_name
+from penjing.numerics import grid, operators
+from penjing.steps.plan import Entry, Plan
+from penjing.surgery.quantizers import constant_node, rewire
+
+SHARED = 64  # values from which on an equal tensor is looked for
+
+
+def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of `network` whose quantized weights are stored as integers: what a runtime's file is made from."""
+    network = copy.deepcopy(network)
+    if not plan:
+        return network
+    integers = free_name(network, "integers")
+    network.add_module(integers, nn.Module())
+    paths: dict[tuple[Any, ...], str] = {}
+
+    def constant(name: str, value: torch.Tensor) -> fx.Node:
+        # A table that is a layer's weight too is stored once.
+        key = (value.dtype, tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).digest())
+        if value.numel() >= SHARED and key in paths:
+            return network.graph.get_attr(paths[key])
+        paths[key] = f"{integers}.{name}"
+        return constant_node(network, paths[key], value)
+
+    def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
+        # A single number has no axis: runtimes take a one-element vector for one channel.
+        shape = (-1,) if len(entry.scale) > 1 else ()
+        dtype = operators.integer_dtype(*entry.spec.limits)
+        return (
+            constant(f"{name}_scale", torch.tensor(entry.scale, dtype=torch.float32).reshape(shape)),
+            constant(f"{name}_zero_point", torch.tensor(entry.zero_point, dtype=dtype).reshape(shape)),
+        )
+
+    def place(producer: fx.Node, entry: Entry) -> fx.Node:
+        if entry.dynamic:
+            return producer  # quantized by the operator that reads it
+        if entry.spec.grid != "uniform":
+            raise QuantizationError(
+                "no runtime rounds activations to powers of two",
+                got=f"an activation on the grid {entry.spec.grid}",
+                expected="activation_grid='uniform'; weights may be of any grid",
+                remedy="pj.apply computes it in torch",
+            )
+        if producer.op == "get_attr":  # the other operand of a product: a weight, by whatever name
+            path = str(producer.target)
+            owner, _, leaf = path.rpartition(".")
+            return dequantized(path, getattr(network.get_submodule(owner), leaf).detach(), entry)
+        scale, zero = numbers(f"activation{len(list(network.get_submodule(integers).buffers()))}", entry)
+        axis = entry.spec.axis or 0
+        call = network.graph.call_function
+        q = call(torch.ops.penjing.quantize.default, (producer, scale, zero, axis, *entry.spec.limits))
+        return call(torch.ops.penjing.dequantize.default, (q, scale, zero, axis))
+
+    written: dict[tuple[str, str], list[Entry | None]] = {}
+
+    def name_for(layer: str, role: str, entry: Entry | None) -> str:
+        # A layer that is called twice has two bias grids where its two inputs have two scales.
+        known = written.setdefault((layer, role), [])
+        if entry not in known:
+            known.append(entry)
+        number = known.index(entry)
+        return f"{layer}.{role}_{number}" if number else f"{layer}.{role}"
+
+    def stored(layer: str, role: str, entry: Entry) -> fx.Node:
+        value = getattr(network.get_submodule(layer), role).detach()
+        return dequantized(name_for(layer, role, entry), value, entry)
+
+    def in_integers(value: torch.Tensor, entry: Entry) -> torch.Tensor:
+        scale = torch.tensor(entry.scale, dtype=torch.float32)
+        zero = torch.tensor(entry.zero_point, dtype=torch.int32)
+        return grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
+
+    def dequantized(name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
+        q = in_integers(value, entry)
+        call = network.graph.call_function
+        if entry.spec.group is None:
+            nodes = (constant(name, q), *numbers(name, entry))
+            return call(torch.ops.penjing.dequantize.default, (*nodes, entry.spec.axis or 0))
+        # One row for every scale: per-channel quantization is what every runtime reads.
+        nodes = (
+            constant(name, q.movedim(entry.spec.axis or 0, 0).reshape(-1, entry.spec.group)),
+            *numbers(name, entry),
+        )
+        return call(
+            torch.ops.aten.reshape.default, (call(torch.ops.penjing.dequantize.default, (*nodes, 0)), list(value.shape))
+        )
+
+    def weight(layer: str, entry: Entry) -> fx.Node:
+        return stored(layer, "weight", entry)
+
+    def rows(layer: str, positions: fx.Node, entry: Entry) -> fx.Node:
+        """Rows of a table: their integers are gathered first, and they alone are dequantized."""
+        value: Any = network.get_submodule(layer).weight
+        name = name_for(layer, "weight", entry)
+        call, gather = network.graph.call_function, torch.ops.aten.embedding.default
+
+        def each(what: str, numbers: tuple[float, ...]) -> fx.Node:
+            rows = torch.tensor(numbers, dtype=torch.float32)
+            if rows.numel() == 1:
+                return constant(f"{name}_{what}", rows.reshape(()))
+            return call(gather, (constant(f"{name}_{what}", rows.reshape(-1, 1)), positions))
+
+        q = call(gather, (constant(name, in_integers(value.detach(), entry)), positions))
+        x = call(torch.ops.aten.to.dtype, (q, torch.float32))
+        if any(entry.zero_point):
+            x = call(torch.ops.aten.sub.Tensor, (x, each("row_zero", entry.zero_point)))
+        return call(torch.ops.aten.mul.Tensor, (x, each("row_scale", entry.scale)))
+
+    def dynamic(layer: str, x: fx.Node, entry: Entry) -> fx.Node:
+        value: Any = network.get_submodule(layer).weight
+        scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
+        q = grid.integers(value.detach(), scale, zero, entry.spec).to(torch.int8)
+        name = name_for(layer, "weight", entry)
+        nodes = (constant(name, q.T.contiguous()), *numbers(name, entry), bias(layer, None))
+        return network.graph.call_function(torch.ops.penjing.linear_dynamic.default, (x, *nodes))
+
+    def bias(layer: str, entry: Entry | None) -> fx.Node | None:
+        value: Any = network.get_submodule(layer).bias
+        if value is None:
+            return None
+        if entry is None:
+            return constant(name_for(layer, "bias", None), value.detach())
+        return stored(layer, "bias", entry)
+
+    rewire(network, plan, place, weight, bias, constant, dynamic, rows)
+    for node in reversed(list(network.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            network.graph.erase_node(node)
+            _forget(network, str(node.target))
+    network.recompile()
+    for layer, _ in written:
+        if not _is_used(network, layer):
+            network.delete_submodule(layer)  # float weights without a user would stay in a saved program
+    return network
+
+
+def _forget(network: fx.GraphModule, path: str) -> None:
+    """Delete a stored tensor that no operator and no layer reads."""
+    holder, _, leaf = path.rpartition(".")
+    owner = network.get_submodule(holder)
+    layers = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    if hasattr(owner, leaf) and holder not in layers and not any(n.target == path for n in network.graph.nodes):
+        delattr(owner, leaf)
+
+
+def _is_used(network: fx.GraphModule, layer: str) -> bool:
+    """Whether a call of the layer is left in floating point, or an operator reads one of its tensors."""
+    targets = (str(n.target) for n in network.graph.nodes if n.op in ("call_module", "get_attr"))
+    return any(target == layer or target.startswith(f"{layer}.") for target in targets)
