@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze import lockstep
+from penjing.analyze.gram import patches
 from penjing.errors import RecipeError
 from penjing.network.capture import capture_network
 from penjing.numerics.grid import integers
 from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.quantize import coordinate_rounding as module_of
-from penjing.quantize.coordinate_rounding import descend, gram, patches
+from penjing.quantize.coordinate_rounding import covariances, descend
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
@@ -130,63 +131,13 @@ def test_settings_of_another_type_are_refused_alike(settings):
         CoordinateRounding(**settings)
 
 
-LAYERS = {
-    "conv1d": (nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
-    "conv1d, dilated": (nn.Conv1d(4, 6, 3, padding=2, dilation=2, stride=2), (4, 13)),
-    "conv1d, same": (nn.Conv1d(4, 6, 4, padding="same"), (4, 9)),
-    "conv2d": (nn.Conv2d(3, 5, 3, padding=1), (3, 8, 7)),
-    "pointwise": (nn.Conv2d(3, 5, 1), (3, 8, 7)),
-    "pointwise, strided": (nn.Conv2d(3, 5, 1, stride=2), (3, 8, 7)),
-    "grouped": (nn.Conv2d(6, 9, 3, groups=3), (6, 8, 7)),
-    "depthwise": (nn.Conv2d(6, 6, 3, padding=1, groups=6), (6, 8, 7)),
-    "depthwise, twofold": (nn.Conv2d(6, 12, 3, padding=1, groups=6), (6, 8, 7)),
-    "dilated, uneven": (nn.Conv2d(3, 5, (3, 2), padding=(2, 0), dilation=(2, 3), stride=(1, 2)), (3, 9, 11)),
-    "same": (nn.Conv2d(3, 5, 4, padding="same", dilation=2), (3, 9, 11)),
-    "valid": (nn.Conv2d(3, 5, 3, padding="valid"), (3, 9, 11)),
-    "linear": (nn.Linear(7, 5), (7,)),
-    "linear, 3-D": (nn.Linear(7, 5), (4, 7)),
-    "linear, 4-D": (nn.Linear(7, 5), (2, 4, 7)),
-}
-
-
-@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
-def test_patches_times_weights_are_the_layers_output(layer, shape):
-    torch.manual_seed(0)
-    x = torch.randn(3, *shape)
-    columns = patches(layer, x)
-    groups = getattr(layer, "groups", 1)
-    weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, -1)
-    products = columns @ weight.transpose(1, 2)  # (groups, rows, out of a group)
-    layer.bias.data.zero_()
-    wanted = layer(x)
-    if isinstance(layer, nn.Linear):
-        wanted = wanted.reshape(1, -1, wanted.shape[-1])
-    else:
-        n, out, *_ = wanted.shape
-        by_group = wanted.reshape(n, groups, out // groups, -1)  # (samples, groups, out of a group, positions)
-        wanted = by_group.permute(1, 0, 3, 2).reshape(groups, -1, out // groups)
-    torch.testing.assert_close(products, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_of_large_pictures_every_so_many_positions_are_looked_at(monkeypatch):
-    monkeypatch.setattr(module_of, "POSITIONS", 30)
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 5, 3, padding=1, bias=False)
-    x = torch.randn(2, 3, 16, 16)
-    columns = patches(conv, x)
-    wanted = conv(x)[:, :, ::4, ::4].flatten(2).transpose(1, 2).reshape(1, -1, 5)  # 16 of 256; every third were 36
-    torch.testing.assert_close(columns @ conv.weight.reshape(1, 5, -1).transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
-    rows = patches(nn.Linear(7, 5), torch.randn(2, 100, 7))
-    assert 0 < rows.shape[1] <= 60
-
-
 def test_covariances_equal_those_of_all_rows_together():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
     x = [torch.randn(3, 4, 6, 6), torch.randn(2, 4, 6, 6)]
     replica = [a + 0.1 * torch.randn_like(a) for a in x]
     layer = lockstep.Layer("conv", "conv", conv, conv.weight, None, x, replica, [conv(a) for a in x])
-    own, cross = gram(layer)
+    own, cross = covariances(layer)
     a, b = patches(conv, torch.cat(x)), patches(conv, torch.cat(replica))
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     torch.testing.assert_close(own, b.transpose(1, 2) @ b / a.shape[1], atol=1e-5, rtol=1e-4)
@@ -199,7 +150,7 @@ def test_layers_without_such_a_form_are_left_to_the_nearest_rounding():
         (nn.Conv2d(2, 3, 3, padding_mode="reflect", padding=1), (2, 6, 6)),
     ):
         x = [torch.randn(2, *shape)]
-        assert gram(lockstep.Layer("conv", "conv", conv, conv.weight, None, x, x, [])) is None
+        assert covariances(lockstep.Layer("conv", "conv", conv, conv.weight, None, x, x, [])) is None
 
 
 def objective(q, exact, steps, own, cross, damping):

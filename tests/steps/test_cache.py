@@ -22,6 +22,7 @@ def computed():
 
         return cache.once(key, compute)
 
+    ask.cache = cache
     return ask, results
 
 
@@ -57,3 +58,44 @@ def test_a_failed_computation_is_tried_again():
     with pytest.raises(ZeroDivisionError):
         cache.once(KEY, lambda: 1 // 0)
     assert cache.once(KEY, lambda: [5]) == [5]
+
+
+class Named(dict):
+    """Results by name."""
+
+
+NAMED = Key(kind=Named, network="one", data=Identity([1, 2]), samples=3)
+
+
+def test_of_names_those_are_computed_that_are_not_there_yet():
+    cache, asked = Cache(), []
+
+    def compute(names):
+        asked.append(names)
+        return {name: name.upper() for name in names if name != "none"}
+
+    assert cache.by_name(NAMED, ["a", "none"], compute) == {"a": "A"}
+    assert cache.by_name(NAMED, {"b": 0, "a": 1, "none": 2}, compute) == {"b": "B", "a": "A"}
+    assert cache.by_name(NAMED, ["none", "a"], compute) == {"a": "A"}
+    assert asked == [["a", "none"], ["b"]]
+    cache.by_name(dataclasses.replace(NAMED, samples=4), ["a"], compute)
+    assert asked[2:] == [["a"]]
+
+
+def test_names_whose_computation_failed_are_asked_for_again():
+    cache = Cache()
+    with pytest.raises(ZeroDivisionError):
+        cache.by_name(NAMED, ["a"], lambda names: {"a": 1 // 0})
+    assert cache.by_name(NAMED, ["a"], lambda names: {"a": 5}) == {"a": 5}
+
+
+def test_what_is_forgotten_is_computed_again(computed):
+    ask, results, cache = *computed, computed[0].cache
+    other = dataclasses.replace(KEY, samples=4)
+    ask(KEY), ask(other)
+    cache.forget(list, but=KEY), cache.forget(dict)
+    ask(KEY), ask(other)
+    assert len(results) == 3
+    cache.forget(list)
+    ask(KEY), ask(other)
+    assert len(results) == 5

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from penjing.modes import in_eval_mode
-from penjing.tasks.task import Call
+from penjing.analyze.layer_inputs import channel_axis, observe
+from penjing.analyze.samples import cache_key, chunks
+from penjing.steps.step import Context
+from penjing.tasks.task import Call, calibration_calls
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,62 @@ def collect(
     """
     results: dict[str, torch.Tensor] = {}
 
-    def note(name: str, axis: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            now = statistic.of(inputs[0].detach().movedim(axis, 0).flatten(1))
-            results[name] = statistic.joined(results[name], now) if name in results else now
+    def observer(name: str, x: torch.Tensor) -> None:
+        now = statistic.of(x.movedim(channel_axis(layers[name]), 0).flatten(1))
+        results[name] = statistic.joined(results[name], now) if name in results else now
 
-        return hook
-
-    hooks = []
-    for name, module in layers.items():
-        # The channels of one sample without a batch axis stand first, those of a batch second.
-        axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()
-        hooks.append(module.register_forward_pre_hook(note(name, axis)))
-    try:
-        with in_eval_mode(network), torch.no_grad():
-            for args, kwargs in calls:
-                network(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observe(network, layers, calls, observer)
     return results
 
 
-__all__ = ["LARGEST", "MEAN_SIZES", "SQUARES", "Statistic", "collect"]
+class Shared(dict[str, torch.Tensor]):
+    """A statistic by layer, as a run's cache keeps it."""
+
+
+def shared(
+    network: fx.GraphModule,
+    layers: Mapping[str, Any],
+    context: Context,
+    statistic: Statistic,
+    *,
+    batches: int | None = None,
+    samples: int | None = None,
+    label: str,
+) -> dict[str, torch.Tensor]:
+    """`collect` over calibration data, once for all steps of a run that ask for the same.
+
+    The tensors belong to the run: whoever changes one copies it.
+
+    Args:
+        network: As in `collect`.
+        layers: As in `collect`.
+        context: Its task has the data, and its events are told the progress.
+        statistic: As in `collect`.
+        batches: So many of the task's own batches are read; one at a time is held.
+        samples: In their place so many samples, in the chunks of `penjing.analyze.samples.chunks`, held together.
+        label: What the progress is reported as.
+
+    Raises:
+        CalibrationError: There is no calibration data.
+    """
+    assert (batches is None) != (samples is None), "either batches or samples"
+
+    def told(calls: Iterable[Call], total: int | None) -> Iterator[Call]:
+        for done, call in enumerate(calls, 1):
+            yield call
+            context.events("progress", label=label, done=done, total=total)
+
+    def compute(names: list[str]) -> dict[str, torch.Tensor]:
+        if samples is None:
+            calls = told(calibration_calls(context.task, limit=batches), batches)
+        else:  # cut before the layers are observed: the size of a chunk is tried out on the network
+            parts = chunks(context, network, samples)
+            calls = told(parts, len(parts))
+        return collect(network, {name: layers[name] for name in names}, calls, statistic)
+
+    unit, count = ("batches", batches) if samples is None else ("samples", samples)
+    assert count is not None
+    return context.cache.by_name(cache_key(Shared, network, context, count, (unit, statistic)), layers, compute)
+
+
+__all__ = ["LARGEST", "MEAN_SIZES", "SQUARES", "Shared", "Statistic", "collect", "shared"]

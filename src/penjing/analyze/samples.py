@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from penjing.errors import CalibrationError
 from penjing.network.graph import shapes
+from penjing.network.weights import fingerprint_with_graph
+from penjing.steps.cache import Identity, Key
 from penjing.steps.step import Context
 from penjing.tasks.call import leaves, map_leaves
 from penjing.tasks.task import Call, calibration_calls
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 24  # of the largest value in the network: larger ones are taken from the system anew every time
 
@@ -33,6 +37,29 @@ def part(call: Call, first: int, last: int) -> Call:
         return value[first:last] if whole else value
 
     return map_leaves(cut, call[0]), map_leaves(cut, call[1])
+
+
+def cache_key(
+    kind: type[T], network: fx.GraphModule, context: Context, samples: int, settings: Hashable = ()
+) -> Key[T]:
+    """The key of what is computed with a network over the first calibration samples.
+
+    Args:
+        kind: The class of the result.
+        network: A captured network.
+        context: Its task has the samples.
+        samples: So many of them.
+        settings: What else the result depends on.
+    """
+    dynamic = context.task.dynamic  # whether a batch may be cut
+    axes = None if dynamic is None else frozenset((name, frozenset(axes)) for name, axes in dynamic.items())
+    return Key(
+        kind=kind,
+        network=fingerprint_with_graph(network),
+        data=Identity(context.task.calibration),
+        samples=samples,
+        settings=(axes, settings),
+    )
 
 
 def batches(context: Context, samples: int) -> Iterator[Call]:

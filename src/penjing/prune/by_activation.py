@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from penjing.analyze.channel_statistics import MEAN_SIZES, collect
+from penjing.analyze.channel_statistics import MEAN_SIZES, shared
 from penjing.analyze.coupling import Coupling, Group
 from penjing.prune.scoring import Criterion, Evidence, Scores, per_unit, readers
-from penjing.tasks.task import calibration_calls
 
 
 def _activation(evidence: Evidence, coupling: Coupling) -> Scores:
@@ -23,7 +22,7 @@ def _activation(evidence: Evidence, coupling: Coupling) -> Scores:
     names = dict.fromkeys(m.tensor.rpartition(".")[0] for m in members)
     layers = {name: network.get_submodule(name) for name in names}
     layers = {n: m for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
-    sums = collect(network, layers, calibration_calls(evidence.context.task, limit=evidence.batches), MEAN_SIZES)
+    sums = shared(network, layers, evidence.context, MEAN_SIZES, batches=evidence.batches, label="activations")
     return {name: _mean_size(group, sums) for name, group in coupling.groups.items()}
 
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.coupling import Coupling
+from penjing.analyze.gram import Gram, patches
 from penjing.analyze.samples import batches, part, size_of
 from penjing.network.graph import shapes
 from penjing.steps.plan import Plan
@@ -157,8 +158,7 @@ def _fitted(
     size = len(read) * weight[0, 0].numel()
     if size > LARGEST or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.replica_inputs):
         return weight, bias
-    gram = torch.zeros(2, size + (bias is not None), size + (bias is not None), dtype=torch.float64)
-    cross = torch.zeros(2, len(made), gram.shape[1], dtype=torch.float64)
+    fitting, judging = (Gram(size + (bias is not None), others=len(made)) for _ in range(2))
     sample = 0
     for inputs, wanted, found in zip(
         layer.replica_inputs, layer.outputs, layer.twin_outputs(weight, bias), strict=True
@@ -168,14 +168,12 @@ def _fitted(
         unfolded = 4 * size * wanted[0, 0].numel() if weight.dim() == 4 else 0  # bytes a sample
         many = max(1, UNFOLDED // unfolded) if unfolded else len(inputs)
         for some, error in zip(torch.split(inputs, many), torch.split(wanted - found, many), strict=True):
-            judging = (torch.arange(sample, sample + len(some)) % HELD) == HELD - 1
-            for role, chosen in enumerate((~judging, judging)):
+            judges = (torch.arange(sample, sample + len(some)) % HELD) == HELD - 1
+            for gram, chosen in ((fitting, ~judges), (judging, judges)):
                 x, e = _rows(layer.module, some[chosen], error[chosen], read, made)
-                x = x if bias is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-                gram[role] += (x.T @ x).double()
-                cross[role] += (e.T @ x).double()
+                gram.add(x if bias is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1), e)
             sample += len(some)
-    change = _change(gram, cross)
+    change = _change(fitting, judging)
     if change is None:
         return weight, bias
     fitted = weight.clone()
@@ -188,16 +186,18 @@ def _fitted(
     return fitted, bias
 
 
-def _change(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
+def _change(fitting: Gram, judging: Gram) -> torch.Tensor | None:
     """The change fitted to all samples with the penalty that serves the judging ones best; None where none does.
 
     Args:
-        gram: (2, inputs, inputs), of the fitted and of the judging samples.
-        cross: (2, outputs, inputs).
+        fitting: Inputs, and errors beside them, of the samples that are fitted to.
+        judging: Of those that are not.
     """
-    gains = {ridge: gain(correction(gram[0], cross[0], ridge), gram[1], cross[1]) for ridge in RIDGES}
+    gains = {ridge: gain(correction(fitting.own, fitting.cross, ridge), judging.own, judging.cross) for ridge in RIDGES}
     best = max(gains, key=lambda ridge: gains[ridge])
-    return correction(gram.sum(0), cross.sum(0), best) if gains[best] > 0 else None
+    if gains[best] <= 0:
+        return None
+    return correction(fitting.own + judging.own, fitting.cross + judging.cross, best)
 
 
 def _rows(
@@ -206,11 +206,11 @@ def _rows(
     """What the kept weights multiply, (rows, inputs), and what lacks at the outputs there, (rows, outputs)."""
     if isinstance(module, nn.Linear):
         return inputs[..., read].reshape(-1, len(read)), error[..., made].reshape(-1, len(made))
-    columns = nn.functional.unfold(
-        inputs[:, read], module.kernel_size, module.dilation, module.padding, module.stride
-    )  # (samples, inputs, positions)
-    places = torch.linspace(0, columns.shape[2] - 1, min(POSITIONS, columns.shape[2])).round().long()
-    x, e = columns[..., places], error.flatten(2)[:, made][..., places]
+    errors = error.flatten(2)[:, made]
+    rows = patches(module, inputs[:, read])[0]  # all positions of the first sample, then those of the second one, …
+    columns = rows.reshape(len(inputs), errors.shape[2], rows.shape[1]).transpose(1, 2)
+    places = torch.linspace(0, errors.shape[2] - 1, min(POSITIONS, errors.shape[2])).round().long()
+    x, e = (each.index_select(2, places) for each in (columns, errors))  # (samples, …, positions)
     return x.transpose(1, 2).reshape(-1, x.shape[1]), e.transpose(1, 2).reshape(-1, e.shape[1])
 
 

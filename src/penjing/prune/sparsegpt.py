@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from penjing.analyze import lockstep
+from penjing.analyze import gram, lockstep
 from penjing.errors import PruningError
 from penjing.prune.masks import Pattern, fraction, removed_count, smallest
 from penjing.prune.weights import prunable, with_zeros
@@ -27,7 +27,6 @@ from penjing.steps.settings import NAMES, Rule, above, check, whole
 from penjing.steps.step import Context
 from penjing.tasks.task import Call, calibration_calls
 
-UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
 CHUNK = 16  # samples that run through the network together
 NOT_BLOCKS = Rule(
     lambda text: (read := Pattern.parse(text)).unstructured or bool(read.of),
@@ -111,7 +110,7 @@ class SparseGPT:
         columns = _by_tap(given.reshape(groups, given.shape[0] // groups, width, -1))
         done = prune_columns(
             columns.double(),
-            hessian(module, inputs),
+            gram.of_inputs(module, inputs, by_tap=True).own,
             fraction(self.sparsity, self.pattern),
             Pattern.parse(self.pattern),
             width=width,
@@ -202,52 +201,9 @@ def _of_neighbours(weight: torch.Tensor, pivots: torch.Tensor, zero: torch.Tenso
     return smallest(costs.reshape(-1, pattern.of), pattern.of - pattern.kept).reshape(costs.shape)
 
 
-def hessian(module: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """X·Xᵀ over all inputs of a layer, (groups, columns, columns), float64; columns by position, then channel.
-
-    Args:
-        module: A linear layer, or a convolution in one or two dimensions.
-        inputs: What it reads, one tensor a chunk of samples.
-    """
-    groups, width = getattr(module, "groups", 1), module.weight.shape[1]
-    columns = module.weight[0].numel()
-    total = torch.zeros(groups, columns, columns, dtype=torch.float64)
-    for chunk in inputs:
-        for x in _pieces(module, chunk):
-            rows = _unfolded(module, x).reshape(-1, groups, width, columns // width)
-            flat = _by_tap(rows.transpose(0, 1))  # (groups, rows, columns)
-            total += (flat.transpose(1, 2) @ flat).double()
-    return total
-
-
 def _by_tap(x: torch.Tensor) -> torch.Tensor:
     """(groups, rows, channels, taps) as (groups, rows, taps · channels): channels of one position are neighbours."""
     return x.transpose(2, 3).reshape(x.shape[0], x.shape[1], -1)
-
-
-def _pieces(module: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Samples in parts whose unfolded patches fit into `UNFOLDED` numbers."""
-    if isinstance(module, nn.Linear):
-        x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
-    else:
-        x = x if x.dim() == module.weight.dim() else x[None]
-        each = x[0].numel() * module.weight[0, 0].numel()
-    many = max(1, UNFOLDED // max(1, each))
-    for first in range(0, len(x), many):
-        yield x[first : first + many]
-
-
-def _unfolded(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What every output position multiplies with the weights: (positions, channels · taps)."""
-    if isinstance(module, nn.Linear):
-        return x
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    flat = x.dim() == 3  # a convolution in one dimension is one in two with a height of 1
-    x = x[:, :, None] if flat else x
-    kernel, stride, dilation = ((1,) * flat + tuple(v) for v in (module.kernel_size, module.stride, module.dilation))
-    patches = nn.functional.unfold(x, kernel, dilation=dilation, stride=stride)  # (samples, channels · taps, positions)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
 def _calls(context: Context, samples: int) -> list[Call]:
@@ -277,4 +233,4 @@ class _Cut:
         return x[self.first : self.last] if x.dim() and len(x) == self.size else x
 
 
-__all__ = ["SparseGPT", "hessian", "prune_columns"]
+__all__ = ["SparseGPT", "prune_columns"]

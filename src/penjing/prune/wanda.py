@@ -10,20 +10,19 @@ one channel see the same values but for the border and what a stride skips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from penjing.analyze.channel_statistics import SQUARES, collect
+from penjing.analyze.channel_statistics import SQUARES, shared
 from penjing.prune.masks import fraction, keep
 from penjing.prune.weights import as_stored, by_output, prunable, with_zeros
 from penjing.steps.draft import Draft
 from penjing.steps.settings import NAMES, check, whole
 from penjing.steps.step import Context
-from penjing.tasks.task import Call, calibration_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +89,8 @@ def input_norms(
     network: fx.GraphModule, modules: Mapping[str, Any], context: Context, batches: int
 ) -> dict[str, torch.Tensor]:
     """Layer → ‖x_j‖₂ of its input channels over the calibration data, (in_channels,), float64."""
-
-    def told() -> Iterator[Call]:
-        for done, call in enumerate(calibration_calls(context.task, limit=batches), 1):
-            yield call
-            context.events("progress", label="input norms", done=done, total=batches)
-
-    return {name: value.sqrt() for name, value in collect(network, modules, told(), SQUARES).items()}
+    sums = shared(network, modules, context, SQUARES, batches=batches, label="input norms")
+    return {name: value.sqrt() for name, value in sums.items()}
 
 
 __all__ = ["Wanda", "input_norms", "scores"]

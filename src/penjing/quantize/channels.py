@@ -7,15 +7,14 @@ readers' weights multiplied by them: the function stays, and what a quantizer se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from penjing.analyze.channel_statistics import LARGEST, collect
-from penjing.analyze.samples import chunks
+from penjing.analyze.channel_statistics import LARGEST, shared
 from penjing.network.graph import kind, operator_name, tensor_inputs
 from penjing.quantize.labels import Sizes, behind, sizes
 from penjing.steps.step import Context
@@ -181,14 +180,8 @@ class _Tracer:
 
 def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
     """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
-    parts = chunks(context, network, samples) if names else []
-
-    def told() -> Iterator[Call]:
-        for done, call in enumerate(parts, 1):
-            yield call
-            context.events("progress", label="magnitudes", done=done, total=len(parts))
-
-    return collect(network, {name: network.get_submodule(name) for name in names}, told(), LARGEST)
+    layers = {name: network.get_submodule(name) for name in sorted(names)}
+    return shared(network, layers, context, LARGEST, samples=samples, label="magnitudes")
 
 
 def linears_by_input(network: fx.GraphModule) -> list[list[fx.Node]]:

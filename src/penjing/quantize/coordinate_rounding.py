@@ -9,13 +9,14 @@ descent on a relaxation: no learning rate, no penalty, and one pass over the dat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from penjing.analyze import lockstep
+from penjing.analyze.gram import Gram, columns_of, patches
 from penjing.numerics.grid import broadcast, integers
 from penjing.quantize.repair import repaired
 from penjing.steps.draft import Draft
@@ -68,16 +69,17 @@ class CoordinateRounding:
         """
         count = len(layer.inputs)
         fitted = layer.part(0, count - count // 4) if count > 3 else layer
-        if (found := gram(fitted)) is None:
+        moments = covariances(fitted)
+        if moments is None:
             return None
-        adaptive = self._rounded(layer, entry, *found)
+        adaptive = self._rounded(layer, entry, *moments)
         if fitted is layer:
             return adaptive
         unseen = layer.part(count - count // 4, count)
         return adaptive if unseen.noise(adaptive) < unseen.noise(layer.weight) else layer.weight
 
     def _rounded(self, layer: lockstep.Layer, entry: Entry, own: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-        """The weight on its grid; shapes of `own` and `cross` as `gram` returns them."""
+        """The weight on its grid; shapes of `own` and `cross` as `covariances` returns them."""
         given = layer.module.weight.detach()
         scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
         steps, origin = broadcast(scale, given, entry.spec), broadcast(zero, given, entry.spec)
@@ -99,7 +101,7 @@ class CoordinateRounding:
         return q.reshape(given.shape) * steps
 
 
-def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
+def covariances(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Covariances of a layer's input patches: of the replica's with themselves, and of the source's with the replica's.
 
     Returns:
@@ -107,68 +109,18 @@ def gram(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
         weight of an output channel; None for layers that have no such form (convolutions in three dimensions) or that
         no sample reaches.
     """
-    if isinstance(layer.module, nn.Conv3d) or getattr(layer.module, "padding_mode", "zeros") != "zeros":
+    module = layer.module
+    if isinstance(module, nn.Conv3d) or getattr(module, "padding_mode", "zeros") != "zeros":
         return None
-    # Rows that are chosen by values may be none, or others once it is quantized.
-    usable = [
-        i
-        for i, (x, replica) in enumerate(zip(layer.inputs, layer.replica_inputs, strict=True))
-        if x.shape == replica.shape and x.numel()
-    ]
-    if not usable:
-        return None
-    first = patches(layer.module, layer.inputs[usable[0]][:1])
-    groups, _, columns = first.shape
-    own, cross = torch.zeros(2, groups, columns, columns).unbind()
-    mean_source, mean_twin = torch.zeros(2, groups, columns).unbind()
-    count = 0.0
+    groups, columns = columns_of(module)
+    gram = Gram(columns, groups=groups, others=columns, means=True, dtype=torch.float32)
     weights = layer.row_weights()
-    for i in usable:
-        a, b = (patches(layer.module, x[i]) for x in (layer.inputs, layer.replica_inputs))  # (groups, rows, columns)
-        root = torch.ones(1) if weights is None else patches(layer.module, weights[i][..., None]).sqrt()
-        a, b = (a, b) if weights is None else (a * root, b * root)
-        own.baddbmm_(b.transpose(1, 2), b)
-        cross.baddbmm_(a.transpose(1, 2), b)
-        mean_source += (a * root).sum(1)
-        mean_twin += (b * root).sum(1)
-        count += a.shape[1] if weights is None else float(root.square().sum())
-    mean_source, mean_twin = mean_source / count, mean_twin / count
-    return (
-        (own / count).sub_(mean_twin[:, :, None] * mean_twin[:, None, :]),
-        (cross / count).sub_(mean_source[:, :, None] * mean_twin[:, None, :]),
-    )
-
-
-def patches(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a layer multiplies with its weights: (groups, rows, columns), at most `POSITIONS` rows a sample."""
-    if isinstance(module, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        most = POSITIONS * x.shape[0]
-        return rows[:: -(-len(rows) // most)][None]
-    flat = x.dim() == 3  # a convolution in one dimension is one in two with a height of 1
-    if flat:
-        x = x[:, :, None, :]
-    kernel, stride, dilation = ((1,) * flat + tuple(v) for v in (module.kernel_size, module.stride, module.dilation))
-    if isinstance(module.padding, str):
-        total = [d * (k - 1) if module.padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        x = nn.functional.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
-    else:
-        above, beside = (0,) * flat + tuple(module.padding)
-        x = nn.functional.pad(x, [beside, beside, above, above]) if above or beside else x
-    height, width = (
-        (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
-    )
-    sparser = 1
-    while -(-height // sparser) * -(-width // sparser) > POSITIONS:
-        sparser += 1
-    down, right = (
-        [slice(i * d, i * d + (n - 1) * s + 1, s * sparser) for i in range(k)]
-        for k, d, n, s in zip(kernel, dilation, (height, width), stride, strict=True)
-    )
-    x = x.permute(0, 2, 3, 1)  # every tap of the kernel: (samples, height, width, channels)
-    taps = [x[:, i, j] for i in down for j in right]
-    columns = torch.stack(taps, dim=-1) if len(taps) > 1 else taps[0]
-    return columns.reshape(-1, module.groups, columns[0, 0, 0].numel() // module.groups).transpose(0, 1)
+    for i, (source, replica) in enumerate(zip(layer.inputs, layer.replica_inputs, strict=True)):
+        # Rows that are chosen by values may be none, or others once it is quantized.
+        if source.shape == replica.shape and source.numel():
+            x, y = (patches(module, each, positions=POSITIONS) for each in (replica, source))
+            gram.add(x, y, None if weights is None else patches(module, weights[i][..., None], positions=POSITIONS))
+    return gram.covariances() if gram.count else None
 
 
 def descend(

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from penjing.analyze.samples import in_chunks, size_of
+from penjing.analyze.samples import cache_key, in_chunks, size_of
 from penjing.network.graph import flat_inputs
-from penjing.network.weights import fingerprint_with_graph
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.sharing import Columns
-from penjing.steps.cache import Identity, Key
 from penjing.steps.step import Context
 
 
@@ -31,14 +29,7 @@ def collect(
 
     They are kept in `context.cache`, and what was collected before is not collected again.
     """
-    dynamic = context.task.dynamic  # whether a batch may be cut
-    key = Key(
-        kind=Statistics,
-        network=fingerprint_with_graph(network),
-        data=Identity(context.task.calibration),
-        samples=samples,
-        settings=None if dynamic is None else frozenset((name, frozenset(axes)) for name, axes in dynamic.items()),
-    )
+    key = cache_key(Statistics, network, context, samples)
     statistics = context.cache.once(key, lambda: Statistics({}, {}))
     new, beside = values - set(statistics.histograms), set(columns) - set(statistics.columns)
     if new | beside:

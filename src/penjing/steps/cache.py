@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+M = TypeVar("M", bound=dict[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._results: dict[Key[Any], Any] = {}
+        self._asked: dict[Key[Any], set[str]] = {}
 
     def once(self, key: Key[T], compute: Callable[[], T]) -> T:
         """The result for this key, computed where it is not there yet; nothing is kept of a computation that fails."""
@@ -53,6 +55,30 @@ class Cache:
             self._results[key] = compute()
         result: T = self._results[key]
         return result
+
+    def forget(self, kind: type[Any], *, but: Key[Any] | None = None) -> None:
+        """Keep of the results of a kind none, or those of one key alone."""
+        for key in [key for key in self._results if key.kind is kind and key != but]:
+            del self._results[key]
+            self._asked.pop(key, None)
+
+    def by_name(
+        self, key: Key[M], names: Iterable[str], compute: Callable[[list[str]], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Results that have names, for example of layers: those that are not there yet are computed together.
+
+        Args:
+            key: Of results of its kind under all names.
+            names: Whose results are asked for.
+            compute: Given names, their results; a name that it has none for is not asked for again.
+        """
+        results = self.once(key, key.kind)
+        asked = self._asked.setdefault(key, set())
+        names = list(names)
+        if new := [name for name in names if name not in asked]:
+            results.update(compute(new))
+            asked.update(new)
+        return {name: results[name] for name in names if name in results}
 
 
 __all__ = ["Cache", "Identity", "Key"]

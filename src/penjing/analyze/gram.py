@@ -1,0 +1,252 @@
+"""Gram matrices of layer inputs: Σ x·xᵀ over the rows x that a layer multiplies with its weights.
+
+Second moments of inputs are what GPTQ and SparseGPT call the Hessian, what adaptive rounding minimizes over, and the
+normal equations of a least-squares fit. Here is the one place where an input is laid out as rows (`patches`) and where
+products of rows are summed (`Gram`).
+
+Techniques that change a layer behind the layers that they have changed before call these from
+`penjing.analyze.lockstep`. Others get the Gram matrices of all layers in one pass (`collect`), or share them with the
+other steps of a run (`shared`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from penjing.analyze.layer_inputs import observe
+from penjing.analyze.samples import batches, cache_key
+from penjing.steps.step import Context
+from penjing.tasks.call import Call
+
+UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
+SHARED_BYTES = 1 << 29  # of the matrices of a network that a run keeps for its other steps
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Gram:
+    """Sums over rows x, and over rows y beside them, each of which may have a weight w.
+
+    How sums are accumulated is told by `dtype`: where it is the type of the rows, every product is added into the sum
+    within one matrix multiplication; where it is a wider one, products are computed in the type of the rows and
+    summed in the wider one. float32 rows summed in float64 are as fast, and lose nothing over many calls.
+
+    Attributes:
+        own: Σ w·x·xᵀ, (groups, columns, columns), or (columns, columns) without groups.
+        cross: Σ w·y·xᵀ, (groups, others, columns), or (others, columns); empty where `others` is 0.
+        count: Σ w: without weights, how many rows there were.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        groups: int | None = None,
+        others: int = 0,
+        means: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        shape = () if groups is None else (groups,)
+        self.own = torch.zeros(*shape, columns, columns, dtype=dtype)
+        self.cross = torch.zeros(*shape, others, columns, dtype=dtype)
+        self.count = 0.0
+        self._sums = torch.zeros(*shape, columns, dtype=dtype) if means else None
+        self._other_sums = torch.zeros(*shape, others, dtype=dtype)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            x: (groups, rows, columns), or (rows, columns) without groups.
+            y: (groups, rows, others), or (rows, others).
+            weights: (rows, 1), or (1, rows, 1), at least 0, the same in all groups; None where all rows count the same.
+        """
+        root = torch.ones(1, dtype=x.dtype) if weights is None else weights.sqrt()
+        if weights is not None:
+            x, y = x * root, None if y is None else y * root
+        for total, sums, rows in ((self.own, self._sums, x), (self.cross, self._other_sums, y)):
+            if rows is None:
+                continue
+            _add_product(total, rows, x)
+            if sums is not None and self._sums is not None:
+                sums += (rows * root).sum(-2).to(sums.dtype)
+        self.count += x.shape[-2] if weights is None else float(root.square().sum())
+
+    def covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[x·xᵀ] − E[x]·E[x]ᵀ and E[y·xᵀ] − E[y]·E[x]ᵀ, of the shapes of `own` and `cross`; it needs `means`."""
+        assert self._sums is not None, "Gram(means=True) has covariances"
+        mean, other_mean = self._sums / self.count, self._other_sums / self.count
+        return (
+            (self.own / self.count).sub_(mean[..., :, None] * mean[..., None, :]),
+            (self.cross / self.count).sub_(other_mean[..., :, None] * mean[..., None, :]),
+        )
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add aᵀ·b to `total`."""
+    if total.dtype != a.dtype:
+        total += (a.mT @ b).to(total.dtype)
+    elif total.dim() == 3:
+        total.baddbmm_(a.mT, b)
+    else:
+        total.addmm_(a.mT, b)
+
+
+def patches(module: Any, x: torch.Tensor, *, positions: int | None = None, by_tap: bool = False) -> torch.Tensor:
+    """The rows that a layer multiplies with its weights, (groups, rows, columns).
+
+    Args:
+        module: A linear layer, or a convolution. A column is one weight of an output channel, or, of a transposed
+            convolution, the weights of one input channel.
+        x: Its input, (…, channels) of a linear layer, (samples, channels, …) or (channels, …) of a convolution.
+        positions: Of every sample at most so many output positions, evenly spread; None takes all.
+        by_tap: Columns by position in the kernel, then by channel, so that the input channels of one position are
+            neighbours. Otherwise by channel, then by position, as the weight is stored.
+    """
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows if positions is None else rows[:: -(-len(rows) // (positions * x.shape[0]))])[None]
+    x = x if x.dim() == module.weight.dim() else x[None]
+    taps = list(_taps(module, x, positions))
+    groups, width = module.groups, x.shape[1] // module.groups
+    if by_tap:
+        unfolded = torch.stack([tap.movedim(-1, 1).flatten(2) for tap in taps], dim=2)  # (samples, channels, taps, …)
+        rows = unfolded.flatten(1, 2).transpose(1, 2).reshape(-1, groups, width, len(taps)).transpose(0, 1)
+        return rows.transpose(2, 3).reshape(groups, rows.shape[1], width * len(taps))
+    unfolded = torch.stack(taps, dim=-1) if len(taps) > 1 else taps[0]
+    return unfolded.reshape(-1, groups, width * len(taps)).transpose(0, 1)
+
+
+def _taps(module: Any, x: torch.Tensor, positions: int | None) -> Iterator[torch.Tensor]:
+    """For every position of a kernel what it reads at the output positions, (samples, …, channels)."""
+    rank = x.dim() - 2
+    if isinstance(module, _TRANSPOSED):  # one column an input channel, one row an input position
+        kernel = stride = dilation = (1,) * rank
+    else:
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        if any(module._reversed_padding_repeated_twice):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    every = 1  # position along each axis that is taken
+    while positions is not None and math.prod(-(-n // every) for n in outputs) > positions:
+        every += 1
+    slices = [
+        [slice(i * d, i * d + (n - 1) * s + 1, s * every) for i in range(k)]
+        for n, k, s, d in zip(outputs, kernel, stride, dilation, strict=True)
+    ]
+    x = x.movedim(1, -1)
+    for place in itertools.product(*slices):
+        yield x[(slice(None), *place)]
+
+
+def pieces(module: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """An input in parts of whole samples (of a linear layer: of rows) whose patches fit into `UNFOLDED` numbers."""
+    if isinstance(module, nn.Linear):
+        x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    else:
+        x = x if x.dim() == module.weight.dim() else x[None]
+        each = x[0].numel() * (1 if isinstance(module, _TRANSPOSED) else module.weight[0, 0].numel())
+    many = max(1, UNFOLDED // max(1, each))
+    for first in range(0, len(x), many):
+        yield x[first : first + many]
+
+
+def columns_of(module: Any) -> tuple[int, int]:
+    """The groups of a layer, and the columns of each, as `patches` lays them out."""
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, _TRANSPOSED):
+        return groups, module.in_channels // groups
+    return groups, module.weight[0].numel()
+
+
+def add_input(gram: Gram, module: Any, x: torch.Tensor, *, by_tap: bool = False) -> None:
+    """Add all patches of an input; at most `UNFOLDED` numbers of them, or those of one sample, are held at once."""
+    for piece in pieces(module, x):
+        gram.add(patches(module, piece, by_tap=by_tap))
+
+
+def of_inputs(module: Any, inputs: Iterable[torch.Tensor], *, by_tap: bool = False) -> Gram:
+    """The Gram matrix of a layer's inputs, of float32 products that are summed in float64.
+
+    Args:
+        module: As in `patches`.
+        inputs: What it reads, one tensor a call.
+        by_tap: As in `patches`.
+    """
+    groups, columns = columns_of(module)
+    gram = Gram(columns, groups=groups)
+    for x in inputs:
+        add_input(gram, module, x, by_tap=by_tap)
+    return gram
+
+
+def collect(
+    network: fx.GraphModule, layers: Mapping[str, Any], calls: Iterable[Call], *, by_tap: bool = False
+) -> dict[str, Gram]:
+    """Layer → the Gram matrix of its inputs, as `of_inputs` sums it, of all layers in one pass over the data.
+
+    Layers that nothing reaches are left out. The matrices of all layers are held together (`size_bytes`), and beside
+    them what `add_input` holds.
+
+    Args:
+        network: A captured network.
+        layers: Linear layers and convolutions, also transposed ones, by their names. A layer that is called several
+            times has one matrix of all its calls.
+        calls: The data.
+        by_tap: As in `patches`.
+    """
+    grams: dict[str, Gram] = {}
+
+    def observer(name: str, x: torch.Tensor) -> None:
+        if not x.numel():  # rows that are chosen by values may be none
+            return
+        if name not in grams:
+            groups, columns = columns_of(layers[name])
+            grams[name] = Gram(columns, groups=groups)
+        add_input(grams[name], layers[name], x, by_tap=by_tap)
+
+    observe(network, layers, calls, observer)
+    return grams
+
+
+class Shared(dict[str, Gram]):
+    """Gram matrices by layer, as a run's cache keeps them."""
+
+
+def shared(
+    network: fx.GraphModule, layers: Mapping[str, Any], context: Context, samples: int, *, by_tap: bool = False
+) -> dict[str, Gram]:
+    """`collect` over the first calibration samples, once for all steps of a run that ask for the same.
+
+    Kept are those of the latest network and data alone, and nothing where the layers that are asked for together need
+    more than `SHARED_BYTES`. The matrices belong to the run: whoever changes one copies it.
+
+    Raises:
+        CalibrationError: There is no calibration data.
+    """
+
+    def compute(names: list[str]) -> dict[str, Gram]:
+        return collect(network, {name: layers[name] for name in names}, batches(context, samples), by_tap=by_tap)
+
+    if size_bytes(layers.values()) > SHARED_BYTES:
+        return compute(list(layers))
+    key = cache_key(Shared, network, context, samples, by_tap)
+    context.cache.forget(Shared, but=key)
+    return context.cache.by_name(key, layers, compute)
+
+
+def size_bytes(modules: Iterable[Any]) -> int:
+    """What the float64 Gram matrices of these layers take together."""
+    return sum(8 * groups * columns * (columns + 1) for groups, columns in map(columns_of, modules))
+
+
+__all__ = [
+    "Gram", "add_input", "collect", "columns_of", "of_inputs", "patches", "pieces", "shared", "size_bytes",
+]  # fmt: skip
