@@ -2,9 +2,12 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from penjing import runtimes
 from penjing.errors import ArtifactError, CheckpointError, PenjingError
+from penjing.network.capture import capture_network
+from penjing.tasks.task import Task
 from tests.tiny_networks import CASES
 
 
@@ -49,3 +52,13 @@ def test_a_damaged_file_is_an_error(exported, tmp_path):
     with pytest.raises(PenjingError) as error:
         runtimes.open_artifact(tmp_path, 1)
     assert isinstance(error.value, ArtifactError | CheckpointError)
+
+
+def test_the_file_holds_nothing_of_the_example_but_its_shape(tmp_path):
+    values = torch.full((1000, 8), 7.25)
+    task = Task(example=(values[:2],))
+    network = capture_network(torch.nn.Linear(8, 2), *task.call())
+    manifest = runtimes.get("torch").export(network, task.call(), None, "fp32", {"kind": "tensor"}, tmp_path)
+    data = (tmp_path / "model.pt2").read_bytes()
+    assert values[0, :1].numpy().tobytes() * 2 not in data and len(data) < values.nbytes
+    assert [x.shape for x in runtimes.get("torch").open_session(tmp_path, manifest, 1).example] == [(2, 8)]

@@ -325,8 +325,9 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
     versions = measure.versions()
     rows: list[dict[str, Any]] = []
     for name in runtimes.names():
-        row: dict[str, Any] = {"runtime": name, "installed": runtimes.installed(name), "version": versions.get(name)}
-        row |= {"precisions": [], "integer_operators": [], "notes": [f"pip install 'penjing[{name}]'"]}
+        refusal, version = runtimes.missing(name), versions.get(runtimes.SPECS[name].packages[0])
+        row: dict[str, Any] = {"runtime": name, "installed": refusal is None, "version": version}
+        row |= {"precisions": [], "integer_operators": [], "notes": [refusal.remedy] if refusal else []}
         if row["installed"]:
             capabilities = runtimes.get(name).capabilities(machine.instruction_sets)
             integers = sorted(capabilities.integer) if "int8" in capabilities.precisions else []
@@ -341,7 +342,8 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
     table = Table("runtime", "version", "precisions here", "integer operators", "notes")
     for row in rows:
         cells = (row["precisions"], row["integer_operators"], row["notes"])
-        table.add_row(row["runtime"], row["version"] or "not installed", *(", ".join(map(str, c)) for c in cells))
+        version = row["version"] if row["installed"] else "not installed"
+        table.add_row(row["runtime"], version, *(", ".join(map(str, c)) for c in cells))
     out.print(table)
     return MET
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from penjing.records.manifest import MANIFEST, read_manifest
+
 BASE_S = 60.0  # that every request may take: a machine may be busy
 FACTOR = 100  # times what the source took in torch for the same work
 UNKNOWN_S = 600.0  # for a call whose source has not been timed
@@ -36,7 +38,8 @@ def call_s(inputs: Sequence[np.ndarray]) -> float:
 
 
 def opening_s(*paths: Path) -> float:
-    """Seconds that opening, converting or compiling files, or all files of a folder, may take."""
+    """Seconds that opening, converting or compiling files, or all files of an artifact's folder, may take."""
+    compiling = sum(read_manifest(path).opening_s for path in paths if (path / MANIFEST).is_file())
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     own = 0.0 if _source is None else FACTOR * _source[0]
-    return BASE_S + own + sum(file.stat().st_size for file in files) / BYTES_PER_S
+    return BASE_S + own + compiling + sum(file.stat().st_size for file in files) / BYTES_PER_S

@@ -17,6 +17,7 @@ from penjing.records.files import write_text
 MANIFEST = "manifest.json"
 MOST_AXES = 32
 MOST_VALUES = 1 << 28  # of an input or output
+MOST_OPENING_S = 3600
 _TYPES = {
     name: name
     for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -54,6 +55,7 @@ class Manifest:
         structure: How the outputs of the network are nested, as `penjing.tasks.outputs.flatten_outputs` describes it.
         settings: What the runtime must be told when loading, for example {"INFERENCE_PRECISION_HINT": "f32"}.
         fixed_shapes: Whether the runtime was seen to compile it for fixed input shapes, where that is faster.
+        opening_s: Seconds that opening it may take beyond what its size explains: a compiler works then.
     """
 
     runtime: str
@@ -62,6 +64,7 @@ class Manifest:
     structure: Any
     settings: dict[str, str] = field(default_factory=dict)
     fixed_shapes: bool = False
+    opening_s: int = 0
     format: int = 1
 
     def files(self) -> tuple[str, ...]:
@@ -108,6 +111,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """Raise ValueError where a manifest's values are none that Penjing writes."""
+    if not 0 <= manifest.opening_s <= MOST_OPENING_S:
+        raise ValueError(f"opening_s = {manifest.opening_s}"[:100])
     for port in (port for program in manifest.programs for port in (*program.inputs, *program.outputs)):
         if np.dtype(_TYPES.get(port.dtype, "O")).hasobject:
             raise ValueError(f"{port.name[:100]!r} is of {port.dtype[:100]!r}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import re
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +31,9 @@ class RuntimeSpec:
         module: Of `penjing.runtimes`, with the functions of `Runtime`.
         packages: What has to be installed, as pip names it and as Python imports it.
         deployed: Whether it loads an artifact without torch; `compress` considers these when none is named.
+        in_process: Whether it works in the process of the run, and not in one of its own: what the run stands on.
+        compiles: Whether it needs a C++ compiler: the one that the environment variable CXX names, or the system's.
+        shows_operators: Whether it makes a graph of its own of an artifact, which `executed` tells.
         times_operators: Whether its module has `profile`.
         shows_values: Whether its module has `expose`.
     """
@@ -36,6 +42,9 @@ class RuntimeSpec:
     module: str
     packages: tuple[str, ...]
     deployed: bool = True
+    in_process: bool = False
+    compiles: bool = False
+    shows_operators: bool = True
     times_operators: bool = False
     shows_values: bool = False
 
@@ -56,7 +65,14 @@ SPECS: dict[str, RuntimeSpec] = {
             times_operators=True,
             shows_values=True,
         ),
-        RuntimeSpec(name="torch", module="penjing.runtimes.eager", packages=("torch",), deployed=False),
+        RuntimeSpec(
+            name="torch",
+            module="penjing.runtimes.eager",
+            packages=("torch",),
+            deployed=False,
+            in_process=True,
+            shows_operators=False,
+        ),
     )
 }
 """Every runtime, each in one row."""
@@ -110,9 +126,32 @@ def names() -> tuple[str, ...]:
     return tuple(SPECS)
 
 
+def missing(name: str) -> MissingDependency | None:
+    """What the runtime needs for export and inference and is not here, as an error to raise; None where all is."""
+    spec = SPECS[name]
+    packages = [package for package in spec.packages if importlib.util.find_spec(package) is None]
+    if packages:
+        return MissingDependency(
+            f"the runtime {name} is not installed",
+            got=f"no package {', '.join(packages)}",
+            expected=", ".join(spec.packages),
+            remedy=f"pip install {' '.join(packages)}",
+        )
+    compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    if spec.compiles and shutil.which(compiler) is None:
+        return MissingDependency(
+            f"the runtime {name} needs a C++ compiler",
+            got=f"no program {compiler}",
+            expected=f"{compiler}, or another one that the environment variable CXX names",
+            remedy="install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install; "
+            "Windows: Visual Studio's build tools), or set CXX to one",
+        )
+    return None
+
+
 def installed(name: str) -> bool:
     """Whether everything that the runtime needs for export and inference is installed."""
-    return all(importlib.util.find_spec(package) is not None for package in SPECS[name].packages)
+    return missing(name) is None
 
 
 def get(name: str) -> Runtime:
@@ -120,20 +159,13 @@ def get(name: str) -> Runtime:
 
     Raises:
         UsageError: There is no such runtime.
-        MissingDependency: It is not installed; names the install command.
+        MissingDependency: It is not installed, or a compiler is missing; names what to install.
     """
     if name not in SPECS:
         raise UsageError("there is no such runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}")
-    spec = SPECS[name]
-    missing = [p for p in spec.packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise MissingDependency(
-            f"the runtime {name} is not installed",
-            got=f"no package {', '.join(missing)}",
-            expected=", ".join(spec.packages),
-            remedy=f"pip install {' '.join(missing)}",
-        )
-    module: Any = importlib.import_module(spec.module)
+    if (refusal := missing(name)) is not None:
+        raise refusal
+    module: Any = importlib.import_module(SPECS[name].module)
     return module  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from penjing.network.exporting import export as export_network
 from penjing.network.exporting import input_names, with_plain_outputs
@@ -35,6 +36,8 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
         node.meta.pop("from_node", None)
         node.meta.pop("stack_trace", None)
+    # Of the example its shapes: a file of somebody's data, or of all that it is a slice of, is not to be shipped.
+    program.example_inputs = tree_map(lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), program.example_inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = io.BytesIO()  # on a full disk torch's own writer fails with a text of its inner workings
@@ -63,25 +66,30 @@ def _port(name: str, tensor: torch.Tensor, dynamic: Any, position: int) -> Port:
     return Port(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=shape)
 
 
-class _Session:
-    def __init__(self, path: Path, manifest: Manifest, threads: int) -> None:
+class Session:
+    """An opened program; `example` holds zeros in the shapes that it was exported with."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         torch.set_num_threads(threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.module = open_program(path).module(check_guards=False)
+            program = open_program(folder / manifest.programs[0].files[0])
+            self.module: Any = program.module(check_guards=False)
+        self.example = [x.numpy() for x in tree_leaves(program.example_inputs)]
         self.keywords = [k for k in manifest.settings.get("keywords", "").split(",") if k]
 
     @torch.inference_mode()
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """One call."""
         tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
         split = len(tensors) - len(self.keywords)
         result = self.module(*tensors[:split], **dict(zip(self.keywords, tensors[split:], strict=True)))
         return [t.numpy() for t in flatten_outputs(result)[0]]
 
 
-def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+def open_session(folder: Path, manifest: Manifest, threads: int) -> Session:
     """Load model.pt2; the number of threads is torch's own, for the whole process."""
-    return _Session(folder / manifest.programs[0].files[0], manifest, threads)
+    return Session(folder, manifest, threads)
 
 
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:

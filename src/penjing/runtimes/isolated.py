@@ -182,7 +182,7 @@ def call(runtime: str, function: str, path: Path, *arguments: Any) -> Any:
 
 def apart(runtime: str) -> bool:
     """Whether a runtime works in a process of its own."""
-    return runtime != "torch"
+    return not runtimes.SPECS[runtime].in_process
 
 
 def plain(operators: Sequence[Executed | Timed]) -> list[dict[str, Any]]:
