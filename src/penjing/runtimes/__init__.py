@@ -73,6 +73,13 @@ SPECS: dict[str, RuntimeSpec] = {
             in_process=True,
             shows_operators=False,
         ),
+        RuntimeSpec(
+            name="torch-compile",
+            module="penjing.runtimes.compiled",
+            packages=("torch",),
+            deployed=False,
+            compiles=True,
+        ),
     )
 }
 """Every runtime, each in one row."""
