@@ -1,5 +1,6 @@
 """Zeros that pruning makes stay zeros: in fine-tuning, after a resume, through checkpoints and quantization."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,10 @@ from penjing.prune import Gradual, Magnitude
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.storage import checkpoint
-from penjing.surgery import KeepZeros, mark_sparse, replay
+from penjing.surgery import mark_sparse, replay
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
-from penjing.train.finetune import Finetune
+from penjing.train.finetune import Finetune, train
 from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, digits, net, same
 
 TRAINING = Finetune(epochs=2.5, learning_rate=0.05, weight_decay=0.01, autocast="off", save_every_s=EVERY_STEP)
@@ -91,7 +92,25 @@ def test_a_draft_without_zeros_trains_as_before():
     draft = Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
     assert draft.sparse == ()
     one = TRAINING(draft, context_of())
-    assert same(bits(one.network), bits(replace(TRAINING, hooks=(KeepZeros(()),))(draft, context_of()).network))
+    assert not torch.equal(one.network.head.weight, draft.network.head.weight)
+
+
+def test_a_training_of_a_module_takes_the_names_of_what_keeps_its_zeros():
+    network = net()
+    with torch.no_grad():
+        network.head.weight[:, ::2] = 0
+    kept, moved = (copy.deepcopy(network) for _ in range(2))
+    train(kept, context_of(), TRAINING, ["head.weight"])
+    train(moved, context_of(), TRAINING)
+    assert (kept.head.weight[:, ::2] == 0).all() and (moved.head.weight[:, ::2] != 0).any()
+
+
+def test_a_saved_training_that_kept_other_zeros_is_not_resumed(tmp_path):
+    context = context_of(folder=tmp_path)
+    with pytest.raises(Stop):
+        train(net(), context, replace(TRAINING, hooks=(Interrupt("step", 2),)), ["head.weight"])
+    with pytest.raises(CheckpointError, match="keep_zeros"):
+        train(net(), context, replace(TRAINING, hooks=(Interrupt(),)), ["conv.weight"])
 
 
 def test_a_hook_of_the_users_own_that_changes_gradients_comes_before(pruned):

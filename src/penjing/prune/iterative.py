@@ -28,7 +28,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.settings import at_least, check, instance, one_of, whole
 from penjing.steps.step import Context
-from penjing.surgery import KeepZeros, resize
+from penjing.surgery import resize
 from penjing.surgery.resize import RESIZING
 from penjing.train.finetune import Finetune, train
 
@@ -154,11 +154,11 @@ class Iterative:
         for number, value in enumerate(early.network.state_dict().values()):
             held.register_buffer(str(number), value.clone())  # saved with the network: a resumed training has it
         trained.network.add_submodule(_EARLY, held)
-        hooks: tuple[Hook, ...] = (*self.finetune.hooks, KeepZeros(draft.sparse))
+        hooks: tuple[Hook, ...] = self.finetune.hooks
         if self.rewind_epochs:
             hooks = (*hooks, _Note(self.rewind_epochs / self.finetune.epochs))
         settings = self.finetune.resolved(context, changed=bool(draft.edits))
-        train(trained.network, context, replace(settings, hooks=hooks))
+        train(trained.network, context, replace(settings, hooks=hooks), draft.sparse)
         noted = zip(early.network.state_dict(), held.state_dict().values(), strict=True)
         early.network.load_state_dict(dict(noted))
         trained.network.delete_submodule(_EARLY)

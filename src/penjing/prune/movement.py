@@ -29,7 +29,6 @@ from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.step import Context
-from penjing.surgery import KeepZeros
 from penjing.train.finetune import Finetune, train
 
 
@@ -92,8 +91,8 @@ class Movement:
         modules = prunable(network, self.layers, self.keep)
         owners = _mask(network, modules, draft.sparse)
         others = tuple(name for name in draft.sparse if name.removesuffix(".weight") not in owners)
-        hooks: tuple[Hook, ...] = (*self.finetune.hooks, KeepZeros(others), _Renew(tuple(modules), self))
-        train(network, context, replace(self.finetune.resolved(context, changed=True), hooks=hooks))
+        hooks: tuple[Hook, ...] = (*self.finetune.hooks, _Renew(tuple(modules), self))
+        train(network, context, replace(self.finetune.resolved(context, changed=True), hooks=hooks), others)
         for name in owners:
             parametrize.remove_parametrizations(network.get_submodule(name), "weight", leave_parametrized=True)
         done = draft.copy()

@@ -19,10 +19,9 @@ from penjing.distill import Outputs
 from penjing.errors import RecipeError, TaskError
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.steps.draft import Draft
-from penjing.steps.hooks import Hook, TrainingEvent
+from penjing.steps.hooks import TrainingEvent
 from penjing.steps.settings import between, check, instance, one_of
 from penjing.steps.step import Context
-from penjing.surgery import KeepZeros
 from penjing.tasks.task import Call, Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
@@ -127,12 +126,11 @@ class QAT:
         task = context.task
         if self.data == "calibration":
             task = replace(task, train=_Unlabelled(context), loss=None)
-        own: tuple[Hook, ...] = (_Freeze(self.freeze_norms, self.freeze_ranges), KeepZeros(draft.sparse))
-        settings = replace(settings, hooks=(*settings.hooks, *own))
+        settings = replace(settings, hooks=(*settings.hooks, _Freeze(self.freeze_norms, self.freeze_ranges)))
         bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
         if settings.autocast == "auto" and max(bits, default=8) > 4:
             settings = replace(settings, autocast="off")
-        return learned(draft, train(network, replace(context, task=task, source=teacher), settings))
+        return learned(draft, train(network, replace(context, task=task, source=teacher), settings, draft.sparse))
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.skip import skip
-from penjing.surgery.sparse import KeepZeros, mark_sparse
+from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.straight_through import Grid
 
 __all__ = [
     "FakeQuantize",
     "Grid",
-    "KeepZeros",
     "build",
     "building",
     "divide_inputs",

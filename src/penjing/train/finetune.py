@@ -6,6 +6,8 @@ Schedules are in `penjing.train.budget`, optimizers in `penjing.train.optimizers
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -15,7 +17,6 @@ from torch.utils import _pytree as pytree
 from penjing.distill.teaching import opened
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
-from penjing.surgery.sparse import KeepZeros
 from penjing.train.loop import carry_out
 from penjing.train.parallel import Group, spread
 from penjing.train.settings import TrainingSettings
@@ -72,17 +73,21 @@ class Finetune(TrainingSettings):
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights; the zeros of `draft.sparse` stay."""
         settings = self.resolved(context, changed=bool(draft.edits))
-        if draft.sparse:
-            settings = replace(settings, hooks=(*settings.hooks, KeepZeros(draft.sparse)))
-        return replace(draft, network=train(copy.deepcopy(draft.network), context, settings))
+        return replace(draft, network=train(copy.deepcopy(draft.network), context, settings, draft.sparse))
 
 
-def train(network: M, context: Context, settings: TrainingSettings) -> M:
+def train(network: M, context: Context, settings: TrainingSettings, keep_zeros: Sequence[str] = ()) -> M:
     """Train `network` in place and return it in eval mode, where it was. Same seed, data and threads: same bits.
 
     The loader must start anew at every pass and draw its order and its augmentation from the global generators of
     torch, NumPy or `random`, which are seeded at the start of every epoch; then a resumed run continues to the same
     bits. The state to resume from is ``finetune.pt`` in `context.folder`.
+
+    Args:
+        network: A module with parameters that require gradients.
+        context: Its task has the data, and the loss where labels are used.
+        settings: Of the training.
+        keep_zeros: Names of parameters in which what is exactly 0 stays 0.
 
     Raises:
         TaskError: The task has no training data or no loss, or they are of the wrong form.
@@ -90,15 +95,12 @@ def train(network: M, context: Context, settings: TrainingSettings) -> M:
         CheckpointError: The saved state is damaged, holds code, or belongs to other settings or another network.
         OutputError: The state can't be saved.
     """
+    work = functools.partial(carry_out, keep_zeros=tuple(keep_zeros))
     if settings.workers > 1 and settings.cluster is not None:
         home = next((p.device for p in network.parameters()), None)
         resolved = settings.resolved(context, changed=False)
         there = lambda t: t if t is None or t == "self" else opened(t, context.task)  # noqa: E731
         resolved = replace(resolved, teacher=pytree.tree_map(there, settings.teacher))
-        spread(_work, network, context, resolved, settings.cluster, settings.workers)
+        spread(work, network, context, resolved, settings.cluster, settings.workers)
         return network.to(home).eval()
-    return _work(network, context, settings, Group())  # type: ignore[return-value]
-
-
-def _work(network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> nn.Module:
-    return carry_out(network, context, settings, group)
+    return work(network, context, settings, Group())  # type: ignore[return-value]

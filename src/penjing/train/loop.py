@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from penjing.randomness import preserve_rng_state, rng_state, seed_everything, s
 from penjing.steps.hooks import TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.step import Context
-from penjing.surgery.sparse import KeepZeros
+from penjing.surgery.sparse import freeze_zeros
 from penjing.tasks.call import Call, as_call, fingerprint, to_tensors
 from penjing.tasks.outputs import to_tensor
 from penjing.train import budget
@@ -61,14 +61,16 @@ def _frozen(module: nn.Module) -> bool:
     return bool(own) and not any(p.requires_grad for p in own)
 
 
-def carry_out(network: nn.Module, context: Context, settings: TrainingSettings, group: Group) -> nn.Module:
+def carry_out(
+    network: nn.Module, context: Context, settings: TrainingSettings, group: Group, keep_zeros: Sequence[str] = ()
+) -> nn.Module:
     """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
     settings = settings.resolved(context, changed=False)
     data = loader(context.task, settings.task_loss_weight)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng_state(context.device))
         stack.enter_context(same_generators(data))
-        loop = Loop(network, context, settings, data, group, stack)
+        loop = Loop(network, context, settings, data, group, stack, keep_zeros)
         return loop.run()
 
 
@@ -83,12 +85,14 @@ class Loop:
         data: Any,
         group: Group,
         stack: contextlib.ExitStack,
+        keep_zeros: Sequence[str],
     ) -> None:
         self.objective = Objective(context.task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
             raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
         self.context, self.settings, self.data, self.group = context, settings, data, group
+        self.keep_zeros = tuple(keep_zeros)  # parameters whose zeros stay zeros
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
         last = settings.channels_last and conv and channels_last_pays(context.device)
@@ -152,8 +156,7 @@ class Loop:
         self.clips.tell(self.context.events, self.step)
         self.context.events("trained", curve=self.curve)
         if self.average is not None:
-            held = (hook.tensors for hook in self.settings.hooks if isinstance(hook, KeepZeros))
-            self.average.into(self.network, itertools.chain.from_iterable(held))
+            self.average.into(self.network, self.keep_zeros)
         self._hook("end")
         return self._finished()
 
@@ -217,6 +220,7 @@ class Loop:
                 raise not_finite(self.step, to_tensors(as_call(inputs)), self.terms, value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self._hook("gradients")
+        freeze_zeros(self.network, self.keep_zeros)
         self.clips.apply("gradients", self.network)
         self.optimizer.step()
         self.clips.apply("weights", self.network)
@@ -389,5 +393,6 @@ class Loop:
         """What must be the same for a resumed run to end in the same bits."""
         stream = self.settings.minutes is not None and not sized(self.data)  # it is counted in the time there is
         found = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
+        found["keep_zeros"] = self.keep_zeros
         found["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
