@@ -1,15 +1,22 @@
-"""What a draft costs, in the unit that a target is given in."""
+"""What a network costs in the unit that a target is given in, what is left of it, and what its parts contribute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
+import torch
 from torch import fx
 
-from penjing.analyze.cost import Call, cost, totals
+from penjing.analyze.cost import Call, cost, resized_macs, totals
+from penjing.analyze.coupling import Coupling
 from penjing.errors import PruningError
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
+
+T = TypeVar("T")
+Sizes = Mapping[str, tuple[int, ...]]
 
 
 def amount(unit: str, network: fx.GraphModule, call: Call) -> float:
@@ -20,11 +27,33 @@ def amount(unit: str, network: fx.GraphModule, call: Call) -> float:
         network: A captured network.
         call: Example inputs.
     """
-    if unit == "macs":
-        return float(totals(cost(network, call)).macs)
-    if unit == "params":
-        return float(sum(p.numel() for p in network.parameters()))
-    return float(sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers())))
+    return float(totals(cost(network, call)).macs) if unit == "macs" else _stored(unit, network, {})
+
+
+def resized_amount(unit: str, network: fx.GraphModule, values: Sizes, stored: Sizes) -> float:
+    """The same of the network with other sizes, without building it; multiply-accumulates of the whole batch.
+
+    Args:
+        unit: As in `amount`.
+        network: A captured network.
+        values: Node name → shape of its result.
+        stored: Name of a parameter or buffer → its shape, where it is another than in the network.
+    """
+    return float(resized_macs(network, values, stored)) if unit == "macs" else _stored(unit, network, stored)
+
+
+def _stored(unit: str, network: fx.GraphModule, shapes: Sizes) -> float:
+    tensors: dict[str, torch.Tensor] = dict(network.named_parameters())
+    if unit == "size":
+        tensors.update(network.named_buffers())
+    weights = {name: tensor.element_size() if unit == "size" else 1 for name, tensor in tensors.items()}
+    return float(sum(each * math.prod(shapes.get(name, tensors[name].shape)) for name, each in weights.items()))
+
+
+def fraction_left(measure: Callable[[T], float], whole: T) -> Callable[[T], float]:
+    """A function that says what something costs as a fraction of what `whole` does."""
+    all_of_it = max(measure(whole), 1.0)
+    return lambda part: measure(part) / all_of_it
 
 
 def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], float]:
@@ -48,4 +77,53 @@ def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], f
     return left
 
 
-__all__ = ["amount", "latency_left"]
+def group_prices(unit: str, network: fx.GraphModule, coupling: Coupling, call: Call) -> dict[str, float]:
+    """Group of coupled channels → what one of its units costs, at least 1.
+
+    Args:
+        unit: "macs", which stands for a latency too; "channels", of which each costs 1; else the numbers that a unit
+            holds in parameters and buffers.
+        network: A captured network.
+        coupling: Its groups.
+        call: Example inputs.
+    """
+    if unit == "channels":
+        return dict.fromkeys(coupling.groups, 1.0)
+    macs = _macs_by_layer(network, call) if unit in ("macs", "latency") else {}
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    prices: dict[str, float] = {}
+    for name, group in coupling.groups.items():
+        price = 0.0
+        for member in group.members:
+            tensor = tensors[member.tensor]
+            layer, _, role = member.tensor.rpartition(".")
+            of_tensor = tensor.numel() if not macs else macs.get(layer, 0) if role == "weight" else 0
+            price += len(member.positions) / group.units / tensor.shape[member.axis] * of_tensor
+        prices[name] = max(price, 1.0)
+    return prices
+
+
+def part_prices(unit: str, network: fx.GraphModule, parts: Mapping[T, Collection[str]], call: Call) -> dict[T, float]:
+    """Part of a network → what its layers cost together, at least 1.
+
+    Args:
+        unit: "macs", which stands for a latency too; "blocks", of which each costs 1; else the numbers of parameters.
+        network: A captured network.
+        parts: Part → its layers.
+        call: Example inputs.
+    """
+    if unit == "blocks":
+        return dict.fromkeys(parts, 1.0)
+    if unit in ("macs", "latency"):
+        by_layer: Mapping[str, float] = _macs_by_layer(network, call)
+    else:
+        layers = {name for of_part in parts.values() for name in of_part}
+        by_layer = {name: sum(p.numel() for p in network.get_submodule(name).parameters()) for name in layers}
+    return {part: max(1.0, float(sum(by_layer.get(name, 0) for name in layers))) for part, layers in parts.items()}
+
+
+def _macs_by_layer(network: fx.GraphModule, call: Call) -> dict[str, int]:
+    return {row.name: row.macs for row in cost(network, call)}
+
+
+__all__ = ["amount", "fraction_left", "group_prices", "latency_left", "part_prices", "resized_amount"]

@@ -19,7 +19,6 @@ from torch import fx
 
 from penjing.analyze import meter
 from penjing.analyze.bypasses import Bypass, bypasses
-from penjing.analyze.cost import cost
 from penjing.errors import PruningError, RecipeError
 from penjing.modes import in_eval_mode
 from penjing.steps.draft import Draft
@@ -112,7 +111,8 @@ class Blocks:
         while not (len(done) >= target if self.unit == "blocks" else left(current) <= target):
             tried: list[tuple[float, float, str, Draft]] = []
             candidates = self._candidates(current, context, kept)
-            prices = _prices(self.unit, current.network, candidates, context)
+            layers = {part: part.layers for part in candidates}
+            prices = meter.part_prices(self.unit, current.network, layers, context.task.call())
             for i, part in enumerate(candidates):
                 context.events("progress", label=f"block {len(done) + 1}", done=i, total=len(candidates))
                 without = _without(current, part)
@@ -157,11 +157,8 @@ class Blocks:
             left = meter.latency_left(context, self.precision)
             return lambda now: 1.0 if now is draft else left(draft, now)
 
-        def amount(now: Draft) -> float:
-            return meter.amount(self.unit, now.network, context.task.call())
-
-        whole = amount(draft)
-        return lambda now: amount(now) / max(whole, 1.0)
+        call = context.task.call()
+        return meter.fraction_left(lambda now: meter.amount(self.unit, now.network, call), draft)
 
 
 def _without(draft: Draft, part: Bypass) -> Draft:
@@ -185,18 +182,6 @@ def _noise(network: fx.GraphModule, calls: Sequence[Call], wanted: Sequence[list
             noise += float((a - b).square().sum())
     ratio = noise / signal if signal else 0.0
     return ratio if math.isfinite(ratio) else 1e9
-
-
-def _prices(unit: str, network: fx.GraphModule, candidates: Sequence[Bypass], context: Context) -> dict[Bypass, float]:
-    """What every candidate's layers cost: multiply-accumulates, which stand for a latency too, or parameters."""
-    if unit == "blocks":
-        return dict.fromkeys(candidates, 1.0)
-    if unit in ("macs", "latency"):
-        each = {row.name: float(row.macs) for row in cost(network, context.task.call())}
-    else:
-        names = {name for part in candidates for name in part.layers}
-        each = {name: float(sum(p.numel() for p in network.get_submodule(name).parameters())) for name in names}
-    return {part: max(1.0, sum(each.get(name, 0.0) for name in part.layers)) for part in candidates}
 
 
 __all__ = ["Blocks"]

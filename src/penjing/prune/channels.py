@@ -19,7 +19,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from penjing.analyze import meter
-from penjing.analyze.cost import resized_macs
 from penjing.analyze.coupling import Coupling, couple
 from penjing.analyze.masked import masked
 from penjing.errors import CalibrationError, PruningError, RecipeError
@@ -265,20 +264,11 @@ def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precisio
     if unit == "channels":
         every = sum(coupling.groups[name].units for name in ranking.most)
         return lambda removed: 1 - sum(map(len, removed.values())) / every
-    network = draft.network
-    tensors = {n: t for n, t in [*network.named_parameters(), *network.named_buffers()]}
-    if unit == "params":
-        tensors = dict(network.named_parameters())
-    weight = {name: tensor.element_size() if unit == "size" else 1 for name, tensor in tensors.items()}
 
     def amount(removed: Removed) -> float:
-        values, stored = coupling.sizes(coupling.removed_atoms(removed))
-        if unit == "macs":
-            return float(resized_macs(network, values, stored))
-        return float(sum(each * math.prod(stored.get(n, tensors[n].shape)) for n, each in weight.items()))
+        return meter.resized_amount(unit, draft.network, *coupling.sizes(coupling.removed_atoms(removed)))
 
-    whole = amount({})
-    return lambda removed: amount(removed) / max(whole, 1.0)
+    return meter.fraction_left(amount, {})
 
 
 def _in_the_way(step: Channels, ranking: Ranking) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from penjing.analyze.cost import cost
+from penjing.analyze import meter
 from penjing.analyze.coupling import Coupling, Group
 from penjing.errors import PruningError
 from penjing.prune import criteria, sensitivity
@@ -75,7 +75,7 @@ class Ranking:
         elif criteria.CRITERIA[
             criterion
         ].estimates_loss:  # changes of one loss: what counts is the change for what is saved
-            prices = _prices(unit, network, coupling, context)
+            prices = meter.group_prices(unit, network, coupling, context.task.call())
             scores = {name: value / prices[name] for name, value in scores.items()}
         else:
             scores = criteria.relative(scores)
@@ -139,7 +139,7 @@ def _by_sensitivity(
     kept = context.folder / sensitivity.FILE if context.folder else None
     order = {name: units.tolist() for name, units in ranked.items()}
     found = sensitivity.scan(network, coupling, order, context, batches, kept)
-    prices = _prices(unit, network, coupling, context)
+    prices = meter.group_prices(unit, network, coupling, context.task.call())
     marginal: Scores = {}
     for name, units in ranked.items():
         places = np.empty(len(units))
@@ -147,23 +147,6 @@ def _by_sensitivity(
         places[units] = found[name].marginal() * (1 + 1e-9 * np.arange(len(units)))
         marginal[name] = places / prices[name]
     return marginal
-
-
-def _prices(unit: str, network: fx.GraphModule, coupling: Coupling, context: Context) -> dict[str, float]:
-    """What one unit of a group costs: multiply-accumulates, which stand for a latency too, or numbers that it holds."""
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    rows = cost(network, context.task.call()) if unit in ("macs", "latency") else ()
-    macs = {row.name: row.macs for row in rows}
-    prices: dict[str, float] = {}
-    for name, group in coupling.groups.items():
-        price = 0.0
-        for member in group.members:
-            tensor = tensors[member.tensor]
-            layer, _, role = member.tensor.rpartition(".")
-            part = len(member.positions) / group.units / tensor.shape[member.axis]
-            price += part * (macs.get(layer, 0) if macs and role == "weight" else 0 if macs else tensor.numel())
-        prices[name] = 1.0 if unit == "channels" else max(price, 1.0)
-    return prices
 
 
 def _multiple(group: Group, round_to: int) -> int:

@@ -93,7 +93,8 @@ def fingerprint(calls: Iterable[Call]) -> str:
             if isinstance(leaf, torch.Tensor):
                 digest.update(f"|{where}:{leaf.dtype}{list(leaf.shape)}".encode())
                 flat = leaf.detach().cpu().contiguous().reshape(-1)
-                # NumPy knows no bfloat16, but every type has bytes
+                # As in penjing.network.weights, which this room may not know: NumPy has no bfloat16, but every type has
+                # bytes.
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(f"|{where}={leaf!r}".encode())
