@@ -22,6 +22,7 @@ from penjing.numerics import operators  # noqa: F401  registers the operators th
 from penjing.onnx_files import export_cache as onnx_kept
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
+from penjing.onnx_files.exporter_table import read_once
 from penjing.onnx_files.node_names import name_nodes
 from penjing.records.manifest import Port
 
@@ -76,7 +77,7 @@ def _exported(
     inputs = input_names(network, *call)
     # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
     # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), read_once(OPSET):
         try:
             exported = torch.onnx.export(
                 program,
