@@ -27,6 +27,7 @@ from penjing.errors import OutputError, PenjingError, SourceError, TaskError, Us
 from penjing.tasks.usercode import check_file, never_exiting
 
 if TYPE_CHECKING:
+    from penjing.pipeline.inspection import Inspection
     from penjing.recipes.recipe import Recipe
 
 MET, ERROR, USAGE, NOT_MET = 0, 1, 2, 3
@@ -151,9 +152,40 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
 
 def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     _check_files(parsed)
-    from penjing.pipeline.inspection import inspect
+    inspection = _inspected(parsed, messages)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(inspection), indent=2))
+        return MET
     from penjing.report import table
     from penjing.report.numbers import figure
+
+    out = Terminal()
+    out.print(table.layers(inspection.layers))
+    out.print(table.chart(inspection.layers))
+    out.print(
+        f"{inspection.name}: {figure(inspection.parameters, 'count')} parameters, {figure(inspection.macs, 'MACs')}, "
+        f"{figure(inspection.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
+        highlight=False,
+        markup=False,
+    )
+    if parsed.group:
+        return _show_group(inspection, parsed, out)
+    if inspection.sensitivity:
+        return _show_sensitivity(inspection, parsed, out)
+    out.print("\n[bold]coupled channels[/bold]")
+    out.print(table.groups(inspection.groups, inspection.not_prunable))
+    _show_floats(inspection, out)
+    if inspection.noise:
+        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
+        out.print(table.noise(inspection.noise))
+    return MET
+
+
+def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
+    """The inspection of the source that was named, with a task, a shape, or its own example."""
+    from penjing.cli.console import Progressing
+    from penjing.pipeline.inspection import inspect
+    from penjing.records.events import Events
     from penjing.sources.source import open_source
     from penjing.tasks.opening import open_task
     from penjing.tasks.task import Task
@@ -172,34 +204,16 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
                 expected="--shape 3,224,224 (one sample), or --task",
             )
         task = Task(example=source.example)
-    from penjing.cli.console import Progressing
-    from penjing.records.events import Events
-
-    if parsed.noise or parsed.sensitivity:
-        sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
-        with Progressing(messages) as progress:
-            inspection = inspect(source, task, parsed.noise, Events(listeners=(progress,)), sensitivity_file)
-    else:
+    if not (parsed.noise or parsed.sensitivity):
         with messages.status("exporting and analysing"):
-            inspection = inspect(source, task)
-    if parsed.json:
-        print(json.dumps(dataclasses.asdict(inspection), indent=2))
-        return MET
-    out = Terminal()
-    out.print(table.layers(inspection.layers))
-    out.print(table.chart(inspection.layers))
-    out.print(
-        f"{inspection.name}: {figure(inspection.parameters, 'count')} parameters, {figure(inspection.macs, 'MACs')}, "
-        f"{figure(inspection.peak_activation_bytes, 'bytes')} of activations at the peak (batch 1)",
-        highlight=False,
-        markup=False,
-    )
-    if parsed.group:
-        return _show_group(inspection, parsed, out)
-    if inspection.sensitivity:
-        return _show_sensitivity(inspection, parsed, out)
-    out.print("\n[bold]coupled channels[/bold]")
-    out.print(table.groups(inspection.groups, inspection.not_prunable))
+            return inspect(source, task)
+    sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
+    with Progressing(messages) as progress:
+        return inspect(source, task, parsed.noise, Events(listeners=(progress,)), sensitivity_file)
+
+
+def _show_floats(inspection: Inspection, out: Terminal) -> None:
+    """What stays in floating point in each runtime, and why."""
     for runtime, reasons in inspection.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
         out.print(
@@ -209,10 +223,6 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
             out.print(f"  {line}", markup=False, highlight=False)
         for note in inspection.notes[runtime]:
             out.print(f"  note: {note}", markup=False, highlight=False)
-    if inspection.noise:
-        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
-        out.print(table.noise(inspection.noise))
-    return MET
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
@@ -227,7 +237,7 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _show_sensitivity(inspection: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+def _show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
     from penjing.records import files
     from penjing.report import sensitivity
 
@@ -238,7 +248,7 @@ def _show_sensitivity(inspection: Any, parsed: argparse.Namespace, out: Terminal
     return MET
 
 
-def _show_group(inspection: Any, parsed: argparse.Namespace, out: Terminal) -> int:
+def _show_group(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
     import difflib
 
     from penjing.records import files

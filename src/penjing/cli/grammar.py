@@ -6,6 +6,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from penjing import __version__
 
@@ -48,93 +49,86 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
     )
     grammar.add_argument("--version", action="version", version=f"penjing {__version__}")
     commands = grammar.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog="example:\n" + textwrap.indent(example, "  "),
+    for row in _COMMANDS:
+        command = commands.add_parser(
+            row.name,
+            help=row.help,
+            description=row.help,
+            epilog="example:\n" + textwrap.indent(row.example, "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(command=run[name])
-        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        return sub
+        command.set_defaults(command=run[row.name])
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        row.add_options(command)
+    return grammar
 
-    sub = command(
-        "compress",
-        "Find the smallest or fastest artifact that meets a goal, with the evidence.",
-        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first',
-    )
-    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    sub.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
-    sub.add_argument(
+
+@dataclass(frozen=True)
+class _Command:
+    """One command: what is said of it, an example, and the function that adds its options."""
+
+    name: str
+    help: str
+    example: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+def _compress(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    command.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
+    command.add_argument(
         "--goal",
         default="minimize latency_ms, drop<=1%",
         help="limits and objectives; drop is the change for the worse in the metric's own unit (1%% = 0.01), "
         "relative_drop the one relative to the source (default: %(default)s)",
     )
-    sub.add_argument(
+    command.add_argument(
         "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)"
     )
-    sub.add_argument(
+    command.add_argument(
         "--recipe",
         metavar="R.yaml",
         help="steps to take, or one of joint and label-free: pruned, trained, quantized "
         "(default: post-training static quantization)",
     )
-    sub.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
-    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    sub.add_argument("--force", action="store_true", help="replace the run in --out")
-    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    sub.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
-    sub.add_argument(
+    command.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument("--force", action="store_true", help="replace the run in --out")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
+    command.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable"
     )
-    _timing(sub, 1.0)
+    _timing(command, 1.0)
 
-    sub = command(
-        "inspect",
-        "Cost per layer, channels that belong together, and what would stay in floating point.",
-        "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
-        "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
-        "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
-    )
-    sub.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP)
-    sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
-    sub.add_argument("--group", metavar="NAME", help="everything coupled with the channels of this layer")
-    sub.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: draws it")
-    sub.add_argument(
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    command.add_argument("--task", metavar="TASK", help=TASK_HELP)
+    command.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
+    command.add_argument("--group", metavar="NAME", help="everything coupled with the channels of this layer")
+    command.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: draws it")
+    command.add_argument(
         "--sensitivity", metavar="FILE.json", help="prune every group alone, and show what is lost; needs --task"
     )
-    sub.add_argument(
+    command.add_argument(
         "--noise", metavar="RUNTIME", help="quantize for it, and show the noise of every operator; needs --task"
     )
 
-    sub = command(
-        "measure",
-        "Latency, memory and size of an artifact, side by side with another or with its source.",
-        "penjing measure runs/first --task net.py:task\npenjing measure runs/first --against runs/second",
-    )
-    sub.add_argument("artifact", metavar="ARTIFACT", help="a run folder or an artifact folder")
-    sub.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
-    sub.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    _timing(sub, 2.0)
 
-    sub = command(
-        "verify",
-        "Re-run the evidence of a record on this machine and say which figures hold.",
-        "penjing verify runs/first --task net.py:task",
-    )
-    sub.add_argument("folder", metavar="DIR", help="a run folder")
-    sub.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
-    _timing(sub, 2.0)
+def _measure(command: argparse.ArgumentParser) -> None:
+    command.add_argument("artifact", metavar="ARTIFACT", help="a run folder or an artifact folder")
+    command.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
+    command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
+    command.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
+    _timing(command, 2.0)
 
-    command("runtimes", "Which runtimes are installed, and what each accelerates.", "penjing runtimes --json")
-    return grammar
+
+def _verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", help="a run folder")
+    command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
+    _timing(command, 2.0)
 
 
 def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
@@ -142,3 +136,39 @@ def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument(
         "--seconds", type=_duration, default=seconds, help="timed seconds per artifact (default: %(default)s)"
     )
+
+
+_COMMANDS = (
+    _Command(
+        "compress",
+        "Find the smallest or fastest artifact that meets a goal, with the evidence.",
+        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first',
+        _compress,
+    ),
+    _Command(
+        "inspect",
+        "Cost per layer, channels that belong together, and what would stay in floating point.",
+        "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
+        "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
+        "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
+        _inspect,
+    ),
+    _Command(
+        "measure",
+        "Latency, memory and size of an artifact, side by side with another or with its source.",
+        "penjing measure runs/first --task net.py:task\npenjing measure runs/first --against runs/second",
+        _measure,
+    ),
+    _Command(
+        "verify",
+        "Re-run the evidence of a record on this machine and say which figures hold.",
+        "penjing verify runs/first --task net.py:task",
+        _verify,
+    ),
+    _Command(
+        "runtimes",
+        "Which runtimes are installed, and what each accelerates.",
+        "penjing runtimes --json",
+        lambda command: None,
+    ),
+)

@@ -106,45 +106,15 @@ def compare(
         TargetError: An artifact can't be opened or run, or its runtime crashed or hung.
     """
     _check(targets, threads=threads, rounds=rounds, seconds=seconds)
-    cpus = processors()[:threads]
-    turns: dict[str, list[list[float]]] = {target.name: [] for target in targets}
-    loading: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
+        children, load_ms = [], {}
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penjing-")))
-        children = []
         for index, target in enumerate(targets):
-            inputs = folder / f"{index}.npz"
-            np.savez(inputs, *target.inputs)
-            child = stack.enter_context(
-                Child(
-                    target.name,
-                    Path(target.folder),
-                    inputs,
-                    threads=threads,
-                    cpus=cpus,
-                    opener=opener,
-                    opening_s=time_limits.opening_s(Path(target.folder)),
-                    call_s=time_limits.call_s(target.inputs),
-                )
-            )
-            children.append(child)
-            loading[target.name] = child.ready()
+            child = stack.enter_context(_child(target, folder / f"{index}.npz", threads, opener))
+            load_ms[target.name] = child.ready()
             child.run(seconds=warmup_seconds, max_calls=MAX_CALLS, min_calls=warmup_calls)
-        done = 0
-        windows: list[list[Latency]] = []
-        for number, turn in enumerate(order(len(children), rounds * max(1, patience)), start=1):
-            for child in (children[i] for i in turn):
-                time.sleep(PAUSE_S)
-                times = child.run(seconds=seconds / rounds, max_calls=MAX_CALLS, min_calls=MIN_CALLS, skip=1)
-                turns[child.name].append(times)
-                done += 1
-                if events is not None:
-                    total = max(rounds, number) * len(children)
-                    events("progress", label="latency", done=done, total=total, name=child.name)
-            if number >= rounds:
-                windows.append([_latency(turns[t.name][-rounds:], batch=t.batch, threads=threads) for t in targets])
-                if not any(steadiness.doubt(windows[-1][0], latency) for latency in windows[-1]):
-                    break
+            children.append(child)
+        windows = _windows(children, targets, threads, seconds, rounds, patience, events)
         memory = {child.name: child.peak() for child in children}
     latencies = windows[steadiness.steady_rounds(windows)]
     doubts = [steadiness.doubt(latencies[0], latency) for latency in latencies]
@@ -153,10 +123,54 @@ def compare(
             latency=replace(latency, steady=not text, doubt=text),
             peak_memory_bytes=memory[target.name][0],
             baseline_bytes=memory[target.name][1],
-            load_ms=loading[target.name],
+            load_ms=load_ms[target.name],
         )
         for target, latency, text in zip(targets, latencies, doubts, strict=True)
     }
+
+
+def _child(target: Target, inputs: Path, threads: int, opener: str) -> Child:
+    """A worker that opens a target; its inputs go through a file."""
+    np.savez(inputs, *target.inputs)
+    return Child(
+        target.name,
+        Path(target.folder),
+        inputs,
+        threads=threads,
+        cpus=processors()[:threads],
+        opener=opener,
+        opening_s=time_limits.opening_s(Path(target.folder)),
+        call_s=time_limits.call_s(target.inputs),
+    )
+
+
+def _windows(
+    children: Sequence[Child],
+    targets: Sequence[Target],
+    threads: int,
+    seconds: float,
+    rounds: int,
+    patience: int,
+    events: Callable[..., None] | None,
+) -> list[list[Latency]]:
+    """Take turns until the last `rounds` of them can be trusted: of every `rounds` in a row, the targets' latencies."""
+    turns: dict[str, list[list[float]]] = {target.name: [] for target in targets}
+    windows: list[list[Latency]] = []
+    done = 0
+    for number, turn in enumerate(order(len(children), rounds * max(1, patience)), start=1):
+        for child in (children[i] for i in turn):
+            time.sleep(PAUSE_S)
+            times = child.run(seconds=seconds / rounds, max_calls=MAX_CALLS, min_calls=MIN_CALLS, skip=1)
+            turns[child.name].append(times)
+            done += 1
+            if events is not None:
+                total = max(rounds, number) * len(children)
+                events("progress", label="latency", done=done, total=total, name=child.name)
+        if number >= rounds:
+            windows.append([_latency(turns[t.name][-rounds:], batch=t.batch, threads=threads) for t in targets])
+            if not any(steadiness.doubt(windows[-1][0], latency) for latency in windows[-1]):
+                break
+    return windows
 
 
 def ratio(a: Timing, b: Timing) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import operator
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from torch import fx
 from penjing.errors import ExportError
 from penjing.network.exporting import export, input_names, with_plain_outputs
 from penjing.network.graph import line
-from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
 from penjing.onnx_files import export_cache as onnx_kept
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
 from penjing.onnx_files.exporter_table import read_once
 from penjing.onnx_files.node_names import name_nodes
+from penjing.onnx_files.translations import translations
 from penjing.records.manifest import Port
 
 OPSET = 18
@@ -83,7 +82,7 @@ def _exported(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table=_translations(),
+                custom_translation_table=onnx_pooling.translations() | translations(),
                 input_names=[f"{_PORTS}in{i}" for i in range(len(inputs))],
                 output_names=[f"{_PORTS}out{i}" for i in range(len(outputs))],
                 verbose=False,
@@ -119,106 +118,6 @@ def _culprit(network: fx.GraphModule, message: str) -> str:
         return ""
     where = next((node for node in network.graph.nodes if f"{named[1]}.{named[2]}." in f"{node.target}."), None)
     return f": {named[1]}.{named[2]}" + (line(where) if where is not None else "")
-
-
-def _translations() -> dict[Any, Any]:
-    import onnxscript
-
-    op: Any = onnxscript.opset18
-
-    def quantize(x, scale, zero_point, axis: int, low: int, high: int):  # type: ignore[no-untyped-def]
-        if (low, high) in ((-128, 127), (0, 255)):
-            return op.QuantizeLinear(x, scale, zero_point, axis=axis)
-        # A narrow range has no ONNX type of its own: clip in integers, where the edges are exact.
-        q = op.QuantizeLinear(x, scale, zero_point, axis=axis)
-        return op.Clip(q, op.CastLike(op.Constant(value_int=low), q), op.CastLike(op.Constant(value_int=high), q))
-
-    def dequantize(q, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
-        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
-
-    def linear_dynamic(x, weight, scale, zero_point, bias=None):  # type: ignore[no-untyped-def]
-        # Runtimes fuse these into one kernel.
-        q, step, zero = op.DynamicQuantizeLinear(x)
-        product = op.Cast(op.MatMulInteger(q, weight, zero, zero_point), to=1)
-        result = op.Mul(product, op.Mul(step, scale))
-        return result if bias is None else op.Add(result, bias)
-
-    lstm_operator = onnxscript.values.Op(
-        onnxscript.values.Opset("com.microsoft", 1), "DynamicQuantizeLSTM", _lstm_schema()
-    )
-
-    def lstm_dynamic(x, hidden, cell, w, w_scale, r, r_scale, bias):  # type: ignore[no-untyped-def]
-        directions, _, gates = w.shape
-        y, hidden, cell = lstm_operator(
-            x, w, r, bias, None, hidden, cell, None,
-            w_scale, op.Cast(op.Mul(w_scale, 0.0), to=3), r_scale, op.Cast(op.Mul(r_scale, 0.0), to=3),
-            direction="bidirectional" if directions == 2 else "forward", hidden_size=gates // 4,
-        )  # fmt: skip
-        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
-
-    def lstm_static(x, hidden, cell, w, r, scale, bias, step, zero, ratio: float):  # type: ignore[no-untyped-def]
-        directions, _, width = hidden.shape
-
-        def on_grid(value: Any) -> Any:
-            return op.DequantizeLinear(op.QuantizeLinear(value, step, zero), step, zero)
-
-        def matrix(q: Any) -> Any:
-            return op.Reshape(op.DequantizeLinear(q, scale, axis=0), [directions, 4 * width, -1])
-
-        inputs: Any = (
-            on_grid(x if ratio == 1 else op.Mul(x, ratio)),
-            matrix(w),
-            matrix(r),
-            bias,
-            None,
-            on_grid(hidden),
-        )
-        way = "bidirectional" if directions == 2 else "forward"
-        y, hidden, cell = op.LSTM(*inputs, cell, direction=way, hidden_size=width)
-        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1]), hidden, cell
-
-    def floor_divide(x, y):  # type: ignore[no-untyped-def]
-        # Of sizes, as -(-h // 2): ONNX divides integers towards zero.
-        return op.Div(op.Sub(x, op.Mod(x, y)), y)
-
-    return onnx_pooling.translations() | {
-        operator.floordiv: floor_divide,
-        torch.ops.penjing.lstm_dynamic.default: lstm_dynamic,
-        torch.ops.penjing.lstm_static.default: lstm_static,
-        torch.ops.penjing.quantize.default: quantize,
-        torch.ops.penjing.dequantize.default: dequantize,
-        torch.ops.penjing.linear_dynamic.default: linear_dynamic,
-    }
-
-
-def _lstm_schema() -> Any:
-    """ONNX Runtime's operator: what the exporter asks of one that is not in the standard."""
-    import onnx
-
-    schema = onnx.defs.OpSchema
-    inputs = (
-        ("X", "T"), ("W", "I"), ("R", "I"), ("B", "T"), ("sequence_lens", "L"), ("initial_h", "T"), ("initial_c", "T"),
-        ("P", "T"), ("W_scale", "T"), ("W_zero_point", "I"), ("R_scale", "T"), ("R_zero_point", "I"),
-    )  # fmt: skip
-    option = schema.FormalParameterOption.Optional
-    kinds = onnx.defs.OpSchema.AttrType
-    return schema(
-        "DynamicQuantizeLSTM",
-        "com.microsoft",
-        1,
-        inputs=[
-            schema.FormalParameter(name, kind, param_option=option)
-            if name in ("sequence_lens", "P")
-            else schema.FormalParameter(name, kind)
-            for name, kind in inputs
-        ],
-        outputs=[schema.FormalParameter(name, "T") for name in ("Y", "Y_h", "Y_c")],
-        type_constraints=[("T", ["tensor(float)"], ""), ("I", ["tensor(int8)"], ""), ("L", ["tensor(int32)"], "")],
-        attributes=[
-            schema.Attribute("direction", kinds.STRING, required=False),
-            schema.Attribute("hidden_size", kinds.INT, required=False),
-        ],
-    )
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ from penjing.errors import UsageError
 from penjing.goals.goal import Goal
 from penjing.measure import time_limits
 from penjing.pipeline import request as requests
-from penjing.pipeline.applied import Applied, drafted, refuse_quantized
+from penjing.pipeline.applied import drafted, refuse_quantized
 from penjing.pipeline.candidates import build
 from penjing.pipeline.delivery import deliver as deliver_all
 from penjing.pipeline.judging import judge
-from penjing.pipeline.order import Order, runtime_names
+from penjing.pipeline.order import Bench, Order, as_goal, runtime_names
 from penjing.pipeline.prepare import prepare
 from penjing.pipeline.timing import measure_all
 from penjing.quantize import CoordinateRounding, Static
@@ -66,6 +66,7 @@ class Result:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
+# Sixteen arguments: the public contract of a run. The body is short; its length is their documentation.
 @suggesting
 @never_exiting()
 @same_process()
@@ -126,10 +127,19 @@ def compress(
         )
     plain = (Static(exclude=tuple(exclude), outliers="ease"), CoordinateRounding())
     steps = Recipe.of(recipe) if recipe is not None else Recipe(*plain)
-    order = _order(
-        model, task, goal, steps, reference=reference, runtime=runtime, seed=seed, threads=threads, batch=batch,
-        device=device, seconds=seconds, listeners=listeners,
-    )  # fmt: skip
+    requests.check_device(device)
+    order = Order(
+        goal=as_goal(goal),
+        model=model,
+        task=as_task(task),
+        recipe=steps,
+        reference=reference,
+        runtimes=runtime_names(runtime),
+        seed=seed,
+        device=device,
+        bench=_bench(threads, batch, seconds),
+        listeners=tuple(listeners),
+    )
     return _carry_out(order, out, resume=resume, force=force)
 
 
@@ -162,6 +172,7 @@ def run(
     return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
 
 
+# Thirteen arguments: the public contract, as of `compress`.
 @suggesting
 @never_exiting()
 @same_process()
@@ -204,43 +215,20 @@ def deliver(
     Raises:
         PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
     """
-    order = _order(
-        drafted(module), task, goal, Recipe(), reference=reference, runtime=runtime, seed=seed, threads=threads,
-        batch=batch, device="cpu", seconds=seconds, listeners=listeners,
-    )  # fmt: skip
+    order = Order(
+        model=drafted(module),
+        goal=as_goal(goal),
+        task=as_task(task),
+        recipe=Recipe(),
+        reference=reference,
+        runtimes=runtime_names(runtime),
+        seed=seed,
+        device="cpu",
+        bench=_bench(threads, batch, seconds),
+        listeners=tuple(listeners),
+    )
     return _carry_out(order, out, resume=resume, force=force)
 
 
-def _order(
-    model: str | nn.Module | ExportedProgram | Applied,
-    task: Task | str | Path,
-    goal: Goal | str,
-    recipe: Recipe,
-    *,
-    reference: str | nn.Module | ExportedProgram | None,
-    runtime: str | Sequence[str] | None,
-    seed: int,
-    threads: int | None,
-    batch: int,
-    device: str,
-    seconds: float,
-    listeners: Sequence[Listener],
-) -> Order:
-    """What was asked for, with words read and defaults filled in."""
-    goal, task = Goal.parse(goal) if isinstance(goal, str) else goal, as_task(task)
-    names = runtime_names(runtime)
-    requests.check_device(device)
-    return Order(
-        model=model,
-        task=task,
-        goal=goal,
-        recipe=recipe,
-        reference=reference,
-        runtimes=names,
-        seed=seed,
-        threads=measure.check_threads(threads or measure.machine(1).cores),
-        batch=batch,
-        device=device,
-        seconds=seconds,
-        listeners=tuple(listeners),
-    )
+def _bench(threads: int | None, batch: int, seconds: float) -> Bench:
+    return Bench(threads=measure.check_threads(threads or measure.machine(1).cores), batch=batch, seconds=seconds)

@@ -18,11 +18,26 @@ from penjing.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How artifacts are timed.
+
+    Attributes:
+        threads: Of the runtimes.
+        batch: Samples of a timed call.
+        seconds: Timed seconds per artifact.
+    """
+
+    threads: int
+    batch: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """One run, as `compress` and `deliver` are called; they describe the fields.
 
     Attributes:
-        model: The source, or what was made of one and trained already.
+        model: The source, or an applied draft that is trained already.
         recipe: The steps that are still to be taken.
         runtimes: Their names, all of them installed.
     """
@@ -34,11 +49,18 @@ class Order:
     reference: str | nn.Module | ExportedProgram | None
     runtimes: tuple[str, ...]
     seed: int
-    threads: int
-    batch: int
     device: str
-    seconds: float
+    bench: Bench
     listeners: tuple[Listener, ...]
+
+
+def as_goal(goal: Goal | str) -> Goal:
+    """A goal, parsed where it is written in words.
+
+    Raises:
+        GoalError: The words are not a goal.
+    """
+    return Goal.parse(goal) if isinstance(goal, str) else goal
 
 
 def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -80,8 +80,8 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
     Raises:
         PenjingError: The request, the data or the folder do not fit.
     """
-    machine = measure.machine(order.threads)
-    torch.set_num_threads(order.threads)
+    machine = measure.machine(order.bench.threads)
+    torch.set_num_threads(order.bench.threads)
     seed_everything(order.seed)
     requests.check_goal(order.goal, order.task)
     requests.check_inputs(order.task)
@@ -161,9 +161,9 @@ def _started(
         events=events,
         seed=order.seed,
         device=order.device,
-        threads=order.threads,
-        batch=evidence.batch_size(task, order.batch),
-        seconds=order.seconds,
+        threads=order.bench.threads,
+        batch=evidence.batch_size(task, order.bench.batch),
+        seconds=order.bench.seconds,
         instruction_sets=machine.instruction_sets,
     )
 

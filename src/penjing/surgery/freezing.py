@@ -23,28 +23,39 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     network = copy.deepcopy(network)
     if not plan:
         return network
-    integers = free_name(network, "integers")
-    network.add_module(integers, nn.Module())
-    paths: dict[tuple[Any, ...], str] = {}
+    writer = _Writer(network)
+    rewire(network, plan, writer.place, writer.weight, writer.bias, writer.constant, writer.linear_dynamic, writer.rows)
+    for node in reversed(list(network.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            network.graph.erase_node(node)
+            _forget(network, str(node.target))
+    network.recompile()
+    for layer, _ in writer.entries:
+        if not _is_used(network, layer):
+            network.delete_submodule(layer)  # float weights without a user would stay in a saved program
+    return network
 
-    def constant(name: str, value: torch.Tensor) -> fx.Node:
-        # A table that is a layer's weight too is stored once.
+
+class _Writer:
+    """Stores tensors in one submodule of a network, and writes the nodes that read them, for `rewire`."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.network = network
+        self.integers = free_name(network, "integers")
+        network.add_module(self.integers, nn.Module())
+        self.paths: dict[tuple[Any, ...], str] = {}  # type, shape and hash of a tensor → where it is stored
+        self.entries: dict[tuple[str, str], list[Entry | None]] = {}  # layer and role → its grids
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A tensor that is stored; a table that is a layer's weight too is stored once."""
         key = (value.dtype, tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).digest())
-        if value.numel() >= SHARED and key in paths:
-            return network.graph.get_attr(paths[key])
-        paths[key] = f"{integers}.{name}"
-        return constant_node(network, paths[key], value)
+        if value.numel() >= SHARED and key in self.paths:
+            return self.network.graph.get_attr(self.paths[key])
+        self.paths[key] = f"{self.integers}.{name}"
+        return constant_node(self.network, self.paths[key], value)
 
-    def numbers(name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
-        # A single number has no axis: runtimes take a one-element vector for one channel.
-        shape = (-1,) if len(entry.scale) > 1 else ()
-        dtype = operators.integer_dtype(*entry.spec.limits)
-        return (
-            constant(f"{name}_scale", torch.tensor(entry.scale, dtype=torch.float32).reshape(shape)),
-            constant(f"{name}_zero_point", torch.tensor(entry.zero_point, dtype=dtype).reshape(shape)),
-        )
-
-    def place(producer: fx.Node, entry: Entry) -> fx.Node:
+    def place(self, producer: fx.Node, entry: Entry) -> fx.Node:
+        """What an operator reads in the place of `producer`: its integers, dequantized."""
         if entry.dynamic:
             return producer  # quantized by the operator that reads it
         if entry.spec.grid != "uniform":
@@ -57,94 +68,90 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if producer.op == "get_attr":  # the other operand of a product: a weight, by whatever name
             path = str(producer.target)
             owner, _, leaf = path.rpartition(".")
-            return dequantized(path, getattr(network.get_submodule(owner), leaf).detach(), entry)
-        scale, zero = numbers(f"activation{len(list(network.get_submodule(integers).buffers()))}", entry)
-        axis = entry.spec.axis or 0
-        call = network.graph.call_function
+            return self._dequantized(path, getattr(self.network.get_submodule(owner), leaf).detach(), entry)
+        stored = list(self.network.get_submodule(self.integers).buffers())
+        scale, zero = self._numbers(f"activation{len(stored)}", entry)
+        axis, call = entry.spec.axis or 0, self.network.graph.call_function
         q = call(torch.ops.penjing.quantize.default, (producer, scale, zero, axis, *entry.spec.limits))
         return call(torch.ops.penjing.dequantize.default, (q, scale, zero, axis))
 
-    written: dict[tuple[str, str], list[Entry | None]] = {}
+    def weight(self, layer: str, entry: Entry) -> fx.Node:
+        """A layer's weight."""
+        return self._stored(layer, "weight", entry)
 
-    def name_for(layer: str, role: str, entry: Entry | None) -> str:
-        # A layer that is called twice has two bias grids where its two inputs have two scales.
-        known = written.setdefault((layer, role), [])
-        if entry not in known:
-            known.append(entry)
-        number = known.index(entry)
-        return f"{layer}.{role}_{number}" if number else f"{layer}.{role}"
+    def bias(self, layer: str, entry: Entry | None) -> fx.Node | None:
+        """A layer's bias, in floating point where there is no entry; None where there is no bias."""
+        value: Any = self.network.get_submodule(layer).bias
+        if value is None:
+            return None
+        if entry is None:
+            return self.constant(self._name(layer, "bias", None), value.detach())
+        return self._stored(layer, "bias", entry)
 
-    def stored(layer: str, role: str, entry: Entry) -> fx.Node:
-        value = getattr(network.get_submodule(layer), role).detach()
-        return dequantized(name_for(layer, role, entry), value, entry)
-
-    def in_integers(value: torch.Tensor, entry: Entry) -> torch.Tensor:
-        scale = torch.tensor(entry.scale, dtype=torch.float32)
-        zero = torch.tensor(entry.zero_point, dtype=torch.int32)
-        return grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
-
-    def dequantized(name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
-        q = in_integers(value, entry)
-        call = network.graph.call_function
-        if entry.spec.group is None:
-            nodes = (constant(name, q), *numbers(name, entry))
-            return call(torch.ops.penjing.dequantize.default, (*nodes, entry.spec.axis or 0))
-        # One row for every scale: per-channel quantization is what every runtime reads.
-        nodes = (
-            constant(name, q.movedim(entry.spec.axis or 0, 0).reshape(-1, entry.spec.group)),
-            *numbers(name, entry),
-        )
-        return call(
-            torch.ops.aten.reshape.default, (call(torch.ops.penjing.dequantize.default, (*nodes, 0)), list(value.shape))
-        )
-
-    def weight(layer: str, entry: Entry) -> fx.Node:
-        return stored(layer, "weight", entry)
-
-    def rows(layer: str, positions: fx.Node, entry: Entry) -> fx.Node:
+    def rows(self, layer: str, positions: fx.Node, entry: Entry) -> fx.Node:
         """Rows of a table: their integers are gathered first, and they alone are dequantized."""
-        value: Any = network.get_submodule(layer).weight
-        name = name_for(layer, "weight", entry)
-        call, gather = network.graph.call_function, torch.ops.aten.embedding.default
+        value: Any = self.network.get_submodule(layer).weight
+        name = self._name(layer, "weight", entry)
+        call, gather = self.network.graph.call_function, torch.ops.aten.embedding.default
 
         def each(what: str, numbers: tuple[float, ...]) -> fx.Node:
             rows = torch.tensor(numbers, dtype=torch.float32)
             if rows.numel() == 1:
-                return constant(f"{name}_{what}", rows.reshape(()))
-            return call(gather, (constant(f"{name}_{what}", rows.reshape(-1, 1)), positions))
+                return self.constant(f"{name}_{what}", rows.reshape(()))
+            return call(gather, (self.constant(f"{name}_{what}", rows.reshape(-1, 1)), positions))
 
-        q = call(gather, (constant(name, in_integers(value.detach(), entry)), positions))
+        q = call(gather, (self.constant(name, _in_integers(value.detach(), entry)), positions))
         x = call(torch.ops.aten.to.dtype, (q, torch.float32))
         if any(entry.zero_point):
             x = call(torch.ops.aten.sub.Tensor, (x, each("row_zero", entry.zero_point)))
         return call(torch.ops.aten.mul.Tensor, (x, each("row_scale", entry.scale)))
 
-    def dynamic(layer: str, x: fx.Node, entry: Entry) -> fx.Node:
-        value: Any = network.get_submodule(layer).weight
+    def linear_dynamic(self, layer: str, x: fx.Node, entry: Entry) -> fx.Node:
+        """A linear layer whose input takes its range at run time."""
+        value: Any = self.network.get_submodule(layer).weight
         scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
         q = grid.integers(value.detach(), scale, zero, entry.spec).to(torch.int8)
-        name = name_for(layer, "weight", entry)
-        nodes = (constant(name, q.T.contiguous()), *numbers(name, entry), bias(layer, None))
-        return network.graph.call_function(torch.ops.penjing.linear_dynamic.default, (x, *nodes))
+        name = self._name(layer, "weight", entry)
+        nodes = (self.constant(name, q.T.contiguous()), *self._numbers(name, entry), self.bias(layer, None))
+        return self.network.graph.call_function(torch.ops.penjing.linear_dynamic.default, (x, *nodes))
 
-    def bias(layer: str, entry: Entry | None) -> fx.Node | None:
-        value: Any = network.get_submodule(layer).bias
-        if value is None:
-            return None
-        if entry is None:
-            return constant(name_for(layer, "bias", None), value.detach())
-        return stored(layer, "bias", entry)
+    def _name(self, layer: str, role: str, entry: Entry | None) -> str:
+        """A layer that is called twice has two bias grids where its two inputs have two scales."""
+        known = self.entries.setdefault((layer, role), [])
+        if entry not in known:
+            known.append(entry)
+        number = known.index(entry)
+        return f"{layer}.{role}_{number}" if number else f"{layer}.{role}"
 
-    rewire(network, plan, place, weight, bias, constant, dynamic, rows)
-    for node in reversed(list(network.graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            network.graph.erase_node(node)
-            _forget(network, str(node.target))
-    network.recompile()
-    for layer, _ in written:
-        if not _is_used(network, layer):
-            network.delete_submodule(layer)  # float weights without a user would stay in a saved program
-    return network
+    def _numbers(self, name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
+        """Scale and zero point; a single number has no axis: runtimes take a one-element vector for one channel."""
+        shape = (-1,) if len(entry.scale) > 1 else ()
+        dtype = operators.integer_dtype(*entry.spec.limits)
+        return (
+            self.constant(f"{name}_scale", torch.tensor(entry.scale, dtype=torch.float32).reshape(shape)),
+            self.constant(f"{name}_zero_point", torch.tensor(entry.zero_point, dtype=dtype).reshape(shape)),
+        )
+
+    def _stored(self, layer: str, role: str, entry: Entry) -> fx.Node:
+        value = getattr(self.network.get_submodule(layer), role).detach()
+        return self._dequantized(self._name(layer, role, entry), value, entry)
+
+    def _dequantized(self, name: str, value: torch.Tensor, entry: Entry) -> fx.Node:
+        q, call = _in_integers(value, entry), self.network.graph.call_function
+        if entry.spec.group is None:
+            nodes = (self.constant(name, q), *self._numbers(name, entry))
+            return call(torch.ops.penjing.dequantize.default, (*nodes, entry.spec.axis or 0))
+        # One row for every scale: per-channel quantization is what every runtime reads.
+        grouped = q.movedim(entry.spec.axis or 0, 0).reshape(-1, entry.spec.group)
+        nodes = (self.constant(name, grouped), *self._numbers(name, entry))
+        rows = call(torch.ops.penjing.dequantize.default, (*nodes, 0))
+        return call(torch.ops.aten.reshape.default, (rows, list(value.shape)))
+
+
+def _in_integers(value: torch.Tensor, entry: Entry) -> torch.Tensor:
+    scale = torch.tensor(entry.scale, dtype=torch.float32)
+    zero = torch.tensor(entry.zero_point, dtype=torch.int32)
+    return grid.integers(value, scale, zero, entry.spec).to(operators.integer_dtype(*entry.spec.limits))
 
 
 def _forget(network: fx.GraphModule, path: str) -> None:

@@ -145,72 +145,14 @@ def in_integers(
     network: fx.GraphModule, node: fx.Node, plan: Plan, store: Callable[[str, torch.Tensor], fx.Node]
 ) -> None:
     """Replace an LSTM whose input and matrices `plan` has entries for. `store` keeps a tensor and reads it."""
-    first = plan.entries[f"{site(node)}:in0"]
-    given, ports = arguments(node), tensor_inputs(node)
-    each, both = directions(node), 1 + given["bidirectional"]
-
-    def entry(matrix: fx.Node) -> Entry:
-        return plan.entries[f"{site(node)}:in{ports.index(matrix)}"]
-
-    def numbers(name: str, matrices: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
-        integers, scales = [], []
-        for matrix in matrices:
-            mine, x = entry(matrix), value(network, matrix)
-            scale = torch.tensor(mine.scale).expand(len(x))
-            zero = torch.tensor(mine.zero_point, dtype=torch.int32)
-            q = grid.integers(x, torch.tensor(mine.scale), zero, mine.spec).to(torch.int8)
-            integers.append(_reordered(q).T)
-            scales.append(_reordered(scale))
-        return store(f"{name}", torch.stack(integers)), store(f"{name}_scale", torch.stack(scales))
-
-    call = network.graph.call_function
-
-    def states_of(layer: int) -> list[fx.Node]:
-        return [call(torch.ops.aten.slice.Tensor, (s, 0, layer * both, (layer + 1) * both)) for s in given["hx"]]
-
-    def name_of(mine: list[Direction], layer: int) -> str:
-        return f"{str(mine[0].input.target).rpartition('.')[0]}.layer{layer}"
-
-    def bias_of(mine: list[Direction]) -> torch.Tensor:
-        bias = [torch.cat([_reordered(value(network, b)) for b in d.biases]) for d in mine if d.biases]
-        return torch.stack(bias) if bias else torch.zeros(both, 8 * value(network, mine[0].hidden).shape[1])
-
-    def dynamic(mine: list[Direction], x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
-        name = name_of(mine, layer)
-        matrices = (
-            *numbers(f"{name}.input", [d.input for d in mine]),
-            *numbers(f"{name}.hidden", [d.hidden for d in mine]),
-        )
-        read = (x, *states_of(layer), *matrices, store(f"{name}.bias", bias_of(mine)))
-        return torch.ops.penjing.lstm_dynamic.default, read
-
-    def static(mine: list[Direction], x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
-        name, ratio = name_of(mine, layer), 1.0 if layer else operators.STATE_SCALE / first.scale[0]
-        integers: dict[str, list[torch.Tensor]] = {"input": [], "hidden": [], "scale": []}
-        for d in mine:
-            own, read = (torch.tensor(entry(m).scale) for m in (d.hidden, d.input))
-            scale = same_gates(torch.maximum(own, read / ratio))  # the same two, but where scales were learned
-            zero = torch.zeros(len(scale), dtype=torch.int32)
-            for what, matrix in (("input", value(network, d.input) / ratio), ("hidden", value(network, d.hidden))):
-                q = grid.integers(matrix, scale, zero, entry(d.hidden).spec).to(torch.int8)
-                integers[what].append(_reordered(q))
-            integers["scale"].append(_reordered(scale))
-        stored = [store(f"{name}.{what}", torch.cat(parts)) for what, parts in integers.items()]
-        state = [
-            store(f"{name}.state_scale", torch.tensor(operators.STATE_SCALE)),
-            store(f"{name}.state_zero", torch.tensor(operators.STATE_ZERO, dtype=torch.uint8)),
-        ]
-        inputs = (x, *states_of(layer), *stored, store(f"{name}.bias", bias_of(mine)), *state, ratio)
-        return torch.ops.penjing.lstm_static.default, inputs
-
+    lstm, given, call = _Lstm(network, node, plan, store), arguments(node), network.graph.call_function
     with network.graph.inserting_before(node):
         x: Any = given["input"]
         if given["batch_first"]:
             x = call(torch.ops.aten.transpose.int, (x, 0, 1))
         states: tuple[list[fx.Node], list[fx.Node]] = ([], [])
         for layer in range(given["num_layers"]):
-            mine = each[layer * both : (layer + 1) * both]
-            outputs = call(*(dynamic if first.dynamic else static)(mine, x, layer))
+            outputs = call(*(lstm.dynamic if lstm.first.dynamic else lstm.static)(x, layer))
             outputs.meta["site"] = layer_site(site(node), layer)
             x, *after = (call(operator.getitem, (outputs, i)) for i in range(3))
             for state, final in zip(states, after, strict=True):
@@ -225,6 +167,77 @@ def in_integers(
     for matrix in given["params"]:
         if not matrix.users:
             network.graph.erase_node(matrix)
+
+
+class _Lstm:
+    """An LSTM of a graph, layer by layer as one of our operators with what it reads: tensors are stored on the way."""
+
+    def __init__(
+        self, network: fx.GraphModule, node: fx.Node, plan: Plan, store: Callable[[str, torch.Tensor], fx.Node]
+    ) -> None:
+        self.network, self.store = network, store
+        given, name, ports = arguments(node), site(node), tensor_inputs(node)
+        self.states = given["hx"]
+        self.both = 1 + given["bidirectional"]  # directions
+        self.directions = directions(node)
+        self.first = plan.entries[f"{name}:in0"]
+        matrices = {matrix for d in self.directions for matrix in (d.input, d.hidden)}
+        self.entries = {matrix: plan.entries[f"{name}:in{ports.index(matrix)}"] for matrix in matrices}
+
+    def dynamic(self, x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
+        """A layer whose ranges are taken at run time."""
+        mine, name = self._layer(layer)
+        matrices = (
+            *self._numbers(f"{name}.input", [d.input for d in mine]),
+            *self._numbers(f"{name}.hidden", [d.hidden for d in mine]),
+        )
+        read = (x, *self._states_before(layer), *matrices, self.store(f"{name}.bias", self._bias(mine)))
+        return torch.ops.penjing.lstm_dynamic.default, read
+
+    def static(self, x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
+        """A layer whose input and state have one grid, which is fixed."""
+        (mine, name), ratio = self._layer(layer), 1.0 if layer else operators.STATE_SCALE / self.first.scale[0]
+        integers: dict[str, list[torch.Tensor]] = {"input": [], "hidden": [], "scale": []}
+        for d in mine:
+            own, read = (torch.tensor(self.entries[m].scale) for m in (d.hidden, d.input))
+            scale = same_gates(torch.maximum(own, read / ratio))  # the same two, but where scales were learned
+            zero = torch.zeros(len(scale), dtype=torch.int32)
+            matrices = (("input", value(self.network, d.input) / ratio), ("hidden", value(self.network, d.hidden)))
+            for what, matrix in matrices:
+                q = grid.integers(matrix, scale, zero, self.entries[d.hidden].spec).to(torch.int8)
+                integers[what].append(_reordered(q))
+            integers["scale"].append(_reordered(scale))
+        stored = [self.store(f"{name}.{what}", torch.cat(parts)) for what, parts in integers.items()]
+        state = [
+            self.store(f"{name}.state_scale", torch.tensor(operators.STATE_SCALE)),
+            self.store(f"{name}.state_zero", torch.tensor(operators.STATE_ZERO, dtype=torch.uint8)),
+        ]
+        bias = self.store(f"{name}.bias", self._bias(mine))
+        return torch.ops.penjing.lstm_static.default, (x, *self._states_before(layer), *stored, bias, *state, ratio)
+
+    def _layer(self, layer: int) -> tuple[list[Direction], str]:
+        """Its directions, and what its tensors are called."""
+        mine = self.directions[layer * self.both : (layer + 1) * self.both]
+        return mine, f"{str(mine[0].input.target).rpartition('.')[0]}.layer{layer}"
+
+    def _states_before(self, layer: int) -> list[fx.Node]:
+        call, start = self.network.graph.call_function, layer * self.both
+        return [call(torch.ops.aten.slice.Tensor, (state, 0, start, start + self.both)) for state in self.states]
+
+    def _bias(self, mine: list[Direction]) -> torch.Tensor:
+        bias = [torch.cat([_reordered(value(self.network, b)) for b in d.biases]) for d in mine if d.biases]
+        return torch.stack(bias) if bias else torch.zeros(self.both, 8 * value(self.network, mine[0].hidden).shape[1])
+
+    def _numbers(self, name: str, matrices: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """The integers of one matrix a direction, and their scales."""
+        integers, scales = [], []
+        for matrix in matrices:
+            entry, x = self.entries[matrix], value(self.network, matrix)
+            zero = torch.tensor(entry.zero_point, dtype=torch.int32)
+            q = grid.integers(x, torch.tensor(entry.scale), zero, entry.spec).to(torch.int8)
+            integers.append(_reordered(q).T)
+            scales.append(_reordered(torch.tensor(entry.scale).expand(len(x))))
+        return self.store(f"{name}", torch.stack(integers)), self.store(f"{name}_scale", torch.stack(scales))
 
 
 def _reordered(x: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,14 @@ the size of a batch's values (hints), or divide by how many labels there are, do
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,28 +160,47 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
         TrainingError: The cluster can't be reached, or a worker failed.
     """
     ray = _ray()
-    from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
-    kept = context.folder / STATE if context.folder else None
-    sent = {
-        "work": work,
-        "network": _portable(network),
-        "context": Context(task=context.task, seed=context.seed, device=context.device),
-        "source": _portable(context.source),
-        "settings": replace(settings, teacher=None),
-        "teacher": pytree.tree_map(_portable, settings.teacher),
-        "state": kept.read_bytes() if kept is not None and kept.exists() else None,
-        "keeps": kept is not None,
-    }
-    # The user's own files are not modules that another process could import: what they define goes along.
+    saved = context.folder / STATE if context.folder else None
+    data = _pickled(
+        {
+            "work": work,
+            "network": _portable(network),
+            "context": Context(task=context.task, seed=context.seed, device=context.device),
+            "source": _portable(context.source),
+            "settings": replace(settings, teacher=None),
+            "teacher": pytree.tree_map(_portable, settings.teacher),
+            "state": saved.read_bytes() if saved is not None and saved.exists() else None,
+            "keeps": saved is not None,
+        }
+    )
+    with _connected(ray, cluster, workers):
+        cuda = torch.device(context.device).type == "cuda"
+        _check_room(ray.cluster_resources(), workers, cuda)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as aside:
+            queue = Queue()
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"data": ray.put(data), "queue": queue, "at": os.getcwd(), "path": sys.path},
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda),
+                run_config=RunConfig(storage_path=aside, name="penjing"),
+            )
+            _listen(trainer, queue, network, context, saved)
+
+
+def _pickled(message: dict[str, Any]) -> bytes:
+    """A message for other processes, with what the user's own files define: they could not import those."""
+    from ray import cloudpickle
+
     files = [module for name, module in sys.modules.items() if name.startswith(USER_MODULE)]
     try:
         for module in files:
             cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-        data = cloudpickle.dumps(sent)  # type: ignore[no-untyped-call]
+        data: bytes = cloudpickle.dumps(message)  # type: ignore[no-untyped-call]
     except Exception as error:  # pickle raises what the objects raise
         raise TaskError(
             "the training can't be sent to other processes",
@@ -191,7 +211,13 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
     finally:
         for module in files:
             cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
-    mine = not ray.is_initialized()  # else the user has connected, and that cluster is taken
+    return data
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, cluster: str, workers: int) -> Iterator[None]:
+    """A connection to the cluster; one that the user has already is taken, and left as it is."""
+    ours = not ray.is_initialized()
     try:
         if cluster == "local":  # one processor for each worker and one for what leads them, also where there are fewer
             processors = max(os.cpu_count() or 1, workers + 1)
@@ -214,20 +240,9 @@ def spread(work: Work, network: nn.Module, context: Context, settings: Any, clus
             remedy="ray status tells whether it runs; cluster='local' starts one here",
         ) from None
     try:
-        cuda = torch.device(context.device).type == "cuda"
-        _check_room(ray.cluster_resources(), workers, cuda)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as aside:
-            queue = Queue()
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config={"data": ray.put(data), "queue": queue, "at": os.getcwd(), "path": sys.path},
-                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda),
-                run_config=RunConfig(storage_path=aside, name="penjing"),
-            )
-            _listen(trainer, queue, network, context, kept)
+        yield
     finally:
-        if mine:
+        if ours:
             ray.shutdown()
 
 
@@ -249,7 +264,7 @@ def _knock(cluster: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept: Path | None) -> None:
+def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, saved: Path | None) -> None:
     """Take what the workers say until they are done."""
     from ray.util.queue import Empty
 
@@ -263,7 +278,7 @@ def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept
 
     running = threading.Thread(target=fit, daemon=True)
     running.start()
-    found = None
+    trained = None
     while running.is_alive() or not queue.empty():
         try:
             kind, value = queue.get(timeout=0.2)
@@ -271,16 +286,16 @@ def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, kept
             continue
         if kind == "event":
             context.events(value[0], **value[1])
-        elif kind == "state" and kept is not None:
-            _keep(kept, value)
+        elif kind == "state" and saved is not None:
+            _keep(saved, value)
         elif kind == "error":
             raise value
         elif kind == "done":
-            found = value
-    if found is None:
+            trained = value
+    if trained is None:
         said = " ".join(str(failed[0]).split())[-300:] if failed else "no result"
         raise TrainingError("a worker of the cluster failed", got=said, expected="a trained network")
-    network.load_state_dict(torch.load(io.BytesIO(found), weights_only=True))
+    network.load_state_dict(torch.load(io.BytesIO(trained), weights_only=True))
 
 
 def _keep(path: Path, state: bytes) -> None:
@@ -328,9 +343,9 @@ def _worker(config: dict[str, Any]) -> None:
             queue.put(("error", error))
             raise  # Ray ends the other workers, which wait for this one's gradients
         if rank == 0:
-            held = io.BytesIO()
-            torch.save(trained.state_dict(), held)
-            queue.put(("done", held.getvalue()))
+            buffer = io.BytesIO()
+            torch.save(trained.state_dict(), buffer)
+            queue.put(("done", buffer.getvalue()))
 
 
 def _portable(value: Any) -> Any:
