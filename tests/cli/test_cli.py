@@ -189,7 +189,7 @@ class TestInspect:
         assert data["macs"] > 40_000_000
         assert data["floats"]["onnxruntime"] == {}
         assert cli.main(["inspect", "resnet20", "--shape", "3,32,32"]) == 0
-        assert "every convolution, linear and addition can be integer" in capsys.readouterr().out
+        assert "every convolution, linear layer and addition can run in integers" in capsys.readouterr().out
 
     def test_a_group_of_channels_is_shown_and_drawn(self, tmp_path, capsys):
         picture = tmp_path / "group.svg"

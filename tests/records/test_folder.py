@@ -69,7 +69,7 @@ class TestWhoMayWrite:
         (run / "notes.txt").write_text("mine")
         RunFolder(run, force=True).claim(REQUEST)
         assert {p.name for p in run.iterdir()} == {"notes.txt", STATE}
-        assert RunFolder(run, resume=True).kept("request") == REQUEST
+        assert RunFolder(run, resume=True).read_state("request") == REQUEST
 
     @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")
     def test_a_folder_without_permission(self, tmp_path):
@@ -87,9 +87,9 @@ class TestResume:
     def test_the_same_request_goes_on(self, run):
         folder = RunFolder(run, resume=True)
         assert folder.resumed
-        folder.keep("latency", [1.5, 2.5])
+        folder.write_state("latency", [1.5, 2.5])
         folder.claim(REQUEST)
-        assert RunFolder(run, resume=True).kept("latency") == [1.5, 2.5]
+        assert RunFolder(run, resume=True).read_state("latency") == [1.5, 2.5]
 
     def test_the_difference_is_named_and_not_all_that_is_the_same(self, run):
         wanted = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
@@ -108,16 +108,16 @@ class TestResume:
         folder = RunFolder(tmp_path / "run", resume=True)
         assert not folder.resumed
         folder.claim(REQUEST)
-        assert folder.kept("request") == REQUEST
+        assert folder.read_state("request") == REQUEST
 
     def test_what_was_not_kept_is_none(self, run):
-        assert RunFolder(run, resume=True).kept("source-metrics") is None
+        assert RunFolder(run, resume=True).read_state("source-metrics") is None
 
     def test_what_was_kept_is_replaced(self, run):
         folder = RunFolder(run, resume=True)
-        folder.keep("costs", [1])
-        folder.keep("costs", {"a": None})
-        assert folder.kept("costs") == {"a": None}
+        folder.write_state("costs", [1])
+        folder.write_state("costs", {"a": None})
+        assert folder.read_state("costs") == {"a": None}
 
     def test_a_finished_run_keeps_nothing_to_resume(self, run):
         finished(run)

@@ -203,7 +203,7 @@ def test_layers_that_stayed_float_are_grouped_by_their_reason():
 def test_what_is_missing_is_said():
     text = page("bare").text
     assert "not measured" in text and "No recipe was recorded." in text and "No step was recorded." in text
-    assert "There is no plot" in text and "The record holds no layers." in text and "None" not in text
+    assert "No plot" in text and "The record holds no layers." in text and "None" not in text
     told = "Their accuracy is by Task.select, where the source has 91.25 %."
     big = sample_records.big()
     assert told in Page(html.render(replace(big, selected=0.9125))).text and told not in Page(html.render(big)).text

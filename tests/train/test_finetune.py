@@ -801,7 +801,7 @@ class TestOptimizing:
             trained(replace(SHORT, hooks=(break_it,)))
 
     def test_nothing_to_train_is_an_error(self):
-        with pytest.raises(TrainingError, match="nothing to train"):
+        with pytest.raises(TrainingError, match="no trainable parameters"):
             trained(SHORT, network=net().requires_grad_(False))
 
 

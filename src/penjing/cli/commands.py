@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PenjingError as error:
         return _told(error, parsed, messages)
     except KeyboardInterrupt:
-        goes_on = hasattr(parsed, "resume")
-        messages.print("stopped" + ("; `--resume` goes on from here" if goes_on else ""), style="yellow")
+        can_resume = hasattr(parsed, "resume")
+        messages.print("stopped" + ("; `--resume` continues from here" if can_resume else ""), style="yellow")
         return ERROR
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -176,7 +176,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     out.print(table.groups(inspection.groups, inspection.not_prunable))
     _show_floats(inspection, out)
     if inspection.noise:
-        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: what each operator alone does to the outputs")
+        out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")
         out.print(table.noise(inspection.noise))
     return MET
 
@@ -216,9 +216,8 @@ def _show_floats(inspection: Inspection, out: Terminal) -> None:
     """What stays in floating point in each runtime, and why."""
     for runtime, reasons in inspection.floats.items():
         out.print(f"\n[bold]{runtime}[/bold]: ", end="")
-        out.print(
-            "every convolution, linear and addition can be integer" if not reasons else "stays in floating point:"
-        )
+        every = "every convolution, linear layer and addition can run in integers"
+        out.print("stays in floating point:" if reasons else every)
         for line in _by_reason(reasons):
             out.print(f"  {line}", markup=False, highlight=False)
         for note in inspection.notes[runtime]:
@@ -316,7 +315,7 @@ def _verify(parsed: argparse.Namespace, messages: Terminal) -> int:
     if parsed.json:
         print(json.dumps([dataclasses.asdict(c) for c in checks], indent=2))
     else:
-        table = Table("figure", "recorded", "found now", "", title=escape(str(parsed.folder)))
+        table = Table("figure", "recorded", "now", "", title=escape(str(parsed.folder)))
         for c in checks:
             word = {True: "[green]holds[/green]", False: "[bold red]differs[/bold red]", None: "[dim]-[/dim]"}[c.holds]
             note = f"\n[dim]{escape(c.note)}[/dim]" if c.note else ""

@@ -1,4 +1,4 @@
-"""The grammar of the command line: commands, their options, and what is said of them in `--help`."""
+"""The grammar of the command line: commands, their options, and the texts of `--help`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _duration(text: str) -> float:
 
 
 def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
-    """The grammar of the commands; `run` holds what each one calls."""
+    """The command line parser; `run` maps each command to the function that it calls."""
     grammar = argparse.ArgumentParser(
         prog="penjing",
         description="Makes a trained network small and fast, and proves that it is still the network you had.",
@@ -65,7 +65,7 @@ def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class _Command:
-    """One command: what is said of it, an example, and the function that adds its options."""
+    """One command: its help, an example, and the function that adds its options."""
 
     name: str
     help: str
@@ -79,26 +79,30 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--goal",
         default="minimize latency_ms, drop<=1%",
-        help="limits and objectives; drop is the change for the worse in the metric's own unit (1%% = 0.01), "
-        "relative_drop the one relative to the source (default: %(default)s)",
+        help="limits and an objective; drop is the loss of the metric in its own unit (1%% = 0.01), "
+        "relative_drop is relative to the source's metric (default: %(default)s)",
     )
     command.add_argument(
-        "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all here)"
+        "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all installed)"
     )
     command.add_argument(
         "--recipe",
         metavar="R.yaml",
-        help="steps to take, or one of joint and label-free: pruned, trained, quantized "
+        help="a YAML file of steps, or a built-in recipe: joint or label-free (pruned, trained, quantized) "
         "(default: post-training static quantization)",
     )
     command.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
-    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument("--resume", action="store_true", help="resume the run in --out")
     command.add_argument("--force", action="store_true", help="replace the run in --out")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
-    command.add_argument("--device", default="cpu", help="where training steps run (default: %(default)s)")
+    command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="device for training steps (default: %(default)s)")
     command.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="stays in floating point; repeatable"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep matching operators in floating point; repeatable",
     )
     _timing(command, 1.0)
 
@@ -107,21 +111,23 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     command.add_argument("--task", metavar="TASK", help=TASK_HELP)
     command.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
-    command.add_argument("--group", metavar="NAME", help="everything coupled with the channels of this layer")
-    command.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: draws it")
+    command.add_argument("--group", metavar="NAME", help="show everything coupled with the channels of this layer")
+    command.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: write an image")
     command.add_argument(
-        "--sensitivity", metavar="FILE.json", help="prune every group alone, and show what is lost; needs --task"
+        "--sensitivity", metavar="FILE.json", help="prune each group alone and show the loss; needs --task"
     )
     command.add_argument(
-        "--noise", metavar="RUNTIME", help="quantize for it, and show the noise of every operator; needs --task"
+        "--noise", metavar="RUNTIME", help="quantize for this runtime and show the noise of each operator; needs --task"
     )
 
 
 def _measure(command: argparse.ArgumentParser) -> None:
     command.add_argument("artifact", metavar="ARTIFACT", help="a run folder or an artifact folder")
-    command.add_argument("--against", metavar="OTHER", help="another one, or a SOURCE (default: the run's own source)")
+    command.add_argument(
+        "--against", metavar="OTHER", help="another artifact, or a SOURCE (default: the run's own source)"
+    )
     command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
-    command.add_argument("--batch", type=_positive, default=1, help="samples of a timed call (default: %(default)s)")
+    command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
     _timing(command, 2.0)
 
 
@@ -147,7 +153,7 @@ _COMMANDS = (
     ),
     _Command(
         "inspect",
-        "Cost per layer, channels that belong together, and what would stay in floating point.",
+        "Cost per layer, coupled channels, and what would stay in floating point.",
         "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
         "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
         "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
@@ -161,7 +167,7 @@ _COMMANDS = (
     ),
     _Command(
         "verify",
-        "Re-run the evidence of a record on this machine and say which figures hold.",
+        "Re-measure the figures of a record on this machine and report which hold.",
         "penjing verify runs/first --task net.py:task",
         _verify,
     ),

@@ -1,1 +1,1 @@
-"""Goals: their words, and which candidate meets them best. Reads records alone."""
+"""Goals: parsing, and choosing the candidate that meets them best. Reads records alone."""

@@ -1,4 +1,4 @@
-"""Goal: what a run is to reach, in words or as a value, and how candidates are judged by it.
+"""The goal of a run, as text or as a value, and how candidates are judged by it.
 
 Judging reads records alone: nothing here needs torch.
 """
@@ -43,7 +43,7 @@ class Limit:
         object.__setattr__(self, "value", checked(self.figure, self.value))
 
     def text(self) -> str:
-        """As it stands in a goal: ``drop<=1%``."""
+        """As written in a goal: ``drop<=1%``."""
         return f"{self.figure}{self.op}{exact(self.figure, self.value)}"
 
     def excess(self, value: float) -> float:
@@ -54,7 +54,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What a run is to reach: at most one objective, and limits.
+    """The goal of a run: at most one objective, and limits.
 
     `drop` is the absolute change for the worse in the metric's own unit (1% is 0.01: from 0.93 to 0.92);
     `relative_drop` is that change divided by the source's metric.
@@ -210,7 +210,7 @@ def needs_metric(goal: Goal) -> bool:
 
 
 def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
-    """Whether a candidate keeps every limit and has the objective's figure, and why, in words with figures.
+    """Whether a candidate is within every limit and has the objective's figure, and the reason in words.
 
     The reason of a failure names every limit that fails, and only those: ``"drop 1.3 % is above 1 %"``. A candidate
     that was rejected meets no goal, whatever its figures are.

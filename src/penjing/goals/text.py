@@ -1,4 +1,4 @@
-"""The words of a goal: its figures, its units, and errors that point at the word that can't be read.
+"""The language of goals: figures, units, and errors that point at the word that can't be parsed.
 
 Grammar: clauses between commas. A clause is ``minimize FIGURE``, ``maximize FIGURE`` or ``FIGURE <= VALUE`` (or
 ``>=``), where VALUE is a number with a unit.

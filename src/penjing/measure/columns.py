@@ -1,4 +1,4 @@
-"""Differences output by output, and by columns whose values are of one size: no noise hides behind another's signal.
+"""Differences by output, and by columns of similar magnitude: no column's noise hides behind another's signal.
 
 A detector gives boxes in pixels beside scores below 1. Taken together, the noise that drowns the scores is nothing
 beside the boxes; so the columns of an output are sorted by the size of the reference's values, and compared apart
@@ -53,7 +53,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a candidate's values are from a reference's; sums over all values that are finite."""
+    """How a candidate's values differ from the reference's; sums over all finite values."""
 
     columns: Columns
     signal: float
@@ -71,7 +71,7 @@ class Difference:
 
 
 def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
-    """The parts that are compared: every output, and its groups of columns where their sizes are far apart.
+    """The parts to compare: every output, split into groups of columns where their magnitudes differ widely.
 
     Args:
         outputs: Of the network that others are compared with, samples first.
@@ -95,7 +95,7 @@ def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
 def differences(
     reference: Sequence[Array], candidate: Sequence[Array], parts: Sequence[Columns], batch: int = 0
 ) -> tuple[Difference, ...]:
-    """Every part's difference; parts of columns that an output of another size has not are left out.
+    """The difference of every part; columns that an output of another size does not have are left out.
 
     Args:
         reference: Outputs of the torch network, one array per output.

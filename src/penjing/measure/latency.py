@@ -32,7 +32,7 @@ PAUSE_S = 0.05  # between turns: threads of a runtime spin for some milliseconds
 
 @dataclass(frozen=True)
 class Target:
-    """One artifact to time.
+    """An artifact to time.
 
     Attributes:
         name: How it is called in the result.
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What was measured of one target.
+    """The measurements of one target.
 
     Attributes:
         latency: Over all calls of all rounds, in milliseconds.
@@ -179,7 +179,7 @@ def ratio(a: Timing, b: Timing) -> float:
 
 
 def order(count: int, rounds: int) -> list[tuple[int, ...]]:
-    """Who follows whom in each round: reversed every other round, rotated after each pair of rounds.
+    """The order of turns in each round: reversed every other round, rotated after each pair of rounds.
 
     >>> order(3, 4)
     [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)]

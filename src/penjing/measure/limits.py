@@ -1,4 +1,4 @@
-"""What an artifact has to reach to be offered: the limits of every precision, and the judgement of its differences."""
+"""Parity limits of every precision, and whether an artifact's differences stay within them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penjing.records import Parity, ParityRow, Rejection
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an artifact of one precision has to keep of the torch network that it was exported from.
+    """How close an artifact of one precision has to be to the torch network that it was exported from.
 
     Attributes:
         snr_db: Least signal-to-noise ratio of every output and group of columns.
@@ -46,7 +46,7 @@ _NOTHING = 1e-12  # of the power of the largest values
 
 
 def of(precision: str) -> Limits:
-    """The limits of a precision; those of float32 where it is not known."""
+    """The limits of a precision; an unknown one has those of float32."""
     return LIMITS.get(precision, LIMITS["fp32"])
 
 
@@ -56,13 +56,13 @@ def judged(
     precision: str,
     elsewhere: Callable[[float], Sequence[Difference]] | None = None,
 ) -> tuple[ParityRow, ...]:
-    """Rows with limits, for a comparison with what was planned.
+    """Rows with limits, for a comparison with the plan.
 
     A limit is lower where the values can't be told better: where the network keeps less of itself when its values are
     off by rounding (down to 15 dB), and where values are next to nothing beside the others.
 
     Args:
-        found: One for every part.
+        differences: One for every part.
         names: Of the outputs.
         precision: Of the artifact.
         elsewhere: From the largest relative error of a value to the differences, of the same parts, of the torch

@@ -1,4 +1,4 @@
-"""Memory of this process, in bytes: what it holds now, and the most it ever held."""
+"""Memory of this process in bytes: current and peak."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rss_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process ever held, or held since `reset_peak`.
+    """Peak resident memory of this process, or since `reset_peak`.
 
     On Linux this is VmHWM, which begins at zero when a program starts. `ru_maxrss` does not: a child inherits
     the peak of the process that started it, so a worker of a large trainer would look as large as the trainer.

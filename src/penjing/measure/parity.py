@@ -1,4 +1,4 @@
-"""Parity: how far the outputs of an artifact are from those of a torch network, in one pass over the batches."""
+"""Parity: how much the outputs of an artifact differ from those of a torch network, in one pass over the batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parity(
     Args:
         reference: Outputs of the torch network: for every batch one array per output, samples first.
         candidate: Outputs of the artifact, same batches, same order, same shapes.
-        against: What the reference is, "planned" or "source"; it goes into the result.
+        against: The reference, "planned" or "source"; copied into the result.
 
     Raises:
         ArtifactError: The candidate has another number of batches or outputs, or another shape.
@@ -98,7 +98,7 @@ class _Sums:
     def result(self, against: str) -> Parity:
         if self.samples == 0:
             raise TaskError(
-                "there is no sample to compare the artifact on",
+                "there are no samples to compare the artifact on",
                 got="0 samples",
                 expected="at least one batch of outputs",
                 remedy="give the task calibration data or another iterable of inputs",

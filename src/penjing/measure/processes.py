@@ -1,4 +1,4 @@
-"""Processes of Penjing's own that answer requests: what a library does in them can crash or hang without harm.
+"""Worker processes that answer requests: a library that crashes or hangs in one does no harm.
 
 Both sides speak in messages: one line of JSON, and the bytes of the arrays that it announces. Nothing is unpickled.
 A process imports nothing from the current folder, and ends when its input ends or its parent is gone.
@@ -92,7 +92,7 @@ class Process:
             return self._received()
 
     def answer(self, *, limit_s: float) -> dict[str, Any]:
-        """What it says of its own accord: that it is ready. Raises as `ask` does."""
+        """Its first message, sent without a request: it is ready. Raises as `ask` does."""
         with self._limited(limit_s):
             return self._received()[0]
 
@@ -113,7 +113,7 @@ class Process:
 
     @contextlib.contextmanager
     def _limited(self, limit_s: float) -> Iterator[None]:
-        """Kill the process when the block lasts longer, or is left by an exception that is no answer of it."""
+        """Kill the process when the block lasts longer, or is left by an exception that is not its answer."""
         timer = threading.Timer(limit_s, self._too_late, (limit_s,))
         timer.daemon = True
         timer.start()
@@ -230,7 +230,7 @@ def receive(stream: IO[bytes]) -> tuple[dict[str, Any], list[npt.NDArray[Any]]] 
     """The next message; None at the end of the stream.
 
     Raises:
-        ValueError: It is no message.
+        ValueError: It is not a message.
     """
     line = stream.readline(_LINE)
     if not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Size of files: as they are, and compressed without loss; and the hash that identifies them."""
+"""File sizes, raw and losslessly compressed, and file hashes."""
 
 from __future__ import annotations
 

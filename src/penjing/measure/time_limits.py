@@ -18,13 +18,13 @@ _source: tuple[float, int] | None = None  # seconds of a call of the source in t
 
 
 def expect(seconds: float, values: int) -> None:
-    """Say what one call of the source took in torch, and how many input values it had: limits follow it from now on."""
+    """Set the seconds and input values of one call of the source in torch, from which limits are derived."""
     global _source
     _source = (seconds, max(1, values))
 
 
 def expect_nothing() -> None:
-    """No source is known any more."""
+    """Forget the source's timing."""
     global _source
     _source = None
 

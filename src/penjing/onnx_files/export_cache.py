@@ -1,4 +1,4 @@
-"""ONNX files of networks that were written before: one network becomes several artifacts, and exporting takes seconds.
+"""A cache of exported ONNX files: one network becomes several artifacts, and exporting takes seconds.
 
 A file is found by what the network is, never by which object it is: edits in place make another network of it.
 """
@@ -16,26 +16,26 @@ from torch.utils import _pytree as pytree
 from penjing.network.graph import compute
 from penjing.network.weights import add_tensor
 
-LIMIT = 2**29  # bytes of all files that are kept
+LIMIT = 2**29  # bytes of all cached files
 
-_kept: OrderedDict[str, bytes] = OrderedDict()
+_files: OrderedDict[str, bytes] = OrderedDict()
 
 
 def recall(key: str | None) -> bytes | None:
-    """The file of that key, if it is still there."""
-    if key is None or key not in _kept:
+    """The cached file of a key, if it is still there."""
+    if key is None or key not in _files:
         return None
-    _kept.move_to_end(key)
-    return _kept[key]
+    _files.move_to_end(key)
+    return _files[key]
 
 
-def keep(key: str | None, data: bytes) -> None:
-    """Keep a file, and drop those that were not asked for for longest."""
+def store(key: str | None, data: bytes) -> None:
+    """Cache a file, and evict the least recently used."""
     if key is None or len(data) > LIMIT:
         return
-    _kept[key] = data
-    while sum(map(len, _kept.values())) > LIMIT:
-        _kept.popitem(last=False)
+    _files[key] = data
+    while sum(map(len, _files.values())) > LIMIT:
+        _files.popitem(last=False)
 
 
 def fingerprint(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], *others: Any) -> str | None:

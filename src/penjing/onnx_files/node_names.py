@@ -1,4 +1,4 @@
-"""Nodes of an ONNX file are called by the sites that they compute."""
+"""Naming the nodes of an ONNX file after the sites that they compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penjing.numerics import operators  # noqa: F401  registers the operators th
 
 
 def name_nodes(model: Any, network: fx.GraphModule) -> None:
-    """Call every ONNX node by the site that it computes.
+    """Name every ONNX node after the site that it computes.
 
     Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
     It merges those that compute the same from the same: they are called by the first. Where the counts differ all the

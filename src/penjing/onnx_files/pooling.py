@@ -1,4 +1,4 @@
-"""Pooling as ONNX operators whose sizes and divisors every runtime reads as torch does.
+"""Pooling as ONNX operators whose output sizes and divisors are torch's in every runtime.
 
 `ceil_mode` means another size and another divisor in torch, in the standard and in each runtime, in floating point and
 in integers; `divisor_override` has no ONNX form at all. What the last windows hang over is written as padding behind

@@ -1,4 +1,4 @@
-"""Rewrites of an ONNX file that say the same in operators for which the runtimes have integer kernels."""
+"""Equivalent rewrites of an ONNX file with operators for which the runtimes have integer kernels."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import fx
 from penjing.errors import ExportError
 from penjing.network.exporting import export, input_names, with_plain_outputs
 from penjing.network.graph import line
-from penjing.onnx_files import export_cache as onnx_kept
+from penjing.onnx_files import export_cache
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
 from penjing.onnx_files.exporter_table import read_once
@@ -55,11 +55,11 @@ def write(
     """
     import onnx
 
-    key = onnx_kept.fingerprint(network, call, dynamic, outputs)
-    data = onnx_kept.recall(key)
+    key = export_cache.fingerprint(network, call, dynamic, outputs)
+    data = export_cache.recall(key)
     if data is None:
         data = _exported(network, call, dynamic, outputs)
-        onnx_kept.keep(key, data)
+        export_cache.store(key, data)
     model = onnx.load_from_string(data)
     if half:
         onnx_rewrites.store_in_half(model)

@@ -1,1 +1,1 @@
-"""The one way through, from a source to a verdict, and what looks at its results again."""
+"""The pipeline from a source to a verdict, and re-checking its results."""

@@ -1,4 +1,4 @@
-"""The compressed module for a pipeline of one's own, and the way back from it to a draft.
+"""The compressed module for a custom training pipeline, and the way back from it to a draft.
 
 What `apply` returns carries the draft that it was made from. Training changes tensors alone, so that draft with the
 module's tensors in the place of its own is what a runtime's file is made from.
@@ -40,7 +40,7 @@ _META = "applied"
 
 @dataclass(frozen=True)
 class Applied:
-    """What led to a module.
+    """How a module was made: its source, recipe and draft.
 
     Attributes:
         name: Of the source.
@@ -77,7 +77,7 @@ def apply(
     runtime: str | None = None,
     learn_ranges: bool = False,
 ) -> fx.GraphModule:
-    """Only the compressed module, for a pipeline of one's own: nothing is measured. `deliver` is the way back.
+    """Only the compressed module, for a custom training pipeline: nothing is measured. `deliver` is the way back.
 
     Where the recipe quantizes, the module holds fake quantizers. Gradients pass through them, and none passes where a
     value lies outside a range. Parameters have the source's names; where a layer's tensors had to take others (a fused

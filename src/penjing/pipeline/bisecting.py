@@ -1,4 +1,4 @@
-"""The first operator at which an artifact departs from the torch network that it was exported from.
+"""Finding the first operator at which an artifact differs from the torch network that it was exported from.
 
 Values in the middle are made outputs of a copy of the artifact and compared, site by site, in the order of execution.
 All at once shows where an export went wrong; but a value that is asked for can't be fused away, so what a runtime

@@ -112,7 +112,7 @@ def float_shares(rows: Iterable[LayerRow]) -> tuple[float, float]:
 
 
 def float_doubts(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
-    """What to tell of an integer artifact of which more than a tenth stays in floating point, with the reasons."""
+    """Warnings for an integer artifact of which more than a tenth stays in floating point, with the reasons."""
     told = []
     for share, what, sizes in (
         (float_shares(rows)[0], "multiply-accumulates", {r.name: r.macs for r in rows if r.executed != "int8"}),
@@ -135,15 +135,15 @@ def float_doubts(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
 
 
 def check_integers(name: str, plan: Plan) -> None:
-    """Raise QuantizationError where a plan computes nothing in integers: an artifact of it is not to be called INT8."""
+    """Raise QuantizationError if a plan has no integer operator: its artifact may not be called INT8."""
     if any(not edge.endswith(":weight") for edge in plan.entries):
         return
     reasons = list(dict.fromkeys(plan.floats.values()))
     raise QuantizationError(
-        f"{name} would hold no integer operator, and is not called so",
+        f"{name} would have no integer operator",
         got="; ".join(reasons[:3]) or "no operator that has an integer kernel",
         expected="a convolution, a linear layer or a product that the runtime computes in integers",
-        remedy="take the floating-point artifact; fp16 halves its size",
+        remedy="use the floating-point artifact; fp16 halves its size",
     )
 
 

@@ -35,7 +35,7 @@ def build(prepared: Prepared) -> tuple[Candidate, ...]:
     was chosen for another precision is not a candidate.
     """
     run, recipe, variants = prepared.run, prepared.recipe, _variants(prepared)
-    if not all(run.folder.kept(variant.name) for variant in variants):
+    if not all(run.folder.read_state(variant.name) for variant in variants):
         drafts.shared(run, recipe)  # what all candidates need fails once, and by its own name
     metric = getattr(run.task, prepared.looked_at)
     candidates: list[Candidate] = []
@@ -86,7 +86,7 @@ def candidate(
 
     None where the plan was chosen for another precision of the same runtime, and is not what was measured then.
     """
-    if stored := run.folder.kept(variant.name):
+    if stored := run.folder.read_state(variant.name):
         run.events("resumed", candidate=variant.name)
         return from_dict(Candidate, stored)
     draft = drafts.draft(run, recipe, variant)
@@ -131,7 +131,7 @@ def candidate(
         float_bytes_share=shares[1],
         doubts=told,
     )
-    run.folder.keep(variant.name, dataclasses.asdict(built))
+    run.folder.write_state(variant.name, dataclasses.asdict(built))
     run.events("candidate", name=variant.name, metric=value, size_bytes=built.measured.size_bytes)
     if rejection is not None:
         run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
@@ -152,7 +152,7 @@ def _evaluated(
     value, failure = None, None
     try:
         value = metric_of(metric, witness, name) if metric else None
-        run.folder.keep(f"shown-{name}", witness.shown if metric else None)
+        run.folder.write_state(f"shown-{name}", witness.shown if metric else None)
     except TaskError as error:  # an artifact that answers NaN may have no metric
         failure = error
     parity = evidence.parity(run.folder, run.task, session, answers, draft, run.network, manifest)

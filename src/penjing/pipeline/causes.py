@@ -1,4 +1,4 @@
-"""What is to be told of an integer artifact that lost much: which operators brought it about, and what helps."""
+"""Warnings for an integer artifact with high quantization noise: which operators cause it, and what helps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMED = 3
 
 
 def doubts(name: str, precision: str, parities: tuple[Parity, ...], draft: Draft, task: Task) -> tuple[str, ...]:
-    """Warnings on an artifact that may be offered; none for most.
+    """Warnings about an offered artifact; usually none.
 
     Args:
         name: Of the candidate.
@@ -50,14 +50,14 @@ def _why(draft: Draft, task: Task) -> str:
     """The operators whose integers bring most of the noise, and the remedy; "" where integers are not the reason."""
     try:
         call = part(one_call(task, SAMPLES), 0, SAMPLES)
-        found = {name: n.total for name, n in noise.isolated(draft.network, draft.plan, [call]).items()}
+        noise_of = {name: n.total for name, n in noise.isolated(draft.network, draft.plan, [call]).items()}
     except Exception:  # a warning without its reason is better than none
         return ""
-    whole = sum(found.values())
+    whole = sum(noise_of.values())
     if noise.decibels(whole) > measure.limits.SOURCE_TOLD_DB + 10:
         return ": little of it is of the integers; the steps before them changed the network"
-    largest = sorted(found, key=lambda name: -found[name])[:NAMED]
-    shares = ", ".join(f"{name} ({found[name] / whole:.0%})" for name in largest)
+    largest = sorted(noise_of, key=lambda name: -noise_of[name])[:NAMED]
+    shares = ", ".join(f"{name} ({noise_of[name] / whole:.0%})" for name in largest)
     return (
         f": of the integers' noise most comes from {shares}. "
         f"quantize.Static(exclude=[{', '.join(map(repr, largest))}]) leaves them in floating point, "

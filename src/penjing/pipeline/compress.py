@@ -42,7 +42,7 @@ DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave back.
+    """The result of a run.
 
     Attributes:
         record: All the evidence.
@@ -144,7 +144,7 @@ def compress(
 
 
 def _carry_out(order: Order, out: Path | str, *, resume: bool, force: bool) -> Result:
-    """The one way through, from a source, or from what was made and trained already."""
+    """Run all stages, from a source or from an applied draft."""
     with locked(out):
         folder = RunFolder(out, resume=resume, force=force)
         try:
@@ -192,7 +192,7 @@ def deliver(
     force: bool = False,
     listeners: Sequence[Listener] = (),
 ) -> Result:
-    """Export what `apply` returned, after a training of one's own, with record and verdict.
+    """Export what `apply` returned, after custom training, with record and verdict.
 
     The integers are those of the module's fake quantizers, with the ranges that they have now. Everything is measured
     and judged as in `compress`; the source beside which it is seen is the module itself in floating point.

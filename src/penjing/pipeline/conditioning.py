@@ -1,4 +1,4 @@
-"""What a network keeps of its own answers when every value is off by rounding: no artifact can be asked for more.
+"""Conditioning: how far a network's outputs move when every value is off by rounding, an upper bound for parity.
 
 Behind a quantizer a difference in the last bit becomes a whole step where the value lies between two of them, and in a
 deep network that step moves others. Two runtimes that both compute what was planned then differ as much as the plan

@@ -1,4 +1,4 @@
-"""What the steps of a recipe make of the source, for each candidate, each step once."""
+"""Drafts: the network after the steps of a recipe, for each candidate, each step run once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few real samples and what the networks answer to them: what an artifact is compared with, now and at `verify`."""
+"""Stored samples with the networks' outputs: what an artifact is compared with, now and by `verify`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def store_planned(folder: RunFolder, task: Task, network: fx.GraphModule, plan: 
 
 
 def answers(folder: RunFolder, session: Any) -> list[np.ndarray]:
-    """What an opened artifact answers to the stored samples."""
+    """The outputs of an opened artifact for the stored samples."""
     stored = _read(folder)
     outputs: list[np.ndarray] = session.run([stored[k] for k in stored if k.startswith("input_")])
     return outputs
@@ -99,7 +99,7 @@ def parity(
     source: fx.GraphModule,
     manifest: Manifest,
 ) -> tuple[Parity, Parity]:
-    """How far an artifact's answers are from its plan's, computed in torch, and from the source network's.
+    """Parity of an artifact with its plan, computed in torch, and with the source network.
 
     Args:
         folder: With the stored samples.

@@ -1,4 +1,4 @@
-"""What a network costs, which channels belong together, and what stands in the way of integers."""
+"""Inspection: the cost of a network, its coupled channels, and what keeps it from integers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def inspect(
     scan: tuple[SensitivityRow, ...] = ()
     if sensitivity is not None:
         context = Context(task=task, source=network)
-        found = scanned(network, coupling, replace(context, events=events) if events else context, sensitivity)
+        curves = scanned(network, coupling, replace(context, events=events) if events else context, sensitivity)
         macs_of = {group.name: group.macs for group in groups}
         scan = tuple(
             SensitivityRow(
@@ -86,7 +86,7 @@ def inspect(
                 removed=curve.removed,
                 snr_db=tuple(-10 * math.log10(ratio) if ratio > 0 else None for ratio in curve.noise),
             )
-            for name, curve in found.items()
+            for name, curve in curves.items()
         )
     floats, notes = _blockers(network)
     macs = sum(r.macs for r in rows)

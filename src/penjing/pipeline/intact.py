@@ -1,4 +1,4 @@
-"""Whether every file of a run folder is as the run left it: SHA-256 of all but the record, which holds them."""
+"""Integrity of a run folder: SHA-256 of every file but the record, which holds the hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge stage: what the figures are worth before the goal, and the last word."""
+"""The judge stage: figures against the goal, and the final choice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from penjing.tasks.witness import Witness
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What the judge stage found.
+    """The result of the judge stage.
 
     Attributes:
         timed: The figures that were judged.
@@ -52,7 +52,7 @@ class Judged:
 def judge(prepared: Prepared, timed: Timed) -> Judged:
     """Choose the best candidate; where `Task.select` chose it, `Task.evaluate` has the last word."""
     run, goal, looked_at = prepared.run, prepared.order.goal, prepared.looked_at
-    shown = {c.name: run.folder.kept(f"shown-{c.name}") for c in timed.candidates}
+    shown = {c.name: run.folder.read_state(f"shown-{c.name}") for c in timed.candidates}
     differs = questions.other_data(run, shown, looked_at)
     candidates = tuple(judged(c, goal, prepared.beside[looked_at], run.task) for c in timed.candidates)
     artifact, verdict, last = final(prepared, goals.choose(goal, candidates), candidates)
@@ -92,16 +92,16 @@ def final(
         return None, verdict, None
     if prepared.looked_at == "evaluate" or run.task.evaluate is None:
         return chosen.measured, verdict, None
-    value = run.folder.kept("verdict")
+    value = run.folder.read_state("verdict")
     if value is None:
         with run.costing(f"verdict on {chosen.name}"):
             folder = run.folder.path / chosen.folder
             session = isolated.open_artifact(folder, run.threads)
             witness = Witness(predictor(session, read_manifest(folder)))
             value = metric_of(run.task.evaluate, witness, chosen.name)
-            run.folder.keep("shown-verdict", witness.shown)
-        run.folder.keep("verdict", value)
-    doubt = questions.other_data(run, {chosen.name: run.folder.kept("shown-verdict")}, "evaluate")
+            run.folder.write_state("shown-verdict", witness.shown)
+        run.folder.write_state("verdict", value)
+    doubt = questions.other_data(run, {chosen.name: run.folder.read_state("shown-verdict")}, "evaluate")
     measured = replace(chosen.measured, metric=value)
     drop, relative = _drops(value, prepared.beside["evaluate"], run.task.higher_is_better)
     met, reason = goals.check(goal, replace(chosen, measured=measured, drop=drop, relative_drop=relative))

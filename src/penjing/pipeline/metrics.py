@@ -1,4 +1,4 @@
-"""The task's metric of one network, whatever a user's function does."""
+"""The task's metric of one network, with the errors of a user's function explained."""
 
 from __future__ import annotations
 

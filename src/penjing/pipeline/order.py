@@ -1,4 +1,4 @@
-"""What a run is asked for, as a value."""
+"""The request of a run, as a value."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def as_goal(goal: Goal | str) -> Goal:
 
 
 def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The runtimes that are meant: one or several by name, or all that are installed.
+    """The runtimes of a request: one or several by name, or all that are installed.
 
     Raises:
         UsageError: There is no such runtime.

@@ -1,4 +1,4 @@
-"""The prepare stage: everything is opened, checked, asked about and measured once, before any step begins."""
+"""The prepare stage: everything is opened, checked and measured once, before any step begins."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from penjing.tasks.task import Task, agreement_task
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the stages after it read.
+    """What the later stages read.
 
     Attributes:
         order: What was asked for.
         run: With the source's network and the task.
         name: Of the source.
-        machine: Where the run goes on.
+        machine: Where the run takes place.
         recipe: The steps, with every teacher opened.
         recipe_data: All steps as plain data, those among them that were taken before this run.
         data: SHA-256 of the data, by its role.
@@ -75,7 +75,7 @@ class Prepared:
 
 
 def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
-    """Open and check what was asked for; the record itself where this very run has come to its end before.
+    """Open and check the request; returns the record itself if this very run has already finished.
 
     Raises:
         PenjingError: The request, the data or the folder do not fit.
@@ -189,10 +189,10 @@ def source_figures(run: Run) -> tuple[Measured, tuple[LayerRow, ...]]:
     """Size, parameters and MACs of the source; its size is that of its weights and buffers alone."""
     rows = cost(run.network, run.task.call())
     state = run.network.state_dict().values()
-    packed = run.folder.kept("packed-source")
+    packed = run.folder.read_state("packed-source")
     if packed is None:
         packed = measure.packed_bytes([run.folder.path / SOURCE / "model.pt2"])
-        run.folder.keep("packed-source", packed)
+        run.folder.write_state("packed-source", packed)
     figures = Measured(
         size_bytes=sum(t.numel() * t.element_size() for t in state),
         packed_bytes=packed,

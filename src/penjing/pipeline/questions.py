@@ -1,4 +1,4 @@
-"""Questions about the user's metric: is it better when it is higher, does it look at the network, at the same data?
+"""Checks of the user's metric: its direction, whether it calls the network, and whether the data stay the same.
 
 What its name says is asked before anything costly; what only its figures say is told in a warning.
 """
@@ -111,7 +111,7 @@ def source_metrics(run: Run, task: Task) -> tuple[dict[str, float | None], dict[
     The hashes are of what each of them showed to the network. A metric that a network with shuffled weights does
     better or just as well is told, where looking is cheap.
     """
-    stored = run.folder.kept("source-metrics")
+    stored = run.folder.read_state("source-metrics")
     if stored is None:
         metrics: dict[str, float | None] = {}
         hashes: dict[str, str] = {}
@@ -131,7 +131,7 @@ def source_metrics(run: Run, task: Task) -> tuple[dict[str, float | None], dict[
         name = "select" if task.select is not None else "evaluate"
         doubt = _destroyed(run.network, task, name, metrics[name], seconds.get(name, 0.0), answered[name].digest())
         stored = {"metrics": metrics, "hashes": hashes, "shown": shown, "doubt": asdict(doubt) if doubt else None}
-        run.folder.keep("source-metrics", stored)
+        run.folder.write_state("source-metrics", stored)
     doubt = Doubt(**stored["doubt"]) if stored["doubt"] else None
     if doubt is not None:
         run.warn(doubt.text)
@@ -147,7 +147,7 @@ def other_data(run: Run, shown: Mapping[str, str | None], looked_at: str) -> Dou
         shown: `Witness.shown` by the artifact's name; None where it was not evaluated.
         looked_at: "evaluate" or "select".
     """
-    source = (run.folder.kept("source-metrics") or {}).get("shown", {}).get(looked_at)
+    source = (run.folder.read_state("source-metrics") or {}).get("shown", {}).get(looked_at)
     others = [name for name, samples in shown.items() if samples is not None and samples != source]
     if source is None or not others:
         return None

@@ -35,7 +35,7 @@ class Original:
     macs: int
 
     def row(self, metrics: dict[str, float | None]) -> Reference:
-        """What the record says of it."""
+        """Its row in the record."""
         state = self.network.state_dict().values()
         measured = Measured(
             metric=metrics["evaluate"],
@@ -63,7 +63,7 @@ def original(reference: str | nn.Module | ExportedProgram | None, task: Task) ->
 
 def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, float | None]:
     """The metric of the network that `drop` is against, by `evaluate` and by `select` where the task has it."""
-    metrics: dict[str, float | None] | None = run.folder.kept("reference-metrics")
+    metrics: dict[str, float | None] | None = run.folder.read_state("reference-metrics")
     if metrics is None:
         predict = numpy_predictor(original.network)
         with run.costing("evaluate reference"):
@@ -71,5 +71,5 @@ def reference_metrics(run: Run, task: Task, original: Original) -> dict[str, flo
                 name: None if function is None else metric_of(function, predict, "the reference")
                 for name, function in (("evaluate", task.evaluate), ("select", task.select))
             }
-        run.folder.keep("reference-metrics", metrics)
+        run.folder.write_state("reference-metrics", metrics)
     return metrics

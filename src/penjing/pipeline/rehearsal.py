@@ -1,4 +1,4 @@
-"""A training that comes after other steps, tried on its first batch: what it refuses is told before they begin."""
+"""A rehearsal of a training that follows other steps, on its first batch: errors come before those steps begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network that answers the same when it is asked twice: looked for at the door, in torch and once it is captured.
+"""Repeatability: a network has to give the same outputs for the same inputs, in torch and once captured.
 
 An artifact has no state between two calls, and a runtime's random numbers are not torch's. A network that draws some,
 or remembers what it was shown, would come out as another network, whose figures are those of one draw.
@@ -118,7 +118,7 @@ def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task:
         layer = _first_difference(module, network, call, least)
         where = f"; the first layer that differs is {layer}" if layer else ""
         raise ExportError(
-            f"the exported {name} is another network than the module",
+            f"the exported {name} does not compute what the module computes",
             got=f"{place} differs by {decibels:.1f} dB{where}",
             expected=f"the module's own answers ({least:.0f} dB)",
             remedy="torch.export lost something: look at what the forward does before that layer, "

@@ -1,4 +1,4 @@
-"""What a run is asked for: checked before anything is computed or written, and compared when a run goes on."""
+"""The request of a run: checked before anything is computed or written, and compared when a run is resumed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_goal(goal: Goal, task: Task) -> None:
     """Raise TaskError where a goal speaks of a metric that nothing can give."""
     if task.evaluate is None and task.calibration is None and needs_metric(goal):
         raise TaskError(
-            "the goal speaks of the metric, and the task has none",
+            "the goal names the metric, and the task has none",
             got=f"goal {goal.text()!r}; Task.evaluate and Task.calibration are None",
             expected="Task(evaluate=...), or calibration data, on which agreement with the source is measured",
             remedy="give the task an evaluate(predict) -> float, or leave the metric and its drop out of the goal",
@@ -55,7 +55,7 @@ def check_files(folder: Path, record: Record) -> None:
     if record.files and not (differences.missing or differences.changed):
         return
     raise OutputError(
-        "the finished run in this folder is not as it was left",
+        "the files of the finished run in this folder have changed",
         got=str(differences) or "a record without hashes",
         expected="the files that the record names, with the bytes that they had",
         remedy="--force runs it anew; `penjing verify` tells what still holds",
@@ -251,7 +251,7 @@ def request(
     data: dict[str, str],
     original: Original | None,
 ) -> dict[str, Any]:
-    """All that decides what comes out, as plain data: a run goes on only where this is the same."""
+    """Everything that determines the result, as plain data: a run is resumed only if it is unchanged."""
     return {
         "source": name,
         "weights": weights.fingerprint(run.network),
@@ -269,7 +269,7 @@ def request(
 
 
 def asked(record: Record) -> dict[str, Any]:
-    """What a finished run was asked for, as far as its record tells."""
+    """The request of a finished run, as far as its record tells."""
     latency = record.source.latency_ms
     return {
         "source": record.name,

@@ -1,4 +1,4 @@
-"""A run while it goes on: what every stage of the one way through needs."""
+"""A run in progress: what every stage of the pipeline needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Variant:
 
 @dataclass(kw_only=True)
 class Run:
-    """One run while it goes on: what every stage needs, its costs and its warnings.
+    """One run in progress: what every stage needs, its costs and its warnings.
 
     Attributes:
         network: The source, captured.
@@ -71,11 +71,11 @@ class Run:
 
     def __post_init__(self) -> None:
         """What an interrupted run has spent and trained counts."""
-        self.costs = [from_dict(StepCost, kept) for kept in self.folder.kept("costs") or []]
-        self.trainings = [from_dict(Training, kept) for kept in self.folder.kept("trainings") or []]
+        self.costs = [from_dict(StepCost, row) for row in self.folder.read_state("costs") or []]
+        self.trainings = [from_dict(Training, row) for row in self.folder.read_state("trainings") or []]
 
     def warn(self, text: str) -> None:
-        """Say something that the user should know, now and in the record."""
+        """Warn the user, now and in the record."""
         self.warnings.append(text)
         self.events("warning", text=text)
 
@@ -117,10 +117,10 @@ class Run:
             name=name, wall_s=round(time.perf_counter() - start, 3), peak_memory_bytes=measure.peak_memory_bytes()
         )
         self.costs.append(spent)
-        self.folder.keep("costs", [dataclasses.asdict(cost) for cost in self.costs])
+        self.folder.write_state("costs", [dataclasses.asdict(cost) for cost in self.costs])
         if curves:
             self.trainings += [from_dict(Training, {"name": name, "curve": curve}) for curve in curves]
-            self.folder.keep("trainings", [dataclasses.asdict(training) for training in self.trainings])
+            self.folder.write_state("trainings", [dataclasses.asdict(training) for training in self.trainings])
 
 
 def ends_run(error: Exception) -> bool:

@@ -21,7 +21,7 @@ from penjing.steps.draft import Draft
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What the measure stage found.
+    """The result of the measure stage.
 
     Attributes:
         source: The source's figures.
@@ -93,7 +93,7 @@ def latencies(
     The source in fp32 in a runtime of `floors` is called "floor-" and the runtime's name. What a runtime crashes or
     hangs at has none, and a warning says so.
     """
-    if stored := run.folder.kept("latency"):
+    if stored := run.folder.read_state("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in stored.items()}
     inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
     folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
@@ -116,7 +116,7 @@ def latencies(
                 if error.target == "source" or not {t.name for t in targets} & {c.name for c in candidates}:
                     raise
                 run.warn(f"{error.target} could not be timed: {error.what} ({error.got})")
-    run.folder.keep("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
+    run.folder.write_state("latency", {name: dataclasses.asdict(t) for name, t in timings.items()})
     return timings
 
 

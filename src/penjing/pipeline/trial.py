@@ -1,4 +1,4 @@
-"""Drafts built and timed while a step is at work: for steps that decide by what a runtime measures."""
+"""Drafts built and timed during a step: for steps that decide by measured latency."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEADY = 0.05  # half of the turns' ratios lie within this part of their median,
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Where drafts are tried out.
+    """The environment in which drafts are timed.
 
     Attributes:
         runtime: Its name.

@@ -29,7 +29,7 @@ PARITY_TOLERANCE = 0.1  # of the recorded difference: kernels of another process
 
 @dataclass(frozen=True)
 class Check:
-    """One figure: what the record says, what was found now, and whether it holds (None: can't be compared here)."""
+    """One figure: its recorded value, its value now, and whether it holds (None: can't be compared here)."""
 
     figure: str
     recorded: str

@@ -1,4 +1,4 @@
-"""What zeros among the weights gain in the runtime: the artifact beside its twin with other numbers in their place.
+"""What zero weights gain in the runtime: the artifact beside a copy with other values in their place.
 
 Both files hold the same operators and shapes, and are timed in turns. What differs is the zeros alone, so a runtime
 that makes no use of them needs the same time for both.
@@ -33,7 +33,7 @@ def gained(run: Run, draft: Draft, chosen: Candidate, manifest: Manifest, struct
         manifest: Of the source, for the order of its inputs.
         structure: How the outputs are nested.
     """
-    if stored := run.folder.kept("zeros"):
+    if stored := run.folder.read_state("zeros"):
         return from_dict(Zeros, stored)
     weights = _marked(draft)
     count = sum(int((w == 0).sum()) for w in weights)
@@ -52,7 +52,7 @@ def gained(run: Run, draft: Draft, chosen: Candidate, manifest: Manifest, struct
     rounds = zip(timings["numbers"].rounds, timings["zeros"].rounds, strict=True)
     low, median, high = statistics.quantiles([n / z for n, z in rounds], n=4, method="inclusive")
     gain = Zeros(count=count, weights=sum(w.numel() for w in weights), speedup=median, low=low, high=high)
-    run.folder.keep("zeros", dataclasses.asdict(gain))
+    run.folder.write_state("zeros", dataclasses.asdict(gain))
     return gain
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves: the record and its figures, manifest, events, run folder. Opens without torch."""
+"""What a run writes: the record and its figures, manifest, events, run folder. Opens without torch."""
 
 from penjing.records.json_form import from_dict, read, to_json
 from penjing.records.layers import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow

@@ -1,4 +1,4 @@
-"""What happens while a run goes on: one JSON object a line in `events.jsonl`, and whoever listens."""
+"""Events of a run in progress: one JSON object per line in `events.jsonl`, and listeners."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Events:
                     "the run folder can't be written",
                     got=f"{error.strerror or error} ({self.path.parent})",
                     expected="a folder with write permission and free space",
-                    remedy="free some space and go on with --resume, or choose another folder with --out",
+                    remedy="free some space and continue with --resume, or choose another folder with --out",
                 ) from error
         for listener in self.listeners:
             listener(event)

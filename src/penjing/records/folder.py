@@ -46,7 +46,7 @@ class RunFolder:
                 "the output folder already holds a run",
                 got=f"{self.path} with {', '.join(held[:4])}",
                 expected="an empty folder, or a new name",
-                remedy="--resume goes on with that run, --force replaces it, --out names another folder",
+                remedy="--resume continues that run, --force replaces it, --out names another folder",
             )
         if foreign and not held:
             raise OutputError(
@@ -73,10 +73,10 @@ class RunFolder:
         """
         path = self.path / STATE / "request.json"
         plain = json.loads(json.dumps(request))
-        before = self.kept("request") if self.resumed and path.exists() else finished
+        before = self.read_state("request") if self.resumed and path.exists() else finished
         if before is not None:
             if not isinstance(before, dict):
-                raise OutputError("what the run kept to be resumed is damaged", got=path, remedy="--force starts anew")
+                raise OutputError("the state that the run saved is damaged", got=path, remedy="--force starts over")
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 where, now, then = _difference(changed[0], plain[changed[0]], before[changed[0]])
@@ -84,7 +84,7 @@ class RunFolder:
                     f"the run in this folder was started with different settings: {', '.join(changed)}",
                     got=f"{where} = {now}",
                     expected=f"{where} = {then}",
-                    remedy="resume with the same request, or start anew with --force",
+                    remedy="resume with the same request, or start over with --force",
                 )
             return
         with writing(self.path):
@@ -94,8 +94,8 @@ class RunFolder:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plain, indent=1) + "\n")
 
-    def kept(self, name: str) -> Any:
-        """What `keep` stored under this name; None when nothing was."""
+    def read_state(self, name: str) -> Any:
+        """What `write_state` stored under this name; None where nothing was."""
         path = self.path / STATE / f"{name}.json"
         if not path.exists():
             return None
@@ -103,13 +103,13 @@ class RunFolder:
             return reading.json_file(path, finite=False)
         except (OSError, ValueError) as error:
             raise OutputError(
-                "what the run kept to be resumed is damaged",
+                "the state that the run saved is damaged",
                 got=f"{path}: {error}",
                 expected="the JSON that the run wrote",
-                remedy="start anew with --force",
+                remedy="start over with --force",
             ) from None
 
-    def keep(self, name: str, value: Any) -> None:
+    def write_state(self, name: str, value: Any) -> None:
         """Store plain data for a resume."""
         write_text(self.path / STATE / f"{name}.json", json.dumps(value, indent=1) + "\n")
 
@@ -159,5 +159,5 @@ def writing(folder: Path) -> Iterator[None]:
             "the run folder can't be written",
             got=f"{type(error).__name__}: {error.strerror or error} ({error.filename or folder})",
             expected="a folder with write permission and free space",
-            remedy="free some space and go on with --resume, or choose another folder with --out",
+            remedy="free some space and continue with --resume, or choose another folder with --out",
         ) from error

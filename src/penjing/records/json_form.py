@@ -112,7 +112,7 @@ def read(path: Path | str) -> Record:
             "there is no record here",
             got=str(path),
             expected="a run folder that `penjing compress` finished",
-            remedy="name the folder given to --out; an interrupted run goes on with --resume",
+            remedy="name the folder given to --out; an interrupted run is continued with --resume",
         ) from None
     except (OSError, ValueError) as error:
         raise RecordError(

@@ -1,4 +1,4 @@
-"""Files from elsewhere, read within bounds: their kind, size, nesting, numbers and names, before anything is built.
+"""Reading untrusted files within bounds on kind, size, nesting, numbers and names.
 
 A file is data of a stranger. What is not a regular file is not opened; what is too large is not read; a number that no
 machine holds, a name that stands twice, brackets without end and arrays that are larger than their file are refused.

@@ -113,7 +113,7 @@ class StepCost:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """What a training was like after so many steps."""
+    """The state of a training after a number of steps."""
 
     step: int
     loss: float  # mean over the last steps: a tenth of the training, at most 50
@@ -154,7 +154,7 @@ class GoalLimit:
 
 @dataclass(frozen=True, kw_only=True)
 class GoalResult:
-    """The goal as it was asked for, and what came of it.
+    """The goal as requested, and its outcome.
 
     Attributes:
         limits: Its limits.

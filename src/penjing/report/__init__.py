@@ -1,4 +1,4 @@
-"""What a person reads of a run: one HTML file and tables for the terminal, both made from a record alone.
+"""What people read about a run: one HTML file and tables for the terminal, both made from a record alone.
 
 Nothing here imports torch: a report can be written where only `record.json` is.
 """

@@ -1,4 +1,4 @@
-"""Which arithmetic a precision name stands for: the four families that colours and counts go by."""
+"""Families of arithmetic: the four groups of precisions that colours and counts use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the outputs lose when one group of channels alone is pruned, as text and as a picture.
+"""Sensitivity: the noise of the outputs when a single group of channels is pruned, as text and as an image.
 
 A row is a group in the order of execution, a column a fraction of its channels; dark cells lose much.
 """

@@ -96,7 +96,7 @@ def comparison(record: records.Record) -> Table:
 
 
 def measurements(rows: Mapping[str, records.Measured]) -> Table:
-    """What `penjing measure` found: one figure a row, one artifact a column; figures that none has are left out.
+    """The results of `penjing measure`: a figure per row, an artifact per column; figures that none has are left out.
 
     Args:
         rows: Each has a latency, under the name of its column.

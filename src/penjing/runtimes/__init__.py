@@ -24,7 +24,7 @@ from penjing.steps.plan import Capabilities
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSpec:
-    """What is known of a runtime before it is imported.
+    """What is known about a runtime without importing it.
 
     Attributes:
         name: As users and manifests write it.
@@ -102,7 +102,7 @@ class Runtime(Protocol):
     """The settings that a manifest may tell it, and the pattern of their values."""
 
     def capabilities(self, instruction_sets: tuple[str, ...]) -> Capabilities:
-        """What it gains from on a processor with these instruction sets."""
+        """The operators and formats that it accelerates on a processor with these instruction sets."""
         ...
 
     def export(self, network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
@@ -120,11 +120,11 @@ class Runtime(Protocol):
     def profile(
         self, folder: Path, manifest: Manifest, inputs: list[np.ndarray], threads: int, calls: int
     ) -> list[Timed]:
-        """Every operator with its time; where the spec says that it `times_operators`."""
+        """Every operator with its time, where the spec has `times_operators`."""
         ...
 
     def expose(self, folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
-        """Write a copy that also gives the values of `sites`; where the spec says that it `shows_values`."""
+        """Write a copy that also outputs the values of `sites`, where the spec has `shows_values`."""
         ...
 
 
@@ -205,7 +205,7 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
 
     Raises:
         ArtifactError: The runtime can't read the artifact.
-        UsageError: This runtime does not tell.
+        UsageError: This runtime does not time its operators.
     """
     manifest = read_manifest(folder)
     runtime = get(manifest.runtime)
@@ -221,12 +221,12 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
 
 
 def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
-    """Write a copy of an artifact that also gives the values of operators in its middle, as further outputs.
+    """Write a copy of an artifact with the values of inner operators as additional outputs.
 
     Args:
         folder: The artifact.
         manifest: Its manifest.
-        sites: Whose values are wanted.
+        sites: The operators whose values are shown.
         into: An empty folder.
 
     Returns:
@@ -234,7 +234,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
 
     Raises:
         ArtifactError: The runtime can't read the artifact.
-        UsageError: This runtime has no such form.
+        UsageError: This runtime does not show inner values.
     """
     runtime = get(manifest.runtime)
     if not SPECS[manifest.runtime].shows_values:

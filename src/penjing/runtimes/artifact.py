@@ -1,4 +1,4 @@
-"""Artifacts at work: what their operators became in a runtime, and how they are called."""
+"""Opened artifacts: how they are called, and what a runtime made of their operators."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _Worker:
 
 
 def _worker(runtime: str) -> _Worker:
-    """The process of a runtime, started where there is none that lives."""
+    """The process of a runtime, started if it is not alive."""
     with _lock:
         worker = _workers.get(runtime)
         if worker is None or worker.owner != os.getpid() or not worker.process.alive:
@@ -158,7 +158,7 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
 
 
 def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -> list[str]:
-    """Write a copy of an artifact that also gives values of its middle; see `penjing.runtimes.expose`."""
+    """Write a copy of an artifact with inner values as additional outputs; see `penjing.runtimes.expose`."""
     runtimes.get(manifest.runtime)
     if not apart(manifest.runtime):
         return runtimes.expose(folder, manifest, sites, into)
@@ -181,7 +181,7 @@ def call(runtime: str, function: str, path: Path, *arguments: Any) -> Any:
 
 
 def apart(runtime: str) -> bool:
-    """Whether a runtime works in a process of its own."""
+    """Whether a runtime runs in a separate process."""
     return not runtimes.SPECS[runtime].in_process
 
 

@@ -1,4 +1,4 @@
-"""`load.py`: opens an artifact with its runtime alone, and is written beside it."""
+"""`load.py`, written beside an artifact: opens it with its runtime alone."""
 
 from __future__ import annotations
 

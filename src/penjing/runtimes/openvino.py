@@ -155,7 +155,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
             "the run folder can't be written",
             got=f"{Path(path).name}: {error}",
             expected="a folder with write permission and free space",
-            remedy="free some space and go on with --resume, or choose another folder with --out",
+            remedy="free some space and continue with --resume, or choose another folder with --out",
         ) from error
 
 

@@ -42,7 +42,7 @@ class Worker:
         return {}, self.sessions[handle].run(inputs)
 
     def executed(self, inputs: list[np.ndarray], folder: str) -> Answer:
-        """What became of an artifact's operators."""
+        """How the runtime executes an artifact's operators."""
         path = Path(folder)
         return {"operators": plain(runtimes.executed(path, read_manifest(path)))}, []
 
@@ -51,7 +51,7 @@ class Worker:
         return {"operators": plain(runtimes.profile(Path(folder), inputs, threads, calls))}, []
 
     def expose(self, inputs: list[np.ndarray], folder: str, sites: list[str], into: str) -> Answer:
-        """Write a copy of an artifact that also gives values of its middle."""
+        """Write a copy of an artifact with inner values as additional outputs."""
         path = Path(folder)
         return {"sites": runtimes.expose(path, read_manifest(path), sites, Path(into))}, []
 

@@ -1,4 +1,4 @@
-"""The only code that edits a network. Every edit is logged as one JSON object, and a log can be replayed.
+"""The only code that edits a network. Every edit is logged as one JSON object, and an edit log can be replayed.
 
 The vocabulary of edits: ``build`` (a built-in architecture in the place of the network), ``fold`` (a batch norm into
 the layer before it), ``slice`` (a stored tensor loses positions of an axis), ``literal`` (a number in an operator or

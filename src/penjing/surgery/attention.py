@@ -1,4 +1,4 @@
-"""Attention as the operators it is made of, so that its two products can have integers.
+"""Attention unfolded into its operators, so that its two matrix products can be quantized.
 
 Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation 1: softmax(Q·Kᵀ·scale + mask)·V.
 """

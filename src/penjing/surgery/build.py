@@ -1,4 +1,4 @@
-"""A built-in architecture in the place of the network: what a log of edits needs to build it again."""
+"""Replacing the network by a built-in architecture: what an edit log needs to build it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaying a log of edits on a freshly captured source."""
+"""Replaying an edit log on a freshly captured source."""
 
 from __future__ import annotations
 

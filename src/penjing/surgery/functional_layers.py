@@ -1,4 +1,4 @@
-"""Layers as functions of their weight: what stands in the place of a module whose weight is computed in the graph."""
+"""Layers as functions of their weight: replaces a module whose weight is computed in the graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer as two: most input channels in one, the few with outliers in another that stays in floating point.
+"""Splitting a linear layer in two: the few outlier channels get a layer that stays in floating point.
 
 Dettmers et al., "LLM.int8()", NeurIPS 2022, section 3.2 (mixed-precision decomposition).
 """

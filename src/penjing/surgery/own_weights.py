@@ -1,4 +1,4 @@
-"""A weight of its own for what reads a tied one turned, or in a part that others read too.
+"""Untying weights: a layer that reads a tied weight transposed or sliced gets a weight of its own.
 
 Every scale of an integer weight belongs to an output channel. Where one tensor is read as it is and turned, the output
 channels of one reader are the input channels of the other: the two readers can't share integers.

@@ -1,4 +1,4 @@
-"""Removing channels from a network: tensors are cut, and the numbers that follow from their sizes are written anew.
+"""Removing channels from a network: tensors are sliced, and literals that depend on their sizes are updated.
 
 Four edits: ``slice`` cuts a stored tensor, ``literal`` writes a number, ``partition`` gives a split explicit lengths,
 ``reorder`` puts one selection in the place of operators that permute an axis.
@@ -139,7 +139,7 @@ def _tensor(network: fx.GraphModule, name: str) -> torch.Tensor:
 
 
 def _sizes(layer: nn.Module) -> None:
-    """Make a layer say the sizes that its tensors have."""
+    """Update a layer's size attributes from its tensors."""
     known: Any = layer
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         known.in_channels, known.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups

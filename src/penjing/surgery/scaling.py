@@ -1,4 +1,4 @@
-"""Input channels of linear layers divided by numbers of their own, and the weights multiplied by them.
+"""Scaling the input channels of linear layers: inputs are divided, weights multiplied by a factor per channel.
 
 Xiao et al., "SmoothQuant", ICML 2023, equation 3, where nothing before the layer can take the division.
 """

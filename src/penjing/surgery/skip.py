@@ -1,4 +1,4 @@
-"""Taking whole parts out of a network: what read their output reads their input, and what nobody needs goes."""
+"""Skipping whole parts of a network: their readers read their input, and unused tensors are dropped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penjing.steps.draft import Edit
 
 
 def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
-    """Put the value of one operator in the place of another's, in place, and return the edit that says so.
+    """Replace the value of one operator by another's, in place; returns the edit.
 
     Args:
         network: A captured network.

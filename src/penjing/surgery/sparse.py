@@ -10,7 +10,7 @@ from penjing.steps.draft import Edit
 
 
 def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:
-    """The edit that says so; the network stays as it is.
+    """The edit that marks these parameters as sparse; the network is not changed.
 
     Raises:
         AttributeError: The network has no such parameter.

@@ -1,4 +1,4 @@
-"""Gradients through rounding: what is rounded passes its gradient on, what is cut off passes none.
+"""Straight-through gradients: rounded values pass their gradient on, clipped values pass none.
 
 Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013. Of scales: Esser et al., "Learned
 Step Size Quantization", ICLR 2020; Choi et al., "PACT", 2018.

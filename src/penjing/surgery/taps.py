@@ -1,4 +1,4 @@
-"""Reading values inside a network while it computes: a second view of the same layers, with taps on some edges."""
+"""Reading intermediate values of a network: a second view of the same layers, with taps on some edges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORES = ":scores"
 
 
 class Tap(nn.Module):
-    """Keeps the last value that went through it."""
+    """Stores the last value that passed through it."""
 
     value: torch.Tensor | None = None
 
@@ -54,7 +54,7 @@ class Scores(nn.Module):
 
 
 class Tapped:
-    """A network that tells values inside it, and is called as the network is called.
+    """A network with access to intermediate values, called like the network itself.
 
     Layers and their weights are those of the network: what trains the one trains the other.
 

@@ -1,4 +1,4 @@
-"""How long a training is and at which rate: minutes are turned into steps."""
+"""Length and learning rate of a training: minutes are converted to steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LATE = 0.8  # of the steps that are left would fit: then there are fewer of them
 
 
 def rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """The learning rate of a step: it rises in the fraction `warmup` of the steps, and then goes as scheduled."""
+    """The learning rate of a step: it rises over the fraction `warmup` of the steps, then follows the schedule."""
     warm = max(1, round(settings.warmup * steps))
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
@@ -32,7 +32,7 @@ class Budget:
         self.begin(0.0, 0.0)
 
     def begin(self, pace: float, before: float) -> None:
-        """The training begins, or goes on.
+        """Start or resume the clock.
 
         Args:
             pace: Seconds a step so far.
@@ -46,11 +46,11 @@ class Budget:
         return self.before + time.perf_counter() - self.start
 
     def fit(self) -> float:
-        """Steps that fit at the pace of the timed ones."""
+        """Number of steps that fit at the pace of the timed ones."""
         return self.seconds / self.pace if self.pace else math.inf
 
     def steps(self, step: int, steps: int) -> int:
-        """How many there will be when `step` are done: `steps`, or fewer where these would take too long."""
+        """The total number of steps, seen after `step` of them: `steps`, or fewer where these would take too long."""
         if self.seconds == math.inf:
             return steps
         left = self.seconds - self.spent

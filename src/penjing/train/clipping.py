@@ -1,4 +1,4 @@
-"""Clipping: gradients or weights that are longer than a threshold are made as long as it.
+"""Clipping: gradients or weights whose norm exceeds a threshold are scaled down to it.
 
 Gradients: Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013; adaptive: Brock et al.,
 "High-Performance Large-Scale Image Recognition Without Normalization", ICML 2021. Weights: Srivastava et al.,
@@ -84,8 +84,8 @@ class Clip:
             return max((self._clip(parameters) for parameters in wholes.values()), default=0.0)
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> float:
-        found = [p.data if self.what == "weights" else p.grad for p in parameters]
-        values = [value for value in found if value is not None]
+        tensors = [p.data if self.what == "weights" else p.grad for p in parameters]
+        values = [value for value in tensors if value is not None]
         order = ORDERS[self.norm]
         length = float(nn.utils.get_total_norm(values, order))
         allowed = 1.0 if self.threshold is None else self.threshold
@@ -111,7 +111,7 @@ class Clip:
 
 
 class Clips:
-    """Every `Clip` of a training, and what each has done since it was last told."""
+    """Every `Clip` of a training, with its statistics since the last event."""
 
     def __init__(self, clips: Sequence[Clip]) -> None:
         self._lengths: list[tuple[Clip, list[float]]] = [(clip, []) for clip in clips]
@@ -123,7 +123,7 @@ class Clips:
                 lengths.append(clip(network.named_parameters()))
 
     def tell(self, events: Callable[..., None], step: int) -> None:
-        """One event of every clip: in how many steps of how many something was cut, and the longest length."""
+        """Emit an event per clip: in how many steps of how many it applied, and the largest norm."""
         for clip, lengths in self._lengths:
             if lengths:
                 values = {"what": clip.what, "norm": clip.norm, "step": step}

@@ -1,4 +1,4 @@
-"""Batches to train on: where they come from, and what is said of one that a network or a loss can't take."""
+"""Training batches: where they come from, and errors for one that a network or a loss can't take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penjing.tasks.call import as_call, to_tensors
 from penjing.tasks.task import Task, calibration_calls
 
 OTHER_DATA = (
-    "the training goes on with other data than it would have had, and will not end in the same bits: draw order and "
+    "the training is resumed with different data, and will not end in the same bits: draw order and "
     "augmentation from the global generators of torch, NumPy or random, and leave out persistent_workers"
 )
 
@@ -34,7 +34,7 @@ class Unlabelled:
 
 
 def loader(task: Task, labels: float) -> Any:
-    """What is trained on: `task.train`, or the calibration data where no labels are needed and nothing else is there.
+    """The training data: `task.train`, or the calibration data where there is none and no labels are needed.
 
     Args:
         task: The user's.
@@ -65,7 +65,7 @@ def loader(task: Task, labels: float) -> Any:
 
 
 def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
-    """Batches of a pass; infinite where a stream does not tell, and nobody needs to know or has the time to read it.
+    """Number of batches per pass; infinite for a stream of unknown length that is not, or not in time, read to its end.
 
     Raises:
         TaskError: There is none, or the data can be read only once.
@@ -99,7 +99,7 @@ def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
 
 
 def sized(data: Any) -> bool:
-    """Whether a loader tells its length; that of a stream has a method for it, which raises."""
+    """Whether a loader has a length; a stream's loader has the method too, and raises in it."""
     try:
         len(data)
     except TypeError:
@@ -108,14 +108,14 @@ def sized(data: Any) -> bool:
 
 
 def seed_generators(data: Any, seed: int) -> None:
-    """Seed the generators of torch's that a loader and its samplers draw from, beside the global ones."""
+    """Seed the torch generators that a loader and its samplers own; the global ones are seeded elsewhere."""
     for generator in _generators(data):
         generator.manual_seed(seed % 2**63)
 
 
 @contextmanager
 def same_generators(data: Any) -> Iterator[None]:
-    """A loader's own generators stand after the block where they stood before it."""
+    """Restore the state of a loader's own generators after the block."""
     before = [(generator, generator.get_state()) for generator in _generators(data)]
     try:
         yield
@@ -127,14 +127,14 @@ def same_generators(data: Any) -> Iterator[None]:
 def _generators(data: Any) -> list[torch.Generator]:
     batches = getattr(data, "batch_sampler", None)
     owners = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    return list(found.values())
+    generators = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+    return list(generators.values())
 
 
 def check_same(first: Any, again: Any) -> None:
-    """Raise TaskError where two passes with one seed begin with different inputs.
+    """Raise TaskError if two passes with the same seed begin with different inputs.
 
-    Stored answers are found by what was asked: the same seed has to give the same samples.
+    Cached teacher outputs are looked up by their inputs: the same seed has to give the same samples.
     """
     pairs = zip(*(pytree.tree_leaves(to_tensors(as_call(inputs))) for inputs in (first, again)), strict=True)
     if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
@@ -147,7 +147,7 @@ def check_same(first: Any, again: Any) -> None:
 
 
 def shares(batches: Sequence[tuple[Any, Any]]) -> list[float]:
-    """The part of each batch in the update that several make together: that of its samples, where they can be told."""
+    """The weight of each batch in a joint update: its share of the samples, where they can be counted."""
     sizes = [_samples(inputs) for inputs, _ in batches]
     total = sum(sizes)
     return [size / total for size in sizes] if all(sizes) else [1 / len(batches)] * len(batches)
@@ -174,13 +174,13 @@ def pair(batch: Any, labels: float) -> tuple[Any, Any]:
         "a training batch is not a pair",
         got=type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
         expected="(inputs, target)" if labels else "(inputs, None), or a tensor or a dict",
-        remedy="several inputs stand in a tuple or a dict of their own: ((ids, mask), target)",
+        remedy="put several inputs into a tuple or a dict: ((ids, mask), target)",
     )
 
 
 @contextmanager
 def explained(who: str, inputs: Any, target: Any, task: Task, place: str) -> Iterator[None]:
-    """What the user's network or loss raises on a batch, as a TaskError that shows the batch beside the example."""
+    """Turn what the user's network or loss raises into a TaskError that shows the batch beside the example."""
     try:
         yield
     except (PenjingError, torch.OutOfMemoryError):
@@ -190,7 +190,7 @@ def explained(who: str, inputs: Any, target: Any, task: Task, place: str) -> Ite
         said = next(iter(str(error).strip().splitlines()), "")
         remedy = "try one: inputs, labels = next(iter(task.train)); task.loss(network(inputs), labels)"
         if "required positional argument" in said:
-            remedy = "of two values the second are the labels: several inputs stand in a tuple, ((ids, mask), labels)"
+            remedy = "the second of two values are the labels: put several inputs into a tuple, ((ids, mask), labels)"
         if "more than 1 value per channel" in said:
             remedy = "batch norms need two samples: DataLoader(..., drop_last=True), or another batch_size"
         raise TaskError(
@@ -220,7 +220,7 @@ def not_finite(step: int, call: Any, terms: dict[str, float], value: float) -> T
 
 
 def diverged(what: str, got: object) -> TrainingError:
-    """A training whose numbers have left all bounds."""
+    """The error of a training that diverged."""
     remedy = "clip=penjing.Clip(threshold=1.0), a lower learning_rate, or autocast='off'"
     return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
 

@@ -1,4 +1,4 @@
-"""The loop that carries out a training: batches, updates, hooks, saved states."""
+"""The training loop: batches, updates, hooks, saved states."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _frozen(module: nn.Module) -> bool:
 def carry_out(
     network: nn.Module, context: Context, settings: TrainingSettings, group: Group, keep_zeros: Sequence[str] = ()
 ) -> nn.Module:
-    """Train to the end, from where a saved state left off; the network, in eval mode, where it was."""
+    """Train to the end, resuming from a saved state; returns the network in eval mode, on its original device."""
     settings = settings.resolved(context, changed=False)
     data = loader(context.task, settings.task_loss_weight)
     with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ def carry_out(
 
 
 class Loop:
-    """One training of one network: what it is at, and how it goes on from there."""
+    """The state of one training, and its steps."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Loop:
         self.objective = Objective(context.task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
-            raise TrainingError("the network has nothing to train", got="no parameter that requires a gradient")
+            raise TrainingError("the network has no trainable parameters", got="no parameter that requires a gradient")
         self.context, self.settings, self.data, self.group = context, settings, data, group
         self.keep_zeros = tuple(keep_zeros)  # parameters whose zeros stay zeros
         self.network = network.to(context.device)
@@ -287,9 +287,9 @@ class Loop:
             )
         loss.backward()  # type: ignore[no-untyped-call]
         # All at once, and behind the way back: a GPU is waited for once in a step.
-        *found, value = torch.stack([*values.detach(), loss.detach()]).tolist()
-        for (name, _), each in zip(terms, found, strict=True):
-            self.terms[name] = self.terms.get(name, 0.0) + part * each
+        *each_term, value = torch.stack([*values.detach(), loss.detach()]).tolist()
+        for (name, _), term in zip(terms, each_term, strict=True):
+            self.terms[name] = self.terms.get(name, 0.0) + part * term
         return float(value)
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -392,7 +392,7 @@ class Loop:
     def _request(self) -> dict[str, Any]:
         """What must be the same for a resumed run to end in the same bits."""
         stream = self.settings.minutes is not None and not sized(self.data)  # it is counted in the time there is
-        found = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
-        found["keep_zeros"] = self.keep_zeros
-        found["teacher"] = self.teaching.digest() if self.teaching else None
-        return {name: value for name, value in found.items() if name not in ("save_every_s", "cluster")}
+        asked = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
+        asked["keep_zeros"] = self.keep_zeros
+        asked["teacher"] = self.teaching.digest() if self.teaching else None
+        return {name: value for name, value in asked.items() if name not in ("save_every_s", "cluster")}

@@ -1,4 +1,4 @@
-"""The loss of a training batch: the task's, the terms of the user, and what classes share where labels are smoothed.
+"""The loss of a training batch: the task's loss, the user's terms, and label smoothing.
 
 Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
 """
@@ -19,7 +19,7 @@ from penjing.tasks.task import Task
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees: the call that was made, its output, the target, the network and the step's number."""
+    """What a loss receives: the call, its output, the target, the network and the step number."""
 
     call: tuple[tuple[Any, ...], dict[str, Any]]
     output: Any
@@ -37,7 +37,7 @@ class Loss(Protocol):
 
 
 class Objective:
-    """What the labels say to a batch: terms with their names.
+    """The supervised terms of a batch's loss, by name.
 
     Args:
         task: Its loss is a term, where it has one.
@@ -59,7 +59,7 @@ class Objective:
             )
         if label_smoothing and task.loss is None:
             raise TaskError(
-                "label smoothing is of the task's own loss",
+                "label smoothing needs the task's own loss",
                 got=f"label_smoothing={label_smoothing:g}, and Task.loss is None",
                 expected="loss(output, target) -> scalar tensor",
                 remedy="smooth in the loss that is there: cross_entropy(..., label_smoothing=0.1)",

@@ -1,4 +1,4 @@
-"""Who changes the weights of a training.
+"""Optimizers of a training.
 
 Nesterov momentum: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
 AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.

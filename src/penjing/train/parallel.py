@@ -34,7 +34,7 @@ STATE = "finetune.pt"
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of one training, seen from one of them; alone, all methods do nothing.
+    """The group of workers of one training, as seen by one of them; with one worker all methods are no-ops.
 
     Attributes:
         rank: Number of this worker.
@@ -47,7 +47,7 @@ class Group:
     saved: Callable[[Path], None] = lambda path: None
 
     def part(self, inputs: Any, target: Any) -> tuple[Any, Any, float]:
-        """This worker's samples of a batch, and which part of the batch they are; it may have none.
+        """This worker's samples of a batch, and their fraction of the batch; it may have none.
 
         Raises:
             TaskError: Something in the batch has another number of samples, or is a list with an entry a sample.
@@ -82,7 +82,7 @@ class Group:
         return mine[0], mine[1], (end - start) / samples
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the workers' gradients, in place; what nobody has a gradient of stays without one."""
+        """Sum the workers' gradients in place; a parameter without a gradient on any worker stays without one."""
         if self.size == 1:
             return
         every = [p for p in parameters if p.requires_grad]
@@ -91,40 +91,40 @@ class Group:
         some = [p for p, yes in zip(every, has.tolist(), strict=True) if yes]
         if not some:
             return
-        for p, found in zip(some, _summed([_gradient(p) for p in some]), strict=True):
-            p.grad = found.to(p.dtype)
+        for p, gradient in zip(some, _summed([_gradient(p) for p in some]), strict=True):
+            p.grad = gradient.to(p.dtype)
 
     def sum(self, value: float) -> float:
         """The sum of a number over all workers."""
         if self.size == 1:
             return value
-        held = torch.tensor([value], dtype=torch.float64)
-        distributed.all_reduce(held)
-        return float(held)
+        total = torch.tensor([value], dtype=torch.float64)
+        distributed.all_reduce(total)
+        return float(total)
 
     def first(self, value: int) -> int:
-        """What the first worker says."""
+        """The first worker's value."""
         if self.size == 1:
             return value
-        held = torch.tensor([value])
-        distributed.broadcast(held, 0)
-        return int(held)
+        told = torch.tensor([value])
+        distributed.broadcast(told, 0)
+        return int(told)
 
     def each(self, state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Every worker's tensors, in the order of their numbers."""
         if self.size == 1:
             return [state]
-        found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, state)
-        return found
+        states: list[Any] = [None] * self.size
+        distributed.all_gather_object(states, state)
+        return states
 
     def average(self, tensors: Iterable[torch.Tensor]) -> None:
         """Average tensors over all workers, in place."""
         every = list(tensors) if self.size > 1 else []
         if not every:
             return
-        for t, found in zip(every, _summed(every), strict=True):
-            t.copy_(found / self.size)
+        for t, total in zip(every, _summed(every), strict=True):
+            t.copy_(total / self.size)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -144,7 +144,7 @@ Work = Callable[[nn.Module, Context, Any, Group], nn.Module]
 
 
 def spread(work: Work, network: nn.Module, context: Context, settings: Any, cluster: str, workers: int) -> None:
-    """Train `network` in place on so many workers of a Ray cluster.
+    """Train `network` in place on `workers` workers of a Ray cluster.
 
     Args:
         work: What each worker does: a function of a module, with network, context, settings and group.
@@ -206,7 +206,7 @@ def _pickled(message: dict[str, Any]) -> bytes:
             "the training can't be sent to other processes",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             expected="a task, losses and hooks that can be pickled: no open files, no database connections",
-            remedy="open such things in the dataset, when it is first read",
+            remedy="open them in the dataset, on first read",
         ) from None
     finally:
         for module in files:
@@ -237,7 +237,7 @@ def _connected(ray: Any, cluster: str, workers: int) -> Iterator[None]:
             "the Ray cluster can't be reached",
             got=f"{cluster}: {' '.join(str(error).split())[:200]}",
             expected="'local', or the address of a running cluster, for example ray://host:10001",
-            remedy="ray status tells whether it runs; cluster='local' starts one here",
+            remedy="check it with `ray status`; cluster='local' starts one here",
         ) from None
     try:
         yield

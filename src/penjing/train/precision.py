@@ -1,4 +1,4 @@
-"""What trains faster on a device: channels-last, and layers in bfloat16 with weights and optimizer in 32 bits.
+"""Faster training on a device: channels-last, and bfloat16 layers with weights and optimizer state in 32 bits.
 
 Micikevicius et al., "Mixed Precision Training", ICLR 2018; Kalamkar et al., "A Study of BFLOAT16 for Deep Learning
 Training", 2019: bfloat16 has the range of 32 bits, so no loss has to be scaled.
@@ -32,7 +32,7 @@ def bf16_pays(device: str) -> bool:
 
 
 def channels_last_pays(device: str) -> bool:
-    """Whether 2-D convolutions train faster so, and give the same bits at every run.
+    """Whether 2-D convolutions train faster in channels-last and stay deterministic.
 
     With AVX2 alone, oneDNN's gradients of channels-last convolutions differ from run to run in their last bits.
     """
@@ -75,8 +75,8 @@ class _DepthwiseInFp32(TorchFunctionMode):
             return func(*args, **kwargs)
         args = [_long(value) for value in args]
         with torch.autocast("cpu", enabled=False):
-            found = func(*args, **{key: _long(value) for key, value in kwargs.items()})
-        return found.to(torch.bfloat16) if found.dtype == torch.float32 else found
+            result = func(*args, **{key: _long(value) for key, value in kwargs.items()})
+        return result.to(torch.bfloat16) if result.dtype == torch.float32 else result
 
 
 def _depthwise(*args: Any, **kwargs: Any) -> bool:

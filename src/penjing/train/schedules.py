@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: from the fraction of the training that is done to a fraction of the peak.
+"""Learning rate schedules: from the completed fraction of the training to a fraction of the peak rate.
 
 Cosine: Loshchilov & Hutter, "SGDR", ICLR 2017.
 """

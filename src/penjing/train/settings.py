@@ -145,7 +145,7 @@ class TrainingSettings:
 
     @property
     def distillations(self) -> tuple[Distillation, ...]:
-        """`distill` as a tuple; "auto" is none yet."""
+        """`distill` as a tuple; empty while it is "auto"."""
         if self.distill == "auto":
             return ()
         return self.distill if isinstance(self.distill, tuple) else (self.distill,)
@@ -169,8 +169,8 @@ class TrainingSettings:
         taught = context.source is not None if self.teacher is None else True
         if alone and not taught:
             raise _nothing_to_learn("task_loss_weight=0, and no teacher")
-        wanted = changed or alone or self.teacher is not None
-        return replace(self, distill=(Outputs(),) if taught and wanted else ())
+        distills = taught and (changed or alone or self.teacher is not None)
+        return replace(self, distill=(Outputs(),) if distills else ())
 
 
 def _nothing_to_learn(got: str) -> RecipeError:

@@ -1,4 +1,4 @@
-"""The saved state of a training: tensors and plain numbers in one file, which is read without running code."""
+"""The saved state of a training: tensors and plain numbers in one file, loaded without running code."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def loading(path: Path, request: dict[str, Any]) -> Iterator[State]:
             "the saved training state can't be read",
             got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
             expected="a state written by penjing.train.finetune for this network: tensors and numbers, no code",
-            remedy="delete the file; the step starts anew",
+            remedy="delete the file; the step starts over",
         ) from None
 
 

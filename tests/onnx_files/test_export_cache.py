@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penjing.network.capture import capture_network
-from penjing.onnx_files import export_cache as onnx_kept
+from penjing.onnx_files import export_cache
 from penjing.onnx_files import write as onnx_file
 
 X = torch.zeros(2, 3, 8, 8)
@@ -13,7 +13,7 @@ X = torch.zeros(2, 3, 8, 8)
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(onnx_kept, "_kept", type(onnx_kept._kept)())
+    monkeypatch.setattr(export_cache, "_files", type(export_cache._files)())
 
 
 def network(seed: int = 0):
@@ -23,7 +23,7 @@ def network(seed: int = 0):
 
 
 def mark(given, call=((X,), {}), *others):
-    return onnx_kept.fingerprint(given, call, *others)
+    return export_cache.fingerprint(given, call, *others)
 
 
 def test_the_same_network_is_exported_once(tmp_path, monkeypatch):
@@ -106,16 +106,16 @@ def test_a_layer_that_torch_did_not_write_is_not_kept():
     given = network()
     given.add_submodule("own", Own())
     assert mark(given) is None
-    onnx_kept.keep(None, b"1234")
-    assert onnx_kept.recall(None) is None
+    export_cache.store(None, b"1234")
+    assert export_cache.recall(None) is None
 
 
 def test_what_was_not_asked_for_for_longest_goes_first(monkeypatch):
-    monkeypatch.setattr(onnx_kept, "LIMIT", 10)
-    onnx_kept.keep("a", b"1234")
-    onnx_kept.keep("b", b"1234")
-    assert onnx_kept.recall("a") == b"1234"
-    onnx_kept.keep("c", b"1234")
-    assert [onnx_kept.recall(k) for k in "abc"] == [b"1234", None, b"1234"]
-    onnx_kept.keep("large", b"12345678901")
-    assert onnx_kept.recall("large") is None and onnx_kept.recall("a") is not None
+    monkeypatch.setattr(export_cache, "LIMIT", 10)
+    export_cache.store("a", b"1234")
+    export_cache.store("b", b"1234")
+    assert export_cache.recall("a") == b"1234"
+    export_cache.store("c", b"1234")
+    assert [export_cache.recall(k) for k in "abc"] == [b"1234", None, b"1234"]
+    export_cache.store("large", b"12345678901")
+    assert export_cache.recall("large") is None and export_cache.recall("a") is not None
