@@ -375,7 +375,7 @@ class TestBadInput:
             ("- quantize.Statik", "did you mean quantize.Static?"),
             ("- quantize.Static: {weight_bit: 8}", "did you mean weight_bits?"),
             ("- [", "not valid YAML"),
-            ("- quantize.Static: {exclude: [conw]}", "fits no operator"),
+            ("- quantize.Static: {exclude: [conw]}", "matches no operator"),
         ],
     )
     def test_recipes(self, parts, capsys, recipe, says):

@@ -79,7 +79,7 @@ def test_inputs_are_told_apart_by_name(tmp_path):
     a, b = torch.rand(3, 2), torch.rand(3, 2)
     assert torch.equal(stored(a=a, b=b), a - 2 * b)
     assert torch.equal(stored(b=a, a=b), b - 2 * a)
-    assert torch.equal(stored(b=b, a=a), a - 2 * b) and stored.asked == 6
+    assert torch.equal(stored(b=b, a=a), a - 2 * b) and stored.evaluated == 6
 
 
 class TestHashes:
@@ -138,10 +138,10 @@ def test_a_sample_augmented_in_another_way_has_another_answer(data, tmp_path):
     x = data[0][:4]
     with torch.no_grad():
         assert torch.equal(stored(x), teacher(x)) and torch.equal(stored(x.flip(1)), teacher(x.flip(1)))
-        assert stored.asked == 8
+        assert stored.evaluated == 8
         mixed = torch.cat([x[2:], x.flip(1)[:1]])
         assert torch.equal(stored(mixed), torch.cat([teacher(x)[2:], teacher(x.flip(1))[:1]]))
-    assert stored.asked == 8
+    assert stored.evaluated == 8
 
 
 def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
@@ -196,7 +196,7 @@ def test_all_that_is_asked_is_part_of_the_question(tmp_path):
         assert torch.equal(stored(x, scale, by=by), x * scale * by)
         half = x.to(torch.bfloat16)
         assert torch.equal(stored(half, scale.to(torch.bfloat16), by=by), x * scale * by)
-    assert stored.asked == 12
+    assert stored.evaluated == 12
     with pytest.raises(TaskError, match="can't be found again"):
         stored(torch.tensor(1.0), torch.tensor(2.0))
 

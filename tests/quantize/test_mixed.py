@@ -144,7 +144,7 @@ class TestTheStep:
 
     def test_a_time_needs_a_runtime_that_tells(self, prepared):
         draft, context = prepared
-        with pytest.raises(UsageError, match="times its operators"):
+        with pytest.raises(UsageError, match="profiles its operators"):
             MixedPrecision(latency_ms=1)(draft, context)
 
     def test_what_no_choice_keeps_is_refused(self, prepared):

@@ -116,12 +116,12 @@ class BERT(nn.Module):
             mask: (N, L), true or 1 where a token stands, false or 0 where the text is over; None shows all tokens.
             segments: (N, L) integers, which text every token belongs to; None puts all in the first.
         """
-        shown = None if mask is None else mask.bool()[:, None, None, :]
+        attention_mask = None if mask is None else mask.bool()[:, None, None, :]
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, shown)
+            x = block(x, attention_mask)
         logits: torch.Tensor = self.classifier(self.dropout(torch.tanh(self.pooler(x[:, 0]))))
         return logits
 

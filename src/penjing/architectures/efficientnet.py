@@ -108,9 +108,9 @@ class EfficientNet(nn.Module):
         self.stem = _convolution(in_channels, channels, 3, 2)
         stages: list[nn.Module] = []
         for index, (expansion, kernel, stride, outputs, repeats) in enumerate(_STAGES):
-            kept = lite and index in (0, len(_STAGES) - 1)
+            fixed = lite and index in (0, len(_STAGES) - 1)
             blocks: list[nn.Module] = []
-            for position in range(repeats if kept else math.ceil(repeats * depth)):
+            for position in range(repeats if fixed else math.ceil(repeats * depth)):
                 first = stride if position == 0 else 1
                 blocks.append(InvertedBottleneck(channels, _rounded(outputs * width), kernel, first, expansion, lite))
                 channels = _rounded(outputs * width)

@@ -122,13 +122,13 @@ class _Pair(nn.Module):
             pairs = (mine, by_teacher), (theirs, by_student)
             now = torch.stack([_log_scale(anchors, others, self.temperature) for anchors, others in pairs])
             log_scales.copy_(torch.lerp(log_scales, now, FOLLOW if count else 1.0))
-        told = contrastive(mine, theirs, by_teacher, self.temperature, log_scales[0].clone())
-        told = told + contrastive(theirs, mine, by_student, self.temperature, log_scales[1].clone())
+        loss = contrastive(mine, theirs, by_teacher, self.temperature, log_scales[0].clone())
+        loss = loss + contrastive(theirs, mine, by_student, self.temperature, log_scales[1].clone())
         with torch.no_grad():
             for bank, new in zip(banks, (mine, theirs), strict=True):
                 bank.copy_(torch.cat([bank, new])[-len(bank) :])
             seen += len(mine)
-        return told
+        return loss
 
 
 def _log_scale(anchors: torch.Tensor, others: torch.Tensor, temperature: float) -> torch.Tensor:

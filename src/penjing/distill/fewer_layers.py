@@ -60,8 +60,8 @@ class FewerLayers:
             RecipeError: There is no such stack, or a layer's output can't be replaced by its input.
         """
         layers = self._layers(draft.network)
-        kept = _spread(len(layers), self.keep) if isinstance(self.keep, int) else self.keep
-        if wrong := [i for i in kept if not 0 <= i < len(layers)]:
+        remaining = _spread(len(layers), self.keep) if isinstance(self.keep, int) else self.keep
+        if wrong := [i for i in remaining if not 0 <= i < len(layers)]:
             raise RecipeError(
                 f"FewerLayers keeps a layer that {self.of} does not have",
                 got=", ".join(map(str, wrong)),
@@ -72,9 +72,9 @@ class FewerLayers:
         network = copy.deepcopy(draft.network)
         edits: list[Edit] = []
         for number, name in enumerate(layers):
-            if number not in kept:
+            if number not in remaining:
                 edits.append(skip(network, *_ends(network, name, context.task.call())))
-        context.events("layers", of=self.of, kept=sorted(kept), removed=len(edits))
+        context.events("layers", of=self.of, kept=sorted(remaining), removed=len(edits))
         return replace(draft, network=network, edits=(*draft.edits, *edits))
 
     def _layers(self, network: fx.GraphModule) -> list[str]:
@@ -111,9 +111,9 @@ def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
     """The operator whose value leaves a part, and the one outside whose value of the same shape enters it."""
     sizes = {node: tuple(value.shape) for node, value in shapes(network, call).items()}
     inside = [n for n in network.graph.nodes if site(n).startswith((f"{name}.", f"{name}/")) and n.op != "placeholder"]
-    held = set(inside)
-    leaving = [n for n in inside if any(user not in held for user in n.users)]
-    entering = [x for n in inside for x in tensor_inputs(n) if x not in held and x.op != "get_attr"]
+    members = set(inside)
+    leaving = [n for n in inside if any(user not in members for user in n.users)]
+    entering = [x for n in inside for x in tensor_inputs(n) if x not in members and x.op != "get_attr"]
     alike = [
         x for x in dict.fromkeys(entering) if len(leaving) == 1 and sizes.get(x.name) == sizes.get(leaving[0].name)
     ]

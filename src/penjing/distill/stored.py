@@ -105,7 +105,7 @@ class CachedTeacher(nn.Module):
         self.rows: dict[bytes, int] = {}
         self.shape: tuple[int, ...] | None = None
         self.answers: np.ndarray[Any, Any] | None = None
-        self.asked = 0  # samples about which the teacher was asked in this process
+        self.evaluated = 0  # samples on which the teacher was run in this process
         self.name = name = fingerprint_by_name([teacher]) if teacher is not None else ""
         about = self.folder / "about.json"
         if about.exists():
@@ -166,7 +166,7 @@ class CachedTeacher(nn.Module):
                 "the teacher's answers differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
             )
         self._append(list(new), said[list(new.values())].numpy())
-        self.asked += len(new)
+        self.evaluated += len(new)
 
     def _begin(self) -> None:
         shape = self.shape

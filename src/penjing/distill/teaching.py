@@ -83,8 +83,8 @@ class DistillationInputs:
             return -1
         if isinstance(self.target, torch.Tensor) and not self.target.is_floating_point():
             lacks = {1: output.shape[:1] + output.shape[2:], -1: output.shape[:-1]}
-            if told := [axis for axis in usual if self.target.shape == lacks[axis]]:
-                return told[0]
+            if matching := [axis for axis in usual if self.target.shape == lacks[axis]]:
+                return matching[0]
         return next((axis for axis in usual if output.shape[axis] > 1), -1)
 
     def pairs(self, features: Sequence[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -219,7 +219,7 @@ class Distiller:
             self.release()
             raise
         self.adapters = nn.ModuleList()
-        self.made: dict[str, tuple[float, DistillationLoss]] = {}
+        self.losses: dict[str, tuple[float, DistillationLoss]] = {}
 
     def release(self) -> None:
         """Put the teachers back where they were, in the modes that they were in."""
@@ -233,7 +233,7 @@ class Distiller:
         """The same lessons for another student of the same form, with adapters of its own."""
         other = copy.copy(self)
         other.student = other._student_view(student)
-        other.made, other.adapters = copy.deepcopy((self.made, self.adapters))
+        other.losses, other.adapters = copy.deepcopy((self.losses, self.adapters))
         return other
 
     def prepare(self, cast: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -257,11 +257,11 @@ class Distiller:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
             for distillation in self.distillations:
-                word, again = type(distillation).__name__, 1
-                while word in self.made:
-                    word, again = f"{type(distillation).__name__} {again + 1}", again + 1
-                self.made[word] = distillation.weight, distillation.loss(inputs)
-        self.adapters.extend(t for _, t in self.made.values() if isinstance(t, nn.Module))
+                title, again = type(distillation).__name__, 1
+                while title in self.losses:
+                    title, again = f"{type(distillation).__name__} {again + 1}", again + 1
+                self.losses[title] = distillation.weight, distillation.loss(inputs)
+        self.adapters.extend(t for _, t in self.losses.values() if isinstance(t, nn.Module))
         values = pytree.tree_leaves((inputs.student_features, inputs.student))
         exact = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
         self.adapters.to(self.context.device, torch.float64 if exact else torch.float32).train()
@@ -271,16 +271,16 @@ class Distiller:
         args, kwargs = call
         student_values = self.student.values() if isinstance(self.student, Tapped) else {}
         with torch.no_grad():
-            taught = [model(*args, **kwargs) for model in self.teacher_view]
+            outputs = [model(*args, **kwargs) for model in self.teacher_view]
         teacher_values = self.teacher_view[0].values() if isinstance(self.teacher_view[0], Tapped) else {}
-        said = taught[0] if len(taught) == 1 else _mean(taught)
+        answer = outputs[0] if len(outputs) == 1 else _mean(outputs)
         return DistillationInputs(
-            in_fp32(output), in_fp32(said), target, in_fp32(dict(student_values)), in_fp32(dict(teacher_values)), done
+            in_fp32(output), in_fp32(answer), target, in_fp32(dict(student_values)), in_fp32(dict(teacher_values)), done
         )
 
     def terms(self, inputs: DistillationInputs) -> dict[str, torch.Tensor]:
         """Every weighted term by the name of its distillation."""
-        return {name: weight * term(inputs) for name, (weight, term) in self.made.items()}
+        return {name: weight * term(inputs) for name, (weight, term) in self.losses.items()}
 
     def digest(self) -> str:
         """Of the teachers' weights: a training that goes on has to have the same."""

@@ -38,8 +38,8 @@ def complex_as_pairs(program: ExportedProgram) -> ExportedProgram:
         return program
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in touched:
-        given = node.op == "placeholder" and inputs[node.name].kind is InputKind.USER_INPUT
-        if given or node.op == "output":
+        is_input = node.op == "placeholder" and inputs[node.name].kind is InputKind.USER_INPUT
+        if is_input or node.op == "output":
             _refuse(node)
         if node.op == "call_function" and operator_name(node) not in (*RULES, *BY_PART):
             return program

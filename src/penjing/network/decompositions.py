@@ -133,8 +133,8 @@ def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) 
     shape = build.value(x).shape
     dims = range(len(shape) - n, len(shape))
     if not all(isinstance(size, int) for size in (*shape[-n:], *sizes)):
-        asked = [build.value(out) if isinstance(out, fx.Node) else out for out in sizes]
-        extents = {d: out for d, out in zip(dims, asked, strict=True) if not statically_known_true(out == shape[d])}
+        targets = [build.value(out) if isinstance(out, fx.Node) else out for out in sizes]
+        extents = {d: out for d, out in zip(dims, targets, strict=True) if not statically_known_true(out == shape[d])}
         if not all(isinstance(out, int) for out in extents.values()):
             return None  # as many windows as something else has places
         for dim, out in extents.items():

@@ -59,8 +59,8 @@ def export_module(
             program = attempt(limits, defer)
             break
         except Exception as error:
-            asked = _narrower_limits(str(error))
-            narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in asked.items()}
+            suggested = _narrower_limits(str(error))
+            narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in suggested.items()}
             if narrower and limits != limits | narrower:
                 limits |= narrower  # a table of 512 positions reads no longer sequence
             elif re.search(UNPROVEN, str(error)) and not defer:

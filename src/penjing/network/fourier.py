@@ -81,9 +81,9 @@ def _lengths(node: fx.Node, shape: Sequence[Any]) -> list[tuple[int, Any]]:
     dims = [d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)]
     lengths = []
     for i, dim in enumerate(dims):
-        given = sizes[i] if sizes is not None else None
+        requested = sizes[i] if sizes is not None else None
         whole = 2 * (shape[dim] - 1) if name in REAL_OUT and i == len(dims) - 1 else shape[dim]
-        lengths.append((dim, whole if given is None or given == -1 else given))
+        lengths.append((dim, whole if requested is None or requested == -1 else requested))
     return lengths
 
 

@@ -54,9 +54,9 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
         value = condition.meta.get("val") if isinstance(condition, fx.Node) else condition
         if not isinstance(value, torch.Tensor):
             raise _refusal(node, "its condition is on a size", "choose by the size outside of the network, or fix it")
-        taken, other = (_copied(owner, node, branch, operands) for branch in branches)
+        then_nodes, else_nodes = (_copied(owner, node, branch, operands) for branch in branches)
         results = []
-        for one, two in zip(taken, other, strict=True):
+        for one, two in zip(then_nodes, else_nodes, strict=True):
             with owner.graph.inserting_before(node):
                 chosen = owner.graph.call_function(torch.ops.aten.where.self, (condition, one, two))
             chosen.meta = {**node.meta, "val": one.meta["val"]}

@@ -52,7 +52,7 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
             hidden = build(aten.select.int, first_hidden, 0, position)
             cell = build(aten.select.int, first_cell, 0, position)
             gates = build(aten.linear.default, x, read, biases[0])
-            given = [None] * steps
+            outputs = [None] * steps
             for step in reversed(range(steps)) if direction else range(steps):
                 now = build(aten.select.int, gates, time, step)
                 now = add(build, now, build(aten.linear.default, hidden, own, biases[1]))
@@ -60,9 +60,9 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
                 let, keep, give = (build(aten.sigmoid.default, parts[k]) for k in (0, 1, 3))
                 fresh = build(aten.mul.Tensor, let, build(aten.tanh.default, parts[2]))
                 cell = add(build, build(aten.mul.Tensor, keep, cell), fresh)
-                shown = build(aten.mul.Tensor, give, build(aten.tanh.default, cell))
-                hidden = given[step] = build(aten.linear.default, shown, project, None)
-            sides.append(build(aten.stack.default, given, time))
+                gated = build(aten.mul.Tensor, give, build(aten.tanh.default, cell))
+                hidden = outputs[step] = build(aten.linear.default, gated, project, None)
+            sides.append(build(aten.stack.default, outputs, time))
             hidden_states.append(hidden)
             cell_states.append(cell)
         x = build(aten.cat.default, sides, -1) if len(sides) > 1 else sides[0]

@@ -59,9 +59,9 @@ def integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spe
     low, high = spec.limits
     if spec.grid == "uniform":
         return torch.div(x, scale).round_().add_(zero).clamp_(low, high)
-    held = levels(spec).to(x.device, x.dtype)
-    places = torch.bucketize(torch.div(x, scale).add_(zero), (held[1:] + held[:-1]) / 2)
-    return held[places]
+    allowed = levels(spec).to(x.device, x.dtype)
+    places = torch.bucketize(torch.div(x, scale).add_(zero), (allowed[1:] + allowed[:-1]) / 2)
+    return allowed[places]
 
 
 def on_grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

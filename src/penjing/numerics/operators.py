@@ -125,9 +125,9 @@ def lstm_dynamic(
     outputs, states, cells = [], [], []
     for d in range(len(input_weight)):
         h, c = hidden[d], cell[d]
-        given = _product(x, input_weight[d], input_scale[d]) + bias[d].reshape(2, -1).sum(0)
+        projected = _product(x, input_weight[d], input_scale[d]) + bias[d].reshape(2, -1).sum(0)
         steps: list[torch.Tensor] = []
-        for gates in given.flip(0) if d else given:
+        for gates in projected.flip(0) if d else projected:
             i, o, f, g = (gates + _product(h, hidden_weight[d], hidden_scale[d])).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
@@ -196,13 +196,13 @@ def lstm_static(
         return (integers(value, state_scale, state_zero.to(torch.int32), UNSIGNED) - state_zero.float()).double()
 
     directions = len(hidden)
-    given, outputs, states, cells = on_grid(x if ratio == 1 else x * ratio), [], [], []
+    quantized, outputs, states, cells = on_grid(x if ratio == 1 else x * ratio), [], [], []
     parts = [t.chunk(directions) for t in (input_weight.double(), hidden_weight.double(), state_scale * scale)]
     for d, (read, own, step) in enumerate(zip(*parts, strict=True)):
         h, c = on_grid(hidden[d]), cell[d]
         offset = bias[d].reshape(2, -1).sum(0)
         steps: list[torch.Tensor] = []
-        for now in given.flip(0) if d else given:
+        for now in quantized.flip(0) if d else quantized:
             i, o, f, g = ((now @ read.T + h @ own.T).to(torch.float32) * step + offset).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = on_grid(o.sigmoid() * c.tanh())

@@ -1,4 +1,4 @@
-"""Quantization: fewer bits for weights and activations. One method, one file."""
+"""Quantization: fewer bits for weights and activations. One technique per file."""
 
 from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection

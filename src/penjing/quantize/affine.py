@@ -1,4 +1,4 @@
-"""Linear quantization, pure maths on tensors.
+"""Affine quantization: pure functions on tensors.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
@@ -14,14 +14,14 @@ from penjing.errors import RecipeError
 from penjing.numerics.grid import on_grid, rows
 from penjing.steps.plan import QuantSpec
 
-SMALLEST_SCALE = 1e-12  # of a range that is zero everywhere: any scale is right, and this one divides safely
+SMALLEST_SCALE = 1e-12  # for a range that is zero everywhere: any scale is correct, and this one is safe to divide by
 
 
 def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point whose integers cover low..high.
+    """Compute the scale and zero point whose integers cover low..high.
 
     Args:
-        low: (channels,) or (1,), smallest values. 0 is always made representable.
+        low: (channels,) or (1,), smallest values. The range is extended to contain 0.
         high: Same shape, largest values.
         spec: Bits, signedness, symmetry.
 
@@ -39,33 +39,33 @@ def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec)
 
 
 def shiftable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """The scale itself, or the next power of two that covers the same range."""
+    """Return the scale itself, or the next larger power of two if the spec asks for one."""
     scale = scale.clamp(min=SMALLEST_SCALE)
     return torch.exp2(torch.ceil(torch.log2(scale) - 1e-6)) if spec.scale == "power_of_two" else scale
 
 
 def weight_range(weight: torch.Tensor, spec: QuantSpec, steps: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Range of a weight per channel of `spec.axis`, per group of a channel, or of the whole.
+    """Estimate the range of a weight per channel (`spec.axis`), per group of a channel, or per tensor.
 
     Args:
         weight: (out, in, …) or with the channels on `spec.axis`; one range for every row of `grid.rows`.
         spec: ``spec.range`` is "minmax", or "mse": the shrunk range with the smallest squared error of the
             rounded weight (Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3.1).
-        steps: How many shrunk ranges are tried, from the whole range down to half of it at 8 bits.
+        steps: Number of shrunk ranges that are tried, from the full range down to half of it at 8 bits.
 
     Returns:
         low, high, each (scales,).
 
     Raises:
-        RecipeError: There is no such estimator for weights.
+        RecipeError: `spec.range` is not an estimator for weights.
     """
     if spec.range not in ("minmax", "mse"):
-        raise RecipeError("there is no such range estimator for weights", got=spec.range, expected="minmax or mse")
+        raise RecipeError("this is not a range estimator for weights", got=spec.range, expected="minmax or mse")
     values = rows(weight.detach(), spec)
     low, high = values.amin(1), values.amax(1)
     if spec.range == "minmax":
         return low, high
-    # Fewer bits gain from a harder cut: the smallest ratio tried falls from 0.5 at 8 bits to 0.1 at 2.
+    # Fewer bits gain from clipping more: the smallest ratio tried falls from 0.5 at 8 bits to 0.1 at 2.
     smallest = {8: 0.5, 7: 0.5, 6: 0.4, 5: 0.3, 4: 0.2}.get(spec.bits, 0.1)
     best = torch.full_like(low, torch.inf)
     best_low, best_high = low, high

@@ -1,4 +1,4 @@
-"""The best repair: methods are tried in order of cost, and what helps on held-out calibration data is kept."""
+"""The best repair: methods are tried in order of cost, and those that help on held-out calibration data are kept."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ from penjing.surgery import insert
 from penjing.tasks.task import Call
 from penjing.train.finetune import Finetune
 
-GAIN_DB = 0.3  # less is within what other samples would change
+GAIN_DB = 0.3  # a smaller gain is within the variation between samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """Quantize, and try the repairs from the cheapest to the dearest; each stays if the outputs gain by it.
+    """Quantize, and try the repairs in order of cost; each is kept if it reduces the noise at the outputs.
 
-    In this order: `BiasCorrection`, `CoordinateRounding`, additions in floating point (where the runtime is not slower
-    by it, or nothing tells), `SmoothQuant`, `CrossLayerEqualization`, `QAT` without labels for the minutes that are
-    left.
-    A third of the calibration data judges and is not fitted; the winner is made again from all of it.
+    In this order: `BiasCorrection`, `CoordinateRounding`, additions in floating point (unless the runtime is measurably
+    slower), `SmoothQuant`, `CrossLayerEqualization`, and `QAT` without labels in the remaining time. A third of the
+    calibration data is held out for the comparison; the winner is rebuilt from all of it.
 
     Attributes:
         weight_bits: As in `Static`.
         activation_bits: As in `Static`.
         exclude: As in `Static`.
         samples: As in `Static`.
-        snr_db: Stop as soon as the held-out outputs have this signal-to-noise ratio; None tries everything.
-        minutes: Upper bound for all trials. `QAT` is tried where at least two of them are left.
+        snr_db: Stop as soon as the outputs reach this signal-to-noise ratio on held-out data; None tries everything.
+        minutes: Upper bound on the total time. `QAT` is tried if at least two minutes are left.
     """
 
     stage: ClassVar[str] = "quantize and repair"
@@ -60,7 +59,7 @@ class Best:
         self._static(())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return the best draft that was found."""
+        """Return the draft with the least noise at its outputs."""
         search = _Search(self, draft, context)
         search.run()
         return search.winner()
@@ -76,7 +75,7 @@ class Best:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A chain of steps: before quantization, which additions stay in floating point, after it."""
+    """One combination: steps before quantization, operators left in floating point, and steps after it."""
 
     before: tuple[Step, ...] = ()
     floats: tuple[str, ...] = ()
@@ -86,7 +85,7 @@ class _Trial:
 class _Search:
     def __init__(self, settings: Best, draft: Draft, context: Context) -> None:
         self.settings, self.draft, self.context = settings, draft, context
-        self.fitting, self.held = split(replace(context, cache=Cache()))
+        self.fitting, self.held_out = split(replace(context, cache=Cache()))
         self.start = time.monotonic()
         self.best, self.snr = _Trial(), -float("inf")
 
@@ -95,8 +94,8 @@ class _Search:
         for repair in (BiasCorrection(), CoordinateRounding()):
             self.attempt(type(repair).__name__, replace(self.best, after=(repair,)))
         adds = tuple(site(n) for n in self.draft.network.graph.nodes if kind(self.draft.network, n) == "add")
-        made = self._made(replace(self.best, floats=()), self.fitting).plan
-        adds = tuple(name for name in adds if any(edge.startswith(f"{name}:") for edge in made.entries))
+        plan = self._build(replace(self.best, floats=()), self.fitting).plan
+        adds = tuple(name for name in adds if any(edge.startswith(f"{name}:") for edge in plan.entries))
         if adds:
             self.attempt("additions in floating point", replace(self.best, floats=adds))
         for step in (SmoothQuant(), CrossLayerEqualization()):
@@ -108,38 +107,40 @@ class _Search:
             self.attempt("QAT", replace(self.best, after=(*self.best.after, qat)))
 
     def attempt(self, name: str, trial: _Trial, *, always: bool = False) -> None:
-        """Make and measure a trial; it becomes the best where it gains."""
+        """Build and measure a trial; it becomes the best if it improves."""
         reached = self.settings.snr_db is not None and self.snr >= self.settings.snr_db
         spent = (time.monotonic() - self.start) / 60
         if not always and (reached or spent > self.settings.minutes):
             return
         started = time.monotonic()
-        made = self._made(trial, self.fitting)
-        snr = self._judged(made, self.held)
+        quantized = self._build(trial, self.fitting)
+        snr = self._judged(quantized, self.held_out)
         slower = False
         if self.context.latency is not None and trial.floats != self.best.floats:
-            before, after = self.context.latency([self._made(self.best, self.fitting), made], "int8")
+            before, after = self.context.latency([self._build(self.best, self.fitting), quantized], "int8")
             slower = after > 1.02 * before
-        kept = always or (snr > self.snr + GAIN_DB and not slower)
+        improves = always or (snr > self.snr + GAIN_DB and not slower)
         self.context.events(
-            "remedy", name=name, snr_db=snr, before_db=self.snr, kept=kept, slower=slower,
+            "remedy", name=name, snr_db=snr, before_db=self.snr, kept=improves, slower=slower,
             seconds=round(time.monotonic() - started, 2),
         )  # fmt: skip
-        if kept:
+        if improves:
             self.best, self.snr = trial, snr
 
     def winner(self) -> Draft:
-        made = self._made(self.best, self.context)
+        quantized = self._build(self.best, self.context)
         names = [type(s).__name__ for s in (*self.best.before, self.settings._static(()), *self.best.after)]
         remedy = " → ".join(names) + (", additions in floating point" if self.best.floats else "")
-        return replace(made, plan=replace(made.plan, remedy=f"{remedy}: {self.snr:.1f} dB on held-out samples"))
+        return replace(
+            quantized, plan=replace(quantized.plan, remedy=f"{remedy}: {self.snr:.1f} dB on held-out samples")
+        )
 
-    def _made(self, trial: _Trial, context: Context) -> Draft:
+    def _build(self, trial: _Trial, context: Context) -> Draft:
         steps: list[Any] = [*trial.before, self.settings._static(trial.floats), *trial.after]
         draft = self.draft
         for step in steps:
             draft = step(draft, context)
         return draft
 
-    def _judged(self, made: Draft, held: list[Call]) -> float:
-        return noise.signal_to_noise(self.draft.network, insert(made.network, made.plan), held)
+    def _judged(self, quantized: Draft, held_out: list[Call]) -> float:
+        return noise.signal_to_noise(self.draft.network, insert(quantized.network, quantized.plan), held_out)

@@ -1,8 +1,8 @@
-"""Bias correction: give every layer back the mean that rounding its weights and inputs took from it.
+"""Bias correction: restore the mean of every layer's output, which quantizing its weights and inputs has shifted.
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, in
-its empirical form. Layers are corrected in the order of execution, each behind its corrected predecessors, in one
-pass over the samples instead of one pass a layer.
+its empirical form. Layers are corrected in execution order, each on the outputs of its corrected predecessors, in one
+pass over the samples instead of one pass per layer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from penjing.steps.step import Context
 
 @dataclass(frozen=True, kw_only=True)
 class BiasCorrection:
-    """Shift the biases of all layers, those left in floating point too, so that their outputs keep their means.
+    """Correct the biases of all layers, including those in floating point, so that their outputs keep their means.
 
     Attributes:
-        samples: Calibration samples that the means are taken over, held in memory together.
+        samples: Number of calibration samples that the means are taken over; all are in memory at once.
     """
 
     stage: ClassVar[str] = "repair"
@@ -34,7 +34,7 @@ class BiasCorrection:
         check(self, samples=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with corrected biases; where nothing is quantized, there is nothing to correct."""
+        """Return a draft with corrected biases; unchanged if nothing is quantized."""
         return repaired(
             draft, context, self.samples, "BiasCorrection",
             lambda layer: None if layer.module.bias is None else layer.weight,

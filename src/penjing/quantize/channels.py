@@ -1,7 +1,7 @@
-"""Which layers read the channels of which operator, behind operators that a positive scale of a channel passes.
+"""Which layers read the channels of which operator, through operators that commute with a positive channel scale.
 
-Where every reader of a value is a layer with weights, its channels can be divided by any positive numbers and the
-readers' weights multiplied by them: the function stays, and what a quantizer sees does not.
+If every reader of a value is a layer with weights, its channels can be divided by any positive factors and the
+readers' weights multiplied by them: the function is unchanged, while the ranges are not.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LAYERS = ("conv", "linear")
 
 @dataclass(frozen=True)
 class Couple:
-    """A source of channels and all that reads them.
+    """A producer of channels and all of their readers.
 
     Attributes:
         source: Target of the module, or name of the node, whose output channels can be scaled.
-        tensors: Names of the parameters that make them; axis 0 of each is the channel.
-        readers: Names of the convolution and linear layers that read them, and nobody else does.
-        columns: For every reader the channel that each of its input channels holds, (in_channels,) each.
+        tensors: Names of the parameters that produce them; axis 0 of each is the channel.
+        readers: Names of the convolutions and linear layers that read them; there are no other readers.
+        columns: For every reader, the channel that each of its input channels corresponds to, (in_channels,) each.
     """
 
     source: str
@@ -41,25 +41,26 @@ class Couple:
 
 
 def couples(network: fx.GraphModule, call: Call, sources: Iterable[str], readers: Iterable[str]) -> list[Couple]:
-    """All couples of a captured network, in the order of execution.
+    """Find all pairs of producer and readers in a captured network, in execution order.
 
     Args:
         network: In eval mode.
-        call: An example, which sizes are taken from in one forward.
-        sources: Kinds of operators whose channels may be scaled: "conv", "linear", "layer_norm", "rms_norm" or "mul".
+        call: Example inputs, from which sizes are recorded in one forward pass.
+        sources: Kinds of operators whose output channels may be scaled: "conv", "linear", "layer_norm", "rms_norm" or
+            "mul".
         readers: Kinds of layers that may read them.
     """
     return _Tracer(network, call, tuple(readers)).run(tuple(sources))
 
 
 def layers(network: fx.GraphModule) -> tuple[str, ...]:
-    """Names of all convolution and linear modules that the network calls."""
+    """Return the names of all convolution and linear modules that the network calls."""
     nodes = [n for n in network.graph.nodes if n.op == "call_module" and kind(network, n) in LAYERS]
     return tuple(dict.fromkeys(str(n.target) for n in nodes))
 
 
 def divide(network: fx.GraphModule, couple: Couple, factor: torch.Tensor) -> None:
-    """Divide the source's channels by `factor` (channels,) and multiply its readers' columns by it, in place."""
+    """Divide the producer's channels by `factor` (channels,) and multiply its readers' columns by it, in place."""
     with torch.no_grad():
         for name in couple.tensors:
             tensor = network.get_parameter(name)
@@ -73,14 +74,14 @@ def divide(network: fx.GraphModule, couple: Couple, factor: torch.Tensor) -> Non
 
 
 def by_input(module: Any) -> torch.Tensor:
-    """A layer's weight as (groups, out_channels/groups, in_channels/groups, taps): input channels are axes 0 and 2."""
+    """View a layer's weight as (groups, out_channels/groups, in_channels/groups, taps); axes 0 and 2 are its inputs."""
     weight: torch.Tensor = module.weight.detach()
     groups = getattr(module, "groups", 1)
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
 def over_channels(values: Iterable[torch.Tensor], couple: Couple, channels: int) -> torch.Tensor:
-    """For every channel the largest of the readers' values, each (in_channels,), that belong to it: (channels,)."""
+    """Reduce the readers' values, each (in_channels,), to their maximum per channel: (channels,)."""
     largest = torch.zeros(channels, dtype=torch.float64)
     for value, columns in zip(values, couple.columns, strict=True):
         largest.scatter_reduce_(0, columns, value.double().cpu(), "amax")
@@ -88,7 +89,7 @@ def over_channels(values: Iterable[torch.Tensor], couple: Couple, channels: int)
 
 
 def range_of_inputs(module: nn.Module) -> torch.Tensor:
-    """The largest absolute weight of every input channel: (in_channels,), float64."""
+    """Return the largest absolute weight of every input channel: (in_channels,), float64."""
     return by_input(module).abs().amax((1, 3)).flatten().double()
 
 
@@ -97,25 +98,25 @@ class _Tracer:
         self.network, self.readers = network, readers
         self.sizes: Sizes = sizes(network, call)
         self.tensors = dict(network.named_parameters(remove_duplicate=False))
-        # A tensor that is read twice (tied weights, a layer called twice) serves somebody who knows no scale.
+        # A tensor that is read twice (tied weights, a layer called twice) has a reader that would not be rescaled.
         self.reads: Counter[int] = Counter()
         for node in network.graph.nodes:
             for name in self._owned(node):
                 self.reads[id(self.tensors[name])] += 1 if node.op == "call_module" else len(node.users)
 
     def run(self, sources: tuple[str, ...]) -> list[Couple]:
-        found: list[Couple] = []
+        coupled: list[Couple] = []
         for node in self.network.graph.nodes:
-            names = self._made_of(node) if kind(self.network, node) in sources else ()
+            names = self._produced_by(node) if kind(self.network, node) in sources else ()
             labels = self._labels(node, names) if self._alone(names) else None
             ends = None if labels is None else self._follow(node, labels)
             if ends:
                 source = str(node.target) if node.op == "call_module" else node.name
-                found.append(Couple(source, names, tuple(ends), tuple(ends.values())))
-        return found
+                coupled.append(Couple(source, names, tuple(ends), tuple(ends.values())))
+        return coupled
 
     def _owned(self, node: fx.Node) -> tuple[str, ...]:
-        """Names of the parameters that a module or a constant holds."""
+        """Names of the parameters of a module or a constant."""
         if node.op == "get_attr":
             return (str(node.target),) if str(node.target) in self.tensors else ()
         if node.op != "call_module":
@@ -123,7 +124,7 @@ class _Tracer:
         module = self.network.get_submodule(str(node.target))
         return tuple(f"{node.target}.{name}" for name, _ in module.named_parameters(recurse=False))
 
-    def _made_of(self, node: fx.Node) -> tuple[str, ...]:
+    def _produced_by(self, node: fx.Node) -> tuple[str, ...]:
         if node.op == "call_module":
             return self._owned(node)
         return tuple(name for n in tensor_inputs(node) if n.op == "get_attr" for name in self._owned(n))
@@ -132,12 +133,12 @@ class _Tracer:
         return bool(names) and all(self.reads[id(self.tensors[name])] == 1 for name in names)
 
     def _labels(self, node: fx.Node, names: tuple[str, ...]) -> torch.Tensor | None:
-        """The channel of every element of a source's output; None where the parameters do not lie along one axis."""
+        """The channel of every element of a producer's output; None if the parameters do not lie along one axis."""
         size, what = self.sizes[node], kind(self.network, node)
         shapes = [tuple(self.tensors[name].shape) for name in names]
         if not isinstance(size, torch.Size) or (what in LAYERS and node.op != "call_module"):
             return None
-        if what == "conv":  # one without a batch has its channels elsewhere
+        if what == "conv":  # an unbatched one has its channels on another axis
             along = torch.arange(size[1]).reshape(-1, *[1] * (len(size) - 2))
             return along.expand(size) if len(size) == len(shapes[0]) else None
         if what != "linear" and (set(shapes) != {(size[-1],)} or (what == "mul" and len(names) > 1)):
@@ -145,7 +146,7 @@ class _Tracer:
         return torch.arange(size[-1]).expand(size)
 
     def _follow(self, node: fx.Node, labels: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        """Reading layer → the channel of each of its inputs; None when something else reads the value."""
+        """Reading layer → the channel of each of its inputs; None if anything else reads the value."""
         ends: dict[str, torch.Tensor] = {}
         for user in node.users:
             if user.op == "call_function" and operator_name(user) == "sym_size":
@@ -179,13 +180,13 @@ class _Tracer:
 
 
 def maxima(network: fx.GraphModule, names: set[str], context: Context, samples: int) -> dict[str, torch.Tensor]:
-    """Linear layer → the largest absolute value of each of its inputs over the calibration data, (in_features,)."""
+    """Return linear layer → largest magnitude of each of its inputs over the calibration data, (in_features,)."""
     layers = {name: network.get_submodule(name) for name in sorted(names)}
     return shared(network, layers, context, LARGEST, samples=samples, label="magnitudes")
 
 
 def linears_by_input(network: fx.GraphModule) -> list[list[fx.Node]]:
-    """Linear layers by the value that they read: modules called once, with weights of their own."""
+    """Group linear layers by the value they read: modules that are called once and whose weights are not tied."""
     called: dict[str, int] = {}
     owners: dict[int, int] = {}
     for node in network.graph.nodes:
@@ -194,12 +195,12 @@ def linears_by_input(network: fx.GraphModule) -> list[list[fx.Node]]:
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found: dict[fx.Node, list[fx.Node]] = {}
+    readers: dict[fx.Node, list[fx.Node]] = {}
     for node in network.graph.nodes:
         if node.op != "call_module" or called[str(node.target)] > 1 or "float" in node.meta:
             continue
         module = network.get_submodule(str(node.target))
         source = node.args[0]
         if isinstance(module, nn.Linear) and isinstance(source, fx.Node) and owners[id(module.weight)] == 1:
-            found.setdefault(source, []).append(node)
-    return list(found.values())
+            readers.setdefault(source, []).append(node)
+    return list(readers.values())

@@ -1,6 +1,6 @@
-"""Which operator takes which format: what the formats cost, and the best choice under a limit, exactly.
+"""Choose a format for every operator: the costs of the formats, and the exact optimum under a constraint.
 
-An integer linear program with a cost on every edge whose ends differ in format, solved by HiGHS.
+An integer linear program with a cost on every edge between different formats, solved by HiGHS.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ FLOAT = 0  # "bits" of an operator in floating point
 
 @dataclass(frozen=True)
 class Costs:
-    """What the solver chooses from.
+    """The input of the solver.
 
     Attributes:
-        noise: Site → bits → noise power over signal power that it alone brings.
+        noise: Site → bits → noise power over signal power at the outputs, if this operator alone is quantized.
         ms: Site → bits → time.
-        edges: (producer, consumer) → time of a conversion where one is an integer operator and the other is not.
+        edges: (producer, consumer) → time of a conversion, paid if exactly one of them is an integer operator.
         weights: Site → number of weights.
-        rest_ms: Time of everything that is not chosen.
+        rest_ms: Time of everything whose format is not chosen.
     """
 
     noise: Mapping[str, Mapping[int, float]]
@@ -35,16 +35,16 @@ class Costs:
     rest_ms: float = 0.0
 
     def crossings(self, chosen: Mapping[str, int]) -> list[tuple[str, str]]:
-        """The edges that convert."""
+        """Return the edges that need a conversion."""
         return [(a, b) for a, b in self.edges if (chosen[a] == FLOAT) != (chosen[b] == FLOAT)]
 
     def time(self, chosen: Mapping[str, int]) -> float:
-        """Milliseconds of a choice."""
+        """Return the milliseconds of a choice."""
         own = sum(self.ms.get(name, {}).get(bits, 0.0) for name, bits in chosen.items())
         return self.rest_ms + own + sum(self.edges[e] for e in self.crossings(chosen))
 
     def corrected(self, chosen: Mapping[str, int], measured: float) -> Costs:
-        """The same with conversions as much dearer as this choice, as measured, took longer."""
+        """Return the costs with conversions made more expensive by the excess of the measured time of this choice."""
         crossing = sum(self.edges[e] for e in self.crossings(chosen))
         extra = measured - self.time(chosen)
         if extra <= 0 or not crossing:
@@ -53,16 +53,17 @@ class Costs:
 
 
 def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str, int] | None:
-    """The best choice, exactly.
+    """Compute the optimal choice.
 
     Args:
         costs: Noise and time of every choice.
         budget: Milliseconds for "noise", mean bits for "bits", noise power over signal power for "latency".
-        objective: "noise": least noise in a latency; "bits": least noise in a mean of bits; "latency": the fastest.
-        widest: Bits that an operator without weights counts with, and that ties go to.
+        objective: "noise": least noise within a latency; "bits": least noise within a mean bit width; "latency":
+            fastest within a noise.
+        widest: Bit width assigned to operators without weights, and preferred in ties.
 
     Returns:
-        Site → bits, 0 for floating point; None where nothing fits.
+        Site → bits, 0 for floating point; None if the constraint can't be satisfied.
     """
     names = list(costs.noise)
     columns = [(name, bits) for name in names for bits in costs.noise[name]]
@@ -99,15 +100,17 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
     limited = {"noise": time, "bits": bits, "latency": power}[objective]
     room = budget - (costs.rest_ms if objective == "noise" else 0.0)
     if room < math.inf:
-        scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances
+        scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances, so they are rescaled
         constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
     aim = time if objective == "latency" else power
     aim = aim / max(aim.max(), 1e-30)
     matrix = csr_matrix((values, (rows, cols)), shape=(len(lows), size))
-    found = milp(aim, constraints=LinearConstraint(matrix, lows, highs), integrality=np.ones(size), bounds=Bounds(0, 1))
-    if found.x is None:
+    solution = milp(
+        aim, constraints=LinearConstraint(matrix, lows, highs), integrality=np.ones(size), bounds=Bounds(0, 1)
+    )
+    if solution.x is None:
         return None
-    return {name: b for (name, b), x in zip(columns, found.x, strict=False) if x > 0.5}
+    return {name: b for (name, b), x in zip(columns, solution.x, strict=False) if x > 0.5}
 
 
 __all__ = ["FLOAT", "Costs", "solve"]

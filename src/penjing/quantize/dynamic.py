@@ -1,7 +1,7 @@
-"""Dynamic quantization: linear and recurrent layers in integers, without calibration; ranges are taken at run time.
+"""Dynamic quantization of linear and recurrent layers: no calibration, activation ranges are computed at run time.
 
 As in torch's `quantize_dynamic` (2019) and Zafrir et al., "Q8BERT: Quantized 8Bit BERT", EMC2 at NeurIPS 2019, with
-int8 weights per output channel. What is measured at run time costs a pass over the input of every layer.
+per-channel int8 weights. Computing a range at run time costs a pass over the input of every layer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from penjing.surgery import own_weights, recurrent
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Quantize the weights of linear layers and LSTMs; what they multiply is quantized at run time, to 8 bits.
+    """Quantize the weights of linear layers and LSTMs; their activations are quantized to 8 bits at run time.
 
-    Everything else stays in floating point. No calibration data is read.
+    Everything else stays in floating point. No calibration data is needed.
 
     Attributes:
         weight_bits: Bits of a weight.
@@ -47,7 +47,7 @@ class Dynamic:
         check(self, weight_bits=whole(2, 8), weight_range=one_of("minmax", "mse"), exclude=NAMES)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with a plan; its network is the same but for tied weights that are read turned."""
+        """Return a draft with a plan; its network is unchanged, except that transposed tied weights are untied."""
         capabilities = context.capabilities or GENERIC
         draft = draft.copy()
         edits = own_weights(draft.network, fitting(self.exclude, draft.network))
@@ -84,7 +84,7 @@ class Dynamic:
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Capabilities) -> str | None:
-    """Why a node stays in floating point; None when it is quantized."""
+    """The reason why a node stays in floating point; None if it is quantized."""
     if what in RECURRENT:
         if what not in capabilities.recurrent:
             refusal = f"{capabilities.runtime} has no integer kernel for {what} that takes its ranges at run time"

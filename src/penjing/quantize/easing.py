@@ -1,9 +1,10 @@
-"""What is done by itself where a few huge channels cost an activation its other values.
+"""Automatic handling of outlier channels that cost an activation its other values.
 
-One scale serves all channels of an activation. Where some are far larger than the rest (Dettmers et al., "LLM.int8()",
-NeurIPS 2022), the rest is rounded to nothing, and no rounding of weights mends that. From the cheapest to the dearest:
-the weights take the difference over, the channels are split off, the additions stay in floating point (a residual
-stream carries its huge channels through all of them, while most of the work is in products), all of the operators do.
+One scale serves all channels of an activation. If some are far larger than the rest (Dettmers et al., "LLM.int8()",
+NeurIPS 2022), the rest is rounded to zero, and no rounding of weights repairs that. The remedies, in order of cost: the
+magnitude is migrated into the weights; the channels are split off; the additions stay in floating point (a residual
+stream carries its outlier channels through all of them, while most of the work is in matrix products); or all affected
+operators do.
 """
 
 from __future__ import annotations
@@ -28,36 +29,36 @@ from penjing.surgery.outliers import FLOAT
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Call
 
-POOR_DB = 15.0  # of an output: below it something is wrong that is looked into
-GOOD_DB = 20.0  # nothing dearer is tried then
-GAIN_DB = 3.0  # half of the noise: less is no reason for another plan
-FACTOR = 6.0  # a channel so many times larger than the median one is an outlier, as in `SplitOutliers`
-FAINT = 64.0  # a channel so many times smaller than the largest one has two steps left of 8 bits
+POOR_DB = 15.0  # of an output: below it the cause is looked for
+GOOD_DB = 20.0  # from here on no costlier remedy is tried
+GAIN_DB = 3.0  # half of the noise: a smaller gain does not justify another plan
+FACTOR = 6.0  # a channel this many times larger than the median one is an outlier, as in `SplitOutliers`
+FAINT = 64.0  # a channel this many times smaller than the largest one is left with two levels of 8 bits
 SAMPLES = 32
-ALPHA = 0.75  # of `SmoothQuant` beside additions in floating point: all but the weights' own differences
+ALPHA = 0.75  # of `SmoothQuant` with additions in floating point
 Quantize = Callable[..., Draft]
 
 
-def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Draft:
-    """`made` itself where every output keeps its values or no channels are huge; the best of the remedies otherwise.
+def eased(quantize: Quantize, draft: Draft, quantized: Draft, context: Context) -> Draft:
+    """Return `quantized` if no output is too noisy or no channels are outliers; else the draft of the best remedy.
 
     Args:
-        quantize: Makes the plan of a draft: called with it, the context, names of operators that stay in floating point
-            besides, and settings of the step that are others.
+        quantize: Quantizes a draft: called with the draft, the context, names of further operators to leave in floating
+            point, and settings of the step to override.
         draft: Before quantization.
-        made: What `quantize` makes of it.
+        quantized: The result of `quantize`.
         context: Its task has the calibration data.
     """
     calls = chunks(context, draft.network, SAMPLES)
-    before = best = _worst(draft.network, made, calls)
-    if before >= POOR_DB or not (names := outliers(made.network, made.plan, calls)):
-        return made
+    before = best = _worst(draft.network, quantized, calls)
+    if before >= POOR_DB or not (names := outliers(quantized.network, quantized.plan, calls)):
+        return quantized
     split = SplitOutliers(factor=FACTOR, most=0.1)
     smooth = SmoothQuant(alpha=ALPHA, multiply=True)
-    nodes = sites(made.network)
+    nodes = sites(quantized.network)
     additions: tuple[str, ...] = ()
-    if any(kind(made.network, nodes[name]) == "add" for name in names):  # the stream is one: all of its additions
-        additions = tuple(name for name, node in nodes.items() if kind(made.network, node) == "add")
+    if any(kind(quantized.network, nodes[name]) == "add" for name in names):  # all additions share one residual stream
+        additions = tuple(name for name, node in nodes.items() if kind(quantized.network, node) == "add")
     remedies: dict[str, Callable[[], Draft]] = {
         "SmoothQuant": lambda: quantize(SmoothQuant()(draft, context), context, ()),
         "SplitOutliers": lambda: quantize(split(draft, context), context, ()),
@@ -67,27 +68,27 @@ def eased(quantize: Quantize, draft: Draft, made: Draft, context: Context) -> Dr
         ),
         "floating point": lambda: _in_floats(quantize(draft, context, names), names),
     }
-    chosen = made
+    chosen = quantized
     for word, remedy in remedies.items():
         if "additions" in word and not additions:
             continue
-        tried = remedy()
-        reached = _worst(draft.network, tried, calls)
-        kept = reached > max(best, before + GAIN_DB)
-        context.events("remedy", name=word, snr_db=reached, before_db=before, kept=kept, slower=False, seconds=0.0)
-        if kept:
-            text = f"{word}, as {len(names)} operators read huge channels: {reached:.1f} dB instead of {before:.1f}"
-            best, chosen = reached, replace(tried, plan=replace(tried.plan, remedy=text))
+        candidate = remedy()
+        reached = _worst(draft.network, candidate, calls)
+        improves = reached > max(best, before + GAIN_DB)
+        context.events("remedy", name=word, snr_db=reached, before_db=before, kept=improves, slower=False, seconds=0.0)
+        if improves:
+            text = f"{word}, as {len(names)} operators read outlier channels: {reached:.1f} dB instead of {before:.1f}"
+            best, chosen = reached, replace(candidate, plan=replace(candidate.plan, remedy=text))
         if best >= GOOD_DB:
             break
     return chosen
 
 
 def outliers(network: fx.GraphModule, plan: Plan, calls: list[Call]) -> tuple[str, ...]:
-    """Sites of the quantized operators that read a value whose channels one scale can't serve.
+    """Return the sites of quantized operators that read a value whose channels can't share a scale.
 
-    A few are far larger than the others, or a tenth of those that are not always 0 are lost beside the largest, as
-    where raw measurements of many sizes come together.
+    Either a few channels are far larger than the others, or a tenth of the channels that are not always 0 vanish next
+    to the largest, as when raw measurements of different magnitudes are concatenated.
     """
     nodes = sites(network)
     read: dict[str, list[str]] = {}
@@ -115,20 +116,20 @@ def outliers(network: fx.GraphModule, plan: Plan, calls: list[Call]) -> tuple[st
 
 
 def _apart(largest: torch.Tensor) -> bool:
-    """Of the largest magnitude of every channel, (channels,)."""
+    """Whether channels can't share a scale, from the largest magnitude of each, (channels,)."""
     used, most = largest[largest > 0], float(largest.max())
     few = 0 < FACTOR * float(largest.median()) < most
     return few or (len(used) > 1 and FAINT * float(used.quantile(0.1)) < most)
 
 
-def _in_floats(made: Draft, names: tuple[str, ...]) -> Draft:
-    floats = {name: FLOAT if name in names else reason for name, reason in made.plan.floats.items()}
-    return replace(made, plan=replace(made.plan, floats=floats))
+def _in_floats(quantized: Draft, names: tuple[str, ...]) -> Draft:
+    floats = {name: FLOAT if name in names else reason for name, reason in quantized.plan.floats.items()}
+    return replace(quantized, plan=replace(quantized.plan, floats=floats))
 
 
-def _worst(reference: fx.GraphModule, made: Draft, calls: list[Call]) -> float:
-    """Signal-to-noise ratio of the floating-point output that loses most, in dB."""
-    network = insert(made.network, made.plan)
+def _worst(reference: fx.GraphModule, quantized: Draft, calls: list[Call]) -> float:
+    """Signal-to-noise ratio of the noisiest floating-point output, in dB."""
+    network = insert(quantized.network, quantized.plan)
     signal: list[float] = []
     lost: list[float] = []
     with torch.no_grad():

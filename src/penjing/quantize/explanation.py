@@ -1,4 +1,4 @@
-"""Why a network loses what it loses in integers, operator by operator, and what mends it."""
+"""Where a quantized network's noise comes from, operator by operator, and which repair applies."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from penjing.steps.plan import GENERIC, Entry
 from penjing.steps.step import Context
 
 SAMPLES = 16
-FAINT = 1e-4  # noise over signal, 40 dB: fewer answers change by it than by bfloat16
+FAINT = 1e-4  # noise over signal, 40 dB: it changes fewer predictions than bfloat16 does
 
 
 def explain(draft: Draft, context: Context, static: Static | None = None) -> tuple[NoiseRow, ...]:
-    """The noise of every quantized operator alone, before and after `CoordinateRounding`, on held-out samples.
+    """Measure the noise of every operator quantized alone, before and after `CoordinateRounding`, on held-out samples.
 
     Args:
         draft: A network that is not quantized yet.
-        context: Its task needs calibration data.
-        static: How to quantize; None takes the defaults.
+        context: Its task must have calibration data.
+        static: Quantization settings; None takes the defaults.
     """
-    fitting, held = split(context)
+    fitting, held_out = split(context)
     plain = (static or Static())(draft, fitting)
     repaired = CoordinateRounding()(plain, fitting)
-    few = [part(call, 0, 4) for call in held[: SAMPLES // 4]]
+    few = [part(call, 0, 4) for call in held_out[: SAMPLES // 4]]
 
     def progress(done: int, total: int) -> None:
         context.events("progress", label="noise of every operator", done=done, total=total)
 
     nodes, capabilities = sites(plain.network), context.capabilities or GENERIC
     before = noise.isolated(plain.network, plain.plan, few, progress)
-    # What only moves values brings the noise of its reader a second time.
+    # An operator that only moves values would count the noise of its reader a second time.
     before = {name: alone for name, alone in before.items() if not carries(plain.network, nodes[name], capabilities)}
     after = noise.isolated(plain.network, plain.plan, few, progress, repaired.network)
     ranges = _clipped(plain, context)
@@ -64,9 +64,9 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
 
 
 def _remedy(before: noise.Noise, after: noise.Noise, total: float) -> str:
-    """What to do about an operator, from what it brings to the outputs."""
+    """The remedy for an operator, from the noise it causes at the outputs."""
     if after.total > max(0.2 * total, FAINT):
-        return "floating point"  # a fifth of all noise from one operator
+        return "floating point"  # a fifth of all noise comes from this operator
     if before.weights > 2 * after.weights and before.weights > max(0.05 * total, FAINT):
         return "rounding"
     return ""
@@ -78,16 +78,16 @@ def _range(entry: Entry) -> tuple[float, float]:
 
 
 def _clipped(draft: Draft, context: Context) -> dict[str, float]:
-    """Site of a layer → share of its input's values that lie beyond the range."""
-    found: dict[str, float] = {}
+    """Site of a layer → share of its input values outside the range."""
+    shares: dict[str, float] = {}
 
     def watch(layer: lockstep.Layer) -> None:
         entry = draft.plan.entries.get(f"{layer.site}:in0")
         if entry is not None:
-            found[layer.site] = sum(noise.clipped(x, entry) for x in layer.inputs) / len(layer.inputs)
+            shares[layer.site] = sum(noise.clipped(x, entry) for x in layer.inputs) / len(layer.inputs)
 
     lockstep.run(draft.network, type(draft.plan)(), chunks(context, draft.network, SAMPLES), watch)
-    return found
+    return shares
 
 
 def _finite(value: float) -> float | None:

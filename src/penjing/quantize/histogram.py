@@ -1,4 +1,4 @@
-"""Streaming histograms: what a value looked like over any number of samples, in a fixed amount of memory."""
+"""Streaming histograms: the distribution of a value over any number of samples, in constant memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from penjing.errors import CalibrationError
 
 BINS = 8192
-SAMPLES_A_BATCH = 1 << 16  # values of one batch that are counted; the extremes are taken over all of them
+SAMPLES_A_BATCH = 1 << 16  # values counted per batch; minimum and maximum are taken over all of them
 
 
 class Histogram:
-    """Counts of one tensor's values over equal bins from −limit to limit.
+    """Counts of a tensor's values in equal bins from −limit to limit.
 
-    `limit` is a power of two. When a value falls outside, it doubles, and two bins become one: exactly, with no
-    interpolation, so the order of the samples never changes the counts.
+    `limit` is a power of two. When a value falls outside, it doubles, and pairs of bins are merged exactly, without
+    interpolation, so the counts do not depend on the order of the samples.
     """
 
     def __init__(self, bins: int = BINS) -> None:
@@ -24,20 +24,20 @@ class Histogram:
         self.limit = 0.0
         self.low, self.high = math.inf, -math.inf
         self.moving_low, self.moving_high = math.nan, math.nan
-        self.batch: tuple[float, float] | None = None  # extremes of the batch that came last
-        self.past: tuple[float, float] | None = None  # the moving extremes before it
+        self.batch: tuple[float, float] | None = None  # minimum and maximum of the latest batch
+        self.past: tuple[float, float] | None = None  # the moving averages before it
 
     def update(self, x: torch.Tensor, momentum: float = 0.9, *, share: float = 1.0, more: bool = False) -> None:
-        """Count the values of x (any shape).
+        """Add the values of x (any shape).
 
         Args:
             x: Values of a batch, or of some of its samples.
-            momentum: Weighs the past in the moving extremes.
-            share: What part of a batch this is.
-            more: It belongs to the batch of the call before.
+            momentum: Weight of the past in the moving averages of minimum and maximum.
+            share: Fraction of a batch that x is.
+            more: Whether x belongs to the same batch as the previous call.
 
         Raises:
-            CalibrationError: A value is infinite or not a number.
+            CalibrationError: A value is infinite or NaN.
         """
         x = x.detach()
         if x.numel() == 0:
@@ -50,7 +50,7 @@ class Histogram:
             raise CalibrationError(
                 "a value inside the network is not finite on the calibration data",
                 got=f"values from {low} to {high}",
-                expected="finite values wherever a quantizer stands",
+                expected="finite values at every quantizer",
                 remedy="leave its operator in floating point with exclude=(...), or check the calibration data",
             )
         if not more and self.batch is not None:
@@ -63,10 +63,10 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow(max(abs(low), abs(high)))
         stride = max(1, x.numel() // max(1, int(SAMPLES_A_BATCH * share)))
-        while math.gcd(stride, sample) > 1:  # or it would fall in step with rows and channels
+        while math.gcd(stride, sample) > 1:  # otherwise it would always sample the same rows or channels
             stride += 1
         values = x[::stride].double()
-        # Scaling by a power of two and rounding down are exact, so a value's bin never depends on when it came.
+        # Scaling by a power of two and rounding down are exact, so a value's bin does not depend on when it was added.
         half = len(self.counts) // 2
         places = torch.floor(values * (half / self.limit)).long() + half
         counts = torch.bincount(places, minlength=len(self.counts))
@@ -84,12 +84,12 @@ class Histogram:
 
     @property
     def power(self) -> float:
-        """Mean square of the values, to within the width of a bin."""
+        """Return the mean square of the values, to within the width of a bin."""
         return float((self.counts * self.centers.square()).sum() / self.counts.sum().clamp(min=1))
 
     @property
     def centers(self) -> torch.Tensor:
-        """Middle of every bin, (bins,), float64; within the extremes that were seen."""
+        """Return the centre of every bin, (bins,), float64, clamped to the observed minimum and maximum."""
         n = len(self.counts)
         middles = (torch.arange(n, dtype=torch.float64) + 0.5) * (2 * self.limit / n) - self.limit
         return middles.clamp(self.low, self.high)

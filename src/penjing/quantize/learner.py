@@ -1,6 +1,6 @@
-"""A network whose quantizers learn: scales as parameters, batch norms alive behind layers.
+"""A network with trainable quantizers: scales are parameters, and batch norms are reinserted behind layers.
 
-Learned step size (LSQ): Esser et al., ICLR 2020. Clipping that is learned (PACT): Choi et al., 2018.
+Learned step size (LSQ): Esser et al., ICLR 2020. Learned clipping (PACT): Choi et al., 2018.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from penjing.surgery import FakeQuantize, Grid, insert, quantizer_calls
 
 
 class Learner(nn.Module):
-    """A quantizer whose scale can learn."""
+    """A fake quantizer with a trainable scale."""
 
     zero_point: torch.Tensor
 
@@ -34,26 +34,26 @@ class Learner(nn.Module):
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape in, the same shape out, float32."""
+        """Fake-quantize x: any shape to the same shape, float32."""
         scale = self.scale.abs() + 1e-12
         result: torch.Tensor = Grid.apply(x, scale, self.zero_point, self.spec, self.method)  # type: ignore[no-untyped-call]
         return result
 
 
 def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
-    """The network with quantizers that learn, and with the batch norms that were folded alive behind its layers."""
+    """Build the network with trainable fake quantizers, and reinsert its folded batch norms."""
     network = insert(draft.network, draft.plan, trains=True)
     weights = {f"{name}:weight" for name in sites(draft.network)}
     scales: dict[str, Learner] = {}
     for edge, node in quantizer_calls(network, draft.plan).items():
         entry = draft.plan.entries[edge]
         fixed = entry.spec.scale == "power_of_two" or (method == "pact" and edge in weights)
-        made = Learner(entry, "ste" if fixed else method)
-        _replace(network, str(node.target), made)
+        quantizer = Learner(entry, "ste" if fixed else method)
+        _replace(network, str(node.target), quantizer)
         if edge in weights:
-            scales[edge.removesuffix(":weight")] = made
+            scales[edge.removesuffix(":weight")] = quantizer
     for name, module in list(network.named_modules()):
-        if isinstance(module, FakeQuantize):  # of a bias: its grid follows from scales that still move
+        if isinstance(module, FakeQuantize):  # of a bias: its grid follows from scales that are still trained
             _replace(network, name, nn.Identity())
     _revive_norms(network, draft, context, scales)
     network.recompile()
@@ -69,14 +69,15 @@ _NORMS: dict[int, type[nn.Module]] = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: n
 
 
 def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context, scales: Mapping[str, Learner]) -> None:
-    """Put a batch norm, at first an identity, behind every layer that one was folded into.
+    """Insert a batch norm, initially an identity, behind every layer that one was folded into.
 
-    Folding left channels of very different sizes, and behind a batch norm a step changes a channel by the inverse of
-    its size squared. So every channel takes the size that He et al. (ICCV 2015) begin with, √2, and its scale with it:
-    the integers stay, the batch norm divides it out again, and learning rates mean what they mean elsewhere.
+    Folding leaves channels of very different magnitude, and in front of a batch norm the effective learning rate of a
+    channel is inversely proportional to its squared magnitude. So every channel is normalized to the magnitude of He et
+    al.'s initialization (ICCV 2015), √2, and its scale with it: the integers stay the same, the batch norm undoes the
+    factor, and learning rates have their usual meaning.
     """
     folded = {str(edit["layer"]) for edit in draft.edits if edit.get("edit") == "fold"}
-    wanted = {
+    revived = {
         name
         for name in folded
         if (entry := draft.plan.entries.get(f"{name}:weight")) is not None
@@ -88,7 +89,7 @@ def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context, scale
     statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(layer: lockstep.Layer) -> None:
-        if layer.site in wanted:
+        if layer.site in revived:
             every = torch.cat([y.movedim(1, 0).flatten(1) for y in layer.twin_outputs()], 1)
             statistics[layer.site] = (every.mean(1), every.var(1, correction=0))
 
@@ -124,7 +125,7 @@ def _rank(draft: Draft, layer: str) -> int:
 
 
 def learned(draft: Draft, network: fx.GraphModule) -> Draft:
-    """The draft with what `network`, made by `learner`, has learned."""
+    """Return the draft with the weights and scales trained in `network`, which `learner` built."""
     draft = draft.copy()
     entries = dict(draft.plan.entries)
     state = network.state_dict()
@@ -138,7 +139,7 @@ def learned(draft: Draft, network: fx.GraphModule) -> Draft:
             layer = edge.removesuffix(":weight")
             norm: Any = getattr(network.get_submodule("norms"), layer.replace(".", "_"), None)
             if edge.endswith(":weight") and norm is not None:
-                # (Ŵ·x + b − μ)·γ/σ + β: the factor of a channel goes into its scale, and the integers stay.
+                # (Ŵ·x + b − μ)·γ/σ + β: a channel's factor is folded into its scale, so the integers stay the same.
                 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
                 mine: Any = draft.network.get_submodule(layer)
                 mine.weight *= factor.reshape(-1, *[1] * (mine.weight.dim() - 1))

@@ -1,4 +1,4 @@
-"""Where masks are added: between the scores of an attention and its softmax, which stays in floating point."""
+"""Operators between the scores of an attention and its softmax, where masks are added: they stay in floating point."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import fx
 
 from penjing.network.graph import kind, tensor_inputs
 
-REASON = "it stands before a softmax, where a mask would set its range"
+REASON = "it feeds a softmax, where a mask would dominate its range"
 SOFTMAX = frozenset({"softmax", "log_softmax"})
 ARITHMETIC = frozenset(
     {"add", "sub", "rsub", "mul", "div", "neg", "clip", "clamp_min", "clamp_max", "maximum", "minimum"}
@@ -19,11 +19,11 @@ BETWEEN = ARITHMETIC | SELECTING | MOVING
 
 
 def before_softmax(network: fx.GraphModule) -> dict[str, str]:
-    """Name of every node of arithmetic that leads to a softmax → why it stays floating point.
+    """Return name of every arithmetic node that leads to a softmax → why it stays in floating point.
 
-    A mask (−10,000, the smallest number, −infinity) is a number among others there: it would set the range, and
-    nothing be left of the scores. Scales, position biases and sums of several masks stand on the same way, also
-    behind reshapes. The softmax itself computes in floating point, so integers before it would gain no time.
+    A mask (−10,000, the lowest finite number, −infinity) is an ordinary value there: it would dominate the range and
+    leave no resolution for the scores. Scales, position biases and sums of several masks lie on the same path, also
+    behind reshapes. The softmax itself is computed in floating point, so integers in front of it would save no time.
     """
     reached: dict[str, str] = {}
     waiting = [n for end in network.graph.nodes if kind(network, end) in SOFTMAX for n in tensor_inputs(end)[:1]]

@@ -1,16 +1,16 @@
-"""Mixed precision: which operators take how many bits, solved exactly under a budget and measured as a whole.
+"""Mixed precision: the bit width of every operator, chosen exactly under a budget and measured as a whole network.
 
-Noise per operator: what it alone brings to the outputs, its weights rounded as they will be (Dong et al., "HAWQ-V2",
-NeurIPS 2020, rank by curvature; here the noise itself is measured). At very few bits noises do not add up, and what
-rounding to the nearest brings ranks operators as well or better: a mean of bits is kept in both ways, and the better of
-the two networks is taken. Time per operator: from the runtime's own profile,
-once all integer and once all floating point, scaled to the latency of the whole network, and a cost on every edge whose
-two ends differ, for the conversion between them; layer times alone do not add up. The choice is an integer linear
-program, solved by HiGHS, and every choice is measured: what took longer than reckoned makes conversions dearer in the
-next round.
+Noise per operator: the noise at the outputs if it alone is quantized, with its weights rounded as they will be (Dong et
+al., "HAWQ-V2", NeurIPS 2020, rank by curvature; here the noise itself is measured). At very few bits the noise of
+operators is not additive, and noise measured with weights rounded to the nearest ranks them as well or better: under a
+mean bit width both are tried, and the better of the two networks is taken. Time per operator: from the runtime's own
+profile, once all-integer and once all floating point, scaled to the latency of the whole network, plus a cost for the
+conversion on every edge between different formats, because layer times alone do not add up. The choice is an integer
+linear program, solved by HiGHS, and every choice is measured: any excess over the prediction makes conversions more
+expensive in the next round.
 
-A file has one floating-point format beside its integers, fp32 or bfloat16: the choice is made once for each that the
-processor multiplies, and the better of them is kept.
+A file has one floating-point format beside its integers, fp32 or bfloat16: the problem is solved for each that the
+processor supports, and the better solution is taken.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from penjing.steps.settings import FLAG, Rule, above, check, number, one_of, opt
 from penjing.steps.step import Context
 from penjing.surgery import insert
 
-RANKED = 16  # samples that noise is measured on
-ROUNDS = 4  # times that the budget is tightened when the measured network exceeds it
-MARGIN = 0.97  # of a latency: the same network, measured again, is some percent off
-INTEGERS = ("int8", "int8-bf16")  # precisions of an artifact with integers in it
-CALL_BYTES = 50_000  # a conversion costs at least what so many bytes cost: its call, some microseconds
-LEAST_RATE = 1e-8  # milliseconds a byte: no conversion is free, or the choice would be arbitrary
+RANKED = 16  # samples on which noise is measured
+ROUNDS = 4  # times that the budget is tightened if the measured network exceeds it
+MARGIN = 0.97  # of a latency: repeated measurements of the same network vary by a few percent
+INTEGERS = ("int8", "int8-bf16")  # precisions of an artifact with integers
+CALL_BYTES = 50_000  # the fixed cost of a conversion, its call, expressed in bytes: some microseconds
+LEAST_RATE = 1e-8  # milliseconds per byte: no conversion is free, or the choice would be arbitrary
 BITS = Rule(
     lambda value: isinstance(value, tuple | list) and 0 < len(value) == len(set(map(repr, value))),
     "different numbers of bits, for example (8, 4)",
@@ -50,20 +50,20 @@ BITS = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision:
-    """Choose every operator's bits: the least noise within a latency or a mean of bits, or the fastest within a noise.
+    """Choose every operator's bit width: least noise within a latency or mean bit width, or fastest within a noise.
 
-    Exactly one limit is given. Instead of `Static`; weights are rounded by `CoordinateRounding` at the end.
+    Exactly one limit is given. Replaces `Static`; weights are rounded by `CoordinateRounding` at the end.
 
     Attributes:
         latency_ms: Largest latency in the target runtime, as measured on the whole network.
-        latency_ratio: The same as a multiple of the latency of the network all in integers (of the most bits), measured
-            beside it: it means the same on a machine whose clock or neighbours change.
+        latency_ratio: The same as a multiple of the latency of the all-integer network (at the most bits), measured
+            next to it, which is robust against changes in clock rate and load.
         snr_db: Smallest signal-to-noise ratio of the outputs, as measured on held-out calibration data.
         average_bits: Largest mean number of bits of a weight.
-        weight_bits: The bits that a weight may have.
+        weight_bits: The bit widths to choose from.
         floats: Whether operators may stay in floating point.
-        precision: What the operators in floating point are computed in: "int8" is fp32, "int8-bf16" bfloat16; "auto"
-            tries both where the runtime multiplies bfloat16 here. What was taken stands in `Plan.precision`.
+        precision: The format of operators in floating point: "int8" is fp32, "int8-bf16" bfloat16; "auto" tries both if
+            the runtime supports bfloat16 on this processor. `Plan.precision` records the choice.
         exclude: As in `Static`.
         samples: As in `Static`.
     """
@@ -84,11 +84,11 @@ class MixedPrecision:
 
     def __post_init__(self) -> None:
         limits = (self.latency_ms, self.latency_ratio, self.snr_db, self.average_bits)
-        given = [v for v in limits if v is not None]
-        if len(given) != 1:
+        constraints = [v for v in limits if v is not None]
+        if len(constraints) != 1:
             raise RecipeError(
                 "MixedPrecision takes exactly one limit",
-                got=f"{len(given)} of them",
+                got=f"{len(constraints)} of them",
                 expected="latency_ms=, latency_ratio=, snr_db= or average_bits=",
                 remedy="for example MixedPrecision(average_bits=5, weight_bits=(8, 4, 2))",
             )
@@ -109,20 +109,22 @@ class MixedPrecision:
         return Static(weight_bits=bits, exclude=self.exclude, samples=self.samples)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a repaired draft with the first plan that keeps the limit, or the nearest."""
+        """Return a repaired draft with the first plan that satisfies the limit, or the nearest one."""
         if self._timed and context.profile is None:
             raise UsageError(
-                "a latency can only be held in a runtime that times its operators",
+                "a latency limit needs a runtime that profiles its operators",
                 got=context.capabilities.runtime if context.capabilities else "no runtime",
                 expected="openvino, through pj.run or penjing compress",
             )
         precisions = self._precisions(context)
-        fitting, held = split(context)
+        fitting, held_out = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
-        ways = [_alone(drafts, fitting, held, repaired=r) for r in ((True, False) if self.average_bits else (True,))]
+        ways = [
+            _alone(drafts, fitting, held_out, repaired=r) for r in ((True, False) if self.average_bits else (True,))
+        ]
         plain = dict.fromkeys(ways[0], max(self.weight_bits))
         reckoned = [
-            (precision, _costs(self, drafts, alone, precision, held, context))
+            (precision, _costs(self, drafts, alone, precision, held_out, context))
             for precision in precisions
             for alone in ways
         ]
@@ -130,38 +132,38 @@ class MixedPrecision:
         tried: list[_Tried] = []
         for precision, costs in reckoned:
             candidates = _Candidates(draft, drafts, costs, precision, plain)
-            tried += self._rounds(candidates, limit, fitting, held, context)
+            tried += self._rounds(candidates, limit, fitting, held_out, context)
         if not tried:
             raise RecipeError(
-                "no choice of bits keeps this limit",
+                "no choice of bits satisfies this limit",
                 got=f"average_bits={self.average_bits} of {self.weight_bits}",
-                expected="a looser limit, or more kinds in weight_bits",
+                expected="a looser limit, or more bit widths in weight_bits",
             )
         best = min(tried, key=lambda t: (max(t.missed, 1.0), t.worth))
         for name, bits in best.chosen.items():
             context.events("bits", site=name, bits=bits or "float", precision=best.precision)
         final = {bits: self._static(bits)(draft, context) for bits in self.weight_bits}
-        made = CoordinateRounding()(_planned(final, best.chosen), context)
-        return replace(made, plan=replace(made.plan, precision=best.precision))
+        rounded = CoordinateRounding()(_planned(final, best.chosen), context)
+        return replace(rounded, plan=replace(rounded.plan, precision=best.precision))
 
     def _precisions(self, context: Context) -> tuple[str, ...]:
-        """What the rest may be computed in: the artifacts' precisions to choose from."""
+        """The artifact precisions, and so the floating-point formats, to choose from."""
         there = [p for p in (context.capabilities or GENERIC).precisions if p in INTEGERS]
         if not there or self.precision not in ("auto", *there):
             raise UsageError(
-                "MixedPrecision(precision=...) is not to be had in this runtime on this processor",
+                "MixedPrecision(precision=...) is not available in this runtime on this processor",
                 got=self.precision,
                 expected=" or ".join(there) or "a runtime with integers",
-                remedy="precision='auto' takes what there is" if there else "`penjing runtimes` lists them",
+                remedy="precision='auto' takes what is available" if there else "`penjing runtimes` lists them",
             )
         if self.precision != "auto":
             return (self.precision,)
         return tuple(there) if self.floats and self.average_bits is None else tuple(there[:1])
 
     def _rounds(
-        self, candidates: _Candidates, limit: float, fitting: Context, held: list[Any], context: Context
+        self, candidates: _Candidates, limit: float, fitting: Context, held_out: list[Any], context: Context
     ) -> list[_Tried]:
-        """Choices with one floating-point format, each made and measured, until one keeps the limit."""
+        """Choices with one floating-point format, each built and measured, until one satisfies the limit."""
         costs, precision, plain = candidates.costs, candidates.precision, candidates.plain
         budget = MARGIN * limit if self._timed else limit
         tried: list[_Tried] = []
@@ -170,11 +172,11 @@ class MixedPrecision:
             chosen = chosen or (self._nearest(costs) if not tried else None)
             if chosen is None:
                 break
-            made = CoordinateRounding()(_planned(candidates.drafts, chosen), fitting)
-            snr = noise.signal_to_noise(candidates.draft.network, insert(made.network, made.plan), held)
+            rounded = CoordinateRounding()(_planned(candidates.drafts, chosen), fitting)
+            snr = noise.signal_to_noise(candidates.draft.network, insert(rounded.network, rounded.plan), held_out)
             power = 10 ** (-snr / 10) + sum(costs.noise[n][FLOAT] for n, bits in chosen.items() if bits == FLOAT)
             snr = noise.decibels(power)
-            missed, costs, budget = self._judged(made, candidates, chosen, snr, costs, limit, budget, context)
+            missed, costs, budget = self._judged(rounded, candidates, chosen, snr, costs, limit, budget, context)
             context.events("mixed", snr_db=snr, met=missed <= 1, limit=limit, missed=missed, precision=precision)
             tried.append(_Tried(missed, costs.time(chosen) if self.snr_db is not None else power, precision, chosen))
             if missed <= 1:
@@ -188,9 +190,9 @@ class MixedPrecision:
         return self.latency_ms is not None or self.latency_ratio is not None
 
     def _limit(self, integer_ms: float) -> float:
-        """In the unit that is limited: milliseconds, noise power over signal power, or mean bits.
+        """The limit in its unit: milliseconds, noise power over signal power, or mean bits.
 
-        `integer_ms` is what the network all in integers takes, with the rest in the format that is faster.
+        `integer_ms` is the latency of the all-integer network, with the rest in the faster format.
         """
         if self.snr_db is not None:
             return 10 ** (-self.snr_db / 10)
@@ -199,7 +201,7 @@ class MixedPrecision:
         return self.latency_ms if self.latency_ms is not None else float(self.average_bits or 0)
 
     def _nearest(self, costs: Costs) -> dict[str, int] | None:
-        """What comes nearest to a limit that nothing keeps as reckoned: it may keep it as measured."""
+        """The choice nearest to a limit that none is predicted to satisfy; as measured it may satisfy it."""
         if self._timed:
             return solve(costs, math.inf, "latency", max(self.weight_bits))
         if self.snr_db is not None:
@@ -210,13 +212,13 @@ class MixedPrecision:
         return "latency" if self.snr_db is not None else "bits" if self.average_bits is not None else "noise"
 
     def _judged(
-        self, made: Draft, candidates: _Candidates, chosen: Mapping[str, int], snr: float, costs: Costs, limit: float,
-        budget: float, context: Context,
+        self, rounded: Draft, candidates: _Candidates, chosen: Mapping[str, int], snr: float, costs: Costs,
+        limit: float, budget: float, context: Context,
     ) -> tuple[float, Costs, float]:  # fmt: skip
-        """How many times the limit was measured, and what the next round reckons with.
+        """The measured figure as a multiple of the limit, and the costs and budget of the next round.
 
-        The network all in integers is measured beside `made`. A latency has to be kept with a margin, but for that
-        network itself, which nothing is faster than but by other formats.
+        The all-integer network is measured next to `rounded`. A latency has to be satisfied with a margin, except by
+        that network itself, which only other formats could make faster.
         """
         if self.average_bits is not None:
             return 1.0, costs, budget
@@ -228,21 +230,21 @@ class MixedPrecision:
             return reckoned / limit, costs, budget * 0.95
         assert context.latency is not None
         widest = candidates.drafts[max(candidates.drafts)]
-        integer, latency = context.latency([widest, made], candidates.precision)
+        integer, latency = context.latency([widest, rounded], candidates.precision)
         if reckoned:
-            latency *= reckoned / integer  # a machine is not always as fast as when the times were taken
+            latency *= reckoned / integer  # the machine may be faster or slower than when the times were measured
         costs = costs.corrected(chosen, latency)
         aim = MARGIN * limit
-        if costs.time(chosen) <= budget:  # conversions don't explain it: ask for less
+        if costs.time(chosen) <= budget:  # conversions do not explain the excess: tighten the budget
             budget *= min(aim / latency, 0.95)
         return latency / aim, costs, budget
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What the choices of one floating-point format are made from.
+    """What the choices with one floating-point format start from.
 
-    The source, drafts by bits, their costs, the format, and the choice of the most bits for all.
+    The source, drafts by bit width, their costs, the format, and the choice of the most bits for all operators.
     """
 
     draft: Draft
@@ -254,7 +256,7 @@ class _Candidates:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A choice that was measured: how many times the limit it takes, what to have little of, and itself."""
+    """A measured choice: its figure as a multiple of the limit, the figure to minimize, and the choice itself."""
 
     missed: float
     worth: float
@@ -263,13 +265,13 @@ class _Tried:
 
 
 def _alone(
-    drafts: Mapping[int, Draft], fitting: Context, held: list[Any], *, repaired: bool
+    drafts: Mapping[int, Draft], fitting: Context, held_out: list[Any], *, repaired: bool
 ) -> dict[str, dict[int, float]]:
-    """Site → bits → noise of its integers alone, for every operator that there is a choice for.
+    """Site → bits → noise if this operator alone is quantized, for every operator with a choice.
 
-    Weights are those that CoordinateRounding gives, or, where not `repaired`, rounded to the nearest.
+    Weights are rounded by `CoordinateRounding`, or, if not `repaired`, to the nearest.
     """
-    few = _few(held)
+    few = _few(held_out)
     widest = drafts[max(drafts)]
     capabilities = fitting.capabilities or GENERIC
     nodes = sites(widest.network)
@@ -278,22 +280,22 @@ def _alone(
     alone: dict[str, dict[int, float]] = {n: {} for n in names}
     for bits, draft in drafts.items():
         rounded = CoordinateRounding()(draft, fitting).network if repaired else None
-        for name, found in noise.isolated(draft.network, draft.plan, few, repaired=rounded).items():
+        for name, powers in noise.isolated(draft.network, draft.plan, few, repaired=rounded).items():
             if name in alone and (f"{name}:weight" in draft.plan.entries or bits == max(drafts)):
-                alone[name][bits] = found.total
+                alone[name][bits] = powers.total
     return alone
 
 
 def _costs(
     settings: MixedPrecision, drafts: Mapping[int, Draft], alone: Mapping[str, Mapping[int, float]], precision: str,
-    held: list[Any], context: Context,
+    held_out: list[Any], context: Context,
 ) -> Costs:  # fmt: skip
-    """What the solver chooses from, with one floating-point format."""
+    """The input of the solver for one floating-point format."""
     widest, names = drafts[max(drafts)], list(alone)
     weights = {n: _numel(widest, n) for n in names}
     if not settings.floats or settings.average_bits is not None:
         return Costs(noise=alone, ms={}, weights=weights)
-    halves = noise.in_bfloat16(widest.network, names, _few(held)) if precision == "int8-bf16" else {}
+    halves = noise.in_bfloat16(widest.network, names, _few(held_out)) if precision == "int8-bf16" else {}
     both = {name: {**choices, FLOAT: halves.get(name, 0.0)} for name, choices in alone.items()}
     if context.profile is None or context.latency is None:
         return Costs(noise=both, ms={}, weights=weights)
@@ -301,17 +303,17 @@ def _costs(
     return _timed(precision, widest, names, Costs(both, {}, {}, weights), edges, context)
 
 
-def _few(held: list[Any]) -> list[Any]:
-    return [part(call, 0, 4) for call in held[: RANKED // 4]]
+def _few(held_out: list[Any]) -> list[Any]:
+    return [part(call, 0, 4) for call in held_out[: RANKED // 4]]
 
 
 def _timed(
     precision: str, integer: Draft, names: list[str], costs: Costs, edges: list[tuple[str, str, int]],
     context: Context,
 ) -> Costs:  # fmt: skip
-    """`costs` with times: shares of operators from profiles, scaled to what whole networks take.
+    """`costs` with times: the operators' shares from profiles, scaled to the latency of whole networks.
 
-    A network whose formats alternate gives the time of conversions.
+    A network with alternating formats yields the cost of conversions.
     """
     assert context.profile is not None and context.latency is not None
     floating = replace(integer, plan=Plan())
@@ -334,8 +336,8 @@ def _timed(
 
 
 def _edges(draft: Draft, names: list[str], context: Context) -> list[tuple[str, str, int]]:
-    """Values that go from one operator to another, through whatever is fused in between: (from, to, bytes)."""
-    found = []
+    """Values passed from one operator to another, through whatever is fused in between: (producer, consumer, bytes)."""
+    between = []
     known = shapes(draft.network, context.task.call())
     nodes = sites(draft.network)
     chosen = {nodes[n]: n for n in names}
@@ -345,21 +347,21 @@ def _edges(draft: Draft, names: list[str], context: Context) -> list[tuple[str, 
             while producer not in chosen and len(tensor_inputs(producer)) == 1:
                 producer = tensor_inputs(producer)[0]
             if producer in chosen and isinstance(value, torch.Tensor):
-                found.append((chosen[producer], name, value.numel() * value.element_size()))
-    return found
+                between.append((chosen[producer], name, value.numel() * value.element_size()))
+    return between
 
 
 def _attributed(timed: list[tuple[tuple[str, ...], float]], names: set[str]) -> tuple[dict[str, float], float]:
-    """Time of every operator, a fused group's to the first of it; and of everything else."""
-    found: dict[str, float] = {}
+    """Time of every operator, a fused group's attributed to its first; and the time of everything else."""
+    by_operator: dict[str, float] = {}
     rest = 0.0
     for group, ms in timed:
         owner = next((site for site in group if site in names), None)
         if owner is None:
             rest += ms
         else:
-            found[owner] = found.get(owner, 0.0) + ms
-    return found, rest
+            by_operator[owner] = by_operator.get(owner, 0.0) + ms
+    return by_operator, rest
 
 
 def _planned(drafts: Mapping[int, Draft], chosen: Mapping[str, int]) -> Draft:

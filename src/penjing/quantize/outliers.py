@@ -1,7 +1,7 @@
-"""Outliers in floating point: a linear layer's few input channels that are far larger than the others.
+"""Outlier channels in floating point: the few input channels of a linear layer that are far larger than the others.
 
 Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", NeurIPS 2022. There the channels
-are found anew in every input; here once, on calibration data, so that the file holds two products with fixed shapes.
+are determined for every input; here once, on calibration data, so that the file has two products of fixed shape.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from penjing.surgery import split_outliers
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOutliers:
-    """Take input channels with outliers out of linear layers, before `Static`: they are multiplied in floating point.
+    """Split outlier channels off the inputs of linear layers, before `Static`, and multiply them in floating point.
 
-    A channel has outliers where its largest magnitude is more than `factor` times the median channel's. The other
-    channels have a range of their own then, and both products are summed in floating point.
+    An outlier channel has a largest magnitude of more than `factor` times the median channel's. The other channels then
+    have their own range, and the two products are summed in floating point.
 
     Attributes:
-        factor: Above 1. LLM.int8() takes magnitudes above 6 where the others are about 1.
-        most: Largest share of a layer's input channels that is split off; the largest ones first.
-        samples: Calibration samples that the magnitudes are taken over, in one pass.
+        factor: Above 1. LLM.int8() uses magnitudes above 6 where the others are about 1.
+        most: Largest share of a layer's input channels that is split off, in order of magnitude.
+        samples: Number of calibration samples that the magnitudes are taken over, in one pass.
     """
 
     stage: ClassVar[str] = "prepare"
@@ -44,7 +44,7 @@ class SplitOutliers:
         check(self, factor=above(1), most=number(above=0, below=1), samples=whole())
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft that computes the same with more layers."""
+        """Return a draft with additional layers; its function is unchanged."""
         draft = draft.copy()
         groups = linears_by_input(draft.network.eval())
         largest = maxima(draft.network, {site(nodes[0]) for nodes in groups}, context, self.samples)
@@ -59,6 +59,6 @@ class SplitOutliers:
         return replace(draft, edits=(*draft.edits, *edits))
 
     def channels(self, largest: torch.Tensor) -> list[int]:
-        """The channels with outliers, of the largest magnitude of each, (in,)."""
+        """Return the outlier channels, given the largest magnitude of each channel, (in,)."""
         order = largest.argsort(descending=True)[: int(self.most * len(largest))]
         return sorted(int(i) for i in order if largest[i] > self.factor * largest.median())

@@ -1,4 +1,4 @@
-"""Where quantizers stand: the edges of the network that become integers in a runtime, decided before any data."""
+"""Quantizer placement: which edges of the network become integers in a runtime, decided before any data is read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from penjing.quantize.masking import before_softmax
 from penjing.steps.plan import Capabilities
 from penjing.surgery import recurrent
 
-FIXED = "what it computes is the same for every input: a runtime computes it once"
-SILENT = frozenset({"dropout", "identity"})  # operators that an export removes
+FIXED = "its result is the same for every input: a runtime folds it into a constant"
+SILENT = frozenset({"dropout", "identity"})  # operators that the export removes
 CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which edges are quantized, whose values set their range, and what stays in floating point.
+    """Which edges are quantized, which values determine their ranges, and what stays in floating point.
 
     Attributes:
         edges: Activation edge ("site:in0") → name of the node whose values it carries.
         weights: Sites of the layers whose weights are quantized.
-        stored: Sites of the layers whose weights are quantized, and nothing else of them.
+        stored: Sites of the layers of which only the weights are quantized.
         floats: Site → why it stays in floating point.
         centred: Names of the nodes whose values are read by a product of two activations, a transposed convolution, or
-            an average over a border of zeros.
-        results: Edges that are quantized for the operator before them alone: its kernel writes integers only.
+            average pooling that counts zero padding.
+        results: Edges that are quantized only because the kernel of the preceding operator writes integers.
     """
 
     edges: dict[str, str]
@@ -51,14 +51,14 @@ def place(
     """Decide the edges for one runtime.
 
     An operator with an integer kernel has all its inputs quantized. Operators that only move values carry the
-    scale of their input to their output. Where a kernel needs quantized results too, every reader of the result,
-    behind the activation that the runtime fuses, gets a quantizer.
+    scale of their input to their output. If a kernel also needs a quantized result, every reader of the result, behind
+    the activation function that the runtime fuses, gets a quantizer.
 
     Args:
-        network: Prepared.
+        network: A network as returned by `static.prepare`.
         capabilities: What the runtime computes in integers.
-        excluded: Site → why it is left out.
-        seen: Name of a node → signs of the mask's numbers that calibration has shown in its values.
+        excluded: Site → why it is excluded.
+        seen: Name of a node → signs of the mask values that calibration has detected in it.
     """
     floats = dict(excluded)
     masked, hold = before_softmax(network), sentinels.holders(network, seen)
@@ -73,7 +73,7 @@ def place(
             reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
             reason = sentinels.REASON
-        if site(node) in excluded or not node.meta.get("floating", True):  # positions and masks are integers already
+        if site(node) in excluded or not node.meta.get("floating", True):  # indices and masks are integers already
             continue
         if reason is None:
             integer.append(node)
@@ -88,7 +88,7 @@ def place(
     )
     edges: dict[str, str] = {}
     for node in integer:
-        if kind(network, node) in RECURRENT:  # its grid is symmetric: what only moves values before it has its own
+        if kind(network, node) in RECURRENT:  # its grid is symmetric, so operators that feed it have their own
             edges[f"{site(node)}:in0"] = tensor_inputs(node)[0].name
             continue
         for port, producer in enumerate(tensor_inputs(node)):
@@ -104,25 +104,25 @@ def place(
 
 
 def _without_zero_point(network: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
-    """Ports at which some runtimes compute in integers, or compute right, only where 0 is stored as 0."""
+    """Ports at which some runtimes need a zero point of 0 to compute in integers, or to compute correctly."""
     what = kind(network, node)
-    if what == "avg_pool" and operator_name(node).startswith("avg_pool"):  # the border counts as zeros
-        given = arguments(node)
-        if given.get("divisor_override"):  # whatever the window, and what it hangs over
-            return (0,) if any(given["padding"]) or given["ceil_mode"] else ()
-        return (0,) if any(given["padding"]) and given["count_include_pad"] else ()
+    if what == "avg_pool" and operator_name(node).startswith("avg_pool"):  # padding counts as zeros
+        named = arguments(node)
+        if named.get("divisor_override"):  # whatever the window and its overhang
+            return (0,) if any(named["padding"]) or named["ceil_mode"] else ()
+        return (0,) if any(named["padding"]) and named["count_include_pad"] else ()
     return {"matmul": (0, 1), "conv_transpose": (0,)}.get(what, ())
 
 
 def _holds_weights(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether its weights are stored, and not computed."""
+    """Whether its weights are stored rather than computed."""
     if kind(network, node) not in RECURRENT:
         return node.op == "call_module"
     return recurrent.stores(node)
 
 
 def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Capabilities) -> str | None:
-    """Why a node has no integer kernel; None when it has one."""
+    """The reason why a node has no integer kernel; None if it has one."""
     if node.op not in ("call_module", "call_function"):
         return "not an operator"
     if "float" in node.meta:
@@ -154,13 +154,13 @@ def _carry(
     edges: dict[str, str],
     hold: frozenset[str],
 ) -> None:
-    """Quantize an edge, and the edges before it as long as the operators only move values that are none of a mask's."""
+    """Quantize an edge, and those before it as long as their operators only move values and carry no mask values."""
     root = producer
     before: list[str] = []
     while (what := kind(network, root)) in SILENT or carries(network, root, capabilities):
         chooses = tensor_inputs(root)[0] if root.target is operator.getitem else root
         if tensor_inputs(chooses)[0].name in hold:
-            break  # a maximum, say, that passes the mask's numbers over
+            break  # for example a maximum, which discards mask values
         if what not in SILENT and root.target is not operator.getitem:
             before.append(f"{site(root)}:in0")
         root = tensor_inputs(root)[0]
@@ -169,17 +169,17 @@ def _carry(
 
 
 def carries(network: fx.GraphModule, node: fx.Node, capabilities: Capabilities) -> bool:
-    """Whether nothing but values that went in, or zeros, comes out: every grid holds the zero."""
+    """Whether the output contains only input values or zeros; zero is on every grid."""
     what = kind(network, node)
-    if node.target is operator.getitem:  # the values of a maximum; the other result says where they are
+    if node.target is operator.getitem:  # the values of a maximum; the other result is their indices
         source = node.args[0]
         return isinstance(source, fx.Node) and not node.args[1] and carries(network, source, capabilities)
     if what in ("max", "min") and len(tensor_inputs(node)) > 1:
-        return False  # of two tensors, element by element
+        return False  # an elementwise maximum of two tensors
     if what != "pad" or what not in capabilities.passthrough:
         return what in capabilities.passthrough
-    given = arguments(node)
-    return given.get("mode", "constant") == "constant" and not given["value"]
+    named = arguments(node)
+    return named.get("mode", "constant") == "constant" and not named["value"]
 
 
 def _quantize_readers(

@@ -1,7 +1,7 @@
-"""Quantization-aware training: the network learns with its integers in place.
+"""Quantization-aware training: the network is trained with fake quantizers in place.
 
-What learns is in `learner`; this is the step that trains it, towards labels and towards the source network. Batch norms
-that are frozen towards the end: Krishnamoorthi, 2018, section 3.2.
+`learner` builds the trainable network; this step trains it, on labels and on the source network's outputs. Freezing
+batch norms towards the end: Krishnamoorthi, 2018, section 3.2.
 """
 
 from __future__ import annotations
@@ -31,27 +31,26 @@ METHODS = ("lsq", "pact", "ste")
 
 @dataclass(frozen=True, kw_only=True)
 class QAT:
-    """Train weights, and with them the scales of the plan, behind quantizers.
+    """Train the weights, and with them the scales of the plan, with fake quantizers in place.
 
-    Batch norms that were folded live again while the network learns, behind their quantized layers; at the end they
-    go into the scales of the weights, channel by channel, so that the integers stay what they were.
+    Folded batch norms are reinserted behind their quantized layers for the training; at the end they are folded into
+    the weights' scales, channel by channel, so that the integers stay the same.
 
     In YAML: ``- quantize.QAT: {finetune: {Finetune: {epochs: 5, weight_decay: 0.0001}}}``.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        finetune: The training. "auto" of its `distill` is the source network's `penjing.distill.Outputs` here, whatever
-            came before. Where it names no `clip`, gradients are kept within `Clip()`: the first steps after few bits
-            came in are far from the teacher. "auto" of its `autocast` is off where weights have more than 4 bits, for
-            bfloat16 keeps 8.
-        method: "lsq" learns the scales of weights and activations, "pact" the upper ends of activations, "ste"
-            leaves all ranges as they are.
-        data: "train" takes `Task.train`; "calibration" takes `Task.calibration` and no labels, and the teacher alone
-            says what is right.
-        freeze_norms: Fraction of the steps after which batch norms keep their statistics.
-        freeze_ranges: Fraction of the steps after which scales stay.
+        finetune: The training settings. `distill="auto"` always means `penjing.distill.Outputs` of the source here.
+            Without `clip`, gradients are clipped by `Clip()`: the first steps at few bits are far from the teacher.
+            `autocast="auto"` is off if weights have more than 4 bits, because bfloat16 has only 8.
+        method: "lsq" learns the scales of weights and activations, "pact" the upper bounds of activations, "ste" leaves
+            all ranges as calibrated.
+        data: "train" takes `Task.train`; "calibration" takes `Task.calibration` and no labels, with the teacher alone
+            as the target.
+        freeze_norms: Fraction of the steps after which batch-norm statistics are frozen.
+        freeze_ranges: Fraction of the steps after which scales are frozen.
     """
 
     stage: ClassVar[str] = "train integers"
@@ -78,17 +77,17 @@ class QAT:
                 "QAT trains in one process",
                 got=f"Finetune(workers={self.finetune.workers})",
                 expected="Finetune(workers=1)",
-                remedy="a Finetune before the step that quantizes may have several workers",
+                remedy="a Finetune before the quantization step may have several workers",
             )
         if self.data == "calibration" and self.finetune.distill == () and not self.finetune.losses:
             raise RecipeError(
-                "QAT without labels and without a teacher learns nothing",
+                "QAT without labels and without a teacher has nothing to learn from",
                 got="data='calibration', finetune=Finetune(distill=())",
-                expected="a way to imitate the teacher, or data='train'",
+                expected="a distillation loss, or data='train'",
             )
 
     def training(self, task: Task) -> Finetune:
-        """`finetune` as it is carried out on a task: "auto" of `distill` replaced, and labels left out where none are.
+        """Resolve `finetune` for a task: `distill="auto"` replaced, and the task's loss dropped if there are no labels.
 
         Raises:
             TaskError: The task has no training data, or there is nothing to learn from.
@@ -106,7 +105,7 @@ class QAT:
             raise TaskError(
                 "quantization-aware training has nothing to learn from",
                 got="Task.loss is None, and Finetune(distill=())",
-                expected="loss(output, target) -> scalar tensor, or a way to imitate the teacher",
+                expected="loss(output, target) -> scalar tensor, or a distillation loss",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
             )
         return replace(
@@ -135,7 +134,7 @@ class QAT:
 
 @dataclass(frozen=True)
 class _Freeze:
-    """Batch norms keep their statistics and scales their values after a fraction of the steps."""
+    """Freezes batch-norm statistics and scales after a fraction of the steps."""
 
     norms: float
     ranges: float
@@ -153,9 +152,9 @@ class _Freeze:
 class _Unlabelled:
     """Calibration data as training data whose target is None, in batches of 16, mixed in pairs.
 
-    Between two samples of floating-point inputs lies another that the teacher can answer (Zhang et al., "mixup",
-    ICLR 2018; Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022): some
-    hundred samples alone would be learned by heart.
+    Interpolations of floating-point inputs are new samples for which the teacher provides targets (Zhang et al.,
+    "mixup", ICLR 2018; Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", CVPR 2022):
+    the network would overfit a few hundred samples alone.
     """
 
     def __init__(self, context: Context) -> None:
@@ -168,7 +167,7 @@ class _Unlabelled:
 
 
 class _Mix:
-    """Mixes half of the samples with others; every tensor of one call in the same way."""
+    """Mixes half of the samples with others, in the same way for every tensor of a call."""
 
     def __init__(self) -> None:
         self.order: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""What repairs of rounding share: layer by layer a weight for the replica, and a bias that gives its means back."""
+"""The common part of repairs: a new weight for each layer of the replica, and a bias that restores its means."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def repaired(
     weigh: Callable[[lockstep.Layer], torch.Tensor | None],
     pieces: int = 1,
 ) -> Draft:
-    """A draft whose layers were repaired in the order of execution, each behind its repaired predecessors.
+    """Repair the layers of a draft in execution order, each on the outputs of its repaired predecessors.
 
     Args:
-        draft: With a plan; stays as it is.
+        draft: With a plan; it is not modified.
         context: Its task has the calibration data.
-        samples: So many of them are held in memory together.
-        label: What progress is reported as.
-        weigh: The weight that a layer shall have; `layer.weight` where it keeps its own, None where the repair does
-            not reach it. How many of the quantized layers it reaches is reported as "covered".
-        pieces: The samples come in at least so many chunks.
+        samples: Number of samples, which are in memory at once.
+        label: Name under which progress is reported.
+        weigh: Returns the new weight of a layer; `layer.weight` to keep it, None if the repair does not support the
+            layer. The number of supported quantized layers is reported as "covered".
+        pieces: Minimum number of chunks that the samples are divided into.
     """
     if not draft.plan:
         return draft

@@ -1,9 +1,9 @@
-"""Rollback: the fewest operators return to floating point until the network answers well enough.
+"""Rollback: as few operators as possible return to floating point until the network meets a limit.
 
-The rounds go by measurement: operators are ranked by the noise that each brings to the outputs alone, as many of the
-worst are left in floating point as it takes, and every trial is repaired and measured as a whole, on calibration data
-that the repair has not seen. Accuracy-aware rollback is described in the documentation of NNCF ("Quantization with
-accuracy control").
+Operators are ranked by the noise that each causes at the outputs if it alone is quantized. As many of the worst as
+necessary are left in floating point, and every trial is repaired and measured as a whole, on calibration data that the
+repair has not seen. Accuracy-aware rollback is described in the documentation of NNCF ("Quantization with accuracy
+control").
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from penjing.surgery import insert
 from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Call
 
-RANKED = 16  # samples that the ranking looks at
+RANKED = 16  # samples used for the ranking
 REPAIRS: dict[str, Step | None] = {"adaround": CoordinateRounding(), "bias_correction": BiasCorrection(), "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """Leave the noisiest operators in floating point until a limit holds. Comes right after `Static`.
+    """Return the noisiest operators to floating point until a limit holds. Comes directly after `Static`.
 
     Attributes:
         snr_db: Smallest signal-to-noise ratio of the outputs against the floating-point network.
-        agreement: Smallest share of equal first answers; for outputs whose last axis are classes.
-        drop: Largest change for the worse of `Task.select`, in the metric's own unit.
-        repair: "adaround", "bias_correction" or "none": what every trial, and the result, is repaired with.
-        most: At most so many operators return.
+        agreement: Smallest share of equal top-1 predictions; for outputs whose last axis is classes.
+        drop: Largest drop of `Task.select`, in the metric's own unit.
+        repair: "adaround", "bias_correction" or "none": the repair applied to every trial and to the result.
+        most: Largest number of operators that return to floating point.
     """
 
     stage: ClassVar[str] = "repair"
@@ -55,7 +55,7 @@ class Rollback:
     def __post_init__(self) -> None:
         if self.snr_db is None and self.agreement is None and self.drop is None:
             raise RecipeError(
-                "Rollback has no limit to hold", got="no setting", expected="snr_db=, agreement= or drop=",
+                "Rollback needs a limit", got="no setting", expected="snr_db=, agreement= or drop=",
                 remedy="for example Rollback(agreement=0.95)",
             )  # fmt: skip
         check(
@@ -68,44 +68,44 @@ class Rollback:
         )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a repaired draft whose plan says what returned and why; the best one where no trial holds."""
+        """Return a repaired draft whose plan records what returned and why; the best trial if none meets the limit."""
         if not draft.plan:
             return draft
         if self.drop is not None and context.task.select is None:
             raise TaskError(
-                "Rollback(drop=...) needs a metric to look at",
+                "Rollback(drop=...) needs a metric",
                 got="Task.select is None",
-                expected="select(predict) -> float, on data that the verdict is not read from",
+                expected="select(predict) -> float, on data that the verdict does not use",
                 remedy="give Task(select=...), or Rollback(agreement=...) for calibration data without labels",
             )
-        fitting, held = split(context)
+        fitting, held_out = split(context)
         trials: dict[int, tuple[bool, float]] = {}
         first = self._repaired(draft, fitting)
-        trials[0] = self._judged(draft, first, held, context, 0)
+        trials[0] = self._judged(draft, first, held_out, context, 0)
         chosen = 0
         reasons: dict[str, str] = {}
         if not trials[0][0]:
-            ranked = ranking(draft, first, held, context)
+            ranked = ranking(draft, first, held_out, context)
             whole = sum(ranked.values())
             reasons = {
                 name: f"rolled back: alone {noise.decibels(power):.1f} dB, {power / whole:.0%} of the noise"
                 for name, power in ranked.items()
             }
-            chosen = self._search(draft, reasons, fitting, held, context, trials)
+            chosen = self._search(draft, reasons, fitting, held_out, context, trials)
         for name in list(reasons)[:chosen]:
             context.events("rolled_back", site=name, reason=reasons[name])
         return self._repaired(_returned(draft, reasons, chosen, context), context)
 
     def _search(
-        self, draft: Draft, reasons: dict[str, str], fitting: Context, held: list[Call], context: Context,
+        self, draft: Draft, reasons: dict[str, str], fitting: Context, held_out: list[Call], context: Context,
         trials: dict[int, tuple[bool, float]],
     ) -> int:  # fmt: skip
-        """How many of the ranked operators return: doubling until the limit holds, then halving the interval."""
+        """How many of the ranked operators return: doubling until the limit holds, then bisection."""
 
         def holds(count: int) -> bool:
             if count not in trials:
                 trial = _returned(draft, reasons, count, context)
-                trials[count] = self._judged(draft, self._repaired(trial, fitting), held, context, count)
+                trials[count] = self._judged(draft, self._repaired(trial, fitting), held_out, context, count)
             return trials[count][0]
 
         limit = min(self.most, len(reasons))
@@ -123,51 +123,53 @@ class Rollback:
         repair = REPAIRS[self.repair]
         return draft if repair is None else repair(draft, context)
 
-    def _judged(self, draft: Draft, trial: Draft, held: list[Call], context: Context, count: int) -> tuple[bool, float]:
+    def _judged(
+        self, draft: Draft, trial: Draft, held_out: list[Call], context: Context, count: int
+    ) -> tuple[bool, float]:
         """Whether the limits hold, and the signal-to-noise ratio."""
         network = insert(trial.network, trial.plan)
-        snr = noise.signal_to_noise(draft.network, network, held)
+        snr = noise.signal_to_noise(draft.network, network, held_out)
         fine = self.snr_db is None or snr >= self.snr_db
-        found: dict[str, float] = {"snr_db": snr}
+        figures: dict[str, float] = {"snr_db": snr}
         if self.agreement is not None:
-            found["agreement"] = noise.agreement(draft.network, network, held)
-            fine = fine and found["agreement"] >= self.agreement
+            figures["agreement"] = noise.agreement(draft.network, network, held_out)
+            fine = fine and figures["agreement"] >= self.agreement
         if self.drop is not None and context.task.select is not None:
             source, mine = (context.task.select(numpy_predictor(n)) for n in (draft.network, network))
-            found["drop"] = source - mine if context.task.higher_is_better else mine - source
-            fine = fine and found["drop"] <= self.drop
-        context.events("rollback", returned=count, met=fine, **found)
+            figures["drop"] = source - mine if context.task.higher_is_better else mine - source
+            fine = fine and figures["drop"] <= self.drop
+        context.events("rollback", returned=count, met=fine, **figures)
         return fine, snr
 
 
 def _returned(draft: Draft, reasons: dict[str, str], count: int, context: Context) -> Draft:
-    """The draft with the first `count` operators in floating point, and with what only carries values to them."""
+    """The draft with the first `count` operators, and operators that only move values to them, in floating point."""
     capabilities = context.capabilities or GENERIC
-    found = sites(draft.network)
+    operators = sites(draft.network)
     names = dict(list(reasons.items())[:count])
     for name, reason in list(names.items()):
-        for producer in tensor_inputs(found[name]):
+        for producer in tensor_inputs(operators[name]):
             while carries(draft.network, producer, capabilities) and len(producer.users) == 1:
                 names[site(producer)] = reason
                 producer = tensor_inputs(producer)[0]
     return replace(draft, plan=draft.plan.without(names))
 
 
-def ranking(draft: Draft, repaired: Draft, held: list[Call], context: Context) -> dict[str, float]:
-    """Site → noise power over signal power that it brings to the outputs alone, the noisiest first.
+def ranking(draft: Draft, repaired: Draft, held_out: list[Call], context: Context) -> dict[str, float]:
+    """Rank sites by the noise power over signal power that each causes at the outputs alone, noisiest first.
 
     Args:
         draft: Floating-point weights and the plan.
-        repaired: The same with the weights that a repair has rounded.
-        held: Samples to look at.
+        repaired: The same with weights rounded by a repair.
+        held_out: Samples to evaluate.
         context: For progress.
     """
-    few = [part(call, 0, 4) for call in held[: RANKED // 4]]
+    few = [part(call, 0, 4) for call in held_out[: RANKED // 4]]
 
     def progress(done: int, total: int) -> None:
         context.events("progress", label="rank operators", done=done, total=total)
 
-    found = noise.isolated(draft.network, draft.plan, few, progress, repaired.network)
+    powers = noise.isolated(draft.network, draft.plan, few, progress, repaired.network)
     nodes, capabilities = sites(draft.network), context.capabilities or GENERIC
-    computing = {name: n.total for name, n in found.items() if not carries(draft.network, nodes[name], capabilities)}
+    computing = {name: n.total for name, n in powers.items() if not carries(draft.network, nodes[name], capabilities)}
     return dict(sorted(computing.items(), key=lambda item: -item[1]))

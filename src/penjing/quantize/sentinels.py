@@ -1,7 +1,7 @@
-"""Numbers that stand for nothing: −10,000, the smallest float or −infinity where something is hidden.
+"""Mask values: sentinels such as −10,000, the lowest finite float or −infinity that hide an element.
 
-What is behind passes them over (a maximum, the largest k, a pooling, a softmax). In integers they would set the range,
-and nothing be left of the values beside them.
+A later selection discards them (a maximum, top-k, max pooling, softmax). In integers they would dominate the range and
+leave no resolution for the other values.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from penjing.network.graph import arguments, compute, kind, tensor_inputs
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.masking import MOVING, SELECTING
 
-REASON = "a mask's number among its inputs would set their range"
-LEAST = 1e3  # a number that is filled in and no smaller than this hides what was there
-APART = 100.0  # so many times larger than all that is not hidden
-NUMBERS = 256  # shares of a histogram's half that are told apart
+REASON = "a mask value among its inputs would dominate their range"
+LEAST = 1e3  # a filled-in number of at least this magnitude is a mask value
+APART = 100.0  # a mask value is at least this many times larger than all other values
+NUMBERS = 256  # magnitude classes that half of a histogram is divided into
 
 _FILL = frozenset(
     "masked_fill where scatter index_fill fill full full_like new_full scalar_tensor fill_diagonal pad".split()
@@ -45,27 +45,27 @@ _NONE: Signs = frozenset()
 
 
 def holders(network: fx.GraphModule, seen: Mapping[str, Signs] | None = None) -> frozenset[str]:
-    """Names of the nodes whose values hold a mask's number.
+    """Return the names of the nodes whose values contain mask values.
 
-    It is followed from where it is filled in, added, or stored, through what moves values and adds to them, up to what
-    passes it over: a maximum passes a very small number over, and not a very large one.
+    They are followed from where they are filled in, added, or stored, through operators that move values or add to
+    them, to the one that discards them: a maximum discards large negative values, but not large positive ones.
 
     Args:
-        network: Raised.
-        seen: Name of a node → signs of the mask's numbers that calibration has shown in its values.
+        network: The captured network.
+        seen: Name of a node → signs of the mask values that calibration has detected in it.
     """
     signs: dict[fx.Node, Signs] = {}
-    marks: set[fx.Node] = set()  # what tells only whether something is hidden: 0 or 1
+    marks: set[fx.Node] = set()  # indicators of what is masked: 0 or 1
     for node in network.graph.nodes:
         if _is_mark(network, node, marks):
             marks.add(node)
-        if held := _held(network, node, signs, marks) | (seen or {}).get(node.name, _NONE):
-            signs[node] = held
+        if hidden := _held(network, node, signs, marks) | (seen or {}).get(node.name, _NONE):
+            signs[node] = hidden
     return frozenset(node.name for node in signs)
 
 
 def standing_out(histogram: Histogram) -> Signs:
-    """The signs of values that are very large and alike where all others are far smaller; none where there are none."""
+    """Return the signs of values that are very large and alike while all others are far smaller; empty if none are."""
     extreme = max(-histogram.low, histogram.high)
     if extreme < LEAST:
         return _NONE
@@ -79,7 +79,7 @@ def standing_out(histogram: Histogram) -> Signs:
 
 
 def _held(network: fx.GraphModule, node: fx.Node, signs: dict[fx.Node, Signs], marks: set[fx.Node]) -> Signs:
-    """The signs of the mask's numbers in a node's value."""
+    """The signs of the mask values in a node's value."""
     if node.op == "get_attr":
         return _stored(compute(network, node, (), {}))
     if node.op not in ("call_function", "call_module") or not node.meta.get("floating", True):
@@ -95,44 +95,46 @@ def _held(network: fx.GraphModule, node: fx.Node, signs: dict[fx.Node, Signs], m
         return frozenset({1}) if read else _NONE
     if what == "clip":
         return _clipped(node, read)
-    held = _NONE
+    carried = _NONE
     if what in _KEEP | _FILL:
-        held = read | filled
+        carried = read | filled
     elif what in _LARGEST | _SMALLEST:
-        held = read
+        carried = read
     if what in _LARGEST:
-        held -= {-1}
+        carried -= {-1}
     if what in _SMALLEST:
-        held -= {1}
-    return held
+        carried -= {1}
+    return carried
 
 
 def _arithmetic(
     network: fx.GraphModule, node: fx.Node, what: str, signs: dict[fx.Node, Signs], marks: set[fx.Node]
 ) -> Signs:
     numbers = [_number(network, value) for value in node.args[:2]]
-    held = [signs.get(value, _NONE) if isinstance(value, fx.Node) else _NONE for value in node.args[:2]]
+    carried = [signs.get(value, _NONE) if isinstance(value, fx.Node) else _NONE for value in node.args[:2]]
     if what in ("add", "sub", "rsub"):
         alpha = node.kwargs.get("alpha", 1)
         numbers[1] *= float(alpha) if isinstance(alpha, int | float) else 1.0
-        held = [frozenset({sign}) if (sign := _sign(number)) else h for number, h in zip(numbers, held, strict=True)]
+        carried = [
+            frozenset({sign}) if (sign := _sign(number)) else h for number, h in zip(numbers, carried, strict=True)
+        ]
         if what != "add":
-            held[what == "sub"] = frozenset(-sign for sign in held[what == "sub"])
-        return held[0] | held[1]
+            carried[what == "sub"] = frozenset(-sign for sign in carried[what == "sub"])
+        return carried[0] | carried[1]
     for i, other in ((0, 1), (1, 0)):
         if node.args[i] in marks and what == "mul":
-            return frozenset({sign}) if (sign := _sign(numbers[other])) else held[other]
+            return frozenset({sign}) if (sign := _sign(numbers[other])) else carried[other]
         if numbers[other]:
-            return frozenset(int(math.copysign(sign, numbers[other] * sign)) for sign in held[i])
-    return _BOTH if held[0] or (held[1] and what == "mul") else _NONE
+            return frozenset(int(math.copysign(sign, numbers[other] * sign)) for sign in carried[i])
+    return _BOTH if carried[0] or (carried[1] and what == "mul") else _NONE
 
 
-def _clipped(node: fx.Node, held: Signs) -> Signs:
-    """What is left of the mask's numbers between two bounds."""
-    given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+def _clipped(node: fx.Node, carried: Signs) -> Signs:
+    """The signs of the mask values that remain after clipping."""
+    named = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     names = ((-1, "min", "min_val"), (1, "max", "max_val"))
-    bounds = {sign: next((given[n] for n in both if n in given), None) for sign, *both in names}
-    return frozenset(sign for sign in held if not _near(bounds[sign]))
+    bounds = {sign: next((named[n] for n in both if n in named), None) for sign, *both in names}
+    return frozenset(sign for sign in carried if not _near(bounds[sign]))
 
 
 def _near(bound: object) -> bool:
@@ -140,7 +142,7 @@ def _near(bound: object) -> bool:
 
 
 def _is_mark(network: fx.GraphModule, node: fx.Node, marks: set[fx.Node]) -> bool:
-    """Whether a node's value is a mask in numbers: made of booleans or integers, or 1 less an input."""
+    """Whether a node's value is a numeric mask: converted from booleans or integers, or 1 minus an input."""
     if not node.meta.get("floating", True):
         return True
     if node.op != "call_function":
@@ -157,7 +159,7 @@ def _is_mark(network: fx.GraphModule, node: fx.Node, marks: set[fx.Node]) -> boo
 
 
 def _numbers(network: fx.GraphModule, node: fx.Node) -> Iterator[float]:
-    """The numbers that an operator is given, also as stored tensors of one."""
+    """The numeric arguments of an operator, including stored one-element tensors."""
     if isinstance(node.target, torch._ops.OpOverload):
         for name, value in arguments(node).items():
             if name not in ("dim", "size", "index"):
@@ -165,7 +167,7 @@ def _numbers(network: fx.GraphModule, node: fx.Node) -> Iterator[float]:
 
 
 def _number(network: fx.GraphModule, value: object) -> float:
-    """A number, or a stored tensor of one, also where it is copied; 0 for all else."""
+    """A number, or a stored one-element tensor, also through copies; 0 for anything else."""
     while isinstance(value, fx.Node) and value.op == "call_function" and len(value.all_input_nodes) == 1:
         if kind(network, value) not in MOVING | {"_to_copy", "lift_fresh_copy", "detach"}:
             return 0.0
@@ -181,7 +183,7 @@ def _sign(number: float) -> int:
 
 
 def _stored(tensor: object) -> Signs:
-    """Of a stored tensor that holds one very large number, or it and others that are far smaller."""
+    """The signs of a stored tensor's mask values: one very large magnitude, all other values being far smaller."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
         return _NONE
     size = tensor.detach().abs()
@@ -190,5 +192,5 @@ def _stored(tensor: object) -> Signs:
         return _NONE
     most, rest = float(size.max()), size[~large]
     alike = bool((size[large] == most).all()) and (rest.numel() == 0 or float(rest.max()) * APART <= most)
-    held = tensor.detach()[large]
-    return frozenset(sign for sign in (-1, 1) if (held * sign > 0).any()) if alike else _NONE
+    extremes = tensor.detach()[large]
+    return frozenset(sign for sign in (-1, 1) if (extremes * sign > 0).any()) if alike else _NONE

@@ -1,8 +1,8 @@
-"""Values that one scale can't serve: columns or branches of very different size, on the way to where each counts.
+"""Values that can't share a scale: columns or branches of very different magnitude that matter individually.
 
-A detector's boxes are hundreds of pixels, its scores below 1; joined in one tensor with one scale for 8 bits, the
-scores come out as 0. Where such a tensor goes to the outputs by operators that keep its columns apart, or where a
-concatenation of such branches goes to what is not multiplied with weights, it stays in floating point.
+A detector's boxes are hundreds of pixels, its scores below 1; in one 8-bit tensor with one scale, the scores become 0.
+Such a tensor stays in floating point if it reaches an output through operators that keep its columns apart, and so does
+a concatenation of such branches unless its result is multiplied by weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement
 from penjing.steps.plan import Entry
 
-FAINT_DB = 20.0  # signal over rounding of a column or branch: below it, eight levels or so are left of it
-APART_DB = 10.0  # and so far below what the whole tensor has: fewer bits alone are no reason
+FAINT_DB = 20.0  # signal-to-noise ratio of a column or branch, below which about eight levels are left of it
+APART_DB = 10.0  # and this far below that of the whole tensor, since few bits alone are not a reason
 _MOVES = frozenset(
     "reshape transpose select slice split split_with_sizes chunk unbind getitem cat stack expand identity dropout pad "
     "resize pixel_shuffle movedim index index_select".split()
@@ -34,14 +34,14 @@ _POOLS = frozenset({"avg_pool", "max_pool", "mean", "sum", "amax"})
 
 
 class Columns:
-    """Mean squares of a value's columns, over axis 1 and over the last one."""
+    """Mean squares of a value's columns along axis 1 and along the last axis."""
 
     def __init__(self) -> None:
         self.sums: dict[int, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
 
     def update(self, x: torch.Tensor) -> None:
-        """Add the values of x (samples, …); sizes that vary are left out."""
+        """Add the values of x (samples, …); axes of varying size are left out."""
         square = x.detach().double().square()
         for axis in {1, x.dim() - 1} if x.dim() > 1 else ():
             others = [a for a in range(x.dim()) if a != axis]
@@ -54,19 +54,19 @@ class Columns:
             self.counts[axis] = self.counts.get(axis, 0) + x.numel() // max(1, x.shape[axis])
 
     def powers(self) -> list[torch.Tensor]:
-        """(columns,) mean squares for every axis that was always as long."""
+        """Return (columns,) mean squares for every axis of constant size."""
         return [total / self.counts[axis] for axis, total in self.sums.items() if self.counts[axis]]
 
 
 def to_watch(network: fx.GraphModule, placement: Placement) -> set[str]:
-    """Names of the nodes whose columns have to be looked at in calibration."""
+    """Return the names of the nodes whose columns have to be observed in calibration."""
     on_way = _on_way(network)
     return {value for edge, value in placement.edges.items() if _consumer(edge) in on_way}
 
 
 @dataclass(frozen=True)
 class Apart:
-    """What a plan leaves out.
+    """What is excluded from a plan.
 
     Attributes:
         edges: Edges that get no quantizer.
@@ -84,16 +84,16 @@ def apart(
     statistics: Mapping[str, Histogram],
     columns: Mapping[str, Columns],
 ) -> Apart:
-    """The edges whose scale would cost a column or a branch its values.
+    """Find the edges whose scale would erase a column or a branch.
 
     Args:
-        network: What the plan is for.
-        placement: Where quantizers stand.
+        network: The network that the plan is for.
+        placement: Where quantizers are placed.
         entries: Their scales.
-        statistics: Of the values by node name.
-        columns: Of the values of `to_watch`.
+        statistics: Statistics of the values by node name.
+        columns: Column statistics of the values of `to_watch`.
     """
-    found, nodes, on_way = sites(network), {n.name: n for n in network.graph.nodes}, _on_way(network)
+    operators, nodes, on_way = sites(network), {n.name: n for n in network.graph.nodes}, _on_way(network)
     edges: set[str] = set()
     floats: dict[str, str] = {}
     for edge, value in placement.edges.items():
@@ -111,7 +111,7 @@ def apart(
         edges.add(edge)
         if edge in placement.results:
             floats[_writer(network, nodes[value])] = reason
-        elif name in found and kind(network, found[name]) not in _MOVES - {"cat"}:
+        elif name in operators and kind(network, operators[name]) not in _MOVES - {"cat"}:
             floats[name] = reason.replace("its", f"{_writer(network, nodes[value])}'s", 1)
     return Apart(frozenset(edges), floats)
 
@@ -119,7 +119,7 @@ def apart(
 def _inputs_apart(
     network: fx.GraphModule, node: fx.Node, step: float, placement: Placement, statistics: Mapping[str, Histogram]
 ) -> float:
-    """By how much the branches of a concatenation differ in size where one is lost beside another; 0 elsewhere."""
+    """The ratio of a concatenation's branches in magnitude, if one would be erased by another; otherwise 0."""
     if kind(network, node) != "cat":
         return 0.0
     values = [placement.edges.get(f"{site(node)}:in{port}", "") for port in range(len(tensor_inputs(node)))]
@@ -132,9 +132,9 @@ def _columns_apart(powers: Collection[torch.Tensor], step: float) -> float:
 
 
 def _lost(powers: torch.Tensor, step: float) -> float:
-    """Largest size over the smallest where rounding by `step` takes that one's values; 0 where it takes none's.
+    """The largest magnitude over the smallest that rounding by `step` would erase; 0 if it erases none.
 
-    What is always 0 loses nothing.
+    What is always 0 can't be erased.
     """
     used = powers[powers > 0]
     if len(used) < 2:
@@ -147,7 +147,7 @@ def _lost(powers: torch.Tensor, step: float) -> float:
 
 
 def _on_way(network: fx.GraphModule) -> set[str]:
-    """Sites of the operators that lead to an output and keep columns apart all the way; that of the outputs too."""
+    """Sites of the operators that lead to an output and keep columns apart all the way, and the output's own site."""
     way: set[fx.Node] = set()
     for node in reversed(network.graph.nodes):
         keeps = node.op == "output" or (
@@ -160,7 +160,7 @@ def _on_way(network: fx.GraphModule) -> set[str]:
 
 
 def _writer(network: fx.GraphModule, node: fx.Node) -> str:
-    """The site of the operator whose kernel writes a value: the one before what runtimes fuse into it."""
+    """The site of the operator whose kernel writes a value, before whatever runtimes fuse into it."""
     while kind(network, node) in ("relu", "clip", "dropout", "identity") or node.target is operator.getitem:
         node = tensor_inputs(node)[0]
     return site(node)

@@ -1,9 +1,9 @@
-"""SmoothQuant: channels of activations that are far larger than the others hand their size to the weights.
+"""SmoothQuant: the magnitude of activation outlier channels is migrated into the weights.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023.
-One scale has to serve all channels of an activation, and one for every output channel serves a weight: dividing the
-input channel j by s_j in the norm before, and multiplying the weights' column j by it, moves the difficulty to where
-it costs less. The network computes what it did.
+An activation has one scale for all channels, a weight one per output channel: dividing input channel j by s_j in the
+preceding norm, and multiplying column j of the weights by it, moves the difficulty to where it costs less. The
+network's function is unchanged.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from penjing.steps.settings import FLAG, between, check, whole
 from penjing.steps.step import Context
 from penjing.surgery import divide_inputs
 
-SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # a multiplication by a stored vector ends a norm written out
+SOURCES = ("layer_norm", "rms_norm", "mul", "linear")  # "mul": by a stored vector, ends a decomposed norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant:
-    """Balance the inputs of linear layers with their weights: s_j = max|X_j|^α / max|W_j|^(1−α).
+    """Migrate activation magnitude of linear layers into their weights by s_j = max|X_j|^α / max|W_j|^(1−α).
 
-    It covers norms whose readers are all linear layers, and linear layers that feed linear layers through nothing
-    that a scale does not pass (values and output of an attention). With `multiply` it covers the others too: norms
-    that a residual reads as well (BERT's), and activation functions.
+    It covers norms whose readers are all linear layers, and linear layers that feed linear layers through operators
+    that commute with a scale (value and output projection of an attention). With `multiply` it covers the others too:
+    norms that a residual branch also reads (BERT's), and activation functions.
 
     Attributes:
-        alpha: 0 to 1: how much of the activations' differences moves into the weights.
-        samples: Calibration samples that the maxima of the activations are taken over, in one pass.
-        multiply: Whether inputs that nothing before them can divide are multiplied by a vector in front of the layers:
-            one more operator, unless the runtime fuses it into its neighbours.
+        alpha: Migration strength from 0 to 1: how much of the activations' channel differences moves into the weights.
+        samples: Number of calibration samples that the activations' maxima are taken over, in one pass.
+        multiply: Whether inputs that no preceding operator can absorb the division for are multiplied by a vector in
+            front of the layers: one more operator, unless the runtime fuses it.
     """
 
     stage: ClassVar[str] = "prepare"
@@ -60,17 +60,17 @@ class SmoothQuant:
         check(self, alpha=between(0, 1), samples=whole(), multiply=FLAG)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft that computes the same with other weights."""
+        """Return a draft with rescaled weights; its function is unchanged."""
         draft = draft.copy()
-        found = couples(draft.network.eval(), context.task.call(), SOURCES, ("linear",))
-        covered = {name for couple in found for name in couple.readers}
+        pairs = couples(draft.network.eval(), context.task.call(), SOURCES, ("linear",))
+        covered = {name for couple in pairs for name in couple.readers}
         groups = [[site(n) for n in nodes] for nodes in linears_by_input(draft.network)] if self.multiply else []
         groups = [names for names in groups if not covered & set(names)]
         largest = maxima(draft.network, covered.union(*groups), context, self.samples)
-        # All scales come from the given weights; a layer that is both read and reads has one on each side.
-        factors = [self._factor(draft.network, couple, largest) for couple in found]
+        # All factors come from the original weights; a layer that is both producer and reader has one on each side.
+        factors = [self._factor(draft.network, couple, largest) for couple in pairs]
         vectors = [self._factor_of_inputs(draft.network, names, largest) for names in groups]
-        for couple, factor in zip(found, factors, strict=True):
+        for couple, factor in zip(pairs, factors, strict=True):
             divide(draft.network, couple, factor)
         edits = [divide_inputs(draft.network, *group) for group in zip(groups, vectors, strict=True)]
         covered = covered.union(*groups)
@@ -78,11 +78,11 @@ class SmoothQuant:
         return replace(draft, edits=(*draft.edits, *edits))
 
     def pairs(self, draft: Draft, context: Context) -> tuple[Couple, ...]:
-        """The norms and layers that are divided, each with the layers that read it; the draft stays as it is."""
+        """Return the norms and layers that are divided, each with its readers; the draft is not modified."""
         return tuple(couples(draft.copy().network.eval(), context.task.call(), SOURCES, ("linear",)))
 
     def _factor(self, network: fx.GraphModule, couple: Couple, largest: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the source's channels are divided by: (channels,), float64; 1 where all inputs or weights are 0."""
+        """The factors of a producer's channels: (channels,), float64; 1 where all values or all weights are 0."""
         channels = len(network.get_parameter(couple.tensors[0]))
         inputs = over_channels([largest[name] for name in couple.readers], couple, channels)
         weights = over_channels(
@@ -93,7 +93,7 @@ class SmoothQuant:
     def _factor_of_inputs(
         self, network: fx.GraphModule, names: list[str], largest: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """What the inputs of linear layers that read one value are divided by: (in_features,), float64."""
+        """The factors that the common input of linear layers is divided by: (in_features,), float64."""
         weights = torch.stack([range_of_inputs(network.get_submodule(name)).cpu() for name in names]).amax(0)
         return self._balanced(largest[names[0]].double().cpu(), weights)
 

@@ -1,7 +1,7 @@
-"""Static post-training quantization: ranges from unlabelled data, one pass over it for all values together.
+"""Static post-training quantization: ranges from unlabelled data, in one pass for all values.
 
-Jacob et al., CVPR 2018; Krishnamoorthi, 2018. Batch norms are folded first; weights are quantized per output
-channel, activations per tensor.
+Jacob et al., CVPR 2018; Krishnamoorthi, 2018. Batch norms are folded first; weights are quantized per channel,
+activations per tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RULES = {
     "activation_symmetric": optional(FLAG),
     "scale": one_of("free", "power_of_two"),
 }
-"""Of the fields of `Static` that may differ between operators."""
+"""Rules for the fields of `Static` that may differ between operators."""
 
 
 @suggesting
@@ -58,19 +58,19 @@ class Static:
         activation_bits: Bits of an activation.
         weight_range: "minmax" or "mse".
         activation_range: "minmax", "moving_average", "percentile", "mse" or "entropy".
-        weight_per: "channel" or "tensor": what shares a scale.
-        weight_group: So many neighbouring weights of an output channel share a scale instead; a layer whose channels
-            it does not divide keeps one scale a channel.
+        weight_per: "channel" or "tensor": the granularity of weight scales.
+        weight_group: Group size: that many neighbouring weights of an output channel share a scale. A layer whose input
+            channels it does not divide has per-channel scales.
         weight_grid: "uniform", "powers_of_two" (up to 4 bits) or "additive_powers_of_two" (up to 6).
-        activation_grid: The same; unsigned activations take a bit less.
-        weight_symmetric: Whether zero points of weights are 0; None is as the runtime wants it.
-        activation_symmetric: The same of activations, which are signed then.
-        scale: "free", or "power_of_two" for processors that only shift.
-        samples: At most so many calibration samples are read.
-        exclude: Name patterns (as in ``layer3.*``) of operators that stay in floating point.
-        outliers: "keep", or "ease": where an output loses most of its values to a few huge channels of an activation,
-            `SmoothQuant`, `SplitOutliers` or floating point is taken, and `Plan.remedy` says which.
-        settings: Name pattern → other values of the fields above, down to `scale`, for the operators it matches.
+        activation_grid: The same for activations; unsigned ones take one bit less.
+        weight_symmetric: Whether weights have a zero point of 0; None follows the runtime.
+        activation_symmetric: The same for activations, which are then signed; None follows the runtime.
+        scale: "free", or "power_of_two" for processors that rescale by shifting.
+        samples: Largest number of calibration samples to read.
+        exclude: Name patterns (such as ``layer3.*``) of operators that stay in floating point.
+        outliers: "keep", or "ease": if a few outlier channels cost an output most of its signal, apply `SmoothQuant`,
+            `SplitOutliers` or floating point, and record which in `Plan.remedy`.
+        settings: Name pattern → overrides of the fields above, down to `scale`, for the operators it matches.
     """
 
     stage: ClassVar[str] = "quantize"
@@ -107,34 +107,34 @@ class Static:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded and a plan."""
-        made = self._quantized(draft, context)
+        quantized = self._quantized(draft, context)
         if self.outliers == "keep":
-            return made
+            return quantized
 
         def quantize(changed: Draft, context: Context, floats: tuple[str, ...], **settings: Any) -> Draft:
             return replace(self, exclude=(*self.exclude, *floats), **settings)._quantized(changed, context)
 
-        return eased(quantize, draft, made, context)
+        return eased(quantize, draft, quantized, context)
 
     def _quantized(self, draft: Draft, context: Context) -> Draft:
         capabilities = context.capabilities or GENERIC
         draft = draft.copy()
         whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) == "attention"]
         edits = prepare(draft.network, capabilities, self.exclude)
-        names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # an unfolded one can be named as a whole
+        names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # a decomposed attention can be named as a whole
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
             matches(pattern, names)
-        seen: dict[str, frozenset[int]] = {}  # masks' numbers
+        seen: dict[str, frozenset[int]] = {}  # mask values
         while True:
             placement = place(draft.network, capabilities, excluded, seen)
             values, watched = set(placement.edges.values()), to_watch(draft.network, placement)
             statistics, columns = collect(draft.network, values, context, self.samples, watched)
-            shown = {name: signs for name in values if (signs := sentinels.standing_out(statistics[name]))}
-            if shown.keys() <= seen.keys():
+            revealed = {name: signs for name in values if (signs := sentinels.standing_out(statistics[name]))}
+            if revealed.keys() <= seen.keys():
                 break
-            seen |= shown
+            seen |= revealed
         entries = self._activations(placement, statistics, capabilities)
         entries |= self._cells(draft.network, placement, statistics, capabilities)
         separate = apart(draft.network, placement, entries, statistics, columns)
@@ -150,18 +150,18 @@ class Static:
         return self
 
     def activation_spec(self, capabilities: Capabilities) -> QuantSpec:
-        """The format of activations in a runtime."""
+        """Return the format of activations in a runtime."""
         spec = replace(
             capabilities.activation, bits=self.activation_bits, range=self.activation_range, scale=self.scale,
             grid=self.activation_grid,
         )  # fmt: skip
         if self.activation_symmetric is not None:
-            # Not narrow: a file has no type of its own for −127..127, and the clip would stand between fused operators.
+            # Not narrow: files have no type for −127..127, and a clip would separate operators that are fused.
             spec = replace(spec, symmetric=self.activation_symmetric, signed=self.activation_symmetric, narrow=False)
         return _legal("activations", spec, capabilities, capabilities.activations)
 
     def weight_spec(self, capabilities: Capabilities, weight: torch.Tensor) -> QuantSpec:
-        """The format of a weight (out, …) in a runtime."""
+        """Return the format of a weight (out, …) in a runtime."""
         bits = min(self.weight_bits, capabilities.weight.bits)
         axis = capabilities.weight.axis if self.weight_per == "channel" else None
         spec = replace(
@@ -176,18 +176,18 @@ class Static:
     def _activations(
         self, placement: Placement, statistics: Mapping[str, Histogram], capabilities: Capabilities
     ) -> dict[str, Entry]:
-        found: dict[tuple[str, QuantSpec], Entry] = {}
+        by_value: dict[tuple[str, QuantSpec], Entry] = {}
         entries: dict[str, Entry] = {}
         for edge, value in placement.edges.items():
             mine = self._for(edge.rpartition(":")[0])
             spec = mine.activation_spec(capabilities)
             if capabilities.symmetric_products and value in placement.centred and statistics[value].low < 0:
                 spec = replace(spec, symmetric=True, signed=True, narrow=False)
-            if (value, spec) not in found:
+            if (value, spec) not in by_value:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)
-                found[value, spec] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
-            entries[edge] = found[value, spec]
+                by_value[value, spec] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
+            entries[edge] = by_value[value, spec]
         return entries
 
     def _weights(
@@ -206,7 +206,7 @@ class Static:
             spec = for_layer(mine.weight_spec(capabilities, weight), layer)
             scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
             if isinstance(bias, torch.Tensor) and spec.group is None:
-                # A bias is int32 on the grid weight scale × input scale: a dead channel's grid must not be too fine.
+                # A bias is int32 on the grid weight scale × input scale: a dead channel's scale must not be too small.
                 finest = bias.detach().abs() / (BIAS_LIMIT * activations[f"{name}:in0"].scale[0])
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
                 scale = shiftable(scale, spec)
@@ -220,9 +220,9 @@ class Static:
         statistics: Mapping[str, Histogram],
         capabilities: Capabilities,
     ) -> dict[str, Entry]:
-        """Of recurrent layers: their matrices (gates·hidden, in) are stored in integers.
+        """Entries of recurrent layers, whose matrices (gates·hidden, in) are stored in integers.
 
-        Where the runtime multiplies them in integers too, the input has a grid, on which the state lies as well.
+        If the runtime also multiplies them in integers, the input has a grid, which the hidden state shares.
         """
         entries: dict[str, Entry] = {}
         for node in network.graph.nodes:
@@ -242,9 +242,9 @@ class Static:
     def _tables(
         self, network: fx.GraphModule, names: Iterable[str], layers: Mapping[str, Entry], capabilities: Capabilities
     ) -> dict[str, Entry]:
-        """Of weights that are only stored in integers.
+        """Entries of weights that are only stored in integers.
 
-        One that a layer multiplies by too has that layer's grid, so that it is stored once.
+        One that a layer also multiplies by takes that layer's grid, so that it is stored once.
         """
         grids = {
             id(network.get_submodule(edge.rpartition(":")[0].split("@")[0]).weight): e for edge, e in layers.items()
@@ -264,36 +264,36 @@ class Static:
 
 
 def prepare(network: fx.GraphModule, capabilities: Capabilities, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
-    """Edit a network, in place, into the form whose edges are quantized: what stays in floating point is told of it.
+    """Prepare a network for quantization, in place, and return the edits.
 
-    Readers of a tied weight that turn it get one of their own, batch norms are folded, and attentions unfolded. What
-    fits a pattern of `exclude` keeps its weight and its attention.
+    Tied weights are untied where a reader transposes them, batch norms are folded, and attentions are decomposed,
+    except in operators that match a pattern of `exclude`.
     """
-    kept = fitting(exclude, network)
-    edits = own_weights(network, kept) + fold_batch_norms(network)
+    in_floats = fitting(exclude, network)
+    edits = own_weights(network, in_floats) + fold_batch_norms(network)
     if "matmul" not in capabilities.integer:
         return edits
-    return edits + unfold_attentions(network, kept)
+    return edits + unfold_attentions(network, in_floats)
 
 
 def for_layer(spec: QuantSpec, layer: nn.Module) -> QuantSpec:
-    """The format of a layer's weight where its output channels are not the first axis: (in, out/groups, …)."""
+    """Return the format for a layer's own weight layout; a transposed convolution's is (in, out/groups, …)."""
     if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) or spec.axis is None:
         return spec
     return replace(spec, axis=1 if layer.groups == 1 else None, group=None)
 
 
 def stored_entry(weight: torch.Tensor, spec: QuantSpec) -> Entry:
-    """The grid of a weight that nothing is multiplied by in integers."""
+    """Return the grid of a weight that is stored in integers and dequantized before use."""
     scale, zero = scale_and_zero_point(*weight_range(weight, spec), spec)
     return Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
 
 
 def _legal(what: str, spec: QuantSpec, capabilities: Capabilities, formats: Formats) -> QuantSpec:
-    """The spec, if the runtime has integer kernels for it.
+    """Return the spec if the runtime has integer kernels for it.
 
     Raises:
-        RecipeError: It has none; says what it takes.
+        RecipeError: It has none; the error lists the formats it supports.
     """
     refusal = formats.refusal(spec)
     if refusal is None:
@@ -302,12 +302,12 @@ def _legal(what: str, spec: QuantSpec, capabilities: Capabilities, formats: Form
         f"{capabilities.runtime} has no integer kernel for {what} of this format",
         got=refusal.got,
         expected=refusal.takes,
-        remedy="change the step's settings; pj.apply(recipe, model, task) computes any format, in torch alone",
+        remedy="change the step's settings; pj.apply(recipe, model, task) simulates any format in torch",
     )
 
 
 def _check_grids(where: str, values: Mapping[str, Any]) -> None:
-    """Raise RecipeError for more bits than the integers of a grid of powers of two fit into 8."""
+    """Raise RecipeError for more bits than a power-of-two grid can represent in 8-bit integers."""
     for what, sign in (("weight", 1), ("activation", 0)):
         grid, bits = values[f"{what}_grid"], values[f"{what}_bits"]
         most = {"powers_of_two": 3, "additive_powers_of_two": 5}.get(grid, 8) + sign
@@ -334,24 +334,24 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def fitting(patterns: Iterable[str], network: fx.GraphModule) -> set[str]:
-    """The sites that fit any of the patterns; none need."""
+    """Return the sites that match any of the patterns; a pattern may match none."""
     return {name for pattern in patterns for name in sites(network) if _fits(pattern, name)}
 
 
 def matches(pattern: str, names: Iterable[str]) -> list[str]:
-    """Names that fit a pattern: exactly, as a prefix of module paths, or with the wildcards of `fnmatch`.
+    """Return the names that match a pattern: exactly, as a module-path prefix, or with the wildcards of `fnmatch`.
 
     Raises:
-        RecipeError: Nothing fits; names the nearest.
+        RecipeError: Nothing matches; the error names the nearest.
     """
     names = list(names)
-    found = [n for n in names if _fits(pattern, n)]
-    if not found:
+    matching = [n for n in names if _fits(pattern, n)]
+    if not matching:
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
         raise RecipeError(
-            "a name pattern fits no operator of the network",
+            "a name pattern matches no operator of the network",
             got=repr(pattern),
             expected=f"for example {', '.join(map(repr, near))}",
             remedy="`penjing inspect` lists all names",
         )
-    return found
+    return matching

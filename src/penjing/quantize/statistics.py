@@ -1,4 +1,4 @@
-"""Histograms of the values that a plan needs ranges of, collected once for all steps on the same network and data."""
+"""Histograms of the values that need a range, collected once for all steps on the same network and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from penjing.steps.step import Context
 
 
 class Statistics(NamedTuple):
-    """What the values of a network looked like, by node name."""
+    """Statistics of a network's values, by node name."""
 
     histograms: dict[str, Histogram]
     columns: dict[str, Columns]
@@ -25,9 +25,9 @@ class Statistics(NamedTuple):
 def collect(
     network: fx.GraphModule, values: set[str], context: Context, samples: int, columns: Collection[str] = ()
 ) -> Statistics:
-    """Histograms of the named values over the calibration data, and of some of them the columns too, in one pass.
+    """Collect histograms of the named values over the calibration data, and column statistics of some, in one pass.
 
-    They are kept in `context.cache`, and what was collected before is not collected again.
+    They are cached in `context.cache`; what was collected before is reused.
     """
     key = cache_key(Statistics, network, context, samples)
     statistics = context.cache.once(key, lambda: Statistics({}, {}))
@@ -52,7 +52,7 @@ def _observe(
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if n.name in histograms and isinstance(result, torch.Tensor):
-                histograms[n.name].update(result, share=share, more=more)  # of the loop below
+                histograms[n.name].update(result, share=share, more=more)  # of the observer below
             if n.name in columns and isinstance(result, torch.Tensor):
                 columns[n.name].update(result)
             return result

@@ -1,4 +1,4 @@
-"""Percentile clipping of weights: a few large weights of a channel give way, so that all others have finer steps.
+"""Percentile clipping of weights: the few largest weights of a channel are clipped to refine the grid of the others.
 
 Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation", 2020,
 describe percentile calibration; here the weights themselves are clipped, before any range is taken.
@@ -22,10 +22,10 @@ LAYERS = ("conv", "conv_transpose", "linear")
 
 
 def limits(magnitudes: torch.Tensor, percentile: float) -> torch.Tensor:
-    """The percentile of every row's magnitudes, zeros left out (nearest rank): one of its own values, so above 0.
+    """Compute the percentile of every row's non-zero magnitudes by nearest rank, which is one of its values, above 0.
 
     Args:
-        magnitudes: (rows, values), at least 0.
+        magnitudes: (rows, values), non-negative.
         percentile: Above 0, at most 100.
 
     Returns:
@@ -40,17 +40,17 @@ def limits(magnitudes: torch.Tensor, percentile: float) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightClipping:
-    """Clip the weights of convolutions and linear layers, output channel by output channel, before `Static`.
+    """Clip the weights of convolutions and linear layers per output channel, before `Static`.
 
-    The network computes slightly otherwise from then on, so floating-point artifacts go without it. Zeros stay zeros
-    and are not counted; the largest magnitudes that are left are above 0, so that no channel becomes empty. A channel
-    of fewer than 1 / (1 − percentile / 100) weights stays as it is. Weights that something else reads too stay.
+    This changes the network's function slightly, so floating-point artifacts are built without it. Zeros stay zero and
+    are not counted; the clipping threshold is above 0, so no channel becomes empty. Channels of fewer than
+    1 / (1 − percentile / 100) weights and weights with other readers are left unchanged.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        percentile: Of the magnitudes of a channel's weights, which larger ones are set to; 100 changes nothing.
+        percentile: Percentile of a channel's weight magnitudes to which larger ones are clipped; 100 changes nothing.
     """
 
     stage: ClassVar[str] = "prepare"
@@ -69,11 +69,11 @@ class WeightClipping:
         nodes = [n for n in network.graph.nodes if n.op == "call_module" and kind(network, n) in LAYERS]
         names = tuple(dict.fromkeys(str(n.target) for n in nodes))
         readers = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
-        taken = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
+        read_elsewhere = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
         clipped = 0
         for name in names:
             weight = network.get_parameter(f"{name}.weight")
-            if readers[id(weight)] > 1 or f"{name}.weight" in taken:
+            if readers[id(weight)] > 1 or f"{name}.weight" in read_elsewhere:
                 continue
             before = weight.detach().clone()
             self._clip(network.get_submodule(name), weight)
@@ -85,7 +85,7 @@ class WeightClipping:
     def _clip(self, layer: Any, weight: torch.Tensor) -> None:
         shape = weight.shape
         transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        if transposed:  # (in, out/groups, …): an output channel is read by the inputs of its group alone
+        if transposed:  # (in, out/groups, …): an output channel has only the inputs of its group
             grouped = weight.reshape(layer.groups, shape[0] // layer.groups, *shape[1:]).transpose(1, 2)
             rows = grouped.reshape(layer.groups * shape[1], -1)
         else:

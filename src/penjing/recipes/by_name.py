@@ -130,10 +130,10 @@ def _with_integers(learn: Finetune, epochs: float) -> Finetune:
 
 
 def _target(macs: float | None, params: float | None, latency: float | None, blocks: int) -> dict[str, float | str]:
-    given: dict[str, float | str] = {
+    targets: dict[str, float | str] = {
         name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None
     }
-    return given or ({} if blocks else {"macs": 0.5})
+    return targets or ({} if blocks else {"macs": 0.5})
 
 
 def _composed(

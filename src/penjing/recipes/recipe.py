@@ -87,10 +87,10 @@ class Recipe:
             RecipeError: A setting is a function, a network or another object, which only Python can hold.
         """
         for step in self.steps:
-            if found := next(not_plain(step), None):
+            if unsupported := next(not_plain(step), None):
                 raise RecipeError(
-                    f"{type(step).__name__}({found[0]}=...) can't be written as YAML",
-                    got=repr(found[1])[:200],
+                    f"{type(step).__name__}({unsupported[0]}=...) can't be written as YAML",
+                    got=repr(unsupported[1])[:200],
                     expected="settings of numbers, words, and steps",
                     remedy="leave it out and give it in Python: dataclasses.replace(step, ...)",
                 )

@@ -52,8 +52,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice"[:200], node.start_mark)
             seen.add(key if isinstance(key, Hashable) else id(key))
-        made: dict[Any, Any] = super().construct_mapping(node, deep)
-        return made
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def get_single_node(self) -> Any:
         """The document, if its aliases do not make much of little."""

@@ -178,14 +178,14 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
 
 def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
     """Source and task in float32, and one line that says so; both as they are, and None, where they are already."""
-    told = None
+    note = None
     if isinstance(source.module, nn.Module):
-        module, told = single_module(source.module)
+        module, note = single_module(source.module)
         source = replace(source, module=module)
     single = single_task(task)
-    if told is None and single is not task:
-        told = "the task's inputs are given to the network in float32"
-    return source, single, told
+    if note is None and single is not task:
+        note = "the task's inputs are given to the network in float32"
+    return source, single, note
 
 
 def check_forward(source: Source, task: Task) -> Any:

@@ -114,8 +114,8 @@ class Plan:
 
     def without(self, sites: Mapping[str, str]) -> Plan:
         """The same plan with these sites (site → reason) back in floating point."""
-        kept = {edge: e for edge, e in self.entries.items() if edge.rpartition(":")[0] not in sites}
-        return replace(self, entries=kept, floats={**self.floats, **sites})
+        remaining = {edge: e for edge, e in self.entries.items() if edge.rpartition(":")[0] not in sites}
+        return replace(self, entries=remaining, floats={**self.floats, **sites})
 
     def to_json(self) -> str:
         """Stable JSON; floats are written so that they read back to the same bits."""

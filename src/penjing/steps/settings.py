@@ -40,9 +40,9 @@ def check(settings: object, **rules: Rule) -> None:
         RecipeError: Of the first field that breaks its rule.
     """
     for name, rule in rules.items():
-        given = getattr(settings, name)
-        value = require(f"{type(settings).__name__}({name}=...)", given, rule)
-        if value is not given:
+        current = getattr(settings, name)
+        value = require(f"{type(settings).__name__}({name}=...)", current, rule)
+        if value is not current:
             object.__setattr__(settings, name, value)
 
 

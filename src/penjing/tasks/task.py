@@ -153,9 +153,9 @@ def agreement_task(task: Task, source_module: nn.Module, name: str = "the source
     """
     first = list(itertools.islice(calibration_calls(task), _HELD_OUT))
     if len(first) == 1:
-        rest, held = _split_samples(first[0], task)
+        rest, held_out = _split_samples(first[0], task)
         calibration: Iterable[Any] = [as_inputs(rest)]
-        judges: Iterable[Call] = [held]
+        judges: Iterable[Call] = [held_out]
     else:
         every = _HELD_OUT if len(first) == _HELD_OUT else 2
         calibration = _Part(task, every, held_out=False)
@@ -229,8 +229,8 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
             expected="two batches, or one batch of two samples",
             remedy="give more calibration data, or a metric: Task(evaluate=...)",
         )
-    held = torch.arange(samples) % _HELD_OUT == _HELD_OUT - 1
-    held[-1] |= not bool(held.any())
+    selected = torch.arange(samples) % _HELD_OUT == _HELD_OUT - 1
+    selected[-1] |= not bool(selected.any())
 
     def rows_of(mask: torch.Tensor) -> Callable[[Any], Any]:
         def take(value: Any) -> Any:
@@ -243,7 +243,7 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
         take = rows_of(mask)
         return tuple(map_leaves(take, arg) for arg in call[0]), map_leaves(take, call[1])
 
-    return cut(~held), cut(held)
+    return cut(~selected), cut(selected)
 
 
 def _same_class(mine: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

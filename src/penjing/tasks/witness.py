@@ -46,13 +46,13 @@ class Witness:
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[bytes]:
     """A hash of every sample of a call: row by row where all inputs have as many rows, else of the whole call."""
-    held = [(where, _plain(leaf)) for _, where, leaf in leaves((args, dict(sorted(kwargs.items()))))]
-    arrays = [value for _, value in held if isinstance(value, np.ndarray)]
+    values = [(where, _plain(leaf)) for _, where, leaf in leaves((args, dict(sorted(kwargs.items()))))]
+    arrays = [value for _, value in values if isinstance(value, np.ndarray)]
     rows = {value.shape[0] if value.ndim else None for value in arrays}
     together = rows.pop() if len(rows) == 1 else None
     for row in [None] if together is None else range(together):
         digest = hashlib.blake2b(digest_size=16)
-        for where, value in held:
+        for where, value in values:
             if isinstance(value, np.ndarray):
                 part = value if row is None else value[row]
                 digest.update(f"|{where}:{part.dtype}{part.shape}".encode())
