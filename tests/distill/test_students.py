@@ -78,7 +78,7 @@ class TestFewerLayers:
         wrapped = nn.Sequential()
         wrapped.add_module("layers", module)
         task = Task(example=torch.rand(2, 4))
-        with pytest.raises(RecipeError, match="can't be taken out") as error:
+        with pytest.raises(RecipeError, match="can't be removed") as error:
             distill.FewerLayers(of="layers", keep=(0, 1))(draft_of(wrapped, task.call()[0]), Context(task=task))
         assert "(2, 3)" in str(error.value)
         small = distill.FewerLayers(of="layers", keep=(0, 2))(draft_of(wrapped, task.call()[0]), Context(task=task))

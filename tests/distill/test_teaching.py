@@ -354,7 +354,7 @@ class TestBadInput:
         assert "Error: " in caught.value.got and caught.value.remedy
 
     def test_attention_of_vectors(self, teacher):
-        with pytest.raises(TaskError, match="looks at images"):
+        with pytest.raises(TaskError, match="compares feature maps"):
             train(raised(), context(teacher), replace(SHORT, distill=distill.AttentionTransfer(features=("head",))))
 
     def test_features_of_several_teachers(self, teacher):

@@ -89,7 +89,7 @@ class TestRefused:
 
 def test_attention_of_what_is_no_picture():
     said, begun = refused(pj.Finetune(distill=distill.AttentionTransfer(features=("5",))))
-    assert "looks at images" in said and not begun
+    assert "compares feature maps" in said and not begun
 
 
 def test_a_training_within_a_step(tmp_path):

@@ -240,7 +240,7 @@ class TestYaml:
             ("- Finetune: {distill: {Logits: {}}}", ["setting that does not exist", "did you mean distill.Logits?"]),
             ("- Finetune: {distill: [distill.Logit]}", ["did you mean distill.Logits?"]),
             ("- prune.Movement: {finetune: {Finetun: {}}}", ["did you mean Finetune?"]),
-            ("- Finetune: {epochs: 1, epochs: 5}", ["not valid YAML", "'epochs' stands twice"]),
+            ("- Finetune: {epochs: 1, epochs: 5}", ["not valid YAML", "'epochs' appears twice"]),
             ("- Finetune: {channels_last: 'no'}", ["channels_last", "True or False"]),
             ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),
             ("- Finetune: {epochs: 0}", ["epochs", "above 0"]),

@@ -1,6 +1,6 @@
-"""Learning from a teacher: one way to imitate it, one file. Each is a setting of `penjing.Finetune(distill=...)`.
+"""Distillation: one loss per file. Each is a setting of `penjing.Finetune(distill=...)`.
 
-`FewerLayers` and `Student` are steps that make a student; `TeacherCache` is a teacher.
+`FewerLayers` and `Student` are steps that create a student; `TeacherCache` is a teacher.
 """
 
 from penjing.distill.attention import AttentionTransfer

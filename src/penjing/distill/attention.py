@@ -17,9 +17,9 @@ from penjing.steps.settings import at_least, check
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared distance of attention maps: the sum of all channels' squares, of length 1; the mean over samples.
+    """Squared distance of attention maps, averaged over samples; a map is the normalized sum of squares over channels.
 
-    Widths may differ. Of two sizes the larger is averaged down to the smaller.
+    The numbers of channels may differ. If the sizes differ, the larger is average-pooled to the smaller.
 
     Args:
         student: (samples, channels, height, width).
@@ -38,15 +38,15 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTransfer:
-    """Where both networks look (`attention_transfer`), the sum over all pairs.
+    """Match the spatial attention maps of both networks (`attention_transfer`), summed over all feature pairs.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks, with images of many channels. A name alone
-            stands for the same name in both.
-        weight: Of this term in the training loss.
+        features: (student's, teacher's) sites, or parts of the networks, with feature maps of many channels. A single
+            name stands for the same name in both.
+        weight: Weight of this loss in the training objective.
     """
 
     features: tuple[tuple[str, str], ...]
@@ -57,7 +57,7 @@ class AttentionTransfer:
         object.__setattr__(self, "features", paired(self, self.features))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Raises:
             TaskError: A feature is not an image.
@@ -65,10 +65,10 @@ class AttentionTransfer:
         for names, values in zip(self.features, inputs.pairs(self.features), strict=True):
             if any(value.dim() != 4 for value in values):
                 raise TaskError(
-                    "attention transfer looks at images",
+                    "attention transfer compares feature maps",
                     got=", ".join(f"{n}: {tuple(v.shape)}" for n, v in zip(names, values, strict=True)),
                     expected="(samples, channels, height, width)",
-                    remedy="distill.Hints takes values of any shape",
+                    remedy="distill.Hints accepts features of any shape",
                 )
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:

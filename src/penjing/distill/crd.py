@@ -16,22 +16,22 @@ from penjing.distill.settings import paired
 from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, check, whole
 
-FOLLOW = 0.1  # how fast the scale follows the samples, a batch
+FOLLOW = 0.1  # weight of a batch in the moving average of the scale
 
 
 def contrastive(
     anchors: torch.Tensor, same: torch.Tensor, others: torch.Tensor, temperature: float, log_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Noise-contrastive loss: is this pair of one sample, or of two?
+    """Noise-contrastive loss: do the two embeddings of a pair belong to the same sample?
 
-    With r = exp(anchor·other / temperature) / scale and K others, a pair is taken for one sample's with r / (r + K).
+    With r = exp(anchor·other / temperature) / scale and K negatives, a pair is positive with probability r / (r + K).
 
     Args:
-        anchors: (samples, dimensions), of length 1.
-        same: (samples, dimensions), of the same samples in the other network, of length 1.
-        others: (K, dimensions), of other samples in the other network, of length 1.
-        temperature: What products are divided by, above 0.
-        log_scale: Logarithm of the scale, the mean of exp(anchor·other / temperature), with which r is a ratio of
+        anchors: (samples, dimensions), unit length.
+        same: (samples, dimensions), the same samples in the other network, unit length.
+        others: (K, dimensions), other samples in the other network (negatives), unit length.
+        temperature: Divides the inner products, above 0.
+        log_scale: Logarithm of the scale, the mean of exp(anchor·other / temperature), which makes r a ratio of
             probabilities.
 
     Returns:
@@ -49,24 +49,24 @@ def contrastive(
 
 @dataclass(frozen=True, kw_only=True)
 class CRD:
-    """Both networks' samples told apart by each other (`contrastive`), the sum over all pairs of features.
+    """Contrast the samples of both networks with each other (`contrastive`), summed over all feature pairs.
 
-    Linear layers embed both sides; they are trained beside the student and thrown away. The others are the last samples
-    that were seen, of earlier batches: the paper draws them from all. The scale follows them: features of an untrained
-    network all point one way, and with the scale of the first batch, which the authors keep, thousands of others that
-    look alike would outweigh every label.
+    Linear layers embed both sides; they are trained with the student and discarded. The negatives are the most recent
+    samples of earlier batches, where the paper draws them from the whole data set. The scale is a moving average: the
+    features of an untrained network all point in one direction, and with the scale of the first batch, which the
+    authors keep, thousands of similar negatives would outweigh every label.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks, whose last value is meant; none takes the
-            outputs. A name alone stands for the same name in both.
-        dimensions: Of the embedding.
-        negatives: How many other samples a sample is told from, the last that were seen: fewer than the data has, or a
-            sample is told from itself.
-        temperature: What products of embeddings are divided by.
-        weight: Of this term in the training loss.
+        features: (student's, teacher's) sites, or parts of the networks, which stand for their last output; without
+            any, the networks' outputs. A single name stands for the same name in both.
+        dimensions: Size of the embedding.
+        negatives: Number of negatives, the most recent samples: fewer than the data set has, or a sample would be its
+            own negative.
+        temperature: Divides the inner products of embeddings.
+        weight: Weight of this loss in the training objective.
     """
 
     features: tuple[tuple[str, str], ...] = ()
@@ -80,7 +80,7 @@ class CRD:
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch, a module with two embeddings a pair and the samples that were seen."""
+        """Return the loss of a batch, a module with two embeddings per feature pair and the recent samples."""
         return _CRD(self, inputs)
 
 
@@ -96,7 +96,7 @@ class _CRD(nn.Module):
 
 
 class _Pair(nn.Module):
-    """Both embeddings of one pair of features, and the last samples seen in each."""
+    """Both embeddings of a feature pair, and the most recent samples in each."""
 
     def __init__(self, settings: CRD, student: torch.Tensor, teacher: torch.Tensor) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Pair(nn.Module):
         banks = self.get_buffer("seen_by_student"), self.get_buffer("seen_by_teacher")
         seen, log_scales = self.get_buffer("seen"), self.get_buffer("log_scales")
         count = min(int(seen), len(banks[0]))
-        # The first batch has nothing but itself to be told from.
+        # The first batch has only itself as negatives.
         by_student, by_teacher = (
             bank[-count:].clone() if count else x.detach() for bank, x in zip(banks, (mine, theirs), strict=True)
         )
@@ -137,7 +137,7 @@ def _log_scale(anchors: torch.Tensor, others: torch.Tensor, temperature: float) 
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
-    """(samples, values): images of many channels and sequences are averaged over places."""
+    """(samples, values): feature maps and sequences are averaged over positions."""
     if x.dim() > 3:
         return x.flatten(2).mean(2)
     return x.mean(1) if x.dim() == 3 else x.reshape(len(x), -1)

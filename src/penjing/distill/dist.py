@@ -1,4 +1,4 @@
-"""DIST: student and teacher agree on how classes and samples compare, not on exact probabilities.
+"""DIST: student and teacher agree on correlations between classes and samples, not on exact probabilities.
 
 Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
 """
@@ -19,7 +19,7 @@ def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
     Args:
         student: Logits (samples, classes).
         teacher: Logits (samples, classes).
-        temperature: What both are divided by, above 0.
+        temperature: Divides both, above 0.
 
     Returns:
         Two scalars: between the classes of each sample (the mean over samples), and between the samples of each class
@@ -32,23 +32,23 @@ def correlations(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 
 
 def _pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Correlation of every row of (rows, values) with its fellow."""
+    """Correlation of every row of (rows, values) with the corresponding row."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return torch.cosine_similarity(a, b, dim=1, eps=1e-8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DIST:
-    """Correlations instead of probabilities (`correlations`): for teachers much stronger than the student.
+    """Match correlations instead of probabilities (`correlations`), for teachers much stronger than the student.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        temperature: What both networks' logits are divided by.
-        between: Weight of how the classes of a sample compare.
-        within: Weight of how the samples of a class compare.
-        weight: Of this term in the training loss.
+        temperature: Divides the logits of both networks.
+        between: Weight of the correlation between the classes of a sample.
+        within: Weight of the correlation between the samples of a class.
+        weight: Weight of this loss in the training objective.
     """
 
     temperature: float = 1.0
@@ -61,12 +61,12 @@ class DIST:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
-        inputs.logits()  # other classes are refused before anything is trained
+        """Return the loss of a batch."""
+        inputs.logits()  # different classes are refused before training starts
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:
             student, teacher = (x.reshape(-1, x.shape[-1]) for x in inputs.logits())

@@ -1,4 +1,4 @@
-"""Decoupled distillation: how probable the true class is, and how the others compare, are weighed apart.
+"""Decoupled knowledge distillation: target class and non-target classes are weighted separately.
 
 Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022.
 """
@@ -14,23 +14,23 @@ from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import above, at_least, between, check
 
 _OUT = 1000.0
-"""Subtracted from the true class's logit: its probability among the others becomes 0."""
+"""Subtracted from the target class's logit, so that its probability among the others becomes 0."""
 
 
 def decoupled(
     student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, temperature: float, alpha: float, beta: float
 ) -> torch.Tensor:
-    """α · KL of (true class, all others) + β · KL among the other classes, times the temperature's square.
+    """α · KL of (target class, all others) + β · KL among the non-target classes, times the squared temperature.
 
-    With α = 1 and β = the teacher's probability of all other classes it is the soft targets' loss.
+    With α = 1 and β = the teacher's probability of all non-target classes it equals the soft-target loss.
 
     Args:
         student: Logits (samples, classes).
         teacher: Logits (samples, classes).
-        target: True classes (samples,) int64.
-        temperature: What both are divided by, above 0.
-        alpha: Weight of the true class against all others.
-        beta: Weight of the others among themselves.
+        target: Target classes (samples,) int64.
+        temperature: Divides both, above 0.
+        alpha: Weight of the target class against all others.
+        beta: Weight of the non-target classes among themselves.
 
     Returns:
         A scalar, in nats.
@@ -38,10 +38,10 @@ def decoupled(
     true = F.one_hot(target, student.shape[1]).bool()
     ours, theirs = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
 
-    def two(logs: torch.Tensor) -> torch.Tensor:  # (samples, 2): the true class, all others
+    def two(logs: torch.Tensor) -> torch.Tensor:  # (samples, 2): the target class, all others
         return torch.stack([logs[true], torch.logsumexp(logs.masked_fill(true, -torch.inf), dim=1)], dim=1)
 
-    def others(x: torch.Tensor) -> torch.Tensor:  # (samples, classes): among the others
+    def others(x: torch.Tensor) -> torch.Tensor:  # (samples, classes): among the non-target classes
         return F.log_softmax(x / temperature - _OUT * true, dim=1)
 
     target_class = F.kl_div(two(ours), two(theirs), reduction="batchmean", log_target=True)
@@ -51,18 +51,19 @@ def decoupled(
 
 @dataclass(frozen=True, kw_only=True)
 class DKD:
-    """Decoupled distillation (`decoupled`); it needs labels, integers. Labels below 0 are left out.
+    """Decoupled knowledge distillation (`decoupled`). It needs integer labels; negative labels are ignored.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        temperature: What both networks' logits are divided by.
-        alpha: Weight of the true class against all others.
-        beta: Weight of the others among themselves; the paper takes 2 to 8, more for a surer teacher.
-        warmup: Part of the training over which the term grows to its weight: with such a `beta` it is many times the
-            labels' loss at first. The paper takes 20 of 240 epochs.
-        weight: Of this term in the training loss.
+        temperature: Divides the logits of both networks.
+        alpha: Weight of the target class against all others.
+        beta: Weight of the non-target classes among themselves; the paper uses 2 to 8, more for a more confident
+            teacher.
+        warmup: Fraction of the training over which the loss ramps up to its weight: with such a `beta` it is initially
+            many times the task's loss. The paper uses 20 of 240 epochs.
+        weight: Weight of this loss in the training objective.
     """
 
     temperature: float = 4.0
@@ -76,12 +77,12 @@ class DKD:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
-        inputs.logits()  # other classes are refused before anything is trained
+        """Return the loss of a batch."""
+        inputs.logits()  # different classes are refused before training starts
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:
             student, teacher = (x.reshape(-1, x.shape[-1]) for x in inputs.logits())

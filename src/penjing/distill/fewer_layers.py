@@ -28,19 +28,19 @@ def _layers(keep: Any) -> bool:
 
 
 COUNT = whole()
-LAYERS = Rule(_layers, "3, or the numbers of layers, ascending: (0, 2, 4)")
+LAYERS = Rule(_layers, "3, or ascending indices of layers: (0, 2, 4)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewerLayers:
-    """Keep some of a stack's layers and take the others out, one after another.
+    """Keep some layers of a stack and remove the others.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        of: The stack, for example "encoder.layer": its parts are called "encoder.layer.0", "encoder.layer.1", …
-        keep: How many layers stay, evenly spread from the first one on; or the numbers of those that stay.
+        of: The stack, for example "encoder.layer", whose layers are called "encoder.layer.0", "encoder.layer.1", …
+        keep: The number of layers to keep, evenly spaced starting with the first; or the indices of those to keep.
     """
 
     stage: ClassVar[str] = "structure"
@@ -78,7 +78,7 @@ class FewerLayers:
         return replace(draft, network=network, edits=(*draft.edits, *edits))
 
     def _layers(self, network: fx.GraphModule) -> list[str]:
-        """The stack's parts in the order of execution."""
+        """The stack's layers in execution order."""
         parts: dict[str, None] = {}
         stacks: dict[str, None] = {}
         for node in network.graph.nodes:
@@ -93,7 +93,7 @@ class FewerLayers:
             raise RecipeError(
                 "the network has no such stack of layers",
                 got=self.of,
-                expected="the name of a list of layers, without the number",
+                expected="the name of a list of layers, without an index",
                 remedy=f"did you mean {' or '.join(near)}?" if near else "`penjing inspect` lists the layers",
             )
         return list(parts)
@@ -108,7 +108,7 @@ def _spread(count: int, keep: int) -> tuple[int, ...]:
 
 
 def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
-    """The operator whose value leaves a part, and the one outside whose value of the same shape enters it."""
+    """The operator whose value leaves a layer, and the one outside whose value of the same shape enters it."""
     sizes = {node: tuple(value.shape) for node, value in shapes(network, call).items()}
     inside = [n for n in network.graph.nodes if site(n).startswith((f"{name}.", f"{name}/")) and n.op != "placeholder"]
     members = set(inside)
@@ -120,9 +120,9 @@ def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
     if not alike:
         said = ", ".join(f"{site(n)} {sizes.get(n.name)}" for n in leaving)
         raise RecipeError(
-            f"{name} can't be taken out",
+            f"{name} can't be removed",
             got=f"out of it: {said or 'nothing'}; into it: {', '.join(str(sizes.get(x.name)) for x in entering)}",
-            expected="one value that leaves it, of the shape of one that enters",
+            expected="exactly one value that leaves it, with the shape of one that enters",
             remedy="prune.Channels makes layers narrower",
         )
     return site(leaving[0]), site(alike[0])

@@ -1,4 +1,4 @@
-"""Hard labels: the teacher's most probable class takes the place of the label.
+"""Hard-label distillation: the teacher's most probable class replaces the label.
 
 Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, at a temperature that goes to 0;
 Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021.
@@ -16,7 +16,7 @@ from penjing.steps.settings import at_least, check
 
 
 def hard_labels(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to the teacher's most probable class, the mean over all samples.
+    """Cross-entropy with the teacher's most probable class, averaged over all samples.
 
     Args:
         student: Logits (…, classes).
@@ -31,13 +31,13 @@ def hard_labels(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class HardLabels:
-    """The teacher's most probable class as label (`hard_labels`).
+    """Train on the teacher's most probable class as the label (`hard_labels`).
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        weight: Of this term in the training loss.
+        weight: Weight of this loss in the training objective.
     """
 
     weight: float = 1.0
@@ -47,10 +47,10 @@ class HardLabels:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
-        inputs.logits()  # other classes are refused before anything is trained
+        """Return the loss of a batch."""
+        inputs.logits()  # different classes are refused before training starts
         return lambda inputs: hard_labels(*inputs.logits())

@@ -1,4 +1,4 @@
-"""Hints: values inside the student become those inside the teacher, through an adapter where the widths differ.
+"""Hints: intermediate features of the student match those of the teacher, through an adapter if the widths differ.
 
 Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 """
@@ -17,29 +17,29 @@ from penjing.steps.settings import at_least, check
 
 
 def hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference, as a part of the teacher's mean square: 0 is equal, 1 what zeros would have.
+    """Mean squared difference relative to the teacher's mean square: 0 for equal values, 1 for zeros.
 
     Args:
         student: Any shape.
         teacher: The same shape.
 
     Returns:
-        A scalar without a unit.
+        A dimensionless scalar.
     """
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """Values inside both networks (`hint`), the mean over all pairs.
+    """Match intermediate features (`hint`), averaged over all feature pairs.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks, whose last value is meant. A name alone stands
-            for the same name in both.
-        weight: Of this term in the training loss.
+        features: (student's, teacher's) sites, or parts of the networks, which stand for their last output. A single
+            name stands for the same name in both.
+        weight: Weight of this loss in the training objective.
     """
 
     features: tuple[tuple[str, str], ...]
@@ -50,10 +50,11 @@ class Hints:
         object.__setattr__(self, "features", paired(self, self.features))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch, a module with one adapter a pair.
+        """Return the loss of a batch, a module with one adapter per feature pair.
 
         Raises:
-            TaskError: Values of a pair differ in more than their width, and are not images of two sizes.
+            TaskError: The features of a pair differ in more than their width, and are not feature maps of different
+                size.
         """
         return _Hints(self.features, inputs)
 
@@ -78,21 +79,21 @@ class _Hints(nn.Module):
 
 
 def _adapter(names: tuple[str, str], student: torch.Tensor, teacher: torch.Tensor) -> nn.Module:
-    """A convolution of one pixel where the channels stand second, a linear layer where they stand last."""
+    """A 1×1 convolution if the channels are axis 1, a linear layer if they are the last axis."""
     mine, theirs = tuple(student.shape), tuple(teacher.shape)
     axes = [len(mine) - 1] if len(mine) < 3 else [2, 1] if len(mine) == 3 else [1]
 
-    def alike(axis: int) -> bool:  # but for the width; of images the larger is averaged down to the smaller
+    def alike(axis: int) -> bool:  # apart from the width; feature maps may differ in size
         others = [i for i in range(len(mine)) if i != axis and not (len(mine) == 4 and i > 1)]
         return len(mine) == len(theirs) and all(mine[i] == theirs[i] for i in others)
 
     axis = next((axis for axis in axes if alike(axis)), None)
     if axis is None:
         raise TaskError(
-            "values inside student and teacher can't be compared",
+            "features of student and teacher can't be compared",
             got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
-            expected="shapes that differ in their width alone, or images",
-            remedy="name values at the same depth of both networks; distill.RKD compares values of any shapes",
+            expected="shapes that differ only in width, or feature maps",
+            remedy="name features at the same depth of both networks; distill.RKD compares features of any shape",
         )
     if mine[axis] == theirs[axis]:
         return nn.Identity()

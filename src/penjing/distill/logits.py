@@ -1,4 +1,4 @@
-"""Soft targets: the student gives the classes the probabilities that the teacher gives them.
+"""Soft targets: the student matches the teacher's softened class probabilities.
 
 Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
 """
@@ -15,14 +15,14 @@ from penjing.steps.settings import above, at_least, check
 
 
 def soft_targets(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL divergence of softened classes, times the temperature's square, the mean over all samples.
+    """KL divergence of softened class probabilities, times the squared temperature, averaged over all samples.
 
-    The gradient of softened classes falls with the temperature's square; so it keeps its size.
+    The gradient of softened probabilities falls with the squared temperature; the factor compensates for that.
 
     Args:
         student: Logits (…, classes).
         teacher: Logits (…, classes).
-        temperature: What both are divided by, above 0.
+        temperature: Divides both, above 0.
 
     Returns:
         A scalar, in nats.
@@ -35,14 +35,14 @@ def soft_targets(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """Soft targets (`soft_targets`).
+    """Match the teacher's softened class probabilities (`soft_targets`).
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        temperature: What both networks' logits are divided by.
-        weight: Of this term in the training loss.
+        temperature: Divides the logits of both networks.
+        weight: Weight of this loss in the training objective.
     """
 
     temperature: float = 4.0
@@ -53,10 +53,10 @@ class Logits:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
-        inputs.logits()  # other classes are refused before anything is trained
+        """Return the loss of a batch."""
+        inputs.logits()  # different classes are refused before training starts
         return lambda inputs: soft_targets(*inputs.logits(), self.temperature)

@@ -1,4 +1,4 @@
-"""The source network's outputs, whatever they are: what a network learns from that was pruned or quantized.
+"""Distillation from outputs of any kind, the default for a pruned or quantized network.
 
 Classes: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
 """
@@ -17,14 +17,14 @@ from penjing.tasks.outputs import flatten_outputs
 
 
 def relative_noise(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """The power of the differences over the power of the teacher's values, of all outputs together.
+    """Noise power over signal power: the squared differences over the teacher's squares, of all outputs together.
 
     Args:
         student: Tensors of any shapes.
         teacher: Tensors of the same shapes.
 
     Returns:
-        A scalar without a unit: 0 is equal, 1 is what zeros would have.
+        A dimensionless scalar: 0 for equal outputs, 1 for zeros.
     """
     noise = torch.stack([(a - b).square().sum() for a, b in zip(student, teacher, strict=True)]).sum()
     return noise / torch.stack([b.square().sum() for b in teacher]).sum().clamp_min(1e-12)
@@ -32,14 +32,14 @@ def relative_noise(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Soft targets (`soft_targets`) where labels show that the output is of classes, else `relative_noise`.
+    """Use `soft_targets` if the labels show that the output is classes, otherwise `relative_noise`.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        temperature: What both networks' logits are divided by.
-        weight: Of this term in the training loss.
+        temperature: Divides the logits of both networks.
+        weight: Weight of this loss in the training objective.
     """
 
     temperature: float = 4.0
@@ -50,20 +50,20 @@ class Outputs:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         ours, theirs = _floats(inputs.student), _floats(inputs.teacher)
         if [x.shape for x in ours] != [x.shape for x in theirs]:
             raise TaskError(
                 "student and teacher have different outputs",
                 got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (ours, theirs)),
                 expected="the same outputs in the same order",
-                remedy="another teacher, or a distillation of features alone, for example distill.Hints"
+                remedy="another teacher, or a loss on features alone, for example distill.Hints"
                 if len(ours) <= len(theirs)
-                else "distill.Logits learns from the first output alone, which is what distill.TeacherCache keeps",
+                else "distill.Logits uses the first output alone, which is what distill.TeacherCache stores",
             )
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:
@@ -79,7 +79,7 @@ def _floats(output: object) -> list[torch.Tensor]:
 
 
 def _of_classes(inputs: DistillationInputs) -> bool:
-    """Whether the labels are integers, one for each row of the only output's logits."""
+    """Whether the labels are integers, one per row of logits of the only output."""
     outputs, target = _floats(inputs.student), inputs.target
     if len(outputs) != 1 or not isinstance(target, torch.Tensor) or target.is_floating_point():
         return False

@@ -16,36 +16,36 @@ from penjing.steps.settings import at_least, check
 
 
 def distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Huber loss between all pairs' distances, each as a part of their mean.
+    """Huber loss between the distances of all pairs of samples, normalized by their mean.
 
     Args:
         student: (samples, values).
-        teacher: (samples, values), as many as they may be.
+        teacher: (samples, values), of any width.
 
     Returns:
-        A scalar, the mean over all ordered pairs, a sample with itself included.
+        A scalar, averaged over all ordered pairs, including a sample with itself.
     """
     return F.smooth_l1_loss(_distances(student), _distances(teacher))
 
 
 def angles(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Huber loss between the cosines of the angles that every three samples make.
+    """Huber loss between the cosines of the angles formed by all triples of samples.
 
     Args:
         student: (samples, values).
-        teacher: (samples, values), as many as they may be.
+        teacher: (samples, values), of any width.
 
     Returns:
-        A scalar, the mean over all ordered triples, those with a sample twice included.
+        A scalar, averaged over all ordered triples, including those with a repeated sample.
     """
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
-    distance_matrix = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact where samples are close
+    distance_matrix = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # exact for samples that are close
     mean = distance_matrix.sum() / (distance_matrix > 0).sum().clamp_min(
         1
-    )  # a sample alone, or all alike, has no distance
+    )  # a single sample, or equal samples, have no distance
     return distance_matrix / mean.clamp_min(1e-12)
 
 
@@ -56,17 +56,17 @@ def _cosines(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RKD:
-    """Distances and angles between samples (`distances`, `angles`), the sum over all pairs of features.
+    """Match distances and angles between samples (`distances`, `angles`), summed over all feature pairs.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks, whose values are flattened. A name alone
-            stands for the same name in both; without any the outputs are taken.
+        features: (student's, teacher's) sites, or parts of the networks, whose values are flattened. A single name
+            stands for the same name in both; without any, the networks' outputs.
         distance: Weight of the distances.
         angle: Weight of the angles.
-        weight: Of this term in the training loss.
+        weight: Weight of this loss in the training objective.
     """
 
     features: tuple[tuple[str, str], ...] = ()
@@ -79,7 +79,7 @@ class RKD:
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
 
         def loss(inputs: DistillationInputs) -> torch.Tensor:
             parts = []

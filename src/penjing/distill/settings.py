@@ -1,4 +1,4 @@
-"""Features of a student and its teacher, as the ways to learn from a teacher take them."""
+"""The `features` setting of distillation losses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from penjing.errors import RecipeError
 
 
 def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, str], ...]:
-    """Features as (student's, teacher's) names; a name alone stands for itself in both.
+    """Normalize features to pairs of (student's, teacher's) names; a single name stands for itself in both.
 
     Raises:
-        RecipeError: They are not names, or too few.
+        RecipeError: They are not names, or there are too few.
     """
     pairs = []
     for feature in features if isinstance(features, tuple | list) else [None]:
@@ -23,5 +23,5 @@ def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, s
             )
         pairs.append((pair[0], pair[1]))
     if len(pairs) < least:
-        raise RecipeError(f"{type(term).__name__} needs features to look at", got="none", expected="at least one name")
+        raise RecipeError(f"{type(term).__name__} needs features to compare", got="none", expected="at least one name")
     return tuple(pairs)

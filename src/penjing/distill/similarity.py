@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation: samples that are alike in the teacher are alike in the student.
+"""Similarity-preserving distillation: samples that are similar in the teacher are similar in the student.
 
 Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019.
 """
@@ -16,14 +16,14 @@ from penjing.steps.settings import at_least, check
 
 
 def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the samples' products with each other, every row of them of length 1.
+    """Mean squared difference of the samples' Gram matrices with normalized rows.
 
     Args:
         student: (samples, …), flattened to vectors.
-        teacher: (samples, …), as long as they may be.
+        teacher: (samples, …), flattened to vectors of any length.
 
     Returns:
-        A scalar: the sum over all pairs of samples, divided by their number.
+        A scalar, averaged over all pairs of samples.
     """
 
     def similarity(x: torch.Tensor) -> torch.Tensor:  # (samples, samples)
@@ -35,15 +35,15 @@ def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityPreserving:
-    """Which samples are alike (`similarity_preserving`), the sum over all pairs of features.
+    """Match the pairwise similarity of samples (`similarity_preserving`), summed over all feature pairs.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        features: (student's, teacher's) sites, or parts of the networks. A name alone stands for the same name in
-            both; without any the outputs are taken.
-        weight: Of this term in the training loss; the paper takes 3,000.
+        features: (student's, teacher's) sites, or parts of the networks. A single name stands for the same name in
+            both; without any, the networks' outputs.
+        weight: Weight of this loss in the training objective; the paper uses 3,000.
     """
 
     features: tuple[tuple[str, str], ...] = ()
@@ -54,5 +54,5 @@ class SimilarityPreserving:
         object.__setattr__(self, "features", paired(self, self.features, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         return lambda inputs: torch.stack([similarity_preserving(*pair) for pair in inputs.pairs(self.features)]).sum()

@@ -1,4 +1,4 @@
-"""Logit standardization: what a student learns is how classes compare, not how large its logits are.
+"""Logit standardization: the student learns the relation between classes, not the magnitude of logits.
 
 Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
 """
@@ -15,17 +15,17 @@ from penjing.distill.teaching import DistillationInputs, DistillationLoss
 from penjing.steps.settings import check, instance
 
 _LEAST = 1e-7
-"""Added to the deviation: logits that are all equal become zeros."""
+"""Added to the standard deviation, so that logits that are all equal become zeros."""
 
 
 def standardized(logits: torch.Tensor) -> torch.Tensor:
-    """(z − mean(z)) / std(z) over the classes of every sample.
+    """Standardize the logits of every sample over its classes: (z − mean(z)) / std(z).
 
     Args:
         logits: (…, classes).
 
     Returns:
-        Of the same shape, without a unit: mean 0 and standard deviation 1 over the last axis.
+        Same shape: mean 0 and standard deviation 1 over the last axis.
     """
     centered = logits - logits.mean(-1, keepdim=True)
     return centered / (logits.std(-1, correction=0, keepdim=True) + _LEAST)
@@ -33,12 +33,13 @@ def standardized(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StandardizedLogits:
-    """A loss on logits, of logits that are standardized first (`standardized`), the student's and the teacher's.
+    """Apply a logit loss to standardized logits (`standardized`) of student and teacher.
 
-    Shift and scale of a sample's logits do not count then: a smaller student need not reach its teacher's magnitudes.
+    The loss no longer depends on shift and scale of a sample's logits, so a smaller student need not reach its
+    teacher's magnitudes.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
         of: The loss, with its weight; the paper's temperature is 2.
@@ -51,22 +52,22 @@ class StandardizedLogits:
 
     @property
     def weight(self) -> float:
-        """Of the term in the training loss: that of the loss."""
+        """Weight in the training objective: that of the wrapped loss."""
         return self.of.weight
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at: none."""
+        """Pairs of intermediate features that the loss reads: none."""
         return ()
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         loss = self.of.loss(inputs)
         return lambda inputs: loss(_standardized(inputs))
 
 
 def _standardized(inputs: DistillationInputs) -> DistillationInputs:
-    """The same batch, its logits standardized; as (samples, classes), so that nothing has to tell the axis again."""
+    """The same batch with standardized logits, reshaped to (samples, classes), so that the class axis is known."""
     student, teacher = (standardized(x.reshape(-1, x.shape[-1])) for x in inputs.logits())
     labels = isinstance(inputs.target, torch.Tensor) and not inputs.target.is_floating_point()
     return replace(

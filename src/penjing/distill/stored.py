@@ -1,8 +1,8 @@
-"""A teacher's answers, written once and read from then on: a costly teacher is asked about each sample once.
+"""A cache of a teacher's outputs on disk: an expensive teacher is run once per sample.
 
-Answers are found by the content of what was asked, so that a sample that was augmented in another way has another
-answer: Shen & Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, keep crops and
-answers together too; Wu et al., "TinyViT", ECCV 2022, keep answers by augmentation.
+Outputs are looked up by the content of the inputs, so every augmentation of a sample has its own entry: Shen & Xing,
+"A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, also store crops with outputs; Wu et al.,
+"TinyViT", ECCV 2022, store outputs by augmentation.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from penjing.tasks.task import Task
 
 VERSION = 3
 KEY = 16  # bytes of a sample's digest
-HASHES = 4  # of 32 bits, for every input of a sample
-WORD = 4  # bytes that are hashed at once
-MOST = 1 << 28  # numbers of one answer
-WAIT_S = 60.0  # for another process that is writing
+HASHES = 4  # 32-bit hashes per input of a sample
+WORD = 4  # bytes hashed at once
+MOST = 1 << 28  # numbers per output
+WAIT_S = 60.0  # seconds to wait for another process that is writing
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """A teacher for `penjing.Finetune(teacher=...)` that keeps its first output for every sample in a folder.
+    """A teacher for `penjing.Finetune(teacher=...)` that caches its first output for every sample in a folder.
 
-    ``about.json`` says whose answers they are, ``keys.bin`` has 16 bytes a sample, ``answers.bin`` as many floats as
-    the teacher gives, in the same order, read by memory map. Both grow while samples come that are new; a run that is
-    killed leaves what was written. Processes that write into one folder take turns.
+    ``about.json`` identifies the teacher, ``keys.bin`` has 16 bytes per sample, ``answers.bin`` the teacher's outputs
+    as floats in the same order, read through a memory map. Both grow with every new sample; a killed run leaves what it
+    has written. Processes that write to the same folder take turns.
 
     Raises:
-        RecipeError: What is given is neither a folder nor a teacher.
+        RecipeError: An argument is neither a folder nor a teacher.
 
     Attributes:
-        folder: Where the answers are, or will be; from the current folder.
-        teacher: The network that is asked about samples that are new, or its .pt2 file or Hugging Face folder; None
-            reads only.
+        folder: Location of the cache, relative to the current folder.
+        teacher: The network to run on new samples, or its .pt2 file or Hugging Face folder; None makes the cache
+            read-only.
     """
 
     folder: str | Path
@@ -70,29 +70,29 @@ class TeacherCache:
                 "TeacherCache takes a folder and a network",
                 got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
                 expected='TeacherCache("answers", network), or TeacherCache("answers") to read only',
-                remedy="a .pt2 file or a Hugging Face folder may stand in the network's place",
+                remedy="the network may also be given as a .pt2 file or a Hugging Face folder",
             )
         object.__setattr__(self, "folder", str(self.folder))
 
     def opened(self, task: Task) -> CachedTeacher:
-        """The answers, as a module that is called like the teacher.
+        """Open the cache as a module that is called like the teacher.
 
         Raises:
-            TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
-            SourceError: The teacher's file is missing, or holds no network.
+            TaskError: The folder belongs to another teacher, is damaged, or is missing and there is no teacher.
+            SourceError: The teacher's file is missing, or does not contain a network.
         """
         return CachedTeacher(self.folder, None if self.teacher is None else opened(self.teacher, task))
 
 
 class CachedTeacher(nn.Module):
-    """A teacher's answers: those in the folder are read, others are asked for and written.
+    """A cached teacher: outputs in the folder are read, others are computed and written.
 
     Args:
-        folder: Where they are, or will be.
-        teacher: The network that is asked about samples that are new; None reads only.
+        folder: Location of the cache.
+        teacher: The network to run on new samples; None makes the cache read-only.
 
     Raises:
-        TaskError: The folder has answers of another teacher, is damaged, or is missing without a teacher.
+        TaskError: The folder belongs to another teacher, is damaged, or is missing and there is no teacher.
     """
 
     outputs_only: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class CachedTeacher(nn.Module):
     def __init__(self, folder: str | Path, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.folder = Path(folder)
-        object.__setattr__(self, "teacher", teacher)  # no weight of this module
+        object.__setattr__(self, "teacher", teacher)  # not registered as a submodule
         self.teacher: nn.Module | None
         self.rows: dict[bytes, int] = {}
         self.shape: tuple[int, ...] | None = None
@@ -124,10 +124,10 @@ class CachedTeacher(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The teacher's first output, (samples, …) in fp32.
+        """Return the teacher's first output, (samples, …) in fp32.
 
         Raises:
-            TaskError: A sample has no answer, and there is no teacher.
+            TaskError: A sample is not cached, and there is no teacher.
             OutputError: The disk is full.
         """
         keys = _keys(args, kwargs)
@@ -140,7 +140,7 @@ class CachedTeacher(nn.Module):
         return torch.from_numpy(np.array(rows)).reshape(len(keys), *self.shape).to(device)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
-        """Raise TaskError where a sample has no answer and there is no teacher. Nobody is asked."""
+        """Raise TaskError if a sample is not cached and there is no teacher; the teacher is not run."""
         keys = _keys(args, kwargs)
         missing = sum(key not in self.rows for key in keys)
         if missing and self.teacher is None:
@@ -153,9 +153,9 @@ class CachedTeacher(nn.Module):
             said = first_output(self.teacher(*args, **kwargs)).float().cpu()
         if len(said) != samples:
             raise TaskError(
-                "the teacher's answers can't be stored",
+                "the teacher's outputs can't be cached",
                 got=f"an output of shape {tuple(said.shape)} for {samples} samples",
-                expected="one row a sample",
+                expected="one row per sample",
             )
         shape = tuple(said.shape[1:])
         if self.shape is None:
@@ -163,7 +163,7 @@ class CachedTeacher(nn.Module):
             self._begin()
         if shape != self.shape:
             raise TaskError(
-                "the teacher's answers differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
+                "the teacher's outputs differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
             )
         self._append(list(new), said[list(new.values())].numpy())
         self.evaluated += len(new)
@@ -172,18 +172,18 @@ class CachedTeacher(nn.Module):
         shape = self.shape
         with self._held():
             about = self.folder / "about.json"
-            if about.exists():  # by another process since this one looked
+            if about.exists():  # by another process in the meantime
                 self._open(about, self.name)
                 return
             write_text(about, json.dumps({"version": VERSION, "teacher": self.name, "shape": shape}) + "\n")
 
     def _held(self) -> AbstractContextManager[None]:
-        return locked(self.folder, "the folder of the teacher's answers", WAIT_S)
+        return locked(self.folder, "the folder of cached teacher outputs", WAIT_S)
 
     def _append(self, keys: list[bytes], rows: np.ndarray[Any, Any]) -> None:
         with self._held():
             try:
-                # Another object, or a write that failed, may have left more than is known here.
+                # Another object, or a failed write, may have left more than this one knows of.
                 count = self._count(cut=True)
                 for name, data in (("answers.bin", rows.astype("<f4").tobytes()), ("keys.bin", b"".join(keys))):
                     with (self.folder / name).open("ab") as file:
@@ -198,15 +198,15 @@ class CachedTeacher(nn.Module):
             said = reading.json_file(about, 1 << 16)
             version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
             if len(bytes.fromhex(self.name)) != hashlib.sha256().digest_size:
-                raise ValueError("no SHA-256 of a teacher")
+                raise ValueError("not the SHA-256 of a teacher")
             if len(shape) > 16 or not all(0 < n <= MOST for n in shape) or math.prod(shape) > MOST:
-                raise ValueError(f"answers of the shape {shape}"[:200])
+                raise ValueError(f"outputs of the shape {shape}"[:200])
         except reading.UNREADABLE as error:
-            raise self._wrong("the stored answers can't be read", f"{type(error).__name__}: {error}") from None
+            raise self._wrong("the cached teacher outputs can't be read", f"{type(error).__name__}: {error}") from None
         if version != VERSION:
-            raise self._wrong("the stored answers are of another version", version)
+            raise self._wrong("the cached teacher outputs are of another version", version)
         if name and name != self.name:
-            raise self._wrong("the stored answers are another teacher's", f"weights {self.name[:12]}, not {name[:12]}")
+            raise self._wrong("the cached outputs are another teacher's", f"weights {self.name[:12]}, not {name[:12]}")
         self.shape = shape
         if count := self._count():
             keys = (self.folder / "keys.bin").read_bytes()
@@ -214,7 +214,7 @@ class CachedTeacher(nn.Module):
             self._map(count)
 
     def _count(self, cut: bool = False) -> int:
-        """How many answers there are; what a killed process has left of another one can be cut off."""
+        """The number of cached outputs; an incomplete one that a killed process left can be truncated."""
         assert self.shape is not None
         width = 4 * int(np.prod(self.shape, dtype=np.int64))
         sizes = [p.stat().st_size if p.exists() else 0 for p in (self.folder / "answers.bin", self.folder / "keys.bin")]
@@ -232,25 +232,25 @@ class CachedTeacher(nn.Module):
 
     def _unanswered(self, missing: int, samples: int) -> TaskError:
         return TaskError(
-            "samples of the training have no stored answer",
+            "training samples are missing from the teacher cache",
             got=f"{missing} of {samples} samples of a batch are not in {self.folder}",
-            expected="the data, order of seeds and augmentation that the answers were stored with",
-            remedy="give the teacher, which is then asked: TeacherCache(folder, network)",
+            expected="the data, seeds and augmentation with which the cache was written",
+            remedy="give the teacher, to run it on new samples: TeacherCache(folder, network)",
         )
 
     def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
-        remedy = remedy or f"delete {self.folder}; the teacher is asked again"
+        remedy = remedy or f"delete {self.folder}; the teacher is run again"
         expected = "a folder that TeacherCache(folder, network) wrote for this teacher"
         return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
 
 
 def _keys(args: Any, kwargs: Any) -> list[bytes]:
-    """A digest of every sample: its part of every input, by name, bytes, types and shapes; and the numbers of all."""
+    """A digest per sample: its part of every input by name, bytes, type and shape, and the non-tensor inputs."""
     named = sorted(((where, x) for _, where, x in leaves((args, kwargs))), key=lambda pair: pair[0])
     tensors = [x for _, x in named if isinstance(x, torch.Tensor)]
     samples = next((len(x) for x in tensors if x.dim()), None)
     if samples is None:
-        raise TaskError("a call can't be found again", got="no tensor with an axis", expected="(samples, …)")
+        raise TaskError("these inputs can't be cached", got="no tensor with a batch axis", expected="(samples, …)")
     kinds = repr(
         [
             (where, str(x.dtype), tuple(x.shape[1:])) if isinstance(x, torch.Tensor) else (where, x)
@@ -260,19 +260,19 @@ def _keys(args: Any, kwargs: Any) -> list[bytes]:
     )
     sums = []
     for x in tensors:
-        rows = samples if x.dim() and len(x) == samples else 1  # what all samples share is part of each one's key
+        rows = samples if x.dim() and len(x) == samples else 1  # inputs shared by all samples are part of each key
         sums.append(_sums(x.detach().reshape(rows, x.numel() // max(1, rows))).expand(samples, -1))
-    # The only values that leave the device of the samples: a GPU hands over 16 bytes a sample, not the samples.
+    # Only these values leave the samples' device: 16 bytes per sample instead of the samples.
     own = torch.cat(sums, 1).cpu().numpy()
     return [hashlib.blake2b(kinds.encode() + row.tobytes(), digest_size=KEY).digest() for row in own]
 
 
 def _sums(rows: torch.Tensor) -> torch.Tensor:
-    """Four hashes of 32 bits for every row, (rows, 4) int32, the same on every device.
+    """Compute four 32-bit hashes per row, (rows, 4) int32, identical on every device.
 
     The multilinear family of Lemire & Kaser, "Strongly Universal String Hashing is Fast", The Computer Journal 2014:
-    words of 32 bits times numbers of 64, summed modulo 2^64, of which the upper half is kept. Two different rows of
-    one length share all four with a probability of 2^-128.
+    32-bit words times 64-bit numbers, summed modulo 2^64, of which the upper half is kept. Two different rows of the
+    same length collide in all four with a probability of 2^-128.
     """
     size = rows.shape[1] * rows.element_size()
     count = max(1, -(-size // WORD))
@@ -280,7 +280,7 @@ def _sums(rows: torch.Tensor) -> torch.Tensor:
     padded[:, :size] = rows.contiguous().view(torch.uint8)
     words, numbers = padded.view(torch.int32), _numbers(count, rows.device)
     sums = torch.zeros(len(rows), HASHES, dtype=torch.int64, device=rows.device)
-    # As many as the caches of a processor hold; a GPU is asked as rarely as its memory allows.
+    # Chunks that fit a CPU's caches; on a GPU as few as its memory allows.
     columns = max(1, (2**18 if rows.device.type == "cpu" else 2**24) // max(1, len(rows)))
     for begin in range(0, count, columns):
         part = words[:, begin : begin + columns].long()
@@ -291,7 +291,7 @@ def _sums(rows: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _numbers(count: int, device: torch.device) -> torch.Tensor:
-    """(hashes, count) int64 without a pattern, the same everywhere: Steele et al., SplitMix, OOPSLA 2014."""
+    """(hashes, count) pseudorandom int64, identical everywhere: Steele et al., SplitMix, OOPSLA 2014."""
     with np.errstate(over="ignore"):
         z = np.arange(1, count * HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -303,8 +303,8 @@ def _numbers(count: int, device: torch.device) -> torch.Tensor:
 def _full(folder: Path, error: OSError) -> OutputError:
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return OutputError(
-        "a teacher's answers can't be written",
+        "the teacher cache can't be written",
         got=f"{error.strerror or error} ({folder})",
         expected="a folder with write permission and free space",
-        remedy="free some space; what was written before is used again" if full else "name another folder",
+        remedy="free some space; what was already written is reused" if full else "name another folder",
     )

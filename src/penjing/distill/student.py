@@ -1,4 +1,4 @@
-"""A student of another kind: a built-in architecture in the place of the network, which then is its teacher.
+"""A student with a different architecture: a built-in network replaces the source, which becomes its teacher.
 
 Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
 """
@@ -24,13 +24,13 @@ from penjing.tasks.task import Call
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Put a new network in the place of the source, with random weights, for the training that follows.
+    """Replace the source by a new network with random weights, to be trained by the steps that follow.
 
-    It stands first in a recipe: ``Recipe(Student(architecture="mobilenet_v2"), Finetune(epochs=30))``.
+    It comes first in a recipe: ``Recipe(Student(architecture="mobilenet_v2"), Finetune(epochs=30))``.
 
     Attributes:
         architecture: One of `penjing.architectures.names()`.
-        settings: What its factory takes. Where they are not given, ``classes`` is read from the source's output, and
+        settings: Arguments of its factory. By default, ``classes`` is taken from the source's output and
             ``in_channels`` from the example.
     """
 
@@ -42,11 +42,11 @@ class Student:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft of the new network.
+        """Return a draft with the new network.
 
         Raises:
-            RecipeError: The architecture can't be built, or does not take these inputs.
-            TaskError: Its outputs are not those of the source.
+            RecipeError: The architecture can't be built, or does not accept these inputs.
+            TaskError: Its outputs differ in shape from those of the source.
         """
         call = context.task.call()
         expected = _outputs(draft.network, call)
@@ -72,7 +72,7 @@ class Student:
     def _built(
         self, call: Call, expected: list[tuple[int, ...]], context: Context
     ) -> tuple[dict[str, Any], fx.GraphModule]:
-        """The first combination of what is read from the source that the factory takes."""
+        """The network, built with the first combination of inferred settings that the factory accepts."""
         args, kwargs = call
         first = next(iter((*args, *kwargs.values())))
         read = {"classes": expected[0][1] if len(expected[0]) > 1 else 1}
@@ -88,7 +88,7 @@ class Student:
                     return edit, build(edit)
                 except PenjingError as error:
                     failures.append(error)
-        # What the factory says of settings that it takes; that it takes no `in_channels` is no reason.
+        # Report the factory's error about given settings, not that it has no argument `in_channels`.
         raise next((e for e in failures if "unexpected keyword" not in str(e)), failures[0])
 
 

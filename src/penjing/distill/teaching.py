@@ -1,6 +1,6 @@
-"""A lesson: what student and teacher say to the same batch, and what a distillation makes of it.
+"""The outputs of student and teacher on the same batch, and the distillation losses between them.
 
-Ways to imitate a teacher stand in `penjing.distill`; the training loop of `penjing.train.finetune` calls them.
+The losses are in `penjing.distill`; the training loop of `penjing.train` calls them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from penjing.tasks.usercode import suggest_file
 
 @dataclass(frozen=True)
 class DistillationInputs:
-    """What a distillation sees of one batch: the same call of student and teacher.
+    """The inputs of a distillation loss: student and teacher on the same batch.
 
     Attributes:
         student: The student's output.
         teacher: The teacher's, without gradients.
-        target: The labels; None where there are none.
-        student_features: Values inside the student, by the names that were asked for.
-        teacher_features: Values inside the teacher.
-        done: Part of the training's steps that lie behind, from 0 to 1.
+        target: The labels, or None.
+        student_features: Intermediate features of the student, by name.
+        teacher_features: Intermediate features of the teacher, by name.
+        done: Fraction of the training that is done, from 0 to 1.
     """
 
     student: Any
@@ -50,10 +50,10 @@ class DistillationInputs:
     done: float = 1.0
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first output of both, classes last: (…, classes) each; `axis` says where they were.
+        """Return the first output of both with the classes last, (…, classes) each; see `axis`.
 
         Raises:
-            TaskError: The two differ in shape, or have no classes.
+            TaskError: The two differ in shape, or are not classes.
         """
         student, teacher = first_output(self.student), first_output(self.teacher)
         if student.shape != teacher.shape:
@@ -61,7 +61,7 @@ class DistillationInputs:
                 "student and teacher have different outputs",
                 got=f"{tuple(student.shape)} and {tuple(teacher.shape)}",
                 expected="the same classes in the same order",
-                remedy="a teacher of other classes teaches by its features alone, for example distill.Hints",
+                remedy="distil from a teacher with other classes by its features alone, for example distill.Hints",
             )
         axis = self.axis(student)
         if student.dim() < 2 or student.shape[axis] < 2:
@@ -69,14 +69,14 @@ class DistillationInputs:
                 "this distillation compares classes",
                 got=f"an output of shape {tuple(student.shape)}",
                 expected="logits of at least two classes, (samples, classes, …)",
-                remedy="distill.Outputs compares outputs of every kind",
+                remedy="distill.Outputs compares outputs of any kind",
             )
         return student.movedim(axis, -1), teacher.movedim(axis, -1)
 
     def axis(self, output: torch.Tensor) -> int:
-        """Where an output has its classes: the axis that labels of integers lack.
+        """Return the class axis of an output: the axis that integer labels lack.
 
-        Where that is none, or more than one: the second of four and more axes, as in segmentation, else the last.
+        If that is ambiguous: the second of four or more axes, as in segmentation, otherwise the last.
         """
         usual = (1, -1) if output.dim() > 3 else (-1, 1)
         if output.dim() < 2:
@@ -88,16 +88,16 @@ class DistillationInputs:
         return next((axis for axis in usual if output.shape[axis] > 1), -1)
 
     def pairs(self, features: Sequence[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(student's, teacher's) values of features; the first outputs where there are none."""
+        """Return the (student's, teacher's) values of feature pairs; without any, the first outputs."""
         if not features:
             return [(first_output(self.student), first_output(self.teacher))]
         return [(self.student_features[mine], self.teacher_features[theirs]) for mine, theirs in features]
 
     def classes(self) -> torch.Tensor:
-        """The labels as (samples,) int64; what is below 0 is not a class (`ignore_index` of torch's losses).
+        """Return the labels as (samples,) int64; negative ones are not a class (`ignore_index` of torch's losses).
 
         Raises:
-            TaskError: There are none, or they are not classes.
+            TaskError: There are no labels, or they are not classes.
         """
         if not isinstance(self.target, torch.Tensor) or self.target.is_floating_point():
             raise TaskError(
@@ -115,36 +115,36 @@ DistillationLoss = Callable[[DistillationInputs], torch.Tensor]
 
 
 class Distillation(Protocol):
-    """A way to imitate a teacher: a frozen dataclass."""
+    """A distillation loss: a frozen dataclass."""
 
     @property
     def weight(self) -> float:
-        """Of the term in the training loss."""
+        """Weight in the training objective."""
         ...
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of values inside student and teacher that are looked at: sites, or parts of the networks."""
+        """Pairs of intermediate features that the loss reads: sites, or parts of the networks."""
         ...
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """A scalar from a lesson; `lesson` is the first one, for its shapes.
+        """Return the loss function for a training; `inputs` are the first ones, for their shapes.
 
-        Where it is a module, its parameters are trained beside the student and thrown away at the end.
+        If it is a module, its parameters are trained with the student and discarded at the end.
         """
         ...
 
 
 class Kept(Protocol):
-    """A teacher whose answers are kept: `penjing.distill.TeacherCache`."""
+    """A teacher with cached outputs: `penjing.distill.TeacherCache`."""
 
     @property
     def teacher(self) -> nn.Module | str | None:
-        """Who is asked about what is new."""
+        """The network to run on new samples."""
         ...
 
     def opened(self, task: Task) -> nn.Module:
-        """The module that answers."""
+        """Return the module to call."""
         ...
 
 
@@ -153,17 +153,17 @@ Teacher = Tutor | tuple[Tutor, ...] | None
 
 
 def opened(teacher: Tutor, task: Task) -> nn.Module:
-    """A teacher as a module: a file that is named is opened, and a module is one already.
+    """Return a teacher as a module; a path is opened.
 
-    Files of data alone are opened, never code: a recipe that names its teacher runs nothing of what it names.
+    Only data files are opened, never code: a recipe that names a teacher can't run code by doing so.
 
     Args:
         teacher: See `penjing.Finetune.teacher`.
-        task: For its example, on which an exported program is captured.
+        task: Its example is used to capture an exported program.
 
     Raises:
-        SourceError: The file is missing, or holds no network.
-        CheckpointError: It would run code.
+        SourceError: The file is missing, or does not contain a network.
+        CheckpointError: Opening it would run code.
     """
     if isinstance(teacher, nn.Module):
         return teacher
@@ -175,7 +175,7 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
             "the teacher can't be opened",
             got=repr(teacher),
             expected="a .pt2 file or a Hugging Face folder; 'self', or no teacher for the source network",
-            remedy=suggest_file(path) or "in Python a teacher is given as the module itself, of any origin",
+            remedy=suggest_file(path) or "in Python, give the module itself, of any origin",
         )
     with preserve_rng_state():
         try:
@@ -187,16 +187,16 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
 
 
 class Distiller:
-    """Student and teachers of one training.
+    """The student and the teachers of a training.
 
     Args:
         student: The network that is trained.
         teacher: See `penjing.Finetune.teacher`.
-        distillations: What is imitated.
-        context: For the source network, the example and the device.
+        distillations: The distillation losses.
+        context: Provides the source network, the example and the device.
 
     Raises:
-        TaskError: There is no teacher, or values inside several teachers are asked for.
+        TaskError: There is no teacher, or features of several teachers are requested.
         RecipeError: A feature does not exist.
     """
 
@@ -222,7 +222,7 @@ class Distiller:
         self.losses: dict[str, tuple[float, DistillationLoss]] = {}
 
     def release(self) -> None:
-        """Put the teachers back where they were, in the modes that they were in."""
+        """Restore the teachers' devices and modes."""
         for model, home in zip(self.teachers, self.homes, strict=True):
             if home is not None:
                 model.to(home)
@@ -230,14 +230,14 @@ class Distiller:
             part.training = mode
 
     def of(self, student: nn.Module) -> Distiller:
-        """The same lessons for another student of the same form, with adapters of its own."""
+        """Return a distiller for another student of the same structure, with its own adapters."""
         other = copy.copy(self)
         other.student = other._student_view(student)
         other.losses, other.adapters = copy.deepcopy((self.losses, self.adapters))
         return other
 
     def prepare(self, cast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Make the terms, and their adapters, from the shapes of the task's example."""
+        """Create the losses, and their adapters, from the shapes of the task's example."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), self.context.task.call())
         module = self.student.view if isinstance(self.student, Tapped) else self.student
         with in_eval_mode(module), torch.no_grad(), cast():
@@ -251,8 +251,8 @@ class Distiller:
                 raise TaskError(
                     "the teacher can't take Task.example",
                     got=f"{type(error).__name__}: {said[:300]}",
-                    expected="a network that is called as the student is",
-                    remedy="a module whose forward turns the student's inputs into the teacher's",
+                    expected="a network that is called like the student",
+                    remedy="wrap it in a module whose forward converts the student's inputs to the teacher's",
                 ) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
@@ -267,7 +267,7 @@ class Distiller:
         self.adapters.to(self.context.device, torch.float64 if exact else torch.float32).train()
 
     def inputs(self, output: Any, target: Any, call: Call, done: float) -> DistillationInputs:
-        """What the teachers say to the call that the student has just answered."""
+        """Run the teachers on the call that the student has just processed, and collect the losses' inputs."""
         args, kwargs = call
         student_values = self.student.values() if isinstance(self.student, Tapped) else {}
         with torch.no_grad():
@@ -279,11 +279,11 @@ class Distiller:
         )
 
     def terms(self, inputs: DistillationInputs) -> dict[str, torch.Tensor]:
-        """Every weighted term by the name of its distillation."""
+        """Return every weighted loss by the name of its distillation."""
         return {name: weight * term(inputs) for name, (weight, term) in self.losses.items()}
 
     def digest(self) -> str:
-        """Of the teachers' weights: a training that goes on has to have the same."""
+        """Return a digest of the teachers' weights, which a resumed training must share."""
         return fingerprint_by_name(self.teachers)
 
     def _student_view(self, student: nn.Module) -> Any:
@@ -292,36 +292,36 @@ class Distiller:
             return student
         if not isinstance(student, fx.GraphModule):
             raise TaskError(
-                "values inside the student can't be read",
+                "features of the student can't be read",
                 got=f"a {type(student).__name__}",
-                expected="a captured network, as a recipe trains it",
+                expected="a captured network, as in a recipe",
                 remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
             )
         return Tapped(student, names, "student")
 
 
 def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) -> list[Any]:
-    """What is called in the teachers' place: themselves, or the one whose values by these names are looked at.
+    """Return the teachers, or a view of the single teacher that records features by these names.
 
     Raises:
-        TaskError: Values inside several teachers are asked for, or inside stored answers.
-        RecipeError: There is none by such a name.
+        TaskError: Features of several teachers, or of a cached teacher, are requested.
+        RecipeError: A feature does not exist.
         ExportError: The teacher can't be captured.
     """
     if not names:
         return list(models)
     if len(models) > 1:
         raise TaskError(
-            "values inside several teachers can't be averaged",
+            "features of several teachers can't be averaged",
             got=f"{len(models)} teachers and the features {', '.join(names)}",
-            expected="one teacher, or distillations of outputs alone",
+            expected="one teacher, or losses on outputs alone",
         )
     (model,) = models
     if getattr(model, "outputs_only", False):
         raise TaskError(
-            "stored answers have no values inside",
+            "a cached teacher has no intermediate features",
             got=f"the features {', '.join(names)}",
-            expected="distillations of outputs alone, for example distill.Logits",
+            expected="losses on outputs alone, for example distill.Logits",
             remedy="give the network itself as the teacher",
         )
     if not isinstance(model, fx.GraphModule):
@@ -334,7 +334,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
 
 
 def _mean(said: Sequence[Any]) -> Any:
-    """What several teachers say in the mean, output by output."""
+    """The mean of several teachers' outputs, output by output."""
     every = [pytree.tree_flatten(one) for one in said]
     shapes = [[tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves] for leaves, _ in every]
     if any(form != every[0][1] for _, form in every) or any(one != shapes[0] for one in shapes):
@@ -353,23 +353,23 @@ def _average(values: Sequence[Any]) -> Any:
 
 
 def in_fp32(output: Any) -> Any:
-    """Losses are computed in fp32: bfloat16 keeps 8 bits of a logarithm."""
+    """Convert to fp32, in which losses are computed: bfloat16 has only 8 significant bits."""
     half = (torch.bfloat16, torch.float16)
     return pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in half else t, output)
 
 
 def teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.Module]:
-    """Who teaches, as modules; a student that teaches itself is copied.
+    """Return the teachers as modules; for self-distillation, a copy of the student.
 
     Raises:
         TaskError: There is no teacher.
-        SourceError: A file is missing, or holds no network.
+        SourceError: A file is missing, or does not contain a network.
     """
     if teacher is None and context.source is None:
         raise TaskError(
             "there is no teacher",
             got="teacher=None, and no source network",
-            expected="the network that is imitated",
+            expected="a network to distil from",
             remedy="Finetune(distill=..., teacher=network), or teacher='self'",
         )
 

@@ -1,4 +1,4 @@
-"""Layer to layer: a transformer's hidden states and its attention's scores become those of a deeper or wider one.
+"""Layer-to-layer distillation: a transformer's hidden states and attention scores match those of a larger one.
 
 Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020, equations 7 to 9.
 """
@@ -25,26 +25,26 @@ def layer_to_layer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
         teacher: The same shape.
 
     Returns:
-        A scalar, in the square of the values' unit.
+        A scalar, in the squared unit of the values.
     """
     return F.mse_loss(student, teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyBERT:
-    """Hidden states and attention scores (`layer_to_layer`), the sum over all pairs.
+    """Match hidden states and attention scores (`layer_to_layer`), summed over all pairs.
 
-    What a mask hides counts as 0 on both sides. A linear layer brings hidden states of another width to the teacher's;
-    it is trained beside the student and thrown away.
+    Masked positions count as 0 on both sides. A linear layer maps hidden states to the teacher's width if it differs;
+    it is trained with the student and discarded.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
 
     Attributes:
-        hidden: (student's, teacher's) names of layers, or of parts of the networks, whose last value is (samples,
-            tokens, width). A name alone stands for the same name in both.
+        hidden: (student's, teacher's) names of layers, or of parts of the networks, whose last output is (samples,
+            tokens, width). A single name stands for the same name in both.
         attention: (student's, teacher's) names of attentions, or of parts of the networks with one.
-        weight: Of this term in the training loss.
+        weight: Weight of this loss in the training objective.
     """
 
     hidden: tuple[tuple[str, str], ...] = ()
@@ -57,7 +57,7 @@ class TinyBERT:
             object.__setattr__(self, name, paired(self, getattr(self, name), least=0))
         if not self.features:
             raise RecipeError(
-                "TinyBERT needs layers to look at",
+                "TinyBERT needs layers to compare",
                 got="none",
                 expected="names of hidden states, or of attentions",
                 remedy='for example TinyBERT(hidden=(("layers.1", "layers.3"),), attention=("layers.0",))',
@@ -65,11 +65,11 @@ class TinyBERT:
 
     @property
     def features(self) -> tuple[tuple[str, str], ...]:
-        """(student's, teacher's) values inside the networks that are looked at."""
+        """Pairs of intermediate features that the loss reads."""
         return (*self.hidden, *((f"{mine}:scores", f"{theirs}:scores") for mine, theirs in self.attention))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
-        """The loss of a batch, a module with one linear layer for each pair of other widths.
+        """Return the loss of a batch, a module with one linear layer for each pair of different widths.
 
         Raises:
             TaskError: Heads, tokens or dimensions differ.
@@ -81,8 +81,10 @@ class TinyBERT:
                 raise TaskError(
                     "layers of student and teacher can't be compared",
                     got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
-                    expected="as many heads and tokens" if names[0].endswith(":scores") else "as many tokens",
-                    remedy="compare hidden states alone where the heads differ",
+                    expected="equal numbers of heads and tokens"
+                    if names[0].endswith(":scores")
+                    else "equal numbers of tokens",
+                    remedy="compare hidden states alone if the heads differ",
                 )
         return _TinyBERT(self.features, len(self.hidden), inputs)
 

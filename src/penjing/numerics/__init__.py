@@ -1,1 +1,1 @@
-"""Grids and operators of integers: maths on tensors, no networks."""
+"""Quantization grids and operators: functions on tensors, no networks."""

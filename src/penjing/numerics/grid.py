@@ -1,4 +1,4 @@
-"""The grids that values are rounded to: what a `QuantSpec` means, on tensors.
+"""Quantization grids: the meaning of a `QuantSpec`, on tensors.
 
 Uniform: Jacob et al., CVPR 2018. Groups: Shen et al., "Q-BERT", AAAI 2020. Powers of two: Zhou et al., "Incremental
 Network Quantization", ICLR 2017. Sums of powers of two: Li et al., "Additive Powers-of-Two Quantization", ICLR 2020.
@@ -14,10 +14,10 @@ from penjing.steps.plan import QuantSpec, magnitudes
 
 
 def rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """`x` as one row for every scale: (scales, values), a view or a copy.
+    """Reshape `x` to one row per scale: (scales, values), a view or a copy.
 
     Args:
-        x: (…, channels, …) with the channels on `spec.axis`; any shape where there is one scale.
+        x: (…, channels, …) with the channels on `spec.axis`; any shape for a single scale.
         spec: Its axis and group.
     """
     if spec.axis is None:
@@ -28,9 +28,9 @@ def rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 
 def broadcast(values: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Scales or zero points (scales,) in a shape that multiplies `x`.
+    """Reshape scales or zero points (scales,) to broadcast over `x`.
 
-    With groups, every number is repeated for the values of its group.
+    With groups, every element is repeated for the values of its group.
     """
     if values.numel() == 1 and spec.group is None:
         return values.reshape(())
@@ -45,9 +45,9 @@ def broadcast(values: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> torch.T
 
 
 def integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """q = clamp(round(x / scale) + zero_point, low, high), as numbers of the type of x; ties to even.
+    """Quantize: q = clamp(round(x / scale) + zero_point, low, high), in the dtype of x; ties to even.
 
-    On a grid of powers of two, q is the nearest integer that such a grid holds.
+    On a power-of-two grid, q is the nearest integer of that grid.
 
     Args:
         x: Any shape, floating point.
@@ -65,7 +65,7 @@ def integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spe
 
 
 def on_grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """The value of `integers`, (q − zero_point) · scale: to the bit what a runtime dequantizes. Arguments as there."""
+    """Fake-quantize: (q − zero_point) · scale of `integers`, bit-identical to a runtime's dequantized values."""
     if spec.grid == "uniform":
         # (q − z)·s without q: one buffer, and integers below 2**24 are exact in float32.
         step, zero = broadcast(scale, x, spec), broadcast(zero_point, x, spec)
@@ -76,7 +76,7 @@ def on_grid(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec
 
 
 def measured(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points (scales,) that cover the values of `x` itself; the arithmetic of DynamicQuantizeLinear."""
+    """Compute scales and zero points (scales,) from the range of `x` itself, as DynamicQuantizeLinear does."""
     values = rows(x, spec)
     low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     smallest, largest = spec.limits
@@ -89,7 +89,7 @@ def measured(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
 
 
 def levels(spec: QuantSpec) -> torch.Tensor:
-    """The integers that the grid of `spec` holds, rising, float32."""
+    """Return the integers of the grid of `spec`, ascending, float32."""
     low, high = spec.limits
     if spec.grid == "uniform":
         return torch.arange(low, high + 1, dtype=torch.float32)

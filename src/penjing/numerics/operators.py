@@ -17,14 +17,14 @@ UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
 
 
 def integer_dtype(low: int, high: int) -> torch.dtype:
-    """The smallest integer type that torch and the runtimes share for the range low..high."""
+    """Return the smallest integer dtype for the range low..high that torch and the runtimes share."""
     if low >= 0 and high <= 255:
         return torch.uint8
     return torch.int8 if low >= -128 and high <= 127 else torch.int32
 
 
 def _spread(values: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Scales (1,) or (channels,) in a shape that broadcasts over x along `axis`."""
+    """Reshape scales (1,) or (channels,) to broadcast over x along `axis`."""
     if values.numel() == 1:
         return values.reshape(())
     shape = [1] * x.dim()
@@ -36,15 +36,15 @@ def _spread(values: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
 def quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, low: int, high: int
 ) -> torch.Tensor:
-    """Integers of x.
+    """Quantize x to integers.
 
     Args:
         x: Any shape, floating point.
         scale: (1,) or (x.shape[axis],), float32, above 0.
         zero_point: Same shape as `scale`, int32.
-        axis: The channel axis; without meaning where there is one scale.
+        axis: The channel axis; ignored for a single scale.
         low: Smallest integer.
-        high: Largest integer; low and high choose the type, see `integer_dtype`.
+        high: Largest integer; low and high determine the dtype, see `integer_dtype`.
     """
     steps = torch.round(x / _spread(scale, x, axis)) + _spread(zero_point, x, axis)
     return torch.clamp(steps, low, high).to(integer_dtype(low, high))
@@ -57,7 +57,7 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int,
 
 @torch.library.custom_op("penjing::dequantize", mutates_args=())
 def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-    """Float32 values of integers; arguments as in `quantize`."""
+    """Dequantize integers to float32; arguments as in `quantize`."""
     return (q.to(torch.float32) - _spread(zero_point, q, axis)) * _spread(scale, q, axis)
 
 
@@ -70,7 +70,7 @@ def _(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int)
 def linear_dynamic(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x · weight + bias, the product in integers; x takes one scale for all of it, from its own extremes.
+    """Compute x · weight + bias with an integer product; x is quantized per tensor by its own range.
 
     Args:
         x: (…, in), float32.
@@ -104,10 +104,10 @@ def lstm_dynamic(
     hidden_scale: torch.Tensor,
     bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One LSTM layer whose products are computed in integers.
+    """Compute an LSTM layer with integer products and dynamic ranges.
 
-    The input takes one scale for all of it, the hidden state one at every step, from their own extremes. Gates stand
-    in the order input, output, forget, cell; sums and gates are float32.
+    The input is quantized per tensor, the hidden state at every step, each by its own range. The order of gates is
+    input, output, forget, cell; sums and gates are float32.
 
     Args:
         x: (steps, batch, in), float32.
@@ -155,7 +155,7 @@ def _(
 
 
 STATE_SCALE, STATE_ZERO = 1 / 127, 128
-"""The grid of a hidden state between steps, which lies within -1 and 1: it needs no calibration."""
+"""The grid of a hidden state between steps, which lies between -1 and 1 and needs no calibration."""
 
 
 @torch.library.custom_op("penjing::lstm_static", mutates_args=())
@@ -171,9 +171,9 @@ def lstm_static(
     state_zero: torch.Tensor,
     ratio: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One LSTM layer whose products are computed in integers; input and hidden state have one grid, which is fixed.
+    """Compute an LSTM layer with integer products; input and hidden state share one fixed grid.
 
-    Gates stand in the order input, output, forget, cell; sums and gates are float32.
+    The order of gates is input, output, forget, cell; sums and gates are float32.
 
     Args:
         x: (steps, batch, in), float32.
@@ -181,11 +181,11 @@ def lstm_static(
         cell: The same of the cell.
         input_weight: (directions·4·hidden, in), int8; the second direction reads from the end.
         hidden_weight: (directions·4·hidden, hidden), int8.
-        scale: (directions·4·hidden,), float32, of a row of both.
+        scale: (directions·4·hidden,), float32, per row of both matrices.
         bias: (directions, 8·hidden), float32: that of the input's product, then that of the state's.
         state_scale: (), float32, of the hidden state and of the input times `ratio`.
         state_zero: (), uint8.
-        ratio: What the input is multiplied by.
+        ratio: Factor that the input is multiplied by.
 
     Returns:
         (steps, batch, directions·hidden), and hidden state and cell after the last step.
@@ -232,7 +232,7 @@ def _(
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (…, in) · weight (in, out) in integers, x on a grid over its own extremes: (…, out), float32."""
+    """Integer product of x (…, in), quantized by its own range, and weight (in, out): (…, out), float32."""
     step, zero = measured(x, UNSIGNED)
     q = integers(x, step, zero, UNSIGNED) - zero
     # In double precision, where every sum of integers is exact.

@@ -1,4 +1,4 @@
-"""Recipes: their order, as Python and as YAML, and those that are known to work together."""
+"""Recipes in Python and YAML, the catalogue of steps, and predefined recipes."""
 
 from penjing.recipes.by_name import NAMES, QUANTIZED, ROUNDS, SHALLOW, joint, label_free
 

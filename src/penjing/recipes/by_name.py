@@ -1,4 +1,4 @@
-"""Recipes that are known to work together: pruning, learning from the source and integers in one run.
+"""Predefined recipes: pruning, distillation from the source and quantization in one run.
 
 One teacher throughout, the source network: Polino et al., "Model compression via distillation and quantization", ICLR
 2018; pruning in rounds: Molchanov et al., "Pruning Convolutional Neural Networks", ICLR 2017.
@@ -22,10 +22,10 @@ from penjing.steps.step import Step
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
 
-SHALLOW = 0.2  # of all epochs train what is left of the blocks, where channels go after them
-ROUNDS = 0.3  # go to the rounds of pruning
-QUANTIZED = 0.2  # train behind quantizers
-_LEARN = Finetune(clip=Clip())  # a network that was just pruned and fitted diverges under large gradients
+SHALLOW = 0.2  # of all epochs: training after blocks were removed, if channels are pruned after them
+ROUNDS = 0.3  # of all epochs: training within the pruning rounds
+QUANTIZED = 0.2  # of all epochs: quantization-aware training
+_LEARN = Finetune(clip=Clip())  # a network that was just pruned and reconstructed diverges under large gradients
 
 
 def joint(
@@ -42,26 +42,27 @@ def joint(
     activation_bits: int = 8,
     temperature: float = 4.0,
 ) -> Recipe:
-    """Prune in rounds, learn from the source, and learn on with integers in place.
+    """Prune in rounds, distil from the source, and continue with quantization-aware training.
 
     Args:
-        macs: Fraction of the multiply-accumulates to keep; 0.5 where no target is given.
+        macs: Fraction of the multiply-accumulates to keep; 0.5 if no target is given.
         params: Fraction of the parameters to keep, instead.
         latency: Fraction of the latency in the runtime to keep, instead.
-        blocks: Residual blocks to remove first. A fraction above is then of what remains, and without one all channels
-            stay. Where layers have fewer channels than a vector register holds, removing a block saves more time.
-        epochs: Passes over `Task.train` in total: 30 % in the pruning rounds, 50 % after the last of them, 20 % with
-            quantizers in place. Where blocks were removed, 20 of the 50 come before the rounds: in a network that does
-            not work yet, neither ranking channels nor fitting the remaining weights means anything.
+        blocks: Residual blocks to remove first. A fraction above then refers to what remains, and without one no
+            channels are pruned. In layers with fewer channels than a vector register holds, removing a block saves more
+            time.
+        epochs: Passes over `Task.train` in total: 30 % in the pruning rounds, 50 % in fine-tuning after them, 20 % in
+            quantization-aware training. If blocks are removed, 20 of the 50 come before the rounds, because neither
+            importance scores nor reconstruction are meaningful in a broken network.
         rounds: Number of pruning rounds.
-        learning_rate: Peak learning rate; a tenth of it with quantizers in place.
+        learning_rate: Peak learning rate; a tenth of it in quantization-aware training.
         optimizer: "sgd" or "adamw".
         weight_bits: Bits of weights.
         activation_bits: Bits of activations.
         temperature: Softening temperature of the distillation from the source.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
     """
     _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(temperature=temperature))
@@ -83,15 +84,15 @@ def label_free(
     weight_bits: int = 8,
     activation_bits: int = 8,
 ) -> Recipe:
-    """`joint` without labels: the network learns to reproduce the source's outputs.
+    """Like `joint`, without labels: the network learns to reproduce the source's outputs.
 
-    Without `Task.train` it trains on the calibration data; a few hundred samples are soon overfitted.
+    Without `Task.train` it trains on the calibration data; it soon overfits a few hundred samples.
 
     Args:
         macs: Fraction of the multiply-accumulates to keep; 0.5 where no target is given.
         params: Fraction of the parameters to keep, instead.
         latency: Fraction of the latency in the runtime to keep, instead.
-        blocks: Residual blocks to remove first; a fraction above is then of what remains.
+        blocks: Residual blocks to remove first; a fraction above then refers to what remains.
         epochs: Passes over the data in total.
         rounds: Number of pruning rounds.
         learning_rate: Peak learning rate; a tenth of it with quantizers in place.
@@ -100,7 +101,7 @@ def label_free(
         activation_bits: Bits of activations.
 
     Raises:
-        RecipeError: A setting makes no sense.
+        RecipeError: A setting is invalid.
     """
     _check(macs=macs, params=params, latency=latency, blocks=blocks, epochs=epochs, rounds=rounds)
     learn = replace(_LEARN, learning_rate=learning_rate, optimizer=optimizer, distill=Outputs(), task_loss_weight=0.0)
@@ -110,7 +111,7 @@ def label_free(
 
 
 NAMES: dict[str, Callable[[], Recipe]] = {"joint": joint, "label-free": label_free}
-"""What ``penjing compress --recipe`` knows by name, with default settings."""
+"""The recipes that ``penjing compress --recipe`` knows by name, with default settings."""
 
 
 def _check(**values: float | None) -> None:
@@ -120,11 +121,11 @@ def _check(**values: float | None) -> None:
 
 
 def _part(fraction: float, epochs: float) -> float:
-    return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999: people read it
+    return round(fraction * epochs, 9)  # 0.9, not 0.8999999999999999, for readability
 
 
 def _with_integers(learn: Finetune, epochs: float) -> Finetune:
-    """The same training behind quantizers, at a tenth of the rate."""
+    """The same training with fake quantizers in place, at a tenth of the learning rate."""
     rate = learn.learning_rate / 10
     return replace(learn, epochs=_part(QUANTIZED, epochs), learning_rate=rate, weight_decay=1e-4)
 

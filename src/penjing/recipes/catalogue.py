@@ -1,4 +1,4 @@
-"""Every step, setting and teacher by its name in a recipe, and as plain data."""
+"""The catalogue of steps, settings and teachers by their names in a recipe, and their conversion to plain data."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ CATALOGUE: dict[str, type[Any]] = {
     "quantize.Best": quantize.Best,
     "quantize.MixedPrecision": quantize.MixedPrecision,
 }
-"""Every step by the name that it has in a YAML recipe."""
+"""Every step by its name in a YAML recipe."""
 
 
 SETTINGS: dict[str, type[Any]] = {
     "Clip": Clip,
     **{f"distill.{name}": way for name, way in vars(distill).items() if hasattr(way, "loss")},
 }
-"""What is not a step but a setting of one, by the name that it has in a YAML recipe."""
+"""Objects that are settings of a step, by their names in a YAML recipe."""
 
 
 TEACHERS: dict[str, type[Any]] = {"distill.TeacherCache": distill.TeacherCache}
-"""What stands as the teacher of a step, by the name that it has in a YAML recipe."""
+"""Objects that are teachers, by their names in a YAML recipe."""
 
 
 def plain_data(step: Any) -> dict[str, Any]:
-    """A step as plain data, and the steps within it too."""
+    """Convert a step to plain data, including nested steps."""
     names = {cls: name for name, cls in (CATALOGUE | SETTINGS | TEACHERS).items()}
 
     def plain(value: Any) -> Any:
@@ -67,7 +67,7 @@ def plain_data(step: Any) -> dict[str, Any]:
 
 
 def not_plain(step: Any) -> Iterator[tuple[str, Any]]:
-    """Settings that YAML can't hold, by their names."""
+    """Yield the settings that YAML can't represent, with their names."""
     known = (*CATALOGUE.values(), *SETTINGS.values(), *TEACHERS.values())
 
     def within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -90,10 +90,10 @@ _NESTED = {"distill": SETTINGS, "clip": SETTINGS, "finetune": CATALOGUE, "step":
 
 
 def _setting(value: Any, key: str) -> Any:
-    """A value of a recipe's YAML: lists become tuples, and what is written as a step or a setting becomes one."""
+    """A value from a recipe's YAML: lists become tuples, and nested steps and settings become objects."""
     if isinstance(value, list):
         return tuple(_setting(one, key) for one in value)
-    word = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # else it is a path
+    word = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # or a path
     if key in _NESTED and (isinstance(value, dict) or word):
         return step_of(value, _NESTED[key])
     every = CATALOGUE | SETTINGS
@@ -103,16 +103,16 @@ def _setting(value: Any, key: str) -> Any:
 
 
 def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
-    """The step (or, of another catalogue, the setting) that an entry of a recipe's plain data names.
+    """Build the step (or, from another catalogue, the setting) that an entry of a recipe's plain data describes.
 
     Raises:
-        RecipeError: Unknown names and settings are told, with the nearest known ones.
+        RecipeError: A name or setting is unknown; the error names the nearest known ones.
     """
     single = isinstance(item, dict) and len(item) == 1
     name, settings = next(iter(item.items())) if single else (item, None)
     if isinstance(item, dict) and len(item) > 1 and set(item) <= set(catalogue):
         raise RecipeError(
-            "two steps stand in one entry of the recipe",
+            "one entry of the recipe contains two steps",
             got=", ".join(map(str, item)),
             expected="a dash before each of them",
         )
@@ -155,5 +155,5 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
         return cls(**{key: _setting(value, key) for key, value in settings.items()})
     except PenjingError:
         raise
-    except Exception as error:  # what no setting is meant to be fails in many ways
+    except Exception as error:  # invalid settings fail in many ways
         raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}"[:1000]) from None

@@ -1,4 +1,4 @@
-"""A recipe: a tuple of steps, as Python or as YAML, whose order is checked before any compute starts."""
+"""A recipe: a tuple of steps, in Python or YAML, whose order is checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from penjing.steps.step import Step
 
 @dataclass(frozen=True, init=False)
 class Recipe:
-    """Steps that run one after another.
+    """A sequence of compression steps.
 
     >>> from penjing import quantize
     >>> Recipe(quantize.Static(weight_bits=8)).to_data()[0]["quantize.Static"]["weight_bits"]
@@ -34,16 +34,16 @@ class Recipe:
 
     @classmethod
     def of(cls, steps: Recipe | Step | Sequence[Step]) -> Recipe:
-        """A recipe of what may stand in its place: one step, or a list of steps.
+        """Convert to a recipe: a step, or a list of steps.
 
         Raises:
-            RecipeError: It is something else.
+            RecipeError: The argument is neither.
         """
         if isinstance(steps, Recipe):
             return steps
         if isinstance(steps, str | Path):
             raise RecipeError(
-                "a recipe is given as a file's name",
+                "a recipe was given as a file name",
                 got=repr(str(steps)),
                 expected="pj.Recipe(step, …), a step or a list of steps",
                 remedy="pj.Recipe.from_yaml(pathlib.Path(...).read_text()) reads a file",
@@ -57,7 +57,7 @@ class Recipe:
         return len(self.steps)
 
     def check(self) -> None:
-        """Raise RecipeError when something is not a step, or the order contradicts what the steps do."""
+        """Raise RecipeError if something is not a step, or the order of the steps is invalid."""
         done: dict[str, Step] = {}
         for step in self.steps:
             stage = _stage(step)
@@ -73,26 +73,26 @@ class Recipe:
 
     @property
     def quantizes(self) -> bool:
-        """Whether a step makes a plan."""
+        """Whether a step creates a quantization plan."""
         return any(PLAN in STAGES[step.stage].leaves for step in self.steps)
 
     def to_data(self) -> list[dict[str, Any]]:
-        """Plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; functions and objects as their `identity`."""
+        """Return plain data: [{"quantize.Static": {"weight_bits": 8, …}}, …]; functions and objects by `identity`."""
         return [identity(plain_data(step)) for step in self.steps]
 
     def to_yaml(self) -> str:
-        """YAML text that `from_yaml` reads back.
+        """Return YAML text that `from_yaml` reads back.
 
         Raises:
-            RecipeError: A setting is a function, a network or another object, which only Python can hold.
+            RecipeError: A setting is a function, a network or another object that YAML can't represent.
         """
         for step in self.steps:
             if unsupported := next(not_plain(step), None):
                 raise RecipeError(
                     f"{type(step).__name__}({unsupported[0]}=...) can't be written as YAML",
                     got=repr(unsupported[1])[:200],
-                    expected="settings of numbers, words, and steps",
-                    remedy="leave it out and give it in Python: dataclasses.replace(step, ...)",
+                    expected="settings that are numbers, strings or steps",
+                    remedy="leave it out and set it in Python: dataclasses.replace(step, ...)",
                 )
         return yaml_text.dump(self.to_data())
 
@@ -100,10 +100,10 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """Read a YAML list of ``- quantize.Static: {weight_bits: 8}`` or ``- quantize.Static``.
 
-        A setting that is a step stands as one: ``- prune.Movement: {finetune: {Finetune: {epochs: 3}}}``.
+        Steps nest: ``- prune.Movement: {finetune: {Finetune: {epochs: 3}}}``.
 
         Raises:
-            RecipeError: Unknown steps or settings are named, with the nearest known ones.
+            RecipeError: A step or setting is unknown; the error names the nearest known ones.
         """
         try:
             data = yaml_text.load(text)
@@ -114,7 +114,7 @@ class Recipe:
 
     @classmethod
     def from_data(cls, data: Any) -> Recipe:
-        """The inverse of `to_data`."""
+        """Build a recipe from the output of `to_data`."""
         if not isinstance(data, list):
             raise RecipeError(
                 "a recipe is a list of steps", got=type(data).__name__, expected="- quantize.Static: {weight_bits: 8}"
@@ -123,14 +123,14 @@ class Recipe:
 
 
 def _stage(step: Any) -> Stage:
-    """The stage of a step.
+    """Return the stage of a step.
 
     Raises:
-        RecipeError: It is not a step, or does not say what the table of stages has to know.
+        RecipeError: It is not a step, or lacks a declaration.
     """
     if not callable(step) or not dataclasses.is_dataclass(step) or isinstance(step, type):
         raise RecipeError(
-            "a recipe holds something that is not a step",
+            "a recipe contains something that is not a step",
             got=repr(step),
             expected="instances such as pj.quantize.Static(weight_bits=8)",
             remedy=f"known steps: {', '.join(CATALOGUE)}",
@@ -139,7 +139,7 @@ def _stage(step: Any) -> Stage:
     undeclared = [name for name in ("per_runtime", "for_floats") if not isinstance(getattr(step, name, None), bool)]
     if stage not in STAGES or undeclared:
         raise RecipeError(
-            f"{type(step).__name__} does not declare what it is in a recipe",
+            f"{type(step).__name__} lacks declarations that a step needs",
             got=f"stage {stage!r}" + "".join(f", no {name}" for name in undeclared),
             expected=f"class attributes stage (one of {', '.join(map(repr, STAGES))}), per_runtime and for_floats, "
             "each True or False",

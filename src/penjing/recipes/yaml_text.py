@@ -1,4 +1,4 @@
-"""YAML of recipes: YAML 1.2's scalars, bounded in size, and names that stand once."""
+"""Reading and writing a recipe's YAML: YAML 1.2 scalars, bounded size, unique keys."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from penjing.records import reading
 
 __all__ = ["RECIPE_BYTES", "YAMLError", "dump", "load"]
 
-RECIPE_BYTES = 1 << 18  # of a recipe's text
-NODES = 10_000  # entries of it
-DIGITS = 400  # of a number
+RECIPE_BYTES = 1 << 18  # size of a recipe's text
+NODES = 10_000  # number of entries in it
+DIGITS = 400  # digits of a number
 
 
 def load(text: str) -> Any:
-    """Plain data of YAML text.
+    """Parse YAML text to plain data.
 
     Raises:
-        YAMLError: It is not YAML.
-        ValueError: It is larger, or nests deeper, than any recipe.
+        YAMLError: It is not valid YAML.
+        ValueError: It is too large or too deeply nested for a recipe.
     """
     if len(text) > RECIPE_BYTES:
         raise ValueError(f"{len(text):,} characters, and at most {RECIPE_BYTES:,} are read")
@@ -34,46 +34,46 @@ def load(text: str) -> Any:
 
 
 def dump(data: Any) -> str:
-    """YAML text that `load` reads back."""
+    """Return YAML text that `load` reads back."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.2's numbers and truth values, where PyYAML's are those of 1.1: 1e-3 is a number, and `off` a word.
+    """Loads numbers and booleans by YAML 1.2, where PyYAML follows 1.1: 1e-3 is a number, and `off` a string.
 
-    A name that stands twice in a mapping is an error, not what was written last.
+    A key that appears twice in a mapping is an error instead of overriding the first.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dict of different keys."""
+        """A dict with unique keys."""
         seen = set()
         for written, _ in node.value:
             key = self.construct_object(written, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice"[:200], node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} appears twice"[:200], node.start_mark)
             seen.add(key if isinstance(key, Hashable) else id(key))
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
     def get_single_node(self) -> Any:
-        """The document, if its aliases do not make much of little."""
+        """The document, unless its aliases expand to too many entries."""
         node = super().get_single_node()
         if node is not None and (count := _expanded(node, {})) > NODES:
-            raise ValueError(f"{count:,} entries with all aliases written out, and at most {NODES:,} are read")
+            raise ValueError(f"{count:,} entries with all aliases expanded, and at most {NODES:,} are read")
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number of at most 64 bits."""
+        """An integer of at most 64 bits."""
         if len(node.value) > DIGITS or abs(value := super().construct_yaml_int(node)) >= 2**63:
             raise ValueError(f"the number {node.value[:20]}…, which has more than 64 bits")
         return int(value)
 
 
 def _expanded(node: Any, known: dict[int, int]) -> int:
-    """How many entries a document has when every alias is written out."""
+    """The number of entries of a document with every alias expanded."""
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = NODES + 1  # within itself: without end
+    known[id(node)] = NODES + 1  # an alias within itself expands without end
     inner = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ()
     parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
     known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
@@ -81,7 +81,7 @@ def _expanded(node: Any, known: dict[int, int]) -> int:
 
 
 def _check_brackets(text: str) -> None:
-    """Raise ValueError where brackets nest deep: the reader's time grows with the square of that."""
+    """Raise ValueError for deeply nested brackets: the parser's time is quadratic in the depth."""
     depth = 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
@@ -90,7 +90,7 @@ def _check_brackets(text: str) -> None:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what either version of YAML would not read as text."""
+    """Quotes what either version of YAML would not read as a string."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -1,1 +1,1 @@
-"""What every technique receives and returns: drafts, plans, and what is known of the world."""
+"""What every technique receives and returns: drafts, plans, and the context of a run."""

@@ -1,4 +1,4 @@
-"""What one step has computed, for those that ask for the same again: statistics are collected once a run."""
+"""A run's cache of computed results: statistics are collected once and shared between steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ M = TypeVar("M", bound=dict[str, Any])
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """An object as itself: equal to nothing else, whatever it holds. It is kept, so that none takes its place."""
+    """Wraps an object to compare by identity; the object is kept alive so that its identity is not reused."""
 
     value: object
 
@@ -25,14 +25,14 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Key(Generic[T]):
-    """All that a result depends on.
+    """Everything that a result depends on.
 
     Attributes:
-        kind: The class of the result; every computation has one of its own.
-        network: Fingerprint of the operators and tensors that it is computed with.
-        data: The object that gives the data; what is equal but another object is read again.
-        samples: How many of them are read.
-        settings: What else it depends on.
+        kind: The class of the result, distinct for every computation.
+        network: Fingerprint of the operators and tensors it is computed with.
+        data: The object that provides the data, compared by identity.
+        samples: Number of samples that are read.
+        settings: Everything else it depends on.
     """
 
     kind: type[T]
@@ -43,14 +43,14 @@ class Key(Generic[T]):
 
 
 class Cache:
-    """Results by their keys, for as long as the run that owns it."""
+    """Results by key, for the lifetime of the run that owns it."""
 
     def __init__(self) -> None:
         self._results: dict[Key[Any], Any] = {}
         self._asked: dict[Key[Any], set[str]] = {}
 
     def once(self, key: Key[T], compute: Callable[[], T]) -> T:
-        """The result for this key, computed where it is not there yet; nothing is kept of a computation that fails."""
+        """Return the result for this key, computing it on first use; a failed computation is not cached."""
         if key not in self._results:
             self._results[key] = compute()
         result: T = self._results[key]

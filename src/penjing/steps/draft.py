@@ -10,17 +10,17 @@ from torch.fx import GraphModule
 
 from penjing.steps.plan import Plan
 
-Edit = dict[str, Any]  # one JSON object: {"edit": "fold", ...}; the vocabulary stands in penjing.surgery
+Edit = dict[str, Any]  # one JSON object: {"edit": "fold", ...}; the vocabulary is in penjing.surgery
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A captured network, the plan of its integers, and the log of the edits that led from the source to it.
+    """A captured network, its quantization plan, and the log of the edits that led to it from the source.
 
     Attributes:
         network: The captured network (`penjing.network.capture.capture_network`), with floating-point weights.
         plan: Which edges become integers; empty until a step quantizes.
-        edits: Every structural edit, in order; replayed on the source they give this network's structure.
+        edits: Every structural edit, in order; replaying them on the source gives this network's structure.
     """
 
     network: GraphModule
@@ -29,10 +29,10 @@ class Draft:
 
     @property
     def sparse(self) -> tuple[str, ...]:
-        """Names of the parameters whose zeros stay zeros in whatever trains them."""
+        """Names of the parameters whose zeros are preserved by training."""
         marked = (edit["tensors"] for edit in self.edits if edit.get("edit") == "sparse")
         return tuple(dict.fromkeys(name for tensors in marked for name in tensors))
 
     def copy(self) -> Draft:
-        """A draft whose network can be edited without touching this one."""
+        """Return a draft whose network can be edited without affecting this one."""
         return replace(self, network=copy.deepcopy(self.network))

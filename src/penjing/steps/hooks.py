@@ -1,4 +1,4 @@
-"""What is called while a training goes on."""
+"""Hooks: callbacks during training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """What a hook sees.
+    """The event that a hook receives.
 
-    `name` is "start" (once in every process: after a resume `step` is above 0), "pass" (the network was put into
-    training mode: before every pass over the data, and after a resume), "gradients" (after backward; the rate of this
-    step is there, and a hook may set another), "step" (after the update), "epoch" (after a whole pass), "end".
+    `name` is "start" (once per process; after a resume `step` is above 0), "pass" (the network was put into training
+    mode: before every pass over the data, and after a resume), "gradients" (after backward; the learning rate of this
+    step is set, and a hook may change it), "step" (after the update), "epoch" (after a whole pass), "end".
     """
 
     name: str
@@ -26,11 +26,11 @@ class TrainingEvent:
 
 
 class Hook(Protocol):
-    """Called at every `TrainingEvent`; may change weights or gradients in place.
+    """Called for every `TrainingEvent`; may change weights or gradients in place.
 
-    What a hook remembers is not saved: for a resume to the bit it keeps it in buffers of the network.
+    A hook's own state is not saved: to resume to the bit, keep it in buffers of the network.
     """
 
     def __call__(self, moment: TrainingEvent) -> None:
-        """Act on this moment."""
+        """Handle the event."""
         ...

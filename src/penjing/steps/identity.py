@@ -1,7 +1,7 @@
-"""What a setting is, as plain data: a run or a training goes on only where it is asked for the same.
+"""The identity of a setting as plain data: a run or a training is resumed only with the same settings.
 
-It says what a thing was made as, and not what it has remembered since: a hook that counts is the same hook. What no
-rule here knows is told by its type alone; an object with settings of its own says them in `to_data()`.
+It describes how an object was constructed, not the state it has accumulated: a hook that counts is the same hook. An
+object that no rule here covers is identified by its type alone; one with settings can return them from `to_data()`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from penjing.network.weights import fingerprint
 
 
 def identity(value: Any) -> Any:
-    """Plain data that JSON holds, equal for equal settings, in every process.
+    """Return JSON-compatible plain data, equal for equal settings in every process.
 
     | value | its identity |
     |---|---|
@@ -94,7 +94,7 @@ def _of_function(value: Any) -> Any:
 
 
 def _behaviour(function: FunctionType, outer: tuple[CodeType, ...]) -> Any:
-    """What a function does: its code, its defaults, and the values that it holds on to and does not change itself."""
+    """The behaviour of a function: its code, its defaults, and captured values that it does not modify itself."""
     code = function.__code__
     if code in outer:
         return "itself"
@@ -111,7 +111,7 @@ def _behaviour(function: FunctionType, outer: tuple[CodeType, ...]) -> Any:
 
 
 def _held(value: Any, outer: tuple[CodeType, ...]) -> Any:
-    """What a function holds on to: what can change while it is called is told by its type."""
+    """The identity of a captured value: one that can change during calls is identified by its type."""
     if isinstance(value, FunctionType):
         return [_name(value), _behaviour(value, outer)] if "<" in value.__qualname__ else _name(value)
     if isinstance(value, tuple):
@@ -130,7 +130,7 @@ def _of_code(code: CodeType) -> Any:
 
 
 def _name(value: Any) -> str:
-    """The module and name of a function, a class or a module."""
+    """The qualified name of a function, a class or a module."""
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", type(value).__qualname__)
     module = getattr(value, "__module__", None)
     return f"{module}.{name}" if module else str(name)

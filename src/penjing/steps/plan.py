@@ -1,4 +1,4 @@
-"""The quantization plan: which edge of the network carries which integers. Data only, no tensors of a network.
+"""The quantization plan: which edge of the network has which quantization parameters. Data only, no network tensors.
 
 An edge is named by its consumer: ``"layer1.0.conv1:in0"`` is the first input of that layer,
 ``"layer1.0.conv1:weight"`` its weight, ``"layer1.0/add#0:in1"`` the second input of the first addition that the
@@ -17,11 +17,11 @@ from penjing.errors import CheckpointError
 from penjing.records import reading
 
 GRIDS = ("uniform", "powers_of_two", "additive_powers_of_two")
-LARGEST = 127  # of a grid that is not uniform: its integers are stored in 8 bits
+LARGEST = 127  # of a non-uniform grid: its integers are stored in 8 bits
 
 
 def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
-    """The integers ≥ 0 that a grid holds with so many bits, without a sign bit; in units of the smallest.
+    """Return the non-negative integers of a grid with this many bits, excluding a sign bit, in units of the smallest.
 
     >>> magnitudes("powers_of_two", 3)
     (0, 1, 2, 4, 8, 16, 32, 64)
@@ -30,8 +30,8 @@ def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
     """
     if grid == "powers_of_two":
         return (0, *(2**i for i in range(2**bits - 1)))
-    # Li et al. 2020, equation 4 with k = 2: every term picks 0 or one of three powers of its own; a single bit that
-    # remains is a term of 0 and one power.
+    # Li et al. 2020, equation 4 with k = 2: every term is 0 or one of three powers of its own; a single remaining bit
+    # is a term of 0 and one power.
     terms, spare = divmod(bits, 2)
     if spare:
         places: list[list[int]] = _TERMS_WITH_A_SPARE_BIT.get(bits, [])
@@ -66,14 +66,14 @@ class QuantSpec:
     symmetric: bool = True  # zero point is 0
     narrow: bool = True  # a symmetric signed range leaves out the lowest integer: -127..127
     axis: int | None = None  # the channel axis; None is one scale for the whole tensor
-    range: str = "minmax"  # which estimator chose the range; "dynamic": taken anew from every input when it runs
-    group: int | None = None  # so many neighbouring values of a channel share a scale; None: the whole channel
-    scale: str = "free"  # or "power_of_two": scales that a shift multiplies by
-    grid: str = "uniform"  # one of GRIDS: which of the integers are held
+    range: str = "minmax"  # the range estimator; "dynamic": computed from every input at run time
+    group: int | None = None  # group size: so many neighbouring values share a scale; None: per channel
+    scale: str = "free"  # or "power_of_two": scales that can be applied by shifting
+    grid: str = "uniform"  # one of GRIDS: which of the integers are representable
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer."""
+        """The smallest and the largest integer."""
         if self.grid != "uniform":
             largest = magnitudes(self.grid, self.bits - self.signed)[-1]
             return (-largest if self.signed else 0), largest
@@ -85,9 +85,9 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """A spec with its chosen numbers: one scale and zero point, or one each per channel of `spec.axis`.
+    """A spec with its quantization parameters: one scale and zero point, or one each per channel of `spec.axis`.
 
-    None where they are chosen when the network runs.
+    They are None if they are computed at run time.
     """
 
     spec: QuantSpec
@@ -96,29 +96,29 @@ class Entry:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the range is taken anew from every input."""
+        """Whether the range is computed from every input at run time."""
         return self.spec.range == "dynamic"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Edge → `Entry`, and for every site that stays in floating point the reason why."""
+    """Edge → `Entry`, and the reason for every site that stays in floating point."""
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
     floats: Mapping[str, str] = field(default_factory=dict)  # site → reason
-    remedy: str = ""  # what was done against the noise, in words
-    precision: str = ""  # of the artifact that the choice of `floats` was made for, such as "int8-bf16"; "" is any
+    remedy: str = ""  # the remedy applied against noise, in words
+    precision: str = ""  # of the artifact for which `floats` was chosen, such as "int8-bf16"; "" is any
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
     def without(self, sites: Mapping[str, str]) -> Plan:
-        """The same plan with these sites (site → reason) back in floating point."""
+        """Return the plan with these sites (site → reason) back in floating point."""
         remaining = {edge: e for edge, e in self.entries.items() if edge.rpartition(":")[0] not in sites}
         return replace(self, entries=remaining, floats={**self.floats, **sites})
 
     def to_json(self) -> str:
-        """Stable JSON; floats are written so that they read back to the same bits."""
+        """Return stable JSON, in which floats round-trip to the same bits."""
         rows = {
             edge: {"spec": vars(e.spec), "scale": e.scale, "zero_point": e.zero_point}
             for edge, e in sorted(self.entries.items())
@@ -129,17 +129,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            CheckpointError: It is something else.
+            CheckpointError: The text is not a plan.
         """
         try:
             data = reading.json_text(text)
             rows = {edge: _entry(row) for edge, row in data["entries"].items()}
             words = [*data["floats"].values(), data.get("remedy", ""), data.get("precision", "")]
             if not all(isinstance(word, str) for word in words):
-                raise ValueError("a reason, remedy or precision that is not a text")
+                raise ValueError("a reason, remedy or precision that is not text")
             return cls(rows, data["floats"], data.get("remedy", ""), data.get("precision", ""))
         except reading.UNREADABLE as error:
             raise CheckpointError(
@@ -151,7 +151,7 @@ class Plan:
 
 
 def _entry(row: Any) -> Entry:
-    """An entry from plain data. Raises ValueError, TypeError or KeyError where it is something else."""
+    """An entry from plain data. Raises ValueError, TypeError or KeyError if it is malformed."""
     spec = QuantSpec(**row["spec"])
     for name, value in vars(spec).items():
         default = getattr(QuantSpec, name)
@@ -174,7 +174,7 @@ def _entry(row: Any) -> Entry:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a kernel was asked for, and what it takes in its place."""
+    """What was requested of a kernel, and what it supports instead."""
 
     got: str
     takes: str
@@ -182,7 +182,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Formats:
-    """Which specs an integer kernel takes; each field lists the values of `QuantSpec` that it may have.
+    """Which specs an integer kernel supports; each field lists the supported values of a `QuantSpec` field.
 
     >>> Formats(per=("tensor",)).refusal(QuantSpec(axis=0))
     Refusal(got='a scale for every channel', takes='one for every tensor')
@@ -194,7 +194,7 @@ class Formats:
     grids: tuple[str, ...] = GRIDS
 
     def refusal(self, spec: QuantSpec) -> Refusal | None:
-        """What about the spec it does not take; None when it takes it."""
+        """Return the part of the spec that is not supported, or None."""
         per = "tensor" if spec.axis is None else "channel" if spec.group is None else "group"
         if spec.bits not in self.bits:
             return Refusal(f"{spec.bits} bits", ", ".join(map(str, self.bits)))
@@ -210,26 +210,26 @@ class Formats:
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a runtime gains from on one kind of processor, as data that a plan is made from and checked against.
+    """What a runtime accelerates on a kind of processor, as data from which plans are made and checked.
 
     Attributes:
         runtime: Name of the runtime.
-        precisions: Whole-network precisions that it executes here, for example ("fp32", "bf16", "int8").
-        weight: Format of quantized weights.
-        activation: Format of quantized activations.
+        precisions: Whole-network precisions that it supports here, for example ("fp32", "bf16", "int8").
+        weight: Preferred format of quantized weights.
+        activation: Preferred format of quantized activations.
         integer: Kinds of operator (see `penjing.network.graph.kind`) with an integer kernel.
-        fuses: Kinds that the runtime fuses into the operator before them, so that the quantizer may stand after.
-        passthrough: Kinds that only move or select values: what goes in keeps its scale on the way out.
-        quantized_output: Kinds whose integer kernel writes integers only, so that every reader gets a quantizer.
-        weights: Every format of weights that its integer kernels take.
-        activations: Every format of activations that they take.
-        dynamic: Format of a linear layer's input whose range is taken at run time; None where there is no such kernel.
-        symmetric_products: Whether a product of two activations, a transposed convolution and an average over a border
-            of zeros are in integers, and right, only where no activation has a zero point.
-        stored: Kinds that compute in floating point with weights kept in integers: their files are smaller.
-        recurrent: Kinds of recurrent layer with integer kernels whose ranges are taken at run time.
-        channel_multiple: Channels that its kernels compute at once: others are padded to a multiple of them.
-        notes: Sentences for the user, each about this processor.
+        fuses: Kinds that the runtime fuses into the preceding operator, so that the quantizer is placed after them.
+        passthrough: Kinds that only move or select values: their output keeps the scale of their input.
+        quantized_output: Kinds whose integer kernel writes only integers, so that every reader gets a quantizer.
+        weights: All weight formats that its integer kernels support.
+        activations: All activation formats that they support.
+        dynamic: Format of a linear layer's input with a range computed at run time; None without such a kernel.
+        symmetric_products: Whether a product of two activations, a transposed convolution, and average pooling that
+            counts zero padding run in integers, and correctly, only without a zero point.
+        stored: Kinds that compute in floating point with weights stored as integers, for smaller files.
+        recurrent: Kinds of recurrent layer with integer kernels whose ranges are computed at run time.
+        channel_multiple: Vector width of its kernels in channels: other widths are padded to a multiple of it.
+        notes: Sentences for the user about this processor.
     """
 
     runtime: str
@@ -251,7 +251,7 @@ class Capabilities:
 
 
 def channel_multiple(instruction_sets: tuple[str, ...]) -> int:
-    """float32 values in a vector register.
+    """Return the number of float32 values in a vector register.
 
     >>> channel_multiple(("avx2", "avx512f"))
     16
@@ -273,4 +273,4 @@ GENERIC = Capabilities(
     passthrough=frozenset({"max_pool", "pad", "reshape", "transpose"}),
     recurrent=frozenset({"lstm"}),
 )
-"""What plans are made for when no runtime is named."""
+"""The capabilities that plans assume if no runtime is named."""

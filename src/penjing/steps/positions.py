@@ -1,4 +1,4 @@
-"""Whole numbers as short text, for logs of edits: ``"0-3 7 9-12"``. Order is kept: ``"8 0-3"`` begins with 8."""
+"""Integers as compact text, for edit logs: ``"0-3 7 9-12"``. Order is preserved: ``"8 0-3"`` starts with 8."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def to_text(numbers: Iterable[int]) -> str:
-    """Runs that rise by one become ``first-last``.
+    """Format integers; runs of consecutive ones become ``first-last``.
 
     >>> to_text([0, 1, 2, 3, 7, 9, 10, 8])
     '0-3 7 9-10 8'
@@ -21,7 +21,7 @@ def to_text(numbers: Iterable[int]) -> str:
 
 
 def from_text(text: str) -> list[int]:
-    """The inverse of `to_text`.
+    """Parse the output of `to_text`.
 
     >>> from_text("0-3 7 9-10 8")
     [0, 1, 2, 3, 7, 9, 10, 8]

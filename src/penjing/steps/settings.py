@@ -1,7 +1,7 @@
-"""The rules that settings are held to, and `check`, which refuses a field that breaks its rule.
+"""Validation rules for settings, and `check`, which refuses a field that violates its rule.
 
-A boolean is not a number, and neither are NaN and infinity, unless a rule says so. A scalar of NumPy is taken for the
-Python value that it holds, and is kept as that: a recipe is written as JSON and YAML.
+Booleans are not numbers, and neither are NaN and infinity, unless a rule says so. A NumPy scalar is converted to the
+Python value, because recipes are written as JSON and YAML.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from penjing.errors import RecipeError, in_percent
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting has to be.
+    """A validation rule for a setting.
 
     Attributes:
-        holds: Whether a value, of any type, keeps the rule.
-        expected: The rule in words, as an error says it.
+        holds: Whether a value, of any type, satisfies the rule.
+        expected: The rule in words, as in an error message.
     """
 
     holds: Callable[[Any], bool]
@@ -30,14 +30,14 @@ class Rule:
 
 
 def check(settings: object, **rules: Rule) -> None:
-    """Hold the fields of frozen settings to their rules. To be called in `__post_init__`.
+    """Validate the fields of a frozen dataclass. To be called in `__post_init__`.
 
     Args:
         settings: An instance of a dataclass.
-        rules: Field → its rule.
+        rules: Field → rule.
 
     Raises:
-        RecipeError: Of the first field that breaks its rule.
+        RecipeError: A field violates its rule; the first one is reported.
     """
     for name, rule in rules.items():
         current = getattr(settings, name)
@@ -47,10 +47,10 @@ def check(settings: object, **rules: Rule) -> None:
 
 
 def require(what: str, value: Any, rule: Rule) -> Any:
-    """A value that keeps its rule; a scalar of NumPy as Python's.
+    """Return a value that satisfies its rule; a NumPy scalar as a Python number.
 
     Raises:
-        RecipeError: `what` can't be used, for the value breaks the rule.
+        RecipeError: The value violates the rule; the message names `what`.
     """
     plain = value.item() if isinstance(value, np.generic) else value
     if not rule.holds(plain):
@@ -87,15 +87,15 @@ def number(
     infinite: bool = False,
     called: str | None = None,
 ) -> Rule:
-    """A number within bounds, those given.
+    """A number within the given bounds.
 
     Args:
-        above: It is larger than this.
-        least: It is at least this.
-        below: It is smaller than this.
-        most: It is at most this.
-        infinite: Infinity is within.
-        called: What an error calls it; else "a fraction" within 0 and 1, and "a number".
+        above: Exclusive lower bound.
+        least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        most: Inclusive upper bound.
+        infinite: Whether infinity is allowed.
+        called: The noun in an error message; by default "a fraction" for bounds within 0 and 1, otherwise "a number".
 
     >>> number(above=0, most=1).expected, number(least=1, infinite=True).expected, number().expected
     ('a fraction above 0 and at most 1', 'a number of at least 1, or infinity', 'a number')
@@ -141,7 +141,7 @@ def at_least(bound: float) -> Rule:
 
 
 def between(low: float, high: float) -> Rule:
-    """A number from the one to the other, both included.
+    """A number between two bounds, both included.
 
     >>> between(0, 1).expected
     'a fraction from 0 to 1'
@@ -150,7 +150,7 @@ def between(low: float, high: float) -> Rule:
 
 
 def one_of(*values: str) -> Rule:
-    """One of these words.
+    """One of these strings.
 
     >>> one_of("sgd", "adamw").expected
     "'sgd' or 'adamw'"
@@ -161,7 +161,7 @@ def one_of(*values: str) -> Rule:
 
 
 def instance(kind: Any, example: str) -> Rule:
-    """An instance of a class (or of one of several, A | B), with an example of one for the error.
+    """An instance of a class (or of a union, A | B), with an example for the error message.
 
     >>> instance(dict, "{'weight_bits': 4}").holds({})
     True
@@ -170,7 +170,7 @@ def instance(kind: Any, example: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """What the rule says, or None.
+    """A value that satisfies the rule, or None.
 
     >>> optional(whole()).expected
     'a whole number of at least 1, or None'

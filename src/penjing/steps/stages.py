@@ -1,6 +1,6 @@
-"""The stages of compression: which step may follow which, as one table.
+"""The stages of compression: a table of which step may follow which.
 
-A step names its stage. What is true of a network after a stage (`leaves`) is what the next ones need or refuse.
+A step names its stage. What holds for a network after a stage (`leaves`) is what later stages need or refuse.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-WORK = "work"  # something was done to the network
+WORK = "work"  # the network was changed
 PLAN = "plan"  # ranges and scales were chosen
-DYNAMIC = "dynamic ranges"  # those of activations are taken at run time
-REPAIRED = "repaired"  # the weights are no longer those that the plan was made for
+DYNAMIC = "dynamic ranges"  # activation ranges are computed at run time
+REPAIRED = "repaired"  # the weights are no longer those the plan was made for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,10 @@ class Stage:
     """One stage.
 
     Attributes:
-        needs: What must hold before, each with what is to be done for it.
-        refuses: What must not hold before, each with the reason, "expected" of the error.
+        needs: What must hold before it, each with the remedy if it does not.
+        refuses: What must not hold before it, each with the reason, shown as "expected" in the error.
         leaves: What holds after it, besides WORK.
-        only_prepares: It is of use to integers alone: where it fails, floating-point candidates go on without it.
+        only_prepares: It only serves quantization: if it fails, floating-point candidates continue without it.
     """
 
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -65,4 +65,4 @@ STAGES: dict[str, Stage] = {
         leaves=frozenset({REPAIRED}),
     ),
 }
-"""In the order in which they come, by the name that a step gives as its `stage`."""
+"""The stages in order, by the name that a step declares as its `stage`."""

@@ -1,4 +1,4 @@
-"""The one interface of a compression step, and what a step is told about the world."""
+"""The interface of a compression step, and the context it receives."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def _silent(kind: str, **values: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a step may know.
+    """The context in which a step runs.
 
     Attributes:
         task: The user's data, metric and loss.
-        seed: Every random choice derives from it.
+        seed: Seed from which every random choice derives.
         device: Where training runs, for example "cpu" or "cuda".
-        capabilities: What the target runtime gains from on this processor; None when no runtime was named.
-        events: `events(kind, **values)` reports progress; `kind` "progress" carries `label`, `done`, `total`.
-        latency: Measures drafts side by side in the target runtime, in milliseconds, one figure each, each as the
-            precision that is named; None when nothing can be measured.
-        profile: Measures the operators of one draft in the target runtime: the sites that each computes, and
-            milliseconds; None when nothing can be measured.
-        folder: Where a step may keep what it needs to resume; None when nothing is kept.
-        source: The captured source network, the teacher of steps that learn without or beside labels.
-        cache: Statistics that later steps on the same network and data take instead of collecting them again.
+        capabilities: What the target runtime accelerates on this processor; None if no runtime was named.
+        events: `events(kind, **values)` reports progress; `kind` "progress" has `label`, `done`, `total`.
+        latency: Measures drafts side by side in the target runtime at the named precision, and returns milliseconds for
+            each; None if nothing can be measured.
+        profile: Profiles a draft in the target runtime, and returns the sites of every executed operator with its
+            milliseconds; None if nothing can be measured.
+        folder: Where a step may save what it needs to resume; None if nothing is saved.
+        source: The captured source network, the default teacher of distillation.
+        cache: Statistics shared by steps on the same network and data.
     """
 
     task: Task
@@ -52,14 +52,14 @@ class Context:
 
 @runtime_checkable
 class Step(Protocol):
-    """A frozen dataclass with one method and three declarations. It never changes the draft that it is given.
+    """A frozen dataclass with one method and three declarations. It never modifies the draft it receives.
 
     Attributes:
         stage: Its row of `penjing.steps.stages.STAGES`: what it may follow and what it leaves.
-        per_runtime: Whether its result depends on the target runtime (`context.capabilities`). Then it runs once for
-            every runtime, and the steps before it only once.
-        for_floats: Whether floating-point artifacts take it too. They go without a step of `per_runtime` that is not
-            for them, and without what follows.
+        per_runtime: Whether its result depends on the target runtime (`context.capabilities`). If so, it runs once per
+            runtime, while the steps before it run only once.
+        for_floats: Whether it applies to floating-point artifacts too. They are built without a `per_runtime` step that
+            does not apply to them, and without the steps after it.
     """
 
     @property

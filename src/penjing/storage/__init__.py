@@ -1,1 +1,1 @@
-"""What a network is kept in: the trainable checkpoint."""
+"""Storage formats of a network: the trainable checkpoint."""

@@ -25,8 +25,8 @@ FORMAT = 1
 
 
 def save(draft: Draft, folder: Path) -> None:
-    """Write the three files; `edits.json` last, so that a checkpoint without it is known to be unfinished."""
-    # Tied tensors are stored once; `ties` says which name reads which.
+    """Write the three files, `edits.json` last, so that a checkpoint without it is recognized as incomplete."""
+    # Tied tensors are stored once; `ties` maps the other names to it.
     stored: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
@@ -40,8 +40,8 @@ def save(draft: Draft, folder: Path) -> None:
     aside = folder / f".{WEIGHTS}.new"
     try:
         save_file(stored, aside, metadata={"format": "pt"})
-        os.chmod(aside, 0o666 & ~umask())  # safetensors makes files that nobody else may read
-        (folder / EDITS).unlink(missing_ok=True)  # an older checkpoint ends here: new weights do not fit its edits
+        os.chmod(aside, 0o666 & ~umask())  # safetensors creates files that only their owner may read
+        (folder / EDITS).unlink(missing_ok=True)  # invalidate an older checkpoint: new weights do not fit its edits
         os.replace(aside, folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
@@ -56,18 +56,18 @@ def save(draft: Draft, folder: Path) -> None:
 
 
 def load(folder: Path | str, source: fx.GraphModule) -> Draft:
-    """The draft that `save` wrote, rebuilt on a freshly captured `source`; the same outputs to the bit.
+    """Rebuild the draft that `save` wrote on a freshly captured `source`; its outputs are bit-identical.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the source is another network.
+        CheckpointError: A file is missing or damaged, or the source is a different network.
     """
     folder = Path(folder)
     if missing := [name for name in (EDITS, WEIGHTS, PLAN) if not (folder / name).is_file()]:
         raise CheckpointError(
-            "the checkpoint is not complete",
+            "the checkpoint is incomplete",
             got=f"no {', '.join(missing)} in {folder}",
             expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
-            remedy="name a run folder that `penjing compress` finished",
+            remedy="give the folder of a finished run",
         )
     try:
         edits, ties = _read_log(folder)
@@ -90,7 +90,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
         raise CheckpointError(
             "the checkpoint does not fit this network",
             got=problem,
-            expected="the network that it was made from",
+            expected="the network it was created from",
             remedy="load it with the same factory and the same version of its code",
         )
     network.load_state_dict(state)
@@ -114,21 +114,21 @@ def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
 
 
 def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
-    """The draft of a run folder, from the original model: its trainable network, its plan, its edits.
+    """Restore the draft of a run folder from the original model: the trainable network, its plan and its edits.
 
     Args:
         folder: A run folder.
-        model: What the same factory builds; its weights do not matter.
-        task: The run's task; its example and dynamic axes alone are used.
+        model: A model from the same factory; its weights do not matter.
+        task: The run's task; only its example and dynamic axes are used.
 
     Raises:
-        CheckpointError: The folder holds no whole checkpoint, or the model is another network.
+        CheckpointError: The folder has no complete checkpoint, or the model is a different network.
     """
     return load(folder, capture_network(model, *task.call(), task.dynamic))
 
 
 def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
-    """The first few names or shapes that differ, in words; None where nothing does."""
+    """Describe the first few names or shapes that differ; None if nothing does."""
     missing, more = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     shapes = [
         f"{n} has shape {tuple(got[n].shape)}, the network's {tuple(expected[n].shape)}"
@@ -145,10 +145,10 @@ def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def _untied(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
-    """The first two names that are one tensor in the network and two in the checkpoint."""
+    """The first two names that are tied in the network and differ in the checkpoint."""
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in expected.items():
         known = first.setdefault((tensor.data_ptr(), tensor.shape), name)
         if tensor.numel() and not torch.equal(got[known], got[name]):
-            return f"{known} and {name} differ, and are one tensor in the network"
+            return f"{known} and {name} differ, but are tied in the network"
     return None
