@@ -312,7 +312,7 @@ class TestBadInput:
             ("infinite", "not finite"),
             ("narrow", "a different shape"),
             ("unbatched", "axis 0 is the batch"),
-            ("integers", "a different type of numbers"),
+            ("integers", "a different dtype"),
             ("labelled", "leave the target out"),
             ("missing", "has no 'missing'"),
             ("raising", "no such weights"),

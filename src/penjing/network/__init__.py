@@ -1,7 +1,7 @@
-"""The captured form: capturing a network, reading its graph, exporting it again."""
+"""The captured form of a network: capturing it, reading its graph, exporting it again."""
 
 from penjing.network.capture import capture_network
 
-raise_network = capture_network  # its name in earlier scripts
+raise_network = capture_network  # the name in earlier versions
 
 __all__ = ["capture_network", "raise_network"]

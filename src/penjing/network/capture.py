@@ -1,16 +1,16 @@
-"""Raising an exported program into a trainable graph of layers: the one form that every step knows.
+"""Capturing a network: an exported program as a trainable graph of layers, the form that all steps work on.
 
 A captured network is a `torch.fx.GraphModule`. Layers with parameters (convolution, linear, norms, embedding) and
 dropout are real `torch.nn` modules under their original names; every other operator is a functional node whose
-sizes are literals that can be edited. It trains, evaluates, deep-copies and exports like any module, and in eval
-mode it computes the same bits as its source; where torch would take its fused attention kernel instead
-(``torch.backends.mha``), the same to rounding.
+sizes are editable literals. It trains, evaluates, deep-copies and exports like any module, and in eval mode it computes
+the same bits as its source, or up to rounding where torch would use its fused attention kernel
+(``torch.backends.mha``).
 
-Where a source keeps a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
+If a source has a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
 ``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's. A product with a
-stored weight is a linear layer by whatever operator it was written, and what is computed from stored tensors alone
-(a parametrization, a transposed weight, a third of a fused one) is its plain weight: ``network.meta["folded"]`` maps
-the key of such a weight to the source's keys that it was computed from.
+stored weight becomes a linear layer whichever operator expresses it, and a weight computed only from stored tensors (a
+parametrization, a transposed weight, a slice of a fused one) is folded: ``network.meta["folded"]`` maps its key to the
+source's keys that it was computed from.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from penjing.network.products import as_linear
 from penjing.network.single_precision import single_program
 from penjing.network.stored_weights import fold
 
-CHOSEN = "its rows are chosen by values: the calibration data may not reach it"
-CHOOSES = "what it computes decides which rows are taken: a small error takes others"
+CHOSEN = "its rows are selected by values: the calibration data may not reach it"
+CHOOSES = "its result decides which rows are selected: a small error selects others"
 
 
 def capture_network(
@@ -47,19 +47,19 @@ def capture_network(
     kwargs: Mapping[str, Any] | None = None,
     dynamic: Dynamic = None,
 ) -> fx.GraphModule:
-    """Export `model` once, in eval mode, and raise it. The model itself stays as it was.
+    """Export `model` once, in eval mode, and capture it. The model itself is not modified.
 
     Args:
         model: A module, or an exported program (then the example is not needed).
         args: Positional example inputs, batch first.
         kwargs: Keyword example inputs.
-        dynamic: Axes that vary (see `Task.dynamic`); None makes axis 0 of every tensor the batch.
+        dynamic: Dynamic axes (see `Task.dynamic`); None makes axis 0 of every tensor the batch.
 
     Returns:
         A graph module in eval mode that shares no memory with `model`.
 
     Raises:
-        ExportError: The network can't be exported; names the line of the user's code.
+        ExportError: The network can't be exported; the error names the line of the user's code.
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
     program, owned = safe_names(single_program(program))
@@ -74,14 +74,14 @@ def capture_network(
 
 
 def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.Node] | None:
-    """The layer that a functional operator is where it reads stored tensors alone, and what the layer reads.
+    """Return the layer equivalent to a functional operator whose parameters are stored tensors, and the layer's inputs.
 
     Args:
-        node: Of a captured network.
-        tensors: What the get_attr nodes among its arguments read.
+        node: An operator of a captured network.
+        tensors: The tensors that the get_attr nodes among its arguments read.
 
     Returns:
-        A layer that holds the tensors themselves; None where no kind of layer says what the operator says.
+        A layer with the tensors themselves; None if no layer is equivalent to the operator.
     """
     builder = BUILDERS.get(operator_name(node)) if isinstance(node.target, torch._ops.OpOverload) else None
     built = builder(Tensors(tensors, tensors), node) if builder else None
@@ -89,12 +89,12 @@ def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.N
 
 
 class _Raiser(Tensors):
-    """Turns one flat exported graph into modules and functional nodes."""
+    """Converts a flat exported graph to modules and functional nodes."""
 
     def __init__(self, flat: fx.GraphModule, state: Mapping[str, Any]) -> None:
         # One Parameter object per tensor, so that tied weights stay tied.
         tensors = dict(flat.named_parameters(remove_duplicate=False)) | dict(flat.named_buffers(remove_duplicate=False))
-        # Numbers that a forward wrote as tensors are in the state alone.
+        # Constants that a forward creates as tensors are only in the state.
         super().__init__({**state, **tensors}, state)
         self.flat = flat
         self.modules: dict[str, nn.Module] = {}
@@ -110,7 +110,7 @@ class _Raiser(Tensors):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
         as_linear(graph, self.tensors)
-        _sweep(graph)  # what nobody reads any more reads no weight
+        _sweep(graph)  # unused operators must not keep weights alive
         folded = fold(graph, self.tensors, _module_path)
         self.tensors = {**self.tensors, **folded.tensors}
         self.sources = folded.sources
@@ -118,7 +118,7 @@ class _Raiser(Tensors):
             if node.op == "call_function":
                 self._raise(node)
         for node in graph.nodes:
-            if node.target is torch.ops.aten.copy.default:  # left by functionalization; has no derivative
+            if node.target is torch.ops.aten.copy.default:  # left by functionalization; not differentiable
                 node.target, node.args = torch.ops.aten.expand_as.default, (node.args[1], node.args[0])
             elif node.target is torch.ops.aten.view.default:  # the same values, in every memory format
                 node.target = torch.ops.aten.reshape.default
@@ -191,7 +191,7 @@ class _Raiser(Tensors):
         fqn = parameters.get("weight") or next(iter(parameters.values()))
         endings = [e for e in (".weight", "_weight", ".bias", "_bias") if fqn.endswith(e)]
         name = path if whole else fqn.removesuffix(endings[0]) if endings else ""
-        # A layer without a bias must not take the name under which an operator reads one.
+        # A layer without a bias must not take a name under which an operator reads one.
         hides = any(f"{name}.{role}" in self.state for role, own in module._parameters.items() if own is None)
         return name if name and not hides else f"{fqn}_layer"
 
@@ -209,7 +209,7 @@ def _sweep(graph: fx.Graph) -> None:
 
 
 def _choosing(graph: fx.Graph) -> set[fx.Node]:
-    """The layers whose values decide which rows are taken at all, as a router of experts does."""
+    """The layers whose values decide which rows are selected, such as a router of experts."""
     layers: set[fx.Node] = set()
     waiting = [mask for node in graph.nodes for mask in _masks(node)]
     seen: set[fx.Node] = set()
@@ -226,7 +226,7 @@ def _choosing(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _masks(node: fx.Node) -> list[fx.Node]:
-    """What an operator reads to decide how many rows it gives."""
+    """The inputs by which an operator decides how many rows it returns."""
     name = operator_name(node) if node.op == "call_function" else ""
     if name == "nonzero" or (name == "where" and len(node.args) == 1) or name == "masked_select":
         return [part for part in node.args[-1:] if isinstance(part, fx.Node)]
@@ -242,7 +242,7 @@ def _is_assertion(node: fx.Node) -> bool:
 
 
 def _writes_input(node: fx.Node) -> bool:
-    """Functionalization ends with writing the inputs back that a forward changed: nothing that a caller wants."""
+    """Whether a node is functionalization's final copy back to an input, which no caller needs."""
     written = node.args[0] if node.target is torch.ops.aten.copy_.default else None
     return isinstance(written, fx.Node) and written.op == "placeholder" and not node.users
 

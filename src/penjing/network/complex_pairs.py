@@ -1,10 +1,10 @@
-"""Complex numbers written as pairs of real ones, as runtimes compute them.
+"""Complex tensors expressed as pairs of real ones, which runtimes support.
 
 Rotary embeddings are often written with complex numbers: `torch.polar`, `torch.complex`, `torch.view_as_complex`, a
-stored table of them (``freqs_cis``), and spectral layers transform (`penjing.network.fourier`). No step and no runtime
-computes with those. At the door each complex tensor becomes two, its real and its imaginary part; a stored one keeps
-its name, with a last axis of 2. Where a network holds an operator on complex numbers that is not in `RULES` or
-`BY_PART`, or a transform whose length varies, all of it stays as it was, for the exporter of the runtime to translate.
+stored table of them (``freqs_cis``), and spectral layers use Fourier transforms (`penjing.network.fourier`). No step
+and no runtime supports those. At capture, each complex tensor becomes two, its real and its imaginary part; a stored
+one keeps its name, with a last axis of 2. If a network has a complex operator that is not in `RULES` or `BY_PART`, or a
+transform of varying length, it is left unchanged for the runtime's exporter to translate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pair = tuple[Any, Any]  # real and imaginary part; the latter is None for a real
 
 
 def complex_as_pairs(program: ExportedProgram) -> ExportedProgram:
-    """The program with two real tensors for every complex one; itself where there is none, or an unknown operator.
+    """Replace every complex tensor of a program by two real ones; unchanged without any, or with an unknown operator.
 
     Raises:
         ExportError: An input or an output of the network is complex.
@@ -80,8 +80,8 @@ def _refuse(node: fx.Node) -> None:
     raise ExportError(
         f"{side} of the network is complex{line(makers[0]) if makers else ''}",
         got=f"{node.name}: {node.meta['val'].dtype}" if not makers else str(makers[0].meta["val"].dtype),
-        expected="real tensors: runtimes and NumPy clients take pairs of real and imaginary part",
-        remedy="take torch.view_as_complex(x) within forward"
+        expected="real tensors: runtimes accept pairs of real and imaginary part",
+        remedy="use torch.view_as_complex(x) within forward"
         if node.op == "placeholder"
         else "return torch.view_as_real(y)",
     )
@@ -107,7 +107,7 @@ def _stored(program: ExportedProgram, node: fx.Node) -> Pair:
 
 
 def _rewritten(build: Builder, node: fx.Node, pairs: dict[fx.Node, Pair]) -> Any:
-    """A pair where the operator's result is complex, otherwise a node."""
+    """A pair if the operator's result is complex, otherwise a node."""
 
     def pair(x: Any) -> Pair:
         if isinstance(x, complex):
@@ -117,7 +117,7 @@ def _rewritten(build: Builder, node: fx.Node, pairs: dict[fx.Node, Pair]) -> Any
     name, target = operator_name(node), cast(Callable[..., Any], node.target)
     if name in RULES:
         return RULES[name](build, arguments(node), pair)
-    whole = name in _JOIN  # a real tensor that is joined with complex ones has zeros for its imaginary part
+    whole = name in _JOIN  # a real tensor combined with complex ones has an imaginary part of zeros
     parts = []
     for part in (0, 1):
 
@@ -144,7 +144,7 @@ def _part(build: Builder, pair: Pair, part: int) -> Any:
 
 
 def _product(build: Builder, of: Callable[[Any, Any], Any], x: Pair, y: Pair) -> Pair:
-    """(a + ib)(c + id) for whatever is linear in both."""
+    """(a + ib)(c + id) for a bilinear operator."""
     (a, b), (c, d) = x, y
     if b is None and d is None:
         return of(a, c), None
@@ -219,7 +219,7 @@ def _einsum(build: Builder, a: dict[str, Any], pair: Callable[[Any], Pair]) -> A
     result, *others = (pair(x) for x in a["tensors"])
     if not others:
         return tuple(build(aten.einsum.default, a["equation"], [part]) for part in result)
-    (other,) = others  # torch itself takes more by twos where opt_einsum is not asked
+    (other,) = others  # torch itself contracts pairwise without opt_einsum
     return _product(build, lambda x, y: build(aten.einsum.default, a["equation"], [x, y]), result, other)
 
 
@@ -307,7 +307,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "bmm": _matrices("bmm", "self", "mat2"),
     "einsum": _einsum,
     "sym_size": lambda build, a, pair: build(aten.sym_size.int, pair(a["self"])[0], a["dim"]),
-    "_assert_tensor_metadata": lambda build, a, pair: (None, None),  # nothing reads it
+    "_assert_tensor_metadata": lambda build, a, pair: (None, None),  # unused
 }
 _JOIN = ("cat", "concat", "stack", "where", "slice_scatter", "copy")
 BY_PART = {
@@ -318,4 +318,4 @@ BY_PART = {
     *("unbind", "repeat", "repeat_interleave", "roll", "flip", "sum", "mean", "cumsum", "neg", "zeros", "zeros_like"),
     *("resolve_conj", "resolve_neg", "constant_pad_nd", "pad", "diagonal"),
 }
-"""Operators that do to a complex tensor what they do to its two parts."""
+"""Operators that act on the real and imaginary part separately."""

@@ -1,8 +1,8 @@
-"""Operators that a runtime has not, or has wrongly, written with others that say the same.
+"""Decompositions of operators that a runtime lacks, or computes incorrectly.
 
-`REWRITES` is the table: the name of an ATen operator (in-place forms are called as the others) → a function that
-builds what stands in its place. To add an operator, add a row. A rewrite is taken at the door, so that every step,
-every runtime and the source in torch see the same network.
+`REWRITES` is the table: the name of an ATen operator (in-place forms without their underscore) → a function that builds
+its replacement. To add an operator, add a row. Rewrites are applied at capture, so that every step, every runtime and
+the source in torch see the same network.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from penjing.network.rewriting import END, Builder, Rewrite, editable
 from penjing.network.varying_groups import conv, conv_transpose
 
 aten = torch.ops.aten
-MOST_DIFFERENCES = 25  # rows: above it torch computes distances by matrix products, which is what is exported too
+MOST_DIFFERENCES = 25  # rows above which torch, and so the exporter, computes distances by matrix products
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """The program with the operators of `REWRITES` written with others; itself where it holds none."""
+    """Apply `REWRITES` to a program; returns the program itself if it has no such operator."""
     if not any(_rewrite(node) for node in program.graph.nodes):
         return program
     program = editable(program)
@@ -42,7 +42,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         if mutates(node):
             results = Builder(program, node)(aten.copy_.default, node.args[0], results)
         for old, new in _places(node, results):
-            if new is not None:  # else nothing reads it
+            if new is not None:  # otherwise it is unused
                 old.replace_all_uses_with(new)
                 renamed[old.name] = new.name
             program.graph.erase_node(old)
@@ -61,19 +61,19 @@ def _rewrite(node: fx.Node) -> Rewrite | None:
 
 
 def _places(node: fx.Node, results: Any) -> list[tuple[fx.Node, fx.Node | None]]:
-    """Pairs of a node and what stands in its place."""
+    """Pairs of a node and its replacement."""
     if isinstance(results, fx.Node):
         return [(node, results)]
     return [(user, results[int(str(user.args[1]))]) for user in list(node.users)]
 
 
 def _reads(node: fx.Node, position: int) -> bool:
-    """Whether one of an operator's results is read."""
+    """Whether one of an operator's results is used."""
     return any(user.target is operator.getitem and user.args[1] == position and user.users for user in node.users)
 
 
 def _rrelu(build: Builder, a: dict[str, Any]) -> Any:
-    # Where it does not train, the slope is the mean one.
+    # In eval mode the slope is the mean of the bounds.
     return None if a["training"] else build(aten.leaky_relu.default, a["self"], (a["lower"] + a["upper"]) / 2)
 
 
@@ -95,13 +95,13 @@ def _channel_shuffle(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def _zeros_joined(build: Builder, a: dict[str, Any]) -> Any:
-    """Zeros that are joined to one value are its padding: their other sizes then follow the value's."""
+    """Zeros concatenated to a single value become padding, so that their other sizes follow the value's."""
     parts, dim = list(a["tensors"]), a["dim"] % build.value(build.node).dim()
     zeros = [operator_name(part) in ("zeros", "new_zeros") and list(part.users) == [build.node] for part in parts]
     alike = {(build.value(part).dtype, build.value(part).dim()) for part in parts}
     place = zeros.index(False) if False in zeros else 0
     if sum(zeros) != len(parts) - 1 or len(alike) > 1 or len(parts) < 2:
-        return None  # also where an empty vector is joined to what has more axes, as torch allows
+        return None  # torch also allows concatenating an empty vector to a tensor of higher rank
     sizes = [build.value(part).shape[dim] for part in parts]
     if not all(isinstance(size, int) for i, size in enumerate(sizes) if i != place):
         return None
@@ -127,7 +127,7 @@ def _adaptive_avg_pool(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) -> Any:
-    """Pooling to any size, one axis after the other: windows of one size are one pooling, others one each."""
+    """Adaptive pooling to any size, axis by axis: one pooling for equal windows, otherwise one per window."""
     n = len(sizes)
     pool = getattr(aten, f"{kind}{n}d").default
     shape = build.value(x).shape
@@ -136,7 +136,7 @@ def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) 
         targets = [build.value(out) if isinstance(out, fx.Node) else out for out in sizes]
         extents = {d: out for d, out in zip(dims, targets, strict=True) if not statically_known_true(out == shape[d])}
         if not all(isinstance(out, int) for out in extents.values()):
-            return None  # as many windows as something else has places
+            return None  # the number of windows is the size of another value
         for dim, out in extents.items():
             x = _pool_any_size(build, x, dim, out, kind)
         return x
@@ -158,9 +158,9 @@ def _adaptive_pool(build: Builder, x: fx.Node, sizes: Sequence[Any], kind: str) 
 
 
 def _pool_any_size(build: Builder, x: fx.Node, dim: int, out: int, kind: str) -> Any:
-    """Pooling of an axis whose size varies: which place belongs to which window is computed when it runs.
+    """Adaptive pooling of a dynamic axis: which position belongs to which window is computed at run time.
 
-    Place p of n lies in window i of `out` where floor(i·n / out) ≤ p < ceil((i + 1)·n / out).
+    Position p of n lies in window i of `out` if floor(i·n / out) ≤ p < ceil((i + 1)·n / out).
     """
     if out == 1:
         return build(aten.mean.dim if kind == "avg_pool" else aten.amax.default, x, [dim], True)
@@ -235,7 +235,7 @@ def _cdist(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def _embedding_bag(build: Builder, a: dict[str, Any]) -> Any:
-    """A table's rows, and then a sum, a mean or a maximum: along an axis, or by a mask of who belongs to which bag."""
+    """An embedding lookup and a sum, mean or maximum: along an axis, or by a mask of the indices of each bag."""
     if any(_reads(build.node, position) for position in (1, 2, 3)):
         return None
     padding = -1 if a.get("padding_idx") is None else a["padding_idx"]
@@ -256,7 +256,7 @@ def _embedding_bag(build: Builder, a: dict[str, Any]) -> Any:
         begun = build(
             aten.ge.Tensor, build(aten.unsqueeze.default, positions, 0), build(aten.unsqueeze.default, offsets, 1)
         )
-        number = build(aten.sub.Tensor, build(aten.sum.dim_IntList, begun, [0]), 1)  # of the bag that each is in
+        number = build(aten.sub.Tensor, build(aten.sum.dim_IntList, begun, [0]), 1)  # bag of each index
         bags = build(aten.arange.default, build.size(offsets, 0), dtype=torch.int64, device=torch.device("cpu"))
         counts = build(aten.eq.Tensor, build(aten.unsqueeze.default, bags, 1), build(aten.unsqueeze.default, number, 0))
         if padding >= 0:
@@ -270,7 +270,7 @@ def _embedding_bag(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def _gathered(build: Builder, rows: fx.Node, counts: fx.Node | None, dim: int, mode: int) -> Any:
-    """Rows (bags or 1, length, width) → (bags, width); `counts` (bags, length) says which of them count."""
+    """Reduce rows (bags or 1, length, width) to (bags, width); `counts` (bags, length) masks them."""
     if counts is None:
         way = {0: aten.sum.dim_IntList, 1: aten.mean.dim, 2: aten.amax.default}[mode]
         return build(way, rows, [dim])
@@ -289,7 +289,7 @@ def _gathered(build: Builder, rows: fx.Node, counts: fx.Node | None, dim: int, m
 
 
 def _table_of(indices: Any) -> fx.Node | None:
-    """The table (bags, length) of which `indices` are all in a row."""
+    """The index table (bags, length) that `indices` is flattened from."""
     if not isinstance(indices, fx.Node) or indices.target is not aten.reshape.default:
         return None
     table = indices.args[0]
@@ -298,15 +298,15 @@ def _table_of(indices: Any) -> fx.Node | None:
 
 
 def _even(offsets: Any) -> bool:
-    """Whether bags begin at multiples of a length: what `EmbeddingBag` makes of a table of indices."""
+    """Whether bags start at multiples of a length, as `EmbeddingBag` computes for an index table."""
     return isinstance(offsets, fx.Node) and offsets.target is aten.arange.start_step
 
 
 def _resize(build: Builder, a: dict[str, Any]) -> Any:
-    """A weighted sum of a few pixels along each axis; torch itself gives the weights.
+    """Interpolation as a weighted sum of a few pixels along each axis, with weights computed by torch itself.
 
-    OpenVINO has no resizing with antialias, ONNX Runtime one on another grid; and where its integer convolutions have
-    moved the channels to the end, it has no bicubic resizing to fewer pixels.
+    OpenVINO does not support antialiasing; ONNX Runtime uses another grid, and lacks bicubic downsampling after its
+    integer convolutions have moved the channels to the last axis.
     """
     x: Any = a["input"]
     target: Any = build.node.target
@@ -334,7 +334,7 @@ def _resize(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def _rsub(build: Builder, a: dict[str, Any]) -> Any:
-    # A number less integers or booleans, as of a mask: the exporter finds no operator for it.
+    # A number minus integers or booleans, as for a mask: the exporter has no operator for it.
     dtype = build.value(build.node).dtype
     if build.value(a["self"]).dtype == dtype or build.node.target is not aten.rsub.Scalar:
         return None

@@ -1,4 +1,4 @@
-"""Exporting a module with torch, with axes that vary: the way in for sources and the way out for captured networks."""
+"""Exporting a module with torch and dynamic axes, both to capture sources and to export captured networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from penjing.network.wrappers import unwrapped
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
 MAX_BATCH = 4096
-UNPROVEN = "Constraints violated|solve_univariate_inequality"  # errors of torch.export that may be its own limit
+UNPROVEN = "Constraints violated|solve_univariate_inequality"  # possibly limitations of torch.export
 
 
 def export_module(
@@ -31,7 +31,7 @@ def export_module(
     """Export in eval mode with a dynamic batch; an example of batch 1 is widened to 2 first.
 
     Raises:
-        ExportError: With the line of the user's code where the export stopped.
+        ExportError: The export failed; the error names the line of the user's code.
     """
     kwargs = dict(kwargs or {})
     model = unwrapped(model)
@@ -62,9 +62,9 @@ def export_module(
             suggested = _narrower_limits(str(error))
             narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in suggested.items()}
             if narrower and limits != limits | narrower:
-                limits |= narrower  # a table of 512 positions reads no longer sequence
+                limits |= narrower  # a table of 512 positions does not allow longer sequences
             elif re.search(UNPROVEN, str(error)) and not defer:
-                defer = True  # sizes that torch can't prove to be equal, as of strides and of pools
+                defer = True  # sizes that torch can't prove equal, for example after strides and pooling
             else:
                 raise _export_error(model, error) from error
     _check_outputs(model, program)
@@ -72,7 +72,7 @@ def export_module(
 
 
 def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
-    """Raise ExportError where an output is a number that follows the sizes of the inputs: a file gives tensors."""
+    """Raise ExportError if an output is a number that depends on input sizes, because a file returns only tensors."""
     for spec in program.graph_signature.output_specs:
         if isinstance(spec.arg, SymIntArgument | SymFloatArgument | SymBoolArgument) and spec.arg.name is not None:
             number = next(n for n in program.graph.nodes if n.name == spec.arg.name)
@@ -85,7 +85,7 @@ def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
 
 
 def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs in the order args, kwargs; ``x_0, x_1`` for what a ``*x`` parameter collects."""
+    """Return the names of the inputs in the order args, kwargs; ``x_0, x_1`` for a ``*x`` parameter."""
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -128,10 +128,10 @@ def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def with_plain_outputs(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy that gives a plain tuple of its output tensors.
+    """Return a copy whose output is a plain tuple of tensors.
 
-    A library's own output class could not be read without the library; numbers and None among the outputs have no
-    place in a file, and stand in the structure of the outputs.
+    A library's output class could not be read without the library; numbers and None among the outputs can't be stored
+    in a file, and are part of the outputs' structure.
     """
     network = copy.deepcopy(network)
     codegen = network.graph._codegen
@@ -159,7 +159,7 @@ def _dynamic_axes(names: list[str], values: list[Any], dynamic: Dynamic) -> dict
 
 
 def _widen(value: Any, axes: Mapping[int, str]) -> Any:
-    # A size of 1 would be taken for a constant by the export, silently.
+    # The exporter would silently treat a size of 1 as a constant.
     def widen(tensor: torch.Tensor) -> torch.Tensor:
         for axis in axes:
             if axis < tensor.dim() and tensor.shape[axis] == 1:
@@ -181,7 +181,7 @@ def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> An
 
 
 def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
-    """Smallest and largest size of the axes for which the exporter asks for a narrower range, and for nothing else."""
+    """Size limits of the axes, if narrower ranges are all that the exporter asks for."""
     fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
     matches = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
     limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in matches if m}
@@ -189,7 +189,7 @@ def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
 
 
 def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """What two ranges have in common."""
+    """The intersection of two ranges."""
     return max(one[0], other[0]), min(one[1], other[1])
 
 
@@ -228,9 +228,9 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     )
 
 
-_FOREIGN = {"torch", "sympy"}  # folders whose lines are not the user's
+_FOREIGN = {"torch", "sympy"}  # folders that are not the user's code
 _RECURRENT = (
-    "recurrent layers whose length is fixed: torch.export writes out every step of them; the batch may vary",
+    "recurrent layers of fixed length: torch.export unrolls every step; the batch may vary",
     "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
 )
 _CAUSAL = (
@@ -244,7 +244,7 @@ _WINDOW = (
     "a number; write other sizes as x.shape[2] or -1; or fix it: Task(dynamic={'x': {0: 'batch'}}) lets the batch "
     "alone vary",
 )
-_ADVICE = {  # what an error of torch.export says → what would have been right, and what to do about it
+_ADVICE = {  # pattern of a torch.export error → what was expected, and the remedy
     r"structure of `inputs` and `dynamic_shapes`": (
         "a forward that names its inputs",
         "wrap the network in a module that names them: def forward(self, a, b): return self.net(a=a, b=b)",

@@ -1,9 +1,9 @@
-"""Fourier transforms of fixed length, written as products with stored cosines and sines.
+"""Fourier transforms of fixed length as matrix products with stored cosines and sines.
 
 Spectral layers (Li et al., "Fourier Neural Operator for Parametric Partial Differential Equations", ICLR 2021; FNet;
-global filters) transform, multiply by complex weights and transform back. Runtimes know no complex numbers, and their
-own transforms are slow or missing. A transform along one axis is a product with a matrix, exact to rounding; it takes
-n·n instead of n·log n steps, which for the lengths of such layers (`LONGEST`) is what a runtime does best.
+global filters) transform, multiply by complex weights and transform back. Runtimes do not support complex numbers, and
+their own transforms are slow or missing. A transform along one axis is a matrix product, exact up to rounding; it takes
+n² instead of n·log n operations, but at the lengths of such layers (`LONGEST`) runtimes are fastest with products.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from penjing.network.graph import arguments, operator_name
 from penjing.network.rewriting import Builder
 
 aten = torch.ops.aten
-Pair = tuple[Any, Any]  # real and imaginary part; the latter is None where it is 0
-LONGEST = 2048  # of a transform; its matrices take 2·n·n numbers
+Pair = tuple[Any, Any]  # real and imaginary part; the latter is None if it is 0
+LONGEST = 2048  # of a transform; its matrices have 2·n·n numbers
 REAL_IN, REAL_OUT = ("fft_rfft", "fft_rfft2", "fft_rfftn"), ("fft_irfft", "fft_irfft2", "fft_irfftn")
 WHOLE = ("fft_fft", "fft_fft2", "fft_fftn", "fft_ifft", "fft_ifft2", "fft_ifftn")
 SHIFTS = ("fft_fftshift", "fft_ifftshift")
 
 
 def expressible(node: fx.Node) -> bool:
-    """Whether an operator is not a transform, or one whose lengths are fixed and not too long."""
+    """Whether an operator is not a transform, or is one of fixed and supported length."""
     if operator_name(node) not in RULES:
         return True
     x = node.args[0]
@@ -55,7 +55,7 @@ def _transform(build: Builder, a: dict[str, Any], pair: Callable[[Any], Pair]) -
 
 
 def _shifted(build: Builder, a: dict[str, Any], pair: Callable[[Any], Pair]) -> Any:
-    """The lowest frequency to the middle, or back to the front."""
+    """Shift the zero frequency to the centre, or back to the front."""
     parts = pair(a["self"])
     shape = build.value(parts[0]).shape
     dims = [dim for dim, _ in _lengths(build.node, shape)]
@@ -68,11 +68,11 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*REAL_IN, *REAL_OUT, *WHOLE), _transform),
     **dict.fromkeys(SHIFTS, _shifted),
 }
-"""ATen's transforms → what is written for them (`penjing.network.complex_pairs`)."""
+"""ATen's transforms → their rewrites (for `penjing.network.complex_pairs`)."""
 
 
 def _lengths(node: fx.Node, shape: Sequence[Any]) -> list[tuple[int, Any]]:
-    """The axes that are transformed, from 0, with the length of each; the last one is that of the real numbers."""
+    """The transformed axes, non-negative, with their lengths; the last one is the real transform's."""
     a, name = arguments(node), operator_name(node)
     dims, sizes = a["dim"], a.get("n", a.get("s"))
     sizes = [sizes] if "n" in a else sizes
@@ -88,14 +88,14 @@ def _lengths(node: fx.Node, shape: Sequence[Any]) -> list[tuple[int, Any]]:
 
 
 def _scale(n: int, inverse: bool, norm: str | None) -> float:
-    """What a transform of n numbers is multiplied by."""
+    """The normalization factor of a transform of length n."""
     if norm == "ortho":
         return 1 / math.sqrt(n)
     return 1 / n if inverse == (norm in (None, "backward")) else 1.0
 
 
 def _waves(n: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of 2π·row·column/n, (rows, columns), float64; whole turns are taken out, which keeps them exact."""
+    """cos and sin of 2π·row·column/n, (rows, columns), float64; the phase is reduced modulo n to stay exact."""
     turns = torch.outer(torch.arange(rows), torch.arange(columns)) % n
     angles = turns.double() * (2 * math.pi / n)
     sine = angles.sin()
@@ -104,7 +104,7 @@ def _waves(n: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _matrices(n: int, inverse: bool, norm: str | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real and imaginary part of the transform's matrix, (n, columns)."""
+    """Real and imaginary part of the transform matrix, (n, columns)."""
     cosine, sine = _waves(n, n, columns)
     scale = _scale(n, inverse, norm)
     return cosine * scale, sine * (scale if inverse else -scale)
@@ -120,7 +120,7 @@ def _product(build: Builder, x: Pair, dim: int, real: torch.Tensor, imaginary: t
 
 
 def _real(build: Builder, x: Pair, dim: int, n: int, norm: str | None) -> Any:
-    """Back from the half of the frequencies that says it all; the other half is its mirror."""
+    """Inverse transform from half of the frequencies; the other half is conjugate-symmetric."""
     bins = n // 2 + 1
     cosine, sine = _waves(n, bins, n)
     twice = torch.full((bins, 1), 2.0, dtype=torch.float64)
@@ -135,7 +135,7 @@ def _real(build: Builder, x: Pair, dim: int, n: int, norm: str | None) -> Any:
 
 
 def _along(build: Builder, dim: int, matrix: torch.Tensor) -> Callable[[Any], Any]:
-    """A product with a matrix (length, results) along an axis; what is longer is cut, what is shorter has zeros."""
+    """A product with a matrix (length, results) along an axis, which is truncated or zero-padded to the length."""
     stored: dict[int, Any] = {}
 
     def times(x: Any) -> Any:

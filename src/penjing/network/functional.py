@@ -1,4 +1,4 @@
-"""In-place operators of an exported program made functional: an edit may then move or repeat any of them."""
+"""Functionalization of an exported program, so that edits may move or repeat any operator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penjing.network.graph import arguments, operator_name
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """In-place operators replaced by functional ones; layers stay whole."""
+    """Replace in-place operators by functional ones, without decomposing layers."""
     mutating = [n for n in program.graph.nodes if mutates(n)]
     if not mutating:
         return program
@@ -34,7 +34,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
 
 
 def _restore_layers(source: ExportedProgram, program: ExportedProgram) -> ExportedProgram:
-    """Decomposing keeps most layers whole, but not batch norm, nor dropout, which is a copy in eval mode."""
+    """Restore batch norm and dropout, which functionalization decomposes, unlike other layers."""
     rates = {n.name: arguments(n)["p"] for n in source.graph.nodes if n.target is torch.ops.aten.dropout.default}
     for node in list(program.graph.nodes):
         origin = node.meta.get("from_node") or ()
@@ -42,7 +42,7 @@ def _restore_layers(source: ExportedProgram, program: ExportedProgram) -> Export
             *tensors, momentum, eps = node.args
             users = list(node.users)
             if any(user.target is not operator.getitem or user.args[1] != 0 for user in users):
-                continue  # something reads the statistics, which the layer does not give
+                continue  # the statistics are used, which the layer does not return
             node.target = torch.ops.aten.batch_norm.default
             node.args = (*tensors, False, momentum, eps, False)
             for user in users:
@@ -57,7 +57,7 @@ def _restore_layers(source: ExportedProgram, program: ExportedProgram) -> Export
 
 
 def mutates(node: fx.Node) -> bool:
-    """Whether an operator changes one of its inputs."""
+    """Whether an operator modifies one of its inputs."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

@@ -1,4 +1,4 @@
-"""Reading the graph of a captured network: what its operators are, how they are called, what they read and compute.
+"""Reading the graph of a captured network: kinds, names, inputs and results of its operators.
 
 Every operator has a *site*, a name made of the source's own module paths that survives copies and edits:
 ``"layer1.0.conv1"`` for a layer, ``"layer1.0.conv1@1"`` for its second call, ``"layer1.0/add#0"`` for the first
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.modes import in_eval_mode
 
-# How operators are called in plans, costs and records. What is not listed is called as ATen calls it.
+# Names of operator kinds in plans, costs and records. Unlisted operators keep their ATen name.
 _KINDS = {
     "conv1d": "conv",
     "conv2d": "conv",
@@ -77,14 +77,14 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 OUTPUT = "/output"
-"""What the network's result is called where operators are called by their sites; no layer can be called that."""
+"""The site of the network's output; no layer can have this name."""
 
 RECURRENT = ("lstm", "gru")
-"""Kinds that are a stack of layers in one operator."""
+"""Kinds of operator that are a stack of layers."""
 
 
 def kind(network: fx.GraphModule, node: fx.Node) -> str:
-    """What a node computes, in one word: "conv", "linear", "add", "clip", "avg_pool", "reshape", …"""
+    """Return the kind of a node: "conv", "linear", "add", "clip", "avg_pool", "reshape", …"""
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         for cls, name in _MODULE_KINDS:
@@ -100,7 +100,7 @@ def kind(network: fx.GraphModule, node: fx.Node) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    """ATen's name of a functional node without overload and without the trailing underscore of in-place forms."""
+    """Return the ATen name of a functional node, without overload and without the underscore of in-place forms."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket.__name__).rstrip("_")
@@ -108,12 +108,12 @@ def operator_name(node: fx.Node) -> str:
 
 
 def site(node: fx.Node) -> str:
-    """The stable name of an operator, see the module's docstring; inputs are called by their own name."""
+    """Return the stable name of an operator, see the module's docstring; an input has its own name."""
     return OUTPUT if node.op == "output" else str(node.meta.get("site", node.name))
 
 
 def line(node: fx.Node) -> str:
-    """The line of the user's code that a node comes from, in brackets behind a blank; nothing where it is not known.
+    """Return the line of the user's code that a node comes from, in brackets after a space; empty if unknown.
 
     For example ``" (net.py:12 in forward: x = self.fc(x))"``.
     """
@@ -126,17 +126,17 @@ def line(node: fx.Node) -> str:
 
 
 def layer_site(name: str, layer: int) -> str:
-    """What a layer of a recurrent stack is called: the first one as the stack."""
+    """Return the site of a layer of a recurrent stack; the first one has the stack's."""
     return f"{name}/layer{layer}" if layer else name
 
 
 def sites(network: fx.GraphModule) -> dict[str, fx.Node]:
-    """Every operator of the network by its site, in the order of execution."""
+    """Return every operator of the network by its site, in execution order."""
     return {site(n): n for n in network.graph.nodes if n.op in ("call_module", "call_function")}
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether a node yields tensors: sizes (`sym_size`) and arithmetic on them do not."""
+    """Whether a node returns tensors, unlike sizes (`sym_size`) and arithmetic on them."""
     if not isinstance(node, fx.Node):
         return False
     if node.op != "call_function":
@@ -147,14 +147,14 @@ def is_tensor(node: Any) -> bool:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operator reads, in the order of its ports; what a layer module owns is not among them."""
+    """Return the tensors that an operator reads, in the order of its ports, excluding a layer's own parameters."""
     inputs: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), lambda n: inputs.append(n) if is_tensor(n) else None)
     return inputs
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an ATen node by the names of its schema, defaults filled in."""
+    """Return the arguments of an ATen node by the names of its schema, with defaults filled in."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     bound: dict[str, Any] = {}
@@ -169,9 +169,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Node name → fake tensor (shape and dtype, no data) for one forward in eval mode; tuples are left out.
+    """Return node name → fake tensor (shape and dtype, no data) of a forward pass in eval mode, excluding tuples.
 
-    Where a size depends on values (`nonzero`, a boolean mask), it is the size that the values of this call give.
+    A size that depends on values (`nonzero`, a boolean mask) is that of this call.
     """
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -188,7 +188,7 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
                 values[n.name] = result
             return result
 
-    # In eval mode, because in training mode batch norm counts its batches on the real buffer.
+    # In eval mode, because in training mode batch norm increments its real batch counter.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with in_eval_mode(network), mode, torch.no_grad():
@@ -203,7 +203,7 @@ def shapes(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def flat_inputs(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
-    """The inputs of a call in the order of the graph's placeholders."""
+    """Return the inputs of a call in the order of the graph's placeholders."""
     codegen = network.graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         return list(network.graph.process_inputs(*_ordered_call(network, call)))
@@ -219,7 +219,7 @@ def _ordered_call(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str
 
 
 def compute(network: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a node gives for these arguments; placeholders and the output compute nothing."""
+    """Execute a node on these arguments; placeholders and the output compute nothing."""
     if node.op == "call_module":
         return network.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "get_attr":

@@ -1,6 +1,6 @@
-"""Regions within an exported program (branches of `torch.cond`, gradient and autocast regions) put in line.
+"""Inlining of subgraphs of an exported program: branches of `torch.cond`, gradient and autocast regions.
 
-Every step reads one flat graph. Of a condition on values both branches are computed, and one is chosen.
+Every step reads a flat graph. For a condition on values, both branches are computed and one is selected.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FIRST_OPERAND = {"wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}  # b
 
 
 def in_line(program: ExportedProgram) -> ExportedProgram:
-    """The program without regions; itself where it has none.
+    """Inline all subgraphs of a program; returns the program itself if it has none.
 
     Raises:
-        ExportError: A loop, or a condition on a size: what runs then depends on more than values.
+    ExportError: There is a loop, or a condition on a size, which can't be inlined.
     """
     if not any(_is_region(node) for node in program.graph.nodes):
         return program
@@ -53,7 +53,7 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
         condition, *branches, operands = node.args
         value = condition.meta.get("val") if isinstance(condition, fx.Node) else condition
         if not isinstance(value, torch.Tensor):
-            raise _refusal(node, "its condition is on a size", "choose by the size outside of the network, or fix it")
+            raise _refusal(node, "its condition is on a size", "branch on the size outside the network, or fix it")
         then_nodes, else_nodes = (_copied(owner, node, branch, operands) for branch in branches)
         results = []
         for one, two in zip(then_nodes, else_nodes, strict=True):
@@ -65,7 +65,7 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
         start = _FIRST_OPERAND[name]
         results = _copied(owner, node, node.args[start - 1], node.args[start:])
     else:
-        raise _refusal(node, f"it is a {name}", "write the loop out, for a number of rounds that is fixed")
+        raise _refusal(node, f"it is a {name}", "unroll the loop, with a fixed number of iterations")
     renamed = {}
     for user in list(node.users):
         if user.target is not operator.getitem:
@@ -79,12 +79,12 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
 
 
 def _copied(owner: fx.GraphModule, node: fx.Node, region: Any, operands: Any) -> list[fx.Node]:
-    """The operators of a region in front of `node`, and its results."""
+    """Copy the operators of a subgraph in front of `node`, and return its results."""
     graph: Any = owner.get_submodule(str(region.target)).graph
     inputs = [inner for inner in graph.nodes if inner.op == "placeholder"]
     known: dict[fx.Node, fx.Node] = dict(zip(inputs, operands, strict=True))
     for inner in graph.nodes:
-        if inner.op == "get_attr":  # a region within it
+        if inner.op == "get_attr":  # a nested subgraph
             name = f"{region.target}_{inner.target}".replace(".", "_")
             setattr(owner, name, getattr(owner.get_submodule(str(region.target)), str(inner.target)))
             with owner.graph.inserting_before(node):
@@ -95,13 +95,13 @@ def _copied(owner: fx.GraphModule, node: fx.Node, region: Any, operands: Any) ->
         elif inner.op == "output":
             results = inner.args[0] if isinstance(inner.args[0], tuple | list) else (inner.args[0],)
             return [known[result] for result in results]
-    raise AssertionError("a region without results")
+    raise AssertionError("a subgraph without results")
 
 
 def _refusal(node: fx.Node, why: str, remedy: str) -> ExportError:
     return ExportError(
         f"the network holds an operator that runs others: {node.target}{line(node)}",
         got=why,
-        expected="one graph of operators; of torch.cond on values of tensors both branches are computed",
+        expected="a flat graph of operators; of torch.cond on tensor values both branches are computed",
         remedy=remedy,
     )

@@ -1,4 +1,4 @@
-"""Layers with parameters of their own, built from the operators that torch.export writes of them."""
+"""Building layers with parameters from their functional ATen operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from penjing.network.graph import arguments, operator_name
 
 
 class Tensors:
-    """What get_attr nodes read, and every tensor of the source by its name."""
+    """The tensors that get_attr nodes read, and every tensor of the source by its name."""
 
     def __init__(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         self.tensors = tensors
@@ -26,7 +26,7 @@ Built = tuple[nn.Module, tuple[Any, ...], dict[str, str]] | None
 
 
 def assign(source: Tensors, module: nn.Module, values: Mapping[str, Any]) -> dict[str, str] | None:
-    """Put the exported tensors into `module`; None when one of them is computed and not stored."""
+    """Assign the exported tensors to `module`; None if one of them is computed rather than stored."""
     names: dict[str, str] = {}
     for role, node in values.items():
         if node is None:

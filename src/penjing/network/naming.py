@@ -1,9 +1,8 @@
-"""Names of a network's parts that generated code, sites and files can hold.
+"""Making module names valid in generated code, sites and files.
 
-A part of a module may be called anything: a keyword of Python, with quotes, like an attribute of `torch.fx`'s graph
-modules. Torch writes such names into the source of a forward, and sites (see `penjing.network.graph`) are made of
-``/``, ``#``, ``@`` and ``:``. What can't be held is renamed at the door; everything else is called as its
-owner calls it.
+A submodule may have any name: a Python keyword, one with quotes, or that of an attribute of `torch.fx` graph modules.
+Torch pastes such names into the source of a generated forward, and sites (see `penjing.network.graph`) are built with
+``/``, ``#``, ``@`` and ``:``. Invalid names are replaced at capture; all others are kept.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _TAKEN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) | {"_in_spec", 
 
 
 def safe_names(program: ExportedProgram) -> tuple[ExportedProgram, dict[str, str]]:
-    """The program with parts renamed where their names can't be held, and new → old names of its tensors.
+    """Rename submodules with invalid names, and return the program and new → old names of its tensors.
 
-    The program itself, and an empty dict, where every name can.
+    Returns the program itself, and an empty dict, if all names are valid.
     """
     tensors: list[str] = [spec.target for spec in program.graph_signature.input_specs if spec.target is not None]
     tensors = list(dict.fromkeys([*tensors, *program.state_dict, *program.constants]))
@@ -48,7 +47,7 @@ def safe_names(program: ExportedProgram) -> tuple[ExportedProgram, dict[str, str
 
 
 def free_name(module: nn.Module, word: str) -> str:
-    """`word`, or with as many underscores behind it as make it a name that the module does not have."""
+    """Return `word`, with as many trailing underscores as it takes for the module not to have that name."""
     while hasattr(module, word):
         word += "_"
     return word
@@ -63,12 +62,12 @@ def _module_path(node: fx.Node) -> str:
 def _renamed(path: Any, paths: dict[str, str]) -> Any:
     if path in paths:
         return paths[path]
-    called, _, number = str(path).rpartition("@")  # torch counts the calls of a module behind an @
+    called, _, number = str(path).rpartition("@")  # torch appends the number of a module's call after an @
     return f"{paths[called]}@{number}" if called in paths else path
 
 
 def _safe_paths(given: Iterable[str]) -> dict[str, str]:
-    """Every path, and every path on the way to one, with what it is called from now on."""
+    """Every path, and every prefix of one, with its new name."""
     paths = {"": ""}
     used: set[str] = set()
     known = list(dict.fromkeys(given))
@@ -88,7 +87,7 @@ def _safe_paths(given: Iterable[str]) -> dict[str, str]:
 
 
 def _safe_leaf(path: str) -> str:
-    """The last part of a path, as it can be held."""
+    """The last component of a path, made valid."""
     parent, _, leaf = path.rpartition(".")
     name = re.sub(r"[^\w-]", "_", leaf) or "_"
     return f"{name}_" if keyword.iskeyword(name) or (not parent and name in _TAKEN) else name

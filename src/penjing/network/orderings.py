@@ -1,4 +1,4 @@
-"""Running products and extremes, ranks, and scattered means, written with operators that every runtime has."""
+"""Cumulative products and extrema, order statistics, and scattered means, from operators that every runtime has."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ aten = torch.ops.aten
 
 
 def cumprod(build: Builder, a: dict[str, Any]) -> Any:
-    """Products of everything up to a place."""
+    """Cumulative product."""
     x = a["self"] if a["dtype"] is None else build(aten.to.dtype, a["self"], a["dtype"])
     return _running(build, x, a["dim"], lambda left, right: build(aten.mul.Tensor, left, right))
 
 
 def cummax(build: Builder, a: dict[str, Any]) -> Any:
-    """Largest values up to a place; where they lie is left to the exporter."""
+    """Cumulative maximum; its indices are left to the exporter."""
     return _extremes(build, a, aten.maximum.default)
 
 
 def cummin(build: Builder, a: dict[str, Any]) -> Any:
-    """Smallest values up to a place; where they lie is left to the exporter."""
+    """Cumulative minimum; its indices are left to the exporter."""
     return _extremes(build, a, aten.minimum.default)
 
 
 def kthvalue(build: Builder, a: dict[str, Any]) -> Any:
-    """The k-th of the values in order, and where it lies."""
+    """The k-th smallest value and its index."""
     if not build.value(a["self"]).dim():
         return None
     ordered = build(aten.sort.default, a["self"], a["dim"])
@@ -42,12 +42,12 @@ def kthvalue(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def scatter_reduce(build: Builder, a: dict[str, Any]) -> Any:
-    """Means of what is scattered to a place: the sum over the number. The ONNX exporter gives something else."""
+    """Scattered means as sum over count, which the ONNX exporter translates incorrectly."""
     return _mean(build, a, a["index"], a["src"]) if a["reduce"] == "mean" else None
 
 
 def index_reduce(build: Builder, a: dict[str, Any]) -> Any:
-    """The same with one index for all places of an axis, which the exporter does not know."""
+    """The same with one index per position of an axis, which the exporter does not support."""
     rank = build.value(a["self"]).dim()
     if not rank:
         return None
@@ -80,7 +80,7 @@ def _extremes(build: Builder, a: dict[str, Any], choose: Any) -> Any:
 
 
 def _running(build: Builder, x: Any, dim: int, combine: Callable[[Any, Any], Any]) -> Any:
-    """Every place combined with all before it: in steps that reach twice as far each; None where the length varies."""
+    """A parallel prefix scan with doubling strides; None if the length varies."""
     rank = build.value(x).dim()
     length = build.value(x).shape[dim] if rank else 1
     if not isinstance(length, int):

@@ -1,7 +1,7 @@
-"""A captured network as data that another process builds it from again.
+"""A captured network in picklable form, to rebuild it in another process.
 
-Pickling a graph module traces it anew, which loses the names of its operators and turns sizes into numbers; here every
-node is written down as it is.
+Pickling a graph module retraces it, which loses the names of its operators and turns sizes into constants; here every
+node is recorded as it is.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ NOTES = ("site", "floating", "rank", "width", "float", "chosen", "stack_trace")
 
 @dataclass(frozen=True)
 class _Node:
-    """A node that another one reads, by its position."""
+    """A reference to a node by its position."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class _Operator:
-    """An operator of torch by its name."""
+    """A torch operator by its name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Portable:
-    """A captured network that can be pickled; `network` builds it again."""
+    """A captured network that can be pickled; `network` rebuilds it."""
 
     layers: nn.Module
     nodes: tuple[tuple[str, Any, Any, Any, str, dict[str, Any]], ...]
@@ -40,7 +40,7 @@ class Portable:
 
     @classmethod
     def of(cls, network: fx.GraphModule) -> Portable:
-        """What the network is made of; its layers are shared with it."""
+        """Convert a network; the result shares its layers."""
         positions = {node: i for i, node in enumerate(network.graph.nodes)}
 
         def plain(value: Any) -> Any:
@@ -56,7 +56,7 @@ class Portable:
         return cls(layers, nodes, network.graph._codegen)
 
     def network(self) -> fx.GraphModule:
-        """The network, in eval mode: same names, same sites, same values."""
+        """Rebuild the network, in eval mode: same names, same sites, same values."""
         graph = fx.Graph()
         built: list[fx.Node] = []
 
@@ -79,7 +79,7 @@ class Portable:
             built.append(node)
         graph.set_codegen(self.codegen)
         network = fx.GraphModule(self.layers, graph)
-        for name, layer in self.layers.named_children():  # what the graph does not read: the notes of a hook
+        for name, layer in self.layers.named_children():  # outside the graph, as of a hook
             if name not in network._modules:
                 network.add_module(name, layer)
         return network.eval()
@@ -97,7 +97,7 @@ def _operator(target: Any) -> Any:
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:
-    """What Penjing notes about a node; what torch notes for itself stays behind."""
+    """Penjing's own metadata of a node, without torch's."""
     return {word: meta[word] for word in NOTES if word in meta}
 
 

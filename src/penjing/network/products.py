@@ -1,13 +1,13 @@
-"""Products with a stored weight, by whatever operator they were written, become linear layers.
+"""Products with a stored weight become linear layers, whichever operator expresses them.
 
 ``x @ w``, ``x @ w.T``, ``w @ x``, ``torch.addmm``, ``mm``, ``mv``, ``inner``, ``tensordot``, ``einsum`` and
-``bilinear`` with a stored operand say what ``F.linear`` says. The graph is rewritten before it is captured; what it
-computes stays, and the weights that are turned on the way are folded by `penjing.network.stored_weights`.
+``bilinear`` with a stored operand are equivalent to ``F.linear``. The graph is rewritten before it is captured; its
+function is unchanged, and weights that are transposed on the way are folded by `penjing.network.stored_weights`.
 
-An `einsum` of more than two tensors, one of them stored, is taken apart into products of two. One of two values is a
-matrix product wherever a matrix product says it.
+An `einsum` of more than two tensors, one of them stored, is split into products of two. An einsum of two activations
+becomes a matrix product if it is equivalent to one.
 
-A stored operand with more than two axes, a matrix for every head or expert, stays a matrix product.
+A stored operand with more than two axes, such as one matrix per head or expert, stays a matrix product.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def as_linear(graph: fx.Graph, stored: Any) -> None:
     """Rewrite, in place, every product of a value and a stored tensor.
 
     Args:
-        graph: Of an exported program whose nodes have example values in ``meta["val"]``.
-        stored: Every tensor by its name.
+        graph: Graph of an exported program whose nodes have example values in ``meta["val"]``.
+        stored: Every stored tensor by its name.
     """
     constant = constants(graph)
     for node in list(graph.nodes):
@@ -47,13 +47,13 @@ def as_linear(graph: fx.Graph, stored: Any) -> None:
 
 
 class _Writer:
-    """Writes the operators that stand in the place of one node."""
+    """Writes the operators that replace a node."""
 
     def __init__(self, graph: fx.Graph, node: fx.Node, constant: set[fx.Node], stored: Any) -> None:
         self.graph, self.node, self.constant, self.stored = graph, node, constant, stored
 
     def call(self, target: Any, *args: Any) -> fx.Node:
-        """A new node; what is computed from constants alone is one too."""
+        """A new node, marked constant if it is computed from constants alone."""
         new: fx.Node = self.graph.call_function(target, args)
         new.meta = {key: self.node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.node.meta}
         if all(n in self.constant for n in new.all_input_nodes):
@@ -91,14 +91,14 @@ class _Writer:
         return self.call(aten.transpose.int, x, -1, -2)
 
     def matmul(self, a: fx.Node, b: fx.Node, bias: fx.Node | None = None) -> fx.Node | None:
-        """a @ b + bias; None where neither is a stored matrix or vector."""
+        """a @ b + bias; None if neither is a stored matrix or vector."""
         if self.is_stored(b):
             b = self._unexpanded(b, self.rank(a))
             if self.rank(b) == 1:
                 product = self.linear(a, self.call(aten.unsqueeze.default, b, 0))
                 return self.plus(self.call(aten.squeeze.dim, product, -1), bias)
             if self.rank(b) == 2:
-                # A bias for every column is the layer's own.
+                # A per-column bias becomes the layer's own.
                 own = self._as_bias(bias, int(self.shape(b)[1]))
                 product = self.linear(a, self.turned(b), own)
                 return self.plus(product, bias if own is None else None)
@@ -121,13 +121,13 @@ class _Writer:
         return x if number == 1 else self.call(aten.mul.Tensor, x, number)
 
     def _as_bias(self, bias: fx.Node | None, width: int) -> fx.Node | None:
-        """What is added to every column, as a layer keeps it; None where it is something else."""
+        """An addend per column, in the form of a layer's bias; None if it has another shape."""
         if bias is None or not self.is_stored(bias) or tuple(self.shape(bias)) not in ((width,), (1, width)):
             return None
         return bias if self.rank(bias) == 1 else self.call(aten.reshape.default, bias, [width])
 
     def repeated(self, x: Any) -> Any:
-        """The stored tensor that is only expanded over a batch; otherwise `x` itself."""
+        """The stored tensor that `x` merely expands over a batch; otherwise `x` itself."""
         if isinstance(x, fx.Node) and x not in self.constant and x.target is aten.expand.default:
             before: Any = x.args[0]
             if self.is_stored(before) and tuple(self.shape(x)[-self.rank(before) :]) == tuple(self.shape(before)):
@@ -135,7 +135,7 @@ class _Writer:
         return x
 
     def _unexpanded(self, weight: fx.Node, rank: int) -> fx.Node:
-        """The matrix of a weight that is the same for all of a batch, whose value has `rank` axes."""
+        """The matrix of a weight that is constant over the batch, for a value with `rank` axes."""
         shape = self.shape(weight)
         if 2 < len(shape) <= rank and all(n == 1 for n in shape[:-2]):
             return self.call(aten.reshape.default, weight, list(shape[-2:]))
@@ -201,7 +201,7 @@ def _einsum(write: _Writer, a: dict[str, Any]) -> fx.Node | None:
     inputs, arrow, result = a["equation"].replace(" ", "").partition("->")
     terms = inputs.split(",")
     spread = [_axes(term, write.rank(x)) for term, x in zip(terms, tensors, strict=True)]
-    if not arrow:  # letters that stand once, in alphabetical order, behind the dots
+    if not arrow:  # letters that appear once, in alphabetical order, after the ellipsis
         once = [x for x in sorted({*inputs} - {".", ","}) if inputs.count(x) == 1]
         result = "..." * ("..." in inputs) + "".join(once)
     dots = max((len(axes) - len(t.replace("...", "")) for t, axes in zip(terms, spread, strict=True)), default=0)
@@ -212,9 +212,9 @@ def _einsum(write: _Writer, a: dict[str, Any]) -> fx.Node | None:
 
 
 def _in_pairs(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: list[str]) -> fx.Node | None:
-    """A product of several tensors, two at a time: a stored one goes with the value that it is summed with.
+    """A product of several tensors, contracted pairwise: a stored one with the value it shares a summed axis with.
 
-    None where no operand is stored, or all are, and where a tensor's diagonal is taken or an axis broadcast.
+    None if no operand is stored, or all are, and for diagonals and broadcast axes.
     """
     sizes: dict[str, Any] = {}
     for x, axes in operands:
@@ -242,9 +242,9 @@ def _in_pairs(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: li
 
 
 def _next_pair(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: list[str]) -> tuple[int, int]:
-    """Positions of the first stored tensor and value that are summed over an axis that nothing else has.
+    """Positions of the first stored tensor and value that are summed over an axis no other operand has.
 
-    Where there are none, those of the first two values, and at last of what is left.
+    If there are none, the first two values, and finally the remaining operands.
     """
     values = [i for i, (x, _) in enumerate(operands) if not write.is_stored(x)]
     for i in values:
@@ -257,7 +257,7 @@ def _next_pair(write: _Writer, operands: list[tuple[fx.Node, list[str]]], out: l
 
 
 def _axes(term: str, rank: int) -> list[str]:
-    """Names of the axes of a term of an einsum; those under the dots are numbered from the right."""
+    """Names of the axes of an einsum term; those of the ellipsis are numbered from the right."""
     before, dots, after = term.partition("...")
     hidden = [f"...{n}" for n in range(rank - len(before) - len(after), 0, -1)] if dots else []
     return [*before, *hidden, *after]
@@ -266,7 +266,7 @@ def _axes(term: str, rank: int) -> list[str]:
 def _contract(
     write: _Writer, left: fx.Node, right: fx.Node, one: list[str], two: list[str], out: list[str]
 ) -> fx.Node | None:
-    """A sum over the axes that both have and the result has not; None where it is not such a product."""
+    """A contraction over the axes that both have and the result lacks; None if it is not such a product."""
     if write.is_stored(left) and write.is_stored(right):
         return None
     if not write.is_stored(left) and not write.is_stored(right):
@@ -274,7 +274,7 @@ def _contract(
     x, w, xs, ws = (left, right, one, two) if write.is_stored(right) else (right, left, two, one)
     gone = {*xs, *ws} - set(out)
     if len(set(xs)) < len(xs) or len(set(ws)) < len(ws) or gone != (set(xs) & set(ws)) - set(out):
-        return None  # a diagonal, or an axis that is summed in one of them alone
+        return None  # a diagonal, or an axis summed in only one of them
     if any(write.shape(x)[xs.index(a)] != write.shape(w)[ws.index(a)] for a in set(xs) & set(ws)):
         return None  # broadcast
     summed = [a for a in ws if a in xs and a not in out]
@@ -292,7 +292,7 @@ def _contract(
         weight = write.call(aten.reshape.default, weight, many) if len(ws) != 2 else weight
         result = write.linear(rows, weight)
     else:
-        # A matrix for every shared axis, such as heads: (shared, free, summed) · (shared, summed, new).
+        # A matrix per shared index, such as heads: (shared, free, summed) · (shared, summed, new).
         if len(free) > 1:
             front = free[:-1]
             order = [*front, *shared, free[-1], *summed]
@@ -315,13 +315,13 @@ def _contract(
 def _product_of_values(
     write: _Writer, left: fx.Node, right: fx.Node, one: list[str], two: list[str], out: list[str]
 ) -> fx.Node | None:
-    """A product of two values as a matrix product for every axis that both and the result have; None where it is none.
+    """A product of two values as a batched matrix product over the axes that both and the result share, or None.
 
-    What is only in one of them are the rows of the left and the columns of the right matrix.
+    Axes that only one of them has are the rows of the left and the columns of the right matrix.
     """
     gone = {*one, *two} - set(out)
     if len(set(one)) < len(one) or len(set(two)) < len(two) or gone != (set(one) & set(two)) - set(out) or not gone:
-        return None  # a diagonal, an axis that is summed in one of them alone, or no sum
+        return None  # a diagonal, an axis summed in only one of them, or no summed axis
     sizes = dict(zip(two, write.shape(right), strict=True))
     if any(write.shape(left)[one.index(a)] != sizes[a] for a in set(one) & set(two)):
         return None  # broadcast
@@ -351,7 +351,7 @@ def _product_of_values(
 
 
 def _spread(write: _Writer, x: fx.Node, axes: list[str], new: list[str], width: list[int], out: list[str]) -> fx.Node:
-    """The last axis of `x` parted into the new ones, and all in the order of the result."""
+    """Split the last axis of `x` into the new ones, and permute all to the order of the result."""
     if not new:
         x = write.call(aten.squeeze.dim, x, -1)
     elif len(new) > 1:
@@ -368,7 +368,7 @@ def _permuted(write: _Writer, x: fx.Node, axes: list[str], order: list[str]) -> 
 
 
 def _bilinear(write: _Writer, a: dict[str, Any]) -> fx.Node | None:
-    """x1·W·x2 for every output: x1 is multiplied by all of W, and what comes of it by x2."""
+    """x1·W·x2 for every output: x1 is multiplied by all of W, and the result by x2."""
     one, two, weight, bias = a["input1"], a["input2"], a["weight"], a["bias"]
     if not write.is_stored(weight):
         return None

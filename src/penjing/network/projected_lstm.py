@@ -1,4 +1,4 @@
-"""LSTM layers whose hidden state is projected to fewer values, step by step: neither runtime has them as an operator.
+"""LSTM layers with projections, unrolled step by step, because neither runtime has such an operator.
 
 Sak, Senior and Beaufays, "Long short-term memory based recurrent neural network architectures", Interspeech 2014.
 """
@@ -15,11 +15,11 @@ from penjing.network.recurrent_steps import add
 from penjing.network.rewriting import Builder
 
 aten = torch.ops.aten
-MOST_STEPS = 512  # each is a dozen operators of the graph
+MOST_STEPS = 512  # each adds a dozen operators to the graph
 
 
 def lstm(build: Builder, a: dict[str, Any]) -> Any:
-    """Output, hidden state and cell state of `aten.lstm`, where that has projections; None where it has none.
+    """Output, hidden state and cell state of `aten.lstm` with projections; None if it has none.
 
     Raises:
         ExportError: The length varies, or is above 512 steps.
@@ -34,9 +34,9 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
     steps = build.value(x).shape[time]
     if not isinstance(steps, int) or steps > MOST_STEPS:
         raise ExportError(
-            f"an LSTM with projections (proj_size) is written out step by step{line(build.node)}",
+            f"an LSTM with projections (proj_size) is unrolled step by step{line(build.node)}",
             got=f"{steps} steps",
-            expected=f"a length that is fixed, of {MOST_STEPS} steps at most",
+            expected=f"a fixed length, of {MOST_STEPS} steps at most",
             remedy="fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), or leave proj_size out",
         )
     tensors = iter(a["params"])

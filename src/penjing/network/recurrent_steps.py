@@ -1,9 +1,9 @@
-"""Plain recurrent layers (`nn.RNN`) and recurrent cells, written with the products and sums that they are made of.
+"""Plain recurrent layers (`nn.RNN`) and recurrent cells, decomposed into products and sums.
 
 Elman, "Finding structure in time", Cognitive Science 1990. No runtime has a plain recurrent layer as an operator: the
-ONNX exporter writes out its steps. Written here, its matrices are linear layers that every step of a recipe knows, and
-that the runtimes multiply in integers. The input of a whole sequence is multiplied at once; the state's matrix is one
-layer that is called at every step. Both biases are one, for they are added to the same sum.
+ONNX exporter unrolls it. Decomposed here, its matrices are linear layers that every step of a recipe supports and that
+the runtimes multiply in integers. The whole input sequence is multiplied at once; the state's matrix is one layer that
+is called at every step. The two biases are merged, since they are added to the same sum.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from penjing.network.rewriting import Builder, Rewrite
 
 aten = torch.ops.aten
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
-_SUM = "it is a sum within a step of a recurrent layer, whose gates and activations compute in floating point"
+_SUM = "it is a sum within a step of a recurrent layer, whose gates and activations are computed in floating point"
 
 
 def rnn(activation: Callable[..., Any]) -> Rewrite:
-    """The rewrite of `aten.rnn_tanh` or `aten.rnn_relu`: output and last states.
+    """Rewrite `aten.rnn_tanh` or `aten.rnn_relu`: output and final states.
 
-    Packed sequences and lengths that vary stay as they are.
+    Packed sequences and varying lengths are left unchanged.
     """
 
     def rewrite(build: Builder, a: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def rnn(activation: Callable[..., Any]) -> Rewrite:
 
 
 def rnn_cell(activation: Callable[..., Any]) -> Rewrite:
-    """The rewrite of `aten.rnn_tanh_cell` or `aten.rnn_relu_cell`: the next state."""
+    """Rewrite `aten.rnn_tanh_cell` or `aten.rnn_relu_cell`: the next state."""
 
     def rewrite(build: Builder, a: dict[str, Any]) -> Any:
         return build(activation, _gates(build, a, a["hx"]))
@@ -73,7 +73,7 @@ def rnn_cell(activation: Callable[..., Any]) -> Rewrite:
 
 
 def lstm_cell(build: Builder, a: dict[str, Any]) -> Any:
-    """The next hidden and cell state. Hochreiter & Schmidhuber, Neural Computation 1997."""
+    """Rewrite an LSTM cell: the next hidden and cell state. Hochreiter & Schmidhuber, Neural Computation 1997."""
     hidden, cell = a["hx"]
     take, keep, fresh, give = _parts(build, _gates(build, a, hidden), 4)
     new = build(aten.mul.Tensor, build(aten.sigmoid.default, take), build(aten.tanh.default, fresh))
@@ -83,7 +83,7 @@ def lstm_cell(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def gru_cell(build: Builder, a: dict[str, Any]) -> Any:
-    """The next state: a gate lies on what the state adds to the third sum. Cho et al., EMNLP 2014."""
+    """Rewrite a GRU cell: the next state; the reset gate applies to the state's product. Cho et al., EMNLP 2014."""
     state = a["hx"]
     reads = _parts(build, build(aten.linear.default, a["input"], a["w_ih"], a["b_ih"]), 3)
     owns = _parts(build, build(aten.linear.default, state, a["w_hh"], a["b_hh"]), 3)
@@ -93,14 +93,14 @@ def gru_cell(build: Builder, a: dict[str, Any]) -> Any:
 
 
 def add(build: Builder, one: fx.Node, two: fx.Node) -> fx.Node:
-    """A sum within a step: integers there cost 2 to 4 dB and, for what is rounded around a small sum, time."""
+    """A sum within a step, kept in floating point: quantizing it costs 2 to 4 dB and time for the conversions."""
     total: fx.Node = build(aten.add.Tensor, one, two)
     total.meta["float"] = _SUM
     return total
 
 
 def _gates(build: Builder, a: dict[str, Any], state: fx.Node) -> fx.Node:
-    """What a cell's input and its state add up to: (batch, gates × hidden)."""
+    """The sum of a cell's input and state products: (batch, gates × hidden)."""
     bias = None if a["b_ih"] is None else build(aten.add.Tensor, a["b_ih"], a["b_hh"])
     sums: fx.Node = build(aten.linear.default, a["input"], a["w_ih"], bias)
     if is_zero(state):
@@ -114,5 +114,5 @@ def _parts(build: Builder, x: fx.Node, number: int) -> list[fx.Node]:
 
 
 def is_zero(state: fx.Node) -> bool:
-    """Whether it is the state that a layer begins with where none is given."""
+    """Whether it is the default initial state of a layer."""
     return state.op == "call_function" and operator_name(state) in _ZEROS

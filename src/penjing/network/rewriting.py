@@ -1,4 +1,4 @@
-"""Writing operators into an exported program, each with its example value, as the exporter itself does."""
+"""Writing operators into an exported program, each with an example value, as the exporter does."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
-END = 2**63 - 1  # as ATen writes "to the end"
+END = 2**63 - 1  # ATen's "to the end"
 
 
 def editable(program: ExportedProgram) -> ExportedProgram:
-    """A copy whose graph, signature and constants can be edited; the tensors are shared."""
+    """Return a copy whose graph, signature and constants can be edited; tensors are shared."""
     program = copy.copy(program)
     program._graph_module = copy.deepcopy(program.graph_module)
     program._graph_signature = copy.deepcopy(program.graph_signature)
@@ -29,14 +29,14 @@ def editable(program: ExportedProgram) -> ExportedProgram:
 
 
 class Builder:
-    """Writes operators in front of the one that is rewritten; each knows its shape as an exported one does."""
+    """Writes operators in front of the one being rewritten, each with its shape as in an exported program."""
 
     def __init__(self, program: ExportedProgram, node: fx.Node) -> None:
         self.program = program
         self.node = node
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One more operator; its arguments are nodes and literals."""
+        """Write an operator; its arguments are nodes and literals."""
         with self.node.graph.inserting_before(self.node):
             new = self.node.graph.call_function(target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace", "torch_fn"):
@@ -48,7 +48,7 @@ class Builder:
         return new
 
     def constant(self, value: torch.Tensor) -> Any:
-        """A tensor that is stored with the program."""
+        """Store a tensor with the program."""
         names = {spec.target for spec in self.program._graph_signature.input_specs}
         name = next(name for i in itertools.count() if (name := f"constant_of_{self.node.name}_{i}") not in names)
         first = next(node for node in self.program.graph.nodes if node.op == "placeholder")
@@ -61,7 +61,7 @@ class Builder:
         return new
 
     def value(self, node: fx.Node) -> Any:
-        """What is known of a node: a tensor without data, or a size."""
+        """Return the example value of a node: a tensor without data, or a size."""
         return node.meta["val"]
 
     def _fake_mode(self) -> Any:
@@ -73,9 +73,9 @@ class Builder:
         )
 
     def size(self, x: fx.Node, dim: int) -> Any:
-        """A size of x: a number where it is fixed, a node where it varies."""
+        """Return a size of x: a number if it is fixed, a node if it is dynamic."""
         size = self.value(x).shape[dim]
         return size if isinstance(size, int) else self(aten.sym_size.int, x, dim % self.value(x).dim())
 
 
-Rewrite = Callable[[Builder, dict[str, Any]], Any]  # a node, a tuple of them, or None: the operator stays
+Rewrite = Callable[[Builder, dict[str, Any]], Any]  # a node, a tuple of them, or None to keep the operator

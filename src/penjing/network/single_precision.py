@@ -1,8 +1,8 @@
-"""Double precision, and what else is not float32 within a network, computed in float32.
+"""Conversion of networks in double precision, or with other non-float32 tensors, to float32.
 
-Runtimes on a processor compute in float32 and choose what is less by themselves; few have operators in double
-precision. So what comes in is taken as float32 at the door: weights, buffers and constants. Outputs are float32. A
-network whose parameters are in half or bfloat16 is refused.
+Runtimes on a CPU compute in float32 and choose lower precisions themselves; few have operators in double precision. So
+weights, buffers and constants are converted to float32 at capture, and outputs are float32. A network with parameters
+in half or bfloat16 is refused.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def single_module(module: nn.Module) -> tuple[nn.Module, str | None]:
-    """A copy of a module in float32, and one line that says so; the module itself and None where it is already.
+    """Return a copy of a module in float32 with a note for the user; the module itself and None if it already is.
 
     Raises:
-        SourceError: Its parameters are in half or bfloat16: it rounds after every layer, and an artifact, which
-            computes in float32, can't be compared with what it answers.
+        SourceError: Its parameters are in half or bfloat16: it rounds after every layer, so its outputs are not
+            comparable with those of an artifact, which computes in float32.
     """
     halves = {name: p.dtype for name, p in module.named_parameters() if p.dtype in OTHERS[:2]}
     if halves:
@@ -47,7 +47,7 @@ def single_module(module: nn.Module) -> tuple[nn.Module, str | None]:
 
 
 def single_program(program: ExportedProgram) -> ExportedProgram:
-    """A program whose tensors are float32 where they were in another precision; itself where none is."""
+    """Convert the floating-point tensors of a program to float32; returns the program itself if all already are."""
     stored = [*program.state_dict.values(), *program.constants.values()]
     values = [value for node in program.graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
     if not any(isinstance(value, torch.Tensor) and value.dtype in OTHERS for value in (*stored, *values)):
@@ -80,5 +80,5 @@ def _argument(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return torch.float32 if value in OTHERS else value
     if isinstance(value, float) and abs(value) > _LARGEST and abs(value) != float("inf"):
-        return max(-_LARGEST, min(_LARGEST, value))  # the smallest number of double precision, as masks have it
+        return max(-_LARGEST, min(_LARGEST, value))  # the lowest number of double precision, as used in masks
     return value

@@ -1,9 +1,9 @@
-"""Weights that a forward computes from stored tensors alone are folded into stored tensors.
+"""Constant folding of weights that a forward computes only from stored tensors.
 
-Parametrizations (weight norm, spectral norm, a user's own), a transposed or reshaped parameter, parts of a fused one:
-in eval mode they are the same at every call, and a layer with a plain weight is what can be pruned and quantized.
+Parametrizations (weight norm, spectral norm, a user's own), transposed or reshaped parameters, and slices of a fused
+one are constant in eval mode, and a layer needs a plain weight to be pruned and quantized.
 
-Tied weights stay tied: a tensor that is read in several ways is folded only where these ways share no element.
+Tied weights stay tied: a tensor that is read in several ways is folded only if these share no element.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _READERS: dict[str, dict[int, str]] = {
     "matmul": {0: "weight", 1: "weight"},
     **{name: {2: "weight", 3: "weight"} for name in ("lstm", "gru")},
 }
-# Operators whose result holds elements of their first input, each once.
+# Operators whose result contains elements of their first input, each once.
 _MOVES = frozenset(
     {
         *(
@@ -57,11 +57,11 @@ _ORIGINALS = re.compile(r"(?:\.parametrizations\.(?P<name>\w+)\.original\d*|_(?:
 
 @dataclass(frozen=True)
 class Folded:
-    """What was folded.
+    """The result of folding.
 
     Attributes:
-        tensors: New name → the tensor; a parameter where one of its sources is.
-        sources: New name → names of the parameters (of the buffers, where there are none) that it was computed from.
+        tensors: New name → the tensor; a parameter if one of its sources is.
+        sources: New name → names of the parameters (or, if there are none, buffers) that it was computed from.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Folded:
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that are the same at every call: stored tensors, and what is computed from them alone."""
+    """Return the constant nodes: stored tensors, and what is computed only from them."""
     changed = {n.args[0] for n in graph.nodes if _changes(n)}
     nodes: set[fx.Node] = set()
     for node in graph.nodes:
@@ -96,12 +96,12 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def fold(graph: fx.Graph, stored: Mapping[str, Any], path_of: Any) -> Folded:
-    """Fold, in place, the weights that the graph computes from stored tensors alone.
+    """Fold, in place, the weights that the graph computes only from stored tensors.
 
     Args:
-        graph: Of an exported program; get_attr nodes read `stored`.
-        stored: Every tensor by its name.
-        path_of: Node → path of the module that it was computed in.
+        graph: Graph of an exported program; get_attr nodes read `stored`.
+        stored: Every stored tensor by its name.
+        path_of: Node → path of the module that computes it.
     """
     return _Folder(graph, stored, path_of).run()
 
@@ -112,7 +112,7 @@ class _Folder:
         self.constant = constants(graph)
         self.numbers: dict[str, int] = {}
         self.keys: dict[fx.Node, int] = {}
-        self.first: dict[Any, str] = {}  # a tensor with several names is called by the first
+        self.first: dict[Any, str] = {}  # a tensor with several names goes by the first
         for name, tensor in stored.items():
             self.first.setdefault(_memory(tensor), name)
         self.values: dict[tuple[fx.Node, bool], Any] = {}
@@ -140,7 +140,7 @@ class _Folder:
                 continue
             leaves = self._leaves(weight)
             if len(leaves) == 1 and self._is_whole(weight, leaves[0]):
-                name = leaves[0]  # turned twice: the stored tensor itself
+                name = leaves[0]  # transposed twice: the stored tensor itself
             elif all(self._is_alone(weight, ways[leaf], leaf) for leaf in leaves):
                 name = self._store(weight, leaves, reader, role, ways)
             else:
@@ -151,7 +151,7 @@ class _Folder:
             reader.replace_input_with(weight, read)
 
     def _leaves(self, node: fx.Node) -> tuple[str, ...]:
-        """Names of the parameters that a constant is computed from; of buffers, where there are no parameters."""
+        """Names of the parameters that a constant is computed from; of buffers if there are no parameters."""
         names: dict[str, None] = {}
         waiting = [node]
         seen: set[fx.Node] = set()
@@ -167,11 +167,11 @@ class _Folder:
         return tuple(sorted(parameters or names))
 
     def _key(self, node: fx.Node) -> int:
-        """A number, the same for two nodes that compute the same from the same tensors."""
+        """A hash, equal for two nodes that compute the same from the same tensors."""
         if node not in self.keys:
             if node.op == "get_attr":
                 text = repr(_memory(self.stored[str(node.target)]))
-            elif self._only_moves(node):  # a transposed tensor is the same by whatever operator
+            elif self._only_moves(node):  # equal for a transposed tensor, whichever operator transposes it
                 (leaf,) = self._leaves(node)
                 positions = self._positions(node)
                 order = hashlib.sha256(positions.contiguous().numpy().tobytes()).hexdigest()
@@ -206,7 +206,7 @@ class _Folder:
         return operator_name(node) in _MOVES and len(inputs) == 1 and self._only_moves(inputs[0])
 
     def _positions(self, node: fx.Node) -> torch.Tensor:
-        """Where in the one stored tensor each element of a node comes from: the node's shape, int32."""
+        """The index into the only stored tensor of each element of a node: the node's shape, int32."""
         positions: torch.Tensor = self._value(node, numbered=True)
         return positions
 
@@ -244,7 +244,7 @@ class _Folder:
         return self.names[key]
 
     def _name(self, leaves: tuple[str, ...], path: str, role: str, shared: bool) -> str:
-        """The name of the only source, the name that a parametrization stands for, or else the reader's own."""
+        """The name of the only source, the name that a parametrization replaces, or otherwise the reader's own."""
         plain = {re.sub(_ORIGINALS, lambda m: f".{m['name']}" if m["name"] else "", leaf) for leaf in leaves}
         if len(plain) == 1:
             name = plain.pop().removeprefix(".")

@@ -1,12 +1,12 @@
-"""Convolutions whose number of groups varies, written as matrix products.
+"""Convolutions with a dynamic number of groups, expressed as matrix products.
 
 A network whose kernels depend on the sample (dynamic and conditional convolutions, StyleGAN's modulated ones, the
 cross-correlation of trackers) moves the batch into the channels and calls a convolution with as many groups as there
-are samples. Groups that vary are in no runtime's file: ONNX and OpenVINO have them as a constant. So each place of
-the kernel is cut out of the padded input, and a product per group adds them up: the same sums in another order.
+are samples. No runtime supports that: in ONNX and OpenVINO the number of groups is a constant. So for each position of
+the kernel the padded input is sliced, and a product per group sums them: the same sums in another order.
 
-Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS 2019, is where such
-a call is computed as one grouped convolution.
+Yang et al., "CondConv: Conditionally Parameterized Convolutions for Efficient Inference", NeurIPS 2019, introduced
+computing such a call as one grouped convolution.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def conv(build: Builder, a: dict[str, Any]) -> Any:
-    """A convolution with groups that vary; None where their number is known.
+    """Rewrite a convolution with a dynamic number of groups; None if the number is constant.
 
     Raises:
         ExportError: The kernel's size varies too.
@@ -44,11 +44,11 @@ def conv(build: Builder, a: dict[str, Any]) -> Any:
     else:
         padding = [(p, p) for p in _each(a["padding"], n)]
     x = _padded(build, a["input"], padding)
-    if _depthwise(build, a):  # the number of groups is left open: it follows the channels, also where some are pruned
+    if _depthwise(build, a):  # the number of groups is left open: it follows the channels, even when some are pruned
         a = {**a, "groups": -1}
         weight = build(aten.flatten.using_ints, build(aten.unsqueeze.default, a["weight"], 1), 2)
         return _products(build, x, weight, kernel, stride, dilation, a)
-    weight = build(aten.flatten.using_ints, a["weight"], 1)  # (groups · out, in · places)
+    weight = build(aten.flatten.using_ints, a["weight"], 1)  # (groups · out, in · positions)
     weight = build(aten.reshape.default, weight, [a["groups"], -1, build.size(weight, 1)])
     return _products(build, x, weight, kernel, stride, dilation, a)
 
@@ -60,7 +60,7 @@ def _depthwise(build: Builder, a: dict[str, Any]) -> bool:
 
 
 def conv_transpose(build: Builder, a: dict[str, Any]) -> Any:
-    """A transposed convolution with groups that vary: a plain one, of the input with zeros between its values.
+    """Rewrite a transposed convolution with a dynamic number of groups, as a plain one of the zero-stuffed input.
 
     Raises:
         ExportError: The kernel's size varies too.
@@ -76,11 +76,11 @@ def conv_transpose(build: Builder, a: dict[str, Any]) -> Any:
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     sides = zip(reach, _each(a["padding"], n), _each(a["output_padding"], n), strict=True)
     x = _padded(build, x, [(r - p, r - p + more) for r, p, more in sides])
-    weight = build(aten.flatten.using_ints, a["weight"], 2)  # (groups · in, out, places)
+    weight = build(aten.flatten.using_ints, a["weight"], 2)  # (groups · in, out, positions)
     weight = build(aten.flip.default, weight, [2])
     sizes = [a["groups"], -1, build.size(weight, 1), math.prod(kernel)]
     weight = build(aten.transpose.int, build(aten.reshape.default, weight, sizes), 1, 2)
-    weight = build(aten.flatten.using_ints, weight, 2)  # (groups, out, in · places)
+    weight = build(aten.flatten.using_ints, weight, 2)  # (groups, out, in · positions)
     return _products(build, x, weight, kernel, [1] * n, dilation, a)
 
 
@@ -106,12 +106,12 @@ def _products(
     dilation: Sequence[int],
     a: dict[str, Any],
 ) -> Any:
-    """x (batch, groups · in, sizes …), weight (groups, out, in · places) → (batch, groups · out, sizes …)."""
+    """x (batch, groups · in, sizes …), weight (groups, out, in · positions) → (batch, groups · out, sizes …)."""
     places = []
     for place in itertools.product(*map(range, kernel)):
         part = x
         for dim, (at, size, step, apart) in enumerate(zip(place, kernel, stride, dilation, strict=True), start=2):
-            behind = (size - 1 - at) * apart  # counted from the end, it holds for every size
+            behind = (size - 1 - at) * apart  # counted from the end, it is right for every size
             part = build(aten.slice.Tensor, part, dim, at * apart, -behind if behind else END, step)
         places.append(part)
     sizes = [build.size(places[0], dim) for dim in range(2, 2 + len(kernel))]
@@ -135,7 +135,7 @@ def _padded(build: Builder, x: fx.Node, padding: Sequence[tuple[int, int]]) -> A
 
 
 def _spread(build: Builder, x: fx.Node, dim: int, step: int) -> Any:
-    """Zeros between the values of an axis, `step` - 1 of them."""
+    """Insert `step` - 1 zeros between the values of an axis."""
     behind = build.value(x).dim() - 1 - dim
     wide = build(aten.unsqueeze.default, x, dim + 1)
     wide = build(aten.constant_pad_nd.default, wide, [0, 0] * behind + [0, step - 1], 0.0)

@@ -1,4 +1,4 @@
-"""A network's weights as one word, to tell whether two are the same."""
+"""Fingerprints of a network's weights."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import fx, nn
 
 
 class Digest(Protocol):
-    """What `hashlib` makes."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: bytes | memoryview, /) -> None: ...  # noqa: D102
 
 
 def add_tensor(digest: Digest, header: str, tensor: torch.Tensor) -> None:
-    """Add a header, which tells the tensor's name and format, and the tensor's bytes, wherever and however it lies."""
+    """Add a header with the tensor's name and format, and its bytes, independent of device and memory layout."""
     digest.update(header.encode())
-    # NumPy knows no bfloat16, but every type has bytes.
+    # NumPy has no bfloat16, but every dtype has bytes.
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over the names, shapes and bytes of all parameters and buffers, in the order of the module's own."""
+    """Return the SHA-256 of the names, shapes and bytes of all parameters and buffers, in the module's order."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        if isinstance(tensor, torch.Tensor):  # else a module's own extra state
+        if isinstance(tensor, torch.Tensor):  # otherwise it is a module's extra state
             add_tensor(digest, f"{name}:{tensor.dtype}{list(tensor.shape)}", tensor)
     return digest.hexdigest()
 
 
 def fingerprint_by_name(networks: Iterable[nn.Module]) -> str:
-    """The same of several networks together, each in the order of its names, whatever order a module made them in.
+    """Return the fingerprint of several networks, each in sorted order of names.
 
-    Stored answers of teachers are known by it.
+    It identifies the teacher of a `TeacherCache`.
     """
     digest = hashlib.sha256()
     for network in networks:
@@ -45,7 +45,7 @@ def fingerprint_by_name(networks: Iterable[nn.Module]) -> str:
 
 
 def fingerprint_with_graph(network: fx.GraphModule) -> str:
-    """Of a captured network's operators too, by the names that values are known by."""
+    """Return the fingerprint of a captured network including its operators and the names of its values."""
     digest = hashlib.sha256(fingerprint(network).encode())
     for node in network.graph.nodes:
         digest.update(repr((node.op, node.name, str(node.target), node.args, node.kwargs)).encode())

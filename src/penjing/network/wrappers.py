@@ -1,4 +1,4 @@
-"""Networks that come wrapped: what stands around them for training or for speed is taken off, on a copy."""
+"""Removing wrappers for training or compilation from a network, on a copy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The network within `torch.nn.DataParallel`, `DistributedDataParallel` and `torch.compile`, at any depth.
+    """Unwrap `torch.nn.DataParallel`, `DistributedDataParallel` and `torch.compile` at any depth.
 
     Returns:
-        The module itself where nothing is wrapped. Otherwise its layers are shared, and what holds a wrapped one is a
-        shallow copy.
+        The module itself if nothing is wrapped. Otherwise layers are shared, and modules that contain a wrapped one are
+        shallow copies.
 
     Raises:
-        SourceError: It is a TorchScript module, or holds one: what it computes is closed to torch.export.
+        SourceError: It is, or contains, a TorchScript module, which torch.export can't trace.
 
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
@@ -44,7 +44,7 @@ def _unwrapped(module: nn.Module, path: str, known: dict[nn.Module, nn.Module]) 
             remedy="give the module that torch.jit.script or torch.jit.trace was called on, with the same weights: "
             "module.load_state_dict(scripted.state_dict())",
         )
-    known[module] = module  # a module may hold itself by way of others
+    known[module] = module  # a module may contain itself indirectly
     children = {
         name: None if child is None else _unwrapped(child, f"{path}.{name}" if path else name, known)
         for name, child in module._modules.items()

@@ -1,1 +1,1 @@
-"""Opening what the user has: Python, an exported program, a Hugging Face folder."""
+"""Opening source networks: Python, an exported program, a Hugging Face folder."""

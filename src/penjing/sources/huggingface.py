@@ -1,7 +1,7 @@
-"""Opening a Hugging Face model folder: ``config.json`` beside ``model.safetensors``, with transformers' own classes.
+"""Opening a Hugging Face model folder: ``config.json`` and ``model.safetensors``, with transformers' own classes.
 
-Weights are read from safetensors alone. A folder with only ``pytorch_model.bin`` is refused, though transformers
-could read it with the restricted unpickler: a network that is worth shipping can be saved again in one line.
+Weights are read only from safetensors. A folder with just ``pytorch_model.bin`` is refused, although transformers
+could read it with the restricted unpickler: saving it as safetensors takes one line.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from penjing.errors import CheckpointError, MissingDependency, SourceError
 from penjing.records import reading
 from penjing.tasks.usercode import line_of, suggest
 
-MOST = 1 << 26  # of any size that a configuration names
+MOST = 1 << 26  # largest size that a configuration may name
 _LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
 _WIDTHS = re.compile(r"(^|_)(vocab_size|hidden_size|intermediate_size|embedding_size|d_model|d_ff|ffn_dim|n_embd)$")
-FEWER = 4  # times narrower than its configuration says may the widest tensor be: parts of a network have one too
+FEWER = 4  # the widest tensor may be this many times narrower than a size in the configuration, for partial networks
 _LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
-    """Open the model of a folder, in eval mode, without the network and without code from the folder.
+    """Open the model of a folder in eval mode, without internet access and without running code from the folder.
 
-    The class is the first of ``architectures`` in ``config.json``, taken from transformers by name.
+    Its class is the first of ``architectures`` in ``config.json``, looked up in transformers by name.
 
     Returns:
-        The model, and the example inputs it declares (token ids, batch first) or None.
+        The model, and the example inputs it declares (token ids, batch first), or None.
 
     Raises:
-        SourceError: A file is missing, the class is unknown to transformers, or the weights do not fit.
+        SourceError: A file is missing, the class is unknown to transformers, or the weights do not match.
         CheckpointError: The folder asks for code of its own, or for a pickle.
         MissingDependency: transformers is not installed.
     """
@@ -50,10 +50,10 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            dtype=torch.float32,  # whatever the file stores: what an artifact computes in
+            dtype=torch.float32,  # whatever dtype the file has: artifacts compute in it
             output_loading_info=True,
         )
-    except Exception as cause:  # transformers raises many kinds for a folder that does not fit
+    except Exception as cause:  # transformers raises many kinds of error for an inconsistent folder
         raise SourceError(
             f"transformers can't load the model in {folder.name}",
             got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
@@ -62,7 +62,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
             remedy="write the folder again with model.save_pretrained(folder)",
         ) from cause
     missing = sorted(loading["missing_keys"])
-    if missing:  # transformers only warns, and fills them with random numbers
+    if missing:  # transformers only warns, and initializes them randomly
         raise SourceError(
             f"the weights in {folder.name} are incomplete",
             got=f"no {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
@@ -87,7 +87,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         if key == "auto_map":
             got, remedy = f"auto_map: {value}", "import the class yourself and give it as file.py:factory"
         elif key.endswith("implementation") and value not in _LOCAL_ATTENTION and not isinstance(value, dict):
-            # transformers would fetch a kernel of this name and run it
+            # transformers would download a kernel of this name and run it
             got, remedy = f"{key}: {value!r}", 'set it to "sdpa" in config.json'
         elif key == "quantization_config":
             got, remedy = "a quantization_config", "give the floating-point network; Penjing quantizes it"
@@ -138,7 +138,7 @@ def _require_safetensors(folder: Path) -> None:
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Raise SourceError where the folder would make transformers wait, or build far more than its weights are."""
+    """Raise SourceError if the folder would make transformers hang, or build a model far larger than its weights."""
     tensors, widest = 0, 0
     for path in folder.iterdir():
         try:
@@ -192,7 +192,7 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
             remedy="pip install transformers",
         ) from cause
     name = names[0]
-    # modules and functions of transformers are reachable by name too; only a model class may answer
+    # modules and functions of transformers are attributes too; accept only a model class
     kind = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
         return kind
@@ -207,6 +207,6 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
 
 def _example(model: Any) -> Any | None:
     if getattr(model, "main_input_name", None) != "input_ids":
-        return None  # transformers declares token ids for every model, also for those that take images
+        return None  # transformers declares token ids for every model, even for image models
     ids = model.dummy_inputs.get("input_ids")
     return {"input_ids": ids} if isinstance(ids, torch.Tensor) else None

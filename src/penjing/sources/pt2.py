@@ -1,17 +1,17 @@
-"""Opening a ``.pt2`` exported program without running what it says.
+"""Opening a ``.pt2`` exported program without running code from it.
 
-`torch.export.load` trusts its file. Read in torch 2.13, a crafted archive reaches code in these ways, each of which
-is checked here before torch sees the file:
+`torch.export.load` trusts its file. In torch 2.13, a crafted archive can execute code in these ways, each of which is
+checked here before torch sees the file:
 
 - weights and constants marked as pickled, custom objects, the legacy ``.pt`` members: unpickled in full;
 - example inputs: unpickled in full where the restricted unpickler refuses them;
-- symbolic sizes: handed to sympy, which evaluates them as Python;
+- symbolic sizes: passed to sympy, which evaluates them as Python;
 - operators: any attribute path below ``torch``, such as ``torch.os.system``, becomes a node;
 - names of values and of arguments: pasted into the source of the graph's generated ``forward``;
 - guards: pasted into a generated function; tree specs: may name modules to import;
 - compiled libraries of AOTInductor: loaded.
 
-So everything that is not plainly data of a network is refused. Lists here allow; nothing is forbidden by name alone.
+So everything that is not plainly the data of a network is refused, by allow-lists rather than by forbidden names.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _PLAIN_MEMBERS = re.compile(r"archive_format|archive_version|byteorder|\.data/\w
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ARGUMENT = re.compile(r"\*{0,2}[A-Za-z_]\w*")
-_PATH = re.compile(r"[^\"'\\(){}\x00-\x1f\x7f]*")  # a parameter's dotted path stands in quotes in generated code
-_PAYLOAD = re.compile(r"(weight|tensor)_\d+")  # others are custom objects, which are unpickled
+_PATH = re.compile(r"[^\"'\\(){}\x00-\x1f\x7f]*")  # a parameter's dotted path is quoted in generated code
+_PAYLOAD = re.compile(r"(weight|tensor)_\d+")  # others are custom objects, which would be unpickled
 _PATH_KEYS = frozenset(
     {"parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "fqn", "class_fqn", "custom_obj_name"}
 )
 _OPERATOR = re.compile(r"torch\.ops\.(aten|prims|quantized_decomposed|penjing|torchvision)\.(\w+)\.\w+")
-_FILE_OPERATORS = frozenset({"from_file", "save", "load", "import_ir_module"})  # these would touch files when run
+_FILE_OPERATORS = frozenset({"from_file", "save", "load", "import_ir_module"})  # these would access files when run
 _BLOCK = re.compile(
     r"torch\.ops\.higher_order\.(cond|while_loop|scan|map_impl|wrap_with_set_grad_enabled|wrap_with_autocast)"
 )
@@ -80,22 +80,22 @@ _NODES = (
 
 
 def open_program(path: Path | str) -> ExportedProgram:
-    """Open a ``.pt2`` file of one exported program after making sure that opening and running it runs no code of it.
+    """Open a ``.pt2`` exported program after checking that neither loading nor running it executes code from the file.
 
     Raises:
-        CheckpointError: The file is damaged, foreign, or holds anything that torch would execute.
+        CheckpointError: The file is damaged, has another format, or contains anything that torch would execute.
     """
     path = Path(path)
     try:
         with reading.regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.namelist()
-        if "version" in members:  # torch.export.load falls back to this format, which is pickled throughout
+        if "version" in members:  # torch.export.load falls back to this format, which consists of pickles
             raise _refusal(path, "it has the format of torch 2.7 and older, which is made of pickles")
         _check(path, PT2ArchiveReader(str(path)))
         program = torch.export.load(path)
     except PenjingError:
         raise
-    except Exception as cause:  # a damaged file fails in many ways, deep inside zip, json and torch
+    except Exception as cause:  # a damaged file fails in many ways inside zip, json and torch
         raise CheckpointError(
             f"{path.name} can't be opened as an exported program",
             got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else path}",
@@ -115,7 +115,7 @@ def _refusal(path: Path, why: str) -> CheckpointError:
 
 
 def _check(path: Path, archive: PT2ArchiveReader) -> None:
-    """Look at every member with the reader that torch itself uses, so that both see the same bytes."""
+    """Check every member with the reader that torch itself uses, so that both see the same bytes."""
     for member in archive.get_file_names():
         if member.startswith(_MODELS):
             why = _model_danger(json.loads(archive.read_string(member)))
@@ -162,9 +162,9 @@ def _model_danger(model: dict[str, Any]) -> str | None:
 
 
 def _strings_danger(value: Any, key: str = "") -> Iterator[str]:
-    """Walk JSON and say which string would be executed. Strings that torch only stores pass, known by their key.
+    """Walk JSON and report a string that would be executed. Strings that torch only stores are recognized by their key.
 
-    Nothing is skipped by its key: a file may call a tensor as it likes, and so hide its shape from a walk that skips.
+    Nothing is skipped by its key: a file may choose tensor names freely, and could hide a shape from such a walk.
     """
     if isinstance(value, list):
         for item in value:
@@ -205,7 +205,7 @@ def _known_operator(target: str) -> bool:
 
 
 def _harmless(text: str, *, calls: frozenset[str], guard: bool = False) -> bool:
-    """Whether an expression is only arithmetic on names and numbers, with calls from a list."""
+    """Whether an expression is only arithmetic on names and numbers, with allowed calls."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -221,7 +221,7 @@ def _harmless(text: str, *, calls: frozenset[str], guard: bool = False) -> bool:
             word = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             if word not in calls:
                 return False
-        # sympy reads a string again as an expression, so that it must be a plain name or number itself
+        # sympy parses a string again as an expression, so it must itself be a plain name or number
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and not re.fullmatch(r"[\w.+-]*", node.value):
             return False
         if isinstance(node, ast.Constant) and isinstance(node.value, bytes):

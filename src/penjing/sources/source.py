@@ -1,4 +1,4 @@
-"""Opening SOURCE: a Python factory, an exported program, a Hugging Face folder or a built-in architecture."""
+"""Opening a SOURCE: a Python factory, an exported program, a Hugging Face folder or a built-in architecture."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FORMS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face f
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened network, as its owner gave it.
+    """An opened network, as given by the user.
 
     Attributes:
-        name: How it is called in tables.
-        module: The network; its mode is as its owner left it.
-        spec: The words it was opened by; None for a network given as an object.
-        example: Example inputs in the form of `Task.example`, where the source itself declares them.
+        name: Its name in tables.
+        module: The network, in the mode the user left it in.
+        spec: The string it was opened by; None for a network given as an object.
+        example: Example inputs in the form of `Task.example`, if the source declares them.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Source:
 
 
 def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | None = None) -> Source:
-    """Open SOURCE, and run it once on the task's example where a task is given.
+    """Open a SOURCE, and run it once on the example if a task is given.
 
     Args:
         spec: ``file.py:factory``, ``package.module:factory`` (a callable without arguments that returns a module,
             or a module), a ``.pt2`` file, a Hugging Face folder, the name of a built-in architecture, or an object.
-        task: Whose example the network must accept.
+        task: A task whose example the network must accept.
 
     Raises:
         SourceError: It is missing, its factory raises, it is not a network, or its forward fails on the example.
-        CheckpointError: Opening it would run code that was not named on purpose.
+        CheckpointError: Opening it would run code that the user did not name.
         MissingDependency: A package that this kind of source needs is not installed.
     """
     source = _open(str(spec) if isinstance(spec, Path) else spec)
@@ -101,10 +101,10 @@ def _open(spec: Any) -> Source:
 
 
 def open_file(path: Path) -> Source:
-    """Open a ``.pt2`` file or a Hugging Face folder; whatever it is called, no code is run.
+    """Open a ``.pt2`` file or a Hugging Face folder without running code from it.
 
     Raises:
-        SourceError: The folder holds no network.
+        SourceError: The folder does not contain a network.
         CheckpointError: The file is damaged, or would run code.
         MissingDependency: A package that this kind of source needs is not installed.
     """
@@ -143,7 +143,7 @@ def _open_folder(spec: str, folder: Path) -> Source:
 
 
 def _refuse_suffix(path: Path, suffix: str) -> None:
-    """Refuse what can't be opened as a network, also where the file is missing: the remedy is the same."""
+    """Refuse file types that can't be opened as a network, even if the file is missing: the remedy is the same."""
     if suffix == ".py":
         names = public_callables(path)
         raise SourceError(
@@ -177,7 +177,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
 
 
 def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
-    """Source and task in float32, and one line that says so; both as they are, and None, where they are already."""
+    """Convert source and task to float32, with a note for the user; unchanged, with None, if they already are."""
     note = None
     if isinstance(source.module, nn.Module):
         module, note = single_module(source.module)
@@ -189,7 +189,7 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
 
 
 def check_forward(source: Source, task: Task) -> Any:
-    """Run the network once on the task's example, in eval mode and without gradients; modes and state are put back.
+    """Run the network once on the task's example, in eval mode and without gradients; modes and state are restored.
 
     Returns:
         The outputs.
@@ -206,7 +206,7 @@ def check_forward(source: Source, task: Task) -> Any:
 
 
 def forward(module: nn.Module, call: Call, name: str) -> Any:
-    """Run a network once in eval mode and without gradients; its modes are put back, and what it remembers stays.
+    """Run a network once in eval mode and without gradients; its modes are restored, its state is not.
 
     Raises:
         SourceError: The forward raised (with the line of the user's code), or returned no tensors.
@@ -229,7 +229,7 @@ def forward(module: nn.Module, call: Call, name: str) -> Any:
 
 
 def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Shapes and types of a call in words, for errors: ``(float32[1, 3, 8, 8], mask=bool[1, 8])``."""
+    """Describe the shapes and dtypes of a call for messages: ``(float32[1, 3, 8, 8], mask=bool[1, 8])``."""
 
     def one(value: Any) -> str:
         if isinstance(value, torch.Tensor):
@@ -244,5 +244,5 @@ def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 def _program_example(program: ExportedProgram) -> Any | None:
     args, kwargs = program.example_inputs or ((), {})
     if kwargs:
-        return None if args else dict(kwargs)  # a task's example is positional or by keyword, not both
+        return None if args else dict(kwargs)  # a task's example is either positional or by keyword
     return tuple(args) or None

@@ -1,1 +1,1 @@
-"""What only the user knows: the task, its data, its metric, and the code that it comes from."""
+"""Tasks: what only the user knows, which is the data, the metric, the loss, and the code they come from."""

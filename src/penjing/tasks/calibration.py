@@ -1,4 +1,4 @@
-"""Calibration data, batch by batch: checked against the task's example and never held all at once."""
+"""Calibration data: read batch by batch and checked against the task's example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penjing.tasks.call import Call, as_call, leaves, map_leaves, to_tensors
 
 Dynamic = Mapping[str | int, Mapping[int, str]] | None
 _AGAIN = "give a list, a DataLoader, or an object whose __iter__ starts over"
-_started: weakref.WeakSet[Any] = weakref.WeakSet()  # one-shot iterators that somebody has begun to read
+_started: weakref.WeakSet[Any] = weakref.WeakSet()  # one-shot iterators that have been read from
 
 
 def checked_calls(batches: Iterable[Any], example: Call, dynamic: Dynamic, limit: int | None = None) -> Iterator[Call]:
@@ -30,7 +30,7 @@ def checked_calls(batches: Iterable[Any], example: Call, dynamic: Dynamic, limit
         limit: Most batches to read; None reads all.
 
     Raises:
-        CalibrationError: Says which batch and which input, what was found and what was expected.
+        CalibrationError: A batch does not match; the error names the batch and the input.
     """
     iterator = _restart(batches)
     count = 0
@@ -55,12 +55,12 @@ def _restart(batches: Iterable[Any]) -> Iterator[Any]:
             expected="an iterable of batches",
             remedy="give a list of batches or a DataLoader; a single batch as [batch]",
         ) from None
-    if iterator is batches:  # a generator, map or file: it can be read once
+    if iterator is batches:  # a generator, map or file can be read only once
         try:
             if iterator in _started:
                 raise _exhausted(batches)
             _started.add(iterator)
-        except TypeError:  # map and zip can't be referred to weakly; an empty second pass still tells
+        except TypeError:  # map and zip have no weak references; an empty second pass still reveals it
             pass
     return iterator
 
@@ -69,17 +69,17 @@ def _exhausted(batches: Any) -> CalibrationError:
     return CalibrationError(
         "the calibration data can be read only once, and has been read",
         got=f"a {type(batches).__name__}",
-        expected="data that starts over at every pass (ranges, metric and record each read it)",
+        expected="data that starts over on every pass (ranges, metric and record each read it)",
         remedy=_AGAIN,
     )
 
 
 def _empty(batches: Any, *, one_shot: bool) -> CalibrationError:
-    seen = one_shot and not hasattr(batches, "gi_frame")  # of a map or zip nobody knows whether it was read before
+    seen = one_shot and not hasattr(batches, "gi_frame")  # for a map or zip it is unknown whether it was read before
     return CalibrationError(
         "the calibration data is empty" + (", or was read before" if seen else ""),
         got=f"no batch in a {type(batches).__name__}",
-        expected="at least one batch of inputs (some hundred samples are usual)",
+        expected="at least one batch of inputs (a few hundred samples are usual)",
         remedy=_AGAIN if seen else "check the loader's path and filters",
     )
 
@@ -113,7 +113,7 @@ def _checked(batch: Any, index: int, example: Call, dynamic: Dynamic) -> Call:
         else:
             _check_constant(place, value, like)
             ready.append(value)
-    source = iter(ready)  # leaves and map_leaves walk in the same order
+    source = iter(ready)  # leaves and map_leaves have the same order
     args = tuple(map_leaves(lambda _: next(source), arg) for arg in call[0])
     kwargs = {name: map_leaves(lambda _: next(source), value) for name, value in call[1].items()}
     return args, {name: kwargs[name] for name in example[1]}
@@ -165,14 +165,14 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
             f"{place} is not a tensor",
             got=type(value).__name__,
             expected=f"a tensor or NumPy array of {_type(want)}",
-            remedy="turn the samples of a batch into one array first",
+            remedy="stack the samples of a batch into one array first",
         )
     if _kind(value) != _kind(want):
         raise CalibrationError(
-            f"{place} has a different type of numbers",
+            f"{place} has a different dtype",
             got=_type(value),
             expected=_type(want),
-            remedy="prepare it as for training: images as scaled floats, token ids as integers",
+            remedy="preprocess it as for training: images as scaled floats, token ids as integers",
         )
     fits = value.dim() == want.dim() and all(
         a == b or i in free for i, (a, b) in enumerate(zip(value.shape, want.shape, strict=True))
@@ -186,7 +186,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
             expected=f"({expected})",
             remedy="stack the samples into a batch: axis 0 is the batch"
             if missing_batch
-            else "prepare it as the example; name axes that vary in Task.dynamic",
+            else "preprocess it like the example; name axes that vary in Task.dynamic",
         )
     if value.numel() == 0:
         raise CalibrationError(
@@ -203,7 +203,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
                 f"{place} holds values that are not finite",
                 got=f"{int(bad.sum())} of {value.numel()}, the first is {value[spot].item()} at {list(spot)}",
                 expected="finite numbers",
-                remedy="drop or fix these samples: one infinity would decide every range",
+                remedy="drop or fix these samples: a single infinity would determine the range",
             )
 
 
@@ -216,7 +216,7 @@ def _free_axes(dynamic: Dynamic, key: str | int, example: Call) -> frozenset[int
     if isinstance(key, str):
         position = len(example[0]) + list(example[1]).index(key)
         return frozenset(dynamic.get(position, ()))
-    # a positional input may be named by the forward's parameter, which only the network knows
+    # a positional input may be named by the forward's parameter, which is not known here
     unplaced = [axes for name, axes in dynamic.items() if isinstance(name, str) and name not in example[1]]
     return frozenset(axis for axes in unplaced for axis in axes)
 

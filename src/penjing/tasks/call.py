@@ -1,4 +1,4 @@
-"""The inputs of one forward, as positional and keyword arguments, and what can be said about them."""
+"""The inputs of a forward pass as positional and keyword arguments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from penjing.tasks.outputs import to_tensor
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one forward
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward pass
 
 
 def as_call(inputs: Any) -> Call:
-    """Inputs in any of the accepted forms as (args, kwargs).
+    """Convert inputs in any accepted form to (args, kwargs).
 
     >>> as_call({"x": 1})
     ((), {'x': 1})
@@ -28,13 +28,13 @@ def as_call(inputs: Any) -> Call:
 
 
 def as_inputs(call: Call) -> Any:
-    """The opposite of `as_call`: a dict of keyword inputs, or a tuple of positional ones."""
+    """Invert `as_call`: a dict of keyword inputs, or a tuple of positional ones."""
     args, kwargs = call
     return kwargs if kwargs else args
 
 
 def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `change` applied to everything in it that is not a dict, tuple or list."""
+    """Apply `change` to everything in `value` that is not a dict, tuple or list."""
     if isinstance(value, Mapping):
         return {key: map_leaves(change, item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -44,7 +44,7 @@ def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves(call: Call) -> Iterator[tuple[str | int, str, Any]]:
-    """Every leaf of the inputs: its input (position or name), where it stands in words, and its value."""
+    """Yield every leaf of the inputs: its input (position or name), its path in words, and its value."""
     args, kwargs = call
     for i, value in enumerate(args):
         for path, leaf in _walk(value):
@@ -66,10 +66,10 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_tensors(call: Call) -> Call:
-    """The same inputs with NumPy arrays as tensors.
+    """Convert the NumPy arrays among the inputs to tensors.
 
     Raises:
-        CalibrationError: An array holds no numbers.
+        CalibrationError: An array is not numeric.
     """
 
     def change(value: Any) -> Any:
@@ -80,10 +80,9 @@ def to_tensors(call: Call) -> Call:
 
 
 def fingerprint(calls: Iterable[Call]) -> str:
-    """Sha256 over the place, type, shape and bytes of every input of every call, in order.
+    """Return the SHA-256 of the path, dtype, shape and bytes of every input of every call, in order.
 
-    It depends on how the data is cut into batches, and on nothing else: not on devices, strides or machines of the
-    same byte order.
+    It depends on the division into batches, but not on devices, strides, or machines of the same byte order.
     """
     digest = hashlib.sha256()
     for call in calls:
@@ -93,7 +92,7 @@ def fingerprint(calls: Iterable[Call]) -> str:
             if isinstance(leaf, torch.Tensor):
                 digest.update(f"|{where}:{leaf.dtype}{list(leaf.shape)}".encode())
                 flat = leaf.detach().cpu().contiguous().reshape(-1)
-                # As in penjing.network.weights, which this room may not know: NumPy has no bfloat16, but every type has
+                # As in penjing.network.weights, which can't be imported here: NumPy has no bfloat16, but every dtype has
                 # bytes.
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
             else:

@@ -1,6 +1,6 @@
 """The built-in tasks: a folder of images, and a file of NumPy arrays.
 
-Loaders start anew at every pass. The train loaders shuffle with torch's global generator and nothing else, so that
+Loaders start over on every pass. The train loaders shuffle with torch's global generator and nothing else, so that
 ``torch.manual_seed`` repeats an epoch.
 """
 
@@ -43,11 +43,11 @@ class Arrays:
         return len(self.x)
 
     def inputs(self, indices: Sequence[int]) -> torch.Tensor:
-        """These samples as one batch."""
+        """Return these samples as a batch."""
         return self.x[list(indices)]
 
     def targets(self, indices: Sequence[int]) -> torch.Tensor:
-        """Their targets as one batch."""
+        """Return their targets as a batch."""
         assert self.y is not None
         return self.y[list(indices)]
 
@@ -57,7 +57,7 @@ Samples = Images | Arrays
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """(inputs, target) batches in an order drawn anew at every pass from torch's global generator."""
+    """(inputs, target) batches, reshuffled on every pass with torch's global generator."""
 
     samples: Samples
     batch: int
@@ -73,7 +73,7 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class InputLoader:
-    """Input batches in a fixed order, without targets: `count` samples spread evenly over the whole."""
+    """Input batches in a fixed order, without targets: `count` samples evenly spaced over the data."""
 
     samples: Samples
     batch: int
@@ -97,23 +97,23 @@ def image_folder(
     batch: int = 32,
     calibration_samples: int = 512,
 ) -> Task:
-    """A task of classifying images: ``root/<class>/*.png`` (or jpg), or ``root/train/...`` with val or test.
+    """Create an image-classification task from ``root/<class>/*.png`` (or jpg), or ``root/train/...`` with val or test.
 
     Classes are numbered in the order of their sorted names. Without ``train`` and ``val``, every fifth image of a
-    class (by name) is kept for evaluation. Calibration reads train images, spread evenly over the classes. The
+    class (by name) is held out for evaluation. Calibration reads train images, evenly spaced over the classes. The
     metric is top-1 accuracy; the loss is cross entropy on the first output. Train images are not augmented.
 
     Args:
         root: The folder.
-        size: Side of the square that the network takes, in pixels.
-        resize: Length of the short side before the centre is cut out; None is 8/7 of `size` (256 for 224).
-        mean: Subtracted from red, green and blue, as fractions of 1.
-        std: Divided by.
-        batch: Samples of a batch.
-        calibration_samples: At most so many.
+        size: Side of the network's square input, in pixels.
+        resize: Length of the short side before the centre crop; None is 8/7 of `size` (256 for 224).
+        mean: Mean of the red, green and blue channels, for values from 0 to 1.
+        std: Standard deviation of the channels.
+        batch: Batch size.
+        calibration_samples: Largest number of calibration samples.
 
     Raises:
-        TaskError: There are no images, or val has a class that train has not.
+        TaskError: There are no images, or val has a class that is missing in train.
         MissingDependency: Pillow is not installed.
     """
     pillow()
@@ -133,21 +133,21 @@ def image_folder(
 
 
 def npz_arrays(path: Path | str, *, batch: int = 64, calibration_samples: int = 512) -> Task:
-    """A task of the arrays ``x_train, y_train, x_test, y_test, x_calibration`` in an ``.npz`` file; any of them.
+    """Create a task from an ``.npz`` file with any of ``x_train, y_train, x_test, y_test, x_calibration``.
 
-    Inputs reach the network as they are stored, but float64 and float16 as float32. Integer targets are classes:
-    the metric is accuracy, the loss cross entropy. Floating-point targets: the metric is R², the share of the
-    targets' variance that the network explains (1 is perfect, 0 is no better than the mean), which unlike a squared
-    error has no unit, so that ``drop<=1%`` means the same for every table; the loss is the mean squared error.
-    Calibration reads x_calibration, or else x_train, spread evenly.
+    Inputs are used as stored, except that float64 and float16 become float32. Integer targets are classes: the metric
+    is accuracy, the loss cross entropy. Floating-point targets are regression values: the metric is R², the explained
+    share of the targets' variance (1 is perfect, 0 no better than the mean), which is dimensionless, so that
+    ``drop<=1%`` means the same for every data set; the loss is the mean squared error. Calibration reads x_calibration,
+    or else x_train, evenly spaced.
 
     Args:
         path: The file.
-        batch: Samples of a batch.
-        calibration_samples: At most so many.
+        batch: Batch size.
+        calibration_samples: Largest number of calibration samples.
 
     Raises:
-        TaskError: The file is damaged, holds Python objects, has no inputs, or targets that do not fit them.
+        TaskError: The file is damaged, contains Python objects, has no inputs, or its targets do not match them.
     """
     path = Path(path)
     arrays = _read_npz(path)
@@ -191,7 +191,7 @@ def _accuracy(samples: Samples, batch: int) -> Callable[[Predict], float]:
                     "accuracy needs one row of scores per sample",
                     got=f"a first output of shape {tuple(scores.shape)} for {len(chunk)} samples",
                     expected=f"({len(chunk)}, classes)",
-                    remedy="give a task of your own: Task(evaluate=...)",
+                    remedy="use a custom task: Task(evaluate=...)",
                 )
             right += int((scores.argmax(axis=-1) == samples.targets(chunk).numpy()).sum())
         return right / len(samples)
@@ -288,7 +288,7 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
                 f"all targets in {y_name} are equal, so that R² is not defined",
                 got=f"{len(y)} equal targets",
                 expected="targets that vary",
-                remedy="give integer classes, more samples, or a task of your own with evaluate",
+                remedy="give integer classes, more samples, or a custom task with evaluate",
             )
         return Arrays(_inputs(x), torch.from_numpy(y.astype(np.float32)))
     if y.ndim == 2 and y.shape[1] == 1:
@@ -309,6 +309,6 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """`count` of the first `total` whole numbers, evenly spread; all of them where there are fewer."""
+    """`count` of the first `total` integers, evenly spaced; all of them if there are fewer."""
     count = min(total, count)
     return [i * total // count for i in range(count)]

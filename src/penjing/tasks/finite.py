@@ -1,4 +1,4 @@
-"""NaN in what the source answers to the samples that its artifacts are compared on."""
+"""NaN in the source's outputs on the samples that artifacts are compared on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from penjing.tasks.outputs import output_names
 
 
 def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:
-    """Raise where the source answers NaN to the samples that artifacts are compared on.
+    """Raise if the source's outputs on the samples that artifacts are compared on contain NaN.
 
-    Infinities may be meant (a masked score); artifacts have to give the same ones.
+    Infinities may be intended (a masked score); artifacts have to reproduce them.
 
     Args:
-        outputs: Flat, samples first.
-        structure: How they are nested.
+        outputs: Flat list of outputs, samples first.
+        structure: Their nesting.
 
     Raises:
-        TaskError: Names the output and counts the samples.
+        TaskError: An output contains NaN; the error names it and counts the samples.
     """
     for name, output in zip(output_names(structure), outputs, strict=True):
         wrong = output.isnan() if output.is_floating_point() else torch.zeros(())
@@ -30,7 +30,7 @@ def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:
             raise TaskError(
                 f"the network returns NaN in {name}",
                 got=f"NaN for {int(rows.sum())} of {len(rows)} samples of the calibration data (or of the example)",
-                expected="numbers: with NaN no artifact can be compared",
-                remedy="look for a division by zero, a logarithm of a negative number, or a row that is masked "
-                "everywhere before a softmax; and whether these inputs are as the network expects them",
+                expected="outputs without NaN, which can't be compared with an artifact's",
+                remedy="look for a division by zero, a logarithm of a negative number, or a fully masked row before a "
+                "softmax; and check that these inputs are preprocessed as the network expects",
             )

@@ -1,4 +1,4 @@
-"""Folders of image files: which file is of which class, and images as tensors."""
+"""Folders of image files: classes by folder, and images as tensors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from penjing.errors import MissingDependency, TaskError
 from penjing.records import reading
 from penjing.tasks.usercode import suggest
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue as fractions of 1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue, for values from 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-_EVALUATION_SHARE = 5  # of a folder without train and val, every fifth image of a class is for evaluation
+_EVALUATION_SHARE = 5  # in a folder without train and val, every fifth image of a class is held out for evaluation
 
-MOST_BYTES = 1 << 28  # of an image's file
-MOST_PIXELS = 1 << 26  # of an image after it was resized: one of 1 × 100,000 would fill the memory
+MOST_BYTES = 1 << 28  # of the image file
+MOST_PIXELS = 1 << 26  # of an image after resizing: one of 1 × 100,000 would exhaust the memory
 
 Files = tuple[tuple[Path, int], ...]  # paths and class numbers
 
 
 @dataclass(frozen=True)
 class Images:
-    """Image files read as (3, size, size) float32: short side resized, centre cut out, normalised.
+    """Image files read as (3, size, size) float32: short side resized, centre-cropped, normalized.
 
     Attributes:
         files: Paths and class numbers, in a fixed order.
         size: Side of the square in pixels.
-        resize: Length of the short side before the cut, in pixels.
-        mean: Of red, green and blue, as fractions of 1.
-        std: The same.
+        resize: Length of the short side before the crop, in pixels.
+        mean: Mean of red, green and blue, for values from 0 to 1.
+        std: Their standard deviation.
     """
 
     files: Files
@@ -47,15 +47,15 @@ class Images:
         return len(self.files)
 
     def inputs(self, indices: Sequence[int]) -> torch.Tensor:
-        """These images as (batch, 3, size, size) float32.
+        """Return these images as (batch, 3, size, size) float32.
 
         Raises:
-            TaskError: A file is not a picture.
+            TaskError: A file is not an image.
         """
         return torch.stack([self._read(self.files[i][0]) for i in indices])
 
     def targets(self, indices: Sequence[int]) -> torch.Tensor:
-        """Their classes as (batch,) int64."""
+        """Return their classes as (batch,) int64."""
         return torch.tensor([self.files[i][1] for i in indices])
 
     def _read(self, path: Path) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Images:
 
 
 def pillow() -> ModuleType:
-    """Pillow's Image module.
+    """Import Pillow's Image module.
 
     Raises:
         MissingDependency: Pillow is not installed.
@@ -101,13 +101,13 @@ def pillow() -> ModuleType:
 
 
 def image_files(root: Path) -> tuple[Files, Files]:
-    """Files for training and for evaluation, with their class numbers, in the order of their sorted names.
+    """List the files for training and for evaluation with their class numbers, sorted by name.
 
     ``root/<class>/*.png`` or ``.jpg``, or the same below ``root/train`` and ``root/val`` (or ``test``). Without these,
-    every fifth image of a class is for evaluation.
+    every fifth image of a class is held out for evaluation.
 
     Raises:
-        TaskError: There are no images, or the evaluation part has a class that the train part has not.
+        TaskError: There are no images, or the evaluation part has a class that is missing in the training part.
     """
     if not root.is_dir():
         raise TaskError("the folder of images is missing", got=str(root), expected="an existing folder")

@@ -1,4 +1,4 @@
-"""Misspelt keywords: Python's own TypeError, with the name that was meant."""
+"""Misspelt keywords: Python's own TypeError, with a suggestion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 def suggesting(called: Called) -> Called:
-    """A function, or a class on whose creation it holds, that names the nearest keyword where one is not known.
+    """Decorate a function or class so that an unknown keyword raises an error with the nearest known one.
 
     >>> @suggesting
     ... def train(*, epochs=1): ...
@@ -40,7 +40,7 @@ def suggesting(called: Called) -> Called:
 
 
 def check_keywords(called: str, given: Iterable[str], names: list[str]) -> None:
-    """Raise TypeError where a keyword is not one of `names`."""
+    """Raise TypeError if a keyword is not one of `names`."""
     for word in given:
         if word not in names:
             near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Opening TASK: a Python name, a folder of images, or a file of arrays."""
+"""Opening a TASK: a Python name, a folder of images, or a file of arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penjing.tasks.usercode import call_named, load_named, public_callables, spl
 
 
 def open_task(spec: str) -> Task:
-    """Open TASK.
+    """Open a TASK.
 
     Args:
         spec: ``file.py:task`` or ``package.module:task`` (a `Task`, or a function without arguments that returns
@@ -52,10 +52,10 @@ def open_task(spec: str) -> Task:
 
 
 def as_task(task: Any) -> Task:
-    """A task as it was given: itself, or TASK in words (see `open_task`).
+    """Return a task itself, or open its description (see `open_task`).
 
     Raises:
-        TaskError: It is neither, or what the words name is not a task.
+        TaskError: The argument is neither, or does not name a task.
     """
     if isinstance(task, Task):
         return task

@@ -1,4 +1,4 @@
-"""What a network returns, as a flat list with a JSON-able structure, and a predictor that speaks NumPy."""
+"""A network's outputs as a flat list with a JSON-serializable structure, and a predictor with NumPy interface."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from penjing.errors import CalibrationError, SourceError
 from penjing.modes import in_eval_mode
 
 Structure = dict[str, Any]  # {"kind": "tensor" | "tuple" | "dict" | "none" | "constant", ...}
-_REGULAR = "?bBhHiIlLqQefdFD"  # NumPy type characters that torch knows
+_REGULAR = "?bBhHiIlLqQefdFD"  # NumPy dtype kinds that torch supports
 
 
 def flatten_outputs(outputs: Any) -> tuple[list[Any], Structure]:
-    """All tensors (or arrays) of a network's outputs in order, and the structure that puts them back.
+    """Flatten a network's outputs to tensors (or arrays) in order, and the structure to restore them.
 
     Tuples, named tuples and lists become "tuple"; dicts and Hugging Face's ModelOutput become "dict", where
     entries that are None are dropped. Numbers, strings and booleans are kept in the structure.
@@ -75,10 +75,10 @@ def _remedy(value: Any) -> str:
 
 
 def unflatten_outputs(leaves: Sequence[Any], structure: Structure) -> Any:
-    """The opposite of `flatten_outputs`: tensors, tuples and dicts.
+    """Invert `flatten_outputs`: tensors, tuples and dicts.
 
     Raises:
-        SourceError: The number of leaves does not fit the structure.
+        SourceError: The number of leaves does not match the structure.
 
     >>> unflatten_outputs([1, 2], {"kind": "tuple", "items": [{"kind": "tensor"}, {"kind": "tensor"}]})
     (1, 2)
@@ -97,11 +97,11 @@ def _unflatten(leaves: Iterator[Any], structure: Structure) -> Any:
         return tuple(_unflatten(leaves, item) for item in structure["items"])
     if kind == "dict":
         return {key: _unflatten(leaves, item) for key, item in structure["items"].items()}
-    return structure.get("value")  # "constant" holds one, "none" does not
+    return structure.get("value")  # "constant" has a value, "none" does not
 
 
 def output_names(structure: Structure) -> list[str]:
-    """One unique name per tensor, in order: "output" alone, "output_0" in a tuple, the keys of a dict.
+    """Return a unique name per tensor, in order: "output" alone, "output_0" in a tuple, the keys of a dict.
 
     >>> output_names({"kind": "dict", "items": {"a": {"kind": "tuple", "items": [{"kind": "tensor"}]}}})
     ['a_0']
@@ -110,7 +110,7 @@ def output_names(structure: Structure) -> list[str]:
     names: list[str] = []
     for path in paths:
         name = "_".join(path if path and structure["kind"] == "dict" else ("output", *path))
-        while name in names:  # {"a": {"b": x}, "a_b": y} would name both the same
+        while name in names:  # {"a": {"b": x}, "a_b": y} would give both the same name
             name += "_"
         names.append(name)
     return names
@@ -128,7 +128,7 @@ def _paths(structure: Structure, prefix: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def first_output(outputs: Any) -> Any:
-    """The first tensor of a network's outputs: what losses and metrics of built-in tasks look at.
+    """Return the first tensor of a network's outputs, which losses and metrics of built-in tasks use.
 
     Raises:
         SourceError: There is no tensor.
@@ -140,25 +140,25 @@ def first_output(outputs: Any) -> Any:
 
 
 def to_tensor(value: np.ndarray[Any, Any], where: str = "input") -> torch.Tensor:
-    """A tensor of the same shape and type; shares memory where NumPy allows it.
+    """Convert to a tensor of the same shape and dtype; shares memory if NumPy allows it.
 
     Raises:
-        CalibrationError: The array's type is unknown to torch (objects, text, dates).
+        CalibrationError: torch does not support the array's dtype (objects, text, dates).
     """
     if value.dtype.char not in _REGULAR:
         raise CalibrationError(
             f"{where} holds no numbers",
             got=f"an array of {value.dtype}",
             expected="floating-point, integer or boolean values",
-            remedy="turn text into token ids and objects into numbers first",
+            remedy="convert text to token ids and objects to numbers first",
         )
     plain = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
-    # torch warns about arrays it must not write to, such as those of a read-only memory map
+    # torch warns about read-only arrays, such as those of a memory map
     return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
 
 
 def to_numpy(value: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """An array of the same shape; bfloat16 becomes float32, which holds every value of it."""
+    """Convert to an array of the same shape; bfloat16 becomes float32, which represents it exactly."""
     if isinstance(value, np.ndarray):
         return value
     value = value.detach().cpu()
@@ -166,9 +166,9 @@ def to_numpy(value: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
 
 
 def numpy_predictor(module: nn.Module, device: str = "cpu") -> Callable[..., Any]:
-    """`predict`: NumPy inputs (called as the network is called) to NumPy outputs in the network's structure.
+    """Create `predict`: NumPy inputs (called like the network) to NumPy outputs in the network's structure.
 
-    Runs in eval mode without gradients; the modes of the module are put back after each call. The module is
+    Runs in eval mode without gradients; the module's modes are restored after each call. The module is
     moved to `device`. A tensor comes back as an array, a tuple or list as a tuple, a dict or ModelOutput as a
     dict without its None entries.
 

@@ -1,4 +1,4 @@
-"""The inputs of a task in float32, which is what a network computes in once it is captured."""
+"""A task's inputs in float32, the precision of captured networks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OTHERS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def single_task(task: Task) -> Task:
-    """A task whose data is float32 wherever it is of another precision, `predict`'s inputs too.
+    """Convert a task's floating-point data to float32, including the inputs of `predict`.
 
-    The task itself where its example is float32 already.
+    Returns the task itself if its example already is float32.
     """
     inputs = [leaf for leaf in pytree.tree_leaves(as_call(task.example)) if isinstance(leaf, torch.Tensor | np.ndarray)]
     if all(_single(leaf) is leaf for leaf in inputs):
@@ -47,7 +47,7 @@ def single_task(task: Task) -> Task:
 
 
 class _Data:
-    """Batches in float32, of data that is all else by itself."""
+    """Batches in float32; everything else is delegated to the original data."""
 
     def __init__(self, data: Any) -> None:
         self.data = data

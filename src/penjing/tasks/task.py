@@ -1,4 +1,4 @@
-"""Task: what only the user knows. Its data, its metric, its loss."""
+"""Task: the user's data, metric and loss."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ __all__ = [
     "unflatten_outputs",
 ]
 
-_HELD_OUT = 3  # every third calibration batch (or sample) judges, the others calibrate
+_HELD_OUT = 3  # every third calibration batch (or sample) is held out
 
 
 @suggesting
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What only the user knows. All but `example` may be left out; a recipe asks for what it needs.
+    """The user's data, metric and loss. Everything but `example` is optional; a recipe asks for what it needs.
 
     Attributes:
-        example: Example inputs of one forward, batch first: a tensor, a tuple of tensors, or a dict of
-            keyword tensors. The batch size does not matter. NumPy arrays are taken as tensors.
+        example: Example inputs of a forward pass, batch first: a tensor, a tuple of tensors, or a dict of
+            keyword tensors. The batch size does not matter. NumPy arrays are accepted.
         calibration: Iterable of inputs, each of the same form as `example`, batched; no labels. It is read several
-            times, so it must start anew at every pass.
+            times, so it must start over on every pass.
         train: Iterable of (inputs, target).
-        evaluate: ``evaluate(predict) -> float``. `predict` maps NumPy inputs (called as the network is called)
+        evaluate: ``evaluate(predict) -> float``. `predict` maps NumPy inputs (called like the network)
             to NumPy outputs, in the structure that the network returns.
-        select: Same form as `evaluate`; what search, rollback and repair look at, so that `evaluate` is read once.
+        select: Same form as `evaluate`; used by search, rollback and repair, so that `evaluate` is used only once.
         loss: ``loss(output, target) -> scalar tensor``.
-        higher_is_better: Whether a larger metric is the better one.
-        metric_name: How the metric is called in tables.
+        higher_is_better: Whether a larger metric is better.
+        metric_name: Name of the metric in tables.
         dynamic: Axes that vary, input name (or position) → {axis: name}. None: axis 0 of every input is "batch".
             An empty dict: every axis is fixed to the example's size.
-        name: How the task is called in tables.
+        name: Name of the task in tables.
 
     Raises:
-        TaskError: The example holds no tensor, or a part is of the wrong kind.
+        TaskError: The example has no tensor, or an argument has the wrong type.
 
     >>> import torch
     >>> Task(example=torch.zeros(1, 3, 8, 8)).call()[0][0].shape
@@ -81,7 +81,7 @@ class Task:
     name: str = "task"
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without running anything."""
+        """Check what can be checked without running anything."""
         types = [type(value).__name__ for _, _, value in leaves(as_call(self.example))]
         if not any(isinstance(v, torch.Tensor | np.ndarray) for _, _, v in leaves(as_call(self.example))):
             raise TaskError(
@@ -108,48 +108,48 @@ class Task:
                 )
 
     def call(self) -> Call:
-        """The example as positional and keyword arguments, arrays as tensors."""
+        """Return the example as positional and keyword arguments, arrays as tensors."""
         return to_tensors(as_call(self.example))
 
 
 def calibration_calls(task: Task, *, limit: int | None = None) -> Iterator[Call]:
-    """The calibration data as calls of tensors, one batch at a time, each checked against the example.
+    """Iterate the calibration data as calls of tensors, batch by batch, each checked against the example.
 
     Args:
         task: Its `calibration` is read once, from the start.
         limit: Most batches (not samples) to read; None reads all.
 
     Raises:
-        CalibrationError: At once where the task has no calibration data; while iterating where a batch has other
-            inputs, types, ranks, fixed sizes than the example or values that are not finite, where there is no
-            batch, or where a one-shot iterator is read a second time.
+        CalibrationError: At once if the task has no calibration data; while iterating if a batch differs from the
+            example in inputs, dtypes, ranks or fixed sizes, or has values that are not finite, if there is no batch,
+            or if a one-shot iterator is read a second time.
     """
     if task.calibration is None:
         raise CalibrationError(
             "the task has no calibration data",
             got="Task.calibration is None",
             expected="an iterable of input batches (no labels)",
-            remedy="give Task(calibration=batches); some hundred samples are usual",
+            remedy="give Task(calibration=batches); a few hundred samples are usual",
         )
     return checked_calls(task.calibration, task.call(), task.dynamic, limit)
 
 
 def agreement_task(task: Task, source_module: nn.Module, name: str = "the source") -> Task:
-    """The same task with a metric for those who have no labels: agreement with the source network.
+    """Return the task with a label-free metric: agreement with the source network.
 
-    Every third calibration batch (the last one of two; every third sample of a single batch) is held out: it judges,
-    and calibration keeps the rest. If the network's first output is floating point with at least two axes and more
-    than one column, the metric is the share of rows (over all axes but the last) whose largest column is the one of
-    the source. Otherwise it is the mean cosine similarity, sample by sample, between the first output and the
-    source's. Both are 1 for the source itself.
+    Every third calibration batch (the second of two; every third sample of a single batch) is held out for the metric,
+    and the rest is used for calibration. If the network's first output is floating point with at least two axes and
+    more than one column, the metric is the share of rows (over all axes but the last) with the same argmax as the
+    source. Otherwise it is the mean cosine similarity per sample between the first output and the source's. Both are 1
+    for the source itself.
 
     Args:
         task: A task with calibration data; its `evaluate` is ignored.
-        source_module: The source network, a module; it is run again at every evaluation.
-        name: What it is called in the metric's name.
+        source_module: The source network; it is run again for every evaluation.
+        name: Name of the source in the metric's name.
 
     Raises:
-        CalibrationError: There is no calibration data, or too little to hold a part out.
+        CalibrationError: There is no calibration data, or too little to hold out a part.
     """
     first = list(itertools.islice(calibration_calls(task), _HELD_OUT))
     if len(first) == 1:
@@ -185,7 +185,7 @@ def agreement_task(task: Task, source_module: nn.Module, name: str = "the source
 
 @dataclass(frozen=True)
 class _Calls:
-    """Calls that start anew at every pass."""
+    """Calls that start over on every pass."""
 
     start: Callable[[], Iterator[Call]]
 
@@ -195,7 +195,7 @@ class _Calls:
 
 @dataclass(frozen=True)
 class _Part:
-    """The calibration batches of a task whose number is (or is not) the last of every `every`."""
+    """The calibration batches of a task that are (or are not) the last of every `every`."""
 
     task: Task
     every: int
@@ -218,13 +218,13 @@ def _array(value: Any) -> Any:
 
 
 def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
-    """One batch as (what calibrates, what judges), cut along axis 0 of every tensor that has the batch there."""
+    """Split a batch into (calibration, held-out) along axis 0 of every tensor that has the batch there."""
     rows = {int(v.shape[0]) for _, _, v in leaves(call) if isinstance(v, torch.Tensor) and v.dim() > 0}
     fixed = task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values())
     samples = max(rows, default=0)
     if fixed or samples < 2:
         raise CalibrationError(
-            "there is too little calibration data to hold a part out",
+            "there is too little calibration data to hold out a part",
             got=f"one batch of {samples}" + (" and a fixed batch size" if fixed else ""),
             expected="two batches, or one batch of two samples",
             remedy="give more calibration data, or a metric: Task(evaluate=...)",
@@ -248,7 +248,7 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
 
 def _same_class(mine: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     same = np.argmax(mine, axis=-1) == np.argmax(source, axis=-1)
-    finite = np.isfinite(mine).all(axis=-1)  # argmax of NaN is a class too, and must not count as agreement
+    finite = np.isfinite(mine).all(axis=-1)  # argmax of NaN is a class, which must not count as agreement
     return np.asarray((same & finite).astype(np.float64)).reshape(-1)
 
 

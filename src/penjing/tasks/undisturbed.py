@@ -1,4 +1,4 @@
-"""What belongs to the user stays as it was: the state of a module that is run, and the settings of the process."""
+"""Preserving the user's state: buffers and attributes of a module that is run, and settings of the process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch.nn.parameter import is_lazy
 from penjing.randomness import preserve_rng_state
 
 _CONTAINERS = (list, dict, set, deque)
-_KNOWN = frozenset(vars(nn.Module()))  # hooks and flags of torch's own
+_KNOWN = frozenset(vars(nn.Module()))  # torch's own hooks and flags
 
 
 class ModuleState:
-    """The buffers and plain attributes of a module, to be compared with later and put back.
+    """A snapshot of the buffers and plain attributes of a module, to compare with and restore later.
 
-    Parameters are not copied, for no forward of a network in use changes them: one that does is seen, and named.
+    Parameters are not copied, because a forward normally does not change them; one that does is detected and named.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Look at `module`; what it holds of buffers and tensors is copied."""
+        """Take a snapshot of `module`; its buffers and tensors are copied."""
         parts = [] if _unfinished(module) else list(module.named_modules())
         self._parts = [
             (name, part, _attributes(part), dict(part._buffers))
@@ -43,7 +43,7 @@ class ModuleState:
         self._versions = [(name, p, _version(p)) for name, p in module.named_parameters() if parts]
 
     def changed(self) -> list[str]:
-        """Names of the buffers, attributes and parameters that are not what they were."""
+        """Return the names of the buffers, attributes and parameters that have changed."""
         names = []
         for prefix, part, attributes, buffers in self._parts:
             for before, now in ((buffers, part._buffers), (attributes, _attributes(part))):
@@ -53,7 +53,7 @@ class ModuleState:
         return names + [name for name, p, version in self._versions if _version(p) != version]
 
     def restore(self) -> None:
-        """Put buffers and attributes back: the same objects, with the same contents."""
+        """Restore buffers and attributes: the same objects, with the same contents."""
         for _, part, attributes, buffers in self._parts:
             now = _attributes(part)
             for key in now:
@@ -77,7 +77,7 @@ class ModuleState:
                 value.update(before)
 
     def _same(self, before: Any, now: Any) -> bool:
-        """Whether an attribute is still the object that it was, with the contents that it had."""
+        """Whether an attribute is still the same object with the same contents."""
         _, contents = self._contents.get(id(before), (None, before))
         if isinstance(now, torch.Tensor) and isinstance(contents, torch.Tensor):
             return bool(
@@ -94,7 +94,7 @@ class ModuleState:
 
 
 def _unfinished(module: nn.Module) -> bool:
-    """Whether its first forward has to make some of its tensors, which nobody wants to be taken back."""
+    """Whether some of its tensors are created by its first forward, which must not be undone."""
     return any(is_lazy(t) for t in [*module.parameters(), *module.buffers()])
 
 
@@ -109,13 +109,13 @@ def _version(tensor: torch.Tensor) -> int:
 def _equal(before: Any, now: Any) -> bool:
     try:
         return bool(before == now)
-    except Exception:  # arrays and others have no one answer
+    except Exception:  # arrays and others compare elementwise
         return False
 
 
 @contextlib.contextmanager
 def same_state(module: nn.Module) -> Iterator[ModuleState]:
-    """The module's buffers and plain attributes after the block are what they were before it."""
+    """Restore the module's buffers and plain attributes after the block."""
     state = ModuleState(module)
     try:
         yield state
@@ -125,7 +125,7 @@ def same_state(module: nn.Module) -> Iterator[ModuleState]:
 
 @contextlib.contextmanager
 def same_process() -> Iterator[None]:
-    """Torch's threads and grad mode, the global generators and the filters of warnings stand as they did before."""
+    """Restore torch's threads and grad mode, the global generators and the warning filters after the block."""
     threads, gradients, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
     with warnings.catch_warnings(), preserve_rng_state():
         try:

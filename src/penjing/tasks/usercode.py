@@ -1,7 +1,6 @@
-"""Python that the user names on the command line: ``file.py:name`` or ``package.module:name``.
+"""Running Python that the user names on the command line: ``file.py:name`` or ``package.module:name``.
 
-This is the one place where Penjing runs code it is given by name. Names inside records, recipes of other people and
-checkpoints never get here.
+This is the only place where Penjing runs code by name. Names in records, recipes and checkpoints never get here.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from typing import Any
 
 from penjing.errors import PenjingError, TaskError
 
-USER_MODULE = "penjing_user_"  # how the modules of files that were named begin
+USER_MODULE = "penjing_user_"  # prefix of the module names of such files
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def split_spec(spec: str) -> tuple[str, str] | None:
-    """(file or module, name) of ``file.py:name`` or ``package.module:name``; None where it is something else.
+    """Split ``file.py:name`` or ``package.module:name`` into (file or module, name); None for anything else.
 
-    A colon of a Windows drive is not a separator.
+    The colon of a Windows drive is not a separator.
 
     >>> split_spec("nets/small.py:make"), split_spec("pkg.nets:make"), split_spec("C:/data/images")
     (('nets/small.py', 'make'), ('pkg.nets', 'make'), None)
@@ -44,10 +43,10 @@ def split_spec(spec: str) -> tuple[str, str] | None:
 
 
 def check_file(spec: str, *, error: type[PenjingError], role: str) -> None:
-    """Raise where ``file.py:name`` names a file that is missing: before anything heavy is imported.
+    """Raise if the file of ``file.py:name`` is missing, before anything heavy is imported.
 
     Raises:
-        error: It is missing.
+        error: The file is missing.
     """
     where = (split_spec(spec) or (spec,))[0]
     if where.endswith(".py") and not Path(where).is_file():
@@ -60,13 +59,13 @@ def check_file(spec: str, *, error: type[PenjingError], role: str) -> None:
 
 
 def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -> Any:
-    """Import a file or module and return its attribute `name`. A file is imported once, however often it is named.
+    """Import a file or module and return its attribute `name`. A file is imported only once.
 
     Args:
-        where: Path of a ``.py`` file, or the dotted name of a module that can be imported from here.
+        where: Path of a ``.py`` file, or the dotted name of an importable module.
         name: The attribute.
-        error: What to raise when that fails: `SourceError` or `TaskError`.
-        role: "source" or "task", for the texts.
+        error: The exception to raise on failure: `SourceError` or `TaskError`.
+        role: "source" or "task", for messages.
 
     Raises:
         error: The file or the attribute is missing, or importing it raised (chained, with file and line).
@@ -84,17 +83,17 @@ def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -
 
 
 def _own(value: Any, module: ModuleType) -> bool:
-    """Whether a module defined a value itself; what it imported is not a candidate for a suggestion."""
+    """Whether a module defined a value itself; imported values are not suggested."""
     if isinstance(value, ModuleType):
         return False
     return not isinstance(value, type | FunctionType) or value.__module__ == module.__name__
 
 
 def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingError], role: str) -> Any:
-    """Call a factory without arguments, with the imports of its file within reach.
+    """Call a factory without arguments, with its file's folder importable.
 
     Raises:
-        error: It raised; the original error is chained and its line is named.
+        error: The factory raised; the original error is chained and its line is named.
     """
     folder = Path(where).resolve().parent if where.endswith(".py") else Path.cwd()
     try:
@@ -113,10 +112,10 @@ def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingErr
 
 @contextlib.contextmanager
 def never_exiting() -> Iterator[None]:
-    """Code of the user's that ends the process (``sys.exit``) is an error with its line, wherever it is called from.
+    """Turn an exit of the process (``sys.exit``) by the user's code into an error with its line.
 
     Raises:
-        TaskError: It did; the exit is chained.
+        TaskError: The code exited; the exit is chained.
     """
     try:
         yield
@@ -125,12 +124,12 @@ def never_exiting() -> Iterator[None]:
             "code of the task or of the network ended the process",
             got=f"sys.exit({'' if cause.code is None else repr(cause.code)}) ({line_of(cause)})",
             expected="code that returns, or raises an error",
-            remedy="take the call out, or guard a script's own part with if __name__ == '__main__'",
+            remedy="remove the call, or guard the script part with if __name__ == '__main__'",
         ) from cause
 
 
 def line_of(error: BaseException) -> str:
-    """Where the user's own code raised: the innermost line that belongs to neither torch, Penjing nor Python.
+    """Locate the error in the user's own code: the innermost line that is not in torch, Penjing or Python.
 
     For example ``net.py:12 in forward: x = self.fc(x)``.
     """
@@ -140,7 +139,7 @@ def line_of(error: BaseException) -> str:
 
 
 def line_in(frames: Iterable[traceback.FrameSummary]) -> str | None:
-    """The innermost of these frames that belongs to the user's own code, in words; None where none does."""
+    """Describe the innermost of these frames that belongs to the user's own code; None if none does."""
     own = [f for f in frames if not _foreign(f.filename)]
     if not own:
         return None
@@ -167,7 +166,7 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
 
 
 def suggest_file(path: Path) -> str | None:
-    """The nearest existing names beside a file that is missing, or None."""
+    """Suggest the nearest existing names in the folder of a missing file, or None."""
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         path, folder = folder, folder.parent
@@ -179,7 +178,7 @@ def suggest_file(path: Path) -> str | None:
 
 
 def public_callables(path: Path) -> list[str]:
-    """Names of the public functions and classes of a file, read without running it."""
+    """List the public functions and classes of a file without running it."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -191,8 +190,8 @@ def public_callables(path: Path) -> list[str]:
 def _import_file(path: Path, error: type[PenjingError], role: str) -> ModuleType:
     check_file(str(path), error=error, role=role)
     path = path.resolve()
-    # one name per file, so that SOURCE and TASK of the same file share one module, and two files called
-    # network.py do not meet
+    # one module name per file, so that SOURCE and TASK in the same file share a module, and two files called
+    # network.py do not collide
     digest = hashlib.sha256(os.path.normcase(str(path)).encode()).hexdigest()[:12]
     stem = re.sub(r"\W", "_", path.stem)
     name = f"{USER_MODULE}{digest}_{stem}"
@@ -201,7 +200,7 @@ def _import_file(path: Path, error: type[PenjingError], role: str) -> ModuleType
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look their module up
+    sys.modules[name] = module  # before it runs, because dataclasses look up their module
     try:
         with _on_path(path.parent):
             spec.loader.exec_module(module)
@@ -242,7 +241,7 @@ def _import_error(where: str, cause: BaseException, error: type[PenjingError], r
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """Let user code import what lies beside it, as it could if it were the script that runs."""
+    """Let user code import from its own folder, as if it were run as a script."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:

@@ -1,4 +1,4 @@
-"""What a metric shows to a network: how many calls, and which samples, in whatever order and batches."""
+"""Records which samples a metric gives to a network, independent of order and batching."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from penjing.tasks.outputs import to_numpy
 
 
 class Witness:
-    """`predict`, noting what it is shown.
+    """`predict` with a record of its inputs.
 
     Attributes:
-        calls: How often it was called.
-        samples: How many samples all calls held.
+        calls: Number of calls.
+        samples: Number of samples in all calls.
     """
 
     def __init__(self, predict: Callable[..., Any]) -> None:
-        """Nothing was shown yet."""
+        """Start with an empty record."""
         self.calls = self.samples = 0
         self._predict = predict
         self._sum = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network answers."""
+        """Return the network's outputs."""
         self.calls += 1
         for sample in _samples(args, kwargs):
             self.samples += 1
@@ -36,16 +36,16 @@ class Witness:
 
     @property
     def shown(self) -> str:
-        """The number of samples and a sum of their hashes.
+        """Return the number of samples and the sum of their hashes.
 
-        It is the same where the same samples came in another order or in other batches, and another where some were
-        left out, came twice, or hold other values.
+        It does not depend on the order or batching of the samples, and changes if samples are omitted, repeated, or
+        have other values.
         """
         return f"{self.samples}:{self._sum % 2**128:032x}"
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[bytes]:
-    """A hash of every sample of a call: row by row where all inputs have as many rows, else of the whole call."""
+    """A hash per sample of a call: per row if all inputs have the same number of rows, otherwise of the whole call."""
     values = [(where, _plain(leaf)) for _, where, leaf in leaves((args, dict(sorted(kwargs.items()))))]
     arrays = [value for _, value in values if isinstance(value, np.ndarray)]
     rows = {value.shape[0] if value.ndim else None for value in arrays}
