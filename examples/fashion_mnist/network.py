@@ -13,15 +13,15 @@ WEIGHTS = Path(__file__).with_name("resnet20.safetensors")
 
 
 def untrained() -> nn.Module:
-    """The network with random weights, drawn from torch's global generator."""
+    """Build the network with random weights from torch's global generator."""
     return build("resnet20", in_channels=1, classes=10)
 
 
 def resnet20() -> nn.Module:
-    """The trained network, in eval mode."""
+    """Return the trained network in eval mode."""
     if not WEIGHTS.is_file():
         raise CheckpointError(
-            "The trained weights of the example are not there.",
+            "The trained weights of the example are missing.",
             got=f"no file {WEIGHTS}",
             expected="a safetensors file of ResNet-20",
             remedy=f"Restore the file, or train it anew: python {WEIGHTS.with_name('train.py')}",

@@ -16,21 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that this fil
 from examples.data import fashion_mnist
 from penjing.tasks.task import Task
 
-MEAN, STD = 0.2860, 0.3530  # of the train images, as fractions of 255
-HELD_OUT = 5000  # the last train images: never trained on, so that a search may look at them
+MEAN, STD = 0.2860, 0.3530  # of the train images, for values from 0 to 1
+HELD_OUT = 5000  # the last train images, held out for selection
 CALIBRATION = 512
-PADDING = 2  # pixels: how far a random crop may wander
+PADDING = 2  # padding of random crops, in pixels
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Uint8 images (N, 1, 28, 28) as float32 with mean 0 and deviation 1 over the train set."""
+    """Convert uint8 images (N, 1, 28, 28) to float32 with mean 0 and standard deviation 1 over the train set."""
     return (images.float() / 255 - MEAN) / STD
 
 
 class Batches:
-    """Augmented train batches, anew at every iteration: (N, 1, 28, 28) float32 images and (N,) int64 labels.
+    """Train batches, augmented on every iteration: (N, 1, 28, 28) float32 images and (N,) int64 labels.
 
-    The order, the crops and the flips all come from torch's global generator: seed that and the batches repeat.
+    Order, crops and flips all come from torch's global generator, so seeding it reproduces the batches.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch: int = 256) -> None:
@@ -38,7 +38,7 @@ class Batches:
         self.batch = batch
         side = images.shape[-1]
         padded = F.pad(images, (PADDING,) * 4)
-        # Every crop as a view, (N, 1, offsets, offsets, side, side): picking one costs a copy of the crop alone.
+        # Every crop as a view, (N, 1, offsets, offsets, side, side), so that selecting one copies only the crop.
         self.crops = padded.unfold(2, side, 1).unfold(3, side, 1)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Batches:
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of right answers over these images, as a function of `predict`."""
+    """Create the accuracy on these images as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
         right = 0
@@ -65,7 +65,7 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor) -> Callable[[Callable[.
 
 
 def task(batch: int = 256) -> Task:
-    """Everything Penjing needs to know about Fashion-MNIST; `batch` images train at a time."""
+    """Create the Fashion-MNIST task, with training batches of `batch` images."""
     arrays = {name: torch.from_numpy(array) for name, array in fashion_mnist().items()}
     train, labels = arrays["train_images"][:, None], arrays["train_labels"].long()
     kept = len(labels) - HELD_OUT

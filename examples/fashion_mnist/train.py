@@ -1,6 +1,6 @@
 """Train the demo's ResNet-20 with Penjing's own loop: ``python examples/fashion_mnist/train.py [--epochs 20]``.
 
-It prints the test accuracy and writes resnet20.safetensors beside this file. Interrupted, it goes on where it was.
+It prints the test accuracy and writes resnet20.safetensors next to this file. If interrupted, it resumes.
 """
 
 import argparse

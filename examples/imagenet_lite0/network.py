@@ -11,5 +11,5 @@ from examples import data
 
 
 def lite0() -> nn.Module:
-    """The trained network, in eval mode: 4.65 million parameters."""
+    """Return the trained network in eval mode: 4.65 million parameters."""
     return data.lite0()

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 against its own fp32 self, on 796 images that have no labels.
+"""Agreement of EfficientNet-Lite0 with its fp32 version, on 796 unlabelled images.
 
-300 images calibrate; the metric is the share of the other 496 to which a compressed network gives the same
-first answer as the fp32 network in torch.
+300 images are the calibration set; the metric is the share of the other 496 for which a compressed network has the
+same top-1 prediction as the fp32 network in torch.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ BATCH = 10
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """Uint8 images (N, 3, 224, 224) as the float32 that the network was trained on."""
+    """Normalize uint8 images (N, 3, 224, 224) to float32 as in the network's training."""
     return (pixels.astype(np.float32) - 127) / 128
 
 
 class Batches:
-    """Images as tensors of (10, 3, 224, 224) float32, made anew at every iteration: 0.6 MB each add up."""
+    """Batches of (10, 3, 224, 224) float32, created on every iteration to save memory (0.6 MB per image)."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -46,7 +46,7 @@ class Batches:
 
 
 def prepared(path: Path) -> np.ndarray:
-    """One image on white, short side 256 (bicubic), its centre: uint8 (3, 224, 224)."""
+    """Preprocess an image: white background, short side 256 (bicubic), centre crop: uint8 (3, 224, 224)."""
     with Image.open(path) as file:
         image = file.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
@@ -59,7 +59,7 @@ def prepared(path: Path) -> np.ndarray:
 
 
 def pixels() -> tuple[np.ndarray, np.ndarray]:
-    """The images, uint8: (300, 3, 224, 224) to calibrate on, (496, 3, 224, 224) held out."""
+    """Return the images, uint8: (300, 3, 224, 224) for calibration, (496, 3, 224, 224) held out."""
     paths = data.pictures()
     name = f"lite0-pictures-{len(paths)}-{RESIZED}-{SIDE}-pillow-{PIL.__version__}"
     array = _cached(name, lambda: _shuffled(np.stack([prepared(path) for path in paths])))
@@ -67,7 +67,7 @@ def pixels() -> tuple[np.ndarray, np.ndarray]:
 
 
 def answers(images: np.ndarray) -> np.ndarray:
-    """The first answer of the fp32 network in torch to each of the uint8 images: int64 (N,)."""
+    """Return the top-1 prediction of the fp32 network in torch for each of the uint8 images: int64 (N,)."""
 
     def compute() -> np.ndarray:
         print(f"Asking the fp32 network about {len(images)} images, once.", file=sys.stderr)
@@ -83,7 +83,7 @@ def answers(images: np.ndarray) -> np.ndarray:
 
 
 def agreement(images: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float]:
-    """The share of images with the fp32 network's first answer, as a function of `predict`."""
+    """Create the agreement with the fp32 network's predictions as a function of `predict`."""
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
         expected = answers(images)
@@ -94,7 +94,7 @@ def agreement(images: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float
 
 
 def task() -> Task:
-    """Everything Penjing needs to know; there is nothing to train on."""
+    """Create the task, which has no training data."""
     calibration, held_out = pixels()
     return Task(
         name="tux-paint-stamps",
@@ -106,9 +106,9 @@ def task() -> Task:
 
 
 def _shuffled(images: np.ndarray) -> np.ndarray:
-    """Ordered by the hash of their pixels: a shuffle that no library's generator can change.
+    """Order images by the hash of their pixels: a shuffle that does not depend on a library's generator.
 
-    Some stamps look the same once they are prepared; this way they stand side by side, and so on one side of the split.
+    Some stamps are identical after preprocessing; this way they are adjacent, and on the same side of the split.
     """
     return images[np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable")]
 

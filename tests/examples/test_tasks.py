@@ -98,7 +98,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     from examples.fashion_mnist import network
 
     monkeypatch.setattr(network, "WEIGHTS", tmp_path / "resnet20.safetensors")
-    with pytest.raises(CheckpointError, match="not there"):
+    with pytest.raises(CheckpointError, match="are missing"):
         network.resnet20()
 
 

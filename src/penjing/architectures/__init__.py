@@ -1,4 +1,4 @@
-"""Built-in lightweight networks, one family a file, built by name."""
+"""Built-in lightweight networks, built by name; one family per file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every name that `build` knows, sorted.
+    """Return all names that `build` accepts, sorted.
 
     >>> "resnet20" in names()
     True
@@ -95,14 +95,14 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, **settings: Any) -> nn.Module:
-    """A new network with random weights, drawn from torch's global generator.
+    """Build a network with random weights from torch's global generator.
 
     Args:
         name: One of `names()`.
-        settings: What the family's factory takes, for example ``in_channels=1, classes=10``.
+        settings: Arguments of the family's factory, for example ``in_channels=1, classes=10``.
 
     Raises:
-        SourceError: The name is unknown, or a setting does not fit the family.
+        SourceError: The name is unknown, or the family does not accept a setting.
 
     >>> build("resnet20", in_channels=1).classifier.out_features
     10

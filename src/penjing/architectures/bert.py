@@ -1,10 +1,10 @@
-"""BERT: an encoder of text with a classifier.
+"""BERT: a text encoder with a classifier.
 
 Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", NAACL 2019; the
 smaller sizes are those of Turc et al., "Well-Read Students Learn Better: On the Importance of Pre-training Compact
 Models", arXiv 2019. All inputs are (batch, length) token ids, all outputs (batch, classes) logits.
 
-The weights of the attention are not dropped out.
+There is no dropout on attention weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads: (N, L, width) to (N, L, width)."""
+    """Multi-head self-attention: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Every token reads from all tokens that the mask (N, 1, 1, L) shows, from all without one."""
+        """Attend to all tokens, or to those that the mask (N, 1, 1, L) allows."""
         query, key, value = (self._split(layer(x)) for layer in (self.query, self.key, self.value))
         read = F.scaled_dot_product_attention(query, key, value, mask)
         mixed: torch.Tensor = self.output(read.transpose(1, 2).flatten(2))
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron of 4·width hidden channels, a norm behind each: (N, L, width) to (N, L, width)."""
+    """Attention and an MLP of 4·width hidden channels, a norm behind each: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Both branches are added to what they read; the sums are normed."""
+        """Add each branch to its input and normalize the sum."""
         x = self.norm1(x + self.dropout(self.attention(x, mask)))
         x = self.norm2(x + self.dropout(self.linear2(F.gelu(self.linear1(x)))))
         return x
@@ -61,13 +61,13 @@ class BERT(nn.Module):
 
     Args:
         classes: Number of logits.
-        vocabulary: Number of different tokens.
-        length: The most tokens of a text.
-        width: Channels of every token.
-        heads: Heads of every attention; None takes one for every 64 channels, as the paper does.
+        vocabulary: Vocabulary size.
+        length: Maximum number of tokens.
+        width: Embedding dimension of a token.
+        heads: Attention heads; None uses one per 64 channels, as in the paper.
         depth: Number of blocks.
-        dropout: Of the embeddings, of every branch and of the classifier's input.
-        segments: Number of different segments.
+        dropout: Dropout rate of the embeddings, of every branch and of the classifier's input.
+        segments: Number of segment ids.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class BERT(nn.Module):
 
         Args:
             ids: (N, L) integers from 0 to vocabulary - 1.
-            mask: (N, L), true or 1 where a token stands, false or 0 where the text is over; None shows all tokens.
-            segments: (N, L) integers, which text every token belongs to; None puts all in the first.
+            mask: (N, L), true or 1 for tokens, false or 0 for padding; None attends to all tokens.
+            segments: (N, L) integers, the segment of every token; None puts all in the first.
         """
         attention_mask = None if mask is None else mask.bool()[:, None, None, :]
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))

@@ -38,7 +38,7 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm, rectifier, 1×1 convolution, average of 2×2."""
+        """Norm, ReLU, 1×1 convolution, 2×2 average pooling."""
         pooled: torch.Tensor = self.pool(self.conv(F.relu(self.bn(x))))
         return pooled
 

@@ -1,10 +1,10 @@
-"""EfficientNet B0 to B4, and EfficientNet-Lite 0 to 4 for devices without fast gates.
+"""EfficientNet B0 to B4, and EfficientNet-Lite 0 to 4 for devices without fast squeeze-and-excitation.
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019; the Lite form is
 from Liu, "Higher accuracy on vision models with EfficientNet-Lite", TensorFlow blog, 2020. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
 
-Stochastic depth is left out, and padding is the same on both sides, also where the stride is 2.
+Stochastic depth is omitted, and padding is symmetric, even with stride 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import nn
 
-# Of every stage: expansion, kernel, stride, channels, blocks.
+# Per stage: expansion, kernel, stride, channels, blocks.
 _STAGES = (
     (1, 3, 1, 16, 1),
     (6, 3, 2, 24, 2),
@@ -39,7 +39,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups
 
 
 class SqueezeExcite(nn.Module):
-    """Scales every channel by a gate computed from the averages of all: (N, channels, H, W) to the same shape."""
+    """Scale every channel by a gate computed from the averages of all: (N, channels, H, W) to the same shape."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SqueezeExcite(nn.Module):
 class InvertedBottleneck(nn.Module):
     """1×1 that widens, depthwise convolution, gates, 1×1 that narrows: (N, inputs, H, W) to (N, outputs, H/stride, …).
 
-    The input is added where it has the shape of the output. The gates are squeezed to a quarter of the inputs. The Lite
+    The input is added if it has the shape of the output. The gates are squeezed to a quarter of the inputs. The Lite
     form has none, and ReLU6 instead of SiLU.
     """
 
@@ -71,7 +71,7 @@ class InvertedBottleneck(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The branch, plus the input where shapes allow; no activation behind the last convolution."""
+        """The branch, plus the input if the shapes match; no activation after the last convolution."""
         branch: torch.Tensor = x if self.expand is None else self.activation(self.expand(x))
         branch = self.activation(self.depthwise(branch))
         if self.excite is not None:
@@ -90,7 +90,7 @@ class EfficientNet(nn.Module):
             convolution as they are.
         depth: Multiplies the blocks of every stage, rounded up; the Lite form leaves the first and the last stage as
             they are.
-        dropout: Of the classifier's input.
+        dropout: Dropout rate of the classifier's input.
         lite: True for the Lite form.
     """
 

@@ -1,4 +1,4 @@
-"""GhostNet: half of the channels are computed, the other half are cheap copies of them.
+"""GhostNet: half of the channels are computed, the other half by cheap operations on them.
 
 Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Of every bottleneck: kernel, hidden channels, channels, whether it has gates, stride.
+# Per bottleneck: kernel, hidden channels, channels, whether it has gates, stride.
 _BOTTLENECKS = (
     (3, 16, 16, False, 1),
     (3, 48, 24, False, 2),
@@ -68,7 +68,7 @@ class GhostModule(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales every channel by a gate computed from the averages of all: (N, channels, H, W) to the same shape."""
+    """Scale every channel by a gate computed from the averages of all: (N, channels, H, W) to the same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input times gates between 0 and 1, from a sigmoid made of straight lines."""
+        """The input times gates between 0 and 1, from a hard sigmoid."""
         return x * F.hardsigmoid(self.expand(F.relu(self.reduce(self.average(x)))))
 
 
 class GhostBottleneck(nn.Module):
     """Two ghost modules and a shortcut: (N, inputs, H, W) to (N, outputs, H/stride, W/stride).
 
-    A depthwise convolution stands between the two where the stride is not 1.
+    With a stride other than 1, there is a depthwise convolution between the two.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, kernel: int, stride: int, excite: bool) -> None:
@@ -100,7 +100,7 @@ class GhostBottleneck(nn.Module):
             self.shortcut = nn.Sequential(depthwise, _convolution(inputs, outputs, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual branch plus shortcut; no activation behind the sum."""
+        """Residual branch plus shortcut; no activation after the sum."""
         branch = self.widen(x)
         if self.depthwise is not None:
             branch = self.depthwise(branch)
@@ -118,7 +118,7 @@ class GhostNet(nn.Module):
         in_channels: Channels of the input.
         classes: Number of logits.
         width: Multiplies all channels but the 1280 before the classifier, rounded to multiples of 4.
-        dropout: Of the classifier's input.
+        dropout: Dropout rate of the classifier's input.
     """
 
     def __init__(self, *, in_channels: int, classes: int, width: float, dropout: float) -> None:

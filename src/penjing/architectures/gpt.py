@@ -1,9 +1,9 @@
-"""GPT-2: a language model that reads from left to right.
+"""GPT-2: an autoregressive language model.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", OpenAI, 2019. All inputs are (batch, length)
-token ids, all outputs (batch, length, vocabulary) logits of the token that comes next.
+token ids, all outputs (batch, length, vocabulary) logits of the next token.
 
-The weights of the attention are not dropped out.
+There is no dropout on attention weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Causal self-attention, one linear map for query, key and value: (N, L, width) to (N, L, width)."""
+    """Causal self-attention with one projection for query, key and value: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Every token reads from itself and from the tokens before it."""
+        """Attend to the token itself and to previous tokens."""
         query, key, value = (self._split(part) for part in self.qkv(x).chunk(3, -1))
         read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed: torch.Tensor = self.output(read.transpose(1, 2).flatten(2))
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron of 4·width hidden channels, each behind a norm: (N, L, width) to (N, L, width)."""
+    """Attention and an MLP of 4·width hidden channels, each behind a norm: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Both branches are added to what they read."""
+        """Add each branch to its input."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         hidden = F.gelu(self.linear1(self.norm2(x)), approximate="tanh")
         x = x + self.dropout(self.linear2(hidden))
@@ -57,15 +57,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings of tokens and positions, blocks, norm, linear map with the weight of the token embedding.
+    """Embeddings of tokens and positions, blocks, norm, output layer tied to the token embedding.
 
     Args:
-        vocabulary: Number of different tokens.
-        length: The most tokens of a text.
-        width: Channels of every token.
-        heads: Heads of every attention; None takes one for every 64 channels, as the paper does.
+        vocabulary: Vocabulary size.
+        length: Maximum number of tokens.
+        width: Embedding dimension of a token.
+        heads: Attention heads; None uses one per 64 channels, as in the paper.
         depth: Number of blocks.
-        dropout: Of the embeddings and of every branch.
+        dropout: Dropout rate of the embeddings and of every branch.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                # What is added to the residual stream twice a block is the smaller the deeper the network is.
+                # The initialization of residual branches shrinks with depth.
                 added = name.endswith((".output", ".linear2"))
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * depth) if added else 0.02)
             if isinstance(module, nn.Linear) and module is not self.head:

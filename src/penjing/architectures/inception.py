@@ -1,4 +1,4 @@
-"""Inception: convolutions of several sizes side by side, their channels joined.
+"""Inception: parallel convolutions of several sizes, with concatenated channels.
 
 GoogLeNet: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, with batch norm and with 3×3 convolutions in the
 branch that the paper gives 5×5, as in the usual weights. Inception v3: Szegedy et al., "Rethinking the Inception
@@ -16,7 +16,7 @@ _Kernel = int | tuple[int, int]
 
 
 class Convolution(nn.Module):
-    """A convolution, its batch norm and the rectifier."""
+    """A convolution, its batch norm and ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: _Kernel, stride: int = 1, padding: _Kernel | None = None
@@ -33,7 +33,7 @@ class Convolution(nn.Module):
 
 
 class Joined(nn.Module):
-    """Branches side by side: (N, inputs, H, W) to (N, sum of their channels, H', W')."""
+    """Parallel branches: (N, inputs, H, W) to (N, sum of their channels, H', W')."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ def _check(in_channels: int, classes: int, width: float) -> None:
 
 
 class Inception(nn.Module):
-    """Stem, joined blocks, global average, linear classifier.
+    """Stem, Inception blocks, global average, linear classifier.
 
     Args:
         features: Everything before the average.
-        channels: What it gives.
+        channels: Number of its output channels.
         classes: Number of logits.
-        dropout: Before the classifier.
+        dropout: Dropout rate before the classifier.
     """
 
     def __init__(self, features: nn.Sequential, channels: int, classes: int, dropout: float) -> None:
@@ -79,7 +79,7 @@ class Inception(nn.Module):
         return logits
 
 
-# Of every GoogLeNet block: 1×1; 1×1 and 3×3; 1×1 and 3×3; 1×1 after the pooling. None is a pooling between stages.
+# Per GoogLeNet block: 1×1; 1×1 and 3×3; 1×1 and 3×3; 1×1 after the pooling. None is a pooling between stages.
 _GOOGLENET = (
     (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), None, (192, 96, 208, 16, 48, 64),
     (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64), (112, 144, 288, 32, 64, 64),
@@ -118,7 +118,7 @@ def googlenet(in_channels: int = 3, classes: int = 1000, width: float = 1.0) -> 
 
 
 def _fork(inputs: int, outputs: int) -> Joined:
-    """1×3 and 3×1 side by side."""
+    """Parallel 1×3 and 3×1 convolutions."""
     return Joined(Convolution(inputs, outputs, (1, 3)), Convolution(inputs, outputs, (3, 1)))
 
 

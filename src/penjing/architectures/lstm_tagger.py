@@ -1,7 +1,7 @@
-"""LSTM tagger: gives every token of a text a tag, from the tokens on both sides.
+"""LSTM tagger: sequence labelling from the context on both sides.
 
 Huang et al., "Bidirectional LSTM-CRF Models for Sequence Tagging", arXiv 2015, without the conditional random field:
-the tags of a text are decided one by one. All inputs are (batch, length) token ids, all outputs
+tags are predicted independently. All inputs are (batch, length) token ids, all outputs
 (batch, length, classes) logits.
 """
 
@@ -12,15 +12,15 @@ from torch import nn
 
 
 class LSTMTagger(nn.Module):
-    """Embedding, layers of LSTM, a linear classifier of every token.
+    """Embedding, LSTM layers, a linear classifier per token.
 
     Args:
-        classes: Number of different tags.
-        vocabulary: Number of different tokens.
+        classes: Number of tags.
+        vocabulary: Vocabulary size.
         embedding: Channels of a token.
-        width: Channels of the hidden state, of each direction.
+        width: Size of the hidden state, per direction.
         depth: Number of LSTM layers.
-        bidirectional: True for layers that also read from the end; False sees only the tokens before.
+        bidirectional: Whether layers run in both directions.
     """
 
     def __init__(

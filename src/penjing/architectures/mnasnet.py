@@ -1,4 +1,4 @@
-"""MnasNet: inverted residuals whose kernels and expansions a search chose by latency on a phone.
+"""MnasNet: inverted residuals with kernels and expansions found by a latency-aware search.
 
 Tan et al., "MnasNet: Platform-Aware Neural Architecture Search for Mobile", CVPR 2019; the form without gates (B1).
 All inputs are (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Of every stage: kernel, expansion, channels, blocks, stride of the first.
+# Per stage: kernel, expansion, channels, blocks, stride of the first.
 _STAGES = ((3, 3, 24, 3, 2), (5, 3, 40, 3, 2), (5, 6, 80, 3, 2), (3, 6, 96, 2, 1), (5, 6, 192, 4, 2), (3, 6, 320, 1, 1))
 _MOMENTUM = 1 - 0.9997
 
@@ -27,7 +27,7 @@ def _norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class Block(nn.Module):
-    """1×1 up, depthwise, 1×1 down, added to the input where shapes agree."""
+    """1×1 up, depthwise, 1×1 down, added to the input if the shapes match."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, expansion: int, stride: int) -> None:
         super().__init__()

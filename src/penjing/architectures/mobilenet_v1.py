@@ -1,4 +1,4 @@
-"""MobileNetV1: depthwise 3×3 convolutions, each with a 1×1 after it.
+"""MobileNetV1: depthwise separable convolutions.
 
 Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017. All inputs
 are (batch, in_channels, height, width), all outputs (batch, classes) logits.

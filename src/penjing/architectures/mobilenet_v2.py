@@ -1,4 +1,4 @@
-"""MobileNetV2: inverted residuals, wide inside and narrow between, with linear bottlenecks.
+"""MobileNetV2: inverted residuals with linear bottlenecks.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Of every stage: expansion, channels, blocks, stride of the first.
+# Per stage: expansion, channels, blocks, stride of the first.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
@@ -28,7 +28,7 @@ def _convolution(
 
 
 class InvertedResidual(nn.Module):
-    """1×1 up, depthwise 3×3, 1×1 down, added to the input where shapes agree.
+    """1×1 up, depthwise 3×3, 1×1 down, added to the input if the shapes match.
 
     (N, inputs, H, W) to (N, outputs, H/stride, W/stride).
     """
@@ -42,7 +42,7 @@ class InvertedResidual(nn.Module):
         self.project = _convolution(wide, outputs, 1, activate=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The branch, plus the input where shapes agree."""
+        """The branch, plus the input if the shapes match."""
         wide = x if self.expand is None else self.expand(x)
         branch: torch.Tensor = self.project(self.depthwise(wide))
         return branch + x if self.adds else branch
@@ -54,7 +54,7 @@ class MobileNetV2(nn.Module):
     Args:
         in_channels: Channels of the input.
         classes: Number of logits.
-        width: Multiplier of all channels; the head is not made narrower than 1280.
+        width: Multiplier of all channels; the head has at least 1280.
     """
 
     def __init__(self, *, in_channels: int, classes: int, width: float) -> None:

@@ -1,4 +1,4 @@
-"""MobileNetV3: inverted residuals found by a search, with squeeze-and-excite gates and hard swishes.
+"""MobileNetV3: inverted residuals found by a search, with squeeze-and-excitation and hard-swish.
 
 Howard et al., "Searching for MobileNetV3", ICCV 2019. All inputs are (batch, in_channels, height, width), all outputs
 (batch, classes) logits.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Of every block: kernel, channels inside, channels, gates, hard swish instead of the rectifier, stride.
+# Per block: kernel, channels inside, channels, gates, hard swish instead of ReLU, stride.
 _Block = tuple[int, int, int, bool, bool, int]
 _LARGE: tuple[_Block, ...] = (
     (3, 16, 16, False, False, 1),
@@ -57,7 +57,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups
 
 
 class Gate(nn.Module):
-    """Squeeze and excite: every channel times a number that the means of all channels give."""
+    """Squeeze-and-excitation: scale every channel by a gate computed from the means of all."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Gate(nn.Module):
 
 
 class Block(nn.Module):
-    """1×1 up, depthwise, gates, 1×1 down, added to the input where shapes agree."""
+    """1×1 up, depthwise, gates, 1×1 down, added to the input if the shapes match."""
 
     def __init__(
         self, inputs: int, inner: int, outputs: int, *, kernel: int, gates: bool, swish: bool, stride: int
@@ -97,7 +97,7 @@ class MobileNetV3(nn.Module):
     """A 3×3 stem, the blocks, a 1×1 head, global average, one hidden layer, linear classifier.
 
     Args:
-        blocks: One entry a block.
+        blocks: One entry per block.
         hidden: Width of the layer before the classifier.
         in_channels: Channels of the input.
         classes: Number of logits.

@@ -1,11 +1,11 @@
-"""ResNet, in its small form for images of about 32×32 and in its form for 224×224.
+"""ResNet, in its CIFAR form for images of about 32×32 and in its ImageNet form for 224×224.
 
 He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
 
-Both forms take 1×1 convolutions for shortcuts that change shape (the paper's option B). Option A, which the paper
-uses on CIFAR, has no parameters there but pads with zeros; ResNet-20 so has 272,474 parameters instead of 269,722
-for 3 input channels and 10 classes.
+Both forms use 1×1 convolutions for shortcuts that change shape (the paper's option B). Option A, which the paper uses
+on CIFAR, pads with zeros instead and has no parameters, so that ResNet-20 has 272,474 parameters here instead of
+269,722 for 3 input channels and 10 classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(inputs, width, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual branch plus shortcut, then the rectifier."""
+        """Residual branch plus shortcut, then ReLU."""
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = self.bn2(self.conv2(branch))
         return F.relu(branch + (x if self.shortcut is None else self.shortcut(x)))
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 and a shortcut: (N, inputs, H, W) to (N, 4·width, H/stride, W/stride).
 
-    The stride sits in the 3×3 convolution, as in today's published weights, not in the first 1×1 of the paper.
+    The stride is in the 3×3 convolution, as in current published weights, not in the first 1×1 as in the paper.
     """
 
     expansion = 4
@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(inputs, width * self.expansion, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual branch plus shortcut, then the rectifier."""
+        """Residual branch plus shortcut, then ReLU."""
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = F.relu(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages whose width doubles while height and width halve, global average, linear classifier.
+    """Stem, stages that double the channels and halve the resolution, global average, linear classifier.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -126,15 +126,15 @@ class ResNet(nn.Module):
 
 
 class Short(nn.Module):
-    """A stem, and twice a convolution of stride 2 before a residual block; global average, linear classifier.
+    """A stem, two pairs of a stride-2 convolution and a residual block, global average, linear classifier.
 
     Few wide layers instead of many narrow ones: Page, "How to Train Your ResNet", 2018, whose ResNet-9 has one such
-    layer more. A processor's vectors are full, and an image passes eight layers.
+    layer more. It fills a processor's vectors, with only eight layers in sequence.
 
     Args:
         in_channels: Channels of the input.
         classes: Number of logits.
-        width: Channels of the stem; two and four times as many follow.
+        width: Channels of the stem; the stages have two and four times as many.
     """
 
     def __init__(self, *, in_channels: int, classes: int, width: int) -> None:

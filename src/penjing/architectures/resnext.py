@@ -1,4 +1,4 @@
-"""ResNeXt: a ResNet whose 3×3 convolutions have groups.
+"""ResNeXt: a ResNet with grouped 3×3 convolutions.
 
 Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -30,7 +30,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(_convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual branch plus shortcut, then the rectifier."""
+        """Residual branch plus shortcut, then ReLU."""
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = F.relu(self.bn2(self.conv2(branch)))
         branch = self.bn3(self.conv3(branch))
@@ -46,7 +46,7 @@ class ResNeXt(nn.Module):
         group_width: Channels of one group in the first stage.
         in_channels: Channels of the input.
         classes: Number of logits.
-        width: Channels of the stem; everything else is in proportion.
+        width: Channels of the stem; all others scale with it.
     """
 
     def __init__(

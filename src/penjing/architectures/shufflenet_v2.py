@@ -1,4 +1,4 @@
-"""ShuffleNetV2: half of the channels pass, half are worked on, and a shuffle mixes them for the next block.
+"""ShuffleNetV2: half of the channels bypass each block, and a channel shuffle mixes them for the next.
 
 Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -19,7 +19,7 @@ def _norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 def shuffled(x: torch.Tensor) -> torch.Tensor:
-    """The two halves of the channels in turns: (N, C, H, W) to the same."""
+    """Interleave the two halves of the channels: (N, C, H, W) to the same."""
     n, channels, height, width = x.shape
     return x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
 
@@ -34,25 +34,25 @@ class Branch(nn.Module):
         self.second = _norm(outputs, outputs, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rectified after both 1×1 convolutions."""
+        """ReLU after both 1×1 convolutions."""
         return F.relu(self.second(self.depthwise(F.relu(self.first(x)))))
 
 
 class Basic(nn.Module):
-    """Half of the channels pass, the other half goes through the branch: (N, C, H, W) to the same."""
+    """Half of the channels bypass the branch: (N, C, H, W) to the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.branch = Branch(channels // 2, channels // 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Split, work, join, shuffle."""
+        """Split, transform one half, concatenate, shuffle."""
         passing, worked = x.chunk(2, 1)
         return shuffled(torch.cat([passing, self.branch(worked)], 1))
 
 
 class Down(nn.Module):
-    """Both halves are worked on, with half the resolution: (N, inputs, H, W) to (N, outputs, H/2, W/2)."""
+    """Downsample in two branches: (N, inputs, H, W) to (N, outputs, H/2, W/2)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Down(nn.Module):
         self.branch = Branch(inputs, outputs // 2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Work, join, shuffle."""
+        """Transform in both branches, concatenate, shuffle."""
         short = F.relu(self.pointwise(self.depthwise(x)))
         return shuffled(torch.cat([short, self.branch(x)], 1))
 

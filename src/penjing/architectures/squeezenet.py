@@ -1,4 +1,4 @@
-"""SqueezeNet: narrow 1×1 layers feed wide ones of 1×1 and 3×3 side by side.
+"""SqueezeNet: narrow 1×1 squeeze layers followed by wide, parallel 1×1 and 3×3 expand layers.
 
 Iandola et al., "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size", 2016. All inputs
 are (batch, in_channels, height, width), all outputs (batch, classes) logits.
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_SQUEEZED = (16, 16, 32, 32, 48, 48, 64, 64)  # of every fire; it gives eight times as many
+_SQUEEZED = (16, 16, 32, 32, 48, 48, 64, 64)  # squeeze channels of every fire module, which outputs eight times as many
 
 
 class Fire(nn.Module):
-    """1×1 squeeze, then 1×1 and 3×3 side by side: (N, inputs, H, W) to (N, 8·squeezed, H, W)."""
+    """1×1 squeeze, then parallel 1×1 and 3×3 expand: (N, inputs, H, W) to (N, 8·squeezed, H, W)."""
 
     def __init__(self, inputs: int, squeezed: int) -> None:
         super().__init__()
@@ -23,18 +23,18 @@ class Fire(nn.Module):
         self.expand3 = nn.Conv2d(squeezed, 4 * squeezed, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rectified twice."""
+        """ReLU after both."""
         x = F.relu(self.squeeze(x))
         return torch.cat([F.relu(self.expand1(x)), F.relu(self.expand3(x))], 1)
 
 
 class SqueezeNet(nn.Module):
-    """Stem, eight fires with poolings between, a 1×1 classifier and the global average of its maps.
+    """Stem, eight fire modules with pooling in between, a 1×1 classifier and global average pooling.
 
     Args:
-        kernel: Of the stem.
+        kernel: Kernel size of the stem.
         stem: Channels of the stem.
-        pools: Fires that a pooling stands before.
+        pools: Fire modules preceded by pooling.
         in_channels: Channels of the input.
         classes: Number of logits.
         width: Multiplier of all channels.

@@ -1,11 +1,11 @@
-"""U-Net: labels every pixel from what is seen around it and from the fine detail at its place.
+"""U-Net: semantic segmentation with an encoder, a decoder and skip connections.
 
 Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes, height, width) logits.
 
-The paper's convolutions have biases and no padding, so that its output is smaller than its input, and it has no norms;
+The paper's convolutions have biases and no padding, so its output is smaller than its input, and it has no norms;
 with 1 input channel and 2 classes it has 31,030,658 parameters. Here convolutions are padded and followed by batch
-norm, as is customary today. The paper's dropout is left out.
+norm, as is customary today. The paper's dropout is omitted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 
 class DoubleConvolution(nn.Module):
-    """Twice a 3×3 convolution, norm and rectifier: (N, inputs, H, W) to (N, outputs, H, W)."""
+    """Two 3×3 convolutions, each with norm and ReLU: (N, inputs, H, W) to (N, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class DoubleConvolution(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles height and width, halves the channels, and joins what the way down had there.
+    """Double height and width, halve the channels, and concatenate the skip connection.
 
     (N, 2·outputs, H, W) and (N, outputs, 2·H, 2·W) to (N, outputs, 2·H, 2·W).
     """
@@ -45,19 +45,19 @@ class Up(nn.Module):
         self.convolutions = DoubleConvolution(2 * outputs, outputs)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """The skipped channels stand before the enlarged ones."""
+        """Concatenate the skip connection in front of the upsampled channels."""
         joined: torch.Tensor = self.convolutions(torch.cat((skip, self.enlarge(x)), 1))
         return joined
 
 
 class UNet(nn.Module):
-    """Convolutions at ever lower resolutions, then back up, and a 1×1 convolution for the classes.
+    """Encoder, decoder with skip connections, and a 1×1 convolution for the classes.
 
     Args:
         in_channels: Channels of the input.
-        classes: Number of logits of every pixel.
-        width: Channels at full resolution; they double at every step down.
-        depth: Steps down; height and width must be multiples of 2 to this power.
+        classes: Number of logits per pixel.
+        width: Channels at full resolution, doubled at every level.
+        depth: Number of downsampling levels; height and width must be multiples of 2 to this power.
     """
 
     def __init__(self, *, in_channels: int, classes: int, width: int, depth: int) -> None:

@@ -1,7 +1,7 @@
-"""VGG: 3×3 convolutions and nothing else, in the form for 224×224 and in a small one for images of about 32×32.
+"""VGG: plain stacks of 3×3 convolutions, in the form for 224×224 and in a small one for images of about 32×32.
 
 Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. The small form
-has batch norm, a global average instead of the large linear layers, and is the usual one for CIFAR. All inputs are
+has batch norm and a global average instead of the large linear layers, as is common for CIFAR. All inputs are
 (batch, in_channels, height, width), all outputs (batch, classes) logits.
 """
 
@@ -42,14 +42,14 @@ def _start(network: nn.Module) -> None:
 
 
 class VGG(nn.Module):
-    """Convolutions, an average over 7×7 parts, and three linear layers.
+    """Convolutions, 7×7 adaptive average pooling, and three linear layers.
 
     Args:
         depth: 11, 13, 16 or 19 layers with weights.
         in_channels: Channels of the input.
         classes: Number of logits.
         width: Channels of the first stage; the linear layers have 64 times as many.
-        norm: Batch norm after every convolution, which then keeps its bias, as in the usual weights.
+        norm: Whether batch norm follows every convolution, which keeps its bias, as in published weights.
     """
 
     def __init__(self, depth: int, *, in_channels: int, classes: int, width: int, norm: bool) -> None:

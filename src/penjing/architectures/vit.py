@@ -1,11 +1,11 @@
-"""Vision transformer: an image is a sequence of patches, and a class token gathers what they say.
+"""Vision transformer: a transformer encoder on image patches, with a class token.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", ICLR 2021; the tiny
 and the small size and the initialisation are those of Touvron et al., "Training data-efficient image transformers &
 distillation through attention", ICML 2021. All inputs are (batch, in_channels, resolution, resolution), all outputs
 (batch, classes) logits.
 
-Stochastic depth and dropout are left out.
+Stochastic depth and dropout are omitted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads, one linear map for query, key and value: (N, L, width) to (N, L, width)."""
+    """Multi-head self-attention with one projection for query, key and value: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Every token reads from all tokens."""
+        """Attend to all tokens."""
         query, key, value = (self._split(part) for part in self.qkv(x).chunk(3, -1))
         read = F.scaled_dot_product_attention(query, key, value)
         mixed: torch.Tensor = self.output(read.transpose(1, 2).flatten(2))
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron of 4·width hidden channels, each behind a norm: (N, L, width) to (N, L, width)."""
+    """Attention and an MLP of 4·width hidden channels, each behind a norm: (N, L, width) to (N, L, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,20 +48,20 @@ class Block(nn.Module):
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Both branches are added to what they read."""
+        """Add each branch to its input."""
         x = x + self.attention(self.norm1(x))
         x = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
         return x
 
 
 class VisionTransformer(nn.Module):
-    """Linear map of every patch, class token, learned positions, blocks, norm, linear classifier of the class token.
+    """Patch embedding, class token, learned positions, blocks, norm, linear classifier on the class token.
 
     Args:
         in_channels: Channels of the input.
         classes: Number of logits.
-        width: Channels of every token.
-        heads: Heads of every attention; None takes one for every 64 channels, as the paper does.
+        width: Embedding dimension of a token.
+        heads: Attention heads; None uses one per 64 channels, as in the paper.
         depth: Number of blocks.
         patch: Height and width of a patch.
         resolution: Height and width of the input, a multiple of `patch`.
