@@ -92,8 +92,8 @@ def fingerprint(calls: Iterable[Call]) -> str:
             if isinstance(leaf, torch.Tensor):
                 digest.update(f"|{where}:{leaf.dtype}{list(leaf.shape)}".encode())
                 flat = leaf.detach().cpu().contiguous().reshape(-1)
-                # As in penjing.network.weights, which can't be imported here: NumPy has no bfloat16, but every dtype has
-                # bytes.
+                # As in penjing.network.weights, which can't be imported here: NumPy has no bfloat16, but every dtype
+                # has bytes.
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(f"|{where}={leaf!r}".encode())
