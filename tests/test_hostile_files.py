@@ -212,8 +212,8 @@ def test_values_that_no_file_of_ours_has(copy, name, edit, read, word):
         ("[" * 200_000, "nested deeper"),
         ("- " * 100_000, "not valid YAML"),
         ("- x: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"- x: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in
-         zip("abcdefgh", "bcdefghi", strict=True)), "aliases written out"),
-        ("- &a [*a]\n", "aliases written out"),
+         zip("abcdefgh", "bcdefghi", strict=True)), "aliases expanded"),
+        ("- &a [*a]\n", "aliases expanded"),
         ("- Finetune: {epochs: 3, epochs: 4}\n", "appears twice"),
         ("- Finetune: {epochs: 1" + "0" * 400 + "}\n", "more than 64 bits"),
         ("- Finetune: {epochs: 1" + "0" * 5000 + "}\n", "64 bits"),

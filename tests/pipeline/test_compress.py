@@ -366,7 +366,7 @@ def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for
 
 
 def test_what_the_plan_holds_that_nobody_asked_for_is_told(tmp_path):
-    """Weights of 6 bits that the runtime stores in 8, with the size; a remedy against huge channels."""
+    """Weights of 6 bits that the runtime stores in 8, with the size; a remedy against outlier channels."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
     with torch.no_grad():
@@ -376,7 +376,7 @@ def test_what_the_plan_holds_that_nobody_asked_for_is_told(tmp_path):
     goal, options = "minimize size_bytes, drop<=100%", {"runtime": "onnxruntime", "seconds": 0.01, "threads": 1}
     told = pj.compress(network, task, goal, out=tmp_path / "default", **options).record
     assert told.goal.chosen == "onnxruntime-int8"
-    assert any("huge channels" in text and "dB instead of" in text for text in told.warnings)
+    assert any("outlier channels" in text and "dB instead of" in text for text in told.warnings)
     recipe = pj.Recipe(pj.quantize.Static(weight_bits=6))
     narrow = pj.compress(network, task, goal, recipe=recipe, out=tmp_path / "narrow", **options).record
     assert narrow.goal.chosen == "onnxruntime-int8"
