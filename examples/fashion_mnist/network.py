@@ -24,7 +24,7 @@ def resnet20() -> nn.Module:
             "The trained weights of the example are missing.",
             got=f"no file {WEIGHTS}",
             expected="a safetensors file of ResNet-20",
-            remedy=f"Restore the file, or train it anew: python {WEIGHTS.with_name('train.py')}",
+            remedy=f"Restore the file, or train it again: python {WEIGHTS.with_name('train.py')}",
         )
     network = untrained()
     try:
@@ -34,6 +34,6 @@ def resnet20() -> nn.Module:
             "The example's weights can't be read into ResNet-20.",
             got=f"{WEIGHTS}: {error}",
             expected="a safetensors file of ResNet-20 with 1 input channel and 10 classes",
-            remedy=f"Restore the file, or train it anew: python {WEIGHTS.with_name('train.py')}",
+            remedy=f"Restore the file, or train it again: python {WEIGHTS.with_name('train.py')}",
         ) from error
     return network.eval()
