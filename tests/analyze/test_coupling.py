@@ -249,10 +249,10 @@ def test_layers_that_stay_whole_are_held_and_a_wrong_name_gets_the_nearest():
     x = torch.randn(2, 3, 6, 6)
     network, coupling = coupled(Residual(), x, keep=["a"])
     assert set(coupling.groups) == {"stem"}
-    assert coupling.not_prunable["a.weight:0"] == "a shall stay whole"
+    assert coupling.not_prunable["a.weight:0"] == "a is excluded by keep"
     with pytest.raises(RecipeError, match="did you mean stem"):
         couple(network, ((x,), {}), keep=["stm"])
-    with pytest.raises(RecipeError, match="no such group"):
+    with pytest.raises(RecipeError, match="group of channels does not exist"):
         coupling.edits({"a": [0]})
 
 

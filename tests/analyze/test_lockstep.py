@@ -102,7 +102,7 @@ def test_both_sides_answer_as_the_network_and_as_its_quantized_copy(example):
         entry = bias_entry(draft.plan, layer.site)
         if entry is None or layer.module.bias is None or layer.replica_inputs[0].dim() == 3:
             return None
-        return layer.twin_outputs(bias=lockstep.rounded(layer.module.bias, entry))
+        return layer.replica_outputs(bias=lockstep.rounded(layer.module.bias, entry))
 
     source, replica = lockstep.run(draft.network, draft.plan, map(as_call, data), with_integer_bias)
     for found, wanted in zip(leaves(source), answers(draft.network, data), strict=True):

@@ -103,7 +103,7 @@ def test_layers_without_a_shortcut_go_with_their_norm_and_activation():
     model = build("vgg16_small", in_channels=1, classes=3, width=4)
     network, task = raised(model, torch.randn(4, 1, 32, 32))
     context = Context(task=task)
-    with pytest.raises(PruningError, match="no block that can be taken out"):
+    with pytest.raises(PruningError, match="no block that can be removed"):
         Blocks(blocks=1)(Draft(network), context)
     draft = Blocks(blocks=2, layers=True)(Draft(network), context)
     count = lambda n: sum(isinstance(m, nn.Conv2d) for m in n.modules())  # noqa: E731

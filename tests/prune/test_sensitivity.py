@@ -77,19 +77,19 @@ def test_ratios_follow_from_it_and_meet_the_target(uneven):
 def test_a_finished_scan_is_read_again_and_another_networks_is_not(uneven, tmp_path):
     network, task, coupling = uneven
     kept = tmp_path / FILE
-    first = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, kept=kept)
+    first = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
     told = json.loads(kept.read_text())
     told["groups"]["a"]["noise"][0] = 0.125  # so that a value that was read shows
     del told["groups"]["b"]
     kept.write_text(json.dumps(told))
-    again = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, kept=kept)
+    again = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
     assert again["a"].noise[0] == 0.125 and again["b"] == first["b"]
     with torch.no_grad():
         network.get_parameter("a.weight").mul_(1.5)
-    other = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, kept=kept)
+    other = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
     assert other["a"].noise[0] != 0.125
     kept.write_text("{damaged")
-    assert scan(network, coupling, ranked(coupling), Context(task=task), batches=1, kept=kept) == other
+    assert scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept) == other
 
 
 def test_the_step_keeps_its_scan_in_the_folder_of_the_run(uneven, tmp_path):

@@ -1,1 +1,1 @@
-"""What a network costs and how it is made. Code in this folder reads a network and never changes it."""
+"""Cost, structure, statistics and sensitivity of networks. Code in this folder reads a network and never changes it."""

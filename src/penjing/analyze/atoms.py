@@ -1,9 +1,9 @@
-"""One atom for every position along every axis of every stored tensor, and what joins them.
+"""Atoms: one for every position along every axis of every stored tensor, and the operators that couple them.
 
-An atom is what can be removed. Every value in the network has *labels*: for each of its axes an array that says which
-atom every position belongs to, or None where the axis never changes (batch, height, width, tokens). Operators join
-atoms (an addition needs the same channels on both sides), rearrange labels (a concatenation), or hold atoms fixed
-where nothing can be proven. What is joined is removed together.
+An atom is the smallest thing that can be removed. Every value in the network has *labels*: for each axis an array with
+the atom of every position, or None where the axis never changes (batch, height, width, tokens). Operators join
+atoms (an addition needs the same channels on both sides), rearrange labels (a concatenation), or mark atoms as not
+prunable where nothing can be proven. Joined atoms are removed together.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch import fx
 
 from penjing.network.graph import site
 
-# Atoms along an axis, FIXED where a position never goes; None: the whole axis never changes. Where several axes are
-# laid out along one, (several, length): a position goes with any of its atoms.
+# Atoms along an axis, FIXED where a position is never removed; None: the whole axis never changes. Where several axes
+# are flattened into one, (several, length): a position is removed with any of its atoms.
 Axis = np.ndarray | None
 Labels = tuple[Axis, ...]
 FIXED = -1
-STORED = "a stored value"  # the role of an axis until an operator says more
+STORED = "a stored value"  # the role of an axis until an operator determines it
 
 
 @dataclass(frozen=True)
 class Literal:
-    """A number in the network that follows from how many positions of an axis are kept.
+    """A constant in the graph that depends on how many positions of an axis remain.
 
     Attributes:
         where: The operator's site.
-        argument: Name of the argument (or of the layer's attribute), with an index in a list: ("shape", 2).
-        labels: The number is the kept positions of these, divided by `divisor`.
+        argument: Name of the argument (or of the layer's attribute), with an index into a list: ("shape", 2).
+        labels: The constant is the number of these positions that remain, divided by `divisor`.
         divisor: See `labels`.
-        value: Where this is given, it becomes the argument as soon as anything of `labels` is removed.
+        value: If given, the new constant as soon as any of `labels` is removed.
     """
 
     where: str
@@ -49,7 +49,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Partition:
-    """A split into parts whose lengths become explicit."""
+    """A split whose part lengths become explicit."""
 
     where: str
     axis: int
@@ -58,7 +58,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Reordering:
-    """Rearranging operators from `first` to `last` that only permute one axis: position i comes from `order[i]`."""
+    """A chain of operators from `first` to `last` that permutes one axis: position i comes from `order[i]`."""
 
     first: str
     last: str
@@ -72,7 +72,7 @@ Change = Literal | Partition | Reordering
 
 @dataclass
 class Walk:
-    """What is known while the operators of a network are visited in the order of execution."""
+    """The state of the analysis while the operators of a network are visited in execution order."""
 
     network: fx.GraphModule
     shapes: dict[str, tuple[int, ...]]
@@ -81,7 +81,7 @@ class Walk:
     values: dict[fx.Node, Any] = field(default_factory=dict)  # Labels; a list of them for several results
     changes: list[Change] = field(default_factory=list)
     tensors: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # (name, axis) → first atom, length
-    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # what an axis is to its layer, in words
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)  # the role of an axis in its layer
     joins: list[tuple[np.ndarray, np.ndarray, str]] = field(default_factory=list)
     holds: list[tuple[np.ndarray, str]] = field(default_factory=list)
     statistics: list[tuple[np.ndarray, str]] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Walk:
 
     @classmethod
     def start(cls, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> Walk:
-        """Nothing is known but the shapes of all values (`penjing.network.graph.shapes`)."""
+        """The state before the first operator, with the shapes of all values (`penjing.network.graph.shapes`)."""
         tensors: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
         tensors.update(network.named_buffers(remove_duplicate=False))
         names: dict[int, str] = {}
@@ -102,19 +102,19 @@ class Walk:
     # --- atoms ----------------------------------------------------------------------------------------------------
 
     def new(self, length: int) -> np.ndarray:
-        """Atoms of their own, that no stored tensor holds: lengths that are free to follow others."""
+        """New atoms that belong to no stored tensor: lengths that can follow others."""
         self.count += length
         self.free.append((self.count - length, self.count))
         return np.arange(self.count - length, self.count)
 
     def is_free(self, axis: np.ndarray) -> bool:
-        """Whether an axis is one of `new`."""
+        """Whether an axis was made by `new`."""
         return any(first <= axis.flat[0] < last for first, last in self.free)
 
     def stored(self, name: str, axis: int, role: str) -> Axis:
         """The atoms of an axis of a parameter or buffer; an axis of length 1 never changes.
 
-        A tensor that is stored under several names has the atoms of the first.
+        A tensor that is stored under several names has the atoms of its first name.
         """
         tensor = self.stored_tensors[name]
         name, size = self.names[id(tensor)], tensor.shape[axis]
@@ -129,13 +129,13 @@ class Walk:
         return np.arange(first, first + length)
 
     def name_role(self, name: str, axis: int, role: str) -> None:
-        """Say what an axis of a stored value is, once an operator tells."""
+        """Set the role of an axis of a stored value, once an operator determines it."""
         key = (self.names[id(self.stored_tensors[name])], axis) if name in self.stored_tensors else (name, axis)
         if self.roles.get(key) == STORED:
             self.roles[key] = role
 
     def join(self, a: Axis, b: Axis, why: str) -> None:
-        """Positions of two axes go together; where one never changes, the other does not either."""
+        """Couple the positions of two axes; where one never changes, the other must not change either."""
         if a is None or b is None:
             self.hold(b if a is None else a, why)
             return
@@ -150,9 +150,9 @@ class Walk:
             self.joins.append((a[free], b[free], why))
 
     def _join_parts(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
-        """Parts that vary in the same way go together; the others have no counterpart, and stay.
+        """Couple the parts of flattened axes that vary in the same way; parts without a counterpart are not prunable.
 
-        A plain axis each of whose positions is another is laid out as the other side is.
+        A plain axis with distinct atoms takes the layout of the other side.
         """
         rows, others = sorted((list(np.atleast_2d(side)) for side in (a, b)), key=len)
         for row in rows:
@@ -172,23 +172,23 @@ class Walk:
             self.hold(row, why)
 
     def hold(self, axis: Axis, why: str) -> None:
-        """These atoms are never removed."""
+        """Mark these atoms as not prunable."""
         if axis is not None and (axis != FIXED).any():
             self.holds.append((axis[axis != FIXED], why))
 
     def depends(self, axis: Axis, where: str) -> None:
-        """The operator `where` takes statistics over these atoms: without some of them the others change."""
+        """Note that the operator `where` computes statistics over these atoms: removing some changes the others."""
         if axis is not None:
             self.statistics.append((axis[axis != FIXED], where))
 
     def components(self) -> np.ndarray:
-        """Component of every atom."""
+        """The connected component of every atom."""
         if not self.joins:
             return np.arange(self.count)
         rows, columns = (np.concatenate([join[side] for join in self.joins]) for side in (0, 1))
         graph = coo_matrix((np.ones(len(rows), bool), (rows, columns)), (self.count, self.count))
-        found: np.ndarray = connected_components(graph, directed=False)[1]
-        return found
+        component: np.ndarray = connected_components(graph, directed=False)[1]
+        return component
 
     # --- values ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Walk:
         return self.shapes[node.name]
 
     def length(self, node: fx.Node, argument: tuple[str | int, ...], given: Any, axis: Axis, divisor: int = 1) -> bool:
-        """Note that the number `given` follows from an axis; False where it is computed and can't follow."""
+        """Note that the constant `given` depends on an axis; False where it is computed and can't be edited."""
         if axis is None or given == -1:
             return True
         if not isinstance(given, int):
@@ -212,7 +212,7 @@ class Walk:
 
 
 def _pattern(row: np.ndarray) -> bytes:
-    """Which positions have the same atom."""
+    """A key of which positions share an atom."""
     _, first, number = np.unique(row, return_index=True, return_inverse=True)
     return bytes(first[number].tobytes())
 
@@ -223,7 +223,7 @@ def fixed(rank: int) -> Labels:
 
 
 def concatenated(axes: Sequence[Axis], lengths: Sequence[int]) -> Axis:
-    """Labels of parts behind one another."""
+    """Labels of concatenated parts."""
     if all(axis is None for axis in axes):
         return None
     return np.concatenate([np.full(n, FIXED) if axis is None else axis for axis, n in zip(axes, lengths, strict=True)])

@@ -1,8 +1,7 @@
-"""Parts of a network that can be taken out whole, because their input has the shape of their output.
+"""Parts of a network that can be removed as a whole, because their input and output have the same shape.
 
-A *block* is the branch beside the shortcut of a residual addition (He et al., "Deep Residual Learning", CVPR 2016):
-without it the addition gives what the shortcut gives. A *layer* is a convolution or linear layer with the norm and the
-activation behind it.
+A *block* is the residual branch of a residual addition (He et al., "Deep Residual Learning", CVPR 2016): without it the
+addition passes on its shortcut. A *layer* is a convolution or linear layer with the norm and activation that follow.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ ACTIVATIONS = ("relu", "clip", "silu", "gelu", "hardswish", "leaky_relu", "elu",
 
 @dataclass(frozen=True)
 class Bypass:
-    """One part that can be taken out.
+    """One part that can be removed.
 
     Attributes:
         name: The module path that its operators share.
         kind: "block" or "layer".
         last: Site of the operator whose value is replaced.
-        by: Site of the operator whose value takes its place.
-        layers: Its layers with parameters, in the order of execution.
+        by: Site of the operator whose value replaces it.
+        layers: Its layers with parameters, in execution order.
     """
 
     name: str
@@ -41,32 +40,32 @@ class Bypass:
 
 
 def bypasses(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Bypass, ...]:
-    """All blocks and layers that can be taken out, in the order of execution.
+    """All blocks and layers that can be removed, in execution order.
 
     Args:
         network: A captured network.
         call: Example inputs (args, kwargs).
     """
     sizes = {name: tuple(int(n) for n in t.shape) for name, t in shapes(network, call).items()}
-    found: list[Bypass] = []
+    parts: list[Bypass] = []
     for node in network.graph.nodes:
         what = kind(network, node)
         if what == "add" and len(inputs := tensor_inputs(node)) == 2:
             for shortcut, branch in (inputs, inputs[::-1]):
                 part = _between(shortcut, branch)
                 if part and sizes.get(shortcut.name) == sizes.get(node.name):
-                    found += _named(network, "block", node, shortcut, part)
+                    parts += _named(network, "block", node, shortcut, part)
                     break
         elif what in LAYERS and node.op == "call_module":
             last, part = _chain(network, node)
             before = tensor_inputs(node)[0]
             if len(part) > 1 and sizes.get(before.name) == sizes.get(last.name):
-                found += _named(network, "layer", last, before, part)
-    return tuple(found)
+                parts += _named(network, "layer", last, before, part)
+    return tuple(parts)
 
 
 def _between(shortcut: fx.Node, branch: fx.Node) -> list[fx.Node]:
-    """The operators through which the shortcut's value reaches the branch's; none where it does not."""
+    """The operators on the paths from the shortcut to the end of the branch; none where there is no path."""
     reached = {shortcut}
     part: list[fx.Node] = []
     node = shortcut.next
@@ -83,7 +82,7 @@ def _between(shortcut: fx.Node, branch: fx.Node) -> list[fx.Node]:
 
 
 def _chain(network: fx.GraphModule, layer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The last of the norms and activations behind a layer that read nothing else, and all of them."""
+    """The last operator of a layer with its norms and activations, and all operators of that chain."""
     part = [layer]
     while len(users := list(part[-1].users)) == 1:
         after = users[0]

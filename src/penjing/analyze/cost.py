@@ -1,9 +1,9 @@
-"""What every operator of a captured network costs: parameters, multiply-accumulates, bytes.
+"""The cost of every operator of a captured network: parameters, multiply-accumulates, bytes.
 
-A multiply-accumulate (MAC) is one multiplication whose product is added to a sum: half of what is called a FLOP
-elsewhere. Counted are convolutions, linear layers, matrix products, attention and recurrent layers; elementwise
-operators, norms and poolings count 0, as in the published figures of networks (ResNet-18: 1.814 billion at 224×224).
-Everything is counted for one sample, on shapes alone: no data is computed.
+A multiply-accumulate (MAC) is one multiplication whose product is added to a sum: two FLOPs. Convolutions, linear
+layers, matrix products, attention and recurrent layers are counted; elementwise operators, norms and poolings count 0,
+as in published figures (ResNet-18: 1.814 billion at 224×224). Everything is counted for one sample, from shapes alone:
+no data is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from penjing.records import LayerRow
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shapes = dict[str, torch.Tensor]
 
-# Operators that only name memory in another way, or copy it: no row of their own.
+# Views and copies: no row of their own.
 _FREE = frozenset(
     {
         *("reshape", "transpose", "identity", "dropout", "getitem", "select", "slice", "split", "split_with_sizes"),
@@ -45,16 +45,16 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment with the most live activations: how many bytes, and the operator that runs then."""
+    """The peak of live activations: their bytes, and the operator that runs at that moment."""
 
     size_bytes: int
     site: str
 
 
 def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
-    """One row for every operator that costs something, in the order of execution.
+    """One row for every operator with a cost, in execution order.
 
-    Views, dropout, arithmetic on sizes and on masks have no row.
+    Views, dropout, and arithmetic on sizes and masks have no row.
 
     Args:
         network: A captured network.
@@ -62,17 +62,17 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
             the network was exported with a fixed batch.
 
     Returns:
-        Rows with parameters (a tensor that several layers share counts once, for the first of them), MACs, bytes of
-        the output and bytes of the parameters.
+        Rows with parameters (a shared tensor counts once, for the first layer that has it), MACs, bytes of the output
+        and bytes of the parameters.
     """
-    found = _shapes(network, call)
+    values = _shapes(network, call)
     counted: set[int] = set()
     rows: list[LayerRow] = []
     for node in network.graph.nodes:
         if not _is_operator(node) or kind(network, node) in _FREE or not tensor_inputs(node):
             continue
         parameters = [p for p in _parameters(network, node) if id(p) not in counted]
-        outputs = _outputs(node, found)
+        outputs = _outputs(node, values)
         if not parameters and not any(t.is_floating_point() or t.is_complex() for t in outputs):
             continue
         counted.update(map(id, parameters))
@@ -81,7 +81,7 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
                 name=site(node),
                 kind=kind(network, node),
                 parameters=sum(p.numel() for p in parameters),
-                macs=_macs(network, node, found),
+                macs=_macs(network, node, values),
                 activation_bytes=sum(t.numel() * t.element_size() for t in outputs),
                 weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
             )
@@ -92,19 +92,19 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
 def resized_macs(
     network: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """MACs of the network with other sizes, without building it.
+    """MACs of the network with other shapes, without building it.
 
     Args:
         network: A captured network.
-        sizes: Node name → shape of its result.
-        stored: Name of a parameter → its shape, where it is another than in the network.
+        sizes: Node name → shape of its value.
+        stored: Name of a parameter → its shape, where it differs from the network's.
     """
-    found = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
+    values = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
     total = 0
     for node in network.graph.nodes:
         if _is_operator(node) and kind(network, node) not in _FREE:
             weight = stored.get(f"{node.target}.weight") if node.op == "call_module" else None
-            total += _macs(network, node, found, None if weight is None else torch.empty(weight, device="meta"))
+            total += _macs(network, node, values, None if weight is None else torch.empty(weight, device="meta"))
     return total
 
 
@@ -135,25 +135,25 @@ def peak_activation_bytes(network: fx.GraphModule, call: Call) -> int:
 
 
 def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
-    """The most bytes of inputs and activations that are alive at once for one sample, run in the graph's order.
+    """The most bytes of inputs and activations that are alive at once for one sample, in the graph's order.
 
-    A tensor lives from the operator that makes it to the last one that reads it or a view of it, the network's
-    outputs to the end. Weights are not among them. A runtime that fuses operators needs less.
+    A tensor is alive from the operator that computes it to the last one that reads it or a view of it; the network's
+    outputs are alive to the end. Weights are not counted. A runtime that fuses operators needs less.
     """
-    found = _shapes(network, call)
+    values = _shapes(network, call)
     order = {node: i for i, node in enumerate(network.graph.nodes)}
     sizes: dict[int, int] = {}
     born: dict[int, int] = {}
     dies: dict[int, int] = {}
     for node, position in order.items():
-        if node.name not in found or _is_constant(network, node) or node.op == "output":
+        if node.name not in values or _is_constant(network, node) or node.op == "output":
             continue
-        storage = found[node.name].untyped_storage()
-        key = storage._cdata  # views share it; `found` keeps every storage alive, so none is used twice
-        made = order[node.args[0]] if node.target is operator.getitem else position
+        storage = values[node.name].untyped_storage()
+        key = storage._cdata  # views share it; `values` keeps every storage alive, so none is used twice
+        made_at = order[node.args[0]] if node.target is operator.getitem else position
         sizes[key] = storage.nbytes()
-        born[key] = min(born.get(key, made), made)
-        dies[key] = max([dies.get(key, made), made, *(order[user] for user in node.users)])
+        born[key] = min(born.get(key, made_at), made_at)
+        dies[key] = max([dies.get(key, made_at), made_at, *(order[user] for user in node.users)])
     change = [0] * (len(order) + 1)
     for key, size in sizes.items():
         change[born[key]] += size
@@ -169,7 +169,7 @@ def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
 def _shapes(network: fx.GraphModule, call: Call) -> Shapes:
     try:
         return shapes(network, _one_sample(call))
-    except RuntimeError:  # a batch that is fixed stands as a number in the graph's reshapes
+    except RuntimeError:  # a fixed batch size is a constant in the graph's reshapes
         return shapes(network, call)
 
 
@@ -178,7 +178,7 @@ def _one_sample(call: Call) -> Call:
     batch = next((t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()), 1)
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
-        # A clone, because a cut would keep the memory of the whole.
+        # A clone, because a slice would keep the storage of the whole batch.
         return tensor[:1].clone() if tensor.dim() and tensor.shape[0] == batch else tensor
 
     return pytree.tree_map_only(torch.Tensor, cut, call)  # type: ignore[no-any-return]
@@ -210,7 +210,7 @@ def _attribute(network: fx.GraphModule, path: str) -> Any:
 
 
 def _parameters(network: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:
-    """What a layer owns, or what a functional operator reads straight or through views; each once."""
+    """The parameters of a layer, or those that a functional operator reads directly or through views; each once."""
     if node.op == "call_module":
         owned: list[Any] = list(network.get_submodule(str(node.target)).parameters())
     else:
@@ -218,28 +218,28 @@ def _parameters(network: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:
     return [p for p in dict.fromkeys(owned) if isinstance(p, nn.Parameter)]
 
 
-def _outputs(node: fx.Node, found: Shapes) -> list[torch.Tensor]:
-    if node.name in found:
-        return [found[node.name]]
-    return [found[user.name] for user in node.users if user.name in found]  # one of several results each
+def _outputs(node: fx.Node, tensors: Shapes) -> list[torch.Tensor]:
+    if node.name in tensors:
+        return [tensors[node.name]]
+    return [tensors[user.name] for user in node.users if user.name in tensors]  # one of several results each
 
 
 # --- multiply-accumulates ---------------------------------------------------------------------------------------
 
 
-def _macs(network: fx.GraphModule, node: fx.Node, found: Shapes, weight: torch.Tensor | None = None) -> int:
+def _macs(network: fx.GraphModule, node: fx.Node, tensors: Shapes, weight: torch.Tensor | None = None) -> int:
     """MACs of one operator; `weight` stands for that of a layer."""
     what = kind(network, node)
     if node.op == "call_module":
         if weight is None:
             weight = getattr(network.get_submodule(str(node.target)), "weight", None)
-        x = found[tensor_inputs(node)[0].name]
-        return _weighted(what, x, weight, found[node.name]) if weight is not None else 0
-    values = {name: fx.node.map_arg(value, lambda n: found.get(n.name, n)) for name, value in arguments(node).items()}
+        x = tensors[tensor_inputs(node)[0].name]
+        return _weighted(what, x, weight, tensors[node.name]) if weight is not None else 0
+    values = {name: fx.node.map_arg(value, lambda n: tensors.get(n.name, n)) for name, value in arguments(node).items()}
     if what in ("conv", "conv_transpose", "linear"):
-        return _weighted(what, values["input"], values["weight"], found[node.name])
+        return _weighted(what, values["input"], values["weight"], tensors[node.name])
     count = _COUNTS.get(what) or _COUNTS.get(operator_name(node))
-    return count(values, _outputs(node, found)) if count else 0
+    return count(values, _outputs(node, tensors)) if count else 0
 
 
 def _weighted(what: str, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> int:

@@ -1,9 +1,9 @@
-"""Which channels of a network belong together, so that they can only be removed together.
+"""Coupled channels: which channels of a network can only be removed together.
 
-The relation between inputs and outputs is derived operator by operator on the captured network. Every position along
-every axis of every stored tensor is an atom; operators join atoms, and what is joined is one *unit*: the rows and
-columns of the weights that go with one channel, one head, one neuron. Units that the same layers make form a *group*.
-What can't be proven is held as it is, with the operator's name, and the rest goes on.
+Dependencies are derived operator by operator on the captured network. Every position along every axis of every stored
+tensor is an atom; operators couple atoms, and coupled atoms are one *unit*: the rows and columns of the weights that
+belong to one channel, one head, one neuron. Units that the same layers produce form a *group*. What can't be proven to
+be removable is marked as not prunable, with the operator's name, and the analysis goes on.
 
 The idea of coupled groups is that of Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
 """
@@ -34,14 +34,14 @@ from penjing.steps.positions import to_text
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """What one group has of one axis of one stored tensor.
+    """The slices of one axis of one stored tensor that belong to a group.
 
     Attributes:
         tensor: Name of the parameter or buffer.
         axis: Its axis.
         positions: (n,) positions along that axis, those of the first unit first.
         units: (n,) the unit of each.
-        role: What the axis is to its layer.
+        role: What the axis is to its layer, for example "its outputs".
     """
 
     tensor: str
@@ -52,8 +52,8 @@ class Member:
 
     def of(self, units: Collection[int]) -> np.ndarray:
         """The positions of these units."""
-        mine: np.ndarray = self.positions[np.isin(self.units, list(units))]
-        return mine
+        positions: np.ndarray = self.positions[np.isin(self.units, list(units))]
+        return positions
 
     def __str__(self) -> str:
         units = len(np.unique(self.units))
@@ -64,17 +64,17 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that the same layers make, and that can be removed one by one with all of their positions.
+    """A group of coupled channels: units that the same layers produce, each of which can be removed by itself.
 
-    A member may hold some of the units alone: after a shuffle or a split other layers read other channels.
+    A member may have only some of the units: after a shuffle or a split, different layers read different channels.
 
     Attributes:
-        name: The layer that makes the channels first.
-        units: How many there are.
-        members: Every axis of a stored tensor that is cut, those that make the units first.
-        because: Why the members belong together: the operators that join them.
-        statistics: Norms and averages that are taken over these channels. Where there are some, removing units
-            changes what is computed from the others: the result is an approximation.
+        name: The first layer that produces the channels.
+        units: The number of units.
+        members: Every axis of a stored tensor that is sliced, those that produce the units first.
+        because: Why the members are coupled: the operators that couple them.
+        statistics: Norms and averages that are computed over these channels. Where there are any, removing units
+            changes the values of the others: the result is an approximation.
     """
 
     name: str
@@ -93,11 +93,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """All groups of a network, and what is held as it is.
+    """The groups of coupled channels of a network, and what is not prunable.
 
     Attributes:
         groups: Groups by name.
-        not_prunable: For every axis of a weight that gives outputs and never changes, the reason.
+        not_prunable: Output axis of a weight that can't be pruned → the reason.
     """
 
     groups: Mapping[str, Group]
@@ -128,8 +128,8 @@ class Coupling:
                 raise RecipeError(
                     f"every channel of {tensor} would be removed",
                     got=f"{length} of {length} along axis {axis}",
-                    expected="at least one that is kept",
-                    remedy="remove fewer",
+                    expected="at least one remaining channel",
+                    remedy="remove fewer channels",
                 )
             if len(cut):
                 edits.append({"edit": "slice", "tensor": tensor, "axis": axis, "removed": to_text(cut.tolist())})
@@ -138,13 +138,13 @@ class Coupling:
         return tuple(edits)
 
     def removed_atoms(self, removed: Mapping[str, Collection[int]]) -> np.ndarray:
-        """Whether each atom goes."""
+        """Whether each atom is removed."""
         flags = np.zeros(int(self._unit.max(initial=-1)) + 1, bool)
         for name, units in removed.items():
             if name not in self.groups:
                 near = difflib.get_close_matches(name, self.groups, n=3)
                 raise RecipeError(
-                    "there is no such group of channels",
+                    "this group of channels does not exist",
                     got=name,
                     expected=f"one of {len(self.groups)} groups",
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,
@@ -155,27 +155,33 @@ class Coupling:
         return gone
 
     def emptied(self, removed: Mapping[str, Collection[int]]) -> list[list[tuple[str, int]]]:
-        """For every axis of a tensor that would lose all of its positions, the units on it."""
+        """For every axis of a tensor that would lose all of its positions, the units that it has."""
         gone = self.removed_atoms(removed)
         owner = {int(c): (name, i) for name, units in self._units.items() for i, c in enumerate(units)}
-        found: list[list[tuple[str, int]]] = []
+        emptied: list[list[tuple[str, int]]] = []
         for first, length in self._walk.tensors.values():
             if gone[first : first + length].all():
-                mine = np.unique(self._unit[first : first + length])
-                mine = np.unique(np.concatenate([mine, *self._laid_out.sides(mine)]))
-                found.append(
-                    [unit for c in mine.tolist() if (unit := owner.get(c)) and unit[1] in removed.get(unit[0], ())]
+                components = np.unique(self._unit[first : first + length])
+                components = np.unique(np.concatenate([components, *self._laid_out.sides(components)]))
+                emptied.append(
+                    [
+                        unit
+                        for c in components.tolist()
+                        if (unit := owner.get(c)) and unit[1] in removed.get(unit[0], ())
+                    ]
                 )
-        return found
+        return emptied
 
     def sizes(self, gone: np.ndarray) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """Shapes of all values by node, and of all stored tensors that are cut, once these atoms are gone."""
+        """Shapes of all values by node, and of all sliced tensors by name, without the removed atoms."""
         values: dict[str, tuple[int, ...]] = {}
         for node in self._walk.network.graph.nodes:
             shape = self._walk.shapes.get(node.name)
             if shape is not None:
-                kept = self.kept(node.name, gone) or [None] * len(shape)
-                values[node.name] = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, kept, strict=True))
+                positions = self.kept_positions(node.name, gone) or [None] * len(shape)
+                values[node.name] = tuple(
+                    n if k is None else int(k.sum()) for n, k in zip(shape, positions, strict=True)
+                )
         stored: dict[str, tuple[int, ...]] = {}
         for (name, axis), (first, length) in self._walk.tensors.items():
             shape = stored.get(name, tuple(self._walk.stored_tensors[name].shape))
@@ -186,8 +192,8 @@ class Coupling:
     def _labels(self) -> dict[str, Any]:
         return {node.name: labels for node, labels in self._walk.values.items()}
 
-    def kept(self, node: str, gone: np.ndarray) -> list[np.ndarray | None]:
-        """For every axis of a value, by the name of its node, which positions are kept; None where all are."""
+    def kept_positions(self, node: str, gone: np.ndarray) -> list[np.ndarray | None]:
+        """For every axis of a node's value the mask of remaining positions; None where the axis never changes."""
         labels = self._labels.get(node)
         if not isinstance(labels, tuple):
             return []
@@ -195,18 +201,18 @@ class Coupling:
 
 
 def couple(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], keep: Iterable[str] = ()) -> Coupling:
-    """Derive the groups of a captured network.
+    """Derive the groups of coupled channels of a captured network.
 
     Args:
         network: A captured network.
         call: Example inputs (args, kwargs), batch first.
-        keep: Layers (or parts with several layers) whose outputs stay whole.
+        keep: Layers, or parts of the network, whose outputs are not pruned.
 
     Raises:
         RecipeError: `keep` names a layer that does not exist.
     """
-    found = {name: tuple(int(n) for n in t.shape) for name, t in shapes(network, call).items()}
-    walk = Walk.start(network, found)
+    sizes = {name: tuple(int(n) for n in t.shape) for name, t in shapes(network, call).items()}
+    walk = Walk.start(network, sizes)
     for node in network.graph.nodes:
         _visit(walk, node)
     _keep(walk, network, keep)
@@ -272,20 +278,20 @@ def _visit(walk: Walk, node: fx.Node) -> None:
 
 def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
     layers = {name.rpartition(".")[0] for name, _ in walk.tensors}
-    for wanted in keep:
-        mine = [key for key in walk.tensors if key[0] == wanted or key[0].startswith(f"{wanted}.")]
+    for name in keep:
+        mine = [key for key in walk.tensors if key[0] == name or key[0].startswith(f"{name}.")]
         if not mine:
-            near = difflib.get_close_matches(wanted, layers, n=3)
+            near = difflib.get_close_matches(name, layers, n=3)
             raise RecipeError(
-                "a layer that shall stay whole does not exist",
-                got=wanted,
+                "this layer or part of the network does not exist",
+                got=name,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,
             )
         for key in mine:
             if walk.roles[key] != "its inputs":
                 first, length = walk.tensors[key]
-                walk.hold(np.arange(first, first + length), f"{wanted} shall stay whole")
+                walk.hold(np.arange(first, first + length), f"{name} is excluded by keep")
 
 
 def _grouped(walk: Walk) -> Coupling:
@@ -337,13 +343,13 @@ def _sides(walk: Walk, unit: np.ndarray, layouts: LaidOut, key: tuple[str, int])
 def _by_component(
     unit: np.ndarray, layouts: LaidOut, notes: list[tuple[np.ndarray, np.ndarray, str]]
 ) -> dict[int, tuple[str, ...]]:
-    found: dict[int, dict[str, None]] = {}
+    texts_of: dict[int, dict[str, None]] = {}
     for atoms, _, text in notes:
-        mine = np.unique(unit[atoms])
-        parts = [side[side >= 0] for side in layouts.sides(mine)]
-        for component in np.unique(np.concatenate([mine, *parts])).tolist():
-            found.setdefault(component, {})[text] = None
-    return {component: tuple(texts) for component, texts in found.items()}
+        components = np.unique(unit[atoms])
+        parts = [side[side >= 0] for side in layouts.sides(components)]
+        for component in np.unique(np.concatenate([components, *parts])).tolist():
+            texts_of.setdefault(component, {})[text] = None
+    return {component: tuple(texts) for component, texts in texts_of.items()}
 
 
 def _member(here: np.ndarray, key: tuple[str, int], role: str, components: list[int]) -> Member:

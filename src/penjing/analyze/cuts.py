@@ -1,4 +1,4 @@
-"""What of a network is edited when atoms go: numbers, parts and orders in its graph."""
+"""Edits that follow from removed atoms: constants, split lengths and permutations in the graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from penjing.steps.positions import to_text
 
 
 def remaining(axis: np.ndarray, gone: np.ndarray) -> np.ndarray:
-    """Which positions of an axis remain, (length,) bool, where `gone` says which atoms are removed, (atoms,) bool."""
+    """Mask of the positions of an axis that remain, (length,), given the mask of removed atoms, (atoms,)."""
     present = np.ones(axis.shape, bool)
     known = axis != FIXED
     present[known] = ~gone[axis[known]]
@@ -19,7 +19,7 @@ def remaining(axis: np.ndarray, gone: np.ndarray) -> np.ndarray:
 
 
 def edits_of(change: Change, gone: np.ndarray) -> list[Edit]:
-    """The edit of one number, partition or order in the graph when these atoms are removed; none if it stays."""
+    """The edits of one constant, split or permutation when these atoms are removed; none if it does not change."""
     if isinstance(change, Literal):
         left = remaining(change.labels, gone)
         if left.all():

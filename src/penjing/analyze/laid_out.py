@@ -1,7 +1,7 @@
-"""Several axes laid out along one: (out, in, places) as out·in·places rows of a layer that makes kernels.
+"""Several axes flattened into one: (out, in, taps) as out·in·taps rows of a layer that generates kernels.
 
-A position of such an axis is no channel by itself. It goes as soon as one of the positions that it stands for goes:
-that of its output, or that of its input.
+A position of such an axis is not a channel by itself. It is removed as soon as one of the positions that it stands for
+is removed: that of its output, or that of its input.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from penjing.analyze.atoms import Walk
 
-DEPTH = 4  # times that what is laid out may be laid out again
+DEPTH = 4  # levels of flattened axes within flattened axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +20,19 @@ class LaidOut:
     """Which components stand for several others.
 
     Attributes:
-        of: (n,) components that go as soon as any of their parts goes.
-        parts: (most, n) components that they stand for, none of which is laid out itself; −1 behind the last.
+        of: (n,) components that are removed as soon as any of their parts is.
+        parts: (most, n) the components that they stand for, none of which is flattened itself; padded with −1.
     """
 
     of: np.ndarray
     parts: np.ndarray
 
     def spread(self, flags: np.ndarray) -> None:
-        """Set the flag (one for every component) of all that stand for a flagged one, in place."""
+        """Flag every component that stands for a flagged one, in place; `flags` has one entry per component."""
         flags[self.of] |= np.where(self.parts < 0, False, flags[self.parts]).any(0)
 
     def sides(self, components: np.ndarray) -> list[np.ndarray]:
-        """For every place among the parts what these components stand for there; −1 where it is nothing."""
+        """For every row of `parts` the component that each of these stands for; −1 where there is none."""
         place = np.full(max(int(components.max(initial=-1)), int(self.of.max(initial=-1))) + 1, -1)
         place[self.of] = np.arange(len(self.of))
         mine = np.where(components < 0, -1, place[components])
@@ -42,7 +42,8 @@ class LaidOut:
 def laid_out(walk: Walk) -> tuple[np.ndarray, LaidOut]:
     """Component of every atom, and which of the components stand for others.
 
-    What stands for two sets of parts ties them to each other, side by side, or holds both where they differ in kind.
+    A component that stands for two sets of parts couples them side by side, or makes both not prunable where they
+    differ in kind.
     """
     nothing = LaidOut(np.empty(0, int), np.empty((0, 0), int))
     if not walk.layouts:
@@ -79,7 +80,7 @@ def _padded(tables: list[np.ndarray]) -> np.ndarray:
 
 
 def _bottom(layouts: LaidOut) -> LaidOut | None:
-    """Parts that are laid out themselves give way to theirs; None where that has no end."""
+    """Replace parts that are flattened themselves by their own parts; None if deeper than `DEPTH`."""
     parts = layouts.parts
     for _ in range(DEPTH):
         sides = [inner for row in parts for inner in (row, *layouts.sides(row))]
@@ -95,7 +96,7 @@ def _bottom(layouts: LaidOut) -> LaidOut | None:
 
 
 def held_components(walk: Walk, unit: np.ndarray, layouts: LaidOut) -> dict[int, str]:
-    """Components that never go, and why: with what stands for others these, and it with the last of them."""
+    """Components that are not prunable → the reason, propagated between flattened components and their parts."""
     held: dict[int, str] = {}
     for atoms, why in walk.holds:
         for component in np.unique(unit[atoms]).tolist():

@@ -1,4 +1,4 @@
-"""How a layer with weights of its own ties the channels of its input, its weights and its output together."""
+"""How a layer couples the channels of its input, its weights and its output."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
 
 
 def _each(walk: Walk, inner: Axis, before: Axis, groups: int, why: str) -> None:
-    """What a group reads is joined with the channels of every group."""
+    """Couple the input channels of a group with those of every group."""
     if inner is None or before is None:
         walk.join(inner, before, why)
         return

@@ -1,8 +1,8 @@
 """A network and its quantized replica, run side by side, operator by operator, on the same samples.
 
-Whoever watches sees, at every layer, what comes in and goes out of both: enough to measure where noise arises, to
-give a layer back what rounding took from it, and to choose how its weights are rounded, each behind the layers
-before it as they already are. One pass over the samples serves all layers.
+At every layer an observer sees the inputs and outputs of both: enough to measure where quantization noise arises, to
+correct a layer's bias, and to choose how its weights are rounded or pruned, each layer behind those already changed.
+One pass over the samples serves all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Chunks = list[Any]  # one value for every chunk of samples
 
 @dataclass(frozen=True)
 class Layer:
-    """What a watcher sees at a convolution or linear layer.
+    """What an observer sees at a convolution or linear layer.
 
     Attributes:
         site: The layer's name in the plan.
@@ -47,8 +47,10 @@ class Layer:
     replica_inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
 
-    def twin_outputs(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """What the replica computes, with its own or with another weight and bias."""
+    def replica_outputs(
+        self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """The replica's outputs, with its own or with another weight and bias."""
         bias = self.module.bias if bias is None else bias
         return [apply(self.module, x, self.weight if weight is None else weight, bias) for x in self.replica_inputs]
 
@@ -58,24 +60,24 @@ class Layer:
         return replace(self, **chunks)
 
     def noise(self, weight: torch.Tensor) -> float:
-        """Power of the replica's error with this weight, channel means apart: they are the bias's business."""
-        found = self.twin_outputs(weight)
-        found = shifted(found, self.shift(found), self.axis)
-        errors = [(wanted - replica).square_() for wanted, replica in zip(self.outputs, found, strict=True)]
+        """Power of the replica's error with this weight, after bias correction."""
+        outputs = self.replica_outputs(weight)
+        outputs = shifted(outputs, self.shift(outputs), self.axis)
+        errors = [(output - replica).square_() for output, replica in zip(self.outputs, outputs, strict=True)]
         if (weights := self.row_weights()) is not None:
             errors = [error * w[..., None] for error, w in zip(errors, weights, strict=True)]
         return sum(float(error.sum()) for error in errors)
 
-    def shift(self, found: list[torch.Tensor]) -> torch.Tensor:
-        """What the bias has to gain so that `found` has the means of the outputs: (channels,), float64."""
-        return mean_difference(self.outputs, found, self.axis, self.row_weights())
+    def shift(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """The bias correction that gives `outputs` the channel means of the layer's outputs: (channels,), float64."""
+        return mean_difference(self.outputs, outputs, self.axis, self.row_weights())
 
     def row_weights(self) -> list[torch.Tensor] | None:
-        """How much every row of the outputs counts, (…) without the channels; None where all count the same.
+        """Weights of the output rows, (…) without the channels; None where all rows weigh the same.
 
         A linear layer in a transformer sees tokens, and a few of them (the first, the separators) carry values that
-        are larger by orders of magnitude (Sun et al., "Massive Activations in Large Language Models", 2024). Norms
-        take that size away again, so what counts is a row's error beside the row itself.
+        are larger by orders of magnitude (Sun et al., "Massive Activations in Large Language Models", 2024). The
+        following norm removes that scale, so a row's error matters relative to the row itself.
         """
         if self.kind != "linear" or self.outputs[0].dim() < 3:
             return None
@@ -100,11 +102,11 @@ def run(
     Args:
         network: A captured network in eval mode.
         plan: What the replica quantizes.
-        calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
-        watch: Called at every convolution and linear layer that is a module, in the order of execution. What it
-            returns replaces the replica's output.
-        replica: What the replica computes with in all that is not watched: a copy of the network with other tensors.
-            None is the network itself.
+        calls: Chunks of samples; all their activations that are still needed are held in memory.
+        watch: Called at every convolution and linear layer that is a module, in execution order. What it returns
+            replaces the replica's output.
+        replica: A copy of the network with other tensors, used wherever `watch` does not replace an output; None is the
+            network itself.
 
     Returns:
         The outputs of the network and of the replica, one for each chunk.
@@ -185,7 +187,7 @@ class _Replicas:
         assert isinstance(producer, fx.Node)
         layer = Layer(site(node), what, module, weight, entry, self.source[producer], replica_inputs, self.source[node])
         replaced = self.watch(layer)
-        return layer.twin_outputs() if replaced is None else replaced
+        return layer.replica_outputs() if replaced is None else replaced
 
     def _arguments(
         self,
@@ -208,8 +210,8 @@ class _Replicas:
     def _grid(self, node: fx.Node, entry: Entry, chunk: int) -> torch.Tensor:
         if (node, entry) not in self.grids:
             self.grids[node, entry] = [rounded(x, entry) for x in self.replica[node]]
-        found: torch.Tensor = self.grids[node, entry][chunk]
-        return found
+        on_grid_chunk: torch.Tensor = self.grids[node, entry][chunk]
+        return on_grid_chunk
 
 
 def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -222,9 +224,10 @@ def rounded(x: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def countable(network: fx.GraphModule) -> tuple[str, ...]:
-    """Convolution and linear layers that are modules called once: those whose tensors one call alone may change.
+    """Convolution and linear layers that are called once and share no weights, so that one call may change them.
 
-    Without those whose rows are chosen by values: few samples or none reach them, and the replica may choose others.
+    Layers whose rows are selected by values (a mixture of experts) are left out: few samples or none may reach them,
+    and the replica may select others.
     """
     called: dict[str, int] = {}
     for node in network.graph.nodes:
@@ -242,20 +245,20 @@ def countable(network: fx.GraphModule) -> tuple[str, ...]:
 
 
 def mean_difference(
-    wanted: list[torch.Tensor], found: list[torch.Tensor], axis: int, weights: list[torch.Tensor] | None = None
+    reference: list[torch.Tensor], outputs: list[torch.Tensor], axis: int, weights: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """Mean of `wanted` − `found` over all chunks and all axes but one: (channels,), float64.
+    """Mean of `reference` − `outputs` over all chunks and all axes but one: (channels,), float64.
 
-    `weights`, of the shape without the last axis, say how much every row counts.
+    `weights`, of the shape without the last axis, weight the rows.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0.0
-    for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
-        difference = a - b if weights is None else (a - b) * weights[i][..., None]
-        others = [j for j in range(a.dim()) if j != axis % a.dim()]
+    for i, (x, y) in enumerate(zip(reference, outputs, strict=True)):
+        difference = x - y if weights is None else (x - y) * weights[i][..., None]
+        others = [j for j in range(x.dim()) if j != axis % x.dim()]
         if others[1:]:  # one sample's positions in 32 bits, which is fast and loses nothing beside the rest
             difference = difference.sum(others[1:], keepdim=True)
         total = total + difference.sum(others, dtype=torch.float64)
-        count += a.numel() / a.shape[axis] if weights is None else float(weights[i].sum())
+        count += x.numel() / x.shape[axis] if weights is None else float(weights[i].sum())
     return total / count
 
 

@@ -1,8 +1,8 @@
-"""The reference that pruning is held against: the whole network, in which removed channels are masked.
+"""The masked reference that structured pruning is checked against: the full network with removed channels masked.
 
 The weights, biases, norms and states of removed channels are 0, and so are the weights that read them. Norms, means,
-maxima and softmaxes over channels are taken over the kept ones, and attention keeps its scale. What a pruned network
-gives has to be this, to rounding.
+maxima and softmaxes over channels are computed over the remaining ones, and attention keeps its scale. The outputs of
+the pruned network have to equal this reference up to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def masked(network: fx.GraphModule, coupling: Coupling, removed: dict[str, list[
     """A function with the network's arguments that computes the reference, in eval mode and without gradients.
 
     Args:
-        network: The network before pruning; it stays as it is.
+        network: The network before pruning; it is left unchanged.
         coupling: Its groups (`penjing.analyze.coupling.couple`), or those of a network that it is a copy of.
         removed: Group → units that are masked.
     """
@@ -33,14 +33,14 @@ def masked(network: fx.GraphModule, coupling: Coupling, removed: dict[str, list[
     with torch.no_grad():
         for name, units in removed.items():
             for member in coupling.groups[name].members:
-                gone = torch.from_numpy(member.of(units))
-                tensors[member.tensor].index_fill_(member.axis, gone, 0)
+                removed_positions = torch.from_numpy(member.of(units))
+                tensors[member.tensor].index_fill_(member.axis, removed_positions, 0)
     gone_atoms = coupling.removed_atoms(removed)
     masks: dict[str, Masks] = {}
     for node in network.graph.nodes:
-        kept = coupling.kept(node.name, gone_atoms)
-        if any(k is not None and not k.all() for k in kept):
-            masks[node.name] = [None if k is None or k.all() else torch.from_numpy(k) for k in kept]
+        positions = coupling.kept_positions(node.name, gone_atoms)
+        if any(k is not None and not k.all() for k in positions):
+            masks[node.name] = [None if k is None or k.all() else torch.from_numpy(k) for k in positions]
     interpreter = _Masked(model, masks)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -72,9 +72,9 @@ class _Masked(fx.Interpreter):
         return value
 
     def share(self, n: fx.Node, axis: int) -> torch.Tensor | None:
-        """Which positions of an axis are kept; None where all are."""
-        mine = self.masks.get(n.name)
-        return None if mine is None else mine[axis]
+        """Mask of the remaining positions of an axis; None where all remain."""
+        masks = self.masks.get(n.name)
+        return None if masks is None else masks[axis]
 
 
 def _along(keep: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _along(keep: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
 
 
 def _product(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Sums of products: what is masked adds nothing."""
+    """Sums of products: masked channels contribute nothing."""
     values = {x: run.zeroed(x) for x in n.all_input_nodes if isinstance(run.env[x], torch.Tensor)}
     return _call(run, n, values)
 
@@ -97,7 +97,7 @@ def _call(run: _Masked, n: fx.Node, values: dict[fx.Node, torch.Tensor]) -> Any:
 
 
 def _norm(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Layer norm over the kept positions of the last axes."""
+    """Layer norm over the remaining positions of the last axes."""
     x: Any = n.all_input_nodes[0]
     if n.op == "call_module":
         layer: Any = run.model.get_submodule(str(n.target))
@@ -122,17 +122,17 @@ def _norm(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
 def _kept_over(
     run: _Masked, x: fx.Node, value: torch.Tensor, axes: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask over the axes of a reduction, and how many of their positions are kept."""
+    """A mask over the axes of a reduction, and how many of their positions remain."""
     keep = torch.ones([value.shape[d] if d in axes else 1 for d in range(value.dim())], dtype=value.dtype)
     for d in axes:
-        mine = run.share(x, d)
-        if mine is not None:
-            keep = keep * _along(mine, d, value.dim())
+        mask = run.share(x, d)
+        if mask is not None:
+            keep = keep * _along(mask, d, value.dim())
     return keep, keep.sum()
 
 
 def _group_norm(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Statistics of every group over its kept channels; a group without any gives 0."""
+    """Statistics of every group over its remaining channels; a group without any gives 0."""
     x: Any = n.all_input_nodes[0]
     if n.op == "call_module":
         layer: Any = run.model.get_submodule(str(n.target))

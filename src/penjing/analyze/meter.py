@@ -1,4 +1,4 @@
-"""What a network costs in the unit that a target is given in, what is left of it, and what its parts contribute."""
+"""Cost of a network in the unit of a pruning target, the fraction of it that is left, and the cost of its parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 
 def amount(unit: str, network: fx.GraphModule, call: Call) -> float:
-    """Multiply-accumulates of one sample ("macs"), numbers of all parameters ("params"), or their and buffers' bytes.
+    """Multiply-accumulates of one sample ("macs"), parameters ("params"), or bytes of parameters and buffers ("size").
 
     Args:
         unit: "macs", "params" or "size" (bytes).
@@ -31,13 +31,13 @@ def amount(unit: str, network: fx.GraphModule, call: Call) -> float:
 
 
 def resized_amount(unit: str, network: fx.GraphModule, values: Sizes, stored: Sizes) -> float:
-    """The same of the network with other sizes, without building it; multiply-accumulates of the whole batch.
+    """The cost of the network with other shapes, without building it; multiply-accumulates count the whole batch.
 
     Args:
         unit: As in `amount`.
         network: A captured network.
-        values: Node name → shape of its result.
-        stored: Name of a parameter or buffer → its shape, where it is another than in the network.
+        values: Node name → shape of its value.
+        stored: Name of a parameter or buffer → its shape, where it differs from the network's.
     """
     return float(resized_macs(network, values, stored)) if unit == "macs" else _stored(unit, network, stored)
 
@@ -51,20 +51,20 @@ def _stored(unit: str, network: fx.GraphModule, shapes: Sizes) -> float:
 
 
 def fraction_left(measure: Callable[[T], float], whole: T) -> Callable[[T], float]:
-    """A function that says what something costs as a fraction of what `whole` does."""
+    """A function that gives the cost of something as a fraction of the cost of `whole`."""
     all_of_it = max(measure(whole), 1.0)
     return lambda part: measure(part) / all_of_it
 
 
 def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], float]:
-    """A function that measures two drafts side by side: the latency of the second as a part of the first's.
+    """A function that measures two drafts side by side: the latency of the second as a fraction of the first's.
 
     Raises:
-        PruningError: Nothing can be measured, because no runtime was named.
+        PruningError: Latency can't be measured, because no runtime was named.
     """
     if context.latency is None:
         raise PruningError(
-            "a latency can only be aimed at in a runtime",
+            "a latency target needs a runtime",
             got="no runtime",
             expected="pj.run(..., runtime=...) or penjing compress",
         )
@@ -78,11 +78,11 @@ def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], f
 
 
 def group_prices(unit: str, network: fx.GraphModule, coupling: Coupling, call: Call) -> dict[str, float]:
-    """Group of coupled channels → what one of its units costs, at least 1.
+    """Group of coupled channels → the cost of one of its units, at least 1.
 
     Args:
-        unit: "macs", which stands for a latency too; "channels", of which each costs 1; else the numbers that a unit
-            holds in parameters and buffers.
+        unit: "macs", also the proxy for "latency"; "channels", where each unit costs 1; otherwise a unit's share of
+            the elements of parameters and buffers.
         network: A captured network.
         coupling: Its groups.
         call: Example inputs.
@@ -104,10 +104,10 @@ def group_prices(unit: str, network: fx.GraphModule, coupling: Coupling, call: C
 
 
 def part_prices(unit: str, network: fx.GraphModule, parts: Mapping[T, Collection[str]], call: Call) -> dict[T, float]:
-    """Part of a network → what its layers cost together, at least 1.
+    """Part of a network → the cost of its layers together, at least 1.
 
     Args:
-        unit: "macs", which stands for a latency too; "blocks", of which each costs 1; else the numbers of parameters.
+        unit: "macs", also the proxy for "latency"; "blocks", where each part costs 1; otherwise the parameters.
         network: A captured network.
         parts: Part → its layers.
         call: Example inputs.

@@ -1,7 +1,7 @@
-"""Where a plan's noise comes from: every operator quantized alone, its weights and its inputs apart.
+"""Where a plan's quantization noise comes from: every operator quantized alone, weights and inputs separately.
 
-Each is judged by what reaches the network's outputs, as signal power over noise power, in decibels. Only what lies
-behind the operator is computed again.
+The noise is measured at the network's outputs, as a signal-to-noise ratio in decibels. Only the operators that depend
+on the quantized one are recomputed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Noise:
 
     @property
     def total(self) -> float:
-        """Of both: they hardly know of each other, so their powers add up."""
+        """Of both: the two are nearly uncorrelated, so their powers add up."""
         return self.weights + self.activations
 
 
@@ -50,20 +50,20 @@ def signal_to_noise(reference: nn.Module, network: nn.Module, calls: Iterable[Ca
     signal = noise = 0.0
     with torch.no_grad():
         for args, kwargs in calls:
-            wanted, found = reference(*args, **kwargs), network(*args, **kwargs)
-            signal += _power(wanted)
-            noise += _power(_difference(found, wanted))
+            reference_outputs, outputs = reference(*args, **kwargs), network(*args, **kwargs)
+            signal += _power(reference_outputs)
+            noise += _power(_difference(outputs, reference_outputs))
     return decibels(noise / signal) if signal else -math.inf
 
 
 def agreement(reference: nn.Module, network: nn.Module, calls: Iterable[Call]) -> float:
-    """Share of the rows of the first output whose largest value stands in the same place."""
+    """Fraction of the rows of the first output with the same argmax."""
     same = total = 0
     with torch.no_grad():
         for args, kwargs in calls:
-            wanted, found = (flatten_outputs(n(*args, **kwargs))[0][0] for n in (reference, network))
-            same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-            total += wanted.numel() // wanted.shape[-1]
+            reference_output, output = (flatten_outputs(n(*args, **kwargs))[0][0] for n in (reference, network))
+            same += int((reference_output.argmax(-1) == output.argmax(-1)).sum())
+            total += reference_output.numel() // reference_output.shape[-1]
     return same / max(1, total)
 
 
@@ -78,11 +78,11 @@ def isolated(
 
     Args:
         network: A captured network in eval mode, in floating point.
-        plan: What would be quantized.
-        calls: Chunks of samples; all intermediate values of one chunk are held at a time.
-        progress: Called with operators done and to do.
-        repaired: The same network with weights that a repair has put on their grids; their mean error, which a
-            corrected bias takes away, is left out. None rounds the network's own to the nearest.
+        plan: The quantization plan.
+        calls: Chunks of samples; all activations of one chunk are held at a time.
+        progress: Called with the number of operators done and the total.
+        repaired: The same network with weights that a repair has rounded to their grids; their mean error, which bias
+            correction removes, is left out. None rounds the network's own weights to the nearest.
     """
     names = sorted({edge.rpartition(":")[0] for edge in plan.entries} - {OUTPUT})
     nodes = sites(network)
@@ -108,7 +108,7 @@ def isolated(
 def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[Call]) -> dict[str, float]:
     """Noise power over signal power at the outputs when one operator alone reads bfloat16, by its site.
 
-    Inputs and weights are rounded to bfloat16; products are summed up in float32, as processors do.
+    Inputs and weights are rounded to bfloat16; products are accumulated in float32, as processors do.
 
     Args:
         network: A captured network in eval mode, in floating point.
@@ -123,8 +123,8 @@ def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[C
             once = _Once(network, call)
             signal += _power(once.output)
             for name in power:
-                found = once.rerun(nodes[name], _halved(once, nodes[name]))
-                power[name] += _power(_difference(found, once.output))
+                outputs = once.rerun(nodes[name], _halved(once, nodes[name]))
+                power[name] += _power(_difference(outputs, once.output))
     signal = max(signal, 1e-30)
     return {name: noise / signal for name, noise in power.items()}
 
@@ -143,7 +143,7 @@ def _halved(once: _Once, node: fx.Node) -> Any:
 
 
 def clipped(x: torch.Tensor, entry: Entry) -> float:
-    """Share of the values of x that lie beyond the range of `entry` by more than half a step."""
+    """Fraction of the values of x that lie outside the range of `entry` by more than half a step."""
     low, high = entry.spec.limits
     scale, zero = entry.scale[0], entry.zero_point[0]
     outside = (x < (low - zero - 0.5) * scale) | (x > (high - zero + 0.5) * scale)
@@ -151,7 +151,7 @@ def clipped(x: torch.Tensor, entry: Entry) -> float:
 
 
 class _Once:
-    """One call of the network with every value kept."""
+    """One forward pass of the network, with every activation stored."""
 
     def __init__(self, network: fx.GraphModule, call: Call) -> None:
         self.network = network
@@ -170,7 +170,7 @@ class _Once:
         return compute(self.network, node, *fx.node.map_arg((node.args, node.kwargs), lambda n: values[n]))
 
     def rerun(self, changed: fx.Node, value: Any) -> Any:
-        """The outputs where `changed` gives `value`."""
+        """The network's outputs when the node `changed` has this value."""
         fresh: dict[fx.Node, Any] = {changed: value}
         node = changed.next
         while node.op != "output":
@@ -181,7 +181,7 @@ class _Once:
 
 
 def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.GraphModule | None) -> tuple[Any, Any]:
-    """The operator's result with its weights quantized, and with its inputs; None where they are not."""
+    """The operator's output with quantized weights, and with quantized inputs; None where the plan has no entry."""
     weights = inputs = None
     entry = plan.entries.get(f"{name}:weight")
     if entry is not None:
@@ -209,7 +209,7 @@ def _alone(once: _Once, node: fx.Node, name: str, plan: Plan, repaired: fx.Graph
 
 
 def energy(values: torch.Tensor) -> float:
-    """Sum of the squares; infinities and what comes of them (a masked score in both networks) are left out."""
+    """Sum of squares over the finite values: scores masked with −inf in both networks are left out."""
     return float(torch.where(values.isfinite(), values, 0).double().square().sum())
 
 
@@ -217,6 +217,6 @@ def _power(output: Any) -> float:
     return sum(energy(t) for t in flatten_outputs(output)[0] if t.is_floating_point())
 
 
-def _difference(found: Any, wanted: Any) -> list[torch.Tensor]:
-    pairs = zip(flatten_outputs(found)[0], flatten_outputs(wanted)[0], strict=True)
+def _difference(outputs: Any, references: Any) -> list[torch.Tensor]:
+    pairs = zip(flatten_outputs(outputs)[0], flatten_outputs(references)[0], strict=True)
     return [a - b for a, b in pairs if a.is_floating_point()]

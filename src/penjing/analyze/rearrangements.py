@@ -1,6 +1,6 @@
 """How labels move through operators that only move values: transpose, concatenation, slices, indexing.
 
-Reshapes stand in `penjing.analyze.reshaping`.
+Reshapes are in `penjing.analyze.reshaping`.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def filled(walk: Walk, node: fx.Node) -> Labels:
     return tuple(out)
 
 
-def made(walk: Walk, node: fx.Node) -> Labels:
+def counting(walk: Walk, node: fx.Node) -> Labels:
     """A value that depends on no channel: a range, a number."""
     return unchanged(walk, node)  # type: ignore[no-any-return]
 
@@ -271,10 +271,10 @@ MOVING = {
     "new_ones": filled,
     "new_full": filled,
     "new_empty": filled,
-    "arange": made,
-    "scalar_tensor": made,
-    "full_": made,
-    "eye": made,
+    "arange": counting,
+    "scalar_tensor": counting,
+    "full_": counting,
+    "eye": counting,
     "tril": same,
     "triu": same,
 }

@@ -1,7 +1,7 @@
-"""How the channels of an operator's inputs and outputs belong together: products, reductions, pointwise operators.
+"""How an operator couples the channels of its inputs and outputs: products, reductions, pointwise operators.
 
-Each rule takes the `Walk` and a node, joins what goes together, and returns the labels of the result. Layers with
-weights of their own stand in `penjing.analyze.layers`, what only moves values in `penjing.analyze.rearrangements`.
+Each rule takes the `Walk` and a node, couples atoms, and returns the labels of the result. The rules of layers with
+weights are in `penjing.analyze.layers`, those of operators that only move values in `penjing.analyze.rearrangements`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rule = Callable[[Walk, fx.Node], Any]
 
 
 def refuse(walk: Walk, node: fx.Node, why: str) -> Any:
-    """Nothing that this operator reads is ever removed."""
+    """Mark everything that this operator reads as not prunable."""
     for x in tensor_inputs(node):
         if x in walk.values and isinstance(walk.values[x], tuple):
             for axis in walk.of(x):
@@ -36,16 +36,16 @@ def unchanged(walk: Walk, node: fx.Node) -> Any:
 
 
 def _results(node: fx.Node) -> list[fx.Node]:
-    """The users that read one of several results each, by their index."""
-    found: dict[int, fx.Node] = {}
+    """The nodes that read each of several results, by index."""
+    readers: dict[int, fx.Node] = {}
     for user in node.users:
         if len(user.args) == 2 and isinstance(user.args[1], int):
-            found.setdefault(user.args[1], user)
-    return [found.get(i, node) for i in range(max(found, default=-1) + 1)]
+            readers.setdefault(user.args[1], user)
+    return [readers.get(i, node) for i in range(max(readers, default=-1) + 1)]
 
 
 def hold_all(walk: Walk, node: fx.Node, axes: list[Axis], why: str) -> None:
-    """Hold axes because of an operator."""
+    """Mark axes as not prunable because of an operator."""
     for axis in axes:
         walk.hold(axis, f"{site(node)}: {why}")
 
@@ -85,7 +85,7 @@ def _second(given: dict[str, Any]) -> str:
 
 
 def einsum(walk: Walk, node: fx.Node) -> Labels:
-    """Axes of the same letter go together."""
+    """Axes with the same letter are coupled."""
     given = arguments(node)
     left, _, right = str(given["equation"]).replace(" ", "").partition("->")
     if "..." in left or not right:
@@ -143,7 +143,7 @@ def _shared_keys(walk: Walk, node: fx.Node, heads: tuple[Axis, Axis, Axis], quer
 
 def aligned(walk: Walk, node: fx.Node, axis: int, rank: int, operands: list[tuple[Labels, tuple[int, ...]]]) -> Axis:
     """Labels of one axis of a broadcast result; the operands' axes are counted from the last."""
-    found: Axis = None
+    joined: Axis = None
     sides: list[Axis] = []
     size = 1
     for labels, shape in operands:
@@ -154,11 +154,11 @@ def aligned(walk: Walk, node: fx.Node, axis: int, rank: int, operands: list[tupl
     if size == 1:
         return None
     for side in sides:
-        if found is None:
-            found = side
+        if joined is None:
+            joined = side
     for side in sides:
-        walk.join(found, side, f"{site(node)} combines it")
-    return None if any(side is None for side in sides) else found
+        walk.join(joined, side, f"{site(node)} combines it")
+    return None if any(side is None for side in sides) else joined
 
 
 def elementwise(walk: Walk, node: fx.Node) -> Labels:
@@ -169,7 +169,7 @@ def elementwise(walk: Walk, node: fx.Node) -> Labels:
 
 
 def gated(walk: Walk, node: fx.Node) -> Labels:
-    """Half of an axis are values, the other half their gates: position by position they go together."""
+    """One half of an axis are values, the other half their gates: each value is coupled with its gate."""
     x = walk.of(tensor_inputs(node)[0])
     dim = int(arguments(node)["dim"]) % len(x)
     axis = x[dim]
@@ -207,7 +207,7 @@ def _reduced(walk: Walk, node: fx.Node) -> Any:
 
 
 def average(walk: Walk, node: fx.Node) -> Any:
-    """A mean, a maximum: with fewer channels another value, that of the channels which are kept."""
+    """A mean, a maximum: over fewer channels its value changes to that of the remaining ones."""
     if "other" in arguments(node):  # the larger of two values
         return elementwise(walk, node)
     x = walk.of(tensor_inputs(node)[0])
@@ -217,12 +217,12 @@ def average(walk: Walk, node: fx.Node) -> Any:
 
 
 def total(walk: Walk, node: fx.Node) -> Any:
-    """A sum or norm: channels that are 0 add nothing."""
+    """A sum or norm: masked channels contribute nothing."""
     return _reduced(walk, node)
 
 
 def position(walk: Walk, node: fx.Node) -> Any:
-    """An operator along axes whose positions count (argmax, cumsum, sort, topk, variance)."""
+    """An operator along axes whose positions matter (argmax, cumsum, sort, topk, variance)."""
     x = walk.of(tensor_inputs(node)[0])
     axes = _axes(walk, node, len(x))
     hold_all(walk, node, [x[d] for d in axes], "every position along this axis counts")
@@ -234,7 +234,7 @@ def position(walk: Walk, node: fx.Node) -> Any:
 
 
 def softmax(walk: Walk, node: fx.Node) -> Labels:
-    """What is left shares the whole."""
+    """The remaining channels share the total."""
     x = walk.of(tensor_inputs(node)[0])
     for d in _axes(walk, node, len(x)):
         walk.depends(x[d], site(node))
@@ -242,7 +242,7 @@ def softmax(walk: Walk, node: fx.Node) -> Labels:
 
 
 def spatial(walk: Walk, node: fx.Node) -> Any:
-    """Pooling, resizing: every channel of (N, channels, …) by itself."""
+    """Pooling, resizing: every channel of (N, channels, …) is computed on its own."""
     x = walk.of(tensor_inputs(node)[0])
     shape = walk.shape(node) if node.name in walk.shapes else walk.shape(_results(node)[0])
     hold_all(walk, node, list(x[2:]), "an operator slides along this axis")
@@ -324,6 +324,6 @@ RULES: dict[str, Rule] = {
     "all": position,
     "prod": position,
 }
-"""Kind of operator (`penjing.network.graph.kind`) → its rule. Operators that torch calls pointwise need none."""
+"""Kind of operator (`penjing.network.graph.kind`) → its rule. Operators with torch's pointwise tag need none."""
 
 POINTWISE = torch.Tag.pointwise

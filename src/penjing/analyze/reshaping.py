@@ -66,7 +66,7 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     """
     left = [i for i, n in enumerate(before) if n != 1]
     right = [i for i, n in enumerate(after) if n != 1]
-    found: list[tuple[list[int], list[int]]] = []
+    runs: list[tuple[list[int], list[int]]] = []
     while left and right:
         ins, outs = [left.pop(0)], [right.pop(0)]
         while (a := math.prod(before[i] for i in ins)) != (b := math.prod(after[i] for i in outs)):
@@ -74,8 +74,8 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
                 ins.append(left.pop(0))
             else:
                 outs.append(right.pop(0))
-        found.append((ins, outs))
-    return found
+        runs.append((ins, outs))
+    return runs
 
 
 def _apart(walk: Walk, node: fx.Node, axes: list[Axis], before: list[int], after: list[int]) -> list[Axis] | None:
@@ -129,15 +129,15 @@ def _common(before: Sequence[int], after: Sequence[int]) -> list[int] | None:
 
 def _runs(sizes: Sequence[int], fine: Sequence[int]) -> list[list[int]]:
     """For every axis the finer ones that it is made of."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     place = 0
     for size in sizes:
         mine: list[int] = []
         while math.prod(fine[f] for f in mine) < size:
             mine.append(place)
             place += 1
-        found.append(mine)
-    return found
+        runs.append(mine)
+    return runs
 
 
 def _owner(place: int, fine: Sequence[int], sizes: Sequence[int]) -> int:
@@ -250,7 +250,7 @@ def _taken_apart(walk: Walk, node: fx.Node) -> set[int]:
 
     Query, key and value of one projection, the pieces of a maxout unit: a position there is not one channel of many.
     """
-    found: set[int] = set()
+    apart: set[int] = set()
     for start in range(len(walk.shape(node))):
         queue = [(node, start)]
         seen = {node}
@@ -263,10 +263,10 @@ def _taken_apart(walk: Walk, node: fx.Node) -> set[int]:
                 what, rank = kind(walk.network, user), len(walk.shape(value))
                 if what in _APART:
                     if axis in _axes_of(user, rank):
-                        found.add(start)
+                        apart.add(start)
                 elif (place := _follow(walk, user, value, axis)) is not None:
                     queue.append((user, place))
-    return found
+    return apart
 
 
 _APART = ("select", "unbind", "amax", "amin", "max", "min")

@@ -1,4 +1,4 @@
-"""Calibration samples in chunks that a network's values fit into the processor's memory with."""
+"""Calibration samples, cut into chunks whose activations stay small."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from penjing.tasks.task import Call, calibration_calls
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 1 << 24  # of the largest value in the network: larger ones are taken from the system anew every time
+CHUNK_BYTES = 1 << 24  # of the largest activation: the allocator maps larger blocks anew every time
 
 
 def size_of(call: Call) -> int:
-    """Samples of a call: the first axis of its first tensor; 1 where no tensor has an axis."""
+    """The number of samples in a call: the first axis of its first tensor; 1 where no tensor has an axis."""
     tensors = (leaf for _, _, leaf in leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim())
     return next((int(t.shape[0]) for t in tensors), 1)
 
 
 def part(call: Call, first: int, last: int) -> Call:
-    """Samples first..last of a call."""
+    """The samples first to last − 1 of a call."""
     size = size_of(call)
 
     def cut(value: Any) -> Any:
@@ -63,7 +63,7 @@ def cache_key(
 
 
 def batches(context: Context, samples: int) -> Iterator[Call]:
-    """The first calibration samples in the task's own batches; whole ones where the batch does not vary."""
+    """The first calibration samples in the task's own batches; only complete batches where their size is fixed."""
     dynamic, left = context.task.dynamic, samples
     varies = dynamic is None or any(0 in axes for axes in dynamic.values())
     for call in calibration_calls(context.task):
@@ -75,15 +75,15 @@ def batches(context: Context, samples: int) -> Iterator[Call]:
 
 
 def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> Iterator[list[Call]]:
-    """Every batch of the first calibration samples in chunks, so small that no value has more than `CHUNK_BYTES`.
+    """The first calibration samples, batch by batch, in chunks in which no activation exceeds `CHUNK_BYTES`.
 
-    Images come channels last where the network has convolutions: processors compute these faster.
+    Images are in the channels-last format where the network has convolutions, which are faster on it.
 
     Args:
         context: Its task has the samples.
-        network: What they are for.
-        samples: So many of them.
-        pieces: There are at least so many chunks in all, where there are as many samples.
+        network: The network that they will be run through.
+        samples: How many samples.
+        pieces: The minimal number of chunks, if there are as many samples.
     """
     most = 0
     images = any(isinstance(m, nn.Conv2d) for m in network.modules())
@@ -92,12 +92,12 @@ def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: i
         if not most:
             largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
             most = max(1, min(CHUNK_BYTES * size // largest, samples // pieces))
-        found = [part(call, first, min(first + most, size)) for first in range(0, size, most)]
-        yield [_channels_last(piece) for piece in found] if images else found
+        parts = [part(call, first, min(first + most, size)) for first in range(0, size, most)]
+        yield [_channels_last(piece) for piece in parts] if images else parts
 
 
 def chunks(context: Context, network: fx.GraphModule, samples: int, pieces: int = 1) -> list[Call]:
-    """The chunks of all batches together."""
+    """The chunks of `in_chunks` in one list."""
     return [call for batch in in_chunks(context, network, samples, pieces) for call in batch]
 
 
@@ -110,7 +110,7 @@ def _channels_last(call: Call) -> Call:
 
 
 def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:
-    """Calibration data to fit on, and every third batch (or sample, of fewer than three batches) to judge by.
+    """Calibration data to fit on, and every third batch (or sample, with fewer than three batches) held out.
 
     Raises:
         CalibrationError: There are fewer than two samples.
@@ -118,14 +118,14 @@ def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:
     calls = list(batches(context, samples))
     if len(calls) < 3:
         calls = [part(call, i, i + 1) for call in calls for i in range(size_of(call))]
-    held = calls[2::3] or calls[1:]
-    if not held:
+    held_out = calls[2::3] or calls[1:]
+    if not held_out:
         raise CalibrationError(
-            "one calibration sample can't be split into one to fit and one to judge by",
+            "a single calibration sample can't be split into a fitting and a held-out part",
             got="1 sample",
-            expected="two or more; some hundred are usual",
+            expected="two samples or more; a few hundred are usual",
             remedy="give more calibration data, or use quantize.Static alone",
         )
-    kept = [call for i, call in enumerate(calls) if i % 3 != 2] if len(calls) > 2 else calls[:1]
-    task = replace(context.task, calibration=[call[1] or call[0] for call in kept])
-    return replace(context, task=task), held
+    fitting = [call for i, call in enumerate(calls) if i % 3 != 2] if len(calls) > 2 else calls[:1]
+    task = replace(context.task, calibration=[call[1] or call[0] for call in fitting])
+    return replace(context, task=task), held_out

@@ -1,4 +1,4 @@
-"""Pruning: weights that matter least are removed. One method, one file."""
+"""Pruning: the least important channels, blocks or weights are removed. One technique, one file."""
 
 from penjing.prune.blocks import Blocks
 from penjing.prune.channels import Channels

@@ -1,8 +1,8 @@
-"""Structured pruning of depth: whole residual blocks and layers are taken out, those first whose loss costs least.
+"""Depth pruning: whole residual blocks and layers are removed, those first that the outputs need least.
 
-Blocks are tried one by one, on the network that is left, and judged by what the outputs lose for what is saved: no
+Every candidate is tried on the current network and ranked by the noise that it adds to the outputs per cost saved: no
 labels are needed. Chen & Zhao, "Shallowing Deep Networks: Layer-wise Pruning Based on Feature Representations", TPAMI
-2019; Men et al., "ShortGPT", 2024, with the whole network's outputs in the place of a layer's.
+2019; Men et al., "ShortGPT", 2024, with the outputs of the whole network instead of a layer's.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Call, calibration_calls
 
 UNITS = ("blocks", "macs", "params", "size", "latency")
-KEPT = number(above=0, most=1, called="the fraction to keep,")
+FRACTION_KEPT = number(above=0, most=1, called="the fraction to keep,")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Take out whole residual blocks, and layers where asked for, until a fraction of the cost is left.
+    """Remove whole residual blocks, and optionally layers, until the given fraction of the cost is left.
 
-    A block that stands beside a shortcut leaves the shortcut: the network computes what it would compute if the
-    block's last values were 0. Exactly one of the first five is given.
+    Removing a residual block leaves its shortcut: the network computes what it would if the block's output were 0.
+    Exactly one of the first five settings is given.
 
     Raises:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        blocks: How many are taken out.
-        macs: Fraction of the multiply-accumulates that is kept.
-        params: Of the parameters.
-        size: Of the bytes of parameters and buffers.
-        latency: Of the latency, measured in the target runtime.
-        layers: Also layers without a shortcut whose input and output have one shape, with their norm and activation.
-        keep: Layers, or parts of the network, that stay.
-        batches: Batches of calibration data on which every candidate is tried.
-        precision: Of the measured latency.
+        blocks: How many blocks are removed.
+        macs: The fraction of multiply-accumulates that is kept.
+        params: The fraction of parameters.
+        size: The fraction of the bytes of parameters and buffers.
+        latency: The fraction of the latency, measured in the target runtime.
+        layers: Also remove layers without a shortcut whose input and output have the same shape, with their norm and
+            activation.
+        keep: Layers, or parts of the network, that are not removed.
+        batches: Batches of calibration data on which every candidate is evaluated.
+        precision: The precision at which the latency is measured.
     """
 
     stage: ClassVar[str] = "structure"
@@ -74,85 +75,85 @@ class Blocks:
                 "Blocks takes exactly one target",
                 got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
                 expected=" or ".join(f"{name}=" for name in UNITS),
-                remedy="for example Blocks(blocks=2) takes out two, Blocks(macs=0.75) keeps three quarters",
+                remedy="for example Blocks(blocks=2) removes two blocks, Blocks(macs=0.75) keeps three quarters",
             )
-        check(self, **{name: whole(0) if name == "blocks" else KEPT for name in given})
+        check(self, **{name: whole(0) if name == "blocks" else FRACTION_KEPT for name in given})
         check(self, layers=FLAG, keep=NAMES, batches=whole())
 
     @property
     def unit(self) -> str:
-        """What the target is given in, one of `UNITS`."""
+        """The cost that the target is given in, one of `UNITS`."""
         return next(name for name in UNITS if getattr(self, name) is not None)
 
     @property
     def per_runtime(self) -> bool:
-        """Whether what is taken out depends on the runtime."""
+        """Whether what is removed depends on the runtime."""
         return self.latency is not None
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft without the blocks that matter least.
+        """Return a draft without the least important blocks.
 
         Raises:
-            PruningError: The network has no such block, or the target can't be reached.
+            PruningError: The network has no removable block, or the target can't be reached.
         """
-        kept = self._kept(draft.network)
-        if not self._candidates(draft, context, kept):
+        protected = self._protected(draft.network)
+        if not self._candidates(draft, context, protected):
             raise PruningError(
-                "the network has no block that can be taken out",
+                "the network has no block that can be removed",
                 got="no residual addition" + (", and no layer with equal shapes around it" if self.layers else ""),
                 expected="a branch beside a shortcut, outside of keep=...",
-                remedy="layers=True also takes out layers without a shortcut; prune.Channels makes layers narrower",
+                remedy="layers=True also removes layers without a shortcut; prune.Channels makes layers narrower",
             )
         calls = list(calibration_calls(context.task, limit=self.batches))
-        wanted = [_outputs(draft.network, call) for call in calls]
+        references = [_outputs(draft.network, call) for call in calls]
         left, target = self._meter(draft, context), float(getattr(self, self.unit))
         done: list[str] = []
         current, noise = draft, 0.0
         while not (len(done) >= target if self.unit == "blocks" else left(current) <= target):
             tried: list[tuple[float, float, str, Draft]] = []
-            candidates = self._candidates(current, context, kept)
+            candidates = self._candidates(current, context, protected)
             layers = {part: part.layers for part in candidates}
             prices = meter.part_prices(self.unit, current.network, layers, context.task.call())
             for i, part in enumerate(candidates):
                 context.events("progress", label=f"block {len(done) + 1}", done=i, total=len(candidates))
                 without = _without(current, part)
-                worse = _noise(without.network, calls, wanted)
-                tried.append(((worse - noise) / prices[part], worse, part.name, without))
+                noise_without = _noise(without.network, calls, references)
+                tried.append(((noise_without - noise) / prices[part], noise_without, part.name, without))
             if not tried:
                 so_far = "" if self.unit == "blocks" else f", {left(current):.3g} is left"
                 raise PruningError(
-                    "no block is left that can be taken out",
-                    got=f"{self.unit}={target:g}; {', '.join(done)} went{so_far}",
+                    "no block is left that can be removed",
+                    got=f"{self.unit}={target:g}; {', '.join(done)} removed{so_far}",
                     expected=f"at most {len(done)} blocks" if self.unit == "blocks" else "a larger fraction",
-                    remedy="prune.Channels reaches other fractions"
-                    + ("" if self.layers else "; layers=True also takes out layers without a shortcut"),
+                    remedy="prune.Channels prunes in smaller steps"
+                    + ("" if self.layers else "; layers=True also removes layers without a shortcut"),
                 )
             _, noise, name, current = min(tried, key=lambda t: t[0])
             done.append(name)
             context.events("block", name=name, snr_db=-10 * math.log10(noise) if noise > 0 else math.inf)
         return current
 
-    def _kept(self, network: fx.GraphModule) -> tuple[str, ...]:
-        """Prefixes of layers that stay."""
+    def _protected(self, network: fx.GraphModule) -> tuple[str, ...]:
+        """Name prefixes of layers that are not removed."""
         modules = {name for name, _ in network.named_modules()}
         for word in self.keep:
             if word not in modules:
                 near = difflib.get_close_matches(word, modules, n=3)
                 raise RecipeError(
-                    "a part of the network that shall stay does not exist",
+                    "this part of the network does not exist",
                     got=word,
                     expected="the name of a layer or of a part of the network",
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,
                 )
         return tuple(f"{word}." for word in self.keep)
 
-    def _candidates(self, draft: Draft, context: Context, kept: tuple[str, ...]) -> list[Bypass]:
+    def _candidates(self, draft: Draft, context: Context, protected: tuple[str, ...]) -> list[Bypass]:
         every = bypasses(draft.network, context.task.call())
-        found = [c for c in every if self.layers or c.kind == "block"]
-        return [c for c in found if not any(f"{name}.".startswith(kept) for name in c.layers)]
+        candidates = [c for c in every if self.layers or c.kind == "block"]
+        return [c for c in candidates if not any(f"{name}.".startswith(protected) for name in c.layers)]
 
     def _meter(self, draft: Draft, context: Context) -> Callable[[Draft], float]:
-        """A function that says which fraction of the cost is left."""
+        """A function from a draft to the fraction of the cost that is left."""
         if self.unit == "latency":
             left = meter.latency_left(context, self.precision)
             return lambda now: 1.0 if now is draft else left(draft, now)
@@ -173,13 +174,13 @@ def _outputs(network: fx.GraphModule, call: Call) -> list[torch.Tensor]:
         return [x.double() for x in flatten_outputs(network(*args, **kwargs))[0] if x.is_floating_point()]
 
 
-def _noise(network: fx.GraphModule, calls: Sequence[Call], wanted: Sequence[list[torch.Tensor]]) -> float:
+def _noise(network: fx.GraphModule, calls: Sequence[Call], references: Sequence[list[torch.Tensor]]) -> float:
     """Noise power over signal power at the outputs."""
     signal = noise = 0.0
-    for call, outputs in zip(calls, wanted, strict=True):
-        for a, b in zip(outputs, _outputs(network, call), strict=True):
-            signal += float(a.square().sum())
-            noise += float((a - b).square().sum())
+    for call, outputs in zip(calls, references, strict=True):
+        for reference, output in zip(outputs, _outputs(network, call), strict=True):
+            signal += float(reference.square().sum())
+            noise += float((reference - output).square().sum())
     ratio = noise / signal if signal else 0.0
     return ratio if math.isfinite(ratio) else 1e9
 

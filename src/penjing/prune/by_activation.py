@@ -1,8 +1,8 @@
-"""Importance score of a channel by what is read from it: Hu et al., "Network Trimming", 2016.
+"""Importance score of a channel by its activations: Hu et al., "Network Trimming", 2016.
 
 | name | a unit's score |
 |---|---|
-| ``activation`` | the mean size of what is read from it |
+| ``activation`` | the mean absolute activation that its readers see, summed over them |
 """
 
 from __future__ import annotations

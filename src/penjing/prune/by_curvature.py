@@ -1,10 +1,10 @@
-"""Importance score by the curvature of the loss: what it rises to second order, at a minimum where the slope says nothing.
+"""Importance score by the curvature of the loss: its second-order change, for minima where the gradient vanishes.
 
 | name | a unit's score | a weight's score | source |
 |---|---|---|---|
 | ``hessian`` | trace of its block / (2 weights) · norm² of its weights | w²·∂²L/∂w² / 2 | Yu et al., "Hessian-Aware Pruning", WACV 2022; LeCun et al., "Optimal Brain Damage", 1990 |
 
-The diagonal is Hutchinson's estimate E[z·Hz] with random signs z, one draw for every batch; below 0 it counts as 0.
+The diagonal is Hutchinson's estimate E[z⊙Hz] with random signs z, one draw per batch; negative estimates count as 0.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from penjing.prune.scoring import Criterion, Evidence, Scores, WeightScores, per
 
 
 def diagonal(evidence: Evidence, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Parameter → the diagonal of the Hessian of the mean loss, estimated; of its shape.
+    """Parameter → the estimated diagonal of the Hessian of the mean loss, in the parameter's shape.
 
     Args:
-        evidence: For the network and its labelled data.
-        names: Parameters that are looked at.
+        evidence: Has the network and its labelled data.
+        names: The parameters.
     """
     network, generator = evidence.network, evidence.generator()
     parameters = {name: network.get_parameter(name) for name in names}
@@ -36,9 +36,9 @@ def diagonal(evidence: Evidence, names: tuple[str, ...]) -> dict[str, torch.Tens
     with in_eval_mode(network), all_trainable(network), sdpa_kernel(SDPBackend.MATH):
         for loss in losses(evidence):
             count += 1
-            slopes = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
-            signs = [torch.randint(0, 2, s.shape, generator=generator).to(s) * 2 - 1 for s in slopes]
-            along = torch.stack([(s * z).sum() for s, z in zip(slopes, signs, strict=True)]).sum()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
+            signs = [torch.randint(0, 2, s.shape, generator=generator).to(s) * 2 - 1 for s in gradients]
+            along = torch.stack([(s * z).sum() for s, z in zip(gradients, signs, strict=True)]).sum()
             if not along.requires_grad:  # the loss is linear in all of them
                 continue
             curvature = torch.autograd.grad(along, list(parameters.values()), materialize_grads=True)

@@ -1,15 +1,15 @@
-"""Importance scores that a gradient gives.
+"""Importance scores from gradients.
 
 | name | a unit's score | a weight's score | source |
 |---|---|---|---|
-| ``gradient`` | the norm of the loss' gradient by its weights | E[abs(∂L/∂w)] | |
+| ``gradient`` | the squared norm of the loss gradient with respect to its weights | E[abs(∂L/∂w)] | |
 | ``taylor`` | the squared change of the loss, to first order | E[abs(w·∂L/∂w)] | Molchanov et al., CVPR 2019 |
 | ``fisher`` | | w²·E[(∂L/∂w)²], the empirical Fisher | Theis et al., "Faster Gaze Prediction", 2018 |
 | ``jacobian`` | the squared change of the outputs, to first order; needs no labels | | |
 
-Expectations are over batches: one gradient is that of a batch's mean loss. The change of a loss is taken where a unit
-is *read*: Σ w·∂loss/∂w over the weights that multiply it is the derivative by a factor on the unit, after whatever
-function lies between.
+Expectations are over batches: each gradient is that of a batch's mean loss. The change of the loss is computed where a
+unit is *read*: Σ w·∂loss/∂w over the weights that multiply it is the derivative with respect to a gate on the unit,
+placed after whatever function lies between.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from penjing.tasks.task import calibration_calls
 
 
 def _units(evidence: Evidence, coupling: Coupling, changes: Iterator[torch.Tensor], squared: bool) -> Scores:
-    """Sums over batches: of the squared changes, or of the squared norms of the gradients."""
+    """Sums over batches of the squared first-order changes, or of the squared gradient norms."""
     network = evidence.network
     scores = {name: torch.zeros(group.units, dtype=torch.float64) for name, group in coupling.groups.items()}
     tensors = dict(network.named_parameters())
@@ -58,7 +58,7 @@ def _units(evidence: Evidence, coupling: Coupling, changes: Iterator[torch.Tenso
 def _weights(
     evidence: Evidence, modules: Mapping[str, Any], term: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> WeightScores:
-    """Means over batches of a term of weight and gradient."""
+    """Means over batches of a function of weight and gradient."""
     network = evidence.network
     scores = {name: torch.zeros_like(module.weight) for name, module in modules.items()}
     count = 0
@@ -87,7 +87,7 @@ def losses(evidence: Evidence) -> Iterator[torch.Tensor]:
             got=f"train is {'missing' if task.train is None else 'given'}, loss is "
             f"{'missing' if task.loss is None else 'given'}",
             expected="Task(train=loader, loss=torch.nn.functional.cross_entropy)",
-            remedy='"jacobian" of Channels and prune.Wanda need calibration data alone, "l2" and "magnitude" no data',
+            remedy='"jacobian" of Channels and prune.Wanda need only calibration data, "l2" and "magnitude" no data',
         )
     loss = task.loss
     for _, (inputs, target) in zip(range(evidence.batches), task.train, strict=False):
@@ -97,7 +97,7 @@ def losses(evidence: Evidence) -> Iterator[torch.Tensor]:
 
 
 def directions(evidence: Evidence) -> Iterator[torch.Tensor]:
-    """Outputs of every sample along random directions: the mean square of the derivatives is that of all outputs."""
+    """Outputs projected on random signs: the expected squared derivative is the mean over all outputs."""
     generator = evidence.generator()
     for args, kwargs in calibration_calls(evidence.context.task, limit=evidence.batches):
         outputs = [x for x in pytree.tree_leaves(evidence.network(*args, **kwargs)) if isinstance(x, torch.Tensor)]
@@ -111,7 +111,7 @@ def directions(evidence: Evidence) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def all_trainable(network: nn.Module) -> Iterator[None]:
-    """Gradients for every floating-point parameter, also for those that are frozen."""
+    """Enable gradients for every floating-point parameter, frozen ones too, and restore the flags afterwards."""
     before = {p: p.requires_grad for p in network.parameters()}
     for p in before:
         p.requires_grad_(p.is_floating_point())

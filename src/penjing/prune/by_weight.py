@@ -1,12 +1,12 @@
-"""Importance scores that read the weights alone: norms, factors of batch norms, distances between filters, chance.
+"""Data-free importance scores: weight norms, batch-norm scales, distances between filters, and random scores.
 
 | name | a unit's score | a weight's score | source |
 |---|---|---|---|
 | ``l1``, ``l2`` | the norm of all its weights | | Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 |
-| ``bn_scale`` | its batch norms' factors | | Liu et al., "Network Slimming", ICCV 2017 |
-| ``geometric_median`` | how far its filters are from all others | | He et al., "FPGM", CVPR 2019 |
+| ``bn_scale`` | the scales of its batch norms | | Liu et al., "Network Slimming", ICCV 2017 |
+| ``geometric_median`` | the summed distance of its filters to all others | | He et al., "FPGM", CVPR 2019 |
 | ``magnitude`` | | abs(w) | Han et al., "Learning both Weights and Connections", NeurIPS 2015 |
-| ``random`` | a random number | a random number | what any criterion has to beat |
+| ``random`` | a random number | a random number | the baseline |
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _bn_scale(evidence: Evidence, coupling: Coupling) -> Scores:
     tensors = _tensors(evidence)
     scores = {}
     for name, group in coupling.groups.items():
-        factors = [m for m in group.members if m.role == "one of every channel" and m.tensor.endswith("weight")]
-        each = [per_unit(m, rows(m, tensors[m.tensor]).abs().sum(1), group.units) for m in factors]
-        # Where no norm scales a group, the norm of its weights stands for it.
+        scales = [m for m in group.members if m.role == "one of every channel" and m.tensor.endswith("weight")]
+        each = [per_unit(m, rows(m, tensors[m.tensor]).abs().sum(1), group.units) for m in scales]
+        # A group without a batch norm is scored by the norm of its weights.
         scores[name] = torch.stack(each).sum(0).numpy() if each else _norm(group, tensors, 2)
     return scores
 

@@ -1,7 +1,7 @@
-"""Structured pruning: whole channels, heads and neurons are removed, and every runtime gains from it.
+"""Structured pruning: whole channels, attention heads and neurons are removed, which every runtime benefits from.
 
-Channels that belong together (`penjing.analyze.coupling`) go together. What is left is held against a reference in
-which they are masked (`penjing.analyze.masked`), and has to agree to rounding.
+Coupled channels (`penjing.analyze.coupling`) are removed together. The pruned network is compared with a masked
+reference (`penjing.analyze.masked`), and has to agree up to rounding.
 """
 
 from __future__ import annotations
@@ -32,41 +32,43 @@ from penjing.surgery import resize
 from penjing.tasks.task import Call
 
 UNITS = ("macs", "params", "channels", "size", "latency")
-KEPT = number(above=0, most=1, called="the fraction to keep,")
-AGREEMENT = 1e-3  # largest difference to the reference, as a part of its largest output: fp32 sums in another order
+FRACTION_KEPT = number(above=0, most=1, called="the fraction to keep,")
+AGREEMENT = 1e-3  # tolerated difference, relative to the largest output: fp32 sums are reordered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
-    """Remove channels until a fraction of the cost is left.
+    """Remove the least important channels until the given fraction of the cost is left.
 
     Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017; Fang et al., "DepGraph", CVPR 2023.
 
-    Exactly one of the first five is given: the fraction that is *kept*.
+    Exactly one of the first five settings is given: the fraction that is *kept*.
 
     Raises:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        macs: Of the multiply-accumulates.
-        params: Of the parameters.
-        channels: Of the units of all groups that take part (with scope "layer": of each).
-        size: Of the bytes of parameters and buffers.
-        latency: Of the latency, measured in the target runtime.
+        macs: The fraction of multiply-accumulates that is kept.
+        params: The fraction of parameters.
+        channels: The fraction of the units of all prunable groups (with scope "layer": of each group).
+        size: The fraction of the bytes of parameters and buffers.
+        latency: The fraction of the latency, measured in the target runtime.
         criterion: Importance score of a unit, one of `penjing.prune.criteria.OF_UNITS`; "auto" is "taylor" where the
             task has labelled data and a loss, "jacobian" where it has calibration data, else "l2".
-        scope: "global" compares units of all groups, "layer" takes the same fraction of each, "sensitivity" what the
-            outputs lose by each group alone (`penjing.prune.sensitivity`; it needs calibration data and minutes).
-        round_to: Channels of a group are kept in multiples of this; None takes what the runtime gains from, or 8.
-        keep: Layers, or parts of the network, whose outputs stay whole.
-        approximate: Also groups that norms and averages take statistics over (a transformer's residual width): what
-            is left of them computes something else than before.
-        min_keep: The smallest part of a group that is kept.
+        scope: "global" compares units across all groups, "layer" removes the same fraction of each, "sensitivity" ranks
+            them by a scan in which each group is pruned alone (`penjing.prune.sensitivity`; it needs calibration data
+            and takes minutes).
+        round_to: The channels that remain in a group are a multiple of this; None takes the multiple that the runtime
+            is fast with, or 8.
+        keep: Layers, or parts of the network, whose outputs are not pruned.
+        approximate: Also prune groups that norms and averages compute statistics over (a transformer's residual
+            width); the remaining units then compute other values than before.
+        min_keep: The smallest fraction of a group that is kept.
         batches: Batches of data that a criterion reads.
-        reconstruct: Fit the layers that read what goes to what they computed with it (`penjing.prune.reconstruction`),
-            without labels; None does so where the task has calibration data. Layers whose zeros have to stay keep
-            their weights.
-        precision: Of the measured latency.
+        reconstruct: Refit the layers that read removed channels by least squares (`penjing.prune.reconstruction`),
+            without labels; None does so where the task has calibration data. Sparse layers, whose zeros have to stay,
+            are not refitted.
+        precision: The precision at which the latency is measured.
     """
 
     stage: ClassVar[str] = "structure"
@@ -98,7 +100,7 @@ class Channels:
             )
         check(
             self,
-            **dict.fromkeys(given, KEPT),
+            **dict.fromkeys(given, FRACTION_KEPT),
             criterion=one_of("auto", *criteria.OF_UNITS),
             scope=one_of("global", "layer", "sensitivity"),
             round_to=optional(whole()),
@@ -115,7 +117,7 @@ class Channels:
         return self.latency is not None
 
     def ranking(self, network: fx.GraphModule, coupling: Coupling, context: Context) -> Ranking:
-        """The units of a network in the order in which they go."""
+        """The units of a network in the order in which they are removed."""
         return Ranking.of(
             network,
             coupling,
@@ -130,10 +132,10 @@ class Channels:
         )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft without the channels that matter least.
+        """Return a draft without the least important channels.
 
         Raises:
-            PruningError: The target can't be reached, or the network left over is not what it should be.
+            PruningError: The target can't be reached, or the pruned network disagrees with its masked reference.
         """
         coupling = couple(draft.network, context.task.call(), self.keep)
         ranking = self.ranking(draft.network, coupling, context)
@@ -151,15 +153,15 @@ class Channels:
         )
         if not error < AGREEMENT:
             raise PruningError(
-                "the pruned network is not what it should be; this is a defect of Penjing",
-                got=f"outputs that differ by {error:.1e} of the largest from the network with masked channels",
-                expected=f"less than {AGREEMENT:.0e}",
-                remedy="name the layers in keep=... that stand in the report, and tell us about the network",
+                "the pruned network disagrees with its masked reference; this is a defect of Penjing",
+                got=f"outputs that differ by {error:.1e} relative to the largest",
+                expected=f"a difference below {AGREEMENT:.0e}",
+                remedy="exclude the layers named in the report with keep=..., and report the network to us",
             )
         return pruned
 
     def _samples(self, draft: Draft, context: Context) -> list[Call]:
-        """What to reconstruct with; nothing where that is not asked for, or was left open and can't be done."""
+        """Samples for the reconstruction; none where it is switched off, or was left open and can't be done."""
         if self.reconstruct is False or (self.reconstruct is None and context.task.calibration is None):
             return []
         try:
@@ -172,63 +174,63 @@ class Channels:
 
     @property
     def unit(self) -> str:
-        """What the target is a fraction of, one of `UNITS`."""
+        """The cost that the target is a fraction of, one of `UNITS`."""
         return next(name for name in UNITS if getattr(self, name) is not None)
 
     def _chosen(self, draft: Draft, ranking: Ranking, context: Context) -> Removed:
-        wanted = float(getattr(self, self.unit))
-        if wanted == 1:
+        target = float(getattr(self, self.unit))
+        if target == 1:
             return {}
         if self.unit == "channels" and self.scope == "layer":
-            return ranking.removed(round((1 - wanted) * ranking.steps))
+            return ranking.removed(round((1 - target) * ranking.steps))
         left = _meter(self.unit, draft, ranking, context, self.precision)
-        low, high = 0, ranking.steps  # so many steps of the ranking are too few, or enough
-        least = left(ranking.removed(high))
-        if least > wanted:
+        low, high = 0, ranking.steps  # too few steps of the ranking, and enough of them
+        smallest_left = left(ranking.removed(high))
+        if smallest_left > target:
             raise PruningError(
-                f"the target {self.unit}={wanted:g} is below what may be removed",
-                got=f"{self.unit}={wanted:g}; with everything prunable removed {least:.3g} is left",
-                expected=f"a fraction of at least {least:.3g}",
+                f"the target {self.unit}={target:g} is below what may be removed",
+                got=f"{self.unit}={target:g}; with everything prunable removed, {smallest_left:.3g} is left",
+                expected=f"a fraction of at least {smallest_left:.3g}",
                 remedy=_in_the_way(self, ranking),
             )
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if left(ranking.removed(middle)) <= wanted else (middle, high)
+            low, high = (low, middle) if left(ranking.removed(middle)) <= target else (middle, high)
             done = math.log2(ranking.steps / (high - low))
             context.events("progress", label="channels", done=round(done), total=round(math.log2(ranking.steps)))
         removed = ranking.removed(high)
-        if self.unit == "latency":  # measured anew for every group it would take minutes
+        if self.unit == "latency":  # measuring every group again would take minutes
             return removed
         for name, fewer in ranking.refills(removed):
-            if left(fuller := {**removed, name: fewer}) <= wanted:
+            if left(fuller := {**removed, name: fewer}) <= target:
                 removed = {n: units for n, units in fuller.items() if units}
         return removed
 
 
 def scanned(
-    network: fx.GraphModule, coupling: Coupling, context: Context, kept: Path | None = None
+    network: fx.GraphModule, coupling: Coupling, context: Context, file: Path | None = None
 ) -> sensitivity.Scan:
-    """What the outputs lose by every group that `Channels` would prune as it is, in the order of its criterion.
+    """A sensitivity scan of every group that `Channels` prunes by default, in the order of its default criterion.
 
     Args:
         network: A captured network.
         coupling: `penjing.analyze.coupling.couple` of it.
         context: For its data.
-        kept: A JSON file that finished groups are written to and read from.
+        file: A JSON file that caches finished groups.
     """
     step = Channels(macs=0.5)
     groups = {name: g for name, g in coupling.groups.items() if g.units > 1 and not g.statistics}
     criterion = criteria.for_context(step.criterion, context)
     scores = criteria.score_units(criterion, network, coupling, context, step.batches)
     ranked = {name: np.argsort(scores[name], kind="stable").tolist() for name in groups}
-    return sensitivity.scan(network, coupling, ranked, context, step.batches, kept)
+    return sensitivity.scan(network, coupling, ranked, context, step.batches, file)
 
 
 def remove(draft: Draft, coupling: Coupling, removed: Mapping[str, Sequence[int]]) -> Draft:
-    """A draft without these units; the one that is given stays as it is.
+    """A draft without these units; the given one is left unchanged.
 
     Args:
-        draft: Its network is the one that was coupled.
+        draft: Its network is the one that `coupling` was derived from.
         coupling: `penjing.analyze.coupling.couple` of it.
         removed: Group → units.
     """
@@ -241,22 +243,22 @@ def remove(draft: Draft, coupling: Coupling, removed: Mapping[str, Sequence[int]
 def disagreement(
     before: fx.GraphModule, after: fx.GraphModule, coupling: Coupling, removed: Removed, call: Any
 ) -> float:
-    """The largest difference between the pruned network and the masked one, as a part of the largest output."""
-    wanted = masked(before, coupling, removed)(*call[0], **call[1])
+    """The largest difference between the pruned network and the masked one, relative to the largest output."""
+    masked_outputs = masked(before, coupling, removed)(*call[0], **call[1])
     with torch.no_grad():
-        got = copy.deepcopy(after).eval()(*call[0], **call[1])
+        outputs = copy.deepcopy(after).eval()(*call[0], **call[1])
     worst = 0.0
-    for a, b in zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=True):
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
-            scale = float(a.abs().max())
-            difference = float((a - b).abs().max())
+    for reference, output in zip(pytree.tree_leaves(masked_outputs), pytree.tree_leaves(outputs), strict=True):
+        if isinstance(reference, torch.Tensor) and reference.is_floating_point() and reference.numel():
+            scale = float(reference.abs().max())
+            difference = float((reference - output).abs().max())
             worst = max(worst, difference / scale if scale else difference)
             worst = math.inf if math.isnan(difference) else worst
     return worst
 
 
 def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precision: str) -> Callable[[Removed], float]:
-    """A function that says which fraction of the cost is left."""
+    """A function from removed units to the fraction of the cost that is left."""
     coupling = ranking.coupling
     if unit == "latency":
         left = meter.latency_left(context, precision)
@@ -272,14 +274,14 @@ def _meter(unit: str, draft: Draft, ranking: Ranking, context: Context, precisio
 
 
 def _in_the_way(step: Channels, ranking: Ranking) -> str:
-    held = ranking.coupling.not_prunable
+    not_prunable = ranking.coupling.not_prunable
     left_out = [name for name, group in ranking.coupling.groups.items() if group.statistics]
-    reasons = [f"{name} ({why})" for name, why in list(held.items())[:3]]
+    reasons = [f"{name} ({why})" for name, why in list(not_prunable.items())[:3]]
     texts = [f"min_keep={step.min_keep:g} of every group is kept"] if step.min_keep else []
     if reasons:
-        texts.append(f"held: {', '.join(reasons)}{' …' if len(held) > 3 else ''}")
+        texts.append(f"not prunable: {', '.join(reasons)}{' …' if len(not_prunable) > 3 else ''}")
     if left_out and not step.approximate:
-        texts.append(f"approximate=True frees {', '.join(left_out[:3])}")
+        texts.append(f"approximate=True also prunes {', '.join(left_out[:3])}")
     return "; ".join(texts)
 
 

@@ -1,4 +1,4 @@
-"""Every importance score by name: what `Channels` and `Magnitude` take as `criterion`."""
+"""Every importance score by name, as `Channels` and `Magnitude` take it in `criterion`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OF_WEIGHTS = tuple(name for name, criterion in CRITERIA.items() if criterion.wei
 
 
 def score_units(criterion: str, network: fx.GraphModule, coupling: Coupling, context: Context, batches: int) -> Scores:
-    """Group → score of every unit (units,), each at least 0; larger matters more.
+    """Group → importance score of every unit (units,), at least 0; units with small scores are removed first.
 
     Args:
         criterion: One of `OF_UNITS`.
-        network: A captured network; it stays as it is.
-        coupling: Its groups.
-        context: For its data and its seed.
+        network: A captured network; it is left unchanged.
+        coupling: Its groups of coupled channels.
+        context: Has the data and the seed.
         batches: How many batches are read.
     """
     score = CRITERIA[criterion].units
@@ -44,13 +44,13 @@ def score_units(criterion: str, network: fx.GraphModule, coupling: Coupling, con
 def score_weights(
     criterion: str, network: fx.GraphModule, modules: Mapping[str, Any], context: Context, batches: int
 ) -> WeightScores:
-    """Layer → score of every weight, at least 0, in the layout of its weight.
+    """Layer → importance score of every weight, at least 0, in the layout of the layer's weight.
 
     Args:
         criterion: One of `OF_WEIGHTS`.
-        network: A captured network; it stays as it is.
+        network: A captured network; it is left unchanged.
         modules: Its layers that are scored, by name.
-        context: For its labelled data, its loss and its seed.
+        context: Has the labelled data, the loss and the seed.
         batches: How many batches are read.
     """
     score = CRITERIA[criterion].weights
@@ -59,7 +59,7 @@ def score_weights(
 
 
 def for_context(criterion: str, context: Context) -> str:
-    """The criterion of units that "auto" stands for: the best one that the task has data for."""
+    """Resolve "auto" to the best criterion for units that the task has data for."""
     if criterion != "auto":
         return criterion
     task = context.task
@@ -69,5 +69,5 @@ def for_context(criterion: str, context: Context) -> str:
 
 
 def relative(scores: Scores) -> Scores:
-    """Scores in units of each group's mean, which makes groups of different weights comparable."""
+    """Scores divided by their group's mean, which makes groups of different scales comparable."""
     return {name: value / max(float(value.mean()), 1e-300) for name, value in scores.items()}

@@ -1,10 +1,10 @@
-"""Sparsity that rises while the network trains, fast at first and slowly at the end.
+"""Gradual magnitude pruning: the sparsity rises during training, fast at first and slowly at the end.
 
 Zhu & Gupta, "To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model Compression", ICLR workshop 2018:
-s_t = s_f + (s_i − s_f)·(1 − (t − t₀)/(n·Δt))³. Here s_i is 0; weights that are zero already go first.
+s_t = s_f + (s_i − s_f)·(1 − (t − t₀)/(n·Δt))³. Here s_i is 0; weights that are zero already are removed first.
 
-In the paper a weight that was removed keeps its value behind the mask and may come back. Here it is zero and stays
-zero: the mask is the weights themselves, and a resumed training needs nothing else.
+In the paper a pruned weight keeps its value behind the mask and may come back. Here it is set to zero and stays zero:
+the zeros are the mask, and a resumed training needs no other state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from penjing.train.finetune import Finetune
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual:
-    """Train, and on the way set more and more of the smallest weights to zero.
+    """Train, and set more and more of the smallest weights to zero on the way.
 
     Zhu & Gupta, "To Prune, or Not to Prune", ICLR workshop 2018.
 
@@ -38,11 +38,11 @@ class Gradual:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        step: What is removed in the end: its sparsity, pattern, scope and layers. Its criterion is "magnitude".
+        step: The final sparsity, pattern, scope and layers. Its criterion has to be "magnitude".
         finetune: The training.
-        begin: Fraction of the training's steps before which nothing is removed.
-        end: Fraction after which the mask stays; the rest of the training goes on with it.
-        every: Steps between two of the masks.
+        begin: The fraction of the training steps at which pruning begins.
+        end: The fraction at which the final sparsity is reached; the rest of the training keeps that mask.
+        every: Training steps between mask updates.
     """
 
     stage: ClassVar[str] = "structure"
@@ -58,7 +58,7 @@ class Gradual:
     def __post_init__(self) -> None:
         if not isinstance(self.step, Magnitude) or not isinstance(self.finetune, Finetune):
             raise RecipeError(
-                "Gradual holds two steps",
+                "Gradual takes a Magnitude and a Finetune",
                 got=f"step={self.step!r}, finetune={self.finetune!r}",
                 expected="Gradual(step=Magnitude(sparsity=0.8), finetune=Finetune(epochs=3))",
             )
@@ -74,7 +74,7 @@ class Gradual:
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights and zeros."""
         modules = prunable(draft.network, self.step.layers, self.step.keep)
-        hook = _Raise(tuple(modules), self.step, self.begin, self.end, self.every)
+        hook = _Prune(tuple(modules), self.step, self.begin, self.end, self.every)
         settings = replace(self.finetune, hooks=(*self.finetune.hooks, hook))
         done = settings(marked(draft, modules), context)  # the training keeps the zeros of what is marked
         tell(done, context, "Gradual", modules)
@@ -82,8 +82,8 @@ class Gradual:
 
 
 @dataclass(frozen=True)
-class _Raise:
-    """A hook that removes as many weights as it is time for."""
+class _Prune:
+    """A hook that raises the sparsity as scheduled."""
 
     layers: tuple[str, ...]
     step: Magnitude
@@ -97,13 +97,13 @@ class _Raise:
         if sparsity is None:
             return
         modules: dict[str, Any] = {name: moment.network.get_submodule(name) for name in self.layers}
-        sizes = {name: by_output(m, m.weight.detach().abs()) for name, m in modules.items()}
-        for name, kept in replace(self.step, sparsity=sparsity).kept(sizes).items():
-            zero(modules[name].weight, ~as_stored(modules[name], kept), moment.optimizer)
+        magnitudes = {name: by_output(m, m.weight.detach().abs()) for name, m in modules.items()}
+        for name, mask in replace(self.step, sparsity=sparsity).masks(magnitudes).items():
+            zero(modules[name].weight, ~as_stored(modules[name], mask), moment.optimizer)
 
 
 def zero(parameter: torch.Tensor, gone: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Set weights to zero, in place, and with them what the optimizer remembers: momentum would move them again."""
+    """Set weights and their optimizer state to zero, in place: momentum would move them away from zero again."""
     parameter.data.masked_fill_(gone, 0.0)
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -111,7 +111,7 @@ def zero(parameter: torch.Tensor, gone: torch.Tensor, optimizer: torch.optim.Opt
 
 
 def due(moment: TrainingEvent, final: float, begin: float, end: float, every: int) -> float | None:
-    """The sparsity that the mask of this moment shall have; None where no mask is due."""
+    """The scheduled sparsity of a mask update at this training event; None where none is due."""
     first, last = math.floor(begin * moment.steps), max(1, math.ceil(end * moment.steps))
     if moment.name != "step" or not first <= moment.step <= last:
         return None

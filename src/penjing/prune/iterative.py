@@ -1,12 +1,13 @@
-"""Pruning in rounds with training between them: what was removed is made up for before more goes.
+"""Iterative pruning: rounds of pruning with fine-tuning in between, in which the network recovers.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, section 3.3 (iterative
 pruning); Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", ICLR 2017.
 
-Rewinding the weights: Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; late rewinding: Frankle et al.,
+Weight rewinding: Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; late rewinding: Frankle et al.,
 "Stabilizing the Lottery Ticket Hypothesis", 2019, and "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
 ICML 2020. Without it, rounds are what Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning",
-ICLR 2020, call learning-rate rewinding: weights go on from where they are, and every training starts its schedule anew.
+ICLR 2020, call learning-rate rewinding: weights continue from their current values, and every training restarts its
+schedule.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ from penjing.surgery import resize
 from penjing.surgery.resize import RESIZING
 from penjing.train.finetune import Finetune, train
 
-_EARLY = "_early"  # the part of a network that holds its early state while it trains
+_EARLY = "_early"  # the submodule that holds the early weights during training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative:
     """Prune in rounds, and fine-tune after each.
 
-    After round k of n a part of s^(k/n) is kept, so that all rounds together keep the s that `step` asks for: 0.5 in
-    three rounds is 0.794, then 0.63, then 0.5. What a round took too much, as channels come in multiples, the next one
-    takes less. A sparsity s is 1 − (1 − s)^(k/n) after round k.
+    After round k of n the fraction s^(k/n) is kept, so that all rounds together keep the s that `step` asks for: 0.5
+    in three rounds is 0.794, then 0.63, then 0.5. What a round removes in excess, because channels come in multiples,
+    the next one removes less. For a sparsity s it is 1 − (1 − s)^(k/n) after round k.
 
     With ``rewind="weights"`` the network is trained once before the first round; then every round prunes the trained
-    network, puts what is left back to its early weights, and trains it again. That is one training more than there are
-    rounds. The first one starts at the given weights, and stops for nothing: the early state is noted on the way.
+    network, rewinds the remaining weights to their early values, and trains again: one training more than there are
+    rounds. The first training starts at the given weights and is not interrupted; the early weights are recorded on
+    the way.
 
     In YAML: ``- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {Finetune: {epochs: 1}}}``.
 
@@ -53,13 +55,13 @@ class Iterative:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        step: What is pruned, with the target of all rounds together: `Channels`, or a `Magnitude` with a sparsity.
-        finetune: The training after every round. Each has the whole schedule of the learning rate.
-        rounds: How many there are; 1 is pruning at once.
-        rewind: "weights" puts the weights that stay back after every round's pruning, and the statistics of batch norms
-            with them; "none" leaves them as they are.
-        rewind_epochs: Back to where the first training was after so many of its epochs; 0 is the network as given.
-            Where `finetune.minutes` shortens the training, it shortens these too.
+        step: The pruning, with the target of all rounds together: `Channels`, or a `Magnitude` with a sparsity.
+        finetune: The training after every round; each runs the whole learning-rate schedule.
+        rounds: The number of rounds; 1 is one-shot pruning.
+        rewind: "weights" rewinds the remaining weights and the batch-norm statistics after every round's pruning;
+            "none" continues from the current ones.
+        rewind_epochs: Rewind to the state after this many epochs of the first training; 0 is the given network. Where
+            `finetune.minutes` shortens the training, these are shortened in proportion.
     """
 
     stage: ClassVar[str] = "structure"
@@ -136,37 +138,37 @@ class Iterative:
         return draft
 
     def _of_round(self, turn: int, start: Draft, draft: Draft, context: Context) -> Channels | Magnitude:
-        """What this round prunes: `Channels` of what the last one left, `Magnitude` of all there was."""
+        """The pruning of this round: `Channels` relative to the previous round, `Magnitude` relative to the start."""
         part = (turn + 1) / self.rounds
         if isinstance(self.step, Magnitude):
             final = fraction(self.step.sparsity, self.step.pattern)
             return replace(self.step, sparsity=1 - (1 - final) ** part)
-        wanted = getattr(self.step, self.step.unit) ** part
-        share = min(1.0, wanted / left(self.step, start, draft, context)) if turn else wanted
-        # What is rewound throws its weights away.
+        target = getattr(self.step, self.step.unit) ** part
+        share = min(1.0, target / left(self.step, start, draft, context)) if turn else target
+        # Rewinding would discard reconstructed weights.
         step = self.step if self.rewind == "none" else replace(self.step, reconstruct=False)
         return replace(step, **{step.unit: share})
 
     def _train_first(self, draft: Draft, context: Context) -> tuple[Draft, Draft]:
-        """The trained draft, and it with the weights and statistics that it had early in the training."""
+        """The trained draft, and the same draft with its early weights and statistics."""
         trained, early = draft.copy(), draft.copy()
-        held = nn.Module()
+        early_state = nn.Module()
         for number, value in enumerate(early.network.state_dict().values()):
-            held.register_buffer(str(number), value.clone())  # saved with the network: a resumed training has it
-        trained.network.add_submodule(_EARLY, held)
+            early_state.register_buffer(str(number), value.clone())  # saved with the network: a resumed training has it
+        trained.network.add_submodule(_EARLY, early_state)
         hooks: tuple[Hook, ...] = self.finetune.hooks
         if self.rewind_epochs:
-            hooks = (*hooks, _Note(self.rewind_epochs / self.finetune.epochs))
+            hooks = (*hooks, _Record(self.rewind_epochs / self.finetune.epochs))
         settings = self.finetune.resolved(context, changed=bool(draft.edits))
         train(trained.network, context, replace(settings, hooks=hooks), draft.sparse)
-        noted = zip(early.network.state_dict(), held.state_dict().values(), strict=True)
+        noted = zip(early.network.state_dict(), early_state.state_dict().values(), strict=True)
         early.network.load_state_dict(dict(noted))
         trained.network.delete_submodule(_EARLY)
         return trained, early
 
 
 def left(step: Channels, start: Draft, draft: Draft, context: Context) -> float:
-    """Which fraction of the start is left, in the unit of the step's target."""
+    """The fraction of the starting cost that is left, in the unit of the step's target."""
     if step.unit == "latency":
         return meter.latency_left(context, step.precision)(start, draft)
     before, after = (_amount(step, d, context) for d in (start, draft))
@@ -182,11 +184,11 @@ def _amount(step: Channels, draft: Draft, context: Context) -> float:
 
 
 def rewound(early: Draft, pruned: Draft) -> Draft:
-    """A draft with the structure and the zeros of `pruned`, and all weights and buffers as they are in `early`.
+    """A draft with the structure and the zeros of `pruned`, and the weights and buffers of `early`.
 
     Args:
-        early: The draft before it was pruned; its log of edits is where that of `pruned` begins.
-        pruned: Channels and weights were removed from it; what is left has any values.
+        early: The draft before pruning; its edit log is a prefix of that of `pruned`.
+        pruned: The draft after channels or weights were removed; its values are not used.
     """
     network = copy.deepcopy(early.network)
     resize(network, tuple(e for e in pruned.edits[len(early.edits) :] if e["edit"] in RESIZING))
@@ -197,22 +199,22 @@ def rewound(early: Draft, pruned: Draft) -> Draft:
 
 
 @dataclass(frozen=True)
-class _Note:
-    """A hook that notes weights and buffers after a part of the training, in buffers of the network."""
+class _Record:
+    """A hook that records weights and buffers after a fraction of the training, in buffers of the network."""
 
     part: float
 
     def __call__(self, moment: TrainingEvent) -> None:
         if moment.name != "step" or moment.step != max(1, round(self.part * moment.steps)):
             return
-        held = moment.network.get_submodule(_EARLY).state_dict()
+        early = moment.network.get_submodule(_EARLY).state_dict()
         now = {name: value for name, value in moment.network.state_dict().items() if not name.startswith(f"{_EARLY}.")}
-        for kept, value in zip(held.values(), now.values(), strict=True):
-            kept.copy_(value)
+        for noted, value in zip(early.values(), now.values(), strict=True):
+            noted.copy_(value)
 
 
 def _inside(context: Context, name: str) -> Context:
-    """The same context with a folder of its own in the folder."""
+    """The same context with a subfolder of its own."""
     if context.folder is None:
         return context
     (context.folder / name).mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""Single weights that matter least become zeros, by their size or by what a gradient says of them.
+"""Unstructured and semi-structured pruning: the weights with the smallest importance scores are set to zero.
 
-The scores stand in `penjing.prune.criteria`. A weight that is zero already scores zero.
+The criteria are those of `penjing.prune.criteria`. A weight that is zero already scores zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from penjing.steps.step import Context
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude:
-    """Set the weights with the smallest scores to zero; biases, norms and embeddings stay.
+    """Set the weights with the smallest importance scores to zero; biases, norms and embeddings are not pruned.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.
 
@@ -30,15 +30,15 @@ class Magnitude:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        sparsity: The fraction of the weights that becomes zero, those included that are zero already; None is what
-            the pattern "N:M" says, else one half.
-        threshold: Instead of `sparsity`: scores below it go. With "magnitude" that is a weight's size.
+        sparsity: The fraction of the weights that is zero afterwards, including those that were zero before; None
+            follows from the pattern "N:M", else one half.
+        threshold: Instead of `sparsity`: weights whose score is below it are removed. The score of "magnitude" is |w|.
         pattern: "unstructured", "N:M" (for example "2:4") or blocks "RxC"; see `penjing.prune.masks`.
-        scope: "global" compares the weights of all layers, "per_layer" those of one layer, "row" those of one output;
-            None is "global" for unstructured sparsity, else "per_layer". "N:M" compares neighbours whatever it says.
+        scope: "global" compares weights across all layers, "per_layer" within a layer, "row" within an output; None is
+            "global" for unstructured sparsity, else "per_layer". "N:M" always compares M neighbours.
         criterion: One of `penjing.prune.criteria.OF_WEIGHTS`; those with gradients need labelled data and a loss.
-        layers: Layers, or parts of the network, that take part; empty takes all, the first and the last too.
-        keep: Layers, or parts of the network, that stay as they are.
+        layers: Layers, or parts of the network, that are pruned; empty prunes all, including the first and the last.
+        keep: Layers, or parts of the network, that are not pruned.
         batches: Batches of data that a criterion reads.
     """
 
@@ -72,9 +72,9 @@ class Magnitude:
 
     def _check_threshold(self, threshold: float) -> None:
         fine = {
-            "it stands in the place of sparsity": self.sparsity is None,
-            "it is for unstructured sparsity": Pattern.parse(self.pattern).unstructured,
-            "random scores have no scale": criteria.CRITERIA[self.criterion].has_scale,
+            "a threshold or a sparsity, not both": self.sparsity is None,
+            "a threshold with unstructured sparsity only": Pattern.parse(self.pattern).unstructured,
+            "a criterion other than random, whose scores have no scale": criteria.CRITERIA[self.criterion].has_scale,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError(
@@ -92,15 +92,15 @@ class Magnitude:
             TaskError: The criterion needs data that the task does not have.
         """
         modules = prunable(draft.network, self.layers, self.keep)
-        found = criteria.score_weights(self.criterion, draft.network, modules, context, self.batches)
-        kept = self.kept({name: by_output(modules[name], value) for name, value in found.items()})
-        masks = {name: as_stored(modules[name], mask) for name, mask in kept.items()}
+        scores = criteria.score_weights(self.criterion, draft.network, modules, context, self.batches)
+        by_layer = self.masks({name: by_output(modules[name], value) for name, value in scores.items()})
+        masks = {name: as_stored(modules[name], mask) for name, mask in by_layer.items()}
         weights = {name: modules[name].weight.detach().masked_fill(~mask, 0) for name, mask in masks.items()}
         return with_zeros(draft, context, "Magnitude", weights)
 
-    def kept(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Where weights stay, by their scores; both (out, in, *kernel)."""
+    def masks(self, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Layer → mask, True where a weight stays, from its scores; both (out, in, *kernel)."""
         if self.threshold is not None:
-            return {name: value >= self.threshold for name, value in found.items()}
+            return {name: value >= self.threshold for name, value in scores.items()}
         scope = self.scope or ("global" if Pattern.parse(self.pattern).unstructured else "per_layer")
-        return keep_each(found, fraction(self.sparsity, self.pattern), self.pattern, scope)
+        return keep_each(scores, fraction(self.sparsity, self.pattern), self.pattern, scope)

@@ -1,17 +1,17 @@
-"""Which weights stay, given a score for each: free, N of every M neighbours, or in blocks; pure maths on tensors.
+"""Masks from importance scores: unstructured, N:M and block sparsity; pure maths on tensors.
 
 Scores have the shape (out, in, *kernel) of a convolution's or linear layer's weight; (out, in) is the case without a
-kernel. The larger ones stay. Of equal scores those that stand first go, so the same scores give the same mask.
+kernel. Weights with larger scores stay. Ties are broken by position, so the same scores give the same mask.
 
-| pattern | what goes | source |
+| pattern | what is removed | source |
 |---|---|---|
 | ``unstructured`` | any weight | Han et al., "Learning both Weights and Connections", NeurIPS 2015 |
 | ``N:M`` | all but N of every M neighbours | Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 |
 | ``RxC`` | whole blocks of R outputs by C inputs | Narang et al., "Block-Sparse Recurrent Neural Networks", 2017 |
 
 Neighbours lie along the *input channels* of one output at one position of the kernel, and so do the columns of a
-block: the weight (out, in, kh, kw) is read as kh·kw matrices (out, in). Where M, R or C does not divide a width, the
-remainder is a group of its own, and it stays whole; a convolution with one input channel a group has nothing else.
+block: the weight (out, in, kh, kw) is read as kh·kw matrices (out, in). Where M, R or C does not divide a dimension,
+the remainder is not pruned; a depthwise convolution has nothing but a remainder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCOPES = ("per_layer", "row", "global")
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern that was read from its text.
+    """A sparsity pattern, parsed.
 
     Attributes:
         kept: N of "N:M"; 0 in other patterns.
@@ -46,7 +46,7 @@ class Pattern:
 
     @property
     def unstructured(self) -> bool:
-        """Whether every weight is for itself."""
+        """Whether every weight is pruned on its own."""
         return not self.of and self.rows * self.columns == 1
 
     @classmethod
@@ -54,47 +54,47 @@ class Pattern:
         """Read "unstructured", "2:4" or "1x4".
 
         Raises:
-            RecipeError: It is none of them.
+            RecipeError: The text is not a pattern.
         """
         if text == "unstructured":
             return cls()
-        found = re.fullmatch(r"([1-9]\d*)([:x])([1-9]\d*)", text) if isinstance(text, str) else None
-        if found and found[2] == ":" and int(found[1]) < int(found[3]):
-            return cls(kept=int(found[1]), of=int(found[3]))
-        if found and found[2] == "x" and int(found[1]) * int(found[3]) > 1:
-            return cls(rows=int(found[1]), columns=int(found[3]))
+        match = re.fullmatch(r"([1-9]\d*)([:x])([1-9]\d*)", text) if isinstance(text, str) else None
+        if match and match[2] == ":" and int(match[1]) < int(match[3]):
+            return cls(kept=int(match[1]), of=int(match[3]))
+        if match and match[2] == "x" and int(match[1]) * int(match[3]) > 1:
+            return cls(rows=int(match[1]), columns=int(match[3]))
         raise RecipeError(
-            "there is no such pattern of zeros",
+            "this sparsity pattern does not exist",
             got=repr(text),
             expected='"unstructured", "N:M" with N below M (for example "2:4"), or a block "RxC" (for example "1x4")',
         )
 
 
 def fraction(sparsity: float | None, pattern: str) -> float:
-    """The fraction of weights that goes: `sparsity`, or what "N:M" says; without either one half.
+    """The sparsity: `sparsity`, or that of the pattern "N:M"; without either one half.
 
     Raises:
-        RecipeError: It is not a fraction, or "N:M" says another.
+        RecipeError: It is not a fraction, or contradicts the pattern "N:M".
     """
     read = Pattern.parse(pattern)
-    said = 1 - read.kept / read.of if read.of else None
+    of_pattern = 1 - read.kept / read.of if read.of else None
     if sparsity is None:
-        return 0.5 if said is None else said
+        return 0.5 if of_pattern is None else of_pattern
     sparsity = float(require("the sparsity", sparsity, number(least=0, below=1)))
-    if said is not None and abs(sparsity - said) > 1e-9:
+    if of_pattern is not None and abs(sparsity - of_pattern) > 1e-9:
         raise RecipeError(
             "the sparsity and the pattern contradict each other",
             got=f"sparsity={sparsity:g}, pattern={pattern!r}",
-            expected=f"sparsity={said:g}, which is what {pattern!r} leaves out",
+            expected=f"sparsity={of_pattern:g}, the sparsity of {pattern!r}",
             remedy="leave sparsity out",
         )
     return sparsity
 
 
 def check_scope(scope: str, pattern: str) -> None:
-    """Raise RecipeError for a scope that does not exist, or that the pattern has no use for."""
+    """Raise RecipeError for a scope that does not exist, or that the pattern does not support."""
     if scope not in SCOPES:
-        raise RecipeError("there is no such scope", got=repr(scope), expected=" or ".join(map(repr, SCOPES)))
+        raise RecipeError("this scope does not exist", got=repr(scope), expected=" or ".join(map(repr, SCOPES)))
     if scope == "global" and not Pattern.parse(pattern).unstructured:
         raise RecipeError(
             f"the pattern {pattern!r} is not compared between layers",
@@ -104,12 +104,12 @@ def check_scope(scope: str, pattern: str) -> None:
 
 
 def removed_count(sparsity: float, count: int) -> int:
-    """How many of `count` go: rounded down, so that never more go than were asked for."""
+    """How many of `count` weights are removed: rounded down, so that the sparsity is never exceeded."""
     return int(sparsity * count + 1e-6)  # 0.29 · 100 is 28.999999999999996
 
 
 def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True at exactly `count` of the smallest in every row; of equal ones at the first.
+    """True at exactly the `count` smallest scores of every row; ties are broken by position.
 
     Args:
         scores: (rows, n), no NaN.
@@ -126,15 +126,15 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
 def keep(
     scores: torch.Tensor, sparsity: float, pattern: str = "unstructured", scope: str = "per_layer"
 ) -> torch.Tensor:
-    """True where a weight stays.
+    """The mask of a layer: True where a weight stays.
 
-    The count is exact: with "unstructured" and the scope "per_layer" ⌊sparsity · weights⌋ go, with the scope "row" as
-    many of every output. With blocks it is that part of the whole blocks (with "row": of every row of blocks). With
-    "N:M" the pattern alone says how many.
+    The count is exact: with "unstructured" and the scope "per_layer" ⌊sparsity · weights⌋ are removed, with the scope
+    "row" the same fraction of every output. With blocks it is that fraction of the complete blocks (with "row": of
+    every row of blocks). With "N:M" the pattern alone determines it.
 
     Args:
         scores: (out, in, *kernel).
-        sparsity: The fraction that goes.
+        sparsity: The fraction that is removed.
         pattern: "unstructured", "N:M" or "RxC".
         scope: "per_layer" or "row".
     """
@@ -150,9 +150,9 @@ def keep(
 def keep_each(
     scores: Mapping[str, torch.Tensor], sparsity: float, pattern: str = "unstructured", scope: str = "per_layer"
 ) -> dict[str, torch.Tensor]:
-    """`keep` of several layers: each for itself, or with the scope "global" the smallest of all together.
+    """The masks of several layers: one by one as `keep`, or with the scope "global" compared across layers.
 
-    With "global", ⌊sparsity · weights⌋ of all go; equal scores in the order of the layers.
+    With "global", ⌊sparsity · weights⌋ of all weights are removed; ties are broken in the order of the layers.
     """
     if scope != "global":
         return {name: keep(value, sparsity, pattern, scope) for name, value in scores.items()}
@@ -167,25 +167,25 @@ def keep_each(
 def _neighbours(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     lines = scores.movedim(1, -1)  # (out, *kernel, in)
     whole = lines.shape[-1] // pattern.of * pattern.of
-    kept = torch.ones_like(lines, dtype=torch.bool)
+    mask = torch.ones_like(lines, dtype=torch.bool)
     groups = lines[..., :whole].reshape(-1, pattern.of)
-    kept[..., :whole] = ~smallest(groups, pattern.of - pattern.kept).reshape(*lines.shape[:-1], whole)
-    return kept.movedim(-1, 1).contiguous()
+    mask[..., :whole] = ~smallest(groups, pattern.of - pattern.kept).reshape(*lines.shape[:-1], whole)
+    return mask.movedim(-1, 1).contiguous()
 
 
 def _blocks(scores: torch.Tensor, sparsity: float, pattern: Pattern, scope: str) -> torch.Tensor:
     taps = scores.reshape(*scores.shape[:2], -1).permute(0, 2, 1)  # (out, taps, in)
     high, wide = taps.shape[0] // pattern.rows, taps.shape[2] // pattern.columns
-    kept = torch.ones_like(taps, dtype=torch.bool)
-    if not high * wide:  # not one whole block
-        return kept.permute(0, 2, 1).reshape(scores.shape)
+    mask = torch.ones_like(taps, dtype=torch.bool)
+    if not high * wide:  # no complete block
+        return mask.permute(0, 2, 1).reshape(scores.shape)
     whole = taps[: high * pattern.rows, :, : wide * pattern.columns]
     sums = whole.reshape(high, pattern.rows, taps.shape[1], wide, pattern.columns).sum((1, 4))  # (high, taps, wide)
     flat = sums.reshape(1, -1) if scope == "per_layer" else sums.reshape(high, -1)
     gone = smallest(flat, removed_count(sparsity, flat.shape[1])).reshape(high, 1, taps.shape[1], wide, 1)
     spread = gone.expand(-1, pattern.rows, -1, -1, pattern.columns).reshape(whole.shape)
-    kept[: high * pattern.rows, :, : wide * pattern.columns] = ~spread
-    return kept.permute(0, 2, 1).reshape(scores.shape)
+    mask[: high * pattern.rows, :, : wide * pattern.columns] = ~spread
+    return mask.permute(0, 2, 1).reshape(scores.shape)
 
 
 __all__ = ["SCOPES", "Pattern", "check_scope", "fraction", "keep", "keep_each", "removed_count", "smallest"]

@@ -1,13 +1,13 @@
-"""Weights that move towards zero in a training become zeros, whatever their size.
+"""Movement pruning: weights that move towards zero during training are removed, whatever their magnitude.
 
 Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020, hard movement pruning: the forward
 computes with W ⊙ M, where M keeps the weights with the largest scores S. The gradient passes M as if it were not
 there (straight-through), so S falls by ∂L/∂W'·W at every batch, W' = W ⊙ M, for removed weights too: they keep their
 values behind the mask, and may come back.
 
-Simpler than the paper in three ways. Scores are sums: they have no optimizer, rate or decay of their own. The mask is
-renewed every so many steps, not at each. And from `end` on it is fixed, so that the last part of the training is for
-the weights alone; the paper goes on changing it.
+It is simpler than the paper in three ways. Scores are plain sums, without an optimizer, learning rate or decay of their
+own. The mask is updated at intervals, not at every step. And from `end` on it is fixed, so that the last part of the
+training adapts the weights to it; the paper keeps changing it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from penjing.train.finetune import Finetune, train
 
 @dataclass(frozen=True, kw_only=True)
 class Movement:
-    """Train, and set the weights to zero that move towards zero.
+    """Train, and remove the weights that move towards zero.
 
     Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020.
 
@@ -44,15 +44,15 @@ class Movement:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        sparsity: The fraction of the weights that becomes zero; None is what the pattern "N:M" says, else one half.
-        finetune: The training. Scores are as good as it is long.
+        sparsity: The fraction of the weights that becomes zero; None follows from the pattern "N:M", else one half.
+        finetune: The training. Scores need many steps to become reliable.
         pattern: "unstructured", "N:M" or blocks "RxC"; see `penjing.prune.masks`. "N:M" holds from `begin` on.
-        scope: "per_layer" compares the weights of one layer, "row" those of one output, "global" those of all layers.
-        begin: Fraction of the training's steps in which scores are collected and nothing is removed.
-        end: Fraction after which the mask stays. Between them the sparsity rises as in `Gradual`.
-        every: Steps between two of the masks.
-        layers: Layers, or parts of the network, that take part; empty takes all.
-        keep: Layers, or parts of the network, that keep all their weights; they train like the others.
+        scope: "per_layer" compares weights within a layer, "row" within an output, "global" across all layers.
+        begin: The fraction of the training steps at which pruning begins; until then scores are collected.
+        end: The fraction from which the mask is fixed. Between the two the sparsity rises as in `Gradual`.
+        every: Training steps between mask updates.
+        layers: Layers, or parts of the network, that are pruned; empty prunes all.
+        keep: Layers, or parts of the network, that are not pruned; they are trained like the others.
     """
 
     stage: ClassVar[str] = "structure"
@@ -81,8 +81,8 @@ class Movement:
             raise RecipeError(
                 "Movement trains with one worker",
                 got=f"workers={self.finetune.workers}",
-                expected="workers=1: scores gather what every sample does to a weight, and belong in one place",
-                remedy="prune.Gradual shares its batches",
+                expected="workers=1: scores accumulate over all batches in one process",
+                remedy="prune.Gradual trains with several workers",
             )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
@@ -91,7 +91,7 @@ class Movement:
         modules = prunable(network, self.layers, self.keep)
         owners = _mask(network, modules, draft.sparse)
         others = tuple(name for name in draft.sparse if name.removesuffix(".weight") not in owners)
-        hooks: tuple[Hook, ...] = (*self.finetune.hooks, _Renew(tuple(modules), self))
+        hooks: tuple[Hook, ...] = (*self.finetune.hooks, _UpdateMasks(tuple(modules), self))
         train(network, context, replace(self.finetune.resolved(context, changed=True), hooks=hooks), others)
         for name in owners:
             parametrize.remove_parametrizations(network.get_submodule(name), "weight", leave_parametrized=True)
@@ -103,8 +103,8 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class _Renew:
-    """A hook that chooses the masks anew when it is time."""
+class _UpdateMasks:
+    """A hook that updates the masks as scheduled."""
 
     layers: tuple[str, ...]
     step: Movement
@@ -122,16 +122,16 @@ class _Renew:
         modules: dict[str, Any] = {name: moment.network.get_submodule(name) for name in self.layers}
         masks = {name: module.parametrizations.weight[0] for name, module in modules.items()}
         scores = {name: by_output(modules[name], mask.scores) for name, mask in masks.items()}
-        for name, kept in keep_each(scores, sparsity, step.pattern, step.scope).items():
-            masks[name].mask.copy_(as_stored(modules[name], kept))
+        for name, mask in keep_each(scores, sparsity, step.pattern, step.scope).items():
+            masks[name].mask.copy_(as_stored(modules[name], mask))
 
 
 class _Masked(nn.Module):
-    """W ⊙ M, as a parametrization of a layer's weight. Scores and mask are buffers: a resumed training has them.
+    """W ⊙ M, as a parametrization of a layer's weight. Scores and mask are buffers, so a resumed training has them.
 
     Attributes:
-        scores: (as the weight) the larger, the more the weight moves away from zero.
-        mask: (as the weight) True where it stays.
+        scores: In the shape of the weight; larger where the weight moves away from zero.
+        mask: In the shape of the weight; True where it stays.
     """
 
     scores: torch.Tensor
@@ -164,13 +164,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _mask(network: nn.Module, modules: Mapping[str, Any], sparse: tuple[str, ...]) -> tuple[str, ...]:
-    """Put a mask before these layers' weights, in place; layers that share a weight share its mask.
+    """Put a mask on these layers' weights, in place; layers that share a weight share its mask.
 
     Returns:
-        The names of all layers that have got one.
+        The names of all layers with a mask.
     """
     every = [(n, m) for n, m in network.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
-    found: list[str] = []
+    masked: list[str] = []
     for module in modules.values():
         weight = module.weight
         owners = [(name, owner) for name, owner in every if owner.weight is weight]
@@ -179,8 +179,8 @@ def _mask(network: nn.Module, modules: Mapping[str, Any], sparse: tuple[str, ...
         mask = _Masked(weight.detach(), zeros if known else torch.zeros_like(zeros))
         for name, owner in owners:
             parametrize.register_parametrization(owner, "weight", mask, unsafe=True)
-            found.append(name)
-    return tuple(found)
+            masked.append(name)
+    return tuple(masked)
 
 
 __all__ = ["Movement"]

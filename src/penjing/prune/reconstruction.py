@@ -1,8 +1,8 @@
-"""What is left makes up for what went: layers that read removed channels are fitted again to what they computed.
+"""Least-squares reconstruction: layers that read removed channels are refitted to the outputs they had before pruning.
 
 He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; Luo et al., "ThiNet", ICCV 2017. All
-layers are fitted in one pass over unlabelled samples, each behind the layers before it as they already are. How far the
-weights may go is decided for every layer on samples that it is not fitted to.
+layers are fitted in one pass over unlabelled samples, in execution order, each on the inputs that the layers fitted
+before it produce. The ridge penalty of every layer is chosen on held-out samples.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from penjing.steps.plan import Plan
 from penjing.steps.step import Context
 from penjing.tasks.task import Call
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean square of an input: how dear it is to leave the given weights
-HELD = 3  # every third sample judges, and is not fitted to
-POSITIONS = 1024  # of an image, evenly spread, that a convolution is fitted on
-LARGEST = 5000  # inputs of a layer that is fitted: its equations have as many unknowns for every output
-SAMPLES, FEWEST = 512, 16  # that are fitted on
-BYTES = 1 << 28  # of the network's largest value for all samples: some such values are held at a time
-UNFOLDED = 1 << 26  # bytes of a convolution's inputs that are laid out at a time
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for the ridge penalty, relative to an input's mean square
+HELD_OUT = 3  # every third sample is held out to choose the penalty
+POSITIONS = 1024  # output positions of an image, evenly spaced, that a convolution is fitted on
+MAX_INPUTS = 5000  # layers with more inputs are not fitted: the normal equations grow with the square of them
+SAMPLES, MIN_SAMPLES = 512, 16  # to fit on
+BYTES = 1 << 28  # upper bound of the network's largest activation over all samples; a few such are held at a time
+UNFOLDED = 1 << 26  # bytes of a convolution's unfolded inputs that are held at a time
 
 
 def samples(context: Context, network: fx.GraphModule) -> list[Call]:
-    """Calibration samples to fit on: as many as the network's values leave room for, at most `SAMPLES`.
+    """Calibration samples to fit on: as many as fit into memory with the network's activations, at most `SAMPLES`.
 
     Raises:
-        CalibrationError: There are none, or an iterator has been read before.
+        CalibrationError: There are none, or a one-shot iterator has been read before.
     """
     calls = batches(context, SAMPLES)
     first = next(calls)
     largest = max((t.numel() * t.element_size() for t in shapes(network, first).values()), default=1)
-    room = max(FEWEST, BYTES * size_of(first) // max(1, largest))
-    found: list[Call] = []
+    room = max(MIN_SAMPLES, BYTES * size_of(first) // max(1, largest))
+    chosen: list[Call] = []
     for call in itertools.chain([first], calls):
-        found.append(part(call, 0, room) if size_of(call) > room and context.task.dynamic is None else call)
+        chosen.append(part(call, 0, room) if size_of(call) > room and context.task.dynamic is None else call)
         room -= size_of(call)
         if room <= 0:
             break
-    return found
+    return chosen
 
 
 def correction(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change of weights that takes most of an error away, by least squares with a penalty on the change.
+    """The weight update that minimizes the squared output error, by ridge regression.
 
     Args:
         gram: Σ x·xᵀ over all rows of inputs, (inputs, inputs), float64.
         cross: Σ error·xᵀ, (outputs, inputs), float64.
-        ridge: Weight of the penalty, as a part of the mean of gram's diagonal.
+        ridge: The penalty on the update, as a fraction of the mean of gram's diagonal.
 
     Returns:
-        (outputs, inputs), float64; zeros where the equations have no solution.
+        (outputs, inputs), float64; zeros where the system is not positive definite.
     """
     penalised = gram.clone()
     penalised.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
@@ -70,7 +70,7 @@ def correction(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.T
 
 
 def gain(change: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> float:
-    """By how much a change of weights lowers the squared error on the rows that gram and cross are made of.
+    """By how much a weight update lowers the squared error on the rows that gram and cross were summed over.
 
     Args:
         change: (outputs, inputs).
@@ -87,18 +87,18 @@ def reconstructed(
     calls: Iterable[Call],
     keep: Collection[str] = (),
 ) -> fx.GraphModule:
-    """A copy of the network, of the same shapes, that computes without the removed units what it computed with them.
+    """A copy of the network, of the same shapes, in which the remaining weights compensate for the removed units.
 
-    The weights that read removed units are 0 in it; the others of those layers, and their biases, are fitted. What is
-    no linear layer and no plain convolution in two dimensions keeps its weights, as do layers that are called several
-    times, share their weights, or have more than `LARGEST` inputs.
+    Weights that read removed units are 0 in it; the other weights of those layers, and their biases, are refitted.
+    Only linear layers and ungrouped two-dimensional convolutions are fitted; layers that are called several times,
+    share their weights, or have more than `MAX_INPUTS` inputs keep their weights.
 
     Args:
         network: A captured network in eval mode; it stays as it is.
         coupling: `penjing.analyze.coupling.couple` of it.
         removed: Group → units.
-        calls: Chunks of samples; all their intermediate values that are still to be read are held in memory.
-        keep: Tensors that are not fitted.
+        calls: Chunks of samples; all their activations that are still needed are held in memory.
+        keep: Names of parameters that are not refitted.
     """
     copied = copy.deepcopy(network).eval()
     gone = _positions(coupling, removed)
@@ -116,7 +116,7 @@ def reconstructed(
             parameters[f"{name}.weight"] = weight
             if bias is not None:
                 parameters[f"{name}.bias"] = bias
-        return layer.twin_outputs(weight, bias)
+        return layer.replica_outputs(weight, bias)
 
     with torch.no_grad():
         lockstep.run(network, Plan(), calls, watch, replica=copied)
@@ -126,16 +126,16 @@ def reconstructed(
 
 
 def _positions(coupling: Coupling, removed: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], set[int]]:
-    """(tensor, axis) → positions that go."""
-    found: dict[tuple[str, int], set[int]] = {}
+    """(tensor, axis) → positions that are removed."""
+    positions: dict[tuple[str, int], set[int]] = {}
     for name, units in removed.items():
         for member in coupling.groups[name].members:
-            found.setdefault((member.tensor, member.axis), set()).update(member.of(list(units)).tolist())
-    return found
+            positions.setdefault((member.tensor, member.axis), set()).update(member.of(list(units)).tolist())
+    return positions
 
 
 def _zero(network: nn.Module, gone: Mapping[tuple[str, int], Collection[int]]) -> None:
-    """Everything that makes or reads what goes becomes 0, in place."""
+    """Set everything that computes or reads removed units to 0, in place."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
         for (name, axis), positions in gone.items():
@@ -143,7 +143,7 @@ def _zero(network: nn.Module, gone: Mapping[tuple[str, int], Collection[int]]) -
 
 
 def _plain(module: Any) -> bool:
-    """Whether the layer is one product of a matrix with what `_rows` takes out of its inputs."""
+    """Whether the layer is a single matrix product with the rows that `_rows` takes from its inputs."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
     return isinstance(module, nn.Linear)
@@ -152,46 +152,46 @@ def _plain(module: Any) -> bool:
 def _fitted(
     layer: lockstep.Layer, weight: torch.Tensor, bias: torch.Tensor | None, rows: set[int], columns: set[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias fitted to the layer's outputs, but for the rows and columns that go."""
-    read = torch.tensor([i for i in range(weight.shape[1]) if i not in columns])
-    made = torch.tensor([i for i in range(weight.shape[0]) if i not in rows])
-    size = len(read) * weight[0, 0].numel()
-    if size > LARGEST or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.replica_inputs):
+    """Weight and bias refitted to the layer's outputs, except for the rows and columns that are removed."""
+    in_channels = torch.tensor([i for i in range(weight.shape[1]) if i not in columns])
+    out_channels = torch.tensor([i for i in range(weight.shape[0]) if i not in rows])
+    size = len(in_channels) * weight[0, 0].numel()
+    if size > MAX_INPUTS or any(x.dim() != weight.dim() and weight.dim() == 4 for x in layer.replica_inputs):
         return weight, bias
-    fitting, judging = (Gram(size + (bias is not None), others=len(made)) for _ in range(2))
+    fitting, judging = (Gram(size + (bias is not None), others=len(out_channels)) for _ in range(2))
     sample = 0
-    for inputs, wanted, found in zip(
-        layer.replica_inputs, layer.outputs, layer.twin_outputs(weight, bias), strict=True
+    for inputs, outputs, replica_outputs in zip(
+        layer.replica_inputs, layer.outputs, layer.replica_outputs(weight, bias), strict=True
     ):
         if inputs.dim() < 2:
             return weight, bias  # one row that is the same for every sample
-        unfolded = 4 * size * wanted[0, 0].numel() if weight.dim() == 4 else 0  # bytes a sample
+        unfolded = 4 * size * outputs[0, 0].numel() if weight.dim() == 4 else 0  # bytes a sample
         many = max(1, UNFOLDED // unfolded) if unfolded else len(inputs)
-        for some, error in zip(torch.split(inputs, many), torch.split(wanted - found, many), strict=True):
-            judges = (torch.arange(sample, sample + len(some)) % HELD) == HELD - 1
+        for some, error in zip(torch.split(inputs, many), torch.split(outputs - replica_outputs, many), strict=True):
+            judges = (torch.arange(sample, sample + len(some)) % HELD_OUT) == HELD_OUT - 1
             for gram, chosen in ((fitting, ~judges), (judging, judges)):
-                x, e = _rows(layer.module, some[chosen], error[chosen], read, made)
+                x, e = _rows(layer.module, some[chosen], error[chosen], in_channels, out_channels)
                 gram.add(x if bias is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1), e)
             sample += len(some)
     change = _change(fitting, judging)
     if change is None:
         return weight, bias
     fitted = weight.clone()
-    fitted[made[:, None], read[None, :]] += (
-        change[:, :size].to(weight.dtype).reshape(len(made), len(read), *weight.shape[2:])
+    fitted[out_channels[:, None], in_channels[None, :]] += (
+        change[:, :size].to(weight.dtype).reshape(len(out_channels), len(in_channels), *weight.shape[2:])
     )
     if bias is not None:
         bias = bias.clone()
-        bias[made] += change[:, size].to(bias.dtype)
+        bias[out_channels] += change[:, size].to(bias.dtype)
     return fitted, bias
 
 
 def _change(fitting: Gram, judging: Gram) -> torch.Tensor | None:
-    """The change fitted to all samples with the penalty that serves the judging ones best; None where none does.
+    """The update fitted to all samples, with the penalty that is best on the held-out ones; None where none helps.
 
     Args:
         fitting: Inputs, and errors beside them, of the samples that are fitted to.
-        judging: Of those that are not.
+        judging: The same of the held-out samples.
     """
     gains = {ridge: gain(correction(fitting.own, fitting.cross, ridge), judging.own, judging.cross) for ridge in RIDGES}
     best = max(gains, key=lambda ridge: gains[ridge])
@@ -201,13 +201,17 @@ def _change(fitting: Gram, judging: Gram) -> torch.Tensor | None:
 
 
 def _rows(
-    module: Any, inputs: torch.Tensor, error: torch.Tensor, read: torch.Tensor, made: torch.Tensor
+    module: Any, inputs: torch.Tensor, error: torch.Tensor, in_channels: torch.Tensor, out_channels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kept weights multiply, (rows, inputs), and what lacks at the outputs there, (rows, outputs)."""
+    """The inputs of the remaining weights, (rows, inputs), and the output errors there, (rows, outputs)."""
     if isinstance(module, nn.Linear):
-        return inputs[..., read].reshape(-1, len(read)), error[..., made].reshape(-1, len(made))
-    errors = error.flatten(2)[:, made]
-    rows = patches(module, inputs[:, read])[0]  # all positions of the first sample, then those of the second one, …
+        return inputs[..., in_channels].reshape(-1, len(in_channels)), error[..., out_channels].reshape(
+            -1, len(out_channels)
+        )
+    errors = error.flatten(2)[:, out_channels]
+    rows = patches(module, inputs[:, in_channels])[
+        0
+    ]  # all positions of the first sample, then those of the second one, …
     columns = rows.reshape(len(inputs), errors.shape[2], rows.shape[1]).transpose(1, 2)
     places = torch.linspace(0, errors.shape[2] - 1, min(POSITIONS, errors.shape[2])).round().long()
     x, e = (each.index_select(2, places) for each in (columns, errors))  # (samples, …, positions)

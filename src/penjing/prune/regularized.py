@@ -1,19 +1,19 @@
-"""Sparse training: a penalty makes weights or whole channels small before a later step removes them.
+"""Sparsity-inducing training: a penalty shrinks weights or whole channels before a later step removes them.
 
-| penalty | what is added to the loss, times `strength` | source |
+| penalty | term added to the loss, times `strength` | source |
 |---|---|---|
 | ``l1`` | Σ abs(w) over the weights of convolutions and linear layers | Han et al., NeurIPS 2015 |
 | ``l2`` | ½ Σ w² over the same | Han et al., NeurIPS 2015 |
 | ``bn_l1`` | Σ abs(γ) over the scales of batch norms | Liu et al., "Network Slimming", ICCV 2017 |
 | ``group_lasso`` | Σ √size · ‖all weights of the unit‖₂ over the units | Wen et al., "SSL", NeurIPS 2016 |
 
-A *unit* is all that goes with one channel (`penjing.analyze.coupling`): rows of the weights that make it, columns of
-those that read it, its entries in biases and norms. Shrinking whole coupled groups is the idea of Fang et al.,
-"DepGraph", CVPR 2023. A weight on two axes of its unit (a layer inside a residual path) counts twice, as in the score
-``l2`` of `penjing.prune.criteria`.
+A *unit* is everything that is removed with one channel (`penjing.analyze.coupling`): rows of the weights that compute
+it, columns of those that read it, its entries in biases and norms. Shrinking whole coupled groups follows Fang et al.,
+"DepGraph", CVPR 2023. A weight that lies on two axes of its unit (a layer inside a residual path) counts twice, as in
+the criterion ``l2`` of `penjing.prune.criteria`.
 
-√size (Yuan & Lin 2006) makes one `strength` fit units of all sizes, and all four penalties: it is about what every
-single weight feels.
+The factor √size (Yuan & Lin 2006) makes one `strength` suit units of all sizes and all four penalties: it is roughly
+the pull on a single weight.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
 
 @dataclass(frozen=True, kw_only=True)
 class Regularized:
-    """Train with a penalty that makes small what a later step will remove; nothing is removed here.
+    """Train with a penalty that shrinks what a later step will remove; nothing is removed here.
 
     Liu et al., "Network Slimming", ICCV 2017; Wen et al., "Learning Structured Sparsity", NeurIPS 2016.
 
-    The penalty's subgradient (0 where a weight, or a whole unit, is 0) is added to the loss' between backward and the
-    update, in 32 bits also under autocast, and before `Finetune.clip` clips the sum: the same as if the
-    penalty were a term of the loss. Zeros of earlier steps stay.
+    The penalty's subgradient (0 where a weight, or a whole unit, is 0) is added to the gradient of the loss between
+    backward and the update, in 32 bits also under autocast, and before `Finetune.clip` clips the sum: the same as if
+    the penalty were a term of the loss. Zeros of earlier steps stay.
 
     In YAML: ``- prune.Regularized: {penalty: bn_l1, finetune: {Finetune: {epochs: 2}}}``.
 
@@ -56,13 +56,13 @@ class Regularized:
 
     Attributes:
         penalty: One of `PENALTIES`. "bn_l1" and "group_lasso" prepare `Channels`, "l1" and "l2" `Magnitude`.
-        strength: Factor of the penalty.
-        finetune: The training. Its own weight decay comes on top.
-        growing: The strength rises linearly from 0 to `strength` in the course of the training, after Wang et al.,
-            "Neural Pruning via Growing Regularization", ICLR 2021. There it rises for chosen filters; here for all.
-        keep: Layers, or parts of the network, that the penalty leaves alone; for "bn_l1" and "group_lasso" those whose
-            outputs stay whole, as in `Channels`.
-        approximate: Also groups that norms and averages take statistics over; give it what `Channels` gets.
+        strength: The coefficient of the penalty.
+        finetune: The training. Its own weight decay applies in addition.
+        growing: Whether the strength rises linearly from 0 to `strength` over the training, after Wang et al., "Neural
+            Pruning via Growing Regularization", ICLR 2021. There it rises for selected filters; here for all.
+        keep: Layers, or parts of the network, that are not penalized; for "bn_l1" and "group_lasso" those whose outputs
+            are not pruned, as in `Channels`.
+        approximate: Also penalize groups that norms and averages compute statistics over; set it as in `Channels`.
     """
 
     stage: ClassVar[str] = "structure"
@@ -91,11 +91,11 @@ class Regularized:
         """Return a draft with trained weights.
 
         Raises:
-            PruningError: The network has nothing that this penalty is for.
+            PruningError: The network has nothing that this penalty applies to.
             RecipeError: `keep` names what does not exist.
         """
         penalty = penalty_for(self, draft.network, context)
-        settings = replace(self.finetune, hooks=(*self.finetune.hooks, _Pull(self, penalty)))
+        settings = replace(self.finetune, hooks=(*self.finetune.hooks, _AddSubgradient(self, penalty)))
         done = settings(draft, context)
         before, after = float(penalty.value(draft.network)), float(penalty.value(done.network))
         context.events("regularized", penalty=self.penalty, before=before, after=after)
@@ -104,14 +104,14 @@ class Regularized:
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Where the units of one group lie along one axis of one parameter.
+    """The positions of one group's units along one axis of one parameter.
 
     Attributes:
         tensor: Name of the parameter.
         axis: Its axis.
-        unit: (length of the axis,) the unit of each position, and one more than the last unit where there is none.
-        positions: (units, most) the positions of each unit, filled up with the length of the axis. Sums over units are
-            gathered with it, in a fixed order: adding at an index does not repeat to the bit on a GPU.
+        unit: (length of the axis,) the unit of each position; the number of units where a position belongs to none.
+        positions: (units, most) the positions of each unit, padded with the length of the axis. Sums over units are
+            gathered with it in a fixed order: index_add is not deterministic on a GPU.
     """
 
     tensor: str
@@ -122,11 +122,11 @@ class Slices:
 
 @dataclass(frozen=True, eq=False)
 class Single:
-    """A penalty on single numbers.
+    """A penalty on single weights.
 
     Attributes:
         power: 1 for Σ abs(w), 2 for ½ Σ w².
-        taken: Parameter → 1 where a number is penalized and 0 where not, in a shape that broadcasts.
+        taken: Parameter → 1 where a weight is penalized and 0 elsewhere, in a shape that broadcasts.
     """
 
     power: int
@@ -150,18 +150,18 @@ class GroupLasso:
     """A penalty on the norms of whole units.
 
     Attributes:
-        groups: Of every group all that its units have.
+        groups: For every group the slices of all parameters that its units own.
     """
 
     groups: tuple[tuple[Slices, ...], ...]
 
     def value(self, network: nn.Module) -> torch.Tensor:
         """The penalty, a scalar."""
-        found = [unit_norms(_weights(network, group), group) for group in self.groups]
-        return torch.stack([(norms * sizes.sqrt()).sum() for norms, sizes in found]).sum()
+        by_group = [unit_norms(_weights(network, group), group) for group in self.groups]
+        return torch.stack([(norms * sizes.sqrt()).sum() for norms, sizes in by_group]).sum()
 
     def gradients(self, network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameter → its part of the penalty's subgradient, one part for every axis."""
+        """Parameter → its terms of the penalty's subgradient, one for every axis."""
         for group in self.groups:
             weights = _weights(network, group)
             norms, sizes = unit_norms(weights, group)
@@ -174,11 +174,11 @@ class GroupLasso:
 
 
 def unit_norms(weights: Mapping[str, torch.Tensor], group: tuple[Slices, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2 norms (units,) of all weights of every unit, and how many these are (units,).
+    """The L2 norms (units,) of all weights of every unit, and their numbers (units,).
 
     Args:
-        weights: The parameters that the group is on, by name.
-        group: Where its units are.
+        weights: The parameters that the group has slices of, by name.
+        group: Its slices.
     """
     squares, sizes = [], []
     for part in group:
@@ -194,7 +194,7 @@ def penalty_for(step: Regularized, network: fx.GraphModule, context: Context) ->
     """The penalty of a step on a network.
 
     Raises:
-        PruningError: The network has nothing that this penalty is for.
+        PruningError: The network has nothing that this penalty applies to.
     """
     if step.penalty in ("l1", "l2"):
         power = 1 if step.penalty == "l1" else 2
@@ -208,18 +208,18 @@ def penalty_for(step: Regularized, network: fx.GraphModule, context: Context) ->
     elif groups := tuple(parts for g in chosen if (parts := _slices(network, g, context.device))):
         return GroupLasso(groups)
     raise PruningError(
-        f'penalty="{step.penalty}" finds nothing to make small',
-        got=_held(coupling, step),
-        expected="batch norms of channels that can be removed" if step.penalty == "bn_l1" else "channels that can go",
+        f'penalty="{step.penalty}" applies to nothing in this network',
+        got=_not_prunable(coupling, step),
+        expected="batch norms of prunable channels" if step.penalty == "bn_l1" else "prunable channels",
         remedy='penalty="group_lasso" needs no batch norms' if step.penalty == "bn_l1" and chosen else None,
     )
 
 
-def _held(coupling: Coupling, step: Regularized) -> str:
+def _not_prunable(coupling: Coupling, step: Regularized) -> str:
     reasons = "; ".join(f"{name}: {why}" for name, why in list(coupling.not_prunable.items())[:3])
     left_out = [name for name, group in coupling.groups.items() if group.statistics and not step.approximate]
     texts = [reasons] if reasons else []
-    texts += [f"approximate=True frees {', '.join(left_out[:3])}"] if left_out else []
+    texts += [f"approximate=True also penalizes {', '.join(left_out[:3])}"] if left_out else []
     return "; ".join(texts) or f"{len(coupling.groups)} groups of channels"
 
 
@@ -235,23 +235,23 @@ def _scales(network: nn.Module, groups: Iterable[Group], device: str) -> dict[st
 
 
 def _slices(network: nn.Module, group: Group, device: str) -> tuple[Slices, ...]:
-    parameters = dict(network.named_parameters())  # running statistics go with a channel, but nobody trains them
-    found: list[Slices] = []
+    parameters = dict(network.named_parameters())  # running statistics belong to a channel too, but are not trained
+    slices: list[Slices] = []
     for member in (m for m in group.members if m.tensor in parameters):
         length = parameters[member.tensor].shape[member.axis]
-        mine: list[list[int]] = [[] for _ in range(group.units)]
+        positions_of: list[list[int]] = [[] for _ in range(group.units)]
         unit = torch.full((length,), group.units)
         for position, number in zip(member.positions.tolist(), member.units.tolist(), strict=True):
-            mine[number].append(position)
+            positions_of[number].append(position)
             unit[position] = number
-        most = max(map(len, mine))
-        positions = torch.tensor([row + [length] * (most - len(row)) for row in mine])
-        found.append(Slices(member.tensor, member.axis, unit.to(device), positions.to(device)))
-    return tuple(found)
+        most = max(map(len, positions_of))
+        positions = torch.tensor([row + [length] * (most - len(row)) for row in positions_of])
+        slices.append(Slices(member.tensor, member.axis, unit.to(device), positions.to(device)))
+    return tuple(slices)
 
 
 def _weight(network: nn.Module, name: str) -> torch.Tensor:
-    """A parameter in at least 32 bits: bfloat16 would lose most of a sum of squares."""
+    """A parameter in at least 32 bits: bfloat16 is too coarse for a sum of squares."""
     weight = network.get_parameter(name).detach()
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -261,14 +261,14 @@ def _weights(network: nn.Module, group: tuple[Slices, ...]) -> dict[str, torch.T
 
 
 @dataclass(frozen=True, eq=False)
-class _Pull:
-    """A hook that adds a penalty's subgradient to the loss'. It remembers nothing: steps and weights say it all."""
+class _AddSubgradient:
+    """A hook that adds the penalty's subgradient to the gradient of the loss. It has no state of its own."""
 
     step: Regularized
     penalty: Single | GroupLasso
 
     def to_data(self) -> Any:
-        """Without the training, whose settings the saved state compares one by one, and what follows from the step."""
+        """The settings without the training, which the saved state compares field by field."""
         return identity(replace(self.step, finetune=Finetune()))
 
     @torch.no_grad()

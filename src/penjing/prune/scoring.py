@@ -1,4 +1,4 @@
-"""What a criterion is, what it may read, and how scores of weights become scores of channels."""
+"""The interface of importance criteria, and how values of weights are summed over units of coupled channels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from penjing.analyze.coupling import Coupling, Group, Member
 from penjing.steps.step import Context
 
 Scores = dict[str, np.ndarray]
-"""Group → score of every unit (units,), each at least 0; larger matters more."""
+"""Group → importance score of every unit (units,), at least 0; units with small scores are removed first."""
 
 WeightScores = dict[str, torch.Tensor]
-"""Layer → score of every weight, at least 0, in the layout of its weight."""
+"""Layer → importance score of every weight, at least 0, in the layout of the layer's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class Evidence:
     """What a criterion may read.
 
     Attributes:
-        network: A captured network; it stays as it is.
-        context: For its data: labelled, or that of the calibration.
-        batches: How many batches of it are read.
-        seed: Of random directions and numbers.
+        network: A captured network; it is left unchanged.
+        context: Has the labelled and the calibration data.
+        batches: How many batches are read.
+        seed: Seeds random directions and scores.
     """
 
     network: fx.GraphModule
@@ -37,7 +37,7 @@ class Evidence:
     seed: int
 
     def generator(self) -> torch.Generator:
-        """A generator that begins with the seed."""
+        """A new generator with the seed."""
         return torch.Generator().manual_seed(self.seed % 2**63)
 
 
@@ -48,10 +48,10 @@ class Criterion:
     Attributes:
         name: As `Channels` and `Magnitude` take it.
         needs: "nothing", "calibration" data, or "labels" and a loss.
-        units: Scores of the units of coupled groups; None where it has no meaning for them.
-        weights: Scores of the weights of layers, by name; None where it has no meaning for them.
-        estimates_loss: Whether scores are changes of one and the same loss: comparable between groups as they are.
-        has_scale: Whether a threshold makes sense of it.
+        units: Scores the units of coupled groups; None where the criterion is not defined for units.
+        weights: Scores the weights of layers; None where the criterion is not defined for weights.
+        estimates_loss: Whether scores estimate the change of one loss, and so compare across groups without scaling.
+        has_scale: Whether scores can be compared with a fixed threshold.
     """
 
     name: str
@@ -63,22 +63,22 @@ class Criterion:
 
 
 def rows(member: Member, tensor: torch.Tensor) -> torch.Tensor:
-    """(positions, everything else): what one member holds, position by position."""
+    """The slices of a tensor at a member's positions, (positions, everything else), float64."""
     picked = tensor.detach().movedim(member.axis, 0)[torch.from_numpy(member.positions)]
     return picked.reshape(len(picked), -1).double()
 
 
 def per_unit(member: Member, values: torch.Tensor, units: int) -> torch.Tensor:
-    """Sums over the positions of every unit: (positions,) to (units,)."""
+    """Sum values over the positions of every unit: (positions,) → (units,)."""
     return torch.zeros(units, dtype=torch.float64).index_add(0, torch.from_numpy(member.units), values)
 
 
 def readers(group: Group) -> tuple[Member, ...]:
-    """The members whose weights multiply the units; where there are none, those that make them."""
+    """The members whose weights read the units; where there are none, those that compute them."""
     reads = tuple(m for m in group.members if m.role == "its inputs")
     return reads or tuple(m for m in group.members if m.role == "its outputs") or group.members
 
 
 def zeros_last(scores: WeightScores, modules: Mapping[str, Any]) -> WeightScores:
-    """Scores in which a weight that is zero already scores zero, whatever else is said of it."""
+    """Scores in which weights that are zero already score zero, so that they are removed first."""
     return {name: value.masked_fill_(modules[name].weight == 0, 0) for name, value in scores.items()}

@@ -1,11 +1,11 @@
-"""What the outputs lose when one group of channels alone is pruned: a scan, and ratios per layer that follow from it.
+"""Sensitivity of the outputs to pruning one group of channels at a time; per-layer pruning ratios follow from it.
 
-Every group is cut to several fractions of its units, the rest of the network stays whole, and the outputs are held
-against those of the whole network on calibration data: no labels are needed. A scan depends on the network, the samples
-and the order in which units go, and on nothing else; it is kept under a digest of these and read again.
+Every group is pruned alone, at several fractions of its units, and the outputs are compared with those of the unpruned
+network on calibration data: no labels are needed. A scan depends on the network, the samples and the order in which
+units are removed, and on nothing else; it is cached under a digest of these.
 
-Scans of layers alone are those of Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. A budget is met by
-what each layer loses for what it saves, as in Yang et al., "NetAdapt", ECCV 2018.
+Per-layer scans are those of Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. A budget is spent where a
+layer loses least for what it saves, as in Yang et al., "NetAdapt", ECCV 2018.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Call, calibration_calls
 
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
-"""Fractions of a group's units that are removed, one after the other."""
+"""Fractions of a group's units that are removed, one after another."""
 
 BATCHES = 4
-"""So many batches are read at most: every one of them for every share of every group."""
+"""At most this many batches are read: each is run for every fraction of every group."""
 
 FILE = "sensitivity.json"
 
@@ -45,12 +45,12 @@ Scan = dict[str, "Curve"]
 
 @dataclass(frozen=True)
 class Curve:
-    """What is lost as one group loses units.
+    """Output noise as a function of how many units of one group are removed.
 
     Attributes:
         units: How many units the group has.
-        removed: How many are removed, rising.
-        noise: For each, noise power over signal power at the outputs.
+        removed: How many are removed, in ascending order.
+        noise: For each of them, noise power over signal power at the outputs.
     """
 
     units: int
@@ -58,9 +58,9 @@ class Curve:
     noise: tuple[float, ...]
 
     def marginal(self) -> np.ndarray:
-        """(units,) noise that the n-th removed unit adds, never less than that of the one before it.
+        """(units,) noise that the n-th removed unit adds, made non-decreasing.
 
-        Noise ends near 1 once nothing is left of the signal. A later unit must not look cheap for that.
+        Noise saturates near 1 once nothing is left of the signal; later units must not look cheap because of that.
         """
         x = np.array([0, *self.removed, self.units])
         y = np.maximum.accumulate(np.array([0.0, *self.noise, max(1.0, *self.noise)]))
@@ -75,33 +75,33 @@ def scan(
     ranked: Mapping[str, Sequence[int]],
     context: Context,
     batches: int,
-    kept: Path | None = None,
+    file: Path | None = None,
     shares: Sequence[float] = SHARES,
 ) -> Scan:
-    """Prune every group alone, several times, and see what the outputs lose.
+    """Prune every group alone, at several fractions, and measure the noise at the outputs.
 
     Args:
         network: A captured network; it stays as it is.
         coupling: Its groups.
-        ranked: Group → its units, the first to go first; groups that are not named are left out.
-        context: For its data; reports progress.
+        ranked: Group → its units, the first to be removed first; groups that are not named are left out.
+        context: Has the calibration data, and is told the progress.
         batches: How many batches of calibration data are read, `BATCHES` at most.
-        kept: A JSON file that finished groups are written to and read from.
+        file: A JSON file that caches finished groups.
         shares: Fractions of a group's units.
     """
     calls = list(calibration_calls(context.task, limit=min(batches, BATCHES)))
     digest = _digest(network, ranked, calls, shares)
-    known = _read(kept, digest)
-    found: Scan = {}
+    known = _read(file, digest)
+    curves: Scan = {}
     with torch.no_grad(), in_eval_mode(network):
-        wanted = [_outputs(network, call) for call in calls]
+        references = [_outputs(network, call) for call in calls]
         for done, (name, units) in enumerate(ranked.items()):
             context.events("progress", label="sensitivity", done=done, total=len(ranked))
-            found[name] = known.get(name) or _curve(network, coupling, name, units, calls, wanted, shares)
-            if kept and name not in known:
-                _write(kept, digest, {**known, **found})
+            curves[name] = known.get(name) or _curve(network, coupling, name, units, calls, references, shares)
+            if file and name not in known:
+                _write(file, digest, {**known, **curves})
     context.events("progress", label="sensitivity", done=len(ranked), total=len(ranked))
-    return found
+    return curves
 
 
 def _curve(
@@ -110,22 +110,22 @@ def _curve(
     name: str,
     units: Sequence[int],
     calls: Sequence[Call],
-    wanted: Sequence[list[torch.Tensor]],
+    references: Sequence[list[torch.Tensor]],
     shares: Sequence[float],
 ) -> Curve:
     counts = sorted({min(max(1, round(share * len(units))), len(units) - 1) for share in shares} - {0})
     curve: dict[int, float] = {}
     for count in counts:
         removed = {name: list(units[:count])}
-        if coupling.emptied(removed):  # of a layer that reads some of the units alone, nothing would be left
+        if coupling.emptied(removed):  # a layer that reads only some of the units would have no input left
             break
         smaller = copy.deepcopy(network)
         resize(smaller, coupling.edits(removed))
         signal = noise = 0.0
-        for call, whole in zip(calls, wanted, strict=True):
-            for a, b in zip(whole, _outputs(smaller, call), strict=True):
-                signal += float(a.square().sum())
-                noise += float((a - b).square().sum())
+        for call, outputs in zip(calls, references, strict=True):
+            for reference, output in zip(outputs, _outputs(smaller, call), strict=True):
+                signal += float(reference.square().sum())
+                noise += float((reference - output).square().sum())
         ratio = noise / signal if signal else 0.0
         curve[count] = ratio if math.isfinite(ratio) else 1e9
     return Curve(len(units), tuple(curve), tuple(curve.values()))
@@ -151,12 +151,12 @@ def _digest(
     return known.hexdigest()
 
 
-def _read(kept: Path | None, digest: str) -> Scan:
-    """What a file knows of this very scan; nothing if it is of another one, or damaged."""
-    if kept is None or not kept.is_file():
+def _read(file: Path | None, digest: str) -> Scan:
+    """The finished groups of this scan in a file; none if it holds another scan, or is damaged."""
+    if file is None or not file.is_file():
         return {}
     try:
-        told = reading.json_file(kept, finite=False)
+        told = reading.json_file(file, finite=False)
         if told["digest"] != digest:
             return {}
         rows = told["groups"].items()
@@ -167,9 +167,9 @@ def _read(kept: Path | None, digest: str) -> Scan:
         return {}
 
 
-def _write(kept: Path, digest: str, found: Scan) -> None:
-    rows = {n: {"units": c.units, "removed": list(c.removed), "noise": list(c.noise)} for n, c in found.items()}
-    write_text(kept, json.dumps({"digest": digest, "groups": rows}, indent=1) + "\n")
+def _write(file: Path, digest: str, curves: Scan) -> None:
+    rows = {n: {"units": c.units, "removed": list(c.removed), "noise": list(c.noise)} for n, c in curves.items()}
+    write_text(file, json.dumps({"digest": digest, "groups": rows}, indent=1) + "\n")
 
 
 __all__ = ["BATCHES", "FILE", "SHARES", "Curve", "Scan", "scan"]

@@ -1,10 +1,10 @@
-"""Weights become zeros one column after another, and the columns that follow make up for the error.
+"""SparseGPT: weights are pruned column by column, and the columns that follow compensate for the error.
 
-Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, which makes
-the update of Hassibi et al., "Optimal Brain Surgeon", 1993, fast. With H = X·Xᵀ of a layer's inputs, removing w_j costs
-w_j² / [H⁻¹]_jj of the output's error, if the weights after j move by −w_j·[H⁻¹]_j: / [H⁻¹]_jj.
+Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, a fast form of
+the update of Hassibi et al., "Optimal Brain Surgeon", 1993. With H = X·Xᵀ of a layer's inputs, removing w_j adds
+w_j² / [H⁻¹]_jj to the squared output error if the weights after j are updated by −w_j·[H⁻¹]_j: / [H⁻¹]_jj.
 
-Layers are pruned in the order of execution, each on the inputs that its pruned predecessors leave.
+Layers are pruned in execution order, each on the outputs of the pruned layers before it.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from penjing.tasks.task import Call, calibration_calls
 CHUNK = 16  # samples that run through the network together
 NOT_BLOCKS = Rule(
     lambda text: (read := Pattern.parse(text)).unstructured or bool(read.of),
-    '"unstructured" or "N:M"; Magnitude and Wanda know blocks',
+    '"unstructured" or "N:M"; Magnitude and Wanda also prune blocks',
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT:
-    """Set weights of linear layers and convolutions to zero, and let those that stay compensate on calibration data.
+    """Set weights of linear layers and convolutions to zero, and update the remaining ones on calibration data.
 
     Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023.
 
-    It reaches convolutions in one and two dimensions and linear layers that are called once and share no weights;
-    others stay whole, and the event "covered" tells how many. Zeros that are there already stay.
+    It prunes linear layers and one- and two-dimensional convolutions that are called once and share no weights. Other
+    layers are not pruned, and the event "covered" reports how many are. Weights that are zero already stay zero.
 
     Raises:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        sparsity: The fraction of a layer's weights (of a grouped convolution: of every group's) that becomes zero;
-            None is what the pattern "N:M" says, else one half.
+        sparsity: The fraction of a layer's weights (of each group's in a grouped convolution) that becomes zero; None
+            follows from the pattern "N:M", else one half.
         pattern: "unstructured" or "N:M" (for example "2:4").
-        block: Columns among which weights are compared, and whose updates the later ones get together.
+        block: Columns whose weights are compared with one another, and whose updates reach the later columns together.
         damping: Added to the diagonal of H, as a fraction of its mean.
-        layers: Layers, or parts of the network, that take part; empty takes all.
-        keep: Layers, or parts of the network, that stay as they are.
-        samples: Calibration samples to look at, held in memory together.
+        layers: Layers, or parts of the network, that are pruned; empty prunes all.
+        keep: Layers, or parts of the network, that are not pruned.
+        samples: Calibration samples, held in memory together.
     """
 
     stage: ClassVar[str] = "structure"
@@ -77,30 +77,32 @@ class SparseGPT:
         """Return a draft with zeros.
 
         Raises:
-            PruningError: It reaches no layer.
+            PruningError: The network has no layer that it can prune.
         """
         network = draft.copy().network.eval()
-        wanted = prunable(network, self.layers, self.keep)
-        reached = [n for n in lockstep.countable(network) if n in wanted and not isinstance(wanted[n], nn.Conv3d)]
+        candidates = prunable(network, self.layers, self.keep)
+        reached = [
+            n for n in lockstep.countable(network) if n in candidates and not isinstance(candidates[n], nn.Conv3d)
+        ]
         if not reached:
             raise PruningError(
-                "SparseGPT reaches no layer of this network",
-                got=f"{len(wanted)} layers that are three-dimensional, transposed, or called more than once",
+                "SparseGPT can't prune any layer of this network",
+                got=f"{len(candidates)} layers that are three-dimensional, transposed, or called more than once",
                 expected="a linear layer, or a convolution in one or two dimensions",
-                remedy="prune.Wanda also uses calibration data, and reaches them",
+                remedy="prune.Wanda also uses calibration data, and prunes these layers too",
             )
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
 
         def watch(layer: lockstep.Layer) -> list[torch.Tensor] | None:
             if layer.site not in reached:
                 return None
-            found[layer.site] = self._pruned(layer.module, layer.replica_inputs)
-            context.events("progress", label="SparseGPT", done=len(found), total=len(reached))
-            return layer.twin_outputs(found[layer.site])
+            weights[layer.site] = self._pruned(layer.module, layer.replica_inputs)
+            context.events("progress", label="SparseGPT", done=len(weights), total=len(reached))
+            return layer.replica_outputs(weights[layer.site])
 
         lockstep.run(network, Plan(), _calls(context, self.samples), watch)
-        context.events("covered", step="SparseGPT", layers=len(reached), total=len(wanted))
-        return with_zeros(draft, context, "SparseGPT", found)
+        context.events("covered", step="SparseGPT", layers=len(reached), total=len(candidates))
+        return with_zeros(draft, context, "SparseGPT", weights)
 
     def _pruned(self, module: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
         """A layer's weight with zeros, in its own layout."""
@@ -131,26 +133,26 @@ def prune_columns(
     block: int = 128,
     damping: float = 0.01,
 ) -> torch.Tensor:
-    """Zeros in `weight`, column after column; the columns after it make up for what goes.
+    """Prune `weight` column by column; the later columns compensate for each one.
 
-    Of the first k columns of a group, where a block ends with the k-th, ⌊sparsity · rows · k⌋ weights go.
+    Where a block ends with the k-th column, ⌊sparsity · rows · k⌋ of a group's weights up to there have been removed.
 
     Args:
-        weight: (groups, rows, columns), float64; what is zero stays zero.
+        weight: (groups, rows, columns), float64; zeros stay zero.
         hessian: X·Xᵀ of each group, (groups, columns, columns), float64.
-        sparsity: The fraction that goes where the pattern is unstructured.
-        pattern: Free, or N of every M neighbours among `width` columns.
-        width: Columns come in runs of so many neighbours: the input channels at one position of a kernel.
+        sparsity: The fraction that is removed where the pattern is unstructured.
+        pattern: Unstructured, or N of every M neighbours among `width` columns.
+        width: Length of a run of neighbouring columns: the input channels at one position of a kernel.
         block: Columns whose zeros are chosen together.
         damping: Added to the diagonal, as a fraction of its mean.
     """
-    weight, given = weight.clone(), weight == 0
+    weight, zero_before = weight.clone(), weight == 0
     factor = _factor(hessian, damping)
     removed = 0
     for first, last in _blocks(weight.shape[2], block, width, pattern.of):
         here, inside = weight[:, :, first:last].clone(), factor[:, first:last, first:last]
         pivots = inside.diagonal(dim1=1, dim2=2)
-        zero, errors = given[:, :, first:last].clone(), torch.zeros_like(here)
+        zero, errors = zero_before[:, :, first:last].clone(), torch.zeros_like(here)
         if pattern.unstructured:
             count = removed_count(sparsity, weight.shape[1] * last) - removed
             removed += count
@@ -160,18 +162,18 @@ def prune_columns(
             if pattern.of and position % pattern.of == 0 and position + pattern.of <= width:
                 group = slice(j, j + pattern.of)
                 zero[:, :, group] |= _of_neighbours(here[:, :, group], pivots[:, group], zero[:, :, group], pattern)
-            wanted = torch.where(zero[:, :, j], 0.0, here[:, :, j])
-            error = (here[:, :, j] - wanted) / pivots[:, None, j]
+            pruned = torch.where(zero[:, :, j], 0.0, here[:, :, j])
+            error = (here[:, :, j] - pruned) / pivots[:, None, j]
             here[:, :, j + 1 :] -= error[:, :, None] * inside[:, None, j, j + 1 :]
-            weight[:, :, first + j], errors[:, :, j] = wanted, error
+            weight[:, :, first + j], errors[:, :, j] = pruned, error
         weight[:, :, last:] -= errors @ factor[:, first:last, last:]
     return weight
 
 
 def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U with UᵀU = H⁻¹, upper triangular: row j holds what removing column j does to those after it."""
+    """Upper triangular U with UᵀU = H⁻¹: row j has the update of the later columns when column j is pruned."""
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = torch.where(mean > 0, damping * mean, 1.0)  # a group whose inputs are all zero prefers nothing
+    ridge = torch.where(mean > 0, damping * mean, 1.0)  # a group whose inputs are all zero: every weight costs the same
     damped = hessian + ridge[:, None, None] * torch.eye(hessian.shape[1], dtype=hessian.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -179,7 +181,7 @@ def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _blocks(columns: int, block: int, width: int, neighbours: int) -> Iterator[tuple[int, int]]:
-    """First and last of columns that are handled together; no group of neighbours is cut in two."""
+    """Bounds of blocks of columns; no N:M group of neighbours is cut in two."""
     first = 0
     while first < columns:
         last = min(first + block, columns)
@@ -191,7 +193,7 @@ def _blocks(columns: int, block: int, width: int, neighbours: int) -> Iterator[t
 
 
 def _cheapest(weight: torch.Tensor, pivots: torch.Tensor, zero: torch.Tensor, count: int) -> torch.Tensor:
-    """True at `count` of each group's weights (groups, rows, columns) that cost least, zeros before all others."""
+    """True at the `count` weights of each group (groups, rows, columns) that cost least, existing zeros first."""
     costs = (weight / pivots[:, None]).square().masked_fill(zero, -1.0)
     return smallest(costs.reshape(len(costs), -1), count).reshape(costs.shape)
 
@@ -208,22 +210,22 @@ def _by_tap(x: torch.Tensor) -> torch.Tensor:
 
 def _calls(context: Context, samples: int) -> list[Call]:
     """The first calibration samples in chunks of `CHUNK`."""
-    found: list[Call] = []
+    calls: list[Call] = []
     left = samples
     for call in calibration_calls(context.task):
         size = next(len(t) for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim())
         for first in range(0, min(size, left), CHUNK):
             last = min(first + CHUNK, size, left)
-            found.append(pytree.tree_map_only(torch.Tensor, _Cut(size, first, last), call))
+            calls.append(pytree.tree_map_only(torch.Tensor, _Cut(size, first, last), call))
         left -= size
         if left <= 0:
             break
-    return found
+    return calls
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Samples first..last of every tensor that has the batch on axis 0."""
+    """A slice of the samples of every tensor that has the batch on axis 0."""
 
     size: int
     first: int

@@ -1,11 +1,11 @@
-"""Weights that are small, or that multiply small inputs, become zeros.
+"""Wanda: weights are pruned by magnitude times input norm.
 
-Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024. A weight's score is
-|w_ij|·‖x_j‖₂, the size of what it adds to the output over the calibration data, and it is compared with those of the
-same output alone. Nothing is trained and no weight that stays is changed.
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024. The score of a weight is
+|w_ij|·‖x_j‖₂, the norm of its contribution to the output over the calibration data, and scores are compared within an
+output. Nothing is trained, and the remaining weights are not changed.
 
-For convolutions ‖x_j‖₂ is taken over an input channel, not over every position of the unfolded patch: positions of
-one channel see the same values but for the border and what a stride skips.
+For convolutions ‖x_j‖₂ is computed per input channel, not per position of the unfolded patch: the positions of one
+channel see the same values, except at the border and for what a stride skips.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from penjing.steps.step import Context
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda:
-    """Set the weights with the smallest |w|·‖x‖ of every output to zero. It needs calibration data, and no labels.
+    """Set the weights with the smallest |w|·‖x‖ of every output to zero. It needs calibration data, but no labels.
 
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
 
@@ -35,12 +35,12 @@ class Wanda:
         RecipeError: A setting makes no sense.
 
     Attributes:
-        sparsity: The fraction of every output's weights that becomes zero; None is what the pattern "N:M" says, else
+        sparsity: The fraction of every output's weights that becomes zero; None follows from the pattern "N:M", else
             one half.
         pattern: "unstructured", "N:M" (for example "2:4") or blocks "RxC", compared within a row of blocks.
-        layers: Layers, or parts of the network, that take part; empty takes all.
-        keep: Layers, or parts of the network, that stay as they are.
-        batches: At most so many calibration batches are read, in one pass; sums alone are held.
+        layers: Layers, or parts of the network, that are pruned; empty prunes all.
+        keep: Layers, or parts of the network, that are not pruned.
+        batches: At most this many calibration batches are read, in one pass; only sums are held in memory.
     """
 
     stage: ClassVar[str] = "structure"
@@ -64,8 +64,8 @@ class Wanda:
         weights: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             weight = module.weight.detach()
-            found = scores(by_output(module, weight), norms[name])
-            mask = keep(found, fraction(self.sparsity, self.pattern), self.pattern, "row")
+            importance = scores(by_output(module, weight), norms[name])
+            mask = keep(importance, fraction(self.sparsity, self.pattern), self.pattern, "row")
             weights[name] = weight.masked_fill(~as_stored(module, mask), 0)
         return with_zeros(draft, context, "Wanda", weights)
 
@@ -75,7 +75,7 @@ def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
     Args:
         weight: (out, in, *kernel), `in` being the input channels of one group.
-        norms: (groups · in,), those of all input channels.
+        norms: (groups · in,), ‖x‖ of all input channels.
 
     Returns:
         (out, in, *kernel).

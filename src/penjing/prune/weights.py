@@ -1,4 +1,4 @@
-"""Which weights may become zero, in what layout they are compared, and how a draft with zeros is made of a mask."""
+"""Which weights may be pruned, the layout in which they are compared, and drafts with pruned weights."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable[str] = ()) -> dict[str, Any]:
-    """Layer → module of every convolution and linear layer whose weight may get zeros, in the order of execution.
+    """Layer → module of every convolution and linear layer whose weight may be pruned, in execution order.
 
-    A weight that an embedding or an operator without a layer reads too is left out: as a table its rows are values,
-    not connections. A weight that several layers share counts once.
+    A weight that an embedding or a functional operator reads too is left out: the rows of a table are values, not
+    connections. A weight that several layers share is listed once.
 
     Args:
         network: A captured network.
-        layers: Layers, or parts of the network; empty takes all.
-        keep: Layers, or parts of the network, that are left out.
+        layers: Layers, or parts of the network; empty selects all.
+        keep: Layers, or parts of the network, that are not pruned.
 
     Raises:
-        RecipeError: A name does not exist.
-        PruningError: Nothing is left.
+        RecipeError: A named layer does not exist.
+        PruningError: No layer is left to prune.
     """
     owners: dict[int, set[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -42,38 +42,38 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
     called = {str(n.target): kind(network, n) for n in network.graph.nodes if n.op == "call_module"}
     read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
     fitting = {f"{name}.weight" for name, what in called.items() if what in LAYERS} - read
-    found: dict[str, Any] = {}
+    candidates: dict[str, Any] = {}
     seen: set[int] = set()
     for name, what in called.items():
         module: Any = network.get_submodule(name)
         if what in LAYERS and owners[id(module.weight)] <= fitting and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            found[name] = module
-    wanted, left_out = _named(found, network, layers), _named(found, network, keep)
-    chosen = {n: m for n, m in found.items() if n not in left_out and (n in wanted or not tuple(layers))}
+            candidates[name] = module
+    named, left_out = _named(candidates, network, layers), _named(candidates, network, keep)
+    chosen = {n: m for n, m in candidates.items() if n not in left_out and (n in named or not tuple(layers))}
     if not chosen:
         raise PruningError(
             "no layer is left whose weights can be pruned",
-            got=f"{len(found)} convolution and linear layers, all of them left out by layers= and keep=",
+            got=f"{len(candidates)} convolution and linear layers, all of them left out by layers= and keep=",
             expected="at least one",
         )
     return chosen
 
 
-def _named(known: Mapping[str, Any], network: fx.GraphModule, wanted: Iterable[str]) -> set[str]:
+def _named(known: Mapping[str, Any], network: fx.GraphModule, words: Iterable[str]) -> set[str]:
     modules = {name for name, _ in network.named_modules()}
-    found: set[str] = set()
-    for word in wanted:
+    names: set[str] = set()
+    for word in words:
         if word not in modules:
             near = difflib.get_close_matches(word, known, n=3)
             raise RecipeError(
-                "a layer that is named does not exist",
+                "this layer does not exist",
                 got=word,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,
             )
-        found |= {name for name in known if name == word or name.startswith(f"{word}.")}
-    return found
+        names |= {name for name in known if name == word or name.startswith(f"{word}.")}
+    return names
 
 
 def by_output(module: nn.Module, stored: torch.Tensor) -> torch.Tensor:
@@ -93,12 +93,12 @@ def as_stored(module: nn.Module, values: torch.Tensor) -> torch.Tensor:
 
 
 def with_zeros(draft: Draft, context: Context, step: str, weights: Mapping[str, torch.Tensor]) -> Draft:
-    """A draft with these weights, whose zeros are logged to stay.
+    """A draft with these weights, whose zeros are logged as permanent.
 
     Args:
-        draft: Stays as it is.
-        context: Is told how many zeros there are.
-        step: Who has made them.
+        draft: It is left unchanged.
+        context: Is told the sparsity.
+        step: The name of the pruning step.
         weights: Layer → its weight, in the layer's own layout.
     """
     draft = draft.copy()
@@ -110,14 +110,14 @@ def with_zeros(draft: Draft, context: Context, step: str, weights: Mapping[str, 
 
 
 def tell(draft: Draft, context: Context, step: str, layers: Iterable[str]) -> None:
-    """Report how many weights of these layers are zero."""
+    """Report the sparsity of these layers."""
     weights = [draft.network.get_parameter(f"{name}.weight") for name in layers]
     zeros, count = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
     context.events("sparse", step=step, layers=len(weights), zeros=zeros, weights=count)
 
 
 def marked(draft: Draft, layers: Iterable[str]) -> Draft:
-    """The draft with the weights of these layers in its log of tensors whose zeros stay."""
+    """The draft, with the weights of these layers logged as tensors whose zeros stay."""
     known = set(draft.sparse)
     names = [name for layer in layers if (name := f"{layer}.weight") not in known]
     return replace(draft, edits=(*draft.edits, mark_sparse(draft.network, names))) if names else draft

@@ -90,7 +90,7 @@ def _revive_norms(network: fx.GraphModule, draft: Draft, context: Context, scale
 
     def watch(layer: lockstep.Layer) -> None:
         if layer.site in revived:
-            every = torch.cat([y.movedim(1, 0).flatten(1) for y in layer.twin_outputs()], 1)
+            every = torch.cat([y.movedim(1, 0).flatten(1) for y in layer.replica_outputs()], 1)
             statistics[layer.site] = (every.mean(1), every.var(1, correction=0))
 
     lockstep.run(draft.network, draft.plan, chunks(context, draft.network, 64), watch)

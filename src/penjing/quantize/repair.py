@@ -55,7 +55,7 @@ def repaired(
             module.weight.copy_(weight)
         done.append(layer.site)
         context.events("progress", label=label, done=len(done), total=len(layers))
-        outputs = layer.twin_outputs(weight)
+        outputs = layer.replica_outputs(weight)
         if module.bias is None:
             return outputs
         shift = layer.shift(outputs)
