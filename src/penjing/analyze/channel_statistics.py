@@ -1,4 +1,4 @@
-"""What the input channels of layers look like over data: one statistic of all layers asked for, in one pass."""
+"""Statistics of the input channels of layers over data, for all requested layers in one pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from penjing.tasks.task import Call, calibration_calls
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number for every channel, of any amount of data.
+    """A statistic of every channel that can be accumulated over calls.
 
     Attributes:
         of: (channels, values) of one call → (channels,).
-        joined: Those of two calls → those of both.
+        joined: Combines the statistics of two calls.
     """
 
     of: Callable[[torch.Tensor], torch.Tensor]
@@ -32,16 +32,16 @@ SQUARES = Statistic(lambda x: x.square().sum(1, dtype=torch.float64), torch.add)
 """The sum of the squares, float64."""
 
 MEAN_SIZES = Statistic(lambda x: x.abs().double().mean(1), torch.add)
-"""The mean size in a call, summed over the calls, float64."""
+"""The mean absolute value in a call, summed over calls, float64."""
 
 LARGEST = Statistic(lambda x: x.abs().amax(1), torch.maximum)
-"""The largest size."""
+"""The largest absolute value."""
 
 
 def collect(
     network: fx.GraphModule, layers: Mapping[str, Any], calls: Iterable[Call], statistic: Statistic
 ) -> dict[str, torch.Tensor]:
-    """Layer → the statistic of its input channels, (in_channels,); layers that nothing reaches are left out.
+    """Layer → the statistic of its input channels, (in_channels,); layers that no sample reaches are left out.
 
     Args:
         network: A captured network.
@@ -60,7 +60,7 @@ def collect(
 
 
 class Shared(dict[str, torch.Tensor]):
-    """A statistic by layer, as a run's cache keeps it."""
+    """A statistic by layer, as it is kept in a run's cache."""
 
 
 def shared(
@@ -73,18 +73,18 @@ def shared(
     samples: int | None = None,
     label: str,
 ) -> dict[str, torch.Tensor]:
-    """`collect` over calibration data, once for all steps of a run that ask for the same.
+    """`collect` over calibration data, computed once for all steps of a run that ask for the same.
 
-    The tensors belong to the run: whoever changes one copies it.
+    The tensors belong to the run: copy one before changing it.
 
     Args:
         network: As in `collect`.
         layers: As in `collect`.
-        context: Its task has the data, and its events are told the progress.
+        context: Has the calibration data, and is told the progress.
         statistic: As in `collect`.
-        batches: So many of the task's own batches are read; one at a time is held.
-        samples: In their place so many samples, in the chunks of `penjing.analyze.samples.chunks`, held together.
-        label: What the progress is reported as.
+        batches: At most this many of the task's batches are read, one at a time.
+        samples: Alternatively this many samples, in the chunks of `penjing.analyze.samples.chunks`, held together.
+        label: The label of the progress events.
 
     Raises:
         CalibrationError: There is no calibration data.

@@ -21,7 +21,7 @@ from torch import fx
 
 from penjing.analyze.atoms import STORED, Reordering, Walk, fixed
 from penjing.analyze.cuts import edits_of, remaining
-from penjing.analyze.laid_out import LaidOut, held_components, laid_out
+from penjing.analyze.laid_out import LaidOut, laid_out, not_prunable_components
 from penjing.analyze.layers import COMPUTED, LAYERS
 from penjing.analyze.rearrangements import MOVING, single
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
@@ -279,8 +279,8 @@ def _visit(walk: Walk, node: fx.Node) -> None:
 def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
     layers = {name.rpartition(".")[0] for name, _ in walk.tensors}
     for name in keep:
-        mine = [key for key in walk.tensors if key[0] == name or key[0].startswith(f"{name}.")]
-        if not mine:
+        keys = [key for key in walk.tensors if key[0] == name or key[0].startswith(f"{name}.")]
+        if not keys:
             near = difflib.get_close_matches(name, layers, n=3)
             raise RecipeError(
                 "this layer or part of the network does not exist",
@@ -288,7 +288,7 @@ def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,
             )
-        for key in mine:
+        for key in keys:
             if walk.roles[key] != "its inputs":
                 first, length = walk.tensors[key]
                 walk.hold(np.arange(first, first + length), f"{name} is excluded by keep")
@@ -296,7 +296,7 @@ def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
 
 def _grouped(walk: Walk) -> Coupling:
     unit, layouts = laid_out(walk)
-    held = held_components(walk, unit, layouts)
+    not_prunable = not_prunable_components(walk, unit, layouts)
     standing = set(layouts.of.tolist())
     makers: dict[int, list[tuple[int, int, int]]] = {}  # component → tensor, side of a layout or −1, positions
     others: dict[int, list[tuple[int, int, int]]] = {}
@@ -305,13 +305,13 @@ def _grouped(walk: Walk) -> Coupling:
     fixed_axes: dict[str, str] = {}
     for position, key in enumerate(keys):
         makes = walk.roles[key] == "its outputs"
-        reasons = [held[c] for c in np.unique(sides[position][OWN]).tolist() if c in held]
+        reasons = [not_prunable[c] for c in np.unique(sides[position][OWN]).tolist() if c in not_prunable]
         if reasons and makes:
             fixed_axes[f"{key[0]}:{key[1]}"] = reasons[0]
         for side, here in sides[position].items():
             components, counts = np.unique(here[here >= 0], return_counts=True)
             for component, count in zip(components.tolist(), counts.tolist(), strict=True):
-                if component not in held and component not in standing:
+                if component not in not_prunable and component not in standing:
                     mates = makers if makes and side == OWN else others
                     mates.setdefault(component, []).append((position, side, count))
     joined = _by_component(unit, layouts, walk.joins)
@@ -322,14 +322,16 @@ def _grouped(walk: Walk) -> Coupling:
         alike.setdefault((tuple(signature), statistics.get(component, ())), []).append(component)
     groups: dict[str, Group] = {}
     units: dict[str, np.ndarray] = {}
-    for (_, taken), mine in alike.items():
-        places = dict.fromkeys((p, side) for c in mine for p, side, _ in (*makers.get(c, ()), *others.get(c, ())))
+    for (_, taken), unit_components in alike.items():
+        places = dict.fromkeys(
+            (p, side) for c in unit_components for p, side, _ in (*makers.get(c, ()), *others.get(c, ()))
+        )
         ordered = sorted(places, key=lambda p: (p[1] != OWN, walk.roles[keys[p[0]]] != "its outputs", p))
-        members = tuple(_member(sides[p][side], keys[p], walk.roles[keys[p]], mine) for p, side in ordered)
+        members = tuple(_member(sides[p][side], keys[p], walk.roles[keys[p]], unit_components) for p, side in ordered)
         name = _name(members, groups)
-        because = dict.fromkeys(text for c in mine for text in joined.get(c, ()))
-        groups[name] = Group(name, len(mine), members, tuple(because), taken)
-        units[name] = np.array(mine)
+        because = dict.fromkeys(text for c in unit_components for text in joined.get(c, ()))
+        groups[name] = Group(name, len(unit_components), members, tuple(because), taken)
+        units[name] = np.array(unit_components)
     return Coupling(groups, fixed_axes, walk, unit, units, layouts)
 
 

@@ -1,10 +1,9 @@
 """Gram matrices of layer inputs: Σ x·xᵀ over the rows x that a layer multiplies with its weights.
 
-Second moments of inputs are what GPTQ and SparseGPT call the Hessian, what adaptive rounding minimizes over, and the
-normal equations of a least-squares fit. Here is the one place where an input is laid out as rows (`patches`) and where
-products of rows are summed (`Gram`).
+These second moments are the Hessian of GPTQ and SparseGPT, the quadratic form of adaptive rounding, and the normal
+equations of a least-squares fit. All of them unfold inputs with `patches` and accumulate products with `Gram`.
 
-Techniques that change a layer behind the layers that they have changed before call these from
+Techniques that process layers sequentially, each behind those already changed, call these within
 `penjing.analyze.lockstep`. Others get the Gram matrices of all layers in one pass (`collect`), or share them with the
 other steps of a run (`shared`).
 """
@@ -24,18 +23,18 @@ from penjing.analyze.samples import batches, cache_key
 from penjing.steps.step import Context
 from penjing.tasks.call import Call
 
-UNFOLDED = 1 << 22  # numbers of unfolded patches that are held at once
-SHARED_BYTES = 1 << 29  # of the matrices of a network that a run keeps for its other steps
+UNFOLDED = 1 << 22  # elements of unfolded patches that are held at once
+SHARED_BYTES = 1 << 29  # of Gram matrices that a run keeps for its other steps
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Gram:
-    """Sums over rows x, and over rows y beside them, each of which may have a weight w.
+    """Sums of outer products over rows x, and optionally of rows y with x; rows may be weighted with w.
 
-    How sums are accumulated is told by `dtype`: where it is the type of the rows, every product is added into the sum
-    within one matrix multiplication; where it is a wider one, products are computed in the type of the rows and
-    summed in the wider one. float32 rows summed in float64 are as fast, and lose nothing over many calls.
+    `dtype` is the accumulation policy: if it is the type of the rows, each product is accumulated within the matrix
+    multiplication; if it is a wider type, products are computed in the type of the rows and summed in the wider one.
+    float32 products summed in float64 are as fast, and lose no precision over many calls.
 
     Attributes:
         own: Σ w·x·xᵀ, (groups, columns, columns), or (columns, columns) without groups.
@@ -99,15 +98,15 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def patches(module: Any, x: torch.Tensor, *, positions: int | None = None, by_tap: bool = False) -> torch.Tensor:
-    """The rows that a layer multiplies with its weights, (groups, rows, columns).
+    """Unfold an input into the rows that a layer multiplies with its weights, (groups, rows, columns).
 
     Args:
         module: A linear layer, or a convolution. A column is one weight of an output channel, or, of a transposed
             convolution, the weights of one input channel.
         x: Its input, (…, channels) of a linear layer, (samples, channels, …) or (channels, …) of a convolution.
-        positions: Of every sample at most so many output positions, evenly spread; None takes all.
-        by_tap: Columns by position in the kernel, then by channel, so that the input channels of one position are
-            neighbours. Otherwise by channel, then by position, as the weight is stored.
+        positions: At most this many output positions of every sample, evenly spaced; None takes all.
+        by_tap: Order columns by kernel position, then by channel, so that the input channels at one position are
+            neighbours. Otherwise by channel, then by kernel position, as the weight is stored.
     """
     if isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
@@ -124,7 +123,7 @@ def patches(module: Any, x: torch.Tensor, *, positions: int | None = None, by_ta
 
 
 def _taps(module: Any, x: torch.Tensor, positions: int | None) -> Iterator[torch.Tensor]:
-    """For every position of a kernel what it reads at the output positions, (samples, …, channels)."""
+    """For every position of the kernel its inputs at all output positions, (samples, …, channels)."""
     rank = x.dim() - 2
     if isinstance(module, _TRANSPOSED):  # one column an input channel, one row an input position
         kernel = stride = dilation = (1,) * rank
@@ -134,7 +133,7 @@ def _taps(module: Any, x: torch.Tensor, positions: int | None) -> Iterator[torch
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
-    every = 1  # position along each axis that is taken
+    every = 1  # take every n-th position along each axis
     while positions is not None and math.prod(-(-n // every) for n in outputs) > positions:
         every += 1
     slices = [
@@ -147,7 +146,7 @@ def _taps(module: Any, x: torch.Tensor, positions: int | None) -> Iterator[torch
 
 
 def pieces(module: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """An input in parts of whole samples (of a linear layer: of rows) whose patches fit into `UNFOLDED` numbers."""
+    """Split an input into samples (rows of a linear layer) whose patches have at most `UNFOLDED` elements."""
     if isinstance(module, nn.Linear):
         x, each = x.reshape(-1, x.shape[-1]), x.shape[-1]
     else:
@@ -167,13 +166,13 @@ def columns_of(module: Any) -> tuple[int, int]:
 
 
 def add_input(gram: Gram, module: Any, x: torch.Tensor, *, by_tap: bool = False) -> None:
-    """Add all patches of an input; at most `UNFOLDED` numbers of them, or those of one sample, are held at once."""
+    """Add all patches of an input, at most `UNFOLDED` elements, or one sample, at a time."""
     for piece in pieces(module, x):
         gram.add(patches(module, piece, by_tap=by_tap))
 
 
 def of_inputs(module: Any, inputs: Iterable[torch.Tensor], *, by_tap: bool = False) -> Gram:
-    """The Gram matrix of a layer's inputs, of float32 products that are summed in float64.
+    """The Gram matrix of a layer's inputs: float32 products, summed in float64.
 
     Args:
         module: As in `patches`.
@@ -190,22 +189,22 @@ def of_inputs(module: Any, inputs: Iterable[torch.Tensor], *, by_tap: bool = Fal
 def collect(
     network: fx.GraphModule, layers: Mapping[str, Any], calls: Iterable[Call], *, by_tap: bool = False
 ) -> dict[str, Gram]:
-    """Layer → the Gram matrix of its inputs, as `of_inputs` sums it, of all layers in one pass over the data.
+    """Layer → the Gram matrix of its inputs, as in `of_inputs`, for all layers in one pass over the data.
 
-    Layers that nothing reaches are left out. The matrices of all layers are held together (`size_bytes`), and beside
-    them what `add_input` holds.
+    Layers that no sample reaches are left out. The matrices of all layers are in memory together (`size_bytes`), and
+    the patches of one `add_input`.
 
     Args:
         network: A captured network.
-        layers: Linear layers and convolutions, also transposed ones, by their names. A layer that is called several
-            times has one matrix of all its calls.
+        layers: Linear layers and convolutions, also transposed ones, by name. A layer that is called several times has
+            one matrix over all calls.
         calls: The data.
         by_tap: As in `patches`.
     """
     grams: dict[str, Gram] = {}
 
     def observer(name: str, x: torch.Tensor) -> None:
-        if not x.numel():  # rows that are chosen by values may be none
+        if not x.numel():  # rows selected by values may be none
             return
         if name not in grams:
             groups, columns = columns_of(layers[name])
@@ -217,16 +216,16 @@ def collect(
 
 
 class Shared(dict[str, Gram]):
-    """Gram matrices by layer, as a run's cache keeps them."""
+    """Gram matrices by layer, as they are kept in a run's cache."""
 
 
 def shared(
     network: fx.GraphModule, layers: Mapping[str, Any], context: Context, samples: int, *, by_tap: bool = False
 ) -> dict[str, Gram]:
-    """`collect` over the first calibration samples, once for all steps of a run that ask for the same.
+    """`collect` over the first calibration samples, computed once for all steps of a run that ask for the same.
 
-    Kept are those of the latest network and data alone, and nothing where the layers that are asked for together need
-    more than `SHARED_BYTES`. The matrices belong to the run: whoever changes one copies it.
+    Only the matrices of the latest network and data are kept, and none of a request that needs more than
+    `SHARED_BYTES`. They belong to the run: copy a matrix before changing it.
 
     Raises:
         CalibrationError: There is no calibration data.
@@ -243,7 +242,7 @@ def shared(
 
 
 def size_bytes(modules: Iterable[Any]) -> int:
-    """What the float64 Gram matrices of these layers take together."""
+    """Bytes of the float64 Gram matrices of these layers."""
     return sum(8 * groups * columns * (columns + 1) for groups, columns in map(columns_of, modules))
 
 

@@ -35,8 +35,8 @@ class LaidOut:
         """For every row of `parts` the component that each of these stands for; −1 where there is none."""
         place = np.full(max(int(components.max(initial=-1)), int(self.of.max(initial=-1))) + 1, -1)
         place[self.of] = np.arange(len(self.of))
-        mine = np.where(components < 0, -1, place[components])
-        return [np.where(mine < 0, -1, row[mine]) for row in self.parts]
+        places = np.where(components < 0, -1, place[components])
+        return [np.where(places < 0, -1, row[places]) for row in self.parts]
 
 
 def laid_out(walk: Walk) -> tuple[np.ndarray, LaidOut]:
@@ -60,8 +60,8 @@ def laid_out(walk: Walk) -> tuple[np.ndarray, LaidOut]:
         tied = ~unlike & (parts != parts[:, before]).any(0)
         if not tied.any():
             break
-        mine, other = sides[:, tied], sides[:, before[tied]]
-        walk.join(mine[mine >= 0], other[other >= 0], "it is taken apart twice")
+        parts_here, parts_before = sides[:, tied], sides[:, before[tied]]
+        walk.join(parts_here[parts_here >= 0], parts_before[parts_before >= 0], "it is taken apart twice")
     if unlike.any():
         walk.hold(sides[:, unlike][sides[:, unlike] >= 0], "it is taken apart in two ways")
         walk.hold(atoms[unlike], "it is taken apart in two ways")
@@ -95,17 +95,17 @@ def _bottom(layouts: LaidOut) -> LaidOut | None:
     return None
 
 
-def held_components(walk: Walk, unit: np.ndarray, layouts: LaidOut) -> dict[int, str]:
+def not_prunable_components(walk: Walk, unit: np.ndarray, layouts: LaidOut) -> dict[int, str]:
     """Components that are not prunable → the reason, propagated between flattened components and their parts."""
-    held: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for atoms, why in walk.holds:
         for component in np.unique(unit[atoms]).tolist():
-            held.setdefault(component, why)
-    stuck: np.ndarray = np.isin(layouts.of, list(held))
+            reasons.setdefault(component, why)
+    stuck: np.ndarray = np.isin(layouts.of, list(reasons))
     for component, parts in zip(layouts.of[stuck].tolist(), layouts.parts.T[stuck].tolist(), strict=True):
         for part in parts:
-            held.setdefault(part, held[component])
-    stuck = np.logical_and.reduce(np.isin(layouts.parts, list(held)) | (layouts.parts < 0), axis=0)
+            reasons.setdefault(part, reasons[component])
+    stuck = np.logical_and.reduce(np.isin(layouts.parts, list(reasons)) | (layouts.parts < 0), axis=0)
     for component, parts in zip(layouts.of[stuck].tolist(), layouts.parts.T[stuck].tolist(), strict=True):
-        held.setdefault(component, held[parts[0]])
-    return held
+        reasons.setdefault(component, reasons[parts[0]])
+    return reasons

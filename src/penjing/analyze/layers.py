@@ -187,8 +187,8 @@ def layer_norm(walk: Walk, node: fx.Node) -> Labels:
         count = len(layer.normalized_shape)  # type: ignore[arg-type]
         for role in ("weight", "bias"):
             for axis in range(count if getattr(layer, role) is not None else 0):
-                mine = walk.stored(f"{node.target}.{role}", axis, "one of every channel")
-                walk.join(mine, x[len(x) - count + axis], f"{node.target} scales it")
+                vector = walk.stored(f"{node.target}.{role}", axis, "one of every channel")
+                walk.join(vector, x[len(x) - count + axis], f"{node.target} scales it")
     else:
         given = arguments(node)
         count = len(given["normalized_shape"])
@@ -198,8 +198,8 @@ def layer_norm(walk: Walk, node: fx.Node) -> Labels:
                 hold_all(walk, node, [axis_labels], "the shape it normalizes is computed")
         for role in ("weight", "bias"):
             if given.get(role) is not None:
-                for mine, other in zip(walk.of(given[role]), x[len(x) - count :], strict=True):
-                    walk.join(mine, other, f"{site(node)} scales it")
+                for vector, other in zip(walk.of(given[role]), x[len(x) - count :], strict=True):
+                    walk.join(vector, other, f"{site(node)} scales it")
     for axis_labels in x[len(x) - count :]:
         walk.depends(axis_labels, site(node))
     return x
@@ -216,8 +216,8 @@ def group_norm(walk: Walk, node: fx.Node) -> Labels:
         given = arguments(node)
         groups, where = int(given["num_groups"]), (site(node), ("num_groups",))
         vectors = [walk.of(given[r])[0] for r in ("weight", "bias") if given[r] is not None]
-    for mine in vectors:
-        walk.join(mine, x[1], f"{where[0]} scales it")
+    for vector in vectors:
+        walk.join(vector, x[1], f"{where[0]} scales it")
     if x[1] is None:
         return x
     rows, why = x[1].reshape(groups, -1), f"{where[0]} has groups of channels"

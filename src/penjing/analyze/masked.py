@@ -163,8 +163,8 @@ def _mean(run: _Masked, n: fx.Node, args: Any, kwargs: Any) -> Any:
     axes = tuple(d % value.dim() for d in dims) if dims else tuple(range(value.dim()))
     count = torch.tensor(1.0, dtype=value.dtype)
     for d in axes:
-        mine = run.share(x, d)
-        count = count * (value.shape[d] if mine is None else int(mine.sum()))
+        mask = run.share(x, d)
+        count = count * (value.shape[d] if mask is None else int(mask.sum()))
     return value.sum(axes, keepdim=bool(given.get("keepdim", False))) / count
 
 

@@ -23,7 +23,7 @@ from penjing.network.graph import arguments, operator_name, site, tensor_inputs
 
 
 def transpose(walk: Walk, node: fx.Node) -> Labels:
-    """Axes in another order, found by moving an empty tensor whose strides name its axes."""
+    """Axes in another order, determined by moving an empty tensor whose strides name its axes."""
     x = walk.of(tensor_inputs(node)[0])
     numbered = torch.empty_strided((2,) * len(x), tuple(10**i for i in range(len(x))), device="meta")
     moved = node.target(numbered, *node.args[1:], **node.kwargs)  # type: ignore[operator]
@@ -31,7 +31,7 @@ def transpose(walk: Walk, node: fx.Node) -> Labels:
 
 
 def cat(walk: Walk, node: fx.Node) -> Labels:
-    """Labels behind one another along one axis, joined along the others."""
+    """Labels concatenated along one axis, coupled along the others."""
     given = arguments(node)
     parts = list(given["tensors"])
     rank = len(walk.shape(node))
@@ -48,7 +48,7 @@ def cat(walk: Walk, node: fx.Node) -> Labels:
 
 
 def stack(walk: Walk, node: fx.Node) -> Labels:
-    """A new axis; the others are joined."""
+    """A new axis; the others are coupled."""
     given = arguments(node)
     sides = [walk.of(p) for p in given["tensors"]]
     joined = [_joined(walk, node, list(axes)) for axes in zip(*sides, strict=True)]
@@ -88,7 +88,7 @@ def _parts(given: dict[str, Any], length: int) -> list[int]:
 
 
 def unbind(walk: Walk, node: fx.Node) -> list[Labels]:
-    """Every position of one axis by itself."""
+    """One result for every position of an axis."""
     source = tensor_inputs(node)[0]
     x = walk.of(source)
     dim = int(arguments(node)["dim"]) % len(x)
@@ -97,7 +97,7 @@ def unbind(walk: Walk, node: fx.Node) -> list[Labels]:
 
 
 def expand(walk: Walk, node: fx.Node) -> Labels:
-    """Axes of length 1 repeated; a length that stands as a number can follow what the result is combined with."""
+    """Axes of length 1 repeated; a constant length can follow what the result is combined with."""
     given = arguments(node)
     x, before, after = walk.of(given["self"]), walk.shape(given["self"]), walk.shape(node)
     out: list[Axis] = []
@@ -115,7 +115,7 @@ def expand(walk: Walk, node: fx.Node) -> Labels:
 
 
 def single(walk: Walk, node: fx.Node) -> None:
-    """Before an operator that knows no axes laid out along one (`Axis`): one of them is left."""
+    """Before an operator without a rule for flattened axes (`Axis`): reduce them to a single one."""
     for x in tensor_inputs(node):
         labels = walk.values.get(x)
         if isinstance(labels, tuple):
@@ -133,7 +133,7 @@ def like(walk: Walk, node: fx.Node) -> Labels:
 
 
 def repeat(walk: Walk, node: fx.Node) -> Labels:
-    """The whole value so many times along every axis."""
+    """The whole value repeated along every axis."""
     given = arguments(node)
     times = list(given.get("repeats") or given.get("dims") or ())
     x, before = walk.of(tensor_inputs(node)[0]), walk.shape(tensor_inputs(node)[0])
@@ -148,7 +148,7 @@ def repeat(walk: Walk, node: fx.Node) -> Labels:
 
 
 def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
-    """Every position so many times."""
+    """Every position repeated."""
     given = arguments(node)
     source = tensor_inputs(node)[0]
     x = walk.of(source)
@@ -160,7 +160,7 @@ def repeat_interleave(walk: Walk, node: fx.Node) -> Labels:
 
 
 def pad(walk: Walk, node: fx.Node) -> Labels:
-    """Positions before and after an axis; where it is padded with a number they can go too."""
+    """Padding before and after an axis; with a constant the padded positions can be removed too."""
     given = arguments(node)
     source = tensor_inputs(node)[0]
     x, before = list(walk.of(source)), walk.shape(source)
@@ -213,7 +213,7 @@ def roll(walk: Walk, node: fx.Node) -> Labels:
 
 
 def filled(walk: Walk, node: fx.Node) -> Labels:
-    """A value made from a shape: lengths that stand as numbers can follow what it is combined with."""
+    """A value made from a shape: constant lengths can follow what it is combined with."""
     given = arguments(node)
     sizes = given.get("size")
     if sizes is None or node.name not in walk.shapes:
@@ -227,7 +227,7 @@ def filled(walk: Walk, node: fx.Node) -> Labels:
 
 
 def counting(walk: Walk, node: fx.Node) -> Labels:
-    """A value that depends on no channel: a range, a number."""
+    """A value that does not depend on channels: a range, a constant."""
     return unchanged(walk, node)  # type: ignore[no-any-return]
 
 

@@ -33,9 +33,9 @@ _ON_THE_WAY = (*MOVES, *_PARTS, "dropout", "softmax", "layer_norm", "rms_norm", 
 
 
 def reshape(walk: Walk, node: fx.Node) -> Labels:
-    """Axes are merged and split in blocks of equal size; a split axis goes by whole rows or by columns.
+    """Axes are merged and split in blocks of equal size; a split axis is pruned by whole rows or by columns.
 
-    Several axes that could change and are merged stay apart as the parts of one (`Axis`), until an operator needs one.
+    Merged axes that could both change are tracked as parts of one axis (`Axis`), until an operator needs a single one.
     """
     if shuffle(walk, node):
         return fixed(len(walk.shape(node)))
@@ -79,44 +79,44 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
 
 
 def _apart(walk: Walk, node: fx.Node, axes: list[Axis], before: list[int], after: list[int]) -> list[Axis] | None:
-    """Every axis, or part of one, to the one axis of the result along which it varies; None where one has to be split.
+    """Assign every axis, or part of one, to the axis of the result along which it varies; None if one has to be split.
 
-    What a layer makes as a kernel's rows is split here too: its outputs and its inputs go independently of each other.
+    The rows of a generated kernel are split here too: its outputs and its inputs are pruned independently.
     """
     if all(axis is None for axis in axes):
         return [None] * len(after)
     fine = _common(before, after)
     if fine is None:
         return None
-    parts: list[tuple[list[int], np.ndarray]] = []  # (fine axes that it is laid out along, its atoms)
-    for axis, mine in zip(axes, _runs(before, fine), strict=True):
+    parts: list[tuple[list[int], np.ndarray]] = []  # (the fine axes that it covers, its atoms)
+    for axis, run in zip(axes, _runs(before, fine), strict=True):
         for row in [] if axis is None else np.atleast_2d(axis):
-            table = row.reshape([fine[f] for f in mine])
-            along = [f for d, f in enumerate(mine) if _changes(table, d)]
+            table = row.reshape([fine[f] for f in run])
+            along = [f for d, f in enumerate(run) if _changes(table, d)]
             goes = {_owner(f, fine, after) for f in along}
             if len(goes) == 1:
-                parts.append((mine, row) if len(along) > 1 else (along, _line(table, mine.index(along[0]))))
+                parts.append((run, row) if len(along) > 1 else (along, _line(table, run.index(along[0]))))
             elif len(goes) < 1 or len(np.unique(row)) < len(row) or FIXED in row or not _is_kernel(walk, node):
                 return None
             else:
-                new = [walk.new(fine[f]) for f in mine]
-                shape = [fine[f] for f in mine]
+                new = [walk.new(fine[f]) for f in run]
+                shape = [fine[f] for f in run]
                 walk.layouts.append((row, np.stack([_spread(a, d, shape) for d, a in enumerate(new)])))
-                parts += [([f], a) for f, a in zip(mine, new, strict=True)]
+                parts += [([f], a) for f, a in zip(run, new, strict=True)]
     out: list[Axis] = []
-    for mine in _runs(after, fine):
-        shape = [fine[f] for f in mine]
+    for run in _runs(after, fine):
+        shape = [fine[f] for f in run]
         rows = []
         for along, row in parts:
-            if along[0] in mine:
-                size = [fine[f] if f in along else 1 for f in mine]
+            if along[0] in run:
+                size = [fine[f] if f in along else 1 for f in run]
                 rows.append(np.broadcast_to(row.reshape(size), shape).reshape(-1))
         out.append(None if not rows else rows[0] if len(rows) == 1 else np.stack(rows))
     return out
 
 
 def _common(before: Sequence[int], after: Sequence[int]) -> list[int] | None:
-    """The coarsest sizes that both runs of axes are made of; None where they don't nest.
+    """The coarsest common refinement of two runs of axes; None where they don't nest.
 
     >>> _common((2, 720), (16, 10, 9))
     [2, 8, 10, 9]
@@ -128,24 +128,24 @@ def _common(before: Sequence[int], after: Sequence[int]) -> list[int] | None:
 
 
 def _runs(sizes: Sequence[int], fine: Sequence[int]) -> list[list[int]]:
-    """For every axis the finer ones that it is made of."""
+    """For every axis the run of finer axes that it consists of."""
     runs: list[list[int]] = []
     place = 0
     for size in sizes:
-        mine: list[int] = []
-        while math.prod(fine[f] for f in mine) < size:
-            mine.append(place)
+        run: list[int] = []
+        while math.prod(fine[f] for f in run) < size:
+            run.append(place)
             place += 1
-        runs.append(mine)
+        runs.append(run)
     return runs
 
 
 def _owner(place: int, fine: Sequence[int], sizes: Sequence[int]) -> int:
-    return next(i for i, mine in enumerate(_runs(sizes, fine)) if place in mine)
+    return next(i for i, run in enumerate(_runs(sizes, fine)) if place in run)
 
 
 def _changes(table: np.ndarray, axis: int) -> bool:
-    """Whether the table is not the same all along `axis`."""
+    """Whether the table varies along `axis`."""
     return bool((table != table.take([0], axis)).any())
 
 
@@ -154,12 +154,12 @@ def _line(table: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _spread(line: np.ndarray, axis: int, shape: Sequence[int]) -> np.ndarray:
-    """A line along one axis, repeated along the others, in one row."""
+    """A line along one axis, broadcast along the others and flattened."""
     return np.broadcast_to(line.reshape([-1 if d == axis else 1 for d in range(len(shape))]), shape).reshape(-1)
 
 
 def _is_kernel(walk: Walk, node: fx.Node) -> bool:
-    """Whether the value goes, moved, scaled or summed, into a convolution as its weight.
+    """Whether the value reaches a convolution as its weight, through moves, scaling or sums.
 
     A convolution for every sample is a product behind which samples and outputs are merged
     (`penjing.network.varying_groups`).
@@ -183,11 +183,11 @@ def _is_kernel(walk: Walk, node: fx.Node) -> bool:
 
 
 def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Axis:
-    """One axis from several: a position goes with the one axis of them that changes."""
+    """Merge axes into one, of which only one may change."""
     changing = [i for i, axis in enumerate(axes) if axis is not None]
     if not changing:
         return None
-    # What repeats a value can keep its length; of two axes with weights the last one may change.
+    # An axis that only repeats values can keep its length; of two axes with weights the last one may change.
     keep = max(changing, key=lambda i: (not walk.is_free(axes[i]), i))  # type: ignore[arg-type]
     others = [axes[i] for i in changing if i != keep]
     hold_all(walk, node, others, MERGES)
@@ -199,7 +199,7 @@ def _merged(walk: Walk, node: fx.Node, axes: list[Axis], sizes: list[int]) -> Ax
 
 
 def one_part(walk: Walk, node: fx.Node, axis: Axis) -> Axis:
-    """Of several axes laid out along one the last may change (rather than what repeats a value); the others stay."""
+    """Of several flattened axes let the last one change (one with weights before one that repeats); fix the others."""
     if axis is None or axis.ndim == 1:
         return axis
     keep = max(range(len(axis)), key=lambda i: (not walk.is_free(axis[i]), i))
@@ -209,7 +209,7 @@ def one_part(walk: Walk, node: fx.Node, axis: Axis) -> Axis:
 
 
 def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], places: list[int]) -> list[Axis]:
-    """Several axes from one, at these places: one of them changes, and what lies along the others goes together."""
+    """Split an axis into several, at these places: one of them may change, and positions along the others couple."""
     if len(sizes) == 1:
         return [labels]
     table = labels.reshape(sizes)
@@ -233,7 +233,7 @@ def _split(walk: Walk, node: fx.Node, labels: np.ndarray, sizes: list[int], plac
 
 
 def _stuck(node: fx.Node) -> set[int]:
-    """Axes of a reshape's result whose sizes are computed, where another one is open: these can't change."""
+    """Axes of a reshape's result with computed sizes, where another size is −1: these can't change."""
     given = arguments(node)
     sizes = given.get("shape") or given.get("size") or ()
     return {i for i, size in enumerate(sizes) if isinstance(size, fx.Node)} if -1 in sizes else set()
@@ -246,9 +246,9 @@ def _varies_along(table: np.ndarray, axis: int) -> bool:
 
 
 def _taken_apart(walk: Walk, node: fx.Node) -> set[int]:
-    """Axes of a reshape's result along which a later operator takes single positions, or the largest of them.
+    """Axes of a reshape's result along which a later operator selects single positions or takes a maximum.
 
-    Query, key and value of one projection, the pieces of a maxout unit: a position there is not one channel of many.
+    Query, key and value of one projection, the pieces of a maxout unit: such a position is not one channel among many.
     """
     apart: set[int] = set()
     for start in range(len(walk.shape(node))):
@@ -278,7 +278,7 @@ def _axes_of(node: fx.Node, rank: int) -> list[int]:
 
 
 def _follow(walk: Walk, node: fx.Node, source: fx.Node, axis: int) -> int | None:
-    """Where an axis of `source` stands after an operator that moves axes; None where it can't be told."""
+    """The place of an axis of `source` after an operator that moves axes; None where it can't be determined."""
     before = walk.shape(source)
     if node.name not in walk.shapes or tensor_inputs(node) != [source]:
         return None
@@ -295,12 +295,12 @@ def _follow(walk: Walk, node: fx.Node, source: fx.Node, axis: int) -> int | None
 
 
 def _heads(sizes: list[int]) -> int:
-    """Of heads × width, three × heads × width or heads × three × width the heads; three are query, key and value."""
+    """The axis of the heads in heads × width, 3 × heads × width or heads × 3 × width, 3 being query, key and value."""
     return 0 if len(sizes) == 3 and sizes[1] == 3 != sizes[0] else len(sizes) - 2
 
 
 def _reaches_product(walk: Walk, node: fx.Node) -> bool:
-    """Whether the value goes, moved or scaled, into a product of two activations: then a part of it are heads."""
+    """Whether the value reaches a product of two activations through moves or scaling, so that it has heads."""
     queue, seen = [node], {node}
     while queue:
         for user in queue.pop().users:
@@ -343,7 +343,7 @@ def _sizes(walk: Walk, node: fx.Node, out: list[Axis]) -> None:
 
 
 def shuffle(walk: Walk, node: fx.Node) -> bool:
-    """Note a chain of moves from here on that as a whole permutes one axis; its last operator gets the labels."""
+    """Note a chain of moves, starting here, that permutes one axis as a whole; its last operator gets the labels."""
     source = tensor_inputs(node)[0]
     start, x = walk.shape(source), walk.of(source)
     chain = [node]
@@ -375,7 +375,7 @@ def shuffle(walk: Walk, node: fx.Node) -> bool:
 
 
 def _order(walk: Walk, chain: list[fx.Node], start: tuple[int, ...], axis: int) -> np.ndarray | None:
-    """The permutation that the chain makes of `axis`, found by moving numbered positions; None where it is none."""
+    """The permutation of `axis` that the chain computes, traced with numbered positions; None where it is not one."""
     positions = torch.arange(math.prod(start)).reshape(start)
     value = positions
     for node in chain:

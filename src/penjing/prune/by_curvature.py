@@ -53,7 +53,7 @@ def _units(evidence: Evidence, coupling: Coupling) -> Scores:
         name: [m for m in group.members if m.tensor in parameters and parameters[m.tensor].dim() > 1]
         for name, group in coupling.groups.items()
     }
-    curvature = diagonal(evidence, tuple(dict.fromkeys(m.tensor for held in members.values() for m in held)))
+    curvature = diagonal(evidence, tuple(dict.fromkeys(m.tensor for of_group in members.values() for m in of_group)))
     scores = {}
     for name, group in coupling.groups.items():
         trace, squares, weights = (torch.zeros(group.units, dtype=torch.float64) for _ in range(3))

@@ -1,9 +1,9 @@
-"""Adaptive rounding: every weight goes up or down so that the layer's output, not the weight, stays what it was.
+"""Adaptive rounding by coordinate descent: weights are rounded up or down to preserve the layer's output.
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020. The paper's local objective
-(equation 13), ‖W·x − Ŵ·x̂‖² over the calibration data with the inputs x̂ that the quantized layers before leave, is a
-quadratic form in Ŵ. It is minimized here on the integers themselves, by coordinate descent, instead of by gradient
-descent on a relaxation: no learning rate, no penalty, and one pass over the data for all layers.
+(equation 13), ‖W·x − Ŵ·x̂‖² over the calibration data with the inputs x̂ from the quantized layers before, is a quadratic
+form in Ŵ. It is minimized here on the integers themselves, by coordinate descent, instead of by gradient descent on a
+relaxation: no learning rate, no penalty, and one pass over the data for all layers.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from penjing.steps.plan import Entry
 from penjing.steps.settings import at_least, check, whole
 from penjing.steps.step import Context
 
-POSITIONS = 256  # of a sample's output positions, so many are looked at
+POSITIONS = 256  # output positions of a sample that are used at most
 BLOCK = 32  # columns whose updates are applied to the others together
-
-
-PIECES = 8  # chunks that the samples come in at least, so that a quarter of them can judge
-SETTLED = 1e-3  # a sweep that moves a smaller share of the weights is the last
+PIECES = 8  # minimal number of chunks of samples, so that a quarter of them can be held out
+SETTLED = 1e-3  # stop after a sweep that changes a smaller fraction of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinateRounding:
-    """Choose the rounding of every quantized weight, layer by layer, each behind its finished predecessors.
+    """Choose the rounding of every quantized weight, layer by layer, each on the outputs of the rounded layers before.
 
     Biases are corrected on the way (see `BiasCorrection`).
 
     Attributes:
-        samples: Calibration samples to look at, held in memory together.
-        damping: Pull towards the given weight, as a fraction of the mean power of the inputs.
-        sweeps: At most so many rounds over all weights of a layer.
+        samples: Calibration samples, held in memory together.
+        damping: Regularization towards the original weight, as a fraction of the mean power of the inputs.
+        sweeps: At most this many sweeps over all weights of a layer.
     """
 
     stage: ClassVar[str] = "repair"
@@ -63,9 +61,9 @@ class CoordinateRounding:
         return layer.weight if layer.entry is None else self._chosen(layer, layer.entry)
 
     def _chosen(self, layer: lockstep.Layer, entry: Entry) -> torch.Tensor | None:
-        """The adaptive rounding, or the nearest where that is better on samples that the adaptive one has not seen.
+        """The adaptive rounding, or the nearest where that is better on held-out samples.
 
-        A layer with many inputs and few samples can be fitted to their noise; the last quarter of them tells.
+        A layer with many inputs and few samples can overfit; the last quarter of the samples is held out to detect it.
         """
         count = len(layer.inputs)
         fitted = layer.part(0, count - count // 4) if count > 3 else layer
@@ -86,7 +84,7 @@ class CoordinateRounding:
         start = integers(given, scale, zero, entry.spec) - origin
         exact = given / steps
         low, high = entry.spec.limits
-        # Up or down only: with more freedom a layer fits the samples it is shown, and others worse.
+        # Up or down only: with more freedom a layer overfits the calibration samples.
         lowest = torch.minimum(torch.maximum(torch.floor(exact), low - origin), start).expand_as(given)
         highest = torch.maximum(torch.minimum(torch.ceil(exact), high - origin), start).expand_as(given)
         groups = own.shape[0]
@@ -102,12 +100,12 @@ class CoordinateRounding:
 
 
 def covariances(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Covariances of a layer's input patches: of the replica's with themselves, and of the source's with the replica's.
+    """Covariances of a layer's input patches: the replica's own, and the source's with the replica's.
 
     Returns:
         own = E[x̂ x̂ᵀ] and cross = E[x x̂ᵀ], both centred, each (groups, columns, columns), where a column is one
-        weight of an output channel; None for layers that have no such form (convolutions in three dimensions) or that
-        no sample reaches.
+        weight of an output channel; None for layers without such a form (three-dimensional convolutions) and for those
+        that no sample reaches.
     """
     module = layer.module
     if isinstance(module, nn.Conv3d) or getattr(module, "padding_mode", "zeros") != "zeros":
@@ -116,7 +114,7 @@ def covariances(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | No
     gram = Gram(columns, groups=groups, others=columns, means=True, dtype=torch.float32)
     weights = layer.row_weights()
     for i, (source, replica) in enumerate(zip(layer.inputs, layer.replica_inputs, strict=True)):
-        # Rows that are chosen by values may be none, or others once it is quantized.
+        # Rows selected by values may be none, or others in the quantized replica.
         if source.shape == replica.shape and source.numel():
             x, y = (patches(module, each, positions=POSITIONS) for each in (replica, source))
             gram.add(x, y, None if weights is None else patches(module, weights[i][..., None], positions=POSITIONS))
@@ -138,7 +136,7 @@ def descend(
         own: A, (groups, columns, columns).
         cross: C, same shape.
         damping: λ as a fraction of the mean of A's diagonal.
-        sweeps: Rounds over all columns at most.
+        sweeps: At most this many sweeps over all columns.
 
     Returns:
         (groups, out, columns) integers as floats.
@@ -148,8 +146,8 @@ def descend(
     ridge = damping * diagonal.mean(1) + 1e-12
     own = own + ridge[:, None, None] * torch.eye(columns)
     given = exact * steps
-    wanted = given @ cross + ridge[:, None, None] * given
-    gradient = ((q * steps) @ own - wanted).permute(2, 0, 1).contiguous()  # a column's numbers lie together
+    linear = given @ cross + ridge[:, None, None] * given
+    gradient = ((q * steps) @ own - linear).permute(2, 0, 1).contiguous()  # a column's numbers lie together
     product = own.permute(1, 2, 0).contiguous()  # (columns, columns, groups)
 
     def by_column(x: torch.Tensor) -> np.ndarray:

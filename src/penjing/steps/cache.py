@@ -57,7 +57,7 @@ class Cache:
         return result
 
     def forget(self, kind: type[Any], *, but: Key[Any] | None = None) -> None:
-        """Keep of the results of a kind none, or those of one key alone."""
+        """Drop the results of a kind, except those of one key."""
         for key in [key for key in self._results if key.kind is kind and key != but]:
             del self._results[key]
             self._asked.pop(key, None)
@@ -65,12 +65,12 @@ class Cache:
     def by_name(
         self, key: Key[M], names: Iterable[str], compute: Callable[[list[str]], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Results that have names, for example of layers: those that are not there yet are computed together.
+        """Named results, for example one per layer; those that are missing are computed together.
 
         Args:
-            key: Of results of its kind under all names.
-            names: Whose results are asked for.
-            compute: Given names, their results; a name that it has none for is not asked for again.
+            key: The key of all results by name.
+            names: The names asked for.
+            compute: Missing names → their results; a name without a result is not computed again.
         """
         results = self.once(key, key.kind)
         asked = self._asked.setdefault(key, set())
