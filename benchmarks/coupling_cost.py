@@ -1,9 +1,9 @@
-"""Time and memory of the coupling analysis against depth, beside Torch-Pruning's dependency graph.
+"""Time and memory of the coupling analysis by depth, compared with Torch-Pruning's dependency graph.
 
-ResNets for 32×32 images from 20 to 200 layers, and DenseNet-201, where every layer reads all layers of its block
-before it. Each network and side in a process of its own, in turns; the median of the repeats. Raising (torch.export)
-is a figure of its own, since it is done once for everything. Memory is the rise of the process' peak during the
-analysis.
+ResNets for 32×32 images from 20 to 200 layers, and DenseNet-201, where every layer reads all previous layers of its
+block. Each network and tool runs in its own process, in interleaved rounds; the median of the repeats. Capturing
+(torch.export) is reported separately, since it is done once for everything. Memory is the increase of the process's
+peak during the analysis.
 
     python benchmarks/coupling_cost.py [--repeats 3] [--out benchmarks/results/coupling_cost.json]
 """

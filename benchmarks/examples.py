@@ -1,6 +1,6 @@
-"""Every candidate of the two example networks, measured side by side: metric, drop, latency, size, parity.
+"""All candidates of the two example networks, measured side by side: metric, drop, latency, size, parity.
 
-ResNet-20 on Fashion-MNIST, and EfficientNet-Lite0 against its fp32 self on images.
+ResNet-20 on Fashion-MNIST, and EfficientNet-Lite0 against its fp32 version on images.
 
     python benchmarks/examples.py [--only resnet20] [--out benchmarks/results/examples.json]
 """

@@ -1,7 +1,7 @@
-"""How fast INT8 files run: Penjing's against NNCF's and ONNX Runtime's, in the same runtimes, in turns.
+"""Latency of INT8 files of Penjing, NNCF and ONNX Runtime, in the same runtimes, in interleaved rounds.
 
 MobileNetV2 and ResNet-50 (transformers' networks from their configurations, random weights) and EfficientNet-Lite0,
-224×224. Every file keeps a batch that varies; OpenVINO's own advice for speed, a fixed shape, is tried on both sides.
+224×224. All files have a dynamic batch; a fixed shape, as OpenVINO recommends for speed, is measured for both tools.
 NNCF's default preset, ONNX Runtime's static quantization with its recommended pre-processing, Penjing's `Static`.
 
     python benchmarks/int8_latency.py [--networks lite0 mobilenet_v2 resnet50] [--batches 1 8] [--seconds 3]
@@ -37,7 +37,7 @@ def network(name: str):
         model = transformers.MobileNetV2ForImageClassification(config)
     else:
         model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
-    for module in model.modules():  # as after a training: statistics of their own, so that ranges are not degenerate
+    for module in model.modules():  # as after training, so that ranges are not degenerate
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -55,7 +55,7 @@ def network(name: str):
 
 
 def build(name: str, folder: Path) -> list[str]:
-    """Every contestant's folder under `folder`; their names."""
+    """Build every contestant's folder under `folder`; return their names."""
     import ptq_cost
     import torch
 

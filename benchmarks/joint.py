@@ -1,23 +1,24 @@
-"""One recipe against the chain of separate tools: pruned, learned from the source and quantized, on ResNet-20.
+"""The joint recipe against a chain of separate tools: pruning, distillation and quantization of ResNet-20.
 
-Fashion-MNIST. Both sides start from the same trained network and train for the same epochs in all.
+Fashion-MNIST. Both sides start from the same trained network and train for the same total number of epochs.
 
-`joint`: `penjing.recipes.joint`, written out for OpenVINO. `chain`: Torch-Pruning with the settings that were best for
-it in `pruning_accuracy.py`, plain fine-tuning with labels in the same loop at the same learning rate, then NNCF's
-`quantize` with its default preset on the same calibration images, in OpenVINO.
+`joint`: `penjing.recipes.joint`, exported for OpenVINO. `chain`: Torch-Pruning with its best settings from
+`pruning_accuracy.py`, plain fine-tuning on labels in the same loop at the same learning rate, then NNCF's `quantize`
+with its default preset on the same calibration images, in OpenVINO.
 
-Accuracy is that of the INT8 file in its runtime, on the test images, by every seed. Latency: the files of the first
-seed, the whole network in fp32 in both runtimes and in torch, batches of 1 and 32, in turns. Every chain
-is held against the fastest joint file whose median accuracy is at least the chain's.
+Accuracy is that of the INT8 file in its runtime, on the test images, for every seed. Latency: the files of the first
+seed, the unpruned network in fp32 in both runtimes and in torch, at batch 1 and 32, in interleaved rounds. Every chain
+is compared with the fastest joint file whose median accuracy is at least the chain's.
 
-`limit`: one image in a third of fp32's time. Blocks are taken out, or a student of few, wide layers learns from the
-network (`resnet8`, begun with random weights), for `--limit-epochs`, in ONNX Runtime with one thread and with two. They
-train on `--device`; what `--limit` names is made with all `--seeds` and not timed, so that another machine can make it.
+`limit`: a single image in a third of fp32's time. Blocks are removed, or a student with few, wide layers (`resnet8`,
+random initialization) is distilled from the network for `--limit-epochs`, in ONNX Runtime with one thread and with two.
+Training runs on `--device`; the networks of `--limit` are built for all `--seeds` but not timed, so that another
+machine can build them.
 
     python benchmarks/joint.py [--epochs 2] [--seeds 0 1 2] [--sides joint chain] [--parts accuracy speed limit]
 
-Every finished run is written at once, its file is kept in the cache folder; a second call goes on where the first
-stopped, and `limit` reads every seed that it finds there.
+Every finished run is written immediately, and its file is cached; a second call resumes where the first stopped, and
+`limit` uses every seed it finds in the cache.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def joint(settings, module, task, seed, epochs, folder):
 
 
 def student(epochs):
-    """Few wide layers that learn from the source."""
+    """Distil a student with few, wide layers from the source."""
     from penjing import Clip, Finetune, Recipe, distill, quantize
 
     looks = distill.AttentionTransfer(features=(("stages.0", "stages.1"), ("stages.1", "stages.2")), weight=5.0)
@@ -119,7 +120,7 @@ def opened(folder, threads=THREADS):
 
 
 def accuracies(arguments, data, save):
-    """Make every file, and read the test images with it."""
+    """Build every file, and evaluate it on the test images."""
     from examples.data import cache
     from examples.fashion_mnist.network import resnet20
     from examples.fashion_mnist.task import task as fashion
@@ -162,7 +163,7 @@ def accuracies(arguments, data, save):
 
 
 def speeds(arguments, data, save):
-    """Every file of the first seed and the whole network, in turns."""
+    """Time every file of the first seed and the unpruned network in interleaved rounds."""
     import tempfile
 
     import torch
@@ -184,7 +185,7 @@ def speeds(arguments, data, save):
 
 
 def limit(arguments, data, save):
-    """Networks of few layers: accuracy and time of one image, beside the whole network's in every runtime."""
+    """Accuracy and single-image latency of shallow networks, next to the full network in every runtime."""
     import tempfile
 
     import torch
@@ -222,7 +223,7 @@ def limit(arguments, data, save):
             "made": made,
         }  # fmt: skip
         save()
-    if arguments.limit:  # the rest is made by another process
+    if arguments.limit:  # the rest is built by another process
         return
     with tempfile.TemporaryDirectory() as aside:
         folders |= whole(Path(aside), task)
@@ -233,7 +234,7 @@ def limit(arguments, data, save):
 
 
 def where(device):
-    """What a network is trained on."""
+    """The device that a network is trained on."""
     import torch
 
     cuda = torch.device(device).type == "cuda"
@@ -241,14 +242,14 @@ def where(device):
 
 
 def versions(*others):
-    """Of Penjing, of what it builds on, and of other packages."""
+    """Versions of Penjing, its dependencies and other packages."""
     from penjing import measure
 
     return measure.versions() | {name: importlib.metadata.version(name) for name in others}
 
 
 def timed(folders, images, seconds):
-    """All files in turns: one image, with one thread and with two, and many."""
+    """Time all files in interleaved rounds: a single image with one thread and with two, and a large batch."""
     from penjing.measure import Target, compare
 
     found = {}
@@ -281,7 +282,7 @@ def whole(aside, task):
 
 
 def wins(data):
-    """For every chain the fastest joint file that is as accurate: how many times faster it is."""
+    """For every chain, the fastest joint file that is at least as accurate, and its speed-up."""
     found = {}
     for case, rows in data["speed"].items():
         for name in (n for n in CHAIN if n in data["accuracy"]):

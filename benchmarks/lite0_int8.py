@@ -1,14 +1,14 @@
-"""EfficientNet-Lite0 in INT8 without labels: what every method keeps of the network, and how fast its file runs.
+"""EfficientNet-Lite0 in INT8 without labels: agreement, noise and latency by method.
 
-300 images are all that any method sees (its trials hold some of them out); the 496 others are read once, at the end,
-in the runtime. Agreement is the share of equal first answers, with the interval in which 95 % of 10,000 bootstrap
-samples of the images lie; noise is logit power over error power. Peers: ONNX Runtime's static quantization, NNCF with
-its default and with its accurate bias correction. Latency side by side; OpenVINO's files with a fixed shape, which its
-documentation recommends, on both sides.
+Every method sees only 300 images (and holds out some of them for its trials); the 496 others are evaluated once, at the
+end, in the runtime. Agreement is the share of equal top-1 predictions, with a 95 % bootstrap interval over 10,000
+resamples of the images; noise is logit power over error power. Peers: ONNX Runtime's static quantization, NNCF with its
+default and with its accurate bias correction. Latency is measured side by side; OpenVINO files have a fixed shape, as
+its documentation recommends, for both tools.
 
     python benchmarks/lite0_int8.py [--only NAME ...] [--batches 1 8] [--folder DIR]
 
-A contestant that is already in --folder is not made again.
+A contestant that is already in --folder is not built again.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def open_folder(folder, threads):
-    """A session that runs a list of arrays; what the latency workers call."""
+    """Open a session that runs a list of arrays, for the latency workers."""
     folder = Path(folder)
     kind, _ = CONTESTANTS[folder.name]
     if kind in ("openvino", "onnxruntime"):
@@ -130,7 +130,7 @@ def open_folder(folder, threads):
 
 
 def judge(folder: Path) -> dict:
-    """The 496 images, once."""
+    """Evaluate the 496 images once."""
     import numpy as np
     import torch
 

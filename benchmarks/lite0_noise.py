@@ -1,6 +1,6 @@
-"""Where EfficientNet-Lite0's INT8 noise comes from, operator by operator, before and after the repair; an image.
+"""A chart of where EfficientNet-Lite0's INT8 noise comes from, operator by operator, before and after repair.
 
-Every operator is quantized alone; what reaches the logits is signal-to-noise in dB. Held-out calibration images.
+Every operator is quantized alone; the signal-to-noise ratio of the logits is in dB. Held-out calibration images.
 
     python benchmarks/lite0_noise.py [--shown 24] [--picture docs/assets/lite0_noise.svg]
 """

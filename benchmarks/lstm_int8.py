@@ -1,8 +1,8 @@
-"""A recurrent network in INT8: what it keeps, how large it is and how fast it runs, beside ONNX Runtime's own tool.
+"""A recurrent network in INT8: accuracy, size and latency, compared with ONNX Runtime's own tool.
 
 Two bidirectional LSTM layers that read Fashion-MNIST images row by row, trained here for two epochs. Penjing's
 `Dynamic` and `onnxruntime.quantization.quantize_dynamic` (per channel, after its pre-processing) from the same network,
-both in ONNX Runtime; no calibration data on either side. Latency in turns at batch 1 and 16.
+both in ONNX Runtime, without calibration data. Latency in interleaved rounds at batch 1 and 16.
 
     python benchmarks/lstm_int8.py [--width 256] [--epochs 2] [--seconds 3]
 """
@@ -37,7 +37,7 @@ def network(width: int):
 
 
 def trained(width: int, epochs: int, task):
-    """The network after so many epochs."""
+    """Train the network for a number of epochs."""
     import torch
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def trained(width: int, epochs: int, task):
 
 
 def build(model, task, folder: Path) -> list[str]:
-    """Every contestant's folder; their names."""
+    """Build every contestant's folder; return their names."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -1,10 +1,11 @@
-"""A sentence encoder (all-MiniLM-L6-v2) in INT8: what it keeps and how fast it runs, beside its peers.
+"""A sentence encoder (all-MiniLM-L6-v2) in INT8: quality and latency, compared with other tools.
 
-128 texts calibrate (20 Newsgroups and Reuters R8, training parts). Measured in the runtimes: the mean cosine to the
-fp32 encoder's sentence vectors on other texts, the accuracy of a logistic regression that was fitted to fp32 vectors
-and reads each contestant's, and latency at batch 1 and 16 with 128 tokens, side by side.
+The calibration set is 128 texts (20 Newsgroups and Reuters R8, training parts). Measured in the runtimes: the mean
+cosine similarity to the fp32 encoder's sentence embeddings on other texts, the accuracy of a logistic regression that
+was fitted to fp32 embeddings and applied to each contestant's, and latency at batch 1 and 16 with 128 tokens, side by
+side.
 
-Peers with the settings that their documentation recommends: ONNX Runtime's dynamic quantization (per channel, after its
+Peers use the settings their documentation recommends: ONNX Runtime's dynamic quantization (per channel, after its
 pre-processing), NNCF with `ModelType.TRANSFORMER`.
 
     python benchmarks/minilm_int8.py [--fitted 4000] [--judged 10000] [--folder DIR]
@@ -28,7 +29,7 @@ SETS = ("20newsgroups", "reuters-r8")
 DEFAULT = [
     {"quantize.Static": {"outliers": "ease"}},
     {"quantize.CoordinateRounding": {}},
-]  # what `compress` does by itself
+]  # what `compress` does automatically
 NO_ADDS = {"exclude": ["*/add#*"]}
 CONTESTANTS = {
     "penjing openvino int8": ("openvino", "int8", DEFAULT),
@@ -49,7 +50,7 @@ CONTESTANTS = {
 
 
 def encoder():
-    """Tokens to one vector of length 1: the mean over the tokens that are there."""
+    """Tokens to a unit vector: the mean over unmasked tokens."""
     import torch
     from transformers import AutoModel
 
@@ -83,7 +84,7 @@ def tokens(texts, batch=8):
 
 
 def labelled(name: str, part: str, count: int):
-    """`count` texts spread over a part of a set, and their classes."""
+    """`count` texts evenly spaced over a part of a data set, and their classes."""
     from examples import data
 
     csv.field_size_limit(10**7)
@@ -148,7 +149,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def open_folder(folder, threads):
-    """A session that runs [input_ids, attention_mask]; what the latency workers call."""
+    """Open a session that runs [input_ids, attention_mask], for the latency workers."""
     folder = Path(folder)
     kind = CONTESTANTS[folder.name][0]
     if kind not in ("ort", "nncf"):
@@ -188,7 +189,7 @@ def open_folder(folder, threads):
 
 
 def vectors(run, texts):
-    """Sentence vectors (texts, 384)."""
+    """Sentence embeddings (texts, 384)."""
     import numpy as np
 
     return np.concatenate([run([b["input_ids"].numpy(), b["attention_mask"].numpy()])[0] for b in tokens(texts, 8)])
@@ -234,7 +235,7 @@ def main() -> None:
     for name in arguments.only:
         path = (
             arguments.folder / name / f"judged-{arguments.fitted}-{arguments.judged}.json"
-        )  # goes on where it stopped
+        )  # resumes where it stopped
         if not path.exists():
             session = open_folder(arguments.folder / name, THREADS)
             row = {"cosine": {}, "accuracy": {}, "drop": {}}

@@ -1,23 +1,23 @@
-"""MiniLM's six layers become three: learned from labels alone, and from the whole network in every way.
+"""MiniLM with three of its six layers, trained on labels alone and distilled from the full network with every loss.
 
 The classifier of `minilm_pruning.py` (all-MiniLM-L6-v2, 20 Newsgroups), trained on `--train-texts` texts. The student
 has every second layer and is trained on the same texts in the same order, with the same optimizer, learning rate and
-steps. *Plain* knows no teacher: the layers of the encoder as it was published, a new classifier, labels alone; once
-also with as many texts more as the teacher was trained on, whose layers carry what it has seen. All others begin with
-the teacher's layers (`distill.FewerLayers`, as DistilBERT): `labels` goes on from labels alone, the others add what
-their name says to the labels. *Gap closed* is the part of what the plain student lacks to the teacher, in the mean of
-its seeds. The test texts are read once per run. The teacher's answers to the texts of a seed are kept in the cache
-folder for the ways that compare nothing else.
+steps. *Plain* has no teacher: layers of the published encoder, a new classifier, labels alone; once also with as many
+additional texts as the teacher was trained on, since the teacher's layers carry what it has seen. All others start from
+the teacher's layers (`distill.FewerLayers`, as DistilBERT): `labels` trains on labels alone, the others add the loss
+they are named after. *Gap closed* is relative to the gap between the plain student and the teacher, averaged over
+seeds. The test texts are read once per run. The teacher's outputs for the texts of a seed are cached for the losses
+that need nothing else.
 
-Every way is run with all seeds, those of `--once`, whose runs are long, with the first alone. The best way is the one
-with the best mean on held-out training texts.
+Every method is run with all seeds, those of `--once`, whose runs are long, with the first only. The best method has the
+best mean on held-out training texts.
 
-Speed: ONNX and OpenVINO files of both, batch 1 and 16, 128 tokens, timed in turns.
+Speed: ONNX and OpenVINO files of both, batch 1 and 16, 128 tokens, timed in interleaved rounds.
 
     python benchmarks/minilm_layers.py [--seeds 0 1 2] [--texts 10000] [--train-texts 6000 10000]
         [--ways plain labels ...] [--once "plain, the teacher's texts besides"] [--parts accuracy speed]
 
-Every finished run is written at once; a second call goes on where the first stopped.
+Every finished run is written immediately; a second call resumes where the first stopped.
 """
 
 import argparse
@@ -33,7 +33,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STACK = "model.encoder.layer"
-KEPT = (0, 2, 4)  # of six; the student's layer i answers for the teacher's i + 1
+KEPT = (0, 2, 4)  # of six; the student's layer i corresponds to the teacher's i + 1
 
 
 PLAIN, LONGER = "plain", "plain, the teacher's texts besides"
@@ -41,7 +41,7 @@ UNTAUGHT = (PLAIN, LONGER, "labels")
 
 
 def ways():
-    """What the student learns from beside labels, by name."""
+    """The distillation losses by name."""
     from penjing import distill
 
     pairs = tuple((f"{STACK}.{i}", f"{STACK}.{i + 1}") for i in KEPT)
@@ -69,7 +69,7 @@ def cycles(arguments, count=None):
 
 
 def taught(arguments, task, classes):
-    """The whole classifier; every number of `--train-texts` is a cycle, whose learning rate rises anew."""
+    """Train the full classifier; every number of `--train-texts` is a learning-rate cycle (warm restart)."""
     from safetensors.torch import load_file, save_file
 
     from benchmarks.minilm_pruning import source, trained
@@ -99,7 +99,7 @@ def student(module, task):
 
 
 def accuracies(arguments, module, task, data, save):
-    """Train the student in every way."""
+    """Train the student with every loss."""
     from benchmarks.minilm_pruning import RATE, TRAIN_BATCH, classifier, macs, shown
     from examples.data import cache
     from penjing import measure
@@ -117,7 +117,7 @@ def accuracies(arguments, module, task, data, save):
     every = {name: way for name, way in ways().items() if name in (arguments.ways or ways())}
 
     def asked(losses, source, seed):
-        """The teacher's kept answers where nothing else of it is compared; None is the source."""
+        """The teacher's cached outputs if a loss needs nothing else; None is the source."""
         losses = losses if isinstance(losses, tuple) else (losses,)
         if not losses or any(getattr(loss, "features", ()) for loss in losses):
             return None
@@ -165,7 +165,7 @@ def accuracies(arguments, module, task, data, save):
 
 
 def speeds(arguments, module, task, data, save):
-    """Teacher and student in both runtimes, in turns."""
+    """Time teacher and student in both runtimes in interleaved rounds."""
     from benchmarks.minilm_pruning import BATCHES
     from penjing import measure
     from penjing.measure import Target, compare

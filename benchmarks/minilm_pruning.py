@@ -1,24 +1,24 @@
-"""MiniLM with half of the multiply-accumulates: attention heads and feed-forward neurons go, beside Torch-Pruning.
+"""MiniLM pruned to half of its multiply-accumulates (attention heads and neurons), compared with Torch-Pruning.
 
-The sentence encoder all-MiniLM-L6-v2 with a linear layer on its mean vector, trained on 20 Newsgroups. Both sides start
-from the same trained network, prune once to the same fraction with the width between the blocks left whole, and
-fine-tune in the same loop: the same texts in the same order, labels alone, the same optimizer, learning rate and steps.
+The sentence encoder all-MiniLM-L6-v2 with a linear layer on its mean embedding, trained on 20 Newsgroups. Both sides
+start from the same trained network, prune once to the same fraction without changing the residual width, and fine-tune
+in the same loop: the same texts in the same order, labels alone, the same optimizer, learning rate and steps.
 
-Every side may choose: each of its settings is pruned and trained on `--select-texts` texts, and the one with the best
-accuracy on held-out training texts is trained on `--texts` texts with every seed. The test texts are read once per
-seed.
+Settings are selected for each side: each candidate is pruned and trained on `--select-texts` texts, and the one with
+the best accuracy on held-out training texts is trained on `--texts` texts with every seed. The test texts are read once
+per seed.
 
 Penjing: `prune.Channels(macs=0.5, reconstruct=False)` with several criteria and scopes. Torch-Pruning: `BasePruner`
 with `num_heads`, `prune_num_heads` and the residual layers ignored, as its own example for BERT does; the target's part
 of the heads, and the ratio of the neurons by bisection, with several of its importances, global and local.
 
-Speed: ONNX and OpenVINO files of whole and pruned networks, batch 1 and 16, 128 tokens, timed in turns.
+Speed: ONNX and OpenVINO files of the full and pruned networks, batch 1 and 16, 128 tokens, in interleaved rounds.
 
     python benchmarks/minilm_pruning.py [--target 0.5] [--seeds 0 1 2] [--texts 4000] [--select-texts 1000]
         [--train-texts 6000] [--judged 7528] [--parts accuracy speed]
 
-The whole classifier is trained first and kept in the cache folder. Every finished run is written at once; a second call
-goes on where the first stopped.
+The full classifier is trained first and cached. Every finished run is written immediately; a second call resumes where
+the first stopped.
 """
 
 import argparse
@@ -48,7 +48,7 @@ TORCH_PRUNING = ("taylor global", "taylor local", "l2 global", "l2 local")
 
 
 class Batches:
-    """(inputs, class) batches of tokenized texts, in another order at every pass."""
+    """(inputs, class) batches of tokenized texts, reshuffled on every pass."""
 
     def __init__(self, ids, mask, classes):
         self.ids, self.mask, self.classes = ids, mask, classes
@@ -65,7 +65,7 @@ class Batches:
 
 
 def classifier(classes):
-    """Tokens to logits: the encoder, the mean over the tokens that are there, a linear layer."""
+    """Tokens to logits: the encoder, the mean over unmasked tokens, a linear layer."""
     import torch
     from transformers import AutoModel
 
@@ -130,7 +130,7 @@ def prepared(judged):
 
 
 def shown(label):
-    """Prints how far a training is, every half a minute."""
+    """Print training progress every half minute."""
     last = [time.monotonic()]
 
     def show(kind, **values):
@@ -142,7 +142,7 @@ def shown(label):
 
 
 def trained(network, task, seed, texts, label, folder=None):
-    """The network after AdamW on so many texts."""
+    """Train the network with AdamW on a number of texts."""
     from penjing.steps.step import Context
     from penjing.train.finetune import Finetune, train
 
@@ -153,7 +153,7 @@ def trained(network, task, seed, texts, label, folder=None):
 
 
 def source(task, classes, texts):
-    """The whole classifier, trained once and kept in the cache folder."""
+    """The full classifier, trained once and cached."""
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
@@ -172,7 +172,7 @@ def source(task, classes, texts):
 
 
 def penjing(settings, module, task, target, seed):
-    """The captured network that `prune.Channels` leaves."""
+    """Prune with `prune.Channels`; return the captured network."""
     from penjing.network.capture import capture_network
     from penjing.prune import Channels
     from penjing.steps.draft import Draft
@@ -185,7 +185,7 @@ def penjing(settings, module, task, target, seed):
 
 
 def torch_pruning(settings, module, task, target, seed):
-    """The module that Torch-Pruning leaves."""
+    """Prune with Torch-Pruning; return the module."""
     import torch_pruning as tp
 
     from penjing.randomness import seed_everything
@@ -211,7 +211,7 @@ def torch_pruning(settings, module, task, target, seed):
             importance=importance(),
             global_pruning=scope == "global",
             pruning_ratio=ratio,
-            max_pruning_ratio=0.9,  # as `least` of Penjing: a tenth of every group stays
+            max_pruning_ratio=0.9,  # like Penjing's `min_keep`: a tenth of every group is kept
             num_heads={part: HEADS for own in attentions for part in (own.query, own.key, own.value)},
             prune_num_heads=True,
             prune_head_dims=False,
@@ -246,7 +246,7 @@ SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_P
 
 
 def accuracies(arguments, module, task, data, save):
-    """Choose the settings of both sides, train them, note the accuracy on test texts."""
+    """Select the settings of both sides, train them, and record the test accuracy."""
     from penjing.tasks.outputs import numpy_predictor
 
     target = arguments.target
@@ -287,7 +287,7 @@ def accuracies(arguments, module, task, data, save):
 
 
 def speeds(arguments, module, task, data, save):
-    """Whole and pruned networks in the runtimes, in turns."""
+    """Time full and pruned networks in the runtimes in interleaved rounds."""
     from penjing.measure import Target, compare
     from penjing.network.capture import capture_network
     from penjing.pipeline import building

@@ -1,14 +1,14 @@
-"""Bits of every operator chosen, against the same bits in all: what the answers, the file and the time are like.
+"""Mixed precision against uniform bit widths: noise, metric, size and latency.
 
-ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0, in two parts. Noise and the metric are read on held-out data.
+ResNet-20 (Fashion-MNIST) and EfficientNet-Lite0, in two parts. Noise and metric are measured on held-out data.
 
 `bits`: both sides are rounded by `CoordinateRounding` on the same calibration data and run in ONNX Runtime, where
-weights of fewer bits are stored in 8 and compute to the bit; size is that of the packed file.
+weights of fewer bits are stored in 8 without further error; size is that of the packed file.
 
-`latency`: in OpenVINO, budgets between the latency of the network all in integers and all in bfloat16; the step chooses
-whether the rest is computed in fp32 or in bfloat16. All files, and NNCF's INT8 beside them, are measured again in turns
-at the end, and every budget is held against that; budgets and latencies are multiples of the integers' latency, round
-by round, for a machine is not always as fast.
+`latency`: in OpenVINO, with budgets between the latencies of the all-integer and the all-bfloat16 network; the step
+chooses whether the rest is computed in fp32 or in bfloat16. All files, and NNCF's INT8, are measured again in
+interleaved rounds at the end, and compared with the budgets; budgets and latencies are relative to the integer latency
+of the same round, since the speed of a machine varies.
 
     python benchmarks/mixed_precision.py [--networks resnet20 lite0] [--parts bits latency] [--bits 8 6 5 4 3]
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 THREADS = 2
 CHOICES = (8, 6, 5, 4, 3, 2)
 INTEGER = "int8"
-SHARES = (0.25, 0.5, 0.75)  # of the way from the integers' latency to bfloat16's
+SHARES = (0.25, 0.5, 0.75)  # fractions of the way from the integer latency to that of bfloat16
 
 
 def source(name: str):
@@ -44,7 +44,7 @@ def source(name: str):
 
 
 def judged(folder: Path, task, network) -> dict:
-    """What an artifact answers in its runtime."""
+    """Evaluate an artifact in its runtime."""
     import numpy as np
     import torch
 
@@ -124,7 +124,7 @@ def by_bits(raised, network, task, wanted) -> list[dict]:
 
 
 def by_latency(raised, network, task, seconds: float) -> list[dict]:
-    """One format in all operators, and mixed ones under budgets between them."""
+    """Uniform formats, and mixed ones with budgets between them."""
     import torch
 
     from penjing import measure, runtimes
@@ -188,7 +188,7 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
 
 
 def timed(folder: Path, names, task, seconds: float) -> dict:
-    """Latencies at batch 1, in turns."""
+    """Latencies at batch 1 in interleaved rounds."""
     from penjing import measure
 
     inputs = [task.call()[0][0][:1].numpy()]

@@ -1,11 +1,11 @@
-"""Every technique before every other, on a small network: parity of the artifact, or the reason of the refusal.
+"""Every technique before every other, on a small network: parity of the artifact, or the reason for the refusal.
 
 The orders and the network are those of `tests/pairs.py`: a residual network on scikit-learn's digits, trained for
-seconds. *Noise* is what the ONNX file answers in ONNX Runtime beside the network in torch.
+seconds. *Noise* compares the ONNX file in ONNX Runtime with the network in torch.
 
     python benchmarks/pairs.py
 
-Every finished order is written at once; a second call goes on where the first stopped.
+Every finished order is written immediately; a second call resumes where the first stopped.
 """
 
 import copy

@@ -1,26 +1,26 @@
-"""Accuracy and measured speed at two and four times fewer multiply-accumulates, beside Torch-Pruning.
+"""Accuracy and latency at half and a quarter of the multiply-accumulates, compared with Torch-Pruning.
 
 ResNet-20 and VGG-16 (the form for small images) on Fashion-MNIST. Both sides start from the same trained network,
 prune once to the same fraction, and fine-tune in the same loop: the same batches in the same order, labels alone, the
 same optimizer, learning rate and epochs. Channels are kept in multiples of 4 (ResNet-20) and 8 (VGG-16) on both sides.
 
-Every side may choose: each of its settings is pruned and trained for `--select-epochs`, and the one with the best
-accuracy on held-out training images is trained in full with every seed. The test images are read twice per seed,
-before and after the training.
+Settings are selected for each side: each candidate is pruned and trained for `--select-epochs`, and the one with the
+best accuracy on held-out training images is trained in full with every seed. The test images are read twice per seed,
+before and after training.
 
-Penjing: `prune.Channels(macs=..., reconstruct=True)` with several criteria and scopes; *fitted* is that the layers that
-read what went are fitted again, without labels, to what they computed. Torch-Pruning: `BasePruner` with
-`iterative_steps`, stepped until the target is met, as its own benchmarks do, with several of its importances, global
+Penjing: `prune.Channels(macs=..., reconstruct=True)` with several criteria and scopes; *fitted* means that the layers
+that read removed channels are refitted to their original outputs, without labels. Torch-Pruning: `BasePruner` with
+`iterative_steps`, stepped until the target is met, as in its own benchmarks, with several of its importances, global
 and local. *Untrained* is the accuracy before any training.
 
-Speed: ONNX and OpenVINO files of whole and pruned networks, batch 32, timed in turns. *Of MACs* is the measured
-speed-up as a part of the ratio of multiply-accumulates. `--parts widths` times one convolution of many widths alone.
+Speed: ONNX and OpenVINO files of full and pruned networks, batch 32, in interleaved rounds. *Of MACs* is the measured
+speed-up relative to the ratio of multiply-accumulates. `--parts widths` times a single convolution at many widths.
 
     python benchmarks/pruning_accuracy.py [--networks resnet20 vgg16] [--targets 0.5 0.25] [--seeds 0 1 2]
         [--epochs 2] [--select-epochs 0.2] [--parts accuracy speed widths] [--train-epochs 3]
 
-VGG-16 is trained first (`--train-epochs`) and kept in the cache folder. Every finished run is written at once; a second
-call goes on where the first stopped.
+VGG-16 is trained first (`--train-epochs`) and cached. Every finished run is written immediately; a second call resumes
+where the first stopped.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def source(name, epochs):
 
 
 def trained_vgg(task, epochs):
-    """VGG-16 for small images, trained once with Penjing's loop and kept in the cache folder."""
+    """VGG-16 for small images, trained once with Penjing's loop and cached."""
     from safetensors.torch import load_file, save_file
 
     from examples.data import cache
@@ -82,7 +82,7 @@ def trained_vgg(task, epochs):
 
 
 def shown(label):
-    """Prints how far a training is, every half a minute."""
+    """Print training progress every half minute."""
     last = [time.monotonic()]
 
     def show(kind, **values):
@@ -94,7 +94,7 @@ def shown(label):
 
 
 def penjing(settings, name, module, task, target, seed):
-    """The captured network that `prune.Channels` leaves."""
+    """Prune with `prune.Channels`; return the captured network."""
     from penjing.network.capture import capture_network
     from penjing.prune import Channels
     from penjing.steps.draft import Draft
@@ -107,7 +107,7 @@ def penjing(settings, name, module, task, target, seed):
 
 
 def torch_pruning(settings, name, module, task, target, seed):
-    """The module that Torch-Pruning leaves."""
+    """Prune with Torch-Pruning; return the module."""
     import torch
     import torch_pruning as tp
 
@@ -129,7 +129,7 @@ def torch_pruning(settings, name, module, task, target, seed):
         importance=importance,
         global_pruning=scope == "global",
         pruning_ratio=1.0,
-        max_pruning_ratio=0.9,  # as `least` of Penjing: a tenth of every group stays
+        max_pruning_ratio=0.9,  # like Penjing's `min_keep`: a tenth of every group is kept
         iterative_steps=400,
         ignored_layers=[model.classifier],
         round_to=ROUND_TO[name],
@@ -163,7 +163,7 @@ def macs(network, task):
 
 
 def finetuned(network, name, task, seed, epochs, label):
-    """The network after the training that both sides get."""
+    """Train the network as on both sides."""
     from penjing.steps.step import Context
     from penjing.train.finetune import Finetune, train
 
@@ -175,15 +175,13 @@ SIDES = {"penjing": (penjing, PENJING), "torch-pruning": (torch_pruning, TORCH_P
 
 
 def accuracies(arguments, name, data, save):
-    """Choose the settings of both sides, train them, note the accuracy on test images."""
+    """Select the settings of both sides, train them, and record the test accuracy."""
     from penjing.tasks.outputs import numpy_predictor
 
     module, task = source(name, arguments.train_epochs)
     found = data["networks"].setdefault(name, {})
     trained = arguments.train_epochs if name == "vgg16" else None  # ResNet-20 comes trained
-    if (
-        found.get("source", {}).get("epochs") != trained
-    ):  # what was pruned from another network is not part of the table
+    if found.get("source", {}).get("epochs") != trained:  # results of another source network are not part of the table
         found.clear()
         data["runs"] = {key: row for key, row in data["runs"].items() if not key.startswith(f"{name} ")}
     if "source" not in found:
@@ -228,7 +226,7 @@ def accuracies(arguments, name, data, save):
 
 
 def speeds(arguments, name, data, save):
-    """Whole and pruned networks in the runtimes, in turns."""
+    """Time full and pruned networks in the runtimes in interleaved rounds."""
     import torch
 
     from penjing.measure import Target, compare
@@ -275,7 +273,7 @@ def speeds(arguments, name, data, save):
 
 
 def widths(arguments, name, data, save):
-    """One 3x3 convolution of many widths, alone: what a channel less is worth in each runtime."""
+    """Time a single 3x3 convolution at many widths: what removing a channel saves in each runtime."""
     import torch
 
     from penjing.measure import Target, compare

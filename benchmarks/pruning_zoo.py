@@ -1,13 +1,13 @@
-"""Structured pruning over a zoo of networks, beside Torch-Pruning: what goes through, what is right, what is left.
+"""Structured pruning over a zoo of networks, compared with Torch-Pruning: success, correctness, and parameters left.
 
-Every built-in architecture and several of `transformers` (from a config, random weights), 30 % of the channels of
-every group removed by their L2 norm, the outputs of the network whole. Each network and side runs in a process of its
-own, with a limit of time and memory.
+Every built-in architecture and several of `transformers` (from a config, random weights), with 30 % of the channels of
+every group removed by their L2 norm, except the network's outputs. Each network and tool runs in its own process, with
+a limit on time and memory.
 
-Penjing: `prune.Channels(channels=0.7, scope="layer", approximate=True)`. The pruned network is held against the
-masked one in float64 where its forward allows, exported to ONNX Runtime and OpenVINO, and run in both. *Covered* is
-the share of output channels of the layers of a hand-made list (all convolutions, linear and embedding layers but those
-that make the outputs) that take part.
+Penjing: `prune.Channels(channels=0.7, scope="layer", approximate=True)`. The pruned network is compared with the masked
+one in float64 if its forward allows, exported to ONNX Runtime and OpenVINO, and run in both. *Covered* is the share of
+prunable output channels of the layers on a list written by hand (all convolutions, linear and embedding layers except
+those that produce the outputs).
 
 Torch-Pruning: `BasePruner` with `GroupMagnitudeImportance(p=2)`, `pruning_ratio=0.3`, output layers ignored,
 `num_heads` named for attention as its documentation asks, and the modules' own head sizes updated afterwards as in its
@@ -15,7 +15,7 @@ examples. It *runs* when the pruned network's forward does.
 
     python benchmarks/pruning_zoo.py [--only NAME ...] [--out benchmarks/results/pruning_zoo.json]
 
-Finished networks are kept in the JSON; a second call goes on.
+Finished networks are stored in the JSON; a second call resumes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ THREADS = 2
 RATIO = 0.3
 LIMIT_S, LIMIT_BYTES = 400, 14 << 30
 
-# name → (side of the image or None for tokens, layers that make the outputs, settings)
+# name → (side of the image or None for tokens, layers that produce the outputs, settings)
 PICTURES = {
     "vgg16": (64, ["classifier"], {}),
     "vgg16_small": (32, ["classifier"], {"classes": 10}),
@@ -74,7 +74,7 @@ TRANSFORMERS = (
 
 
 def built(name):
-    """The network in eval mode with scattered norms, its example, the layers that make its outputs."""
+    """The network in eval mode with randomized norms, its example, and the layers that produce its outputs."""
     import torch
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def parameters(model):
 
 
 def penjing(name, folder):
-    """Prune with Penjing; every figure of its columns."""
+    """Prune with Penjing; return all figures of its columns."""
     import torch
 
     from penjing.analyze.coupling import couple
@@ -197,7 +197,7 @@ def penjing(name, folder):
         wide = torch.randn_like(example, dtype=torch.float64) if example.is_floating_point() else example
         call = ((wide,), {})
         found["disagreement_fp64"] = disagreement(network.double(), pruned.network.double(), coupling, removed, call)
-    except RuntimeError as error:  # a forward that makes float32 numbers itself
+    except RuntimeError as error:  # a forward that creates float32 tensors itself
         found["disagreement_fp64"] = str(error)[:80]
     pruned.network.float()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def penjing(name, folder):
 
 
 def covered(model, coupling, outputs):
-    """Share of the listed layers' output channels that are in a group, and the layers that are not wholly."""
+    """Share of the listed layers' output channels that are in a group, and the layers that are only partly covered."""
     free = {}
     for group in coupling.groups.values():
         for member in group.members:
@@ -233,7 +233,7 @@ def covered(model, coupling, outputs):
 
 
 def listed(model, outputs):
-    """Layers with channels → the axis of their outputs; without those that make the network's outputs."""
+    """Layers with channels → the axis of their outputs, except those that produce the network's outputs."""
     import torch
 
     transposed = torch.nn.modules.conv._ConvTransposeNd
@@ -258,7 +258,7 @@ def channels(model, outputs):
 
 
 def torch_pruning(name, folder):
-    """Prune with Torch-Pruning as its documentation says."""
+    """Prune with Torch-Pruning as documented."""
     import torch
     import torch_pruning as tp
 
@@ -321,7 +321,7 @@ def attention_layers(model):
 
 
 def resize_heads(owner, layer, heads):
-    """The numbers that a transformers module keeps beside its weights, as its examples update them."""
+    """Update the sizes that transformers modules store next to their weights, as in Torch-Pruning's examples."""
     import torch
 
     width = layer.out_features if isinstance(layer, torch.nn.Linear) else layer.nf

@@ -1,11 +1,11 @@
-"""What post-training quantization costs and what it gives: time, peak memory, agreement, noise.
+"""Cost and quality of post-training quantization: time, peak memory, agreement, noise.
 
-EfficientNet-Lite0 on unlabelled images, 30, 300 and 1,000 samples (repeated where there are fewer), Penjing's default
-preset against NNCF's and ONNX Runtime's, each run in a process of its own, in turns. Time runs from the fp32
-network in the tool's own form (torch module, OpenVINO model, ONNX file) to the quantized file on disk; importing and
-reading images are left out. Peak memory is that of the whole process. Accuracy is that of the files of 300 samples
-(of 30 for ONNX Runtime's percentile, which keeps every activation): agreement with fp32 on 496 other images, and
-logit signal-to-noise. How fast the files run is what `int8_latency.py` measures.
+EfficientNet-Lite0 on unlabelled images, 30, 300 and 1,000 samples (repeated if there are fewer), Penjing's defaults
+against NNCF's and ONNX Runtime's, each run in its own process, interleaved. Time runs from the fp32 network in the
+tool's own format (torch module, OpenVINO model, ONNX file) to the quantized file on disk, excluding imports and image
+loading. Peak memory is that of the whole process. Quality is that of the files calibrated on 300 samples (30 for ONNX
+Runtime's percentile method, which stores every activation): agreement with fp32 on 496 other images, and the
+signal-to-noise ratio of the logits. `int8_latency.py` measures the speed of the files.
 
     python benchmarks/ptq_cost.py [--repeats 3] [--samples 30 300 1000] [--out benchmarks/results/ptq_cost.json]
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TOOLS = ("penjing", "nncf", "ort-minmax", "ort-percentile")
 MOST = {"ort-percentile": 30}
-"""Samples that a tool can be given: ONNX Runtime's percentile keeps every activation, 300 images pass 12 GB."""
+"""Sample limits: ONNX Runtime's percentile method stores every activation, over 12 GB for 300 images."""
 THREADS = 2
 
 
@@ -51,7 +51,7 @@ def child(tool: str, samples: int, folder: Path) -> None:
 
 
 def _prepare(tool, network, folder):
-    """The fp32 network in the form that the tool starts from."""
+    """The fp32 network in the format that the tool starts from."""
     import torch
 
     if tool == "penjing":
@@ -70,7 +70,7 @@ def _prepare(tool, network, folder):
 
 
 def _penjing(network, images, folder):
-    """Quantize, and tell the seconds of every stage: no calibration is as cheap as the ways into and out of torch."""
+    """Quantize, and return the seconds of every stage, of which capture and export are a large part."""
     from dataclasses import replace
 
     from examples.imagenet_lite0.task import task as lite0_task

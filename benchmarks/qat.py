@@ -1,17 +1,19 @@
-"""Quantization-aware training in few bits: ResNet-20 on Fashion-MNIST, beside Brevitas.
+"""Quantization-aware training at few bits: ResNet-20 on Fashion-MNIST, compared with Brevitas.
 
-Both sides start from the same trained network and see the same batches in the same order, the same loss (labels, and
-the source network's softened answers), the same optimizer, schedule, epochs and grid of learning rates. First and last
-layer keep 8 bits, every other convolution and both inputs of every addition the bits of the row. Settings are chosen
-on held-out training images with seed 0, and the test images are read once per seed at the end. Accuracy is that
-of the network in torch (*simulated*): no runtime has kernels for these activations.
+Both sides start from the same trained network and use the same batches in the same order, the same loss (labels and the
+source network's softened outputs), the same optimizer, schedule, epochs and learning-rate grid. The first and the last
+layer have 8 bits, all other convolutions and both inputs of every addition the bits of the row. Settings are selected
+on held-out training images with seed 0, and the test images are read once per seed at the end. Accuracy is *simulated*
+in
+torch: no runtime has kernels for these activations.
 
-Brevitas: its quantizers for training, per-channel weights with scales from statistics or learned from an MSE start,
+Brevitas: its training quantizers, per-channel weights with scales from statistics or learned after MSE initialization,
 learned activation scales, ranges first calibrated with its `calibration_mode` on the same images.
 
     python benchmarks/qat.py [--bits 4 2] [--epochs 1.5] [--grid-epochs 0.3] [--rates 0.02 0.05 0.1] [--seeds 0 1 2]
 
-Every finished run is written at once; a second call goes on where the first stopped. Rows of other epochs are kept.
+Every finished run is written immediately; a second call resumes where the first stopped. Rows with other epochs are
+kept.
 """
 
 import argparse
@@ -45,7 +47,7 @@ def prepared():
 
 
 def penjing(name, bits, rate, epochs, seed, raised, task):
-    """A predictor in NumPy of the network that Penjing trains."""
+    """Train with Penjing; return a NumPy predictor."""
     from penjing.quantize import QAT, Static
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
@@ -65,7 +67,7 @@ def penjing(name, bits, rate, epochs, seed, raised, task):
 
 
 def brevitas(name, bits, rate, epochs, seed, raised, task, module):
-    """The same of Brevitas, in the same training loop."""
+    """Train with Brevitas in the same loop; return a NumPy predictor."""
     import torch
     from brevitas.graph.calibrate import calibration_mode
 
@@ -86,7 +88,7 @@ def brevitas(name, bits, rate, epochs, seed, raised, task, module):
 
 
 def brevitas_network(module, bits, learned):
-    """Our ResNet's layers as Brevitas' quantized ones, quantizers at the same places."""
+    """The ResNet with Brevitas's quantized layers, with quantizers in the same places."""
     import brevitas.nn as qnn
     import torch
     from brevitas.quant import (

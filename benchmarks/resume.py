@@ -1,9 +1,9 @@
-"""A run that is killed in the middle of a training goes on, and ends in the same bits.
+"""A run that is killed during training resumes and produces the same bits.
 
-The joint recipe on scikit-learn's digits (a small ResNet-20, `--epochs`), from the network to the file of ONNX Runtime.
-It runs once to its end. Then, for every fraction of its training steps, a new process is killed with SIGKILL as soon as
-its events tell of that step, and another one goes on with ``resume=True``. The files are compared by their SHA-256.
-The longest training of the whole run is drawn as the report draws it.
+The joint recipe on scikit-learn's digits (a small ResNet-20, `--epochs`), from the network to the ONNX Runtime file. It
+runs once to the end. Then, for every fraction of its training steps, a new process is killed with SIGKILL as soon as
+its events report that step, and another one continues with ``resume=True``. The files are compared by their SHA-256.
+The longest training run is plotted as in the report.
 
     python benchmarks/resume.py [--fractions 0.25 0.5 0.9] [--epochs 20]
         [--picture docs/assets/training.svg]
@@ -29,7 +29,7 @@ STYLE = "svg { background: var(--sheet); font: 12px var(--plain); }"
 
 
 def run(folder, epochs, resume):
-    """The run, in this process; states are saved at every second."""
+    """Perform the run in this process, saving the state every second."""
     from dataclasses import replace
 
     import penjing as pj
@@ -47,20 +47,20 @@ def run(folder, epochs, resume):
 
 
 def child(folder, epochs, resume):
-    """The run in a process of its own."""
+    """Perform the run in a separate process."""
     command = [sys.executable, __file__, "--run", str(folder), "--epochs", f"{epochs:g}"]
     return subprocess.Popen(command + ["--resume"] * resume, stdout=subprocess.DEVNULL)
 
 
 def events(folder, kind):
-    """What a run has told so far."""
+    """The events of a run so far."""
     path = folder / "events.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # it is being written, or was cut off
+        except ValueError:  # it is being written, or was truncated
             continue
         if event.get("kind") == kind:
             found.append(event)
@@ -68,12 +68,12 @@ def events(folder, kind):
 
 
 def digests(folder):
-    """SHA-256 of what a run has left."""
+    """SHA-256 of the files of a run."""
     return {name: hashlib.sha256((folder / path).read_bytes()).hexdigest() for name, path in FILES.items()}
 
 
 def killed(folder, epochs, told):
-    """Kill a run when it has told of so many points of its trainings; then let another process go on."""
+    """Kill a run at a point of its training; then let another process resume it."""
     process = child(folder, epochs, False)
     while len(points := events(folder, "training")) < told and process.poll() is None:
         time.sleep(0.02)

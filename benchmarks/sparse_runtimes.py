@@ -1,22 +1,21 @@
-"""What zeros among the weights cost and gain: unstructured 50 to 90 %, N:M and blocks, an honest table.
+"""Cost and gain of sparse weights: unstructured 50 to 90 %, N:M and blocks.
 
-The trained ResNet-20 on Fashion-MNIST and the sentence encoder all-MiniLM-L6-v2, pruned in one shot and not trained
-afterwards, by `prune.Magnitude`, `prune.Wanda` and `prune.SparseGPT`:
+The trained ResNet-20 on Fashion-MNIST and the sentence encoder all-MiniLM-L6-v2, pruned in one shot without further
+training, by `prune.Magnitude`, `prune.Wanda` and `prune.SparseGPT`:
 
-- `accuracy`: of ResNet-20 on the test images; of MiniLM the mean cosine of its sentence vectors to those of the whole
-  network, on texts that did not calibrate.
-- `bytes`: the ONNX file, and what a general packer makes of it (DEFLATE in a zip, LZMA in an xz), written, read back
-  and compared. The INT8 files of OpenVINO the same way.
-- `latency`: ONNX Runtime, OpenVINO and torch, dense and sparse files in turns; OpenVINO's INT8 with and without its
-  option for sparse weights; torch's own sparse matrices.
+- `accuracy`: of ResNet-20 on the test images; for MiniLM the mean cosine similarity of its sentence embeddings to
+  those of the dense network, on texts outside the calibration set.
+- `bytes`: the ONNX file, uncompressed and compressed (DEFLATE in a zip, LZMA in an xz), written, read back and
+  compared. The same for OpenVINO's INT8 files.
+- `latency`: ONNX Runtime, OpenVINO and torch, dense and sparse files in interleaved rounds; OpenVINO's INT8 with and
+  without its option for sparse weights; torch's own sparse matrices.
 
-Zeros are where `prune.Magnitude` puts them in the parts `bytes` and `latency`: they depend on how many there are and
-in what pattern, not on who chose them.
+In the parts `bytes` and `latency` the zeros come from `prune.Magnitude`: only their number and pattern matter there.
 
     python benchmarks/sparse_runtimes.py [--parts accuracy bytes latency] [--networks resnet20 minilm]
         [--repeats 7] [--seconds 1] [--texts 128] [--folder DIR]
 
-Parts and networks that are not named keep the figures they have in the JSON. Built files are kept in `--folder`.
+Parts and networks that are not named keep their figures in the JSON. Built files are stored in `--folder`.
 """
 
 import argparse
@@ -55,18 +54,18 @@ INTEGER = (
     "unstructured 80 %",
     "unstructured 90 %",
     "2:4",
-)  # the patterns that are also tried in INT8
+)  # the patterns that are also measured in INT8
 CSR = (
     "unstructured 50 %",
     "unstructured 80 %",
     "unstructured 90 %",
-)  # and those that torch's sparse matrices are tried with
+)  # and those measured with torch's sparse matrices
 RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 
 
 @functools.cache
 def subject(name):
-    """The captured network, its task, and the module that it came from."""
+    """The captured network, its task, and the original module."""
     from penjing.network.capture import capture_network
 
     if name == "resnet20":
@@ -91,7 +90,7 @@ def subject(name):
 
 
 def pruned(name, pattern, method="Magnitude"):
-    """The network with zeros, as a draft; None where the method does not know the pattern."""
+    """The sparse network as a draft; None if the method does not support the pattern."""
     from penjing import prune
     from penjing.steps.draft import Draft
     from penjing.steps.step import Context
@@ -106,7 +105,7 @@ def pruned(name, pattern, method="Magnitude"):
 
 
 def zeros(draft):
-    """The share of zeros among the weights that were pruned."""
+    """The share of zeros among the pruned weights."""
     weights = [draft.network.get_parameter(name) for name in draft.sparse]
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
@@ -136,7 +135,7 @@ def judge(name, texts):
 
 
 def accuracy(name, rows, options, save):
-    """One figure for every pattern and method."""
+    """The figure of every pattern and method."""
     figure = judge(name, options.texts)
     print(f"\n{name}: {METRICS[name]}\n{'':<20}{'zeros':>8}" + "".join(f"{m:>12}" for m in METHODS))
     for pattern in PATTERNS:
@@ -160,7 +159,7 @@ def accuracy(name, rows, options, save):
 
 
 def built(name, pattern, runtime, precision, folder):
-    """The folder of the artifact, made where it is not there."""
+    """The folder of the artifact, built if it is missing."""
     from penjing import measure, runtimes
     from penjing.pipeline import building
     from penjing.quantize import Static
@@ -182,7 +181,7 @@ def built(name, pattern, runtime, precision, folder):
 
 
 def packed(files, aside):
-    """Bytes of files as they are, in a zip and as xz; each is written, read back, and compared."""
+    """Sizes of files uncompressed, in a zip and as xz; each is written, read back, and compared."""
     plain = {path.name: path.read_bytes() for path in files}
     archive = aside / "packed.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target:
@@ -208,7 +207,7 @@ def _same(before, after):
 
 
 def sizes(name, rows, options, save):
-    """The files' bytes, packed and not."""
+    """Sizes of the files, compressed and uncompressed."""
     from penjing.records.manifest import read_manifest
 
     print(f"\n{name}: bytes\n{'':<36}{'file':>12}{'zip':>12}{'xz':>12}")
@@ -228,7 +227,7 @@ def sizes(name, rows, options, save):
 
 
 def inputs(name, batch):
-    """One call's arrays."""
+    """The arrays of a call."""
     import numpy as np
 
     if name == "resnet20":
@@ -240,7 +239,7 @@ def inputs(name, batch):
 
 
 def timed(name, folders, options, opener=None):
-    """Contestant → batch → latency and speed-up over the first contestant; all take turns."""
+    """Contestant → batch → latency and speed-up over the first contestant, in interleaved rounds."""
     from penjing.measure import Target, compare, ratio
 
     found = {key: {} for key in folders}
@@ -260,7 +259,7 @@ def timed(name, folders, options, opener=None):
 
 
 def latency(name, rows, options, save):
-    """Every runtime's files in turns."""
+    """Time every runtime's files in interleaved rounds."""
     for runtime in ("onnxruntime", "openvino", "torch"):
         print(f"\n{name}, {runtime} fp32")
         folders = {p: built(name, p, runtime, "fp32", options.folder) for p in PATTERNS}
@@ -270,7 +269,7 @@ def latency(name, rows, options, save):
 
 
 def sparse_kernels(name, entry, options, save):
-    """What runtimes say they have for zeros: OpenVINO's option for INT8, torch's sparse matrices."""
+    """The runtimes' support for sparsity: OpenVINO's option for INT8, torch's sparse matrices."""
     print(f"\n{name}, openvino int8")
     folders = {}
     for pattern in INTEGER:
@@ -283,7 +282,7 @@ def sparse_kernels(name, entry, options, save):
 
 
 def _with_option(folder):
-    """A copy of the artifact that asks OpenVINO to pack weights of which more than 40 % are zero."""
+    """A copy of the artifact with OpenVINO's option to compress weights of which more than 40 % are zero."""
     copy = folder.with_name(f"{folder.name} packed")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
@@ -294,7 +293,7 @@ def _with_option(folder):
 
 
 def torch_sparse(name, options):
-    """Torch's own sparse matrices in the place of linear layers' weights; text where torch has none."""
+    """Torch's own sparse matrices as linear layers' weights; a text where torch has none."""
     import torch
     from safetensors.torch import save_file
 
@@ -318,7 +317,7 @@ def torch_sparse(name, options):
 
 
 def open_modules(folder, threads):
-    """MiniLM as its author's modules, linear layers with CSR weights where the folder's name says so."""
+    """MiniLM as its original modules, with CSR weights in linear layers if the folder's name says so."""
     import minilm_int8
     import torch
     from safetensors.torch import load_file
@@ -328,7 +327,7 @@ def open_modules(folder, threads):
     folder = Path(folder)
     model = minilm_int8.encoder()
     if unknown := model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys:
-        raise KeyError(unknown)  # what is missing is the pooler, which nothing reads
+        raise KeyError(unknown)  # only the unused pooler is missing
 
     class Sparse(torch.nn.Module):
         def __init__(self, linear):
@@ -345,7 +344,7 @@ def open_modules(folder, threads):
                     setattr(module, child, Sparse(inner))
 
     class Session:
-        @torch.no_grad()  # sparse matrices know no inference mode
+        @torch.no_grad()  # sparse matrices do not support inference mode
         def run(self, arrays):
             return [model(*map(torch.from_numpy, arrays)).numpy()]
 
@@ -353,7 +352,7 @@ def open_modules(folder, threads):
 
 
 def notes():
-    """What has to be known to read the figures."""
+    """Notes needed to interpret the figures."""
     import openvino
 
     from penjing import measure

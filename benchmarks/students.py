@@ -1,23 +1,23 @@
-"""Every way to imitate a teacher, on two pairs of networks: what a student gains over labels alone.
+"""Every distillation loss on two pairs of networks: the gain over training on labels alone.
 
-Fashion-MNIST. `resnet`: ResNet-56 teaches ResNet-20. `mobilenet`: MobileNetV2 teaches MobileNetV2 of `--width`. The
-student begins with random weights, or, where a way is called *copied*, with the teacher's: ResNet-20 with the first,
-fourth and seventh block of every stage (`distill.FewerLayers`), MobileNetV2 with the channels that `prune.Channels`
-leaves at the MACs of the narrow one. All see the same batches in the same order, with the same optimizer, learning rate
-and epochs: `labels` learns from labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add what
-their name says to the labels, feature losses together with `Logits` and alone. *Gap closed* is the part of what the
-student from labels lacks to the teacher, in the mean of its seeds. The test images are read once per run.
+Fashion-MNIST. `resnet`: ResNet-56 teaches ResNet-20. `mobilenet`: MobileNetV2 teaches a MobileNetV2 of `--width`. The
+student starts from random weights, or, if marked *copied*, from the teacher's: ResNet-20 with the first, fourth and
+seventh block of every stage (`distill.FewerLayers`), MobileNetV2 with the channels that `prune.Channels` keeps at the
+MACs of the narrow one. All use the same batches in the same order, with the same optimizer, learning rate and epochs:
+`labels` trains on labels alone, `Logits` is plain distillation (Hinton et al. 2015), the others add the loss they are
+named after, feature losses both with and without `Logits`. *Gap closed* is relative to the gap between the student on
+labels and the teacher, averaged over seeds. The test images are read once per run.
 
-Every way is run with all seeds. With `--long` epochs `labels` and the best of the others (by held-out training
-images) are trained once more, with the first seed, to where labels alone bring the student.
+Every loss is run with all seeds. `labels` and the best of the others (by held-out training images) are trained once
+more for `--long` epochs with the first seed, to approach convergence.
 
     python benchmarks/students.py [--pairs resnet mobilenet] [--epochs 4] [--teacher-epochs 5 6] [--seeds 0 1 2]
         [--width 0.35] [--ways labels Logits ...] [--long 12]
 
-Teachers are trained first and kept in the cache folder, and so are their answers to the images of a seed, for the
-ways that compare nothing else. A teacher that is trained anew, on another machine or with an empty cache, is another
-one: every run is written with the accuracy of its own, and held against it. Every finished run is written at once; a
-second call goes on where the first stopped.
+Teachers are trained first and cached, and so are their outputs for the images of a seed, for the losses that need
+nothing else. A teacher that is retrained, on another machine or with an empty cache, is a different one: every run is
+recorded with the accuracy of its own teacher, and compared with it. Every finished run is written immediately; a second
+call resumes where the first stopped.
 """
 
 import argparse
@@ -32,8 +32,8 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 RATE = {"resnet": 0.1, "mobilenet": 0.02}
-BATCH = 64  # small, so that few epochs have many steps
-# Values inside, student's and teacher's: behind each stage; behind the blocks where the image was made smaller.
+BATCH = 64  # small, so that a few epochs have many steps
+# Features of student and teacher: after each stage; after the blocks that downsample.
 INSIDE = {
     "resnet": tuple((f"stages.{i}", f"stages.{i}") for i in range(3)),
     "mobilenet": tuple((f"blocks.{i}", f"blocks.{i}") for i in (2, 5, 12, 16)),
@@ -50,7 +50,7 @@ def networks(pair, width):
 
 
 def ways(pair):
-    """What the student learns from beside labels, by name."""
+    """The distillation losses by name."""
     from penjing import distill
 
     inside, logits = INSIDE[pair], distill.Logits()
@@ -78,7 +78,7 @@ def ways(pair):
 
 
 def student(pair, name, arguments, task, source, seed):
-    """The network that a way begins with, in fp32."""
+    """The initial student of a method, in fp32."""
     from pruning_accuracy import macs
 
     from penjing import distill, prune
@@ -112,10 +112,10 @@ def cycles(arguments, count=None):
 
 
 def taught(pair, arguments, task):
-    """The teacher, trained once with Penjing's loop and kept in the cache folder.
+    """The teacher, trained once with Penjing's loop and cached.
 
-    Every number of `--teacher-epochs` is a cycle: the learning rate rises anew (warm restarts, Loshchilov & Hutter
-    2017), and the cycles before are kept.
+    Every number of `--teacher-epochs` is a learning-rate cycle (warm restarts, Loshchilov & Hutter 2017); earlier
+    cycles are kept.
     """
     from pruning_accuracy import shown
     from safetensors.torch import load_file, save_file
@@ -144,7 +144,7 @@ def taught(pair, arguments, task):
 
 
 def measured(pair, arguments, task, data, save):
-    """Train the student in every way."""
+    """Train the student with every loss."""
     from pruning_accuracy import macs, shown
 
     from examples.data import cache
@@ -162,7 +162,7 @@ def measured(pair, arguments, task, data, save):
     every = {name: way for name, way in ways(pair).items() if name in (arguments.ways or ways(pair))}
 
     def asked(losses, seed, epochs):
-        """The teacher's stored answers where nothing else of it is compared; None is the source."""
+        """The teacher's cached outputs if a loss needs nothing else; None is the source."""
         losses = losses if isinstance(losses, tuple) else (losses,)
         if not losses or any(getattr(loss, "features", ()) for loss in losses):
             return None

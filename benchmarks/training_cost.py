@@ -1,10 +1,10 @@
-"""What Penjing's training loop costs: a step of `Finetune` beside the same step in a bare PyTorch loop.
+"""Overhead of Penjing's training loop: a step of `Finetune` compared with the same step in a bare PyTorch loop.
 
 ResNet-20 and MobileNetV2, batches of 256 Fashion-MNIST images, SGD with Nesterov momentum, cosine schedule,
-channels-last on all sides. `bare` is the module in a loop of ten lines, under torch's autocast where the processor
-computes bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the captured network with everything that it
-watches and tells; `stored teacher` reads the answers of the source from a file (`distill.TeacherCache`, written before)
-and learns from labels and answers. In turns, each from the same weights; seconds run from the first step to the last.
+channels-last on all sides. `bare` is the module in a ten-line loop, under torch's autocast if the processor supports
+bfloat16 natively; `bare, 32 bits` is without. `Finetune` trains the captured network with all its checks and events;
+`stored teacher` reads the source's outputs from a file (`distill.TeacherCache`, written before) and trains on labels
+and these. In interleaved rounds, each from the same weights; seconds run from the first step to the last.
 
     python benchmarks/training_cost.py [--steps 40] [--rounds 7] [--device cuda]
 """
@@ -28,7 +28,7 @@ RATE = 0.01
 
 
 class Clock:
-    """A hook that notes when the first step begins and the last one has ended."""
+    """A hook that records when the first step starts and the last one ends."""
 
     def __call__(self, moment):
         if moment.name == "start":
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", help="a GPU's rows stand beside those of the processor")
+    parser.add_argument("--device", default="cpu", help="the rows of a GPU are added to those of the CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/training_cost.json")
     arguments = parser.parse_args()
     import torch
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def measured(title, module, arguments):
-    """All sides in turns on one network."""
+    """Measure all sides on a network in interleaved rounds."""
     from dataclasses import replace
     from itertools import islice
 
