@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 GAP = 10.0
 """Columns are parted where the next smaller one is smaller by more than this."""
 NEGLIGIBLE = 1e-6
-"""Columns below this part of the largest one are no answer: rounding errors of float32 beside the others."""
+"""Columns below this part of the largest one are not an answer, but rounding errors of float32 beside the others."""
 MASK = 1e4
 """A value that stands several times and is larger than all others by more than this fills what is masked."""
 

@@ -57,7 +57,7 @@ def fingerprint(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, 
     tell(getattr(network.graph._codegen, "pytree_info", None))  # the names of the inputs
     for node in network.graph.nodes:
         tell(node.op, node.name, str(node.target), node.args, node.kwargs, node.meta.get("site"))
-        if node.op == "get_attr":  # a constant need be no buffer
+        if node.op == "get_attr":  # a constant need not be a buffer
             tensors.append((node.name, compute(network, node, (), {})))
     for name, tensor in tensors:
         add_tensor(told, repr((name, tensor.dtype, tuple(tensor.shape))), tensor)

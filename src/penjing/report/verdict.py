@@ -95,7 +95,7 @@ TOLD = 0.1
 GAIN = 1.05
 """A speed-up below this, or one that a quarter of the rounds did not see at all, counts as none."""
 PACKS = 0.85
-"""A general packer takes some 8 % off files without zeros: a share above this is no gain of the zeros."""
+"""A general packer takes some 8 % off files without zeros: a share above this is not gained by the zeros."""
 
 
 def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:
