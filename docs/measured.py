@@ -1,6 +1,6 @@
 """Write the measured tables of README.md and docs/ from the JSON of the benchmarks: ``python docs/measured.py``.
 
-A table stands between ``<!-- measured: NAME -->`` and ``<!-- /measured -->``; nothing else in a text is a figure.
+A table is between ``<!-- measured: NAME -->`` and ``<!-- /measured -->``; no other figure is generated.
 """
 
 import json
@@ -30,8 +30,8 @@ def candidates(name: str) -> str:
     """Every candidate of one example network."""
     run = json.loads((RESULTS / "examples.json").read_text(encoding="utf-8"))[name]
     lines = [
-        f"| | {run['metric_name']} | latency, median (IQR/median) | faster than torch; than fp32 there | size "
-        "| smaller than fp32 there | peak memory | noise against the source | integer operators |",
+        f"| | {run['metric_name']} | latency, median (IQR/median) "
+        "| speed-up over torch; over fp32 in the same runtime | size | smaller than fp32 in the same runtime | peak memory | SNR against the source | integer operators |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = {r["name"]: r for r in run["rows"]}
@@ -59,11 +59,11 @@ def _faster(before: dict, after: dict) -> str:
 
 
 def cost() -> str:
-    """Time and memory of quantization beside the peers."""
+    """Time and memory of quantization by Penjing and other tools."""
     data = json.loads((RESULTS / "ptq_cost.json").read_text(encoding="utf-8"))
     sizes = list(next(iter(data["tools"].values()))["cost"])
     head = " | ".join(f"{n} samples" for n in sizes)
-    lines = [f"| | {head} | agreement | noise |", "|---|" + "---|" * (len(sizes) + 2)]
+    lines = [f"| | {head} | agreement | SNR |", "|---|" + "---|" * (len(sizes) + 2)]
     for tool, row in data["tools"].items():
         cells = [
             f"{row['cost'][n]['seconds']:.1f} s, {row['cost'][n]['peak_memory_bytes'] / 1e9:.2f} GB"
@@ -74,11 +74,24 @@ def cost() -> str:
         quality = row["quality"]
         lines.append(f"| {tool} | {' | '.join(cells)} | {quality['agreement']:.3f} | {quality['snr_db']:.1f} dB |")
     stages = data["tools"]["penjing"]["cost"][sizes[-1]].get("stages_s", {})
-    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items())
-    lines += ["", f"Penjing's seconds at {sizes[-1]} samples: {spent}."] if stages else []
+    spent = ", ".join(f"{_renamed(name)} {seconds:.1f} s" for name, seconds in stages.items())
+    lines += ["", f"Penjing's time at {sizes[-1]} samples: {spent}."] if stages else []
     return "\n".join(
         [*lines, "", f"{data['repeats']} runs each, medians; {conditions(data['machine'], data['versions'])}"]
     )
+
+
+def _renamed(name: str) -> str:
+    """A row's name in results of earlier versions, as the library calls it today."""
+    for earlier, today in {
+        "AdaRound": "CoordinateRounding",
+        "raising": "capture",
+        "blocks less": "blocks fewer",
+        "stored teacher": "cached teacher",
+        "the teacher's texts besides": "also on the teacher's texts",
+    }.items():
+        name = name.replace(earlier, today)
+    return name
 
 
 def _read(name: str) -> dict:
@@ -87,12 +100,12 @@ def _read(name: str) -> dict:
 
 
 def _under(lines: list[str], data: dict, before: str = "") -> str:
-    """The table with the conditions it was measured under."""
+    """The table, followed by the conditions of the measurement."""
     return "\n".join([*lines, "", before + conditions(data["machine"], data["versions"])])
 
 
 def _span(row: dict) -> str:
-    """From the lowest to the highest seed; nothing where they are one."""
+    """The range over seeds; empty if it is a single value."""
     lowest, highest = row.get("lowest"), row.get("highest")
     return f" ({lowest:.2%} to {highest:.2%})" if lowest != highest else ""
 
@@ -102,23 +115,23 @@ def _ms(latency: dict) -> str:
 
 
 def lite0_int8() -> str:
-    """What every method keeps of EfficientNet-Lite0."""
+    """EfficientNet-Lite0 in INT8 by every method."""
     data = _read("lite0_int8")
     lines = [
-        "| | agreement (95 % interval) | noise | batch 1 | batch 8 | made in |",
+        "| | agreement (95 % interval) | SNR | batch 1 | batch 8 | built in |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in data["rows"].items():
         low, high = row["agreement_interval"]
         lines.append(
-            f"| {name} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
+            f"| {_renamed(name)} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
             f"| {_ms(row['latency_ms']['1'])} | {_ms(row['latency_ms']['8'])} | {row['seconds']:.0f} s |"
         )
     return _under(lines, data, "496 images; ")
 
 
 def minilm_int8() -> str:
-    """What every method keeps of the sentence encoder."""
+    """The sentence encoder in INT8 by every method."""
     data = _read("minilm_int8")
     sets = list(next(iter(data["rows"].values()))["cosine"])
     lines = [
@@ -141,7 +154,7 @@ def minilm_int8() -> str:
 
 
 def int8_latency(name: str = "int8_latency") -> str:
-    """Latency of INT8 files beside the peers', on one machine."""
+    """Latency of INT8 files of Penjing and other tools, on one machine."""
     data = _read(name)
     lines = ["| network, batch | " + " | ".join(LATENCIES) + " |", "|---|" + "---|" * len(LATENCIES)]
     for network, batches in data["networks"].items():
@@ -152,10 +165,10 @@ def int8_latency(name: str = "int8_latency") -> str:
 
 
 def qat() -> str:
-    """Accuracy after quantization-aware training beside Brevitas."""
+    """Accuracy after quantization-aware training, compared with Brevitas."""
     data = _read("qat")
     lines = [
-        "| | settings | learning rate | epochs | accuracy, median (all seeds) | lost |",
+        "| | settings | learning rate | epochs | accuracy, median (all seeds) | drop |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in sorted(data["table"].items(), key=lambda item: (-int(item[0][1]), item[1]["epochs"])):
@@ -164,13 +177,13 @@ def qat() -> str:
             f"| {row['accuracy']:.2%}{_span(row)} | {row['gap'] * 100:.2f} points |"
         )
     conditioned = conditions(data["machine"], data["versions"])
-    return "\n".join([*lines, "", f"The given network: {data['source']:.2%}, simulated accuracies; {conditioned}"])
+    return "\n".join([*lines, "", f"The source network: {data['source']:.2%}; simulated accuracies; {conditioned}"])
 
 
 def lstm_int8() -> str:
     """A recurrent network in INT8."""
     data = _read("lstm_int8")
-    lines = ["| | accuracy | noise | size | batch 1 | batch 16 |", "|---|---|---|---|---|---|"]
+    lines = ["| | accuracy | SNR | size | batch 1 | batch 16 |", "|---|---|---|---|---|---|"]
     for name, row in data["rows"].items():
         lines.append(
             f"| {name} | {row['metric']:.2%} | {row['snr_db']:.1f} dB | {row['size_bytes'] / 1e6:.2f} MB "
@@ -180,10 +193,10 @@ def lstm_int8() -> str:
 
 
 def mixed_latency() -> str:
-    """Formats chosen under a latency."""
+    """Mixed precision under a latency budget."""
     data = _read("mixed_precision")
     lines = [
-        "| | budget (of INT8's latency) | latency | operators not in integers | metric | noise |",
+        "| | budget (relative to INT8) | latency (relative to INT8) | floating-point operators | metric | SNR |",
         "|---|---|---|---|---|---|",
     ]
     for network, parts in data["networks"].items():
@@ -198,9 +211,9 @@ def mixed_latency() -> str:
 
 
 def mixed_bits() -> str:
-    """Bits of weights chosen under a mean."""
+    """Mixed precision under a mean bit width."""
     data = _read("mixed_precision")
-    lines = ["| | bits of a weight, mean | packed | metric | noise |", "|---|---|---|---|---|"]
+    lines = ["| | mean bits per weight | packed | metric | SNR |", "|---|---|---|---|---|"]
     for network, parts in data["networks"].items():
         for row in parts.get("bits", []):
             lines.append(
@@ -221,11 +234,11 @@ def _part(lines: list[str], data: dict, part: str, before: str = "") -> str:
 
 
 def pruning_zoo() -> str:
-    """Every network of the zoo, Penjing's columns beside Torch-Pruning's."""
+    """Every network of the zoo, Penjing and Torch-Pruning."""
     data = _read("pruning_zoo")
     lines = [
-        "| 30 % of the channels | parameters left | covered | against the masked network | ONNX Runtime | OpenVINO "
-        "| Torch-Pruning: parameters left (channels) |",
+        "| 30 % of the channels | parameters left | covered | difference to the masked network "
+        "| ONNX Runtime | OpenVINO | Torch-Pruning: parameters left (channels) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in data["networks"].items():
@@ -244,14 +257,14 @@ def pruning_zoo() -> str:
             f"| {mine['onnxruntime']:.0e} | {mine['openvino']:.0e} | {peer} |"
         )
     note = (
-        "Differences are the largest of any output, as a part of the largest output: to the masked network in fp64, "
-        "and of the exported file to torch. Covered: output channels of all layers but the last that take part. "
+        "Differences are the largest of any output, relative to the largest output: to the masked network in fp64, "
+        "and of the exported file to torch. Covered: prunable output channels of all layers but the last. "
     )
     return _under(lines, data, note)
 
 
 def coupling_cost() -> str:
-    """Seconds and memory of the coupling analysis against depth."""
+    """Time and memory of the coupling analysis by depth."""
     data = _read("coupling_cost")
     lines = ["| | Penjing | groups | capturing | Torch-Pruning | groups |", "|---|---|---|---|---|---|"]
     for name, row in data["networks"].items():
@@ -265,14 +278,14 @@ def coupling_cost() -> str:
 
 
 def pruning_accuracy() -> str:
-    """Accuracy and speed of pruned image networks beside Torch-Pruning."""
+    """Accuracy and speed of pruned image networks, compared with Torch-Pruning."""
     data = _read("pruning_accuracy")
     parts, titles = [], {"resnet20": "ResNet-20", "vgg16": "VGG-16"}
     for name, network in data["networks"].items():
         lines = [
-            f"| {titles[name]} | MACs left | chosen | epochs | accuracy, mean of three seeds | untrained |",
+            f"| {titles[name]} | MACs left | settings | epochs | accuracy, mean of three seeds | untrained |",
             "|---|---|---|---|---|---|",
-            f"| as given | 100% | | | {network['source']['accuracy']:.2%} | |",
+            f"| unpruned | 100% | | | {network['source']['accuracy']:.2%} | |",
         ]
         for target, sides in network.get("accuracy", {}).items():
             lines += [f"{_pruned_row(f'{side} at {target}', r)} {r['untrained']:.2%} |" for side, r in sides.items()]
@@ -295,12 +308,12 @@ def pruning_accuracy() -> str:
 
 
 def minilm_pruning() -> str:
-    """Accuracy and speed of a pruned sentence encoder beside Torch-Pruning."""
+    """Accuracy and speed of a pruned sentence encoder, compared with Torch-Pruning."""
     data = _read("minilm_pruning")
     lines = [
-        "| MiniLM, 20 Newsgroups | MACs left | chosen | texts | accuracy, mean of three seeds |",
+        "| MiniLM, 20 Newsgroups | MACs left | settings | texts | accuracy, mean of three seeds |",
         "|---|---|---|---|---|",
-        f"| as given | 100% | | | {data['source']['accuracy']:.2%} |",
+        f"| unpruned | 100% | | | {data['source']['accuracy']:.2%} |",
     ]
     lines += [_pruned_row(side, row, "texts") for side, row in data["accuracy"].items()]
     if data.get("speed"):
@@ -317,10 +330,13 @@ def _pruned_row(title: str, row: dict, length: str = "epochs") -> str:
 
 
 def _pruned_speed(title: str, speed: dict) -> str:
-    lines = [f"| {title} | latency | spread | MACs left | faster | of MACs |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {title} | latency | spread | MACs left | speed-up | speed-up × MACs left |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in speed.items():
         for word, shown in {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "penjing": "Penjing",
-                            "torch-pruning": "Torch-Pruning"}.items():  # fmt: skip
+                            "torch-pruning": "Torch-Pruning", "whole": "unpruned"}.items():  # fmt: skip
             name = name.replace(word, shown)
         lines.append(
             f"| {name} | {row['median_ms']:.2f} ms | {row['spread']:.0%} | {row['macs']:.1%} | {row['speedup']:.2f}× "
@@ -330,11 +346,11 @@ def _pruned_speed(title: str, speed: dict) -> str:
 
 
 QUIET = 0.1
-"""The share of the processor that others may use: above it a latency says more of them than of the file."""
+"""Largest share of the processor that other processes may use for a latency to be shown."""
 
 
 def sparse_runtimes() -> str:
-    """Zeros among the weights: what they cost, what they save, and how fast files with them run."""
+    """Sparse weights: accuracy, size and speed."""
     data = _read("sparse_runtimes")
     titles = {"resnet20": "ResNet-20", "minilm": "MiniLM"}
     parts = []
@@ -353,7 +369,7 @@ def sparse_runtimes() -> str:
 
 
 def _sparse_cost(title: str, network: dict) -> str:
-    """Metric by method, and bytes."""
+    """Metric by method, and sizes."""
     metric, methods = network["metric"], ("Magnitude", "Wanda", "SparseGPT")
     lines = [
         f"| {title} | zeros | {' | '.join(f'{metric}, {m}' for m in methods)} | ONNX file | zip | xz | INT8, xz |",
@@ -377,7 +393,7 @@ def _sparse_cost(title: str, network: dict) -> str:
 
 
 def _sparse_speed(title: str, network: dict) -> str:
-    """Dense latencies, and how many times faster the files with zeros are."""
+    """Dense latencies, and speed-ups of the sparse files."""
     rows = {pattern: row["latency_ms"] for pattern, row in network["rows"].items() if "latency_ms" in row}
     if not rows:
         return ""
@@ -389,11 +405,11 @@ def _sparse_speed(title: str, network: dict) -> str:
         cells = (_against_dense(row[runtime][batch], pattern == "dense") for runtime, batch in columns)
         lines.append(f"| {pattern} | {' | '.join(cells)} |")
     settings = network["latency_settings"]
-    return "\n".join([*lines, "", f"{settings['rounds']} turns of every file, {settings['seconds']:g} s in all."])
+    return "\n".join([*lines, "", f"{settings['rounds']} interleaved rounds, {settings['seconds']:g} s per file."])
 
 
 def _sparse_kernels(title: str, network: dict) -> str:
-    """What is there for zeros in OpenVINO and torch."""
+    """Sparse kernels of OpenVINO and torch."""
     tables = {"OpenVINO INT8": network["openvino_int8"]}
     if isinstance(csr := network.get("torch_sparse", {}).get("csr"), dict):
         tables["torch modules"] = csr
@@ -424,19 +440,21 @@ LATENCIES = {
 
 
 def joint() -> str:
-    """The joint recipe beside the chain of separate tools."""
+    """The joint recipe against a chain of separate tools."""
     data = _read("joint")
     lines = _by_case(data["speed"], data["accuracy"], data["source"]["accuracy"])
     lines.append("")
     for name, win in data["wins"].items():
-        lines.append(f"- {name}: *{win['by']}* is at least as accurate, and {win['times']:.2f} times faster.")
+        lines.append(
+            f"- {_renamed(name)}: *{_renamed(win['by'])}* is at least as accurate and {win['times']:.2f}× as fast."
+        )
     first = next(iter(data["accuracy"].values()))
-    told = f"{first['epochs']:g} epochs in all on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
+    told = f"{first['epochs']:g} epochs in total on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
     return _under(lines, _without_threads(data), f"ResNet-20 on Fashion-MNIST, {told}; {CASES}; ")
 
 
 def joint_limit() -> str:
-    """Networks of few layers, whose files take a third of the time of the fastest fp32 file."""
+    """Networks with few layers, in a third of the time of the fastest fp32 file."""
     data = _read("joint")["limit"]
     lines = _by_case(data["speed"], data["accuracy"], data["source"])
     runs = [run for row in data["accuracy"].values() for run in row["made"]]
@@ -445,15 +463,15 @@ def joint_limit() -> str:
     return _under(lines, _without_threads(data["measured on"]), told)
 
 
-CASES = "times the fastest fp32 file; ± half of the interquartile range / median"
+CASES = "speed-ups over the fastest fp32 file; ± half of the interquartile range / median"
 
 
 def _by_case(speed: dict, accuracy: dict, source: float) -> list[str]:
-    """Accuracy and speed of files, the whole network's first; a column for every batch and number of threads."""
+    """Accuracy and speed of files, the unpruned network's first; a column per batch and number of threads."""
     whole = [name for name in next(iter(speed.values())) if name.startswith("fp32")]
     fastest = {key: min(rows[name]["median"] for name in whole) for key, rows in speed.items()}
     lines = [
-        "| | accuracy, median (all seeds) | " + " | ".join(f"{key} | times fp32" for key in speed) + " |",
+        "| | accuracy, median (all seeds) | " + " | ".join(f"{key} | speed-up" for key in speed) + " |",
         "|---" * (2 + 2 * len(speed)) + "|",
     ]
     for name in (*whole, *accuracy):
@@ -462,17 +480,17 @@ def _by_case(speed: dict, accuracy: dict, source: float) -> list[str]:
             f"{rows[name]['median']:.3f} ms ±{rows[name]['spread'] / 2:.0%} | {fastest[key] / rows[name]['median']:.1f}"
             for key, rows in speed.items()
         ]
-        lines.append(f"| {name} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
+        lines.append(f"| {_renamed(name)} | {row['accuracy']:.2%}{_span(row)} | {' | '.join(cells)} |")
     return lines
 
 
 def _without_threads(data: dict) -> dict:
-    """Where it was measured; every column has threads of its own."""
+    """The conditions without the number of threads, which differs by column."""
     return {**data, "machine": {name: value for name, value in data["machine"].items() if name != "threads"}}
 
 
 def students() -> str:
-    """What students learn in every way from a teacher."""
+    """Students distilled with every loss."""
     data = _read("students")
     titles = {"resnet": "ResNet-56 teaches ResNet-20", "mobilenet": "MobileNetV2 teaches a narrow MobileNetV2"}
     parts = []
@@ -481,7 +499,7 @@ def students() -> str:
         lines = [
             f"| {titles[pair]} | accuracy, mean (all seeds) | gap closed |",
             "|---|---|---|",
-            f"| the teacher, {teacher['macs'] / teacher['student_macs']:.1f} times the MACs "
+            f"| the teacher, {teacher['macs'] / teacher['student_macs']:.1f}× the MACs "
             f"| {teacher['mean']:.2%}{_span(teacher)} | |",
         ]
         rows = sorted(found["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
@@ -504,12 +522,12 @@ def minilm_layers(name: str = "minilm_layers") -> str:
         f"| the teacher | {data['teacher']['accuracy']:.2%} | |",
     ]
     for name, row in sorted(data["accuracy"].items(), key=lambda item: -item[1]["gap_closed"]):
-        lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
+        lines.append(f"| {_renamed(name)} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
     first = next(iter(data["accuracy"].values()))
-    told = f"20 Newsgroups, {first['texts']} texts of training, {data['teacher']['texts']} for the teacher; "
+    told = f"20 Newsgroups, {first['texts']} training texts, {data['teacher']['texts']} for the teacher; "
     parts = [_under(lines, data, told)]
     if speed := data.get("speed"):
-        lines = ["| | latency | spread | faster |", "|---|---|---|---|"]
+        lines = ["| | latency | spread | speed-up |", "|---|---|---|---|"]
         for title, row in speed["rows"].items():
             shown = title.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
             lines.append(f"| {shown} | {row['median_ms']:.2f} ms | {row['spread']:.0%} | {row['speedup']:.2f}× |")
@@ -518,26 +536,26 @@ def minilm_layers(name: str = "minilm_layers") -> str:
 
 
 def training_cost() -> str:
-    """What a training step costs beside a bare loop."""
+    """The cost of a training step relative to a bare loop."""
     data = _read("training_cost")
     parts = []
     for found in (data, data.get("gpu")):
         if found is None:
             continue
-        lines = ["| | a step | of the bare loop (all rounds) |", "|---|---|---|"]
+        lines = ["| | time per step | relative to the bare loop (all rounds) |", "|---|---|---|"]
         for network, rows in found["rows"].items():
             for name, row in rows.items():
                 told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
-                lines.append(f"| {network}, {name} | {row['ms_a_step']:.1f} ms | {told} |")
+                lines.append(f"| {network}, {_renamed(name)} | {row['ms_a_step']:.1f} ms | {told} |")
         device = f"{found['device']}; " if "device" in found else ""
         parts.append(_under(lines, found, f"Batches of 256; {device}"))
     return "\n\n".join(parts)
 
 
 def resume() -> str:
-    """Runs that were killed in a training and went on."""
+    """Runs that were killed during training and resumed."""
     data = _read("resume")
-    lines = ["| killed at | went on with | the same file | the same weights |", "|---|---|---|---|"]
+    lines = ["| killed at | resumed with | the same file | the same weights |", "|---|---|---|---|"]
     for row in data["rows"]:
         same = " | ".join("yes" if row["same"][name] else "no" for name in ("the file", "the weights"))
         lines.append(f"| {row['killed at']} | {', '.join(row['went on'])} | {same} |")
@@ -574,7 +592,7 @@ def pairs() -> str:
     ]
     done = [row["snr_db"] for row in data["orders"].values() if "snr_db" in row]
     refused = len(data["orders"]) - len(done)
-    told = f"{len(done)} orders to an artifact, the noisiest {min(done):.0f} dB, {refused} refused; "
+    told = f"{len(done)} orders built, with a lowest signal-to-noise ratio of {min(done):.0f} dB; {refused} refused; "
     return _under(lines, data, told)
 
 
@@ -607,7 +625,7 @@ TABLES = {
 
 
 def written(name: str) -> str | None:
-    """One table; None where its benchmark has not been run, and the text stays as it is."""
+    """A table; None if its benchmark has not been run, and the text is left unchanged."""
     try:
         return TABLES[name]()
     except (FileNotFoundError, KeyError) as error:
