@@ -31,7 +31,8 @@ def candidates(name: str) -> str:
     run = json.loads((RESULTS / "examples.json").read_text(encoding="utf-8"))[name]
     lines = [
         f"| | {run['metric_name']} | latency, median (IQR/median) "
-        "| speed-up over torch; over fp32 in the same runtime | size | smaller than fp32 in the same runtime | peak memory | SNR against the source | integer operators |",
+        "| speed-up over torch; over fp32 in the same runtime | size "
+        "| smaller than fp32 in the same runtime | peak memory | SNR against the source | integer operators |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = {r["name"]: r for r in run["rows"]}
