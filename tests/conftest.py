@@ -10,10 +10,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_finish(session):
-    """What was imported stays: the collector looks at it no more, and seldom at what the tests make (an eighth)."""
+    """What was imported stays: the collector leaves it alone, which is an eighth of the time that tests take."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
 
 NETWORK = '''
 """A residual network of two convolutions for 8×8 digits."""

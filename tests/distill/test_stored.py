@@ -385,7 +385,7 @@ class TestNamed:
             run(data, str(tmp_path / "teacher.pt2"))
 
     def test_a_run_goes_on_with_the_same_teacher_alone(self, data, tmp_path):
-        again = {"runtime": "onnxruntime", "out": tmp_path / "run", "seconds": 0.01, "resume": True}
+        again = {"runtime": "onnxruntime", "out": tmp_path / "run", "seconds": 0.01, "threads": 1, "resume": True}
         steps = Recipe(Finetune(epochs=1, teacher=program(data, tmp_path / "teacher.pt2")))
         first = penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
         assert first.record.data["teacher"] == fingerprint_by_name([net(16, 1)])

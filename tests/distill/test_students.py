@@ -139,7 +139,7 @@ class TestStudent:
             pj.Finetune(epochs=2, learning_rate=0.05),
             pj.quantize.Static(),
         )
-        result = pj.run(recipe, model, task, runtime="onnxruntime", out=tmp_path / "run", seconds=0.05)
+        result = pj.run(recipe, model, task, runtime="onnxruntime", out=tmp_path / "run", seconds=0.05, threads=1)
         folder = result.folder / "artifact"
         draft = pj.load_checkpoint(result.folder, Net(), task)
         x = task.call()[0][0]

@@ -132,7 +132,7 @@ def module(network, task):
 def result(module, network, task, tmp_path_factory):
     return pj.deliver(
         module, task, "minimize size_bytes, drop<=3%", reference=network, runtime="onnxruntime",
-        out=tmp_path_factory.mktemp("way") / "back", seconds=0.1, threads=1,
+        out=tmp_path_factory.mktemp("way") / "back", seconds=0.05, threads=1,
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ class TestTheWayBack:
         assert not [check for check in verify(result.folder, task, seconds=0) if check.holds is False]
         resumed = pj.deliver(
             module, task, "minimize size_bytes, drop<=3%", reference=network, runtime="onnxruntime",
-            out=result.folder, seconds=0.1, threads=1, resume=True,
+            out=result.folder, seconds=0.05, threads=1, resume=True,
         )  # fmt: skip
         assert resumed.record == result.record
 
@@ -175,7 +175,7 @@ class TestTheWayBack:
         draft = pj.load_checkpoint(result.folder, network, task)
         again = pj.deliver(
             draft, task, "minimize size_bytes, drop<=3%", runtime="onnxruntime", out=tmp_path / "again",
-            seconds=0.1, threads=1,
+            seconds=0.05, threads=1,
         )  # fmt: skip
         assert again.record.reference is None
         assert again.record.chosen.sha256 == result.record.chosen.sha256
@@ -208,7 +208,9 @@ def test_learned_ranges_are_delivered(network, task, tmp_path):
     trained(module, task)
     after = drafted(module).draft.plan
     assert after.entries.keys() == before.entries.keys() and after != before
-    result = pj.deliver(module, task, "minimize size_bytes", runtime="onnxruntime", out=tmp_path / "run", seconds=0.1)
+    result = pj.deliver(
+        module, task, "minimize size_bytes", runtime="onnxruntime", out=tmp_path / "run", seconds=0.05, threads=1
+    )
     x = task.calibration[0]
     with torch.no_grad():
         wanted = module(x).numpy()
@@ -222,7 +224,7 @@ def test_pruned_and_trained_networks_go_on_in_recipes_of_their_own(network, task
     trained(small, task)
     result = pj.compress(
         small, task, "minimize size_bytes, drop<=3%", recipe=STATIC, reference=network, runtime="onnxruntime",
-        out=tmp_path / "second", seconds=0.1,
+        out=tmp_path / "second", seconds=0.05, threads=1,
     )  # fmt: skip
     record = result.record
     assert record.reference.measured.macs > record.source.macs
@@ -236,7 +238,9 @@ def test_pruned_and_trained_networks_go_on_in_recipes_of_their_own(network, task
 def test_agreement_is_with_the_reference_where_there_is_no_metric(network, task, tmp_path):
     bare = dataclasses.replace(task, evaluate=None, select=None)
     small = pj.apply(pj.Recipe(pj.prune.Channels(macs=0.4)), network, bare)
-    result = pj.deliver(small, bare, "minimize size_bytes", reference=network, out=tmp_path / "run", seconds=0.1)
+    result = pj.deliver(
+        small, bare, "minimize size_bytes", reference=network, out=tmp_path / "run", seconds=0.05, threads=1
+    )
     assert result.record.metric_name == "agreement with the reference"
     assert result.record.reference.measured.metric == 1
     assert result.record.source.metric < 1
@@ -288,7 +292,9 @@ class TestRefusals:
 
 def test_integers_planned_for_another_runtime_are_told(network, task, tmp_path):
     module = pj.apply(STATIC, network, task, runtime="onnxruntime")
-    result = pj.deliver(module, task, "minimize size_bytes", runtime="openvino", out=tmp_path / "run", seconds=0.1)
+    result = pj.deliver(
+        module, task, "minimize size_bytes", runtime="openvino", out=tmp_path / "run", seconds=0.05, threads=1
+    )
     (told,) = [text for text in result.record.warnings if "were planned for" in text]
     assert "onnxruntime" in told and "runtime='openvino'" in told
     applied = drafted(module)
@@ -311,5 +317,5 @@ def leaves(predict):
 def test_code_that_ends_the_process_is_an_error_of_deliver(network, task, tmp_path, part):
     module = pj.apply(STATIC, network, task)
     with pytest.raises(TaskError) as error:
-        pj.deliver(module, dataclasses.replace(task, **part), out=tmp_path / "run", seconds=0.1)
+        pj.deliver(module, dataclasses.replace(task, **part), out=tmp_path / "run", seconds=0.05, threads=1)
     assert "test_applied.py" in str(error.value)

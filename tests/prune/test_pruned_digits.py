@@ -16,7 +16,7 @@ def result(tmp_path_factory, digits_source, digits_task):
     recipe = pj.Recipe(pj.prune.Channels(macs=0.4), pj.Finetune(epochs=6, learning_rate=0.01), pj.quantize.Static())
     out = tmp_path_factory.mktemp("runs") / "pruned"
     goal = pj.Goal(minimize="size_bytes", max_drop=0.06)
-    return pj.compress(digits_source, task, goal, recipe=recipe, out=out, seconds=0.1, threads=1)
+    return pj.compress(digits_source, task, goal, recipe=recipe, out=out, seconds=0.05, threads=1)
 
 
 def test_the_artifact_is_smaller_and_as_good(result):

@@ -258,6 +258,8 @@ def test_it_runs_in_a_runtime_that_times_its_operators(prepared, tmp_path):
     _, context = prepared
     pytest.importorskip("openvino")
     recipe = pj.Recipe(MixedPrecision(snr_db=25.0))
-    result = pj.run(recipe, context.source, context.task, runtime="openvino", out=tmp_path / "run", seconds=0.05)
+    result = pj.run(
+        recipe, context.source, context.task, runtime="openvino", out=tmp_path / "run", seconds=0.05, threads=1
+    )
     (chosen,) = [c for c in result.record.candidates if c.precision.startswith("int8")]  # that which was measured alone
     assert chosen.parity and (result.folder / "report.html").exists()

@@ -80,7 +80,7 @@ def test_a_runtime_runs_one_part_in_integers_and_the_other_not(prepared, runtime
     pytest.importorskip(runtime)
     model, _, task, _, _ = prepared
     recipe = Recipe(SplitOutliers(), Static())
-    result = pj.run(recipe, model, task, runtime=runtime, out=tmp_path / "run", seconds=0.05)
+    result = pj.run(recipe, model, task, runtime=runtime, out=tmp_path / "run", seconds=0.05, threads=1)
     row = next(c for c in result.record.candidates if c.name == f"{runtime}-int8")
     executed = {layer.name: layer.executed for layer in row.layers}
     assert executed["left"] == executed["right"] == "int8"

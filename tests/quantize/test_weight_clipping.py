@@ -145,7 +145,14 @@ def test_floating_point_artifacts_go_without_it(tmp_path):
     task = pj.Task(example=x[:2], calibration=[x])
     recipe = pj.Recipe(WeightClipping(percentile=60), Static())
     run = pj.compress(
-        network, task, "minimize size_bytes", runtime="onnxruntime", recipe=recipe, out=tmp_path / "run", seconds=0.1
+        network,
+        task,
+        "minimize size_bytes",
+        runtime="onnxruntime",
+        recipe=recipe,
+        out=tmp_path / "run",
+        seconds=0.05,
+        threads=1,
     )
     beside_source = {c.precision: c.parity[1].rows[0].snr_db for c in run.record.candidates}
     assert beside_source["fp32"] > 120 and beside_source["int8"] < 20

@@ -70,7 +70,14 @@ def test_the_joint_recipe_gives_integers_that_answer_right(digits_source, tmp_pa
     data = digits.task()
     recipe, goal = recipes.joint(macs=0.5, epochs=20), "minimize size_bytes, drop<=3%"
     run = pj.compress(
-        digits_source, data, goal, runtime="onnxruntime", recipe=recipe, out=tmp_path / "run", seconds=0.1
+        digits_source,
+        data,
+        goal,
+        runtime="onnxruntime",
+        recipe=recipe,
+        out=tmp_path / "run",
+        seconds=0.05,
+        threads=1,
     )
     assert run.met, str(run)
     int8 = next(c for c in run.record.candidates if c.name.endswith("int8"))
@@ -83,7 +90,14 @@ def test_the_label_free_recipe_reads_no_label_and_no_training_data(digits_source
     data = replace(digits.task(), train=None, loss=None, select=None)
     recipe, goal = recipes.label_free(macs=0.6, epochs=30, learning_rate=0.02), "minimize size_bytes"
     run = pj.compress(
-        digits_source, data, goal, runtime="onnxruntime", recipe=recipe, out=tmp_path / "run", seconds=0.1
+        digits_source,
+        data,
+        goal,
+        runtime="onnxruntime",
+        recipe=recipe,
+        out=tmp_path / "run",
+        seconds=0.05,
+        threads=1,
     )
     int8 = next(c for c in run.record.candidates if c.name.endswith("int8"))
     assert int8.integer_operators["conv"] == 2

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         artifact = opener(options.folder, threads=options.threads)
         send(answers, {"ready": True, "load_ms": (perf_counter_ns() - start) / 1e6})
         gc.collect()
-        gc.freeze()  # what a runtime's import made stays: to look at it before every turn takes longer than the turn
+        gc.freeze()  # what an import made stays: looking through it before every turn takes longer than the turn
         _serve(lambda: artifact.run(inputs), baseline, requests, answers)
     except Exception as error:
         traceback.print_exc()
