@@ -8,7 +8,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 
-PARTS  := whole pipeline quantize pruning training rest
+PARTS  := quantize pipeline rest whole training pruning
 
 .PHONY: demo test $(addprefix tests-,$(PARTS)) test-all bench lint format setup clean
 .DEFAULT_GOAL := test
@@ -16,7 +16,8 @@ PARTS  := whole pipeline quantize pruning training rest
 demo: setup
 	$(PY) examples/fashion_mnist/demo.py
 
-# Several processes, two at a time: what a runtime's native code does to one ends with it.
+# Several processes, two at a time: what a runtime's native code does to one ends with it. The longest come first, so
+# that both end together.
 tests-whole: FILES = tests/test_*.py
 tests-pipeline: FILES = tests/pipeline tests/cli tests/goals tests/report
 tests-quantize: FILES = tests/quantize tests/surgery tests/runtimes tests/onnx_files

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 FLOAT = 0  # "bits" of an operator in floating point
 
@@ -65,6 +63,9 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
     Returns:
         Site → bits, 0 for floating point; None if the constraint can't be satisfied.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, for this alone
+    from scipy.sparse import csr_matrix
+
     names = list(costs.noise)
     columns = [(name, bits) for name in names for bits in costs.noise[name]]
     at = {column: i for i, column in enumerate(columns)}
