@@ -1,4 +1,5 @@
 import inspect
+import pickle
 import re
 
 import pytest
@@ -38,6 +39,14 @@ def test_every_error_says_what_got_expected_and_remedy(error):
     made = error("it broke", got=[1, 2], expected="a whole", remedy="glue it")
     assert str(made) == "it broke\n  got:      [1, 2]\n  expected: a whole\n  remedy:   glue it"
     assert (made.what, made.got, made.expected, made.remedy) == ("it broke", [1, 2], "a whole", "glue it")
+
+
+def test_the_name_of_its_case_is_for_programs_and_goes_with_it_into_another_process():
+    error = errors.OutputError("it broke", got=[1, 2], remedy="glue it", code="broken")
+    assert "broken" not in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.code, str(again)) == (errors.OutputError, "broken", str(error))
+    assert PenjingError("it broke").code == ""
 
 
 def test_what_is_not_known_is_left_out():

@@ -17,7 +17,8 @@
     ├── RecordError              a record that can't be read
     └── OutputError              the output folder holds a run, is full or not writable
 
-Each says what went wrong, what was found, what was expected, and what to do about it.
+Each says what went wrong, what was found, what was expected, and what to do about it. Where a kind has several cases
+that a program may want to tell apart, `code` is the case's name; sentences may change, codes stay.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class PenjingError(Exception):
         got: What was found.
         expected: What would have been right.
         remedy: What the user can do about it.
+        code: The name of the case within its kind, for programs; it is not shown.
     """
 
     exit_code = 1
@@ -44,8 +46,10 @@ class PenjingError(Exception):
         got: object = None,
         expected: object = None,
         remedy: str | None = None,
+        code: str = "",
     ) -> None:
         self.what = what
+        self.code = code
         self.got = got
         self.expected = expected
         self.remedy = remedy
@@ -56,13 +60,15 @@ class PenjingError(Exception):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """All four parts go with it into another process; what was got goes as text."""
+        """All its parts go with it into another process; what was got goes as text."""
         got = None if self.got is None else str(self.got)
-        return _again, (type(self), self.what, got, self.expected and str(self.expected), self.remedy)
+        return _again, (type(self), self.what, got, self.expected and str(self.expected), self.remedy, self.code)
 
 
-def _again(kind: type[PenjingError], what: str, got: str | None, expected: str | None, remedy: str | None) -> Any:
-    return kind(what, got=got, expected=expected, remedy=remedy)
+def _again(
+    kind: type[PenjingError], what: str, got: str | None, expected: str | None, remedy: str | None, code: str
+) -> Any:
+    return kind(what, got=got, expected=expected, remedy=remedy, code=code)
 
 
 def in_percent(got: object, expected: str) -> str | None:

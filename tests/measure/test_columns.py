@@ -6,6 +6,7 @@ import pytest
 from penjing.errors import ArtifactError
 from penjing.measure.columns import Columns, differences, fault, ranges, split, worst
 from penjing.measure.decibels import IDENTICAL_DB
+from tests.refusals import refused
 
 RANDOM = np.random.default_rng(0)
 
@@ -125,9 +126,9 @@ def test_an_output_of_another_size_leaves_out_columns_that_it_has_not():
 
 def test_sides_that_do_not_fit_are_refused():
     one = np.zeros((2, 2), np.float32)
-    with pytest.raises(ArtifactError, match="number of outputs"):
+    with refused(ArtifactError, "outputs"):
         differences([one], [one, one], split([one]))
-    with pytest.raises(ArtifactError, match="different shape"):
+    with refused(ArtifactError, "shape"):
         differences([one], [one[:1]], split([one]))
 
 

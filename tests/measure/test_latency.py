@@ -12,6 +12,7 @@ from penjing.measure.child import TargetError
 from penjing.measure.latency import Target, Timing, compare, order, ratio
 from penjing.measure.machine import processors
 from penjing.records import Latency
+from tests.refusals import refused
 
 QUICK = {"threads": 1, "seconds": 0.02, "warmup_seconds": 0.0, "warmup_calls": 1}
 
@@ -135,7 +136,7 @@ def test_failing_runtime_is_an_artifact_error_with_its_last_words(openers, tray,
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_worker_that_stands_still_is_ended_and_named(openers, tray, monkeypatch):
     monkeypatch.setattr("penjing.measure.latency.time_limits.call_s", lambda inputs: 0.2)
-    with pytest.raises(TargetError, match="'poor' did not answer") as caught:
+    with refused(TargetError, "hung") as caught:
         compare([target(tray("poor"))], opener="tiny_openers:stops", **QUICK)
     assert caught.value.target == "poor"
 

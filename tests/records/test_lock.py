@@ -10,6 +10,7 @@ import pytest
 from penjing.errors import OutputError
 from penjing.records.folder import RunFolder
 from penjing.records.lock import LOCK, locked
+from tests.refusals import refused
 
 HOLD = """
 import sys, time
@@ -32,7 +33,7 @@ def test_the_second_is_told_by_whom_it_is_held_and_nothing_is_touched(tmp_path):
     process = holder(tmp_path / "run")
     try:
         before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-        with pytest.raises(OutputError, match="in use by another process") as found, locked(tmp_path / "run"):
+        with refused(OutputError, "held") as found, locked(tmp_path / "run"):
             pytest.fail("two hold it")
         assert f"process {process.pid} since 20" in found.value.got and "\x1b" not in found.value.got
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
@@ -53,12 +54,12 @@ def test_a_killed_process_holds_nothing(tmp_path):
 
 
 def test_one_process_holds_it_once_and_waits_as_long_as_it_is_told(tmp_path):
-    with locked(tmp_path), pytest.raises(OutputError, match="in use"), locked(tmp_path):
+    with locked(tmp_path), refused(OutputError, "held"), locked(tmp_path):
         pytest.fail("two hold it")
     process = holder(tmp_path)
     try:
         start = time.monotonic()
-        with pytest.raises(OutputError, match="in use"), locked(tmp_path, wait_s=0.3):
+        with refused(OutputError, "held"), locked(tmp_path, wait_s=0.3):
             pytest.fail("two hold it")
         assert time.monotonic() - start >= 0.3
     finally:
@@ -84,7 +85,7 @@ def test_what_can_not_be_held(tmp_path):
             pytest.fail("a file is held")
     if os.name == "posix":
         (tmp_path / LOCK).symlink_to(tmp_path / "file")  # writing through it would be writing elsewhere
-        with pytest.raises(OutputError, match="can't be written"), locked(tmp_path):
+        with refused(OutputError, "unwritable"), locked(tmp_path):
             pytest.fail("a link is held")
 
 
@@ -94,7 +95,7 @@ def test_a_lock_file_that_says_nonsense(tmp_path, text):
     (tmp_path / LOCK).write_bytes(text)
     with (tmp_path / LOCK).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="in use"), locked(tmp_path):
+        with refused(OutputError, "held"), locked(tmp_path):
             pytest.fail("two hold it")
 
 

@@ -18,6 +18,7 @@ from penjing.steps.step import Context
 from penjing.storage import checkpoint
 from penjing.surgery import insert
 from penjing.tasks.task import Task
+from tests.refusals import refused
 
 FILES = {"edits.json", "plan.json", "weights.safetensors"}
 
@@ -131,8 +132,9 @@ class TestTiedWeights:
 
     def test_untied_weights_do_not_fit_a_network_that_ties_them(self, tmp_path):
         checkpoint.save(Draft(self.gpt2(0, tied=False)), tmp_path)
-        with pytest.raises(CheckpointError, match="tied in the network"):
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(tmp_path, self.gpt2(1))
+        assert "lm_head.weight" in found.value.got and "wte.weight" in found.value.got
 
     def test_equal_values_are_not_a_tie(self, tmp_path):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -144,20 +146,22 @@ class TestTiedWeights:
 
 class TestAnotherNetwork:
     def test_another_width_is_named(self, folder):
-        with pytest.raises(CheckpointError, match="does not fit this network") as found:
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(folder, resnet(seed=0, width=4))
-        assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in str(found.value)
+        assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in found.value.got
         assert found.value.remedy
 
     def test_another_precision_is_named(self, folder):
         model = capture_network(build("resnet20", width=8).eval(), (images(1),)).double()
-        with pytest.raises(CheckpointError, match="is float32, the network's float64"):
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(folder, model)
+        assert "float32" in found.value.got and "float64" in found.value.got
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
-        with pytest.raises(CheckpointError, match="edit 0 of the checkpoint does not fit"):
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(folder, capture_network(model, (images(1),)))
+        assert found.value.got.startswith("{'edit': ")
 
     def test_missing_and_more_layers_are_named(self, tmp_path):
         def network(*names):
@@ -167,33 +171,34 @@ class TestAnotherNetwork:
             return capture_network(layers.eval(), (torch.zeros(1, 4),))
 
         checkpoint.save(Draft(network("a", "b")), tmp_path)
-        with pytest.raises(CheckpointError) as found:
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(tmp_path, network("a", "c"))
-        assert "lacks c.bias, c.weight; also has b.bias, b.weight" in str(found.value)
+        assert "lacks c.bias, c.weight; also has b.bias, b.weight" in found.value.got
 
 
 class TestDamage:
     @pytest.mark.parametrize("name", sorted(FILES))
     def test_a_missing_file_is_named(self, folder, name):
         (folder / name).unlink()
-        with pytest.raises(CheckpointError, match=f"no {name}"):
+        with refused(CheckpointError, "incomplete") as found:
             checkpoint.load(folder, resnet(0))
+        assert found.value.got.startswith(f"no {name} in")
 
     def test_a_missing_folder(self, tmp_path):
-        with pytest.raises(CheckpointError, match="incomplete"):
+        with refused(CheckpointError, "incomplete"):
             checkpoint.load(tmp_path / "no", resnet(0))
 
     @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{", b"\xff\xfe\x00"])
     @pytest.mark.parametrize("name", sorted(FILES))
     def test_a_damaged_file(self, folder, name, content):
         damage(folder, name, content)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_cut_file_of_weights(self, folder):
         path = folder / "weights.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     @pytest.mark.parametrize(
@@ -203,32 +208,34 @@ class TestDamage:
     )
     def test_a_log_of_another_form(self, folder, log):
         damage(folder, "edits.json", log)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_newer_format(self, folder):
         damage(folder, "edits.json", {"format": 2, "edits": [], "ties": {}})
-        with pytest.raises(CheckpointError, match="newer Penjing"):
+        with refused(CheckpointError, "newer"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_plan_of_something_else(self, folder):
         damage(folder, "plan.json", {"entries": {"conv1:in0": {"spec": {"bits": 8, "run": 1}}}, "floats": {}})
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     @pytest.mark.parametrize("edit", [{"edit": "run", "code": "1"}, {"edit": "__import__"}, {}])
     def test_an_edit_outside_the_vocabulary_is_refused(self, folder, edit):
         damage(folder, "edits.json", {"format": 1, "edits": [edit], "ties": {}})
-        with pytest.raises(CheckpointError, match="edit 0 of the checkpoint is unknown"):
+        with refused(CheckpointError, "unknown-edit") as found:
             checkpoint.load(folder, resnet(0))
+        assert found.value.got == edit
 
     @pytest.mark.parametrize("layer", ["__class__", "layer9", "graph", ""])
     def test_an_edit_of_what_is_no_layer_is_refused(self, folder, layer):
         damage(
             folder, "edits.json", {"format": 1, "edits": [{"edit": "fold", "layer": layer, "norm": "bn1"}], "ties": {}}
         )
-        with pytest.raises(CheckpointError, match="edit 0"):
+        with refused(CheckpointError, "misfit") as found:
             checkpoint.load(folder, resnet(0))
+        assert f"'layer': {layer!r}" in found.value.got
 
     def test_a_pickle_in_place_of_the_weights_does_not_run(self, folder):
         mark = folder / "ran"
@@ -238,7 +245,7 @@ class TestDamage:
                 return mark.touch, ()
 
         torch.save({"conv1.weight": Malicious()}, folder / "weights.safetensors")
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
         assert not mark.exists()
 
@@ -255,11 +262,12 @@ class TestWriting:
         (folder / "plan.json").mkdir()  # the weights are in place when the save stops here
         with pytest.raises(OutputError):
             checkpoint.save(quantized, folder)
-        with pytest.raises(CheckpointError, match="no edits.json"):
+        with refused(CheckpointError, "incomplete") as found:
             checkpoint.load(folder, resnet(0))
+        assert found.value.got.startswith("no edits.json")
 
     def test_a_missing_folder_is_an_output_error(self, quantized, tmp_path):
-        with pytest.raises(OutputError, match="can't be written"):
+        with refused(OutputError, "unwritable"):
             checkpoint.save(quantized, tmp_path / "no")
         assert not (tmp_path / "no").exists()
 
@@ -274,7 +282,7 @@ class TestWriting:
         half = tmp_path_factory.mktemp("half")
         for name in FILES - {"edits.json"}:
             shutil.copy(folder / name, half)
-        with pytest.raises(CheckpointError, match="incomplete"):
+        with refused(CheckpointError, "incomplete"):
             checkpoint.load(half, resnet(0))
 
 

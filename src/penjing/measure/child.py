@@ -98,6 +98,6 @@ class Child:
         try:
             yield
         except ArtifactError as error:
-            mine = TargetError(error.what, got=error.got, expected=error.expected, remedy=error.remedy)
+            mine = TargetError(error.what, got=error.got, expected=error.expected, remedy=error.remedy, code=error.code)
             mine.target = self.name
             raise mine from None

@@ -146,6 +146,7 @@ def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: 
     if len(reference) != len(candidate):
         raise ArtifactError(
             "the artifact has a different number of outputs from the network",
+            code="outputs",
             got=f"{len(candidate)} outputs",
             expected=f"{len(reference)}",
         )
@@ -153,6 +154,7 @@ def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: 
         if r.shape != c.shape:
             raise ArtifactError(
                 f"output {port} of the artifact has a different shape from the network's",
+                code="shape",
                 got=f"{c.shape}{where}",
                 expected=f"{r.shape}",
             )

@@ -45,6 +45,7 @@ def parity(
         if expected is None or actual is None:
             raise ArtifactError(
                 "the artifact returned a different number of batches from the network",
+                code="batches",
                 got=f"{batch} batches from the {'network' if expected is None else 'artifact'}, more from the other",
                 expected="the same batches on both sides",
             )

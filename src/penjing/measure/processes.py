@@ -183,6 +183,7 @@ class Process:
         if self._late is not None:
             raise ArtifactError(
                 f"the process of {self.name!r} did not answer and was ended",
+                code="hung",
                 got=f"nothing within {self._late:.0f} s; its last output:\n{self.tail()}",
                 expected="an answer; the limit is many times what the source took for the same work",
                 remedy=remedy,
@@ -191,6 +192,7 @@ class Process:
             remedy = "most often the system was out of memory: free some, or take a smaller batch"
         raise ArtifactError(
             f"the process of {self.name!r} crashed",
+            code="crashed",
             got=f"{_ending(code)}; its last output:\n{self.tail()}",
             expected="a runtime that opens the artifact and runs it",
             remedy=remedy,
@@ -199,7 +201,8 @@ class Process:
     def _failed(self, told: dict[str, str | None]) -> NoReturn:
         kind = getattr(errors, str(told["kind"]), None)
         if isinstance(kind, type) and issubclass(kind, PenjingError):
-            raise kind(f"{self.name}: {told['what']}", **{k: told[k] for k in ("got", "expected", "remedy")})
+            fields = {k: told[k] for k in ("got", "expected", "remedy")}
+            raise kind(f"{self.name}: {told['what']}", code=told.get("code") or "", **fields)
         raise ArtifactError(
             f"{self.name!r} can't be run in its runtime",
             got=f"{told['kind']}: {told['what']}",
@@ -271,7 +274,7 @@ def told(error: Exception) -> dict[str, str | None]:
     if isinstance(error, PenjingError):
         parts = {"got": error.got, "expected": error.expected, "remedy": error.remedy}
         texts = {key: None if value is None else str(value) for key, value in parts.items()}
-        return {"kind": type(error).__name__, "what": error.what, **texts}
+        return {"kind": type(error).__name__, "what": error.what, "code": error.code, **texts}
     return {"kind": type(error).__name__, "what": str(error)}
 
 

@@ -30,6 +30,7 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
     except (Exception, SystemExit) as error:
         raise TaskError(
             f"the task's metric raised {type(error).__name__} on {name}",
+            code="raised",
             got=f"{error} ({line_of(error)})",
             expected="evaluate(predict) -> float, where predict maps NumPy inputs to NumPy outputs",
             remedy="try it on a predict of your own: evaluate(lambda x: network(torch.from_numpy(x)).numpy())",
@@ -41,6 +42,7 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
     if not math.isfinite(number):
         raise TaskError(
             f"the task's metric of {name} is not a finite number",
+            code="not-finite",
             got=repr(value),
             expected="evaluate(predict) -> float",
             remedy="return one number from evaluate",
@@ -48,6 +50,7 @@ def metric_of(metric: Callable[[Any], float], predict: Callable[..., Any], name:
     if not witness.calls:
         raise TaskError(
             f"the task's metric never called predict on {name}",
+            code="unread",
             got=f"{value!r}, whatever the network",
             expected="evaluate(predict) -> float, which judges what predict answers",
             remedy="call predict in evaluate, in place of a network or an answer of your own",

@@ -89,6 +89,7 @@ def check_direction(task: Task) -> Doubt | None:
     if says_higher(task.metric_name) is (not given):
         raise TaskError(
             f"is {task.metric_name!r} really better when it is {better}?",
+            code="direction",
             got=f"metric_name={task.metric_name!r} and higher_is_better={given}" + (" (the default)" if given else ""),
             expected=f"higher_is_better={not given} for a metric of this name",
             remedy=f"Task(higher_is_better={not given}); where {better} really is better, say so in its name: "

@@ -89,6 +89,7 @@ def _check_twice(name: str, module: nn.Module, task: Task, state: ModuleState) -
         remedies.append(f"make {state_names} an input and an output: forward(x, state) -> (y, state)")
     raise SourceError(
         f"{name} answers differently when it is asked twice, in eval mode and with the same inputs",
+        code="unrepeatable",
         got=f"{place} differs by {decibels:.1f} dB; " + ("; ".join(causes[:5]) or "the cause was not found"),
         expected=f"the same answer twice ({ANSWERS_DB:.0f} dB): an artifact has no random numbers and no state",
         remedy="; ".join(remedies) or "look for random numbers, and for state that one call leaves to the next",
@@ -108,6 +109,7 @@ def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task:
         drawn = _random_operators(network, call)
         raise ExportError(
             f"{name} answers differently when it is asked twice, once it is exported",
+            code="unrepeatable",
             got=f"{place} differs by {decibels:.1f} dB; " + ("; ".join(drawn) or "the cause was not found"),
             expected=f"the same answer twice ({ANSWERS_DB:.0f} dB)",
             remedy="leave random numbers out of the forward, or make them an input",
@@ -119,6 +121,7 @@ def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task:
         where = f"; the first layer that differs is {layer}" if layer else ""
         raise ExportError(
             f"the exported {name} does not compute what the module computes",
+            code="another-network",
             got=f"{place} differs by {decibels:.1f} dB{where}",
             expected=f"the module's own answers ({least:.0f} dB)",
             remedy="torch.export lost something: look at what the forward does before that layer, "
@@ -201,6 +204,7 @@ def _check_weights(network: fx.GraphModule) -> None:
         if count := int(bad.sum()):
             raise SourceError(
                 f"the weight {name} holds values that are not finite",
+                code="weight-not-finite",
                 got=f"{count} of {bad.numel()} values are NaN or infinite",
                 expected="finite weights",
                 remedy="the training diverged or the file is damaged: take an earlier checkpoint",
@@ -213,6 +217,7 @@ def _check_finite(answers: Sequence[torch.Tensor], name: str) -> None:
         if answer.is_floating_point() and (count := int((answer.isnan() | answer.isposinf()).sum())):
             raise SourceError(
                 f"{name} answers values that are not finite",
+                code="answer-not-finite",
                 got=f"{count} of {answer.numel()} values of output {i} are NaN or infinite",
                 expected="finite outputs (minus infinity is taken for a mask)",
                 remedy="look at what the network answers to the task's first calibration batch; "

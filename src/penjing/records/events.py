@@ -56,6 +56,7 @@ class Events:
             except OSError as error:
                 raise OutputError(
                     "the run folder can't be written",
+                    code="unwritable",
                     got=f"{error.strerror or error} ({self.path.parent})",
                     expected="a folder with write permission and free space",
                     remedy="free some space and continue with --resume, or choose another folder with --out",

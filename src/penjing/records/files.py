@@ -35,6 +35,7 @@ def write_text(path: Path | str, text: str) -> None:
     except OSError as error:
         raise OutputError(
             f"{path.name} can't be written",
+            code="unwritable",
             got=f"{type(error).__name__}: {error.strerror or error} ({path.parent})",
             expected="a folder with write permission and free space",
             remedy="free some space, or choose another folder with --out",

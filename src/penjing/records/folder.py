@@ -37,13 +37,16 @@ class RunFolder:
     def __init__(self, path: Path | str, *, resume: bool = False, force: bool = False) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError("the output folder is a file", got=str(self.path), expected="a folder, or nothing yet")
+            raise OutputError(
+                "the output folder is a file", code="file", got=str(self.path), expected="a folder, or nothing yet"
+            )
         held = [name for name in _OURS if (self.path / name).exists()]
         there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         foreign = [name for name in there if name not in _OURS and name != LOCK]
         if held and not (resume or force):
             raise OutputError(
                 "the output folder already holds a run",
+                code="run",
                 got=f"{self.path} with {', '.join(held[:4])}",
                 expected="an empty folder, or a new name",
                 remedy="--resume continues that run, --force replaces it, --out names another folder",
@@ -51,6 +54,7 @@ class RunFolder:
         if foreign and not held:
             raise OutputError(
                 "the output folder holds other files",
+                code="foreign",
                 got=f"{self.path} with {', '.join(sorted(foreign)[:4])}",
                 expected="an empty folder, or a new name",
                 remedy="choose another folder with --out",
@@ -76,12 +80,15 @@ class RunFolder:
         before = self.read_state("request") if self.resumed and path.exists() else finished
         if before is not None:
             if not isinstance(before, dict):
-                raise OutputError("the state that the run saved is damaged", got=path, remedy="--force starts over")
+                raise OutputError(
+                    "the state that the run saved is damaged", code="damaged", got=path, remedy="--force starts over"
+                )
             changed = [k for k in plain if k in before and before[k] != plain[k]]
             if changed:
                 where, now, then = _difference(changed[0], plain[changed[0]], before[changed[0]])
                 raise OutputError(
                     f"the run in this folder was started with different settings: {', '.join(changed)}",
+                    code="settings",
                     got=f"{where} = {now}",
                     expected=f"{where} = {then}",
                     remedy="resume with the same request, or start over with --force",
@@ -104,6 +111,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise OutputError(
                 "the state that the run saved is damaged",
+                code="damaged",
                 got=f"{path}: {error}",
                 expected="the JSON that the run wrote",
                 remedy="start over with --force",
@@ -157,6 +165,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             "the run folder can't be written",
+            code="unwritable",
             got=f"{type(error).__name__}: {error.strerror or error} ({error.filename or folder})",
             expected="a folder with write permission and free space",
             remedy="free some space and continue with --resume, or choose another folder with --out",

@@ -50,7 +50,7 @@ def locked(folder: Path | str, what: str = "the output folder", wait_s: float = 
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{what} is a file", got=str(folder), expected="a folder, or nothing yet")
+        raise OutputError(f"{what} is a file", code="file", got=str(folder), expected="a folder, or nothing yet")
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     handle = _opened(folder, what, wait_s)
     try:
@@ -81,6 +81,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
                 continue
             raise OutputError(
                 f"{what} can't be written",
+                code="unwritable",
                 got=f"{type(error).__name__}: {error.strerror} ({folder})",
                 expected="a folder with write permission and free space",
                 remedy="choose another folder, for a run with --out",
@@ -93,6 +94,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
             if error.errno not in _BUSY:
                 raise OutputError(
                     f"{what} can't be locked",
+                    code="unlockable",
                     got=f"{type(error).__name__}: {error.strerror} ({folder})",
                     expected="a file system with locks",
                     remedy="choose a folder on another disk, for a run with --out",
@@ -102,6 +104,7 @@ def _opened(folder: Path, what: str, wait_s: float) -> int:
                 continue
             raise OutputError(
                 f"{what} is in use by another process",
+                code="held",
                 got=f"{folder}, held by {_told(holder)}",
                 expected="one process at a time",
                 remedy="wait until it has ended, or choose another folder, for a run with --out",

@@ -153,6 +153,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
     except RuntimeError as error:
         raise OutputError(
             "the run folder can't be written",
+            code="unwritable",
             got=f"{Path(path).name}: {error}",
             expected="a folder with write permission and free space",
             remedy="free some space and continue with --resume, or choose another folder with --out",

@@ -144,6 +144,7 @@ class Plan:
         except reading.UNREADABLE as error:
             raise CheckpointError(
                 "the plan is damaged",
+                code="damaged",
                 got=f"{type(error).__name__}: {error}"[:400],
                 expected="the JSON that Penjing wrote",
                 remedy="run `penjing compress` again",

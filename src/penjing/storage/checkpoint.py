@@ -47,6 +47,7 @@ def save(draft: Draft, folder: Path) -> None:
         aside.unlink(missing_ok=True)
         raise OutputError(
             "the checkpoint can't be written",
+            code="unwritable",
             got=f"{error} ({folder})",
             expected="a folder with write permission and free space",
             remedy="free some space, or choose another folder with --out",
@@ -65,6 +66,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     if missing := [name for name in (EDITS, WEIGHTS, PLAN) if not (folder / name).is_file()]:
         raise CheckpointError(
             "the checkpoint is incomplete",
+            code="incomplete",
             got=f"no {', '.join(missing)} in {folder}",
             expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
             remedy="give the folder of a finished run",
@@ -79,6 +81,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     except (*reading.UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
             "the checkpoint is damaged",
+            code="damaged",
             got=f"{folder}: {type(error).__name__}: {error}",
             expected="the files that penjing wrote",
             remedy="run `penjing compress` again",
@@ -89,6 +92,7 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     if problem := difference(state, network_state) or _untied(state, network_state):
         raise CheckpointError(
             "the checkpoint does not fit this network",
+            code="misfit",
             got=problem,
             expected="the network it was created from",
             remedy="load it with the same factory and the same version of its code",
@@ -102,6 +106,7 @@ def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
     if log["format"] > FORMAT:
         raise CheckpointError(
             "the checkpoint was written by a newer Penjing",
+            code="newer",
             got=f"format {log['format']}",
             expected=f"format {FORMAT} or older",
             remedy="pip install --upgrade penjing",

@@ -44,6 +44,7 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
         if apply is None:
             raise CheckpointError(
                 f"edit {position} of the checkpoint is unknown",
+                code="unknown-edit",
                 got=edit,
                 expected=f"one of {sorted(_EDITS)}",
                 remedy="pip install --upgrade penjing",
@@ -56,6 +57,7 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
         except Exception as error:  # an edit that a stranger wrote fails in many ways
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
+                code="misfit",
                 got=f"{edit} ({error})"[:1000],
                 expected="the network that the checkpoint was made from",
                 remedy="load it with the same factory and the same version of its code",
