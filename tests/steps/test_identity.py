@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import penjing as pj
 from penjing.errors import CheckpointError
-from penjing.prune.movement import _Renew
-from penjing.prune.regularized import Single, _Pull
+from penjing.prune.movement import _UpdateMasks
+from penjing.prune.regularized import Single, _AddSubgradient
 from penjing.quantize.qat import _Freeze
 from penjing.steps.identity import identity
 from penjing.train import state as training_state
@@ -217,8 +217,8 @@ def test_hooks_of_steps_say_their_step_without_its_training():
     def both(training, **settings):
         return identity(
             [
-                _Renew(("a",), pj.prune.Movement(finetune=training, **settings)),
-                _Pull(pj.prune.Regularized(finetune=training), Single(1, {"a": torch.ones(1)})),
+                _UpdateMasks(("a",), pj.prune.Movement(finetune=training, **settings)),
+                _AddSubgradient(pj.prune.Regularized(finetune=training), Single(1, {"a": torch.ones(1)})),
             ]
         )
 

@@ -118,10 +118,10 @@ def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
         x for x in dict.fromkeys(entering) if len(leaving) == 1 and sizes.get(x.name) == sizes.get(leaving[0].name)
     ]
     if not alike:
-        said = ", ".join(f"{site(n)} {sizes.get(n.name)}" for n in leaving)
+        outgoing = ", ".join(f"{site(n)} {sizes.get(n.name)}" for n in leaving)
         raise RecipeError(
             f"{name} can't be removed",
-            got=f"out of it: {said or 'nothing'}; into it: {', '.join(str(sizes.get(x.name)) for x in entering)}",
+            got=f"out of it: {outgoing or 'nothing'}; into it: {', '.join(str(sizes.get(x.name)) for x in entering)}",
             expected="exactly one value that leaves it, with the shape of one that enters",
             remedy="prune.Channels makes layers narrower",
         )

@@ -64,8 +64,8 @@ class TeacherCache:
     def __post_init__(self) -> None:
         if isinstance(self.teacher, Path):
             object.__setattr__(self, "teacher", str(self.teacher))
-        fine = isinstance(self.folder, str | Path) and str(self.folder) not in ("", ".")
-        if not fine or not isinstance(self.teacher, nn.Module | str | None) or self.teacher in ("", "self"):
+        is_folder = isinstance(self.folder, str | Path) and str(self.folder) not in ("", ".")
+        if not is_folder or not isinstance(self.teacher, nn.Module | str | None) or self.teacher in ("", "self"):
             raise RecipeError(
                 "TeacherCache takes a folder and a network",
                 got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
@@ -150,14 +150,14 @@ class CachedTeacher(nn.Module):
         if self.teacher is None:
             raise self._unanswered(len(new), samples)
         with in_eval_mode(self.teacher), torch.no_grad():
-            said = first_output(self.teacher(*args, **kwargs)).float().cpu()
-        if len(said) != samples:
+            output = first_output(self.teacher(*args, **kwargs)).float().cpu()
+        if len(output) != samples:
             raise TaskError(
                 "the teacher's outputs can't be cached",
-                got=f"an output of shape {tuple(said.shape)} for {samples} samples",
+                got=f"an output of shape {tuple(output.shape)} for {samples} samples",
                 expected="one row per sample",
             )
-        shape = tuple(said.shape[1:])
+        shape = tuple(output.shape[1:])
         if self.shape is None:
             self.shape = shape
             self._begin()
@@ -165,7 +165,7 @@ class CachedTeacher(nn.Module):
             raise TaskError(
                 "the teacher's outputs differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
             )
-        self._append(list(new), said[list(new.values())].numpy())
+        self._append(list(new), output[list(new.values())].numpy())
         self.evaluated += len(new)
 
     def _begin(self) -> None:
@@ -195,8 +195,12 @@ class CachedTeacher(nn.Module):
 
     def _open(self, about: Path, name: str) -> None:
         try:
-            said = reading.json_file(about, 1 << 16)
-            version, self.name, shape = said["version"], str(said["teacher"]), tuple(int(n) for n in said["shape"])
+            about_teacher = reading.json_file(about, 1 << 16)
+            version, self.name, shape = (
+                about_teacher["version"],
+                str(about_teacher["teacher"]),
+                tuple(int(n) for n in about_teacher["shape"]),
+            )
             if len(bytes.fromhex(self.name)) != hashlib.sha256().digest_size:
                 raise ValueError("not the SHA-256 of a teacher")
             if len(shape) > 16 or not all(0 < n <= MOST for n in shape) or math.prod(shape) > MOST:

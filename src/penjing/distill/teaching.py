@@ -247,10 +247,10 @@ class Distiller:
             except PenjingError:
                 raise
             except Exception as error:
-                said = next(iter(str(error).strip().splitlines()), "")
+                message = next(iter(str(error).strip().splitlines()), "")
                 raise TaskError(
                     "the teacher can't take Task.example",
-                    got=f"{type(error).__name__}: {said[:300]}",
+                    got=f"{type(error).__name__}: {message[:300]}",
                     expected="a network that is called like the student",
                     remedy="wrap it in a module whose forward converts the student's inputs to the teacher's",
                 ) from error
@@ -333,9 +333,9 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
     return [Tapped(model, names, "teacher")]
 
 
-def _mean(said: Sequence[Any]) -> Any:
+def _mean(outputs: Sequence[Any]) -> Any:
     """The mean of several teachers' outputs, output by output."""
-    every = [pytree.tree_flatten(one) for one in said]
+    every = [pytree.tree_flatten(one) for one in outputs]
     shapes = [[tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves] for leaves, _ in every]
     if any(form != every[0][1] for _, form in every) or any(one != shapes[0] for one in shapes):
         raise TaskError(

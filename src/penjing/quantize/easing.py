@@ -69,15 +69,15 @@ def eased(quantize: Quantize, draft: Draft, quantized: Draft, context: Context) 
         "floating point": lambda: _in_floats(quantize(draft, context, names), names),
     }
     chosen = quantized
-    for word, remedy in remedies.items():
-        if "additions" in word and not additions:
+    for title, remedy in remedies.items():
+        if "additions" in title and not additions:
             continue
         candidate = remedy()
         reached = _worst(draft.network, candidate, calls)
         improves = reached > max(best, before + GAIN_DB)
-        context.events("remedy", name=word, snr_db=reached, before_db=before, kept=improves, slower=False, seconds=0.0)
+        context.events("remedy", name=title, snr_db=reached, before_db=before, kept=improves, slower=False, seconds=0.0)
         if improves:
-            text = f"{word}, as {len(names)} operators read outlier channels: {reached:.1f} dB instead of {before:.1f}"
+            text = f"{title}, as {len(names)} operators read outlier channels: {reached:.1f} dB instead of {before:.1f}"
             best, chosen = reached, replace(candidate, plan=replace(candidate.plan, remedy=text))
         if best >= GOOD_DB:
             break

@@ -119,14 +119,14 @@ class MixedPrecision:
         precisions = self._precisions(context)
         fitting, held_out = split(context)
         drafts = {bits: self._static(bits)(draft, fitting) for bits in self.weight_bits}
-        ways = [
+        noises = [
             _alone(drafts, fitting, held_out, repaired=r) for r in ((True, False) if self.average_bits else (True,))
         ]
-        plain = dict.fromkeys(ways[0], max(self.weight_bits))
+        plain = dict.fromkeys(noises[0], max(self.weight_bits))
         reckoned = [
             (precision, _costs(self, drafts, alone, precision, held_out, context))
             for precision in precisions
-            for alone in ways
+            for alone in noises
         ]
         limit = self._limit(min(costs.time(plain) for _, costs in reckoned))
         tried: list[_Tried] = []

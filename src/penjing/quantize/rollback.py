@@ -129,17 +129,17 @@ class Rollback:
         """Whether the limits hold, and the signal-to-noise ratio."""
         network = insert(trial.network, trial.plan)
         snr = noise.signal_to_noise(draft.network, network, held_out)
-        fine = self.snr_db is None or snr >= self.snr_db
+        holds = self.snr_db is None or snr >= self.snr_db
         figures: dict[str, float] = {"snr_db": snr}
         if self.agreement is not None:
             figures["agreement"] = noise.agreement(draft.network, network, held_out)
-            fine = fine and figures["agreement"] >= self.agreement
+            holds = holds and figures["agreement"] >= self.agreement
         if self.drop is not None and context.task.select is not None:
             source, mine = (context.task.select(numpy_predictor(n)) for n in (draft.network, network))
             figures["drop"] = source - mine if context.task.higher_is_better else mine - source
-            fine = fine and figures["drop"] <= self.drop
-        context.events("rollback", returned=count, met=fine, **figures)
-        return fine, snr
+            holds = holds and figures["drop"] <= self.drop
+        context.events("rollback", returned=count, met=holds, **figures)
+        return holds, snr
 
 
 def _returned(draft: Draft, reasons: dict[str, str], count: int, context: Context) -> Draft:

@@ -93,8 +93,8 @@ def _setting(value: Any, key: str) -> Any:
     """A value from a recipe's YAML: lists become tuples, and nested steps and settings become objects."""
     if isinstance(value, list):
         return tuple(_setting(one, key) for one in value)
-    word = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # or a path
-    if key in _NESTED and (isinstance(value, dict) or word):
+    names_object = isinstance(value, str) and (value in TEACHERS if key == "teacher" else value != "auto")  # or a path
+    if key in _NESTED and (isinstance(value, dict) or names_object):
         return step_of(value, _NESTED[key])
     every = CATALOGUE | SETTINGS
     if isinstance(value, dict) and len(value) == 1 and set(value) <= set(every):

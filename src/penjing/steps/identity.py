@@ -84,13 +84,13 @@ def _of_object(value: Any) -> Any:
 def _of_function(value: Any) -> Any:
     function = inspect.unwrap(getattr(value, "__func__", value))
     if not isinstance(function, FunctionType) or (function.__closure__ is None and "<" not in function.__qualname__):
-        said = _name(value)
+        name = _name(value)
     else:
-        said = f"{_name(function)} {_hash(_behaviour(function, ()))[:16]}"
+        name = f"{_name(function)} {_hash(_behaviour(function, ()))[:16]}"
     owner = getattr(value, "__self__", None)  # of a method
     if owner is None or isinstance(owner, type | ModuleType):
-        return said
-    return {said: _of_object(owner)}
+        return name
+    return {name: _of_object(owner)}
 
 
 def _behaviour(function: FunctionType, outer: tuple[CodeType, ...]) -> Any:

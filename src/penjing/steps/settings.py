@@ -118,8 +118,8 @@ def number(
     bounds = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
     if least is not None and most is not None:
         bounds = f"from {least:g} to {most:g}"
-    said = f"{called or ('a fraction' if fraction else 'a number')} {bounds}".strip()
-    return Rule(holds, f"{said}, or infinity" if infinite else said)
+    expected = f"{called or ('a fraction' if fraction else 'a number')} {bounds}".strip()
+    return Rule(holds, f"{expected}, or infinity" if infinite else expected)
 
 
 def above(bound: float) -> Rule:
@@ -156,8 +156,8 @@ def one_of(*values: str) -> Rule:
     "'sgd' or 'adamw'"
     """
     words = [repr(value) for value in values]
-    said = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    return Rule(lambda value: isinstance(value, str) and value in values, said)
+    expected = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return Rule(lambda value: isinstance(value, str) and value in values, expected)
 
 
 def instance(kind: Any, example: str) -> Rule:
