@@ -39,7 +39,7 @@ def result(task, tmp_path_factory):
     from examples.fashion_mnist.network import resnet20
 
     out = tmp_path_factory.mktemp("end-to-end") / "run"
-    return pj.compress(resnet20(), task, "minimize latency_ms, drop<=1%", out=out, seconds=0.2)
+    return pj.compress(resnet20(), task, "minimize latency_ms, drop<=1%", out=out, seconds=0.2, threads=1)
 
 
 @pytest.fixture(scope="module")
