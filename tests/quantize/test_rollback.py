@@ -144,7 +144,7 @@ class TestBest:
 
 
 def test_one_sample_can_not_be_split():
-    with pytest.raises(CalibrationError, match="one calibration sample"):
+    with pytest.raises(CalibrationError, match="single calibration sample"):
         split(Context(task=Task(example=torch.zeros(1, 3), calibration=[torch.zeros(1, 3)])))
 
 
