@@ -291,7 +291,7 @@ class TestBadInput:
             ("{parts}:PARTS", "has no 'PARTS'"),
             ("{parts}:Wrong", "parts.py:19 in forward: return self.conv(x) @ torch.zeros(7, 7)"),
             ("{parts}:Moody", "if y.sum() > 0:"),
-            ("{folder}/net.onnx", "ONNX file"),
+            ("{folder}/net.onnx", "source is missing"),
             ("{folder}", "no Hugging Face model"),
         ],
     )

@@ -186,7 +186,7 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
     from penjing.cli.console import Progressing
     from penjing.pipeline.inspection import inspect
     from penjing.records.events import Events
-    from penjing.sources.source import open_source
+    from penjing.sources.source import open_source, with_declared_axes
     from penjing.tasks.opening import open_task
     from penjing.tasks.task import Task
 
@@ -204,6 +204,7 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
                 expected="--shape 3,224,224 (one sample), or --task",
             )
         task = Task(example=source.example)
+    task = with_declared_axes(source, task)
     if not (parsed.noise or parsed.sensitivity):
         with messages.status("exporting and analysing"):
             return inspect(source, task)

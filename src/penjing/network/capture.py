@@ -6,11 +6,12 @@ sizes are editable literals. It trains, evaluates, deep-copies and exports like 
 the same bits as its source, or up to rounding where torch would use its fused attention kernel
 (``torch.backends.mha``).
 
-If a source has a layer's tensors under other names (``in_proj_weight`` of a fused attention projection),
-``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the source's. A product with a
-stored weight becomes a linear layer whichever operator expresses it, and a weight computed only from stored tensors (a
-parametrization, a transposed weight, a slice of a fused one) is folded: ``network.meta["folded"]`` maps its key to the
-source's keys that it was computed from.
+If a source is a file that names its inputs and outputs, ``network.meta["ports"]`` holds these names (see
+`penjing.network.exporting.port_names`). If it has a layer's tensors under other names (``in_proj_weight`` of a fused
+attention projection), ``network.meta["renamed"]`` maps the new key of the state dict (``in_proj.weight``) to the
+source's. A product with a stored weight becomes a linear layer whichever operator expresses it, and a weight computed
+only from stored tensors (a parametrization, a transposed weight, a slice of a fused one) is folded:
+``network.meta["folded"]`` maps its key to the source's keys that it was computed from.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def capture_network(
     graph_module = _Raiser(flat, state).build()
     captured = copy.deepcopy(graph_module)
     names = captured.meta["renamed"]
+    if isinstance(ports := getattr(model, "ports", None), Mapping):
+        captured.meta["ports"] = ports
     names |= {key: owned.get(names.get(key, key), names.get(key, key)) for key in {**owned, **names}}
     return captured.eval()
 

@@ -68,7 +68,20 @@ def export_module(
             else:
                 raise _export_error(model, error) from error
     _check_outputs(model, program)
+    _tell_origins(model, program)
     return program
+
+
+def _tell_origins(model: nn.Module, program: ExportedProgram) -> None:
+    """Operators of modules that were read from a file stand there, and not in the code that runs them."""
+    origins = {
+        name: part.origin for name, part in model.named_modules() if isinstance(getattr(part, "origin", None), str)
+    }
+    for node in program.graph.nodes if origins else ():
+        stack = node.meta.get("nn_module_stack") or {}
+        path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
+        if path in origins:
+            node.meta["stack_trace"] = origins[path]
 
 
 def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
@@ -113,6 +126,19 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         elif parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in kwargs:
             names.append(name)
     return names + list(kwargs)
+
+
+def port_names(network: fx.GraphModule, inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:
+    """What inputs and outputs are called in an artifact: as in the file that the network was read from, if any.
+
+    Args:
+        network: A captured network; ``meta["ports"]`` maps "inputs" to {parameter: name} and "outputs" to names.
+        inputs: Names of the parameters of its forward.
+        outputs: Names by the structure of what it gives.
+    """
+    ports: Mapping[str, Any] = network.meta.get("ports", {"inputs": {}, "outputs": ()})
+    named = list(ports["outputs"]) if len(ports["outputs"]) == len(outputs) else outputs
+    return [ports["inputs"].get(name, name) for name in inputs], named
 
 
 def export(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic: Dynamic) -> ExportedProgram:

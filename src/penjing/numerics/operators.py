@@ -1,4 +1,4 @@
-"""Penjing's own operators ``penjing::quantize``, ``dequantize``, ``linear_dynamic``, ``lstm_dynamic``, ``lstm_static``.
+"""Penjing's own operators for integers: ``penjing::quantize``, ``dequantize``, ``linear_dynamic``, ``lstm_dynamic``, …
 
 Runtimes translate them.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import torch
 
-from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
+from penjing.numerics import operators, suppression  # noqa: F401  register the operators that are translated here
 
 
 def translations() -> dict[Any, Any]:
@@ -20,7 +21,16 @@ def translations() -> dict[Any, Any]:
         # Of sizes, as -(-h // 2): ONNX divides integers towards zero.
         return op.Div(op.Sub(x, op.Mod(x, y)), y)
 
-    return {operator.floordiv: floor_divide} | _linear(op) | _lstm(op)
+    def suppress(boxes, scores, most: int, overlap: float, least_score: float, centred: bool):  # type: ignore[no-untyped-def]
+        # Without a smallest score every box is looked at; negative infinity is no score that a runtime takes.
+        least = None if least_score == -math.inf else op.Constant(value_floats=[least_score])
+        return op.NonMaxSuppression(
+            boxes, scores, op.Constant(value_ints=[most]), op.Constant(value_floats=[overlap]), least,
+            center_point_box=int(centred),
+        )  # fmt: skip
+
+    others = {operator.floordiv: floor_divide, torch.ops.penjing.non_max_suppression.default: suppress}
+    return others | _linear(op) | _lstm(op)
 
 
 def _linear(op: Any) -> dict[Any, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from penjing.errors import ExportError
-from penjing.network.exporting import export, input_names, with_plain_outputs
+from penjing.network.exporting import export, input_names, port_names, with_plain_outputs
 from penjing.network.graph import line
 from penjing.onnx_files import export_cache
 from penjing.onnx_files import pooling as onnx_pooling
@@ -101,7 +101,7 @@ def _exported(
             ) from error
     assert exported is not None
     model = exported.model_proto
-    _name_ports(model, inputs, outputs)
+    _name_ports(model, *port_names(network, inputs, outputs))
     onnx_rewrites.pool_globally(model)
     onnx_rewrites.pad_in_convolutions(model)
     onnx_rewrites.turn_for_each(model)

@@ -17,13 +17,12 @@ from torch import fx, nn
 from penjing import measure, runtimes
 from penjing.errors import SourceError
 from penjing.network.naming import free_name
-from penjing.network.wrappers import unwrapped
 from penjing.pipeline import questions
 from penjing.pipeline import request as requests
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.randomness import seed_everything
 from penjing.recipes.recipe import Recipe
-from penjing.sources.source import Source, in_single_precision
+from penjing.sources.source import in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Entry, Plan
 from penjing.steps.step import Context, Step
@@ -69,7 +68,7 @@ class Applied:
 @same_process()
 def apply(
     recipe: Recipe | Step | Sequence[Step],
-    model: nn.Module,
+    model: nn.Module | str | Path,
     task: Task | str | Path,
     *,
     seed: int = 0,
@@ -85,7 +84,7 @@ def apply(
 
     Args:
         recipe: Steps to take, or one step.
-        model: The network, or what an earlier `apply` returned without quantizers.
+        model: The network or SOURCE, or what an earlier `apply` returned without quantizers.
         task: The data that the steps need.
         seed: Same seed and data: same module.
         device: Where training steps run.
@@ -102,12 +101,13 @@ def apply(
     for text in filter(None, (requests.undropped(recipe, model), None if doubt is None else doubt.text)):
         warnings.warn(text, stacklevel=4)  # the decorators are between
     seed_everything(seed)
-    source, task, told = in_single_precision(Source(name=type(model).__name__, module=unwrapped(model)), task)
+    before = drafted(model) if isinstance(model, nn.Module) and _META in _meta(model) else None
+    source = open_source(model)
+    source, task, told = in_single_precision(source, with_declared_axes(source, task))
     if told:
         warnings.warn(told, stacklevel=4)
-    before = drafted(model) if _META in _meta(model) else None
-    name = type(model).__name__ if before is None else before.name
-    draft = Draft(capture_repeatable(replace(source, name=name), task)) if before is None else before.draft
+    name = source.name if before is None else before.name
+    draft = Draft(capture_repeatable(source, task)) if before is None else before.draft
     recipe = requests.with_teachers(recipe, task)
     requests.check_recipe(recipe, draft.network, task, seed)
     planned = None

@@ -18,7 +18,7 @@ from penjing.records.folder import ARTIFACT, SOURCE
 from penjing.records.manifest import MANIFEST, read_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
-from penjing.sources.source import open_source
+from penjing.sources.source import open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
@@ -75,6 +75,7 @@ def _other(spec: str, task: Task | None, aside: Path) -> Path:
         if source.example is None:
             raise TaskError("measuring against a source needs an example input", expected="--task", got=spec)
         task = Task(example=source.example)
+    task = with_declared_axes(source, task)
     network = capture_network(source.module, *task.call(), task.dynamic)
     args, kwargs = task.call()
     structure = flatten_outputs(network(*args, **kwargs))[1]

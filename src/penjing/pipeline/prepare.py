@@ -26,7 +26,7 @@ from penjing.records import LayerRow, Machine, Measured, Record
 from penjing.records.events import Events
 from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
 from penjing.records.manifest import Manifest, read_manifest
-from penjing.sources.source import Source, check_forward, in_single_precision, open_source
+from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.tasks import finite
 from penjing.tasks.outputs import flatten_outputs
@@ -138,7 +138,8 @@ def _opened(order: Order) -> tuple[Source, Task, str | None]:
     if isinstance(order.model, Applied):
         source = open_source(order.model.draft.network, task=order.task)
         return replace(source, name=order.model.name), order.task, None
-    opened, task, told = in_single_precision(open_source(order.model), order.task)
+    source = open_source(order.model)
+    opened, task, told = in_single_precision(source, with_declared_axes(source, order.task))
     check_forward(opened, task)
     return opened, task, told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,12 @@ def predictor(session: Any, manifest: Manifest) -> Callable[..., Any]:
 
 
 def arrange(ports: tuple[Port, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[np.ndarray]:
-    """Positional and keyword inputs in the order and the types of the ports."""
-    values = list(args) + [kwargs[p.name] for p in ports[len(args) :] if p.name in kwargs]
+    """Positional and keyword inputs in the order and the types of the ports.
+
+    A name that is not an identifier is taken with underscores, too, as the network's own forward takes it.
+    """
+    words = [port.name if port.name in kwargs else re.sub(r"\W", "_", port.name) for port in ports]
+    values = list(args) + [kwargs[word] for word in words[len(args) :] if word in kwargs]
     if len(values) != len(ports) or len(args) + len(kwargs) != len(ports):
         raise TaskError(
             "the artifact was called with inputs that do not match its own",

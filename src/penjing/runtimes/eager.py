@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from penjing.network.exporting import export as export_network
-from penjing.network.exporting import input_names, with_plain_outputs
+from penjing.network.exporting import input_names, port_names, with_plain_outputs
 from penjing.records.manifest import Manifest, Port, Program
 from penjing.runtimes.artifact import Executed
 from penjing.sources.pt2 import open_program
@@ -25,8 +26,6 @@ SETTINGS = {"keywords": r"[^\x00-\x1f\x7f]*"}
 
 def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Eager torch has no integer kernels for plans: quantized networks run in simulation and gain nothing."""
-    from dataclasses import replace
-
     return replace(GENERIC, runtime="torch", precisions=("fp32",), notes=("eager torch runs plans in simulation",))
 
 
@@ -45,12 +44,14 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     (folder / "model.pt2").write_bytes(buffer.getvalue())
     args, kwargs = call
     values = [*args, *kwargs.values()]
+    names, output_words = port_names(network, input_names(network, *call), output_names(structure))
     inputs = tuple(
-        _port(n, v, dynamic, i) for i, (n, v) in enumerate(zip(input_names(network, *call), values, strict=True))
+        replace(_port(n, v, dynamic, i), name=word)
+        for i, (n, v, word) in enumerate(zip(input_names(network, *call), values, names, strict=True))
     )
     with torch.no_grad():
         outputs, _ = flatten_outputs(network(*args, **kwargs))
-    ports = tuple(_port(n, v, None, 0) for n, v in zip(output_names(structure), outputs, strict=True))
+    ports = tuple(_port(n, v, None, 0) for n, v in zip(output_words, outputs, strict=True))
     return Manifest(
         runtime="torch",
         precision=precision,

@@ -1,4 +1,4 @@
-"""Opening a SOURCE: a Python factory, an exported program, a Hugging Face folder or a built-in architecture."""
+"""Opening a SOURCE: a Python factory, an exported program, an ONNX file, a Hugging Face folder, a built-in network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penjing.errors import CheckpointError, PenjingError, SourceError
 from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
-from penjing.sources import huggingface, pt2
+from penjing.sources import huggingface, onnx, pt2
 from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
@@ -24,7 +24,10 @@ from penjing.tasks.usercode import call_named, line_of, load_named, public_calla
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
 _WEIGHTS = (".safetensors", ".npz", ".h5")
-_FORMS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder or a built-in architecture"
+_FORMS = (
+    "file.py:factory, package.module:factory, a .pt2 or .onnx file, a Hugging Face folder or a built-in architecture"
+)
+_FILES = (".pt2", ".onnx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,14 @@ class Source:
         module: The network, in the mode the user left it in.
         spec: The string it was opened by; None for a network given as an object.
         example: Example inputs in the form of `Task.example`, if the source declares them.
+        dynamic: Axes that vary in the form of `Task.dynamic`, if the source declares them.
     """
 
     name: str
     module: nn.Module | ExportedProgram
     spec: str | None = None
     example: Any | None = None
+    dynamic: Mapping[str | int, Mapping[int, str]] | None = None
 
 
 def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | None = None) -> Source:
@@ -49,7 +54,8 @@ def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | 
 
     Args:
         spec: ``file.py:factory``, ``package.module:factory`` (a callable without arguments that returns a module,
-            or a module), a ``.pt2`` file, a Hugging Face folder, the name of a built-in architecture, or an object.
+            or a module), a ``.pt2`` or ``.onnx`` file, a Hugging Face folder, the name of a built-in architecture,
+            or an object.
         task: A task whose example the network must accept.
 
     Raises:
@@ -87,7 +93,7 @@ def _open(spec: Any) -> Source:
     path = Path(spec)
     if not path.is_dir():
         _refuse_suffix(path, path.suffix.lower())
-    if path.is_dir() or (path.suffix.lower() == ".pt2" and path.is_file()):
+    if path.is_dir() or (path.suffix.lower() in _FILES and path.exists()):
         return replace(open_file(path), spec=spec)
     plain = "/" not in spec and "\\" not in spec
     raise SourceError(
@@ -110,6 +116,9 @@ def open_file(path: Path) -> Source:
     """
     if path.is_dir():
         return _open_folder(str(path), path)
+    if path.suffix.lower() == ".onnx":
+        network, example, dynamic = onnx.open_network(path)
+        return Source(name=path.stem, module=network, spec=str(path), example=example, dynamic=dynamic)
     program = pt2.open_program(path)
     return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program))
 
@@ -152,13 +161,6 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             expected=f"{path}:factory",
             remedy=f"one of its functions and classes: {', '.join(names)}" if names else suggest_file(path),
         )
-    if suffix == ".onnx":
-        raise SourceError(
-            "an ONNX file can't be opened as a source yet",
-            got=str(path),
-            expected=_FORMS,
-            remedy="give the PyTorch module it came from as file.py:factory, or its .pt2 file",
-        )
     if suffix in _PICKLED:
         raise CheckpointError(
             "a pickled file is not opened as a source",
@@ -174,6 +176,11 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             expected=_FORMS,
             remedy="write a factory that builds the network and loads these weights, and give it as file.py:factory",
         )
+
+
+def with_declared_axes(source: Source, task: Task) -> Task:
+    """The task with the axes that vary as the source declares them, where the task itself says nothing."""
+    return task if task.dynamic is not None or source.dynamic is None else replace(task, dynamic=source.dynamic)
 
 
 def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:

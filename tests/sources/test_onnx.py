@@ -1,0 +1,302 @@
+"""ONNX files as sources: what others exported trains, prunes, quantizes, and keeps its names."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnx")
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import penjing as pj
+from penjing.errors import CheckpointError, PenjingError, SourceError
+from penjing.network.capture import capture_network
+from penjing.network.graph import line
+from penjing.sources.onnx import open_network
+from penjing.sources.source import open_source, with_declared_axes
+
+
+class Two(nn.Module):
+    """Convolutions, a batch norm, a recurrent layer and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 32, 3, stride=2)
+        self.head, self.steps, self.last = nn.Linear(32, 5), nn.LSTM(32, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.b(torch.relu(self.bn(self.a(x)))))
+        return self.head(h.mean((2, 3))), self.last(self.steps(h.flatten(2).transpose(1, 2))[0][:, -1])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A file of torch's exporter, with names that are no identifiers, and the network it is of."""
+    torch.manual_seed(0)
+    network = Two().eval()
+    path = tmp_path_factory.mktemp("onnx") / "two.onnx"
+    torch.onnx.export(
+        network,
+        (torch.randn(2, 3, 12, 12),),
+        path,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=["input.1"],
+        output_names=["scores/0", "boxes:1"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    return path, network
+
+
+def batch(count, seed=0):
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return pj.Task(example=batch(1), calibration=[batch(4, 1), batch(4, 2)])
+
+
+def test_it_computes_what_it_was_exported_from(exported):
+    path, network = exported
+    opened, example, dynamic = open_network(path)
+    assert [tuple(value.shape) for value in example] == [(1, 3, 12, 12)]
+    assert dynamic == {0: {0: "batch"}}
+    with torch.no_grad():
+        outputs, right = opened(batch(5)), network(batch(5))
+    assert list(outputs) == ["scores/0", "boxes:1"]
+    for output, expected in zip(outputs.values(), right, strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_captured_network_has_layers_under_the_names_of_the_file(exported, task):
+    path, _ = exported
+    source = open_source(path)
+    network = capture_network(source.module, *task.call(), with_declared_axes(source, task).dynamic)
+    assert {"a", "b", "head", "last"} <= {name for name, part in network.named_modules() if name}
+    assert isinstance(network.get_submodule("a"), nn.Conv2d)
+    assert any("lstm" in str(node.target) for node in network.graph.nodes)
+    node = next(n for n in network.graph.nodes if "relu" in str(n.target))
+    assert line(node).startswith(" (two.onnx:")
+    with torch.no_grad():
+        assert network(batch(7))["scores/0"].shape == (7, 5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_it_is_compressed_and_keeps_the_names_of_its_ports(exported, task, tmp_path, runtime):
+    pytest.importorskip(runtime)
+    result = pj.run(pj.Recipe(pj.quantize.Static()), str(exported[0]), task, runtime=runtime, out=tmp_path / "run")
+    candidates = {row["name"]: row for row in json.loads((tmp_path / "run/record.json").read_text())["candidates"]}
+    integers = candidates[f"{runtime}-int8"]
+    assert integers["rejection"] is None
+    assert min(row["snr_db"] for row in integers["parity"]) > 25
+    manifest = json.loads((tmp_path / "run/artifact/manifest.json").read_text())
+    program = manifest["programs"][0]
+    assert [port["name"] for port in program["inputs"]] == ["input.1"]
+    assert [port["name"] for port in program["outputs"]] == ["scores/0", "boxes:1"]
+    stored = [numpy_helper.to_array(tensor) for tensor in onnx.load(exported[0]).graph.initializer]
+    assert result.record.source.parameters == sum(array.size for array in stored if array.dtype == np.float32)
+
+
+def test_it_is_pruned_and_trains(exported, task):
+    small = pj.apply(pj.Recipe(pj.prune.Channels(macs=0.6)), exported[0], task)
+    assert small.a.out_channels < 16
+    small(batch(2))["scores/0"].sum().backward()
+    assert small.a.weight.grad is not None
+
+
+# --- files by hand ------------------------------------------------------------------------------------------------
+
+
+def model(nodes, inputs, outputs, initializers=(), opset=18, domains=()):
+    """A model of nodes; inputs and outputs as name → shape, of float32."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in dict(initializers).items()],
+    )
+    sets = [helper.make_opsetid("", opset), *(helper.make_opsetid(name, 1) for name in domains)]
+    made = helper.make_model(graph, opset_imports=sets)
+    made.ir_version = 8
+    return made
+
+
+def stored(tmp_path, made):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+def refused(path, kind=PenjingError, **fixed):
+    with pytest.raises(kind) as error:
+        open_network(path, **fixed)
+    return error.value
+
+
+def test_a_branch_on_a_constant_is_taken_and_the_other_not_stored(tmp_path):
+    def branch(name, width):
+        product = helper.make_node("MatMul", ["x", "w"], ["y"])
+        weight = numpy_helper.from_array(np.full((4, 3), width, np.float32), "w")
+        shown = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+        return helper.make_graph([product], name, [], [shown], [weight])
+
+    nodes = [
+        helper.make_node("Equal", ["rate", "wide"], ["is_wide"]),
+        helper.make_node("If", ["is_wide"], ["out"], then_branch=branch("a", 1.0), else_branch=branch("b", 2.0)),
+    ]
+    made = model(nodes, {"x": ["batch", 4]}, {"out": ["batch", 3]}, {"wide": np.array(16000, np.int64)})
+    made.graph.input.append(helper.make_tensor_value_info("rate", TensorProto.INT64, []))
+    path = stored(tmp_path, made)
+    for rate, factor in ((16000, 1.0), (8000, 2.0)):
+        network, *_ = open_network(path, rate=rate)
+        assert torch.equal(network(torch.ones(2, 4)), torch.full((2, 3), 4 * factor))
+        assert sum(p.numel() for p in network.parameters()) == 12
+    network, *_ = open_network(path)
+    with pytest.raises(SourceError) as error:
+        network(torch.ones(2, 4), torch.tensor(16000))
+    assert "node 2" in error.value.got
+    assert torch.equal(network(torch.ones(2, 4), 8000), torch.full((2, 3), 8.0))
+
+
+def test_sizes_that_are_computed_follow_the_input(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["length"], axis=0),
+        helper.make_node("Unsqueeze", ["length", "zero"], ["lengths"]),
+        helper.make_node("Concat", ["minus", "lengths", "four"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    numbers = {"one": np.array(1), "zero": np.array([0]), "minus": np.array([-1]), "four": np.array([4])}
+    made = model(nodes, {"x": ["n", "length", 2, 2]}, {"y": ["n", "length", 4]}, numbers)
+    network, _, dynamic = open_network(stored(tmp_path, made))
+    captured = capture_network(network, (torch.zeros(2, 5, 2, 2),), {}, dynamic)
+    assert captured(torch.zeros(3, 7, 2, 2)).shape == (3, 7, 4)
+
+
+def test_a_fixed_batch_stays_fixed(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
+    _, example, dynamic = open_network(stored(tmp_path, made))
+    assert dynamic == {}
+    assert example[0].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("node", "word"),
+    [
+        (helper.make_node("Fused", ["x"], ["y"], name="mine", domain="my.domain"), "my.domain"),
+        (helper.make_node("QuantizeLinear", ["x", "s"], ["y"], name="mine"), "QuantizeLinear"),
+        (helper.make_node("RandomNormalLike", ["x"], ["y"], name="mine"), "set 18"),
+    ],
+    ids=["another domain", "quantized", "random"],
+)
+def test_what_is_not_taken_is_named_with_its_node(tmp_path, node, word):
+    made = model(
+        [helper.make_node("Relu", ["x0"], ["x"]), node], {"x0": [1, 4]}, {"y": [1, 4]}, {"s": np.float32([1.0])}
+    )
+    made.opset_import.append(helper.make_opsetid("my.domain", 1))
+    error = refused(stored(tmp_path, made), SourceError)
+    assert "node 2" in error.got
+    assert "'mine'" in error.got
+    assert word in error.got
+
+
+def test_a_loop_is_refused_by_name(tmp_path):
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("Relu", ["v"], ["v2"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1, 4]),
+        ],
+        [
+            helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v2", TensorProto.FLOAT, [1, 4]),
+        ],
+    )
+    node = helper.make_node("Loop", ["count", "", "x"], ["y"], name="rounds", body=body)
+    made = model([node], {"x": [1, 4]}, {"y": [1, 4]}, {"count": np.array(3)})
+    error = refused(stored(tmp_path, made), SourceError)
+    assert "Loop" in error.what
+    assert "rounds" in error.got
+
+
+@pytest.mark.parametrize("opset", [6, 999])
+def test_sets_that_are_not_read(tmp_path, opset):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
+    made.opset_import[0].version = opset
+    error = refused(stored(tmp_path, made))
+    assert str(opset) in error.got
+
+
+def test_cycles_and_two_values_of_one_name(tmp_path):
+    circle = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    refused(stored(tmp_path, model(circle, {"x": [1, 4]}, {"a": [1, 4]})), CheckpointError)
+    twice = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["y"])]
+    refused(stored(tmp_path, model(twice, {"x": [1, 4]}, {"y": [1, 4]})), CheckpointError)
+
+
+def test_absurd_sizes_take_no_memory(tmp_path):
+    sum_ = [helper.make_node("Add", ["x", "w"], ["y"])]
+    huge = model(sum_, {"x": [1, 4]}, {"y": ["a", "b"]}, {"w": np.zeros(4, np.float32)})
+    huge.graph.initializer[0].dims[:] = [1 << 40]
+    refused(stored(tmp_path, huge), CheckpointError)
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("Add", ["x", "zeros"], ["y"]),
+    ]
+    made = model(nodes, {"x": [1, 4]}, {"y": ["a", "b"]}, {"shape": np.array([1 << 30, 1 << 20])})
+    network, *_ = open_network(stored(tmp_path, made))
+    with pytest.raises(PenjingError):
+        network(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "C:\\weights.bin", "", "a/../../weights.bin"])
+def test_tensors_outside_the_folder_are_not_read(tmp_path, location):
+    made = model(
+        [helper.make_node("Add", ["x", "w"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]}, {"w": np.ones(4, np.float32)}
+    )
+    tensor = made.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    (tmp_path / "weights.bin").write_bytes(bytes(16))
+    (tmp_path / "inner").mkdir()
+    error = refused(stored(tmp_path / "inner", made), CheckpointError)
+    assert "outside" in error.what
+
+
+def test_tensors_beside_the_file_are_read_and_have_to_be_whole(tmp_path):
+    made = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [1, 2000]}, {"y": [1, 2000]},
+                 {"w": np.arange(2000, dtype=np.float32)})  # fmt: skip
+    path = tmp_path / "model.onnx"
+    onnx.save_model(made, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    network, *_ = open_network(path)
+    assert torch.equal(network(torch.zeros(1, 2000))[0], torch.arange(2000.0))
+    (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:-1])
+    error = refused(path, CheckpointError)
+    assert "too short" in error.what
+
+
+def test_a_damaged_file_is_an_error_and_no_crash(exported, tmp_path):
+    content = exported[0].read_bytes()
+    path = tmp_path / "model.onnx"
+    draw = random.Random(7)
+    for _ in range(60):
+        changed = bytearray(content)
+        for _ in range(draw.choice((1, 1, 4))):
+            changed[draw.randrange(min(len(changed), 6000))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(changed) if draw.random() < 0.8 else content[: draw.randrange(len(content))])
+        try:
+            open_network(path)
+        except PenjingError as error:
+            assert len(str(error)) < 3000
