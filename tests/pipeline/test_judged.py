@@ -74,7 +74,7 @@ def lost(monkeypatch):
 
         monkeypatch.setattr(onnx_file, "_exported", wrong)
         monkeypatch.setattr("penjing.onnx_files.export_cache.recall", lambda key: None)
-        monkeypatch.setattr("penjing.onnx_files.export_cache.keep", lambda key, data: None)  # not for the next test
+        monkeypatch.setattr("penjing.onnx_files.export_cache.store", lambda key, data: None)  # not for the next test
 
     return lose
 
