@@ -17,6 +17,17 @@ def test_it_is_the_table_that_torch_builds():
     assert len(built.functions) > 300 and rows(copied) == rows(built)
 
 
+def test_operators_that_are_registered_later_get_their_rows():
+    with read_once(OPSET):
+        before = ONNXRegistry.from_torchlib(OPSET)
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
+
+    with read_once(OPSET):
+        after = ONNXRegistry.from_torchlib(OPSET)
+    assert any(str(name).startswith("quantized_decomposed") for name in after.functions)
+    assert before.functions.keys() <= after.functions.keys()
+
+
 def test_what_one_export_writes_into_its_table_no_other_reads():
     with read_once(OPSET):
         one = ONNXRegistry.from_torchlib(OPSET)

@@ -10,28 +10,35 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
-@functools.cache
-def _table(opset: int) -> ONNXRegistry:
+@functools.lru_cache(maxsize=4)
+def _table(opset: int, operators: int) -> ONNXRegistry:
     return ONNXRegistry.from_torchlib(opset)
 
 
-def _copied(opset: int) -> ONNXRegistry:
+def _operators() -> int:
+    """How many operators are registered: the table has rows for packages that were imported before it was built."""
+    return len(torch._C._dispatch_get_all_op_names())
+
+
+def _copied(opset: int, operators: int) -> ONNXRegistry:
     """A table of the caller's own, into which it may write."""
     table = ONNXRegistry()
     table._opset_version = opset
-    table.functions = {target: list(functions) for target, functions in _table(opset).functions.items()}
+    table.functions = {target: list(functions) for target, functions in _table(opset, operators).functions.items()}
     return table
 
 
 @contextlib.contextmanager
 def read_once(opset: int) -> Iterator[None]:
     """Let `torch.onnx.export` copy the table of that opset in the place of building it, inside the block."""
-    _table(opset)
+    operators = _operators()
+    _table(opset, operators)
     original = ONNXRegistry.__dict__["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(lambda opset_version: _copied(opset_version))  # type: ignore[method-assign, assignment]
+    ONNXRegistry.from_torchlib = staticmethod(lambda opset_version: _copied(opset_version, operators))  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
