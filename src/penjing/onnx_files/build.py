@@ -53,7 +53,9 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     for node in _all_nodes(whole.nodes):
         for position, name in enumerate(node.inputs):
             readers.setdefault(name, []).append((node, position))
-    weights = {name: value for name, value in constants.items() if _is_weight(value, readers.get(name, []))}
+    computed = {name: value for name, value in constants.items() if _is_weight(value, readers.get(name, []))}
+    numbers = _among_sizes(whole.nodes, constants)
+    weights = {name: value for name, value in computed.items() if name not in numbers}
     statistics = [
         name
         for name in weights
@@ -137,6 +139,39 @@ def _is_weight(value: np.ndarray, readers: list[tuple[Node, int]]) -> bool:
     floating = np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"
     needed = [position in KNOWN_INPUTS.get(node.operator, ()) for node, position in readers]
     return floating and value.size > 1 and bool(readers) and not any(needed)
+
+
+_OF_SIZES = frozenset((
+    "Cast", "Gather", "Identity", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Slice", "Split",
+    "Squeeze", "Transpose", "Unsqueeze",
+))  # fmt: skip
+"""Operators that give sizes where their first input is sizes, whatever the others say."""
+_NO_SIZES = frozenset(("ConstantOfShape", "Expand", "Range"))
+_LONGEST = 16
+"""Most numbers that a constant has which is computed with sizes: no tensor has more axes."""
+
+
+def _among_sizes(nodes: list[Node], constants: dict[str, np.ndarray]) -> set[str]:
+    """Constants that are computed with sizes, and so have to be known like them: ``Floor(Cast(Shape(x)) * [2, 2])``."""
+    of_sizes: set[str] = set()
+    numbers: set[str] = set()
+    for node in _all_nodes(nodes):
+        inputs = [name for name in node.inputs if name]
+        if node.operator in ("Shape", "Size"):
+            of_sizes |= {*node.outputs}
+        elif node.operator in SIZES and node.operator not in _NO_SIZES and inputs:
+            if node.operator in _OF_SIZES:
+                follows = inputs[0] in of_sizes
+            else:
+                others = [constants[name] for name in inputs if name in constants]
+                follows = any(name in of_sizes for name in inputs) and all(
+                    name in of_sizes or name in constants for name in inputs
+                )
+                follows = follows and all(value.size <= _LONGEST and value.ndim < 2 for value in others)
+            if follows:
+                of_sizes |= {*node.outputs}
+                numbers |= {name for name in inputs if name in constants}
+    return numbers
 
 
 def _branches(node: Node) -> list[Branch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class Operation(nn.Module):
     ) -> None:
         super().__init__()
         self.node = node
+        self.layer = tuple(layer or ())
         for name, value in (layer or {}).items():
             self.register_parameter(name, nn.Parameter(value))
         self.origin = f'File "{file}", line {node.line}, in {node.operator}\n    {node.name or node.operator}'
@@ -52,8 +53,8 @@ class Operation(nn.Module):
         function = OPERATORS.get(node.operator)
         if function is None:
             raise node.refuse("no function of torch is known for it", f"operator set {node.opset}")
-        # A recurrent layer has its tensors in torch's order.
-        stored = {"stored": dict(self._parameters)} if self._parameters else {}
+        # A recurrent layer has its tensors in torch's order. Other weights may lie here because of their names alone.
+        stored = {"stored": {name: self._parameters[name] for name in self.layer}} if self.layer else {}
         try:
             return function(node, *values, **stored)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -67,6 +68,10 @@ class Operation(nn.Module):
 
 class Graph(nn.Module):
     """The nodes of a graph in their order, with the constants among its values."""
+
+    # Of the class, so that no node and no weight is called so.
+    _order: Sequence[str] = ()
+    _freed: Sequence[tuple[str, ...]] = ()
 
     def __init__(
         self, operations: Iterable[Operation], known: Mapping[str, np.ndarray], outputs: Iterable[str]
@@ -120,6 +125,7 @@ class OnnxNetwork(Graph):
     """
 
     inputs: dict[str, str]
+    _stored: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -201,7 +207,7 @@ def _word(text: str) -> str:
 def reads(step: Any) -> list[str]:
     """Names that a node reads, those of the graphs within it included."""
     names = [*step.node.inputs]
-    for branch in step.children():
+    for branch in (part for part in step.children() if isinstance(part, Graph)):
         names += [name for path in branch._order for name in reads(branch.get_submodule(path))] + [*branch._outputs]
     return names
 

@@ -51,7 +51,7 @@ def open_model(path: Path) -> Any:
         model = onnx.load_model_from_string(content)
         _check_external(model, path)
         onnx.load_external_data_for_model(model, str(path.parent))
-        onnx.checker.check_model(model)
+        _check(model)
     except CheckpointError:
         raise
     except Exception as error:  # of the system, of protocol buffers and of onnx's checker
@@ -64,6 +64,22 @@ def open_model(path: Path) -> Any:
     _check_sets(model, path)
     _check_floating(model, path)
     return model
+
+
+def _check(model: Any) -> None:
+    """Onnx's own check; inputs and outputs of an unknown rank, which runtimes take, are none of its business."""
+    import onnx
+
+    open_ranks = [
+        value.type.tensor_type
+        for value in [*model.graph.input, *model.graph.output]
+        if value.type.tensor_type.elem_type and not value.type.tensor_type.HasField("shape")
+    ]
+    for kind in open_ranks:
+        kind.shape.SetInParent()
+    onnx.checker.check_model(model)
+    for kind in open_ranks:
+        kind.ClearField("shape")
 
 
 def open_network(path: Path | str, **fixed: float) -> tuple[OnnxNetwork, Any, Mapping[str | int, Mapping[int, str]]]:
@@ -200,6 +216,7 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
     for position, port in enumerate(p for p in model.graph.input if p.name not in stored):
         kind = port.type.tensor_type
         shape: list[int] = []
+        known &= kind.HasField("shape")
         for axis, dim in enumerate(kind.shape.dim):
             fixed = dim.HasField("dim_value") and dim.dim_value > 0
             known &= fixed or axis == 0

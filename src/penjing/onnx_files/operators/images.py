@@ -86,10 +86,9 @@ def _interpolated(
     if not exact:
         return None
     if mode == "nearest":
-        if (
-            transform == "asymmetric"
-            and node.get("nearest_mode", "floor" if node.opset < 11 else "round_prefer_floor") == "floor"
-        ):
+        shrinks = any(isinstance(results[a], int) and results[a] < x.shape[a] for a in axes)
+        default = "round_prefer_floor" if node.opset > 10 else "ceil" if shrinks else "floor"
+        if transform == "asymmetric" and node.get("nearest_mode", default) == "floor":
             return F.interpolate(x, size, mode="nearest")
         return None
     above = all(not isinstance(results[a], int) or results[a] > 1 for a in axes)
@@ -116,7 +115,8 @@ def _resized(
     factor = size / count if factor is None else factor
     places = _coordinates(np.arange(size, dtype=np.float64), count, size, factor, box, transform)
     if mode == "nearest":
-        default = "floor" if node.opset < 11 else "round_prefer_floor"
+        # The first sets say no more than their test, in which what shrinks is rounded up.
+        default = "round_prefer_floor" if node.opset > 10 else "floor" if factor >= 1 else "ceil"
         index = np.clip(_ROUND[node.get("nearest_mode", default)](places), 0, count - 1).astype(np.int64)
         return x.index_select(axis, torch.from_numpy(index))
     matrix = _weights(node, places, count, factor, mode)
