@@ -301,3 +301,208 @@ def test_a_damaged_file_is_an_error_and_no_crash(exported, tmp_path):
             open_network(path)
         except PenjingError as error:
             assert len(str(error)) < 3000
+
+
+# --- what other exporters write, against ONNX Runtime -----------------------------------------------------------
+
+
+def agrees(tmp_path, made, *batches):
+    """The module computes what ONNX Runtime computes of the file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = stored(tmp_path, made)
+    network, *_ = open_network(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for inputs in batches:
+        with torch.no_grad():
+            outputs = network(*[torch.from_numpy(value) for value in inputs.values()])
+        given = outputs.values() if isinstance(outputs, dict) else [outputs]
+        for output, expected in zip(given, session.run(None, inputs), strict=True):
+            np.testing.assert_allclose(output.numpy(), expected, rtol=1e-4, atol=1e-5)
+    return network
+
+
+def values(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+NAMES = ("a b", "a/b", "a:0", "'q\"", "class", "forward", "training", "_order", "_known", "_stored", "_freed", "ports",
+         "inputs", "0", "a.b", "a.b.c", "self", "é", "..", "_parameters", "run", "compute", "layer")  # fmt: skip
+
+
+def test_nodes_weights_and_ports_may_have_any_name(tmp_path):
+    nodes, weights, at = [], {}, "return"
+    for i, name in enumerate(NAMES):
+        weights[name] = values(4, 4, seed=i) / 2
+        nodes.append(helper.make_node("MatMul", [at, name], [f"value {i}"], name=name))
+        at = f"value {i}"
+    made = model(nodes, {"return": ["batch", 4]}, {at: ["batch", 4]}, weights)
+    network = agrees(tmp_path, made, {"return": values(2, 4)}, {"return": values(3, 4)})
+    assert sum(p.numel() for p in network.parameters()) == 16 * len(NAMES)
+    captured = capture_network(network, (torch.ones(2, 4),), {}, {0: {0: "batch"}})
+    with torch.no_grad():
+        torch.testing.assert_close(captured(torch.ones(3, 4)), network(torch.ones(3, 4)))
+
+
+def test_weights_may_lie_below_the_name_of_a_node(tmp_path):
+    nodes = [
+        helper.make_node("Mul", ["x", "a.weight"], ["y"], name="a"),
+        helper.make_node("Mul", ["y", "a.weight.b"], ["z"], name="/a/weight"),
+    ]
+    made = model(nodes, {"x": ["n", 4]}, {"z": ["n", 4]}, {"a.weight": values(4), "a.weight.b": values(4, seed=1)})
+    agrees(tmp_path, made, {"x": values(2, 4)})
+
+
+@pytest.mark.parametrize("opset", [10, 13])
+def test_constants_among_sizes_are_numbers(tmp_path, opset):
+    """Scales that are computed from sizes in floating point, as TensorFlow's converter writes them."""
+    given = ["x", "scales"] if opset == 10 else ["x", "", "scales"]
+    more = {} if opset == 10 else {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Slice", ["shape", "two", "four"], ["sizes"]),
+        helper.make_node("Cast", ["sizes"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["target", "floats"], ["factors"]),
+        helper.make_node("Concat", ["ones", "factors"], ["scales"], axis=0),
+        helper.make_node("Resize", given, ["y"], mode="nearest", **more),
+    ]
+    constants = {
+        "two": np.array([2]),
+        "four": np.array([4]),
+        "target": np.float32([12, 10]),
+        "ones": np.float32([1, 1]),
+    }
+    made = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, constants, opset)
+    network = agrees(tmp_path, made, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
+    assert not list(network.parameters())
+
+
+def test_a_weight_times_a_size_is_a_weight(tmp_path):
+    nodes = [
+        helper.make_node("Size", ["x"], ["count"]),
+        helper.make_node("Cast", ["count"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["w", "number"], ["scaled"]),
+        helper.make_node("MatMul", ["x", "scaled"], ["y"]),
+    ]
+    made = model(nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": values(4, 3)})
+    assert sum(p.numel() for p in agrees(tmp_path, made, {"x": values(5, 4)}).parameters()) == 12
+
+
+def test_nearest_of_the_tenth_set_rounds_up_where_it_shrinks(tmp_path):
+    made = model([helper.make_node("Resize", ["x", "s"], ["y"])], {"x": ["n", 3, 8, 6]}, {"y": ["a", "b", "c", "d"]},
+                 {"s": np.float32([1, 1, 1.5, 0.6])}, 10)  # fmt: skip
+    agrees(tmp_path, made, {"x": values(2, 3, 8, 6)})
+
+
+def test_outputs_of_an_unknown_rank_are_read(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": None}, {"y": None})
+    network, example, _ = open_network(stored(tmp_path, made))
+    assert example is None
+    assert network(torch.ones(2, 3)).shape == (2, 3)
+
+
+# --- files that nobody should write --------------------------------------------------------------------------------
+
+
+def one(operator, *constants, shape=(2, 4), opset=18, **attributes):
+    """A node of x and constants, and its model."""
+    numbers = {f"c{i}": np.asarray(value) for i, value in enumerate(constants)}
+    node = helper.make_node(operator, ["x", *numbers], ["y"], name="bad", **attributes)
+    return model([node], {"x": list(shape)}, {"y": ["a", "b"]}, numbers, opset)
+
+
+def of_sizes(operator, *constants, **attributes):
+    numbers = {f"c{i}": np.asarray(value) for i, value in enumerate(constants)}
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node(operator, ["s", *numbers], ["t"], name="bad", **attributes),
+        helper.make_node("Reshape", ["x", "t"], ["y"]),
+    ]
+    return model(nodes, {"x": [2, 4]}, {"y": ["a", "b"]}, numbers)
+
+
+def of_constants(operator, *constants, **attributes):
+    numbers = {f"c{i}": np.asarray(value) for i, value in enumerate(constants)}
+    nodes = [
+        helper.make_node(operator, [*numbers], ["t"], name="bad", **attributes),
+        helper.make_node("Cast", ["t"], ["y"], to=TensorProto.FLOAT),
+    ]
+    return model(nodes, {"x": [2, 4]}, {"y": ["a", "b"]}, numbers)
+
+
+BAD = {
+    "axis too large": one("Softmax", axis=1 << 62),
+    "type unknown": one("Cast", to=99),
+    "type of sizes unknown": of_sizes("Cast", to=99),
+    "strides of zero": one("AveragePool", shape=(2, 3, 8, 8), kernel_shape=[2, 2], strides=[0, 0], ceil_mode=1),
+    "kernel of another rank": one("AveragePool", shape=(2, 3, 8, 8), kernel_shape=[2, 2, 2]),
+    "kernel of another shape": one("Conv", values(4, 3, 3, 3), shape=(2, 3, 8, 8), kernel_shape=[5, 5]),
+    "mode unknown": one("Resize", np.float32([]), np.float32([1, 2]), nearest_mode="none"),
+    "scales absurd": one("Resize", np.float32([]), np.float32([1, 1e9]), mode="linear"),
+    "scales no number": one("Resize", np.float32([]), np.float32([np.nan, np.inf])),
+    "shape absurd": one("Reshape", [1 << 40, 1 << 40]),
+    "padding absurd": one("Pad", [1 << 40, 0, 0, 1 << 40]),
+    "parts of nothing": one("Split", axis=1, num_outputs=0),
+    "sizes out of range": of_sizes("Gather", [9]),
+    "sizes by zero": of_sizes("Div", [0]),
+    "sizes modulo zero": of_sizes("Mod", [0]),
+    "sizes expanded": of_sizes("Expand", [1 << 20, 1 << 20, 2]),
+    "range absurd": of_constants("Range", 0, 1 << 60, 1),
+    "range without end": of_constants("Range", 0, 5, 0),
+    "constant expanded": of_constants("Expand", 3, [1 << 20, 1 << 20]),
+    "negative shape": of_constants("ConstantOfShape", [-5, 4]),
+    "window absurd": of_constants("HannWindow", 1 << 50),
+    "weights of no recurrent layer": one("LSTM", values(24), values(3), shape=(2, 3, 4), hidden_size=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_node_is_named(tmp_path, name):
+    with pytest.raises(PenjingError) as error:
+        network, example, _ = open_network(stored(tmp_path, BAD[name]))
+        network(*example)
+    assert "'bad'" in error.value.got
+
+
+def test_constants_that_double_take_no_memory(tmp_path):
+    nodes = [helper.make_node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0, name=f"n{i}") for i in range(45)]
+    made = model(
+        [*nodes, helper.make_node("Cast", ["c45"], ["y"], to=1)], {"x": [1]}, {"y": ["a"]}, {"c0": np.array([1, 2])}
+    )
+    network, *_ = open_network(stored(tmp_path, made))
+    with pytest.raises(SourceError):
+        network(torch.zeros(1))
+
+
+def test_branches_have_as_many_outputs_as_their_node(tmp_path):
+    inner = helper.make_graph([helper.make_node("Neg", ["x"], ["t"])], "branch", [],
+                              [helper.make_tensor_value_info("t", TensorProto.FLOAT, [2, 4])])  # fmt: skip
+    node = helper.make_node("If", ["c"], ["y", "z"], name="bad", then_branch=inner, else_branch=inner)
+    made = model([node], {"x": [2, 4]}, {"y": [2, 4], "z": [2, 4]}, {"c": np.array(True)})
+    assert "'bad'" in refused(stored(tmp_path, made)).got
+
+
+def test_names_that_are_no_text_sparse_tensors_and_text(tmp_path):
+    made = model([helper.make_node("Relu", ["QQQ"], ["y"])], {"QQQ": [2, 4]}, {"y": [2, 4]})
+    path = tmp_path / "bytes.onnx"
+    path.write_bytes(made.SerializeToString().replace(b"QQQ", b"\xff\xfeq"))
+    refused(path, CheckpointError)
+    made = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [2, 4]}, {"y": [2, 4]})
+    few = numpy_helper.from_array(np.float32([1, 2]), "w")
+    made.graph.sparse_initializer.append(helper.make_sparse_tensor(few, numpy_helper.from_array(np.array([0, 3])), [4]))
+    assert "'w'" in refused(stored(tmp_path, made), SourceError).got
+    made = model([helper.make_node("Identity", ["w"], ["y"])], {"x": [2, 4]}, {"y": [2]})
+    made.graph.initializer.append(helper.make_tensor("w", TensorProto.STRING, [2], [b"a", b"b"]))
+    assert "'w'" in refused(stored(tmp_path, made), SourceError).got
+
+
+def test_a_declared_size_that_is_absurd_takes_no_memory(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1 << 40, 1 << 40]}, {"y": ["a", "b"]})
+    assert open_network(stored(tmp_path, made))[1] is None
+
+
+def test_a_call_with_other_inputs_says_which_it_takes(tmp_path):
+    made = model([helper.make_node("Add", ["x", "z"], ["y"])], {"x": [2, 4], "z": [2, 4]}, {"y": [2, 4]})
+    network, *_ = open_network(stored(tmp_path, made))
+    for inputs in ((torch.ones(2, 4),), (torch.ones(2, 4),) * 3):
+        with pytest.raises(TypeError, match="takes x, z"):
+            network(*inputs)

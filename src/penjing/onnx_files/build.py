@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from penjing.errors import SourceError
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
-from penjing.onnx_files.node import Node, is_known
+from penjing.onnx_files.node import FAILURES, Node, is_known
 from penjing.onnx_files.operators import KNOWN_INPUTS, OPERATORS
 from penjing.onnx_files.operators.recurrent import layer_tensors
 from penjing.onnx_files.sizes import SIZES
@@ -62,7 +63,7 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
         if any(node.operator == "BatchNormalization" and position > 2 for node, position in readers[name])
     ]
     known = {name: value for name, value in constants.items() if name not in weights}
-    nodes, known = _folded(whole.nodes, known)
+    nodes, known = _folded(whole.nodes, known, [16 * FOLDED])
     once = {name: value for name, value in weights.items() if len(readers[name]) == 1}
     operations = _operations(nodes, file, once)
     read = {name for step in operations for name in reads(step)} | {*whole.outputs}
@@ -79,6 +80,13 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
 
 def _branch(graph: Any, opset: int, constants: dict[str, np.ndarray]) -> Branch:
     """The nodes of a graph as values; its constants, and those of the graphs within, go to `constants`."""
+    for sparse in graph.sparse_initializer:
+        raise SourceError(
+            "sparse tensors of ONNX files are not read",
+            got=f"{sparse.values.name!r}, of shape {list(sparse.dims)}",
+            expected="tensors that hold all their values",
+            remedy="store it dense: export the network again without sparse initializers",
+        )
     constants |= {tensor.name: to_array(tensor) for tensor in graph.initializer}
     nodes = []
     for line, proto in enumerate(graph.node, 1):
@@ -131,6 +139,13 @@ def to_array(proto: Any) -> np.ndarray:
     """A tensor of a file as an array."""
     import onnx
 
+    if proto.data_type == onnx.TensorProto.STRING:
+        raise SourceError(
+            "tensors of text are not taken",
+            got=f"{proto.name!r} in the ONNX file",
+            expected="tensors of numbers",
+            remedy="export the network without the text in it: what turns text into numbers runs before the network",
+        )
     return np.asarray(onnx.numpy_helper.to_array(proto))
 
 
@@ -186,8 +201,16 @@ def _all_nodes(nodes: list[Node]) -> Iterator[Node]:
             yield from _all_nodes(branch.nodes)
 
 
-def _folded(nodes: list[Node], known: dict[str, np.ndarray]) -> tuple[list[Node], dict[str, np.ndarray]]:
-    """The nodes that are left where those of constants alone were computed, and all constants."""
+def _folded(
+    nodes: list[Node], known: dict[str, np.ndarray], room: list[int]
+) -> tuple[list[Node], dict[str, np.ndarray]]:
+    """The nodes that are left where those of constants alone were computed, and all constants.
+
+    Args:
+        nodes: In their order.
+        known: Constants.
+        room: One number, how many elements may still be computed; it shrinks.
+    """
     known = dict(known)
     left: list[Node] = []
     for node in nodes:
@@ -195,8 +218,12 @@ def _folded(nodes: list[Node], known: dict[str, np.ndarray]) -> tuple[list[Node]
         whole = all(name == "" or value is not None for name, value in zip(node.inputs, inputs, strict=True))
         if node.operator == "If":
             if whole and inputs[0] is not None:
+                if inputs[0].size != 1:
+                    raise node.refuse("its condition is not one value", f"shape {list(inputs[0].shape)}")
                 taken = node.attributes["then_branch" if bool(inputs[0].reshape(-1)[0]) else "else_branch"]
-                inside, known = _folded(taken.nodes, known)
+                if len(taken.outputs) != len(node.outputs):
+                    raise node.refuse("its branch gives another number of outputs", str(len(taken.outputs)))
+                inside, known = _folded(taken.nodes, known, room)
                 left += inside
                 for outer, inner in zip(node.outputs, taken.outputs, strict=True):
                     left.append(replace(node, operator="Identity", attributes={}, inputs=(inner,), outputs=(outer,)))
@@ -206,14 +233,16 @@ def _folded(nodes: list[Node], known: dict[str, np.ndarray]) -> tuple[list[Node]
             attributes = dict(node.attributes)
             for name, value in node.attributes.items():
                 if isinstance(value, Branch):
-                    inside, known = _folded(value.nodes, known)
+                    inside, known = _folded(value.nodes, known, room)
                     attributes[name] = Branch(inside, value.outputs)
             left.append(replace(node, attributes=attributes))
             continue
         results = _computed(node, inputs) if whole and node.operator not in _RANDOM else None
-        if results is None:
+        count = sum(value.size for value in results or () if value is not None)
+        if results is None or count > room[0]:
             left.append(node)
         else:
+            room[0] -= count
             known.update({name: value for name, value in zip(node.outputs, results, strict=False) if value is not None})
     return left, known
 
@@ -226,20 +255,25 @@ def _computed(node: Node, inputs: list[np.ndarray | None]) -> list[np.ndarray | 
     try:
         with torch.no_grad():
             results = function(node, *inputs)
-    except (RuntimeError, IndexError, ValueError):  # in a branch that is not taken, for one
+    except (SourceError, *FAILURES):  # in a branch that is not taken, for one
         return None
     results = results if isinstance(results, tuple | list) else (results,)
     arrays = [value if value is None or is_known(value) else _as_array(value) for value in results]
     return None if any(value is not None and value.size > FOLDED for value in arrays) else arrays
 
 
-_GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Reshape": 1, "Range": 1, "OneHot": 1, "Pad": 1, "EyeLike": 0}
+_GROWING = {
+    "ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Reshape": 1, "Range": 1, "OneHot": 1, "Pad": 1, "EyeLike": 0,
+    "BlackmanWindow": 0, "HammingWindow": 0, "HannWindow": 0, "MelWeightMatrix": 1, "DFT": 1, "Col2Im": 1,
+}  # fmt: skip
 """Operators whose results can be far larger than their inputs → the input that says how large."""
 
 
 def _announced(node: Node, inputs: list[np.ndarray | None]) -> int:
     """Elements that a result may have, by what the input says; no more than the product of its numbers."""
     count = 1
+    if len(inputs) <= _GROWING[node.operator]:
+        return count
     for value in (inputs[_GROWING[node.operator]], inputs[0] if node.operator in ("Tile", "OneHot") else None):
         if value is not None and value is not inputs[0]:
             for n in np.abs(value.astype(np.float64)).reshape(-1):
@@ -275,7 +309,10 @@ def _operations(nodes: list[Node], file: str, once: dict[str, np.ndarray]) -> li
         layer = None
         names = [name for name in node.inputs[1:4] if name]
         if node.operator in ("LSTM", "GRU", "RNN") and all(name in once for name in names):
-            layer = layer_tensors(node, [once.get(name) for name in (*node.inputs, "")[1:4]])
+            try:
+                layer = layer_tensors(node, [once.get(name) for name in (*node.inputs, "")[1:4]])
+            except FAILURES as error:
+                raise node.refuse("its weights are not those of such a layer", str(error)[:300]) from error
         if layer is not None:
             plain = replace(plain, inputs=(node.inputs[0], "", "", "", *node.inputs[4:]))
         operations.append(Operation(plain, file, graphs, layer))
@@ -300,6 +337,8 @@ def _forward(names: list[str]) -> Callable[..., Any]:
 
     def forward(self: OnnxNetwork, *args: Any, **kwargs: Any) -> Any:
         bound = dict(zip(parameters, args, strict=False)) | kwargs
+        if len(args) > len(parameters) or bound.keys() != parameters.keys():
+            raise TypeError(f"the network takes {', '.join(parameters)}; got {len(args)} and {', '.join(kwargs) or 0}")
         return self.run({parameters[word]: value for word, value in bound.items()})
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from penjing.onnx_files.node import Node, Value, from_array, is_known, tensor
+from penjing.onnx_files.node import FAILURES, Node, Value, from_array, is_known, tensor
 from penjing.onnx_files.operators import OPERATORS
 from penjing.onnx_files.sizes import SIZES
 
@@ -48,21 +48,21 @@ class Operation(nn.Module):
     def forward(self, *values: Value) -> Any:
         """The outputs of the node."""
         node = self.node
-        if node.operator in SIZES and all(value is None or is_known(value) for value in values):
-            return SIZES[node.operator](node, *values)
-        function = OPERATORS.get(node.operator)
+        sizes = node.operator in SIZES and all(value is None or is_known(value) for value in values)
+        function = SIZES[node.operator] if sizes else OPERATORS.get(node.operator)
         if function is None:
             raise node.refuse("no function of torch is known for it", f"operator set {node.opset}")
         # A recurrent layer has its tensors in torch's order. Other weights may lie here because of their names alone.
         stored = {"stored": {name: self._parameters[name] for name in self.layer}} if self.layer else {}
         try:
             return function(node, *values, **stored)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            if torch.compiler.is_exporting():  # torch reads its own errors
+        except FAILURES as error:
+            own = isinstance(error, KeyError | ArithmeticError | MemoryError)
+            if torch.compiler.is_exporting() and not own:  # torch reads its own errors
                 raise
             given = ", ".join(str(list(value.shape)) for value in values if value is not None)
             raise node.refuse(
-                "it fails", f"{' '.join(str(error).split())[:300]} for inputs of shapes {given}"
+                "it fails", f"{type(error).__name__}: {' '.join(str(error).split())[:300]} for inputs of shapes {given}"
             ) from error
 
 
@@ -97,6 +97,9 @@ class Graph(nn.Module):
             else:
                 results = step(*[values[name] for name in node.inputs])
             results = results if isinstance(results, tuple | list) else (results,)
+            absent = [name for name in node.outputs[len(results) :] if name]
+            if absent:
+                raise node.refuse("it gives fewer outputs", f"{len(results)}, without {absent[0]!r}")
             values.update(zip(node.outputs, results, strict=False))
             for name in freed:
                 values.pop(name, None)

@@ -82,7 +82,18 @@ def sizes(node: Node, value: Value, role: str) -> list[Any]:
     return [item if isinstance(item, torch.SymInt) else int(item) for item in np.asarray(value).reshape(-1)]
 
 
-LARGEST = 1 << 31
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What functions of torch and NumPy raise for inputs and attributes that no valid node has."""
+
+LARGEST = 1 << 28
 """Most elements of a tensor that an operator makes out of a few numbers."""
 
 
@@ -90,10 +101,12 @@ def bounded(node: Node, shape: Sequence[Any]) -> list[Any]:
     """A shape as it is.
 
     Raises:
-        SourceError: It has more elements than `LARGEST`, which no network means.
+        SourceError: It has more elements than `LARGEST`, which no network means, or a negative size.
     """
     count = 1
     for n in shape:
+        if isinstance(n, int) and n < 0:
+            raise node.refuse("its result has a negative size", f"shape {list(shape)}")
         count = count * max(n, 1) if isinstance(n, int) else count
     if count > LARGEST:
         raise node.refuse("its result is too large", f"shape {list(shape)}")
@@ -136,6 +149,7 @@ def from_array(value: np.ndarray) -> torch.Tensor:
 
 
 __all__ = [
+    "FAILURES",
     "LARGEST",
     "Node",
     "Value",

@@ -58,6 +58,16 @@ def _divide(a: Any, b: Any) -> Any:
     return int(a / b) if abs(int(a)) < 1 << 50 else int(a) // int(b)
 
 
+_MOST = 1 << 26
+"""Most numbers of a known array."""
+
+
+def _small(node: Node, count: float) -> None:
+    """Refuse a known array that is too large."""
+    if not count <= _MOST:
+        raise node.refuse("its result is too large", f"{count:,} numbers that are known beforehand")
+
+
 def _axes(node: Node, axes: np.ndarray | None) -> list[int] | None:
     listed = node.get("axes") if axes is None else axes
     return None if listed is None else [int(axis) for axis in np.reshape(listed, -1)]
@@ -90,6 +100,7 @@ def _slice(node: Node, x: np.ndarray, starts: Any = None, ends: Any = None, axes
 
 
 def _concat(node: Node, *values: np.ndarray) -> np.ndarray:
+    _small(node, sum(value.size for value in values))
     return np.concatenate(values, axis=node.get("axis", 0))
 
 
@@ -150,10 +161,11 @@ def _constant_of_shape(node: Node, shape: np.ndarray) -> Any:
     return np.full(listed, value.reshape(-1)[0], value.dtype)
 
 
-def _range(_: Node, start: np.ndarray, limit: np.ndarray, step: np.ndarray) -> Any:
+def _range(node: Node, start: np.ndarray, limit: np.ndarray, step: np.ndarray) -> Any:
     first, end, by = (value.reshape(-1)[0] for value in (start, limit, step))
     if any(isinstance(n, torch.SymInt | torch.SymFloat) for n in (first, end, by)):
         return torch.arange(first, end, by)
+    _small(node, (float(end) - float(first)) / float(by))
     return np.arange(first, end, by, dtype=start.dtype if start.dtype != object else np.int64)
 
 
@@ -164,9 +176,10 @@ def _where(_: Node, condition: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.n
     return _tidy(np.frompyfunc(choose, 3, 1)(condition, a, b), np.result_type(a, b))
 
 
-def _expand(_: Node, x: np.ndarray, shape: np.ndarray) -> Any:
+def _expand(node: Node, x: np.ndarray, shape: np.ndarray) -> Any:
     if shape.dtype == object:
         return tensor(x).expand([n if isinstance(n, torch.SymInt) else int(n) for n in shape])
+    _small(node, math.prod(max(int(n), 1) for n in shape) * x.size)
     return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(n) for n in shape)))
 
 

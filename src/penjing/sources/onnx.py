@@ -5,6 +5,7 @@ Tensors that lie in files of their own are read from the folder of the file alon
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from penjing.errors import CheckpointError, MissingDependency, SourceError
+from penjing.errors import CheckpointError, MissingDependency, PenjingError, SourceError
 from penjing.onnx_files.build import build
 from penjing.onnx_files.network import OnnxNetwork
+from penjing.onnx_files.node import LARGEST
 from penjing.onnx_files.operators.elementwise import TYPES
 from penjing.onnx_files.read import prepared
 from penjing.records import reading
@@ -99,8 +101,18 @@ def open_network(path: Path | str, **fixed: float) -> tuple[OnnxNetwork, Any, Ma
     model = open_model(path)
     if fixed:
         _fix(model, fixed, path)
-    network = build(prepared(model), path.name).eval()
-    example, dynamic = declared_inputs(model)
+    try:
+        network = build(prepared(model), path.name).eval()
+        example, dynamic = declared_inputs(model)
+    except PenjingError:
+        raise
+    except Exception as error:  # what the check leaves: names that are no text, nesting without end, damaged tensors
+        raise CheckpointError(
+            "the ONNX file can't be read",
+            got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            expected="a valid ONNX model of tensors of numbers",
+            remedy="download or export it again; onnx.checker.check_model(path, full_check=True) may say more",
+        ) from error
     return network, example, dynamic
 
 
@@ -226,7 +238,7 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
                 firsts |= {word} if axis == 0 else set()
                 if word and (not recurrent or word in firsts):
                     dynamic.setdefault(position, {})[axis] = word
-        known &= kind.elem_type in TYPES
+        known &= kind.elem_type in TYPES and math.prod(shape) <= LARGEST
         values.append(torch.zeros(shape, dtype=TYPES.get(kind.elem_type, torch.float32)) if known else torch.zeros(0))
     return (tuple(values) if known and values else None), dynamic
 

@@ -55,9 +55,18 @@ _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
+def _kernel(node: Node, value: torch.Tensor, weight: torch.Tensor) -> list[Any]:
+    """Spatial sizes of a weight, which has to be one for this input and what the node says."""
+    kernel = list(weight.shape[2:])
+    if value.dim() != weight.dim() or list(node.get("kernel_shape", kernel)) != kernel:
+        got = f"kernel_shape {node.get('kernel_shape')}, weight {list(weight.shape)}, input {list(value.shape)}"
+        raise node.refuse("its kernel is of another shape than its weight or its input", got)
+    return kernel
+
+
 def _conv(node: Node, x: Value, w: Value, b: Value = None) -> torch.Tensor:
     value, weight = tensor(x), tensor(w)
-    kernel = list(weight.shape[2:])
+    kernel = _kernel(node, value, weight)
     rank = len(kernel)
     strides, dilations = node.get("strides", [1] * rank), node.get("dilations", [1] * rank)
     before, after = spatial_pads(node, value.shape[2:], kernel, strides, dilations)
@@ -74,7 +83,7 @@ def _conv(node: Node, x: Value, w: Value, b: Value = None) -> torch.Tensor:
 
 def _conv_transpose(node: Node, x: Value, w: Value, b: Value = None) -> torch.Tensor:
     value, weight = tensor(x), tensor(w)
-    kernel = list(weight.shape[2:])
+    kernel = _kernel(node, value, weight)
     rank = len(kernel)
     if not 1 <= rank <= 3:
         raise node.refuse("torch has no convolution of its rank", f"{rank} spatial axes")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, sizes, tensor
+from penjing.onnx_files.node import Node, Value, bounded, sizes, tensor
 
 
 def _resize(node: Node, x: Value, *more: Value) -> torch.Tensor:
@@ -44,6 +44,7 @@ def _resize(node: Node, x: Value, *more: Value) -> torch.Tensor:
             n = value.shape[a]
             exact = isinstance(s, torch.SymFloat) or float(s) != int(s)
             results[a] = _whole(n * s) if exact else n * int(s)
+    bounded(node, [results.get(a, n) for a, n in enumerate(value.shape)])
     box = None
     if transform == "tf_crop_and_resize":
         flat = [float(v) for v in np.asarray(roi).reshape(-1)]
@@ -113,6 +114,7 @@ def _resized(
     """One axis, as a product with the matrix of its weights, or by the index of the nearest."""
     count = x.shape[axis]
     factor = size / count if factor is None else factor
+    bounded(node, [size, count])
     places = _coordinates(np.arange(size, dtype=np.float64), count, size, factor, box, transform)
     if mode == "nearest":
         # The first sets say no more than their test, in which what shrinks is rounded up.

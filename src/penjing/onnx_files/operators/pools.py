@@ -22,6 +22,8 @@ def _window(node: Node, x: torch.Tensor) -> tuple[list[int], list[int], list[int
     rank = len(kernel)
     if not 1 <= rank <= 3:
         raise node.refuse("torch has no pooling of its rank", f"{rank} spatial axes")
+    if x.dim() != rank + 2:
+        raise node.refuse("its kernel is of another rank than its input", f"{kernel} for shape {list(x.shape)}")
     strides = list(node.get("strides", [1] * rank))
     dilations = list(node.get("dilations", [1] * rank))
     before, after = spatial_pads(node, x.shape[2:], kernel, strides, dilations)

@@ -278,6 +278,8 @@ def _one_hot(node: Node, indices: Value, depth: Value, values: Value) -> torch.T
 
 def _range(node: Node, start: Value, limit: Value, step: Value) -> torch.Tensor:
     first, end, by = (number(node, value, "limits") for value in (start, limit, step))
+    if not any(isinstance(n, torch.SymInt | torch.SymFloat) for n in (first, end, by)):
+        bounded(node, [max(math.ceil((end - first) / by), 0)])
     return torch.arange(first, end, by, dtype=tensor(start).dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penjing.onnx_files.node import Node, Value, number, tensor
+from penjing.onnx_files.node import Node, Value, bounded, number, tensor
 
 
 def _window(function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -17,6 +17,7 @@ def _window(function: Callable[[Any], Any]) -> Callable[..., Any]:
         import onnx
 
         count = int(number(node, size, "size"))
+        bounded(node, [count])
         whole = count if node.get("periodic", 1) else count - 1
         kind = onnx.helper.tensor_dtype_to_np_dtype(node.get("output_datatype", 1))
         return torch.from_numpy(np.asarray(function(2 * np.pi * np.arange(count) / whole), kind))
@@ -38,6 +39,7 @@ def _dft(node: Node, x: Value, length: Value = None, axis: Value = None) -> torc
     inverse, onesided = bool(node.get("inverse", 0)), bool(node.get("onesided", 0))
     count = value.shape[along] if not (inverse and onesided) else 2 * (value.shape[along] - 1)
     count = count if length is None else int(number(node, length, "length"))
+    bounded(node, [count, count])
     moved = value.movedim(along, -2)
     if inverse and onesided:
         return _transformed(moved, count, inverse, onesided, node).movedim(-2, along)
@@ -85,6 +87,7 @@ def _mel(node: Node, bins: Value, length: Value, rate: Value, low: Value, high: 
     import onnx
 
     count, size, hertz = (int(number(node, v, "sizes")) for v in (bins, length, rate))
+    bounded(node, [size // 2 + 1, count])
     first, last = (float(number(node, v, "edges")) for v in (low, high))
 
     def mel(f: float) -> float:
