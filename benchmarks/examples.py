@@ -1,6 +1,7 @@
 """All candidates of the two example networks, measured side by side: metric, drop, latency, size, parity.
 
-ResNet-20 on Fashion-MNIST, and EfficientNet-Lite0 against its fp32 version on images.
+ResNet-20 on Fashion-MNIST, and EfficientNet-Lite0 against its fp32 version on images. Every row's metric is
+`Task.evaluate`, the source's and the candidates' alike: the examples' `Task.select`, on other images, is left out.
 
     python benchmarks/examples.py [--only resnet20] [--out benchmarks/results/examples.json]
 """
@@ -53,8 +54,9 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else RUNS:
         source, task, goal = RUNS[name]
         with tempfile.TemporaryDirectory() as aside, Progressing(Console(stderr=True)) as progress:
+            judged = dataclasses.replace(open_task(f"{ROOT / 'examples' / task}"), select=None)
             result = pj.compress(
-                f"{ROOT / 'examples' / source}", open_task(f"{ROOT / 'examples' / task}"), goal,
+                f"{ROOT / 'examples' / source}", judged, goal,
                 out=Path(aside) / name, listeners=[progress],
             )  # fmt: skip
         record = result.record
