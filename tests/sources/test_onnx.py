@@ -506,3 +506,19 @@ def test_a_call_with_other_inputs_says_which_it_takes(tmp_path):
     for inputs in ((torch.ones(2, 4),), (torch.ones(2, 4),) * 3):
         with pytest.raises(TypeError, match="takes x, z"):
             network(*inputs)
+
+
+def test_a_table_of_positions_is_cut_to_a_length_that_varies(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["length"], axis=0),
+        helper.make_node("Slice", ["positions", "zero", "length", "one"], ["places"]),
+        helper.make_node("Gather", ["table", "places"], ["embedded"]),
+        helper.make_node("Add", ["x", "embedded"], ["y"]),
+    ]
+    constants = {"one": np.array([1]), "zero": np.array([0]), "positions": np.arange(16)[None], "table": values(16, 4)}
+    made = model(nodes, {"x": ["n", "length", 4]}, {"y": ["n", "length", 4]}, constants)
+    network = agrees(tmp_path, made, {"x": values(2, 5, 4)}, {"x": values(3, 9, 4)})
+    captured = capture_network(network, (torch.zeros(2, 5, 4),), {}, {0: {0: "n", 1: "length"}})
+    with torch.no_grad():
+        torch.testing.assert_close(captured(torch.ones(3, 9, 4)), network(torch.ones(3, 9, 4)))

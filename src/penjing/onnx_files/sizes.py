@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penjing.onnx_files.node import Node, bounded, largest, smallest, tensor
+from penjing.onnx_files.node import Node, array, bounded, largest, smallest, tensor
 
 _Operator = Callable[..., Any]
 
@@ -92,6 +92,11 @@ def _slice(node: Node, x: np.ndarray, starts: Any = None, ends: Any = None, axes
     axes = node.get("axes") if axes is None else axes
     axes = range(len(starts)) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
+    if x.dtype != object and any(isinstance(n, torch.SymInt) for n in (*starts, *ends)):
+        from penjing.onnx_files.operators.shapes import OPERATORS
+
+        # A table of numbers, such as positions, cut to a size that varies: its length is no known one.
+        return OPERATORS["Slice"](node, x, *(array(list(v)) for v in (starts, ends, axes, steps)))
     ranges = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         end = None if int(step) < 0 and int(end) < -x.shape[int(axis)] else int(end)
