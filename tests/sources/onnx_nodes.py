@@ -158,7 +158,7 @@ class Node:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             read = {port.name for port in session.get_inputs()}
             feed = {port.name: value.numpy() for port, value in zip(ports, inputs, strict=True) if port.name in read}
-            self.compare([torch.from_numpy(value) for value in session.run(None, feed)])
+            self.compare([from_array(value) for value in session.run(None, feed)])
 
     def compare(self, outputs):
         outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs

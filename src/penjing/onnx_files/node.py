@@ -145,7 +145,9 @@ def from_array(value: np.ndarray) -> torch.Tensor:
     """An array of numbers as a tensor of its own memory; bfloat16 too, which NumPy knows by another package."""
     if value.dtype.name == "bfloat16":
         return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(value, order="C"))
+    # C has two types of 64 bits without sign, of which torch takes one.
+    dtype = np.uint64 if value.dtype.kind == "u" and value.dtype.itemsize == 8 else value.dtype
+    return torch.from_numpy(np.array(value, dtype=dtype, order="C"))
 
 
 __all__ = [
