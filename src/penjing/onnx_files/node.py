@@ -146,8 +146,8 @@ def from_array(value: np.ndarray) -> torch.Tensor:
     if value.dtype.name == "bfloat16":
         return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
     # C has two types of 64 bits without sign, of which torch takes one.
-    dtype = np.uint64 if value.dtype.kind == "u" and value.dtype.itemsize == 8 else value.dtype
-    return torch.from_numpy(np.array(value, dtype=dtype, order="C"))
+    copied = np.array(value, order="C")
+    return torch.from_numpy(copied.view(np.uint64) if copied.dtype == np.uint64 else copied)
 
 
 __all__ = [
