@@ -182,6 +182,15 @@ def test_sizes_that_are_computed_follow_the_input(tmp_path):
     assert captured(torch.zeros(3, 7, 2, 2)).shape == (3, 7, 4)
 
 
+def test_axes_without_a_name_vary(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [None, 3, None, None]}, {"y": [None, 3, None, None]})
+    network, example, dynamic = open_network(stored(tmp_path, made))
+    assert example is None
+    assert dynamic == {0: {0: "batch", 2: "axis_0_2", 3: "axis_0_3"}}
+    captured = capture_network(network, (torch.zeros(2, 3, 5, 6),), {}, dynamic)
+    assert captured(torch.zeros(4, 3, 7, 9)).shape == (4, 3, 7, 9)
+
+
 def test_a_fixed_batch_stays_fixed(tmp_path):
     made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
     _, example, dynamic = open_network(stored(tmp_path, made))

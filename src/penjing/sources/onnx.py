@@ -234,9 +234,11 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
             known &= fixed or axis == 0
             shape.append(dim.dim_value if fixed else 1)
             if not fixed:
-                word = _word(dim.dim_param) if dim.dim_param else "batch" if axis == 0 else ""
+                # An axis without a name varies, too, and is like no other.
+                plain = "batch" if axis == 0 else f"axis_{position}_{axis}"
+                word = _word(dim.dim_param) if dim.dim_param else plain
                 firsts |= {word} if axis == 0 else set()
-                if word and (not recurrent or word in firsts):
+                if not recurrent or word in firsts:
                     dynamic.setdefault(position, {})[axis] = word
         known &= kind.elem_type in TYPES and math.prod(shape) <= LARGEST
         values.append(torch.zeros(shape, dtype=TYPES.get(kind.elem_type, torch.float32)) if known else torch.zeros(0))

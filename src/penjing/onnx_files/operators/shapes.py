@@ -191,9 +191,7 @@ def _gather(node: Node, x: Value, indices: Value) -> torch.Tensor:
         return value.select(axis, at if isinstance(at, torch.SymInt) else int(at))
     index = tensor(indices).long()
     if axis == 0 and value.dim() == 2 and value.is_floating_point() and index.dim() > 0 and not is_known(indices):
-        return F.embedding(
-            torch.where(index < 0, index + value.shape[0], index) if node.get("_negative") else index, value
-        )
+        return F.embedding(index, value)  # token ids are not negative
     index = (
         torch.where(index < 0, index + value.shape[axis], index)
         if not is_known(indices)
