@@ -20,7 +20,8 @@ def add_tensor(digest: Digest, header: str, tensor: torch.Tensor) -> None:
     """Add a header with the tensor's name and format, and its bytes, independent of device and memory layout."""
     digest.update(header.encode())
     # NumPy has no bfloat16, but every dtype has bytes.
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if tensor.numel():  # a tensor without elements has no bytes, and its strides may forbid the view
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(network: nn.Module) -> str:

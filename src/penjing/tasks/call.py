@@ -94,7 +94,8 @@ def fingerprint(calls: Iterable[Call]) -> str:
                 flat = leaf.detach().cpu().contiguous().reshape(-1)
                 # As in penjing.network.weights, which can't be imported here: NumPy has no bfloat16, but every dtype
                 # has bytes.
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
+                if flat.numel():
+                    digest.update(flat.view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(f"|{where}={leaf!r}".encode())
     return digest.hexdigest()

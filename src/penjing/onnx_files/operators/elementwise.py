@@ -46,9 +46,12 @@ def _narrow(value: Any) -> torch.dtype | None:
     return None if value.dtype.is_complex else value.dtype
 
 
-def _two(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _two(function: Callable[[Any, Any], Any], commutes: bool = False) -> Callable[..., Any]:
     def apply(_: Node, a: Value, b: Value) -> torch.Tensor:
-        one, other = (operand(a), operand(b)) if _any_tensor(a, b) else (tensor(a), tensor(b))
+        if commutes and is_known(a) and not is_known(b):
+            a, b = b, a
+        # A number stands on the right alone, where exporters take it.
+        one, other = tensor(a), operand(b) if _any_tensor(a, b) else tensor(b)
         narrow = _narrow(one) or _narrow(other)
         if narrow is None:
             result: torch.Tensor = function(one, other)
@@ -283,7 +286,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Abs": _whole(torch.abs),
     "Acos": _each(torch.acos),
     "Acosh": _each(torch.acosh),
-    "Add": _two(torch.add),
+    "Add": _two(torch.add, commutes=True),
     "And": _compare(torch.logical_and),
     "Asin": _each(torch.asin),
     "Asinh": _each(torch.asinh),
@@ -325,7 +328,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Min": _many(_smallest),
     "Mish": _each(F.mish),
     "Mod": _mod,
-    "Mul": _two(torch.mul),
+    "Mul": _two(torch.mul, commutes=True),
     "Neg": _whole(torch.neg),
     "Not": _each(torch.logical_not),
     "Or": _compare(torch.logical_or),

@@ -43,7 +43,7 @@ def _dequantize(node: Node, x: Value, scale: Value, zero: Value = None) -> torch
 
 def _dynamic(node: Node, x: Value) -> Any:
     value = tensor(x)
-    low, high = value.amin().clamp(max=0.0), value.amax().clamp(min=0.0)
+    low, high = value.reshape(-1).amin(0).clamp(max=0.0), value.reshape(-1).amax(0).clamp(min=0.0)
     scale = (high - low) / 255
     zero = torch.round(-low / scale).clamp(0, 255)
     q = (torch.round(value / scale) + zero).clamp(0, 255).to(torch.uint8)
