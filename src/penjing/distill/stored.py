@@ -140,7 +140,11 @@ class CachedTeacher(nn.Module):
         return torch.from_numpy(np.array(rows)).reshape(len(keys), *self.shape).to(device)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
-        """Raise TaskError if a sample is not cached and there is no teacher; the teacher is not run."""
+        """Check, without running the teacher, that every sample can be answered.
+
+        Raises:
+            TaskError: A sample is not cached, and there is no teacher.
+        """
         keys = _keys(args, kwargs)
         missing = sum(key not in self.rows for key in keys)
         if missing and self.teacher is None:

@@ -151,7 +151,7 @@ class _Folder:
             reader.replace_input_with(weight, read)
 
     def _leaves(self, node: fx.Node) -> tuple[str, ...]:
-        """Names of the parameters that a constant is computed from; of buffers if there are no parameters."""
+        """Names of the parameters that a constant depends on, or of the buffers if it depends on no parameter."""
         names: dict[str, None] = {}
         waiting = [node]
         seen: set[fx.Node] = set()

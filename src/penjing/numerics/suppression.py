@@ -1,4 +1,4 @@
-"""``penjing::non_max_suppression``: which boxes of a detector are kept, as ONNX defines it.
+"""``penjing::non_max_suppression``: the boxes of a detector that remain, as ONNX defines it.
 
 Runtimes have a kernel of their own for it, and torch has none outside torchvision.
 """
@@ -23,7 +23,7 @@ def non_max_suppression(
         centred: Whether boxes are given by their centres.
 
     Returns:
-        (kept, 3) int64: batch, class and box.
+        (selected, 3) int64: batch, class and box.
     """
     corners = _corners(boxes, centred)
     rows: list[tuple[int, int, int]] = []
@@ -31,13 +31,13 @@ def non_max_suppression(
         for kind in range(scores.shape[1]):
             order = torch.argsort(scores[batch, kind], descending=True, stable=True)
             order = order[scores[batch, kind][order] > least_score]
-            kept: list[int] = []
+            selected: list[int] = []
             for box in order.tolist():
-                if len(kept) >= most:
+                if len(selected) >= most:
                     break
-                if not kept or bool((_overlaps(corners[batch, box], corners[batch, kept]) <= overlap).all()):
-                    kept.append(box)
-            rows += [(batch, kind, box) for box in kept]
+                if not selected or bool((_overlaps(corners[batch, box], corners[batch, selected]) <= overlap).all()):
+                    selected.append(box)
+            rows += [(batch, kind, box) for box in selected]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
 
@@ -45,8 +45,8 @@ def non_max_suppression(
 def _(
     boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float, least_score: float, centred: bool
 ) -> torch.Tensor:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty((kept, 3), dtype=torch.int64)
+    count = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty((count, 3), dtype=torch.int64)
 
 
 def _corners(boxes: torch.Tensor, centred: bool) -> torch.Tensor:

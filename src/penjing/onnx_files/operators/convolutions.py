@@ -94,8 +94,8 @@ def _conv_transpose(node: Node, x: Value, w: Value, b: Value = None) -> torch.Te
     reach = [(width - 1) * dilation + 1 for width, dilation in zip(kernel, dilations, strict=True)]
     if shape is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         before, after = [], []
-        wanted = shape[-rank:] if shape is not None else [n * s for n, s in zip(value.shape[2:], strides, strict=True)]
-        for n, stride, extra, width, size in zip(value.shape[2:], strides, more, reach, wanted, strict=True):
+        lengths = shape[-rank:] if shape is not None else [n * s for n, s in zip(value.shape[2:], strides, strict=True)]
+        for n, stride, extra, width, size in zip(value.shape[2:], strides, more, reach, lengths, strict=True):
             total = stride * (n - 1) + extra + width - size
             less = total // 2
             before.append(less if auto == "SAME_UPPER" else total - less)

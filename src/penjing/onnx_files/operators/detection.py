@@ -37,14 +37,14 @@ def _unique(node: Node, x: Value) -> Any:
     unsorted = not node.get("sorted", 1)
     flat = value.reshape(-1) if axis is None else value
     dim = 0 if axis is None else axis % flat.dim()
-    kept, inverse, counts = torch.unique(flat, sorted=True, return_inverse=True, return_counts=True, dim=dim)
+    values, inverse, counts = torch.unique(flat, sorted=True, return_inverse=True, return_counts=True, dim=dim)
     places = torch.arange(inverse.shape[0])
     first = torch.full_like(counts, inverse.shape[0]).scatter_reduce(0, inverse, places, "amin")
     if unsorted:
         order = torch.argsort(first)
         back = torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0]))
-        kept, first, counts, inverse = kept.index_select(dim, order), first[order], counts[order], back[inverse]
-    return (kept, first, inverse, counts)[: max(len(node.outputs), 1)] if len(node.outputs) > 1 else kept
+        values, first, counts, inverse = values.index_select(dim, order), first[order], counts[order], back[inverse]
+    return (values, first, inverse, counts)[: max(len(node.outputs), 1)] if len(node.outputs) > 1 else values
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {"NonMaxSuppression": _suppress, "Unique": _unique}

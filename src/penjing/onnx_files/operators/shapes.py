@@ -1,4 +1,4 @@
-"""ONNX operators that rearrange elements: shapes, slices, padding, gathering and scattering."""
+"""ONNX operators on shapes: reshaping, slices, joins and padding, and tensors made from a shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, array, bounded, is_known, number, sizes, tensor
+from penjing.onnx_files.node import Node, Value, array, bounded, number, sizes, tensor
 from penjing.onnx_files.operators.elementwise import torch_type
 
 
@@ -28,10 +28,10 @@ def _size(_: Node, x: Value) -> np.ndarray:
 
 def _reshape(node: Node, x: Value, shape: Value = None) -> torch.Tensor:
     value = tensor(x)
-    wanted = node.get("shape") if shape is None else sizes(node, shape, "shape")
+    target = node.get("shape") if shape is None else sizes(node, shape, "shape")
     if not node.get("allowzero", 0):
-        wanted = [value.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(wanted)]
-    return value.reshape(wanted)
+        target = [value.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(target)]
+    return value.reshape(target)
 
 
 def _flatten(node: Node, x: Value) -> torch.Tensor:
@@ -183,85 +183,6 @@ def _padded(value: torch.Tensor, axis: int, before: Any, after: Any, mode: str) 
     return value.index_select(axis, places)
 
 
-def _gather(node: Node, x: Value, indices: Value) -> torch.Tensor:
-    value, axis = tensor(x), node.get("axis", 0)
-    axis = axis % value.dim()
-    if is_known(indices) and indices.ndim == 0:
-        at = indices.item()
-        return value.select(axis, at if isinstance(at, torch.SymInt) else int(at))
-    index = tensor(indices).long()
-    if axis == 0 and value.dim() == 2 and value.is_floating_point() and index.dim() > 0 and not is_known(indices):
-        return F.embedding(index, value)  # token ids are not negative
-    index = (
-        torch.where(index < 0, index + value.shape[axis], index)
-        if not is_known(indices)
-        else tensor(np.where(np.asarray(indices) < 0, indices + value.shape[axis], indices).astype(np.int64))
-    )
-    if index.dim() == 1:
-        return value.index_select(axis, index)
-    flat = value.index_select(axis, index.reshape(-1))
-    return flat.reshape(*value.shape[:axis], *index.shape, *value.shape[axis + 1 :])
-
-
-def _gather_elements(node: Node, x: Value, indices: Value) -> torch.Tensor:
-    value, axis, index = tensor(x), node.get("axis", 0), tensor(indices).long()
-    return value.gather(axis, torch.where(index < 0, index + value.shape[axis], index))
-
-
-def _gather_nd(node: Node, x: Value, indices: Value) -> torch.Tensor:
-    value, index, batch = tensor(x), tensor(indices).long(), node.get("batch_dims", 0)
-    depth = index.shape[-1]
-    parts = list(index.unbind(-1))
-    for axis in range(batch):
-        shape = [1] * (index.dim() - 1)
-        shape[axis] = -1
-        parts.insert(axis, torch.arange(value.shape[axis], device=index.device).reshape(shape))
-    assert depth == len(parts) - batch
-    return value[tuple(parts)]
-
-
-_REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
-
-
-def _scatter_elements(node: Node, x: Value, indices: Value, updates: Value) -> torch.Tensor:
-    value, axis, index, new = tensor(x), node.get("axis", 0), tensor(indices).long(), tensor(updates)
-    index = torch.where(index < 0, index + value.shape[axis], index)
-    how = node.get("reduction", "none")
-    if how == "none":
-        return value.scatter(axis, index, new)
-    return value.scatter_reduce(axis, index, new, _REDUCTIONS[how])
-
-
-def _scatter_nd(node: Node, x: Value, indices: Value, updates: Value) -> torch.Tensor:
-    value, index, new = tensor(x), tensor(indices).long(), tensor(updates)
-    how = node.get("reduction", "none")
-    if how in ("none", "add"):
-        return value.index_put(tuple(index.unbind(-1)), new, accumulate=how == "add")
-    depth = index.shape[-1]
-    rows = value.reshape(-1, *value.shape[depth:])
-    place = torch.zeros_like(index[..., 0])
-    for axis in range(depth):
-        at = index[..., axis]
-        place = place * value.shape[axis] + torch.where(at < 0, at + value.shape[axis], at)
-    flat = rows.reshape(rows.shape[0], -1)
-    more = new.reshape(-1, flat.shape[1])
-    spread = place.reshape(-1, 1).expand_as(more)
-    return flat.scatter_reduce(0, spread, more, _REDUCTIONS[how]).reshape(value.shape)
-
-
-def _tensor_scatter(node: Node, past: Value, update: Value, indices: Value = None) -> torch.Tensor:
-    value, new = tensor(past), tensor(update)
-    axis = node.get("axis", -2) % value.dim()
-    start = torch.zeros(value.shape[0], dtype=torch.int64) if indices is None else tensor(indices).long()
-    steps = torch.arange(new.shape[axis], device=value.device)
-    places = start.reshape(-1, 1) + steps
-    if node.get("mode", "linear") == "circular":
-        places = places % value.shape[axis]
-    shape = [1] * value.dim()
-    shape[0], shape[axis] = new.shape[0], new.shape[axis]
-    return value.scatter(axis, places.reshape(shape).expand_as(new), new)
-
-
 def _one_hot(node: Node, indices: Value, depth: Value, values: Value) -> torch.Tensor:
     count = int(number(node, depth, "depth"))
     index, (off, on) = tensor(indices), tensor(values).unbind(0)
@@ -322,39 +243,6 @@ def _space_to_depth(node: Node, x: Value) -> torch.Tensor:
     return split.permute(0, 3, 5, 1, 2, 4).reshape(n, c * block**2, h // block, w // block)
 
 
-def _reverse_sequence(node: Node, x: Value, lengths: Value) -> torch.Tensor:
-    value, count = tensor(x), tensor(lengths).long()
-    time, batch = node.get("time_axis", 0), node.get("batch_axis", 1)
-    steps = torch.arange(value.shape[time], device=value.device)
-    moved = value.movedim((batch, time), (0, 1))
-    places = torch.where(steps < count.unsqueeze(1), count.unsqueeze(1) - 1 - steps, steps)
-    index = places.reshape(*places.shape, *[1] * (moved.dim() - 2)).expand_as(moved)
-    return moved.gather(1, index).movedim((0, 1), (batch, time))
-
-
-def _top_k(node: Node, x: Value, k: Value = None) -> Any:
-    value, axis = tensor(x), node.get("axis", -1)
-    count = node.get("k") if k is None else int(number(node, k, "number"))
-    wide = value.long() if value.dtype in (torch.uint64, torch.uint32, torch.uint16) else value
-    top = torch.topk(wide, count, axis, bool(node.get("largest", 1)), bool(node.get("sorted", 1)))
-    return top.values.to(value.dtype), top.indices  # of equal values, torch may take others than ONNX Runtime
-
-
-def _compress(node: Node, x: Value, condition: Value) -> torch.Tensor:
-    value = tensor(x)
-    if is_known(condition):
-        places = np.flatnonzero(condition)
-        index = torch.from_numpy(places)
-    else:
-        index = tensor(condition).nonzero().squeeze(1)
-    axis = node.get("axis")
-    return value.reshape(-1).index_select(0, index) if axis is None else value.index_select(axis, index)
-
-
-def _non_zero(_: Node, x: Value) -> torch.Tensor:
-    return tensor(x).nonzero().transpose(0, 1)
-
-
 def _center_crop_pad(node: Node, x: Value, shape: Value) -> torch.Tensor:
     value = tensor(x)
     axes = node.get("axes", list(range(value.dim())))
@@ -371,34 +259,23 @@ def _center_crop_pad(node: Node, x: Value, shape: Value) -> torch.Tensor:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "CenterCropPad": _center_crop_pad,
-    "Compress": _compress,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,
     "EyeLike": _eye,
     "Flatten": _flatten,
-    "Gather": _gather,
-    "GatherElements": _gather_elements,
-    "GatherND": _gather_nd,
-    "NonZero": _non_zero,
     "OneHot": _one_hot,
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
-    "ReverseSequence": _reverse_sequence,
-    "Scatter": _scatter_elements,
-    "ScatterElements": _scatter_elements,
-    "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": _squeeze,
-    "TensorScatter": _tensor_scatter,
     "Tile": _tile,
-    "TopK": _top_k,
     "Transpose": _transpose,
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
@@ -416,7 +293,6 @@ KNOWN_INPUTS: dict[str, tuple[int, ...]] = {
     "Split": (1,),
     "Squeeze": (1,),
     "Tile": (1,),
-    "TopK": (1,),
     "Trilu": (1,),
     "Unsqueeze": (1,),
 }
