@@ -99,7 +99,7 @@ class _Sums:
     def result(self, against: str) -> Parity:
         if self.samples == 0:
             raise TaskError(
-                "the parity check needs at least one sample",
+                "the parity check has no samples",
                 got="0 samples",
                 expected="at least one batch of outputs",
                 remedy="give the task calibration data or another iterable of inputs",
