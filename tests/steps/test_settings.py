@@ -102,7 +102,8 @@ class TestCheck:
             Bits(9, "c")
         error = caught.value
         assert error.what == "Bits(bits=...) can't be used"
-        assert (error.got, error.expected, error.remedy) == (9, "a whole number from 2 to 8", None)
+        assert (error.code, error.got) == ("settings", 9)
+        assert (error.expected, error.remedy) == ("a whole number from 2 to 8", None)
         with pytest.raises(RecipeError) as caught:
             Bits(name="c")
         assert (caught.value.got, caught.value.expected) == ("'c'", "'a' or 'b'")

@@ -56,7 +56,7 @@ def require(what: str, value: Any, rule: Rule) -> Any:
     if not rule.holds(plain):
         got = plain if isinstance(plain, int | float) else repr(plain)[:300]
         remedy = in_percent(plain, rule.expected)
-        raise RecipeError(f"{what} can't be used", got=got, expected=rule.expected, remedy=remedy)
+        raise RecipeError(f"{what} can't be used", code="settings", got=got, expected=rule.expected, remedy=remedy)
     return plain
 
 
