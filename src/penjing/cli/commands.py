@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         full = OutputError(
             "a file can't be read or written",
+            code="unwritable",
             got=f"{type(error).__name__}: {error}",
             expected="permission, and free space in the run folder and the folder for temporary files",
             remedy="free some space, or set TMPDIR to another folder",
@@ -200,6 +201,7 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
         if source.example is None:
             raise UsageError(
                 "inspecting this source needs an example input",
+                code="no-example",
                 got="neither --task nor --shape",
                 expected="--shape 3,224,224 (one sample), or --task",
             )
@@ -260,6 +262,7 @@ def _show_group(inspection: Inspection, parsed: argparse.Namespace, out: Termina
         near = difflib.get_close_matches(parsed.group, names, n=3)
         raise UsageError(
             "there is no such group of channels",
+            code="unknown-group",
             got=parsed.group,
             expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",
             remedy=f"did you mean {' or '.join(near)}?" if near else None,
@@ -373,12 +376,15 @@ def _recipe(name: str) -> Recipe:
         near = difflib.get_close_matches(name.replace("_", "-"), recipes.NAMES, n=1)
         raise UsageError(
             "the recipe can't be read",
+            code="unreadable",
             got=f"{name}: {error.strerror}",
             expected=f"a YAML file, or one of {', '.join(recipes.NAMES)}",
             remedy=f"did you mean {near[0]}?" if near else None,
         ) from None
     except ValueError as error:
-        raise UsageError("the recipe can't be read", got=f"{name}: {error}", expected="a YAML file in UTF-8") from None
+        raise UsageError(
+            "the recipe can't be read", code="unreadable", got=f"{name}: {error}", expected="a YAML file in UTF-8"
+        ) from None
     return Recipe.from_yaml(text)
 
 

@@ -209,15 +209,18 @@ def _latency(turns: list[list[float]], *, batch: int, threads: int) -> Latency:
 def _check(targets: Sequence[Target], *, threads: int, rounds: int, seconds: float) -> None:
     names = [target.name for target in targets]
     if not names or len(set(names)) != len(names):
-        raise UsageError("nothing can be compared", got=f"targets {names}", expected="one target or more, each named")
+        raise UsageError(
+            "nothing can be compared", code="targets", got=f"targets {names}", expected="one target or more, each named"
+        )
     for what, value, least in (("threads", threads, 1), ("rounds", rounds, 1), ("seconds", seconds, 0)):
         if value < least:
-            raise UsageError(f"{what} is too small", got=value, expected=f"{least} or more")
+            raise UsageError(f"{what} is too small", code="too-small", got=value, expected=f"{least} or more")
     for target in targets:
         for port, array in enumerate(target.inputs):
             if array.dtype.kind not in "biufc":
                 raise UsageError(
                     f"input {port} of {target.name!r} can't be handed to a runtime",
+                    code="dtype",
                     got=f"an array of {array.dtype}",
                     expected="numbers or booleans",
                 )

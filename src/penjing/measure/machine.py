@@ -67,7 +67,7 @@ _WINDOWS = {"avx": 39, "avx2": 40, "avx512f": 41, "neon": 19, "dotprod": 43, "sv
 def check_threads(threads: int) -> int:
     """The number itself. Raises UsageError where no processor has so many."""
     if not 1 <= threads <= MOST_THREADS:
-        raise UsageError("threads is out of range", got=threads, expected=f"1 to {MOST_THREADS}")
+        raise UsageError("threads is out of range", code="threads", got=threads, expected=f"1 to {MOST_THREADS}")
     return threads
 
 

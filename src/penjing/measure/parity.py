@@ -100,6 +100,7 @@ class _Sums:
         if self.samples == 0:
             raise TaskError(
                 "the parity check has no samples",
+                code="no-sample",
                 got="0 samples",
                 expected="at least one batch of outputs",
                 remedy="give the task calibration data or another iterable of inputs",

@@ -163,6 +163,7 @@ class Process:
             self._kill()
             raise ArtifactError(
                 f"the process of {self.name!r} gave an answer that can't be read",
+                code="unreadable",
                 got=f"{type(error).__name__}: {error}",
             ) from None
         if told is None:
@@ -205,6 +206,7 @@ class Process:
             raise kind(f"{self.name}: {told['what']}", code=told.get("code") or "", **fields)
         raise ArtifactError(
             f"{self.name!r} can't be run in its runtime",
+            code="failed",
             got=f"{told['kind']}: {told['what']}",
             expected="a runtime that opens the artifact and runs it",
             remedy="open the artifact with its own load.py to see whether the runtime itself fails",

@@ -54,6 +54,7 @@ def _present(path: Path) -> Path:
     if not path.is_file():
         raise ArtifactError(
             "a file of the artifact is missing",
+            code="missing",
             got=f"nothing at {path}" if not path.exists() else f"{path} is not a file",
             expected="every file that the artifact's manifest names",
             remedy="copy the whole folder, or build the artifact again",

@@ -71,7 +71,12 @@ def _serve(call: Callable[[], Any], baseline: int, requests: IO[bytes], answers:
         elif command == "stop":
             return
         else:
-            raise UsageError("the worker does not know this command", got=command, expected="run, peak or stop")
+            raise UsageError(
+                "the worker does not know this command",
+                code="unknown-command",
+                got=command,
+                expected="run, peak or stop",
+            )
 
 
 def times_ms(

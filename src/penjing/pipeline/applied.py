@@ -149,6 +149,7 @@ def drafted(module: nn.Module | Draft) -> Applied:
     if problem := checkpoint.difference(tensors, network.state_dict()):
         raise SourceError(
             "the module no longer has the tensors that pj.apply gave it",
+            code="other-tensors",
             got=problem,
             expected="training that changes the values of tensors, and neither their names nor their shapes",
             remedy="remove parametrizations and hooks that rename tensors; change the structure before pj.apply",
@@ -158,6 +159,7 @@ def drafted(module: nn.Module | Draft) -> Applied:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SourceError(
                 "the trained module holds numbers that are not finite",
+                code="not-finite",
                 got=name,
                 expected="finite weights",
                 remedy="the training diverged: a smaller learning rate, or gradients kept within a norm",
@@ -176,6 +178,7 @@ def _ranges(module: fx.GraphModule, plan: Plan) -> dict[str, Entry]:
         if not (scale > 0).all() or not scale.isfinite().all():
             raise SourceError(
                 "a fake quantizer has a scale that is not a positive number",
+                code="scale",
                 got=f"{edge}: {scale.flatten()[:3].tolist()}",
                 expected="finite scales above 0",
                 remedy="the training of the ranges diverged: a smaller learning rate for them",
@@ -190,6 +193,7 @@ def refuse_quantized(model: object) -> None:
     if isinstance(applied, Applied) and applied.draft.plan:
         raise SourceError(
             "the network holds the fake quantizers of pj.apply",
+            code="applied",
             got=f"{len(applied.draft.plan.entries)} edges that are integers already",
             expected="a network in floating point",
             remedy="pj.deliver(module, task) exports it with the integers that it was trained for",
@@ -216,6 +220,7 @@ def _foreign(module: nn.Module) -> SourceError:
     inner = [name for name, part in module.named_modules() if name and _META in getattr(part, "meta", {})]
     return SourceError(
         "the module does not come from pj.apply",
+        code="not-applied",
         got=type(module).__name__ + (f", which holds one in .{inner[0]}" if inner else ""),
         expected="what pj.apply returned, trained or not, or a copy.deepcopy of it",
         remedy=f"give module.{inner[0]}"

@@ -141,6 +141,7 @@ def check_integers(name: str, plan: Plan) -> None:
     reasons = list(dict.fromkeys(plan.floats.values()))
     raise QuantizationError(
         f"{name} would have no integer operator",
+        code="no-integers",
         got="; ".join(reasons[:3]) or "no operator that has an integer kernel",
         expected="a convolution, a linear layer or a product that the runtime computes in integers",
         remedy="use the floating-point artifact; fp16 halves its size",

@@ -73,7 +73,9 @@ def _other(spec: str, task: Task | None, aside: Path) -> Path:
     source = open_source(spec, task=task)
     if task is None:
         if source.example is None:
-            raise TaskError("measuring against a source needs an example input", expected="--task", got=spec)
+            raise TaskError(
+                "measuring against a source needs an example input", code="no-example", expected="--task", got=spec
+            )
         task = Task(example=source.example)
     task = with_declared_axes(source, task)
     network = capture_network(source.module, *task.call(), task.dynamic)

@@ -121,6 +121,7 @@ def compress(
     if recipe is not None and exclude:
         raise UsageError(
             "both a recipe and names to exclude were given",
+            code="exclude",
             got=f"exclude {', '.join(exclude)}",
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",

@@ -153,6 +153,7 @@ def _called(session: Any, inputs: list[np.ndarray], expected: Sequence[np.ndarra
     except Exception as error:
         raise ArtifactError(
             f"the artifact fails when the batch changes to {size}",
+            code="batch",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             expected=f"{len(expected)} outputs, as the network gives",
             remedy="fix the batch with Task(dynamic={}), or choose another runtime",
@@ -202,6 +203,7 @@ def stored(folder: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError) as error:
         raise RecordError(
             "the evidence can't be read",
+            code="unreadable",
             got=f"{folder / EVIDENCE}: {error}",
             expected="the samples and answers that the run stored",
             remedy="copy the whole run folder, or run `penjing compress` again",

@@ -75,6 +75,7 @@ def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
         if not names:
             raise MissingDependency(
                 "no runtime is installed",
+                code="not-installed",
                 got="torch alone",
                 expected=f"one of {', '.join(runtimes.DEPLOYED)}",
                 remedy=" or ".join(f"pip install 'penjing[{name}]'" for name in runtimes.DEPLOYED),

@@ -43,6 +43,7 @@ def check_goal(goal: Goal, task: Task) -> None:
     if task.evaluate is None and task.calibration is None and needs_metric(goal):
         raise TaskError(
             "the goal names the metric, and the task has none",
+            code="no-metric",
             got=f"goal {goal.text()!r}; Task.evaluate and Task.calibration are None",
             expected="Task(evaluate=...), or calibration data, on which agreement with the source is measured",
             remedy="give the task an evaluate(predict) -> float, or leave the metric and its drop out of the goal",
@@ -56,6 +57,7 @@ def check_files(folder: Path, record: Record) -> None:
         return
     raise OutputError(
         "the files of the finished run in this folder have changed",
+        code="changed",
         got=str(differences) or "a record without hashes",
         expected="the files that the record names, with the bytes that they had",
         remedy="--force runs it anew; `penjing verify` tells what still holds",
@@ -85,6 +87,7 @@ def check_inputs(task: Task) -> None:
         if not isinstance(value, torch.Tensor):
             raise TaskError(
                 f"input {name!r} of the task's example is not a tensor",
+                code="not-a-tensor",
                 got=type(value).__name__,
                 expected="one tensor for every input: a runtime takes nothing else",
                 remedy="wrap the network in a module whose forward takes tensors, and builds or fixes the rest itself",
@@ -205,6 +208,7 @@ def check_device(device: str) -> None:
     except Exception as error:  # torch raises RuntimeError, AssertionError and others of its own
         raise UsageError(
             "the device can't be used",
+            code="device",
             got=f"{device!r}: {next(iter(str(error).splitlines()), type(error).__name__)}",
             expected="'cpu', or a device that this torch knows: 'cuda', 'cuda:1', 'mps', 'xpu'",
             remedy="--device cpu trains everywhere; python -c 'import torch; print(torch.cuda.is_available())' tells",

@@ -63,7 +63,9 @@ def verify(
     record = records.read(folder)
     chosen = record.chosen
     if chosen is None:
-        raise RecordError("the record has no artifact", got=record.goal.reason, expected="a run with an artifact")
+        raise RecordError(
+            "the record has no artifact", code="no-artifact", got=record.goal.reason, expected="a run with an artifact"
+        )
     manifest = read_manifest(folder / ARTIFACT)
     checks = [*_hashes(folder, record, chosen), _size(folder, record, chosen, manifest)]
     used = measure.check_threads(threads or record.machine.threads)

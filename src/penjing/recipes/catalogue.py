@@ -113,12 +113,14 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     if isinstance(item, dict) and len(item) > 1 and set(item) <= set(catalogue):
         raise RecipeError(
             "one entry of the recipe contains two steps",
+            code="two-steps",
             got=", ".join(map(str, item)),
             expected="a dash before each of them",
         )
     if isinstance(name, str) and name in SETTINGS | TEACHERS and catalogue is CATALOGUE:
         raise RecipeError(
             f"{name} is not a step",
+            code="not-a-step",
             got=repr(item),
             expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
             "{clip: {Clip: {}}}, or {teacher: {distill.TeacherCache: {folder: answers}}}",
@@ -131,6 +133,7 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             near = [f"{{Finetune: {json.dumps(item)}}}"]
         raise RecipeError(
             f"the recipe names a {'step' if catalogue is CATALOGUE else 'setting'} that does not exist",
+            code="unknown-step" if catalogue is CATALOGUE else "unknown-setting",
             got=repr(item),
             expected=f"one of {', '.join(catalogue)}",
             remedy=f"did you mean {near[0]}?" if near else None,
@@ -138,7 +141,10 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise RecipeError(
-            f"the settings of {name} are not a mapping", got=repr(settings), expected=f"- {name}: {{key: value}}"
+            f"the settings of {name} are not a mapping",
+            code="not-a-mapping",
+            got=repr(settings),
+            expected=f"- {name}: {{key: value}}",
         )
     cls = catalogue[name]
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -147,6 +153,7 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise RecipeError(
                 f"{name} has no setting {key!r}",
+                code="unknown-setting",
                 got=key,
                 expected=f"one of {', '.join(known)}",
                 remedy=f"did you mean {near[0]}?" if near else None,
@@ -156,4 +163,6 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
     except PenjingError:
         raise
     except Exception as error:  # invalid settings fail in many ways
-        raise RecipeError(f"the settings of {name} can't be used", got=f"{settings}: {error}"[:1000]) from None
+        raise RecipeError(
+            f"the settings of {name} can't be used", code="settings", got=f"{settings}: {error}"[:1000]
+        ) from None

@@ -44,6 +44,7 @@ class Recipe:
         if isinstance(steps, str | Path):
             raise RecipeError(
                 "a recipe was given as a file name",
+                code="file-name",
                 got=repr(str(steps)),
                 expected="pj.Recipe(step, …), a step or a list of steps",
                 remedy="pj.Recipe.from_yaml(pathlib.Path(...).read_text()) reads a file",
@@ -64,11 +65,18 @@ class Recipe:
             name, order = type(step).__name__, " → ".join(type(s).__name__ for s in self.steps)
             for fact, remedy in stage.needs.items():
                 if fact not in done:
-                    raise RecipeError(f"{name} has nothing to work on yet in this recipe", got=order, expected=remedy)
+                    raise RecipeError(
+                        f"{name} has nothing to work on yet in this recipe",
+                        code="too-early",
+                        got=order,
+                        expected=remedy,
+                    )
             for fact, remedy in stage.refuses.items():
                 if fact in done:
                     before = type(done[fact]).__name__
-                    raise RecipeError(f"{name} can't come after {before} in this recipe", got=order, expected=remedy)
+                    raise RecipeError(
+                        f"{name} can't come after {before} in this recipe", code="order", got=order, expected=remedy
+                    )
             done |= dict.fromkeys((WORK, *stage.leaves), step)
 
     @property
@@ -90,6 +98,7 @@ class Recipe:
             if unsupported := next(not_plain(step), None):
                 raise RecipeError(
                     f"{type(step).__name__}({unsupported[0]}=...) can't be written as YAML",
+                    code="unwritable",
                     got=repr(unsupported[1])[:200],
                     expected="settings that are numbers, strings or steps",
                     remedy="leave it out and set it in Python: dataclasses.replace(step, ...)",
@@ -109,7 +118,7 @@ class Recipe:
             data = yaml_text.load(text)
         except (yaml_text.YAMLError, *reading.UNREADABLE) as error:
             got = " ".join(str(error).split())[:400] or type(error).__name__
-            raise RecipeError("the recipe is not valid YAML", got=got) from None
+            raise RecipeError("the recipe is not valid YAML", code="unreadable", got=got) from None
         return cls.from_data(data)
 
     @classmethod
@@ -117,7 +126,10 @@ class Recipe:
         """Build a recipe from the output of `to_data`."""
         if not isinstance(data, list):
             raise RecipeError(
-                "a recipe is a list of steps", got=type(data).__name__, expected="- quantize.Static: {weight_bits: 8}"
+                "a recipe is a list of steps",
+                code="not-a-list",
+                got=type(data).__name__,
+                expected="- quantize.Static: {weight_bits: 8}",
             )
         return cls(*(step_of(item) for item in data))
 
@@ -131,6 +143,7 @@ def _stage(step: Any) -> Stage:
     if not callable(step) or not dataclasses.is_dataclass(step) or isinstance(step, type):
         raise RecipeError(
             "a recipe contains something that is not a step",
+            code="not-a-step",
             got=repr(step),
             expected="instances such as pj.quantize.Static(weight_bits=8)",
             remedy=f"known steps: {', '.join(CATALOGUE)}",
@@ -140,6 +153,7 @@ def _stage(step: Any) -> Stage:
     if stage not in STAGES or undeclared:
         raise RecipeError(
             f"{type(step).__name__} lacks declarations that a step needs",
+            code="undeclared",
             got=f"stage {stage!r}" + "".join(f", no {name}" for name in undeclared),
             expected=f"class attributes stage (one of {', '.join(map(repr, STAGES))}), per_runtime and for_floats, "
             "each True or False",

@@ -89,22 +89,32 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise ArtifactError(
             "there is no artifact in this folder",
+            code="no-artifact",
             got=str(folder),
             expected=f"a folder with {MANIFEST}, such as RUN/artifact",
             remedy="name the run folder that `penjing compress` wrote, or its artifact folder",
         ) from None
     except (OSError, ValueError, RecordError) as error:
-        raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: {error}") from None
+        raise ArtifactError(f"{MANIFEST} is damaged", code="damaged", got=f"{folder}: {error}") from None
     if not manifest.programs or not all(program.files for program in manifest.programs):
-        raise ArtifactError(f"{MANIFEST} is damaged", got=f"{folder}: a program without files", expected="a program")
+        raise ArtifactError(
+            f"{MANIFEST} is damaged", code="damaged", got=f"{folder}: a program without files", expected="a program"
+        )
     for name in manifest.files():
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ArtifactError(f"{MANIFEST} names a file outside its folder", got=name, expected="a plain file name")
+            raise ArtifactError(
+                f"{MANIFEST} names a file outside its folder", code="outside", got=name, expected="a plain file name"
+            )
         if (folder / name).is_symlink() and (folder / name).resolve().parent != folder.resolve():
-            raise ArtifactError(f"{MANIFEST} names a link out of its folder", got=name, expected="a file inside it")
+            raise ArtifactError(
+                f"{MANIFEST} names a link out of its folder", code="outside", got=name, expected="a file inside it"
+            )
         if not (folder / name).is_file():
             raise ArtifactError(
-                "a file of the artifact is missing", got=str(folder / name), expected=list(manifest.files())
+                "a file of the artifact is missing",
+                code="missing",
+                got=str(folder / name),
+                expected=list(manifest.files()),
             )
     return manifest
 

@@ -140,6 +140,7 @@ def missing(name: str) -> MissingDependency | None:
     if packages:
         return MissingDependency(
             f"the runtime {name} is not installed",
+            code="not-installed",
             got=f"no package {', '.join(packages)}",
             expected=", ".join(spec.packages),
             remedy=f"pip install {' '.join(packages)}",
@@ -148,6 +149,7 @@ def missing(name: str) -> MissingDependency | None:
     if spec.compiles and shutil.which(compiler) is None:
         return MissingDependency(
             f"the runtime {name} needs a C++ compiler",
+            code="no-compiler",
             got=f"no program {compiler}",
             expected=f"{compiler}, or another one that the environment variable CXX names",
             remedy="install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install; "
@@ -169,7 +171,9 @@ def get(name: str) -> Runtime:
         MissingDependency: It is not installed, or a compiler is missing; names what to install.
     """
     if name not in SPECS:
-        raise UsageError("there is no such runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}")
+        raise UsageError(
+            "there is no such runtime", code="unknown-runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}"
+        )
     if (refusal := missing(name)) is not None:
         raise refusal
     module: Any = importlib.import_module(SPECS[name].module)
@@ -212,6 +216,7 @@ def profile(folder: Path, inputs: list[np.ndarray], threads: int, calls: int = 3
     if not SPECS[manifest.runtime].times_operators:
         raise UsageError(
             "this runtime does not time its operators",
+            code="no-times",
             got=manifest.runtime,
             expected=" or ".join(name for name, spec in SPECS.items() if spec.times_operators),
         )
@@ -240,6 +245,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
     if not SPECS[manifest.runtime].shows_values:
         raise UsageError(
             "this runtime does not show values",
+            code="no-values",
             got=manifest.runtime,
             expected=" or ".join(name for name, spec in SPECS.items() if spec.shows_values),
         )
@@ -257,6 +263,7 @@ def _opening(folder: Path, manifest: Manifest, runtime: Runtime) -> Iterator[Non
         if not re.fullmatch(runtime.SETTINGS.get(name, "(?!)"), value):
             raise ArtifactError(
                 "the manifest has a setting that may not be passed to a runtime",
+                code="setting",
                 got=f"{name} = {value}"[:200],
                 expected=f"for {manifest.runtime}: {', '.join(runtime.SETTINGS) or 'none'}, with their known values",
                 remedy="`penjing verify` checks whether the files are unchanged",
@@ -268,6 +275,7 @@ def _opening(folder: Path, manifest: Manifest, runtime: Runtime) -> Iterator[Non
     except Exception as error:  # each runtime has exceptions of its own
         raise ArtifactError(
             f"{manifest.runtime} can't open the artifact",
+            code="unopenable",
             got=f"{folder}: {' '.join(str(error).split())[:400]}",
             expected=f"files that {manifest.runtime} loads on this processor",
             remedy="`penjing verify` checks whether the files are unchanged",

@@ -55,6 +55,7 @@ def arrange(ports: tuple[Port, ...], args: tuple[Any, ...], kwargs: dict[str, An
     if len(values) != len(ports) or len(args) + len(kwargs) != len(ports):
         raise TaskError(
             "the artifact was called with inputs that do not match its own",
+            code="inputs",
             got=f"{len(args)} positional and {sorted(kwargs)}",
             expected=f"{[p.name for p in ports]}",
         )

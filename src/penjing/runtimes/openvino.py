@@ -136,6 +136,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
     except Exception as error:
         raise ExportError(
             "OpenVINO can't read the network",
+            code="unreadable",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
             expected="operators that OpenVINO's ONNX reader knows",
             remedy="write that operator with others, or choose another runtime",

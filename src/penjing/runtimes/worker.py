@@ -59,7 +59,12 @@ class Worker:
         """One of the functions that a runtime's file lists for this."""
         module: Any = runtimes.get(runtime)
         if function not in module.APART:
-            raise UsageError("the worker does not know this function", got=function, expected=sorted(module.APART))
+            raise UsageError(
+                "the worker does not know this function",
+                code="unknown-function",
+                got=function,
+                expected=sorted(module.APART),
+            )
         return {"result": getattr(module, function)(*arguments)}, []
 
 

@@ -56,6 +56,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
     except Exception as cause:  # transformers raises many kinds of error for an inconsistent folder
         raise SourceError(
             f"transformers can't load the model in {folder.name}",
+            code="unloadable",
             got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
             f" ({line_of(cause)})",
             expected=f"weights of {kind.__name__} as config.json describes it",
@@ -65,6 +66,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
     if missing:  # transformers only warns, and initializes them randomly
         raise SourceError(
             f"the weights in {folder.name} are incomplete",
+            code="incomplete",
             got=f"no {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
             expected=f"every weight of {kind.__name__}",
             remedy='check "architectures" in config.json: it must be the class that was trained',
@@ -76,9 +78,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = reading.json_file(path)
     except (OSError, ValueError) as cause:
-        raise SourceError("config.json can't be read", got=f"{path}: {cause}", expected="a JSON object") from cause
+        raise SourceError(
+            "config.json can't be read", code="unreadable", got=f"{path}: {cause}", expected="a JSON object"
+        ) from cause
     if not isinstance(config, dict):
-        raise SourceError("config.json can't be read", got=type(config).__name__, expected="a JSON object")
+        raise SourceError(
+            "config.json can't be read", code="unreadable", got=type(config).__name__, expected="a JSON object"
+        )
     return config
 
 
@@ -95,6 +101,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
             continue
         raise CheckpointError(
             f"the model in {folder.name} is refused: it asks for code outside transformers",
+            code="foreign-code",
             got=got,
             expected="a floating-point model whose class is part of transformers itself",
             remedy=remedy,
@@ -102,6 +109,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder.name} holds an adapter, not a whole network",
+            code="adapter",
             got="adapter_config.json",
             expected="a folder with all weights",
             remedy="merge it first: model.merge_and_unload().save_pretrained(folder)",
@@ -125,12 +133,14 @@ def _require_safetensors(folder: Path) -> None:
     if pickles:
         raise CheckpointError(
             f"the weights in {folder.name} are not safetensors",
+            code="pickle",
             got=", ".join(pickles),
             expected="model.safetensors",
             remedy="load it with transformers where you trust it, then model.save_pretrained(folder)",
         )
     raise SourceError(
         f"{folder.name} holds no weights",
+        code="no-weights",
         got=", ".join(sorted(p.name for p in folder.iterdir())[:10]),
         expected="model.safetensors beside config.json",
         remedy="download or save the whole folder",
@@ -151,6 +161,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
         except (OSError, ValueError) as cause:
             raise SourceError(
                 f"{path.name} can't be read",
+                code="unreadable",
                 got=f"{path}: {cause}",
                 expected="a whole file, as model.save_pretrained writes it",
                 remedy="download or save the whole folder",
@@ -167,6 +178,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
             continue
         raise SourceError(
             f"config.json in {folder.name} describes a network that does not match its weights",
+            code="misfit",
             got=f"{key}: {value}"[:200],
             expected=expected,
             remedy="write the folder again with model.save_pretrained(folder)",
@@ -178,6 +190,7 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SourceError(
             f"config.json in {folder.name} names no class",
+            code="no-class",
             got=f"architectures: {names}",
             expected='for example "architectures": ["BertForSequenceClassification"]',
             remedy="write the folder again with model.save_pretrained(folder)",
@@ -187,6 +200,7 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     except ImportError as cause:
         raise MissingDependency(
             "opening a Hugging Face folder needs transformers",
+            code="not-installed",
             got=str(cause),
             expected="the package transformers",
             remedy="pip install transformers",
@@ -199,6 +213,7 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     known = [n for n in dir(transformers) if n[0].isupper() and "For" in n]
     raise SourceError(
         f"this transformers has no model class {name!r}",
+        code="unknown-class",
         got=f"transformers {transformers.__version__}",
         expected="a class that is part of transformers itself",
         remedy=suggest(name, known) or "pip install --upgrade transformers, or give the model as file.py:factory",

@@ -44,6 +44,7 @@ def open_model(path: Path) -> Any:
     except ImportError:
         raise MissingDependency(
             "ONNX files are read with the package onnx",
+            code="not-installed",
             got="it is not installed",
             expected="onnx and onnxscript",
             remedy="pip install onnx onnxscript",
@@ -59,6 +60,7 @@ def open_model(path: Path) -> Any:
     except Exception as error:  # of the system, of protocol buffers and of onnx's checker
         raise CheckpointError(
             "the ONNX file can't be read",
+            code="damaged",
             got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:400]}",
             expected="a valid ONNX model, with its external data beside it",
             remedy="download or export it again; onnx.checker.check_model(path) says what is wrong",
@@ -109,6 +111,7 @@ def open_network(path: Path | str, **fixed: float) -> tuple[OnnxNetwork, Any, Ma
     except Exception as error:  # what the check leaves: names that are no text, nesting without end, damaged tensors
         raise CheckpointError(
             "the ONNX file can't be read",
+            code="damaged",
             got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:400]}",
             expected="a valid ONNX model of tensors of numbers",
             remedy="download or export it again; onnx.checker.check_model(path, full_check=True) may say more",
@@ -125,6 +128,7 @@ def _fix(model: Any, fixed: Mapping[str, float], path: Path) -> None:
         if name not in inputs:
             raise SourceError(
                 "the ONNX file has no such input",
+                code="unknown-input",
                 got=repr(name),
                 expected=f"one of {', '.join(inputs)}",
                 remedy=f"python -c \"import onnx; print(onnx.load('{path.name}').graph.input)\" shows them",
@@ -150,6 +154,7 @@ def _check_external(model: Any, path: Path) -> None:
         if not inside or not target.resolve().is_relative_to(folder) or target.is_symlink():
             raise CheckpointError(
                 "a tensor of the ONNX file lies outside its folder",
+                code="outside",
                 got=f"{tensor.name!r} in {location!r}",
                 expected=f"a file below {folder}",
                 remedy="export the network again, with its tensors beside the file",
@@ -159,6 +164,7 @@ def _check_external(model: Any, path: Path) -> None:
         if size < 0 or start is None or length is None or start + length > size:
             raise CheckpointError(
                 "the external data of the ONNX file is missing or too short",
+                code="incomplete",
                 got=f"{location!r}: {'no file' if size < 0 else f'{size:,} bytes'}",
                 expected=f"{entries.get('offset', 0)} + {entries.get('length', 'all')} bytes for {tensor.name!r}",
                 remedy="copy the files that lie beside the ONNX file, too",
@@ -191,6 +197,7 @@ def _check_sets(model: Any, path: Path) -> None:
     if not FIRST_SET <= version <= newest:
         raise SourceError(
             "the operators of the ONNX file are of a set that is not read",
+            code="unknown-set",
             got=f"{path.name}: set {version}",
             expected=f"sets {FIRST_SET} to {newest}",
             remedy="convert it: onnx.version_converter.convert_version(onnx.load(path), 18)"
@@ -204,6 +211,7 @@ def _check_floating(model: Any, path: Path) -> None:
         if node.op_type in _QUANTIZED:
             raise SourceError(
                 "the ONNX file is quantized already",
+                code="quantized",
                 got=f"{path.name}: {node.op_type} (node {line}, {node.name!r})",
                 expected="a network in floating point, which can be trained and quantized for each runtime",
                 remedy="give the file that it was quantized from",

@@ -98,6 +98,7 @@ def open_program(path: Path | str) -> ExportedProgram:
     except Exception as cause:  # a damaged file fails in many ways inside zip, json and torch
         raise CheckpointError(
             f"{path.name} can't be opened as an exported program",
+            code="damaged",
             got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else path}",
             expected="a file written by torch.export.save, by this or an older torch",
             remedy=f"write it again: torch.export.save(torch.export.export(model.eval(), example), {path.name!r})",
@@ -108,6 +109,7 @@ def open_program(path: Path | str) -> ExportedProgram:
 def _refusal(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path.name} is refused: opening it could run code",
+        code="foreign-code",
         got=why,
         expected="an exported program made of ATen operators and plain tensors",
         remedy="give the module itself as file.py:factory, or export it again with torch.export.save",

@@ -77,6 +77,7 @@ def _open(spec: Any) -> Source:
     if not isinstance(spec, str):
         raise SourceError(
             "the source is not a network",
+            code="not-a-network",
             got=type(spec).__name__,
             expected=f"an nn.Module, or {_FORMS}",
             remedy="wrap a function in a module whose forward calls it; for a traced or scripted one, give the original"
@@ -98,6 +99,7 @@ def _open(spec: Any) -> Source:
     plain = "/" not in spec and "\\" not in spec
     raise SourceError(
         "the source is missing",
+        code="missing",
         got=repr(spec),
         expected=_FORMS,
         remedy=(suggest(spec, architectures.names()) if plain else None)
@@ -130,6 +132,7 @@ def _open_python(spec: str, where: str, name: str) -> Source:
     if not isinstance(opened, nn.Module | ExportedProgram):
         raise SourceError(
             f"{spec} is not a network",
+            code="not-a-network",
             got=type(opened).__name__,
             expected="an nn.Module, or a callable without arguments that returns one",
             remedy="return the module itself (not its state dict, nor a tuple)",
@@ -143,6 +146,7 @@ def _open_folder(spec: str, folder: Path) -> Source:
         run = (folder / "record.json").is_file()
         raise SourceError(
             "the folder is a finished run, not a source" if run else "the folder holds no Hugging Face model",
+            code="run" if run else "no-model",
             got=str(folder),
             expected=f"config.json and model.safetensors in it, or another source: {_FORMS}",
             remedy="penjing measure or penjing verify opens it" if run else "give the folder that holds config.json",
@@ -157,6 +161,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
         names = public_callables(path)
         raise SourceError(
             "a Python file needs the name of its factory",
+            code="no-name",
             got=str(path),
             expected=f"{path}:factory",
             remedy=f"one of its functions and classes: {', '.join(names)}" if names else suggest_file(path),
@@ -164,6 +169,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
     if suffix in _PICKLED:
         raise CheckpointError(
             "a pickled file is not opened as a source",
+            code="pickle",
             got=f"{path}: a whole model would run code when opened, and a state dict does not hold a network",
             expected=_FORMS,
             remedy="write a factory that builds the network and loads it with torch.load(..., weights_only=True), "
@@ -172,6 +178,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
     if suffix in _WEIGHTS:
         raise SourceError(
             "a file of weights is not a network",
+            code="only-weights",
             got=str(path),
             expected=_FORMS,
             remedy="write a factory that builds the network and loads these weights, and give it as file.py:factory",
@@ -227,6 +234,7 @@ def forward(module: nn.Module, call: Call, name: str) -> Any:
     except (Exception, SystemExit) as cause:
         raise SourceError(
             f"the forward of {name} fails on the task's example",
+            code="forward",
             got=f"{type(cause).__name__}: {str(cause).strip()} ({line_of(cause)})",
             expected=f"outputs for {describe_call(args, kwargs)}",
             remedy="call the network on Task.example in a Python shell; shapes, types and names must fit its forward",

@@ -51,6 +51,7 @@ def _restart(batches: Iterable[Any]) -> Iterator[Any]:
     except TypeError:
         raise CalibrationError(
             "the calibration data can't be iterated",
+            code="not-iterable",
             got=type(batches).__name__,
             expected="an iterable of batches",
             remedy="give a list of batches or a DataLoader; a single batch as [batch]",
@@ -68,6 +69,7 @@ def _restart(batches: Iterable[Any]) -> Iterator[Any]:
 def _exhausted(batches: Any) -> CalibrationError:
     return CalibrationError(
         "the calibration data can be read only once, and has been read",
+        code="read-once",
         got=f"a {type(batches).__name__}",
         expected="data that starts over on every pass (ranges, metric and record each read it)",
         remedy=_AGAIN,
@@ -78,6 +80,7 @@ def _empty(batches: Any, *, one_shot: bool) -> CalibrationError:
     seen = one_shot and not hasattr(batches, "gi_frame")  # for a map or zip it is unknown whether it was read before
     return CalibrationError(
         "the calibration data is empty" + (", or was read before" if seen else ""),
+        code="empty-or-read" if seen else "empty",
         got=f"no batch in a {type(batches).__name__}",
         expected="at least one batch of inputs (a few hundred samples are usual)",
         remedy=_AGAIN if seen else "check the loader's path and filters",
@@ -92,13 +95,14 @@ def _checked(batch: Any, index: int, example: Call, dynamic: Dynamic) -> Call:
         call = to_tensors(call)
     except CalibrationError as error:
         raise CalibrationError(
-            f"{where} holds no numbers", got=error.got, expected=error.expected, remedy=error.remedy
+            f"{where} holds no numbers", code="no-numbers", got=error.got, expected=error.expected, remedy=error.remedy
         ) from None
     examples = {name: (key, value) for key, name, value in leaves(example)}
     values = {name: value for _, name, value in leaves(call)}
     if values.keys() != examples.keys():
         raise CalibrationError(
             f"{where} is nested differently from the example",
+            code="nesting",
             got=", ".join(values) or "nothing",
             expected=", ".join(examples),
             remedy="give every batch in the form of Task.example",
@@ -136,6 +140,7 @@ def _check_names(batch: Any, call: Call, where: str, example: Call) -> None:
         remedy = "give every batch in the form of Task.example"
     raise CalibrationError(
         f"{where} has different inputs from the example",
+        code="inputs",
         got=_names(call) + (f" in a {type(batch).__name__}" if args else ""),
         expected=_names(example),
         remedy=remedy,
@@ -153,6 +158,7 @@ def _check_constant(place: str, value: Any, want: Any) -> None:
     if not same:
         raise CalibrationError(
             f"{place} differs from the example, and is not a tensor",
+            code="not-a-tensor",
             got=repr(value)[:80],
             expected=repr(want)[:80],
             remedy="what is not a tensor is fixed when the network is exported; give it as a tensor if it varies",
@@ -163,6 +169,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
     if not isinstance(value, torch.Tensor):
         raise CalibrationError(
             f"{place} is not a tensor",
+            code="not-a-tensor",
             got=type(value).__name__,
             expected=f"a tensor or NumPy array of {_type(want)}",
             remedy="stack the samples of a batch into one array first",
@@ -170,6 +177,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
     if _kind(value) != _kind(want):
         raise CalibrationError(
             f"{place} has a different dtype",
+            code="dtype",
             got=_type(value),
             expected=_type(want),
             remedy="preprocess it as for training: images as scaled floats, token ids as integers",
@@ -182,6 +190,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
         missing_batch = list(value.shape) == list(want.shape)[1:]
         raise CalibrationError(
             f"{place} has a different shape",
+            code="shape",
             got=f"({', '.join(map(str, value.shape))})",
             expected=f"({expected})",
             remedy="stack the samples into a batch: axis 0 is the batch"
@@ -191,6 +200,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
     if value.numel() == 0:
         raise CalibrationError(
             f"{place} holds no sample",
+            code="no-sample",
             got=f"shape ({', '.join(map(str, value.shape))})",
             expected="at least one sample",
             remedy="drop empty batches",
@@ -201,6 +211,7 @@ def _check_tensor(place: str, value: Any, want: torch.Tensor, free: frozenset[in
             spot = tuple(int(i) for i in bad.nonzero()[0])
             raise CalibrationError(
                 f"{place} holds values that are not finite",
+                code="not-finite",
                 got=f"{int(bad.sum())} of {value.numel()}, the first is {value[spot].item()} at {list(spot)}",
                 expected="finite numbers",
                 remedy="drop or fix these samples: a single infinity would determine the range",

@@ -160,6 +160,7 @@ def npz_arrays(path: Path | str, *, batch: int = 64, calibration_samples: int = 
     if not classes and not all(y.is_floating_point() for y in targets):
         raise TaskError(
             f"y_train and y_test in {path.name} are of different kinds",
+            code="targets",
             got=" and ".join(str(arrays[name].dtype) for name in ("y_train", "y_test")),
             expected="integer classes in both, or floating-point values in both",
             remedy="convert one of them with astype",
@@ -189,6 +190,7 @@ def _accuracy(samples: Samples, batch: int) -> Callable[[Predict], float]:
             if scores.ndim != 2 or len(scores) != len(chunk):
                 raise TaskError(
                     "accuracy needs one row of scores per sample",
+                    code="scores",
                     got=f"a first output of shape {tuple(scores.shape)} for {len(chunk)} samples",
                     expected=f"({len(chunk)}, classes)",
                     remedy="use a custom task: Task(evaluate=...)",
@@ -234,6 +236,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
             raise _damaged(path, cause) from cause
         raise TaskError(
             f"{path.name} holds Python objects, and opening them could run code",
+            code="pickle",
             got=str(cause),
             expected="arrays of numbers",
             remedy="save plain arrays: np.savez(path, x_train=np.stack(samples))",
@@ -243,6 +246,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
     if not any(name.startswith("x_") for name in arrays):
         raise TaskError(
             f"{path.name} holds no inputs",
+            code="no-inputs",
             got=", ".join([*arrays, *strange]) or "no arrays",
             expected=f"at least one of {', '.join(n for n in _ARRAYS if n.startswith('x_'))}",
             remedy=next((s for name in strange if (s := suggest(name, _ARRAYS))), None) or "rename the arrays",
@@ -251,6 +255,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
         if array.ndim == 0 or len(array) == 0 or array.dtype.kind not in "biuf":
             raise TaskError(
                 f"{name} in {path.name} is not an array of samples",
+                code="not-samples",
                 got=f"shape {array.shape}, {array.dtype}",
                 expected="numbers with the samples along axis 0, at least one",
                 remedy="turn text into numbers, and leave empty arrays out",
@@ -259,7 +264,12 @@ def _read_npz(path: Path) -> dict[str, Array]:
 
 
 def _damaged(path: Path, cause: Exception) -> TaskError:
-    return TaskError(f"{path.name} can't be read", got=f"{path}: {cause}", expected="a file written by numpy.savez")
+    return TaskError(
+        f"{path.name} can't be read",
+        code="unreadable",
+        got=f"{path}: {cause}",
+        expected="a file written by numpy.savez",
+    )
 
 
 def _inputs(array: Array) -> torch.Tensor:
@@ -272,13 +282,16 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
     x, y = arrays.get(x_name), arrays.get(y_name)
     if x is None:
         if y is not None:
-            raise TaskError(f"{path.name} has {y_name} without {x_name}", expected=f"both {x_name} and {y_name}")
+            raise TaskError(
+                f"{path.name} has {y_name} without {x_name}", code="no-inputs", expected=f"both {x_name} and {y_name}"
+            )
         return None
     if y is None:
         return Arrays(_inputs(x))
     if len(x) != len(y):
         raise TaskError(
             f"{x_name} and {y_name} in {path.name} differ in length",
+            code="lengths",
             got=f"{len(x)} and {len(y)} samples",
             expected="one target per sample",
         )
@@ -286,6 +299,7 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
         if y_name == "y_test" and np.ptp(y, axis=0).max() == 0:
             raise TaskError(
                 f"all targets in {y_name} are equal, so that R² is not defined",
+                code="equal-targets",
                 got=f"{len(y)} equal targets",
                 expected="targets that vary",
                 remedy="give integer classes, more samples, or a custom task with evaluate",
@@ -296,6 +310,7 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
     if y.ndim != 1:
         raise TaskError(
             f"{y_name} in {path.name} is not a list of classes",
+            code="not-classes",
             got=f"shape {y.shape}, {y.dtype}",
             expected="(samples,) integer classes, or floating-point values",
             remedy="for one-hot rows: y.argmax(axis=1); for values: y.astype('float32')",

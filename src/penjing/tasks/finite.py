@@ -29,6 +29,7 @@ def check_answers(outputs: Sequence[torch.Tensor], structure: Any) -> None:
             rows = wrong.reshape(len(wrong), -1).any(1) if wrong.dim() else wrong.reshape(1)
             raise TaskError(
                 f"the network returns NaN in {name}",
+                code="not-finite",
                 got=f"NaN for {int(rows.sum())} of {len(rows)} samples of the calibration data (or of the example)",
                 expected="outputs without NaN, which can't be compared with an artifact's",
                 remedy="look for a division by zero, a logarithm of a negative number, or a fully masked row before a "

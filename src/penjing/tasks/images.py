@@ -71,6 +71,7 @@ class Images:
         except (*reading.UNREADABLE, image.DecompressionBombError) as cause:
             raise TaskError(
                 "an image can't be read",
+                code="unreadable",
                 got=f"{path}: {cause}",
                 expected=f"a PNG or JPEG file that has at most {MOST_PIXELS:,} pixels when it is resized",
                 remedy="remove or replace this file",
@@ -93,6 +94,7 @@ def pillow() -> ModuleType:
     except ImportError as cause:
         raise MissingDependency(
             "a folder of images needs Pillow",
+            code="not-installed",
             got=str(cause),
             expected="the package pillow",
             remedy="pip install pillow",
@@ -110,7 +112,7 @@ def image_files(root: Path) -> tuple[Files, Files]:
         TaskError: There are no images, or the evaluation part has a class that is missing in the training part.
     """
     if not root.is_dir():
-        raise TaskError("the folder of images is missing", got=str(root), expected="an existing folder")
+        raise TaskError("the folder of images is missing", code="missing", got=str(root), expected="an existing folder")
     parts = [
         next((root / name for name in names if (root / name).is_dir()), None) for names in (("train",), ("val", "test"))
     ]
@@ -128,6 +130,7 @@ def image_files(root: Path) -> tuple[Files, Files]:
     if strangers:
         raise TaskError(
             f"{parts[1]} has classes that {parts[0]} does not have",
+            code="unknown-classes",
             got=", ".join(strangers[:5]),
             expected=f"some of {', '.join(names[:10])}",
             remedy=suggest(strangers[0], names) or "give both the same class folders",
@@ -149,6 +152,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     if not any(classes.values()):
         raise TaskError(
             "the folder holds no images",
+            code="no-images",
             got=f"{folder} with {', '.join(list(classes)[:5]) or 'no folders'}",
             expected="one folder per class with .png or .jpg files: root/cat/1.png",
             remedy="give the folder whose subfolders are the classes (or train and val)",

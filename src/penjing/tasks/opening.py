@@ -33,6 +33,7 @@ def open_task(spec: str) -> Task:
             return opened
         raise TaskError(
             f"{spec} is not a task",
+            code="not-a-task",
             got=type(opened).__name__,
             expected="a penjing.Task, or a function without arguments that returns one",
             remedy="build it with Task(example=..., calibration=..., evaluate=...)",
@@ -45,6 +46,7 @@ def open_task(spec: str) -> Task:
     names = public_callables(path) if path.suffix == ".py" else []
     raise TaskError(
         "a Python file needs the name of its task" if names else "the task is missing, or of an unknown kind",
+        code="no-name" if names else "missing",
         got=repr(spec),
         expected="file.py:task, package.module:task, a folder of images root/<class>/*.png, or an .npz file",
         remedy=f"one of its names: {', '.join(names)}" if names else suggest_file(path) or "check the path",
@@ -63,6 +65,7 @@ def as_task(task: Any) -> Task:
         return open_task(str(task))
     raise TaskError(
         "the argument `task` is not a Task",
+        code="not-a-task",
         got=type(task).__name__,
         expected="a penjing.Task, or as on the command line: file.py:task, a folder of images, an .npz file",
         remedy="build it with Task(example=..., calibration=..., evaluate=...); it is the argument after the network",

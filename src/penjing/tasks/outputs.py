@@ -50,6 +50,7 @@ def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
             if str(key) in items:
                 raise SourceError(
                     f"two entries of {where} have one name",
+                    code="same-name",
                     got=f"{key!r} beside {str(key)!r}",
                     expected="keys that differ as text: they name the outputs in a file",
                     remedy="rename one of the two keys",
@@ -61,6 +62,7 @@ def _flatten(value: Any, leaves: list[Any], where: str) -> Structure:
         return {"kind": "tuple", "items": [_flatten(v, leaves, f"{where}[{i}]") for i, v in enumerate(value)]}
     raise SourceError(
         f"{where} of the network is not a tensor",
+        code="not-a-tensor",
         got=f"{type(value).__module__}.{type(value).__qualname__}",
         expected="tensors, or tuples, lists or dicts of tensors",
         remedy=_remedy(value),
@@ -85,7 +87,9 @@ def unflatten_outputs(leaves: Sequence[Any], structure: Structure) -> Any:
     """
     expected = len(output_names(structure))
     if len(leaves) != expected:
-        raise SourceError("the number of outputs has changed", got=len(leaves), expected=f"{expected} tensors")
+        raise SourceError(
+            "the number of outputs has changed", code="outputs", got=len(leaves), expected=f"{expected} tensors"
+        )
     return _unflatten(iter(leaves), structure)
 
 
@@ -135,7 +139,9 @@ def first_output(outputs: Any) -> Any:
     """
     leaves, structure = flatten_outputs(outputs)
     if not leaves:
-        raise SourceError("the network returned no tensor", got=structure, expected="at least one output tensor")
+        raise SourceError(
+            "the network returned no tensor", code="no-tensor", got=structure, expected="at least one output tensor"
+        )
     return leaves[0]
 
 
@@ -148,6 +154,7 @@ def to_tensor(value: np.ndarray[Any, Any], where: str = "input") -> torch.Tensor
     if value.dtype.char not in _REGULAR:
         raise CalibrationError(
             f"{where} holds no numbers",
+            code="no-numbers",
             got=f"an array of {value.dtype}",
             expected="floating-point, integer or boolean values",
             remedy="convert text to token ids and objects to numbers first",

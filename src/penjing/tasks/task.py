@@ -86,6 +86,7 @@ class Task:
         if not any(isinstance(v, torch.Tensor | np.ndarray) for _, _, v in leaves(as_call(self.example))):
             raise TaskError(
                 "the task's example holds no tensor",
+                code="no-tensor",
                 got=", ".join(types) or repr(self.example),
                 expected="a tensor, a tuple of tensors or a dict of keyword tensors, batch first",
                 remedy="for example Task(example=torch.zeros(1, 3, 224, 224))",
@@ -94,6 +95,7 @@ class Task:
             if getattr(self, part) is not None and not callable(getattr(self, part)):
                 raise TaskError(
                     f"the task's {part} can't be called",
+                    code="not-callable",
                     got=type(getattr(self, part)).__name__,
                     expected="a function: evaluate(predict) -> float, loss(output, target) -> tensor",
                     remedy=f"give the function itself: Task({part}={part})",
@@ -102,6 +104,7 @@ class Task:
             if not isinstance(axes, Mapping) or not all(isinstance(axis, int) for axis in axes):
                 raise TaskError(
                     f"Task.dynamic of input {key!r} is not a mapping of axes",
+                    code="axes",
                     got=repr(axes),
                     expected='{axis: name}, for example {0: "batch", 1: "length"}',
                     remedy='write dynamic={"input_ids": {0: "batch", 1: "length"}}',
@@ -127,6 +130,7 @@ def calibration_calls(task: Task, *, limit: int | None = None) -> Iterator[Call]
     if task.calibration is None:
         raise CalibrationError(
             "the task has no calibration data",
+            code="no-calibration",
             got="Task.calibration is None",
             expected="an iterable of input batches (no labels)",
             remedy="give Task(calibration=batches); a few hundred samples are usual",
@@ -225,6 +229,7 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
     if fixed or samples < 2:
         raise CalibrationError(
             "there is too little calibration data to hold out a part",
+            code="too-little",
             got=f"one batch of {samples}" + (" and a fixed batch size" if fixed else ""),
             expected="two batches, or one batch of two samples",
             remedy="give more calibration data, or a metric: Task(evaluate=...)",

@@ -52,6 +52,7 @@ def check_file(spec: str, *, error: type[PenjingError], role: str) -> None:
     if where.endswith(".py") and not Path(where).is_file():
         raise error(
             f"the {role}'s file is missing",
+            code="missing",
             got=where,
             expected="an existing Python file",
             remedy=suggest_file(Path(where)) or "check the path",
@@ -76,6 +77,7 @@ def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -
     public = sorted(n for n, value in vars(module).items() if not n.startswith("_") and _own(value, module))
     raise error(
         f"the {role}'s file has no {name!r}",
+        code="unknown-name",
         got=f"{where}, which has {', '.join(public[:20]) or 'no public names'}",
         expected=f"a {role} of that name",
         remedy=suggest(name, public) or "check the name after the colon",
@@ -104,6 +106,7 @@ def call_named(factory: Callable[[], Any], where: str, *, error: type[PenjingErr
     except (Exception, SystemExit) as cause:
         raise error(
             f"the {role}'s factory {getattr(factory, '__name__', factory)!s} raised {type(cause).__name__}",
+            code="raised",
             got=f"{cause or type(cause).__name__} ({line_of(cause)})",
             expected="a factory that can be called without arguments",
             remedy="call it in a Python shell and fix what it reports",
@@ -122,6 +125,7 @@ def never_exiting() -> Iterator[None]:
     except SystemExit as cause:
         raise TaskError(
             "code of the task or of the network ended the process",
+            code="exited",
             got=f"sys.exit({'' if cause.code is None else repr(cause.code)}) ({line_of(cause)})",
             expected="code that returns, or raises an error",
             remedy="remove the call, or guard the script part with if __name__ == '__main__'",
@@ -221,6 +225,7 @@ def _import_module(name: str, error: type[PenjingError], role: str) -> ModuleTyp
         if cause.name and (name == cause.name or name.startswith(cause.name + ".")):
             raise error(
                 f"there is no module {name!r}",
+                code="no-module",
                 got=str(cause),
                 expected="a module that Python can import from here",
                 remedy=f"install it, change into its folder, or give the file: {name.replace('.', '/')}.py:...",
@@ -233,6 +238,7 @@ def _import_module(name: str, error: type[PenjingError], role: str) -> ModuleTyp
 def _import_error(where: str, cause: BaseException, error: type[PenjingError], role: str) -> PenjingError:
     return error(
         f"importing the {role}'s code raised {type(cause).__name__}",
+        code="import",
         got=f"{cause or type(cause).__name__} ({line_of(cause)})",
         expected=f"{where} to be importable",
         remedy="run it with python and fix what it reports",
