@@ -58,6 +58,12 @@ def page(name):
     return Page(html.render(getattr(sample_records, name)()))
 
 
+def test_a_line_never_ends_between_a_number_and_its_unit():
+    words = " ".join(page("big").words)
+    assert "93.41\N{NO-BREAK SPACE}%" in words and "0.281\N{NO-BREAK SPACE}ms" in words
+    assert re.findall(r"\d (?:%|ms|kB|MB|dB|k|M)(?!\w).{0,9}", words) == []
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_nothing_comes_from_elsewhere_and_nothing_runs(name):
     text = html.render(getattr(sample_records, name)())

@@ -163,4 +163,6 @@ def test_what_drops_are_against_has_a_column_of_its_own():
     assert "drop is against the reference unpruned, 95.00 %" in words(shown(table.candidates(record)))
     assert "accuracy 95.0 % of the reference → 93.3 %" in verdict.of(record).headline
     page = html.render(record)
-    assert "drop is against the reference unpruned, 95.00 %" in page and page.count("<span>reference</span>") == 4
+    assert (
+        "drop is against the reference unpruned, 95.00 %" in words(page) and page.count("<span>reference</span>") == 4
+    )

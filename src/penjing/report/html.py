@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from penjing.report.table import legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
 _WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMGT]?B|[kMGT]|[mµn]?s|min|h|dB)(?!\w))")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("penjing.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_legible,  # no control character of a name, such as one that turns the direction of writing
+        finalize=_legible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -87,7 +89,11 @@ def _template() -> jinja2.Template:
 
 
 def _legible(value: Any) -> Any:
-    return legible(value, "utf-8") if type(value) is str else value
+    """Text without control characters (a name may hold one that reverses the direction of writing).
+
+    The space between a number and its unit does not break at the end of a line.
+    """
+    return _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", legible(value, "utf-8")) if type(value) is str else value
 
 
 def vocabulary() -> Mapping[str, Any]:
