@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 
+from penjing.errors import RecipeError
+
 
 @contextlib.contextmanager
 def refused(kind, code):
@@ -11,3 +13,11 @@ def refused(kind, code):
     with pytest.raises(kind) as caught:
         yield caught
     assert caught.value.code == code, str(caught.value)
+
+
+@contextlib.contextmanager
+def refused_setting(name):
+    """As `refused`, of a setting that breaks its rule (see `penjing.steps.settings`): the one of that name."""
+    with refused(RecipeError, "settings") as caught:
+        yield caught
+    assert caught.value.field == name, str(caught.value)

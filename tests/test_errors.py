@@ -42,10 +42,11 @@ def test_every_error_says_what_got_expected_and_remedy(error):
 
 
 def test_the_name_of_its_case_is_for_programs_and_goes_with_it_into_another_process():
-    error = errors.OutputError("it broke", got=[1, 2], remedy="glue it", code="broken")
+    error = errors.OutputError("it broke", got=[1, 2], remedy="glue it", code="broken", field="leg")
     assert "broken" not in str(error)
     again = pickle.loads(pickle.dumps(error))
-    assert (type(again), again.code, str(again)) == (errors.OutputError, "broken", str(error))
+    assert (type(again), again.code, again.field) == (errors.OutputError, "broken", "leg")
+    assert str(again) == str(error)
     assert PenjingError("it broke").code == ""
 
 

@@ -35,6 +35,7 @@ class PenjingError(Exception):
         expected: What would have been right.
         remedy: What the user can do about it.
         code: The name of the case within its kind, for programs; it is not shown.
+        field: The name of the setting that it is about, for programs; it is not shown.
     """
 
     exit_code = 1
@@ -47,9 +48,11 @@ class PenjingError(Exception):
         expected: object = None,
         remedy: str | None = None,
         code: str = "",
+        field: str = "",
     ) -> None:
         self.what = what
         self.code = code
+        self.field = field
         self.got = got
         self.expected = expected
         self.remedy = remedy
@@ -62,13 +65,13 @@ class PenjingError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """All its parts go with it into another process; what was got goes as text."""
         got = None if self.got is None else str(self.got)
-        return _again, (type(self), self.what, got, self.expected and str(self.expected), self.remedy, self.code)
+        expected = None if self.expected is None else str(self.expected)
+        parts = {"got": got, "expected": expected, "remedy": self.remedy, "code": self.code, "field": self.field}
+        return _again, (type(self), self.what, parts)
 
 
-def _again(
-    kind: type[PenjingError], what: str, got: str | None, expected: str | None, remedy: str | None, code: str
-) -> Any:
-    return kind(what, got=got, expected=expected, remedy=remedy, code=code)
+def _again(kind: type[PenjingError], what: str, parts: dict[str, Any]) -> PenjingError:
+    return kind(what, **parts)
 
 
 def in_percent(got: object, expected: str) -> str | None:

@@ -206,9 +206,10 @@ def test_a_training_with_another_hook_does_not_go_on(tmp_path):
     training_state.save(tmp_path / "state.pt", {"request": {"hooks": (scaled(2),)}})
     with training_state.loading(tmp_path / "state.pt", {"hooks": (scaled(2),)}) as state:
         assert "request" in state
-    with pytest.raises(CheckpointError, match="another hooks"):
+    with pytest.raises(CheckpointError) as caught:
         with training_state.loading(tmp_path / "state.pt", {"hooks": (scaled(3),)}):
             pytest.fail("the state was given out")
+    assert caught.value.got.startswith("hooks = ")
 
 
 def test_hooks_of_steps_say_their_step_without_its_training():

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import penjing as pj
-from penjing.errors import RecipeError
 from penjing.recipes.catalogue import CATALOGUE, SETTINGS
 from penjing.steps import settings
 from penjing.steps.settings import (
@@ -33,6 +32,7 @@ from penjing.steps.settings import (
     require,
     whole,
 )  # fmt: skip
+from tests.refusals import refused_setting
 
 NUMBERS = {
     "whole": whole(), "above": above(0), "at least": at_least(0), "between": between(0, 1), "any": number(),
@@ -98,13 +98,12 @@ class TestRules:
 
 class TestCheck:
     def test_the_first_field_that_breaks_its_rule(self):
-        with pytest.raises(RecipeError) as caught:
+        with refused_setting("bits") as caught:
             Bits(9, "c")
         error = caught.value
-        assert error.what == "Bits(bits=...) can't be used"
-        assert (error.code, error.got) == ("settings", 9)
-        assert (error.expected, error.remedy) == ("a whole number from 2 to 8", None)
-        with pytest.raises(RecipeError) as caught:
+        assert "Bits(bits=...)" in error.what
+        assert (error.got, error.expected, error.remedy) == (9, "a whole number from 2 to 8", None)
+        with refused_setting("name") as caught:
             Bits(name="c")
         assert (caught.value.got, caught.value.expected) == ("'c'", "'a' or 'b'")
 
@@ -117,23 +116,23 @@ class TestCheck:
         step = pj.Finetune(learning_rate=kind(0.5), workers=np.int64(1), channels_last=np.bool_(True))
         assert step == pj.Finetune(learning_rate=0.5)
         assert pj.Recipe.from_yaml(pj.Recipe(step).to_yaml()) == pj.Recipe(step)
-        with pytest.raises(RecipeError):
+        with refused_setting("learning_rate"):
             pj.Finetune(learning_rate=kind("nan"))
 
     def test_percent_are_told_from_fractions(self):
         for given_, meant in ((50, 0.5), ("50%", 0.5), (np.float32(7.5), 0.075)):
-            with pytest.raises(RecipeError) as caught:
-                require("the part", given_, between(0, 1))
+            with refused_setting("part") as caught:
+                require("the part", given_, between(0, 1), field="part")
             assert caught.value.remedy.startswith(f"did you mean {meant:g}?")
 
     def test_a_huge_value_is_shown_in_part(self):
-        with pytest.raises(RecipeError) as caught:
-            require("this", ["x"] * 10_000, FLAG)
+        with refused_setting("this") as caught:
+            require("this", ["x"] * 10_000, FLAG, field="this")
         assert len(caught.value.got) == 300
 
     def test_a_number_of_more_digits_than_a_float_has(self):
-        with pytest.raises(RecipeError):
-            require("this", 10**400, between(0, 1))
+        with refused_setting("this"):
+            require("this", 10**400, between(0, 1), field="this")
 
 
 def _numeric() -> list[tuple[type, str]]:
@@ -173,9 +172,8 @@ NEEDED = {
 def test_no_step_takes_for_a_number_what_is_not(cls, name, value):
     needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     others = dict.fromkeys(needed - {name}, "a") | ({} if name in TARGETS else NEEDED.get(cls, {}))
-    with pytest.raises(RecipeError) as caught:
+    with refused_setting(name) as caught:
         cls(**{**others, name: value})
-    assert f"({name}=...)" in caught.value.what or (name == "sparsity" and name in caught.value.what)
     assert caught.value.got == repr(value) or caught.value.got is value
     assert caught.value.expected
 

@@ -80,7 +80,7 @@ def fraction(sparsity: float | None, pattern: str) -> float:
     of_pattern = 1 - read.kept / read.of if read.of else None
     if sparsity is None:
         return 0.5 if of_pattern is None else of_pattern
-    sparsity = float(require("the sparsity", sparsity, number(least=0, below=1)))
+    sparsity = float(require("the sparsity", sparsity, number(least=0, below=1), field="sparsity"))
     if of_pattern is not None and abs(sparsity - of_pattern) > 1e-9:
         raise RecipeError(
             "the sparsity and the pattern contradict each other",

@@ -102,7 +102,7 @@ class Static:
         for pattern, values in self.settings.items():
             _check_fields(pattern, values)
             for name, value in values.items():
-                require(f"Static({name}=...) for {pattern!r}", value, RULES[name])
+                require(f"Static({name}=...) for {pattern!r}", value, RULES[name], field=name)
             _check_grids(f" for {pattern!r}", {**vars(self), **values})
 
     def __call__(self, draft: Draft, context: Context) -> Draft:

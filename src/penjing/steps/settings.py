@@ -41,22 +41,24 @@ def check(settings: object, **rules: Rule) -> None:
     """
     for name, rule in rules.items():
         current = getattr(settings, name)
-        value = require(f"{type(settings).__name__}({name}=...)", current, rule)
+        value = require(f"{type(settings).__name__}({name}=...)", current, rule, field=name)
         if value is not current:
             object.__setattr__(settings, name, value)
 
 
-def require(what: str, value: Any, rule: Rule) -> Any:
+def require(what: str, value: Any, rule: Rule, *, field: str) -> Any:
     """Return a value that satisfies its rule; a NumPy scalar as a Python number.
 
     Raises:
-        RecipeError: The value violates the rule; the message names `what`.
+        RecipeError: The value violates the rule; the message names `what`, and the error's `field` is that name.
     """
     plain = value.item() if isinstance(value, np.generic) else value
     if not rule.holds(plain):
         got = plain if isinstance(plain, int | float) else repr(plain)[:300]
         remedy = in_percent(plain, rule.expected)
-        raise RecipeError(f"{what} can't be used", code="settings", got=got, expected=rule.expected, remedy=remedy)
+        raise RecipeError(
+            f"{what} can't be used", code="settings", field=field, got=got, expected=rule.expected, remedy=remedy
+        )
     return plain
 
 
