@@ -202,8 +202,9 @@ class Process:
     def _failed(self, told: dict[str, str | None]) -> NoReturn:
         kind = getattr(errors, str(told["kind"]), None)
         if isinstance(kind, type) and issubclass(kind, PenjingError):
-            fields = {k: told[k] for k in ("got", "expected", "remedy")}
-            raise kind(f"{self.name}: {told['what']}", code=told.get("code") or "", **fields)
+            parts: dict[str, Any] = {k: told[k] for k in ("got", "expected", "remedy")}
+            parts |= {k: told.get(k) or "" for k in ("code", "field")}
+            raise kind(f"{self.name}: {told['what']}", **parts)
         raise ArtifactError(
             f"{self.name!r} can't be run in its runtime",
             code="failed",
@@ -276,7 +277,7 @@ def told(error: Exception) -> dict[str, str | None]:
     if isinstance(error, PenjingError):
         parts = {"got": error.got, "expected": error.expected, "remedy": error.remedy}
         texts = {key: None if value is None else str(value) for key, value in parts.items()}
-        return {"kind": type(error).__name__, "what": error.what, "code": error.code, **texts}
+        return {"kind": type(error).__name__, "what": error.what, "code": error.code, "field": error.field, **texts}
     return {"kind": type(error).__name__, "what": str(error)}
 
 
