@@ -50,6 +50,26 @@ class Costs:
         return replace(self, edges={e: ms * (1 + extra / crossing) for e, ms in self.edges.items()})
 
 
+@dataclass
+class _Constraints:
+    """Linear constraints lows ≤ A·x ≤ highs, with the non-zero entries of A as (rows, columns, values)."""
+
+    rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    lows: list[float] = field(default_factory=list)
+    highs: list[float] = field(default_factory=list)
+
+    def add(self, entries: list[tuple[int, float]], low: float, high: float) -> None:
+        """Add a row low ≤ Σ value·x[column] ≤ high; `entries` are pairs of column and value."""
+        for column, value in entries:
+            self.rows.append(len(self.lows))
+            self.columns.append(column)
+            self.values.append(value)
+        self.lows.append(low)
+        self.highs.append(high)
+
+
 def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str, int] | None:
     """Compute the optimal choice.
 
@@ -75,39 +95,27 @@ def solve(costs: Costs, budget: float, objective: str, widest: int) -> dict[str,
     time = np.array([costs.ms.get(n, {}).get(b, 0.0) for n, b in columns] + [costs.edges[e] for e in edges])
     count = sum(costs.weights.get(n, 0) for n in names) or 1
     bits = np.array([costs.weights.get(n, 0) * (b or 32) / count for n, b in columns] + [0.0] * len(edges))
-    rows: list[int] = []
-    cols: list[int] = []
-    values: list[float] = []
-    lows: list[float] = []
-    highs: list[float] = []
-
-    def constrain(entries: list[tuple[int, float]], low: float, high: float) -> None:
-        for column, value in entries:
-            rows.append(len(lows))
-            cols.append(column)
-            values.append(value)
-        lows.append(low)
-        highs.append(high)
-
+    constraints = _Constraints()
     for name in names:
-        constrain([(at[name, b], 1.0) for b in costs.noise[name]], 1, 1)
+        constraints.add([(at[name, b], 1.0) for b in costs.noise[name]], 1, 1)
     for i, (a, b) in enumerate(edges):  # y ≥ |float(a) − float(b)|
         one, two = at.get((a, FLOAT)), at.get((b, FLOAT))
         for sign in (1.0, -1.0):
             entries = [(len(columns) + i, 1.0)]
             entries += [(one, -sign)] if one is not None else []
             entries += [(two, sign)] if two is not None else []
-            constrain(entries, 0, np.inf)
+            constraints.add(entries, 0, np.inf)
     limited = {"noise": time, "bits": bits, "latency": power}[objective]
     room = budget - (costs.rest_ms if objective == "noise" else 0.0)
     if room < math.inf:
         scale = max(abs(room), 1e-30)  # noise powers are far below the solver's tolerances, so they are rescaled
-        constrain([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
+        constraints.add([(i, float(v) / scale) for i, v in enumerate(limited) if v], -np.inf, room / scale)
     aim = time if objective == "latency" else power
     aim = aim / max(aim.max(), 1e-30)
-    matrix = csr_matrix((values, (rows, cols)), shape=(len(lows), size))
+    c = constraints
+    matrix = csr_matrix((c.values, (c.rows, c.columns)), shape=(len(c.lows), size))
     solution = milp(
-        aim, constraints=LinearConstraint(matrix, lows, highs), integrality=np.ones(size), bounds=Bounds(0, 1)
+        aim, constraints=LinearConstraint(matrix, c.lows, c.highs), integrality=np.ones(size), bounds=Bounds(0, 1)
     )
     if solution.x is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,24 +64,24 @@ def _lengths(node: Node, lengths: Value, steps: Any) -> torch.Tensor | None:
     return tensor(lengths).long()
 
 
-def _recurrent(
-    order: Sequence[int],
-    plain: Sequence[str],
-    cell: Callable[..., Any],
-    whole: Callable[[Node, Sequence[str]], Any],
-) -> Callable[..., Any]:
-    """A layer of ONNX.
+@dataclass(frozen=True)
+class _Recurrent:
+    """A recurrent operator of ONNX, computed by torch's layer where that is equivalent, otherwise step by step.
 
-    Args:
+    Attributes:
         order: Torch's order of the gates.
         plain: Activations of torch's layer.
-        cell: One step, written out.
+        cell: Builds the function of one time step.
         whole: Torch's function for a node, given its activations; None where torch has none.
     """
 
-    gates = len(order)
+    order: Sequence[int]
+    plain: Sequence[str]
+    cell: Callable[..., Any]
+    whole: Callable[[Node, Sequence[str]], Any]
 
-    def apply(
+    def __call__(
+        self,
         node: Node,
         x: Value,
         w: Value,
@@ -92,9 +93,23 @@ def _recurrent(
         peepholes: Value = None,
         stored: Mapping[str, torch.Tensor] | None = None,
     ) -> Any:
+        """Y (steps, directions, batch, hidden) and the last states (directions, batch, hidden); layout 1: batch first.
+
+        Args:
+            node: The node.
+            x: (steps, batch, in).
+            w: (directions, gates·hidden, in).
+            r: (directions, gates·hidden, hidden).
+            b: (directions, 2·gates·hidden).
+            lengths: Steps of every sequence, (batch,).
+            hidden: Initial hidden state, (directions, batch, hidden).
+            cells: Initial cell state of an LSTM, the same shape.
+            peepholes: Of an LSTM, (directions, 3·hidden).
+            stored: `layer_tensors` of this node, if its weights are stored.
+        """
         value = tensor(x)
-        rows = bool(node.get("layout", 0))  # batch first
-        value = value.transpose(0, 1) if rows else value
+        batch_first = bool(node.get("layout", 0))
+        value = value.transpose(0, 1) if batch_first else value
         directions = 2 if node.get("direction", "forward") == "bidirectional" else 1
         size = node.get("hidden_size") or tensor(r).shape[-1]
         steps, batch = value.shape[:2]
@@ -102,49 +117,68 @@ def _recurrent(
         def state(given: Value) -> torch.Tensor:
             if given is None:
                 return value.new_zeros(directions, batch, size)
-            return tensor(given).transpose(0, 1) if rows else tensor(given)
+            return tensor(given).transpose(0, 1) if batch_first else tensor(given)
 
-        first, memory = state(hidden), state(cells)
+        states = state(hidden), state(cells)
         counts = _lengths(node, lengths, steps)
-        words = [word.lower() for word in node.get("activations", [])] or list(plain) * directions
-        function = whole(node, words)
-        backward = node.get("direction", "forward") == "reverse"
+        words = [word.lower() for word in node.get("activations", [])] or list(self.plain) * directions
+        function = self.whole(node, words)
         if function is not None and counts is None and peepholes is None and node.get("clip") is None:
-            flat = stored or _flat(tensor(w), tensor(r), None if b is None else tensor(b), order)
-            biased = len(flat) == 4 * directions
-            seen = value.flip(0) if backward else value
-            y, *last = function(seen, (first, memory), list(flat.values()), biased, directions == 2)
-            y = y.flip(0) if backward else y
-            y = y.reshape(steps, batch, directions, size).transpose(1, 2)
+            flat = stored or _flat(tensor(w), tensor(r), None if b is None else tensor(b), self.order)
+            y, last = _by_layer(node, value, function, states, list(flat.values()))
         else:
-            inner, outer = tensor(w), tensor(r)
-            ways = _activations(node, plain, directions)
-            outputs, ends = [], []
-            for d in range(directions):
-                both = tensor(b)[d] if b is not None else value.new_zeros(2 * gates * size)
-                step = cell(
-                    node, inner[d], outer[d], both, None if peepholes is None else tensor(peepholes)[d], ways[d]
-                )
-                reverse = backward or d == 1
-                states, result = (first[d], memory[d]), []
-                for t in reversed(range(steps)) if reverse else range(steps):
-                    new = step(value[t], *states)
-                    if counts is not None:
-                        inside = (counts > t).unsqueeze(1)
-                        new = tuple(torch.where(inside, a, old) for a, old in zip(new, states, strict=True))
-                        result.append(torch.where(inside, new[0], torch.zeros_like(new[0])))
-                    else:
-                        result.append(new[0])
-                    states = new
-                outputs.append(torch.stack(result[::-1] if reverse else result))
-                ends.append(states)
-            y = torch.stack(outputs, 1)
-            last = [torch.stack(parts) for parts in zip(*ends, strict=True)]
-        if rows:
+            bias = tensor(b) if b is not None else value.new_zeros(directions, 2 * len(self.order) * size)
+            weights = (tensor(w), tensor(r), bias, None if peepholes is None else tensor(peepholes))
+            y, last = self._by_step(node, value, weights, states, counts)
+        if batch_first:
             y, last = y.permute(2, 0, 1, 3), [part.transpose(0, 1) for part in last]
         return (y, *last)
 
-    return apply
+    def _by_step(
+        self,
+        node: Node,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+        initial: tuple[torch.Tensor, torch.Tensor],
+        counts: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Y and the last states, one time step after another; `counts` are the steps of every sequence, (batch,)."""
+        inner, outer, bias, peepholes = weights
+        directions, steps = len(initial[0]), x.shape[0]
+        activations = _activations(node, self.plain, directions)
+        outputs, ends = [], []
+        for d in range(directions):
+            peephole = None if peepholes is None else peepholes[d]
+            step = self.cell(node, inner[d], outer[d], bias[d], peephole, activations[d])
+            reverse = node.get("direction", "forward") == "reverse" or d == 1
+            states, result = (initial[0][d], initial[1][d]), []
+            for t in reversed(range(steps)) if reverse else range(steps):
+                new = step(x[t], *states)
+                if counts is not None:
+                    inside = (counts > t).unsqueeze(1)
+                    new = tuple(torch.where(inside, a, old) for a, old in zip(new, states, strict=True))
+                    result.append(torch.where(inside, new[0], torch.zeros_like(new[0])))
+                else:
+                    result.append(new[0])
+                states = new
+            outputs.append(torch.stack(result[::-1] if reverse else result))
+            ends.append(states)
+        return torch.stack(outputs, 1), [torch.stack(parts) for parts in zip(*ends, strict=True)]
+
+
+def _by_layer(
+    node: Node,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    initial: tuple[torch.Tensor, torch.Tensor],
+    flat: list[torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Y and the last states by torch's function; `flat` holds its parameters in its order."""
+    (directions, batch, size), steps = initial[0].shape, x.shape[0]
+    backward = node.get("direction", "forward") == "reverse"
+    y, *last = function(x.flip(0) if backward else x, initial, flat, len(flat) == 4 * directions, directions == 2)
+    y = y.flip(0) if backward else y
+    return y.reshape(steps, batch, directions, size).transpose(1, 2), last
 
 
 def _flat(w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, order: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -268,7 +302,7 @@ _LAYERS: dict[str, tuple[tuple[int, ...], tuple[str, ...], Callable[[Node, Seque
 """Operator → torch's order of its gates, the activations of torch's layer, and that layer for a node."""
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    name: _recurrent(order, plain, cell, whole)
+    name: _Recurrent(order, plain, cell, whole)
     for (name, (order, plain, whole)), cell in zip(_LAYERS.items(), (_gru_cell, _lstm_cell, _rnn_cell), strict=True)
 }
 
