@@ -23,6 +23,7 @@ from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
+from tests.refusals import refused, refused_setting
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
 UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
@@ -80,7 +81,7 @@ def test_excluded_layers_and_fewer_bits():
     "settings", [{"weight_bits": 9}, {"weight_bits": True}, {"weight_range": "entropy"}, {"exclude": "head"}]
 )
 def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(RecipeError, match=next(iter(settings))):
+    with refused_setting(*settings):
         Dynamic(**settings)
 
 
@@ -324,7 +325,7 @@ def test_a_plan_with_a_range_at_run_time_elsewhere_is_refused():
     draft = Static()(Draft(capture_network(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), *task.call())), Context(task=task))
     plan = Plan({**draft.plan.entries, "0:in0": Entry(UNSIGNED)})
     for make in (insert, freeze):
-        with pytest.raises(QuantizationError) as refusal:
+        with refused(QuantizationError, "dynamic-range") as refusal:
             make(draft.network, plan)
         assert refusal.value.got == "0:in0, of kind conv" and "quantize.Dynamic" in refusal.value.expected
 
@@ -333,7 +334,7 @@ def test_recipes_know_it():
     recipe = Recipe.from_yaml("- quantize.Dynamic: {exclude: [head]}\n- quantize.BiasCorrection\n")
     assert recipe.quantizes and recipe.steps[0] == Dynamic(exclude=("head",))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    with pytest.raises(RecipeError, match="can't come after"):
+    with refused(RecipeError, "order"):
         Recipe(Static(), Dynamic())
-    with pytest.raises(RecipeError, match="run time"):
+    with refused(RecipeError, "order"):
         Recipe(Dynamic(), QAT())

@@ -7,7 +7,6 @@ from torch import nn
 
 from penjing import runtimes
 from penjing.architectures import build
-from penjing.errors import RecipeError
 from penjing.measure import machine
 from penjing.network.capture import capture_network
 from penjing.network.graph import sites
@@ -17,6 +16,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
+from tests.refusals import refused_setting
 
 
 class Blocks(nn.Module):
@@ -156,5 +156,5 @@ def test_outputs_that_are_no_floats_or_infinite_are_not_judged(runtime):
 
 
 def test_what_can_be_done_about_outliers():
-    with pytest.raises(RecipeError, match="outliers"):
+    with refused_setting("outliers"):
         Static(outliers="drop")

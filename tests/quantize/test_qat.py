@@ -21,6 +21,7 @@ from penjing.surgery import insert
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
+from tests.refusals import refused, refused_setting
 
 SPECS = [
     QuantSpec(bits=3, signed=False, symmetric=False),
@@ -189,19 +190,25 @@ def test_a_resumed_training_ends_in_the_same_bits_after_norms_and_scales_were_fr
 def test_without_training_data_it_says_what_to_do(prepared):
     draft, context = prepared
     bare = Context(task=Task(example=context.task.example, calibration=context.task.calibration))
-    with pytest.raises(TaskError) as caught:
+    with refused(TaskError, "no-training-data") as caught:
         QAT()(draft, bare)
     assert "Task.train" in caught.value.got and "calibration" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "magic"}, {"data": "test"}, {"freeze_norms": 2}, {"finetune": 3}, {"finetune": Outputs()},
-     {"data": "calibration", "finetune": Finetune(distill=())}, {"finetune": Finetune(workers=2, cluster="local")}],
-)  # fmt: skip
+    [{"method": "magic"}, {"data": "test"}, {"freeze_norms": 2}, {"finetune": 3}, {"finetune": Outputs()}],
+)
 def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(RecipeError):
+    with refused_setting(*settings):
         QAT(**settings)
+
+
+def test_a_training_that_it_cannot_do_is_refused():
+    with refused(RecipeError, "no-loss"):
+        QAT(data="calibration", finetune=Finetune(distill=()))
+    with refused(RecipeError, "workers"):
+        QAT(finetune=Finetune(workers=2, cluster="local"))
 
 
 class TestTheTraining:
@@ -258,13 +265,17 @@ class TestTheTraining:
         _, context = prepared
         small = nn.Sequential(nn.Flatten(), nn.Linear(432, 4)).eval()
         other = nn.Sequential(nn.Flatten(), nn.Linear(432, 5)).eval()
-        for step, task in (
-            (QAT(), replace(context.task, train=None)),
-            (QAT(finetune=Finetune(distill=())), replace(context.task, loss=None)),
-            (QAT(finetune=Finetune(teacher=other, distill=Logits())), context.task),
+        network = capture_network(small, *context.task.call())
+        for step, task, code in (
+            (QAT(), replace(context.task, train=None), "no-training-data"),
+            (QAT(finetune=Finetune(distill=())), replace(context.task, loss=None), "no-loss"),
         ):
-            with pytest.raises(TaskError):
-                check_recipe(pj.Recipe(Static(), step), capture_network(small, *task.call()), task, seed=0)
+            with refused(TaskError, code):
+                check_recipe(pj.Recipe(Static(), step), network, task, seed=0)
+        step = QAT(finetune=Finetune(teacher=other, distill=Logits()))
+        with pytest.raises(TaskError) as caught:
+            check_recipe(pj.Recipe(Static(), step), network, context.task, seed=0)
+        assert caught.value.got == "(2, 4) and (2, 5)"
         silent = replace(context.task, train=None, loss=None)
         check_recipe(
             pj.Recipe(Static(), QAT(data="calibration")), capture_network(small, *silent.call()), silent, seed=0

@@ -14,6 +14,7 @@ from penjing.steps.plan import Plan
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
+from tests.refusals import refused, refused_setting
 
 
 class Delicate(nn.Module):
@@ -112,13 +113,17 @@ class TestRollback:
 
     def test_a_drop_needs_a_metric_to_look_at(self, prepared):
         draft, context = prepared
-        with pytest.raises(TaskError, match="select"):
+        with refused(TaskError, "no-metric"):
             Rollback(drop=0.01)(draft, context)
 
-    @pytest.mark.parametrize("settings", [{}, {"snr_db": 20, "repair": "magic"}, {"snr_db": 20, "most": -1}])
+    @pytest.mark.parametrize("settings", [{"repair": "magic"}, {"most": -1}])
     def test_settings_that_make_no_sense_are_refused(self, settings):
-        with pytest.raises(RecipeError):
-            Rollback(**settings)
+        with refused_setting(*settings):
+            Rollback(snr_db=20, **settings)
+
+    def test_it_needs_a_limit(self):
+        with refused(RecipeError, "limits"):
+            Rollback()
 
 
 class TestBest:
@@ -144,14 +149,15 @@ class TestBest:
 
 
 def test_one_sample_can_not_be_split():
-    with pytest.raises(CalibrationError, match="single calibration sample"):
+    with pytest.raises(CalibrationError) as caught:
         split(Context(task=Task(example=torch.zeros(1, 3), calibration=[torch.zeros(1, 3)])))
+    assert caught.value.got == "1 sample"
 
 
 @pytest.mark.parametrize("second", ["BiasCorrection", "CoordinateRounding", "Rollback"])
 def test_a_second_repair_of_rounding_is_refused(second):
     step = Rollback(snr_db=20) if second == "Rollback" else getattr(pj.quantize, second)()
-    with pytest.raises(RecipeError, match="can't come after CoordinateRounding"):
+    with refused(RecipeError, "order"):
         pj.Recipe(Static(), pj.quantize.CoordinateRounding(), step)
-    with pytest.raises(RecipeError, match="nothing to work on"):
+    with refused(RecipeError, "too-early"):
         pj.Recipe(step, Static())

@@ -79,6 +79,7 @@ def _refuse(node: fx.Node) -> None:
     makers = [n for n in node.all_input_nodes if _is_complex(n)]
     raise ExportError(
         f"{side} of the network is complex{line(makers[0]) if makers else ''}",
+        code="complex-input" if node.op == "placeholder" else "complex-output",
         got=f"{node.name}: {node.meta['val'].dtype}" if not makers else str(makers[0].meta["val"].dtype),
         expected="real tensors: runtimes accept pairs of real and imaginary part",
         remedy="use torch.view_as_complex(x) within forward"

@@ -91,6 +91,7 @@ def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:
             number = next(n for n in program.graph.nodes if n.name == spec.arg.name)
             raise ExportError(
                 f"an output of the network is a number that changes with the sizes of its inputs{line(number)}",
+                code="number",
                 got=str(number.meta.get("val", number)),
                 expected="tensors, and numbers that are constant",
                 remedy="leave it out and compute it from the inputs, or return a tensor: x.new_full((1,), x.shape[0])",
@@ -105,6 +106,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     except TypeError as error:
         raise TaskError(
             "the example inputs do not fit the network's forward",
+            code="misfit",
             got=f"{len(args)} positional, keywords {sorted(kwargs)}: {error}",
             expected=f"forward{signature}",
             remedy="give Task(example=...) as a tensor, a tuple of positional inputs, or a dict of keyword inputs",
@@ -118,6 +120,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             if both:
                 raise ExportError(
                     f"two inputs of the network would be called {both[0]!r}",
+                    code="same-name",
                     got=f"forward{signature}: torch gives this name to the input that *{name} collects",
                     expected="one name for each input",
                     remedy=f"rename the parameter {both[0]} of forward",
@@ -178,6 +181,7 @@ def _dynamic_axes(names: list[str], values: list[Any], dynamic: Dynamic) -> dict
         if key not in known:
             raise TaskError(
                 "Task.dynamic names an input that the network does not have",
+                code="unknown-input",
                 got=repr(key),
                 expected=f"one of {names} or a position below {len(names)}",
             )
@@ -237,17 +241,18 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
     message = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {error}"
-    expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
+    code, expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
     if "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
-        expected, remedy = _RECURRENT
+        code, expected, remedy = _RECURRENT
     elif any(frame.name == "_detect_is_causal_mask" for frame in frames):
-        expected, remedy = _CAUSAL
+        code, expected, remedy = _CAUSAL
     elif "solve_univariate_inequality" in text or set(re.findall(r"solving the guards generated for (\w+) =", text)) - {
         "batch"
     }:
-        expected, remedy = _WINDOW
+        code, expected, remedy = _WINDOW
     return ExportError(
         f"the network can't be exported: {where}",
+        code=code,
         got=f"{type(error).__name__}: {' '.join(message[:3])[:500]}",
         expected=expected,
         remedy=remedy.replace("'x':", f"{next(iter(inspect.signature(model.forward).parameters), 'x')!r}:"),
@@ -256,36 +261,43 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
 
 _FOREIGN = {"torch", "sympy"}  # folders that are not the user's code
 _RECURRENT = (
+    "recurrent-length",
     "recurrent layers of fixed length: torch.export unrolls every step; the batch may vary",
     "fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter sequences to it",
 )
 _CAUSAL = (
+    "causal-mask",
     "a transformer that is told whether its mask is causal: torch compares the mask's values otherwise",
     "call the encoder with is_causal=True beside a causal mask and with is_causal=False beside another: "
     "self.encoder(x, mask=mask, is_causal=True)",
 )
 _WINDOW = (
+    "window",
     "a forward that takes every size of the axes that vary",
     "pool a whole axis by x.mean((2, 3)) or F.adaptive_avg_pool2d(x, 1): the window of F.avg_pool2d(x, x.shape[2:]) is "
     "a number; write other sizes as x.shape[2] or -1; or fix it: Task(dynamic={'x': {0: 'batch'}}) lets the batch "
     "alone vary",
 )
-_ADVICE = {  # pattern of a torch.export error → what was expected, and the remedy
+_ADVICE = {  # pattern of a torch.export error → the code, what was expected, and the remedy
     r"structure of `inputs` and `dynamic_shapes`": (
+        "unnamed-inputs",
         "a forward that names its inputs",
         "wrap the network in a module that names them: def forward(self, a, b): return self.net(a=a, b=b)",
     ),
     r"GuardOnDataDependent|[Dd]ata-dependent|[Dd]ynamic control flow": (
+        "control-flow",
         "a forward without control flow that depends on the values of tensors",
         "choose with torch.where(condition, a, b) or torch.cond(condition, branch_a, branch_b, inputs) on that line",
     ),
     r"Constraints violated|specialized|is invalid for input of size|must match|size mismatch|shapes cannot be"
     r"|[Ss]izes of tensors|broadcast": (
+        "fixed-size",
         "a forward that takes every size of the axes that vary; without Task.dynamic that is the batch, axis 0",
         "write sizes as x.shape[0] or -1 where that line has a number (x.flatten(1) keeps the batch); or fix what "
         "can't vary: Task(dynamic={}) fixes all sizes to the example's, Task(dynamic={'x': {0: 'batch'}}) all but one",
     ),
     "": (
+        "untraceable",
         "a forward that torch.export takes",
         "torch.export.export(model.eval(), example) in a Python shell shows the same; write that line with operators "
         "of torch alone",

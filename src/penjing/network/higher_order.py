@@ -53,7 +53,12 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
         condition, *branches, operands = node.args
         value = condition.meta.get("val") if isinstance(condition, fx.Node) else condition
         if not isinstance(value, torch.Tensor):
-            raise _refusal(node, "its condition is on a size", "branch on the size outside the network, or fix it")
+            raise _refusal(
+                node,
+                "condition-on-size",
+                "its condition is on a size",
+                "branch on the size outside the network, or fix it",
+            )
         then_nodes, else_nodes = (_copied(owner, node, branch, operands) for branch in branches)
         results = []
         for one, two in zip(then_nodes, else_nodes, strict=True):
@@ -65,11 +70,11 @@ def _put_in_line(owner: fx.GraphModule, node: fx.Node) -> dict[str, str]:
         start = _FIRST_OPERAND[name]
         results = _copied(owner, node, node.args[start - 1], node.args[start:])
     else:
-        raise _refusal(node, f"it is a {name}", "unroll the loop, with a fixed number of iterations")
+        raise _refusal(node, "loop", f"it is a {name}", "unroll the loop, with a fixed number of iterations")
     renamed = {}
     for user in list(node.users):
         if user.target is not operator.getitem:
-            raise _refusal(node, "its results are read as one", "return tensors from its branches")
+            raise _refusal(node, "results", "its results are read as one", "return tensors from its branches")
         result = results[int(str(user.args[1]))]
         user.replace_all_uses_with(result)
         renamed[user.name] = result.name
@@ -98,9 +103,10 @@ def _copied(owner: fx.GraphModule, node: fx.Node, region: Any, operands: Any) ->
     raise AssertionError("a subgraph without results")
 
 
-def _refusal(node: fx.Node, why: str, remedy: str) -> ExportError:
+def _refusal(node: fx.Node, code: str, why: str, remedy: str) -> ExportError:
     return ExportError(
         f"the network holds an operator that runs others: {node.target}{line(node)}",
+        code=code,
         got=why,
         expected="a flat graph of operators; of torch.cond on tensor values both branches are computed",
         remedy=remedy,

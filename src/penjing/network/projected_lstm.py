@@ -35,6 +35,7 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
     if not isinstance(steps, int) or steps > MOST_STEPS:
         raise ExportError(
             f"an LSTM with projections (proj_size) is unrolled step by step{line(build.node)}",
+            code="length",
             got=f"{steps} steps",
             expected=f"a fixed length, of {MOST_STEPS} steps at most",
             remedy="fix the length to the example's, Task(dynamic={'x': {0: 'batch'}}), or leave proj_size out",

@@ -34,6 +34,7 @@ def single_module(module: nn.Module) -> tuple[nn.Module, str | None]:
         name, dtype = next(iter(halves.items()))
         raise SourceError(
             f"the network is in {str(dtype).removeprefix('torch.')}",
+            code="half",
             got=f"{name} and {len(halves) - 1} more parameters",
             expected="a network in float32: an artifact computes in it (half precision is for stored weights)",
             remedy="give model.float(), and a task whose inputs are float32",

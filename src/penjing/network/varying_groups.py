@@ -90,6 +90,7 @@ def _kernel(build: Builder, a: dict[str, Any]) -> list[int]:
         return kernel
     raise ExportError(
         f"a convolution has a kernel whose size varies{line(build.node)}",
+        code="kernel-size",
         got=f"a weight of shape {list(build.value(a['weight']).shape)} and {a['groups']} groups",
         expected="a kernel of fixed height and width; the number of groups may vary with the batch",
         remedy="fix the size of the input that the kernel is computed from to the example's: "

@@ -39,6 +39,7 @@ def _unwrapped(module: nn.Module, path: str, known: dict[nn.Module, nn.Module]) 
     if isinstance(module, torch.jit.ScriptModule):
         raise SourceError(
             f"{path or 'the source'} is a TorchScript module",
+            code="torchscript",
             got=f"{type(module).__name__} {module.original_name}",
             expected="an nn.Module with a forward in Python",
             remedy="give the module that torch.jit.script or torch.jit.trace was called on, with the same weights: "

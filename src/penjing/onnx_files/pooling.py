@@ -125,6 +125,7 @@ def _behind(
         return list(pads), True
     raise ExportError(
         "pooling with this ceil_mode has no ONNX form",
+        code="ceil-mode",
         got=f"kernel {list(kernel)}, stride {list(strides)}, padding {list(pads)} of sizes {sizes}",
         expected="sizes that do not vary, or a stride and a padding that are together at most the kernel",
         remedy="fix the sizes with Task(dynamic=...), or pool without ceil_mode",

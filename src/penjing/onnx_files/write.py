@@ -93,6 +93,7 @@ def _exported(
                 cause = cause.__cause__
             raise ExportError(
                 f"the network has no ONNX form{_culprit(network, str(cause))}",
+                code="no-onnx-form",
                 got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}",
                 expected="operators that the ONNX exporter of torch translates",
                 remedy="write it with the real and the imaginary part, as of torch.view_as_real"

@@ -60,7 +60,9 @@ def weight_range(weight: torch.Tensor, spec: QuantSpec, steps: int = 32) -> tupl
         RecipeError: `spec.range` is not an estimator for weights.
     """
     if spec.range not in ("minmax", "mse"):
-        raise RecipeError("this is not a range estimator for weights", got=spec.range, expected="minmax or mse")
+        raise RecipeError(
+            "this is not a range estimator for weights", code="estimator", got=spec.range, expected="minmax or mse"
+        )
     values = rows(weight.detach(), spec)
     low, high = values.amin(1), values.amax(1)
     if spec.range == "minmax":

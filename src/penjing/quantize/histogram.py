@@ -49,6 +49,7 @@ class Histogram:
         if not math.isfinite(low) or not math.isfinite(high):
             raise CalibrationError(
                 "a value inside the network is not finite on the calibration data",
+                code="not-finite",
                 got=f"values from {low} to {high}",
                 expected="finite values at every quantizer",
                 remedy="leave its operator in floating point with exclude=(...), or check the calibration data",

@@ -88,6 +88,7 @@ class MixedPrecision:
         if len(constraints) != 1:
             raise RecipeError(
                 "MixedPrecision takes exactly one limit",
+                code="limits",
                 got=f"{len(constraints)} of them",
                 expected="latency_ms=, latency_ratio=, snr_db= or average_bits=",
                 remedy="for example MixedPrecision(average_bits=5, weight_bits=(8, 4, 2))",
@@ -113,6 +114,7 @@ class MixedPrecision:
         if self._timed and context.profile is None:
             raise UsageError(
                 "a latency limit needs a runtime that profiles its operators",
+                code="no-profile",
                 got=context.capabilities.runtime if context.capabilities else "no runtime",
                 expected="openvino, through pj.run or penjing compress",
             )
@@ -136,6 +138,7 @@ class MixedPrecision:
         if not tried:
             raise RecipeError(
                 "no choice of bits satisfies this limit",
+                code="unreachable",
                 got=f"average_bits={self.average_bits} of {self.weight_bits}",
                 expected="a looser limit, or more bit widths in weight_bits",
             )
@@ -152,6 +155,7 @@ class MixedPrecision:
         if not there or self.precision not in ("auto", *there):
             raise UsageError(
                 "MixedPrecision(precision=...) is not available in this runtime on this processor",
+                code="precision" if there else "no-integers",
                 got=self.precision,
                 expected=" or ".join(there) or "a runtime with integers",
                 remedy="precision='auto' takes what is available" if there else "`penjing runtimes` lists them",

@@ -75,6 +75,7 @@ class QAT:
         if self.finetune.workers > 1:
             raise RecipeError(
                 "QAT trains in one process",
+                code="workers",
                 got=f"Finetune(workers={self.finetune.workers})",
                 expected="Finetune(workers=1)",
                 remedy="a Finetune before the quantization step may have several workers",
@@ -82,6 +83,7 @@ class QAT:
         if self.data == "calibration" and self.finetune.distill == () and not self.finetune.losses:
             raise RecipeError(
                 "QAT without labels and without a teacher has nothing to learn from",
+                code="no-loss",
                 got="data='calibration', finetune=Finetune(distill=())",
                 expected="a distillation loss, or data='train'",
             )
@@ -95,6 +97,7 @@ class QAT:
         if self.data == "train" and task.train is None:
             raise TaskError(
                 "quantization-aware training needs training data",
+                code="no-training-data",
                 got="Task.train is None",
                 expected="an iterable of (inputs, target)",
                 remedy="give Task(train=loader, loss=...), or QAT(data='calibration') to learn without labels",
@@ -104,6 +107,7 @@ class QAT:
         if not labels and settings.distill == () and not settings.losses:
             raise TaskError(
                 "quantization-aware training has nothing to learn from",
+                code="no-loss",
                 got="Task.loss is None, and Finetune(distill=())",
                 expected="loss(output, target) -> scalar tensor, or a distillation loss",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",

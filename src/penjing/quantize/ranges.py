@@ -129,6 +129,11 @@ def estimate(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
         RecipeError: `spec.range` is not an estimator.
     """
     if spec.range not in ESTIMATORS:
-        raise RecipeError("this is not a range estimator", got=spec.range, expected=f"one of {sorted(ESTIMATORS)}")
+        raise RecipeError(
+            "this is not a range estimator",
+            code="estimator",
+            got=spec.range,
+            expected=f"one of {sorted(ESTIMATORS)}",
+        )
     low, high = ESTIMATORS[spec.range](histogram, spec)
     return (0.0, 1.0) if low == high == 0 else (low, high)  # runtimes refuse scales close to 0

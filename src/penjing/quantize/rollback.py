@@ -55,7 +55,7 @@ class Rollback:
     def __post_init__(self) -> None:
         if self.snr_db is None and self.agreement is None and self.drop is None:
             raise RecipeError(
-                "Rollback needs a limit", got="no setting", expected="snr_db=, agreement= or drop=",
+                "Rollback needs a limit", code="limits", got="no setting", expected="snr_db=, agreement= or drop=",
                 remedy="for example Rollback(agreement=0.95)",
             )  # fmt: skip
         check(
@@ -74,6 +74,7 @@ class Rollback:
         if self.drop is not None and context.task.select is None:
             raise TaskError(
                 "Rollback(drop=...) needs a metric",
+                code="no-metric",
                 got="Task.select is None",
                 expected="select(predict) -> float, on data that the verdict does not use",
                 remedy="give Task(select=...), or Rollback(agreement=...) for calibration data without labels",

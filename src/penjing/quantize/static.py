@@ -98,7 +98,13 @@ class Static:
         _check_grids("", vars(self))
         if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
             expected = "{'layer3.*': {'activation_range': 'minmax'}}"
-            raise RecipeError("Static(settings=...) is not a mapping", got=repr(self.settings), expected=expected)
+            raise RecipeError(
+                "Static(settings=...) is not a mapping",
+                code="settings",
+                field="settings",
+                got=repr(self.settings),
+                expected=expected,
+            )
         for pattern, values in self.settings.items():
             _check_fields(pattern, values)
             for name, value in values.items():
@@ -300,6 +306,7 @@ def _legal(what: str, spec: QuantSpec, capabilities: Capabilities, formats: Form
         return spec
     raise RecipeError(
         f"{capabilities.runtime} has no integer kernel for {what} of this format",
+        code="no-kernel",
         got=refusal.got,
         expected=refusal.takes,
         remedy="change the step's settings; pj.apply(recipe, model, task) simulates any format in torch",
@@ -314,6 +321,8 @@ def _check_grids(where: str, values: Mapping[str, Any]) -> None:
         if bits > most:
             raise RecipeError(
                 f"Static({what}_grid={grid!r}, {what}_bits={bits}){where} can't be used",
+                code="settings",
+                field=f"{what}_bits",
                 got=f"{bits} bits",
                 expected=f"at most {most}: the powers are stored in 8 bits",
             )
@@ -324,6 +333,7 @@ def _check_fields(pattern: str, values: Mapping[str, Any]) -> None:
     if not set(values) <= known:
         raise RecipeError(
             f"the settings for {pattern!r} hold a value that cannot differ between operators",
+            code="unknown-setting",
             got=", ".join(sorted(set(values) - known)),
             expected=f"some of {sorted(known)}",
         )
@@ -350,6 +360,7 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
         raise RecipeError(
             "a name pattern matches no operator of the network",
+            code="no-match",
             got=repr(pattern),
             expected=f"for example {', '.join(map(repr, near))}",
             remedy="`penjing inspect` lists all names",

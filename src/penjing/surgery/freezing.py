@@ -61,6 +61,7 @@ class _Writer:
         if entry.spec.grid != "uniform":
             raise QuantizationError(
                 "no runtime rounds activations to powers of two",
+                code="activation-grid",
                 got=f"an activation on the grid {entry.spec.grid}",
                 expected="activation_grid='uniform'; weights may be of any grid",
                 remedy="pj.apply computes it in torch",

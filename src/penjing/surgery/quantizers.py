@@ -152,6 +152,7 @@ def rewire(
         if name not in nodes:
             raise QuantizationError(
                 "the plan names an operator that the network does not have",
+                code="misfit",
                 got=edge,
                 expected="the network that the plan was made for",
             )
@@ -170,6 +171,7 @@ def rewire(
         ):
             raise QuantizationError(
                 "an activation range taken at run time needs a linear layer with quantized weights",
+                code="dynamic-range",
                 got=f"{edge}, of kind {kind(network, consumer)}",
                 expected="a plan of quantize.Dynamic, or quantize.Static for the others",
             )
