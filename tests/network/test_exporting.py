@@ -8,6 +8,7 @@ from torch import nn
 from penjing.errors import ExportError
 from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
+from tests.refusals import refused
 
 
 def rerun_of(network, args, dynamic):
@@ -30,7 +31,7 @@ class TestRemedies:
             def forward(self, x):
                 return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 0.0, (x,))
 
-        with pytest.raises(ExportError, match="torch.where.*torch.cond"):
+        with refused(ExportError, "control-flow"):
             capture_network(Branch(), (torch.zeros(1, 3),))
         for remedy in (Where(), Cond()):
             network = capture_network(remedy, (torch.zeros(1, 3),))
@@ -47,9 +48,8 @@ class TestRemedies:
             def forward(self, x):
                 return x.flatten(1)
 
-        with pytest.raises(ExportError, match=r"x.flatten\(1\)") as error:
+        with refused(ExportError, "fixed-size"):
             capture_network(Fixed(), (torch.zeros(2, 3, 4),))
-        assert "torch.where" not in error.value.remedy
         assert capture_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
 
     def test_fixed_sizes_are_the_other_remedy(self):
@@ -57,7 +57,7 @@ class TestRemedies:
             def forward(self, x):
                 return x.reshape(2, 12) + x.flatten(1)
 
-        with pytest.raises(ExportError, match="dynamic={}"):
+        with refused(ExportError, "fixed-size"):
             capture_network(Fixed(), (torch.zeros(2, 3, 4),))
         network = capture_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
         assert network(torch.ones(2, 3, 4)).shape == (2, 12)
@@ -67,9 +67,8 @@ class TestRemedies:
             def forward(self, x):
                 return torch.from_numpy(x.numpy() * 2)
 
-        with pytest.raises(ExportError) as error:
+        with refused(ExportError, "untraceable"):
             capture_network(Foreign(), (torch.zeros(1, 3),))
-        assert "torch.where" not in error.value.remedy
 
 
 @pytest.mark.parametrize("number", [lambda x: x.shape[0], lambda x: x.numel() // 2, lambda x: x.shape[0] / 2])
@@ -78,9 +77,8 @@ def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number
         def forward(self, x):
             return x * 2, number(x)
 
-    with pytest.raises(ExportError, match="changes with the sizes") as error:
+    with refused(ExportError, "number"):
         capture_network(Sizes(), (torch.zeros(2, 3),))
-    assert "new_full" in error.value.remedy
     assert capture_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
 
 
@@ -118,9 +116,8 @@ def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
         def forward(self, x):
             return self.cells(x)[0]
 
-    with pytest.raises(ExportError) as error:
+    with refused(ExportError, "recurrent-length"):
         export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch", 1: "time"}})
-    assert "pad shorter sequences" in error.value.remedy
     fixed = export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch"}})
     assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)
 
@@ -138,9 +135,8 @@ class Encoder(nn.Module):
 
 def test_a_mask_whose_values_torch_would_compare_is_refused_with_what_to_say():
     free = {"tokens": {0: "batch", 1: "length"}}
-    with pytest.raises(ExportError) as error:
+    with refused(ExportError, "causal-mask"):
         export_module(Encoder(), (torch.zeros(2, 6, 8),), {}, free)
-    assert "is_causal=True" in error.value.remedy
     told = Encoder(is_causal=True)
     program = export_module(told, (torch.zeros(2, 6, 8),), {}, free)
     x = torch.randn(3, 9, 8)
@@ -156,7 +152,7 @@ def test_a_remedy_calls_the_input_by_its_name():
         def forward(self, frames):
             return self.cells(frames)[0]
 
-    with pytest.raises(ExportError) as error:
+    with refused(ExportError, "recurrent-length") as error:
         export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"frames": {0: "batch", 1: "time"}})
     assert "{'frames': {0: 'batch'}}" in error.value.remedy
 
@@ -166,9 +162,8 @@ def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
         def forward(self, **inputs):
             return inputs["a"] * inputs["b"]
 
-    with pytest.raises(ExportError) as error:
+    with refused(ExportError, "unnamed-inputs"):
         export_module(Collects(), (), {name: torch.ones(2, 4) for name in ("a", "b")})
-    assert "names them" in error.value.remedy
 
 
 def test_inputs_that_a_forward_collects_stand_behind_those_it_names():
@@ -187,6 +182,6 @@ def test_two_inputs_of_one_name_are_refused():
         def forward(self, x_0, *x):
             return x_0 + x[0]
 
-    with pytest.raises(ExportError, match="two inputs of the network would be called 'x_0'") as error:
+    with refused(ExportError, "same-name") as error:
         capture_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
-    assert "rename the parameter x_0" in error.value.remedy
+    assert "x_0" in error.value.got and "x_0" in error.value.remedy
