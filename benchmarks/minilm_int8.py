@@ -27,7 +27,7 @@ THREADS = 2
 TOKENS = 128
 SETS = ("20newsgroups", "reuters-r8")
 DEFAULT = [
-    {"quantize.Static": {"outliers": "ease"}},
+    {"quantize.Static": {"outliers": "mitigate"}},
     {"quantize.CoordinateRounding": {}},
 ]  # what `compress` does automatically
 NO_ADDS = {"exclude": ["*/add#*"]}

@@ -166,7 +166,7 @@ def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_se
     digits_run, digits_source, task, tmp_path
 ):
     goal = "latency_ms<=0.0000001, minimize size_bytes"
-    recipe = pj.Recipe(pj.quantize.Static(outliers="ease"), pj.quantize.CoordinateRounding())
+    recipe = pj.Recipe(pj.quantize.Static(outliers="mitigate"), pj.quantize.CoordinateRounding())
     model = open_source(digits_source).module
     result = pj.run(
         recipe, model, task, runtime="onnxruntime", goal=goal, out=tmp_path / "run", seconds=0.05, threads=1

@@ -294,7 +294,7 @@ def test_recurrent_layers_without_a_kernel_stay_in_floating_point_and_say_why(ru
 
 @both
 @pytest.mark.parametrize(
-    "step", [CoordinateRounding(samples=128), BiasCorrection(samples=128)], ids=["adaround", "bias"]
+    "step", [CoordinateRounding(samples=128), BiasCorrection(samples=128)], ids=["coordinate_rounding", "bias"]
 )
 def test_repairs_come_behind(runtime, step):
     torch.manual_seed(0)

@@ -237,7 +237,7 @@ def test_the_operator_fulfils_what_torch_asks_of_custom_operators():
 @pytest.mark.parametrize(
     "steps",
     [(), (pj.quantize.CoordinateRounding(samples=32),), (pj.quantize.QAT(finetune=pj.Finetune(epochs=1)),)],
-    ids=["static", "adaround", "qat"],
+    ids=["static", "coordinate_rounding", "qat"],
 )
 def test_a_run_offers_it(steps, tmp_path):
     torch.manual_seed(0)

@@ -116,7 +116,7 @@ class TestRollback:
         with refused(TaskError, "no-metric"):
             Rollback(drop=0.01)(draft, context)
 
-    @pytest.mark.parametrize("settings", [{"repair": "magic"}, {"most": -1}])
+    @pytest.mark.parametrize("settings", [{"repair": "magic"}, {"repair": "adaround"}, {"most": -1}])
     def test_settings_that_make_no_sense_are_refused(self, settings):
         with refused_setting(*settings):
             Rollback(snr_db=20, **settings)

@@ -126,7 +126,7 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
-    plain = (Static(exclude=tuple(exclude), outliers="ease"), CoordinateRounding())
+    plain = (Static(exclude=tuple(exclude), outliers="mitigate"), CoordinateRounding())
     steps = Recipe.of(recipe) if recipe is not None else Recipe(*plain)
     requests.check_device(device)
     order = Order(

@@ -137,7 +137,7 @@ def _tell_of_plan(prepared: Prepared, chosen: Candidate | None) -> None:
         return
     run = prepared.run
     plan = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision)).plan
-    if plan.remedy and any(isinstance(step, Static) and step.outliers == "ease" for step in prepared.recipe):
+    if plan.remedy and any(isinstance(step, Static) and step.outliers == "mitigate" for step in prepared.recipe):
         run.warn(f"{chosen.name}: {plan.remedy}")
     own = runtimes.get(chosen.runtime).capabilities(run.instruction_sets).weight.bits
     bits = min((e.spec.bits for edge, e in plan.entries.items() if edge.endswith(":weight")), default=own)

@@ -10,7 +10,7 @@ from torch import fx
 
 from penjing.analyze.cost import multiplies
 from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
-from penjing.quantize import sentinels
+from penjing.quantize import mask_values
 from penjing.quantize.masking import before_softmax
 from penjing.steps.plan import Capabilities
 from penjing.surgery import recurrent
@@ -61,7 +61,7 @@ def place(
         seen: Name of a node → signs of the mask values that calibration has detected in it.
     """
     floats = dict(excluded)
-    masked, hold = before_softmax(network), sentinels.holders(network, seen)
+    masked, hold = before_softmax(network), mask_values.holders(network, seen)
     integer: list[fx.Node] = []
     fixed: set[fx.Node] = set()
     for node in network.graph.nodes:
@@ -72,7 +72,7 @@ def place(
         if reason is None and node in fixed:
             reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
-            reason = sentinels.REASON
+            reason = mask_values.REASON
         if site(node) in excluded or not node.meta.get("floating", True):  # indices and masks are integers already
             continue
         if reason is None:

@@ -27,7 +27,11 @@ from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Call
 
 RANKED = 16  # samples used for the ranking
-REPAIRS: dict[str, Step | None] = {"adaround": CoordinateRounding(), "bias_correction": BiasCorrection(), "none": None}
+REPAIRS: dict[str, Step | None] = {
+    "coordinate_rounding": CoordinateRounding(),
+    "bias_correction": BiasCorrection(),
+    "none": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Rollback:
         snr_db: Smallest signal-to-noise ratio of the outputs against the floating-point network.
         agreement: Smallest share of equal top-1 predictions; for outputs whose last axis is classes.
         drop: Largest drop of `Task.select`, in the metric's own unit.
-        repair: "adaround", "bias_correction" or "none": the repair applied to every trial and to the result.
+        repair: "coordinate_rounding", "bias_correction" or "none": the repair applied to every trial and to the result.
         most: Largest number of operators that return to floating point.
     """
 
@@ -49,7 +53,7 @@ class Rollback:
     snr_db: float | None = None
     agreement: float | None = None
     drop: float | None = None
-    repair: Literal["adaround", "bias_correction", "none"] = "adaround"
+    repair: Literal["coordinate_rounding", "bias_correction", "none"] = "coordinate_rounding"
     most: int = 16
 
     def __post_init__(self) -> None:

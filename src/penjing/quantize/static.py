@@ -17,13 +17,13 @@ from torch import fx, nn
 
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
-from penjing.quantize import sentinels
+from penjing.quantize import mask_values
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
-from penjing.quantize.easing import eased
 from penjing.quantize.histogram import Histogram
+from penjing.quantize.outlier_mitigation import mitigated
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
-from penjing.quantize.sharing import apart, to_watch
+from penjing.quantize.shared_scales import apart, to_watch
 from penjing.quantize.statistics import collect
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
@@ -68,8 +68,8 @@ class Static:
         scale: "free", or "power_of_two" for processors that rescale by shifting.
         samples: Largest number of calibration samples to read.
         exclude: Name patterns (such as ``layer3.*``) of operators that stay in floating point.
-        outliers: "keep", or "ease": if a few outlier channels cost an output most of its signal, apply `SmoothQuant`,
-            `SplitOutliers` or floating point, and record which in `Plan.remedy`.
+        outliers: "keep", or "mitigate": if a few outlier channels cost an output most of its signal, apply
+            `SmoothQuant`, `SplitOutliers` or floating point, and record which in `Plan.remedy`.
         settings: Name pattern → overrides of the fields above, down to `scale`, for the operators it matches.
     """
 
@@ -94,7 +94,7 @@ class Static:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check(self, **RULES, samples=whole(), exclude=NAMES, outliers=one_of("keep", "ease"))
+        check(self, **RULES, samples=whole(), exclude=NAMES, outliers=one_of("keep", "mitigate"))
         _check_grids("", vars(self))
         if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
             expected = "{'layer3.*': {'activation_range': 'minmax'}}"
@@ -120,7 +120,7 @@ class Static:
         def quantize(changed: Draft, context: Context, floats: tuple[str, ...], **settings: Any) -> Draft:
             return replace(self, exclude=(*self.exclude, *floats), **settings)._quantized(changed, context)
 
-        return eased(quantize, draft, quantized, context)
+        return mitigated(quantize, draft, quantized, context)
 
     def _quantized(self, draft: Draft, context: Context) -> Draft:
         capabilities = context.capabilities or GENERIC
@@ -137,7 +137,7 @@ class Static:
             placement = place(draft.network, capabilities, excluded, seen)
             values, watched = set(placement.edges.values()), to_watch(draft.network, placement)
             statistics, columns = collect(draft.network, values, context, self.samples, watched)
-            revealed = {name: signs for name in values if (signs := sentinels.standing_out(statistics[name]))}
+            revealed = {name: signs for name in values if (signs := mask_values.standing_out(statistics[name]))}
             if revealed.keys() <= seen.keys():
                 break
             seen |= revealed

@@ -11,7 +11,7 @@ from torch import fx
 from penjing.analyze.samples import cache_key, in_chunks, size_of
 from penjing.network.graph import flat_inputs
 from penjing.quantize.histogram import Histogram
-from penjing.quantize.sharing import Columns
+from penjing.quantize.shared_scales import Columns
 from penjing.steps.step import Context
 
 

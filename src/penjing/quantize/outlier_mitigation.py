@@ -39,7 +39,7 @@ ALPHA = 0.75  # of `SmoothQuant` with additions in floating point
 Quantize = Callable[..., Draft]
 
 
-def eased(quantize: Quantize, draft: Draft, quantized: Draft, context: Context) -> Draft:
+def mitigated(quantize: Quantize, draft: Draft, quantized: Draft, context: Context) -> Draft:
     """Return `quantized` if no output is too noisy or no channels are outliers; else the draft of the best remedy.
 
     Args:

@@ -1,4 +1,4 @@
-"""Mask values: sentinels such as −10,000, the lowest finite float or −infinity that hide an element.
+"""Mask values: numbers such as −10,000, the lowest finite float or −infinity that hide an element.
 
 A later selection discards them (a maximum, top-k, max pooling, softmax). In integers they would dominate the range and
 leave no resolution for the other values.

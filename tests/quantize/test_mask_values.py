@@ -12,7 +12,7 @@ from penjing import measure, runtimes
 from penjing.network.capture import capture_network
 from penjing.network.graph import site
 from penjing.pipeline import building
-from penjing.quantize import Static, sentinels
+from penjing.quantize import Static, mask_values
 from penjing.quantize.histogram import Histogram
 from penjing.runtimes import isolated
 from penjing.steps.draft import Draft
@@ -125,7 +125,7 @@ def test_a_mask_of_numbers_that_is_an_input_is_seen_in_calibration(runtime, tmp_
         return ids(seed, n), torch.where(ids(seed, n) < 12, -1e4, 0.0)
 
     draft = judge(Masked(None), data, runtime, tmp_path)
-    assert draft.plan.floats["/add#0"] == sentinels.REASON and "head:in0" in draft.plan.entries
+    assert draft.plan.floats["/add#0"] == mask_values.REASON and "head:in0" in draft.plan.entries
 
 
 def holding(forward, *args):
@@ -140,7 +140,7 @@ def holding(forward, *args):
             return forward(self, self.fc(x))
 
     network = capture_network(Net().eval(), (torch.randn(2, 8, 8),))
-    held = sentinels.holders(network)
+    held = mask_values.holders(network)
     return [site(n) for n in network.graph.nodes if n.name in held and n.op == "call_function"]
 
 
@@ -171,4 +171,4 @@ def test_other_large_numbers_are_values():
 def test_what_stands_out(values, told):
     histogram = Histogram()
     histogram.update(values)
-    assert sentinels.standing_out(histogram) == told
+    assert mask_values.standing_out(histogram) == told

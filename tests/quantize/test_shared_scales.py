@@ -10,7 +10,7 @@ from penjing.measure import machine
 from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.quantize import Static
-from penjing.quantize.sharing import Columns
+from penjing.quantize.shared_scales import Columns
 from penjing.quantize.statistics import collect
 from penjing.runtimes import isolated
 from penjing.steps.cache import Cache
