@@ -1,10 +1,8 @@
-import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from penjing.analyze.cost import cost, totals
@@ -15,7 +13,6 @@ from penjing.network.capture import capture_network
 from penjing.pipeline.building import build
 from penjing.prune import Blocks, Channels, Gradual, Magnitude, Wanda, channels, criteria
 from penjing.quantize import QAT
-from penjing.recipes.recipe import Recipe
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
@@ -29,6 +26,7 @@ from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
 from tests.prune.wide import TASK, Wide, draft, images, left
+from tests.refusals import refused, refused_setting
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +62,8 @@ def test_what_is_left_agrees_with_the_masked_network_and_says_by_how_much(wide):
 
 def test_a_network_that_does_not_agree_is_never_given_back(wide, monkeypatch):
     monkeypatch.setattr(channels, "disagreement", lambda *_: 0.2)
-    with pytest.raises(PruningError, match="defect of Penjing"):
+    with refused(PruningError, "disagrees"):
         Channels(macs=0.5)(wide, Context(task=TASK))
-
-
-def test_a_pruned_network_still_trains(wide):
-    pruned = Channels(macs=0.5)(wide, Context(task=TASK))
-    loss = F.cross_entropy(copy.deepcopy(pruned.network).train()(images(4)), torch.arange(4))
-    loss.backward()
-    assert torch.isfinite(loss)
 
 
 def test_widths_under_norms_go_only_where_that_is_asked_for():
@@ -110,45 +101,47 @@ def test_a_latency_is_aimed_at_by_measuring(wide):
     assert step.per_runtime and not Channels(macs=0.5).per_runtime
     assert left(wide, pruned, "macs") <= 0.6
     assert set(calls) == {"fp32"}
-    with pytest.raises(PruningError, match="no runtime"):
+    with refused(PruningError, "no-runtime"):
         step(wide, Context(task=TASK))
 
 
 def test_a_target_out_of_reach_says_how_far_it_got_and_why(wide):
-    with pytest.raises(PruningError, match=r"min_keep=0.5.*") as caught:
+    with refused(PruningError, "unreachable") as caught:
         Channels(macs=0.05, min_keep=0.5)(wide, Context(task=TASK))
-    assert caught.value.got.startswith("macs=0.05; ")
-    assert "out.weight:0 (it is an output of the network)" in caught.value.remedy
+    assert "macs=0.05" in caught.value.got and "min_keep=0.5" in caught.value.remedy
+    assert "out.weight:0" in caught.value.remedy
 
 
 def test_a_network_without_free_channels_is_refused():
     single = Draft(capture_network(nn.Linear(4, 2), (torch.randn(2, 4),)))
-    with pytest.raises(PruningError, match="no channels that can be removed"):
+    with refused(PruningError, "nothing-to-prune"):
         Channels(macs=0.5)(single, Context(task=Task(example=torch.zeros(1, 4))))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": 1.2}, {"channels": -0.1}, {"macs": 0.5, "min_keep": 1},
-        {"macs": 0.5, "criterion": "magic"}, {"macs": 0.5, "scope": "some"}, {"macs": 0.5, "round_to": 0},
-        {"macs": 0.5, "batches": 0},
+        {"macs": 0}, {"macs": 1.2}, {"channels": -0.1}, {"min_keep": 1}, {"criterion": "magic"}, {"scope": "some"},
+        {"round_to": 0}, {"batches": 0},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with pytest.raises(RecipeError, match="Channels"):
-        Channels(**settings)
+    (name,) = settings
+    with refused_setting(name):
+        Channels(**settings, **({} if name in channels.UNITS else {"macs": 0.5}))
+
+
+@pytest.mark.parametrize("targets", [{}, {"macs": 0.5, "params": 0.5}])
+def test_there_is_one_target(targets):
+    with refused(RecipeError, "one-target") as caught:
+        Channels(**targets)
+    assert all(name in caught.value.got for name in targets)
 
 
 def test_a_layer_that_does_not_exist_gets_the_nearest_name(wide):
-    with pytest.raises(RecipeError, match="did you mean norm"):
+    with refused(RecipeError, "unknown-layer") as caught:
         Channels(macs=0.5, keep=("nrm",))(wide, Context(task=TASK))
-
-
-def test_recipes_hold_it_in_yaml():
-    recipe = Recipe.from_yaml("- prune.Channels: {macs: 0.5, criterion: l2, keep: [b]}\n- quantize.Static")
-    assert recipe.steps[0] == Channels(macs=0.5, criterion="l2", keep=("b",))
-    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert caught.value.got == "nrm" and "norm" in caught.value.remedy
 
 
 @pytest.mark.parametrize("criterion", ["auto", "l2"])
@@ -196,7 +189,7 @@ def test_a_factory_that_has_changed_is_named(tmp_path):
             self.norm = nn.BatchNorm2d(6)
             self.b = nn.Conv2d(6, 8, 1)
 
-    with pytest.raises(CheckpointError, match="does not fit this network"):
+    with refused(CheckpointError, "misfit"):
         checkpoint.restore(tmp_path, Changed(), TASK)
 
 
@@ -221,14 +214,14 @@ def test_removing_nothing_is_no_edit(wide):
     ],
 )
 def test_percent_in_the_place_of_a_fraction_is_told(make, meant):
-    with pytest.raises(RecipeError) as error:
+    with refused(RecipeError, "settings") as error:
         make()
     assert error.value.remedy.startswith(f"did you mean {meant:g}?")
 
 
 @pytest.mark.parametrize("wrong", [-1, 0, 101, "half", True, float("nan")])
 def test_other_numbers_have_no_such_remedy(wrong):
-    with pytest.raises(RecipeError) as error:
+    with refused_setting("macs") as error:
         Channels(macs=wrong)
     assert error.value.remedy is None
 

@@ -13,6 +13,7 @@ from penjing.prune.reconstruction import correction, gain, reconstructed
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task, calibration_calls
+from tests.refusals import refused
 
 
 def test_the_correction_is_what_least_squares_over_all_rows_finds():
@@ -86,7 +87,6 @@ def test_pruning_with_reconstruction_is_nearer_to_the_source_and_passes_its_proo
         made = step(draft, context)  # raises where it is not what the masked network gives
         with torch.no_grad():
             errors[reconstruct] = float((made.network(x) - draft.network(x)).square().mean())
-        assert torch.equal(step(draft, context).network(x), made.network(x))
     assert errors[True] < 0.5 * errors[False]
 
 
@@ -104,7 +104,7 @@ def test_zeros_that_are_to_stay_stay(prepared):
 def test_it_needs_calibration_data(prepared):
     draft, context = prepared
     bare = Context(task=Task(example=context.task.example), source=draft.network)
-    with pytest.raises(CalibrationError):
+    with refused(CalibrationError, "no-calibration"):
         Channels(macs=0.5, criterion="l2", reconstruct=True)(draft, bare)
 
 

@@ -21,6 +21,7 @@ from penjing.train.finetune import Finetune
 from tests.analyze.topologies import TOPOLOGIES, Residual
 from tests.prune import sparse_trainings
 from tests.prune.sparse_trainings import TRAINING, zeros
+from tests.refusals import refused, refused_setting
 from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
@@ -121,7 +122,7 @@ def test_layers_that_are_named_are_left_alone():
     assert touched(penalty="l1", keep=("a", "out")) == {"stem.weight", "b.weight"}
     assert touched(keep=("stem",)) == {"a.weight", "norm.weight", "b.weight"}  # not its shift, which is 0
     assert touched(penalty="bn_l1", keep=("b",)) == {"norm.weight"}
-    with pytest.raises(PruningError, match="bn_l1") as found:
+    with refused(PruningError, "nothing-to-prune") as found:
         touched(penalty="bn_l1", keep=("a",))
     assert "group_lasso" in found.value.remedy
 
@@ -228,8 +229,9 @@ def test_another_penalty_does_not_continue_it(tmp_path):
     with pytest.raises(Stop):
         replace(STEP, finetune=replace(TRAINING, hooks=(Interrupt("step", 7),)))(draft(), context_of(folder=tmp_path))
     other = replace(STEP, strength=0.03, finetune=replace(TRAINING, hooks=(Interrupt(),)))
-    with pytest.raises(CheckpointError, match="another hooks"):
+    with pytest.raises(CheckpointError) as caught:
         other(draft(), context_of(folder=tmp_path))
+    assert caught.value.got.startswith("hooks = ")
 
 
 @pytest.mark.parametrize("penalty", ["l1", "group_lasso"])
@@ -281,28 +283,31 @@ def test_frozen_weights_stay():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with pytest.raises(RecipeError, match=f"Regularized\\({next(iter(settings))}") as found:
+    with refused_setting(*settings) as found:
         Regularized(**settings)
     assert found.value.expected
 
 
 def test_what_can_not_be_done_is_said():
-    with pytest.raises(TaskError, match="training data"):
+    with pytest.raises(TaskError) as missing:
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
-    with pytest.raises(RecipeError, match="does not exist"):
+    assert "Task.train" in missing.value.got
+    with refused(RecipeError, "unknown-layer") as unknown:
         replace(STEP, keep=("cnv",))(draft(), context_of())
+    assert unknown.value.got == "cnv"
     x = torch.randn(2, 6)
     alone = Draft(capture_network(nn.Linear(6, 4).eval(), (x,)))
-    with pytest.raises(PruningError, match="group_lasso") as found:
+    with refused(PruningError, "nothing-to-prune") as found:
         STEP(alone, Context(task=Task(example=x)))
-    assert "output of the network" in str(found.value)
+    assert all(
+        f"{name}: {why}" in found.value.got for name, why in couple(alone.network, ((x,), {})).not_prunable.items()
+    )
 
 
-def test_recipes_hold_the_training_in_yaml():
+def test_recipes_name_the_training_in_yaml():
     text = "- prune.Regularized: {penalty: bn_l1, growing: true, keep: [stem], finetune: {Finetune: {epochs: 2}}}"
     recipe = Recipe.from_yaml(text)
     assert recipe.steps[0] == Regularized(penalty="bn_l1", growing=True, keep=("stem",), finetune=Finetune(epochs=2))
-    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 def test_the_recipe_of_sparse_training_prunes():

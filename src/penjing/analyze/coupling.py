@@ -127,6 +127,7 @@ class Coupling:
             if len(cut) == length:
                 raise RecipeError(
                     f"every channel of {tensor} would be removed",
+                    code="every-channel",
                     got=f"{length} of {length} along axis {axis}",
                     expected="at least one remaining channel",
                     remedy="remove fewer channels",
@@ -145,6 +146,7 @@ class Coupling:
                 near = difflib.get_close_matches(name, self.groups, n=3)
                 raise RecipeError(
                     "this group of channels does not exist",
+                    code="unknown-group",
                     got=name,
                     expected=f"one of {len(self.groups)} groups",
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,
@@ -284,6 +286,7 @@ def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, layers, n=3)
             raise RecipeError(
                 "this layer or part of the network does not exist",
+                code="unknown-layer",
                 got=name,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,

@@ -65,6 +65,7 @@ def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], f
     if context.latency is None:
         raise PruningError(
             "a latency target needs a runtime",
+            code="no-runtime",
             got="no runtime",
             expected="pj.run(..., runtime=...) or penjing compress",
         )

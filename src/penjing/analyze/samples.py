@@ -122,6 +122,7 @@ def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:
     if not held_out:
         raise CalibrationError(
             "a single calibration sample can't be split into a fitting and a held-out part",
+            code="too-little",
             got="1 sample",
             expected="two samples or more; a few hundred are usual",
             remedy="give more calibration data, or use quantize.Static alone",

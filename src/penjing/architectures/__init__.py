@@ -112,6 +112,7 @@ def build(name: str, **settings: Any) -> nn.Module:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5) or names()
         raise SourceError(
             "There is no built-in architecture of that name.",
+            code="unknown-architecture",
             got=repr(name),
             expected="one of " + ", ".join(names()),
             remedy="Did you mean " + " or ".join(near) + "?",
@@ -121,6 +122,7 @@ def build(name: str, **settings: Any) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise SourceError(
             f"The architecture {name} can't be built with these settings.",
+            code="settings",
             got=f"{settings} ({error})",
             expected="settings that its factory takes, with positive whole numbers",
             remedy=f"See help({builder.__module__}.{name}).",

@@ -73,6 +73,7 @@ class Blocks:
         if len(given) != 1:
             raise RecipeError(
                 "Blocks takes exactly one target",
+                code="one-target",
                 got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Blocks(blocks=2) removes two blocks, Blocks(macs=0.75) keeps three quarters",
@@ -100,6 +101,7 @@ class Blocks:
         if not self._candidates(draft, context, protected):
             raise PruningError(
                 "the network has no block that can be removed",
+                code="nothing-to-prune",
                 got="no residual addition" + (", and no layer with equal shapes around it" if self.layers else ""),
                 expected="a branch beside a shortcut, outside of keep=...",
                 remedy="layers=True also removes layers without a shortcut; prune.Channels makes layers narrower",
@@ -123,6 +125,7 @@ class Blocks:
                 so_far = "" if self.unit == "blocks" else f", {left(current):.3g} is left"
                 raise PruningError(
                     "no block is left that can be removed",
+                    code="unreachable",
                     got=f"{self.unit}={target:g}; {', '.join(done)} removed{so_far}",
                     expected=f"at most {len(done)} blocks" if self.unit == "blocks" else "a larger fraction",
                     remedy="prune.Channels prunes in smaller steps"
@@ -141,6 +144,7 @@ class Blocks:
                 near = difflib.get_close_matches(word, modules, n=3)
                 raise RecipeError(
                     "this part of the network does not exist",
+                    code="unknown-layer",
                     got=word,
                     expected="the name of a layer or of a part of the network",
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,

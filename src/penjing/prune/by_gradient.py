@@ -84,6 +84,7 @@ def losses(evidence: Evidence) -> Iterator[torch.Tensor]:
     if task.train is None or task.loss is None:
         raise TaskError(
             "this criterion needs labelled data and a loss",
+            code="no-training-data" if task.train is None else "no-loss",
             got=f"train is {'missing' if task.train is None else 'given'}, loss is "
             f"{'missing' if task.loss is None else 'given'}",
             expected="Task(train=loader, loss=torch.nn.functional.cross_entropy)",

@@ -94,6 +94,7 @@ class Channels:
         if len(given) != 1:
             raise RecipeError(
                 "Channels takes exactly one target",
+                code="one-target",
                 got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
                 expected=" or ".join(f"{name}=" for name in UNITS),
                 remedy="for example Channels(macs=0.5) keeps half of the multiply-accumulates",
@@ -154,6 +155,7 @@ class Channels:
         if not error < AGREEMENT:
             raise PruningError(
                 "the pruned network disagrees with its masked reference; this is a defect of Penjing",
+                code="disagrees",
                 got=f"outputs that differ by {error:.1e} relative to the largest",
                 expected=f"a difference below {AGREEMENT:.0e}",
                 remedy="exclude the layers named in the report with keep=..., and report the network to us",
@@ -189,6 +191,7 @@ class Channels:
         if smallest_left > target:
             raise PruningError(
                 f"the target {self.unit}={target:g} is below what may be removed",
+                code="unreachable",
                 got=f"{self.unit}={target:g}; with everything prunable removed, {smallest_left:.3g} is left",
                 expected=f"a fraction of at least {smallest_left:.3g}",
                 remedy=_in_the_way(self, ranking),

@@ -21,7 +21,7 @@ from penjing.prune.masks import Pattern, fraction
 from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import TrainingEvent
-from penjing.steps.settings import between, check, whole
+from penjing.steps.settings import between, check, instance, whole
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune
 
@@ -56,12 +56,11 @@ class Gradual:
     every: int = 20
 
     def __post_init__(self) -> None:
-        if not isinstance(self.step, Magnitude) or not isinstance(self.finetune, Finetune):
-            raise RecipeError(
-                "Gradual takes a Magnitude and a Finetune",
-                got=f"step={self.step!r}, finetune={self.finetune!r}",
-                expected="Gradual(step=Magnitude(sparsity=0.8), finetune=Finetune(epochs=3))",
-            )
+        check(
+            self,
+            step=instance(Magnitude, "prune.Magnitude(sparsity=0.8)"),
+            finetune=instance(Finetune, "Finetune(epochs=3)"),
+        )
         check_schedule(self)
         fine = {
             'criterion="magnitude"': self.step.criterion == "magnitude",
@@ -69,7 +68,13 @@ class Gradual:
             'a pattern with sparsities in between: "unstructured" or blocks': not Pattern.parse(self.step.pattern).of,
         }
         if wrong := [reason for reason, good in fine.items() if not good]:
-            raise RecipeError("Gradual can't raise the sparsity of this step", got=self.step, expected=wrong[0])
+            raise RecipeError(
+                "Gradual can't raise the sparsity of this step",
+                code="settings",
+                field="step",
+                got=self.step,
+                expected=wrong[0],
+            )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with trained weights and zeros."""
@@ -135,6 +140,8 @@ def check_schedule(settings: Any) -> None:
     if settings.begin >= settings.end:
         raise RecipeError(
             f"{type(settings).__name__} ends before it begins",
+            code="contradiction",
+            field="begin",
             got=f"begin={settings.begin}, end={settings.end}",
             expected="fractions of the training, begin before end",
         )

@@ -95,6 +95,8 @@ class Iterative:
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError(
                 "Iterative(step=...) can't be reached in rounds",
+                code="settings",
+                field="step",
                 got=self.step,
                 expected=wrong[0],
                 remedy="for example Iterative(step=Magnitude(sparsity=0.9), finetune=Finetune(epochs=1))",
@@ -110,7 +112,13 @@ class Iterative:
             expected = "rewind='weights' with it"
         else:
             return
-        raise RecipeError("Iterative(rewind_epochs=...) contradicts the other settings", got=epochs, expected=expected)
+        raise RecipeError(
+            "Iterative(rewind_epochs=...) contradicts the other settings",
+            code="contradiction",
+            field="rewind_epochs",
+            got=epochs,
+            expected=expected,
+        )
 
     @property
     def per_runtime(self) -> bool:
@@ -130,7 +138,9 @@ class Iterative:
             except PruningError as error:
                 unit = self.step.unit if isinstance(self.step, Channels) else "sparsity"
                 what = f"round {turn + 1} of {self.rounds} towards {unit}={getattr(self.step, unit)}: {error.what}"
-                raise PruningError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+                raise PruningError(
+                    what, code=error.code, got=error.got, expected=error.expected, remedy=error.remedy
+                ) from error
             if early is not None:
                 draft = early = rewound(early, draft)
             draft = self.finetune(draft, inside)

@@ -79,6 +79,8 @@ class Magnitude:
         if wrong := [reason for reason, good in fine.items() if not good]:
             raise RecipeError(
                 "Magnitude(threshold=...) contradicts its other settings",
+                code="contradiction",
+                field="threshold",
                 got=f"threshold={threshold!r}, sparsity={self.sparsity!r}, pattern={self.pattern!r}",
                 expected=wrong[0],
                 remedy="for example Magnitude(threshold=0.01), or Magnitude(sparsity=0.5)",

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from penjing.errors import RecipeError
-from penjing.steps.settings import number, require
+from penjing.steps.settings import number, one_of, require
 
 SCOPES = ("per_layer", "row", "global")
 
@@ -65,6 +65,8 @@ class Pattern:
             return cls(rows=int(match[1]), columns=int(match[3]))
         raise RecipeError(
             "this sparsity pattern does not exist",
+            code="settings",
+            field="pattern",
             got=repr(text),
             expected='"unstructured", "N:M" with N below M (for example "2:4"), or a block "RxC" (for example "1x4")',
         )
@@ -84,6 +86,8 @@ def fraction(sparsity: float | None, pattern: str) -> float:
     if of_pattern is not None and abs(sparsity - of_pattern) > 1e-9:
         raise RecipeError(
             "the sparsity and the pattern contradict each other",
+            code="contradiction",
+            field="sparsity",
             got=f"sparsity={sparsity:g}, pattern={pattern!r}",
             expected=f"sparsity={of_pattern:g}, the sparsity of {pattern!r}",
             remedy="leave sparsity out",
@@ -93,11 +97,12 @@ def fraction(sparsity: float | None, pattern: str) -> float:
 
 def check_scope(scope: str, pattern: str) -> None:
     """Raise RecipeError for a scope that does not exist, or that the pattern does not support."""
-    if scope not in SCOPES:
-        raise RecipeError("this scope does not exist", got=repr(scope), expected=" or ".join(map(repr, SCOPES)))
+    require("the scope", scope, one_of(*SCOPES), field="scope")
     if scope == "global" and not Pattern.parse(pattern).unstructured:
         raise RecipeError(
             f"the pattern {pattern!r} is not compared between layers",
+            code="contradiction",
+            field="scope",
             got="scope='global'",
             expected="scope='per_layer' or scope='row'",
         )

@@ -28,6 +28,7 @@ from penjing.prune.weights import as_stored, by_output, marked, prunable, tell
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import Hook, TrainingEvent
 from penjing.steps.identity import identity
+from penjing.steps.settings import check, instance
 from penjing.steps.step import Context
 from penjing.train.finetune import Finetune, train
 
@@ -73,13 +74,12 @@ class Movement:
         fraction(self.sparsity, self.pattern)
         check_scope(self.scope, self.pattern)
         check_schedule(self)
-        if not isinstance(self.finetune, Finetune):
-            raise RecipeError(
-                "Movement(finetune=...) is not a Finetune", got=repr(self.finetune), expected="Finetune(epochs=3)"
-            )
+        check(self, finetune=instance(Finetune, "Finetune(epochs=3)"))
         if self.finetune.workers > 1:
             raise RecipeError(
                 "Movement trains with one worker",
+                code="settings",
+                field="finetune",
                 got=f"workers={self.finetune.workers}",
                 expected="workers=1: scores accumulate over all batches in one process",
                 remedy="prune.Gradual trains with several workers",

@@ -65,6 +65,7 @@ class Ranking:
         if not groups:
             raise PruningError(
                 "the network has no channels that can be removed",
+                code="nothing-to-prune",
                 got="; ".join(f"{k}: {v}" for k, v in list(coupling.not_prunable.items())[:3])
                 or "no layer with channels",
                 remedy="approximate=True also prunes channels that norms compute statistics over"

@@ -209,6 +209,7 @@ def penalty_for(step: Regularized, network: fx.GraphModule, context: Context) ->
         return GroupLasso(groups)
     raise PruningError(
         f'penalty="{step.penalty}" applies to nothing in this network',
+        code="nothing-to-prune",
         got=_not_prunable(coupling, step),
         expected="batch norms of prunable channels" if step.penalty == "bn_l1" else "prunable channels",
         remedy='penalty="group_lasso" needs no batch norms' if step.penalty == "bn_l1" and chosen else None,

@@ -87,6 +87,7 @@ class SparseGPT:
         if not reached:
             raise PruningError(
                 "SparseGPT can't prune any layer of this network",
+                code="nothing-to-prune",
                 got=f"{len(candidates)} layers that are three-dimensional, transposed, or called more than once",
                 expected="a linear layer, or a convolution in one or two dimensions",
                 remedy="prune.Wanda also uses calibration data, and prunes these layers too",

@@ -54,6 +54,7 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
     if not chosen:
         raise PruningError(
             "no layer is left whose weights can be pruned",
+            code="nothing-to-prune",
             got=f"{len(candidates)} convolution and linear layers, all of them left out by layers= and keep=",
             expected="at least one",
         )
@@ -68,6 +69,7 @@ def _named(known: Mapping[str, Any], network: fx.GraphModule, words: Iterable[st
             near = difflib.get_close_matches(word, known, n=3)
             raise RecipeError(
                 "this layer does not exist",
+                code="unknown-layer",
                 got=word,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,
