@@ -27,7 +27,7 @@ def conditions(machine: dict, versions: dict) -> str:
 
 
 def candidates(name: str) -> str:
-    """Every candidate of one example network."""
+    """Figures of every candidate of one example network."""
     run = json.loads((RESULTS / "examples.json").read_text(encoding="utf-8"))[name]
     lines = [
         f"| | {run['metric_name']} | latency, median (IQR/median) "
@@ -54,7 +54,7 @@ def candidates(name: str) -> str:
 
 
 def _faster(before: dict, after: dict) -> str:
-    """A speed-up, or that the machine was busy."""
+    """A speed-up as text; "busy" if the timings are unsteady."""
     timings = [from_dict(Latency, row["latency_ms"]) for row in (before, after)]
     return "busy" if doubt(*timings) else f"{speedup(*timings):.1f}×"
 
@@ -83,7 +83,7 @@ def cost() -> str:
 
 
 def _renamed(name: str) -> str:
-    """A row's name in results of earlier versions, as the library calls it today."""
+    """The current name of a row that an earlier version measured."""
     for earlier, today in {
         "AdaRound": "CoordinateRounding",
         "raising": "capture",
@@ -101,7 +101,7 @@ def _read(name: str) -> dict:
 
 
 def _under(lines: list[str], data: dict, before: str = "") -> str:
-    """The table, followed by the conditions of the measurement."""
+    """The table, followed by `before` and the conditions of the measurement."""
     return "\n".join([*lines, "", before + conditions(data["machine"], data["versions"])])
 
 
@@ -116,7 +116,7 @@ def _ms(latency: dict) -> str:
 
 
 def lite0_int8() -> str:
-    """EfficientNet-Lite0 in INT8 by every method."""
+    """Agreement and latency of EfficientNet-Lite0 in INT8, by method."""
     data = _read("lite0_int8")
     lines = [
         "| | agreement (95 % interval) | SNR | batch 1 | batch 8 | built in |",
@@ -132,7 +132,7 @@ def lite0_int8() -> str:
 
 
 def minilm_int8() -> str:
-    """The sentence encoder in INT8 by every method."""
+    """Quality and latency of the sentence encoder in INT8, by method."""
     data = _read("minilm_int8")
     sets = list(next(iter(data["rows"].values()))["cosine"])
     lines = [
@@ -182,7 +182,7 @@ def qat() -> str:
 
 
 def lstm_int8() -> str:
-    """A recurrent network in INT8."""
+    """Accuracy, size and latency of a recurrent network in INT8."""
     data = _read("lstm_int8")
     lines = ["| | accuracy | SNR | size | batch 1 | batch 16 |", "|---|---|---|---|---|---|"]
     for name, row in data["rows"].items():
@@ -225,17 +225,18 @@ def mixed_bits() -> str:
 
 
 def _part(lines: list[str], data: dict, part: str, before: str = "") -> str:
-    """The table with the machines on which that part of `mixed_precision` was measured."""
-    told: dict[str, list[str]] = {}
+    """The table, followed by the conditions under which that part of `mixed_precision` was measured."""
+    networks_by_conditions: dict[str, list[str]] = {}
     for network, parts in data["networks"].items():
         if part in parts:
-            told.setdefault(conditions(**parts[f"{part} measured on"]), []).append(network)
-    ends = [where if len(told) == 1 else f"{', '.join(names)}: {where}" for where, names in told.items()]
-    return "\n".join([*lines, "", before + " ".join(ends)])
+            networks_by_conditions.setdefault(conditions(**parts[f"{part} measured on"]), []).append(network)
+    single = len(networks_by_conditions) == 1
+    notes = [where if single else f"{', '.join(names)}: {where}" for where, names in networks_by_conditions.items()]
+    return "\n".join([*lines, "", before + " ".join(notes)])
 
 
 def pruning_zoo() -> str:
-    """Every network of the zoo, Penjing and Torch-Pruning."""
+    """Pruning of every network of the zoo by Penjing and Torch-Pruning."""
     data = _read("pruning_zoo")
     lines = [
         "| 30 % of the channels | parameters left | covered | difference to the masked network "
@@ -243,19 +244,19 @@ def pruning_zoo() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in data["networks"].items():
-        mine, theirs = row["penjing"], row["torch-pruning"]
+        ours, theirs = row["penjing"], row["torch-pruning"]
         peer = "fails" if "error" in theirs else (
             f"{theirs['parameters'] / theirs['parameters_before']:.1%} "
             f"({theirs['channels'] / theirs['channels_before']:.0%})"
         )  # fmt: skip
-        if "error" in mine:
+        if "error" in ours:
             lines.append(f"| {name} | fails | | | | | {peer} |")
             continue
-        exact = mine["disagreement_fp64"]
-        proof = f"{exact:.0e}" if isinstance(exact, float) else f"{mine['disagreement']:.0e} (fp32)"
+        exact = ours["disagreement_fp64"]
+        proof = f"{exact:.0e}" if isinstance(exact, float) else f"{ours['disagreement']:.0e} (fp32)"
         lines.append(
-            f"| {name} | {mine['parameters'] / mine['parameters_before']:.1%} | {mine['covered']:.0%} | {proof} "
-            f"| {mine['onnxruntime']:.0e} | {mine['openvino']:.0e} | {peer} |"
+            f"| {name} | {ours['parameters'] / ours['parameters_before']:.1%} | {ours['covered']:.0%} | {proof} "
+            f"| {ours['onnxruntime']:.0e} | {ours['openvino']:.0e} | {peer} |"
         )
     note = (
         "Differences are the largest of any output, relative to the largest output: to the masked network in fp64, "
@@ -269,10 +270,10 @@ def coupling_cost() -> str:
     data = _read("coupling_cost")
     lines = ["| | Penjing | groups | capturing | Torch-Pruning | groups |", "|---|---|---|---|---|---|"]
     for name, row in data["networks"].items():
-        mine, theirs = row["penjing"], row["torch-pruning"]
+        ours, theirs = row["penjing"], row["torch-pruning"]
         lines.append(
-            f"| {name} | {mine['seconds']:.2f} s, {mine['bytes'] / 1e6:.0f} MB | {mine['groups']:.0f} "
-            f"| {mine['raise_s']:.1f} s | {theirs['seconds']:.2f} s, {theirs['bytes'] / 1e6:.0f} MB "
+            f"| {name} | {ours['seconds']:.2f} s, {ours['bytes'] / 1e6:.0f} MB | {ours['groups']:.0f} "
+            f"| {ours['raise_s']:.1f} s | {theirs['seconds']:.2f} s, {theirs['bytes'] / 1e6:.0f} MB "
             f"| {theirs['groups']:.0f} |"
         )
     return _under(lines, data)
@@ -384,8 +385,8 @@ def _sparse_cost(title: str, network: dict) -> str:
         return "" if value is None else f"{value / 1e6:.2f} MB"
 
     for pattern, row in network["rows"].items():
-        found = row[metric]
-        cells = [figure(found.get(m, found.get("dense"))) for m in methods]
+        by_method = row[metric]
+        cells = [figure(by_method.get(m, by_method.get("dense"))) for m in methods]
         cells += [size(row.get("bytes", {}).get(key)) for key in ("file", "zip", "xz")]
         cells.append(size(row.get("int8_bytes", {}).get("xz")))
         lines.append(f"| {pattern} | {row['zeros']:.0%} | {' | '.join(cells)} |")
@@ -450,25 +451,25 @@ def joint() -> str:
             f"- {_renamed(name)}: *{_renamed(win['by'])}* is at least as accurate and {win['times']:.2f}× as fast."
         )
     first = next(iter(data["accuracy"].values()))
-    told = f"{first['epochs']:g} epochs in total on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
-    return _under(lines, _without_threads(data), f"ResNet-20 on Fashion-MNIST, {told}; {CASES}; ")
+    training = f"{first['epochs']:g} epochs in total on both sides, {first['seeds']} seed{'s' * (first['seeds'] > 1)}"
+    return _under(lines, _without_threads(data), f"ResNet-20 on Fashion-MNIST, {training}; {CASES}; ")
 
 
 def joint_limit() -> str:
-    """Networks with few layers, in a third of the time of the fastest fp32 file."""
+    """Networks with few layers, for a third of the latency of the fastest fp32 file."""
     data = _read("joint")["limit"]
     lines = _by_case(data["speed"], data["accuracy"], data["source"])
     runs = [run for row in data["accuracy"].values() for run in row["made"]]
-    made = sorted({f"{run['device']} with torch {run['torch']}" for run in runs})
-    told = f"{data['epochs']:g} epochs on {', '.join(made)}, one seed where no span is given; {CASES}; timed on "
-    return _under(lines, _without_threads(data["measured on"]), told)
+    devices = sorted({f"{run['device']} with torch {run['torch']}" for run in runs})
+    note = f"{data['epochs']:g} epochs on {', '.join(devices)}, one seed where no span is given; {CASES}; timed on "
+    return _under(lines, _without_threads(data["measured on"]), note)
 
 
 CASES = "speed-ups over the fastest fp32 file; ± half of the interquartile range / median"
 
 
 def _by_case(speed: dict, accuracy: dict, source: float) -> list[str]:
-    """Accuracy and speed of files, the unpruned network's first; a column per batch and number of threads."""
+    """Accuracy and latency of files, the unpruned network first; two columns per batch and number of threads."""
     whole = [name for name in next(iter(speed.values())) if name.startswith("fp32")]
     fastest = {key: min(rows[name]["median"] for name in whole) for key, rows in speed.items()}
     lines = [
@@ -486,36 +487,36 @@ def _by_case(speed: dict, accuracy: dict, source: float) -> list[str]:
 
 
 def _without_threads(data: dict) -> dict:
-    """The conditions without the number of threads, which differs by column."""
+    """A copy of the results without the number of threads, which differs between columns."""
     return {**data, "machine": {name: value for name, value in data["machine"].items() if name != "threads"}}
 
 
 def students() -> str:
-    """Students distilled with every loss."""
+    """Accuracy of students distilled with every loss."""
     data = _read("students")
     titles = {"resnet": "ResNet-56 teaches ResNet-20", "mobilenet": "MobileNetV2 teaches a narrow MobileNetV2"}
     parts = []
-    for pair, found in data["pairs"].items():
-        teacher = found["teacher"]
+    for pair, results in data["pairs"].items():
+        teacher = results["teacher"]
         lines = [
             f"| {titles[pair]} | accuracy, mean (all seeds) | gap closed |",
             "|---|---|---|",
             f"| the teacher, {teacher['macs'] / teacher['student_macs']:.1f}× the MACs "
             f"| {teacher['mean']:.2%}{_span(teacher)} | |",
         ]
-        rows = sorted(found["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
+        rows = sorted(results["accuracy"].items(), key=lambda item: -item[1]["gap_closed"])
         for name, row in rows:
             lines.append(f"| {name} | {row['mean']:.2%}{_span(row)} | {round(row['gap_closed'], 2) + 0.0:+.2f} |")
-        epochs = next(iter(found["accuracy"].values()))["epochs"]
-        if longer := found.get("long"):
-            told = ", ".join(f"{name} {value:.2%}" for name, value in longer["accuracy"].items())
-            lines += ["", f"After {longer['epochs']:g} epochs, one seed: {told}."]
-        parts.append(_under(lines, found["measured on"], f"Fashion-MNIST, {epochs:g} epochs; "))
+        epochs = next(iter(results["accuracy"].values()))["epochs"]
+        if longer := results.get("long"):
+            accuracies = ", ".join(f"{name} {value:.2%}" for name, value in longer["accuracy"].items())
+            lines += ["", f"After {longer['epochs']:g} epochs, one seed: {accuracies}."]
+        parts.append(_under(lines, results["measured on"], f"Fashion-MNIST, {epochs:g} epochs; "))
     return "\n\n".join(parts)
 
 
 def minilm_layers(name: str = "minilm_layers") -> str:
-    """Three of MiniLM's six layers."""
+    """Accuracy and speed of MiniLM distilled from six layers to three."""
     data = _read(name)
     lines = [
         "| MiniLM's six layers teach three | accuracy, mean (all seeds) | gap closed |",
@@ -525,8 +526,8 @@ def minilm_layers(name: str = "minilm_layers") -> str:
     for name, row in sorted(data["accuracy"].items(), key=lambda item: -item[1]["gap_closed"]):
         lines.append(f"| {_renamed(name)} | {row['mean']:.2%}{_span(row)} | {row['gap_closed']:+.2f} |")
     first = next(iter(data["accuracy"].values()))
-    told = f"20 Newsgroups, {first['texts']} training texts, {data['teacher']['texts']} for the teacher; "
-    parts = [_under(lines, data, told)]
+    texts = f"20 Newsgroups, {first['texts']} training texts, {data['teacher']['texts']} for the teacher; "
+    parts = [_under(lines, data, texts)]
     if speed := data.get("speed"):
         lines = ["| | latency | spread | speed-up |", "|---|---|---|---|"]
         for title, row in speed["rows"].items():
@@ -540,37 +541,37 @@ def training_cost() -> str:
     """The cost of a training step relative to a bare loop."""
     data = _read("training_cost")
     parts = []
-    for found in (data, data.get("gpu")):
-        if found is None:
+    for results in (data, data.get("gpu")):
+        if results is None:
             continue
         lines = ["| | time per step | relative to the bare loop (all rounds) |", "|---|---|---|"]
-        for network, rows in found["rows"].items():
+        for network, rows in results["rows"].items():
             for name, row in rows.items():
-                told = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
-                lines.append(f"| {network}, {_renamed(name)} | {row['ms_a_step']:.1f} ms | {told} |")
-        device = f"{found['device']}; " if "device" in found else ""
-        parts.append(_under(lines, found, f"Batches of 256; {device}"))
+                relative = f"{row['of_bare']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+                lines.append(f"| {network}, {_renamed(name)} | {row['ms_a_step']:.1f} ms | {relative} |")
+        device = f"{results['device']}; " if "device" in results else ""
+        parts.append(_under(lines, results, f"Batches of 256; {device}"))
     return "\n\n".join(parts)
 
 
 def resume() -> str:
-    """Runs that were killed during training and resumed."""
+    """Results of runs that were killed during training and resumed."""
     data = _read("resume")
     lines = ["| killed at | resumed with | the same file | the same weights |", "|---|---|---|---|"]
     for row in data["rows"]:
         same = " | ".join("yes" if row["same"][name] else "no" for name in ("the file", "the weights"))
         lines.append(f"| {row['killed at']} | {', '.join(row['went on'])} | {same} |")
     sha = data["digests"]["the file"]
-    told = f"The joint recipe on scikit-learn's digits, killed with SIGKILL; SHA-256 of the INT8 file {sha[:16]}…; "
-    return _under(lines, data, told)
+    note = f"The joint recipe on scikit-learn's digits, killed with SIGKILL; SHA-256 of the INT8 file {sha[:16]}…; "
+    return _under(lines, data, note)
 
 
 def pairs() -> str:
-    """Every technique before every other."""
+    """Signal-to-noise ratio of every ordered pair of techniques."""
     data = _read("pairs")
     names = list(data["techniques"])
     letters: dict[str, str] = {}
-    because: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     lines = [
         "| first, then | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -582,19 +583,20 @@ def pairs() -> str:
             if "refused" in row:
                 reason = re.sub(r"^\S+ comes after (?!q)\S+", "a repair comes after another step", row["refused"])
                 reason = re.sub(r"^\S+ comes", "it comes", reason)
-                because.setdefault(reason, row["expected"].partition(": ")[2])
+                remedies.setdefault(reason, row["expected"].partition(": ")[2])
                 cells.append(letters.setdefault(reason, "abcdefghijklm"[len(letters)]))
             else:
                 cells.append(f"{row['snr_db']:.0f}")
         lines.append(f"| {i + 1} {first} | {' | '.join(cells)} |")
     lines.append("")
     lines += [
-        f"- {letter}: {reason}" + f": {because[reason]}" * bool(because[reason]) for reason, letter in letters.items()
+        f"- {letter}: {reason}" + f": {remedies[reason]}" * bool(remedies[reason]) for reason, letter in letters.items()
     ]
-    done = [row["snr_db"] for row in data["orders"].values() if "snr_db" in row]
-    refused = len(data["orders"]) - len(done)
-    told = f"{len(done)} orders built, with a lowest signal-to-noise ratio of {min(done):.0f} dB; {refused} refused; "
-    return _under(lines, data, told)
+    ratios_db = [row["snr_db"] for row in data["orders"].values() if "snr_db" in row]
+    refused = len(data["orders"]) - len(ratios_db)
+    lowest = min(ratios_db)
+    note = f"{len(ratios_db)} orders built, with a lowest signal-to-noise ratio of {lowest:.0f} dB; {refused} refused; "
+    return _under(lines, data, note)
 
 
 TABLES = {
@@ -626,7 +628,7 @@ TABLES = {
 
 
 def written(name: str) -> str | None:
-    """A table; None if its benchmark has not been run, and the text is left unchanged."""
+    """A table as Markdown; None if its benchmark has not been run."""
     try:
         return TABLES[name]()
     except (FileNotFoundError, KeyError) as error:
@@ -635,7 +637,7 @@ def written(name: str) -> str | None:
 
 
 def main() -> None:
-    """Fill every marked table."""
+    """Rewrite every marked table of README.md and docs/."""
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         filled = re.sub(

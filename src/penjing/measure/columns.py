@@ -1,8 +1,8 @@
-"""Differences by output, and by columns of similar magnitude: no column's noise hides behind another's signal.
+"""Differences per output, and per group of columns of similar magnitude, so that large values do not mask small ones.
 
-A detector gives boxes in pixels beside scores below 1. Taken together, the noise that drowns the scores is nothing
-beside the boxes; so the columns of an output are sorted by the size of the reference's values, and compared apart
-where a gap parts them.
+A detector returns boxes in pixels and scores below 1 in one output. Over the whole output, noise that makes the scores
+useless is negligible relative to the boxes. Therefore the columns of an output are sorted by the RMS of the reference's
+values, and compared separately where these differ by more than `GAP`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from penjing.measure.decibels import decibels
 
 Array = npt.NDArray[Any]
 GAP = 10.0
-"""Columns are parted where the next smaller one is smaller by more than this."""
+"""Two groups of columns are separated where the RMS drops by more than this factor."""
 NEGLIGIBLE = 1e-6
-"""Columns below this part of the largest one are not an answer, but rounding errors of float32 beside the others."""
+"""Columns whose RMS is below this fraction of the largest are float32 rounding errors, and are not compared."""
 MASK = 1e4
-"""A value that stands several times and is larger than all others by more than this fills what is masked."""
+"""A value that occurs several times and exceeds the RMS of all others by more than this factor is a mask's fill."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Part of an output: positions of one axis, or all of it.
+    """Part of an output: a group of positions along one axis, or the whole output.
 
     Attributes:
-        port: Number of the output.
+        port: Index of the output.
         axis: The axis, 1 or the last; 0 for the whole output.
-        positions: Those that belong together.
-        words: What they are called; "" for the whole output.
-        smaller: Whether other columns of the same output are larger.
+        positions: Indices of the group along the axis.
+        words: Description of the group, as "0-3 of axis 1"; "" for the whole output.
+        smaller: Whether another group of the same output has larger values.
     """
 
     port: int
@@ -46,35 +46,46 @@ class Columns:
     smaller: bool = False
 
     def of(self, outputs: Sequence[Array]) -> Array:
-        """The values, of any shape."""
+        """The part's values; along `axis` only the positions remain."""
         whole = outputs[self.port]
         return np.take(whole, self.positions, self.axis) if self.axis else whole
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a candidate's values differ from the reference's; sums over all finite values."""
+    """How a candidate's values differ from the reference's, over the values that are finite on both sides.
+
+    Attributes:
+        columns: The part of the output.
+        signal: Sum of the squares of the reference's values.
+        noise: Sum of the squares of the differences.
+        values: Number of values compared.
+        largest: Largest absolute difference.
+        equal: Share of equal values; None for floating-point outputs.
+        fault: NaN, infinities or unmasked values of one side only, in words; "" if there are none.
+        batch: Number of samples of the call.
+    """
 
     columns: Columns
     signal: float
     noise: float
     values: int
     largest: float
-    equal: float | None  # share of equal values where they are not floating-point numbers
+    equal: float | None
     fault: str
     batch: int = 0
 
     @property
     def snr_db(self) -> float:
-        """Signal power over noise power in decibels; as low as can be where there is a fault."""
+        """Signal-to-noise ratio in decibels; -`IDENTICAL_DB` where there is a fault."""
         return decibels(0.0, 1.0) if self.fault else decibels(self.signal, self.noise)
 
 
 def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
-    """The parts to compare: every output, split into groups of columns where their magnitudes differ widely.
+    """The parts to compare: every output as a whole, and groups of its columns where their magnitudes differ widely.
 
     Args:
-        outputs: Of the network that others are compared with, samples first.
+        outputs: Outputs of the reference network, one array per output, samples on axis 0.
     """
     columns: list[Columns] = []
     for port, array in enumerate(outputs):
@@ -82,7 +93,7 @@ def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
         if not is_float(array):
             continue
         axes = {1: "axis 1", array.ndim - 1: "the last axis"} if array.ndim > 1 else {}
-        groups = [(gap, axis, parts) for axis in axes for gap, parts in [_groups(_sizes(array, axis))] if parts]
+        groups = [(gap, axis, parts) for axis in axes for gap, parts in [_groups(_column_rms(array, axis))] if parts]
         if groups:
             _, axis, parts = max(groups, key=lambda group: group[0])
             columns += [
@@ -95,16 +106,16 @@ def split(outputs: Sequence[Array]) -> tuple[Columns, ...]:
 def differences(
     reference: Sequence[Array], candidate: Sequence[Array], parts: Sequence[Columns], batch: int = 0
 ) -> tuple[Difference, ...]:
-    """The difference of every part; columns that an output of another size does not have are left out.
+    """The difference of every part; parts whose positions a smaller output does not have are omitted.
 
     Args:
         reference: Outputs of the torch network, one array per output.
         candidate: Outputs of the artifact for the same call.
-        parts: As `split` made them of any call's outputs.
-        batch: Samples of the call, to be told.
+        parts: Result of `split` for the outputs of any call.
+        batch: Number of samples of the call, copied into the result.
 
     Raises:
-        ArtifactError: Another number of outputs, or another shape.
+        ArtifactError: The numbers of outputs or their shapes differ.
     """
     check_shapes(reference, candidate)
     compared = []
@@ -117,17 +128,18 @@ def differences(
 
 
 SCATTER = 4.0
-"""A call of few samples may have so many times the noise of many: that is chance, beyond it is the batch size."""
+"""Ratio of noise per value up to which a call of few samples differs from one of many only by chance."""
 
 
 def worst(many: Sequence[Difference], few: Sequence[Difference]) -> tuple[Difference, ...]:
-    """Part by part the worse of two calls, the signal taken as strong in the call of few samples as in the other.
+    """The worse of two calls, part by part, as an artifact may fail at one batch size only.
 
-    Where values are equal or not, few of them tell nothing.
+    The signal power per value is taken from the call of many samples. Integer and boolean outputs are judged by that
+    call alone.
 
     Args:
-        many: Of a call of many samples, or of several.
-        few: Of a call of few.
+        many: Differences of a call with many samples.
+        few: Differences of a call with few samples.
     """
     by_part = {d.columns: d for d in few}
     return tuple(_worse(d, by_part[d.columns]) if d.columns in by_part else d for d in many)
@@ -142,7 +154,7 @@ def _worse(many: Difference, few: Difference) -> Difference:
 
 
 def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: str = "") -> None:
-    """Raise ArtifactError where the candidate has another number of outputs, or another shape."""
+    """Raise ArtifactError if the numbers of outputs or their shapes differ; `where` is appended to the shape."""
     if len(reference) != len(candidate):
         raise ArtifactError(
             "the artifact has a different number of outputs from the network",
@@ -161,11 +173,11 @@ def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: 
 
 
 def fault(reference: Array, candidate: Array) -> str:
-    """What is NaN or infinite on one side alone, in words; "" where both hold the same infinities, and no NaN."""
+    """NaN and infinities that differ between the two, in words; "" if there is no NaN and the infinities are equal."""
     if not (is_float(reference) or is_float(candidate)):
         return ""
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
-    told = []
+    faults = []
     for count, text in (
         (int(np.isnan(r).sum()), "NaN, as in the torch network that it is compared with"),
         (int((np.isnan(c) & ~np.isnan(r)).sum()), "NaN"),
@@ -173,8 +185,8 @@ def fault(reference: Array, candidate: Array) -> str:
         (int((np.isinf(r) & np.isfinite(c)).sum()), "finite, where the torch network's are infinite"),
     ):
         if count:
-            told.append(f"{count} of {r.size} values {'is' if count == 1 else 'are'} {text}")
-    return "; ".join(told)
+            faults.append(f"{count} of {r.size} values {'is' if count == 1 else 'are'} {text}")
+    return "; ".join(faults)
 
 
 def is_float(array: Array) -> bool:
@@ -184,7 +196,7 @@ def is_float(array: Array) -> bool:
 
 
 def ranges(positions: Sequence[int], most: int = 6) -> str:
-    """Positions in words.
+    """Positions as ranges, the first `most` of them.
 
     >>> ranges([0, 1, 2, 3, 7])
     '0-3, 7'
@@ -201,30 +213,30 @@ def ranges(positions: Sequence[int], most: int = 6) -> str:
 
 def _difference(reference: Array, candidate: Array, part: Columns) -> Difference:
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
-    told = fault(reference, candidate)
+    faults = fault(reference, candidate)
     counted = np.isfinite(r) & np.isfinite(c)
-    if is_float(reference) and (filled := _filled(r, counted)) is not None:
+    if is_float(reference) and (filled := _mask_fill(r, counted)) is not None:
         largest = math.sqrt(float(np.square(r[counted & ~filled]).mean()))
         lost = int((counted & filled & ~((np.sign(c) == np.sign(r)) & (np.abs(c) > MASK / 10 * largest))).sum())
         if lost:
             text = f"{lost} masked values are not masked: the network fills in {r[filled][0]:.3g}"
-            told = f"{told}; {text}" if told else text
-        counted &= ~filled  # what stands beside them is what counts
+            faults = f"{faults}; {text}" if faults else text
+        counted &= ~filled  # only the other values are compared
     r, c = r[counted], c[counted]
-    apart = np.abs(r - c)
+    error = np.abs(r - c)
     return Difference(
         columns=part,
         signal=float(np.square(r).sum()),
-        noise=float(np.square(apart).sum()),
-        values=apart.size,
-        largest=float(apart.max(initial=0.0)),
+        noise=float(np.square(error).sum()),
+        values=error.size,
+        largest=float(error.max(initial=0.0)),
         equal=None if is_float(reference) else float((reference == candidate).mean()) if reference.size else 1.0,
-        fault=told,
+        fault=faults,
     )
 
 
-def _filled(values: Array, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-    """Where a number stands that fills what is masked; None where there is none."""
+def _mask_fill(values: Array, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+    """Which values, of the same shape, are a mask's fill (see `MASK`); None if there is no such fill."""
     finite = values[counted]
     if not finite.size:
         return None
@@ -236,11 +248,11 @@ def _filled(values: Array, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.boo
     return filled if np.abs(finite).max() > MASK * size else None
 
 
-def _sizes(array: Array, axis: int) -> Array:
-    """Root mean square of every column, (columns,): of its values that are finite and fill no mask."""
+def _column_rms(array: Array, axis: int) -> Array:
+    """RMS of every column, (columns,), over the values that are finite and not a mask's fill."""
     x = array.astype(np.float64)
     counted = np.isfinite(x)
-    if (filled := _filled(x, counted)) is not None:
+    if (filled := _mask_fill(x, counted)) is not None:
         counted &= ~filled
     others = tuple(a for a in range(x.ndim) if a != axis)
     power = np.where(counted, np.square(np.where(counted, x, 0.0)), 0.0).sum(axis=others)
@@ -248,7 +260,7 @@ def _sizes(array: Array, axis: int) -> Array:
 
 
 def _groups(sizes: Array) -> tuple[float, list[list[int]]]:
-    """The largest gap and the positions between the gaps, the largest first; no groups where there is no gap."""
+    """Largest ratio of neighbouring RMS values, and the groups of positions, largest values first; [] without a gap."""
     if not sizes.size or not sizes.max() > 0:
         return 0.0, []
     order = [int(i) for i in np.argsort(-sizes, kind="stable") if sizes[i] > NEGLIGIBLE * sizes.max()]

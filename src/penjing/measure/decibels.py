@@ -1,15 +1,15 @@
-"""Signal power over noise power as decibels."""
+"""Signal-to-noise ratio in decibels."""
 
 from __future__ import annotations
 
 import math
 
 IDENTICAL_DB = 200.0
-"""Stands for an infinite signal-to-noise ratio, which JSON can't hold; no ratio is reported beyond ±200 dB."""
+"""Reported for an infinite signal-to-noise ratio, which JSON can't represent; ratios are clamped to ±200 dB."""
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal power over noise power in decibels, held within ±IDENTICAL_DB.
+    """10·log10(signal / noise) of two powers, clamped to ±`IDENTICAL_DB`.
 
     >>> decibels(100.0, 1.0), decibels(1.0, 0.0)
     (20.0, 200.0)

@@ -1,8 +1,8 @@
-"""Latency of several artifacts side by side, each in a process of its own.
+"""Interleaved latency measurement of several artifacts, each in a separate process.
 
-A processor's clock, its heat and its neighbours drift while one measures, so two figures that were taken one after
-the other do not compare. Here all artifacts are open at once and take turns (A B C, C B A, B C A, ...): what drifts
-meets all of them, and the medians of one round can be divided by each other.
+Clock rate, temperature and other load drift during a measurement, so figures taken one after the other are not
+comparable. Here all artifacts are open at once and take turns (A B C, C B A, B C A, ...): drift affects all of them
+alike, and the ratios of the medians of one round are meaningful.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from penjing.measure.machine import processors
 from penjing.records import Latency, steadiness
 
 OPENER = "penjing.runtimes:open_artifact"
-MIN_CALLS = 3  # of a turn, however slow the artifact is
-MAX_CALLS = 10_000  # of a turn, however fast it is
+MIN_CALLS = 3  # per turn, however slow the artifact is
+MAX_CALLS = 10_000  # per turn, however fast the artifact is
 PAUSE_S = 0.05  # between turns: threads of a runtime spin for some milliseconds before they sleep
 
 
@@ -35,10 +35,10 @@ class Target:
     """An artifact to time.
 
     Attributes:
-        name: How it is called in the result.
+        name: Key of its result.
         folder: The artifact's folder.
-        inputs: One array per input, in the order of the manifest, samples first.
-        batch: Samples in `inputs`.
+        inputs: One array per input, in the order of the manifest, samples on axis 0.
+        batch: Number of samples in `inputs`.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Timing:
 
     Attributes:
         latency: Over all calls of all rounds, in milliseconds.
-        peak_memory_bytes: The most memory that the process held, interpreter, runtime, artifact and inputs together.
-        baseline_bytes: What the same process held before it opened the artifact (interpreter, NumPy, inputs).
-        load_ms: What a new process waits for the artifact to be open, with the import of its runtime; taken once.
+        peak_memory_bytes: Peak resident memory of the process: interpreter, runtime, artifact and inputs.
+        baseline_bytes: Resident memory of the process before it opened the artifact (interpreter, NumPy, inputs).
+        load_ms: Time to import the runtime and open the artifact in a new process, measured once.
     """
 
     latency: Latency
@@ -65,7 +65,7 @@ class Timing:
 
     @property
     def rounds(self) -> tuple[float, ...]:
-        """Median of each round, in milliseconds, to be divided by those of another target (`ratio`)."""
+        """Median of each round in milliseconds, for ratios to another target (`ratio`)."""
         return self.latency.rounds
 
 
@@ -83,27 +83,27 @@ def compare(
 ) -> dict[str, Timing]:
     """Time the targets side by side; name → `Timing`.
 
-    The workers start one after another; each opens its artifact with `threads` threads, stays on as many logical
-    processors (one of every physical core first) where the system allows that, and warms up. Then they take turns,
-    in another order every round, while the others sleep. A turn begins with one untimed call, lasts
-    ``seconds / rounds``, and has at least three calls. The speed-ups that are judged are those over the first target.
+    The workers start one after another. Each opens its artifact with `threads` threads, is pinned to as many logical
+    processors (on different physical cores first) if the system supports it, and warms up. Then they take turns, in a
+    different order every round, while the others sleep. A turn starts with one untimed call, lasts
+    ``seconds / rounds``, and has at least three timed calls. Speed-ups are judged relative to the first target.
 
     Args:
-        targets: What to time; names must differ.
+        targets: The artifacts; their names must differ.
         threads: Number of threads that each runtime may use.
         seconds: Timed seconds per target.
         rounds: Number of turns per target.
-        patience: How many times the rounds may be taken at most while the timings can't be trusted
-            (see `penjing.records.steadiness`); those rounds that are trusted most are kept.
+        patience: The rounds are repeated up to this many times while the timings are unsteady
+            (see `penjing.records.steadiness`); the steadiest `rounds` consecutive ones are returned.
         warmup_seconds: Untimed seconds per target before the first round.
-        warmup_calls: Calls that the warm-up makes at least.
-        events: Told ``events("progress", label="latency", done=..., total=..., name=...)`` after every turn.
+        warmup_calls: Minimum number of calls of the warm-up.
+        events: Called as ``events("progress", label="latency", done=..., total=..., name=...)`` after every turn.
         opener: "module:function" that opens a folder in a worker: called with (folder, threads=...), it returns an
             object with ``run(list of arrays)``.
 
     Raises:
-        UsageError: No target, a name twice, an input that is not numeric, or a number below its minimum.
-        TargetError: An artifact can't be opened or run, or its runtime crashed or hung.
+        UsageError: No target, a name used twice, an input that is not numeric, or a number below its minimum.
+        TargetError: An artifact can't be opened or run, or its runtime crashed or exceeded its time limit.
     """
     _check(targets, threads=threads, rounds=rounds, seconds=seconds)
     with contextlib.ExitStack() as stack:
@@ -130,7 +130,7 @@ def compare(
 
 
 def _child(target: Target, inputs: Path, threads: int, opener: str) -> Child:
-    """A worker that opens a target; its inputs go through a file."""
+    """Start a worker that opens a target; its inputs are written to the file `inputs`."""
     np.savez(inputs, *target.inputs)
     return Child(
         target.name,
@@ -153,7 +153,7 @@ def _windows(
     patience: int,
     events: Callable[..., None] | None,
 ) -> list[list[Latency]]:
-    """Take turns until the last `rounds` of them can be trusted: of every `rounds` in a row, the targets' latencies."""
+    """Latencies of the targets for every window of `rounds` consecutive rounds; stops after the first steady window."""
     turns: dict[str, list[list[float]]] = {target.name: [] for target in targets}
     windows: list[list[Latency]] = []
     done = 0
@@ -174,12 +174,12 @@ def _windows(
 
 
 def ratio(a: Timing, b: Timing) -> float:
-    """How many times longer a call of `a` takes than one of `b`: the median of the ratios of their rounds."""
+    """Latency of `a` relative to `b`: the median over rounds of the ratio of their medians."""
     return steadiness.speedup(a.latency, b.latency)
 
 
 def order(count: int, rounds: int) -> list[tuple[int, ...]]:
-    """The order of turns in each round: reversed every other round, rotated after each pair of rounds.
+    """The order of targets in each round: reversed every other round, rotated after each pair of rounds.
 
     >>> order(3, 4)
     [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)]

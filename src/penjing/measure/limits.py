@@ -15,10 +15,11 @@ class Limits:
     """How close an artifact of one precision has to be to the torch network that it was exported from.
 
     Attributes:
-        snr_db: Least signal-to-noise ratio of every output and group of columns.
-        told_db: Below this it is told, and no reason to reject.
-        equal: Least share of equal values of outputs that are integers or booleans.
-        rounding: By how much of itself every value may be off: what the network does not keep then is not asked for.
+        snr_db: Lowest signal-to-noise ratio accepted for every output and group of columns, in decibels.
+        told_db: Ratio below which a warning is given, in decibels; the artifact is still accepted.
+        equal: Lowest share of equal values accepted for integer and boolean outputs.
+        rounding: Relative error of a rounded value. An artifact need not be closer to the network than the network is
+            to itself with such errors.
     """
 
     snr_db: float
@@ -27,22 +28,22 @@ class Limits:
     rounding: float
 
 
-# A significand of 11 or 8 bits is off by 2**-12 or 2**-9 on average; a runtime may fuse three of torch's operators.
-_FLOAT32 = 2.0**-21  # three bits less than it holds: sums in another order, and approximations of exp and erf
+# Relative error of significands of 11 and 8 bits. A runtime may fuse three of torch's operators.
+_FLOAT32 = 2.0**-21  # three bits less than the format: other orders of summation, and approximations of exp and erf
 LIMITS = {
     "fp32": Limits(snr_db=60, equal=0.99, rounding=_FLOAT32),
     "fp16": Limits(snr_db=35, equal=0.95, rounding=2.0**-12),
     "bf16": Limits(snr_db=30, equal=0.8, rounding=2.0**-9),
     "int8": Limits(snr_db=30, told_db=40, equal=0.8, rounding=_FLOAT32),
-    "int8-bf16": Limits(snr_db=30, equal=0.8, rounding=_FLOAT32),  # or int8, which stands beside it, is the better
+    "int8-bf16": Limits(snr_db=30, equal=0.8, rounding=_FLOAT32),  # below this the int8 candidate is the better one
 }
-"""Against the torch network with the same quantizers ("planned")."""
+"""Precision → limits for the comparison with the torch network with the same quantizers ("planned")."""
 SOURCE_TOLD_DB = 15.0
-"""An integer artifact below this against the source network draws a warning; it is what was planned all the same."""
+"""An integer artifact below this against the source network gets a warning: quantization itself loses that much."""
 LEAST_DB = 15.0
-"""However little a network keeps of itself: beyond this rounding and mistakes can't be told apart."""
-_SPARE = 2.0  # times the noise of a network whose values are off: 3 dB
-_NOTHING = 1e-12  # of the power of the largest values
+"""Lowest limit, in decibels, however sensitive the network is: below it, rounding and errors can't be distinguished."""
+_SPARE = 2.0  # times the noise of a network with rounding errors: 3 dB
+_NOTHING = 1e-12  # times the power per value of the largest part
 
 
 def of(precision: str) -> Limits:
@@ -56,17 +57,17 @@ def judged(
     precision: str,
     elsewhere: Callable[[float], Sequence[Difference]] | None = None,
 ) -> tuple[ParityRow, ...]:
-    """Rows with limits, for a comparison with the plan.
+    """Rows with limits, for the comparison with the plan.
 
-    A limit is lower where the values can't be told better: where the network keeps less of itself when its values are
-    off by rounding (down to 15 dB), and where values are next to nothing beside the others.
+    A limit is lowered where it can't be met: where the torch network with rounding errors differs more from itself
+    (down to 15 dB), and where values are negligible relative to those of the other parts.
 
     Args:
         differences: One for every part.
-        names: Of the outputs.
-        precision: Of the artifact.
-        elsewhere: From the largest relative error of a value to the differences, of the same parts, of the torch
-            network from itself with such errors. Asked for where a limit does not hold.
+        names: Names of the outputs.
+        precision: Precision of the artifact.
+        elsewhere: Maps a relative rounding error to the differences, part by part, between the torch network with such
+            errors and without. Called only if a limit does not hold.
     """
     limits = of(precision)
     rows = tuple(
@@ -101,7 +102,7 @@ def told(differences: Sequence[Difference], names: Sequence[str]) -> tuple[Parit
 
 
 def _allowed(d: Difference, itself: Difference | None, largest: float) -> list[tuple[float, str]]:
-    """Noise that is not the artifact's mistake, by every rule, and the rule in words."""
+    """Noise (sum of squares) that is not the artifact's fault, for every rule, with the rule in words."""
     rules = [(d.values * largest * _NOTHING, "the values are negligible beside the others")]
     if itself is not None and itself.values and not itself.fault:
         noise = _SPARE * itself.noise * d.values / itself.values
@@ -112,16 +113,16 @@ def _allowed(d: Difference, itself: Difference | None, largest: float) -> list[t
 
 
 def _lowered(row: ParityRow, d: Difference, rules: Sequence[tuple[float, str]]) -> ParityRow:
-    """The row with the limit that its values allow, where that is lower."""
+    """The row with the lowest limit that the rules give, if that is lower than its own."""
     allowed, why = max(rules)
-    if not d.signal:  # no ratio tells anything then
+    if not d.signal:  # without a signal there is no ratio
         return replace(row, limit_db=None, why=why) if d.noise <= allowed else row
     limit = decibels(d.signal, allowed)
     return replace(row, limit_db=limit, why=why) if row.limit_db is not None and limit < row.limit_db else row
 
 
 def rejection(parities: Sequence[Parity]) -> Rejection | None:
-    """Why an artifact with these comparisons is not to be offered; None where every limit holds."""
+    """Why an artifact with these comparisons is rejected; None if every limit holds."""
     for parity in parities:
         worst = parity.worst
         if worst is None or worst.holds:
@@ -143,7 +144,7 @@ AGAINST = {
 
 
 def failure(row: ParityRow) -> str:
-    """What does not hold, in words."""
+    """The limit that a row exceeds, in words; "" if it has none."""
     if row.fault:
         return row.fault
     if row.equal is not None and row.limit_equal is not None:

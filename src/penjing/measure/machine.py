@@ -60,23 +60,23 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "sme2": ("sme2", "featsme2"),
 }
 
-# Numbers of IsProcessorFeaturePresent (winnt.h). Windows does not tell VNNI, bf16 or AMX of x86 processors.
+# Numbers of IsProcessorFeaturePresent (winnt.h). Windows does not report VNNI, bf16 or AMX of x86 processors.
 _WINDOWS = {"avx": 39, "avx2": 40, "avx512f": 41, "neon": 19, "dotprod": 43, "sve": 46, "i8mm": 66, "bf16": 68}
 
 
 def check_threads(threads: int) -> int:
-    """The number itself. Raises UsageError where no processor has so many."""
+    """Return `threads`; raise UsageError if it is not between 1 and `MOST_THREADS`."""
     if not 1 <= threads <= MOST_THREADS:
         raise UsageError("threads is out of range", code="threads", got=threads, expected=f"1 to {MOST_THREADS}")
     return threads
 
 
 def machine(threads: int) -> Machine:
-    """Describe this machine. `threads` is how many threads the figures were measured with.
+    """Describe this machine; `threads` is the number of threads that the figures were measured with.
 
-    `cores` counts the physical cores that this process may use: affinity and a container's quota respected.
-    `instruction_sets` holds those that neural-network kernels look for, in one spelling on every system; a set
-    that the system does not tell about (on Windows: VNNI, bf16 and AMX) is left out.
+    `cores` counts the physical cores that this process may use, by affinity and container quota. `instruction_sets`
+    holds those that neural-network kernels use, spelled the same on every system, without those that the system does
+    not report (on Windows: VNNI, bf16 and AMX).
     """
     processor, sets = _processor()
     return Machine(
@@ -91,7 +91,7 @@ def machine(threads: int) -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on, those that are installed; none is imported."""
+    """Versions of Python and of those installed packages that figures depend on; nothing is imported."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -109,7 +109,7 @@ def cores() -> int:
 
 
 def processors() -> tuple[int, ...]:
-    """Numbers of the logical processors that this process may use, one of every physical core first."""
+    """Indices of the logical processors that this process may use, starting with one of every physical core."""
     first: list[int] = []
     second: list[int] = []
     seen: set[str] = set()
@@ -128,7 +128,7 @@ def _affinity() -> list[int]:
 
 
 def _siblings(cpu: int) -> str:
-    """Name of the physical core behind a logical processor; its own number where the system does not tell."""
+    """Name of the physical core of a logical processor; the processor's index if the system does not report it."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return path.read_text(encoding="ascii").strip()
@@ -137,7 +137,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> int | None:
-    """Whole processors that a container's quota allows (control groups, version 2 then 1); None without a quota."""
+    """Whole processors that a container's quota allows (cgroups, v2 then v1), at least 1; None without a quota."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, period = (root / "cpu.max").read_text(encoding="ascii").split()
@@ -154,7 +154,7 @@ def _quota() -> int | None:
 
 @functools.cache
 def _processor() -> tuple[str, tuple[str, ...]]:
-    """Name and instruction sets; they do not change while a process runs."""
+    """Name and instruction sets of the processor."""
     if sys.platform == "win32":
         return _windows()
     if sys.platform == "darwin":
@@ -170,7 +170,7 @@ def _processor() -> tuple[str, tuple[str, ...]]:
 
 
 def instruction_sets(words: list[str]) -> tuple[str, ...]:
-    """The instruction sets among a system's words for processor features, in our spelling and order.
+    """The instruction sets among a system's processor features, in our spelling and order.
 
     >>> instruction_sets(["AVX512VNNI", "sse2", "asimddp"])
     ('avx512_vnni', 'dotprod')
@@ -180,7 +180,7 @@ def instruction_sets(words: list[str]) -> tuple[str, ...]:
 
 
 def from_cpuinfo(text: str) -> tuple[str, list[str]]:
-    """Name and feature words out of the text of Linux' /proc/cpuinfo (x86 writes "flags", Arm "Features")."""
+    """Processor name and features from the text of Linux' /proc/cpuinfo (x86 writes "flags", Arm "Features")."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -193,7 +193,7 @@ def from_cpuinfo(text: str) -> tuple[str, list[str]]:
 
 
 def from_sysctl(text: str) -> tuple[str, list[str]]:
-    """Name and feature words out of macOS' `sysctl hw.optional machdep.cpu`."""
+    """Processor name and features from macOS' `sysctl hw.optional machdep.cpu`."""
     name, words = "", []
     for line in text.splitlines():
         key, _, value = (part.strip() for part in line.partition(":"))
@@ -210,7 +210,7 @@ def from_sysctl(text: str) -> tuple[str, list[str]]:
 def _windows() -> tuple[str, tuple[str, ...]]:
     name = ""
     sets: tuple[str, ...] = ()
-    if sys.platform == "win32":  # said again for the type checker, which reads one system at a time
+    if sys.platform == "win32":  # repeated for the type checker, which checks one platform at a time
         import ctypes
         import winreg
 

@@ -1,4 +1,4 @@
-"""Memory of this process in bytes: current and peak."""
+"""Current and peak memory of this process, in bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now."""
+    """Current resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, or since `reset_peak`.
+    """Peak resident memory of this process in bytes, since its start or since `reset_peak`.
 
-    On Linux this is VmHWM, which begins at zero when a program starts. `ru_maxrss` does not: a child inherits
-    the peak of the process that started it, so a worker of a large trainer would look as large as the trainer.
+    On Linux this is VmHWM, which is reset when a program is executed. `ru_maxrss` is not: a child inherits the peak of
+    its parent, so a worker of a large trainer would report at least the trainer's memory.
     """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
@@ -35,7 +35,7 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Let the peak begin again at what is resident now; False where the system can't (all but Linux)."""
+    """Reset the peak to the current resident memory; False if the system does not support it (all but Linux)."""
     try:
         _CLEAR_REFS.write_text("5")  # 5 resets VmHWM, see proc_pid_clear_refs(5)
     except OSError:
@@ -44,7 +44,7 @@ def reset_peak() -> bool:
 
 
 def _high_water(status: str) -> int | None:
-    """VmHWM of the text of /proc/PID/status, in bytes; None where a kernel leaves it out."""
+    """VmHWM in bytes from the text of /proc/PID/status; None if the kernel does not report it."""
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

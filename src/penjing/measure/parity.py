@@ -18,28 +18,28 @@ def parity(
     candidate: Iterable[Sequence[Array]],
     against: str,
 ) -> Parity:
-    """Compare outputs batch by batch; no more than one batch of each side is held.
+    """Compare outputs batch by batch, with at most one batch of each side in memory.
 
     Differences and signal-to-noise are taken over all floating-point outputs (over all outputs where none is
     floating-point): 10·log10(Σ reference² / Σ difference²), with `IDENTICAL_DB` where the outputs are equal to
-    the bit. Agreement is the share of samples whose largest value stands at the same place of the last axis of
-    the first floating-point output; None unless that output is (samples, classes) with two classes or more.
-    Where one side alone holds NaN or infinities the ratio is -`IDENTICAL_DB`, whatever the other values are; an
-    infinity that both sides give is an answer (a masked score), not a difference.
+    the bit. Agreement is the share of samples with the same argmax over the last axis of the first
+    floating-point output; None unless that output is (samples, classes) with two classes or more. If NaN or infinities
+    are on one side only, the ratio is -`IDENTICAL_DB`, whatever the other values are; an infinity on both sides (a
+    masked score) is not a difference.
 
     Args:
-        reference: Outputs of the torch network: for every batch one array per output, samples first.
-        candidate: Outputs of the artifact, same batches, same order, same shapes.
+        reference: Outputs of the torch network: for every batch one array per output, samples on axis 0.
+        candidate: Outputs of the artifact for the same batches, with the same shapes.
         against: The reference, "planned" or "source"; copied into the result.
 
     Raises:
-        ArtifactError: The candidate has another number of batches or outputs, or another shape.
+        ArtifactError: The numbers of batches or outputs, or the shapes, differ.
         TaskError: There is no sample to compare.
     """
     sums = _Sums()
     left, right = iter(reference), iter(candidate)
     for batch in count():
-        expected, actual = next(left, None), next(right, None)  # zip would keep the batch before alive
+        expected, actual = next(left, None), next(right, None)  # zip would keep the previous batch in memory
         if expected is None and actual is None:
             break
         if expected is None or actual is None:
@@ -65,7 +65,7 @@ class _Sums:
         self.values = 0
         self.samples = 0
         self.agreed = 0
-        self.classes = True  # until an output without classes is seen
+        self.classes = True  # whether every batch has outputs (samples, classes)
         self.faulty = False
 
     def add(self, reference: Sequence[Array], candidate: Sequence[Array], batch: int) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from penjing.errors import ArtifactError
 
-_CHUNK = 1 << 20  # bytes read at a time, so that memory does not grow with the file
+_CHUNK = 1 << 20  # bytes read at a time: memory does not grow with the file
 
 
 def size_bytes(folder: Path | str, files: Iterable[str]) -> int:
-    """Sum of the bytes of the files, named relative to the folder. A file that is named twice counts once.
+    """Total size in bytes of files, given by name relative to the folder; a file named twice counts once.
 
     Raises:
         ArtifactError: A file is missing.
@@ -32,10 +32,9 @@ def sha256(path: Path | str) -> str:
 
 
 def packed_bytes(paths: Iterable[Path | str]) -> int:
-    """Sum of the bytes of the files, each compressed without loss by xz (LZMA2, preset 6).
+    """Total size in bytes of files, each compressed losslessly by xz (LZMA2, preset 6).
 
-    This is what a general compressor makes of the files, and so what a download of them would cost. A format
-    that knows that it stores weights does better.
+    An estimate of the size of a download with a general-purpose compressor; a format for weights can be smaller.
 
     Raises:
         ArtifactError: A file is missing.

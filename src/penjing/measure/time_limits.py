@@ -1,4 +1,4 @@
-"""How long a runtime may take: a base, and a multiple of what the source network took in torch for the same work."""
+"""Time limits of runtimes: a constant plus a multiple of the source network's time in torch for the same inputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from penjing.records.manifest import MANIFEST, read_manifest
 
-BASE_S = 60.0  # that every request may take: a machine may be busy
-FACTOR = 100  # times what the source took in torch for the same work
+BASE_S = 60.0  # for every request, as a machine may be busy
+FACTOR = 100  # times the source's time in torch for the same inputs
 UNKNOWN_S = 600.0  # for a call whose source has not been timed
-BYTES_PER_S = 1 << 20  # of files that a runtime opens, converts and compiles; the slowest took a tenth of that time
+BYTES_PER_S = 1 << 20  # of files that a runtime opens, converts or compiles: a tenth of the slowest speed measured
 
-_source: tuple[float, int] | None = None  # seconds of a call of the source in torch, and how many values it had
+_source: tuple[float, int] | None = None  # seconds of a call of the source in torch, and its number of input values
 
 
 def expect(seconds: float, values: int) -> None:
@@ -30,7 +30,7 @@ def expect_nothing() -> None:
 
 
 def call_s(inputs: Sequence[np.ndarray]) -> float:
-    """Seconds that one call may take."""
+    """Time limit of one call, in seconds."""
     if _source is None:
         return BASE_S + UNKNOWN_S
     seconds, values = _source
@@ -38,7 +38,7 @@ def call_s(inputs: Sequence[np.ndarray]) -> float:
 
 
 def opening_s(*paths: Path) -> float:
-    """Seconds that opening, converting or compiling files, or all files of an artifact's folder, may take."""
+    """Time limit in seconds of opening, converting or compiling files, or all files of an artifact's folder."""
     compiling = sum(read_manifest(path).opening_s for path in paths if (path / MANIFEST).is_file())
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     own = 0.0 if _source is None else FACTOR * _source[0]

@@ -1,15 +1,15 @@
-"""A process of its own that opens one artifact and times it: ``python -m penjing.measure.worker``.
+"""A worker process that opens one artifact and times it: ``python -m penjing.measure.worker``.
 
 It answers JSON lines on standard input with JSON lines on standard output:
 
     (when the artifact is open)                           {"ready": true, "load_ms": 41.2}
     {"cmd": "run", "seconds": 0.1, "max_calls": 1000}     {"times_ms": [0.21, ...]}
-        also "min_calls" (1) and "skip" (0), calls before the timed ones
+        optional: "min_calls" (1), "skip" (0): untimed calls before the timed ones
     {"cmd": "peak"}                                       {"peak_memory_bytes": ..., "baseline_bytes": ...}
     {"cmd": "stop"} or the end of the input               {"stopped": true}
 
-A failure is answered with {"error": {...}} and ends the process. Whatever else the runtime prints goes to
-standard error. No module of this process imports torch, unless the artifact's own runtime does.
+A failure is answered with {"error": {...}} and ends the process. Everything that the runtime prints goes to standard
+error. The worker does not import torch, unless the artifact's runtime does.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import psutil
 
 from penjing.errors import UsageError
 from penjing.measure.memory import peak_memory_bytes, rss_bytes
-from penjing.measure.processes import channel, receive, send, told
+from penjing.measure.processes import channel, error_as_dict, receive, send
 
 OPENER = "penjing.runtimes:open_artifact"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve one artifact until told to stop; the exit code."""
+    """Serve requests for one artifact until "stop"; returns the exit code."""
     requests, answers = channel()
     faulthandler.enable()  # a crash in native code leaves its stack on standard error
     try:
@@ -50,19 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         artifact = opener(options.folder, threads=options.threads)
         send(answers, {"ready": True, "load_ms": (perf_counter_ns() - start) / 1e6})
         gc.collect()
-        gc.freeze()  # what an import made stays: looking through it before every turn takes longer than the turn
+        gc.freeze()  # scanning the objects of the imports before every turn would take longer than the turn
         _serve(lambda: artifact.run(inputs), baseline, requests, answers)
     except Exception as error:
         traceback.print_exc()
-        send(answers, {"error": told(error)})
+        send(answers, {"error": error_as_dict(error)})
         return 1
     send(answers, {"stopped": True})
     return 0
 
 
 def _serve(call: Callable[[], Any], baseline: int, requests: IO[bytes], answers: IO[bytes]) -> None:
-    while (asked := receive(requests)) is not None:
-        request, _ = asked
+    while (received := receive(requests)) is not None:
+        request, _ = received
         command = request.pop("cmd")
         if command == "run":
             send(answers, {"times_ms": times_ms(call, **request)})
@@ -89,13 +89,13 @@ def times_ms(
 ) -> list[float]:
     """Milliseconds of each call: at least `min_calls` of them, then until `seconds` or `max_calls` is reached.
 
-    `skip` calls go before, untimed: after a pause the caches are cold and the threads asleep.
+    The first `skip` calls are not timed: after a pause the caches are cold and the threads asleep.
     """
     for _ in range(skip):
         call()
     times: list[float] = []
     gc.collect()
-    gc.disable()  # a collection in the middle of a call would be counted as the runtime's
+    gc.disable()  # a collection during a call would add to its time
     try:
         end = perf_counter_ns() + int(seconds * 1e9)
         while len(times) < min_calls or (len(times) < max_calls and perf_counter_ns() < end):

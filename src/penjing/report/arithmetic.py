@@ -1,4 +1,4 @@
-"""Families of arithmetic: the four groups of precisions that colours and counts use."""
+"""Families of arithmetic: the four groups of precisions that are coloured and counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double)(?![a-z0-9
 
 
 def family(name: str | None) -> str:
-    """The family of a precision as runtimes spell it.
+    """The family of a precision, in any runtime's spelling.
 
     >>> [family(n) for n in ("int8", "u8", "integer", "bf16", "fp32", None, "fused into conv1")]
     ['integer', 'integer', 'integer', 'half', 'float', 'unseen', 'unseen']
@@ -28,14 +28,14 @@ def family(name: str | None) -> str:
 
 
 def counted(candidate: Candidate) -> tuple[int, int] | None:
-    """How many operators ran in integers and how many in floating point; None where no one could count."""
+    """Numbers of operators executed in integers and in floating point; None if unknown."""
     if not candidate.integer_operators and not candidate.float_operators:
         return None
     return sum(candidate.integer_operators.values()), sum(candidate.float_operators.values())
 
 
 def in_floats(candidate: Candidate) -> str:
-    """How much of an integer artifact stays in floating point, in one line; "" where that is nothing.
+    """Share of an integer artifact that stays in floating point, as a line of text; "" below 0.5 %.
 
     >>> from penjing.records import Measured
     >>> about = dict(runtime="openvino", precision="int8", folder="x", measured=Measured())
@@ -44,14 +44,14 @@ def in_floats(candidate: Candidate) -> str:
     """
     macs, size = candidate.float_macs_share, candidate.float_bytes_share
     parts = [(macs, "multiply-accumulates"), (size, "parameter bytes")]
-    told = [f"{share:.0%} of the {what}" for share, what in parts if share is not None and share >= 0.005]
-    return f"{candidate.name}: {' and '.join(told)} in floating point" if told else ""
+    phrases = [f"{share:.0%} of the {what}" for share, what in parts if share is not None and share >= 0.005]
+    return f"{candidate.name}: {' and '.join(phrases)} in floating point" if phrases else ""
 
 
 def no_smaller(record: Record, candidate: Candidate) -> str:
-    """That an integer artifact takes as much as the one in half precision of its runtime; "" where it takes less.
+    """A note that an integer artifact is not smaller than the half-precision one of its runtime; "" if it is smaller.
 
-    Small networks are mostly graph: what integers save on weights goes into scales, zero points and operators.
+    In small networks, scales, zero points and additional operators take the space that integer weights save.
     """
     size = candidate.measured.size_bytes
     others = (c for c in record.candidates if c.runtime == candidate.runtime and family(c.precision) == HALF)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LOG_FROM = 8.0  # values further apart than this many times are easier to read on a logarithmic axis
+_LOG_FROM = 8.0  # ratio of the extreme values above which the axis is logarithmic
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A tick in pixels, with its text."""
+    """A tick: its position in pixels and its text."""
 
     at: float
     text: str
@@ -40,13 +40,23 @@ class Axis:
         may_log: bool = False,
         percent: bool = False,
     ) -> Axis:
-        """An axis that holds all `values`, the outermost `inset` pixels from its ends, with about so many ticks."""
+        """An axis that spans `values`.
+
+        Args:
+            values: At least one.
+            start: Pixel of the lower end.
+            end: Pixel of the upper end.
+            inset: Distance in pixels of the extreme values from the ends.
+            ticks: Approximate number of ticks of a linear axis.
+            may_log: Whether the axis may be logarithmic.
+            percent: Whether ticks are percentages of the values.
+        """
         low, high = min(values), max(values)
         log = may_log and low > 0 and high / low > _LOG_FROM
         if log:
             low, high = math.log10(low), math.log10(high)
         smallest = 0.004 * max(abs(low), abs(high)) or 1.0
-        if high - low < smallest:  # one value, or several that are the same: it stands in the middle
+        if high - low < smallest:  # equal values are centred
             low, high = (low + high) / 2 - smallest, (low + high) / 2 + smallest
         pixels = abs(end - start)
         margin = (high - low) * inset / max(pixels - 2 * inset, 1.0)
@@ -57,7 +67,7 @@ class Axis:
         return cls(bare.low, bare.high, start, end, log, placed)
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
+        """The position of a value in pixels."""
         place = math.log10(value) if self.log else value
         return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
 

@@ -1,4 +1,4 @@
-"""Source against artifact: every figure of both, and how many times better the artifact is."""
+"""Comparison of source and artifact: every figure of both, and the artifact's gain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from penjing.records import steadiness
 from penjing.records.figures import FIGURES, Figure
 from penjing.report import numbers
 
-_SAME = 0.005  # ratios closer to 1 than this read as "same"
+_SAME = 0.005  # gains closer to 1 than this are reported as "same"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure of the source beside that of the artifact; `gain` above 1 is an artifact that is better."""
+    """One figure of source and artifact; a `gain` above 1 means that the artifact is better."""
 
     key: str
     label: str
@@ -24,24 +24,24 @@ class Row:
     artifact_text: str
     source_note: str = ""
     artifact_note: str = ""
-    note: str = ""  # of both
+    note: str = ""  # on both figures
     gain: float | None = None
     words: str = ""  # the gain in words: "3.1× faster"
-    floor: float | None = None  # of the source in fp32 in the artifact's runtime: what compression is to be seen beside
+    floor: float | None = None  # figure of the source in fp32 in the artifact's runtime, the baseline of compression
     floor_text: str = ""
     floor_words: str = ""
-    optional: bool = False  # of interest only where it was measured
-    reference: float | None = None  # of the network that drops are against, where that is not the source
+    optional: bool = False  # shown only if it was measured
+    reference: float | None = None  # figure of the network that drops are relative to, if it is not the source
     reference_text: str = ""
 
     @property
     def better(self) -> bool | None:
-        """True where the artifact is better, False where it is worse, None where they are even or not known."""
+        """Whether the artifact is better (True) or worse (False); None if they are equal or unknown."""
         return None if self.gain is None or abs(self.gain - 1) < _SAME else self.gain > 1
 
 
 def rows(record: records.Record) -> tuple[Row, ...]:
-    """All figures in the order of their weight; those that no one measured on either side only if they are basic."""
+    """All figures in order of importance, without optional ones that were measured on neither side."""
     source, artifact = record.source, measured(record)
     plain = floor(record, record.chosen) if record.chosen else None
     if plain is not None and record.chosen is not None and plain is record.chosen.measured:
@@ -54,23 +54,23 @@ def rows(record: records.Record) -> tuple[Row, ...]:
         if figure.name == "latency_ms":
             every.append(_p95(*sides))
     shown = tuple(r for r in every if not r.optional or r.source is not None or r.artifact is not None)
-    return shown if record.reference is None else tuple(_beside(r, record.reference) for r in shown)
+    return shown if record.reference is None else tuple(_with_reference(r, record.reference) for r in shown)
 
 
-def _beside(row: Row, reference: records.Reference) -> Row:
-    """The row with the figure of the network that drops are against."""
-    its = reference.measured
+def _with_reference(row: Row, reference: records.Reference) -> Row:
+    """The row with the figure of the reference added."""
+    figures = reference.measured
     if row.key == "metric":
-        return replace(row, reference=its.metric, reference_text=numbers.metric(its.metric, row.label))
+        return replace(row, reference=figures.metric, reference_text=numbers.metric(figures.metric, row.label))
     figure = FIGURES.get(row.key)
-    value = None if figure is None or figure.read is None else figure.read(its)
+    value = None if figure is None or figure.read is None else figure.read(figures)
     if figure is None or value is None:
         return row
     return replace(row, reference=value, reference_text=numbers.figure(value, figure.unit))
 
 
 def against(record: records.Record) -> str:
-    """Which network every drop is against, where that is not the source; "" otherwise."""
+    """A note on which network drops are relative to; "" if it is the source."""
     if record.reference is None:
         return ""
     return (
@@ -79,27 +79,27 @@ def against(record: records.Record) -> str:
 
 
 def measured(record: records.Record) -> records.Measured:
-    """The figures of the artifact; an empty row where there is none."""
+    """The figures of the delivered artifact; all None without one."""
     chosen = record.chosen
     return record.artifact or (chosen.measured if chosen else records.Measured())
 
 
 def floor(record: records.Record, candidate: records.Candidate) -> records.Measured | None:
-    """The source in fp32 in a candidate's runtime; what the runtime alone gives. None where it was not built.
+    """The source in fp32 in a candidate's runtime: the effect of the runtime alone. None if it was not built.
 
-    It is the fp32 candidate, but where that is another network than the source.
+    It is the fp32 candidate, unless that has another network than the source.
     """
     plain = (c.measured for c in record.candidates if (c.runtime, c.precision) == (candidate.runtime, "fp32"))
     return record.floors.get(candidate.runtime) or next(plain, None)
 
 
 def speedup(record: records.Record, candidate: records.Candidate) -> float | None:
-    """How many times faster a candidate is than the source; None where that was not measured, or can't be trusted."""
+    """Speed-up of a candidate over the source; None if it was not measured, or the timings are unsteady."""
     return _speedup(record.source.latency_ms, candidate.measured.latency_ms)
 
 
 def speedup_over_floor(record: records.Record, candidate: records.Candidate) -> float | None:
-    """How many times faster a candidate is than fp32 in the same runtime; None also where it is that itself."""
+    """Speed-up of a candidate over fp32 in the same runtime; None if unknown, and for the fp32 candidate itself."""
     plain = floor(record, candidate)
     if plain is None or plain is candidate.measured:
         return None
@@ -113,13 +113,13 @@ def _speedup(before: records.Latency | None, after: records.Latency | None) -> f
 
 
 def busy(record: records.Record, candidate: records.Candidate) -> str:
-    """Why a candidate's speed can't be trusted, in words; "" where it can, or was not measured."""
+    """Why a candidate's timing is unsteady, in words; "" if it is steady or was not measured."""
     before, after = record.source.latency_ms, candidate.measured.latency_ms
     return "" if before is None or after is None else after.doubt or steadiness.doubt(before, after)
 
 
 def faster(before: records.Latency | None, after: records.Latency | None, than: str = "") -> str:
-    """A speed-up in words; of timings that can't be trusted where it lies, and that the machine was busy.
+    """A speed-up in words; for unsteady timings its range, with a note that the machine was busy.
 
     >>> slow, fast = (records.Latency(median=m, p95=m, spread=0, batch=1, threads=1, calls=9) for m in (9.6, 1.0))
     >>> faster(slow, fast, "torch"), faster(fast, fast, "torch"), faster(slow, fast)
@@ -137,7 +137,7 @@ def faster(before: records.Latency | None, after: records.Latency | None, than: 
 
 
 def smaller(before: int | None, after: int | None, than: str = "") -> str:
-    """How many times smaller, in words.
+    """A reduction in size in words.
 
     >>> smaller(360, 100, "the source"), smaller(100, 100, "the source"), smaller(100, 200)
     ('3.6× smaller than the source', 'as large as the source', '2.0× larger')
@@ -146,19 +146,19 @@ def smaller(before: int | None, after: int | None, than: str = "") -> str:
 
 
 def than_whom(words: str, same: str, whom: str) -> str:
-    """A change in words with what it is beside; "" where nothing was compared."""
+    """A change with what it is relative to: `words` "than" `whom`, or `same` "as" `whom`; "" without a change."""
     if not whom or not words:
         return words
     return f"{same} as {whom}" if words == "same" else f"{words} than {whom}"
 
 
 def by_select(record: records.Record) -> str:
-    """That the candidates' metrics are of other data than those of source and artifact."""
+    """A note that the candidates' metrics are computed on other data than those of source and artifact."""
     return f"by Task.select, where the source has {numbers.metric(record.selected, record.metric_name)}"
 
 
 def gain(source: float | None, artifact: float | None, higher_is_better: bool = False) -> float | None:
-    """How many times better the artifact's figure is; None where that can't be said."""
+    """The ratio by which the artifact's figure is better; None if a figure is missing or not positive."""
     if source is None or artifact is None or source <= 0 or artifact <= 0:
         return None
     return artifact / source if higher_is_better else source / artifact
@@ -204,7 +204,7 @@ def _metric(record: records.Record, source: records.Measured, artifact: records.
         loss = before - after if record.higher_is_better else after - before
         points = numbers.is_share(name, before, after)
         amount = f"{100 * abs(loss):.2f} points" if points else numbers.significant(abs(loss))
-        # A drop is told in the metric's own unit: as a ratio, 93 % to 92 % would read as nothing.
+        # A drop is given in the metric's unit: as a ratio, 93 % to 92 % would be negligible.
         value = 1 - loss / abs(before) if before else None
         words = "same" if loss == 0 else f"{amount} {'worse' if loss > 0 else 'better'}"
     return Row(
@@ -239,8 +239,8 @@ def _throughput(row: Row, source: records.Measured, artifact: records.Measured, 
     before, after = source.latency_ms, artifact.latency_ms
     if row.gain is None or before is None or after is None or before.batch != after.batch:
         return row
-    gained = _speedup(before, after)  # by the rounds, as the latency
-    return replace(row, gain=gained, words=in_words(gained, "more", "less") or "busy machine")
+    gain_in_speed = _speedup(before, after)  # from the rounds, like the latency's
+    return replace(row, gain=gain_in_speed, words=in_words(gain_in_speed, "more", "less") or "busy machine")
 
 
 def _latency(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
@@ -293,11 +293,11 @@ _P95 = replace(
     read=lambda row: row.latency_ms.p95 if row.latency_ms is not None else None,
 )
 _DETAILS = {"latency_ms": _latency, "throughput_per_s": _throughput, "size_bytes": _size, "energy_mj": _energy}
-"""What stands beside a figure: its floor, its notes, and gains that are not the ratio of two values."""
+"""Figure → function that adds its baseline, its notes, or a gain that is not the ratio of the two values."""
 
 
 def plural(number: int, noun: str) -> str:
-    """A number with its noun.
+    """A number with its noun, in the plural unless it is 1.
 
     >>> plural(1, "thread"), plural(2, "thread")
     ('1 thread', '2 threads')

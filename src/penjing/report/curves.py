@@ -1,4 +1,4 @@
-"""Geometry of the training curves: the loss and what it is made of, over the steps of each training."""
+"""Geometry of the training curves: the loss and its terms over the steps of each training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from penjing import records
 from penjing.report import numbers
 from penjing.report.axis import Axis
 
-_APART = 14.0  # pixels between the names at the ends of two lines
+_APART = 14.0  # minimum distance in pixels between the names of two lines
 
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity: its points in pixels, and where its name stands."""
+    """One quantity: its points and the height of its name, in pixels."""
 
     name: str
-    kind: str  # "loss", or "term1" and so on
+    kind: str  # "loss", or "term1" to "term4"
     points: tuple[tuple[float, float], ...]
     label_y: float
     title: str
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """The curve of one training."""
+    """The curves of one training; positions in pixels."""
 
     name: str
     note: str
@@ -41,7 +41,7 @@ class Chart:
 
 
 def charts(trainings: Sequence[records.Training]) -> tuple[Chart, ...]:
-    """One chart for every training; several of one step are numbered."""
+    """One chart for every training with a curve; several trainings of the same name are numbered."""
     names = [t.name for t in trainings]
     drawn = []
     for i, training in enumerate(trainings):
@@ -76,7 +76,7 @@ def _chart(name: str, curve: Sequence[records.CurvePoint], width: float = 480, h
 
 
 def _spread(lines: Sequence[Line], top: float, bottom: float) -> tuple[Line, ...]:
-    """The lines with names that do not stand on each other: pushed down in their order, then up from the bottom."""
+    """Move the names apart so that they do not overlap: downwards in their order, then upwards from the bottom."""
     order = sorted(range(len(lines)), key=lambda i: lines[i].label_y)
     places: list[float] = []
     for i in order:

@@ -1,7 +1,7 @@
-"""One self-contained HTML page from a record: no script, no font and no picture from elsewhere.
+"""A record as one self-contained HTML page, without scripts and without external fonts or images.
 
-Everything that the record names (layers, candidates, reasons, recipes) comes from files that a stranger may have
-written, so the template escapes it all and a content security policy forbids the page to load or run anything.
+All text in the record (names, reasons, recipes) may come from an untrusted file, so the template escapes it, and a
+content security policy forbids the page to load or run anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from penjing.records import files
 from penjing.report import arithmetic, comparison, curves, numbers, scatter, skyline, verdict
 from penjing.report.table import legible
 
-_NAMES = ("step", "name", "kind", "type", "technique")  # under which a recipe's entry may say what it is
+_NAMES = ("step", "name", "kind", "type", "technique")  # keys of a recipe's entry that may hold its name
 _WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMGT]?B|[kMGT]|[mµn]?s|min|h|dB)(?!\w))")
 
@@ -37,7 +37,7 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class FloatGroup:
-    """Layers that stayed in floating point for the same reason, with their share of all multiply-accumulates."""
+    """Layers in floating point for the same reason, with their share of all multiply-accumulates."""
 
     reason: str
     rows: tuple[records.LayerRow, ...]
@@ -45,7 +45,7 @@ class FloatGroup:
 
 
 def write(record: records.Record, path: Path | str) -> None:
-    """Write the report of a record, whole or not at all.
+    """Write the report of a record atomically.
 
     Raises:
         OutputError: The folder is missing, not writable or full.
@@ -97,7 +97,7 @@ def _legible(value: Any) -> Any:
 
 
 def vocabulary() -> Mapping[str, Any]:
-    """What the template may call: formatting functions and the names of the families of arithmetic."""
+    """Globals of the template: formatting functions and the names of the families of arithmetic."""
     return {
         "figure": numbers.figure,
         "share": numbers.share,
@@ -127,7 +127,7 @@ def vocabulary() -> Mapping[str, Any]:
 
 
 def percent_of(value: float | None, most: float | None) -> str:
-    """The length of a bar as CSS wants it; a value above 0 stays visible.
+    """The length of a bar as a CSS percentage; positive values are at least 0.5 %.
 
     >>> percent_of(1, 4), percent_of(0, 4), percent_of(1, 1e9), percent_of(None, 4)
     ('25.00%', '0%', '0.50%', '0%')
@@ -138,16 +138,16 @@ def percent_of(value: float | None, most: float | None) -> str:
 
 
 def trees(record: records.Record) -> tuple[float, float] | None:
-    """Heights of the two trees of the page's head, the larger 1: their areas are as the sizes on disk."""
+    """Heights of the trees for source and artifact, the larger 1; their areas are proportional to the sizes on disk."""
     before, after = record.source.size_bytes, comparison.measured(record).size_bytes
     if not before or not after:
         return None
-    # Below a fifth of the height a tree is a dot.
+    # A tree of less than a fifth of the height would be a dot.
     return tuple(max(0.2, math.sqrt(v / max(before, after))) for v in (before, after))  # type: ignore[return-value]
 
 
 def stayed_float(record: records.Record) -> tuple[tuple[records.Candidate, tuple[FloatGroup, ...]], ...]:
-    """For every integer candidate the layers that stayed in floating point by reason, the chosen candidate first."""
+    """For every integer candidate, the chosen one first, its layers in floating point, grouped by reason."""
     by_candidate = []
     for c in sorted((*record.candidates, *record.rejected), key=lambda c: c.name != record.goal.chosen):
         if arithmetic.family(c.precision) != arithmetic.INTEGER or not c.layers:
@@ -169,7 +169,7 @@ def _is_float_work(row: records.LayerRow) -> bool:
 
 
 def recipe(entries: Sequence[Any]) -> tuple[RecipeStep, ...]:
-    """The recipe's steps with their settings as text, whatever their form."""
+    """The recipe's steps with their settings as text; entries may have any form."""
     steps = []
     for entry in entries:
         if not isinstance(entry, Mapping):

@@ -18,7 +18,7 @@ _DISTANCES = (6.0, 16.0, 30.0, 46.0)
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text at its baseline; `leader` runs from the point to a label that stands away from it."""
+    """A line of text at its baseline; `leader` is the line from the point to a distant label."""
 
     text: str
     x: float
@@ -29,7 +29,7 @@ class Label:
 
     @classmethod
     def standing(cls, text: str, x: float, y: float, anchor: str) -> Label:
-        """A label at this place; its box follows from the number of letters."""
+        """A label at this position, with a box estimated from the number of letters."""
         wide = _LETTER * len(text)
         left = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
         return cls(text, round(x, 1), round(y, 1), anchor, (left - 4, y - _ABOVE, left + wide + 4, y + _BELOW))
@@ -43,15 +43,15 @@ def place(
     frame: tuple[float, float, float, float],
     lines: Sequence[Box] = (),
 ) -> Label | None:
-    """The nearest place around `point` that is free of `circles` and `taken` boxes, inside the frame.
+    """The label at the nearest position around `point` that overlaps neither circles nor boxes; None if there is none.
 
     Args:
-        text: The label; shortened in its middle when it is very long.
-        point: The circle that it names.
-        circles: All circles of the plot, that of the point among them.
-        taken: Boxes where nothing may stand.
-        frame: Left, right, upper and lower end of the plot.
-        lines: Boxes that are better left free, but may be crossed before the label goes further away.
+        text: The text, shortened in the middle if it is very long.
+        point: The circle to label.
+        circles: All circles of the plot, including `point`.
+        taken: Boxes that the label must not overlap.
+        frame: Left, right, upper and lower end of the plot; the label stays within it.
+        lines: Boxes that the label should not overlap, but may, rather than move further away.
     """
     left, right, top, bottom = frame
     for distance in _DISTANCES:
@@ -72,7 +72,7 @@ def place(
 
 
 def trail(line: tuple[float, float, float, float] | None) -> list[Box]:
-    """Small boxes along a line, so that labels can keep clear of it."""
+    """Small boxes along a line, for tests of overlap."""
     if line is None:
         return []
     x0, y0, x1, y1 = line
@@ -82,12 +82,12 @@ def trail(line: tuple[float, float, float, float] | None) -> list[Box]:
 
 
 def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes have points in common."""
+    """Whether two boxes overlap."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def elided(text: str, longest: int = _LONGEST) -> str:
-    """`text` with its middle left out where it is longer than `longest`.
+    """`text` with its middle replaced by "…" if it is longer than `longest`.
 
     >>> elided("a-name-that-goes-on-and-on-and-on", 15)
     'a-name-…-and-on'
@@ -100,7 +100,7 @@ def _beside(text: str, point: Circle, distance: float, dx: float, dy: float) -> 
     x, y, radius = point
     reach = radius + distance
     anchor = "start" if dx > 0 else "end" if dx < 0 else "middle"
-    # The baseline stands lower than the middle of the letters; above and below, their height is added.
+    # The baseline is below the middle of the letters; above and below the point, their height is added.
     base = y + dy * reach + (4.0 if dx else (-_BELOW if dy < 0 else _ABOVE))
     label = Label.standing(text, x + dx * reach, base, anchor)
     if distance <= _DISTANCES[0]:

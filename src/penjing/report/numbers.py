@@ -1,4 +1,4 @@
-"""How numbers are written, the same in the terminal and on the page."""
+"""Formatting of numbers, the same in the terminal and in the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 ABSENT = "not measured"
 
-# From which value on, the factor, and what is written behind the number.
+# Smallest value, divisor, and suffix.
 _TIMES_MS = ((1e3, 1e3, "s"), (1e-2, 1.0, "ms"), (1e-5, 1e-3, "µs"), (0.0, 1e-6, "ns"))
 _THOUSANDS = tuple((f, f, p) for f, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))) + ((0.0, 1.0, ""),)
 _SHARES = re.compile(
@@ -16,10 +16,10 @@ _SHARES = re.compile(
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A number with its unit, to three significant digits, scaled to a size that reads well.
+    """A number with its unit, to three significant digits, with a suitable prefix.
 
     Args:
-        value: The number, or None for what was not measured.
+        value: The number; None if it was not measured.
         unit: "ms", "s", "bytes", "count", "MACs", "/s", "dB", "mJ", "%" (of a fraction: 0.934 is 93.40 %),
             "×" or "" (a bare number).
 
@@ -71,7 +71,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """A duration in suitable units.
 
     >>> duration(0.0312), duration(8.24), duration(75), duration(3720)
     ('31.2 ms', '8.24 s', '1 min 15 s', '1 h 2 min')
@@ -96,12 +96,12 @@ def share(fraction: float | None) -> str:
 
 
 def is_share(name: str, *values: float | None) -> bool:
-    """Whether a metric of this name with these values is a fraction that people read as a percentage."""
+    """Whether a metric of this name with these values is a fraction, to be shown as a percentage."""
     return bool(_SHARES.search(name)) and all(v is None or 0 <= v <= 1 for v in values)
 
 
 def metric(value: float | None, name: str) -> str:
-    """The task's metric: a percentage where its name says that it is a fraction, else four digits.
+    """The task's metric: a percentage if `is_share`, otherwise with four significant digits.
 
     >>> metric(0.9341, "accuracy"), metric(31.6024, "perplexity")
     ('93.41 %', '31.60')
@@ -112,7 +112,7 @@ def metric(value: float | None, name: str) -> str:
 
 
 def drop(value: float | None, name: str) -> str:
-    """A change for the worse, in the unit in which goals say it: 0.005 of an accuracy is 0.50 %.
+    """A drop of the metric in the unit of goals: 0.005 of an accuracy is 0.50 %.
 
     >>> drop(0.001, "accuracy"), drop(-0.0004, "accuracy"), drop(0.25, "perplexity")
     ('0.10 %', '-0.04 %', '0.250')
@@ -123,7 +123,7 @@ def drop(value: float | None, name: str) -> str:
 
 
 def metric_pair(source: float, artifact: float, name: str) -> tuple[str, str]:
-    """Both metrics for a headline: one decimal, and a second only where the first hides a difference.
+    """Both metrics for a headline, with one decimal, or two if one would hide the difference.
 
     >>> metric_pair(0.9341, 0.9329, "accuracy"), metric_pair(0.9341, 0.9339, "accuracy")
     (('93.4 %', '93.3 %'), ('93.41 %', '93.39 %'))

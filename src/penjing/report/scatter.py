@@ -1,4 +1,4 @@
-"""Geometry of the Pareto scatter: where points, labels, ticks and goal limits stand. No markup here.
+"""Geometry of the Pareto scatter plot: positions of points, labels, ticks and goal limits, without markup.
 
 x is the median latency (left is better), y the task's metric or, without one, agreement or signal-to-noise
 against the source (up is better), the bubble's area the size on disk.
@@ -46,7 +46,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Everything the template draws; all positions in pixels from the upper left corner."""
+    """Everything that the template draws; positions in pixels from the upper left corner."""
 
     width: int
     height: int
@@ -77,7 +77,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Measure:
-    """What stands on the y axis."""
+    """The figure on the y axis."""
 
     kind: str  # "metric", "agreement" or "snr_db"
     title: str
@@ -97,13 +97,13 @@ class _Measure:
 
 
 def parity(candidate: records.Candidate, against: str = "source") -> records.Parity | None:
-    """The candidate's parity against the source, or whatever other it has."""
+    """The candidate's parity against `against`, otherwise its first one; None if it has none."""
     first = candidate.parity[0] if candidate.parity else None
     return next((p for p in candidate.parity if p.against == against), first)
 
 
 def plot(record: records.Record, width: int = 1000, height: int = 460) -> Plot | None:
-    """Lay out the scatter; None where no candidate has both figures."""
+    """Lay out the scatter plot, `width` × `height` pixels; None if no candidate has both figures."""
     measure = _measure(record)
     points = _points(record, measure)
     if not any(p.candidate for p in points):
@@ -113,7 +113,7 @@ def plot(record: records.Record, width: int = 1000, height: int = 460) -> Plot |
     largest = 17.0 if narrow else 26.0
     limits, beyond = _limits(record, measure, points)
     xs = [p.x for p in points] + [v for a, v, _ in limits if a == "x"]
-    # Room beside the outermost bubbles is room for their names.
+    # The outermost bubbles need space for their names.
     x = Axis.spanning(xs, left, right, largest + (24 if narrow else 80), ticks=4 if narrow else 7, may_log=True)
     ys = [p.y for p in points] + [v for a, v, _ in limits if a == "y"]
     ends = (bottom, top) if measure.higher_is_better else (top, bottom)
@@ -136,7 +136,7 @@ def plot(record: records.Record, width: int = 1000, height: int = 460) -> Plot |
         y=y,
         x_title="latency, ms" + (", log scale" if x.log else ""),
         y_title=measure.title + (", %" if percent else ", dB" if measure.kind == "snr_db" else ""),
-        # Drawn in this order: the small above the large, the chosen one above all.
+        # In drawing order: small bubbles above large ones, the chosen one on top.
         bubbles=tuple(sorted(bubbles, key=lambda b: (b.chosen, -b.radius, b.name))),
         front=front,
         limits=lines,
@@ -161,7 +161,7 @@ def _points(record: records.Record, measure: _Measure) -> list[_Point]:
         if value is not None and latency is not None and latency.median > 0:
             points.append(_Point(c.name, latency.median, value, c.measured.size_bytes, c))
     source = record.source
-    # The source agrees with itself by definition; its signal-to-noise has no end, so it is not drawn there.
+    # The source agrees with itself by definition; its signal-to-noise ratio is infinite, so it is not drawn.
     value = {"metric": record.source_metric, "agreement": 1.0}.get(measure.kind)
     if value is not None and source.latency_ms is not None and source.latency_ms.median > 0:
         points.append(_Point("source", source.latency_ms.median, value, source.size_bytes))
@@ -171,7 +171,7 @@ def _points(record: records.Record, measure: _Measure) -> list[_Point]:
 def _limits(
     record: records.Record, measure: _Measure, points: list[_Point]
 ) -> tuple[list[tuple[str, float, str]], tuple[str, ...]]:
-    """Limits of the goal that belong on an axis, as (axis, value, text); and the texts of those too far away."""
+    """Limits of the goal on an axis, as (axis, value, text), and the texts of those too far away to draw."""
     near, far = [], []
     sense = -1 if record.higher_is_better else 1
     base = record.baseline
@@ -197,13 +197,13 @@ def _limits(
 def _bubble(
     record: records.Record, measure: _Measure, point: _Point, x: Axis, y: Axis, largest: float, most: int
 ) -> Bubble:
-    # Area, not radius, stands for the size; the smallest still has to be seen and hit by a pointer.
+    # The area is proportional to the size; the smallest bubble must still be visible and easy to point at.
     radius = max(5.0, largest * math.sqrt(point.size / most)) if point.size and most else 6.0
-    told = [point.name, numbers.figure(point.x, "ms"), f"{measure.title} {measure.write(point.y)}"]
-    told.append(numbers.figure(point.size, "bytes") if point.size is not None else "size not measured")
+    lines = [point.name, numbers.figure(point.x, "ms"), f"{measure.title} {measure.write(point.y)}"]
+    lines.append(numbers.figure(point.size, "bytes") if point.size is not None else "size not measured")
     c = point.candidate
     if c is not None:
-        told.append(("goal met" if c.met else "goal not met") + (f": {c.reason}" if c.reason else ""))
+        lines.append(("goal met" if c.met else "goal not met") + (f": {c.reason}" if c.reason else ""))
     return Bubble(
         name=point.name,
         x=round(x.at(point.x), 1),
@@ -213,12 +213,12 @@ def _bubble(
         met=c is None or c.met,
         chosen=c is not None and c.name == record.goal.chosen,
         pareto=c is not None and c.name in record.goal.pareto,
-        title="\n".join(told),
+        title="\n".join(lines),
     )
 
 
 def _front(bubbles: list[Bubble]) -> tuple[tuple[float, float], ...]:
-    """The Pareto members that no other beats in this plane, from fast to good; a third figure may save the rest."""
+    """The Pareto members that are not dominated in this plane, from fast to good; others excel in a third figure."""
     members = sorted((b for b in bubbles if b.pareto), key=lambda b: (b.x, b.y))
     line: list[tuple[float, float]] = []
     for b in members:
@@ -249,9 +249,9 @@ def _labelled(
     front: tuple[tuple[float, float], ...],
     frame: tuple[float, float, float, float],
 ) -> list[Bubble]:
-    """Give every bubble a label where one fits, the chosen one, the source and Pareto members first."""
+    """Label every bubble for which there is space: the chosen one, the source and Pareto members first."""
     left, right, top, bottom = frame
-    frame = (left, right, 20.0, bottom)  # names may stand above the plot, below the title of its axis
+    frame = (left, right, 20.0, bottom)  # names may be above the plot, below the axis title
     circles = [(b.x, b.y, b.radius + (RING if b.chosen else 0)) for b in bubbles]
     taken = [limit.label.box for limit in limits]
     drawn = [(m.at, top, m.at, bottom) if m.vertical else (left, m.at, right, m.at) for m in limits]

@@ -1,6 +1,6 @@
 """Sensitivity: the noise of the outputs when a single group of channels is pruned, as text and as an image.
 
-A row is a group in the order of execution, a column a fraction of its channels; dark cells lose much.
+Rows are groups in order of execution, columns fractions of their channels; dark cells have a low ratio.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _LABEL, _CELL, _ROW, _TOP, _BAR = 300, 74, 20, 74, 150  # pixels
 _QUIET, _INK = "#59636e", "#1f2328"
 _SCALE = ((30.0, "#e8f5e9", _INK), (20.0, "#c8e6c9", _INK), (12.0, "#fff3c4", _INK), (6.0, "#ffcc80", _INK),
           (0.0, "#e57373", "#ffffff"), (float("-inf"), "#8e1b1b", "#ffffff"))  # fmt: skip
-_SHOWN = "signal-to-noise ratio of the outputs in dB when this group alone loses so many of its channels"
+_SHOWN = "signal-to-noise ratio of the outputs in dB when this group alone loses this fraction of its channels"
 
 
 def text(rows: Sequence[records.SensitivityRow]) -> str:
-    """A line for every group: its channels, and decibels for every fraction."""
+    """A line for every group: its number of channels, and decibels for every fraction."""
     longest = max((len(row.name) for row in rows), default=0)
     lines = [_SHOWN]
     for row in rows:
@@ -29,7 +29,7 @@ def text(rows: Sequence[records.SensitivityRow]) -> str:
 
 
 def picture(rows: Sequence[records.SensitivityRow]) -> str:
-    """SVG: one row a group, one cell a fraction; bars at the right show the multiply-accumulates."""
+    """SVG with a row per group and a cell per fraction; bars on the right show multiply-accumulates."""
     columns = max((len(row.removed) for row in rows), default=0)
     width, height = _LABEL + _CELL * columns + _BAR + 24, _TOP + _ROW * len(rows) + 16
     most = max((row.macs for row in rows), default=0) or 1
@@ -38,7 +38,7 @@ def picture(rows: Sequence[records.SensitivityRow]) -> str:
         'font-family="system-ui, sans-serif" font-size="12">',
         "<title>Sensitivity to pruning</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _words(12, 24, "What each group of channels alone is worth", _INK, 'font-size="15" font-weight="600"'),
+        _words(12, 24, "Sensitivity to pruning, group by group", _INK, 'font-size="15" font-weight="600"'),
         _words(12, 42, _SHOWN, _QUIET),
         _words(_LABEL + _CELL * columns + 16, 64, "multiply-accumulates", _QUIET),
     ]
@@ -63,10 +63,10 @@ def picture(rows: Sequence[records.SensitivityRow]) -> str:
 
 def _cell(row: records.SensitivityRow, i: int, decibels: float | None, left: float, top: float) -> list[str]:
     _, fill, ink = next(step for step in _SCALE if decibels is None or decibels >= step[0])
-    told = f"{row.name}: without {row.removed[i]} of {row.units}: {_decibels(decibels)} dB"
+    tooltip = f"{row.name}: without {row.removed[i]} of {row.units}: {_decibels(decibels)} dB"
     return [
         f'<rect x="{left}" y="{top}" width="{_CELL - 2}" height="{_ROW - 2}" rx="3" fill="{fill}">'
-        f"<title>{escape(told)}</title></rect>",
+        f"<title>{escape(tooltip)}</title></rect>",
         _words(left + _CELL / 2 - 1, top + 13.5, _decibels(decibels), ink, 'text-anchor="middle"'),
     ]
 

@@ -1,4 +1,4 @@
-"""Geometry of the layers of a network: bars in rows while names can be read, a skyline of columns beyond."""
+"""Geometry of the chart of layers: one column per layer, for networks with too many layers for a table."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from penjing import records
 from penjing.report import arithmetic, numbers
 
-READABLE = 60  # so many rows are read with pleasure; more layers are drawn as a skyline
-_COLUMNS = 220  # thinner columns than this many can't be told apart
+READABLE = 60  # number of layers up to which all are listed; more are drawn as a skyline
+_COLUMNS = 220  # more columns could not be distinguished
 MEASURES = (
     ("macs", "MACs", "MACs"),
     ("weight_bytes", "Weights", "bytes"),
@@ -31,7 +31,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Column:
-    """One layer, or neighbours that share a column, with the text that a pointer shows."""
+    """One layer, or neighbouring layers that share a column; `title` is its tooltip."""
 
     x: float
     width: float
@@ -65,7 +65,7 @@ class Skyline:
 
 
 def skyline(rows: Sequence[records.LayerRow], width: int = 1000, panel: int = 118) -> Skyline:
-    """Lay out the skyline of any number of layers."""
+    """Lay out the skyline, `width` pixels wide with panels of height `panel`, for any number of layers."""
     left, right, gap, head = 0.0, float(width), 18, 24
     limit = min(_COLUMNS, int(width / 3.2))
     groups = _grouped(rows, limit)
@@ -104,11 +104,11 @@ def _panel(
                 height = max((bottom - top) * part / most, 0.6)
                 y -= height
                 blocks.append(Block(round(x, 2), round(y, 2), round(width, 2), round(height, 2), family))
-        columns.append(Column(round(x, 2), round(step, 2), _told(group, sums[i], unit), tuple(blocks)))
+        columns.append(Column(round(x, 2), round(step, 2), _tooltip(group, sums[i], unit), tuple(blocks)))
     return Panel(label, top, bottom, numbers.figure(most, unit), numbers.figure(sum(sums), unit), tuple(columns))
 
 
-def _told(group: Sequence[records.LayerRow], value: float, unit: str) -> str:
+def _tooltip(group: Sequence[records.LayerRow], value: float, unit: str) -> str:
     first, last = group[0], group[-1]
     name = first.name if len(group) == 1 else f"{first.name} to {last.name} ({len(group)} layers)"
     lines = [name, numbers.figure(value, unit)]
@@ -119,17 +119,17 @@ def _told(group: Sequence[records.LayerRow], value: float, unit: str) -> str:
 
 
 def heaviest(rows: Sequence[records.LayerRow], count: int = 20) -> list[records.LayerRow]:
-    """The layers with the most multiply-accumulates, in their order in the network."""
+    """The `count` layers with the most multiply-accumulates, in network order."""
     keep = sorted(range(len(rows)), key=lambda i: (-rows[i].macs, -rows[i].weight_bytes, i))[:count]
     return [rows[i] for i in sorted(keep)]
 
 
 def shares(rows: Sequence[records.LayerRow]) -> list[tuple[str, int, float]]:
-    """For every family of arithmetic that occurs: its name, its layers with work, and its share of all MACs."""
+    """For every family of arithmetic that occurs: its name, number of layers with MACs, and share of all MACs."""
     total = sum(r.macs for r in rows)
     families = []
     for family in _STACK:
-        mine = [r for r in rows if r.macs and arithmetic.family(r.executed) == family]
-        if mine:
-            families.append((family, len(mine), sum(r.macs for r in mine) / total))
+        members = [r for r in rows if r.macs and arithmetic.family(r.executed) == family]
+        if members:
+            families.append((family, len(members), sum(r.macs for r in members) / total))
     return families

@@ -1,6 +1,6 @@
-"""One group of coupled channels as text and as a picture: a strip for every axis that is cut, a colour for every unit.
+"""One group of coupled channels as text and as an image: a strip per pruned axis, a colour per unit.
 
-Where a shuffle or a split sends the channels of a layer to other places, the colours show where they went.
+After a shuffle or a split, the colours show the new positions of a layer's channels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from penjing import records
 _WIDTH, _ROW, _LABEL, _RIGHT = 640, 22, 330, 150  # pixels
 _QUIET = "#59636e"
 _WORDS = {"its outputs": "makes", "its channels": "passes", "its inputs": "reads"}
-_MOST = 60  # so many strips are read with pleasure
+_MOST = 60  # maximum number of strips
 
 
 def text(row: records.GroupRow) -> str:
-    """Every tensor, the reasons and what is approximate, line by line."""
+    """Its tensors, the reasons of coupling, and the operators that make pruning approximate, one per line."""
     lines = [f"{row.name}: {row.units} units"]
     for cut in row.cuts:
         lines.append(f"  {cut.tensor} axis {cut.axis} ({cut.role}): {len(cut.positions)} of {cut.length} positions")
@@ -27,9 +27,9 @@ def text(row: records.GroupRow) -> str:
 
 
 def picture(row: records.GroupRow) -> str:
-    """SVG: the weights of the group in the order of execution, those that make the units first.
+    """SVG with the weights of the group in order of execution, beginning with the layers that produce the units.
 
-    Vectors (biases, norms) are cut like the weights before them and left out.
+    Vectors (biases, norms) are omitted: they are pruned like the preceding weights.
     """
     cuts = [cut for cut in row.cuts if cut.role in _WORDS and cut.tensor.endswith("weight")]
     cuts = (cuts or list(row.cuts))[:_MOST]
@@ -42,7 +42,9 @@ def picture(row: records.GroupRow) -> str:
         f"<title>{escape(row.name)}: coupled channels</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         _words(12, 24, f"{row.name}: {row.units} units", "#1f2328", 'font-size="15" font-weight="600"'),
-        _words(12, 42, "one colour is one unit: all of it goes together; grey belongs to others", _QUIET),
+        _words(
+            12, 42, "each colour is a unit, which is removed as a whole; grey positions belong to other groups", _QUIET
+        ),
     ]
     for i, cut in enumerate(cuts):
         parts += _strip(cut, row.units, 56 + _ROW * i)
@@ -77,7 +79,7 @@ def _words(x: int, y: int, text: str, fill: str, more: str = "") -> str:
 
 
 def _runs(positions: Sequence[int], units: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Neighbouring positions of the same unit as one."""
+    """Runs (first, last, unit) of adjacent positions of the same unit."""
     runs: list[tuple[int, int, int]] = []
     for position, unit in sorted(zip(positions, units, strict=True)):
         if runs and runs[-1][1] == position - 1 and runs[-1][2] == unit:
@@ -88,6 +90,6 @@ def _runs(positions: Sequence[int], units: Sequence[int]) -> list[tuple[int, int
 
 
 def _colour(unit: int, units: int) -> str:
-    """From blue over green to orange, even and odd units a little apart so that neighbours can be told."""
+    """From blue over green to orange; even and odd units differ in lightness to distinguish neighbours."""
     hue = 220 - 190 * unit / max(1, units - 1)
     return f"hsl({hue:.0f} 70% {46 + 12 * (unit % 2)}%)"

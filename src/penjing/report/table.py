@@ -1,7 +1,6 @@
 """Tables for the terminal: source against artifact, the candidates, the layers.
 
-They fit 80 columns, keep what records and networks call things out of rich's markup, and write plain ASCII where
-the terminal knows nothing else.
+They fit into 80 columns, do not interpret names as rich's markup, and use ASCII if the terminal supports nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _STYLES = {arithmetic.INTEGER: "green", arithmetic.HALF: "cyan", arithmetic.FLOA
 
 
 class Legible(Text):
-    """Text that becomes what the terminal can show: no control characters, and no letter outside its encoding."""
+    """Text without control characters and without characters outside the terminal's encoding."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
         yield from super(Legible, self._for(options)).__rich_console__(console, options)
@@ -49,7 +48,7 @@ class Legible(Text):
 
 
 class _Roomy(Table):
-    """A table that puts two blanks between its columns where the terminal has room for them."""
+    """A table with two spaces between its columns if the terminal is wide enough, otherwise one."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.padding = 0
@@ -59,7 +58,7 @@ class _Roomy(Table):
 
 
 def legible(text: str, encoding: str) -> str:
-    """`text` without control characters, in letters that `encoding` knows.
+    """`text` without control characters, in ASCII if `encoding` can't represent it.
 
     >>> legible("3.1× → a\\x1b[31m", "ascii")
     '3.1x -> a?[31m'
@@ -73,9 +72,9 @@ def legible(text: str, encoding: str) -> str:
 
 
 def comparison(record: records.Record) -> Table:
-    """Source beside artifact, one figure a row, with how many times better the artifact is.
+    """Source and artifact, one figure per row, with the artifact's gain.
 
-    Where drops are against another network, its figures stand before the source's.
+    If drops are relative to another network, its figures are in a separate column.
     """
     table = _table()
     _column(table, "")
@@ -96,10 +95,10 @@ def comparison(record: records.Record) -> Table:
 
 
 def measurements(rows: Mapping[str, records.Measured]) -> Table:
-    """The results of `penjing measure`: a figure per row, an artifact per column; figures that none has are left out.
+    """The results of `penjing measure`: a figure per row, an artifact per column; without figures that none has.
 
     Args:
-        rows: Each has a latency, under the name of its column.
+        rows: Title of the column → figures of the artifact, including its latency.
     """
     table = _table()
     _column(table, "")
@@ -120,7 +119,7 @@ def measurements(rows: Mapping[str, records.Measured]) -> Table:
 
 
 def _timings(table: Table, latencies: Sequence[records.Latency]) -> None:
-    """What has to be known of the latencies above."""
+    """Add rows on the quality of the latencies."""
     words: dict[str, Callable[[records.Latency], str]] = {
         "  p95": lambda t: numbers.figure(t.p95, "ms"),
         "  spread (IQR/median)": lambda t: f"{t.spread:.1%}",
@@ -132,12 +131,12 @@ def _timings(table: Table, latencies: Sequence[records.Latency]) -> None:
 
 
 def candidates(record: records.Record) -> Table:
-    """Every artifact that was built, in the order of the record; the chosen one is marked with a star.
+    """Every artifact that was built, in the order of the record, with rejected ones last; a star marks the chosen one.
 
-    ``×`` is how many times faster than the source ("busy" where that can't be trusted), ``dB`` signal-to-noise (of
-    the worst output or group of columns) and ``agree`` agreement against the source, ``int`` integer operators of all
-    operators that were counted in the runtime's graph. Candidates that are not offered stand last. Below stand the
-    least signal-to-noise ratios against what was planned, with their limits, and why candidates don't meet the goal.
+    ``×`` is the speed-up over the source ("busy" if the timings are unsteady), ``dB`` the signal-to-noise ratio of the
+    worst output or group of columns and ``agree`` the agreement, both against the source; ``int`` is the number of
+    integer operators among those counted in the runtime's graph. Below the table are notes: the lowest signal-to-noise
+    ratios against what was planned with their limits, and the reasons why candidates do not meet the goal.
     """
     table = _table()
     _column(table, "candidate")
@@ -152,30 +151,30 @@ def candidates(record: records.Record) -> Table:
         table.add_row(*(_cell(text, style) for text in cells), goal)
     shown = (*record.candidates, *record.rejected)
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in shown if c.reason and not c.met)
-    told = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
-    told += filter(None, [compared.against(record)])
+    notes = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
+    notes += filter(None, [compared.against(record)])
     beside = ((c.name, compared.speedup_over_floor(record, c)) for c in record.candidates)
     over = ", ".join(f"{name} {numbers.figure(value, '×')}" for name, value in beside if value is not None)
-    told += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
+    notes += [f"× is over torch; over {verdict.FLOOR}: {over}"] if over else []
     busy: dict[str, list[str]] = {}
     for c in record.candidates:
         if text := compared.busy(record, c):
             busy.setdefault(text, []).append(c.name)
-    told += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
-    told += filter(None, map(arithmetic.in_floats, record.candidates))
-    told += filter(None, (arithmetic.no_smaller(record, c) for c in record.candidates))
-    return _captioned(table, told + _kept(shown) + list(reasons))
+    notes += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
+    notes += filter(None, map(arithmetic.in_floats, record.candidates))
+    notes += filter(None, (arithmetic.no_smaller(record, c) for c in record.candidates))
+    return _captioned(table, notes + _least_db(shown) + list(reasons))
 
 
-def _kept(shown: Sequence[records.Candidate]) -> list[str]:
-    """What every candidate keeps of its plan, where that is least, beside its limit."""
+def _least_db(shown: Sequence[records.Candidate]) -> list[str]:
+    """The lowest signal-to-noise ratio of every candidate against its plan, with its limit, as a note."""
     worst = [(c.name, p.worst) for c in shown for p in c.parity if p.against == "planned" and p.worst is not None]
     parts = [f"{name} {_decibels(w.snr_db)} ({w.limit_db:.0f})" for name, w in worst if w.limit_db is not None]
     return [f"least dB against the plan (limit): {', '.join(parts)}"] if parts else []
 
 
 def layers(rows: Sequence[records.LayerRow]) -> Table:
-    """Cost of every layer and how it was executed; reasons stand below the table, each once."""
+    """Cost and executed precision of every layer; reasons are listed once below the table."""
     table = _table()
     seen = any(r.executed is not None for r in rows)
     heads = ("parameters", "MACs", "share", "activations", *(("executed",) if seen else ("planned",)))
@@ -200,9 +199,10 @@ def layers(rows: Sequence[records.LayerRow]) -> Table:
 
 
 def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
-    """The operators that bring most noise: weights before and after the repair, inputs, range, what to do.
+    """The `limit` operators with the most noise: weights before and after the repair, inputs, range, remedy.
 
-    Decibels of the network's outputs when that operator alone is quantized; ``share`` of all noise after the repair.
+    Decibels are the ratios at the network's outputs when only that operator is quantized; ``share`` is its share of the
+    total noise after the repair.
     """
     table = _table()
     _column(table, "operator")
@@ -228,7 +228,7 @@ def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
 
 
 def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int = 15) -> Table:
-    """Coupled channels, those with the most parameters first."""
+    """The `limit` groups of coupled channels with the most parameters; `held`: tensor that is not prunable → why."""
     table = _table()
     for head, justify in (("channels made by", "left"), ("units", "right"), ("tensors", "right")):
         _column(table, head, "right" if justify == "right" else "left")
@@ -254,7 +254,7 @@ def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int
 
 
 def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:
-    """The costliest layers as bars: multiply-accumulates, and the bytes of their weights."""
+    """The `limit` costliest layers, with bars for multiply-accumulates and for bytes of weights."""
     table = _table()
     _column(table, "the costliest layers")
     for head in ("MACs", "", "weights", ""):
@@ -297,7 +297,7 @@ def _agreement(value: float) -> str:
 
 
 def _table() -> Table:
-    # One blank between columns: ten columns have to fit 80 letters.
+    # One space between columns: ten columns have to fit into 80 characters.
     return _Roomy(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold", caption_justify="left")
 
 

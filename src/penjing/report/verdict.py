@@ -1,4 +1,4 @@
-"""The outcome of a run in one plain sentence."""
+"""The outcome of a run in one sentence, and notes on its artifact."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from penjing.report import comparison, numbers
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the goal was met, whose artifact it is, and what became of speed, size and metric."""
+    """Whether the goal was met, by which candidate, and the changes in speed, size and metric."""
 
     met: bool
-    title: str  # "Goal met", "Goal not met, metric in doubt", or "Rejected" where the artifact is not what was planned
+    title: str  # such as "Goal met", "Goal not met, metric in doubt", or "Rejected" for a failed parity check
     subject: str  # the chosen candidate's name, or ""
     changes: tuple[str, ...]  # "3.1× faster", "3.6× smaller", "accuracy 93.4 % → 93.3 %"
     reason: str
@@ -35,7 +35,7 @@ def of(record: records.Record) -> Verdict:
     reason = goal.reason or (record.chosen.reason if record.chosen else "")
     title = ("Goal met" if goal.met else "Goal not met") + (", metric in doubt" if goal.doubt else "")
     if record.chosen is not None and record.chosen.rejection is not None:
-        title = "Rejected"  # delivered for want of any other, and so marked
+        title = "Rejected"  # delivered because there is no other
     if record.chosen is None and record.artifact is None:
         built = comparison.plural(len(record.candidates), "candidate")
         what = f"No artifact was chosen from {built}" if record.candidates else "No artifact could be built"
@@ -47,10 +47,10 @@ FLOOR = "fp32 in the same runtime"
 
 
 def changes(record: records.Record) -> tuple[str, ...]:
-    """What became of speed, size and metric, each only where it was measured on both sides.
+    """Changes in speed, size and metric, each if it was measured on both sides.
 
-    What the runtime gives is told apart from what compression gives: the artifact beside torch, and beside the same
-    network in fp32 in its own runtime.
+    Speed and size are compared with torch, and with fp32 in the same runtime, to separate the effect of compression
+    from that of the runtime.
     """
     source, artifact = record.source, comparison.measured(record)
     before, after = source.latency_ms, artifact.latency_ms
@@ -78,28 +78,28 @@ def changes(record: records.Record) -> tuple[str, ...]:
 
 
 def _sizes(changes: dict[str, str]) -> list[str]:
-    """How much smaller than each; the same factor as one: "3.6× smaller than the source and than fp32 …".
+    """Changes in size; equal ones are merged: "3.6× smaller than the source and than fp32 …".
 
     Args:
-        changes: Beside what → the change in words.
+        changes: What the size is relative to → the change in words.
     """
-    told = [comparison.than_whom(words, "as large", whom) for whom, words in changes.items()]
-    if len(changes) == 2 and len(set(changes.values())) == 1 and "same" not in changes.values() and all(told):
-        return [f"{told[0]} and than {list(changes)[1]}"]
-    return told
+    phrases = [comparison.than_whom(words, "as large", whom) for whom, words in changes.items()]
+    if len(changes) == 2 and len(set(changes.values())) == 1 and "same" not in changes.values() and all(phrases):
+        return [f"{phrases[0]} and than {list(changes)[1]}"]
+    return phrases
 
 
 TOLD = 0.1
-"""A share of an integer artifact that stays in floating point and is larger belongs into the sentence."""
+"""Share of multiply-accumulates in floating point above which the sentence mentions it."""
 
 GAIN = 1.05
-"""A speed-up below this, or one that a quarter of the rounds did not see at all, counts as none."""
+"""A speed-up below this, or whose lower quartile over the rounds is not above 1, counts as none."""
 PACKS = 0.85
-"""A general packer takes some 8 % off files without zeros: a share above this is not gained by the zeros."""
+"""Compression saves about 8 % on files without zeros: a packed share above this is not due to the zeros."""
 
 
 def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:
-    """That a runtime stores fewer bits in more, and what both take.
+    """A note that a runtime stores narrow weights in wider integers, with the sizes on disk and packed.
 
     >>> measured = records.Measured(size_bytes=1_090_000, packed_bytes=640_000)
     >>> chosen = records.Candidate(name="x", runtime="openvino", precision="int8", folder="x", measured=measured)
@@ -109,12 +109,12 @@ def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:
     size, packed = candidate.measured.size_bytes, candidate.measured.packed_bytes
     sizes = [f"{numbers.figure(size, 'bytes')} on disk"] if size else []
     sizes += [f"{numbers.figure(packed, 'bytes')} packed (penjing pack)"] if packed else []
-    told = ", ".join([*sizes, "and no faster than 8 bits"])
-    return f"{candidate.runtime} stores weights of {bits} bits in {stored}: {told}"
+    facts = ", ".join([*sizes, "and no faster than 8 bits"])
+    return f"{candidate.runtime} stores weights of {bits} bits in {stored}: {facts}"
 
 
 def idle_zeros(zeros: records.Zeros, candidate: records.Candidate) -> str:
-    """That zeros among the weights gain no time in the runtime, by how much, and what does gain; "" where they gain.
+    """A note that zero weights do not speed up the runtime, with the measured speed-up; "" if they do.
 
     >>> measured = records.Measured(size_bytes=1_090_000, packed_bytes=640_000)
     >>> chosen = records.Candidate(name="x", runtime="openvino", precision="fp32", folder="x", measured=measured)

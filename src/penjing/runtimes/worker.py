@@ -17,7 +17,7 @@ import numpy as np
 
 from penjing import runtimes
 from penjing.errors import UsageError
-from penjing.measure.processes import channel, receive, send, told
+from penjing.measure.processes import channel, error_as_dict, receive, send
 from penjing.records.manifest import read_manifest
 from penjing.runtimes.isolated import plain
 
@@ -75,8 +75,8 @@ def main() -> int:
     faulthandler.enable()  # a crash in native code leaves its stack on standard error
     worker = Worker()
     commands = {name: getattr(worker, name) for name in ("open", "run", "executed", "profile", "expose", "call")}
-    while (asked := receive(requests)) is not None:
-        request, arrays = asked
+    while (received := receive(requests)) is not None:
+        request, arrays = received
         command = request.pop("cmd")
         for handle in request.pop("forget", ()):
             worker.sessions.pop(handle, None)
@@ -87,7 +87,7 @@ def main() -> int:
             message, results = commands[command](arrays, **request)
         except Exception as error:
             traceback.print_exc()
-            message, results = {"error": told(error)}, []
+            message, results = {"error": error_as_dict(error)}, []
         send(answers, message, results)
     return 0
 
