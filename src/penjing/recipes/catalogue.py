@@ -117,27 +117,7 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
             got=", ".join(map(str, item)),
             expected="a dash before each of them",
         )
-    if isinstance(name, str) and name in SETTINGS | TEACHERS and catalogue is CATALOGUE:
-        raise RecipeError(
-            f"{name} is not a step",
-            code="not-a-step",
-            got=repr(item),
-            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
-            "{clip: {Clip: {}}}, or {teacher: {distill.TeacherCache: {folder: answers}}}",
-        )
-    if not isinstance(name, str) or name not in catalogue:
-        whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
-        near = difflib.get_close_matches(whole, catalogue, n=1)
-        fields = {f.name for f in dataclasses.fields(Finetune)}
-        if not near and isinstance(item, dict) and "Finetune" in catalogue and set(item) <= fields:
-            near = [f"{{Finetune: {json.dumps(item)}}}"]
-        raise RecipeError(
-            f"the recipe names a {'step' if catalogue is CATALOGUE else 'setting'} that does not exist",
-            code="unknown-step" if catalogue is CATALOGUE else "unknown-setting",
-            got=repr(item),
-            expected=f"one of {', '.join(catalogue)}",
-            remedy=f"did you mean {near[0]}?" if near else None,
-        )
+    _check_name(name, item, catalogue)
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise RecipeError(
@@ -166,3 +146,28 @@ def step_of(item: Any, catalogue: Mapping[str, type[Any]] = CATALOGUE) -> Any:
         raise RecipeError(
             f"the settings of {name} can't be used", code="settings", got=f"{settings}: {error}"[:1000]
         ) from None
+
+
+def _check_name(name: Any, item: Any, catalogue: Mapping[str, type[Any]]) -> None:
+    """Raise RecipeError unless `name`, that of the entry `item`, is in the catalogue."""
+    if isinstance(name, str) and name in SETTINGS | TEACHERS and catalogue is CATALOGUE:
+        raise RecipeError(
+            f"{name} is not a step",
+            code="not-a-step",
+            got=repr(item),
+            expected="a setting of one, for example - Finetune: {distill: {distill.Logits: {}}}, "
+            "{clip: {Clip: {}}}, or {teacher: {distill.TeacherCache: {folder: answers}}}",
+        )
+    if not isinstance(name, str) or name not in catalogue:
+        whole = f"distill.{name}" if f"distill.{name}" in catalogue else str(name)
+        near = difflib.get_close_matches(whole, catalogue, n=1)
+        fields = {f.name for f in dataclasses.fields(Finetune)}
+        if not near and isinstance(item, dict) and "Finetune" in catalogue and set(item) <= fields:
+            near = [f"{{Finetune: {json.dumps(item)}}}"]
+        raise RecipeError(
+            f"the recipe names a {'step' if catalogue is CATALOGUE else 'setting'} that does not exist",
+            code="unknown-step" if catalogue is CATALOGUE else "unknown-setting",
+            got=repr(item),
+            expected=f"one of {', '.join(catalogue)}",
+            remedy=f"did you mean {near[0]}?" if near else None,
+        )
