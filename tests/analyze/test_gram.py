@@ -14,6 +14,7 @@ from penjing.errors import CalibrationError
 from penjing.network.capture import capture_network
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
+from tests.refusals import refused
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1), (4, 5)),
@@ -278,5 +279,5 @@ class TestShared:
         assert batches.passes == 5 and torch.equal(one["conv"].own, two["conv"].own)
 
     def test_without_calibration_data(self, ask):
-        with pytest.raises(CalibrationError):
+        with refused(CalibrationError, "no-calibration"):
             ask(self.context(None))

@@ -136,7 +136,7 @@ def test_what_shall_stay_stays():
     for kept, other in (("first", "second"), ("second", "first")):
         modules = dict(Blocks(blocks=1, keep=(kept,))(Draft(network), Context(task=task)).network.named_modules())
         assert f"{kept}.conv1" in modules and f"{other}.conv1" not in modules
-    with refused(RecipeError, "unknown-layer") as caught:
+    with refused(RecipeError, "no-layer") as caught:
         Blocks(blocks=1, keep=("stages.9",))(Draft(network), Context(task=task))
     assert caught.value.got == "stages.9"
 

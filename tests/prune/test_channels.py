@@ -139,7 +139,7 @@ def test_there_is_one_target(targets):
 
 
 def test_a_layer_that_does_not_exist_gets_the_nearest_name(wide):
-    with refused(RecipeError, "unknown-layer") as caught:
+    with refused(RecipeError, "no-layer") as caught:
         Channels(macs=0.5, keep=("nrm",))(wide, Context(task=TASK))
     assert caught.value.got == "nrm" and "norm" in caught.value.remedy
 

@@ -106,10 +106,10 @@ def test_layers_are_chosen_by_name_and_left_out_by_name():
     some = Magnitude(layers=("stem", "head"), keep=("head",))(draft(), Context(task=TASK))
     assert (zeros(some, "stem"), total(some)) == (108, 108)
     assert some.sparse == ("stem.weight",)
-    with refused(RecipeError, "unknown-layer") as caught:
+    with refused(RecipeError, "no-layer") as caught:
         Magnitude(keep=("stemm",))(draft(), Context(task=TASK))
     assert caught.value.got == "stemm" and "stem?" in caught.value.remedy
-    with refused(RecipeError, "unknown-layer") as caught:
+    with refused(RecipeError, "no-layer") as caught:
         Magnitude(layers=("groupd",))(draft(), Context(task=TASK))
     assert caught.value.got == "groupd" and "grouped" in caught.value.remedy
     with refused(PruningError, "nothing-to-prune"):

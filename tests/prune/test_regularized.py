@@ -292,7 +292,7 @@ def test_what_can_not_be_done_is_said():
     with pytest.raises(TaskError) as missing:
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
     assert "Task.train" in missing.value.got
-    with refused(RecipeError, "unknown-layer") as unknown:
+    with refused(RecipeError, "no-layer") as unknown:
         replace(STEP, keep=("cnv",))(draft(), context_of())
     assert unknown.value.got == "cnv"
     x = torch.randn(2, 6)

@@ -99,7 +99,7 @@ def test_bad_input():
     with refused(RecipeError, "contradiction") as caught:
         Wanda(sparsity=0.3, pattern="2:4")
     assert caught.value.field == "sparsity"
-    with refused(RecipeError, "unknown-layer") as caught:
+    with refused(RecipeError, "no-layer") as caught:
         Wanda(keep=("haed",))(draft(), Context(task=TASK))
     assert caught.value.got == "haed" and "head" in caught.value.remedy
 

@@ -286,7 +286,7 @@ def _keep(walk: Walk, network: fx.GraphModule, keep: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, layers, n=3)
             raise RecipeError(
                 "this layer or part of the network does not exist",
-                code="unknown-layer",
+                code="no-layer",
                 got=name,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,

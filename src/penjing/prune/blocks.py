@@ -144,7 +144,7 @@ class Blocks:
                 near = difflib.get_close_matches(word, modules, n=3)
                 raise RecipeError(
                     "this part of the network does not exist",
-                    code="unknown-layer",
+                    code="no-layer",
                     got=word,
                     expected="the name of a layer or of a part of the network",
                     remedy=f"did you mean {' or '.join(near)}?" if near else None,

@@ -69,7 +69,7 @@ def _named(known: Mapping[str, Any], network: fx.GraphModule, words: Iterable[st
             near = difflib.get_close_matches(word, known, n=3)
             raise RecipeError(
                 "this layer does not exist",
-                code="unknown-layer",
+                code="no-layer",
                 got=word,
                 expected="the name of a layer or of a part of the network",
                 remedy=f"did you mean {' or '.join(near)}?" if near else None,
