@@ -143,7 +143,7 @@ def test_sides_that_do_not_fit_are_refused():
     with refused(ArtifactError, "shape"):
         parity([[a]], [[a[:1]]], "planned")
     for empty in ([], [[a[:0]]]):
-        with pytest.raises(TaskError, match="no sample"):
+        with refused(TaskError, "no-sample"):
             parity(empty, empty, "planned")
 
 

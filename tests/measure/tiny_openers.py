@@ -86,7 +86,7 @@ def raises(folder, *, threads):
 def missing(folder, *, threads):
     from penjing.errors import MissingDependency
 
-    raise MissingDependency("fancyrt is not installed", remedy="pip install fancyrt")
+    raise MissingDependency("fancyrt is not installed", code="not-installed", remedy="pip install fancyrt")
 
 
 class Hungry:

@@ -1,6 +1,7 @@
 """The one way through, stage by stage: what is built once, kept for a resume, and measured on the artifact."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from penjing.records.folder import EVIDENCE, RunFolder
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
 from penjing.tasks.task import Task
+from tests.refusals import refused
 
 
 class Net(nn.Module):
@@ -278,20 +280,22 @@ class TestMetric:
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
-        with pytest.raises(TaskError, match="not a finite number") as found:
+        with refused(TaskError, "not-finite") as found:
             metric_of(lambda p: value, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
 
     def test_one_that_never_looks_at_the_network_is_refused(self):
-        with pytest.raises(TaskError, match="never called predict on openvino-int8"):
+        with refused(TaskError, "unread") as found:
             metric_of(lambda p: 0.93, abs, "openvino-int8")
+        assert "openvino-int8" in found.value.what
 
     def test_an_error_names_its_line(self):
         def evaluate(predict):
             return predict(1)["accuracy"]  # this line
 
-        with pytest.raises(TaskError, match=r"test_pipeline\.py:\d+ in evaluate: .*# this line"):
+        with refused(TaskError, "raised") as found:
             metric_of(evaluate, abs, "the source")
+        assert re.search(r"test_pipeline\.py:\d+ in evaluate: .*# this line", found.value.got)
 
 
 def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_path, told):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from penjing import runtimes
-from penjing.errors import ArtifactError, CheckpointError, PenjingError
+from penjing.errors import CheckpointError
 from penjing.network.capture import capture_network
 from penjing.tasks.task import Task
+from tests.refusals import refused
 from tests.tiny_networks import CASES
 
 
@@ -40,7 +41,7 @@ def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt2", "a") as archive:
         root = archive.namelist()[0].split("/")[0]
         archive.writestr(f"{root}/data/weights/weight_0.pt", b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(CheckpointError, match="could run code"):
+    with refused(CheckpointError, "foreign-code"):
         runtimes.open_artifact(tmp_path, 1)
 
 
@@ -49,9 +50,8 @@ def test_a_damaged_file_is_an_error(exported, tmp_path):
     for path in made.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.pt2").write_bytes(b"not a zip")
-    with pytest.raises(PenjingError) as error:
+    with refused(CheckpointError, "damaged"):
         runtimes.open_artifact(tmp_path, 1)
-    assert isinstance(error.value, ArtifactError | CheckpointError)
 
 
 def test_the_file_holds_nothing_of_the_example_but_its_shape(tmp_path):

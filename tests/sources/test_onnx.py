@@ -19,6 +19,7 @@ from penjing.network.capture import capture_network
 from penjing.network.graph import line
 from penjing.sources.onnx import open_network
 from penjing.sources.source import open_source, with_declared_axes
+from tests.refusals import refused
 
 
 class Two(nn.Module):
@@ -42,7 +43,7 @@ def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "two.onnx"
     torch.onnx.export(
         network,
-        (torch.randn(2, 3, 12, 12),),
+        (torch.randn(2, 3, 8, 8),),
         path,
         dynamo=True,
         verbose=False,
@@ -55,7 +56,7 @@ def exported(tmp_path_factory):
 
 
 def batch(count, seed=0):
-    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def task():
 def test_it_computes_what_it_was_exported_from(exported):
     path, network = exported
     opened, example, dynamic = open_network(path)
-    assert [tuple(value.shape) for value in example] == [(1, 3, 12, 12)]
+    assert [tuple(value.shape) for value in example] == [(1, 3, 8, 8)]
     assert dynamic == {0: {0: "batch"}}
     with torch.no_grad():
         outputs, right = opened(batch(5)), network(batch(5))
@@ -91,7 +92,15 @@ def test_the_captured_network_has_layers_under_the_names_of_the_file(exported, t
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_it_is_compressed_and_keeps_the_names_of_its_ports(exported, task, tmp_path, runtime):
     pytest.importorskip(runtime)
-    result = pj.run(pj.Recipe(pj.quantize.Static()), str(exported[0]), task, runtime=runtime, out=tmp_path / "run")
+    result = pj.run(
+        pj.Recipe(pj.quantize.Static()),
+        str(exported[0]),
+        task,
+        runtime=runtime,
+        out=tmp_path / "run",
+        seconds=0.02,
+        threads=1,
+    )
     candidates = {row["name"]: row for row in json.loads((tmp_path / "run/record.json").read_text())["candidates"]}
     integers = candidates[f"{runtime}-int8"]
     assert integers["rejection"] is None
@@ -136,10 +145,10 @@ def stored(tmp_path, made):
     return path
 
 
-def refused(path, kind=PenjingError, **fixed):
-    with pytest.raises(kind) as error:
+def refusal(path, kind, code, **fixed):
+    with refused(kind, code) as caught:
         open_network(path, **fixed)
-    return error.value
+    return caught.value
 
 
 def test_a_branch_on_a_constant_is_taken_and_the_other_not_stored(tmp_path):
@@ -161,9 +170,9 @@ def test_a_branch_on_a_constant_is_taken_and_the_other_not_stored(tmp_path):
         assert torch.equal(network(torch.ones(2, 4)), torch.full((2, 3), 4 * factor))
         assert sum(p.numel() for p in network.parameters()) == 12
     network, *_ = open_network(path)
-    with pytest.raises(SourceError) as error:
+    with refused(SourceError, "branch") as caught:
         network(torch.ones(2, 4), torch.tensor(16000))
-    assert "node 2" in error.value.got
+    assert "node 2" in caught.value.got
     assert torch.equal(network(torch.ones(2, 4), 8000), torch.full((2, 3), 8.0))
 
 
@@ -199,20 +208,20 @@ def test_a_fixed_batch_stays_fixed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("node", "word"),
+    ("node", "code", "word"),
     [
-        (helper.make_node("Fused", ["x"], ["y"], name="mine", domain="my.domain"), "my.domain"),
-        (helper.make_node("QuantizeLinear", ["x", "s"], ["y"], name="mine"), "QuantizeLinear"),
-        (helper.make_node("RandomNormalLike", ["x"], ["y"], name="mine"), "set 18"),
+        (helper.make_node("Fused", ["x"], ["y"], name="mine", domain="my.domain"), "operator", "my.domain"),
+        (helper.make_node("QuantizeLinear", ["x", "s"], ["y"], name="mine"), "quantized", "QuantizeLinear"),
+        (helper.make_node("RandomNormalLike", ["x"], ["y"], name="mine"), "operator", "set 18"),
     ],
     ids=["another domain", "quantized", "random"],
 )
-def test_what_is_not_taken_is_named_with_its_node(tmp_path, node, word):
+def test_what_is_not_taken_is_named_with_its_node(tmp_path, node, code, word):
     made = model(
         [helper.make_node("Relu", ["x0"], ["x"]), node], {"x0": [1, 4]}, {"y": [1, 4]}, {"s": np.float32([1.0])}
     )
     made.opset_import.append(helper.make_opsetid("my.domain", 1))
-    error = refused(stored(tmp_path, made), SourceError)
+    error = refusal(stored(tmp_path, made), SourceError, code)
     assert "node 2" in error.got
     assert "'mine'" in error.got
     assert word in error.got
@@ -234,7 +243,7 @@ def test_a_loop_is_refused_by_name(tmp_path):
     )
     node = helper.make_node("Loop", ["count", "", "x"], ["y"], name="rounds", body=body)
     made = model([node], {"x": [1, 4]}, {"y": [1, 4]}, {"count": np.array(3)})
-    error = refused(stored(tmp_path, made), SourceError)
+    error = refusal(stored(tmp_path, made), SourceError, "operator")
     assert "Loop" in error.what
     assert "rounds" in error.got
 
@@ -243,16 +252,15 @@ def test_a_loop_is_refused_by_name(tmp_path):
 def test_sets_that_are_not_read(tmp_path, opset):
     made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
     made.opset_import[0].version = opset
-    error = refused(stored(tmp_path, made))
-    assert str(opset) in error.got
+    assert str(opset) in refusal(stored(tmp_path, made), SourceError, "unknown-set").got
 
 
 def test_cycles_and_two_values_of_one_name(tmp_path):
     circle = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
-    error = refused(stored(tmp_path, model(circle, {"x": [1, 4]}, {"a": [1, 4]})), CheckpointError)
+    error = refusal(stored(tmp_path, model(circle, {"x": [1, 4]}, {"a": [1, 4]})), CheckpointError, "damaged")
     assert "'b'" in error.got
     twice = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["y"])]
-    error = refused(stored(tmp_path, model(twice, {"x": [1, 4]}, {"y": [1, 4]})), CheckpointError)
+    error = refusal(stored(tmp_path, model(twice, {"x": [1, 4]}, {"y": [1, 4]})), CheckpointError, "damaged")
     assert "'y'" in error.got
 
 
@@ -260,14 +268,14 @@ def test_absurd_sizes_take_no_memory(tmp_path):
     sum_ = [helper.make_node("Add", ["x", "w"], ["y"])]
     huge = model(sum_, {"x": [1, 4]}, {"y": ["a", "b"]}, {"w": np.zeros(4, np.float32)})
     huge.graph.initializer[0].dims[:] = [1 << 40]
-    refused(stored(tmp_path, huge), CheckpointError)
+    refusal(stored(tmp_path, huge), CheckpointError, "damaged")
     nodes = [
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("Add", ["x", "zeros"], ["y"]),
     ]
     made = model(nodes, {"x": [1, 4]}, {"y": ["a", "b"]}, {"shape": np.array([1 << 30, 1 << 20])})
     network, *_ = open_network(stored(tmp_path, made))
-    with pytest.raises(PenjingError):
+    with refused(SourceError, "operator"):
         network(torch.zeros(1, 4))
 
 
@@ -283,8 +291,7 @@ def test_tensors_outside_the_folder_are_not_read(tmp_path, location):
     entry.key, entry.value = "location", location
     (tmp_path / "weights.bin").write_bytes(bytes(16))
     (tmp_path / "inner").mkdir()
-    error = refused(stored(tmp_path / "inner", made), CheckpointError)
-    assert "outside" in error.what
+    assert repr(location) in refusal(stored(tmp_path / "inner", made), CheckpointError, "outside").got
 
 
 def test_tensors_beside_the_file_are_read_and_have_to_be_whole(tmp_path):
@@ -295,8 +302,7 @@ def test_tensors_beside_the_file_are_read_and_have_to_be_whole(tmp_path):
     network, *_ = open_network(path)
     assert torch.equal(network(torch.zeros(1, 2000))[0], torch.arange(2000.0))
     (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:-1])
-    error = refused(path, CheckpointError)
-    assert "too short" in error.what
+    refusal(path, CheckpointError, "incomplete")
 
 
 def test_a_damaged_file_is_an_error_and_no_crash(exported, tmp_path):
@@ -468,10 +474,10 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_node_is_named(tmp_path, name):
-    with pytest.raises(PenjingError) as error:
+    with refused(SourceError, "operator") as caught:
         network, example, _ = open_network(stored(tmp_path, BAD[name]))
         network(*example)
-    assert "'bad'" in error.value.got
+    assert "'bad'" in caught.value.got
 
 
 def test_constants_that_double_take_no_memory(tmp_path):
@@ -480,7 +486,7 @@ def test_constants_that_double_take_no_memory(tmp_path):
         [*nodes, helper.make_node("Cast", ["c45"], ["y"], to=1)], {"x": [1]}, {"y": ["a"]}, {"c0": np.array([1, 2])}
     )
     network, *_ = open_network(stored(tmp_path, made))
-    with pytest.raises(SourceError):
+    with refused(SourceError, "operator"):
         network(torch.zeros(1))
 
 
@@ -489,21 +495,21 @@ def test_branches_have_as_many_outputs_as_their_node(tmp_path):
                               [helper.make_tensor_value_info("t", TensorProto.FLOAT, [2, 4])])  # fmt: skip
     node = helper.make_node("If", ["c"], ["y", "z"], name="bad", then_branch=inner, else_branch=inner)
     made = model([node], {"x": [2, 4]}, {"y": [2, 4], "z": [2, 4]}, {"c": np.array(True)})
-    assert "'bad'" in refused(stored(tmp_path, made)).got
+    assert "'bad'" in refusal(stored(tmp_path, made), SourceError, "operator").got
 
 
 def test_names_that_are_no_text_sparse_tensors_and_text(tmp_path):
     made = model([helper.make_node("Relu", ["QQQ"], ["y"])], {"QQQ": [2, 4]}, {"y": [2, 4]})
     path = tmp_path / "bytes.onnx"
     path.write_bytes(made.SerializeToString().replace(b"QQQ", b"\xff\xfeq"))
-    refused(path, CheckpointError)
+    refusal(path, CheckpointError, "damaged")
     made = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [2, 4]}, {"y": [2, 4]})
     few = numpy_helper.from_array(np.float32([1, 2]), "w")
     made.graph.sparse_initializer.append(helper.make_sparse_tensor(few, numpy_helper.from_array(np.array([0, 3])), [4]))
-    assert "'w'" in refused(stored(tmp_path, made), SourceError).got
+    assert "'w'" in refusal(stored(tmp_path, made), SourceError, "sparse").got
     made = model([helper.make_node("Identity", ["w"], ["y"])], {"x": [2, 4]}, {"y": [2]})
     made.graph.initializer.append(helper.make_tensor("w", TensorProto.STRING, [2], [b"a", b"b"]))
-    assert "'w'" in refused(stored(tmp_path, made), SourceError).got
+    assert "'w'" in refusal(stored(tmp_path, made), SourceError, "text").got
 
 
 def test_a_declared_size_that_is_absurd_takes_no_memory(tmp_path):

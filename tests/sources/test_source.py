@@ -9,6 +9,7 @@ from penjing.errors import CheckpointError, SourceError, TaskError
 from penjing.sources.source import check_forward, open_source
 from penjing.tasks.opening import open_task
 from penjing.tasks.task import Task
+from tests.refusals import refused
 
 NET_FILE = """
     import torch
@@ -72,11 +73,11 @@ def net(tmp_path):
         del sys.modules[name]
 
 
-def refused(spec, error=SourceError, task=None):
-    with pytest.raises(error) as found:
+def refusal(spec, code, kind=SourceError, task=None):
+    with refused(kind, code) as caught:
         open_source(spec, task=task)
-    assert found.value.expected is not None
-    return str(found.value)
+    assert caught.value.expected is not None
+    return caught.value
 
 
 def test_factories_modules_and_classes_of_a_file(net):
@@ -114,14 +115,13 @@ def test_objects_are_taken_as_they_are():
     assert source.module is network and source.name == "Linear" and network.training
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     assert open_source(program).example[0].shape == (1, 2)
-    with pytest.raises(SourceError, match="not a network"):
-        open_source(3)
+    assert refusal(3, "not-a-network").got == "int"
 
 
 def test_built_in_architectures():
     source = open_source("resnet20")
     assert source.name == "resnet20" and isinstance(source.module, nn.Module)
-    assert "did you mean resnet5" in refused("resnet55")
+    assert "did you mean resnet5" in refusal("resnet55", "missing").remedy
 
 
 def test_an_exported_program_brings_its_example(tmp_path):
@@ -133,57 +133,58 @@ def test_an_exported_program_brings_its_example(tmp_path):
 
 
 def test_missing_files_name_the_nearest(net):
-    assert "did you mean net.py" in refused(f"{net.parent / 'nett.py'}:make")
+    assert "did you mean net.py" in refusal(f"{net.parent / 'nett.py'}:make", "missing").remedy
     (net.parent / "model.pt2").write_bytes(b"")
-    assert "did you mean model.pt2" in refused(str(net.parent / "modle.pt2"))
-    assert "did you mean" in refused(str(net.parent.parent / (net.parent.name + "x") / "net.pt2"))
+    assert "did you mean model.pt2" in refusal(str(net.parent / "modle.pt2"), "missing").remedy
+    folder = net.parent.parent / (net.parent.name + "x")
+    assert "did you mean" in refusal(str(folder / "net.pt2"), "missing").remedy
 
 
 def test_a_missing_attribute_names_the_nearest(net):
-    text = refused(f"{net}:mak")
-    assert "did you mean make" in text and "nn" not in text.split("which has ")[1].split("\n")[0].split(", ")
+    error = refusal(f"{net}:mak", "unknown-name")
+    assert "did you mean make" in error.remedy and "nn" not in error.got.split("which has ")[1].split(", ")
 
 
 def test_a_file_without_a_name_lists_its_names_without_running(tmp_path):
     (tmp_path / "net.py").write_text("raise RuntimeError('ran')\ndef make(): ...\nclass Net: ...\ndef _hidden(): ...")
-    text = refused(str(tmp_path / "net.py"))
-    assert "make, Net" in text and "_hidden" not in text and "ran" not in text
+    error = refusal(str(tmp_path / "net.py"), "no-name")
+    assert error.remedy.endswith(": make, Net")
 
 
 @pytest.mark.parametrize(
-    ("name", "what", "words"),
+    ("name", "code", "got"),
     [
-        ("raises", "factory raises raised TypeError", ["net.py:20 in raises"]),
-        ("leaves", "raised SystemExit", ["net.py:23 in leaves"]),
-        ("needs", "without arguments", ["width"]),
-        ("weights", "is not a network", ["OrderedDict", "state dict"]),
-        ("IMPORTED", "is not a network", ["list"]),
+        ("raises", "raised", "net.py:20 in raises"),
+        ("leaves", "raised", "net.py:23 in leaves"),
+        ("needs", "raised", "width"),
+        ("weights", "not-a-network", "OrderedDict"),
+        ("IMPORTED", "not-a-network", "list"),
     ],
 )
-def test_factories_that_give_no_network(net, name, what, words):
-    text = refused(f"{net}:{name}")
-    assert what in text and all(word in text for word in words)
+def test_factories_that_give_no_network(net, name, code, got):
+    error = refusal(f"{net}:{name}", code)
+    assert got in error.got and name in error.what
 
 
 def test_the_original_error_is_chained(net):
-    with pytest.raises(SourceError) as error:
-        open_source(f"{net}:raises")
-    assert isinstance(error.value.__cause__, TypeError)
+    assert isinstance(refusal(f"{net}:raises", "raised").__cause__, TypeError)
+    assert isinstance(refusal(f"{net}:leaves", "raised").__cause__, SystemExit)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "cause", "words"),
     [
-        ("import torch\nx = 1 / 0\n", ["ZeroDivisionError", "broken.py:2"]),
-        ("def make(:\n  pass", ["SyntaxError", "broken.py:1"]),
-        ("import penjing_no_such_package", ["ModuleNotFoundError", "penjing_no_such_package", "broken.py:1"]),
-        ("import sys\nsys.exit('usage')", ["SystemExit", "usage"]),
+        ("import torch\nx = 1 / 0\n", ZeroDivisionError, ["broken.py:2"]),
+        ("def make(:\n  pass", SyntaxError, ["broken.py:1"]),
+        ("import penjing_no_such_package", ModuleNotFoundError, ["penjing_no_such_package", "broken.py:1"]),
+        ("import sys\nsys.exit('usage')", SystemExit, ["usage"]),
     ],
 )
-def test_a_file_that_can_not_be_imported(tmp_path, text, words):
+def test_a_file_that_can_not_be_imported(tmp_path, text, cause, words):
     (tmp_path / "broken.py").write_text(text)
-    message = refused(f"{tmp_path / 'broken.py'}:make")
-    assert all(word in message for word in words)
+    error = refusal(f"{tmp_path / 'broken.py'}:make", "import")
+    assert isinstance(error.__cause__, cause) and cause.__name__ in error.what
+    assert all(word in error.got for word in words)
     (tmp_path / "broken.py").write_text("from torch import nn\nmake = nn.ReLU")
     assert isinstance(open_source(f"{tmp_path / 'broken.py'}:make").module, nn.ReLU)  # a mended file is tried again
 
@@ -191,41 +192,39 @@ def test_a_file_that_can_not_be_imported(tmp_path, text, words):
 def test_a_module_that_can_not_be_imported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "penjing_half.py").write_text("import penjing_no_such_package")
-    assert "importing the source's code raised ModuleNotFoundError" in refused("penjing_half:make")
-    assert "no module 'penjing_no_such.module'" in refused("penjing_no_such.module:make")
+    assert "penjing_no_such_package" in refusal("penjing_half:make", "import").got
+    assert "penjing_no_such.module" in refusal("penjing_no_such.module:make", "no-module").what
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net.pth", "net.bin", "net.pkl", "net.ckpt", "NET.PT"])
 def test_pickles_are_refused_unread(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
-    text = refused(str(tmp_path / name), CheckpointError)
-    assert "file.py:factory" in text and "weights_only=True" in text
+    remedy = refusal(str(tmp_path / name), "pickle", CheckpointError).remedy
+    assert "file.py:factory" in remedy and "weights_only=True" in remedy
 
 
 def test_files_that_are_not_networks(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(b"")
-    text = refused(str(tmp_path / "net.safetensors"))
-    assert "weights is not a network" in text and "file.py:factory" in text
+    assert "file.py:factory" in refusal(str(tmp_path / "net.safetensors"), "only-weights").remedy
     (tmp_path / "net.onnx").write_bytes(b"")
-    refused(str(tmp_path / "net.onnx"), CheckpointError)
+    refusal(str(tmp_path / "net.onnx"), "damaged", CheckpointError)
 
 
 def test_folders(tmp_path):
-    assert "no Hugging Face model" in refused(str(tmp_path))
+    refusal(str(tmp_path), "no-model")
     (tmp_path / "record.json").write_text("{}")
-    assert "finished run" in refused(tmp_path)
+    refusal(tmp_path, "run")
 
 
 def test_a_forward_that_fails_names_the_users_line(net):
-    text = refused(f"{net}:Wrong", task=open_task(f"{net}:task"))
-    assert "net.py:34 in forward: return self.fc(x)" in text and "(float32[1, 4])" in text
-    assert "x=float32[1, 4]" in refused(f"{net}:ready", task=Task(example={"x": torch.zeros(1, 4)}))
+    error = refusal(f"{net}:Wrong", "forward", task=open_task(f"{net}:task"))
+    assert "net.py:34 in forward: return self.fc(x)" in error.got and "(float32[1, 4])" in error.expected
+    by_name = Task(example={"x": torch.zeros(1, 4)})
+    assert "x=float32[1, 4]" in refusal(f"{net}:ready", "forward", task=by_name).expected
 
 
 def test_a_forward_that_returns_no_tensors(net):
-    task = open_task(f"{net}:task")
-    with pytest.raises(SourceError, match=r"output\['answer'\]"):
-        open_source(f"{net}:Text", task=task)
+    assert "output['answer']" in refusal(f"{net}:Text", "not-a-tensor", task=open_task(f"{net}:task")).what
 
 
 def test_check_forward_puts_the_mode_back():
@@ -236,6 +235,6 @@ def test_check_forward_puts_the_mode_back():
 
 
 def test_a_task_is_not_opened_as_a_source(net):
-    assert "Task" in refused(f"{net}:task")
-    with pytest.raises(TaskError, match="is not a task"):
+    assert refusal(f"{net}:task", "not-a-network").got == "Task"
+    with refused(TaskError, "not-a-task"):
         open_task(f"{net}:ready")

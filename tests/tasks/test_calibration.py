@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from penjing.errors import CalibrationError
 from penjing.tasks.task import Task, calibration_calls, fingerprint
+from tests.refusals import refused
 
 X = torch.arange(24.0).reshape(4, 3, 2)
 
@@ -16,11 +17,11 @@ def task(calibration, example=None, **settings):
     return Task(example=torch.zeros(1, 3, 2) if example is None else example, calibration=calibration, **settings)
 
 
-def refused(calibration, example=None, **settings):
-    with pytest.raises(CalibrationError) as error:
+def refusal(code, calibration, example=None, **settings):
+    with refused(CalibrationError, code) as caught:
         list(calibration_calls(task(calibration, example, **settings)))
-    assert error.value.remedy
-    return str(error.value)
+    assert caught.value.remedy
+    return caught.value
 
 
 def test_every_form_becomes_a_call_of_tensors():
@@ -77,35 +78,35 @@ def test_limit_counts_batches():
 
 
 def test_missing_calibration_is_said_before_iterating():
-    with pytest.raises(CalibrationError) as refusal:
+    with refused(CalibrationError, "no-calibration") as caught:
         calibration_calls(task(None))
-    assert refusal.value.got == "Task.calibration is None"
+    assert caught.value.got == "Task.calibration is None"
 
 
 def test_empty():
-    assert "is empty" in refused([])
-    assert "is empty" in refused(x for x in [])
-    assert "is empty, or was read before" in refused(map(str, []))
+    refusal("empty", [])
+    refusal("empty", (x for x in []))
+    refusal("empty-or-read", map(str, []))
 
 
 def test_not_iterable():
-    assert "can't be iterated" in refused(5)
+    refusal("not-iterable", 5)
 
 
 def test_a_generator_read_twice_is_told_from_an_empty_one():
     once = task(x for x in [X, X])
     assert len(list(calibration_calls(once, limit=1))) == 1
-    with pytest.raises(CalibrationError, match="can be read only once") as error:
+    with refused(CalibrationError, "read-once") as caught:
         list(calibration_calls(once))
-    assert "DataLoader" in error.value.remedy
+    assert "DataLoader" in caught.value.remedy
 
 
 def test_an_exhausted_map_is_recognised_by_what_it_lacks():
     once = task(map(torch.clone, [X]))
     assert len(list(calibration_calls(once))) == 1
-    with pytest.raises(CalibrationError) as refusal:
+    with refused(CalibrationError, "empty-or-read") as caught:
         list(calibration_calls(once))
-    assert refusal.value.got == "no batch in a map" and "__iter__" in refusal.value.remedy
+    assert caught.value.got == "no batch in a map" and "__iter__" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -119,66 +120,67 @@ def test_an_exhausted_map_is_recognised_by_what_it_lacks():
     ids=["pair", "loader", "dict", "nested"],
 )
 def test_a_training_loader_is_recognised(calibration, example):
-    assert "(inputs, target) of a training loader" in refused(calibration, example)
+    assert "(inputs, target) of a training loader" in refusal("inputs", calibration, example).remedy
 
 
 def test_labels_in_a_dict_are_recognised():
-    text = refused([{"x": X, "labels": X}], {"x": torch.zeros(1, 3, 2)})
-    assert "calibration needs no labels" in text and "keywords x, labels" in text
+    error = refusal("inputs", [{"x": X, "labels": X}], {"x": torch.zeros(1, 3, 2)})
+    assert "calibration needs no labels" in error.remedy and "keywords x, labels" in error.got
 
 
 def test_a_missing_input_is_an_error():
-    assert "different inputs" in refused([{"y": X}], {"x": torch.zeros(1, 3, 2)})
+    refusal("inputs", [{"y": X}], {"x": torch.zeros(1, 3, 2)})
 
 
 def test_the_batch_and_the_input_are_named():
-    text = refused([{"x": X}, {"x": X}, {"x": X.int()}], {"x": torch.zeros(1, 3, 2)})
-    assert "calibration batch 2, input 'x'" in text and "int32" in text and "float32" in text
+    error = refusal("dtype", [{"x": X}, {"x": X}, {"x": X.int()}], {"x": torch.zeros(1, 3, 2)})
+    assert "calibration batch 2, input 'x'" in error.what and "int32" in error.got and "float32" in error.expected
 
 
 @pytest.mark.parametrize(
-    ("batch", "got", "expected"),
+    ("batch", "code", "got", "expected"),
     [
-        (torch.zeros(4, 3), "(4, 3)", "(any, 3, 2)"),
-        (torch.zeros(4, 5, 2), "(4, 5, 2)", "(any, 3, 2)"),
-        (torch.zeros(3, 2), "(3, 2)", "stack the samples"),
-        (torch.zeros(0, 3, 2), "(0, 3, 2)", "at least one sample"),
+        (torch.zeros(4, 3), "shape", "(4, 3)", "(any, 3, 2)"),
+        (torch.zeros(4, 5, 2), "shape", "(4, 5, 2)", "(any, 3, 2)"),
+        (torch.zeros(3, 2), "shape", "(3, 2)", "(any, 3, 2)"),
+        (torch.zeros(0, 3, 2), "no-sample", "(0, 3, 2)", "at least one sample"),
     ],
 )
-def test_shapes(batch, got, expected):
-    text = refused([batch])
-    assert got in text and expected in text
+def test_shapes(batch, code, got, expected):
+    error = refusal(code, [batch])
+    assert got in error.got and expected in error.expected
+    assert ("stack the samples" in error.remedy) == (batch.shape == (3, 2))
 
 
 @pytest.mark.parametrize(("bad", "word"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
 def test_values_that_are_not_finite(bad, word):
     batch = X.clone()
     batch[1, 2, 0] = bad
-    text = refused([X, batch])
-    assert f"1 of 24, the first is {word} at [1, 2, 0]" in text and "calibration batch 1, input 0" in text
+    error = refusal("not-finite", [X, batch])
+    assert f"1 of 24, the first is {word} at [1, 2, 0]" in error.got and "calibration batch 1, input 0" in error.what
 
 
 def test_what_is_no_tensor():
-    assert "is not a tensor" in refused([["a"]])
-    assert "holds no numbers" in refused([np.array(["a"])])
-    assert "calibration batch 0" in refused([np.array([object()])])
+    refusal("not-a-tensor", [["a"]])
+    refusal("no-numbers", [np.array(["a"])])
+    assert "calibration batch 0" in refusal("no-numbers", [np.array([object()])]).what
 
 
 def test_constants_must_equal_the_example():
     example = {"x": torch.zeros(1, 2), "flag": True}
     assert len(list(calibration_calls(task([{"x": torch.zeros(4, 2), "flag": True}], example)))) == 1
-    assert "input 'flag'" in refused([{"x": torch.zeros(4, 2), "flag": False}], example)
+    assert "input 'flag'" in refusal("constant", [{"x": torch.zeros(4, 2), "flag": False}], example).what
 
 
 def test_dynamic_axes_vary_and_fixed_ones_do_not():
     ids = {"ids": torch.zeros(1, 5, dtype=torch.int64)}
     longer = [{"ids": torch.zeros(2, 9, dtype=torch.int64)}]
-    assert "(any, 5)" in refused(longer, ids)
+    assert "(any, 5)" in refusal("shape", longer, ids).expected
     for dynamic in ({"ids": {0: "batch", 1: "length"}}, {0: {0: "batch", 1: "length"}}):
         assert len(list(calibration_calls(task(longer, ids, dynamic=dynamic)))) == 1
     positional = task([torch.zeros(2, 9)], torch.zeros(1, 5), dynamic={"x": {0: "batch", 1: "length"}})
     assert len(list(calibration_calls(positional))) == 1
-    assert "(1, 5)" in refused([torch.zeros(2, 5)], torch.zeros(1, 5), dynamic={})
+    assert "(1, 5)" in refusal("shape", [torch.zeros(2, 5)], torch.zeros(1, 5), dynamic={}).expected
 
 
 def test_fingerprint_depends_on_values_types_shapes_and_places():

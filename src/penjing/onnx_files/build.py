@@ -83,6 +83,7 @@ def _branch(graph: Any, opset: int, constants: dict[str, np.ndarray]) -> Branch:
     for sparse in graph.sparse_initializer:
         raise SourceError(
             "sparse tensors of ONNX files are not read",
+            code="sparse",
             got=f"{sparse.values.name!r}, of shape {list(sparse.dims)}",
             expected="tensors that hold all their values",
             remedy="store it dense: export the network again without sparse initializers",
@@ -142,6 +143,7 @@ def to_array(proto: Any) -> np.ndarray:
     if proto.data_type == onnx.TensorProto.STRING:
         raise SourceError(
             "tensors of text are not taken",
+            code="text",
             got=f"{proto.name!r} in the ONNX file",
             expected="tensors of numbers",
             remedy="export the network without the text in it: what turns text into numbers runs before the network",

@@ -114,6 +114,7 @@ class Graph(nn.Module):
                 "which branch runs follows from the values of a tensor",
                 f"condition {node.inputs[0]!r}",
                 remedy="fix that input: give it as a number in Task.example, or export the network without the branch",
+                code="branch",
             )
         taken = step.then_branch if bool(np.asarray(condition).reshape(-1)[0]) else step.else_branch
         results: list[Value] = taken.compute(values)

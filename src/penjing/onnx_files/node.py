@@ -45,10 +45,11 @@ class Node:
         """An attribute, or the default where the file leaves it out."""
         return self.attributes.get(attribute, default)
 
-    def refuse(self, what: str, got: str, remedy: str | None = None) -> SourceError:
+    def refuse(self, what: str, got: str, remedy: str | None = None, code: str = "operator") -> SourceError:
         """The error of an operator that can't be taken, with its place in the file."""
         return SourceError(
             f"the ONNX operator {self.operator} can't be taken: {what}",
+            code=code,
             got=f"{got} (node {self.line}{f', {self.name!r}' if self.name else ''})",
             expected="an operator whose result follows from its inputs' values, and whose shapes follow from shapes",
             remedy=remedy

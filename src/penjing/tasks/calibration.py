@@ -158,7 +158,7 @@ def _check_constant(place: str, value: Any, want: Any) -> None:
     if not same:
         raise CalibrationError(
             f"{place} differs from the example, and is not a tensor",
-            code="not-a-tensor",
+            code="constant",
             got=repr(value)[:80],
             expected=repr(want)[:80],
             remedy="what is not a tensor is fixed when the network is exported; give it as a tensor if it varies",

@@ -283,7 +283,7 @@ def _pair(arrays: dict[str, Array], x_name: str, y_name: str, path: Path) -> Arr
     if x is None:
         if y is not None:
             raise TaskError(
-                f"{path.name} has {y_name} without {x_name}", code="no-inputs", expected=f"both {x_name} and {y_name}"
+                f"{path.name} has {y_name} without {x_name}", code="unpaired", expected=f"both {x_name} and {y_name}"
             )
         return None
     if y is None:
