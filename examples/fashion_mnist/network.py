@@ -22,6 +22,7 @@ def resnet20() -> nn.Module:
     if not WEIGHTS.is_file():
         raise CheckpointError(
             "The trained weights of the example are missing.",
+            code="missing",
             got=f"no file {WEIGHTS}",
             expected="a safetensors file of ResNet-20",
             remedy=f"Restore the file, or train it again: python {WEIGHTS.with_name('train.py')}",
@@ -32,6 +33,7 @@ def resnet20() -> nn.Module:
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             "The example's weights can't be read into ResNet-20.",
+            code="misfit",
             got=f"{WEIGHTS}: {error}",
             expected="a safetensors file of ResNet-20 with 1 input channel and 10 classes",
             remedy=f"Restore the file, or train it again: python {WEIGHTS.with_name('train.py')}",

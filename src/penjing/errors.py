@@ -35,7 +35,7 @@ class PenjingError(Exception):
         expected: What would have been right.
         remedy: What the user can do about it.
         code: The name of the case within its kind, for programs; it is not shown.
-        field: The name of the setting that it is about, for programs; it is not shown.
+        field: The name of the setting, or the place in a file, that it is about, for programs; it is not shown.
     """
 
     exit_code = 1

@@ -115,6 +115,13 @@ def error_of(capsys):
     return capsys.readouterr().err
 
 
+def told(capsys, kind, code):
+    """What `--json` gives a program of an error, of that kind and case."""
+    error = json.loads(capsys.readouterr().out)
+    assert (error["error"], error["code"]) == (kind, code), error
+    return error
+
+
 class TestHelp:
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_command_shows_an_example_of_itself(self, command, capsys):
@@ -229,8 +236,8 @@ class TestInspect:
 
     def test_a_scan_needs_a_task(self, capsys, tmp_path):
         asked = ["inspect", "resnet20", "--shape", "3,32,32", "--sensitivity", str(tmp_path / "scan.json")]
-        assert cli.main(asked) == 1
-        assert "the task has no calibration data" in capsys.readouterr().err
+        assert cli.main([*asked, "--json"]) == 1
+        told(capsys, "CalibrationError", "no-calibration")
 
     def test_the_noise_of_every_operator(self, capsys, tmp_path):
         (tmp_path / "net.py").write_text(
@@ -280,57 +287,55 @@ class TestBadInput:
     """Each says what, got, expected and remedy, and nothing half-written is left."""
 
     @pytest.mark.parametrize(
-        ("network", "says"),
+        ("network", "code", "says"),
         [
-            ("{folder}/nowhere.py:make", "file is missing"),
-            ("{parts}:raisin", "did you mean raising"),
-            ("no.such.module:make", "there is no module"),
-            ("resnet2o", "did you mean resnet"),
-            ("{parts}", "needs the name of its factory"),
-            ("{parts}:raising", "no such weights (parts.py:"),
-            ("{parts}:PARTS", "has no 'PARTS'"),
-            ("{parts}:Wrong", "parts.py:19 in forward: return self.conv(x) @ torch.zeros(7, 7)"),
-            ("{parts}:Moody", "if y.sum() > 0:"),
-            ("{folder}/net.onnx", "source is missing"),
-            ("{folder}", "no Hugging Face model"),
+            ("{folder}/nowhere.py:make", "missing", "nowhere.py"),
+            ("{parts}:raisin", "unknown-name", "did you mean raising"),
+            ("no.such.module:make", "no-module", "no.such"),
+            ("resnet2o", "missing", "did you mean resnet"),
+            ("{parts}", "no-name", "Moody"),
+            ("{parts}:raising", "raised", "no such weights (parts.py:"),
+            ("{parts}:PARTS", "unknown-name", "'PARTS'"),
+            ("{parts}:Wrong", "forward", "parts.py:19 in forward: return self.conv(x) @ torch.zeros(7, 7)"),
+            ("{parts}:Moody", "control-flow", "if y.sum() > 0:"),
+            ("{folder}/net.onnx", "missing", "net.onnx"),
+            ("{folder}", "no-model", "config.json"),
         ],
     )
-    def test_sources(self, parts, capsys, network, says):
+    def test_sources(self, parts, capsys, network, code, says):
         network = network.format(parts=parts, folder=parts.parent)
-        assert compress(parts, network, f"{parts}:good") == 1
-        text = error_of(capsys)
-        assert says in text
-        for word in ("got:", "expected:", "remedy:"):
-            assert word in text
-        assert "Traceback" not in text
+        assert compress(parts, network, f"{parts}:good", "--json") == 1
+        said = capsys.readouterr()
+        assert json.loads(said.out)["code"] == code
+        for word in (says, "got:", "expected:", "remedy:"):
+            assert word in said.err
+        assert "Traceback" not in said.err
 
     @pytest.mark.parametrize(
-        ("task", "says"),
+        ("task", "kind", "code"),
         [
-            ("empty", "is empty"),
-            ("nan", "calibration batch 1, input 0 holds values that are not finite"),
-            ("infinite", "not finite"),
-            ("narrow", "a different shape"),
-            ("unbatched", "axis 0 is the batch"),
-            ("integers", "a different dtype"),
-            ("labelled", "leave the target out"),
-            ("missing", "has no 'missing'"),
-            ("raising", "no such weights"),
-            ("Fine", "not a task"),
+            ("empty", "CalibrationError", "empty"),
+            ("nan", "CalibrationError", "not-finite"),
+            ("infinite", "CalibrationError", "not-finite"),
+            ("narrow", "CalibrationError", "shape"),
+            ("unbatched", "CalibrationError", "shape"),
+            ("integers", "CalibrationError", "dtype"),
+            ("labelled", "CalibrationError", "inputs"),
+            ("missing", "TaskError", "unknown-name"),
+            ("raising", "TaskError", "raised"),
+            ("Fine", "TaskError", "not-a-task"),
         ],
     )
-    def test_tasks(self, parts, capsys, task, says):
-        assert compress(parts, f"{parts}:Fine", f"{parts}:{task}") == 1
-        text = error_of(capsys)
-        assert says in text
-        for word in ("got:", "expected:", "remedy:"):
-            assert word in text
+    def test_tasks(self, parts, capsys, task, kind, code):
+        assert compress(parts, f"{parts}:Fine", f"{parts}:{task}", "--json") == 1
+        error = told(capsys, kind, code)
+        assert all(error[part] for part in ("what", "got", "expected", "remedy"))
 
     def test_a_drop_without_anything_to_measure_it_by(self, parts, capsys):
         assert compress(parts, f"{parts}:Fine", f"{parts}:bare", "--goal", "drop<=1%") == 1
         assert "evaluate" in error_of(capsys)
-        assert compress(parts, f"{parts}:Fine", f"{parts}:bare", "--goal", "minimize size_bytes") == 1
-        assert "no calibration data" in error_of(capsys)
+        assert compress(parts, f"{parts}:Fine", f"{parts}:bare", "--goal", "minimize size_bytes", "--json") == 1
+        told(capsys, "CalibrationError", "no-calibration")
 
     def test_a_metric_that_raises(self, parts, capsys):
         out = parts.parent / "run"
@@ -370,21 +375,22 @@ class TestBadInput:
         assert "onnxruntime, openvino" in error_of(capsys)
 
     @pytest.mark.parametrize(
-        ("recipe", "says"),
+        ("recipe", "code"),
         [
-            ("- quantize.Statik", "did you mean quantize.Static?"),
-            ("- quantize.Static: {weight_bit: 8}", "did you mean weight_bits?"),
-            ("- [", "not valid YAML"),
-            ("- quantize.Static: {exclude: [conw]}", "matches no operator"),
+            ("- quantize.Statik", "unknown-step"),
+            ("- quantize.Static: {weight_bit: 8}", "unknown-setting"),
+            ("- [", "unreadable"),
+            ("- quantize.Static: {exclude: [conw]}", "no-match"),
         ],
     )
-    def test_recipes(self, parts, capsys, recipe, says):
+    def test_recipes(self, parts, capsys, recipe, code):
         file = parts.parent / "recipe.yaml"
         file.write_text(recipe, encoding="utf-8")
-        assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--recipe", str(file)) == 2
-        assert says in error_of(capsys)
-        assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--recipe", str(file) + "l") == 2
-        assert "can't be read" in error_of(capsys)
+        arguments = [parts, f"{parts}:Fine", f"{parts}:good", "--json", "--recipe"]
+        assert compress(*arguments, str(file)) == 2
+        told(capsys, "RecipeError", code)
+        assert compress(*arguments, str(file) + "l") == 2
+        told(capsys, "UsageError", "unreadable")
 
     def test_a_recipe_whose_name_is_nearly_right(self, parts, capsys):
         assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--recipe", "label_free") == 2
@@ -394,8 +400,8 @@ class TestBadInput:
         file = parts.parent / "recipe.yaml"
         file.write_text("- quantize.Static", encoding="utf-8")
         more = ["--recipe", str(file), "--exclude", "conv"]
-        assert compress(parts, f"{parts}:Fine", f"{parts}:good", *more) == 2
-        assert "into the recipe" in error_of(capsys)
+        assert compress(parts, f"{parts}:Fine", f"{parts}:good", *more, "--json") == 2
+        told(capsys, "UsageError", "exclude")
 
     def test_an_output_path_that_can_never_be_written(self, parts, capsys):
         blocked = parts / "run"  # below a file
@@ -407,15 +413,20 @@ class TestBadInput:
         before = parts.read_text(encoding="utf-8")
         for more in ([], ["--force"], ["--resume"]):
             arguments = ["compress", f"{parts}:Fine", "--task", f"{parts}:good", "--out", str(parts.parent), *more]
-            assert cli.main([*arguments, *FAST]) == 1
-            assert "holds other files" in error_of(capsys)
+            assert cli.main([*arguments, *FAST, "--json"]) == 1
+            told(capsys, "OutputError", "foreign")
         assert parts.read_text(encoding="utf-8") == before
 
     def test_errors_are_json_where_json_was_asked_for(self, parts, capsys):
         assert compress(parts, f"{parts}:raising", f"{parts}:good", "--json") == 1
-        told = json.loads(capsys.readouterr().out)
-        assert told["error"] == "SourceError"
-        assert all(told[part] for part in ("what", "got", "expected", "remedy"))
+        error = told(capsys, "SourceError", "raised")
+        assert all(error[part] for part in ("what", "got", "expected", "remedy")) and error["field"] == ""
+
+    def test_a_setting_that_breaks_its_rule_is_a_field_of_the_json(self, parts, capsys):
+        (parts.parent / "recipe.yaml").write_text("- quantize.Static: {weight_bits: 99}", encoding="utf-8")
+        more = ["--recipe", str(parts.parent / "recipe.yaml"), "--json"]
+        assert compress(parts, f"{parts}:Fine", f"{parts}:good", *more) == 2
+        assert told(capsys, "RecipeError", "settings")["field"] == "weight_bits"
 
 
 class Trap:
@@ -433,25 +444,23 @@ class TestCheckpointsThatWouldRunCode:
     def mark(self, tmp_path):
         return tmp_path / "executed"
 
-    def refused(self, parts, capsys, file, mark):
-        assert compress(parts, str(file), f"{parts}:good") == 1
-        text = error_of(capsys)
-        assert "CheckpointError" in text
+    def refusal(self, parts, capsys, file, mark, code):
+        assert compress(parts, str(file), f"{parts}:good", "--json") == 1
         assert not mark.exists()
-        return text
+        return told(capsys, "CheckpointError", code)
 
     @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pkl", ".ckpt"])
     def test_pickles(self, parts, capsys, mark, suffix):
         file = parts.parent / f"weights{suffix}"
         torch.save({"state_dict": Trap(mark)}, file)
-        assert "weights_only=True" in self.refused(parts, capsys, file, mark)
+        assert "weights_only=True" in self.refusal(parts, capsys, file, mark, "pickle")["remedy"]
 
     def test_a_pickle_that_calls_itself_an_exported_program(self, parts, capsys, mark):
         file = parts.parent / "net.pt2"
         file.write_bytes(pickle.dumps(Trap(mark)))
-        assert "net.pt2" in self.refused(parts, capsys, file, mark)
+        assert "net.pt2" in self.refusal(parts, capsys, file, mark, "damaged")["what"]
         torch.save(Trap(mark), file)
-        assert "net.pt2" in self.refused(parts, capsys, file, mark)
+        assert "net.pt2" in self.refusal(parts, capsys, file, mark, "damaged")["what"]
 
     def test_an_exported_program_with_a_pickle_inside(self, parts, capsys, mark):
         file = parts.parent / "net.pt2"
@@ -463,7 +472,7 @@ class TestCheckpointsThatWouldRunCode:
         with zipfile.ZipFile(file, "w") as archive:
             for name, data in members.items():
                 archive.writestr(name, bomb.getvalue() if "sample_inputs" in name else data)
-        assert "could run code" in self.refused(parts, capsys, file, mark)
+        self.refusal(parts, capsys, file, mark, "foreign-code")
 
 
 def goes_on(run, source, task, *more, goal="drop<=2%, minimize size_bytes"):
@@ -476,12 +485,12 @@ class TestExitCodes:
         self, capsys, digits_copy, digits_source, digits_task
     ):
         before = records.read(digits_copy)
-        assert goes_on(digits_copy, digits_source, digits_task) == 1
-        text = error_of(capsys)
-        assert "already holds a run" in text and "--resume" in text and "--force" in text
+        assert goes_on(digits_copy, digits_source, digits_task, "--json") == 1
+        remedy = told(capsys, "OutputError", "run")["remedy"]
+        assert "--resume" in remedy and "--force" in remedy
         impossible = "latency_ms<=0.0000001, minimize size_bytes"
-        assert goes_on(digits_copy, digits_source, digits_task, "--resume", goal=impossible) == 1
-        assert "different settings: goal" in error_of(capsys)
+        assert goes_on(digits_copy, digits_source, digits_task, "--resume", "--json", goal=impossible) == 1
+        assert told(capsys, "OutputError", "settings")["got"].startswith("goal = ")
         assert goes_on(digits_copy, "nowhere.py:make", digits_task, "--force") == 1  # which removes nothing
         assert records.read(digits_copy) == before and (digits_copy / "artifact").is_dir()
         capsys.readouterr()
@@ -654,9 +663,8 @@ def test_a_run_that_is_still_running_is_neither_joined_nor_replaced(
                     break
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.05)
-            assert goes_on(out, digits_source, digits_task, option) == 1
-            said = error_of(capsys)
-            assert "in use by another process" in said and f"process {process.pid} since" in said
+            assert goes_on(out, digits_source, digits_task, option, "--json") == 1
+            assert f"process {process.pid} since" in told(capsys, "OutputError", "held")["got"]
             assert (out / "state" / "request.json").exists()
         finally:
             process.kill()
@@ -696,8 +704,8 @@ class TestMeasure:
         assert "Latency" in text and "not measured" in text
 
     def test_a_folder_without_an_artifact(self, capsys, tmp_path):
-        assert cli.main(["measure", str(tmp_path)]) == 1
-        assert "no artifact in this folder" in error_of(capsys)
+        assert cli.main(["measure", str(tmp_path), "--json"]) == 1
+        told(capsys, "ArtifactError", "no-artifact")
 
 
 class TestVerify:
@@ -717,11 +725,11 @@ class TestVerify:
         assert "differs" in text
 
     def test_no_record(self, capsys, tmp_path):
-        assert cli.main(["verify", str(tmp_path)]) == 1
-        assert "there is no record here" in error_of(capsys)
+        assert cli.main(["verify", str(tmp_path), "--json"]) == 1
+        told(capsys, "RecordError", "missing")
         (tmp_path / "record.json").write_text("{", encoding="utf-8")
-        assert cli.main(["verify", str(tmp_path)]) == 1
-        assert "not valid JSON" in error_of(capsys)
+        assert cli.main(["verify", str(tmp_path), "--json"]) == 1
+        told(capsys, "RecordError", "unreadable")
 
 
 def test_a_file_that_is_missing_is_told_before_torch_is_imported(tmp_path):

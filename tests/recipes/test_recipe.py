@@ -18,6 +18,7 @@ from penjing.steps.stages import STAGES
 from penjing.steps.step import Step
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
+from tests.refusals import refused
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Own:
         return draft
 
 
-def refused(make, *args):
-    with pytest.raises(RecipeError) as found:
-        make(*args)
+def refusal(text, code):
+    """Of a recipe in YAML."""
+    with refused(RecipeError, code) as found:
+        Recipe.from_yaml(text)
     assert found.value.exit_code == 2
-    return str(found.value)
+    return found.value
 
 
 class TestSteps:
@@ -58,15 +60,15 @@ class TestSteps:
 
     @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
     def test_what_is_not_a_step_is_refused(self, wrong):
-        with pytest.raises(RecipeError) as refusal:
+        with refused(RecipeError, "not-a-step") as found:
             Recipe(wrong)
-        assert refusal.value.got == repr(wrong) and "quantize.Static" in refusal.value.remedy
+        assert found.value.got == repr(wrong) and "quantize.Static" in found.value.remedy
 
     @pytest.mark.parametrize("name", ["stage", "per_runtime", "for_floats"])
     def test_a_step_that_does_not_declare_itself_is_refused(self, name):
-        with pytest.raises(RecipeError) as refusal:
+        with refused(RecipeError, "undeclared") as found:
             Recipe(type("Undeclared", (Own,), {name: None})())
-        assert name in f"{refusal.value.got}"
+        assert name in found.value.got
 
     def test_it_knows_whether_it_quantizes(self):
         assert Recipe(Static()).quantizes
@@ -130,18 +132,19 @@ class TestOrder:
         if allowed:
             assert tuple(Recipe(*steps)) == steps
         else:
-            with pytest.raises(RecipeError) as refusal:
+            with pytest.raises(RecipeError) as found:
                 Recipe(*steps)
-            assert type(EXAMPLES[after]).__name__ in refusal.value.what and refusal.value.expected
+            assert found.value.code in ("order", "too-early")
+            assert type(EXAMPLES[after]).__name__ in found.value.what and found.value.expected
 
     def test_a_repair_needs_a_plan(self):
         for step in (quantize.CoordinateRounding(), quantize.QAT()):
-            with pytest.raises(RecipeError) as refusal:
+            with refused(RecipeError, "too-early") as found:
                 Recipe(Finetune(), step)
-            assert "quantize.Static" in refusal.value.expected
+            assert "quantize.Static" in found.value.expected
 
     def test_it_is_checked_in_yaml_too(self):
-        assert "Static → Finetune" in refused(Recipe.from_yaml, "[quantize.Static, Finetune]")
+        assert "Static → Finetune" in refusal("[quantize.Static, Finetune]", "order").got
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -178,10 +181,10 @@ class TestYaml:
         """A resumed run compares its recipe with the one that was asked for."""
         within = Iterative(step=Channels(macs=0.5), finetune=Finetune(hooks=(print,)))
         for step, setting, value in ((Finetune(losses=(len,)), "losses", len), (within, "hooks", print)):
-            with pytest.raises(RecipeError) as refusal:
+            with refused(RecipeError, "unwritable") as found:
                 Recipe(step).to_yaml()
-            assert f"{type(step).__name__}({setting}=" in refusal.value.what and refusal.value.got == repr(value)
-            assert "replace" in refusal.value.remedy
+            assert f"{type(step).__name__}({setting}=" in found.value.what and found.value.got == repr(value)
+            assert "replace" in found.value.remedy
         one, other = (Recipe(Finetune(losses=(lambda batch: 0,))).to_data() for _ in range(2))
         assert one == other
 
@@ -211,65 +214,83 @@ class TestYaml:
         assert recipe.steps[0].exclude == ("conv1", "layer3.*")
 
     @pytest.mark.parametrize(
-        ("text", "words"),
+        ("text", "code", "meant"),
         [
-            ("- quantize.static", ["does not exist", "did you mean quantize.Static?"]),
-            ("- quantise.Static: {}", ["did you mean quantize.Static?"]),
-            ("- os.system: {command: ls}", ["does not exist", "one of"]),
-            ("- {}", ["does not exist"]),
-            ("- 5", ["does not exist"]),
+            ("- quantize.static", "unknown-step", "quantize.Static"),
+            ("- quantise.Static: {}", "unknown-step", "quantize.Static"),
+            ("- os.system: {command: ls}", "unknown-step", None),
+            ("- {}", "unknown-step", "{Finetune: {}}"),
+            ("- 5", "unknown-step", None),
             (
                 "- prune.Iterative: {step: {prune.Channels: {macs: 0.5}}, finetune: {epochs: 1}}",
-                ["does not exist", 'did you mean {Finetune: {"epochs": 1}}?'],
+                "unknown-step",
+                '{Finetune: {"epochs": 1}}',
             ),
-            ("- [quantize.Static]", ["does not exist"]),
-            ("- quantize.Static: 5", ["settings of quantize.Static", "not a mapping"]),
-            ("- quantize.Static: [weight_bits]", ["settings of quantize.Static", "not a mapping"]),
-            ("- quantize.Static: {weight_bits: 99}", ["weight_bits", "from 2 to 8"]),
-            ("- quantize.Static: {weight_bits: 4.0}", ["weight_bits", "from 2 to 8"]),
-            ("- quantize.Static: {activation_range: kl}", ["activation_range", "percentile"]),
-            ("- quantize.Static: {weight_range: percentile}", ["weight_range", "mse"]),
-            ("- quantize.Static: {samples: 0}", ["samples", "at least 1"]),
-            ("- quantize.Static: {exclude: head}", ["exclude", "tuple of names"]),
-            ("- quantize.Static: {settings: 3}", ["settings", "not a mapping"]),
-            ("- quantize.Static: {settings: {a: {weight_bits: 1}}}", ["weight_bits", "'a'"]),
-            ("- quantize.Static: {settings: {a: {samples: 5}}}", ["'a'", "samples"]),
-            ("-", ["does not exist"]),
-            ("- quantize.Static: {}\n  Finetune: {}", ["two steps", "a dash before each"]),
-            ("- distill.Logits: {}", ["is not a step", "- Finetune: {distill"]),
-            ("- Finetune: {distill: {Logits: {}}}", ["setting that does not exist", "did you mean distill.Logits?"]),
-            ("- Finetune: {distill: [distill.Logit]}", ["did you mean distill.Logits?"]),
-            ("- prune.Movement: {finetune: {Finetun: {}}}", ["did you mean Finetune?"]),
-            ("- Finetune: {epochs: 1, epochs: 5}", ["not valid YAML", "'epochs' appears twice"]),
-            ("- Finetune: {channels_last: 'no'}", ["channels_last", "True or False"]),
-            ("- quantize.Static: {weight_bit: 4}", ["no setting 'weight_bit'", "did you mean weight_bits?"]),
-            ("- Finetune: {epochs: 0}", ["epochs", "above 0"]),
-            ("- Finetune: {epochs: many}", ["epochs", "'many'", "a number"]),
-            ("- Finetune: {optimizer: adam}", ["optimizer", "adamw"]),
-            ("quantize.Static: {}", ["a list of steps", "- quantize.Static"]),
-            ("", ["a list of steps"]),
-            ("{a: [", ["not valid YAML", "line 1"]),
+            ("- [quantize.Static]", "unknown-step", "quantize.Static"),
+            ("-", "unknown-step", None),
+            ("- Finetune: {distill: {Logits: {}}}", "unknown-setting", "distill.Logits"),
+            ("- Finetune: {distill: [distill.Logit]}", "unknown-setting", "distill.Logits"),
+            ("- prune.Movement: {finetune: {Finetun: {}}}", "unknown-step", "Finetune"),
+            ("- quantize.Static: {weight_bit: 4}", "unknown-setting", "weight_bits"),
         ],
     )
-    def test_what_cannot_be_read_is_said(self, text, words):
-        found = refused(Recipe.from_yaml, text)
-        assert [word for word in words if word not in found] == []
+    def test_a_name_that_does_not_exist_is_told_with_the_nearest(self, text, code, meant):
+        error = refusal(text, code)
+        assert error.remedy == (meant and f"did you mean {meant}?") and error.expected.startswith("one of ")
+
+    @pytest.mark.parametrize(
+        ("text", "field", "expected"),
+        [
+            ("- quantize.Static: {weight_bits: 99}", "weight_bits", "from 2 to 8"),
+            ("- quantize.Static: {weight_bits: 4.0}", "weight_bits", "from 2 to 8"),
+            ("- quantize.Static: {activation_range: kl}", "activation_range", "'percentile'"),
+            ("- quantize.Static: {weight_range: percentile}", "weight_range", "'mse'"),
+            ("- quantize.Static: {samples: 0}", "samples", "at least 1"),
+            ("- quantize.Static: {exclude: head}", "exclude", "tuple of names"),
+            ("- quantize.Static: {settings: 3}", "settings", "{'layer3.*': "),
+            ("- quantize.Static: {settings: {a: {weight_bits: 1}}}", "weight_bits", "from 2 to 8"),
+            ("- Finetune: {channels_last: 'no'}", "channels_last", "True or False"),
+            ("- Finetune: {epochs: 0}", "epochs", "above 0"),
+            ("- Finetune: {epochs: many}", "epochs", "a number"),
+            ("- Finetune: {optimizer: adam}", "optimizer", "'adamw'"),
+        ],
+    )
+    def test_a_setting_that_breaks_its_rule_is_named(self, text, field, expected):
+        error = refusal(text, "settings")
+        assert error.field == field and expected in str(error.expected)
+
+    @pytest.mark.parametrize(
+        ("text", "code", "got"),
+        [
+            ("- quantize.Static: 5", "not-a-mapping", "5"),
+            ("- quantize.Static: [weight_bits]", "not-a-mapping", "['weight_bits']"),
+            ("- quantize.Static: {settings: {a: {samples: 5}}}", "unknown-setting", "samples"),
+            ("- quantize.Static: {}\n  Finetune: {}", "two-steps", "quantize.Static, Finetune"),
+            ("- distill.Logits: {}", "not-a-step", "{'distill.Logits': {}}"),
+            ("- Finetune: {epochs: 1, epochs: 5}", "unreadable", "'epochs' appears twice"),
+            ("quantize.Static: {}", "not-a-list", "dict"),
+            ("", "not-a-list", "NoneType"),
+            ("{a: [", "unreadable", "line 1"),
+        ],
+    )
+    def test_what_cannot_be_read_is_said(self, text, code, got):
+        assert got in refusal(text, code).got
 
     def test_code_in_yaml_does_not_run(self, tmp_path):
         mark = tmp_path / "ran"
         text = f"- !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
-        assert "not valid YAML" in refused(Recipe.from_yaml, text)
+        refusal(text, "unreadable")
         assert not mark.exists()
 
 
 def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
     step = Static()
     assert Recipe.of(step) == Recipe.of([step]) == Recipe.of((step,)) == Recipe.of(Recipe(step)) == Recipe(step)
-    for wrong, got, remedy in (
-        ([step, 3], "3", "quantize.Static"),
-        (Static, repr(Static), "quantize.Static"),
-        ("recipe.yaml", "'recipe.yaml'", "from_yaml"),
+    for wrong, code, got, remedy in (
+        ([step, 3], "not-a-step", "3", "quantize.Static"),
+        (Static, "not-a-step", repr(Static), "quantize.Static"),
+        ("recipe.yaml", "file-name", "'recipe.yaml'", "from_yaml"),
     ):
-        with pytest.raises(RecipeError) as refusal:
+        with refused(RecipeError, code) as found:
             Recipe.of(wrong)
-        assert refusal.value.got == got and remedy in refusal.value.remedy
+        assert found.value.got == got and remedy in found.value.remedy

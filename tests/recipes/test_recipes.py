@@ -11,6 +11,7 @@ from examples.digits import task as digits
 from penjing import prune, quantize, recipes
 from penjing.cli import commands
 from penjing.errors import RecipeError, UsageError
+from tests.refusals import refused, refused_setting
 
 
 def test_what_it_is_made_of():
@@ -41,7 +42,6 @@ def test_without_a_target_half_of_the_macs_stay():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"macs": 0.5, "params": 0.5},
         {"macs": 1.5},
         {"macs": "x"},
         {"epochs": 0},
@@ -52,15 +52,21 @@ def test_without_a_target_half_of_the_macs_stay():
     ],
 )
 def test_settings_that_make_no_sense(wrong):
-    with pytest.raises(RecipeError):
+    ((name, _),) = wrong.items()
+    with refused_setting(name):
         recipes.joint(**wrong)
+
+
+def test_two_targets_are_too_many():
+    with pytest.raises(RecipeError):
+        recipes.joint(macs=0.5, params=0.5)
 
 
 def test_the_command_line_takes_them_by_name(tmp_path):
     assert commands._recipe("joint") == recipes.joint() and commands._recipe("label-free") == recipes.label_free()
     (tmp_path / "own.yaml").write_text(recipes.joint(macs=0.3).to_yaml(), encoding="utf-8")
     assert commands._recipe(str(tmp_path / "own.yaml")) == recipes.joint(macs=0.3)
-    with pytest.raises(UsageError) as refusal:
+    with refused(UsageError, "unreadable") as refusal:
         commands._recipe("joints")
     assert refusal.value.got.startswith("joints: ") and refusal.value.remedy == "did you mean joint?"
     assert all(name in refusal.value.expected for name in ("joint", "label-free"))

@@ -92,6 +92,8 @@ def _told(error: PenjingError, parsed: argparse.Namespace, messages: Terminal) -
 
 def _plain_error(error: PenjingError) -> dict[str, Any]:
     return {
+        "code": error.code,
+        "field": error.field,
         "what": error.what,
         "got": None if error.got is None else str(error.got),
         "expected": None if error.expected is None else str(error.expected),

@@ -117,7 +117,9 @@ NAMES: dict[str, Callable[[], Recipe]] = {"joint": joint, "label-free": label_fr
 def _check(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise RecipeError(f"a joint recipe can't use {name}", code="settings", got=repr(value), expected="a number")
+            raise RecipeError(
+                f"a joint recipe can't use {name}", code="settings", field=name, got=repr(value), expected="a number"
+            )
 
 
 def _part(fraction: float, epochs: float) -> float:

@@ -46,7 +46,9 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return _build(next(a for a in args if a is not type(None)), data, where)
     if dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
-            raise RecordError(f"{where} can't be read", code="type", got=type(data).__name__, expected="a JSON object")
+            raise RecordError(
+                f"{where} can't be read", code="type", field=where, got=type(data).__name__, expected="a JSON object"
+            )
         hints = typing.get_type_hints(kind)
         values = {}
         for f in dataclasses.fields(kind):
@@ -54,25 +56,33 @@ def _build(kind: Any, data: Any, where: str) -> Any:
                 values[f.name] = _build(hints[f.name], data[f.name], f"{where}.{f.name}")
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise RecordError(
-                    f"{where} has no field {f.name!r}", code="no-field", got=sorted(data), expected=f.name
+                    f"{where} has no field {f.name!r}", code="no-field", field=where, got=sorted(data), expected=f.name
                 )
         return typing.cast(Any, kind)(**values)
     if origin is tuple:
         if not isinstance(data, list | tuple):
-            raise RecordError(f"{where} can't be read", code="type", got=type(data).__name__, expected="a JSON list")
+            raise RecordError(
+                f"{where} can't be read", code="type", field=where, got=type(data).__name__, expected="a JSON list"
+            )
         return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is list:
         if not isinstance(data, list):
-            raise RecordError(f"{where} can't be read", code="type", got=type(data).__name__, expected="a JSON list")
+            raise RecordError(
+                f"{where} can't be read", code="type", field=where, got=type(data).__name__, expected="a JSON list"
+            )
         return [_build(args[0], item, where) for item in data]
     if origin is dict:
         if not isinstance(data, dict):
-            raise RecordError(f"{where} can't be read", code="type", got=type(data).__name__, expected="a JSON object")
+            raise RecordError(
+                f"{where} can't be read", code="type", field=where, got=type(data).__name__, expected="a JSON object"
+            )
         return {k: _build(args[1], v, f"{where}.{k}") for k, v in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise RecordError(f"{where} can't be read", code="type", got=repr(data)[:200], expected=kind.__name__)
+        raise RecordError(
+            f"{where} can't be read", code="type", field=where, got=repr(data)[:200], expected=kind.__name__
+        )
     return data
 
 
@@ -95,7 +105,11 @@ def _check_values(data: Any, where: str = "Record") -> None:
         low, high = _BOUNDS.get(name, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
             raise RecordError(
-                f"{where}.{name} can't be right", code="value", got=value, expected=f"{low:g} to {high:g}"
+                f"{where}.{name} can't be right",
+                code="value",
+                field=f"{where}.{name}",
+                got=value,
+                expected=f"{low:g} to {high:g}",
             )
         _check_values(value, f"{where}.{name}")
 
