@@ -257,7 +257,9 @@ class TestRefusals:
         assert error.got == "Task.calibration is None"
 
     def test_a_pattern_that_fits_no_operator(self, tmp_path, digits_source, task):
-        error = self.refusal(tmp_path, RecipeError, "no-match", digits_source, task, "minimize size_bytes", exclude=["boddy"])
+        error = self.refusal(
+            tmp_path, RecipeError, "no-match", digits_source, task, "minimize size_bytes", exclude=["boddy"]
+        )
         assert "body" in error.expected
 
     def test_a_device_that_is_not_there(self, tmp_path, digits_source, task):

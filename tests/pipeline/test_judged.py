@@ -231,7 +231,7 @@ class TestWhatIsNotFinite:
             network.b.weight[3, 2, 1, 1] = float("nan")
         with refused(SourceError, "weight-not-finite") as caught:
             pj.apply(Recipe(pj.prune.Channels(channels=0.5)), network, task())
-        assert "b.weight" in caught.value.got
+        assert "b.weight" in caught.value.what
 
 
 @dataclasses.dataclass(frozen=True)
