@@ -66,6 +66,7 @@ class AttentionTransfer:
             if any(value.dim() != 4 for value in values):
                 raise TaskError(
                     "attention transfer compares feature maps",
+                    code="not-feature-maps",
                     got=", ".join(f"{n}: {tuple(v.shape)}" for n, v in zip(names, values, strict=True)),
                     expected="(samples, channels, height, width)",
                     remedy="distill.Hints accepts features of any shape",

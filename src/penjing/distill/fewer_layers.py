@@ -64,11 +64,17 @@ class FewerLayers:
         if wrong := [i for i in remaining if not 0 <= i < len(layers)]:
             raise RecipeError(
                 f"FewerLayers keeps a layer that {self.of} does not have",
+                code="no-layer",
                 got=", ".join(map(str, wrong)),
                 expected=f"numbers from 0 to {len(layers) - 1}",
             )
         if isinstance(self.keep, int) and self.keep > len(layers):
-            raise RecipeError(f"FewerLayers keeps more layers than {self.of} has", got=self.keep, expected=len(layers))
+            raise RecipeError(
+                f"FewerLayers keeps more layers than {self.of} has",
+                code="no-layer",
+                got=self.keep,
+                expected=len(layers),
+            )
         network = copy.deepcopy(draft.network)
         edits: list[Edit] = []
         for number, name in enumerate(layers):
@@ -92,6 +98,7 @@ class FewerLayers:
             near = difflib.get_close_matches(self.of, stacks, n=3, cutoff=0.3) or list(stacks)[:3]
             raise RecipeError(
                 "the network has no such stack of layers",
+                code="no-stack",
                 got=self.of,
                 expected="the name of a list of layers, without an index",
                 remedy=f"did you mean {' or '.join(near)}?" if near else "`penjing inspect` lists the layers",
@@ -121,6 +128,7 @@ def _ends(network: fx.GraphModule, name: str, call: Call) -> tuple[str, str]:
         outgoing = ", ".join(f"{site(n)} {sizes.get(n.name)}" for n in leaving)
         raise RecipeError(
             f"{name} can't be removed",
+            code="irremovable",
             got=f"out of it: {outgoing or 'nothing'}; into it: {', '.join(str(sizes.get(x.name)) for x in entering)}",
             expected="exactly one value that leaves it, with the shape of one that enters",
             remedy="prune.Channels makes layers narrower",

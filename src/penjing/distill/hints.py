@@ -91,6 +91,7 @@ def _adapter(names: tuple[str, str], student: torch.Tensor, teacher: torch.Tenso
     if axis is None:
         raise TaskError(
             "features of student and teacher can't be compared",
+            code="shape",
             got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
             expected="shapes that differ only in width, or feature maps",
             remedy="name features at the same depth of both networks; distill.RKD compares features of any shape",

@@ -59,6 +59,7 @@ class Outputs:
         if [x.shape for x in ours] != [x.shape for x in theirs]:
             raise TaskError(
                 "student and teacher have different outputs",
+                code="outputs",
                 got=", ".join(f"{[tuple(x.shape) for x in side]}" for side in (ours, theirs)),
                 expected="the same outputs in the same order",
                 remedy="another teacher, or a loss on features alone, for example distill.Hints"

@@ -17,11 +17,17 @@ def paired(term: object, features: object, least: int = 1) -> tuple[tuple[str, s
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
             raise RecipeError(
                 f"{type(term).__name__}(features=...) can't be used",
+                code="settings",
                 got=repr(features),
                 expected="names, or pairs of names",
                 remedy='for example features=("stages.1", "stages.2"), or (("stages.1", "layer2"),)',
             )
         pairs.append((pair[0], pair[1]))
     if len(pairs) < least:
-        raise RecipeError(f"{type(term).__name__} needs features to compare", got="none", expected="at least one name")
+        raise RecipeError(
+            f"{type(term).__name__} needs features to compare",
+            code="no-features",
+            got="none",
+            expected="at least one name",
+        )
     return tuple(pairs)

@@ -68,6 +68,7 @@ class TeacherCache:
         if not is_folder or not isinstance(self.teacher, nn.Module | str | None) or self.teacher in ("", "self"):
             raise RecipeError(
                 "TeacherCache takes a folder and a network",
+                code="settings",
                 got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
                 expected='TeacherCache("answers", network), or TeacherCache("answers") to read only',
                 remedy="the network may also be given as a .pt2 file or a Hugging Face folder",
@@ -112,6 +113,7 @@ class CachedTeacher(nn.Module):
             self._open(about, name)
         elif not name:
             raise self._wrong(
+                "no-cache",
                 "the folder has no cached teacher outputs",
                 "no about.json",
                 "give the teacher: TeacherCache(folder, network)",
@@ -158,6 +160,7 @@ class CachedTeacher(nn.Module):
         if len(output) != samples:
             raise TaskError(
                 "the teacher's outputs can't be cached",
+                code="no-rows",
                 got=f"an output of shape {tuple(output.shape)} for {samples} samples",
                 expected="one row per sample",
             )
@@ -167,7 +170,11 @@ class CachedTeacher(nn.Module):
             self._begin()
         if shape != self.shape:
             raise TaskError(
-                "the teacher's outputs differ in shape", got=shape, expected=self.shape, remedy="pad to one length"
+                "the teacher's outputs differ in shape",
+                code="shape",
+                got=shape,
+                expected=self.shape,
+                remedy="pad to one length",
             )
         self._append(list(new), output[list(new.values())].numpy())
         self.evaluated += len(new)
@@ -210,11 +217,17 @@ class CachedTeacher(nn.Module):
             if len(shape) > 16 or not all(0 < n <= MOST for n in shape) or math.prod(shape) > MOST:
                 raise ValueError(f"outputs of the shape {shape}"[:200])
         except reading.UNREADABLE as error:
-            raise self._wrong("the cached teacher outputs can't be read", f"{type(error).__name__}: {error}") from None
+            raise self._wrong(
+                "unreadable", "the cached teacher outputs can't be read", f"{type(error).__name__}: {error}"
+            ) from None
         if version != VERSION:
-            raise self._wrong("the cached teacher outputs are of another version", version)
+            raise self._wrong("version", "the cached teacher outputs are of another version", version)
         if name and name != self.name:
-            raise self._wrong("the cached outputs are another teacher's", f"weights {self.name[:12]}, not {name[:12]}")
+            raise self._wrong(
+                "another-teacher",
+                "the cached outputs are another teacher's",
+                f"weights {self.name[:12]}, not {name[:12]}",
+            )
         self.shape = shape
         if count := self._count():
             keys = (self.folder / "keys.bin").read_bytes()
@@ -241,15 +254,16 @@ class CachedTeacher(nn.Module):
     def _unanswered(self, missing: int, samples: int) -> TaskError:
         return TaskError(
             "training samples are missing from the teacher cache",
+            code="missing",
             got=f"{missing} of {samples} samples of a batch are not in {self.folder}",
             expected="the data, seeds and augmentation with which the cache was written",
             remedy="give the teacher, to run it on new samples: TeacherCache(folder, network)",
         )
 
-    def _wrong(self, what: str, got: object, remedy: str | None = None) -> TaskError:
+    def _wrong(self, code: str, what: str, got: object, remedy: str | None = None) -> TaskError:
         remedy = remedy or f"delete {self.folder}; the teacher is run again"
         expected = "a folder that TeacherCache(folder, network) wrote for this teacher"
-        return TaskError(what, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
+        return TaskError(what, code=code, got=f"{self.folder}: {got}", expected=expected, remedy=remedy)
 
 
 def _keys(args: Any, kwargs: Any) -> list[bytes]:
@@ -258,7 +272,9 @@ def _keys(args: Any, kwargs: Any) -> list[bytes]:
     tensors = [x for _, x in named if isinstance(x, torch.Tensor)]
     samples = next((len(x) for x in tensors if x.dim()), None)
     if samples is None:
-        raise TaskError("these inputs can't be cached", got="no tensor with a batch axis", expected="(samples, …)")
+        raise TaskError(
+            "these inputs can't be cached", code="no-rows", got="no tensor with a batch axis", expected="(samples, …)"
+        )
     kinds = repr(
         [
             (where, str(x.dtype), tuple(x.shape[1:])) if isinstance(x, torch.Tensor) else (where, x)
@@ -312,6 +328,7 @@ def _full(folder: Path, error: OSError) -> OutputError:
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return OutputError(
         "the teacher cache can't be written",
+        code="unwritable",
         got=f"{error.strerror or error} ({folder})",
         expected="a folder with write permission and free space",
         remedy="free some space; what was already written is reused" if full else "name another folder",

@@ -55,6 +55,7 @@ class Student:
         except (PenjingError, TypeError) as error:
             raise RecipeError(
                 f"the student {self.architecture} can't be built",
+                code="unbuildable",
                 got=" ".join(str(error).split()),
                 expected="an architecture for the inputs of the source",
                 remedy="Student(architecture=..., settings={...}) passes settings on",
@@ -63,6 +64,7 @@ class Student:
         if produced != expected:
             raise TaskError(
                 "student and teacher have different outputs",
+                code="outputs",
                 got=f"{self.architecture}: {produced}, the source: {expected}",
                 expected="outputs of the same shapes",
                 remedy=f"for example Student(..., settings={{'classes': {expected[0][-1]}}})",

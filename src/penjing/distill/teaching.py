@@ -59,6 +59,7 @@ class DistillationInputs:
         if student.shape != teacher.shape:
             raise TaskError(
                 "student and teacher have different outputs",
+                code="outputs",
                 got=f"{tuple(student.shape)} and {tuple(teacher.shape)}",
                 expected="the same classes in the same order",
                 remedy="distil from a teacher with other classes by its features alone, for example distill.Hints",
@@ -67,6 +68,7 @@ class DistillationInputs:
         if student.dim() < 2 or student.shape[axis] < 2:
             raise TaskError(
                 "this distillation compares classes",
+                code="not-logits",
                 got=f"an output of shape {tuple(student.shape)}",
                 expected="logits of at least two classes, (samples, classes, …)",
                 remedy="distill.Outputs compares outputs of any kind",
@@ -102,6 +104,7 @@ class DistillationInputs:
         if not isinstance(self.target, torch.Tensor) or self.target.is_floating_point():
             raise TaskError(
                 "this distillation needs classes as labels",
+                code="not-classes",
                 got=f"{self.target.dtype} {tuple(self.target.shape)}"
                 if isinstance(self.target, torch.Tensor)
                 else type(self.target).__name__,
@@ -173,6 +176,7 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
     if not path.is_dir() and not (path.suffix.lower() == ".pt2" and path.is_file()):
         raise SourceError(
             "the teacher can't be opened",
+            code="unopenable",
             got=repr(teacher),
             expected="a .pt2 file or a Hugging Face folder; 'self', or no teacher for the source network",
             remedy=suggest_file(path) or "in Python, give the module itself, of any origin",
@@ -183,7 +187,9 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
             return module if isinstance(module, nn.Module) else capture_network(module, *task.call(), task.dynamic)
         except PenjingError as error:
             what = f"the teacher: {error.what}"
-            raise type(error)(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+            raise type(error)(
+                what, code=error.code, got=error.got, expected=error.expected, remedy=error.remedy
+            ) from error
 
 
 class Distiller:
@@ -250,6 +256,7 @@ class Distiller:
                 message = next(iter(str(error).strip().splitlines()), "")
                 raise TaskError(
                     "the teacher can't take Task.example",
+                    code="teacher-raised",
                     got=f"{type(error).__name__}: {message[:300]}",
                     expected="a network that is called like the student",
                     remedy="wrap it in a module whose forward converts the student's inputs to the teacher's",
@@ -293,6 +300,7 @@ class Distiller:
         if not isinstance(student, fx.GraphModule):
             raise TaskError(
                 "features of the student can't be read",
+                code="not-captured",
                 got=f"a {type(student).__name__}",
                 expected="a captured network, as in a recipe",
                 remedy="penjing.apply(penjing.Recipe(penjing.Finetune(...)), network, task)",
@@ -313,6 +321,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
     if len(models) > 1:
         raise TaskError(
             "features of several teachers can't be averaged",
+            code="several-teachers",
             got=f"{len(models)} teachers and the features {', '.join(names)}",
             expected="one teacher, or losses on outputs alone",
         )
@@ -320,6 +329,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
     if getattr(model, "outputs_only", False):
         raise TaskError(
             "a cached teacher has no intermediate features",
+            code="only-outputs",
             got=f"the features {', '.join(names)}",
             expected="losses on outputs alone, for example distill.Logits",
             remedy="give the network itself as the teacher",
@@ -329,7 +339,9 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
             model = capture_network(model, *task.call(), task.dynamic)
         except ExportError as error:
             what = f"the teacher: {error.what}"
-            raise ExportError(what, got=error.got, expected=error.expected, remedy=error.remedy) from error
+            raise ExportError(
+                what, code=error.code, got=error.got, expected=error.expected, remedy=error.remedy
+            ) from error
     return [Tapped(model, names, "teacher")]
 
 
@@ -340,6 +352,7 @@ def _mean(outputs: Sequence[Any]) -> Any:
     if any(form != every[0][1] for _, form in every) or any(one != shapes[0] for one in shapes):
         raise TaskError(
             "the teachers have different outputs",
+            code="teachers-differ",
             got=", ".join(map(str, shapes)),
             expected="the same outputs, with the same classes in the same order",
         )
@@ -368,6 +381,7 @@ def teachers(student: nn.Module, teacher: Teacher, context: Context) -> list[nn.
     if teacher is None and context.source is None:
         raise TaskError(
             "there is no teacher",
+            code="no-teacher",
             got="teacher=None, and no source network",
             expected="a network to distil from",
             remedy="Finetune(distill=..., teacher=network), or teacher='self'",

@@ -58,6 +58,7 @@ class TinyBERT:
         if not self.features:
             raise RecipeError(
                 "TinyBERT needs layers to compare",
+                code="no-features",
                 got="none",
                 expected="names of hidden states, or of attentions",
                 remedy='for example TinyBERT(hidden=(("layers.1", "layers.3"),), attention=("layers.0",))',
@@ -80,6 +81,7 @@ class TinyBERT:
             if not alike:
                 raise TaskError(
                     "layers of student and teacher can't be compared",
+                    code="shape",
                     got=f"{names[0]}: {mine}, {names[1]}: {theirs}",
                     expected="equal numbers of heads and tokens"
                     if names[0].endswith(":scores")

@@ -60,6 +60,7 @@ class Clip:
         if self.what == "weights" and self.threshold is None and not self.adaptive:
             raise RecipeError(
                 "clipping weights needs a threshold",
+                code="no-threshold",
                 got="Clip(what='weights') alone",
                 expected="the norm that is allowed, or adaptive=True",
                 remedy="Clip(what='weights', per='layer', adaptive=True) bounds every layer by what it was drawn from",

@@ -49,6 +49,7 @@ def loader(task: Task, labels: float) -> Any:
     if data is None:
         raise TaskError(
             "fine-tuning needs training data",
+            code="no-training-data",
             got="Task.train is None" + ("" if labels else ", and Task.calibration too"),
             expected="an iterable of (inputs, target)" if labels else "an iterable of (inputs, target), or calibration",
             remedy="give Task(train=loader, loss=...), or leave fine-tuning out of the recipe"
@@ -58,6 +59,7 @@ def loader(task: Task, labels: float) -> Any:
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TaskError(
             "the training data is not a loader",
+            code="not-iterable",
             got=type(data).__name__,
             expected="a list, a DataLoader, or an object whose __iter__ starts anew",
         )
@@ -73,6 +75,7 @@ def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
     if isinstance(data, Iterator) and not hasattr(data, "__len__"):  # a loader may be its own iterator, and start anew
         raise TaskError(
             "the training data can be read only once",
+            code="read-once",
             got=f"a {type(data).__name__}",
             expected="data that starts anew at every pass",
             remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
@@ -91,6 +94,7 @@ def count(data: Any, needed: bool, seconds: float = math.inf) -> float:
         dropped = getattr(data, "drop_last", False)
         raise TaskError(
             "the training data is empty",
+            code="empty",
             got="no batch" + (f": drop_last=True, and batches of {data.batch_size}" if dropped else ""),
             expected="batches of (inputs, target)",
             remedy="a smaller batch_size, or drop_last=False" if dropped else "look at len(task.train)",
@@ -140,6 +144,7 @@ def check_same(first: Any, again: Any) -> None:
     if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
         raise TaskError(
             "a teacher's answers can't be stored for data that differ at every pass",
+            code="unrepeatable",
             got="two passes with one seed, whose first batches differ",
             expected="order and augmentation drawn from the global generators of torch, NumPy or random",
             remedy="seed the augmentation so, or give the network itself as the teacher",
@@ -172,6 +177,7 @@ def pair(batch: Any, labels: float) -> tuple[Any, Any]:
         return batch[0], None
     raise TaskError(
         "a training batch is not a pair",
+        code="not-a-pair",
         got=type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
         expected="(inputs, target)" if labels else "(inputs, None), or a tensor or a dict",
         remedy="put several inputs into a tuple or a dict: ((ids, mask), target)",
@@ -194,7 +200,8 @@ def explained(who: str, inputs: Any, target: Any, task: Task, place: str) -> Ite
         if "more than 1 value per channel" in said:
             remedy = "batch norms need two samples: DataLoader(..., drop_last=True), or another batch_size"
         raise TaskError(
-            f"{who} can't take {place}",
+            f"the {who} can't take {place}",
+            code=f"{who}-raised",
             got=f"{type(error).__name__}: {said[:300]} (inputs {_shown(inputs)}, labels {_shown(target)})",
             expected=f"inputs as in Task.example: {_shown((args, kwargs))}, and the labels that Task.loss takes",
             remedy=remedy,
@@ -206,23 +213,27 @@ def not_finite(step: int, call: Any, terms: dict[str, float], value: float) -> T
     tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
     if any(x.numel() == 0 for x in tensors):
         return TrainingError(
-            f"the training data has a batch without samples, at step {step}", got=_shown(call), expected="(samples, …)"
+            f"the training data has a batch without samples, at step {step}",
+            code="no-sample",
+            got=_shown(call),
+            expected="(samples, …)",
         )
     if any(x.is_floating_point() and not torch.isfinite(x).all() for x in tensors):
         return TrainingError(
             f"the training data has values that are not finite, at step {step}",
+            code="data-not-finite",
             got=_shown(call),
             expected="finite numbers",
             remedy="look for NaN in the samples, and for a division by a deviation of 0",
         )
     broken = ", ".join(f"{name} is {number:g}" for name, number in terms.items()) if len(terms) > 1 else f"{value:g}"
-    return diverged(f"the loss is not finite at step {step}", broken)
+    return diverged("loss-not-finite", f"the loss is not finite at step {step}", broken)
 
 
-def diverged(what: str, got: object) -> TrainingError:
+def diverged(code: str, what: str, got: object) -> TrainingError:
     """The error of a training that diverged."""
     remedy = "clip=penjing.Clip(threshold=1.0), a lower learning_rate, or autocast='off'"
-    return TrainingError(what, got=got, expected="finite numbers", remedy=remedy)
+    return TrainingError(what, code=code, got=got, expected="finite numbers", remedy=remedy)
 
 
 def _shown(value: Any) -> str:

@@ -45,7 +45,7 @@ from penjing.train.data import (
     shares,
     sized,
 )
-from penjing.train.objective import Batch, Objective, scalar
+from penjing.train.objective import Batch, Objective, no_gradient, scalar
 from penjing.train.optimizers import optimizer
 from penjing.train.parallel import Group
 from penjing.train.precision import caster, channels_last_pays
@@ -90,7 +90,8 @@ class Loop:
         self.objective = Objective(context.task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
         if self.home is None:
-            raise TrainingError("the network has no trainable parameters", got="no parameter that requires a gradient")
+            got = "no parameter that requires a gradient"
+            raise TrainingError("the network has no trainable parameters", code="nothing-to-train", got=got)
         self.context, self.settings, self.data, self.group = context, settings, data, group
         self.keep_zeros = tuple(keep_zeros)  # parameters whose zeros stay zeros
         self.network = network.to(context.device)
@@ -169,7 +170,7 @@ class Loop:
 
     def _check_finite(self) -> None:
         if broken := [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]:
-            raise diverged(f"a weight is not finite after step {self.step}", ", ".join(broken[:3]))
+            raise diverged("weight-not-finite", f"a weight is not finite after step {self.step}", ", ".join(broken[:3]))
 
     def _groups(self) -> Iterator[list[tuple[Any, Any]]]:
         """The rest of this epoch's batches, as many together as make one update; the last ones may be fewer."""
@@ -201,6 +202,7 @@ class Loop:
         if not came:
             raise TaskError(
                 f"the training data gave no batch in epoch {self.epoch}",
+                code="no-batch",
                 got=f"a {type(self.data).__name__}" + (f" that gave {self.length} before" if self.epoch else ""),
                 expected="data that starts anew at every pass",
                 remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
@@ -266,25 +268,20 @@ class Loop:
         target = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.context.device), target)
         task = self.context.task
         with self.cast():
-            with explained("the network", call, target, task, self.place):
+            with explained("network", call, target, task, self.place):
                 output = (self.teaching.student if self.teaching else self.network)(*args, **kwargs)
-            with explained("the teacher", call, target, task, self.place):
+            with explained("teacher", call, target, task, self.place):
                 done = self.step / self.steps
                 distilled = self.teaching.inputs(output, target, (args, kwargs), done) if self.teaching else None
         batch = Batch((args, kwargs), in_fp32(output), target, self.network, self.step)
-        with explained("the loss", call, target, task, self.place):
+        with explained("loss", call, target, task, self.place):
             terms = self.objective(batch)
             if self.teaching and distilled:
                 terms += [(name, scalar(term)) for name, term in self.teaching.terms(distilled).items()]
         values = torch.stack([term for _, term in terms])
         loss = values.sum() * (part * share)
         if not loss.requires_grad:
-            raise TrainingError(
-                "the loss has no gradient",
-                got=", ".join(name for name, _ in terms) + ": no way back to a weight",
-                expected="a loss that is computed from the network's output by torch",
-                remedy="leave out .detach(), .numpy() and torch.no_grad() in the loss and in the network",
-            )
+            raise no_gradient(name for name, _ in terms)
         loss.backward()  # type: ignore[no-untyped-call]
         # All at once, and behind the way back: a GPU is waited for once in a step.
         *each_term, value = torch.stack([*values.detach(), loss.detach()]).tolist()

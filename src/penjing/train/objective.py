@@ -5,14 +5,14 @@ Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from penjing.errors import TaskError
+from penjing.errors import TaskError, TrainingError
 from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Task
 
@@ -53,6 +53,7 @@ class Objective:
         if weight and not losses and task.loss is None:
             raise TaskError(
                 "fine-tuning needs a loss",
+                code="no-loss",
                 got="Task.loss is None",
                 expected="loss(output, target) -> scalar tensor",
                 remedy="for classes: Task(loss=torch.nn.functional.cross_entropy)",
@@ -60,6 +61,7 @@ class Objective:
         if label_smoothing and task.loss is None:
             raise TaskError(
                 "label smoothing needs the task's own loss",
+                code="no-loss",
                 got=f"label_smoothing={label_smoothing:g}, and Task.loss is None",
                 expected="loss(output, target) -> scalar tensor",
                 remedy="smooth in the loss that is there: cross_entropy(..., label_smoothing=0.1)",
@@ -91,6 +93,7 @@ def _uniform(batch: Batch, loss: torch.Tensor) -> torch.Tensor:
                            for x in (output, target))  # fmt: skip
         raise TaskError(
             "label smoothing needs classes",
+            code="not-classes",
             got=got,
             expected="logits (samples, classes, …) and integers (samples, …)",
             remedy="leave label_smoothing at 0 and smooth in the task's own loss",
@@ -112,7 +115,24 @@ def scalar(loss: Any) -> torch.Tensor:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return loss.reshape(())
     got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-    raise TaskError("a loss is not a single number", got=got, expected="a scalar tensor", remedy="end it with .mean()")
+    raise TaskError(
+        "a loss is not a single number",
+        code="not-a-scalar",
+        got=got,
+        expected="a scalar tensor",
+        remedy="end it with .mean()",
+    )
+
+
+def no_gradient(terms: Iterable[str]) -> TrainingError:
+    """The error of a loss, the sum of these terms, that nothing can be learned from."""
+    return TrainingError(
+        "the loss has no gradient",
+        code="no-gradient",
+        got=", ".join(terms) + ": no way back to a weight",
+        expected="a loss that is computed from the network's output by torch",
+        remedy="leave out .detach(), .numpy() and torch.no_grad() in the loss and in the network",
+    )
 
 
 def _called(loss: Loss, position: int) -> str:

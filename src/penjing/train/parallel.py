@@ -58,6 +58,7 @@ class Group:
         if len(lengths) != 1:
             raise TaskError(
                 "a batch can't be shared by several workers",
+                code="unshareable",
                 got=f"arrays of {', '.join(map(str, sorted(lengths))) or 'no'} samples",
                 expected="inputs and targets whose first axis are the samples",
                 remedy="train with workers=1",
@@ -67,12 +68,15 @@ class Group:
         if any(isinstance(x, list) and not any(hasattr(y, "shape") for y in pytree.tree_leaves(x)) for x in entries):
             raise TaskError(
                 "a batch can't be shared by several workers",
+                code="unshareable",
                 got=f"a list of {samples}, an entry a sample",
                 expected="inputs and targets whose first axis are the samples",
                 remedy="make it a tensor, or train with workers=1",
             )
         if not samples:
-            raise TaskError("the training data has a batch without samples", got="(0, …)", expected="(samples, …)")
+            raise TaskError(
+                "the training data has a batch without samples", code="no-sample", got="(0, …)", expected="(samples, …)"
+            )
         start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))
 
         def cut(x: Any) -> Any:
@@ -204,6 +208,7 @@ def _pickled(message: dict[str, Any]) -> bytes:
     except Exception as error:  # pickle raises what the objects raise
         raise TaskError(
             "the training can't be sent to other processes",
+            code="unsendable",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             expected="a task, losses and hooks that can be pickled: no open files, no database connections",
             remedy="open them in the dataset, on first read",
@@ -235,6 +240,7 @@ def _connected(ray: Any, cluster: str, workers: int) -> Iterator[None]:
     except Exception as error:
         raise TrainingError(
             "the Ray cluster can't be reached",
+            code="unreachable",
             got=f"{cluster}: {' '.join(str(error).split())[:200]}",
             expected="'local', or the address of a running cluster, for example ray://host:10001",
             remedy="check it with `ray status`; cluster='local' starts one here",
@@ -251,6 +257,7 @@ def _check_room(resources: dict[str, float], workers: int, cuda: bool) -> None:
         if resources.get(kind, 0) < needed:
             raise TrainingError(
                 "the cluster is too small",
+                code="too-small",
                 got=f"{resources.get(kind, 0):g} {kind}",
                 expected=f"{needed}, one for each worker",
                 remedy="fewer workers, or a larger cluster",
@@ -294,7 +301,7 @@ def _listen(trainer: Any, queue: Any, network: nn.Module, context: Context, save
             trained = value
     if trained is None:
         said = " ".join(str(failed[0]).split())[-300:] if failed else "no result"
-        raise TrainingError("a worker of the cluster failed", got=said, expected="a trained network")
+        raise TrainingError("a worker of the cluster failed", code="failed", got=said, expected="a trained network")
     network.load_state_dict(torch.load(io.BytesIO(trained), weights_only=True))
 
 
@@ -306,6 +313,7 @@ def _keep(path: Path, state: bytes) -> None:
     except OSError as error:
         raise OutputError(
             "the state of the training can't be saved",
+            code="unwritable",
             got=f"{error.strerror or error} ({path.parent})",
             expected="a folder with write permission and free space",
             remedy="free some space; what was saved before is untouched",

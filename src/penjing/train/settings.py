@@ -122,6 +122,7 @@ class TrainingSettings:
         if (self.cluster is None) != alone:
             raise RecipeError(
                 "Finetune(cluster=...) can't be used with these workers",
+                code="cluster",
                 got=f"cluster={self.cluster!r}, workers={self.workers}",
                 expected="'local', or an address, for workers above 1; None for one",
             )
@@ -129,6 +130,7 @@ class TrainingSettings:
         if any(isinstance(t, TeacherCache) and t.teacher is not None for t in several) and not alone:
             raise RecipeError(
                 "several workers can't write a teacher's answers into one folder",
+                code="shared-cache",
                 got=f"TeacherCache with its teacher, workers={self.workers}",
                 expected="TeacherCache(folder), whose answers are all there",
                 remedy="train one epoch with workers=1 first, or ask the teacher at every step",
@@ -138,6 +140,7 @@ class TrainingSettings:
         if self.teacher is not None and self.distill == ():
             raise RecipeError(
                 "a teacher is named, and nothing is learned from it",
+                code="idle-teacher",
                 got="teacher=..., distill=()",
                 expected="a way to imitate it, for example distill=penjing.distill.Logits()",
                 remedy="leave distill at 'auto', or leave out the teacher",
@@ -176,6 +179,7 @@ class TrainingSettings:
 def _nothing_to_learn(got: str) -> RecipeError:
     return RecipeError(
         "training without labels and without a teacher learns nothing",
+        code="nothing-to-learn",
         got=got,
         expected="task_loss_weight above 0, or distill=penjing.distill.Logits()",
     )

@@ -38,6 +38,7 @@ def save(path: Path, state: State) -> None:
             aside.unlink()
         raise OutputError(
             "the state of the training can't be saved",
+            code="unwritable",
             got=f"{type(error).__name__}: {error} ({path.parent})",
             expected="a folder with write permission and free space",
             remedy="free some space; what was saved before is untouched",
@@ -80,6 +81,7 @@ def loading(path: Path, request: dict[str, Any]) -> Iterator[State]:
     except Exception as error:  # a damaged file fails in many ways, deep inside zip, pickle and torch
         raise CheckpointError(
             "the saved training state can't be read",
+            code="unreadable",
             got=f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
             expected="a state written by penjing.train.finetune for this network: tensors and numbers, no code",
             remedy="delete the file; the step starts over",
@@ -90,6 +92,7 @@ def _check_request(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     if changed := [name for name in now if before.get(name) != now[name]]:
         raise CheckpointError(
             f"the saved training state belongs to another {', '.join(changed)}",
+            code="settings",
             got=f"{changed[0]} = {now[changed[0]]}",
             expected=f"{changed[0]} = {before.get(changed[0])}",
             remedy=f"resume with the settings of that run, or delete {path}",
