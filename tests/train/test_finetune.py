@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from penjing.errors import CheckpointError, OutputError, RecipeError, TaskError, TrainingError
+from penjing.errors import CheckpointError, OutputError, TaskError, TrainingError
 from penjing.network.capture import capture_network
 from penjing.network.exporting import export
 from penjing.randomness import seed_everything
@@ -32,6 +32,7 @@ from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
 from penjing.train.precision import bf16_pays
+from tests.refusals import refused, refused_setting
 from tests.trainings import (
     SHORT,
     Interrupt,
@@ -325,30 +326,31 @@ class TestResume:
         assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 0
 
     @pytest.mark.parametrize(
-        ("changed", "word"),
+        "changed",
         [
-            ({"epochs": 3}, "epochs"),
-            ({"learning_rate": 0.01}, "learning_rate"),
-            ({"optimizer": "adamw"}, "optimizer"),
-            ({"weight_decay": 0.0}, "weight_decay"),
-            ({"channels_last": False}, "channels_last"),
-            ({"autocast": "bf16"}, "autocast"),
-            ({"losses": (lambda batch: batch.output.mean(),)}, "losses"),
-            ({"hooks": ()}, "hooks"),
+            {"epochs": 3},
+            {"learning_rate": 0.01},
+            {"optimizer": "adamw"},
+            {"weight_decay": 0.0},
+            {"channels_last": False},
+            {"autocast": "bf16"},
+            {"losses": (lambda batch: batch.output.mean(),)},
+            {"hooks": ()},
         ],
     )
-    def test_other_settings_are_refused_by_name(self, tmp_path, changed, word):
+    def test_other_settings_are_refused_by_name(self, tmp_path, changed):
         self.interrupted(tmp_path)
-        with pytest.raises(CheckpointError, match=f"another {word}"):
+        with refused(CheckpointError, "settings") as found:
             trained(replace(SHORT, **{"hooks": (Interrupt(),), **changed}), context_of(folder=tmp_path))
+        assert [found.value.field] == list(changed)
 
     def test_another_seed_and_other_data_are_refused(self, tmp_path):
         self.interrupted(tmp_path)
         settings = replace(SHORT, hooks=(Interrupt(),))
-        with pytest.raises(CheckpointError, match="another seed"):
-            trained(settings, context_of(folder=tmp_path, seed=1))
-        with pytest.raises(CheckpointError, match="another number of batches"):
-            trained(settings, context_of(digits(300), folder=tmp_path))
+        for name, data, seed in (("seed", digits(), 1), ("number of batches", digits(300), 0)):
+            with refused(CheckpointError, "settings") as found:
+                trained(settings, context_of(data, folder=tmp_path, seed=seed))
+            assert found.value.field == name
 
     def test_how_often_it_is_saved_may_change(self, tmp_path):
         self.interrupted(tmp_path)
@@ -444,7 +446,7 @@ class TestTheSavedState:
                 return Path.touch, (mark,)
 
         write({"request": "{}", "numbers": Malicious()}, tmp_path / "finetune.pt")
-        with pytest.raises(CheckpointError, match="no code"):
+        with refused(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
         assert not mark.exists()
 
@@ -453,8 +455,9 @@ class TestTheSavedState:
             if moment.name == "gradients" and moment.step == 3:
                 moment.network.head.weight.grad.fill_(math.nan)
 
-        with pytest.raises(TrainingError, match="not finite after step 4"):
+        with refused(TrainingError, "weight-not-finite") as found:
             trained(replace(SHORT, hooks=(break_,)), context_of(folder=tmp_path))
+        assert found.value.what.endswith(" step 4")
         state = torch.load(tmp_path / "finetune.pt", weights_only=True)
         assert state["numbers"][0] == 3
         assert all(torch.isfinite(tensor.float()).all() for tensor in state["network"].values())
@@ -464,25 +467,26 @@ class TestTheSavedState:
         path = tmp_path / "finetune.pt"
         trained(SHORT, context_of(folder=tmp_path))
         path.write_bytes(path.read_bytes()[:-5000] if content is None else content)
-        with pytest.raises(CheckpointError, match="can't be read"):
+        with refused(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
 
     @pytest.mark.parametrize("state", [[1], {}, {"request": "[]"}, {"request": "{"}, {"request": 3}])
     def test_a_foreign_one_is_refused(self, tmp_path, state):
         torch.save(state, tmp_path / "finetune.pt")
-        with pytest.raises(CheckpointError):
+        with refused(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
 
     def test_that_of_another_network_is_refused(self, tmp_path):
         trained(SHORT, context_of(folder=tmp_path))
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        with pytest.raises(CheckpointError, match="1.weight"):
+        with refused(CheckpointError, "unreadable") as found:
             trained(SHORT, context_of(folder=tmp_path), other)
+        assert "1.weight" in found.value.got
 
     def test_a_folder_that_cannot_be_written_is_said_before_training(self, tmp_path):
         progress = []
         context = context_of(folder=tmp_path / "missing", events=lambda *a, **k: progress.append(k))
-        with pytest.raises(OutputError, match="can't be saved"):
+        with refused(OutputError, "unwritable"):
             trained(SHORT, context)
         assert progress == []
 
@@ -491,7 +495,7 @@ class TestTheSavedState:
             if moment.name == "step" and moment.step == 5:
                 (tmp_path / "finetune.new").mkdir()
 
-        with pytest.raises(OutputError):
+        with refused(OutputError, "unwritable"):
             trained(replace(SHORT, hooks=(block,)), context_of(folder=tmp_path))
         assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 4
 
@@ -734,7 +738,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("loss", [lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: 0.5])
     def test_what_is_no_single_number_is_refused(self, loss):
-        with pytest.raises(TaskError, match="not a single number"):
+        with refused(TaskError, "not-a-scalar"):
             trained(SHORT, context_of(loss=loss))
 
 
@@ -788,8 +792,9 @@ class TestOptimizing:
                 loss.calls += 1
                 kept.append(moment.network.head.weight.detach().clone())
 
-        with pytest.raises(TrainingError, match="not finite at step 1"):
+        with refused(TrainingError, "loss-not-finite") as found:
             trained(replace(SHORT, hooks=(hook,)), context_of(loss=loss), network)
+        assert found.value.what.endswith(" step 1")
         assert torch.equal(network.head.weight, kept[0])
 
     def test_weights_that_are_not_finite_are_no_result(self):
@@ -797,11 +802,12 @@ class TestOptimizing:
             if moment.name == "gradients" and moment.step == 9:
                 moment.network.head.bias.grad.fill_(float("inf"))
 
-        with pytest.raises(TrainingError, match="head.bias"):
+        with refused(TrainingError, "weight-not-finite") as found:
             trained(replace(SHORT, hooks=(break_it,)))
+        assert found.value.got == "head.bias"
 
     def test_nothing_to_train_is_an_error(self):
-        with pytest.raises(TrainingError, match="no trainable parameters"):
+        with refused(TrainingError, "nothing-to-train"):
             trained(SHORT, network=net().requires_grad_(False))
 
 
@@ -913,27 +919,29 @@ class TestInputs:
 
 class TestBadInput:
     def test_no_training_data(self):
-        with pytest.raises(TaskError, match="needs training data"):
+        with refused(TaskError, "no-training-data"):
             trained(SHORT, Context(task=Task(example=torch.zeros(1, 1, 8, 8), loss=F.cross_entropy)))
 
     def test_no_loss(self):
-        with pytest.raises(TaskError, match="needs a loss"):
+        with refused(TaskError, "no-loss"):
             trained(SHORT, context_of(loss=None))
 
     def test_no_batch(self):
-        with pytest.raises(TaskError, match="is empty"):
+        with refused(TaskError, "empty"):
             trained(SHORT, context_of([]))
 
     def test_fewer_samples_than_a_batch_that_are_dropped(self):
         samples = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), torch.zeros(5).long())
-        with pytest.raises(TaskError, match="drop_last=True, and batches of 8"):
+        with refused(TaskError, "empty") as found:
             trained(SHORT, context_of(torch.utils.data.DataLoader(samples, batch_size=8, drop_last=True)))
+        assert "drop_last=True" in found.value.got and "8" in found.value.got
+        assert "drop_last=False" in found.value.remedy
 
     @pytest.mark.parametrize("data", [iter(()), (batch for batch in digits())])
     def test_data_that_can_be_read_only_once(self, data):
-        with pytest.raises(TaskError, match="only once") as found:
+        with refused(TaskError, "read-once") as found:
             trained(SHORT, context_of(data))
-        assert "DataLoader" in str(found.value)
+        assert "DataLoader" in found.value.remedy
 
     def test_a_loader_that_is_its_own_iterator_may_start_anew(self):
         class Loader:
@@ -968,9 +976,9 @@ class TestBadInput:
                 batches, self.batches = self.batches, []
                 return iter(batches)
 
-        with pytest.raises(TaskError, match="gave no batch in epoch 1") as found:
+        with refused(TaskError, "no-batch") as found:
             trained(SHORT, context_of(Once()))
-        assert "gave 4 before" in found.value.got
+        assert found.value.what.endswith(" epoch 1") and " 4 " in found.value.got
 
     def test_a_stream_without_an_end_is_read_as_far_as_it_is_needed(self):
         class Stream:
@@ -996,8 +1004,9 @@ class TestBadInput:
             def forward(self, x):
                 return self.norm(self.head(x.flatten(1)))
 
-        with pytest.raises(TaskError, match="can't take batch 4 of epoch 0") as found:
+        with refused(TaskError, "network-raised") as found:
             trained(SHORT, context_of(data), Features())
+        assert found.value.what.endswith("batch 4 of epoch 0")
         assert "drop_last=True" in found.value.remedy
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), {"x": torch.zeros(2, 1, 8, 8)}])
@@ -1008,7 +1017,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),), {"x": torch.zeros(2)}])
     def test_batches_that_are_no_pairs(self, batch):
-        with pytest.raises(TaskError, match="not a pair"):
+        with refused(TaskError, "not-a-pair"):
             trained(SHORT, context_of([batch]))
 
     @pytest.mark.parametrize(
@@ -1030,7 +1039,7 @@ class TestBadInput:
         ],
     )
     def test_settings_that_make_no_sense(self, setting):
-        with pytest.raises(RecipeError, match=next(iter(setting))) as found:
+        with refused_setting(next(iter(setting))) as found:
             Finetune(**setting)
         assert found.value.expected is not None
 

@@ -8,6 +8,7 @@ import torch
 from penjing.errors import CheckpointError, OutputError
 from penjing.randomness import rng_state, set_rng_state
 from penjing.train import state as training_state
+from tests.refusals import refused
 
 
 def drawn():
@@ -67,28 +68,34 @@ def test_a_request_is_compared_by_what_its_functions_do(path):
 
 
 @pytest.mark.parametrize(
-    "now", [{"seed": 2, "epochs": 1}, {"seed": 1, "epochs": 1.5}, {"seed": 1, "epochs": 1, "more": 0}]
+    ("now", "name"),
+    [
+        ({"seed": 2, "epochs": 1}, "seed"),
+        ({"seed": 1, "epochs": 1.5}, "epochs"),
+        ({"seed": 1, "epochs": 1, "more": 0}, "more"),
+    ],
 )
-def test_another_request_is_refused_with_both(path, now):
+def test_another_request_is_refused_with_both(path, now, name):
     save(path, seed=1, epochs=1)
-    with pytest.raises(CheckpointError, match="belongs to another") as found, training_state.loading(path, now):
+    with refused(CheckpointError, "settings") as found, training_state.loading(path, now):
         pytest.fail("the state was given out")
-    assert found.value.got.partition(" = ")[0] == found.value.expected.partition(" = ")[0]
+    names = {x.partition(" = ")[0] for x in (found.value.got, found.value.expected)}
+    assert names == {found.value.field} == {name}
 
 
 def test_what_does_not_fit_in_place_is_said_as_of_a_damaged_file(path):
     save(path)
-    with pytest.raises(CheckpointError, match="can't be read"), training_state.loading(path, {}) as state:
+    with refused(CheckpointError, "unreadable"), training_state.loading(path, {}) as state:
         torch.nn.Linear(2, 2).load_state_dict(state)
 
 
 def test_an_error_of_penjings_own_passes(path):
     save(path)
-    with pytest.raises(OutputError, match="full"), training_state.loading(path, {}):
-        raise OutputError("full")
+    with refused(OutputError, "full"), training_state.loading(path, {}):
+        raise OutputError("there is no room", code="full")
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OutputError, match="can't be saved") as found:
+    with refused(OutputError, "unwritable") as found:
         save(tmp_path / "no" / "state.pt")
     assert found.value.remedy

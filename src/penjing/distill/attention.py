@@ -54,7 +54,7 @@ class AttentionTransfer:
 
     def __post_init__(self) -> None:
         check(self, weight=at_least(0))
-        object.__setattr__(self, "features", paired(self, self.features))
+        object.__setattr__(self, "features", paired(self))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """Return the loss of a batch.

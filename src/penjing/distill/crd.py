@@ -77,7 +77,7 @@ class CRD:
 
     def __post_init__(self) -> None:
         check(self, dimensions=whole(), negatives=whole(), temperature=above(0), weight=at_least(0))
-        object.__setattr__(self, "features", paired(self, self.features, least=0))
+        object.__setattr__(self, "features", paired(self, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """Return the loss of a batch, a module with two embeddings per feature pair and the recent samples."""

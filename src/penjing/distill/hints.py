@@ -47,7 +47,7 @@ class Hints:
 
     def __post_init__(self) -> None:
         check(self, weight=at_least(0))
-        object.__setattr__(self, "features", paired(self, self.features))
+        object.__setattr__(self, "features", paired(self))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """Return the loss of a batch, a module with one adapter per feature pair.

@@ -76,7 +76,7 @@ class RKD:
 
     def __post_init__(self) -> None:
         check(self, distance=at_least(0), angle=at_least(0), weight=at_least(0))
-        object.__setattr__(self, "features", paired(self, self.features, least=0))
+        object.__setattr__(self, "features", paired(self, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """Return the loss of a batch."""

@@ -51,7 +51,7 @@ class SimilarityPreserving:
 
     def __post_init__(self) -> None:
         check(self, weight=at_least(0))
-        object.__setattr__(self, "features", paired(self, self.features, least=0))
+        object.__setattr__(self, "features", paired(self, least=0))
 
     def loss(self, inputs: DistillationInputs) -> DistillationLoss:
         """Return the loss of a batch."""

@@ -69,6 +69,7 @@ class TeacherCache:
             raise RecipeError(
                 "TeacherCache takes a folder and a network",
                 code="settings",
+                field="teacher" if is_folder else "folder",
                 got=f"folder={self.folder!r}, teacher={self.teacher!r}"[:200],
                 expected='TeacherCache("answers", network), or TeacherCache("answers") to read only',
                 remedy="the network may also be given as a .pt2 file or a Hugging Face folder",

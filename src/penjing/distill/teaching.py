@@ -186,10 +186,13 @@ def opened(teacher: Tutor, task: Task) -> nn.Module:
             module = open_file(path).module
             return module if isinstance(module, nn.Module) else capture_network(module, *task.call(), task.dynamic)
         except PenjingError as error:
-            what = f"the teacher: {error.what}"
-            raise type(error)(
-                what, code=error.code, got=error.got, expected=error.expected, remedy=error.remedy
-            ) from error
+            raise _of_the_teacher(error) from error
+
+
+def _of_the_teacher(error: PenjingError) -> PenjingError:
+    """The same error, told of the teacher."""
+    parts: dict[str, Any] = {"got": error.got, "expected": error.expected, "remedy": error.remedy}
+    return type(error)(f"the teacher: {error.what}", code=error.code, field=error.field, **parts)
 
 
 class Distiller:
@@ -338,10 +341,7 @@ def teacher_view(models: Sequence[nn.Module], names: Sequence[str], task: Task) 
         try:
             model = capture_network(model, *task.call(), task.dynamic)
         except ExportError as error:
-            what = f"the teacher: {error.what}"
-            raise ExportError(
-                what, code=error.code, got=error.got, expected=error.expected, remedy=error.remedy
-            ) from error
+            raise _of_the_teacher(error) from error
     return [Tapped(model, names, "teacher")]
 
 

@@ -54,7 +54,7 @@ class TinyBERT:
     def __post_init__(self) -> None:
         check(self, weight=at_least(0))
         for name in ("hidden", "attention"):
-            object.__setattr__(self, name, paired(self, getattr(self, name), least=0))
+            object.__setattr__(self, name, paired(self, name, least=0))
         if not self.features:
             raise RecipeError(
                 "TinyBERT needs layers to compare",

@@ -122,7 +122,8 @@ class TrainingSettings:
         if (self.cluster is None) != alone:
             raise RecipeError(
                 "Finetune(cluster=...) can't be used with these workers",
-                code="cluster",
+                code="settings",
+                field="cluster",
                 got=f"cluster={self.cluster!r}, workers={self.workers}",
                 expected="'local', or an address, for workers above 1; None for one",
             )

@@ -93,6 +93,7 @@ def _check_request(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
         raise CheckpointError(
             f"the saved training state belongs to another {', '.join(changed)}",
             code="settings",
+            field=changed[0],
             got=f"{changed[0]} = {now[changed[0]]}",
             expected=f"{changed[0]} = {before.get(changed[0])}",
             remedy=f"resume with the settings of that run, or delete {path}",
