@@ -1,6 +1,7 @@
 """Short trainings on digits, with everything that makes a resume hard."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ def same(one, other):
 
 
 SHORT = Finetune(epochs=2.5, learning_rate=0.05, autocast="off", save_every_s=EVERY_STEP)  # 10 steps of 4 an epoch
+LONGER = replace(SHORT, epochs=5)
 
 
 class Stop(Exception):

@@ -21,6 +21,7 @@ from penjing.distill.similarity import similarity_preserving
 from penjing.distill.teaching import DistillationInputs
 from penjing.distill.tinybert import layer_to_layer
 from penjing.errors import RecipeError, TaskError
+from tests.refusals import refused, refused_setting
 
 SEEDS = st.integers(0, 10**6)
 
@@ -140,14 +141,14 @@ class TestEvery:
 
     @pytest.mark.parametrize("shape", [(8,), (8, 1)])
     def test_an_output_without_classes_is_refused(self, way, shape):
-        with pytest.raises(TaskError, match="compares classes") as caught:
+        with refused(TaskError, "not-logits") as caught:
             self.loss(way, torch.randn(shape), torch.randn(shape))
-        assert str(shape) in str(caught.value) and "distill.Outputs" in str(caught.value)
+        assert str(shape) in caught.value.got and "distill.Outputs" in caught.value.remedy
 
     def test_other_classes_are_refused(self, way):
-        with pytest.raises(TaskError, match="different outputs") as caught:
+        with refused(TaskError, "outputs") as caught:
             self.loss(way, torch.zeros(5, 3), torch.zeros(5, 4), torch.zeros(5).long())
-        assert "(5, 3) and (5, 4)" in str(caught.value)
+        assert "(5, 3)" in caught.value.got and "(5, 4)" in caught.value.got
 
 
 def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
@@ -163,7 +164,7 @@ def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
     assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
     assert float(loss(0.0, warmup=0.0)) == pytest.approx(1.0)
     for wrong in (-0.1, 1.1):
-        with pytest.raises(RecipeError, match="warmup"):
+        with refused_setting("warmup"):
             distill.DKD(warmup=wrong)
 
 
@@ -187,19 +188,19 @@ def test_decoupled_distillation_leaves_out_labels_below_0():
 
 def test_labels_that_are_no_classes_are_refused():
     lesson = DistillationInputs(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
-    with pytest.raises(TaskError, match="needs classes"):
+    with refused(TaskError, "not-classes"):
         distill.DKD().loss(lesson)(lesson)
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
 @pytest.mark.parametrize("cls", [distill.Logits, distill.DKD, distill.DIST])
 def test_a_temperature_is_above_0(cls, temperature):
-    with pytest.raises(RecipeError, match="temperature"):
+    with refused_setting("temperature"):
         cls(temperature=temperature)
 
 
 def test_weights_are_not_negative():
-    with pytest.raises(RecipeError, match="weight"):
+    with refused_setting("weight"):
         distill.HardLabels(weight=-1)
 
 
@@ -327,9 +328,9 @@ def test_hints_of_other_widths(student, teacher):
 @pytest.mark.parametrize(("student", "teacher"), [((2, 4, 6), (2, 8, 7)), ((2, 4, 6, 6), (2, 4)), ((2, 4), (2, 4, 1))])
 def test_hints_of_other_shapes_are_refused_before_the_training(student, teacher):
     lesson = DistillationInputs(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
-    with pytest.raises(TaskError, match="can't be compared") as caught:
+    with refused(TaskError, "shape") as caught:
         distill.Hints(features=(("a", "b"),)).loss(lesson)
-    assert str(student) in str(caught.value) and str(teacher) in str(caught.value)
+    assert str(student) in caught.value.got and str(teacher) in caught.value.got
 
 
 def test_samples_that_coincide_have_finite_gradients():
@@ -401,13 +402,13 @@ def test_layers_of_other_widths_need_adapters_and_other_heads_are_refused():
     hidden, scores = term.adapters[0](values["a"]) - values["b"], values["a:scores"] - values["b:scores"]
     assert float(term(lesson)) == pytest.approx(float(hidden.square().mean() + scores.square().mean()), rel=1e-5)
     values["b:scores"] = torch.randn(2, 2, 4, 4)
-    with pytest.raises(TaskError, match="can't be compared"):
+    with refused(TaskError, "shape"):
         distill.TinyBERT(attention=(("a", "b"),)).loss(lesson)
-    with pytest.raises(RecipeError, match="needs layers"):
+    with refused(RecipeError, "no-features"):
         distill.TinyBERT()
 
 
 @pytest.mark.parametrize("wrong", [{"dimensions": 0}, {"negatives": 1.5}, {"temperature": 0}])
 def test_contrastive_settings_that_make_no_sense(wrong):
-    with pytest.raises(RecipeError, match="CRD"):
+    with refused_setting(next(iter(wrong))):
         distill.CRD(**wrong)

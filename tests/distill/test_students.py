@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -16,61 +17,66 @@ from penjing.network.capture import capture_network
 from penjing.pipeline.request import untrained
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
-from penjing.surgery import replay
 from penjing.tasks.task import Task
-from penjing.train.finetune import train
+from tests.refusals import refused, refused_setting
 
 
 def draft_of(module, call):
     return Draft(capture_network(module, call))
 
 
+@pytest.fixture(scope="module")
 def text():
+    """A module with a stack of six layers, its task and the draft that was captured of it; nobody changes them."""
     torch.manual_seed(0)
     module = BERT(width=8, depth=6, heads=2, vocabulary=40, length=10, classes=3, dropout=0.0).eval()
-    tokens = torch.randint(0, 40, (2, 10))
-    return module, Task(example=tokens)
+    task = Task(example=torch.randint(0, 40, (2, 10)))
+    return module, task, draft_of(module, task.call()[0])
+
+
+def with_layers(module, indices):
+    """A copy of the module with these of its layers."""
+    again = copy.deepcopy(module)
+    again.blocks = nn.ModuleList([again.blocks[i] for i in indices])
+    return again
 
 
 class TestFewerLayers:
-    def test_every_second_layer_is_what_is_left_of_the_module(self):
-        module, task = text()
-        source = draft_of(module, task.call()[0])
+    def test_every_second_layer_is_what_is_left_of_the_module(self, text):
+        module, task, source = text
         small = distill.FewerLayers(of="blocks", keep=3)(source, Context(task=task))
-        module.blocks = nn.ModuleList([module.blocks[i] for i in (0, 2, 4)])
         x = torch.randint(0, 40, (5, 10))
         with torch.no_grad():
-            assert torch.equal(small.network(x), module(x))
+            assert torch.equal(small.network(x), with_layers(module, (0, 2, 4))(x))
         assert [e["edit"] for e in small.edits] == ["skip"] * 3
-        again = replay(source.network, small.edits)
-        with torch.no_grad():
-            assert torch.equal(again(x), small.network(x))
         assert not any(name.startswith("blocks.1.") for name in small.network.state_dict())
 
-    def test_those_that_are_named_stay(self):
-        module, task = text()
-        small = distill.FewerLayers(of="blocks", keep=(0, 5))(draft_of(module, task.call()[0]), Context(task=task))
-        module.blocks = nn.ModuleList([module.blocks[0], module.blocks[5]])
+    def test_those_that_are_named_stay(self, text):
+        module, task, source = text
+        small = distill.FewerLayers(of="blocks", keep=(0, 5))(source, Context(task=task))
         x = torch.randint(0, 40, (5, 10))
         with torch.no_grad():
-            assert torch.equal(small.network(x), module(x))
+            assert torch.equal(small.network(x), with_layers(module, (0, 5))(x))
 
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("settings", "code", "got"),
         [
-            ({"of": "block", "keep": 2}, "did you mean blocks"),
-            ({"of": "blocks", "keep": 7}, "more layers than"),
-            ({"of": "blocks", "keep": (0, 6)}, "does not have"),
+            ({"of": "block", "keep": 2}, "no-stack", "block"),
+            ({"of": "blocks", "keep": 7}, "no-layer", 7),
+            ({"of": "blocks", "keep": (0, 6)}, "no-layer", "6"),
         ],
     )
-    def test_what_does_not_exist(self, settings, message):
-        module, task = text()
-        with pytest.raises(RecipeError, match=message):
-            distill.FewerLayers(**settings)(draft_of(module, task.call()[0]), Context(task=task))
+    def test_what_does_not_exist(self, text, settings, code, got):
+        _, task, source = text
+        with refused(RecipeError, code) as error:
+            distill.FewerLayers(**settings)(source, Context(task=task))
+        assert error.value.got == got
+        if code == "no-stack":
+            assert "blocks" in error.value.remedy
 
     @pytest.mark.parametrize("keep", [0, True, (), "2", (1.5,)])
     def test_settings_that_make_no_sense(self, keep):
-        with pytest.raises(RecipeError, match="keep"):
+        with refused_setting("keep"):
             distill.FewerLayers(of="blocks", keep=keep)
 
     def test_a_layer_that_changes_the_width_stays(self):
@@ -78,9 +84,9 @@ class TestFewerLayers:
         wrapped = nn.Sequential()
         wrapped.add_module("layers", module)
         task = Task(example=torch.rand(2, 4))
-        with pytest.raises(RecipeError, match="can't be removed") as error:
+        with refused(RecipeError, "irremovable") as error:
             distill.FewerLayers(of="layers", keep=(0, 1))(draft_of(wrapped, task.call()[0]), Context(task=task))
-        assert "(2, 3)" in str(error.value)
+        assert "(2, 3)" in error.value.got
         small = distill.FewerLayers(of="layers", keep=(0, 2))(draft_of(wrapped, task.call()[0]), Context(task=task))
         assert torch.equal(small.network(task.example), module[2](module[0](task.example)))
 
@@ -111,7 +117,7 @@ def digits():
 
 @pytest.mark.parametrize("wrong", [{"keep": (0, 0)}, {"keep": (3, 0)}, {"of": 5}])
 def test_layers_that_can_t_be_named(wrong):
-    with pytest.raises(RecipeError, match=f"FewerLayers\\({next(iter(wrong))}"):
+    with refused_setting(next(iter(wrong))):
         distill.FewerLayers(**{"of": "stack", "keep": 1, **wrong})
 
 
@@ -119,24 +125,17 @@ class TestStudent:
     def test_classes_and_channels_are_read_from_the_source_and_the_seed_gives_the_weights(self):
         task = digits()
         source = draft_of(Net().eval(), task.call()[0])
-        one, again, other = (
-            distill.Student(architecture="mobilenet_v1")(source, Context(task=task, seed=seed)) for seed in (1, 1, 2)
-        )
+        one, other = (distill.Student(architecture="resnet8")(source, Context(task=task, seed=seed)) for seed in (1, 2))
         assert one.edits[0]["settings"] == {"classes": 10, "in_channels": 1}
-        states = [draft.network.state_dict() for draft in (one, again, other)]
-        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-        assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
-        rebuilt = replay(source.network, json.loads(json.dumps(one.edits)))
-        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in states[0].items()}
+        states = [draft.network.state_dict() for draft in (one, other)]
+        assert not all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
     def test_from_the_source_to_a_file_that_the_runtime_loads(self, tmp_path):
         torch.manual_seed(0)
-        task, model = digits(), Net()
-        context = Context(task=task)
-        model = train(model, context, pj.Finetune(epochs=2, learning_rate=0.05)).eval()
+        task, model = digits(), Net().eval()
         recipe = pj.Recipe(
-            distill.Student(architecture="resnet20", settings={"width": 4}),
-            pj.Finetune(epochs=2, learning_rate=0.05),
+            distill.Student(architecture="resnet8", settings={"width": 4}),
+            pj.Finetune(steps=4, learning_rate=0.05),
             pj.quantize.Static(),
         )
         result = pj.run(recipe, model, task, runtime="onnxruntime", out=tmp_path / "run", seconds=0.05, threads=1)
@@ -146,22 +145,22 @@ class TestStudent:
         session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")))
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         assert found.shape == (2, 10) and np.isfinite(found).all()
-        assert "stages.0.0.conv1.weight" in draft.network.state_dict()
+        assert "stages.0.3.conv1.weight" in draft.network.state_dict()
         events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
         assert any("Outputs" in event.get("terms", {}) for event in events)
 
     def test_other_outputs_are_refused(self):
         task = digits()
-        with pytest.raises(TaskError, match="different outputs") as error:
+        with refused(TaskError, "outputs") as error:
             distill.Student(architecture="resnet20", settings={"classes": 7})(
                 draft_of(Net().eval(), task.call()[0]), Context(task=task)
             )
-        assert "(2, 7)" in str(error.value) and "(2, 10)" in str(error.value)
+        assert "(2, 7)" in error.value.got and "(2, 10)" in error.value.got
         assert "{'classes': 10}" in error.value.remedy
 
     def test_pictures_that_are_too_small_are_the_reason_that_is_told(self):
         task = digits()
-        with pytest.raises(RecipeError, match="squeezenet1_1 can't be built") as error:
+        with refused(RecipeError, "unbuildable") as error:
             distill.Student(architecture="squeezenet1_1")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
         assert "too small" in error.value.got
 
@@ -175,9 +174,11 @@ class TestStudent:
 
     def test_an_unknown_architecture(self):
         task = digits()
-        with pytest.raises(RecipeError, match="resnet20"):
+        with refused(RecipeError, "unbuildable") as error:
             distill.Student(architecture="resnet19")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
+        assert "resnet20" in error.value.got
 
     def test_it_stands_first(self):
-        with pytest.raises(RecipeError, match="can't come after Magnitude"):
+        with refused(RecipeError, "order") as error:
             pj.Recipe(pj.prune.Magnitude(sparsity=0.5), distill.Student(architecture="resnet20"))
+        assert "Magnitude" in error.value.got and "Student" in error.value.got

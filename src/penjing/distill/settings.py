@@ -28,6 +28,7 @@ def paired(term: object, field: str = "features", least: int = 1) -> tuple[tuple
         raise RecipeError(
             f"{type(term).__name__} needs features to compare",
             code="no-features",
+            field=field,
             got="none",
             expected="at least one name",
         )

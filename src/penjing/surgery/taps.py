@@ -120,7 +120,7 @@ def _node(network: fx.GraphModule, name: str, attention: bool, called: str) -> f
     what, whose = ("an attention", "an attention") if attention else ("a feature", "a layer, of an operator")
     raise RecipeError(
         f"{what} of the {called} does not exist",
-        code="no-layer",
+        code="no-attention" if attention else "no-layer",
         got=name,
         expected=f"the name of {whose}, or of a part of the network",
         remedy=(f"the nearest are {', '.join(near)}; " if near else "")
