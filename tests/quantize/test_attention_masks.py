@@ -42,7 +42,7 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
     raised = capture_network(net, *task.call(), task.dynamic)
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
     draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
-    outputs = [name for name, _ in getattr(net, "forms", [("output", None)])]
+    outputs = [name for name, _ in net.forms]
     structure = {"kind": "tuple", "items": [{"kind": "tensor"}] * len(outputs)}
     building.build(draft, runtime, "int8", task, structure, folder)
     args = data(5)
@@ -56,36 +56,30 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
 
 
 class Heads(nn.Module):
-    """Attention written out, with weights large enough to choose; `hide` masks the scores (batch, head, l, l)."""
+    """Attention written out; `hide` masks the scores (batch, head, l, l)."""
 
     def __init__(self, hide, **buffers):
         super().__init__()
-        self.e, self.q, self.o = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 5)
-        self.e.weight.data *= 3
-        self.hide = hide
+        self.o, self.hide = nn.Linear(WIDTH, 5), hide
         for name, value in buffers.items():
             self.register_buffer(name, value)
 
-    def parts(self, ids):
-        width = (ids.shape[0], LENGTH, HEADS, WIDTH // HEADS)
-        return (x.reshape(width).transpose(1, 2) for x in self.q(self.e(ids)).chunk(3, -1))
-
-    def forward(self, ids, mask):
-        q, k, v = self.parts(ids)
+    def forward(self, x, parts, mask):
+        q, k, v = parts
         weights = self.hide(self, q @ k.transpose(-1, -2) / 8**0.5, mask).softmax(-1)
-        return self.o((weights @ v).transpose(1, 2).reshape(ids.shape[0], LENGTH, WIDTH))
+        return self.o((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
-class Together(Heads):
+class Together(nn.Module):
     """`scaled_dot_product_attention` in the place of the operators; `hide` makes its mask."""
 
     def __init__(self, hide, **settings):
-        super().__init__(hide)
-        self.settings = settings
+        super().__init__()
+        self.o, self.hide, self.settings = nn.Linear(WIDTH, 5), hide, settings
 
-    def forward(self, ids, mask):
-        values = attention(*self.parts(ids), attn_mask=self.hide(self, mask), **self.settings)
-        return self.o(values.transpose(1, 2).reshape(ids.shape[0], LENGTH, WIDTH))
+    def forward(self, x, parts, mask):
+        values = attention(*parts, attn_mask=self.hide(self, mask), **self.settings)
+        return self.o(values.transpose(1, 2).reshape(x.shape))
 
 
 class Torchs(nn.Module):
@@ -93,12 +87,11 @@ class Torchs(nn.Module):
 
     def __init__(self, mask):
         super().__init__()
-        self.e, self.a, self.o = nn.Embedding(50, 16), nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 5)
-        self.e.weight.data *= 3
+        self.a, self.o = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), nn.Linear(WIDTH, 5)
         self.register_buffer("mask", mask)
 
-    def forward(self, ids, mask):
-        x, pad = self.e(ids), ~mask[:, 0, 0]
+    def forward(self, x, parts, mask):
+        pad = ~mask[:, 0, 0]
         if self.mask.dtype != torch.bool:
             pad = torch.zeros(pad.shape).masked_fill(pad, -math.inf)
         return self.o(self.a(x, x, x, key_padding_mask=pad, attn_mask=self.mask, need_weights=False)[0])
@@ -107,25 +100,33 @@ class Torchs(nn.Module):
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.e, self.t = nn.Embedding(50, 16), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
+        self.t = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
-    def forward(self, ids, mask):
+    def forward(self, x, parts, mask):
         pad = ~mask[:, 0, 0]
-        return self.t(4 * self.e(ids), src_key_padding_mask=pad).masked_fill(pad[..., None], 0.0)
+        return self.t(x, src_key_padding_mask=pad).masked_fill(pad[..., None], 0.0)
 
 
 class Several(nn.Module):
-    """An attention for every form of the mask, each with an output of its own."""
+    """An attention for every form of the mask, each with an output of its own.
+
+    All read the same queries, keys and values, with weights large enough to choose.
+    """
 
     def __init__(self, forms):
         super().__init__()
         torch.manual_seed(0)
+        self.e, self.q = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.e.weight.data *= 3
         self.forms = [(name, make()) for name, make in forms.items()]
         self.nets = nn.ModuleList(net for _, net in self.forms)
 
     def forward(self, ids, mask):
-        return [net(ids, mask) for net in self.nets]
+        x = self.e(ids)
+        width = (ids.shape[0], LENGTH, HEADS, WIDTH // HEADS)
+        parts = [part.reshape(width).transpose(1, 2) for part in self.q(x).chunk(3, -1)]
+        return [net(x, parts, mask) for net in self.nets]
 
 
 def ids(n):
@@ -222,18 +223,16 @@ def test_rows_that_see_nothing_stay_zeros(runtime, tmp_path):
         mask[0, 0, 2] = False
         return ids(n), mask
 
-    torch.manual_seed(0)
-    judge(Together(lambda m, mask: mask), nothing, runtime, tmp_path)
+    judge(Several({"hidden rows": lambda: Together(lambda m, mask: mask)}), nothing, runtime, tmp_path)
 
 
 def test_products_before_and_behind_the_softmax_stay_integers_and_the_addition_does_not():
-    torch.manual_seed(0)
-    network = capture_network(eager(-1e4)["buffer"]().eval(), boolean(2))
+    network = capture_network(Several({"buffer": eager(-1e4)["buffer"]}).eval(), boolean(2))
     capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(1).instruction_sets)
     placement = place(network, capabilities, {})
-    assert placement.floats == {"/add#0": REASON}
-    assert {f"/matmul#{i}:in{j}" for i in range(2) for j in range(2)} <= set(placement.edges)
-    assert not any(edge.startswith(("/add#0", "/softmax#0")) for edge in placement.edges)
+    assert placement.floats == {"nets.0/add#0": REASON}
+    assert {f"nets.0/matmul#{i}:in{j}" for i in range(2) for j in range(2)} <= set(placement.edges)
+    assert not any(edge.startswith(("nets.0/add#0", "nets.0/softmax#0")) for edge in placement.edges)
 
 
 def test_what_does_not_lead_to_a_softmax_keeps_its_integers():
@@ -253,9 +252,9 @@ def test_what_does_not_lead_to_a_softmax_keeps_its_integers():
 
 
 def test_every_sum_on_the_way_is_told():
-    network = capture_network(eager(-1e4)["behind a bias and a reshape"]().eval(), boolean(2))
+    network = capture_network(Several({"sums": eager(-1e4)["behind a bias and a reshape"]}).eval(), boolean(2))
     told = {site(n) for n in network.graph.nodes if n.name in before_softmax(network) and kind(network, n) == "add"}
-    assert told == {"/add#0", "/add#1"} and told <= set(sites(network))
+    assert told == {"nets.0/add#0", "nets.0/add#1"} and told <= set(sites(network))
 
 
 class MaskedMaximum(nn.Module):
