@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -28,6 +29,15 @@ def coupled(model, *args, keep=()):
     return network, couple(network, (args, {}), keep)
 
 
+@functools.cache  # capturing takes most of the time; who changes the network copies it
+def case(name):
+    """A topology, its couplings, an example, and whether it is recurrent."""
+    torch.manual_seed(0)
+    make, example = EVERY[name]
+    model, x = make(), example()
+    return *coupled(model, x), x, any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+
 def some(coupling, seed, most=0.6):
     """At random some units of every group, never all of them."""
     random = np.random.default_rng(seed)
@@ -55,15 +65,11 @@ def agree(network, coupling, removed, args, tolerance):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_pruned_network_is_its_masked_reference(name):
-    torch.manual_seed(0)
-    make, example = EVERY[name]
-    model, x = make(), example()
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())  # its first states are float32
-    network, coupling = coupled(model, x)
+    network, coupling, x, recurrent = case(name)
     assert coupling.groups
     tolerance = 1e-5 if recurrent else 1e-12
-    if not recurrent:
-        network, x = network.double(), in_double(x)
+    if not recurrent:  # its first states are float32
+        network, x = copy.deepcopy(network).double(), in_double(x)
     for seed in range(3):
         removed = some(coupling, seed)
         pruned = agree(network, coupling, removed, (x,), tolerance)
@@ -73,10 +79,7 @@ def test_a_pruned_network_is_its_masked_reference(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
-    torch.manual_seed(0)
-    make, example = EVERY[name]
-    x = example()
-    network, coupling = coupled(make(), x)
+    network, coupling, x, _ = case(name)
     pruned = agree(network, coupling, some(coupling, 1), (x,), 1e-4)
     pruned.train()
     pruned(torch.cat([x, x, x[:1]])).sum().backward()
@@ -85,18 +88,14 @@ def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
 
 @pytest.mark.parametrize("name", FREE)
 def test_units_and_their_gates_heads_and_kernels_are_free(name):
-    torch.manual_seed(0)
-    make, example, groups = FREE[name]
-    _, coupling = coupled(make(), example())
-    assert {group: units.units for group, units in coupling.groups.items()} == groups
+    coupling = case(name)[1]
+    assert {group: units.units for group, units in coupling.groups.items()} == FREE[name][2]
     assert set(coupling.not_prunable.values()) <= {"it is an output of the network"}
 
 
 @pytest.mark.parametrize("name", ONE_KEY)
 def test_heads_that_share_one_key_are_free_and_so_is_the_width_of_the_value(name):
-    torch.manual_seed(0)
-    make, example = ONE_KEY[name]
-    _, coupling = coupled(make(), example())
+    coupling = case(name)[1]
     assert {group: units.units for group, units in coupling.groups.items()} == {"q": 4, "v": 6, "p": 10}
     assert {tensor.partition(".")[0] for tensor in coupling.not_prunable} == {"k", "o"}
     members = {(m.tensor, m.axis): len(m.of([1])) for group in ("q", "v") for m in coupling.groups[group].members}
