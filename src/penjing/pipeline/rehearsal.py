@@ -106,11 +106,11 @@ def _first_batch(
             teacher.answers.check(*call[0], **call[1])
     place = "batch 0 of epoch 0"
     with in_eval_mode(network):
-        with explained("the network", call, target, context.task, place):
+        with explained("network", call, target, context.task, place):
             output = (teaching.student if teaching else network)(*call[0], **call[1])
-        with explained("the teacher", call, target, context.task, place):
+        with explained("teacher", call, target, context.task, place):
             distilled = teaching.inputs(output, target, call, 0.0) if teaching else None
-        with explained("the loss", call, target, context.task, place):
+        with explained("loss", call, target, context.task, place):
             objective(Batch(call, in_fp32(output), target, network, 0))
             if teaching and distilled:
                 teaching.terms(distilled)

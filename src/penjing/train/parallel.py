@@ -371,6 +371,7 @@ def _ray() -> Any:
     except ImportError as error:
         raise MissingDependency(
             "training on a cluster needs Ray",
+            code="not-installed",
             got=str(error),
             expected="ray[train]",
             remedy="pip install 'penjing[cluster]'",
