@@ -1,4 +1,4 @@
-"""How a layer couples the channels of its input, its weights and its output."""
+"""How layers with parameters couple the channels of their input, their weights and their output."""
 
 from __future__ import annotations
 
@@ -14,77 +14,85 @@ from penjing.network.graph import arguments, operator_name, site
 
 
 def convolution(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (out, in/groups, …), or (in, out/groups, …) where it is transposed; input (N, in, …)."""
+    """Input (N, in, …); weight (out, in/groups, …), or (in, out/groups, …) if the convolution is transposed."""
     name, layer = str(node.target), walk.network.get_submodule(str(node.target))
     x = walk.of(node.args[0])
     spatial = len(layer.kernel_size)  # type: ignore[arg-type]
-    channels = len(x) - spatial - 1  # 1, or 0 where there is no batch
-    passed = [x[channels + 1 + i] if _stands_still(layer, i) else None for i in range(spatial)]
-    slid = [axis for axis, still in zip(x[channels + 1 :], passed, strict=True) if still is None]
-    hold_all(walk, node, [*x[:channels], *slid], "a convolution slides along this axis")
-    reads, gives, groups = int(layer.in_channels), int(layer.out_channels), int(layer.groups)  # type: ignore[arg-type]
+    channels = len(x) - spatial - 1  # the channel axis: 1, or 0 without a batch
+    spatial_axes = [x[channels + 1 + i] if _is_pointwise(layer, i) else None for i in range(spatial)]
+    sliding = [axis for axis, unchanged in zip(x[channels + 1 :], spatial_axes, strict=True) if unchanged is None]
+    hold_all(walk, node, [*x[:channels], *sliding], "a convolution slides along this axis")
+    in_channels, out_channels, groups = int(layer.in_channels), int(layer.out_channels), int(layer.groups)  # type: ignore[arg-type]
     transposed = bool(layer.transposed)
     inner, outer = (0, 1) if transposed else (1, 0)
     weight = f"{name}.weight"
-    before = x[channels] if groups == 1 else one_part(walk, node, x[channels])
+    input_axis = x[channels] if groups == 1 else one_part(walk, node, x[channels])
     if groups == 1:
-        walk.join(walk.stored(weight, inner, "its inputs"), before, f"{name} reads it")
+        walk.join(walk.stored(weight, inner, "its inputs"), input_axis, f"{name} reads it")
         out = walk.stored(weight, outer, "its outputs")
-    elif before is None:
+    elif input_axis is None:
         for axis in (inner, outer):
             walk.hold(walk.stored(weight, axis, "its channels"), f"{name}: the number of its groups never changes")
         out = None
     else:
-        out = _grouped(walk, name, before, (reads, gives, groups), transposed)
+        out = _grouped(walk, name, input_axis, (in_channels, out_channels, groups), transposed)
     if layer.bias is not None and out is not None:
-        role = "its channels" if groups == reads == gives else "its outputs"
+        role = "its channels" if groups == in_channels == out_channels else "its outputs"
         walk.join(walk.stored(f"{name}.bias", 0, role), out, f"{name} adds its bias")
-    return (*fixed(channels), out, *passed)
+    return (*fixed(channels), out, *spatial_axes)
 
 
-def _stands_still(layer: Any, axis: int) -> bool:
-    """Whether every position along a spatial axis is computed from the same position alone."""
+def _is_pointwise(layer: Any, axis: int) -> bool:
+    """Whether an output position along a spatial axis depends only on the same position of the input."""
     padding = layer.padding if isinstance(layer.padding, str) else layer.padding[axis]
     return layer.kernel_size[axis] == 1 == layer.stride[axis] and padding in (0, "valid", "same")
 
 
-def _grouped(walk: Walk, name: str, before: np.ndarray, sizes: tuple[int, int, int], transposed: bool) -> Axis:
-    """Output labels of a convolution whose input channels fall into groups."""
-    reads, gives, groups = sizes
-    each_in, each_out = reads // groups, gives // groups
+def _grouped(walk: Walk, name: str, input_axis: np.ndarray, sizes: tuple[int, int, int], transposed: bool) -> Axis:
+    """Output labels of a convolution with several groups.
+
+    Args:
+        walk: The analysis.
+        name: Name of the layer.
+        input_axis: Labels of the input channels.
+        sizes: Number of input channels, output channels and groups.
+        transposed: Whether the convolution is transposed.
+    """
+    in_channels, out_channels, groups = sizes
+    in_per_group, out_per_group = in_channels // groups, out_channels // groups
     weight, why = f"{name}.weight", f"{name} has groups of channels"
-    rows = before.reshape(groups, each_in)
-    whole = groups > each_in  # whole groups go, where these are more than the channels of one
+    rows = input_axis.reshape(groups, in_per_group)
+    whole = groups > in_per_group  # remove whole groups if there are more of them than channels in each
     if whole:
-        for k in range(1, each_in):
+        for k in range(1, in_per_group):
             walk.join(rows[:, 0], rows[:, k], why)
-        walk.changes.append(Literal(name, ("groups",), before, each_in))
-        single = each_in == 1 == each_out  # depthwise: it makes no channels, it passes them on
-        first = walk.stored(weight, 0, "its channels" if single else "its inputs" if transposed else "its outputs")
+        walk.changes.append(Literal(name, ("groups",), input_axis, in_per_group))
+        depthwise = in_per_group == 1 == out_per_group  # its output channels are its input channels
+        first = walk.stored(weight, 0, "its channels" if depthwise else "its inputs" if transposed else "its outputs")
         if transposed:
-            walk.join(first, before, f"{name} reads it")
-            walk.hold(walk.stored(weight, 1, "its outputs"), f"{name}: whole groups go")
-            return np.repeat(rows[:, 0], each_out)
-        walk.join(first, np.repeat(rows[:, 0], each_out), f"{name} reads it group by group")
-        walk.hold(walk.stored(weight, 1, "its inputs"), f"{name}: whole groups go")
+            walk.join(first, input_axis, f"{name} reads it")
+            walk.hold(walk.stored(weight, 1, "its outputs"), f"{name}: whole groups are removed")
+            return np.repeat(rows[:, 0], out_per_group)
+        walk.join(first, np.repeat(rows[:, 0], out_per_group), f"{name} reads it group by group")
+        walk.hold(walk.stored(weight, 1, "its inputs"), f"{name}: whole groups are removed")
         return first
     for g in range(1, groups):
         walk.join(rows[0], rows[g], why)
     if transposed:
-        walk.join(walk.stored(weight, 0, "its inputs"), before, f"{name} reads it")
+        walk.join(walk.stored(weight, 0, "its inputs"), input_axis, f"{name} reads it")
         each = walk.stored(weight, 1, "its outputs")
         return None if each is None else np.tile(each, groups)
-    walk.join(walk.stored(weight, 1, "its inputs"), rows[0] if each_in > 1 else None, f"{name} reads it")
+    walk.join(walk.stored(weight, 1, "its inputs"), rows[0] if in_per_group > 1 else None, f"{name} reads it")
     out = walk.stored(weight, 0, "its outputs")
     if out is not None:
-        columns = out.reshape(groups, each_out)
+        columns = out.reshape(groups, out_per_group)
         for g in range(1, groups):
             walk.join(columns[0], columns[g], why)
     return out
 
 
 def linear(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (out, in); input (…, in)."""
+    """Input (…, in); weight (out, in)."""
     name, layer = str(node.target), walk.network.get_submodule(str(node.target))
     x = walk.of(node.args[0])
     walk.join(walk.stored(f"{name}.weight", 1, "its inputs"), x[-1], f"{name} reads it")
@@ -95,7 +103,7 @@ def linear(walk: Walk, node: fx.Node) -> Labels:
 
 
 def product_of_weights(walk: Walk, node: fx.Node) -> Labels:
-    """A linear layer by a weight (out, in) that is computed, or that another operator reads too; input (…, in)."""
+    """A linear operator whose weight (out, in) is computed or also read by another operator; input (…, in)."""
     given = arguments(node)
     x, weight = walk.of(given["input"]), walk.of(given["weight"])
     walk.join(weight[-1], x[-1], f"{site(node)} sums over it")
@@ -110,13 +118,13 @@ def product_of_weights(walk: Walk, node: fx.Node) -> Labels:
 
 
 def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
-    """A convolution by a weight (out, in/groups, …) that is computed; input (N, in, …); all groups stay."""
+    """A convolution with a computed weight (out, in/groups, …); input (N, in, …); all groups are kept."""
     given = arguments(node)
     x, weight, shape = walk.of(given["input"]), walk.of(given["weight"]), walk.shape(given["weight"])
     channels = len(x) - (len(weight) - 2) - 1
     transposed = "transpose" in operator_name(node)
     hold_all(walk, node, [*x[:channels], *x[channels + 1 :], *weight[2:]], "a convolution slides along this axis")
-    before, groups = (
+    input_axis, groups = (
         one_part(walk, node, x[channels]),
         walk.shape(given["input"])[channels] // shape[int(not transposed)],
     )
@@ -126,7 +134,7 @@ def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
         inner, out, groups = one_part(walk, node, weight[0]), weight[1], 1
     else:
         out, inner = one_part(walk, node, weight[0]), one_part(walk, node, weight[1])
-    _each(walk, inner, before, groups, f"{site(node)} sums over it")
+    _join_every_group(walk, inner, input_axis, groups, f"{site(node)} sums over it")
     if out is not None and groups > 1:
         rows = out.reshape(groups, -1)
         for g in range(1, groups):
@@ -136,20 +144,20 @@ def computed_convolution(walk: Walk, node: fx.Node) -> Labels:
     return (*fixed(channels), out, *fixed(len(weight) - 2))
 
 
-def _each(walk: Walk, inner: Axis, before: Axis, groups: int, why: str) -> None:
-    """Couple the input channels of a group with those of every group."""
-    if inner is None or before is None:
-        walk.join(inner, before, why)
+def _join_every_group(walk: Walk, inner: Axis, input_axis: Axis, groups: int, why: str) -> None:
+    """Couple the weight's input axis, the channels of one group, with the channels of every group of the input."""
+    if inner is None or input_axis is None:
+        walk.join(inner, input_axis, why)
         return
-    for row in before.reshape(groups, -1):
+    for row in input_axis.reshape(groups, -1):
         walk.join(inner, row, why)
 
 
 def looked_up(walk: Walk, node: fx.Node) -> Labels:
-    """An embedding whose weight (rows, width) is computed, or read by another operator too; indices (…)."""
+    """An embedding whose weight (rows, width) is computed or also read by another operator; indices (…)."""
     given = arguments(node)
     weight = walk.of(given["weight"])
-    walk.hold(weight[0], f"{site(node)}: its rows are looked up by number")
+    walk.hold(weight[0], f"{site(node)}: its rows are looked up by index")
     return (*walk.of(given["indices"]), weight[1])
 
 
@@ -159,18 +167,18 @@ COMPUTED: dict[str, Rule] = {
     "conv_transpose": computed_convolution,
     "embedding": looked_up,
 }
-"""Kind of operator that reads a weight which is not its own → its rule."""
+"""Kind of operator with a computed or shared weight → its rule."""
 
 
 def embedding(walk: Walk, node: fx.Node) -> Labels:
-    """Weight (rows, width); indices (…)."""
+    """Indices (…); weight (rows, width)."""
     weight = f"{node.target}.weight"
-    walk.hold(walk.stored(weight, 0, "its rows"), f"{node.target}: its rows are looked up by number")
+    walk.hold(walk.stored(weight, 0, "its rows"), f"{node.target}: its rows are looked up by index")
     return (*walk.of(node.args[0]), walk.stored(weight, 1, "its outputs"))
 
 
 def batch_norm(walk: Walk, node: fx.Node) -> Labels:
-    """One weight, bias, mean and variance for every channel of (N, channels, …)."""
+    """Input (N, channels, …); weight, bias, running mean and variance (channels,)."""
     x = walk.of(node.args[0])
     layer = walk.network.get_submodule(str(node.target))
     for role in ("weight", "bias", "running_mean", "running_var"):
@@ -180,7 +188,7 @@ def batch_norm(walk: Walk, node: fx.Node) -> Labels:
 
 
 def layer_norm(walk: Walk, node: fx.Node) -> Labels:
-    """Statistics over the last axes; one weight and bias for every position of them."""
+    """Layer norm or RMS norm: statistics over the last axes, weight and bias of their shape."""
     x = walk.of(node.args[0])
     if node.op == "call_module":
         layer = walk.network.get_submodule(str(node.target))
@@ -206,7 +214,7 @@ def layer_norm(walk: Walk, node: fx.Node) -> Labels:
 
 
 def group_norm(walk: Walk, node: fx.Node) -> Labels:
-    """Statistics over groups of the channels of (N, channels, …)."""
+    """Input (N, channels, …); statistics over each group of channels, weight and bias (channels,)."""
     x = walk.of(node.args[0])
     if node.op == "call_module":
         layer = walk.network.get_submodule(str(node.target))
@@ -232,7 +240,7 @@ def group_norm(walk: Walk, node: fx.Node) -> Labels:
 
 
 def channelwise(walk: Walk, node: fx.Node) -> Labels:
-    """A functional operator with vectors of one value for every channel of (N, channels, …)."""
+    """Input (N, channels, …); vectors (channels,), of which those with one element are broadcast."""
     given = arguments(node)
     x = walk.of(given.get("input") or given["self"])
     for role in ("weight", "bias", "running_mean", "running_var"):
@@ -243,18 +251,18 @@ def channelwise(walk: Walk, node: fx.Node) -> Labels:
 
 
 def recurrent(walk: Walk, node: fx.Node) -> Any:
-    """LSTM and GRU stacks: matrices of (gates·hidden, in) and (gates·hidden, hidden).
+    """LSTM and GRU stacks, whose matrices are (gates·hidden, in) and (gates·hidden, hidden).
 
-    The units of all layers and states come and go together: a state tensor has one axis for them all.
+    The hidden units of all layers are coupled, since one state tensor (layers·directions, N, hidden) holds them all.
     """
     given = arguments(node)
-    if "data" in given or len(given["params"]) != _expected(given):
+    if "data" in given or len(given["params"]) != _parameter_count(given):
         return refuse(walk, node, "a packed or projected recurrent layer")
     if any(p.op != "get_attr" for p in given["params"]):
         return refuse(walk, node, "its weights are computed")
     states = given["hx"] if isinstance(given["hx"], list | tuple) else [given["hx"]]
     hidden = walk.of(states[0])[-1]
-    both, step = 1 + given["bidirectional"], 4 if given["has_biases"] else 2
+    directions, step = 1 + given["bidirectional"], 4 if given["has_biases"] else 2
     x: Axis = walk.of(given["input"])[-1]
     why = f"{site(node)} computes it"
     width = int(walk.shape(states[0])[-1])
@@ -268,22 +276,23 @@ def recurrent(walk: Walk, node: fx.Node) -> Any:
     outputs: list[Axis] = []
     for i in range(0, len(given["params"]), step):
         names = [str(p.target) for p in given["params"][i : i + step]]
-        direction = (i // step) % both
+        direction = (i // step) % directions
         if direction == 0 and outputs:
-            x, outputs = np.concatenate([units, units]) if both == 2 else units, []
+            x, outputs = np.concatenate([units, units]) if directions == 2 else units, []
         gates = walk.stored_tensors[names[0]].shape[0] // width
         walk.join(walk.stored(names[0], 1, "its inputs"), x, f"{site(node)} reads it")
         walk.join(walk.stored(names[1], 1, "its state"), units, why)
         for name in (names[0], *names[1:]):
             walk.join(walk.stored(name, 0, "its gates"), np.tile(units, gates), why)
         outputs.append(units)
-    last = np.concatenate([units, units]) if both == 2 else units
-    sequence = (*walk.of(given["input"])[:-1], last)
+    output = np.concatenate([units, units]) if directions == 2 else units
+    sequence = (*walk.of(given["input"])[:-1], output)
     state_labels = (*walk.of(states[0])[:-1], units)
     return [sequence, *([state_labels] * len(states))]
 
 
-def _expected(given: dict[str, Any]) -> int:
+def _parameter_count(given: dict[str, Any]) -> int:
+    """Number of parameters of a stack without projections."""
     each = 4 if given["has_biases"] else 2
     return each * int(given["num_layers"]) * (1 + int(given["bidirectional"]))
 

@@ -1,4 +1,4 @@
-"""How channels follow operators that take some of a value's positions."""
+"""How labels move through operators that select positions of an axis: select, slice, index, gather."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from penjing.network.graph import arguments, kind, site
 
 
 def getitem(walk: Walk, node: fx.Node) -> Any:
-    """One of several results."""
+    """One of the results of an operator that returns several."""
     results: Any = walk.values[node.args[0]]  # type: ignore[index]
     index: Any = node.args[1]
     return results[index]
 
 
 def select(walk: Walk, node: fx.Node) -> Labels:
-    """One position of an axis, by its number."""
+    """One position of an axis, which is removed from the result."""
     given = arguments(node)
     x, shape = walk.of(given["self"]), walk.shape(given["self"])
     dim = int(given["dim"]) % len(x)
@@ -29,16 +29,16 @@ def select(walk: Walk, node: fx.Node) -> Labels:
         index = given["index"]
         if isinstance(index, int):
             index %= shape[dim]
-            walk.hold(axis[index : index + 1], f"{site(node)} picks it")
+            walk.hold(axis[index : index + 1], f"{site(node)} selects it")
             if index:
                 walk.changes.append(Literal(site(node), ("index",), axis[:index]))
         else:
-            hold_all(walk, node, [axis], "it picks a position that is computed")
+            hold_all(walk, node, [axis], "its index is computed")
     return (*x[:dim], *x[dim + 1 :])
 
 
 def slice_(walk: Walk, node: fx.Node) -> Labels:
-    """A run of positions of an axis."""
+    """Positions start, start + step, … up to end of an axis."""
     given = arguments(node)
     x, shape = walk.of(given["self"]), walk.shape(given["self"])
     dim = int(given["dim"]) % len(x)
@@ -47,7 +47,7 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
         return x
     start, end, step = (given[w] for w in ("start", "end", "step"))
     if not all(isinstance(n, int) or n is None for n in (start, end, step)):
-        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
+        return refuse(walk, node, "its bounds are computed")  # type: ignore[no-any-return]
     first, last, _ = slice(start, end).indices(size)
     if step not in (1, None):
         if size % step or first >= step or last < size:
@@ -66,7 +66,7 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
 
 
 def narrow(walk: Walk, node: fx.Node) -> Labels:
-    """A run of positions, by start and length."""
+    """Consecutive positions of an axis, given by start and length."""
     given = arguments(node)
     x = walk.of(given["self"])
     dim = int(given["dim"]) % len(x)
@@ -75,7 +75,7 @@ def narrow(walk: Walk, node: fx.Node) -> Labels:
         return x
     start, length = given["start"], given["length"]
     if not isinstance(start, int) or not isinstance(length, int):
-        return refuse(walk, node, "it takes positions that are computed")  # type: ignore[no-any-return]
+        return refuse(walk, node, "its bounds are computed")  # type: ignore[no-any-return]
     part = axis[start : start + length]
     walk.changes.append(Literal(site(node), ("length",), part))
     if start:
@@ -84,7 +84,7 @@ def narrow(walk: Walk, node: fx.Node) -> Labels:
 
 
 def index_select(walk: Walk, node: fx.Node) -> Labels:
-    """Positions of one axis by computed numbers, or by those that an earlier reordering stored."""
+    """Positions of one axis given by an index tensor; one that an earlier reordering stored can be edited."""
     given = arguments(node)
     x = walk.of(given["self"])
     dim = int(given["dim"]) % len(x)
@@ -94,15 +94,15 @@ def index_select(walk: Walk, node: fx.Node) -> Labels:
         walk.changes.append(Reordering(site(node), site(last), dim, order, axis))
         walk.values[last] = (*x[:dim], axis[order], *x[dim + 1 :])
         return fixed(len(x))
-    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
+    hold_all(walk, node, [x[dim]], "it selects positions by computed indices")
     return (*x[:dim], None, *x[dim + 1 :])
 
 
 def _stored_order(walk: Walk, node: fx.Node) -> tuple[np.ndarray | None, fx.Node]:
-    """The order that a reordering selects by, and its last operator, which cuts off the position too many."""
-    numbers = arguments(node)["index"]
+    """The permutation that a `reorder` edit stored, or None; and its last operator, which drops the extra position."""
+    positions = arguments(node)["index"]
     cut = next(iter(node.users)) if len(node.users) == 1 else node
-    stored = walk.stored_tensors.get(str(numbers.target)) if numbers.op == "get_attr" else None
+    stored = walk.stored_tensors.get(str(positions.target)) if positions.op == "get_attr" else None
     if stored is None or kind(walk.network, cut) != "slice":
         return None, node
     given = arguments(cut)
@@ -112,27 +112,27 @@ def _stored_order(walk: Walk, node: fx.Node) -> tuple[np.ndarray | None, fx.Node
 
 
 def index(walk: Walk, node: fx.Node) -> Labels:
-    """x[…, i, j, …] with tensors of numbers."""
+    """Advanced indexing x[…, i, j, …] with index tensors, as in NumPy."""
     given = arguments(node)
-    x, picks = walk.of(given["self"]), list(given["indices"])
-    picks += [None] * (len(x) - len(picks))
-    places = [d for d, pick in enumerate(picks) if pick is not None]
-    hold_all(walk, node, [x[d] for d in places], "it picks positions by computed numbers")
+    x, indices = walk.of(given["self"]), list(given["indices"])
+    indices += [None] * (len(x) - len(indices))
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    hold_all(walk, node, [x[d] for d in indexed], "it selects positions by computed indices")
     rank = len(walk.shape(node))
-    picked = rank - (len(x) - len(places))
-    adjacent = places == list(range(places[0], places[-1] + 1))
-    first = places[0] if adjacent else 0
-    rest = [axis for d, axis in enumerate(x) if d not in places]
-    return (*rest[:first], *fixed(picked), *rest[first:])
+    index_rank = rank - (len(x) - len(indexed))
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    first = indexed[0] if adjacent else 0
+    rest = [axis for d, axis in enumerate(x) if d not in indexed]
+    return (*rest[:first], *fixed(index_rank), *rest[first:])
 
 
 def gather(walk: Walk, node: fx.Node) -> Labels:
-    """Positions of one axis by numbers of the result's shape: the other axes follow the numbers' own."""
+    """Positions of one axis given by an index tensor of the result's shape, whose other axes are coupled with x's."""
     given = arguments(node)
-    x, numbers = walk.of(given["self"]), walk.of(given["index"])
+    x, indices = walk.of(given["self"]), walk.of(given["index"])
     dim = int(given["dim"]) % len(x)
-    hold_all(walk, node, [x[dim]], "it picks positions by computed numbers")
+    hold_all(walk, node, [x[dim]], "it selects positions by computed indices")
     for d in range(len(x)):
         if d != dim:
-            walk.join(x[d], numbers[d], f"{site(node)} reads it")
-    return numbers
+            walk.join(x[d], indices[d], f"{site(node)} reads it")
+    return indices

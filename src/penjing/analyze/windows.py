@@ -1,4 +1,4 @@
-"""How labels move where windows of an axis are laid out beside each other, and back."""
+"""How labels move through operators that extract sliding windows, and sum them back."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from penjing.network.graph import arguments, site, tensor_inputs
 
 
 def im2col(walk: Walk, node: fx.Node) -> Labels:
-    """(N, C, H, W) to (N, C·places, windows)."""
+    """(N, C, H, W) to (N, C·positions of a window, windows)."""
     source = tensor_inputs(node)[0]
     x = walk.of(source)
     hold_all(walk, node, list(x[-2:]), "a window slides along this axis")
-    places = walk.shape(node)[-2] // walk.shape(source)[-3]
-    return (*x[:-3], None if x[-3] is None else np.repeat(x[-3], places), None)
+    positions = walk.shape(node)[-2] // walk.shape(source)[-3]
+    return (*x[:-3], None if x[-3] is None else np.repeat(x[-3], positions), None)
 
 
 def col2im(walk: Walk, node: fx.Node) -> Labels:
-    """(N, C·places, windows) to (N, C, H, W)."""
+    """(N, C·positions of a window, windows) to (N, C, H, W)."""
     x = walk.of(tensor_inputs(node)[0])
     hold_all(walk, node, [x[-1]], "a window slides along this axis")
     axis = x[-2]
@@ -33,7 +33,7 @@ def col2im(walk: Walk, node: fx.Node) -> Labels:
 
 
 def unfold(walk: Walk, node: fx.Node) -> Labels:
-    """Windows of one axis, whose places become the last one."""
+    """Windows along one axis, which becomes their number; the positions within a window become a new last axis."""
     given = arguments(node)
     x = walk.of(given["self"])
     dim = int(given["dimension"]) % len(x)

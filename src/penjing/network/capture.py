@@ -259,7 +259,7 @@ def _module_path(node: fx.Node) -> str:
 def _same_layer(a: nn.Module, b: nn.Module) -> bool:
     if type(a) is not type(b) or a.extra_repr() != b.extra_repr():
         return False
-    mine = {**dict(a.named_parameters(recurse=False)), **dict(a.named_buffers(recurse=False))}
+    tensors = {**dict(a.named_parameters(recurse=False)), **dict(a.named_buffers(recurse=False))}
     other = {**dict(b.named_parameters(recurse=False)), **dict(b.named_buffers(recurse=False))}
-    shared = [k for k in mine if k != "num_batches_tracked"]
-    return all(k in other and mine[k].data_ptr() == other[k].data_ptr() for k in shared)
+    shared = [k for k in tensors if k != "num_batches_tracked"]
+    return all(k in other and tensors[k].data_ptr() == other[k].data_ptr() for k in shared)

@@ -68,12 +68,12 @@ def export_module(
             else:
                 raise _export_error(model, error) from error
     _check_outputs(model, program)
-    _tell_origins(model, program)
+    _set_origins(model, program)
     return program
 
 
-def _tell_origins(model: nn.Module, program: ExportedProgram) -> None:
-    """Operators of modules that were read from a file stand there, and not in the code that runs them."""
+def _set_origins(model: nn.Module, program: ExportedProgram) -> None:
+    """Let operators of modules that were read from a file refer to the file, not to the code that runs them."""
     origins = {
         name: part.origin for name, part in model.named_modules() if isinstance(getattr(part, "origin", None), str)
     }
@@ -132,12 +132,12 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def port_names(network: fx.GraphModule, inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:
-    """What inputs and outputs are called in an artifact: as in the file that the network was read from, if any.
+    """Names of inputs and outputs in an artifact: those of the file that the network was read from, if any.
 
     Args:
         network: A captured network; ``meta["ports"]`` maps "inputs" to {parameter: name} and "outputs" to names.
         inputs: Names of the parameters of its forward.
-        outputs: Names by the structure of what it gives.
+        outputs: Names derived from the structure of its outputs.
     """
     ports: Mapping[str, Any] = network.meta.get("ports", {"inputs": {}, "outputs": ()})
     named = list(ports["outputs"]) if len(ports["outputs"]) == len(outputs) else outputs

@@ -46,22 +46,22 @@ def lstm(build: Builder, a: dict[str, Any]) -> Any:
     for layer in range(a["num_layers"]):
         sides = []
         for direction in range(directions):
-            read, own = next(tensors), next(tensors)
+            w_input, w_hidden = next(tensors), next(tensors)
             biases = (next(tensors), next(tensors)) if a["has_biases"] else (None, None)
             project = next(tensors)
             position = layer * directions + direction
             hidden = build(aten.select.int, first_hidden, 0, position)
             cell = build(aten.select.int, first_cell, 0, position)
-            gates = build(aten.linear.default, x, read, biases[0])
+            gates = build(aten.linear.default, x, w_input, biases[0])
             outputs = [None] * steps
             for step in reversed(range(steps)) if direction else range(steps):
-                now = build(aten.select.int, gates, time, step)
-                now = add(build, now, build(aten.linear.default, hidden, own, biases[1]))
-                parts = [build(aten.slice.Tensor, now, -1, k * width, (k + 1) * width) for k in range(4)]
-                let, keep, give = (build(aten.sigmoid.default, parts[k]) for k in (0, 1, 3))
-                fresh = build(aten.mul.Tensor, let, build(aten.tanh.default, parts[2]))
-                cell = add(build, build(aten.mul.Tensor, keep, cell), fresh)
-                gated = build(aten.mul.Tensor, give, build(aten.tanh.default, cell))
+                step_gates = build(aten.select.int, gates, time, step)
+                step_gates = add(build, step_gates, build(aten.linear.default, hidden, w_hidden, biases[1]))
+                parts = [build(aten.slice.Tensor, step_gates, -1, k * width, (k + 1) * width) for k in range(4)]
+                input_gate, forget_gate, output_gate = (build(aten.sigmoid.default, parts[k]) for k in (0, 1, 3))
+                candidate = build(aten.mul.Tensor, input_gate, build(aten.tanh.default, parts[2]))
+                cell = add(build, build(aten.mul.Tensor, forget_gate, cell), candidate)
+                gated = build(aten.mul.Tensor, output_gate, build(aten.tanh.default, cell))
                 hidden = outputs[step] = build(aten.linear.default, gated, project, None)
             sides.append(build(aten.stack.default, outputs, time))
             hidden_states.append(hidden)

@@ -43,18 +43,18 @@ def rnn(activation: Callable[..., Any]) -> Rewrite:
                 x = build(aten.dropout.default, x, a["dropout"], a["train"])
             sides = []
             for direction in range(directions):
-                read, own = next(tensors), next(tensors)
+                w_input, w_state = next(tensors), next(tensors)
                 bias = build(aten.add.Tensor, next(tensors), next(tensors)) if a["has_biases"] else None
                 state = None
                 if not is_zero(a["hx"]):
                     state = build(aten.select.int, a["hx"], 0, layer * directions + direction)
-                sums = build(aten.linear.default, x, read, bias)
+                sums = build(aten.linear.default, x, w_input, bias)
                 outputs = [None] * steps
                 for step in reversed(range(steps)) if direction else range(steps):
-                    now = build(aten.select.int, sums, time, step)
+                    total = build(aten.select.int, sums, time, step)
                     if state is not None:
-                        now = add(build, now, build(aten.linear.default, state, own, None))
-                    state = outputs[step] = build(activation, now)
+                        total = add(build, total, build(aten.linear.default, state, w_state, None))
+                    state = outputs[step] = build(activation, total)
                 sides.append(build(aten.stack.default, outputs, time))
                 states.append(state)
             x = build(aten.cat.default, sides, -1) if len(sides) > 1 else sides[0]
@@ -75,21 +75,23 @@ def rnn_cell(activation: Callable[..., Any]) -> Rewrite:
 def lstm_cell(build: Builder, a: dict[str, Any]) -> Any:
     """Rewrite an LSTM cell: the next hidden and cell state. Hochreiter & Schmidhuber, Neural Computation 1997."""
     hidden, cell = a["hx"]
-    take, keep, fresh, give = _parts(build, _gates(build, a, hidden), 4)
-    new = build(aten.mul.Tensor, build(aten.sigmoid.default, take), build(aten.tanh.default, fresh))
+    input_gate, forget_gate, candidate, output_gate = _parts(build, _gates(build, a, hidden), 4)
+    new = build(aten.mul.Tensor, build(aten.sigmoid.default, input_gate), build(aten.tanh.default, candidate))
     if not is_zero(cell):
-        new = add(build, build(aten.mul.Tensor, build(aten.sigmoid.default, keep), cell), new)
-    return build(aten.mul.Tensor, build(aten.sigmoid.default, give), build(aten.tanh.default, new)), new
+        new = add(build, build(aten.mul.Tensor, build(aten.sigmoid.default, forget_gate), cell), new)
+    return build(aten.mul.Tensor, build(aten.sigmoid.default, output_gate), build(aten.tanh.default, new)), new
 
 
 def gru_cell(build: Builder, a: dict[str, Any]) -> Any:
     """Rewrite a GRU cell: the next state; the reset gate applies to the state's product. Cho et al., EMNLP 2014."""
     state = a["hx"]
-    reads = _parts(build, build(aten.linear.default, a["input"], a["w_ih"], a["b_ih"]), 3)
-    owns = _parts(build, build(aten.linear.default, state, a["w_hh"], a["b_hh"]), 3)
-    reset, update = (build(aten.sigmoid.default, add(build, *both)) for both in zip(reads[:2], owns[:2], strict=True))
-    fresh = build(aten.tanh.default, add(build, reads[2], build(aten.mul.Tensor, reset, owns[2])))
-    return add(build, fresh, build(aten.mul.Tensor, update, build(aten.sub.Tensor, state, fresh)))
+    input_parts = _parts(build, build(aten.linear.default, a["input"], a["w_ih"], a["b_ih"]), 3)
+    state_parts = _parts(build, build(aten.linear.default, state, a["w_hh"], a["b_hh"]), 3)
+    reset, update = (
+        build(aten.sigmoid.default, add(build, *both)) for both in zip(input_parts[:2], state_parts[:2], strict=True)
+    )
+    candidate = build(aten.tanh.default, add(build, input_parts[2], build(aten.mul.Tensor, reset, state_parts[2])))
+    return add(build, candidate, build(aten.mul.Tensor, update, build(aten.sub.Tensor, state, candidate)))
 
 
 def add(build: Builder, one: fx.Node, two: fx.Node) -> fx.Node:
@@ -114,5 +116,5 @@ def _parts(build: Builder, x: fx.Node, number: int) -> list[fx.Node]:
 
 
 def is_zero(state: fx.Node) -> bool:
-    """Whether it is the default initial state of a layer."""
+    """Whether a state is the default initial state of a layer, zeros."""
     return state.op == "call_function" and operator_name(state) in _ZEROS

@@ -195,9 +195,9 @@ class _Folder:
             return True
         if not all(self._only_moves(n) for n in (node, *others)):
             return False
-        mine = torch.zeros(self.stored[leaf].numel(), dtype=torch.bool)
-        mine[self._positions(node).flatten().long()] = True
-        return not any(bool(mine[self._positions(other).flatten().long()].any()) for other in others)
+        read_here = torch.zeros(self.stored[leaf].numel(), dtype=torch.bool)
+        read_here[self._positions(node).flatten().long()] = True
+        return not any(bool(read_here[self._positions(other).flatten().long()].any()) for other in others)
 
     def _only_moves(self, node: fx.Node) -> bool:
         if node.op == "get_attr":

@@ -40,8 +40,8 @@ def save(draft: Draft, folder: Path) -> None:
     aside = folder / f".{WEIGHTS}.new"
     try:
         save_file(stored, aside, metadata={"format": "pt"})
-        os.chmod(aside, 0o666 & ~umask())  # safetensors creates files that only their owner may read
-        (folder / EDITS).unlink(missing_ok=True)  # invalidate an older checkpoint: new weights do not fit its edits
+        os.chmod(aside, 0o666 & ~umask())  # safetensors creates files that only the owner can read
+        (folder / EDITS).unlink(missing_ok=True)  # invalidate an older checkpoint: its edits do not fit the new weights
         os.replace(aside, folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
 
     Args:
         folder: A run folder.
-        model: A model from the same factory; its weights do not matter.
+        model: A model from the same factory, with any weights.
         task: The run's task; only its example and dynamic axes are used.
 
     Raises:

@@ -1,13 +1,13 @@
 """The only code that edits a network. Every edit is logged as one JSON object, and an edit log can be replayed.
 
-The vocabulary of edits: ``build`` (a built-in architecture in the place of the network), ``fold`` (a batch norm into
-the layer before it), ``slice`` (a stored tensor loses positions of an axis), ``literal`` (a number in an operator or
-layer), ``partition`` (a split gets explicit lengths), ``reorder`` (a selection in the place of operators that permute
-an axis), ``skip`` (one operator's value in the place of another's, and what lies between is gone), ``sparse`` (tensors
-whose zeros stay; the network stays as it is), ``split_outliers`` (a linear layer's input channels with outliers into a
-layer of their own), ``divide_inputs`` (input channels of linear layers divided by a vector and their weights multiplied
-by it), ``unfold_attention`` (into its operators), ``own_weights`` (what computes its weight from tied tensors gets one
-of its own).
+The edits: ``build`` (a built-in architecture replaces the network), ``fold`` (a batch norm is merged into
+the preceding layer), ``slice`` (positions of an axis are removed from a stored tensor), ``literal`` (a number in an
+operator or layer is changed), ``partition`` (a split gets explicit lengths), ``reorder`` (one selection replaces
+operators that permute an axis), ``skip`` (one operator's value replaces another's, and unused operators are removed),
+``sparse`` (tensors whose zeros are preserved; the network is unchanged), ``split_outliers`` (a linear layer's input
+channels with outliers move to a separate layer), ``divide_inputs`` (input channels of linear layers are divided by a
+vector, and their weights multiplied by it), ``unfold_attention`` (an attention becomes its operators), ``own_weights``
+(a layer that computes its weight from tied tensors gets a separate copy).
 """
 
 from penjing.surgery.attention import unfold_attentions

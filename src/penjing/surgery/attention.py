@@ -16,7 +16,7 @@ from torch import fx
 from penjing.network.graph import arguments, is_tensor, kind, site, sites, tensor_inputs
 from penjing.steps.draft import Edit
 
-HIDDEN = -1e30  # added where a mask hides: exp of it is 0, and sums with it stay finite
+HIDDEN = -1e30  # added at masked positions: its exp is 0, and sums with it stay finite
 
 
 def unfold_attentions(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Edit, ...]:
@@ -32,9 +32,9 @@ def unfold_attentions(network: fx.GraphModule, keep: Collection[str] = ()) -> tu
 
 
 def unfold_attention(network: fx.GraphModule, name: str) -> None:
-    """Replace one attention in place by ``NAME.scores``, ``NAME.softmax``, ``NAME.values`` and what is between.
+    """Replace one attention in place by its operators, among them ``NAME.scores``, ``NAME.softmax``, ``NAME.values``.
 
-    As torch does, a row whose mask hides everything gives zeros.
+    As in torch, a fully masked row returns zeros.
     """
     node = sites(network)[name]
     if kind(network, node) != "attention" or not _is_plain(node):
@@ -75,10 +75,10 @@ def unfold_attention(network: fx.GraphModule, name: str) -> None:
 
 
 def zero_hidden_rows(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose attentions write out that a row whose mask hides everything gives zeros; itself where none has one.
+    """Return a copy in which fully masked rows of attentions return zeros explicitly; the network itself without masks.
 
-    Torch's kernel gives zeros there. The ONNX operators that it is exported as give the mean of all values where the
-    mask is boolean, and NaN where it is −inf. A mask that no input has a part in is left as it is.
+    Torch's kernel returns zeros for them. The ONNX operators that it is exported as return the mean of all values for a
+    boolean mask, and NaN for a mask of −inf. Masks that do not depend on an input are left unchanged.
     """
     if not _masked(network):
         return network
@@ -128,7 +128,7 @@ def _is_boolean(mask: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether it is the attention of the equation: no dropout, no keys that several heads share, a known scale."""
+    """Whether it is the attention of the equation: without dropout, without grouped queries, with a known scale."""
     given = arguments(node)
     scaled = given["scale"] is not None or given["query"].meta.get("width") is not None
     return scaled and not given["dropout_p"] and not given["enable_gqa"]

@@ -1,4 +1,4 @@
-"""Replacing the network by a built-in architecture: what an edit log needs to build it again."""
+"""Replacing the network by a built-in architecture, as an edit from which it can be rebuilt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Dynamic = Mapping[str | int, Mapping[int, str]] | None
 
 
 def building(architecture: str, settings: Mapping[str, Any], call: Call, dynamic: Dynamic) -> Edit:
-    """The edit that says which architecture is built, and for which inputs.
+    """The edit that builds an architecture for given inputs.
 
     Args:
         architecture: One of `penjing.architectures.names()`.
-        settings: What its factory takes; values that JSON can hold.
-        call: Example inputs (args, kwargs), tensors alone.
+        settings: Keyword arguments of its factory; values that JSON can represent.
+        call: Example inputs (args, kwargs); all of them tensors.
         dynamic: See `penjing.Task.dynamic`.
 
     Raises:
@@ -43,11 +43,11 @@ def building(architecture: str, settings: Mapping[str, Any], call: Call, dynamic
 
 
 def build(edit: Edit) -> fx.GraphModule:
-    """The captured network of an edit, with weights from torch's global generator.
+    """Build and capture the network of an edit; its weights are drawn from torch's global generator.
 
     Raises:
-        SourceError: The architecture is unknown, or the settings do not fit it.
-        ExportError: It does not take such inputs.
+        SourceError: The architecture is unknown, or its factory does not accept the settings.
+        ExportError: It does not accept such inputs.
     """
     module = architectures.build(edit["architecture"], **edit["settings"])
     axes = edit["dynamic"]

@@ -54,7 +54,7 @@ def replay(network: fx.GraphModule, edits: Iterable[Edit]) -> fx.GraphModule:
             network = edited if isinstance(edited, fx.GraphModule) else network
         except CheckpointError:
             raise
-        except Exception as error:  # an edit that a stranger wrote fails in many ways
+        except Exception as error:  # an edit from an untrusted file can fail in many ways
             raise CheckpointError(
                 f"edit {position} of the checkpoint does not fit this network",
                 code="misfit",

@@ -10,7 +10,7 @@ from penjing.steps.draft import Edit
 
 
 def fold_batch_norms(network: fx.GraphModule) -> tuple[Edit, ...]:
-    """Fold, in place, every batch norm whose input is a layer that nobody else reads; returns the edits."""
+    """Fold, in place, every batch norm that is the only reader of a layer; returns the edits."""
     calls: dict[str, int] = {}
     for node in network.graph.nodes:
         if node.op == "call_module":
@@ -45,7 +45,7 @@ def _owns_weights(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _norm_axis_fits(network: fx.GraphModule, node: fx.Node) -> bool:
-    # A linear layer's features are its last axis, a batch norm's the second: the same in 2-D only.
+    # A linear layer's features are the last axis, a batch norm's the second: the same only in 2-D.
     return kind(network, node) != "linear" or node.meta.get("rank") == 2
 
 

@@ -1,4 +1,4 @@
-"""From fake quantizers to stored integers: what an exporter writes of a plan."""
+"""From a plan to stored integers: the network that an exporter writes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from penjing.numerics import grid, operators
 from penjing.steps.plan import Entry, Plan
 from penjing.surgery.quantizers import constant_node, rewire
 
-SHARED = 64  # values from which on an equal tensor is looked for
+SHARED = 64  # number of values from which on equal tensors are stored once
 
 
 def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A copy of `network` whose quantized weights are stored as integers: what a runtime's file is made from."""
+    """Return a copy of `network` whose quantized weights are stored as integers, ready for export."""
     network = copy.deepcopy(network)
     if not plan:
         return network
@@ -32,7 +32,7 @@ def freeze(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     network.recompile()
     for layer, _ in writer.entries:
         if not _is_used(network, layer):
-            network.delete_submodule(layer)  # float weights without a user would stay in a saved program
+            network.delete_submodule(layer)  # a saved program would keep unused float weights
     return network
 
 
@@ -43,11 +43,11 @@ class _Writer:
         self.network = network
         self.integers = free_name(network, "integers")
         network.add_module(self.integers, nn.Module())
-        self.paths: dict[tuple[Any, ...], str] = {}  # type, shape and hash of a tensor → where it is stored
+        self.paths: dict[tuple[Any, ...], str] = {}  # type, shape and hash of a tensor → its path
         self.entries: dict[tuple[str, str], list[Entry | None]] = {}  # layer and role → its grids
 
     def constant(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A tensor that is stored; a table that is a layer's weight too is stored once."""
+        """Store a tensor and read it; equal tensors, such as a tied table, are stored once."""
         key = (value.dtype, tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).digest())
         if value.numel() >= SHARED and key in self.paths:
             return self.network.graph.get_attr(self.paths[key])
@@ -55,7 +55,7 @@ class _Writer:
         return constant_node(self.network, self.paths[key], value)
 
     def place(self, producer: fx.Node, entry: Entry) -> fx.Node:
-        """What an operator reads in the place of `producer`: its integers, dequantized."""
+        """The value of `producer`, quantized and dequantized."""
         if entry.dynamic:
             return producer  # quantized by the operator that reads it
         if entry.spec.grid != "uniform":
@@ -66,7 +66,7 @@ class _Writer:
                 expected="activation_grid='uniform'; weights may be of any grid",
                 remedy="pj.apply computes it in torch",
             )
-        if producer.op == "get_attr":  # the other operand of a product: a weight, by whatever name
+        if producer.op == "get_attr":  # a stored operand of a product, that is, a weight
             path = str(producer.target)
             owner, _, leaf = path.rpartition(".")
             return self._dequantized(path, getattr(self.network.get_submodule(owner), leaf).detach(), entry)
@@ -77,11 +77,11 @@ class _Writer:
         return call(torch.ops.penjing.dequantize.default, (q, scale, zero, axis))
 
     def weight(self, layer: str, entry: Entry) -> fx.Node:
-        """A layer's weight."""
+        """A layer's weight, stored as integers and dequantized."""
         return self._stored(layer, "weight", entry)
 
     def bias(self, layer: str, entry: Entry | None) -> fx.Node | None:
-        """A layer's bias, in floating point where there is no entry; None where there is no bias."""
+        """A layer's bias, in floating point without an entry; None if the layer has no bias."""
         value: Any = self.network.get_submodule(layer).bias
         if value is None:
             return None
@@ -90,7 +90,7 @@ class _Writer:
         return self._stored(layer, "bias", entry)
 
     def rows(self, layer: str, positions: fx.Node, entry: Entry) -> fx.Node:
-        """Rows of a table: their integers are gathered first, and they alone are dequantized."""
+        """Rows of a table: their integers are gathered first, so that only they are dequantized."""
         value: Any = self.network.get_submodule(layer).weight
         name = self._name(layer, "weight", entry)
         call, gather = self.network.graph.call_function, torch.ops.aten.embedding.default
@@ -108,7 +108,7 @@ class _Writer:
         return call(torch.ops.aten.mul.Tensor, (x, each("row_scale", entry.scale)))
 
     def linear_dynamic(self, layer: str, x: fx.Node, entry: Entry) -> fx.Node:
-        """A linear layer whose input takes its range at run time."""
+        """A linear layer whose input is quantized with a range computed at run time."""
         value: Any = self.network.get_submodule(layer).weight
         scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
         q = grid.integers(value.detach(), scale, zero, entry.spec).to(torch.int8)
@@ -117,7 +117,7 @@ class _Writer:
         return self.network.graph.call_function(torch.ops.penjing.linear_dynamic.default, (x, *nodes))
 
     def _name(self, layer: str, role: str, entry: Entry | None) -> str:
-        """A layer that is called twice has two bias grids where its two inputs have two scales."""
+        """Name of a stored tensor, numbered per grid: a layer called twice may have two bias grids."""
         known = self.entries.setdefault((layer, role), [])
         if entry not in known:
             known.append(entry)
@@ -125,7 +125,7 @@ class _Writer:
         return f"{layer}.{role}_{number}" if number else f"{layer}.{role}"
 
     def _numbers(self, name: str, entry: Entry) -> tuple[fx.Node, fx.Node]:
-        """Scale and zero point; a single number has no axis: runtimes take a one-element vector for one channel."""
+        """Scale and zero point, as scalars if there is one: runtimes read a vector of one element as one channel."""
         shape = (-1,) if len(entry.scale) > 1 else ()
         dtype = operators.integer_dtype(*entry.spec.limits)
         return (
@@ -142,7 +142,7 @@ class _Writer:
         if entry.spec.group is None:
             nodes = (self.constant(name, q), *self._numbers(name, entry))
             return call(torch.ops.penjing.dequantize.default, (*nodes, entry.spec.axis or 0))
-        # One row for every scale: per-channel quantization is what every runtime reads.
+        # One row for every scale: every runtime supports per-channel quantization.
         grouped = q.movedim(entry.spec.axis or 0, 0).reshape(-1, entry.spec.group)
         nodes = (self.constant(name, grouped), *self._numbers(name, entry))
         rows = call(torch.ops.penjing.dequantize.default, (*nodes, 0))
@@ -156,7 +156,7 @@ def _in_integers(value: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 
 def _forget(network: fx.GraphModule, path: str) -> None:
-    """Delete a stored tensor that no operator and no layer reads."""
+    """Delete a stored tensor unless an operator or layer reads it."""
     holder, _, leaf = path.rpartition(".")
     owner = network.get_submodule(holder)
     layers = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
@@ -165,6 +165,6 @@ def _forget(network: fx.GraphModule, path: str) -> None:
 
 
 def _is_used(network: fx.GraphModule, layer: str) -> bool:
-    """Whether a call of the layer is left in floating point, or an operator reads one of its tensors."""
+    """Whether the layer is still called, or an operator reads one of its tensors."""
     targets = (str(n.target) for n in network.graph.nodes if n.op in ("call_module", "get_attr"))
     return any(target == layer or target.startswith(f"{layer}.") for target in targets)

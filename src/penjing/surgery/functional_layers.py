@@ -1,4 +1,4 @@
-"""Layers as functions of their weight: replaces a module whose weight is computed in the graph."""
+"""Layers as functional operators, for a module whose weight is quantized in the graph."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def functional_layer(
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None,
     rows: Callable[[str, fx.Node, Entry], fx.Node] | None,
 ) -> None:
-    """Replace a module's call by the operator that computes it from a quantized weight, in place.
+    """Replace the call of a module, in place, by the functional operator with a quantized weight.
 
     Args:
-        network: It has the module.
-        node: Its call.
-        plan: Says what of the input is quantized.
-        entry: Of the weight.
-        weight: Makes the node of a layer's weight.
-        bias: Makes the node of a layer's bias.
-        dynamic: Makes the product of a layer whose input is quantized at run time; None where the plan has none.
-        rows: Looks the rows of a table up; None where the whole table is read.
+        network: A captured network with the module.
+        node: The call of the module.
+        plan: The plan, for the entry of the input.
+        entry: The entry of the weight.
+        weight: Writes the node of a layer's weight.
+        bias: Writes the node of a layer's bias.
+        dynamic: Writes a linear layer with a range at run time; None to write quantizers instead.
+        rows: Writes the lookup of rows of a quantized table; None to look them up in the dequantized table.
     """
     layer, site = str(node.target), str(node.meta["site"])
     module: Any = network.get_submodule(layer)
@@ -40,7 +40,7 @@ def functional_layer(
     x: Any = node.args[0]
     inputs = plan.entries.get(f"{site}:in0")
     with network.graph.inserting_before(node):
-        # With a scale for every few values it is the runtime that quantizes, when it sees integer weights.
+        # With groups of values per scale the runtime quantizes the input itself, when the weights are integers.
         by_operator = dynamic is not None and inputs is not None and inputs.dynamic and inputs.spec.group is None
         by_rows = what == "embedding" and rows is not None
         w = None if by_operator or by_rows else weight(layer, entry)
@@ -52,7 +52,7 @@ def functional_layer(
         elif dynamic is not None and by_operator:
             new = dynamic(layer, x, entry)
         elif what == "linear":
-            # One bias grid needs one integer accumulator; a 3-D linear becomes a matrix product and an addition.
+            # An integer bias needs an integer accumulator, but a 3-D linear is run as a matrix product and an addition.
             b = bias(layer, bias_entry(plan, site) if node.meta.get("rank", 2) == 2 else None)
             new = network.graph.call_function(torch.ops.aten.linear.default, (x, w, b))
         else:
@@ -88,7 +88,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 
 
 def bias_entry(plan: Plan, layer: str) -> Entry | None:
-    """Int32 with scale = weight scale × input scale: the accumulator's own grid; None where there is no such grid."""
+    """The grid of a bias: int32, scale = weight scale × input scale, as in the accumulator; None without them."""
     weight, inputs = plan.entries.get(f"{layer}:weight"), plan.entries.get(f"{layer}:in0")
     if weight is None or inputs is None or inputs.dynamic or weight.spec.group is not None:
         return None

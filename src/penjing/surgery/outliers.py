@@ -1,4 +1,4 @@
-"""Splitting a linear layer in two: the few outlier channels get a layer that stays in floating point.
+"""Splitting a linear layer in two, so that its few input channels with outliers stay in floating point.
 
 Dettmers et al., "LLM.int8()", NeurIPS 2022, section 3.2 (mixed-precision decomposition).
 """
@@ -25,7 +25,7 @@ def split_outliers(network: fx.GraphModule, layers: Sequence[str], channels: Seq
 
     Args:
         network: A captured network.
-        layers: Names of linear modules, each called once and with weights of its own.
+        layers: Names of linear modules, each called once, without tied weights.
         channels: Input channels with outliers.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Untying weights: a layer that reads a tied weight transposed or sliced gets a weight of its own.
+"""Untying weights: a layer that reads a tied weight transposed or sliced gets a separate copy.
 
-Every scale of an integer weight belongs to an output channel. Where one tensor is read as it is and turned, the output
-channels of one reader are the input channels of the other: the two readers can't share integers.
+The scales of an integer weight belong to output channels. If one layer reads a tensor as it is and another reads it
+transposed, the output channels of one are the input channels of the other, so they can't share integers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from penjing.network.stored_weights import constants
 from penjing.steps.draft import Edit
 
 _LAYERS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-_PRODUCTS = ("matmul", "bmm")  # with a matrix for every head or expert
+_PRODUCTS = ("matmul", "bmm")  # of one matrix per head or expert
 
 
 def own_weights(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Edit, ...]:
-    """Give every product that computes its weight from stored tensors a weight of its own, in place.
+    """Give every product that computes its weight from stored tensors a separate weight, in place.
 
-    A captured network computes one only where the tensor has another reader. Gradients that flow to it afterwards do
-    not reach the others: tied weights part here.
+    Capture folds such computations unless the tensor has another reader. Afterwards the weights are no longer tied:
+    gradients of one reader do not reach the others.
 
     Args:
         network: A captured network.
-        keep: Sites that stay as they are.
+        keep: Sites that are left unchanged.
 
     Returns:
-        The edit; none where there is no such product.
+        The edit; empty if there is no such product.
     """
     constant = constants(network.graph)
     names = [name for name, node in sites(network).items() if name not in keep and _computed(node, constant)]
@@ -43,13 +43,13 @@ def own_weights(network: fx.GraphModule, keep: Collection[str] = ()) -> tuple[Ed
 
 
 def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
-    """Do so for these sites: a linear layer or convolution becomes a layer ``NAME_copy``.
+    """Give these sites separate weights; a linear layer or convolution becomes a module ``NAME_copy``.
 
     Raises:
         TypeError: One of them is not such a product.
     """
     constant = constants(network.graph)
-    copies: dict[str, tuple[str, nn.Parameter]] = {}  # what two readers compute alike, they read in common
+    copies: dict[str, tuple[str, nn.Parameter]] = {}  # expression → its copy, shared by readers that compute the same
     for name in names:
         node = sites(network)[name]
         arguments = _computed(node, constant)
@@ -57,10 +57,10 @@ def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
             raise TypeError(f"{name} does not compute its weight from stored tensors")
         tensors: dict[str, torch.Tensor] = {}
         for argument in arguments:
-            known = _written(network, argument)
-            if known not in copies:
-                copies[known] = (_free_path(network, argument, copies), _evaluated(network, argument))
-            path, value = copies[known]
+            expression = _expression(network, argument)
+            if expression not in copies:
+                copies[expression] = (_free_path(network, argument, copies), _evaluated(network, argument))
+            path, value = copies[expression]
             tensors[path] = value
             with network.graph.inserting_before(node):
                 read = network.graph.create_node("get_attr", path)
@@ -74,13 +74,13 @@ def give_own_weights(network: fx.GraphModule, names: Collection[str]) -> None:
         else:
             for path in tensors.keys() - {*dict(network.named_parameters()), *dict(network.named_buffers())}:
                 network.register_parameter(path, tensors[path])  # type: ignore[arg-type]
-    _sweep(network)
+    _remove_unread(network)
     network.graph.lint()
     network.recompile()
 
 
 def _computed(node: fx.Node, constant: Collection[fx.Node]) -> list[fx.Node]:
-    """The arguments of a product with a stored weight that are computed from stored tensors alone."""
+    """The arguments of a product that are computed only from stored tensors; [] if the node is not such a product."""
     if node.op != "call_function" or node in constant or not isinstance(node.target, torch._ops.OpOverload):
         return []
     if operator_name(node) not in _LAYERS + _PRODUCTS:
@@ -124,15 +124,15 @@ def _leaves(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(leaf for n in node.all_input_nodes for leaf in _leaves(n)))
 
 
-def _written(network: fx.GraphModule, node: fx.Node) -> str:
-    """The expression of a constant: the same for two nodes that compute the same from the same tensors."""
+def _expression(network: fx.GraphModule, node: fx.Node) -> str:
+    """The expression of a constant; equal for two nodes that compute the same from the same tensors."""
     if node.op == "get_attr":
         return f"tensor {id(_value(network, node))}"
-    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda n: _written(network, n))!r}"
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda n: _expression(network, n))!r}"
 
 
 def _free_path(network: fx.GraphModule, node: fx.Node, copies: Mapping[str, tuple[str, nn.Parameter]]) -> str:
-    """A name beside that of the tensor it is computed from."""
+    """An unused name, formed from that of the tensor it is computed from."""
     path = str(_leaves(node)[0].target) if _leaves(node) else "weight"
     base = path.removesuffix(".weight").removesuffix("_weight") + "_copy"
     taken = {*dict(network.named_modules()), *dict(network.named_parameters()), *dict(network.named_buffers())}
@@ -143,8 +143,8 @@ def _free_path(network: fx.GraphModule, node: fx.Node, copies: Mapping[str, tupl
     return name
 
 
-def _sweep(network: fx.GraphModule) -> None:
-    """Drop what only the computation of those weights read."""
+def _remove_unread(network: fx.GraphModule) -> None:
+    """Remove constants that are no longer read."""
     unread = constants(network.graph)
     for node in reversed(list(network.graph.nodes)):
         if node in unread and not node.users:

@@ -18,7 +18,7 @@ from penjing.surgery import recurrent
 from penjing.surgery.functional_layers import functional_layer
 from penjing.surgery.straight_through import Grid, wide
 
-SMALLEST = 1e-12  # that a scale becomes when it learns
+SMALLEST = 1e-12  # lower bound of a learned scale
 
 
 class FakeQuantize(nn.Module):
@@ -39,9 +39,9 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape in, the same shape out; the bits of penjing::quantize and penjing::dequantize.
+        """Any shape to the same shape; bit-identical to penjing::quantize and penjing::dequantize.
 
-        Gradients pass straight through, and none passes where a value lies outside the range.
+        Gradients pass straight through inside the range, and are 0 outside.
         """
         x = wide(x)
         scale, zero = grid.measured(x.detach(), self.spec) if self.dynamic else (self.scale, self.zero_point)
@@ -54,7 +54,7 @@ class FakeQuantize(nn.Module):
 
 
 def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
-    """Let port `port` of a node read `new`."""
+    """Make a node read `new` at its tensor input number `port`."""
     seen = -1
 
     def swap(n: fx.Node) -> fx.Node:
@@ -69,17 +69,17 @@ def replace_port(node: fx.Node, port: int, new: fx.Node) -> None:
 
 
 def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns: bool = False) -> fx.GraphModule:
-    """A copy of `network` that computes in floating point what the integers of `plan` can express.
+    """Return a copy of `network` with fake quantizers for `plan`: floating point, rounded to the integers' values.
 
-    Weights keep their names; the quantizers live under ``quantizers`` (with underscores behind it where the network
-    has a part that is called so).
+    Weights keep their names; the quantizers are submodules of ``quantizers`` (with trailing underscores if that name is
+    in use).
 
     Args:
-        network: Raised.
-        plan: Of this network.
-        trains: Let recurrent layers read their weights through quantizers, so that these learn: their integer
-            operator has no gradient, and rounds the inputs too.
-        learns: Scales are parameters, and biases stay in floating point: their grid follows from scales that move.
+        network: A captured network.
+        plan: The plan of this network.
+        trains: Compute recurrent layers in floating point, with quantizers on inputs and weights, so that these can be
+            trained: their integer operator has no gradient.
+        learns: Make scales parameters, and leave biases in floating point, as their grid depends on the scales.
     """
     network = copy.deepcopy(network)
     quantizers = free_name(network, "quantizers")
@@ -110,7 +110,7 @@ def insert(network: fx.GraphModule, plan: Plan, *, trains: bool = False, learns:
 
 
 def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
-    """Edge of the plan → the call of its quantizer in a network that `insert` made to train."""
+    """Edge of the plan → the call of its quantizer in a network from `insert(trains=True)`."""
     nodes = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     edges: dict[str, Any] = {}
     for edge in plan.entries:
@@ -122,7 +122,7 @@ def quantizer_calls(network: fx.GraphModule, plan: Plan) -> dict[str, fx.Node]:
 
 
 def constant_node(network: fx.GraphModule, path: str, value: torch.Tensor) -> fx.Node:
-    """Keep a tensor under a dotted path and read it."""
+    """Store a tensor as a buffer under a dotted path, and return a node that reads it."""
     holder: nn.Module = network
     *parents, leaf = path.split(".")
     for part in parents:
@@ -143,7 +143,21 @@ def rewire(
     dynamic: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
     rows: Callable[[str, fx.Node, Entry], fx.Node] | None = None,
 ) -> None:
-    """Put quantizers on the plan's edges; layers with integer weights become functional."""
+    """Put quantizers on the plan's edges, in place; layers with quantized weights become functional operators.
+
+    Args:
+        network: A captured network.
+        plan: The plan of this network.
+        place: Writes a quantizer of a producer's value.
+        weight: Writes a layer's quantized weight.
+        bias: Writes a layer's bias; None if it has none.
+        store: Stores a tensor for integer LSTMs; None to quantize their inputs and weights instead.
+        dynamic: See `functional_layer`.
+        rows: See `functional_layer`.
+
+    Raises:
+        QuantizationError: The plan does not fit the network.
+    """
     nodes = {**sites(network), OUTPUT: next(n for n in network.graph.nodes if n.op == "output")}
     placed: dict[tuple[fx.Node, Entry], fx.Node] = {}
     cells: dict[str, fx.Node] = {}

@@ -1,6 +1,6 @@
-"""LSTM layers in integers: `aten.lstm` of a graph becomes one operator of our own for every layer of the stack.
+"""LSTM layers in integers: `aten.lstm` is replaced by one custom operator for every layer of the stack.
 
-``penjing::lstm_dynamic`` takes its ranges at run time; ``penjing::lstm_static`` has one grid for input and state.
+``penjing::lstm_dynamic`` computes ranges at run time; ``penjing::lstm_static`` has one fixed grid for input and state.
 
 Hochreiter & Schmidhuber, "Long Short-Term Memory", Neural Computation 1997. Gates are reordered from torch's (input,
 forget, cell, output) to those of the ONNX standard (input, output, forget, cell).
@@ -25,7 +25,7 @@ from penjing.steps.plan import Entry, Plan, QuantSpec
 
 @dataclass(frozen=True)
 class Direction:
-    """The parameters that one direction of one layer reads: (4·hidden, in), (4·hidden, hidden) and two (4·hidden,)."""
+    """Parameters of one direction of one layer: (4·hidden, in), (4·hidden, hidden), two or no biases (4·hidden,)."""
 
     input: fx.Node
     hidden: fx.Node
@@ -33,14 +33,14 @@ class Direction:
 
 
 def directions(node: fx.Node) -> list[Direction]:
-    """Layer after layer, forward before backward."""
+    """The directions of all layers, layer by layer, forward before backward."""
     given = arguments(node)
     params, step = given["params"], 4 if given["has_biases"] else 2
     return [Direction(params[i], params[i + 1], tuple(params[i + 2 : i + step])) for i in range(0, len(params), step)]
 
 
 def refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
-    """Why a recurrent layer has no form in integers; None where it has one."""
+    """Why a recurrent layer can't be computed in integers; None if it can."""
     what, given = kind(network, node), arguments(node)
     if what != "lstm":
         return f"no runtime has an integer kernel for {what}"
@@ -56,7 +56,7 @@ def refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def static_refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
-    """Why a recurrent layer has no form in integers with ranges from calibration; None where it has one."""
+    """Why a recurrent layer can't be computed in integers with ranges from calibration; None if it can."""
     if (reason := refusal(network, node)) is not None:
         return reason
     if not all(is_zero(state) for state in arguments(node)["hx"]):
@@ -65,35 +65,37 @@ def static_refusal(network: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def grids(read: torch.Tensor, own: torch.Tensor, ratio: float, spec: QuantSpec) -> torch.Tensor:
-    """The scale of every row of one direction's matrices (4·hidden, in) and (4·hidden, hidden): (4·hidden,).
+    """The scales (4·hidden,) of the rows of one direction's matrices (4·hidden, in) and (4·hidden, hidden).
 
-    The kernel has one for a row of both, of which the first is divided by `ratio` (the input is multiplied by it);
-    and OpenVINO 2026.4 looks those of input and forget gates up by each other's position: they are the same.
+    The kernel has one scale for a row of both matrices, the first of which is divided by `ratio` (its input is
+    multiplied by it). OpenVINO 2026.4 swaps the scales of input and forget gates, so these are made equal.
     """
     scale = same_gates(torch.maximum(read.abs().amax(1) / ratio, own.abs().amax(1)) / spec.limits[1])
     return scale if spec.axis is not None else scale.max().expand(len(scale))
 
 
 def same_gates(scale: torch.Tensor) -> torch.Tensor:
-    """Scales (4·hidden,) of which those of the input gate and of the forget gate are the larger of the two."""
+    """Scales (4·hidden,) with the maximum of input and forget gate for both of these gates."""
     i, f, g, o = scale.chunk(4)
     larger = torch.maximum(i, f)
     return torch.cat([larger, larger, g, o])
 
 
 def input_scale(reach: float, first: list[Direction], network: fx.GraphModule) -> float:
-    """The step of the input's grid, whose largest absolute value is `reach`.
+    """The scale of the input's grid, for inputs of absolute value up to `reach`.
 
-    Input and state share a grid, and so do their matrices: with a finer input the first matrix takes more of its
-    grid, or less. Where it would take too little, both give way by the same factor.
+    Input and state share a grid, and so do the rows of their matrices. If the input's own scale would leave the first
+    matrix too small a part of that grid, the loss is balanced: input and matrix lose the same factor.
     """
     sizes = [[float(value(network, m).abs().max()) for m in (d.input, d.hidden)] for d in first]
-    balance = max(own for _, own in sizes) / max(*(read for read, _ in sizes), 1e-12)  # the reach that fills both
+    balance = max(own for _, own in sizes) / max(
+        *(read for read, _ in sizes), 1e-12
+    )  # the reach at which both matrices use the whole grid
     return max(reach, math.sqrt(reach * balance), 1e-12) / 127
 
 
 def stores(node: fx.Node) -> bool:
-    """Whether two matrices of every layer and direction are stored tensors: not a packed sequence, not projected."""
+    """Whether all parameters are stored tensors, and the layer has neither packed sequences nor projections."""
     given = arguments(node)
     if "data" in given or "params" not in given:
         return False
@@ -108,7 +110,7 @@ def value(network: fx.GraphModule, stored: fx.Node) -> torch.Tensor:
 
 
 def weights(network: fx.GraphModule, node: fx.Node) -> dict[str, torch.Tensor]:
-    """The matrices of a recurrent layer by the edges of a plan."""
+    """The matrices of a recurrent layer by their edges in a plan."""
     ports = tensor_inputs(node)
     matrices = [m for d in directions(node) for m in (d.input, d.hidden)]
     return {f"{site(node)}:in{ports.index(m)}": value(network, m) for m in matrices}
@@ -120,10 +122,10 @@ def entries(
     """The grids of an LSTM's input and of its matrices, for ``penjing::lstm_static``.
 
     Args:
-        network: Raised.
-        node: An LSTM that `static_refusal` does not refuse.
+        network: A captured network.
+        node: An LSTM for which `static_refusal` is None.
         reach: The largest absolute value of its input.
-        inputs: The format of activations; the kernel takes 8 bits and no other.
+        inputs: The format of activations; the kernel supports 8 bits only.
         spec: The format of weights.
     """
     inputs = replace(inputs, bits=8, signed=False, symmetric=False, narrow=False)
@@ -144,7 +146,7 @@ def entries(
 def in_integers(
     network: fx.GraphModule, node: fx.Node, plan: Plan, store: Callable[[str, torch.Tensor], fx.Node]
 ) -> None:
-    """Replace an LSTM whose input and matrices `plan` has entries for. `store` keeps a tensor and reads it."""
+    """Replace, in place, an LSTM for whose input and matrices `plan` has entries; `store` stores a tensor."""
     lstm, given, call = _Lstm(network, node, plan, store), arguments(node), network.graph.call_function
     with network.graph.inserting_before(node):
         x: Any = given["input"]
@@ -170,7 +172,7 @@ def in_integers(
 
 
 class _Lstm:
-    """An LSTM of a graph, layer by layer as one of our operators with what it reads: tensors are stored on the way."""
+    """Converts an LSTM layer by layer to the arguments of a custom operator, and stores its tensors."""
 
     def __init__(
         self, network: fx.GraphModule, node: fx.Node, plan: Plan, store: Callable[[str, torch.Tensor], fx.Node]
@@ -185,22 +187,25 @@ class _Lstm:
         self.entries = {matrix: plan.entries[f"{name}:in{ports.index(matrix)}"] for matrix in matrices}
 
     def dynamic(self, x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
-        """A layer whose ranges are taken at run time."""
-        mine, name = self._layer(layer)
+        """Operator and arguments of a layer with ranges at run time."""
+        layer_directions, name = self._layer(layer)
         matrices = (
-            *self._numbers(f"{name}.input", [d.input for d in mine]),
-            *self._numbers(f"{name}.hidden", [d.hidden for d in mine]),
+            *self._numbers(f"{name}.input", [d.input for d in layer_directions]),
+            *self._numbers(f"{name}.hidden", [d.hidden for d in layer_directions]),
         )
-        read = (x, *self._states_before(layer), *matrices, self.store(f"{name}.bias", self._bias(mine)))
+        read = (x, *self._states_before(layer), *matrices, self.store(f"{name}.bias", self._bias(layer_directions)))
         return torch.ops.penjing.lstm_dynamic.default, read
 
     def static(self, x: fx.Node, layer: int) -> tuple[Any, tuple[Any, ...]]:
-        """A layer whose input and state have one grid, which is fixed."""
-        (mine, name), ratio = self._layer(layer), 1.0 if layer else operators.STATE_SCALE / self.first.scale[0]
+        """Operator and arguments of a layer with one fixed grid for input and state."""
+        (layer_directions, name), ratio = (
+            self._layer(layer),
+            1.0 if layer else operators.STATE_SCALE / self.first.scale[0],
+        )
         integers: dict[str, list[torch.Tensor]] = {"input": [], "hidden": [], "scale": []}
-        for d in mine:
+        for d in layer_directions:
             own, read = (torch.tensor(self.entries[m].scale) for m in (d.hidden, d.input))
-            scale = same_gates(torch.maximum(own, read / ratio))  # the same two, but where scales were learned
+            scale = same_gates(torch.maximum(own, read / ratio))  # the two differ only if scales were learned
             zero = torch.zeros(len(scale), dtype=torch.int32)
             matrices = (("input", value(self.network, d.input) / ratio), ("hidden", value(self.network, d.hidden)))
             for what, matrix in matrices:
@@ -212,24 +217,28 @@ class _Lstm:
             self.store(f"{name}.state_scale", torch.tensor(operators.STATE_SCALE)),
             self.store(f"{name}.state_zero", torch.tensor(operators.STATE_ZERO, dtype=torch.uint8)),
         ]
-        bias = self.store(f"{name}.bias", self._bias(mine))
+        bias = self.store(f"{name}.bias", self._bias(layer_directions))
         return torch.ops.penjing.lstm_static.default, (x, *self._states_before(layer), *stored, bias, *state, ratio)
 
     def _layer(self, layer: int) -> tuple[list[Direction], str]:
-        """Its directions, and what its tensors are called."""
-        mine = self.directions[layer * self.both : (layer + 1) * self.both]
-        return mine, f"{str(mine[0].input.target).rpartition('.')[0]}.layer{layer}"
+        """The directions of a layer, and the prefix of its tensors' names."""
+        layer_directions = self.directions[layer * self.both : (layer + 1) * self.both]
+        return layer_directions, f"{str(layer_directions[0].input.target).rpartition('.')[0]}.layer{layer}"
 
     def _states_before(self, layer: int) -> list[fx.Node]:
         call, start = self.network.graph.call_function, layer * self.both
         return [call(torch.ops.aten.slice.Tensor, (state, 0, start, start + self.both)) for state in self.states]
 
-    def _bias(self, mine: list[Direction]) -> torch.Tensor:
-        bias = [torch.cat([_reordered(value(self.network, b)) for b in d.biases]) for d in mine if d.biases]
-        return torch.stack(bias) if bias else torch.zeros(self.both, 8 * value(self.network, mine[0].hidden).shape[1])
+    def _bias(self, layer_directions: list[Direction]) -> torch.Tensor:
+        bias = [torch.cat([_reordered(value(self.network, b)) for b in d.biases]) for d in layer_directions if d.biases]
+        return (
+            torch.stack(bias)
+            if bias
+            else torch.zeros(self.both, 8 * value(self.network, layer_directions[0].hidden).shape[1])
+        )
 
     def _numbers(self, name: str, matrices: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
-        """The integers of one matrix a direction, and their scales."""
+        """Stored integers of one matrix per direction (directions, in, 4·hidden), and scales (directions, 4·hidden)."""
         integers, scales = [], []
         for matrix in matrices:
             entry, x = self.entries[matrix], value(self.network, matrix)
@@ -241,6 +250,6 @@ class _Lstm:
 
 
 def _reordered(x: torch.Tensor) -> torch.Tensor:
-    """(4·hidden, …) from torch's order of gates to that of ONNX."""
+    """Reorder (4·hidden, …) from torch's order of gates to that of ONNX."""
     i, f, g, o = x.chunk(4)
     return torch.cat([i, o, f, g])

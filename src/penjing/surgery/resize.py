@@ -1,7 +1,7 @@
 """Removing channels from a network: tensors are sliced, and literals that depend on their sizes are updated.
 
-Four edits: ``slice`` cuts a stored tensor, ``literal`` writes a number, ``partition`` gives a split explicit lengths,
-``reorder`` puts one selection in the place of operators that permute an axis.
+Four edits: ``slice`` removes positions from a stored tensor, ``literal`` writes a number, ``partition`` gives a split
+explicit lengths, ``reorder`` replaces operators that permute an axis by one selection.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from penjing.steps.draft import Edit
 from penjing.steps.positions import from_text
 
 RESIZING = ("slice", "literal", "partition", "reorder")
-"""The four kinds."""
+"""The four edits."""
 
 
 def resize(network: fx.GraphModule, edits: tuple[Edit, ...]) -> None:
-    """Apply edits of the four kinds in place, in order."""
+    """Apply these edits in place, in order."""
     operators = sites(network)
     for edit in edits:
         _APPLY[edit["edit"]](network, operators, edit)
@@ -62,7 +62,7 @@ def _literal(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit)
 
 
 def set_argument(node: fx.Node, word: str, value: Any, index: int | None = None) -> None:
-    """Write one argument of a functional operator, by the name in its schema, or one number of a list.
+    """Set an argument of a functional operator, by its name in the schema, or one number of a list argument.
 
     Raises:
         TypeError: The operator has no such argument.
@@ -111,7 +111,7 @@ def _reorder(network: fx.GraphModule, operators: dict[str, fx.Node], edit: Edit)
     chosen.meta = {**last.meta, "site": f"{edit['last']}.chosen"}
     reordered.meta = dict(last.meta)
     last.replace_all_uses_with(reordered)
-    numbers = first.all_input_nodes[1:]  # of an order that this one replaces
+    numbers = first.all_input_nodes[1:]  # the index tensor of an earlier reordering
     node: Any = last
     while node is not first:
         before = node.args[0]

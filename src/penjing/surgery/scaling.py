@@ -1,6 +1,6 @@
 """Scaling the input channels of linear layers: inputs are divided, weights multiplied by a factor per channel.
 
-Xiao et al., "SmoothQuant", ICML 2023, equation 3, where nothing before the layer can take the division.
+Xiao et al., "SmoothQuant", ICML 2023, equation 3, for layers whose producer can't absorb the division.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def divide_inputs(network: fx.GraphModule, layers: Sequence[str], factor: torch.
 
     Args:
         network: A captured network.
-        layers: Names of linear modules, each called once and with weights of its own.
-        factor: (in,), above 0; None is 1 everywhere, for values that are loaded later.
+        layers: Names of linear modules, each called once, without tied weights.
+        factor: (in,), positive; None for ones, when the values are loaded later.
 
     Returns:
         The edit.

@@ -1,4 +1,4 @@
-"""Skipping whole parts of a network: their readers read their input, and unused tensors are dropped."""
+"""Bypassing parts of a network: their readers read their input instead, and unused tensors are removed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
         network: A captured network.
         last: Site of the operator whose value is replaced: the addition at the end of a residual block, the last
             operator of a layer.
-        by: Site of the operator, or name of the input, whose value takes its place. It has the same shape.
+        by: Site of the operator, or name of the input, whose value replaces it; of the same shape.
 
     Raises:
         KeyError: One of them does not exist.
     """
     operators = {site(n): n for n in network.graph.nodes if n.op == "placeholder"} | sites(network)
     operators[last].replace_all_uses_with(operators[by])
-    # torch keeps attentions, which may draw dropout; a captured network's operators change nothing but their results
+    # torch keeps attentions, as they may draw dropout; the operators of a captured network have no side effects
     network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     network.delete_all_unused_submodules()
     _drop_unread(network)
@@ -32,7 +32,7 @@ def skip(network: fx.GraphModule, last: str, by: str) -> Edit:
 
 
 def _drop_unread(network: fx.GraphModule) -> None:
-    """Remove tensors that neither the graph nor a layer reads: `delete_all_unused_submodules` leaves them."""
+    """Remove tensors that neither the graph nor a layer reads; `delete_all_unused_submodules` does not."""
     called = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
     read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr"}
     for path, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""Tensors whose zeros stay zeros: the entry in the edit log, and what training does to respect it."""
+"""Tensors whose zeros are preserved: the entry in the edit log, and masking of gradients in training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def mark_sparse(network: fx.GraphModule, tensors: Iterable[str]) -> Edit:
 
 
 def freeze_zeros(network: nn.Module, tensors: Iterable[str]) -> None:
-    """Clear the gradient of every weight of these parameters that is exactly 0, between backward pass and update.
+    """Set the gradient of every weight that is exactly 0 in these parameters to 0, between backward pass and update.
 
-    Nothing but a gradient and what optimizers make of earlier ones moves a zero: neither momentum from the start of
-    the training nor weight decay does. The mask is read from the weights at every step, so a resumed training has it
-    too. A weight that was 0 without having been pruned stays 0 with the others.
+    With gradients that were 0 from the start of the training, neither momentum nor weight decay changes a zero. The
+    mask is computed from the weights at every step, so it needs no state to resume. Weights that are 0 without having
+    been pruned stay 0, too.
     """
     for name in tensors:
         parameter = network.get_parameter(name)

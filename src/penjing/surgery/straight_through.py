@@ -1,7 +1,7 @@
-"""Straight-through gradients: rounded values pass their gradient on, clipped values pass none.
+"""Straight-through gradients: the gradient passes through rounding, and is 0 for clipped values.
 
-Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013. Of scales: Esser et al., "Learned
-Step Size Quantization", ICLR 2020; Choi et al., "PACT", 2018.
+Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013. For scales: Esser et al.,
+"Learned Step Size Quantization", ICLR 2020; Choi et al., "PACT", 2018.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from penjing.steps.plan import QuantSpec
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """`x` in a type that holds the integers of 8 bits exactly, as bfloat16 does not."""
+    """`x` in float32, or in float64 if it is: bfloat16 is too coarse for the values of an 8-bit grid."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -27,7 +27,7 @@ class Grid(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec, method: str
     ) -> torch.Tensor:
-        """x any shape, scale and zero_point (scales,); see `grid.integers`."""
+        """x of any shape, scale and zero_point (scales,); see `grid.integers`."""
         y = on_grid(wide(x), scale.detach(), zero_point, spec)
         ctx.save_for_backward(x, scale, zero_point, y)
         ctx.spec, ctx.method = spec, method
@@ -42,7 +42,7 @@ class Grid(torch.autograd.Function):
         low, high = spec.limits
         if scale.numel() == 1:
             step, zero = float(scale), int(zero_point)
-            # What rounds to an integer of the grid passes; one kernel for the comparison and the product.
+            # Values that round to an integer of the grid pass; one kernel does the comparison and the product.
             of_x = torch.ops.aten.hardtanh_backward(
                 gradient, wide(x), (low - zero - 0.5) * step, (high - zero + 0.5) * step
             )
@@ -52,7 +52,7 @@ class Grid(torch.autograd.Function):
             of_x = torch.where(inside, gradient, 0.0)
         if not ctx.needs_input_grad[1]:
             return of_x.to(x.dtype), None, None, None, None
-        if ctx.method == "pact":  # only what is cut at the upper end moves that end
+        if ctx.method == "pact":  # only values clipped at the upper end have a gradient
             top = (high - broadcast(zero_point, x, spec)) * broadcast(scale, x, spec)
             of_scale = rows(torch.where(x > top, gradient, 0.0), spec).sum(1) * (high - zero_point)
         else:
@@ -63,8 +63,8 @@ class Grid(torch.autograd.Function):
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Σ a·b of the values of every scale: (scales,)."""
+    """Σ a·b over the values of each scale, (scales,)."""
     if spec.axis is not None:
         return rows(a * b, spec).sum(1)
-    by_memory = sorted(range(a.dim()), key=a.stride, reverse=True)  # channels-last too is then one row
+    by_memory = sorted(range(a.dim()), key=a.stride, reverse=True)  # contiguous in channels-last format, too
     return torch.dot(a.permute(by_memory).reshape(-1), b.permute(by_memory).reshape(-1)).reshape(1)

@@ -1,4 +1,4 @@
-"""Reading intermediate values of a network: a second view of the same layers, with taps on some edges."""
+"""Reading intermediate values of a network, by a second graph over the same layers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Tap(nn.Module):
     value: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> None:
-        """Keep `x`, with what its gradient needs."""
+        """Store `x` with its autograd graph."""
         self.value = x
 
 
 class Scores(nn.Module):
-    """Keeps what an attention computes before its softmax: Q·Kᵀ·scale, and 0 where something is hidden.
+    """Stores the scores of an attention before its softmax: Q·Kᵀ·scale, and 0 where they are masked.
 
     Args:
-        scale: Of the products; None is 1/√width.
-        causal: Tokens do not see later ones.
+        scale: Factor of the products; None for 1/√width.
+        causal: Whether later tokens are masked.
     """
 
     value: torch.Tensor | None = None
@@ -43,7 +43,7 @@ class Scores(nn.Module):
         self.scale, self.causal = scale, causal
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Keep (samples, heads, queries, keys)."""
+        """Store the scores, (samples, heads, queries, keys)."""
         scale = self.scale if self.scale is not None else 1 / math.sqrt(query.shape[-1])
         scores = query @ key.transpose(-2, -1) * scale
         if self.causal:
@@ -56,16 +56,16 @@ class Scores(nn.Module):
 class Tapped:
     """A network with access to intermediate values, called like the network itself.
 
-    Layers and their weights are those of the network: what trains the one trains the other.
+    It shares layers and weights with the network, so training either changes both.
 
     Args:
         network: A captured network.
-        names: Sites, or parts of the network, whose last value is meant; with ``:scores`` behind it, the scores of
-            the last attention.
-        called: What errors call the network.
+        names: Sites, or parts of the network, whose last value is read; with the suffix ``:scores``, the scores of the
+            last attention.
+        called: Name of the network in error messages.
 
     Raises:
-        RecipeError: A name does not exist; the nearest are suggested.
+        RecipeError: A name does not exist; the error suggests the nearest ones.
     """
 
     def __init__(self, network: fx.GraphModule, names: Sequence[str], called: str = "network") -> None:
@@ -86,24 +86,24 @@ class Tapped:
         self.view.recompile()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """The network's output."""
+        """Compute the network's output, and store the tapped values."""
         return self.view(*args, **kwargs)
 
     def values(self) -> Mapping[str, torch.Tensor]:
-        """Every name's value in the last call."""
+        """Return the values of the last call by name, and release them."""
         result = {name: tap.value for name, tap in self.taps.items() if tap.value is not None}
         for tap in self.taps.values():
-            tap.value = None  # and what its gradient holds
+            tap.value = None  # also releases its autograd graph
         return result
 
 
 def _several(node: fx.Node) -> bool:
-    """Whether an operator has several results, each of which has a name of its own."""
+    """Whether an operator returns several results, which are read by getitem nodes."""
     return bool(node.users) and all(user.target is operator.getitem for user in node.users)
 
 
 def _node(network: fx.GraphModule, name: str, attention: bool, called: str) -> fx.Node:
-    """The operator of a site, or the last one of a part of the network, as it stands in the forward."""
+    """The operator of a site, or the last one, in execution order, of a part of the network."""
     sites: dict[str, fx.Node] = {
         str(n.meta["site"]): n
         for n in network.graph.nodes
