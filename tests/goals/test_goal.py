@@ -12,6 +12,7 @@ from penjing.goals.goal import Goal, Limit, check, choose, figures, needs_metric
 from penjing.goals.text import of_the_metric
 from penjing.records import Candidate, Energy, Latency, Measured, Rejection
 from penjing.records.figures import FIGURES
+from tests.refusals import refused
 
 
 def candidate(name, *, latency=None, size=None, drop=None, relative=None, metric=None, **more):
@@ -98,30 +99,30 @@ def test_any_text_is_a_goal_or_a_goal_error(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "word", "remedy"),
+    ("text", "code", "word", "remedy"),
     [
-        ("latency<=5", "latency", "latency_ms"),
-        ("drop<=1%, size<=5MB", "size", "size_bytes"),
-        ("minimize latncy_ms", "latncy_ms", "latency_ms"),
-        ("minimize accuracy", "accuracy", "metric"),
-        ("drop<1%", "<", "drop<=1%"),
-        ("drop==1%", "==", "drop<=1%"),
-        ("throughput_per_s>30", ">", "throughput_per_s>=30"),
-        ("drop<=one", "one", "metric's own unit"),
-        ("drop<=1ms", "ms", "relative_drop"),
-        ("latency_ms<=5MB", "MB", None),
-        ("latency_ms<=-5", "-5", None),
-        ("minimum size_bytes", "minimum size_bytes", "minimize"),
-        ("drop<=1%, drop<=2%", "drop<=2%", "remove one"),
-        ("minimize size_bytes, maximize metric", "maximize metric", "bound the other"),
-        ("maximize latency_ms", "maximize latency_ms", "minimize latency_ms"),
-        ("minimize throughput_per_s", "minimize throughput_per_s", "maximize"),
-        ("minimize", "minimize", None),
-        ("drop<=1%,,minimize macs", ",", None),
+        ("latency<=5", "unknown-figure", "latency", "latency_ms"),
+        ("drop<=1%, size<=5MB", "unknown-figure", "size", "size_bytes"),
+        ("minimize latncy_ms", "unknown-figure", "latncy_ms", "latency_ms"),
+        ("minimize accuracy", "unknown-figure", "accuracy", "metric"),
+        ("drop<1%", "comparison", "<", "drop<=1%"),
+        ("drop==1%", "comparison", "==", "drop<=1%"),
+        ("throughput_per_s>30", "comparison", ">", "throughput_per_s>=30"),
+        ("drop<=one", "not-a-number", "one", "metric's own unit"),
+        ("drop<=1ms", "unknown-unit", "ms", "relative_drop"),
+        ("latency_ms<=5MB", "unknown-unit", "MB", None),
+        ("latency_ms<=-5", "negative", "-5", None),
+        ("minimum size_bytes", "unreadable", "minimum size_bytes", "minimize"),
+        ("drop<=1%, drop<=2%", "twice", "drop<=2%", "remove one"),
+        ("minimize size_bytes, maximize metric", "two-objectives", "maximize metric", "bound the other"),
+        ("maximize latency_ms", "objective", "maximize latency_ms", "minimize latency_ms"),
+        ("minimize throughput_per_s", "objective", "minimize throughput_per_s", "maximize"),
+        ("minimize", "no-figure", "minimize", None),
+        ("drop<=1%,,minimize macs", "empty", ",", None),
     ],
 )
-def test_errors_point_at_the_word(text, word, remedy):
-    with pytest.raises(GoalError) as error:
+def test_errors_point_at_the_word(text, code, word, remedy):
+    with refused(GoalError, code) as error:
         Goal.parse(text)
     _, shown, carets = error.value.what.split("\n")
     start = carets.index("^")
@@ -131,29 +132,31 @@ def test_errors_point_at_the_word(text, word, remedy):
         assert remedy in error.value.remedy
 
 
-@pytest.mark.parametrize("text", ["", " ", ",", "latency_ms<=1e999"])
-def test_what_asks_for_nothing_or_the_endless(text):
-    with pytest.raises(GoalError):
+@pytest.mark.parametrize(
+    ("text", "code"), [("", "empty"), (" ", "empty"), (",", "empty"), ("latency_ms<=1e999", "not-finite")]
+)
+def test_what_asks_for_nothing_or_the_endless(text, code):
+    with refused(GoalError, code):
         Goal.parse(text)
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "code"),
     [
-        lambda: Goal(),
-        lambda: Goal(minimize="latency"),
-        lambda: Goal(minimize="latency_ms", maximize="metric"),
-        lambda: Goal(maximize="drop"),
-        lambda: Goal(max_drop=math.nan),
-        lambda: Goal(max_drop="1%"),
-        lambda: Goal(max_drop=0.01, limits=(Limit("drop", "<=", 0.02),)),
-        lambda: Limit("latency_ms", "<", 5),
-        lambda: Limit("latency_ms", "<=", math.inf),
-        lambda: Limit("speed", "<=", 1),
+        (lambda: Goal(), "empty"),
+        (lambda: Goal(minimize="latency"), "unknown-figure"),
+        (lambda: Goal(minimize="latency_ms", maximize="metric"), "two-objectives"),
+        (lambda: Goal(maximize="drop"), "objective"),
+        (lambda: Goal(max_drop=math.nan), "not-finite"),
+        (lambda: Goal(max_drop="1%"), "not-finite"),
+        (lambda: Goal(max_drop=0.01, limits=(Limit("drop", "<=", 0.02),)), "twice"),
+        (lambda: Limit("latency_ms", "<", 5), "comparison"),
+        (lambda: Limit("latency_ms", "<=", math.inf), "not-finite"),
+        (lambda: Limit("speed", "<=", 1), "unknown-figure"),
     ],
 )
-def test_values_that_make_no_goal(make):
-    with pytest.raises(GoalError):
+def test_values_that_make_no_goal(make, code):
+    with refused(GoalError, code):
         make()
 
 

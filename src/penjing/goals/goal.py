@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penjing.errors import GoalError
-from penjing.goals.text import EXAMPLE, checked, clauses, exact, nearest, of_the_metric, pointing
+from penjing.goals.text import EXAMPLE, checked, clauses, exact, nearest, of_the_metric, pointed
 from penjing.records import Candidate, GoalLimit, GoalResult
 from penjing.records.figures import FIGURES
 
@@ -39,7 +39,9 @@ class Limit:
     def __post_init__(self) -> None:
         _known(self.figure)
         if self.op not in ("<=", ">="):
-            raise GoalError("the comparison of a limit is unknown", got=repr(self.op), expected="<= or >=")
+            raise GoalError(
+                "the comparison of a limit is unknown", code="comparison", got=repr(self.op), expected="<= or >="
+            )
         object.__setattr__(self, "value", checked(self.figure, self.value))
 
     def text(self) -> str:
@@ -103,7 +105,9 @@ class Goal:
         elif self.maximize is not None:
             _check_objective("maximize", self.maximize)
         elif not self.all_limits():
-            raise GoalError("the goal asks for nothing", got="no clause", expected=f"for example {EXAMPLE}")
+            raise GoalError(
+                "the goal asks for nothing", code="empty", got="no clause", expected=f"for example {EXAMPLE}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Goal:
@@ -134,8 +138,7 @@ class Goal:
                         raise _twice(f"{limit.figure}{limit.op}")
                     limits.append(limit)
             except GoalError as error:
-                where = (clause.start, clause.end)
-                raise pointing(text, *where, error.what, error.got, error.expected, error.remedy) from None
+                raise pointed(text, clause.start, clause.end, error) from None
         return cls(minimize=objective.get("minimize"), maximize=objective.get("maximize"), limits=tuple(limits))
 
     def text(self) -> str:
@@ -161,7 +164,13 @@ class Goal:
 def _known(figure: str) -> None:
     if figure not in FIGURES:
         expected = f"one of {', '.join(FIGURES)}"
-        raise GoalError("the goal names an unknown figure", got=repr(figure), expected=expected, remedy=nearest(figure))
+        raise GoalError(
+            "the goal names an unknown figure",
+            code="unknown-figure",
+            got=repr(figure),
+            expected=expected,
+            remedy=nearest(figure),
+        )
 
 
 def _check_objective(verb: str, figure: str) -> None:
@@ -170,6 +179,7 @@ def _check_objective(verb: str, figure: str) -> None:
     if verb != sensible:
         raise GoalError(
             f"to {verb} {figure} would make the network worse",
+            code="objective",
             got=f"{verb} {figure}",
             expected=f"{sensible} {figure}",
             remedy=f"write {sensible} {figure}",
@@ -181,12 +191,15 @@ def _same(one: Limit, other: Limit) -> bool:
 
 
 def _twice(what: str) -> GoalError:
-    return GoalError("a limit appears twice in the goal", got=what, expected="each limit once", remedy="remove one")
+    return GoalError(
+        "a limit appears twice in the goal", code="twice", got=what, expected="each limit once", remedy="remove one"
+    )
 
 
 def _two_objectives(got: str) -> GoalError:
     return GoalError(
         "a goal has one objective",
+        code="two-objectives",
         got=got,
         expected="one figure to minimize or maximize",
         remedy=f"bound the other figure instead, for example {EXAMPLE}",

@@ -68,7 +68,8 @@ def clauses(text: str) -> Iterator[Clause]:
         begin = start + len(part) - len(part.lstrip())
         clause = part.strip()
         if not clause:
-            raise pointing(text, begin, begin + 1, "a clause of the goal is empty", "nothing", f"for example {EXAMPLE}")
+            what = "a clause of the goal is empty"
+            raise pointing(text, begin, begin + 1, what, "nothing", f"for example {EXAMPLE}", code="empty")
         yield _clause(text, clause, begin)
         start += len(part) + 1
 
@@ -79,7 +80,9 @@ def _clause(text: str, clause: str, begin: int) -> Clause:
     if objective is not None:
         verb = "minimize" if objective[1].lower().startswith("min") else "maximize"
         if not objective[2]:
-            raise pointing(text, begin, end, f"{verb} needs a figure", repr(clause), f"{verb} latency_ms")
+            raise pointing(
+                text, begin, end, f"{verb} needs a figure", repr(clause), f"{verb} latency_ms", code="no-figure"
+            )
         at = begin + objective.start(2)
         return Clause(verb, _figure(text, objective[2], at), 0.0, begin, end)
     limit = _LIMIT.fullmatch(clause)
@@ -87,14 +90,16 @@ def _clause(text: str, clause: str, begin: int) -> Clause:
         word = clause.split()[0]
         remedy = _suggest(word, ("minimize", "maximize", *FIGURES))
         expected = "minimize FIGURE, maximize FIGURE or FIGURE<=VALUE"
-        raise pointing(text, begin, end, "a clause of the goal can't be read", repr(clause), expected, remedy)
+        what = "a clause of the goal can't be read"
+        raise pointing(text, begin, end, what, repr(clause), expected, remedy, code="unreadable")
     figure = _figure(text, limit[1], begin)
     op = _OPERATORS.get(limit[2])
     if op is None:
         at = begin + limit.start(2)
         what = f"{limit[2]} is not a comparison of a goal"
         near = ">=" if limit[2].startswith(">") else "<="
-        raise pointing(text, at, at + len(limit[2]), what, limit[2], "<= or >=", f"write {figure}{near}{limit[3]}")
+        remedy = f"write {figure}{near}{limit[3]}"
+        raise pointing(text, at, at + len(limit[2]), what, limit[2], "<= or >=", remedy, code="comparison")
     return Clause(op, figure, _value(text, figure, limit[3], begin + limit.start(3)), begin, end)
 
 
@@ -102,7 +107,8 @@ def _figure(text: str, word: str, at: int) -> str:
     if word in FIGURES:
         return word
     expected = f"one of {', '.join(FIGURES)}"
-    raise pointing(text, at, at + len(word), "the goal names an unknown figure", repr(word), expected, nearest(word))
+    what = "the goal names an unknown figure"
+    raise pointing(text, at, at + len(word), what, repr(word), expected, nearest(word), code="unknown-figure")
 
 
 def _value(text: str, figure: str, word: str, at: int) -> float:
@@ -112,16 +118,19 @@ def _value(text: str, figure: str, word: str, at: int) -> float:
     if match is None:
         what = f"the value of {figure} is not a number"
         expected = f"a number, with a unit of: {known}"
-        raise pointing(text, at, at + len(word), what, repr(word), expected, _help(figure))
+        raise pointing(text, at, at + len(word), what, repr(word), expected, _help(figure), code="not-a-number")
     if match[2] not in units:
         what = f"{figure} does not take this unit"
         where = at + match.start(2)
-        raise pointing(text, where, where + len(match[2]), what, repr(match[2]), f"a unit of: {known}", _help(figure))
+        expected = f"a unit of: {known}"
+        raise pointing(
+            text, where, where + len(match[2]), what, repr(match[2]), expected, _help(figure), code="unknown-unit"
+        )
     value = float(Decimal(match[1]) * units[match[2]])
     try:
         return checked(figure, value)
     except GoalError as error:
-        raise pointing(text, at, at + len(word), error.what, error.got, error.expected, error.remedy) from None
+        raise pointed(text, at, at + len(word), error) from None
 
 
 def checked(figure: str, value: float) -> float:
@@ -131,9 +140,14 @@ def checked(figure: str, value: float) -> float:
         GoalError: It is not finite, or below 0 for a figure that can't be.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise GoalError(f"the limit of {figure} is not a finite number", got=repr(value), expected="a finite number")
+        raise GoalError(
+            f"the limit of {figure} is not a finite number",
+            code="not-finite",
+            got=repr(value),
+            expected="a finite number",
+        )
     if value < 0 and not of_the_metric(figure):
-        raise GoalError(f"{figure} is never below 0", got=value, expected="a number of at least 0")
+        raise GoalError(f"{figure} is never below 0", code="negative", got=value, expected="a number of at least 0")
     return float(value) + 0.0  # minus zero would be written as another goal
 
 
@@ -168,9 +182,14 @@ def _help(figure: str) -> str | None:
 
 
 def pointing(
-    text: str, start: int, end: int, what: str, got: object, expected: object, remedy: str | None = None
+    text: str, start: int, end: int, what: str, got: object, expected: object, remedy: str | None = None, *, code: str
 ) -> GoalError:
     """A GoalError whose first lines show the goal with carets under the word."""
     line = "".join(c if c.isprintable() else " " for c in text)
     carets = " " * start + "^" * max(1, end - start)
-    return GoalError(f"{what}\n    {line}\n    {carets}", got=got, expected=expected, remedy=remedy)
+    return GoalError(f"{what}\n    {line}\n    {carets}", code=code, got=got, expected=expected, remedy=remedy)
+
+
+def pointed(text: str, start: int, end: int, error: GoalError) -> GoalError:
+    """The same error, with the goal and carets under the words that it is about."""
+    return pointing(text, start, end, error.what, error.got, error.expected, error.remedy, code=error.code)
