@@ -84,9 +84,9 @@ def test_another_schedule_does_not_continue_it(tmp_path):
     with pytest.raises(Stop):
         replace(STEP, finetune=replace(TRAINING, hooks=(Interrupt("step", 7),)))(draft(), context_of(folder=tmp_path))
     other = replace(STEP, every=4, finetune=replace(TRAINING, hooks=(Interrupt(),)))
-    with pytest.raises(CheckpointError) as caught:
+    with refused(CheckpointError, "settings") as caught:
         other(draft(), context_of(folder=tmp_path))
-    assert caught.value.got.startswith("hooks = ")
+    assert caught.value.field == "hooks"
 
 
 def test_zeros_of_a_step_before_go_first_and_stay():
@@ -135,9 +135,8 @@ def test_it_begins_before_it_ends(settings):
 
 
 def test_data_that_is_missing_is_asked_for():
-    with pytest.raises(TaskError) as missing:
+    with refused(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
-    assert "Task.train" in missing.value.got
 
 
 def test_recipes_hold_both_steps_in_yaml():

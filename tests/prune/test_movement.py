@@ -184,9 +184,8 @@ def test_settings_that_contradict_each_other_are_named(settings):
 
 
 def test_data_that_is_missing_is_asked_for():
-    with pytest.raises(TaskError) as missing:
+    with refused(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
-    assert "Task.train" in missing.value.got
 
 
 def test_recipes_name_the_training_in_yaml():

@@ -229,9 +229,9 @@ def test_another_penalty_does_not_continue_it(tmp_path):
     with pytest.raises(Stop):
         replace(STEP, finetune=replace(TRAINING, hooks=(Interrupt("step", 7),)))(draft(), context_of(folder=tmp_path))
     other = replace(STEP, strength=0.03, finetune=replace(TRAINING, hooks=(Interrupt(),)))
-    with pytest.raises(CheckpointError) as caught:
+    with refused(CheckpointError, "settings") as caught:
         other(draft(), context_of(folder=tmp_path))
-    assert caught.value.got.startswith("hooks = ")
+    assert caught.value.field == "hooks"
 
 
 @pytest.mark.parametrize("penalty", ["l1", "group_lasso"])
@@ -289,9 +289,8 @@ def test_settings_that_make_no_sense_are_named(settings):
 
 
 def test_what_can_not_be_done_is_said():
-    with pytest.raises(TaskError) as missing:
+    with refused(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
-    assert "Task.train" in missing.value.got
     with refused(RecipeError, "no-layer") as unknown:
         replace(STEP, keep=("cnv",))(draft(), context_of())
     assert unknown.value.got == "cnv"
