@@ -178,31 +178,32 @@ def rewire(
         if recurs and store is not None and first is not None and (first.dynamic or name not in plan.floats):
             cells[name] = consumer
             continue
-        if (
-            entry.dynamic
-            and not recurs
-            and (kind(network, consumer) != "linear" or f"{name}:weight" not in plan.entries)
-        ):
-            raise QuantizationError(
-                "an activation range taken at run time needs a linear layer with quantized weights",
-                code="dynamic-range",
-                got=f"{edge}, of kind {kind(network, consumer)}",
-                expected="a plan of quantize.Dynamic, or quantize.Static for the others",
-            )
+        if entry.dynamic and not recurs:
+            _check_dynamic(network, consumer, edge, plan)
         producer = tensor_inputs(consumer)[int(port.removeprefix("in"))]
         if (producer, entry) not in placed:
             with network.graph.inserting_after(producer if producer.op != "placeholder" else _last_input(network)):
                 placed[producer, entry] = _after(network, producer, entry, place)
         replace_port(consumer, int(port.removeprefix("in")), placed[producer, entry])
     for edge, entry in plan.entries.items():
-        name, _, port = edge.rpartition(":")
-        if port == "weight":
-            functional_layer(network, nodes[name], plan, entry, weight, bias, dynamic, rows)
+        if edge.endswith(":weight"):
+            functional_layer(network, nodes[edge.removesuffix(":weight")], plan, entry, weight, bias, dynamic, rows)
     for node in cells.values():
         assert store is not None
         recurrent.in_integers(network, node, plan, store)
     network.graph.lint()
     network.recompile()
+
+
+def _check_dynamic(network: fx.GraphModule, consumer: fx.Node, edge: str, plan: Plan) -> None:
+    """Raise QuantizationError unless the consumer of a range at run time is a linear layer with a quantized weight."""
+    if kind(network, consumer) != "linear" or f"{edge.rpartition(':')[0]}:weight" not in plan.entries:
+        raise QuantizationError(
+            "an activation range taken at run time needs a linear layer with quantized weights",
+            code="dynamic-range",
+            got=f"{edge}, of kind {kind(network, consumer)}",
+            expected="a plan of quantize.Dynamic, or quantize.Static for the others",
+        )
 
 
 def _last_input(network: fx.GraphModule) -> fx.Node:
