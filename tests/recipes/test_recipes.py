@@ -58,7 +58,7 @@ def test_settings_that_make_no_sense(wrong):
 
 
 def test_two_targets_are_too_many():
-    with pytest.raises(RecipeError):
+    with refused(RecipeError, "one-target"):
         recipes.joint(macs=0.5, params=0.5)
 
 

@@ -81,7 +81,7 @@ class TestWhoMayWrite:
 
     def test_a_path_below_a_file_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OutputError):
+        with refused(OutputError, "unwritable"):
             RunFolder(tmp_path / "file" / "run").claim(REQUEST)
 
 

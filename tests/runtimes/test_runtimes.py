@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from penjing import runtimes
-from penjing.errors import ArtifactError, MissingDependency, TaskError, UsageError
+from penjing.errors import ArtifactError, MissingDependency, TaskError
 from penjing.measure import size_bytes
 from penjing.network.graph import kind, sites
 from penjing.pipeline import building
@@ -271,12 +271,6 @@ def test_a_missing_file_is_named(exported, tmp_path):
     with refused(ArtifactError, "missing") as caught:
         runtimes.open_artifact(tmp_path, 1)
     assert caught.value.got.endswith("model.bin")
-
-
-def test_an_unknown_runtime_is_a_usage_error():
-    with refused(UsageError, "unknown-runtime") as caught:
-        runtimes.get("tensorrt")
-    assert caught.value.exit_code == 2
 
 
 @both
