@@ -145,7 +145,7 @@ CASES = {
     ),
     "an LSTM with projections": (
         module(lambda: nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True, proj_size=3)),
-        numbers(5, 6),
+        numbers(3, 6),
     ),
     "time first, without biases, the states alone": (
         lambda: Called(lambda self, x: self.cells(x.transpose(0, 1))[1], cells=nn.LSTM(6, 8, bias=False, proj_size=3)),

@@ -149,9 +149,8 @@ class TestBest:
 
 
 def test_one_sample_can_not_be_split():
-    with pytest.raises(CalibrationError) as caught:
+    with refused(CalibrationError, "too-little"):
         split(Context(task=Task(example=torch.zeros(1, 3), calibration=[torch.zeros(1, 3)])))
-    assert caught.value.got == "1 sample"
 
 
 @pytest.mark.parametrize("second", ["BiasCorrection", "CoordinateRounding", "Rollback"])
