@@ -121,11 +121,17 @@ def test_layers_that_can_t_be_named(wrong):
         distill.FewerLayers(**{"of": "stack", "keep": 1, **wrong})
 
 
+@pytest.fixture(scope="module")
+def source():
+    """A task of digits, and the draft of a network for it; nobody changes them."""
+    task = digits()
+    return task, draft_of(Net().eval(), task.call()[0])
+
+
 class TestStudent:
-    def test_classes_and_channels_are_read_from_the_source_and_the_seed_gives_the_weights(self):
-        task = digits()
-        source = draft_of(Net().eval(), task.call()[0])
-        one, other = (distill.Student(architecture="resnet8")(source, Context(task=task, seed=seed)) for seed in (1, 2))
+    def test_classes_and_channels_are_read_from_the_source_and_the_seed_gives_the_weights(self, source):
+        task, draft = source
+        one, other = (distill.Student(architecture="resnet8")(draft, Context(task=task, seed=s)) for s in (1, 2**70))
         assert one.edits[0]["settings"] == {"classes": 10, "in_channels": 1}
         states = [draft.network.state_dict() for draft in (one, other)]
         assert not all(torch.equal(states[0][k], states[1][k]) for k in states[0])
@@ -149,19 +155,17 @@ class TestStudent:
         events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
         assert any("Outputs" in event.get("terms", {}) for event in events)
 
-    def test_other_outputs_are_refused(self):
-        task = digits()
+    def test_other_outputs_are_refused(self, source):
+        task, draft = source
         with refused(TaskError, "outputs") as error:
-            distill.Student(architecture="resnet20", settings={"classes": 7})(
-                draft_of(Net().eval(), task.call()[0]), Context(task=task)
-            )
+            distill.Student(architecture="resnet8", settings={"classes": 7})(draft, Context(task=task))
         assert "(2, 7)" in error.value.got and "(2, 10)" in error.value.got
         assert "{'classes': 10}" in error.value.remedy
 
-    def test_pictures_that_are_too_small_are_the_reason_that_is_told(self):
-        task = digits()
+    def test_pictures_that_are_too_small_are_the_reason_that_is_told(self, source):
+        task, draft = source
         with refused(RecipeError, "unbuildable") as error:
-            distill.Student(architecture="squeezenet1_1")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
+            distill.Student(architecture="squeezenet1_1")(draft, Context(task=task))
         assert "too small" in error.value.got
 
     def test_without_a_training_a_run_warns(self):
@@ -172,10 +176,10 @@ class TestStudent:
         assert untrained(pj.Recipe(student, pj.prune.Movement(sparsity=0.5))) is None
         assert untrained(pj.Recipe(pj.prune.Magnitude(sparsity=0.5))) is None
 
-    def test_an_unknown_architecture(self):
-        task = digits()
+    def test_an_unknown_architecture(self, source):
+        task, draft = source
         with refused(RecipeError, "unbuildable") as error:
-            distill.Student(architecture="resnet19")(draft_of(Net().eval(), task.call()[0]), Context(task=task))
+            distill.Student(architecture="resnet19")(draft, Context(task=task))
         assert "resnet20" in error.value.got
 
     def test_it_stands_first(self):

@@ -83,7 +83,7 @@ def test_two_workers_give_what_one_gives(cluster, teacher):
 
 
 class StopOnce:
-    """A hook that ends the first process that comes to a step."""
+    """A hook that ends the first process that comes to a step, and writes down the statistics of the first update."""
 
     def __init__(self, file):
         self.file = file
@@ -92,34 +92,47 @@ class StopOnce:
         return "StopOnce"
 
     def __call__(self, moment):
+        if moment.name == "step" and moment.step == 1:
+            torch.save(moment.network.norm.running_mean, self.file.with_name(f"{os.getpid()}.statistics"))
         if moment.name == "step" and moment.step == 4 and not self.file.exists():
             self.file.touch()
             os._exit(1)
 
 
-def test_workers_that_were_killed_go_on_to_the_same_bits(cluster, teacher, tmp_path):
-    crd = distill.CRD(negatives=64)  # what a worker has seen is that worker's own
-    settings = replace(SETTINGS, workers=2, cluster=cluster, save_every_s=1e-9, distill=crd)
-    (tmp_path / "there").touch()
-    here = Context(task=task(), source=teacher)
-    whole = train(raised(norm=True), here, replace(settings, hooks=(StopOnce(tmp_path / "there"),)))
-    stopping = replace(settings, hooks=(StopOnce(tmp_path / "stopped"),))
-    where = replace(here, folder=tmp_path)
+# What a worker of CRD has seen is that worker's own.
+SAVED = replace(SETTINGS, workers=2, cluster="local", save_every_s=1e-9, distill=distill.CRD(negatives=64))
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, teacher, tmp_path_factory):
+    """Where two workers train, what they trained without a stop, and each one's statistics of the first update."""
+    stopped = tmp_path_factory.mktemp("whole") / "stopped"
+    stopped.touch()
+    where = Context(task=task(), source=teacher, seed=2**70)  # more than a generator takes
+    network = train(raised(norm=True), where, replace(SAVED, hooks=(StopOnce(stopped),)))
+    written = stopped.parent.glob("*.statistics")
+    return where, network, [torch.load(path, weights_only=True) for path in written]
+
+
+def test_workers_that_were_killed_go_on_to_the_same_bits(whole, tmp_path):
+    where, network, _ = whole
+    where, stopping = replace(where, folder=tmp_path), replace(SAVED, hooks=(StopOnce(tmp_path / "stopped"),))
     with refused(TrainingError, "failed"):
         train(raised(norm=True), where, stopping)
     assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3
     again = train(raised(norm=True, seed=5), where, stopping)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True)
+    )
 
 
-def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(cluster):
-    settings = replace(SETTINGS, steps=1, ema=None, warmup=0.0)
-    context = Context(task=task(), seed=2**70)  # more than a generator takes: nothing is drawn here
-    two = train(raised(norm=True), context, replace(settings, workers=2, cluster=cluster))
+def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(whole):
+    *_, statistics = whole
     network, (x, _) = raised(norm=True), task().train[0]
     with torch.no_grad():
         parts = [network.conv(part).mean((0, 2, 3)) for part in (x[:17], x[17:])]
-    assert torch.allclose(two.norm.running_mean, 0.1 * torch.stack(parts).mean(0), atol=1e-6)
+    averaged = 0.1 * torch.stack(parts).mean(0)
+    assert len(statistics) == 2 and all(torch.allclose(own, averaged, atol=1e-6) for own in statistics)
 
 
 def test_an_error_of_a_worker_is_told_as_it_is(cluster):

@@ -85,7 +85,7 @@ class Student:
             settings = {**more, **self.settings}
             edit = building(self.architecture, settings, call, context.task.dynamic)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(context.seed)
+                torch.manual_seed(context.seed % 2**63)
                 try:
                     return edit, build(edit)
                 except PenjingError as error:

@@ -265,7 +265,7 @@ class Distiller:
                     remedy="wrap it in a module whose forward converts the student's inputs to the teacher's",
                 ) from error
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.context.seed)
+            torch.manual_seed(self.context.seed % 2**63)
             for distillation in self.distillations:
                 title, again = type(distillation).__name__, 1
                 while title in self.losses:
