@@ -1,6 +1,7 @@
 """What holds for every built-in architecture; each family's own tests stand beside this file."""
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -62,6 +63,12 @@ def tiny(name):
     return model.eval(), torch.randint(0, 30, (2, 9)) if token else torch.randn(2, 1, side, side)
 
 
+@functools.cache  # capturing takes seconds; who changes the network copies it
+def captured(name):
+    model, x = tiny(name)
+    return capture_network(model, (x,)), x
+
+
 @pytest.mark.parametrize("name", [n for n in names() if n not in ("resnext101_32x8d", "densenet169", "densenet201")])
 def test_every_architecture_computes_and_learns(name):
     model, x = tiny(name)
@@ -75,8 +82,7 @@ def test_every_architecture_computes_and_learns(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
-    model, x = tiny(name)
-    network = capture_network(model, (x,))
+    network, x = captured(name)
     task = Task(example=x)
     coupling = couple(network, task.call())
     assert set(coupling.not_prunable.values()) <= {"it is an output of the network"}  # nothing else is held
@@ -88,7 +94,7 @@ def test_a_pruned_network_of_every_family_is_its_masked_reference(name):
     assert sum(p.numel() for p in pruned.network.parameters()) < 0.8 * sum(p.numel() for p in network.parameters())
     recurrent = name == "lstm_tagger"  # makes its first state in float32
     if not recurrent:
-        network, pruned = network.double(), Draft(pruned.network.double())
+        network, pruned = copy.deepcopy(network).double(), Draft(pruned.network.double())
         x = x.double() if x.is_floating_point() else x
     assert disagreement(network, pruned.network, coupling, removed, ((x,), {})) < (1e-5 if recurrent else 1e-11)
 
@@ -99,9 +105,8 @@ REST = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name 
 
 @pytest.mark.parametrize("name", [*DEPLOYED, *REST])
 def test_every_family_runs_pruned_in_the_runtimes(name, tmp_path):
-    model, x = tiny(name)
+    network, x = captured(name)
     task = Task(example=x)
-    network = capture_network(model, (x,))
     step = Channels(channels=0.7, scope="layer", criterion="l2", approximate=True, round_to=1)
     pruned = step(Draft(network), Context(task=task))
     with torch.no_grad():
