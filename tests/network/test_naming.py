@@ -16,6 +16,7 @@ from penjing.network.naming import free_name, safe_names
 from penjing.tasks.outputs import flatten_outputs
 from tests.refusals import refused
 
+RUNTIMES = ("onnxruntime", "openvino")
 HELD = ("output", "quantizers", "integers", "self", "x", "input", "weight", "lin-ear", "ünï", "1", "relu")
 RENAMED = {
     "graph": "graph_", "meta": "meta_", "code": "code_", "recompile": "recompile_", "_out_spec": "_out_spec_",
@@ -122,23 +123,30 @@ class Clashing(nn.Module):
         return {"output": output + relu, "linear": output, "": output * 2, "output.weight": output - 1}
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_an_artifact_is_called_by_the_users_names(runtime, tmp_path):
+@pytest.fixture(scope="module")
+def clashing(tmp_path_factory):
+    """The folder of a run over both runtimes, inputs, and the network's outputs of them with their structure."""
+
     def data(batch):
         return {"output": torch.randn(batch, 6), "relu": torch.randn(batch, 6)}
 
-    net = Clashing().eval()
+    net, out = Clashing().eval(), tmp_path_factory.mktemp("clashing") / "run"
     task = pj.Task(example=data(2), calibration=[data(16) for _ in range(3)])
-    pj.compress(net, task, "minimize size_bytes", runtime=runtime, out=tmp_path / "run", seconds=0.01, threads=1)
+    pj.compress(net, task, "minimize size_bytes", runtime=RUNTIMES, out=out, seconds=0.01, threads=1)
     inputs = data(5)
-    wanted, structure = flatten_outputs(net(**inputs))
+    return out, inputs, flatten_outputs(net(**inputs))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_artifact_is_called_by_the_users_names(runtime, clashing):
+    out, inputs, (expected, structure) = clashing
     for precision, least in (("fp32", 80), ("int8", 20)):
-        path = tmp_path / "run" / "candidates" / f"{runtime}-{precision}" / "load.py"
+        path = out / "candidates" / f"{runtime}-{precision}" / "load.py"
         spec = importlib.util.spec_from_file_location("load", path)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         answer = module.predict(**{name: value.numpy() for name, value in inputs.items()})
         assert list(answer) == list(structure["items"]) == ["output", "linear", "", "output.weight"]
-        for mine, theirs in zip(wanted, answer.values(), strict=True):
+        for mine, theirs in zip(expected, answer.values(), strict=True):
             mine = mine.detach().numpy()
             assert 10 * np.log10((mine**2).mean() / max(((mine - theirs) ** 2).mean(), 1e-20)) > least
 

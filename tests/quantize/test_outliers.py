@@ -17,6 +17,7 @@ from penjing.train.finetune import Finetune
 from tests.refusals import refused, refused_setting
 
 LARGE = [3, 20]
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 class Perceptron(nn.Module):
@@ -76,13 +77,19 @@ def test_outliers_stay_in_floating_point_and_the_others_get_a_narrow_range(prepa
     assert both < alone / 20
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_runtime_runs_one_part_in_integers_and_the_other_not(prepared, runtime, tmp_path):
-    pytest.importorskip(runtime)
+@pytest.fixture(scope="module")
+def ran(prepared, tmp_path_factory):
+    """A run over both runtimes."""
+    for runtime in RUNTIMES:
+        pytest.importorskip(runtime)
     model, _, task, _, _ = prepared
-    recipe = Recipe(SplitOutliers(), Static())
-    result = pj.run(recipe, model, task, runtime=runtime, out=tmp_path / "run", seconds=0.05, threads=1)
-    row = next(c for c in result.record.candidates if c.name == f"{runtime}-int8")
+    recipe, out = Recipe(SplitOutliers(), Static()), tmp_path_factory.mktemp("outliers") / "run"
+    return pj.run(recipe, model, task, runtime=RUNTIMES, out=out, seconds=0.05, threads=1)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_runs_one_part_in_integers_and_the_other_not(ran, runtime):
+    row = next(c for c in ran.record.candidates if c.name == f"{runtime}-int8")
     executed = {layer.name: layer.executed for layer in row.layers}
     assert executed["left"] == executed["right"] == "int8"
     assert executed["left_outliers"] == executed["right_outliers"] == "fp32"
