@@ -35,6 +35,7 @@ def test_a_request_that_cannot_be_understood_has_an_exit_code_of_its_own():
         "UsageError": 2,
         "GoalError": 2,
         "RecipeError": 2,
+        "ParityError": 3,
     }
 
 

@@ -21,6 +21,7 @@ PUBLIC = [
     "load_checkpoint",
     "prune",
     "quantize",
+    "quantize_to",
     "recipes",
     "records",
     "run",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
     from penjing.pipeline.compress import Result, compress, deliver, run
+    from penjing.pipeline.quick import quantize_to
     from penjing.recipes.recipe import Recipe
     from penjing.storage.checkpoint import restore as load_checkpoint
     from penjing.tasks.task import Task
@@ -41,6 +42,7 @@ _HOME = {
     "apply": "penjing.pipeline.applied",
     "compress": "penjing.pipeline.compress",
     "deliver": "penjing.pipeline.compress",
+    "quantize_to": "penjing.pipeline.quick",
     "run": "penjing.pipeline.compress",
 }
 _MODULES = ("architectures", "distill", "prune", "quantize", "recipes", "records")
@@ -61,6 +63,7 @@ __all__ = [
     "load_checkpoint",
     "prune",
     "quantize",
+    "quantize_to",
     "recipes",
     "records",
     "run",

@@ -14,6 +14,7 @@
     ├── QuantizationError        a plan that the chosen runtime can't run
     ├── PruningError             a target that can't be reached, or a network that can't be pruned
     ├── ArtifactError            an artifact that can't be opened
+    │   └── ParityError          exit code 3: an artifact that does not compute what was planned
     ├── RecordError              a record that can't be read
     └── OutputError              the output folder holds a run, is full or not writable
 
@@ -144,6 +145,12 @@ class PruningError(PenjingError):
 
 class ArtifactError(PenjingError):
     """An artifact that can't be opened."""
+
+
+class ParityError(ArtifactError):
+    """An artifact that does not compute what was planned; it is not written."""
+
+    exit_code = 3
 
 
 class RecordError(PenjingError):

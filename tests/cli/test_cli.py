@@ -20,7 +20,7 @@ from penjing.records import Record
 from penjing.records.lock import LOCK
 
 FAST = ["--seconds", "0.05", "--threads", "1"]
-COMMANDS = ("compress", "inspect", "measure", "verify", "runtimes")
+COMMANDS = ("compress", "inspect", "quantize", "measure", "verify", "runtimes")
 
 PARTS = """
 import torch

@@ -154,9 +154,7 @@ def test_a_resumed_run_rejects_the_same_without_looking_again(tmp_path, lost, mo
         stopped.setattr("penjing.pipeline.timing.latencies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compressed(tmp_path / "run")
-    monkeypatch.setattr(
-        "penjing.pipeline.candidates.first_difference", lambda *_: pytest.fail("it was looked for before")
-    )
+    monkeypatch.setattr("penjing.pipeline.candidates.located", lambda *_: pytest.fail("it was looked for before"))
     record = compressed(tmp_path / "run", resume=True).record
     assert [c.rejection.operator for c in record.rejected] == ["b"]
     assert any("is not offered" in text for text in record.warnings)

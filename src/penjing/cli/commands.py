@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.markup import escape
 from rich.table import Table
 
+from penjing.cli import quantizing
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.errors import OutputError, PenjingError, SourceError, TaskError, UsageError
@@ -393,6 +394,7 @@ def _recipe(name: str) -> Recipe:
 COMMANDS = {
     "compress": _compress,
     "inspect": _inspect,
+    "quantize": quantizing.quantize,
     "measure": _measure,
     "verify": _verify,
     "runtimes": _runtimes,

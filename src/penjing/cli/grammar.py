@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from penjing import __version__
 
 SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
+CALIBRATION_HELP = (
+    "inputs without labels: a folder of images, an .npy or .npz file, file.py:batches, or a TASK; a few hundred samples"
+)
 TASK_HELP = "file.py:task, package.module:task, a folder of images by class, or an .npz file"
 
 
@@ -97,13 +100,7 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="device for training steps (default: %(default)s)")
-    command.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="keep matching operators in floating point; repeatable",
-    )
+    _excluding(command)
     _timing(command, 1.0)
 
 
@@ -118,6 +115,32 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--noise", metavar="RUNTIME", help="quantize for this runtime and show the noise of each operator; needs --task"
+    )
+
+
+def _quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    command.add_argument("--calibration", required=True, metavar="DATA", help=CALIBRATION_HELP)
+    command.add_argument(
+        "--out", required=True, metavar="FILE", help="small.onnx for ONNX Runtime, small.xml for OpenVINO"
+    )
+    command.add_argument("--runtime", metavar="NAME", help="the runtime, where the suffix of --out does not tell it")
+    command.add_argument(
+        "--fast", action="store_true", help="correct biases instead of searching the rounding of every weight"
+    )
+    _excluding(command)
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--force", action="store_true", help="replace the file")
+
+
+def _excluding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep matching operators in floating point; repeatable",
     )
 
 
@@ -158,6 +181,13 @@ _COMMANDS = (
         "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
         "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
         _inspect,
+    ),
+    _Command(
+        "quantize",
+        "The quick way to one INT8 file: nothing is searched or timed, and its parity is told.",
+        "penjing quantize net.onnx --calibration pictures/ --out small.onnx\n"
+        "penjing quantize net.py:trained --calibration inputs.npy --out small.xml --fast",
+        _quantize,
     ),
     _Command(
         "measure",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import fx
 from penjing import measure
 from penjing.network.graph import flat_inputs, kind, site, sites
 from penjing.pipeline.evidence import SAMPLES, arrays, one_call
+from penjing.records import Parity, Rejection
 from penjing.records.manifest import Manifest
 from penjing.runtimes import isolated
 from penjing.steps.draft import Draft
@@ -48,6 +50,33 @@ def first_difference(
         return _Search(draft, task, folder, manifest, threads, rejection_db, batch).first()
     except Exception:  # whoever looks for a reason must not fall over it
         return None
+
+
+def located(
+    rejection: Rejection, parities: Sequence[Parity], draft: Draft, task: Task, folder: Path, manifest: Manifest,
+    threads: int,
+) -> Rejection:  # fmt: skip
+    """The rejection with the first operator that differs.
+
+    Args:
+        rejection: Of the artifact.
+        parities: Its comparisons.
+        draft: As in `first_difference`.
+        task: As in `first_difference`.
+        folder: As in `first_difference`.
+        manifest: As in `first_difference`.
+        threads: As in `first_difference`.
+    """
+    worst = next(
+        row for p in parities if p.against == rejection.against for row in p.rows if row.place == rejection.output
+    )
+    operator = first_difference(draft, task, folder, manifest, threads, rejection.snr_db, worst.batch)
+    where = (
+        f"the first operator that differs is {operator}"
+        if operator
+        else "no operator that can be looked at differs by itself; the runtime may join them wrongly"
+    )
+    return replace(rejection, reason=f"{rejection.reason}; {where}", operator=operator)
 
 
 class _Search:

@@ -11,7 +11,7 @@ from typing import Any
 from penjing import measure, runtimes
 from penjing.errors import PenjingError, TaskError
 from penjing.pipeline import building, drafts, evidence
-from penjing.pipeline.bisecting import first_difference
+from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
 from penjing.pipeline.causes import doubts
 from penjing.pipeline.metrics import metric_of
@@ -176,17 +176,8 @@ def rejected(run: Run, draft: Draft, manifest: Manifest, folder: Path, parity: S
     rejection = measure.limits.rejection(parity)
     if rejection is None:
         return None
-    worst = next(
-        row for p in parity if p.against == rejection.against for row in p.rows if row.place == rejection.output
-    )
     with run.costing(f"look for the operator at which {folder.name} differs"):
-        site = first_difference(draft, run.task, folder, manifest, run.threads, rejection.snr_db, worst.batch)
-    where = (
-        f"the first operator that differs is {site}"
-        if site
-        else "no operator that can be looked at differs by itself; the runtime may join them wrongly"
-    )
-    return replace(rejection, reason=f"{rejection.reason}; {where}", operator=site)
+        return located(rejection, parity, draft, run.task, folder, manifest, run.threads)
 
 
 def _packed(run: Run, folder: Path, manifest: Manifest) -> int:

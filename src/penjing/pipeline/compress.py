@@ -19,10 +19,9 @@ from penjing.pipeline.applied import drafted, refuse_quantized
 from penjing.pipeline.candidates import build
 from penjing.pipeline.delivery import deliver as deliver_all
 from penjing.pipeline.judging import judge
-from penjing.pipeline.order import Bench, Order, as_goal, runtime_names
+from penjing.pipeline.order import Bench, Order, as_goal, default_recipe, runtime_names
 from penjing.pipeline.prepare import prepare
 from penjing.pipeline.timing import measure_all
-from penjing.quantize import CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
 from penjing.records import Record
 from penjing.records.events import Listener
@@ -126,8 +125,7 @@ def compress(
             expected="one of them",
             remedy="write it into the recipe: quantize.Static: {exclude: [...]}",
         )
-    plain = (Static(exclude=tuple(exclude), outliers="mitigate"), CoordinateRounding())
-    steps = Recipe.of(recipe) if recipe is not None else Recipe(*plain)
+    steps = Recipe.of(recipe) if recipe is not None else default_recipe(exclude)
     requests.check_device(device)
     order = Order(
         goal=as_goal(goal),

@@ -110,9 +110,22 @@ def parity(
         source: The source network.
         manifest: Of the artifact.
     """
-    names = [port.name for port in manifest.programs[0].outputs]
     stored = _read(folder)
     original = [stored[k] for k in stored if k.startswith("source_")]
+    return compared(original, task, session, answers, draft, source, manifest)
+
+
+def compared(
+    original: Sequence[np.ndarray],
+    task: Task,
+    session: Any,
+    answers: Sequence[np.ndarray],
+    draft: Draft,
+    source: fx.GraphModule,
+    manifest: Manifest,
+) -> tuple[Parity, Parity]:
+    """As `parity`, with the source network's answers to the samples given, and `answers` the artifact's."""
+    names = [port.name for port in manifest.programs[0].outputs]
     parts = measure.split(original)
     network = insert(draft.network, draft.plan)
     whole = one_call(task, SAMPLES)

@@ -12,6 +12,7 @@ from penjing import runtimes
 from penjing.errors import MissingDependency
 from penjing.goals.goal import Goal
 from penjing.pipeline.applied import Applied
+from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
 from penjing.records.events import Listener
 from penjing.tasks.task import Task
@@ -52,6 +53,17 @@ class Order:
     device: str
     bench: Bench
     listeners: tuple[Listener, ...]
+
+
+def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Recipe:
+    """Post-training quantization: ranges from calibration data, then adaptive rounding.
+
+    Args:
+        exclude: Name patterns that stay in floating point.
+        rounding: Whether the rounding of every weight is searched; otherwise biases are corrected alone.
+    """
+    repair = CoordinateRounding() if rounding else BiasCorrection()
+    return Recipe(Static(exclude=tuple(exclude), outliers="mitigate"), repair)
 
 
 def as_goal(goal: Goal | str) -> Goal:

@@ -159,6 +159,17 @@ def array_names(path: Path | str) -> list[str]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def array(path: Path | str) -> Any:
+    """The array of an ``.npy`` file; no pickle is opened. Raises as `arrays`."""
+    try:
+        with regular(path, _memory() // 2) as file:
+            return _array(file, os.fstat(file.fileno()).st_size, Path(path).name)
+    except OSError:
+        raise
+    except UNREADABLE as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def arrays(path: Path | str, limit: int | None = None, names: tuple[str, ...] | None = None) -> dict[str, Any]:
     """The arrays of an ``.npz`` file; no pickle is opened.
 

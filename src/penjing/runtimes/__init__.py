@@ -29,6 +29,7 @@ class RuntimeSpec:
     Attributes:
         name: As users and manifests write it.
         module: Of `penjing.runtimes`, with the functions of `Runtime`.
+        suffixes: Of an artifact's files, where all are of one name: of the one that it opens, and of those beside it.
         packages: What has to be installed, as pip names it and as Python imports it.
         deployed: Whether it loads an artifact without torch; `compress` considers these when none is named.
         in_process: Whether it works in the process of the run, and not in one of its own: what the run stands on.
@@ -41,6 +42,7 @@ class RuntimeSpec:
     name: str
     module: str
     packages: tuple[str, ...]
+    suffixes: tuple[str, ...] = ()
     deployed: bool = True
     in_process: bool = False
     compiles: bool = False
@@ -56,12 +58,14 @@ SPECS: dict[str, RuntimeSpec] = {
             name="onnxruntime",
             module="penjing.runtimes.onnxruntime",
             packages=("onnxruntime", "onnx", "onnxscript"),
+            suffixes=(".onnx",),
             shows_values=True,
         ),
         RuntimeSpec(
             name="openvino",
             module="penjing.runtimes.openvino",
             packages=("openvino", "onnx", "onnxscript"),
+            suffixes=(".xml", ".bin"),
             times_operators=True,
             shows_values=True,
         ),

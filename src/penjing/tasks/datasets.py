@@ -24,7 +24,7 @@ from penjing.tasks.usercode import suggest
 Array = np.ndarray[Any, Any]
 Predict = Callable[..., Any]
 
-_ARRAYS = ("x_train", "y_train", "x_test", "y_test", "x_calibration")
+ARRAYS = ("x_train", "y_train", "x_test", "y_test", "x_calibration")
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _squared_error(output: Any, target: torch.Tensor) -> torch.Tensor:
 
 def _read_npz(path: Path) -> dict[str, Array]:
     try:
-        strange = [name for name in reading.array_names(path) if name not in _ARRAYS]
-        arrays = reading.arrays(path, names=_ARRAYS)
+        strange = [name for name in reading.array_names(path) if name not in ARRAYS]
+        arrays = reading.arrays(path, names=ARRAYS)
     except ValueError as cause:
         if "allow_pickle" not in str(cause):
             raise _damaged(path, cause) from cause
@@ -248,8 +248,8 @@ def _read_npz(path: Path) -> dict[str, Array]:
             f"{path.name} holds no inputs",
             code="no-inputs",
             got=", ".join([*arrays, *strange]) or "no arrays",
-            expected=f"at least one of {', '.join(n for n in _ARRAYS if n.startswith('x_'))}",
-            remedy=next((s for name in strange if (s := suggest(name, _ARRAYS))), None) or "rename the arrays",
+            expected=f"at least one of {', '.join(n for n in ARRAYS if n.startswith('x_'))}",
+            remedy=next((s for name in strange if (s := suggest(name, ARRAYS))), None) or "rename the arrays",
         )
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) == 0 or array.dtype.kind not in "biuf":

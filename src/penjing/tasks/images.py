@@ -142,6 +142,30 @@ def image_files(root: Path) -> tuple[Files, Files]:
     return train_files, test_files
 
 
+def all_images(root: Path) -> Files:
+    """List all image files of a folder, whatever its classes, sorted by path; class numbers are 0.
+
+    They lie in the folder itself, or in one or two levels of folders below it.
+
+    Raises:
+        TaskError: There are no images.
+    """
+    paths = {
+        path
+        for pattern in ("*", "*/*", "*/*/*")
+        for path in root.glob(pattern)
+        if path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    }
+    if not paths:
+        raise TaskError(
+            "the folder holds no images",
+            code="no-images",
+            got=str(root),
+            expected=".png or .jpg files, in it or in folders of classes",
+        )
+    return tuple((path, 0) for path in sorted(paths))
+
+
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Class name → its images, both sorted by name. A class folder without images keeps its number."""
     classes = {}

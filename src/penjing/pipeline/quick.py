@@ -1,0 +1,278 @@
+"""The quick way: one integer file for one runtime, with the defaults of `compress`. Nothing is searched or timed.
+
+Parity is measured in the runtime itself, and a file that does not compute what was planned is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from penjing import measure, runtimes
+from penjing.errors import OutputError, ParityError, UsageError
+from penjing.measure import time_limits
+from penjing.pipeline import evidence
+from penjing.pipeline import request as requests
+from penjing.pipeline.applied import refuse_quantized
+from penjing.pipeline.bisecting import located
+from penjing.pipeline.building import build, check_integers, executed_rows, float_doubts
+from penjing.pipeline.causes import doubts
+from penjing.pipeline.order import default_recipe
+from penjing.pipeline.repeatable import capture_repeatable
+from penjing.randomness import seed_everything
+from penjing.records import Parity
+from penjing.records.events import Events, Listener
+from penjing.records.folder import writing
+from penjing.records.manifest import Manifest
+from penjing.runtimes import isolated
+from penjing.sources.source import check_forward, in_single_precision, open_source, with_declared_axes
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.tasks import finite
+from penjing.tasks.keywords import suggesting
+from penjing.tasks.outputs import flatten_outputs, to_numpy
+from penjing.tasks.task import Task
+from penjing.tasks.undisturbed import same_process
+from penjing.tasks.unlabelled import calibration_task
+from penjing.tasks.usercode import never_exiting
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedFile:
+    """The result of `quantize_to`.
+
+    Attributes:
+        path: The file that the runtime opens.
+        files: It and what lies beside it.
+        runtime: Name of the runtime.
+        settings: To open it with: those that its parity was measured with.
+        size_bytes: Of all files.
+        source_bytes: Of the source's tensors.
+        parity: With what was planned, and with the source; measured in the runtime.
+        integer_operators: By kind, how many the runtime executes in integers.
+        float_operators: By kind, how many it executes in floating point.
+        remedy: What was done about outlier channels; "" where nothing was needed.
+        seconds: By stage.
+        warnings: What the user should know.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    runtime: str
+    settings: dict[str, str]
+    size_bytes: int
+    source_bytes: int
+    parity: tuple[Parity, Parity]
+    integer_operators: dict[str, int]
+    float_operators: dict[str, int]
+    remedy: str
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+@suggesting
+@never_exiting()
+@same_process()
+def quantize_to(
+    model: str | Path | nn.Module | ExportedProgram,
+    calibration: Any,
+    out: Path | str,
+    *,
+    runtime: str | None = None,
+    fast: bool = False,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    threads: int | None = None,
+    force: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> QuantizedFile:
+    """Quantize a network to one file.
+
+    The steps are those of `compress` without a recipe: ranges from the calibration data, outlier channels mitigated,
+    weights rounded layer by layer.
+
+    Args:
+        model: The network, or a SOURCE as on the command line.
+        calibration: A few hundred inputs without labels: a `Task`, an array of samples, an iterable of batches, a
+            folder of images, an ``.npy`` or ``.npz`` file, ``file.py:task``.
+        out: The file to write: ``small.onnx`` for ONNX Runtime, ``small.xml`` (and ``small.bin``) for OpenVINO.
+        runtime: Its name, where the file's suffix does not tell.
+        fast: Correct biases instead of searching the rounding of every weight.
+        exclude: Name patterns of operators that stay in floating point.
+        seed: Same seed, data, machine kind and threads: same file.
+        threads: None takes every core.
+        force: Replace the file.
+        listeners: Called with every event (a dict).
+
+    Raises:
+        ParityError: The file does not compute what was planned; nothing is written.
+        OutputError: The file exists, or can't be written.
+        PenjingError: Anything else, with what, got, expected and remedy.
+    """
+    target = _Target(Path(out), runtime, force)
+    refuse_quantized(model)
+    events = Events(listeners=tuple(listeners))
+    clock = _Clock(events)
+    used = measure.check_threads(threads or measure.machine(1).cores)
+    torch.set_num_threads(used)
+    seed_everything(seed)
+    try:
+        with clock("open"):
+            source = open_source(model)
+            task = calibration_task(calibration, source.example, source.dynamic)
+            requests.check_inputs(task)
+            source, task, told = in_single_precision(source, with_declared_axes(source, task))
+            check_forward(source, task)
+        with clock("capture"):
+            network = capture_repeatable(source, task)
+        context = Context(
+            task=task,
+            seed=seed,
+            capabilities=runtimes.get(target.runtime).capabilities(measure.machine(used).instruction_sets),
+            events=events,
+            source=network,
+        )
+        recipe = default_recipe(exclude, rounding=not fast)
+        requests.check_recipe(recipe, network, task, seed)
+        draft = Draft(network)
+        for step in recipe:
+            with clock(type(step).__name__):
+                draft = step(draft, context)
+        check_integers(target.path.name, draft.plan)
+        with writing(target.path.parent):
+            target.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = tempfile.TemporaryDirectory(prefix=f".{target.path.stem}-", dir=target.path.parent)
+        with aside as folder:
+            return _written(target, draft, network, task, used, clock, Path(folder), [told] if told else [])
+    finally:
+        time_limits.expect_nothing()
+
+
+def _written(
+    target: _Target, draft: Draft, network: fx.GraphModule, task: Task, threads: int, clock: _Clock, folder: Path,
+    told: list[str],
+) -> QuantizedFile:  # fmt: skip
+    """Export into a folder, compare, and put the files in their place."""
+    args, kwargs = evidence.one_call(task, evidence.SAMPLES)
+    start = time.perf_counter()
+    with torch.no_grad():
+        leaves, structure = flatten_outputs(network(*args, **kwargs))
+    time_limits.expect(time.perf_counter() - start, sum(t.numel() for t in (*args, *kwargs.values())))
+    finite.check_answers(leaves, structure)
+    with clock("export"):
+        manifest = build(draft, target.runtime, "int8", task, structure, folder)
+    with clock("compare"):
+        session = isolated.open_artifact(folder, threads)
+        answers = session.run(evidence.arrays(manifest, (args, kwargs)))
+        original = [to_numpy(leaf) for leaf in leaves]
+        parity = evidence.compared(original, task, session, answers, draft, network, manifest)
+        del session
+        _check(parity, draft, task, folder, manifest, threads)
+        rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
+    warnings = (*told, *doubts(target.path.name, "int8", parity, draft, task), *float_doubts(target.path.name, rows))
+    for text in warnings:
+        clock.events("warning", text=text)
+    size = measure.size_bytes(folder, manifest.files())
+    target.take(folder, manifest)
+    return QuantizedFile(
+        path=target.path,
+        files=target.files,
+        runtime=target.runtime,
+        settings=dict(manifest.settings),
+        size_bytes=size,
+        source_bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
+        parity=parity,
+        integer_operators=integer,
+        float_operators=floating,
+        remedy=draft.plan.remedy,
+        seconds=clock.seconds,
+        warnings=warnings,
+    )
+
+
+def _check(parity: Sequence[Parity], draft: Draft, task: Task, folder: Path, manifest: Manifest, threads: int) -> None:
+    """Raise ParityError where a limit does not hold, with the operator that is to blame."""
+    rejection = measure.limits.rejection(parity)
+    if rejection is None:
+        return
+    rejection = located(rejection, parity, draft, task, folder, manifest, threads)
+    raise ParityError(
+        f"{manifest.runtime} does not compute what was planned",
+        code="parity",
+        field=rejection.operator or "",
+        got=rejection.reason,
+        expected="the answers of the quantized network, computed in torch",
+        remedy=f"keep it in floating point: exclude {rejection.operator!r}"
+        if rejection.operator
+        else "another runtime; `penjing compress` tries all of them",
+    )
+
+
+class _Target:
+    """The file to write, looked at before anything is computed."""
+
+    def __init__(self, path: Path, runtime: str | None, force: bool) -> None:
+        self.path = path
+        by_suffix = {spec.suffixes[0]: name for name, spec in runtimes.SPECS.items() if spec.suffixes}
+        self.runtime = by_suffix.get(path.suffix.lower(), "")
+        if runtime is not None:
+            runtimes.get(runtime)
+        if not self.runtime or runtime not in (None, self.runtime):
+            right = next((suffix for suffix, name in by_suffix.items() if name == runtime), None)
+            raise UsageError(
+                f"{runtime} does not open such a file" if runtime else "the name of the file does not tell its runtime",
+                code="suffix",
+                got=str(path),
+                expected=", ".join(f"{suffix} for {name}" for suffix, name in by_suffix.items()),
+                remedy=f"--out {path.with_suffix(right)}" if right else None,
+            )
+        runtimes.get(self.runtime)
+        self.files = tuple(path.with_suffix(suffix) for suffix in runtimes.SPECS[self.runtime].suffixes)
+        taken = [str(file) for file in self.files if file.exists()]
+        if path.is_dir():
+            raise OutputError("the file to write is a folder", code="folder", got=str(path), expected="a new file")
+        if taken and not force:
+            raise OutputError(
+                "the file exists already",
+                code="exists",
+                got=", ".join(taken),
+                expected="a new name",
+                remedy="--force replaces it",
+            )
+        with writing(path.parent):
+            standing = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=standing).close()
+
+    def take(self, folder: Path, manifest: Manifest) -> None:
+        """Put an artifact's files in their place, the one that is opened last: until then there is none to open."""
+        by_suffix = {Path(name).suffix: folder / name for name in manifest.files()}
+        with writing(self.path.parent):
+            if len(self.files) > 1:
+                self.path.unlink(missing_ok=True)
+            for file in reversed(self.files):
+                os.replace(by_suffix[file.suffix], file)
+
+
+class _Clock:
+    """Seconds by stage; each is told when it begins."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.events("stage", name=stage)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
