@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from penjing.network.biases import as_bias
 from penjing.network.complex_pairs import complex_as_pairs
 from penjing.network.decompositions import decomposed
 from penjing.network.exporting import Dynamic, export_module
@@ -113,6 +114,7 @@ class _Raiser(Tensors):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
         as_linear(graph, self.tensors)
+        as_bias(graph, self.tensors)
         _sweep(graph)  # unused operators must not keep weights alive
         folded = fold(graph, self.tensors, _module_path)
         self.tensors = {**self.tensors, **folded.tensors}
@@ -192,6 +194,9 @@ class _Raiser(Tensors):
             return path or type(module).__name__.lower()
         whole = path and all(self._is_tensor(f"{path}.{role}", fqn) for role, fqn in parameters.items())
         fqn = parameters.get("weight") or next(iter(parameters.values()))
+        # An exporter that transposes a weight gives it a name of its own; the bias has the layer's.
+        if not fqn.endswith(("weight", "bias")) and parameters.get("bias", "").endswith(".bias"):
+            fqn = parameters["bias"]
         endings = [e for e in (".weight", "_weight", ".bias", "_bias") if fqn.endswith(e)]
         name = path if whole else fqn.removesuffix(endings[0]) if endings else ""
         # A layer without a bias must not take a name under which an operator reads one.

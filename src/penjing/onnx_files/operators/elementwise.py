@@ -144,16 +144,20 @@ def _not_bits(_: Node, x: Value) -> torch.Tensor:
 
 def _clip(node: Node, x: Value, low: Value = None, high: Value = None) -> torch.Tensor:
     value = tensor(x)
-    limits = [node.get("min") if low is None else operand(low), node.get("max") if high is None else operand(high)]
+    limits = [
+        node.get(name) if given is None else operand(given.reshape(()) if is_known(given) else given)
+        for name, given in (("min", low), ("max", high))
+    ]
     if all(limit is None for limit in limits):
         return value
     narrow = _narrow(value)
     wide = value if narrow is None else value.long()
-    for limit, choose, plain in zip(limits, (torch.maximum, torch.minimum), ("min", "max"), strict=True):
-        if isinstance(limit, torch.Tensor):
-            wide = choose(wide, limit.to(wide.dtype))
-        elif limit is not None:
-            wide = torch.clamp(wide, **{plain: limit})
+    if any(isinstance(limit, torch.Tensor) for limit in limits):
+        for limit, choose in zip(limits, (torch.maximum, torch.minimum), strict=True):
+            if limit is not None:
+                wide = choose(wide, torch.as_tensor(limit).to(wide.dtype))
+    else:
+        wide = torch.clamp(wide, *limits)  # one operator, as networks of torch have it
     return wide if narrow is None else wide.to(narrow)
 
 
