@@ -17,9 +17,14 @@ from penjing.onnx_files.node import Node, Value, is_known, number, tensor
 _PLAIN = frozenset((torch.int32, torch.int64, torch.bool))
 
 
-def operand(value: Value) -> Any:
-    """A value for arithmetic: a known number as a number, so that it stays one in the captured network."""
-    if is_known(value) and value.ndim == 0:
+def operand(value: Value, rank: int = 0) -> Any:
+    """A value for arithmetic: a known number as a number, so that it stays one in the captured network.
+
+    Args:
+        value: Of any shape.
+        rank: How many axes the other operand has, to which a single number may be spread.
+    """
+    if is_known(value) and value.size == 1 and value.ndim <= rank:
         return value.item() if isinstance(value.item(), bool | int | float | torch.SymInt) else tensor(value)
     return tensor(value)
 
@@ -51,7 +56,8 @@ def _two(function: Callable[[Any, Any], Any], commutes: bool = False) -> Callabl
         if commutes and is_known(a) and not is_known(b):
             a, b = b, a
         # A number stands on the right alone, where exporters take it.
-        one, other = tensor(a), operand(b) if _any_tensor(a, b) else tensor(b)
+        one = tensor(a)
+        other = operand(b, one.dim()) if _any_tensor(a, b) else tensor(b)
         narrow = _narrow(one) or _narrow(other)
         if narrow is None:
             result: torch.Tensor = function(one, other)
@@ -65,7 +71,8 @@ def _two(function: Callable[[Any, Any], Any], commutes: bool = False) -> Callabl
 
 def _compare(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def apply(_: Node, a: Value, b: Value) -> Any:
-        one, other = (tensor(a), operand(b)) if _any_tensor(a, b) else (tensor(a), tensor(b))
+        one = tensor(a)
+        other = operand(b, one.dim()) if _any_tensor(a, b) else tensor(b)
         if _narrow(one) is not None or _narrow(other) is not None:
             one, other = (value.long() if isinstance(value, torch.Tensor) else value for value in (one, other))
         return function(one, other)
@@ -119,7 +126,7 @@ def _mod(node: Node, a: Value, b: Value) -> Any:
 
 def _power(_: Node, a: Value, b: Value) -> torch.Tensor:
     base = tensor(a)
-    exponent = operand(b)
+    exponent = operand(b, base.dim())
     result = torch.pow(base.double() if not base.is_floating_point() else base, exponent)
     return result.to(base.dtype)
 
@@ -145,7 +152,7 @@ def _not_bits(_: Node, x: Value) -> torch.Tensor:
 def _clip(node: Node, x: Value, low: Value = None, high: Value = None) -> torch.Tensor:
     value = tensor(x)
     limits = [
-        node.get(name) if given is None else operand(given.reshape(()) if is_known(given) else given)
+        node.get(name) if given is None else operand(given, value.dim())
         for name, given in (("min", low), ("max", high))
     ]
     if all(limit is None for limit in limits):
