@@ -103,6 +103,11 @@ def whole(digits_run, tmp_path_factory):
 
     from penjing.distill.stored import CachedTeacher
 
+    for name, older in (("net.pth", False), ("old.pth", True)):
+        state = {"model": torch.nn.Linear(3, 2).state_dict()}
+        torch.save(state, folder / name, _use_new_zipfile_serialization=not older)
+    places = dict.fromkeys(("weight", "bias"), "old.pth")
+    (folder / "net.index.json").write_text(json.dumps({"weight_map": places}))
     CachedTeacher(folder / "answers", torch.nn.Linear(3, 2))(torch.zeros(2, 3))
     (folder / "state").mkdir()
     (folder / "state" / "request.json").write_text(json.dumps({"goal": "drop<=1%", "seed": 0}))
@@ -114,6 +119,7 @@ def doors(raised, artifacts):
     from penjing.distill.stored import CachedTeacher
     from penjing.records.folder import RunFolder
     from penjing.sources.huggingface import open_folder
+    from penjing.sources.source import load_weights
 
     def claimed(folder):
         RunFolder(folder, resume=True).claim({"goal": "drop<=1%", "seed": 0})
@@ -136,6 +142,9 @@ def doors(raised, artifacts):
         Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
         Door("bert/config.json", lambda f: open_folder(f / "bert"), 2),
         Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
+        Door("net.pth", lambda f: load_weights(torch.nn.Linear(3, 2), f / "net.pth"), 2),
+        Door("old.pth", lambda f: load_weights(torch.nn.Linear(3, 2), f / "old.pth"), 2),
+        Door("net.index.json", lambda f: load_weights(torch.nn.Linear(3, 2), f / "net.index.json"), 2),
         Door("answers/about.json", lambda f: CachedTeacher(f / "answers"), 2),
         Door("state/request.json", claimed),
         Door("record.json", verified, 1),

@@ -19,6 +19,7 @@ PUBLIC = [
     "deliver",
     "distill",
     "load_checkpoint",
+    "load_weights",
     "prune",
     "quantize",
     "quantize_to",

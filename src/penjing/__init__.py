@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from penjing.pipeline.compress import Result, compress, deliver, run
     from penjing.pipeline.quick import quantize_to
     from penjing.recipes.recipe import Recipe
+    from penjing.sources.source import load_weights
     from penjing.storage.checkpoint import restore as load_checkpoint
     from penjing.tasks.task import Task
     from penjing.train.clipping import Clip
@@ -42,6 +43,7 @@ _HOME = {
     "apply": "penjing.pipeline.applied",
     "compress": "penjing.pipeline.compress",
     "deliver": "penjing.pipeline.compress",
+    "load_weights": "penjing.sources.source",
     "quantize_to": "penjing.pipeline.quick",
     "run": "penjing.pipeline.compress",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "deliver",
     "distill",
     "load_checkpoint",
+    "load_weights",
     "prune",
     "quantize",
     "quantize_to",

@@ -1,5 +1,6 @@
 """The command line as a hostile user meets it: what it prints, its exit codes, and what it leaves behind."""
 
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import zipfile
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from penjing import cli, records, runtimes
@@ -453,7 +455,7 @@ class TestCheckpointsThatWouldRunCode:
     def test_pickles(self, parts, capsys, mark, suffix):
         file = parts.parent / f"weights{suffix}"
         torch.save({"state_dict": Trap(mark)}, file)
-        assert "weights_only=True" in self.refusal(parts, capsys, file, mark, "pickle")["remedy"]
+        assert f"--weights weights{suffix}" in self.refusal(parts, capsys, file, mark, "pickle")["remedy"]
 
     def test_a_pickle_that_calls_itself_an_exported_program(self, parts, capsys, mark):
         file = parts.parent / "net.pt2"
@@ -685,6 +687,44 @@ def test_a_full_disk_ends_in_an_error_and_nothing_half_written(tmp_path, digits_
     assert "OutputError" in text and "free some space" in text and "Traceback" not in text
     assert not (out / "artifact").exists() and not (out / "record.json").exists()
     assert not list(out.rglob("*.new"))
+
+
+class TestWeights:
+    """A factory's random numbers give way to those of a file, and the record says which."""
+
+    def test_a_run_with_weights_from_a_file(self, parts, capsys):
+        (parts.parent / "none.yaml").write_text("[]", encoding="utf-8")
+        file, out = parts.parent / "best.ckpt", parts.parent / "run"
+        state = {"model.conv.weight": torch.full((4, 3, 3, 3), 0.5), "model.conv.bias": torch.zeros(4)}
+        torch.save({"state_dict": state}, file)
+        arguments = ["compress", f"{parts}:Fine", "--weights", str(file), "--task", f"{parts}:bare"]
+        arguments += ["--goal", "minimize size_bytes", "--recipe", str(parts.parent / "none.yaml")]
+        arguments += ["--runtime", "onnxruntime", "--out", str(out), *FAST]
+        assert cli.main(arguments) == 0
+        record = records.read(out)
+        assert record.name == "Fine" and record.weights == str(file)
+        assert record.data == {records.WEIGHTS_FILE: hashlib.sha256(file.read_bytes()).hexdigest()}
+        assert torch.equal(load_file(out / "weights.safetensors")["conv.weight"], state["model.conv.weight"])
+        assert cli.main([*arguments, "--resume"]) == 0
+        against = ["measure", str(out), "--against", f"{parts}:Fine", "--task", f"{parts}:bare", "--weights", str(file)]
+        assert cli.main([*against, *FAST]) == 0
+        torch.save({"state_dict": {name: tensor + 1 for name, tensor in state.items()}}, file)
+        capsys.readouterr()
+        assert cli.main([*arguments, "--resume", "--json"]) == 1
+        assert "weights" in told(capsys, "OutputError", "settings")["got"]
+
+    def test_weights_of_another_network(self, parts, capsys):
+        file = parts.parent / "other.pth"
+        torch.save({"conv.weight": torch.zeros(4, 3, 5, 5), "conv.bias": torch.zeros(4)}, file)
+        assert cli.main(["inspect", f"{parts}:Fine", "--weights", str(file), "--shape", "3,8,8", "--json"]) == 1
+        assert "[4, 3, 5, 5]" in told(capsys, "CheckpointError", "misfit")["got"]
+
+    def test_options_that_need_another(self, parts, capsys):
+        file = str(parts.parent / "best.ckpt")
+        assert cli.main(["measure", "anywhere", "--weights", file, "--json"]) == 2
+        told(capsys, "UsageError", "no-source")
+        assert compress(parts, f"{parts}:Fine", f"{parts}:bare", "--ignore-weights", "loss.*", "--json") == 2
+        told(capsys, "UsageError", "no-weights")
 
 
 class TestMeasure:

@@ -200,12 +200,13 @@ def test_a_module_that_can_not_be_imported(tmp_path, monkeypatch):
 def test_pickles_are_refused_unread(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
     remedy = refusal(str(tmp_path / name), "pickle", CheckpointError).remedy
-    assert "file.py:factory" in remedy and "weights_only=True" in remedy
+    assert "file.py:factory" in remedy and f"--weights {name}" in remedy
 
 
 def test_files_that_are_not_networks(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(b"")
-    assert "file.py:factory" in refusal(str(tmp_path / "net.safetensors"), "only-weights").remedy
+    assert "--weights net.safetensors" in refusal(str(tmp_path / "net.safetensors"), "only-weights").remedy
+    assert "file.py:factory" in refusal(str(tmp_path / "net.npz"), "only-weights").remedy
     (tmp_path / "net.onnx").write_bytes(b"")
     refusal(str(tmp_path / "net.onnx"), "damaged", CheckpointError)
 

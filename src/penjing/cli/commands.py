@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.markup import escape
 from rich.table import Table
 
-from penjing.cli import quantizing
+from penjing.cli import quantizing, sources
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
-from penjing.errors import OutputError, PenjingError, SourceError, TaskError, UsageError
-from penjing.tasks.usercode import check_file, never_exiting
+from penjing.errors import OutputError, PenjingError, UsageError
+from penjing.tasks.usercode import never_exiting
 
 if TYPE_CHECKING:
     from penjing.pipeline.inspection import Inspection
@@ -102,14 +102,8 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
     }
 
 
-def _check_files(parsed: argparse.Namespace) -> None:
-    check_file(parsed.source, error=SourceError, role="source")
-    if parsed.task:
-        check_file(parsed.task, error=TaskError, role="task")
-
-
 def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
-    _check_files(parsed)
+    sources.check_files(parsed)
     from penjing.goals.goal import Goal
     from penjing.pipeline.compress import compress
     from penjing.report import table, verdict
@@ -122,7 +116,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
 
     with Progressing(messages) as progress:
         result = compress(
-            parsed.source,
+            sources.source(parsed),
             task,
             goal,
             runtime=parsed.runtime,
@@ -155,7 +149,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
 
 
 def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
-    _check_files(parsed)
+    sources.check_files(parsed)
     inspection = _inspected(parsed, messages)
     if parsed.json:
         print(json.dumps(dataclasses.asdict(inspection), indent=2))
@@ -199,7 +193,7 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
         import torch
 
         task = Task(example=torch.zeros(1, *parsed.shape))
-    source = open_source(parsed.source, task=task)
+    source = open_source(sources.source(parsed), task=task)
     if task is None:
         if source.example is None:
             raise UsageError(
@@ -288,6 +282,8 @@ def _measure(parsed: argparse.Namespace, messages: Terminal) -> int:
         rows = measure_artifact(
             parsed.artifact,
             against=parsed.against,
+            weights=parsed.weights,
+            ignore=parsed.ignore_weights,
             task=task,
             batch=parsed.batch,
             threads=parsed.threads,

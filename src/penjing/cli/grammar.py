@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from penjing import __version__
 
-SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face folder, or a built-in name"
+SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 or .onnx file, a Hugging Face folder, or a built-in name"
 CALIBRATION_HELP = (
     "inputs without labels: a folder of images, an .npy or .npz file, file.py:batches, or a TASK; a few hundred samples"
 )
@@ -76,8 +76,29 @@ class _Command:
     add_options: Callable[[argparse.ArgumentParser], None]
 
 
-def _compress(command: argparse.ArgumentParser) -> None:
+def _source(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    _weights(command, "the SOURCE's weights")
+
+
+def _weights(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=f"{what}: a .safetensors file, a state dict written by torch.save, or the index of several files; "
+        "FILE:key takes the state dict below that key",
+    )
+    command.add_argument(
+        "--ignore-weights",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names in --weights that the network need not have; repeatable",
+    )
+
+
+def _compress(command: argparse.ArgumentParser) -> None:
+    _source(command)
     command.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
     command.add_argument(
         "--goal",
@@ -105,7 +126,7 @@ def _compress(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    _source(command)
     command.add_argument("--task", metavar="TASK", help=TASK_HELP)
     command.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
     command.add_argument("--group", metavar="NAME", help="show everything coupled with the channels of this layer")
@@ -119,7 +140,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
 
 
 def _quantize(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    _source(command)
     command.add_argument("--calibration", required=True, metavar="DATA", help=CALIBRATION_HELP)
     command.add_argument(
         "--out", required=True, metavar="FILE", help="small.onnx for ONNX Runtime, small.xml for OpenVINO"
@@ -149,6 +170,7 @@ def _measure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--against", metavar="OTHER", help="another artifact, or a SOURCE (default: the run's own source)"
     )
+    _weights(command, "weights of the SOURCE in --against")
     command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
     command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
     _timing(command, 2.0)
@@ -171,7 +193,8 @@ _COMMANDS = (
     _Command(
         "compress",
         "Find the smallest or fastest artifact that meets a goal, with the evidence.",
-        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first',
+        'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first\n'
+        "penjing compress resnet18 --weights best.pth --task task.py:task --runtime openvino",
         _compress,
     ),
     _Command(

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
+from penjing.cli import sources
 from penjing.cli.console import Progressing, Terminal
 from penjing.errors import SourceError, TaskError
 from penjing.tasks.usercode import check_file
@@ -23,7 +24,7 @@ def quantize(parsed: argparse.Namespace, messages: Terminal) -> int:
 
     with Progressing(messages) as progress:
         done = quantize_to(
-            parsed.source,
+            sources.source(parsed),
             parsed.calibration,
             parsed.out,
             runtime=parsed.runtime,

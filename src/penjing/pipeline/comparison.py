@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from penjing import measure
-from penjing.errors import TaskError
+from penjing.errors import TaskError, UsageError
 from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.pipeline.metrics import metric_of
@@ -28,6 +28,8 @@ def measure_artifact(
     artifact: Path | str,
     *,
     against: str | None = None,
+    weights: Path | str | None = None,
+    ignore: Sequence[str] = (),
     task: Task | None = None,
     batch: int = 1,
     threads: int | None = None,
@@ -39,17 +41,26 @@ def measure_artifact(
     Args:
         artifact: A run folder or an artifact folder.
         against: The same, or a SOURCE (then a task gives the example); None takes the run's source, if there is one.
+        weights: A file of weights for the SOURCE that `against` is.
+        ignore: Patterns of names in that file that the network need not have.
         task: Measures the metric too.
         batch: Samples of a timed call.
         threads: None takes every core.
         seconds: Timed seconds each.
         events: Progress.
     """
+    if weights is not None and against is None:
+        raise UsageError(
+            "weights were given without the network that they belong to",
+            code="no-source",
+            got=weights,
+            expected="--against SOURCE beside --weights",
+        )
     threads = measure.check_threads(threads or measure.machine(1).cores)
     with tempfile.TemporaryDirectory(prefix="penjing-") as aside:
         folders = {"artifact": _artifact_folder(Path(artifact))}
         if against is not None:
-            folders[against] = _other(against, task, Path(aside))
+            folders[against] = _other(against, weights, ignore, task, Path(aside))
         elif (Path(artifact) / SOURCE / MANIFEST).exists():
             folders["source"] = Path(artifact) / SOURCE
         ports = read_manifest(folders["artifact"]).programs[0].inputs
@@ -65,12 +76,12 @@ def _artifact_folder(path: Path) -> Path:
     return path / ARTIFACT if (path / ARTIFACT / MANIFEST).exists() else path
 
 
-def _other(spec: str, task: Task | None, aside: Path) -> Path:
+def _other(spec: str, weights: Path | str | None, ignore: Sequence[str], task: Task | None, aside: Path) -> Path:
     """The folder of another artifact; a SOURCE is exported for torch first."""
     folder = _artifact_folder(Path(spec))
     if (folder / MANIFEST).exists():
         return folder
-    source = open_source(spec, task=task)
+    source = open_source(spec, task=task, weights=weights, ignore=ignore)
     if task is None:
         if source.example is None:
             raise TaskError(

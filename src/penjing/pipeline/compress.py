@@ -28,6 +28,7 @@ from penjing.records.events import Listener
 from penjing.records.folder import ARTIFACT, RunFolder
 from penjing.records.lock import locked
 from penjing.report import verdict as verdicts
+from penjing.sources.source import Source
 from penjing.steps.draft import Draft
 from penjing.steps.step import Step
 from penjing.tasks.keywords import suggesting
@@ -70,7 +71,7 @@ class Result:
 @never_exiting()
 @same_process()
 def compress(
-    model: str | nn.Module | ExportedProgram,
+    model: str | nn.Module | ExportedProgram | Source,
     task: Task | str | Path,
     goal: Goal | str = DEFAULT_GOAL,
     *,

@@ -53,6 +53,7 @@ def _record(prepared: Prepared, judged: Judged) -> Record:
         seed=order.seed,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         name=prepared.name,
+        weights=prepared.weights,
         task=run.task.name,
         data=prepared.data,
         recipe=prepared.recipe_data,

@@ -15,6 +15,7 @@ from penjing.pipeline.applied import Applied
 from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
 from penjing.records.events import Listener
+from penjing.sources.source import Source
 from penjing.tasks.task import Task
 
 
@@ -38,12 +39,12 @@ class Order:
     """One run, as `compress` and `deliver` are called; they describe the fields.
 
     Attributes:
-        model: The source, or an applied draft that is trained already.
+        model: The source, open or to be opened, or an applied draft that is trained already.
         recipe: The steps that are still to be taken.
         runtimes: Their names, all of them installed.
     """
 
-    model: str | nn.Module | ExportedProgram | Applied
+    model: str | nn.Module | ExportedProgram | Source | Applied
     task: Task
     goal: Goal
     recipe: Recipe

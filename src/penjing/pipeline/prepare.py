@@ -22,7 +22,7 @@ from penjing.pipeline.repeatable import capture_repeatable
 from penjing.pipeline.run import Run
 from penjing.randomness import seed_everything
 from penjing.recipes.recipe import Recipe
-from penjing.records import LayerRow, Machine, Measured, Record
+from penjing.records import WEIGHTS_FILE, LayerRow, Machine, Measured, Record
 from penjing.records.events import Events
 from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
 from penjing.records.manifest import Manifest, read_manifest
@@ -41,6 +41,7 @@ class Prepared:
         order: What was asked for.
         run: With the source's network and the task.
         name: Of the source.
+        weights: The file that its weights were loaded from, as it was named; "" where there is none.
         machine: Where the run takes place.
         recipe: The steps, with every teacher opened.
         recipe_data: All steps as plain data, those among them that were taken before this run.
@@ -59,6 +60,7 @@ class Prepared:
     order: Order
     run: Run
     name: str
+    weights: str
     machine: Machine
     recipe: Recipe
     recipe_data: list[dict[str, Any]]
@@ -92,6 +94,8 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
     recipe = requests.with_teachers(order.recipe, run.task)
     requests.check_recipe(recipe, run.network, run.task, order.seed)
     data = requests.data_hashes(run.task, recipe)
+    if opened.loaded is not None:
+        data[WEIGHTS_FILE] = opened.loaded.sha256
     recipe_data = (order.model.recipe if isinstance(order.model, Applied) else []) + order.recipe.to_data()
     finished = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
     request = requests.request(run, opened.name, order.goal, recipe_data, order.runtimes, data, original)
@@ -117,6 +121,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         order=order,
         run=run,
         name=opened.name,
+        weights="" if opened.loaded is None else opened.loaded.file,
         machine=machine,
         recipe=recipe,
         recipe_data=recipe_data,

@@ -35,7 +35,7 @@ from penjing.records.events import Events, Listener
 from penjing.records.folder import writing
 from penjing.records.manifest import Manifest
 from penjing.runtimes import isolated
-from penjing.sources.source import check_forward, in_single_precision, open_source, with_declared_axes
+from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks import finite
@@ -84,7 +84,7 @@ class QuantizedFile:
 @never_exiting()
 @same_process()
 def quantize_to(
-    model: str | Path | nn.Module | ExportedProgram,
+    model: str | Path | nn.Module | ExportedProgram | Source,
     calibration: Any,
     out: Path | str,
     *,

@@ -284,6 +284,8 @@ def asked(record: Record) -> dict[str, Any]:
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
         "data": {
-            role: sha for role, sha in record.data.items() if role.split()[0] in ("calibration", "train", "teacher")
+            role: sha
+            for role, sha in record.data.items()
+            if role.split()[0] in ("calibration", "train", "teacher", "weights")
         },
     }

@@ -6,6 +6,7 @@ from penjing.records.parity import Parity, ParityRow, Rejection
 from penjing.records.record import (
     FORMAT,
     MOST_THREADS,
+    WEIGHTS_FILE,
     Candidate,
     CurvePoint,
     Energy,
@@ -44,6 +45,7 @@ __all__ = [
     "SensitivityRow",
     "StepCost",
     "Training",
+    "WEIGHTS_FILE",
     "Zeros",
     "from_dict",
     "read",

@@ -12,6 +12,7 @@ from penjing.records.layers import LayerRow
 from penjing.records.parity import Parity, Rejection
 
 FORMAT = 1
+WEIGHTS_FILE = "weights file"  # the role of a file of weights among `Record.data`
 MOST_THREADS = 1024  # that a runtime is told to use
 
 
@@ -198,7 +199,8 @@ class Record:
     created: str  # ISO 8601, UTC
     name: str  # of the source
     task: str
-    data: dict[str, str]  # sha256 by role: calibration, evaluation and training data, the weights of named teachers
+    # SHA-256 by role: calibration, evaluation and training data, the weights of named teachers, a file of weights
+    data: dict[str, str]
     recipe: list[dict[str, Any]]
     metric_name: str
     higher_is_better: bool
@@ -217,6 +219,7 @@ class Record:
     reference: Reference | None = None  # None: the source
     rejected: tuple[Candidate, ...] = ()  # built and not eligible, each with its `rejection`
     files: dict[str, str] = field(default_factory=dict)  # name in the run folder → SHA-256, of all but this record
+    weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
     format: int = FORMAT
 
     @property

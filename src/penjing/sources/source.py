@@ -1,8 +1,11 @@
-"""Opening a SOURCE: a Python factory, an exported program, an ONNX file, a Hugging Face folder, a built-in network."""
+"""Opening a SOURCE: a Python factory, an exported program, an ONNX file, a Hugging Face folder, a built-in network.
+
+Weights may come from a file of their own; see `penjing.sources.weights`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from penjing.errors import CheckpointError, PenjingError, SourceError
+from penjing.errors import CheckpointError, PenjingError, SourceError, UsageError
 from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
-from penjing.sources import huggingface, onnx, pt2
+from penjing.sources import huggingface, onnx, pt2, weights
 from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
@@ -28,6 +31,10 @@ _FORMS = (
     "file.py:factory, package.module:factory, a .pt2 or .onnx file, a Hugging Face folder or a built-in architecture"
 )
 _FILES = (".pt2", ".onnx")
+_PAIRED = (
+    "give the network as file.py:factory or a built-in architecture, and its weights with --weights {} (in Python: "
+    "load_weights)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,7 @@ class Source:
         spec: The string it was opened by; None for a network given as an object.
         example: Example inputs in the form of `Task.example`, if the source declares them.
         dynamic: Axes that vary in the form of `Task.dynamic`, if the source declares them.
+        loaded: The weights that it was given from a file of their own.
     """
 
     name: str
@@ -47,26 +55,81 @@ class Source:
     spec: str | None = None
     example: Any | None = None
     dynamic: Mapping[str | int, Mapping[int, str]] | None = None
+    loaded: weights.Loaded | None = None
 
 
-def open_source(spec: str | Path | nn.Module | ExportedProgram, *, task: Task | None = None) -> Source:
+def open_source(
+    spec: str | Path | nn.Module | ExportedProgram | Source,
+    *,
+    task: Task | None = None,
+    weights: Path | str | None = None,
+    ignore: Sequence[str] = (),
+) -> Source:
     """Open a SOURCE, and run it once on the example if a task is given.
 
     Args:
         spec: ``file.py:factory``, ``package.module:factory`` (a callable without arguments that returns a module,
             or a module), a ``.pt2`` or ``.onnx`` file, a Hugging Face folder, the name of a built-in architecture,
-            or an object.
+            or an object; a source that is open stays as it is.
         task: A task whose example the network must accept.
+        weights: A file of weights for the network, or ``FILE:key``.
+        ignore: Patterns of names in that file that the network need not have.
 
     Raises:
         SourceError: It is missing, its factory raises, it is not a network, or its forward fails on the example.
         CheckpointError: Opening it would run code that the user did not name.
         MissingDependency: A package that this kind of source needs is not installed.
     """
-    source = _open(str(spec) if isinstance(spec, Path) else spec)
+    source = spec if isinstance(spec, Source) else _open(str(spec) if isinstance(spec, Path) else spec)
+    if weights is None and ignore:
+        raise UsageError(
+            "names to ignore were given without a file of weights",
+            code="no-weights",
+            got=", ".join(ignore),
+            expected="--weights FILE beside --ignore-weights",
+        )
+    if weights is not None:
+        source = _with_weights(source, weights, ignore)
     if task is not None:
         check_forward(source, task)
     return source
+
+
+def load_weights(model: str | Path | nn.Module, file: Path | str, *, ignore: Sequence[str] = ()) -> nn.Module:
+    """Give a network the weights of a file: all of them or, with an error that lists what does not fit, none.
+
+    The file is safetensors, what `torch.save` wrote (a state dict, alone or within a training checkpoint), or the index
+    of several such files. It is read without running code. ``FILE:key`` takes the state dict below that key, such as
+    ``last.ckpt:ema``. Prefixes that training has left (``module.``, ``_orig_mod.``, ``model.``) are taken off where all
+    names fit then. What is half precision in the file has the network's own precision.
+
+    Args:
+        model: The network, which is changed in place, or a SOURCE as on the command line.
+        file: The weights.
+        ignore: Patterns of names in the file that the network need not have: ``["criterion.*"]``.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: The file can't be read, would run code, or does not fit; the network is unchanged.
+        SourceError: The SOURCE can't be opened.
+    """
+    source = open_source(model, weights=file, ignore=ignore)
+    assert isinstance(source.module, nn.Module)
+    return model if isinstance(model, nn.Module) else source.module
+
+
+def _with_weights(source: Source, file: Path | str, ignore: Sequence[str]) -> Source:
+    if not isinstance(source.module, nn.Module):
+        raise SourceError(
+            "weights can't be loaded into an exported program",
+            code="weights-of-a-program",
+            got=source.spec or source.name,
+            expected="a network that Python builds, or a built-in architecture",
+            remedy="give the file of weights with the factory that the program was exported from",
+        )
+    return replace(source, loaded=weights.load(source.module, file, ignore))
 
 
 def _open(spec: Any) -> Source:
@@ -172,8 +235,7 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             code="pickle",
             got=f"{path}: a whole model would run code when opened, and a state dict does not hold a network",
             expected=_FORMS,
-            remedy="write a factory that builds the network and loads it with torch.load(..., weights_only=True), "
-            "and give it as file.py:factory",
+            remedy=_PAIRED.format(path.name),
         )
     if suffix in _WEIGHTS:
         raise SourceError(
@@ -181,7 +243,9 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             code="only-weights",
             got=str(path),
             expected=_FORMS,
-            remedy="write a factory that builds the network and loads these weights, and give it as file.py:factory",
+            remedy=_PAIRED.format(path.name)
+            if suffix == ".safetensors"
+            else "write a factory that builds the network and loads these weights, and give it as file.py:factory",
         )
 
 
@@ -191,7 +255,10 @@ def with_declared_axes(source: Source, task: Task) -> Task:
 
 
 def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
-    """Convert source and task to float32, with a note for the user; unchanged, with None, if they already are."""
+    """Convert source and task to float32, with a note for the user, None where there is nothing to tell.
+
+    What was converted when weights were loaded is told, too.
+    """
     note = None
     if isinstance(source.module, nn.Module):
         module, note = single_module(source.module)
@@ -199,7 +266,8 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
     single = single_task(task)
     if note is None and single is not task:
         note = "the task's inputs are given to the network in float32"
-    return source, single, note
+    notes = [*(source.loaded.notes if source.loaded is not None else ()), *([note] if note else [])]
+    return source, single, "; ".join(notes) or None
 
 
 def check_forward(source: Source, task: Task) -> Any:
