@@ -116,6 +116,8 @@ def whole(digits_run, tmp_path_factory):
 
 def doors(raised, artifacts):
     """Every kind of file with its reader."""
+    from torch.nn import Linear
+
     from penjing.distill.stored import CachedTeacher
     from penjing.records.folder import RunFolder
     from penjing.sources.huggingface import open_folder
@@ -142,9 +144,9 @@ def doors(raised, artifacts):
         Door("source/model.pt2", lambda f: open_program(f / "source/model.pt2"), 1),
         Door("bert/config.json", lambda f: open_folder(f / "bert"), 2),
         Door("bert/model.safetensors", lambda f: open_folder(f / "bert"), 1),
-        Door("net.pth", lambda f: load_weights(torch.nn.Linear(3, 2), f / "net.pth"), 2),
-        Door("old.pth", lambda f: load_weights(torch.nn.Linear(3, 2), f / "old.pth"), 2),
-        Door("net.index.json", lambda f: load_weights(torch.nn.Linear(3, 2), f / "net.index.json"), 2),
+        Door("net.pth", lambda f: load_weights(Linear(3, 2), f / "net.pth"), 2),
+        Door("old.pth", lambda f: load_weights(Linear(3, 2), f / "old.pth"), 2),
+        Door("net.index.json", lambda f: load_weights(Linear(3, 2), f / "net.index.json"), 2),
         Door("answers/about.json", lambda f: CachedTeacher(f / "answers"), 2),
         Door("state/request.json", claimed),
         Door("record.json", verified, 1),
