@@ -12,6 +12,7 @@ from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.quantize.shared_scales import Columns
 from penjing.quantize.statistics import collect
+from penjing.quantize.toward_outputs import JOINS
 from penjing.runtimes import isolated
 from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
@@ -123,8 +124,22 @@ def test_the_artifact_keeps_them_too(runtime, tmp_path):
     assert decibels(model(x).detach(), torch.from_numpy(given)) > 20
 
 
+class Also(Heads):
+    """The joined tensor is an output, and a convolution's input too."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv1d(6, 2, 1)
+
+    def forward(self, x):
+        both = torch.cat(self.parts(x), 1)
+        return both, self.last(both)
+
+
 def test_the_plan_says_why():
     draft, _ = planned(AsOne(), "onnxruntime")
+    assert draft.plan.floats["/cat#0"] == JOINS
+    draft, _ = planned(Also(), "onnxruntime")
     reason = draft.plan.floats["/cat#0"]
     assert reason.startswith("its inputs differ by ") and reason.endswith("×: they can't share a scale")
     assert 100 < float(reason.split()[4].rstrip("×:")) < 1000

@@ -129,6 +129,48 @@ def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[C
     return {name: noise / signal for name, noise in power.items()}
 
 
+def in_columns(network: fx.GraphModule, entries: Mapping[str, Entry], calls: Iterable[Call]) -> dict[str, float]:
+    """Signal-to-noise ratio of the worst column of any output when one value alone is rounded, in dB, by its node.
+
+    Columns lie along axis 1 and along the last axis; one that is always 0 is left out, as are integer outputs.
+
+    Args:
+        network: A captured network in eval mode, in floating point.
+        entries: Name of a node → the grid that its values are rounded to.
+        calls: Chunks of samples.
+    """
+    nodes = [node for node in network.graph.nodes if node.name in entries]
+    signals: dict[tuple[int, int], torch.Tensor] = {}
+    noises: dict[tuple[str, int, int], torch.Tensor] = {}
+    with torch.no_grad():
+        for call in calls:
+            once = _Once(network, call)
+            floats = [t.is_floating_point() for t in flatten_outputs(once.output)[0]]
+            _add_columns(signals, (), [t for t, f in zip(flatten_outputs(once.output)[0], floats, strict=True) if f])
+            for node in nodes:
+                outputs = once.rerun(node, rounded(once.values[node], entries[node.name]))
+                _add_columns(noises, (node.name,), _difference(outputs, once.output))
+    worst = {}
+    for node in nodes:
+        ratios = [
+            float((noises[node.name, *key][signal > 0] / signal[signal > 0]).max())
+            for key, signal in signals.items()
+            if bool((signal > 0).any()) and noises[node.name, *key].shape == signal.shape
+        ]
+        worst[node.name] = decibels(max(ratios, default=0.0))
+    return worst
+
+
+def _add_columns(sums: dict[Any, torch.Tensor], name: tuple[str, ...], values: Iterable[torch.Tensor]) -> None:
+    """Add the sums of squares of the columns of every tensor; those of an axis that varies are dropped."""
+    for port, value in enumerate(values):
+        for axis in {1, value.dim() - 1} if value.dim() > 1 else ():
+            square = torch.where(value.isfinite(), value, 0).double().square()
+            total = square.sum([a for a in range(value.dim()) if a != axis])
+            before = sums.get((*name, port, axis), torch.zeros_like(total))
+            sums[(*name, port, axis)] = before + total if before.shape == total.shape else total.new_zeros(0)
+
+
 def _halved(once: _Once, node: fx.Node) -> Any:
     def half(value: Any) -> Any:
         floats = isinstance(value, torch.Tensor) and value.dtype == torch.float32

@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from penjing.network.graph import kind, operator_name, site, sites, tensor_inputs
+from penjing.analyze.noise import in_columns
+from penjing.network.graph import kind, site, sites, tensor_inputs
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.placement import Placement
+from penjing.quantize.toward_outputs import in_floats, leading, leading_only
 from penjing.steps.plan import Entry
+from penjing.tasks.task import Call
 
 FAINT_DB = 20.0  # signal-to-noise ratio of a column or branch, below which about eight levels are left of it
 APART_DB = 10.0  # and this far below that of the whole tensor, since few bits alone are not a reason
+DECODED_DB = 30.0  # of a column of 8 bits that is decoded on the way to an output: boxes have to keep one percent
+SAMPLES = 8  # decoded to the outputs
+_BIT_DB = 6.0  # what a bit less costs
 _MOVES = frozenset(
     "reshape transpose select slice split split_with_sizes chunk unbind getitem cat stack expand identity dropout pad "
     "resize pixel_shuffle movedim index index_select".split()
 )
-_ELEMENTWISE = frozenset(
-    "add sub mul div neg abs exp log pow sqrt relu clip sigmoid hardsigmoid tanh silu hardswish leaky_relu elu gelu "
-    "softplus where masked_fill to".split()
-)
-_POOLS = frozenset({"avg_pool", "max_pool", "mean", "sum", "amax"})
 
 
 class Columns:
@@ -60,7 +61,7 @@ class Columns:
 
 def to_watch(network: fx.GraphModule, placement: Placement) -> set[str]:
     """Return the names of the nodes whose columns have to be observed in calibration."""
-    on_way = _on_way(network)
+    on_way = {site(node) for node in leading(network)}
     return {value for edge, value in placement.edges.items() if _consumer(edge) in on_way}
 
 
@@ -83,6 +84,7 @@ def apart(
     entries: Mapping[str, Entry],
     statistics: Mapping[str, Histogram],
     columns: Mapping[str, Columns],
+    calls: Iterable[Call] = (),
 ) -> Apart:
     """Find the edges whose scale would erase a column or a branch.
 
@@ -92,12 +94,19 @@ def apart(
         entries: Their scales.
         statistics: Statistics of the values by node name.
         columns: Column statistics of the values of `to_watch`.
+        calls: A few samples.
     """
-    operators, nodes, on_way = sites(network), {n.name: n for n in network.graph.nodes}, _on_way(network)
+    operators, nodes = sites(network), {n.name: n for n in network.graph.nodes}
+    on_way = {site(node) for node in leading(network)}
+    decoded = _decoded(network, placement, entries, columns, calls)
     edges: set[str] = set()
     floats: dict[str, str] = {}
     for edge, value in placement.edges.items():
         name = _consumer(edge)
+        if edge in placement.results and value in decoded:
+            edges.add(edge)
+            floats[_writer(network, nodes[value])] = decoded[value]
+            continue
         step = entries[edge].scale[0] if entries[edge].scale and entries[edge].spec.grid == "uniform" else 0.0
         if not step:
             continue
@@ -114,6 +123,61 @@ def apart(
         elif name in operators and kind(network, operators[name]) not in _MOVES - {"cat"}:
             floats[name] = reason.replace("its", f"{_writer(network, nodes[value])}'s", 1)
     return Apart(frozenset(edges), floats)
+
+
+def _decoded(
+    network: fx.GraphModule,
+    placement: Placement,
+    entries: Mapping[str, Entry],
+    columns: Mapping[str, Columns],
+    calls: Iterable[Call],
+) -> dict[str, str]:
+    """Name of a kernel's result that is only decoded or joined, and loses too much in integers → the reason.
+
+    It loses by itself, where its columns differ in size, or by what decoding makes of it: a step of a score's logit is
+    a part of the score, and one of a logarithm a part of a box.
+    """
+    way, decoding = leading_only(network), in_floats(network)
+    grids: dict[str, Entry] = {}
+    for edge, value in placement.edges.items():
+        if edge in placement.results and entries[edge].scale and entries[edge].spec.grid == "uniform":
+            grids[value] = entries[edge]
+    nodes = {n.name: n for n in network.graph.nodes}
+    grids = {
+        value: entry
+        for value, entry in grids.items()
+        if all(u in way for u in nodes[value].users)
+        and any(u.name in decoding for u in _readers(network, nodes[value]))
+    }
+    reasons: dict[str, str] = {}
+    for value, entry in grids.items():
+        for powers in columns[value].powers():
+            used = powers[powers > 0]
+            least = 10 * math.log10(float(used.min()) * 12 / entry.scale[0] ** 2) if len(used) else math.inf
+            if least < _least(entry):
+                ratio = math.sqrt(float(used.max() / used.min()))
+                reasons[value] = f"its columns differ by {ratio:.0f}×: they can't share a scale"
+    rest = {value: entry for value, entry in grids.items() if value not in reasons}
+    for value, snr in (in_columns(network, rest, calls) if rest else {}).items():
+        if snr < _least(rest[value]):
+            reasons[value] = f"decoded to an output, its integers alone would leave a column {snr:.0f} dB"
+    return reasons
+
+
+def _least(entry: Entry) -> float:
+    return DECODED_DB - _BIT_DB * (8 - entry.spec.bits)
+
+
+def _readers(network: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    """The operators that read a value, also through operators that only move it."""
+    readers: set[fx.Node] = set()
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user not in readers:
+            readers.add(user)
+            waiting += user.users if kind(network, user) in _MOVES - {"cat", "stack"} else ()
+    return readers
 
 
 def _inputs_apart(
@@ -144,19 +208,6 @@ def _lost(powers: torch.Tensor, step: float) -> float:
     if least >= FAINT_DB or least > whole - APART_DB:
         return 0.0
     return math.sqrt(float(used.max() / used.min()))
-
-
-def _on_way(network: fx.GraphModule) -> set[str]:
-    """Sites of the operators that lead to an output and keep columns apart all the way, and the output's own site."""
-    way: set[fx.Node] = set()
-    for node in reversed(network.graph.nodes):
-        keeps = node.op == "output" or (
-            any(user in way for user in node.users)
-            and (kind(network, node) in _MOVES | _ELEMENTWISE | _POOLS or operator_name(node).startswith("upsample"))
-        )
-        if keeps:
-            way.add(node)
-    return {site(node) for node in way}
 
 
 def _writer(network: fx.GraphModule, node: fx.Node) -> str:

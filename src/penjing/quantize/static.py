@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from penjing.analyze.samples import in_chunks
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize import mask_values
@@ -23,7 +24,7 @@ from penjing.quantize.histogram import Histogram
 from penjing.quantize.outlier_mitigation import mitigated
 from penjing.quantize.placement import Placement, place
 from penjing.quantize.ranges import ESTIMATORS, estimate
-from penjing.quantize.shared_scales import apart, to_watch
+from penjing.quantize.shared_scales import SAMPLES, apart, to_watch
 from penjing.quantize.statistics import collect
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
@@ -143,7 +144,8 @@ class Static:
             seen |= revealed
         entries = self._activations(placement, statistics, capabilities)
         entries |= self._cells(draft.network, placement, statistics, capabilities)
-        separate = apart(draft.network, placement, entries, statistics, columns)
+        few = (call for batch in in_chunks(context, draft.network, SAMPLES) for call in batch)
+        separate = apart(draft.network, placement, entries, statistics, columns, few)
         entries |= self._weights(draft.network, placement, entries, capabilities)
         entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
         plan = Plan(entries, {**placement.floats, **separate.floats})

@@ -101,3 +101,22 @@ class NoiseRow:
     clipped: float | None  # share of that input's values beyond the range
     share: float  # of the noise of all operators, after the repair
     remedy: str  # "rounding", "floating point", or nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchesRow:
+    """Where values of different kinds or magnitudes meet on the way to an output: one scale can't serve them.
+
+    Attributes:
+        name: The concatenation that joins them, or the layer whose columns are cut apart.
+        kind: Its kind.
+        layers: The layers that the values come from.
+        decoded: What decodes each kind of values on the way.
+        ratio: The largest magnitude (root mean square) over the smallest; None where nothing was measured.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    decoded: tuple[str, ...]
+    ratio: float | None
