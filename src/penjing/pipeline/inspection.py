@@ -13,12 +13,14 @@ from torch import fx
 from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
+from penjing.analyze.samples import in_chunks
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
+from penjing.quantize.output_branches import SAMPLES, meeting
 from penjing.quantize.placement import place
 from penjing.quantize.static import prepare
-from penjing.records import CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records import BranchesRow, CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.sources.source import Source, check_forward
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -42,6 +44,7 @@ class Inspection:
         default_factory=dict
     )  # tensor and axis of outputs that never change → reason
     sensitivity: tuple[SensitivityRow, ...] = ()
+    branches: tuple[BranchesRow, ...] = ()  # where values of different kinds meet on the way to an output
 
 
 def inspect(
@@ -102,7 +105,14 @@ def inspect(
         groups,
         dict(coupling.not_prunable),
         scan,
+        _branches(network, task),
     )
+
+
+def _branches(network: fx.GraphModule, task: Task) -> tuple[BranchesRow, ...]:
+    if task.calibration is None:
+        return meeting(network)
+    return meeting(network, (call for batch in in_chunks(Context(task=task), network, SAMPLES) for call in batch))
 
 
 def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]) -> GroupRow:

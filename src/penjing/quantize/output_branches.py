@@ -21,6 +21,7 @@ from penjing.records import BranchesRow
 from penjing.tasks.task import Call
 
 APART = 10.0  # ratio of magnitudes from which branches are told although the same operators decode them
+SAMPLES = 16  # whose magnitudes are enough
 _JOINS = frozenset({"cat", "stack"})
 _CUTS = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow"})
 
@@ -141,4 +142,4 @@ def _ordered(network: fx.GraphModule, nodes: set[fx.Node]) -> list[fx.Node]:
     return [node for node in network.graph.nodes if node in nodes]
 
 
-__all__ = ["meeting"]
+__all__ = ["APART", "SAMPLES", "meeting"]

@@ -9,7 +9,9 @@ passing a product with weights, or anything else that mixes its columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import fx
 
 from penjing.analyze.cost import multiplies
@@ -54,7 +56,8 @@ def expects(network: fx.GraphModule, node: fx.Node) -> bool:
     if kind(network, node) not in ("conv", "linear", "matmul", "mv") or not tensor_inputs(node):
         return False
     if node.op == "call_module":
-        weight = network.get_submodule(str(node.target)).weight
+        layer: Any = network.get_submodule(str(node.target))
+        weight: torch.Tensor = layer.weight
         if weight.numel() != weight.shape[1]:  # (1, bins) or (1, bins, 1, 1)
             return False
     elif not any(t.op == "get_attr" for t in tensor_inputs(node)[1:]):

@@ -227,6 +227,18 @@ def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
     return table
 
 
+def branches(rows: Sequence[records.BranchesRow]) -> list[str]:
+    """A line for every place where values of different kinds meet on the way to an output."""
+    lines = []
+    for row in rows:
+        ratio = f", {row.ratio:,.0f}× apart" if row.ratio else ""
+        verb = "joins" if len(row.layers) > 1 else "holds columns that are"
+        layers = f" {', '.join(row.layers)}:" if len(row.layers) > 1 else ""
+        decoded = "; ".join(words if words == "as they are" else f"by {words}" for words in row.decoded)
+        lines.append(f"{row.name} ({row.kind}) {verb}{layers} decoded {decoded}{ratio}")
+    return lines
+
+
 def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int = 15) -> Table:
     """The `limit` groups of coupled channels with the most parameters; `held`: tensor that is not prunable → why."""
     table = _table()
