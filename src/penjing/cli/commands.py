@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +24,7 @@ from rich.table import Table
 from penjing.cli import quantizing, sources
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
+from penjing.cli.inspecting import show_branches, show_floats
 from penjing.errors import OutputError, PenjingError, UsageError
 from penjing.tasks.usercode import never_exiting
 
@@ -172,7 +173,8 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
         return _show_sensitivity(inspection, parsed, out)
     out.print("\n[bold]coupled channels[/bold]")
     out.print(table.groups(inspection.groups, inspection.not_prunable))
-    _show_floats(inspection, out)
+    show_branches(inspection, out)
+    show_floats(inspection, out)
     if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")
         out.print(table.noise(inspection.noise))
@@ -210,30 +212,6 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
     sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
     with Progressing(messages) as progress:
         return inspect(source, task, parsed.noise, Events(listeners=(progress,)), sensitivity_file)
-
-
-def _show_floats(inspection: Inspection, out: Terminal) -> None:
-    """What stays in floating point in each runtime, and why."""
-    for runtime, reasons in inspection.floats.items():
-        out.print(f"\n[bold]{runtime}[/bold]: ", end="")
-        every = "every convolution, linear layer and addition can run in integers"
-        out.print("stays in floating point:" if reasons else every)
-        for line in _by_reason(reasons):
-            out.print(f"  {line}", markup=False, highlight=False)
-        for note in inspection.notes[runtime]:
-            out.print(f"  note: {note}", markup=False, highlight=False)
-
-
-def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """A line for every operator; what is said of more than a few of one layer, such as its steps, is one line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for site, reason in reasons.items():
-        groups.setdefault((site.rpartition("/")[0] or site, reason), []).append(site)
-    lines = []
-    for (_, reason), sites in groups.items():
-        many = len(sites) > 4
-        lines += [f"{sites[0]} to {sites[-1]} ({len(sites)}): {reason}"] if many else [f"{s}: {reason}" for s in sites]
-    return lines
 
 
 def _show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:

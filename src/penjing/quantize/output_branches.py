@@ -35,7 +35,7 @@ def meeting(network: fx.GraphModule, calls: Iterable[Call] = ()) -> tuple[Branch
     """
     way = leading(network)
     joins = [n for n in network.graph.nodes if n in way and kind(network, n) in _JOINS and len(tensor_inputs(n)) > 1]
-    cut = {n: parts for n in _layers(network, way) if len(parts := _parts(network, n)) > 1}
+    cut = {n: parts for n in _layers(network, way) if len(parts := _parts(network, n, way)) > 1}
     branches, columns = _measured(network, joins, cut, calls)
     rows = []
     for node in network.graph.nodes:
@@ -94,9 +94,9 @@ def _decoders(network: fx.GraphModule, node: fx.Node, way: set[fx.Node], before:
     )
 
 
-def _parts(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """What a layer's result is cut into, behind operators that only move it; empty if it is not cut."""
-    waiting, parts = list(node.users), []
+def _parts(network: fx.GraphModule, node: fx.Node, way: set[fx.Node]) -> list[fx.Node]:
+    """What a layer's result is cut into, behind operators that read it alone; empty if it is not cut."""
+    waiting, parts = [user for user in node.users if user in way], []
     while waiting:
         user = waiting.pop(0)
         what = kind(network, user)
@@ -104,7 +104,7 @@ def _parts(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
             parts += list(user.users)
         elif what in _CUTS:
             parts.append(user)
-        elif not computes(network, user) and user.op != "output":
+        elif user.op != "output" and len(tensor_inputs(user)) == 1:
             waiting += user.users
     return parts
 

@@ -232,10 +232,9 @@ def branches(rows: Sequence[records.BranchesRow]) -> list[str]:
     lines = []
     for row in rows:
         ratio = f", {row.ratio:,.0f}× apart" if row.ratio else ""
-        verb = "joins" if len(row.layers) > 1 else "holds columns that are"
-        layers = f" {', '.join(row.layers)}:" if len(row.layers) > 1 else ""
+        what = f"joins values of {', '.join(row.layers)}" if row.layers != (row.name,) else "gives columns"
         decoded = "; ".join(words if words == "as they are" else f"by {words}" for words in row.decoded)
-        lines.append(f"{row.name} ({row.kind}) {verb}{layers} decoded {decoded}{ratio}")
+        lines.append(f"{row.name} ({row.kind}) {what}, decoded {decoded}{ratio}")
     return lines
 
 
