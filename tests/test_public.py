@@ -26,6 +26,7 @@ PUBLIC = [
     "recipes",
     "records",
     "run",
+    "tasks",
 ]
 
 

@@ -1,0 +1,272 @@
+"""Object detection: the mean average precision of COCO, from a network's raw outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from penjing.errors import TaskError
+from penjing.tasks.fields.common import Batches, Data, field_task
+from penjing.tasks.fields.labelled import Metric, Predict, answer, called, pairs
+from penjing.tasks.keywords import suggesting
+from penjing.tasks.metrics.boxes import CONVENTIONS, inside, suppress, to_corners
+from penjing.tasks.metrics.detection import THRESHOLDS, Detections, Objects, mean_average_precision
+from penjing.tasks.task import Task
+
+Array = np.ndarray[Any, Any]
+Decoded = tuple[Array, Array, Array]  # boxes (n, 4) in the network's convention, scores (n,), labels (n,)
+Decode = Callable[[Any], Sequence[Decoded]]
+
+_FAILS = 0.02  # mAP@0.5 below which it is looked whether another convention explains the boxes
+_EXPLAINS = 0.1  # mAP@0.5 from which it does
+
+
+@suggesting
+def detection(
+    test: Any,
+    *,
+    boxes: str = "xyxy",
+    truth: str = "xyxy",
+    objectness: bool = False,
+    decode: Decode | None = None,
+    score_threshold: float = 0.01,
+    overlap: float = 0.65,
+    max_detections: int = 100,
+    thresholds: Sequence[float] = THRESHOLDS,
+    train: Any = None,
+    select: Any = None,
+    calibration: Any = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    batch: int = 32,
+    dynamic: Mapping[str | int, Mapping[int, str]] | None = None,
+    name: str = "detection",
+) -> Task:
+    """Create a detection task, whose metric is mAP@0.5:0.95 as COCO computes it.
+
+    The target of an image is ``{"boxes": (n, 4), "labels": (n,)}``, with ``"iscrowd": (n,)`` if there are crowds; or an
+    array (n, 5) of boxes and classes, where rows with a negative class are padding. Classes count from 0.
+
+    Args:
+        test: (images, targets), or batches of them; images (N, channels, height, width) or channels last.
+        boxes: Convention of the network's boxes: "xyxy" (two corners), "cxcywh" (centre and size), "xywh" (corner and
+            size) or "yxyx", in pixels; with " relative" behind it in parts of the image's width and height.
+        truth: Convention of the targets' boxes.
+        objectness: Whether the network's rows hold, behind the box, a score that multiplies those of the classes.
+        decode: From the outputs to (boxes, scores, labels) of every image, without boxes that overlap a better one.
+            None: the first output is (N, rows, 4 + classes), boxes and scores from 0 to 1, or the first two are boxes
+            (N, rows, 4) and scores (N, rows, classes); boxes that overlap a better one of their class are dropped.
+        score_threshold: Least score that counts, without `decode`.
+        overlap: Intersection over union above which the worse of two boxes is dropped, without `decode`.
+        max_detections: Best boxes of an image and class that count.
+        thresholds: Intersections over union from which a box counts as right.
+        train: As `test`; for fine-tuning, with `loss`.
+        select: As `test`.
+        calibration: Images alone; None takes those of `train`.
+        loss: ``loss(output, target)``.
+        batch: Images of a batch where data is given whole.
+        dynamic: See `Task.dynamic`.
+        name: Name of the task in tables.
+
+    Raises:
+        TaskError: Data or boxes are not of the form said; where the boxes fit another convention, it is named. While
+            evaluating too.
+    """
+    for word, value in (("boxes", boxes), ("truth", truth)):
+        if value not in CONVENTIONS:
+            raise TaskError(
+                f"{word} is not a convention of boxes",
+                code="convention",
+                got=repr(value),
+                expected=", ".join(CONVENTIONS),
+                remedy='two corners in pixels are "xyxy", centre and size as parts of the image "cxcywh relative"',
+            )
+    reading = _Rows(objectness, score_threshold) if decode is None else None
+    judge = _Judge(boxes, truth, decode or reading, None if decode else overlap, max_detections, tuple(thresholds))
+    data = Data(test=test, train=train, select=select, calibration=calibration, batch=batch, dynamic=dynamic, name=name)
+    every = tuple(thresholds) == THRESHOLDS
+    return field_task(
+        data, judge.metric, metric_name="mAP@0.5:0.95" if every else "mAP@" + ",".join(map(str, thresholds)), loss=loss
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Reads outputs of one row a box, or of boxes and scores apart."""
+
+    objectness: bool
+    score_threshold: float
+    most: int = 1000  # best scores of an image that are looked at
+
+    def __call__(self, outputs: Any) -> list[Decoded]:
+        apart = isinstance(outputs, tuple | list | Mapping) and len(outputs) >= 2
+        rows = answer(outputs, 0, what="mAP")
+        if apart:
+            rows = np.concatenate([rows, answer(outputs, 1, what="mAP")], axis=-1)
+        if rows.ndim != 3 or rows.shape[-1] < 5 + self.objectness:
+            raise TaskError(
+                "the network's output is not boxes and scores",
+                code="rows",
+                got=f"shape {rows.shape}",
+                expected=f"(images, rows, 4 {'+ 1 ' if self.objectness else ''}+ classes)",
+                remedy="give decode=, a function from the outputs to (boxes, scores, labels) of every image",
+            )
+        return [self._image(image) for image in rows.astype(np.float64)]
+
+    def _image(self, rows: Array) -> Decoded:
+        scores = rows[:, 4:] if not self.objectness else rows[:, 5:] * rows[:, 4:5]
+        cells, labels = np.nonzero(scores > self.score_threshold)
+        values = scores[cells, labels]
+        best = np.argsort(-values, kind="stable")[: self.most]
+        return rows[cells[best], :4], values[best], labels[best]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """From batches to a metric."""
+
+    boxes: str
+    truth: str
+    decode: Any
+    overlap: float | None
+    most: int
+    thresholds: tuple[float, ...]
+
+    def metric(self, batches: Batches, what: str) -> Metric:
+        """The metric on these batches, whose targets are checked first."""
+        for images, targets in pairs(batches, what):
+            _check_truth([_target(t, self.truth, what) for t in targets], self.truth, _size(images), what)
+
+        def evaluate(predict: Predict) -> float:
+            decoded: list[Decoded] = []
+            sizes: list[tuple[int, int]] = []
+            objects: list[Objects] = []
+            for images, targets in pairs(batches, what):
+                size = _size(images)
+                rows = self.decode(called(predict, images))
+                if len(rows) != len(targets):
+                    raise TaskError(
+                        "decode gives another number of images than there are",
+                        code="decode",
+                        got=f"{len(rows)} for {len(targets)} images",
+                        expected="(boxes, scores, labels) of every image",
+                    )
+                decoded += rows
+                sizes += [size] * len(rows)
+                objects += [self._objects(target, size, what) for target in targets]
+            return self._score(decoded, sizes, objects)
+
+        return evaluate
+
+    def _score(self, decoded: list[Decoded], sizes: list[tuple[int, int]], objects: list[Objects]) -> float:
+        def at(convention: str, thresholds: Sequence[float]) -> float:
+            found = [self._detections(row, convention, size) for row, size in zip(decoded, sizes, strict=True)]
+            return mean_average_precision(found, objects, thresholds=thresholds, max_detections=self.most)
+
+        value = at(self.boxes, self.thresholds)
+        if value < _FAILS and at(self.boxes, (0.5,)) < _FAILS:
+            explained = {convention: at(convention, (0.5,)) for convention in CONVENTIONS if convention != self.boxes}
+            best = max(explained, key=lambda convention: explained[convention])
+            if explained[best] > _EXPLAINS:
+                raise TaskError(
+                    f'the network\'s boxes are not "{self.boxes}"',
+                    code="convention",
+                    got=f'boxes that look like "{best}": mAP@0.5 is {explained[best]:.3f} if they are read as such',
+                    expected=f'"{self.boxes}"',
+                    remedy=f'write detection(..., boxes="{best}")',
+                )
+        return value
+
+    def _detections(self, row: Decoded, convention: str, size: tuple[int, int]) -> Detections:
+        boxes, scores, labels = (np.asarray(part) for part in row)
+        if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
+            raise TaskError(
+                "mAP can't be computed: boxes or scores are not finite",
+                code="not-finite",
+                got=f"{int((~np.isfinite(scores)).sum())} scores and {int((~np.isfinite(boxes)).sum())} edges",
+                expected="numbers",
+            )
+        corners = to_corners(boxes.reshape(-1, 4), convention, size)
+        if self.overlap is not None:
+            remain = suppress(corners, scores, labels, overlap=self.overlap, most=len(scores))
+            corners, scores, labels = corners[remain], scores[remain], labels[remain]
+        return Detections(corners, scores, labels)
+
+    def _objects(self, target: Any, size: tuple[int, int], what: str) -> Objects:
+        boxes, labels, crowd = _target(target, self.truth, what)
+        return Objects(to_corners(boxes, self.truth, size), labels, crowd)
+
+
+def _target(target: Any, convention: str, what: str) -> tuple[Array, Array, Array]:
+    """Boxes (n, 4), labels (n,) and crowds (n,) of an image, checked for their form."""
+    if isinstance(target, Mapping):
+        missing = {"boxes", "labels"} - target.keys()
+        boxes, labels = (np.asarray(target.get(key, ())) for key in ("boxes", "labels"))
+        boxes = boxes.reshape(-1, 4) if not boxes.size else boxes
+        crowd = np.asarray(target.get("iscrowd", np.zeros(len(labels)))).astype(bool)
+        got = f"a dict of {', '.join(map(str, target))}" if missing else f"boxes {boxes.shape}, labels {labels.shape}"
+        right = not missing and boxes.shape == (len(labels), 4) and labels.ndim == 1 and crowd.shape == labels.shape
+    else:
+        rows = np.asarray(target)
+        got = f"an array of shape {rows.shape}"
+        right = rows.ndim == 2 and rows.shape[1] == 5 and rows.dtype.kind in "iuf"
+        rows = rows[rows[:, 4] >= 0] if right else np.zeros((0, 5))
+        boxes, labels, crowd = rows[:, :4], rows[:, 4], np.zeros(len(rows), bool)
+    if not right or not np.isfinite(boxes.astype(np.float64)).all() or (labels != np.round(labels)).any():
+        raise TaskError(
+            f"a target of {what} is not boxes and classes",
+            code="target",
+            got=got if not right else "values that are not finite, or classes that are not whole numbers",
+            expected='{"boxes": (n, 4), "labels": (n,)}, or an array (n, 5) of boxes and classes',
+            remedy=f'give boxes in the convention "{convention}", and classes that count from 0',
+        )
+    return boxes, labels.astype(np.int64), crowd
+
+
+def _check_truth(
+    targets: Iterable[tuple[Array, Array, Array]], convention: str, size: tuple[int, int], what: str
+) -> None:
+    """Refuse boxes that can't be of the convention, and say of which they look."""
+    boxes = np.concatenate([target[0] for target in targets]).astype(np.float64)
+    if not len(boxes):
+        return
+    corners = to_corners(boxes, convention, size)
+    sizes = corners[:, 2:] - corners[:, :2]
+    tiny = not convention.endswith("relative") and boxes.max() <= 1.5 and min(size) > 4
+    outside = inside(boxes, convention, size) < 0.5
+    if (sizes > 0).all() and not tiny and not outside:
+        return
+    fitting = [other for other in CONVENTIONS if other != convention and inside(boxes, other, size) > 0.9]
+    if tiny:
+        fitting = [other for other in fitting if other.endswith("relative")]
+    elif fitting and all(not other.endswith("relative") for other in fitting[:1]):
+        fitting = [other for other in fitting if not other.endswith("relative")]
+    wrong = int((sizes <= 0).any(axis=1).sum())
+    likely = " or ".join(f'"{other}"' for other in fitting)
+    raise TaskError(
+        f'the boxes of {what} are not "{convention}"',
+        code="convention",
+        got=f"{boxes[0].tolist()} is the first of {len(boxes)}; {wrong} have no positive size, and "
+        + (f"they look like {likely}" if fitting else "no convention fits"),
+        expected=f'"{convention}" in an image of {size[1]} × {size[0]} pixels',
+        remedy=f'write detection(..., truth="{fitting[0]}")' if fitting else "check how the boxes are scaled",
+    )
+
+
+def _size(images: Any) -> tuple[int, int]:
+    """Height and width of images (N, channels, height, width), or with the channels last."""
+    if isinstance(images, Mapping):
+        images = next(iter(images.values()))
+    elif isinstance(images, tuple | list):
+        images = images[0]
+    if np.ndim(images) != 4:
+        raise TaskError(
+            "the first input is not images",
+            code="images",
+            got=f"shape {np.shape(images)}",
+            expected="(images, channels, height, width), or channels last",
+        )
+    _, a, b, c = np.shape(images)
+    return (a, b) if c in (1, 3, 4) and a not in (1, 3, 4) else (b, c)
