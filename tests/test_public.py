@@ -20,6 +20,8 @@ PUBLIC = [
     "distill",
     "load_checkpoint",
     "load_weights",
+    "postprocess",
+    "preprocess",
     "prune",
     "quantize",
     "quantize_to",

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weight
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 if TYPE_CHECKING:
-    from penjing import architectures, distill, prune, quantize, recipes, records, tasks
+    from penjing import architectures, distill, postprocess, preprocess, prune, quantize, recipes, records, tasks
     from penjing.errors import PenjingError
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
@@ -47,7 +47,7 @@ _HOME = {
     "quantize_to": "penjing.pipeline.quick",
     "run": "penjing.pipeline.compress",
 }
-_MODULES = ("architectures", "distill", "prune", "quantize", "recipes", "records", "tasks")
+_MODULES = ("architectures", "distill", "postprocess", "preprocess", "prune", "quantize", "recipes", "records", "tasks")
 
 __all__ = [
     "Clip",
@@ -64,6 +64,8 @@ __all__ = [
     "distill",
     "load_checkpoint",
     "load_weights",
+    "postprocess",
+    "preprocess",
     "prune",
     "quantize",
     "quantize_to",

@@ -1,11 +1,13 @@
-"""``penjing::non_max_suppression``: the boxes of a detector that remain, as ONNX defines it.
+"""``penjing::non_max_suppression`` and ``penjing::best_boxes``: the boxes of a detector that remain.
 
-Runtimes have a kernel of their own for it, and torch has none outside torchvision.
+Runtimes have a kernel of their own for suppression, as ONNX defines it, and torch has none outside torchvision.
 """
 
 from __future__ import annotations
 
 import torch
+
+NONE = -3e38  # a score below all others, of what was not selected
 
 
 @torch.library.custom_op("penjing::non_max_suppression", mutates_args=())
@@ -49,6 +51,40 @@ def _(
     return boxes.new_empty((count, 3), dtype=torch.int64)
 
 
+@torch.library.custom_op("penjing::best_boxes", mutates_args=())
+def best_boxes(
+    boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float, least_score: float
+) -> torch.Tensor:
+    """The best boxes of every sample after suppression within each class, as many for every sample.
+
+    Args:
+        boxes: (batch, boxes, 4): two opposite corners x, y, x, y.
+        scores: (batch, classes, boxes), finite.
+        most: Of a sample.
+        overlap: Intersection over union above which the worse box is dropped.
+        least_score: Boxes of at most this score are dropped.
+
+    Returns:
+        (batch, min(most, classes · boxes)) int64: class · boxes + box, the best first, of equal ones the smallest; −1
+        where there are no more.
+    """
+    rows = non_max_suppression(boxes, scores, most, overlap, least_score, False)
+    ranked = torch.full_like(scores, NONE)
+    ranked[rows[:, 0], rows[:, 1], rows[:, 2]] = scores[rows[:, 0], rows[:, 1], rows[:, 2]]
+    values, places = ranked.flatten(1).sort(descending=True, stable=True)
+    count = _count(scores, most)
+    return torch.where(values[:, :count] > NONE, places[:, :count], -1)
+
+
+@best_boxes.register_fake
+def _(boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float, least_score: float) -> torch.Tensor:
+    return boxes.new_empty((boxes.shape[0], _count(scores, most)), dtype=torch.int64)
+
+
+def _count(scores: torch.Tensor, most: int) -> int:
+    return min(most, scores.shape[1] * scores.shape[2])
+
+
 def _corners(boxes: torch.Tensor, centred: bool) -> torch.Tensor:
     """(…, 4): the smaller y, x and the larger y, x."""
     if centred:
@@ -66,4 +102,4 @@ def _overlaps(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, inner / union, torch.zeros_like(union))
 
 
-__all__ = ["non_max_suppression"]
+__all__ = ["NONE", "best_boxes", "non_max_suppression"]

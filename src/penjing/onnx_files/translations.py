@@ -29,7 +29,21 @@ def translations() -> dict[Any, Any]:
             center_point_box=int(centred),
         )  # fmt: skip
 
-    others = {operator.floordiv: floor_divide, torch.ops.penjing.non_max_suppression.default: suppress}
+    def best_boxes(boxes, scores, most: int, overlap: float, least_score: float):  # type: ignore[no-untyped-def]
+        selected = suppress(boxes, scores, most, overlap, least_score, False)
+        nothing = op.Expand(op.Constant(value_float=suppression.NONE), op.Shape(scores))
+        ranked = op.ScatterND(nothing, selected, op.GatherND(scores, selected))
+        _, classes, places = scores.shape
+        count = min(most, classes * places)
+        # Of equal values TopK takes the first, as the order of suppression does.
+        values, best = op.TopK(op.Reshape(ranked, [0, -1]), op.Constant(value_ints=[count]))
+        return op.Where(op.Greater(values, op.Constant(value_float=suppression.NONE)), best, op.Constant(value_int=-1))
+
+    others = {
+        operator.floordiv: floor_divide,
+        torch.ops.penjing.non_max_suppression.default: suppress,
+        torch.ops.penjing.best_boxes.default: best_boxes,
+    }
     return others | _linear(op) | _lstm(op)
 
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from penjing.analyze.samples import in_chunks
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
-from penjing.quantize import mask_values
+from penjing.quantize import mask_values, pixels
 from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.outlier_mitigation import mitigated
@@ -142,7 +142,8 @@ class Static:
             if revealed.keys() <= seen.keys():
                 break
             seen |= revealed
-        entries = self._activations(placement, statistics, capabilities)
+        known = pixels.grids(draft.network, context.task.call())
+        entries = self._activations(placement, statistics, capabilities, known)
         entries |= self._cells(draft.network, placement, statistics, capabilities)
         few = (call for batch in in_chunks(context, draft.network, SAMPLES) for call in batch)
         separate = apart(draft.network, placement, entries, statistics, columns, few)
@@ -182,7 +183,11 @@ class Static:
         return _legal("weights", spec, capabilities, capabilities.weights)
 
     def _activations(
-        self, placement: Placement, statistics: Mapping[str, Histogram], capabilities: Capabilities
+        self,
+        placement: Placement,
+        statistics: Mapping[str, Histogram],
+        capabilities: Capabilities,
+        known: Mapping[str, tuple[float, int]],
     ) -> dict[str, Entry]:
         by_value: dict[tuple[str, QuantSpec], Entry] = {}
         entries: dict[str, Entry] = {}
@@ -191,6 +196,9 @@ class Static:
             spec = mine.activation_spec(capabilities)
             if capabilities.symmetric_products and value in placement.centred and statistics[value].low < 0:
                 spec = replace(spec, symmetric=True, signed=True, narrow=False)
+            if value in known and pixels.fits(spec):
+                step, first = known[value]
+                by_value[value, spec] = Entry(spec, (step,), (first,))
             if (value, spec) not in by_value:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)

@@ -143,6 +143,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
         ) from error
     openvino_rewrites.integer_lstms(model, onnx_rewrites.integer_lstms(crossing))
     _name_results(model, onnx_path)
+    openvino_rewrites.first_of_equals(model)
     openvino_rewrites.select_for_booleans(model)
     openvino_rewrites.unequal_biases(model)
     openvino_rewrites.reductions_alone(model)

@@ -27,6 +27,31 @@ def select_for_booleans(model: Any) -> None:
         op.output(0).replace(selection.output(0))
 
 
+def first_of_equals(model: Any) -> None:
+    """The largest or smallest of many come in the order of their places where they are equal, as ONNX says.
+
+    Version 2026.4 reads ONNX's TopK as one that leaves the order of equal values open.
+    """
+    from openvino import opset11
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "TopK" or op.get_attributes().get("sort") != "value":
+            continue
+        told = op.get_attributes()
+        stable = opset11.topk(
+            op.input_value(0),
+            op.input_value(1),
+            told["axis"],
+            told["mode"],
+            "value",
+            told["index_element_type"],
+            stable=True,
+            name=op.get_friendly_name(),
+        )
+        for port in (0, 1):
+            op.output(port).replace(stable.output(port))
+
+
 def unequal_biases(model: Any) -> None:
     """Every layer with integer weights gets a bias whose elements are not all equal.
 
