@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from penjing import cli, records, runtimes
-from penjing.cli.commands import _by_reason
+from penjing.cli.inspecting import _by_reason
 from penjing.records import Record
 from penjing.records.lock import LOCK
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.markup import escape
 from rich.table import Table
 
-from penjing.cli import quantizing, sources
+from penjing.cli import blockers, quantizing, sources
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import show_branches, show_floats
@@ -152,9 +152,10 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
 def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     sources.check_files(parsed)
     inspection = _inspected(parsed, messages)
+    code = MET if inspection.runs else NOT_MET
     if parsed.json:
         print(json.dumps(dataclasses.asdict(inspection), indent=2))
-        return MET
+        return code
     from penjing.report import table
     from penjing.report.numbers import figure
 
@@ -178,7 +179,9 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")
         out.print(table.noise(inspection.noise))
-    return MET
+    for text in blockers.lines(inspection.refused):
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return code
 
 
 def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
@@ -206,12 +209,14 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
             )
         task = Task(example=source.example)
     task = with_declared_axes(source, task)
-    if not (parsed.noise or parsed.sensitivity):
+    asked = blockers.asked(parsed.runtime, parsed.save_failing)
+    if not (parsed.noise or parsed.sensitivity or asked):
         with messages.status("exporting and analysing"):
             return inspect(source, task)
     sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
     with Progressing(messages) as progress:
-        return inspect(source, task, parsed.noise, Events(listeners=(progress,)), sensitivity_file)
+        events, failing = Events(listeners=(progress,)), Path(parsed.save_failing) if parsed.save_failing else None
+        return inspect(source, task, parsed.noise, events, sensitivity_file, asked=asked, save_failing=failing)
 
 
 def _show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:

@@ -137,6 +137,19 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--noise", metavar="RUNTIME", help="quantize for this runtime and show the noise of each operator; needs --task"
     )
+    command.add_argument(
+        "--runtime",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help="export for these runtimes, open and run there, and tell which operators they can't take; "
+        "all: those that are installed",
+    )
+    command.add_argument(
+        "--save-failing",
+        metavar="FILE",
+        help="write the smallest part of the network that a runtime can't take (.onnx, or .pt2 without an ONNX form)",
+    )
 
 
 def _quantize(command: argparse.ArgumentParser) -> None:
@@ -202,7 +215,8 @@ _COMMANDS = (
         "Cost per layer, coupled channels, and what would stay in floating point.",
         "penjing inspect net.py:trained --task net.py:task --noise openvino\n"
         "penjing inspect resnet18 --shape 3,224,224 --group conv1 --picture conv1.svg\n"
-        "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg",
+        "penjing inspect net.py:trained --task net.py:task --sensitivity scan.json --picture scan.svg\n"
+        "penjing inspect net.onnx --runtime all --save-failing part.onnx",
         _inspect,
     ),
     _Command(

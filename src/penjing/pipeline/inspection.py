@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
+from penjing.pipeline.refusals import Refusal, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
@@ -45,6 +46,12 @@ class Inspection:
     )  # tensor and axis of outputs that never change → reason
     sensitivity: tuple[SensitivityRow, ...] = ()
     branches: tuple[BranchesRow, ...] = ()  # where values of different kinds meet on the way to an output
+    refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)  # by runtime, of those that were asked
+
+    @property
+    def runs(self) -> bool:
+        """Whether every runtime that was asked takes the network."""
+        return not any(self.refused.values())
 
 
 def inspect(
@@ -53,6 +60,9 @@ def inspect(
     noise: str | None = None,
     events: Callable[..., None] | None = None,
     sensitivity: Path | None = None,
+    *,
+    asked: Sequence[str] = (),
+    save_failing: Path | None = None,
 ) -> Inspection:
     """Analyse a source; needs the example of the task alone.
 
@@ -63,6 +73,8 @@ def inspect(
         events: Reports progress.
         sensitivity: A JSON file: every group of channels is pruned alone, and what the outputs lose is written there,
             or read from there.
+        asked: Runtimes in which the network is exported, opened and run, to tell which operators they can't take.
+        save_failing: The smallest part that fails is written there (see `penjing.pipeline.refusals.refused`).
     """
     check_forward(source, task)
     network = capture_repeatable(source, task)
@@ -105,7 +117,8 @@ def inspect(
         groups,
         dict(coupling.not_prunable),
         scan,
-        _branches(network, task),
+        branches=_branches(network, task),
+        refused=_refused(network, task, asked, save_failing, events),
     )
 
 
@@ -113,6 +126,19 @@ def _branches(network: fx.GraphModule, task: Task) -> tuple[BranchesRow, ...]:
     if task.calibration is None:
         return meeting(network)
     return meeting(network, (call for batch in in_chunks(Context(task=task), network, SAMPLES) for call in batch))
+
+
+def _refused(
+    network: fx.GraphModule, task: Task, asked: Sequence[str], save: Path | None, events: Callable[..., None] | None
+) -> dict[str, tuple[Refusal, ...]]:
+    """By runtime; where several are asked, each has files of its own name."""
+    rows: dict[str, tuple[Refusal, ...]] = {}
+    for name in asked:
+        if events is not None:
+            events("stage", name=f"export for {name}, open and run")
+        mine = save.with_stem(f"{save.stem}-{name}") if save is not None and len(asked) > 1 else save
+        rows[name] = refused(network, task, name, mine, events)
+    return rows
 
 
 def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]) -> GroupRow:

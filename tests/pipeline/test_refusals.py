@@ -1,0 +1,162 @@
+"""Which operators a runtime can't take, found in the real runtimes, for every kind of source."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing import cli
+from penjing.network.capture import capture_network
+from penjing.pipeline.refusals import refused
+from penjing.tasks.task import Task
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+class Net(nn.Module):
+    """Two convolutions, and in between what a runtime may not take."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.between = between
+
+    def forward(self, x):
+        return self.b(self.between(F.relu(self.a(x)))).flatten(1)
+
+
+def untranslated(x):
+    return torch.special.bessel_j0(x)  # no ONNX form
+
+
+def short(x):
+    return torch.maximum(x.to(torch.int16), -x.to(torch.int16)).float()  # no kernel in ONNX Runtime
+
+
+def asked(network, runtime, save=None, task=None):
+    task = task or Task(example=torch.randn(2, 3, 10, 10))
+    return refused(capture_network(network.eval(), *task.call(), task.dynamic), task, runtime, save)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_network_that_runs_has_none_and_values_that_decide_sizes_run(runtime):
+    class Holes(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[y > 0]
+
+    assert asked(Net(), runtime) == asked(Holes(), runtime) == ()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_operator_without_an_onnx_form_is_found_with_its_line_and_saved_as_a_program(tmp_path, runtime):
+    (found,) = asked(Net(untranslated), runtime, tmp_path / "part.onnx")
+    assert found.kind == "special_bessel_j0" and found.stage == "export" and len(found.sites) == 1
+    assert found.where.startswith("test_refusals.py:") and "bessel_j0" in found.reason
+    program = torch.export.load(found.saved)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert found.saved == str(tmp_path / "part.pt2") and calls == ["aten.special_bessel_j0.default"]
+
+
+def test_an_operator_without_a_kernel_is_saved_as_a_file_that_its_makers_can_open(tmp_path):
+    import onnxruntime
+
+    (found,) = asked(Net(short), "onnxruntime", tmp_path / "part.onnx")
+    assert found.kind == "maximum" and found.stage == "open" and "NOT_IMPLEMENTED" in found.reason
+    assert str(tmp_path) not in found.reason and "/penjing-" not in found.reason  # no path of ours
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED.*Max"):
+        onnxruntime.InferenceSession(found.saved, providers=["CPUExecutionProvider"])
+    assert asked(Net(short), "openvino") == ()
+
+
+def test_every_place_is_told_once_for_what_is_alike(tmp_path):
+    def both(x):
+        return untranslated(untranslated(x) + 1) + short(x)
+
+    found = {refusal.kind: refusal for refusal in asked(Net(both), "onnxruntime", tmp_path / "part.onnx")}
+    assert found.keys() == {"special_bessel_j0", "maximum"}
+    assert len(found["special_bessel_j0"].alike) == 1 and found["maximum"].alike == ()
+    assert {file.name for file in tmp_path.iterdir()} == {"part.pt2", "part-2.onnx"}
+
+
+def test_an_operator_of_the_users_own(tmp_path):
+    @torch.library.custom_op("refusals::square", mutates_args=())
+    def square(x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+    square.register_fake(torch.empty_like)
+    (found,) = asked(Net(square), "onnxruntime", tmp_path / "part")
+    assert found.kind == "square" and found.saved == str(tmp_path / "part.pt2")
+
+
+def test_what_fails_together_alone_is_the_smallest_part(monkeypatch):
+    """Halves that run by themselves: what joins them is looked for."""
+    from penjing.pipeline import refusals
+
+    def together(self, network, task):
+        kinds = [str(n.target) for n in network.graph.nodes]
+        return refusals._Trouble("run", "crashed") if {"a", "b"} <= set(kinds) else None
+
+    monkeypatch.setattr(refusals._Search, "_ask", together)
+    (found,) = asked(Net(lambda x: x + 1), "onnxruntime")
+    assert found.sites[0] == "a" and found.sites[-1] == "b"
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        return torch.linalg.det(self.a(x))
+
+class Fine(Net):
+    def forward(self, x):
+        return self.a(x)
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A network with a determinant, for which OpenVINO has no operator: a Python file, a program, an ONNX file."""
+    (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
+    names = {}
+    exec(NETWORK, names)  # the text above
+    x, network = torch.randn(2, 3, 8, 8), names["Net"]().eval()
+    torch.export.save(torch.export.export(network, (x,)), tmp_path / "net.pt2")
+    torch.onnx.export(network, (x,), dynamo=True, verbose=False).save(str(tmp_path / "net.onnx"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "where"), [("net.py:Net", "net.py:11"), ("net.pt2", ""), ("net.onnx", "net.onnx")])
+def test_on_the_command_line_from_every_kind_of_source(sources, capsys, name, where):
+    command = ["inspect", str(sources / name), "--runtime", "openvino,onnxruntime"]
+    command += ["--save-failing", str(sources / "part.onnx"), "--json"]
+    command += ["--shape", "3,8,8"] if name.startswith("net.py") else []
+    assert cli.main(command) == 3
+    told = json.loads(capsys.readouterr().out)["refused"]
+    (row,) = told["openvino"]
+    assert told["onnxruntime"] == [] and row["kind"] == "linalg_det" and where in row["where"]
+    assert row["saved"] == str(sources / "part-openvino.onnx") and "Det" in row["reason"]
+    code = f"import openvino; openvino.Core().read_model({row['saved']!r})"
+    assert b"Det" in subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).stderr
+
+
+def test_in_words(sources, capsys):
+    file = str(sources / "net.py")
+    assert cli.main(["inspect", f"{file}:Fine", "--shape", "3,8,8", "--runtime", "all"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{runtime} takes every operator" in text for runtime in RUNTIMES)
+    assert cli.main(["inspect", f"{file}:Net", "--shape", "3,8,8", "--runtime", "openvino"]) == 3
+    text = capsys.readouterr().out
+    assert "openvino can't take this network: 1 place" in text and "net.py:11 in forward" in text
+    assert cli.main(["inspect", f"{file}:Net", "--shape", "3,8,8", "--runtime", "onyx", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["code"] == "unknown-runtime"
