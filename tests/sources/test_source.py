@@ -115,6 +115,7 @@ def test_objects_are_taken_as_they_are():
     assert source.module is network and source.name == "Linear" and network.training
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     assert open_source(program).example[0].shape == (1, 2)
+    assert open_source(program).dynamic == {}  # it takes no other sizes
     assert refusal(3, "not-a-network").got == "int"
 
 

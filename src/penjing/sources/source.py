@@ -136,7 +136,8 @@ def _open(spec: Any) -> Source:
     if isinstance(spec, nn.Module | ExportedProgram):
         example = _program_example(spec) if isinstance(spec, ExportedProgram) else None
         module = spec if isinstance(spec, ExportedProgram) else unwrapped(spec)
-        return Source(name=type(module).__name__, module=module, example=example)
+        dynamic = _program_axes(spec) if isinstance(spec, ExportedProgram) else None
+        return Source(name=type(module).__name__, module=module, example=example, dynamic=dynamic)
     if not isinstance(spec, str):
         raise SourceError(
             "the source is not a network",
@@ -185,7 +186,8 @@ def open_file(path: Path) -> Source:
         network, example, dynamic = onnx.open_network(path)
         return Source(name=path.stem, module=network, spec=str(path), example=example, dynamic=dynamic)
     program = pt2.open_program(path)
-    return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program))
+    axes = _program_axes(program)
+    return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program), dynamic=axes)
 
 
 def _open_python(spec: str, where: str, name: str) -> Source:
@@ -329,3 +331,11 @@ def _program_example(program: ExportedProgram) -> Any | None:
     if kwargs:
         return None if args else dict(kwargs)  # a task's example is either positional or by keyword
     return tuple(args) or None
+
+
+def _program_axes(program: ExportedProgram) -> Mapping[str | int, Mapping[int, str]] | None:
+    """No axis, where the program was exported with fixed sizes; None (the batch varies) where any size varies."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.name in inputs]
+    fixed = all(isinstance(n, int) for value in values for n in getattr(value, "shape", ()))
+    return {} if fixed and values else None
