@@ -34,6 +34,7 @@ from penjing.network.functional import functional, mutates
 from penjing.network.graph import operator_name
 from penjing.network.higher_order import in_line
 from penjing.network.layers import BUILDERS, Tensors
+from penjing.network.layouts import channels_first
 from penjing.network.naming import safe_names
 from penjing.network.products import as_linear
 from penjing.network.single_precision import single_program
@@ -68,7 +69,7 @@ def capture_network(
     program = complex_as_pairs(functional(decomposed(in_line(program))))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
-    graph_module = _Raiser(flat, state).build()
+    graph_module = _Raiser(flat, state).build(channels_last=bool(getattr(model, "channels_last", False)))
     captured = copy.deepcopy(graph_module)
     names = captured.meta["renamed"]
     if isinstance(ports := getattr(model, "ports", None), Mapping):
@@ -108,11 +109,13 @@ class _Raiser(Tensors):
         self.folded: dict[str, tuple[str, ...]] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
 
-    def build(self) -> fx.GraphModule:
+    def build(self, channels_last: bool = False) -> fx.GraphModule:
         graph = self.flat.graph
         for node in list(graph.nodes):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
+        if channels_last:
+            channels_first(graph, self.tensors)
         as_linear(graph, self.tensors)
         as_bias(graph, self.tensors)
         _sweep(graph)  # unused operators must not keep weights alive

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import SymBoolArgument, SymFloatArgument, SymIntArgument
 from torch.utils import _pytree as pytree
 
-from penjing.errors import ExportError, TaskError
+from penjing.errors import ExportError, PenjingError, TaskError
 from penjing.modes import in_eval_mode
 from penjing.network.graph import line
 from penjing.network.wrappers import unwrapped
@@ -58,6 +58,8 @@ def export_module(
         try:
             program = attempt(limits, defer)
             break
+        except PenjingError:  # of a network that was read from a file, which names its layer
+            raise
         except Exception as error:
             suggested = _narrower_limits(str(error))
             narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in suggested.items()}

@@ -1,4 +1,4 @@
-"""Opening a SOURCE: a Python factory, an exported program, an ONNX file, a Hugging Face folder, a built-in network.
+"""Opening a SOURCE: Python, an exported program, an ONNX or Keras file, a Hugging Face folder, a built-in network.
 
 Weights may come from a file of their own; see `penjing.sources.weights`.
 """
@@ -18,7 +18,7 @@ from penjing.errors import CheckpointError, PenjingError, SourceError, UsageErro
 from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
-from penjing.sources import huggingface, onnx, pt2, weights
+from penjing.sources import huggingface, keras, onnx, pt2, weights
 from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
@@ -28,9 +28,10 @@ from penjing.tasks.usercode import call_named, line_of, load_named, public_calla
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
 _WEIGHTS = (".safetensors", ".npz", ".h5")
 _FORMS = (
-    "file.py:factory, package.module:factory, a .pt2 or .onnx file, a Hugging Face folder or a built-in architecture"
+    "file.py:factory, package.module:factory, a .pt2, .onnx or .keras file, a Hugging Face folder or a built-in "
+    "architecture"
 )
-_FILES = (".pt2", ".onnx")
+_FILES = (".pt2", ".onnx", ".keras")
 _PAIRED = (
     "give the network as file.py:factory or a built-in architecture, and its weights with --weights {} (in Python: "
     "load_weights)"
@@ -69,8 +70,9 @@ def open_source(
 
     Args:
         spec: ``file.py:factory``, ``package.module:factory`` (a callable without arguments that returns a module,
-            or a module), a ``.pt2`` or ``.onnx`` file, a Hugging Face folder, the name of a built-in architecture,
-            or an object; a source that is open stays as it is.
+            or a module), a ``.pt2``, ``.onnx`` or ``.keras`` file, a Hugging Face folder, the name of a built-in
+            architecture, or an object: a module, a model of Keras or an exported program; a source that is open stays
+            as it is.
         task: A task whose example the network must accept.
         weights: A file of weights for the network, or ``FILE:key``.
         ignore: Patterns of names in that file that the network need not have.
@@ -117,7 +119,8 @@ def load_weights(model: str | Path | nn.Module, file: Path | str, *, ignore: Seq
     """
     source = open_source(model, weights=file, ignore=ignore)
     assert isinstance(source.module, nn.Module)
-    return model if isinstance(model, nn.Module) else source.module
+    same = isinstance(model, nn.Module) and not keras.is_model(model)  # a model of Keras is opened as a copy
+    return model if isinstance(model, nn.Module) and same else source.module
 
 
 def _with_weights(source: Source, file: Path | str, ignore: Sequence[str]) -> Source:
@@ -133,6 +136,8 @@ def _with_weights(source: Source, file: Path | str, ignore: Sequence[str]) -> So
 
 
 def _open(spec: Any) -> Source:
+    if keras.is_model(spec):
+        return Source(name=type(spec).__name__, module=keras.open_model(spec))
     if isinstance(spec, nn.Module | ExportedProgram):
         example = _program_example(spec) if isinstance(spec, ExportedProgram) else None
         module = spec if isinstance(spec, ExportedProgram) else unwrapped(spec)
@@ -173,7 +178,7 @@ def _open(spec: Any) -> Source:
 
 
 def open_file(path: Path) -> Source:
-    """Open a ``.pt2`` file or a Hugging Face folder without running code from it.
+    """Open a ``.pt2``, ``.onnx`` or ``.keras`` file or a Hugging Face folder without running code from it.
 
     Raises:
         SourceError: The folder does not contain a network.
@@ -185,6 +190,9 @@ def open_file(path: Path) -> Source:
     if path.suffix.lower() == ".onnx":
         network, example, dynamic = onnx.open_network(path)
         return Source(name=path.stem, module=network, spec=str(path), example=example, dynamic=dynamic)
+    if path.suffix.lower() == ".keras":
+        model, inputs = keras.open_file(path)
+        return Source(name=path.stem, module=model, spec=str(path), example=inputs)
     program = pt2.open_program(path)
     axes = _program_axes(program)
     return Source(name=path.stem, module=program, spec=str(path), example=_program_example(program), dynamic=axes)
@@ -192,8 +200,10 @@ def open_file(path: Path) -> Source:
 
 def _open_python(spec: str, where: str, name: str) -> Source:
     opened = load_named(where, name, error=SourceError, role="source")
-    if not isinstance(opened, nn.Module | ExportedProgram) and callable(opened):
+    if not keras.is_model(opened) and not isinstance(opened, nn.Module | ExportedProgram) and callable(opened):
         opened = call_named(opened, where, error=SourceError, role="source")
+    if keras.is_model(opened):
+        opened = keras.open_model(opened)
     if not isinstance(opened, nn.Module | ExportedProgram):
         raise SourceError(
             f"{spec} is not a network",

@@ -1,0 +1,194 @@
+"""Checking a ``.keras`` file before Keras reads it: only classes of Keras itself, no code, no other files.
+
+Such a file is an archive of three members: what the network is (JSON), its weights (HDF5), and when it was made. Keras
+looks up every class and function that the JSON names, by an import where it knows no better, and some of its own layers
+run code or open files that the JSON names. Here every name is held against a list first. The weights may point to other
+files, too, or claim to be larger than they are.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from penjing.errors import CheckpointError, MissingDependency, PenjingError, SourceError
+from penjing.records import reading
+
+CONFIG, WEIGHTS = "config.json", "model.weights.h5"
+_MEMBERS = frozenset((CONFIG, WEIGHTS, "metadata.json"))
+_CLASSES = frozenset(
+    "keras keras.layers keras.models keras.initializers keras.regularizers keras.constraints keras.dtype_policies "
+    "keras.random keras.ops keras.activations keras.src.models.functional keras.src.models.sequential "
+    "keras.src.ops.numpy keras.src.ops.nn keras.src.ops.core keras.src.ops.math keras.src.ops.image "
+    "keras.src.ops.linalg keras.src.ops.einops keras.src.dtype_policies.dtype_policy".split()
+)
+"""Modules whose classes are layers, graphs, operators and settings, and read no files."""
+_FUNCTIONS = frozenset("keras.activations keras.ops keras.initializers builtins".split())
+_VALUES = frozenset(
+    "__keras_tensor__ __tensor__ __numpy__ __bytes__ __ellipsis__ __slice__ DTypePolicy FloatDTypePolicy".split()
+)
+_CODE = frozenset("Lambda TorchModuleWrapper TFSMLayer JaxLayer FlaxLayer".split())
+_TEXT = frozenset("StringLookup IntegerLookup TextVectorization Hashing HashedCrossing FeatureSpace".split())
+_PLAIN = re.compile(r"[A-Za-z_]\w*")
+_EXPANSION = 50  # times that weights in HDF5 may be larger than what is stored
+
+
+def check(path: Path) -> None:
+    """Refuse a file that would run code, read other files, or grow beyond its size.
+
+    Raises:
+        CheckpointError: With the name of the class, or of the member of the archive.
+        SourceError: A layer can't be a part of an artifact.
+        MissingDependency: The package h5py is not installed.
+    """
+    try:
+        with reading.regular(path) as file, zipfile.ZipFile(file) as archive:
+            _check_members(path, archive)
+            config = reading.json_text(_text(archive))
+            for part, place in _parts(config):
+                _check_part(path, part, place)
+            with archive.open(WEIGHTS) as weights:
+                _check_weights(path, weights, archive.getinfo(WEIGHTS).file_size)
+    except PenjingError:
+        raise
+    except reading.UNREADABLE as error:
+        raise damaged(path, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+
+
+def damaged(path: Path, got: str) -> CheckpointError:
+    """The error for a file that can't be read."""
+    return CheckpointError(
+        "the Keras file can't be read",
+        code="damaged",
+        got=f"{path}: {got}",
+        expected="a file written by model.save('net.keras') of Keras 3",
+        remedy="write or download it again; a file of Keras 2 (.h5) opens in keras.models.load_model, and "
+        "model.save('net.keras') writes it anew",
+    )
+
+
+def _text(archive: zipfile.ZipFile) -> str:
+    if archive.getinfo(CONFIG).file_size > reading.TEXT_BYTES:
+        raise ValueError(f"{CONFIG} has {archive.getinfo(CONFIG).file_size:,} bytes")
+    return archive.read(CONFIG).decode("utf-8")
+
+
+def _refused(path: Path, got: str, remedy: str, code: str = "foreign-code") -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} is refused: opening it could run code, or read other files",
+        code=code,
+        got=got,
+        expected="layers, operators and settings of Keras itself, and their weights",
+        remedy=remedy,
+    )
+
+
+def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+    missing = {CONFIG, WEIGHTS} - set(names)
+    if missing or len(names) != len(set(names)):
+        raise ValueError(f"its archive lacks {', '.join(sorted(missing))}" if missing else "a member stands twice")
+    for info in infos:
+        if info.filename not in _MEMBERS:
+            raise _refused(
+                path,
+                f"it holds {info.filename!r}",
+                "layers with files of their own (vocabularies) belong before the network: save it without them",
+            )
+        if info.file_size > reading.TEXT_BYTES and info.file_size > 2 * info.compress_size * _EXPANSION:
+            raise ValueError(f"{info.filename} would grow from {info.compress_size:,} to {info.file_size:,} bytes")
+
+
+def _parts(value: Any, place: str = "") -> Iterator[tuple[dict[str, Any], str]]:
+    """Every object that Keras would make, with the name of the layer that it is of; what `compile` got is not read."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _parts(item, place)
+    elif isinstance(value, dict):
+        config = value.get("config")
+        if isinstance(config, dict) and isinstance(config.get("name"), str):
+            place = config["name"]
+        if "class_name" in value:
+            yield value, place
+        for key, item in value.items():
+            if key != "compile_config":
+                yield from _parts(item, place)
+
+
+def _check_part(path: Path, part: dict[str, Any], place: str) -> None:
+    kind, module, registered = (part.get(key) for key in ("class_name", "module", "registered_name"))
+    where = f"{kind!r} in layer {place!r}" if place else f"{kind!r}"
+    own = (
+        "write a factory that imports its class and loads the file, and give it as file.py:factory: "
+        f"def factory(): return keras.models.load_model({path.name!r}, custom_objects=...)"
+    )
+    if kind in _TEXT:
+        raise SourceError(
+            f"the Keras layer {place!r} makes numbers of texts, or looks them up",
+            code="text-layer",
+            got=str(kind),
+            expected="a network of tensors of numbers, which runtimes take",
+            remedy="do it before the network, and save the network from its numbers on",
+        )
+    if not isinstance(kind, str) or kind == "__lambda__" or kind in _CODE:
+        raise _refused(path, f"{where} holds code of its own, or loads it", own)
+    if kind == "__typespec__":
+        raise _refused(path, f"{where} is a type of TensorFlow", own)
+    if kind in _VALUES:
+        return
+    if kind == "function":
+        function = part.get("config")
+        fits = isinstance(function, str) and _PLAIN.fullmatch(function) and registered in (None, function, "function")
+        if module not in _FUNCTIONS or not fits:
+            raise _refused(path, f"the function {module}.{function}, in layer {place!r}", own, "custom-object")
+        return
+    if registered not in (None, kind):
+        raise _refused(path, f"the custom object {registered!r}, in layer {place!r}", own, "custom-object")
+    if module is not None and (module not in _CLASSES or not _PLAIN.fullmatch(kind)):
+        raise _refused(path, f"the custom object {module}.{kind}, in layer {place!r}", own, "custom-object")
+    if module is None and "module" in part:
+        raise _refused(path, f"the custom object {kind!r}, in layer {place!r}", own, "custom-object")
+
+
+def _check_weights(path: Path, file: Any, stored: int) -> None:
+    try:
+        import h5py
+    except ImportError:
+        raise MissingDependency(
+            "the weights of Keras files are read with the package h5py",
+            code="not-installed",
+            got="it is not installed",
+            expected="keras 3, with h5py",
+            remedy="pip install 'penjing[keras]'",
+        ) from None
+    with h5py.File(file, "r") as weights:
+        size = 0
+        waiting = [("", weights)]
+        seen: set[Any] = set()
+        while waiting:
+            above, group = waiting.pop()
+            if group.id in seen:
+                raise ValueError(f"the weights contain themselves: {above!r}")
+            seen.add(group.id)
+            for name in group:
+                place = f"{above}/{name}"
+                if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                    raise _refused(path, f"the weights {place!r} are a link", _AGAIN)
+                inside = group[name]
+                if isinstance(inside, h5py.Group):
+                    waiting.append((place, inside))
+                elif inside.external or inside.is_virtual:
+                    raise _refused(path, f"the weights {place!r} lie in another file", _AGAIN)
+                elif isinstance(inside, h5py.Dataset):
+                    size += inside.nbytes
+        if size > reading.TEXT_BYTES and size > _EXPANSION * stored:
+            raise ValueError(f"{size:,} bytes of weights in a file of {stored:,}")
+
+
+_AGAIN = "load it where it was made and write it again: model.save('net.keras')"
+
+__all__ = ["check", "damaged"]
