@@ -13,7 +13,6 @@ CONVENTIONS = {
     "cxcywh": "centre x, centre y, width, height",
 }
 ENOUGH = 8  # boxes that a judgement takes
-_MOST = 0.9
 
 
 def known(convention: str) -> str:
@@ -46,34 +45,28 @@ def corners(boxes: torch.Tensor, convention: str) -> torch.Tensor:
 
 
 def check(boxes: torch.Tensor, convention: str) -> None:
-    """Refuse boxes (n, 4) most of which can't be what the convention says; few boxes are not judged.
+    """Refuse boxes (n, 4) that look like another convention; few boxes, and those of no convention, are not judged.
 
     Raises:
-        SourceError: They look like another convention, which it names.
+        SourceError: They do; it names the other convention.
     """
     if len(boxes) < ENOUGH:
         return
-    first, second = boxes[:, :2], boxes[:, 2:]
-    sized = bool((second > 0).all())
+    first, second = boxes.detach()[:, :2], boxes.detach()[:, 2:]
     turned = float((second < first).any(1).float().mean())
-    looks = None
-    if convention in ("xyxy", "yxyx") and turned > 0.5:
-        looks = "'cxcywh' or 'xywh'" if sized else None
-        got = f"{turned:.0%} of {len(boxes)} boxes end before they begin"
-    elif convention in ("xywh", "cxcywh") and float((second < 0).any(1).float().mean()) > 1 - _MOST:
-        got = f"{float((second < 0).any(1).float().mean()):.0%} of {len(boxes)} boxes have a negative width or height"
-    elif convention in ("xywh", "cxcywh") and turned < 1 - _MOST and _scattered(boxes):
-        looks = "'xyxy'"
-        got = f"{1 - turned:.0%} of {len(boxes)} boxes would reach beyond the left and the top"
+    if convention in ("xyxy", "yxyx") and turned > 0.5 and bool((second > 0).all()):
+        got, looks = f"{turned:.0%} of {len(boxes)} boxes end before they begin", "cxcywh"
+    elif convention in ("xywh", "cxcywh") and turned == 0 and _scattered(boxes.detach()):
+        got, looks = f"all of {len(boxes)} boxes would reach far beyond the left and the top", "xyxy"
     else:
         return
     raise SourceError(
         f"the network's boxes are not {CONVENTIONS[convention]}",
         code="boxes",
         field="boxes",
-        got=got + (f": they look like {looks}" if looks else ""),
+        got=f"{got}: they look like {looks!r}{' or xywh' if looks == 'cxcywh' else ''}",
         expected=f"boxes={convention!r}, {CONVENTIONS[convention]}",
-        remedy=f"boxes={looks.split(' or ')[0]}" if looks else "give decode=, which returns boxes and scores",
+        remedy=f"boxes={looks!r}",
     )
 
 
