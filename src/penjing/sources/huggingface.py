@@ -16,6 +16,7 @@ from torch import nn
 
 from penjing.errors import CheckpointError, MissingDependency, SourceError
 from penjing.records import reading
+from penjing.sources import huggingface_examples
 from penjing.tasks.usercode import line_of, suggest
 
 MOST = 1 << 26  # largest size that a configuration may name
@@ -32,7 +33,7 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
     Its class is the first of ``architectures`` in ``config.json``, looked up in transformers by name.
 
     Returns:
-        The model, and the example inputs it declares (token ids, batch first), or None.
+        The model, without a cache among its outputs, and example inputs (by name, batch first), or None.
 
     Raises:
         SourceError: A file is missing, the class is unknown to transformers, or the weights do not match.
@@ -71,7 +72,8 @@ def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
             expected=f"every weight of {kind.__name__}",
             remedy='check "architectures" in config.json: it must be the class that was trained',
         )
-    return model.eval(), _example(model)
+    _without_cache(model)
+    return model.eval(), huggingface_examples.example(model, _preprocessor(folder))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
             ) from None
     for key, value in _entries(config):
         counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-        if _LAYERS.search(key) and sum(counts) > tensors:
+        if _LAYERS.search(key) and not key.startswith("max_") and sum(counts) > tensors:
             expected = f"at most {tensors}, the number of tensors in the folder"
         elif _WIDTHS.search(key) and any(n > FEWER * widest for n in counts):
             expected = f"at most {FEWER * widest:,}, as no tensor in the folder has more than {widest:,} along an axis"
@@ -220,8 +222,15 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     )
 
 
-def _example(model: Any) -> Any | None:
-    if getattr(model, "main_input_name", None) != "input_ids":
-        return None  # transformers declares token ids for every model, even for image models
-    ids = model.dummy_inputs.get("input_ids")
-    return {"input_ids": ids} if isinstance(ids, torch.Tensor) else None
+def _without_cache(model: nn.Module) -> None:
+    """A cache of keys and values is an object with a state, which no runtime takes or gives."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    path = folder / "preprocessor_config.json"
+    settings = reading.json_file(path) if path.is_file() else {}  # that it can be read has been checked
+    return settings if isinstance(settings, dict) else {}
