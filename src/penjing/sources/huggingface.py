@@ -226,7 +226,7 @@ def _without_cache(model: nn.Module) -> None:
     """A cache of keys and values is an object with a state, which no runtime takes or gives."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None):
+        if config is not None and getattr(config, "use_cache", None):
             config.use_cache = False
 
 
