@@ -42,10 +42,13 @@ def overlaps(boxes: Array, others: Array, crowd: Array | None = None) -> Array:
 
     Where `crowd` (m,) is true, the intersection is divided by the area of the first box alone, as COCO does.
     """
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(axis=-1)
-    area, other_area = (np.clip(b[:, 2:] - b[:, :2], 0, None).prod(axis=-1) for b in (boxes, others))
+    width, height = (
+        np.minimum(boxes[:, None, axis + 2], others[None, :, axis + 2])
+        - np.maximum(boxes[:, None, axis], others[None, :, axis])
+        for axis in (0, 1)
+    )
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    area, other_area = (np.maximum(b[:, 2:] - b[:, :2], 0).prod(axis=-1) for b in (boxes, others))
     whole = area[:, None] + other_area[None] - shared
     if crowd is not None:
         whole = np.where(crowd[None], area[:, None], whole)
@@ -62,18 +65,18 @@ def suppress(boxes: Array, scores: Array, labels: Array, *, overlap: float, most
         overlap: Intersection over union above which the worse of two boxes is dropped.
         most: Largest number of boxes that remain.
     """
-    order = np.argsort(-scores, kind="stable")
-    close = (overlaps(boxes[order], boxes[order]) > overlap) & (labels[order][:, None] == labels[order][None])
-    alive = np.ones(len(order), dtype=bool)
     remaining: list[int] = []
-    for place in range(len(order)):
-        if not alive[place]:
-            continue
-        remaining.append(int(order[place]))
-        if len(remaining) == most:
-            break
-        alive &= ~close[place]
-    return np.array(remaining, dtype=np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        close = overlaps(boxes[rows], boxes[rows]) > overlap
+        alive = np.ones(len(rows), dtype=bool)
+        for place, row in enumerate(rows):
+            if alive[place]:
+                remaining.append(int(row))
+                alive &= ~close[place]
+    best = np.array(sorted(remaining), dtype=np.int64)
+    return best[np.argsort(-scores[best], kind="stable")][:most]
 
 
 def inside(boxes: Array, convention: str, size: tuple[int, int]) -> float:

@@ -123,7 +123,7 @@ def _matched(
         overlap = overlaps(np.asarray(found.boxes[rows], np.float64), np.asarray(boxes, np.float64), crowd)
         taken = np.zeros((len(limits), len(boxes)), bool)
         level = np.arange(len(limits))
-        for place in range(len(rows)):
+        for place in np.flatnonzero(overlap.max(axis=1) >= limits.min()):
             fits = (overlap[place][None] >= limits[:, None]) & ~(taken & ~crowd)
             single = (fits & ~crowd).any(axis=1, keepdims=True)
             allowed = fits & np.where(single, ~crowd, True)
