@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from penjing.tasks.opening import open_task
 from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Task
 
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 FIELDS = {"detection": "detector", "segmentation": "unet"}
 Predict = Callable[[np.ndarray], np.ndarray]
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": str(THREADS)}
@@ -77,7 +78,7 @@ def penjing(runtime: str) -> Callable[..., Predict]:
         captured = capture_network(network, *task.call())
         draft = Draft(captured)
         context = Context(task=task, capabilities=capabilities, source=captured)
-        for step in (Static(outliers="ease"), CoordinateRounding()):
+        for step in (Static(outliers="mitigate"), CoordinateRounding()):
             draft = step(draft, context)
         building.build(draft, runtime, "int8", task, {"kind": "tensor"}, folder)
         session = open_artifact(folder, THREADS)

