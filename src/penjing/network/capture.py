@@ -37,6 +37,7 @@ from penjing.network.layers import BUILDERS, Tensors
 from penjing.network.layouts import channels_first
 from penjing.network.naming import safe_names
 from penjing.network.products import as_linear
+from penjing.network.recurrent_steps import follow_batch
 from penjing.network.single_precision import single_program
 from penjing.network.stored_weights import fold
 
@@ -116,6 +117,7 @@ class _Raiser(Tensors):
                 graph.erase_node(node)
         if channels_last:
             channels_first(graph, self.tensors)
+        follow_batch(graph)
         as_linear(graph, self.tensors)
         as_bias(graph, self.tensors)
         _sweep(graph)  # unused operators must not keep weights alive
@@ -198,7 +200,7 @@ class _Raiser(Tensors):
         whole = path and all(self._is_tensor(f"{path}.{role}", fqn) for role, fqn in parameters.items())
         fqn = parameters.get("weight") or next(iter(parameters.values()))
         # An exporter that transposes a weight gives it a name of its own; the bias has the layer's.
-        if not fqn.endswith(("weight", "bias")) and parameters.get("bias", "").endswith(".bias"):
+        if "weight" not in fqn and parameters.get("bias", "").endswith(".bias"):
             fqn = parameters["bias"]
         endings = [e for e in (".weight", "_weight", ".bias", "_bias") if fqn.endswith(e)]
         name = path if whole else fqn.removesuffix(endings[0]) if endings else ""

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.network.graph import operator_name
+from penjing.network.graph import RECURRENT, arguments, operator_name
 from penjing.network.rewriting import Builder, Rewrite
 
 aten = torch.ops.aten
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
+_SAME = ("alias", "clone", "contiguous", "expand", "identity", "permute", "reshape", "slice", "to", "transpose", "view")
+"""Operators that give no value that their first input has not."""
 _SUM = "it is a sum within a step of a recurrent layer, whose gates and activations are computed in floating point"
 
 
@@ -101,6 +103,32 @@ def add(build: Builder, one: fx.Node, two: fx.Node) -> fx.Node:
     return total
 
 
+def follow_batch(graph: fx.Graph) -> None:
+    """Rewrite, in place, zero states of recurrent layers so that their batch is that of the layer's input.
+
+    Torch's operators do not check it: with a state that is a literal of a smaller batch they write past its end.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or operator_name(node) not in RECURRENT or "hx" not in arguments(node):
+            continue
+        a = arguments(node)
+        for state in dict.fromkeys(a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]):
+            name = operator_name(state) if state.op == "call_function" else ""
+            if name not in ("zeros", "new_zeros", "full") or not is_zero(state):
+                continue
+            place = int(name == "new_zeros")
+            shape = state.args[place]
+            if not isinstance(shape, list | tuple) or len(shape) != 3 or not isinstance(shape[1], int):
+                continue
+            with graph.inserting_before(node):
+                batch = graph.call_function(aten.sym_size.int, (a["input"], 0 if a["batch_first"] else 1))
+                batch.meta = {"val": shape[1], **{k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}}
+                args = [*state.args[:place], [shape[0], batch, shape[2]], *state.args[place + 1 :]]
+                zeros = graph.call_function(state.target, tuple(args), state.kwargs)
+                zeros.meta = dict(state.meta)
+            node.replace_input_with(state, zeros)
+
+
 def _gates(build: Builder, a: dict[str, Any], state: fx.Node) -> fx.Node:
     """The sum of a cell's input and state products: (batch, gates × hidden)."""
     bias = None if a["b_ih"] is None else build(aten.add.Tensor, a["b_ih"], a["b_hh"])
@@ -116,5 +144,12 @@ def _parts(build: Builder, x: fx.Node, number: int) -> list[fx.Node]:
 
 
 def is_zero(state: fx.Node) -> bool:
-    """Whether a state is the default initial state of a layer, zeros."""
-    return state.op == "call_function" and operator_name(state) in _ZEROS
+    """Whether a state is zeros, as the default initial state of a layer is, whichever operators write them."""
+    if state.op != "call_function":
+        return False
+    name = operator_name(state)
+    if name in ("full", "full_like", "new_full"):
+        return bool(state.args[-1] == 0)
+    if name in _SAME and isinstance(state.args[0], fx.Node):
+        return is_zero(state.args[0])
+    return name in _ZEROS

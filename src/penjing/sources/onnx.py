@@ -221,8 +221,8 @@ def _check_floating(model: Any, path: Path) -> None:
 def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[str | int, dict[int, str]]]:
     """Example inputs of zeros, and the axes that vary, as far as the file declares them.
 
-    Of a network with recurrent layers only the first axis of each input and axes called as one vary: `torch.export`
-    writes out every step of the others.
+    Of a network with recurrent layers only the first axis of each input, axes called as one and those called batch
+    vary: `torch.export` writes out every step of the others.
 
     Returns:
         The example, None where a size besides the first axis is not declared; position → {axis: name}.
@@ -245,7 +245,7 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
                 # An axis without a name varies, too, and is like no other.
                 plain = "batch" if axis == 0 else f"axis_{position}_{axis}"
                 word = _word(dim.dim_param) if dim.dim_param else plain
-                firsts |= {word} if axis == 0 else set()
+                firsts |= {word} if axis == 0 or "batch" in word.lower() else set()
                 if not recurrent or word in firsts:
                     dynamic.setdefault(position, {})[axis] = word
         known &= kind.elem_type in TYPES and math.prod(shape) <= LARGEST

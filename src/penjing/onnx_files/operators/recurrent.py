@@ -51,6 +51,14 @@ def _activations(
     return [functions[i * len(plain) : (i + 1) * len(plain)] for i in range(directions)]
 
 
+def _directions(node: Node) -> int:
+    """How many directions it computes."""
+    word = node.get("direction", "forward")
+    if word not in ("forward", "reverse", "bidirectional"):
+        raise node.refuse("its direction is not known", repr(word))
+    return 2 if word == "bidirectional" else 1
+
+
 def _gates(matrix: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """The blocks of a matrix or of a bias, one for a gate, in another order."""
     parts = matrix.chunk(len(order), 0)
@@ -110,14 +118,20 @@ class _Recurrent:
         value = tensor(x)
         batch_first = bool(node.get("layout", 0))
         value = value.transpose(0, 1) if batch_first else value
-        directions = 2 if node.get("direction", "forward") == "bidirectional" else 1
+        directions = _directions(node)
         size = node.get("hidden_size") or tensor(r).shape[-1]
         steps, batch = value.shape[:2]
 
         def state(given: Value) -> torch.Tensor:
-            if given is None:
+            if given is None or (is_known(given) and given.dtype != object and not given.any()):
                 return value.new_zeros(directions, batch, size)
-            return tensor(given).transpose(0, 1) if batch_first else tensor(given)
+            whole = tensor(given).transpose(0, 1) if batch_first else tensor(given)
+            if len(whole) != directions or whole.shape[2] != size or whole.shape[1] != batch:
+                raise node.refuse(  # torch would read past its end
+                    "its first state is of another size than its input and its weights",
+                    f"{list(whole.shape)} for [{directions}, {batch}, {size}]",
+                )
+            return whole
 
         states = state(hidden), state(cells)
         counts = _lengths(node, lengths, steps)
@@ -201,13 +215,18 @@ def layer_tensors(node: Node, arrays: Sequence[np.ndarray | None]) -> dict[str, 
         arrays: What its inputs W, R and B hold; None for a B that is left out.
     """
     order, plain, whole = _LAYERS[node.operator]
-    directions = 2 if node.get("direction", "forward") == "bidirectional" else 1
+    directions = _directions(node)
     words = [word.lower() for word in node.get("activations", [])] or list(plain) * directions
     lengths, peepholes = (name for name in (*node.inputs, *[""] * 8)[4:8:3])
     if whole(node, words) is None or node.get("clip") is not None or lengths or peepholes:
         return None
     w, r, b = (None if array is None else from_array(array) for array in arrays)
     assert w is not None and r is not None
+    size, gates = node.get("hidden_size") or r.shape[-1], len(order)
+    due = [(directions, gates * size, w.shape[-1]), (directions, gates * size, size), (directions, 2 * gates * size)]
+    got = [tuple(part.shape) for part in (w, r, b) if part is not None]
+    if got != due[: len(got)]:
+        raise node.refuse("its weights are not those of such a layer", f"shapes {got} for {due[: len(got)]}")
     return {name: value.contiguous() for name, value in _flat(w, r, b, order).items()}
 
 

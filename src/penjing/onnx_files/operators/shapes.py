@@ -118,6 +118,8 @@ def _expand(node: Node, x: Value, shape: Value) -> torch.Tensor:
     if more < 0:
         target = list(value.shape[:-more]) + target
     own = [1] * max(more, 0) + list(value.shape)
+    if is_known(x) and x.size == 1 and isinstance(x.item(), bool | int | float) and value.dtype != torch.bfloat16:
+        return torch.full(bounded(node, target), x.item(), dtype=value.dtype)
     return value.expand([mine if _is_one(n) else n for n, mine in zip(target, own, strict=True)])
 
 
