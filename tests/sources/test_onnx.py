@@ -482,14 +482,128 @@ def test_a_bad_node_is_named(tmp_path, name):
     assert "'bad'" in caught.value.got
 
 
-def test_constants_that_double_take_no_memory(tmp_path):
+def doubling(start):
     nodes = [helper.make_node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0, name=f"n{i}") for i in range(45)]
-    made = model(
-        [*nodes, helper.make_node("Cast", ["c45"], ["y"], to=1)], {"x": [1]}, {"y": ["a"]}, {"c0": np.array([1, 2])}
-    )
-    network, *_ = open_network(stored(tmp_path, made))
-    with refused(SourceError, "operator"):
+    return model([*nodes, helper.make_node("Cast", ["c45"], ["y"], to=1)], {"x": [1]}, {"y": ["a"]}, {"c0": start})
+
+
+def filled(count, size):
+    nodes = [helper.make_node("ConstantOfShape", ["s"], [f"c{i}"], name=f"n{i}") for i in range(count)]
+    total = helper.make_node("Sum", ["x", *[f"c{i}" for i in range(count)]], ["y"])
+    return model([*nodes, total], {"x": [1]}, {"y": ["a"]}, {"s": np.array([size])})
+
+
+def outer(size):
+    nodes = [
+        helper.make_node("Reshape", ["c", "column"], ["a"]),
+        helper.make_node("Mul", ["a", "c"], ["b"], name="n"),
+        helper.make_node("Add", ["x", "b"], ["y"]),
+    ]
+    weights = {"c": values(size), "column": np.array([-1, 1])}
+    return model(nodes, {"x": [1]}, {"y": ["a", "b"]}, weights)
+
+
+BOMBS = {
+    "numbers": doubling(np.array([1, 2])),
+    "weights": doubling(np.float32([1, 2])),
+    "many of some size": filled(300, 1 << 21),
+    "a product": outer(100_000),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_constants_that_grow_are_refused_before_they_are_computed(tmp_path, name):
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with refused(SourceError, "operator") as caught:
+        network, *_ = open_network(stored(tmp_path, BOMBS[name]))
         network(torch.zeros(1))
+    assert "'n" in caught.value.got
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB; on macOS bytes, and less
+
+
+def test_functions_that_double_are_counted_before_they_are_written_out(tmp_path):
+    domain, sets = "mine", [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    made = model([helper.make_node("f0", ["x"], ["y"], domain=domain)], {"x": [1]}, {"y": [1]}, domains=[domain])
+    for i in range(40):
+        names = [f"f{i + 1}"] * 2 if i < 39 else ["Relu", "Relu"]
+        where = {"domain": domain} if i < 39 else {}
+        body = [helper.make_node(names[0], ["a"], ["b"], **where), helper.make_node(names[1], ["b"], ["c"], **where)]
+        made.functions.append(helper.make_function(domain, f"f{i}", ["a"], ["c"], body, sets))
+    refusal(stored(tmp_path, made), SourceError, "too-large")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        one("AveragePool", shape=(2, 3, 8, 8), kernel_shape=[2, 2], auto_pad="SAME"),
+        one("LSTM", values(1, 24, 4), values(1, 24, 6), shape=(2, 3, 4), hidden_size=6, direction="backward"),
+        one("Resize", np.float32([]), np.float32([1, 2]), mode="area"),
+        one("Resize", np.float32([]), np.float32([1, 2]), mode="linear", coordinate_transformation_mode="corners"),
+        one("ScatterElements", np.array([[0]]), np.float32([[1]]), reduction="mean"),
+    ],
+    ids=["auto_pad", "direction", "mode", "coordinate_transformation_mode", "reduction"],
+)
+def test_words_that_the_standard_does_not_have_are_named(tmp_path, node):
+    error = refusal(stored(tmp_path, node), SourceError, "operator")
+    assert "'bad'" in error.got
+    assert "is not one of" in error.what
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "com.microsoft.QLinearAdd"],
+)
+def test_what_is_quantized_already_is_told(tmp_path, operator):
+    domain, _, word = operator.rpartition(".")
+    inputs, outputs = {
+        "DequantizeLinear": (["w", "s"], ["y"]),
+        "DynamicQuantizeLinear": (["x"], ["y", "a", "b"]),
+        "MatMulInteger": (["w", "w"], ["y"]),
+        "ConvInteger": (["w", "w"], ["y"]),
+    }.get(operator, (["x", "s"], ["y"]))
+    node = helper.make_node(word, inputs, outputs, name="mine", domain=domain)
+    weights = {"w": np.zeros((4, 4), np.uint8), "s": np.float32(0.5)}
+    made = model([node], {"x": [4, 4]}, {"y": [4, 4]}, weights, domains=[domain] if domain else ())
+    error = refusal(stored(tmp_path, made), SourceError, "quantized")
+    assert word in error.got
+    assert "quantized from" in error.remedy
+
+
+@pytest.mark.parametrize("state", ["of the input", "of the file"])
+def test_states_of_recurrent_layers_have_the_batch_of_their_input(tmp_path, state):
+    """Torch's own operator reads past the end of a state whose batch is another."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["batch"], axis=0),
+        helper.make_node("Concat", ["two", "batch", "six"], ["sizes"], axis=0),
+        helper.make_node("ConstantOfShape", ["sizes" if state == "of the input" else "fixed"], ["state"]),
+        helper.make_node("LSTM", ["x", "w", "r", "b", "", "state", "state"], ["y"], hidden_size=6,
+                         direction="bidirectional"),
+    ]  # fmt: skip
+    constants = {"one": np.array([1]), "two": np.array([2]), "six": np.array([6]), "fixed": np.array([2, 2, 6])}
+    weights = {"w": values(2, 24, 4), "r": values(2, 24, 6, seed=1), "b": values(2, 48, seed=2)}
+    made = model(nodes, {"x": [5, "batch", 4]}, {"y": [5, 2, "batch", 6]}, {**constants, **weights})
+    network, _, dynamic = open_network(stored(tmp_path, made))
+    assert dynamic == {0: {1: "batch"}}
+    captured = capture_network(network, (torch.zeros(5, 2, 4),), {}, dynamic)
+    x = torch.from_numpy(values(5, 7, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(captured(x), network(x))
+    fixed = capture_network(network, (torch.zeros(5, 2, 4),), {}, {})
+    with torch.no_grad(), pytest.raises(RuntimeError):  # and no crash
+        fixed(x)
+
+
+def test_a_state_of_another_size_is_refused(tmp_path):
+    node = helper.make_node(
+        "GRU", ["x", "w", "r", "b", "", "h"], ["y"], hidden_size=6, linear_before_reset=1, name="bad"
+    )
+    weights = {"w": values(1, 18, 4), "r": values(1, 18, 6), "b": values(1, 36), "h": values(1, 2, 6)}
+    network, *_ = open_network(stored(tmp_path, model([node], {"x": [5, "b", 4]}, {"y": [5, 1, "b", 6]}, weights)))
+    network(torch.zeros(5, 2, 4))
+    with refused(SourceError, "operator"):
+        network(torch.zeros(5, 3, 4))
 
 
 def test_branches_have_as_many_outputs_as_their_node(tmp_path):

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from penjing.errors import SourceError
+from penjing.onnx_files.constants import check_constants
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
 from penjing.onnx_files.node import FAILURES, Node, is_known
 from penjing.onnx_files.operators import KNOWN_INPUTS, OPERATORS
 from penjing.onnx_files.operators.recurrent import layer_tensors
 from penjing.onnx_files.sizes import SIZES
+from penjing.onnx_files.words import check_words
 
 FOLDED = 1 << 20
 """Most elements of a constant that is computed when the file is read; what is larger is computed by the network."""
@@ -66,6 +68,7 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     nodes, known = _folded(whole.nodes, known, [16 * FOLDED])
     once = {name: value for name, value in weights.items() if len(readers[name]) == 1}
     operations = _operations(nodes, file, once)
+    check_constants(operations, known, weights)
     read = {name for step in operations for name in reads(step)} | {*whole.outputs}
     network_type: Any = type("OnnxNetwork", (OnnxNetwork,), {"inputs": _parameters(given), "forward": _forward(given)})
     network: OnnxNetwork = network_type(
@@ -107,6 +110,7 @@ def _branch(graph: Any, opset: int, constants: dict[str, np.ndarray]) -> Branch:
             continue
         if proto.op_type != "If" and proto.op_type not in OPERATORS:
             raise node.refuse("no function of torch is known for it", f"operator set {opset}")
+        check_words(node)
         inner = {a.name: _branch(a.g, opset, constants) for a in proto.attribute if a.HasField("g")}
         nodes.append(replace(node, attributes=node.attributes | inner))
     return Branch(nodes, tuple(value.name for value in graph.output))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,12 +80,15 @@ class Graph(nn.Module):
         super().__init__()
         self._known = dict(known)
         self._outputs = tuple(outputs)
-        self._order = [_add(self, operation) for operation in operations]
+        same: Counter[str] = Counter()
+        self._order = [_add(self, operation, same) for operation in operations]
         steps = [self.get_submodule(path) for path in self._order]
         last = {name: i for i, step in enumerate(steps) for name in reads(step)}
-        self._freed = [
-            tuple(name for name, at in last.items() if at == i and name not in self._outputs) for i in range(len(steps))
-        ]
+        freed: list[list[str]] = [[] for _ in steps]
+        for name, at in last.items():
+            if name not in self._outputs:
+                freed[at].append(name)
+        self._freed = [tuple(names) for names in freed]
 
     def compute(self, values: Mapping[str, Value]) -> list[Value]:
         """The outputs, tensors or known arrays, of what is known before: inputs, weights, values around the graph."""
@@ -184,8 +188,14 @@ def _read(module: nn.Module, path: str) -> torch.Tensor:
     return result
 
 
-def _add(graph: nn.Module, operation: Operation) -> str:
-    """Make an operation a part of the graph, called after its node, whose name often is a path; where it lies."""
+def _add(graph: nn.Module, operation: Operation, same: Counter[str]) -> str:
+    """Make an operation a part of the graph, called after its node, whose name often is a path; where it lies.
+
+    Args:
+        graph: Its owner.
+        operation: Of a node.
+        same: Path → how many operations were called so; it grows.
+    """
     words = [_word(part) for part in re.split(r"[/.]", operation.node.name) if part] or [operation.node.operator]
     owner: Any = graph
     for n, word in enumerate(words[:-1]):
@@ -196,9 +206,10 @@ def _add(graph: nn.Module, operation: Operation) -> str:
         if below is None:
             owner.add_module(word, nn.Module())
         owner = owner._modules[word]
-    leaf, n = words[-1], 1
+    path, leaf = ".".join(words), words[-1]
     while hasattr(owner, leaf):
-        leaf, n = f"{words[-1]}_{n}", n + 1
+        same[path] += 1
+        leaf = f"{words[-1]}_{same[path]}"
     owner.add_module(leaf, operation)
     return ".".join([*words[:-1], leaf])
 

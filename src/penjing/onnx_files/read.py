@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from penjing.errors import SourceError
 from penjing.onnx_files.operators import OPERATORS
+
+MOST_NODES = 100_000
+DEEPEST = 50
+"""Levels of functions that call functions."""
 
 
 def prepared(model: Any) -> Any:
@@ -16,6 +21,7 @@ def prepared(model: Any) -> Any:
     import onnx
     import onnx.inliner
 
+    _check_count(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     model = _with_unique_names(model)
@@ -28,6 +34,41 @@ def prepared(model: Any) -> Any:
         if not unknown:
             return model
         model = onnx.inliner.inline_selected_functions(model, sorted(unknown), inline_schema_functions=True)
+
+
+def _check_count(model: Any) -> None:
+    """Refuse a model that has too many nodes, those of its functions counted wherever they are called."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    counts: dict[tuple[str, str], int] = {}
+
+    def of(nodes: Any, callers: tuple[tuple[str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type)
+            total += 1
+            for attribute in node.attribute:
+                for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                    total += of(graph.node, callers)
+            if key in functions:
+                if key in callers or len(callers) > DEEPEST:
+                    raise _too_large(f"function {node.op_type!r} calls itself, or {len(callers):,} are nested")
+                if key not in counts:
+                    counts[key] = of(functions[key].node, (*callers, key))
+                total += counts[key]
+        return total
+
+    if (total := of(model.graph.node, ())) > MOST_NODES:
+        raise _too_large(f"{total:,} nodes, those of its functions counted at every call")
+
+
+def _too_large(got: str) -> SourceError:
+    return SourceError(
+        "the ONNX file has more nodes than are read",
+        code="too-large",
+        got=got,
+        expected=f"at most {MOST_NODES:,} nodes, and functions nested {DEEPEST} deep",
+        remedy="export a part of the network, such as one of its repeated blocks",
+    )
 
 
 def _with_unique_names(model: Any) -> Any:

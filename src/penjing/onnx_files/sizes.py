@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penjing.onnx_files.node import Node, array, bounded, largest, smallest, tensor
+from penjing.onnx_files.node import Node, array, bounded, largest, smallest
 
 _Operator = Callable[..., Any]
 
@@ -58,7 +58,7 @@ def _divide(a: Any, b: Any) -> Any:
     return int(a / b) if abs(int(a)) < 1 << 50 else int(a) // int(b)
 
 
-_MOST = 1 << 26
+_MOST = 1 << 24
 """Most numbers of a known array."""
 
 
@@ -183,7 +183,9 @@ def _where(_: Node, condition: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.n
 
 def _expand(node: Node, x: np.ndarray, shape: np.ndarray) -> Any:
     if shape.dtype == object:
-        return tensor(x).expand([n if isinstance(n, torch.SymInt) else int(n) for n in shape])
+        from penjing.onnx_files.operators.shapes import OPERATORS
+
+        return OPERATORS["Expand"](node, x, shape)
     _small(node, math.prod(max(int(n), 1) for n in shape) * x.size)
     return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(n) for n in shape)))
 

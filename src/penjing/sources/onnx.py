@@ -26,9 +26,10 @@ MOST_BYTES = 1 << 31
 """Of a file: what a protocol buffer holds. Larger networks keep their tensors in files beside it."""
 FIRST_SET = 7
 """The oldest set of operators that is read."""
-_QUANTIZED = frozenset(
-    ("QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
-)
+_QUANTIZED = frozenset((
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulNBits", "QuantizeLinear",
+    "QLinearConv", "QLinearMatMul",
+))  # fmt: skip
 
 
 def open_model(path: Path) -> Any:
@@ -207,8 +208,10 @@ def _check_sets(model: Any, path: Path) -> None:
 
 
 def _check_floating(model: Any, path: Path) -> None:
-    for line, node in enumerate(model.graph.node, 1):
-        if node.op_type in _QUANTIZED:
+    for line, node in enumerate(_nodes(model.graph), 1):
+        # Runtimes have domains of their own for more of them: QLinearAdd, DynamicQuantizeLSTM, QGemm.
+        own = node.domain not in ("", "ai.onnx") and node.op_type.startswith(("QLinear", "DynamicQuantize", "QGemm"))
+        if node.op_type in _QUANTIZED or own:
             raise SourceError(
                 "the ONNX file is quantized already",
                 code="quantized",
@@ -257,8 +260,8 @@ def _nodes(graph: Any) -> Any:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from _nodes(inner)
 
 
 def _word(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, array, bounded, number, sizes, tensor
+from penjing.onnx_files.node import Node, Value, array, bounded, is_known, number, sizes, tensor
 from penjing.onnx_files.operators.elementwise import torch_type
 
 
