@@ -202,6 +202,15 @@ def test_axes_without_a_name_vary(tmp_path):
     assert captured(torch.zeros(4, 3, 7, 9)).shape == (4, 3, 7, 9)
 
 
+def test_of_a_recurrent_network_the_first_open_axis_is_the_batch(tmp_path):
+    node = helper.make_node("RNN", ["x", "w", "r", "", "", "h"], ["y"], hidden_size=6)
+    made = model(
+        [node], {"x": [5, None, 4], "h": [1, None, 6]}, {"y": None}, {"w": values(1, 6, 4), "r": values(1, 6, 6)}
+    )
+    _, _, dynamic = open_network(stored(tmp_path, made))
+    assert dynamic == {0: {1: "batch"}, 1: {1: "batch"}}
+
+
 def test_a_fixed_batch_stays_fixed(tmp_path):
     made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
     _, example, dynamic = open_network(stored(tmp_path, made))

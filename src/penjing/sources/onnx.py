@@ -225,7 +225,7 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
     """Example inputs of zeros, and the axes that vary, as far as the file declares them.
 
     Of a network with recurrent layers only the first axis of each input, axes called as one and those called batch
-    vary: `torch.export` writes out every step of the others.
+    vary: `torch.export` writes out every step of the others. Of its axes without a name the first is the batch.
 
     Returns:
         The example, None where a size besides the first axis is not declared; position → {axis: name}.
@@ -240,13 +240,16 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
         kind = port.type.tensor_type
         shape: list[int] = []
         known &= kind.HasField("shape")
+        opened = False  # by an axis before
         for axis, dim in enumerate(kind.shape.dim):
             fixed = dim.HasField("dim_value") and dim.dim_value > 0
             known &= fixed or axis == 0
             shape.append(dim.dim_value if fixed else 1)
             if not fixed:
-                # An axis without a name varies, too, and is like no other.
-                plain = "batch" if axis == 0 else f"axis_{position}_{axis}"
+                # An axis without a name varies, too, and is like no other. States of recurrent layers and inputs whose
+                # steps come first have the batch in their second axis.
+                plain = "batch" if axis == 0 or (recurrent and not opened) else f"axis_{position}_{axis}"
+                opened = True
                 word = _word(dim.dim_param) if dim.dim_param else plain
                 firsts |= {word} if axis == 0 or "batch" in word.lower() else set()
                 if not recurrent or word in firsts:
