@@ -42,12 +42,17 @@ FILES = {
 FIXED = {"sr": RATE}  # inputs that choose a branch: our source is the file without them
 CONTESTANTS = {
     **{f"penjing {runtime} fp32": (runtime, "fp32") for runtime in ("onnxruntime", "openvino")},
-    **{f"penjing {runtime} int8": (runtime, "int8") for runtime in ("onnxruntime", "openvino")},
+    **{f"penjing {runtime} int8": (runtime, "Static") for runtime in ("onnxruntime", "openvino")},
+    **{f"penjing {runtime} int8 rounded": (runtime, "rounded") for runtime in ("onnxruntime", "openvino")},
     "onnxruntime.quantization": ("ort", "int8"),
     "nncf": ("nncf", "int8"),
     "onnxruntime, the file itself": ("ort", "fp32"),
 }
-RECIPE = [{"quantize.Static": {}}, {"quantize.CoordinateRounding": {}}]
+RECIPES = {
+    "fp32": [],
+    "Static": [{"quantize.Static": {}}],
+    "rounded": [{"quantize.Static": {}}, {"quantize.CoordinateRounding": {}}],
+}
 
 
 def onnx_file(name):
@@ -163,9 +168,8 @@ def make(name, contestant, folder):
         import nncf
         import openvino
 
-        core = openvino.Core()
-        model = core.read_model(str(path))
-        model.reshape({port: list(calibration[0][port.any_name].shape) for port in model.inputs})
+        # Its reader has to know the shapes of some of these files.
+        model = openvino.convert_model(str(path), input={word: list(x.shape) for word, x in calibration[0].items()})
         quantized = nncf.quantize(model, nncf.Dataset(calibration), subset_size=len(calibration))
         openvino.save_model(quantized, str(folder / "model.xml"), compress_to_fp16=False)
     else:
@@ -221,14 +225,15 @@ def by_penjing(path, calibration, runtime, precision, folder):
     task = pj.Task(example=batches[0], calibration=batches, dynamic=dynamic)
     captured = capture_network(network, *task.call(), task.dynamic)
     draft = Draft(captured)
-    if precision == "int8":
+    if RECIPES[precision]:
         capabilities = runtimes.get(runtime).capabilities(measure.machine(THREADS).instruction_sets)
         context = Context(task=task, capabilities=capabilities, source=captured, events=lambda *_, **__: None)
-        for step in Recipe.from_data(RECIPE):
+        for step in Recipe.from_data(RECIPES[precision]):
             draft = step(draft, context)
     with torch.no_grad():
         structure = flatten_outputs(captured(*batches[0]))[1]
-    manifest = building.build(draft, runtime, precision, task, structure, folder)
+    form = "int8" if RECIPES[precision] else precision
+    manifest = building.build(draft, runtime, form, task, structure, folder)
     _, integer, floating = building.executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
     (folder / "executed.json").write_text(json.dumps({"int8": integer, "float": floating}))
 
@@ -336,7 +341,7 @@ def main() -> None:
     from penjing.measure import Target, compare, machine, versions
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    data = {"machine": vars(machine(arguments.threads)), "versions": versions(), "recipe": RECIPE, "files": {}}
+    data = {"machine": vars(machine(arguments.threads)), "versions": versions(), "recipes": RECIPES, "files": {}}
     for name in arguments.only:
         rows, targets = {}, []
         first = samples(name, file_session(onnx_file(name)))[1][0]

@@ -12,6 +12,7 @@ from penjing.analyze.cost import multiplies
 from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
 from penjing.quantize import mask_values
 from penjing.quantize.masking import before_softmax
+from penjing.quantize.steep import before_steep
 from penjing.quantize.toward_outputs import in_floats
 from penjing.steps.plan import Capabilities
 from penjing.surgery import recurrent
@@ -63,14 +64,15 @@ def place(
     """
     floats = dict(excluded)
     masked, hold = before_softmax(network), mask_values.holders(network, seen)
-    decoded = in_floats(network)
+    decoded, steep = in_floats(network), before_steep(network)
     integer: list[fx.Node] = []
     fixed: set[fx.Node] = set()
     for node in network.graph.nodes:
         what = kind(network, node)
         if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
-        reason = masked.get(node.name) or _refusal(network, node, what, capabilities) or decoded.get(node.name)
+        reason = masked.get(node.name) or _refusal(network, node, what, capabilities)
+        reason = reason or decoded.get(node.name) or steep.get(node.name)
         if reason is None and node in fixed:
             reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
