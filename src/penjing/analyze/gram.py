@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from penjing.steps.step import Context
 from penjing.tasks.call import Call
 
 UNFOLDED = 1 << 22  # elements of unfolded patches that are held at once
+CACHED = 1 << 16  # elements that are turned at once
 SHARED_BYTES = 1 << 29  # of Gram matrices that a run keeps for its other steps
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,16 +67,16 @@ class Gram:
             y: (groups, rows, others), or (rows, others).
             weights: (rows, 1), or (1, rows, 1), at least 0, the same in all groups; None where all rows count the same.
         """
-        root = torch.ones(1, dtype=x.dtype) if weights is None else weights.sqrt()
-        if weights is not None:
+        root = None if weights is None else weights.sqrt()
+        if root is not None:
             x, y = x * root, None if y is None else y * root
         for total, sums, rows in ((self.own, self._sums, x), (self.cross, self._other_sums, y)):
             if rows is None:
                 continue
             _add_product(total, rows, x)
             if sums is not None and self._sums is not None:
-                sums += (rows * root).sum(-2).to(sums.dtype)
-        self.count += x.shape[-2] if weights is None else float(root.square().sum())
+                sums += (rows if root is None else rows * root).sum(-2).to(sums.dtype)
+        self.count += x.shape[-2] if root is None else float(root.square().sum())
 
     def covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
         """E[x·xᵀ] − E[x]·E[x]ᵀ and E[y·xᵀ] − E[y]·E[x]ᵀ, of the shapes of `own` and `cross`; it needs `means`."""
@@ -118,8 +119,23 @@ def patches(module: Any, x: torch.Tensor, *, positions: int | None = None, by_ta
         unfolded = torch.stack([tap.movedim(-1, 1).flatten(2) for tap in taps], dim=2)  # (samples, channels, taps, …)
         rows = unfolded.flatten(1, 2).transpose(1, 2).reshape(-1, groups, width, len(taps)).transpose(0, 1)
         return rows.transpose(2, 3).reshape(groups, rows.shape[1], width * len(taps))
-    unfolded = torch.stack(taps, dim=-1) if len(taps) > 1 else taps[0]
+    unfolded = _interleaved(taps) if len(taps) > 1 else taps[0]
     return unfolded.reshape(-1, groups, width * len(taps)).transpose(0, 1)
+
+
+def _interleaved(taps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack(taps, dim=-1)`, with its leading axes flattened.
+
+    A few rows at a time, first stacked as they lie and then turned within the cache: written one by one, every number
+    of the result would fetch a line of its own.
+    """
+    rows = [tap.reshape(-1, tap.shape[-1]) for tap in taps]
+    stacked = rows[0].new_empty(*rows[0].shape, len(taps))
+    many = max(1, CACHED // stacked[0].numel())
+    for first in range(0, len(stacked), many):
+        part = torch.stack([row[first : first + many] for row in rows])
+        stacked[first : first + many] = part.permute(1, 2, 0)
+    return stacked
 
 
 def _taps(module: Any, x: torch.Tensor, positions: int | None) -> Iterator[torch.Tensor]:
