@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from penjing import __version__
 
-SOURCE_HELP = "file.py:factory, package.module:factory, a .pt2 or .onnx file, a Hugging Face folder, or a built-in name"
+SOURCE_HELP = (
+    "file.py:factory, package.module:factory, a .pt2, .onnx or .keras file, a Hugging Face folder, or a built-in name"
+)
 CALIBRATION_HELP = (
     "inputs without labels: a folder of images, an .npy or .npz file, file.py:batches, or a TASK; a few hundred samples"
 )

@@ -37,7 +37,7 @@ _SAME = {
     "concatenate": "cat",
 }
 # Element by element, without torch's tag for it.
-_POINTWISE = frozenset("dropout relu6 selu hardtanh to clamp_min clamp_max softplus mish celu relu".split())
+_POINTWISE = frozenset("dropout hardswish log_sigmoid to type_as".split())
 _REDUCTIONS = frozenset(("mean", "sum", "amax", "amin", "prod", "logsumexp", "var", "std"))
 
 Order = tuple[int, ...]
@@ -141,7 +141,8 @@ class _Mover:
         shape = [sizes[axis] for axis in order]
         if real == sorted(real) and sum(not isinstance(size, int) for size in shape) <= 1:
             # Only axes of size 1 move.
-            result = self.write(aten.reshape.default, base, [n if isinstance(n, int) else -1 for n in shape])
+            source: Any = base.args[0] if base.target is aten.reshape.default else base
+            result = self.write(aten.reshape.default, source, [n if isinstance(n, int) else -1 for n in shape])
         else:
             result = self.write(aten.permute.default, base, list(order))
         if order == (0, *range(2, len(order)), 1):  # the channels go to the last axis
