@@ -1,9 +1,10 @@
 """The examples of the fields in INT8, by tool and runtime: each by its metric, on data never seen.
 
 Every tool gets the same calibration inputs and no labels, and each artifact is judged by the task's own metric on the
-same test data, in the runtime that it is for: 256 and 600 scenes for detector and segmenter. Peers as their documentation recommends: NNCF with its default
-and with its accurate bias correction and mixed preset; ONNX Runtime's static quantization (pre-processed, QDQ,
-per channel), MinMax and Entropy. Penjing: Static and CoordinateRounding, what `compress` tries first.
+same test data, in the runtime that it is for: 256 and 600 scenes for detector and segmenter. Peers as their
+documentation recommends: NNCF with its default and with its accurate bias correction and mixed preset; ONNX Runtime's
+static quantization (pre-processed, QDQ, per channel), MinMax and Entropy. Penjing: Static and CoordinateRounding, what
+`compress` tries first.
 
     python benchmarks/fields.py [--only detection] [--contestants NAME ...]
 
