@@ -42,16 +42,24 @@ _UNROUNDED = (
 )
 
 STAGES: dict[str, Stage] = {
-    "replace": Stage(refuses={WORK: "it first: it is a new network, on which nothing that was done before is left"}),
+    "replace": Stage(
+        refuses={
+            WORK: "this step first: it builds a new network, and nothing that was done before is left of the old one"
+        }
+    ),
     "structure": Stage(
-        refuses={PLAN: "it before the step that quantizes: ranges and scales belong to the channels of their network"}
+        refuses={
+            PLAN: "this step before the one that quantizes: ranges and scales belong to the channels of their network"
+        }
     ),
     "train": Stage(
-        refuses={PLAN: "it before the step that quantizes, or quantize.QAT after it: ranges belong to their weights"}
+        refuses={
+            PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to their weights"
+        }
     ),
     "prepare": Stage(
         refuses={
-            PLAN: "it before the step that quantizes: it scales weights and activations, and ranges belong to them"
+            PLAN: "this step before the one that quantizes: it scales weights and activations, and ranges belong to them"
         },
         only_prepares=True,
     ),
