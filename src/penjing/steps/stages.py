@@ -54,12 +54,12 @@ STAGES: dict[str, Stage] = {
     ),
     "train": Stage(
         refuses={
-            PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to their weights"
+            PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to weights"
         }
     ),
     "prepare": Stage(
         refuses={
-            PLAN: "this step before the one that quantizes: it scales weights and activations, and ranges belong to them"
+            PLAN: "this step before the one that quantizes: it scales weights and activations, to which ranges belong"
         },
         only_prepares=True,
     ),
