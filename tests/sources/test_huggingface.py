@@ -120,8 +120,17 @@ def test_a_damaged_config(folder):
         open_source(folder)
 
 
-def test_pictures_have_no_declared_example(tmp_path):
+def test_an_example_picture_has_the_size_of_the_configuration(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    assert open_source(tmp_path / "vit").example is None
+    assert open_source(tmp_path / "vit").example["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_the_files_of_a_tokenizer_are_not_read(folder):
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    (folder / "vocab.json").write_text("{")
+    assert open_source(folder).example is not None
+    (folder / "generation_config.json").write_text("{")
+    with refused(SourceError, "unreadable"):
+        open_source(folder)

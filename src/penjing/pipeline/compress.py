@@ -14,6 +14,7 @@ from penjing import measure
 from penjing.errors import UsageError
 from penjing.goals.goal import Goal
 from penjing.measure import time_limits
+from penjing.pipeline import pretrained
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import drafted, refuse_quantized
 from penjing.pipeline.candidates import build
@@ -47,10 +48,12 @@ class Result:
     Attributes:
         record: All the evidence.
         folder: The run folder.
+        pretrained: The Hugging Face folder that the source was opened from; None where it came from elsewhere.
     """
 
     record: Record
     folder: Path
+    pretrained: Path | None = None
 
     @property
     def met(self) -> bool:
@@ -61,6 +64,26 @@ class Result:
     def artifact(self) -> Path:
         """The folder with the chosen artifact."""
         return self.folder / ARTIFACT
+
+    def save_pretrained(self, folder: Path | str, source: Path | str | None = None) -> Path:
+        """Write the chosen artifact in the layout of a Hugging Face folder, for the classes of optimum.
+
+        Beside the file (``model.onnx``, or ``openvino_model.xml`` and ``.bin``) lie copies of the source's
+        configuration, tokenizer and preprocessor, and a README with the line that opens it.
+
+        Args:
+            folder: New or empty.
+            source: The Hugging Face folder of the network, where `compress` was not given one.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SourceError: The source is not a Hugging Face folder.
+            ArtifactError: The artifact is of a runtime that optimum does not know.
+            OutputError: The folder is not empty, or can't be written.
+        """
+        return pretrained.save(self.artifact, Path(source) if source is not None else self.pretrained, Path(folder))
 
     def __str__(self) -> str:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
@@ -149,14 +172,21 @@ def _carry_out(order: Order, out: Path | str, *, resume: bool, force: bool) -> R
         folder = RunFolder(out, resume=resume, force=force)
         try:
             prepared = prepare(order, folder)
+            opened_from = _pretrained(order)
             if isinstance(prepared, Record):
-                return Result(prepared, folder.path)
+                return Result(prepared, folder.path, opened_from)
             built = build(prepared)
             timed = measure_all(prepared, built)
             judged = judge(prepared, timed)
-            return Result(deliver_all(prepared, judged), folder.path)
+            return Result(deliver_all(prepared, judged), folder.path, opened_from)
         finally:
             time_limits.expect_nothing()
+
+
+def _pretrained(order: Order) -> Path | None:
+    """The folder that the source was opened from."""
+    spec = order.model.spec if isinstance(order.model, Source) else order.model
+    return Path(spec).resolve() if isinstance(spec, str) and Path(spec).is_dir() else None
 
 
 def run(

@@ -24,6 +24,8 @@ _LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
 _WIDTHS = re.compile(r"(^|_)(vocab_size|hidden_size|intermediate_size|embedding_size|d_model|d_ff|ffn_dim|n_embd)$")
 FEWER = 4  # the widest tensor may be this many times narrower than a size in the configuration, for partial networks
 _LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
+_READ = ("config.json", "generation_config.json", "preprocessor_config.json")
+"""What is read to open a network. Tokenizers are not: the longest text of many is a number beyond 64 bits."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -158,7 +160,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
                 header = reading.safetensors_header(path)
                 tensors += len(header)
                 widest = max([widest, *(n for entry in header.values() for n in entry["shape"] if type(n) is int)])
-            elif path.suffix == ".json":
+            elif path.name in _READ or path.name.endswith(".index.json"):
                 reading.json_file(path)
         except (OSError, ValueError) as cause:
             raise SourceError(
