@@ -31,6 +31,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from penjing.errors import CheckpointError, PenjingError
+from penjing.numerics import operators, suppression  # noqa: F401  register the operators that a file may hold
 from penjing.records import reading
 
 _MODELS, _WEIGHTS, _CONSTANTS, _EXAMPLES = "models/", "data/weights/", "data/constants/", "data/sample_inputs/"
