@@ -1,0 +1,149 @@
+"""The examples of the fields: their data is what they say, and nothing of the test is seen in training."""
+
+import numpy as np
+import pytest
+import torch
+
+from examples import data
+
+
+def fetched(make, *arguments):
+    try:
+        return make(*arguments)
+    except data.DataUnavailable as error:
+        pytest.skip(str(error))
+
+
+# --- scenes made of stamps --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stamps():
+    from examples import stamps
+
+    fetched(data.pictures)
+    return stamps
+
+
+def test_a_scene_is_the_same_every_time_and_its_boxes_hold_its_masks(stamps):
+    some = stamps._stamps("test")
+    for number in range(12):
+        image, boxes, mask = stamps._scene(np.random.default_rng([1, number]), some)
+        again = stamps._scene(np.random.default_rng([1, number]), some)
+        assert all(np.array_equal(a, b) for a, b in zip((image, boxes, mask), again, strict=True))
+        assert image.shape == (3, 160, 160)
+        used = boxes[boxes[:, 4] >= 0]
+        assert len(used) >= 1
+        covered = np.zeros_like(mask, bool)
+        for left, top, right, bottom, label in used.astype(int):
+            assert 0 <= left < right <= 160
+            assert 0 <= top < bottom <= 160
+            assert (mask[top:bottom, left:right] == label + 1).any()
+            covered[top:bottom, left:right] = True
+        assert not mask[~covered].any()
+
+
+def test_no_stamp_of_the_test_is_trained_on(stamps):
+    paths = data.pictures()
+    sides = [stamps._held_out(path) for path in paths]
+    assert 0.15 < np.mean(sides) < 0.35
+    for path, side in zip(paths, sides, strict=True):
+        mirrored = path.with_name(path.name.replace("_mirror", ""))
+        assert stamps._held_out(mirrored) == side
+
+
+def test_a_mirrored_scene_has_its_boxes_mirrored(stamps):
+    from examples.detection.task import Batches
+
+    image = np.zeros((8, 3, 160, 160), np.uint8)
+    image[:, :, 20:40, 10:60] = 255
+    boxes = np.full((8, 4, 5), -1, np.float32)
+    boxes[:, 0] = 10, 20, 60, 40, 2
+    torch.manual_seed(0)
+    ((images, found),) = Batches(stamps.Scenes(image, boxes, image[:, 0]), batch=8)
+    lefts = set()
+    for picture, (left, top, right, bottom, label) in zip(images.numpy(), found[:, 0].int().tolist(), strict=True):
+        bright = picture[0] > 0
+        rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+        assert (left, right, top, bottom, label) == (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1, 2)
+        lefts.add(left)
+    assert lefts == {10, 100}
+    assert (found[:, 1:] == -1).all()
+
+
+def test_the_loss_of_a_detector_that_finds_all_is_smaller_than_of_one_that_is_shifted():
+    from examples.detection.loss import detection_loss
+
+    truth = torch.full((2, 4, 5), -1.0)
+    truth[:, 0] = torch.tensor([40.0, 40.0, 72.0, 64.0, 1.0])
+    truth[:, 1] = torch.tensor([80.0, 16.0, 144.0, 112.0, 3.0])
+    rows = torch.zeros(2, 500, 9)
+    rows[..., :4] = torch.tensor([56.0, 52.0, 32.0, 24.0])
+    rows[:, 400:, :4] = torch.tensor([112.0, 64.0, 64.0, 96.0])
+    right = rows.clone()
+    from examples.detection.loss import _responsible
+
+    for image, cell in (_responsible(truth, 500) >= 0).nonzero().tolist():
+        right[image, cell, 4 + (1 if cell < 400 else 3)] = 1.0
+    shifted = right.clone()
+    shifted[..., 0] += 12
+    assert detection_loss(right, truth) < 0.01
+    assert detection_loss(right, truth) < detection_loss(shifted, truth)
+    assert detection_loss(right, truth) < detection_loss(rows, truth)
+
+
+# --- trained networks -------------------------------------------------------------------------------------------
+
+
+def test_the_detector_finds_stamps_it_has_never_seen(stamps):
+    import penjing as pj
+    from examples.detection.network import detector
+    from penjing.tasks.outputs import numpy_predictor
+
+    some = stamps._stamps("test")
+    drawn = [stamps._scene(np.random.default_rng([1, number]), some) for number in range(40)]
+    images, boxes, _ = (np.stack(arrays) for arrays in zip(*drawn, strict=True))
+    task = pj.tasks.detection((stamps.normalise(images), boxes), boxes="cxcywh")
+    assert task.evaluate(numpy_predictor(detector())) > 0.35
+
+
+# --- the other fields -------------------------------------------------------------------------------------------
+
+
+def test_tags_of_constructed_sentences_are_their_entities():
+    from examples.tagging.task import ALPHABET, KINDS, SYLLABLES, TAGS, sentences
+    from penjing.tasks.metrics.tagging import entities
+
+    characters, tags = sentences(60, 5, SYLLABLES)
+    seen = set()
+    for row, marks in zip(characters, tags, strict=True):
+        text = "".join(ALPHABET[number] for number in row if number)
+        spans = entities([TAGS[mark] for mark in marks if mark >= 0])
+        assert len(text) == (marks >= 0).sum()
+        for kind, start, stop in spans:
+            assert text[start:stop].strip() == text[start:stop]
+            seen.add(kind)
+    assert seen == set(KINDS)
+    assert np.array_equal(characters, sentences(60, 5, SYLLABLES)[0])
+
+
+def test_hidden_films_are_among_a_hundred_that_were_not_watched():
+    from examples.recommendation.network import FILMS, USERS
+    from examples.recommendation.task import candidates
+
+    watched = np.random.default_rng(0).random((USERS, FILMS)) < 0.1
+    hidden = watched.argmax(1)
+    inputs, relevant = candidates(hidden, watched, seed=0)
+    films, marks = inputs["film"].reshape(USERS, 100), relevant.reshape(USERS, 100)
+    assert (films[marks == 1] == hidden).all()
+    assert not watched[np.arange(USERS)[:, None], films][marks == 0].any()
+    assert all(len(set(row)) == 100 for row in films.tolist())
+
+
+def test_texts_become_numbers_of_words():
+    from examples.text.task import LENGTH, START, UNKNOWN, numbers, words
+
+    assert words("Oil prices rose 3 pct.") == ["oil", "prices", "rose", "pct"]
+    row = numbers(["Oil rose, they say"], {"oil": 7, "rose": 8})[0]
+    assert row[:6].tolist() == [START, 7, 8, UNKNOWN, UNKNOWN, 0]
+    assert row.shape == (LENGTH,)
