@@ -604,6 +604,33 @@ def test_states_of_recurrent_layers_have_the_batch_of_their_input(tmp_path, stat
         fixed(x)
 
 
+def gates_in_order(shared):
+    """An LSTM whose gates lie in torch's order, and are put into ONNX's by slices and joins."""
+    nodes, joined = [], {}
+    for name, at in (("w", "ih"), ("r", "hh")):
+        for gate, (start, end) in enumerate(((0, 6), (18, 24), (6, 18))):
+            places = [f"{at}_{gate}_{word}" for word in ("start", "end")]
+            joined |= dict(zip(places, (np.array([start]), np.array([end])), strict=True))
+            nodes.append(helper.make_node("Slice", [f"weight_{at}", *places, "zero"], [f"{at}_{gate}"]))
+        nodes.append(helper.make_node("Concat", [f"{at}_{gate}" for gate in range(3)], [f"{at}_all"], axis=0))
+        nodes.append(helper.make_node("Unsqueeze", [f"{at}_all", "zero"], [name]))
+    nodes.append(helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=6))
+    outputs = {"y": [5, 1, "batch", 6]}
+    if shared:
+        nodes.append(helper.make_node("ReduceSum", ["ih_all"], ["sum"]))
+        outputs["sum"] = None
+    weights = {"weight_ih": values(24, 4), "weight_hh": values(24, 6, seed=1), "zero": np.array([0]), **joined}
+    return model(nodes, {"x": [5, "batch", 4]}, outputs, weights)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gates_in_another_order_are_weights_of_the_layer_unless_somebody_else_reads_them(tmp_path, shared):
+    network = agrees(tmp_path, gates_in_order(shared), {"x": values(5, 3, 4)})
+    names = [name.rpartition(".")[2] for name, _ in network.named_parameters()]
+    assert names == (["weight_ih", "weight_hh"] if shared else ["weight_ih_l0", "weight_hh_l0"])
+    assert sum(p.numel() for p in network.parameters()) == 24 * (4 + 6)
+
+
 def test_a_state_of_another_size_is_refused(tmp_path):
     node = helper.make_node(
         "GRU", ["x", "w", "r", "b", "", "h"], ["y"], hidden_size=6, linear_before_reset=1, name="bad"

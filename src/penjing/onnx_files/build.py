@@ -14,6 +14,7 @@ import torch
 
 from penjing.errors import SourceError
 from penjing.onnx_files.constants import check_constants
+from penjing.onnx_files.layer_weights import moved_weights
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
 from penjing.onnx_files.node import FAILURES, Node, is_known
 from penjing.onnx_files.operators import KNOWN_INPUTS, OPERATORS
@@ -66,6 +67,9 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     ]
     known = {name: value for name, value in constants.items() if name not in weights}
     nodes, known = _folded(whole.nodes, known, [16 * FOLDED])
+    moved, moves = moved_weights(list(_all_nodes(nodes)), weights, known, whole.outputs + _inner_outputs(nodes))
+    nodes = _without(nodes, moves)
+    weights |= moved
     once = {name: value for name, value in weights.items() if len(readers[name]) == 1}
     operations = _operations(nodes, file, once)
     check_constants(operations, known, weights)
@@ -205,6 +209,25 @@ def _all_nodes(nodes: list[Node]) -> Iterator[Node]:
         yield node
         for branch in _branches(node):
             yield from _all_nodes(branch.nodes)
+
+
+def _inner_outputs(nodes: list[Node]) -> tuple[str, ...]:
+    """Names that the graphs within nodes give."""
+    return tuple(name for node in _all_nodes(nodes) for branch in _branches(node) for name in branch.outputs)
+
+
+def _without(nodes: list[Node], gone: set[int]) -> list[Node]:
+    """The nodes, and those of the graphs within, but for some; `gone` holds their ``id``."""
+    left = []
+    for node in nodes:
+        if id(node) not in gone:
+            inner = {
+                n: Branch(_without(b.nodes, gone), b.outputs)
+                for n, b in node.attributes.items()
+                if isinstance(b, Branch)
+            }
+            left.append(replace(node, attributes=node.attributes | inner) if inner else node)
+    return left
 
 
 def _folded(
