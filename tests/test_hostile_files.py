@@ -109,9 +109,56 @@ def whole(digits_run, tmp_path_factory):
     places = dict.fromkeys(("weight", "bias"), "old.pth")
     (folder / "net.index.json").write_text(json.dumps({"weight_map": places}))
     CachedTeacher(folder / "answers", torch.nn.Linear(3, 2))(torch.zeros(2, 3))
+    store_onnx(folder)
     (folder / "state").mkdir()
     (folder / "state" / "request.json").write_text(json.dumps({"goal": "drop<=1%", "seed": 0}))
     return folder
+
+
+def store_onnx(folder):
+    """An ONNX file with layers, computed sizes, a branch, a recurrent layer, a function and tensors beside it."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    node, draw = helper.make_node, np.random.default_rng(0)
+
+    def branch(name):
+        shown = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)
+        return helper.make_graph([node(name, ["reshaped"], [f"{name}_out"])], name, [], [shown])
+
+    nodes = [
+        node("Conv", ["x", "kernel"], ["convolved"], pads=[1, 1, 1, 1], name="conv"),
+        node("BatchNormalization", ["convolved", "four", "four", "four", "four"], ["normal"]),
+        node("Resize", ["normal", "", "scales"], ["larger"], mode="nearest"),
+        node("Shape", ["larger"], ["shape"]),
+        node("Gather", ["shape", "zero"], ["batch"], axis=0),
+        node("Concat", ["batch", "rest"], ["target"], axis=0),
+        node("Reshape", ["larger", "target"], ["reshaped"]),
+        node("If", ["yes"], ["chosen"], then_branch=branch("Relu"), else_branch=branch("Neg")),
+        node("Transpose", ["chosen"], ["steps"], perm=[1, 0, 2]),
+        node("LSTM", ["steps", "w", "r"], ["", "hidden"], hidden_size=3),
+        node("Squeeze", ["hidden", "zero"], ["last"]),
+        node("MatMul", ["last", "table"], ["product"]),
+        node("twice", ["product"], ["y"], domain="mine"),
+    ]
+    weights = {
+        "kernel": draw.normal(size=(4, 3, 3, 3)), "four": np.ones(4), "w": draw.normal(size=(1, 12, 8)),
+        "r": draw.normal(size=(1, 12, 3)), "table": draw.normal(size=(3, 2)),
+    }  # fmt: skip
+    numbers = {"zero": np.array([0]), "rest": np.array([-1, 8]), "yes": np.array(True)}
+    stored = {name: value.astype(np.float32) for name, value in weights.items()} | numbers
+    stored["scales"] = np.float32([1, 1, 2, 2])
+    graph = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )  # fmt: skip
+    sets = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    twice = helper.make_function("mine", "twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], sets[:1])
+    model = helper.make_model(graph, opset_imports=sets, functions=[twice])
+    model.ir_version = 9
+    onnx.save_model(model, folder / "net.onnx")
+    onnx.save_model(model, folder / "large.onnx", save_as_external_data=True, location="large.bin", size_threshold=0)
 
 
 def doors(raised, artifacts):
@@ -121,6 +168,7 @@ def doors(raised, artifacts):
     from penjing.distill.stored import CachedTeacher
     from penjing.records.folder import RunFolder
     from penjing.sources.huggingface import open_folder
+    from penjing.sources.onnx import open_network
     from penjing.sources.source import load_weights
 
     def claimed(folder):
@@ -147,6 +195,9 @@ def doors(raised, artifacts):
         Door("net.pth", lambda f: load_weights(Linear(3, 2), f / "net.pth"), 2),
         Door("old.pth", lambda f: load_weights(Linear(3, 2), f / "old.pth"), 2),
         Door("net.index.json", lambda f: load_weights(Linear(3, 2), f / "net.index.json"), 2),
+        Door("net.onnx", lambda f: open_network(f / "net.onnx"), 8),
+        Door("large.onnx", lambda f: open_network(f / "large.onnx"), 2),
+        Door("large.bin", lambda f: open_network(f / "large.onnx"), 1),
         Door("answers/about.json", lambda f: CachedTeacher(f / "answers"), 2),
         Door("state/request.json", claimed),
         Door("record.json", verified, 1),

@@ -275,6 +275,11 @@ def test_cycles_and_two_values_of_one_name(tmp_path):
     assert "'y'" in error.got
 
 
+def test_an_output_that_nothing_gives(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"z": [1, 4]})
+    assert "'z'" in refusal(stored(tmp_path, made), CheckpointError, "damaged").got
+
+
 def test_absurd_sizes_take_no_memory(tmp_path):
     sum_ = [helper.make_node("Add", ["x", "w"], ["y"])]
     huge = model(sum_, {"x": [1, 4]}, {"y": ["a", "b"]}, {"w": np.zeros(4, np.float32)})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from penjing.errors import SourceError
+from penjing.onnx_files.branches import Branch, all_nodes, branches, check_given
 from penjing.onnx_files.constants import check_constants
 from penjing.onnx_files.layer_weights import moved_weights
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
@@ -30,14 +31,6 @@ _RANDOM = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A graph within a node: its nodes, and the names of what it gives."""
-
-    nodes: list[Node]
-    outputs: tuple[str, ...]
-
-
 def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     """An ONNX model as a module.
 
@@ -53,8 +46,9 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     constants: dict[str, np.ndarray] = {}
     whole = _branch(model.graph, opset, constants)
     given = [value.name for value in model.graph.input if value.name not in constants]
+    check_given(whole, {"", *constants, *given})
     readers: dict[str, list[tuple[Node, int]]] = {}
-    for node in _all_nodes(whole.nodes):
+    for node in all_nodes(whole.nodes):
         for position, name in enumerate(node.inputs):
             readers.setdefault(name, []).append((node, position))
     computed = {name: value for name, value in constants.items() if _is_weight(value, readers.get(name, []))}
@@ -67,7 +61,7 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
     ]
     known = {name: value for name, value in constants.items() if name not in weights}
     nodes, known = _folded(whole.nodes, known, [16 * FOLDED])
-    moved, moves = moved_weights(list(_all_nodes(nodes)), weights, known, whole.outputs + _inner_outputs(nodes))
+    moved, moves = moved_weights(list(all_nodes(nodes)), weights, known, whole.outputs + _inner_outputs(nodes))
     nodes = _without(nodes, moves)
     weights |= moved
     once = {name: value for name, value in weights.items() if len(readers[name]) == 1}
@@ -180,7 +174,7 @@ def _among_sizes(nodes: list[Node], constants: dict[str, np.ndarray]) -> set[str
     """Constants that are computed with sizes, and so have to be known like them: ``Floor(Cast(Shape(x)) * [2, 2])``."""
     of_sizes: set[str] = set()
     numbers: set[str] = set()
-    for node in _all_nodes(nodes):
+    for node in all_nodes(nodes):
         inputs = [name for name in node.inputs if name]
         if node.operator in ("Shape", "Size"):
             of_sizes |= {*node.outputs}
@@ -199,21 +193,9 @@ def _among_sizes(nodes: list[Node], constants: dict[str, np.ndarray]) -> set[str
     return numbers
 
 
-def _branches(node: Node) -> list[Branch]:
-    return [value for value in node.attributes.values() if isinstance(value, Branch)]
-
-
-def _all_nodes(nodes: list[Node]) -> Iterator[Node]:
-    """Nodes, and those of the graphs within them."""
-    for node in nodes:
-        yield node
-        for branch in _branches(node):
-            yield from _all_nodes(branch.nodes)
-
-
 def _inner_outputs(nodes: list[Node]) -> tuple[str, ...]:
     """Names that the graphs within nodes give."""
-    return tuple(name for node in _all_nodes(nodes) for branch in _branches(node) for name in branch.outputs)
+    return tuple(name for node in all_nodes(nodes) for branch in branches(node) for name in branch.outputs)
 
 
 def _without(nodes: list[Node], gone: set[int]) -> list[Node]:

@@ -210,7 +210,9 @@ def _check_sets(model: Any, path: Path) -> None:
 def _check_floating(model: Any, path: Path) -> None:
     for line, node in enumerate(_nodes(model.graph), 1):
         # Runtimes have domains of their own for more of them: QLinearAdd, DynamicQuantizeLSTM, QGemm.
-        own = node.domain not in ("", "ai.onnx") and node.op_type.startswith(("QLinear", "DynamicQuantize", "QGemm"))
+        own = node.domain not in ("", "ai.onnx") and str(node.op_type).startswith(
+            ("QLinear", "DynamicQuantize", "QGemm")
+        )
         if node.op_type in _QUANTIZED or own:
             raise SourceError(
                 "the ONNX file is quantized already",
