@@ -98,12 +98,29 @@ EXPORTED = {
         {"depth_multiplier": 0.35, "image_size": 64, "num_labels": 4},
         "pixel_values",
     ),
+    "SegformerForSemanticSegmentation": (
+        "SegformerConfig",
+        FOUR | {"decoder_hidden_size": 8, "image_size": 64, "num_attention_heads": [1, 1, 1, 1]},
+        "pixel_values",
+    ),
     "YolosForObjectDetection": (
         "YolosConfig",
         VISION | {"image_size": [32, 32], "num_detection_tokens": 4},
         "pixel_values",
     ),
     "DetrForObjectDetection": ("DetrConfig", DETR, "pixel_values"),
+    "DPTForDepthEstimation": (
+        "DPTConfig",
+        VISION
+        | {
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "is_hybrid": False,
+        },
+        "pixel_values",
+    ),
     "Dinov2Model": ("Dinov2Config", VISION, "pixel_values"),
     "Swin2SRForImageSuperResolution": (
         "Swin2SRConfig",

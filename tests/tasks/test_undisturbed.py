@@ -109,3 +109,32 @@ else:
 def test_compress_and_apply_leave_threads_generators_and_filters_as_they_were(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+
+
+class Recording(nn.Module):
+    """It installs a hook in its first forward, and remembers that by a flag, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.installed = False
+        self.seen = []
+
+    def forward(self, x):
+        if not self.installed:
+            self.fc.register_forward_hook(lambda module, args, output: self.seen.append(output))
+            self.installed = True
+        self.seen = []
+        return self.fc(x), len(self.seen)
+
+
+def test_hooks_that_a_forward_installs_go_with_their_flag():
+    module = Recording()
+    own = module.fc.register_forward_pre_hook(lambda module, args: None)
+    for _ in range(3):
+        with same_state(module):
+            module(torch.zeros(1, 2))
+        assert not module.installed and not module.fc._forward_hooks
+        assert list(module.fc._forward_pre_hooks) == [own.id]
+    module(torch.zeros(1, 2))
+    assert len(module.seen) == 1

@@ -17,10 +17,11 @@ from penjing.randomness import preserve_rng_state
 
 _CONTAINERS = (list, dict, set, deque)
 _KNOWN = frozenset(vars(nn.Module()))  # torch's own hooks and flags
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
 
 class ModuleState:
-    """A snapshot of the buffers and plain attributes of a module, to compare with and restore later.
+    """A snapshot of the buffers, plain attributes and hooks of a module, to compare with and restore later.
 
     Parameters are not copied, because a forward normally does not change them; one that does is detected and named.
     """
@@ -33,6 +34,8 @@ class ModuleState:
             for name, part in parts
             if not isinstance(part, torch.jit.ScriptModule)
         ]
+        # A forward that installs hooks once, as transformers does, keeps a flag of it: both go back, or neither.
+        self._hooks = [(part, {name: dict(vars(part)[name]) for name in _HOOKS}) for _, part, _, _ in self._parts]
         self._contents: dict[int, tuple[Any, Any]] = {}
         for _, _, attributes, buffers in self._parts:
             for value in (*attributes.values(), *buffers.values()):
@@ -53,7 +56,13 @@ class ModuleState:
         return names + [name for name, p, version in self._versions if _version(p) != version]
 
     def restore(self) -> None:
-        """Restore buffers and attributes: the same objects, with the same contents."""
+        """Restore buffers, attributes and hooks: the same objects, with the same contents."""
+        for part, hooks in self._hooks:
+            for name, before in hooks.items():
+                now = vars(part)[name]
+                if now.keys() != before.keys():
+                    now.clear()
+                    now.update(before)
         for _, part, attributes, buffers in self._parts:
             now = _attributes(part)
             for key in now:
