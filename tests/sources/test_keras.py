@@ -152,6 +152,59 @@ def lines():
     )
 
 
+@keras.saving.register_keras_serializable("tests")
+class Cell(layers.Layer):
+    """A recurrent cell of the user's own."""
+
+    def __init__(self, units, **more):
+        super().__init__(**more)
+        self.state_size = self.units = units
+
+    def build(self, shape):
+        self.inward = self.add_weight(shape=(shape[-1], self.units), name="inward")
+        self.onward = self.add_weight(shape=(self.units, self.units), name="onward")
+
+    def call(self, x, states):
+        state = ops.tanh(x @ self.inward + states[0] @ self.onward)
+        return state, [state]
+
+
+def cells():
+    """Recurrent layers that only Keras has, written out step by step."""
+    x = keras.Input((4, 5, 5, 2), name="film")
+    y = layers.ConvLSTM2D(2, 2, return_sequences=True, name="film_steps")(x)
+    y = layers.TimeDistributed(layers.Conv2D(3, 2, name="each"), name="frames")(y)
+    y = layers.RNN([layers.LSTMCell(3), Cell(2, name="mine")], name="stack")(layers.Reshape((4, 27))(y))
+    return keras.Model(x, y)
+
+
+def pictures():
+    """Bytes of a picture given by name, and layers that run by their own code; outputs by name."""
+    x = keras.Input((8, 6, 4), dtype="uint8", name="picture")
+    other = keras.Input((8, 6, 4), name="other")
+    y = layers.Rescaling(1 / 127.5, offset=-1)(x) + other
+    y = layers.PReLU(shared_axes=[1, 2])(layers.Conv2D(8, 3, groups=2, padding="same")(y))
+    backbone = keras.Sequential([layers.Input((8, 6, 8)), layers.Conv2D(8, 1, name="conv")], name="backbone")
+    y = layers.GroupNormalization(2)(backbone(y))
+    outputs = {
+        "same": layers.AveragePooling2D(3, 2, padding="same")(y),
+        "larger": layers.UpSampling2D(2, interpolation="bilinear")(layers.Cropping2D(((1, 0), (2, 1)))(y)),
+        "sized": layers.Resizing(5, 7)(layers.UnitNormalization()(y)),
+        "chosen": layers.Softmax(axis=1)(layers.GlobalMaxPooling2D()(y)),
+    }
+    return keras.Model({"picture": x, "other": other}, outputs)
+
+
+def attentions():
+    """Attention with a causal mask, across two sequences, with grouped queries, and with a mask of padding."""
+    ids, memory = keras.Input((6,), dtype="int32", name="ids"), keras.Input((4, 8), name="memory")
+    x = layers.Embedding(20, 8, mask_zero=True, name="table")(ids)
+    x = x + layers.MultiHeadAttention(2, 3, dropout=0.1, name="itself")(x, x, use_causal_mask=True)
+    x = x + layers.MultiHeadAttention(2, 3, value_dim=4, name="across")(x, memory)
+    y = layers.GroupQueryAttention(3, 4, 2, name="grouped")(memory, memory)
+    return keras.Model([ids, memory], [layers.Attention(use_scale=True)([x, y]), layers.AdditiveAttention()([x, y])])
+
+
 def images(count, size=9, seed=0):
     return torch.randn(count, size, size, 3, generator=torch.Generator().manual_seed(seed))
 
@@ -169,6 +222,9 @@ NETWORKS = {
     "stepwise": (stepwise, (normal(3, 4, 3),)),
     "masked": (masked, (PADDED,)),
     "lines": (lines, (normal(3, 16, 3),)),
+    "cells": (cells, (normal(3, 4, 5, 5, 2),)),
+    "pictures": (pictures, (normal(3, 8, 6, 4), (normal(3, 8, 6, 4, seed=1).abs() * 80).to(torch.uint8))),
+    "attentions": (attentions, (PADDED, normal(3, 4, 8))),
 }
 
 
@@ -183,6 +239,9 @@ def tensors(outputs):
 
 def predicted(model, example):
     arrays = [value.numpy() for value in example]
+    structure = getattr(model, "input", None)
+    if isinstance(structure, dict):
+        arrays = [dict(zip(sorted(structure), arrays, strict=True))]
     return tensors(model.predict(arrays[0] if len(arrays) == 1 else arrays, verbose=0))
 
 
@@ -289,6 +348,20 @@ def test_a_file_is_opened_with_an_example_of_its_inputs(file):
     assert [tuple(value.shape) for value in source.example] == [(1, 9, 9, 3)]
     with torch.no_grad():
         torch.testing.assert_close(source.module(images(3)), predicted(model, (images(3),))[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*NETWORKS} - {"subclassed", "cells"}))
+def test_a_file_holds_what_the_model_was(name, tmp_path):
+    """Everything that Keras itself saves is opened again: operators between layers, masks, nested networks."""
+    build, example = NETWORKS[name]
+    model = filled(build())
+    model.save(tmp_path / "net.keras")
+    source = open_source(tmp_path / "net.keras")
+    assert len(source.example) == len(example)
+    with torch.no_grad():
+        outputs = tensors(source.module(*example))
+    for output, expected in zip(outputs, predicted(model, example), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +476,17 @@ def foreign_metric(config):
     config["config"]["layers"][1]["config"]["kernel_initializer"] = {
         "module": "subprocess", "class_name": "Popen", "config": {"args": ["true"]}, "registered_name": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["sharper", {"module": "builtins", "class_name": "function", "config": "sharper",
+                                                    "registered_name": "function"}])  # fmt: skip
+def test_a_function_that_keras_does_not_know_is_named(file, tmp_path, activation):
+    def own(config):
+        layer_of(config, "mix")["config"]["activation"] = activation
+
+    with refused(CheckpointError, "custom-object") as caught:
+        open_source(changed(file[0], tmp_path / "own.keras", own))
+    assert "'sharper'" in str(caught.value)
 
 
 FOREIGN = {

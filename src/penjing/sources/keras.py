@@ -163,7 +163,7 @@ def open_file(path: Path) -> tuple[KerasNetwork, tuple[torch.Tensor, ...] | None
     except PenjingError:
         raise
     except Exception as error:  # of zip, HDF5, and each layer's from_config
-        raise keras_files.damaged(path, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+        raise keras_files.unread(path, error) from error
     if not is_model(model):
         raise CheckpointError(
             "the Keras file holds no network",

@@ -23,7 +23,8 @@ _CLASSES = frozenset(
     "keras keras.layers keras.models keras.initializers keras.regularizers keras.constraints keras.dtype_policies "
     "keras.random keras.ops keras.activations keras.src.models.functional keras.src.models.sequential "
     "keras.src.ops.numpy keras.src.ops.nn keras.src.ops.core keras.src.ops.math keras.src.ops.image "
-    "keras.src.ops.linalg keras.src.ops.einops keras.src.dtype_policies.dtype_policy".split()
+    "keras.src.ops.linalg keras.src.ops.einops keras.src.applications.convnext "
+    "keras.src.dtype_policies.dtype_policy".split()
 )
 """Modules whose classes are layers, graphs, operators and settings, and read no files."""
 _FUNCTIONS = frozenset("keras.activations keras.ops keras.initializers builtins".split())
@@ -68,6 +69,17 @@ def damaged(path: Path, got: str) -> CheckpointError:
         remedy="write or download it again; a file of Keras 2 (.h5) opens in keras.models.load_model, and "
         "model.save('net.keras') writes it anew",
     )
+
+
+def unread(path: Path, error: Exception) -> CheckpointError:
+    """The error for what Keras raised: a name that it does not know, or a damaged file."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not locate \w+ '?([\w>.]+)|Could not interpret [\w ]+ identifier: '?([\w>.]+)", text)
+    if unknown is not None:
+        return _refused(
+            path, f"the custom object {(unknown[1] or unknown[2])!r}", _FACTORY.format(path.name), "custom-object"
+        )
+    return damaged(path, f"{type(error).__name__}: {text[:400]}")
 
 
 def _text(archive: zipfile.ZipFile) -> str:
@@ -122,10 +134,7 @@ def _parts(value: Any, place: str = "") -> Iterator[tuple[dict[str, Any], str]]:
 def _check_part(path: Path, part: dict[str, Any], place: str) -> None:
     kind, module, registered = (part.get(key) for key in ("class_name", "module", "registered_name"))
     where = f"{kind!r} in layer {place!r}" if place else f"{kind!r}"
-    own = (
-        "write a factory that imports its class and loads the file, and give it as file.py:factory: "
-        f"def factory(): return keras.models.load_model({path.name!r}, custom_objects=...)"
-    )
+    own = _FACTORY.format(path.name)
     if kind in _TEXT:
         raise SourceError(
             f"the Keras layer {place!r} makes numbers of texts, or looks them up",
@@ -189,6 +198,10 @@ def _check_weights(path: Path, file: Any, stored: int) -> None:
             raise ValueError(f"{size:,} bytes of weights in a file of {stored:,}")
 
 
+_FACTORY = (
+    "write a factory that imports its class and loads the file, and give it as file.py:factory: "
+    "def factory(): return keras.models.load_model({!r}, custom_objects=...)"
+)
 _AGAIN = "load it where it was made and write it again: model.save('net.keras')"
 
-__all__ = ["check", "damaged"]
+__all__ = ["check", "unread"]

@@ -199,7 +199,13 @@ class Stepwise(Own):
     def forward(self, sequences: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer computes."""
         check_steps(self, sequences.shape[1])
-        return super().forward(sequences, *args, **kwargs)
+        own = self.layer.__dict__
+        before = own.get("unroll")
+        own["unroll"] = True  # Keras' loop fixes the batch
+        try:
+            return super().forward(sequences, *args, **kwargs)
+        finally:
+            own["unroll"] = before
 
 
 def check_stateless(layer: Any) -> None:
