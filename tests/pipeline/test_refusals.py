@@ -160,3 +160,21 @@ def test_in_words(sources, capsys):
     assert "openvino can't take this network: 1 place" in text and "net.py:11 in forward" in text
     assert cli.main(["inspect", f"{file}:Net", "--shape", "3,8,8", "--runtime", "onyx", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["code"] == "unknown-runtime"
+
+
+def test_what_fails_only_where_sizes_vary_is_found_by_its_place(monkeypatch):
+    """The exporter takes it with fixed sizes alone, as older exporters took pools."""
+    from penjing.onnx_files import write as onnx_file
+
+    exported = onnx_file._exported
+
+    def fixed(network, call, dynamic, outputs):
+        if dynamic != {} and any("hardswish" in str(node.target) for node in network.graph.nodes):
+            raise RuntimeError("hardswish takes fixed sizes")
+        return exported(network, call, dynamic, outputs)
+
+    monkeypatch.setattr(onnx_file, "_exported", fixed)
+    monkeypatch.setattr(onnx_file.export_cache, "recall", lambda key: None)
+    monkeypatch.setattr(onnx_file.export_cache, "store", lambda key, data: None)
+    (found,) = asked(Net(F.hardswish), "onnxruntime")
+    assert found.shapes and found.kind == "hardswish" and found.sites[0] == "a"

@@ -134,13 +134,14 @@ def compared(
     near = measure.differences(planned, answers, parts, samples)
     far = measure.differences(original, answers, parts, samples)
     for size in (*PROBES, SAMPLES) if varies(task) else ():
-        call = one_call(task, size)
-        expected = _tried(network, call)
+        call = whole if size == SAMPLES else one_call(task, size)
+        expected = planned if size == SAMPLES else _tried(network, call)
         if expected is None:  # the network itself does not take so few
             continue
         mine = _called(session, arrays(manifest, call), expected, size)
         near = measure.worst(near, measure.differences(expected, mine, parts, size))
-        far = measure.worst(far, measure.differences(_outputs(source, call), mine, parts, size))
+        exact = original if size == SAMPLES else _outputs(source, call)
+        far = measure.worst(far, measure.differences(exact, mine, parts, size))
 
     def elsewhere(rounding: float) -> Sequence[measure.Difference]:
         return _from_itself(network, whole, planned, parts, rounding)

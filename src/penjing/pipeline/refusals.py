@@ -102,6 +102,7 @@ class _Search:
         self.events = events or (lambda kind, **values: None)
         self.nodes: Nodes = [n for n in network.graph.nodes if n.op in ("call_module", "call_function")]
         self.values: dict[fx.Node, Any] = {}
+        self.axes = _axes(network, task)
         self.varying = False
         self.tried = 0
 
@@ -132,8 +133,8 @@ class _Search:
         for likeness, part in first.items():
             yield part, [site(n) for n in self.nodes if self._likeness([n]) == likeness and n not in part]
 
-    def _told(self, nodes: Nodes, alike: Sequence[str] = ()) -> tuple[Refusal, _Part]:
-        trouble = self._fails(nodes)
+    def _told(self, nodes: Nodes, alike: Sequence[str] = (), whole: _Trouble | None = None) -> tuple[Refusal, _Part]:
+        trouble = self._fails(nodes) or whole
         assert trouble is not None
         last = nodes[-1]
         refusal = Refusal(
@@ -155,7 +156,7 @@ class _Search:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._fails(self.nodes[:middle]) is not None else (middle, high)
-        return self._told(self.nodes[:high])
+        return self._told(self.nodes[:high], whole=whole)
 
     def _named(self, nodes: Nodes, trouble: _Trouble) -> list[Nodes]:
         """Operators that the failure names and that fail alone, one of each likeness."""
@@ -234,20 +235,20 @@ class _Search:
         axes: dict[str | int, dict[int, str]] = {}
         inside = set(nodes)
 
-        def given(value: Any, meta: Any) -> Any:
+        def given(value: Any, read: fx.Node | None) -> Any:
             if isinstance(value, tuple | list):
                 return type(value)(given(one, None) for one in value)
             if not isinstance(value, torch.Tensor):
                 return value  # a size: what it is in the example
-            if self.varying and (named := _axes(meta)):
-                axes[len(inputs)] = named
+            if self.varying and read in self.axes:
+                axes[len(inputs)] = self.axes[read]
             inputs.append(value)
             return graph.placeholder(f"input_{len(inputs)}")
 
         for node in nodes:  # all inputs stand first
             for read in node.all_input_nodes:
                 if read not in inside and read not in env and read.op != "get_attr":
-                    env[read] = given(self.values[read], read.meta.get("val"))
+                    env[read] = given(self.values[read], read)
         for node in nodes:
             for read in node.all_input_nodes:
                 if read not in env:
@@ -269,10 +270,13 @@ class _Search:
         return _Part(fx.GraphModule(self.network, graph).eval(), tuple(inputs), axes)
 
 
-def _axes(meta: Any) -> dict[int, str]:
-    """Axes of a value that vary freely, by the symbol of their size."""
-    sizes = getattr(meta, "shape", ())
-    return {i: str(n) for i, n in enumerate(sizes) if isinstance(n, torch.SymInt) and str(n).isidentifier()}
+def _axes(network: fx.GraphModule, task: Task) -> dict[fx.Node, dict[int, str]]:
+    """The axes of the network's inputs that vary."""
+    inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+    if task.dynamic is None:
+        return {node: {0: "batch"} for node in inputs}
+    named = [(node, task.dynamic.get(str(node.target), task.dynamic.get(i))) for i, node in enumerate(inputs)]
+    return {node: dict(axes) for node, axes in named if axes}
 
 
 def _values(network: fx.GraphModule, task: Task) -> dict[fx.Node, Any]:
