@@ -131,3 +131,18 @@ def test_the_worst_row_is_the_one_furthest_below_its_limit():
     parity = Parity(against="planned", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
     assert parity.worst.output == "b"
     assert limits.rejection([parity]).reason.endswith("computed in torch, in a call of 3")
+
+
+def test_behind_a_selection_rows_may_trade_places_as_torch_itself_trades_them():
+    """A floor of 0 dB in the place of 15: 9 dB pass where torch keeps 9 dB with rounding errors, and 2 dB do not."""
+    reference = [REFERENCE]
+
+    def rejected(snr_db, **more):
+        found = differences(reference, [at(snr_db)], split(reference), 32)
+        itself = differences(reference, [at(9)], split(reference))
+        rows = limits.judged(found, ["boxes"], "int8", lambda rounding: itself, **more)
+        return not all(row.holds for row in rows)
+
+    assert rejected(9)
+    assert not rejected(9, least_db=limits.SELECTED_DB)
+    assert rejected(2, least_db=limits.SELECTED_DB)

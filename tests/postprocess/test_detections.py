@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import penjing as pj
@@ -147,6 +148,17 @@ def test_the_network_within_is_pruned_and_quantized_and_suppression_is_not(runti
     assert boxes.shape == (8, 10, 4)
     assert abs(int(count.sum()) - int(simulated[3].sum())) <= 4
     assert (scores[:, 0] - simulated[1][:, 0].detach().numpy()).max() < 0.05
+
+
+def test_boxes_that_trade_places_do_not_refuse_an_artifact(tmp_path):
+    """Random scores are nearly alike: a last bit decides which of two boxes comes first, in torch as in the runtime."""
+    detector = Detections(
+        heads.Yolox(), decode=GridBoxes(heads.SIDE), boxes="cxcywh", score_threshold=1e-3, max_detections=10
+    ).eval()
+    coarse = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = F.interpolate(coarse, size=heads.SIDE, mode="bilinear")
+    task = Task(example=data[:2], calibration=[data[:12], data[12:]])
+    assert pj.quantize_to(detector, task, tmp_path / "small.xml", fast=True).parity
 
 
 def scattered(n=40):

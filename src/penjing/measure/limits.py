@@ -42,6 +42,8 @@ SOURCE_TOLD_DB = 15.0
 """An integer artifact below this against the source network gets a warning: quantization itself loses that much."""
 LEAST_DB = 15.0
 """Lowest limit, in decibels, however sensitive the network is: below it, rounding and errors can't be distinguished."""
+SELECTED_DB = 0.0
+"""The same behind a selection of boxes: one that trades places with its equal moves whole rows of the outputs."""
 _SPARE = 2.0  # times the noise of a network with rounding errors: 3 dB
 _NOTHING = 1e-12  # times the power per value of the largest part
 
@@ -56,11 +58,12 @@ def judged(
     names: Sequence[str],
     precision: str,
     elsewhere: Callable[[float], Sequence[Difference]] | None = None,
+    least_db: float = LEAST_DB,
 ) -> tuple[ParityRow, ...]:
     """Rows with limits, for the comparison with the plan.
 
     A limit is lowered where it can't be met: where the torch network with rounding errors differs more from itself
-    (down to 15 dB), and where values are negligible relative to those of the other parts.
+    (down to `least_db`), and where values are negligible relative to those of the other parts.
 
     Args:
         differences: One for every part.
@@ -68,6 +71,7 @@ def judged(
         precision: Precision of the artifact.
         elsewhere: Maps a relative rounding error to the differences, part by part, between the torch network with such
             errors and without. Called only if a limit does not hold.
+        least_db: The lowest limit that such errors can give.
     """
     limits = of(precision)
     rows = tuple(
@@ -80,7 +84,7 @@ def judged(
     largest = max((d.signal / d.values for d in differences if d.values), default=0.0)
     itself = {d.columns: d for d in (elsewhere(limits.rounding) if elsewhere is not None else ())}
     return tuple(
-        _lowered(row, d, _allowed(d, itself.get(d.columns), largest)) if fails else row
+        _lowered(row, d, _allowed(d, itself.get(d.columns), largest, least_db)) if fails else row
         for row, d, fails in zip(rows, differences, failing, strict=True)
     )
 
@@ -101,13 +105,13 @@ def told(differences: Sequence[Difference], names: Sequence[str]) -> tuple[Parit
     )
 
 
-def _allowed(d: Difference, itself: Difference | None, largest: float) -> list[tuple[float, str]]:
+def _allowed(d: Difference, itself: Difference | None, largest: float, least_db: float) -> list[tuple[float, str]]:
     """Noise (sum of squares) that is not the artifact's fault, for every rule, with the rule in words."""
     rules = [(d.values * largest * _NOTHING, "the values are negligible beside the others")]
     if itself is not None and itself.values and not itself.fault:
         noise = _SPARE * itself.noise * d.values / itself.values
         if d.signal:
-            noise = min(noise, d.signal * 10 ** (-LEAST_DB / 10))
+            noise = min(noise, d.signal * 10 ** (-least_db / 10))
         rules.append((noise, f"torch itself keeps {itself.snr_db:.0f} dB here when every value is off by rounding"))
     return rules
 

@@ -81,6 +81,10 @@ def _(boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float, leas
     return boxes.new_empty((boxes.shape[0], _count(scores, most)), dtype=torch.int64)
 
 
+SELECTIONS = frozenset({torch.ops.penjing.non_max_suppression.default, torch.ops.penjing.best_boxes.default})
+"""The operators that select boxes by their scores."""
+
+
 def _count(scores: torch.Tensor, most: int) -> int:
     return min(most, scores.shape[1] * scores.shape[2])
 
@@ -102,4 +106,4 @@ def _overlaps(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, inner / union, torch.zeros_like(union))
 
 
-__all__ = ["NONE", "best_boxes", "non_max_suppression"]
+__all__ = ["NONE", "SELECTIONS", "best_boxes", "non_max_suppression"]
