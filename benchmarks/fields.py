@@ -14,6 +14,7 @@ A contestant that stands in the JSON already is not run again. NNCF has to be im
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -151,7 +152,7 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     results |= {
         "machine": dataclasses.asdict(measure.machine(THREADS)),
-        "versions": measure.versions(),
+        "versions": measure.versions() | {"nncf": importlib.metadata.version("nncf")},
     }
     for field in arguments.only:
         folder = ROOT / "examples" / field

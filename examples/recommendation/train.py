@@ -18,7 +18,7 @@ from penjing.tasks.outputs import numpy_predictor
 def main() -> None:
     """Train, test, save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
