@@ -518,6 +518,22 @@ def test_a_custom_loss_of_the_training_does_not_matter(file, tmp_path):
     assert open_source(changed(file[0], tmp_path / "trained.keras", own_loss)).name == "trained"
 
 
+def test_the_loss_of_a_network_within_the_network_is_checked(tmp_path):
+    """Keras makes it again, unlike that of the whole."""
+    inner = keras.Sequential([layers.Input((4,)), layers.Dense(3)], name="inner")
+    inner.compile("adam", keras.losses.SparseCategoricalCrossentropy(), metrics=["accuracy"])
+    keras.Sequential([layers.Input((4,)), inner]).save(tmp_path / "plain.keras")
+    assert "inner.dense" in str(list(open_source(tmp_path / "plain.keras").module.state_dict()))
+
+    def own_loss(config):
+        loss = {"module": "subprocess", "class_name": "Popen", "config": {"args": ["true"]}, "registered_name": None}
+        layer_of(config, "inner")["compile_config"]["loss"] = loss
+
+    with refused(CheckpointError, "custom-object") as caught:
+        open_source(changed(tmp_path / "plain.keras", tmp_path / "inner.keras", own_loss))
+    assert "subprocess.Popen" in str(caught.value)
+
+
 def rewritten(path, to, members):
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as new:
         for name in {**dict.fromkeys(old.namelist()), **members}:

@@ -24,10 +24,14 @@ _CLASSES = frozenset(
     "keras.random keras.ops keras.activations keras.src.models.functional keras.src.models.sequential "
     "keras.src.ops.numpy keras.src.ops.nn keras.src.ops.core keras.src.ops.math keras.src.ops.image "
     "keras.src.ops.linalg keras.src.ops.einops keras.src.applications.convnext "
-    "keras.src.dtype_policies.dtype_policy".split()
+    "keras.src.dtype_policies.dtype_policy keras.losses keras.metrics keras.optimizers "
+    "keras.optimizers.schedules".split()
 )
 """Modules whose classes are layers, graphs, operators and settings, and read no files."""
-_FUNCTIONS = frozenset("keras.activations keras.ops keras.initializers builtins".split())
+_TRAINING = re.compile(
+    r"keras\.src\.(backend\.torch\.)?(optimizers|losses|metrics)\.\w+"
+)  # of a compiled inner network
+_FUNCTIONS = frozenset("keras.activations keras.ops keras.initializers keras.losses keras.metrics builtins".split())
 _VALUES = frozenset(
     "__keras_tensor__ __tensor__ __numpy__ __bytes__ __ellipsis__ __slice__ DTypePolicy FloatDTypePolicy".split()
 )
@@ -49,6 +53,8 @@ def check(path: Path) -> None:
         with reading.regular(path) as file, zipfile.ZipFile(file) as archive:
             _check_members(path, archive)
             config = reading.json_text(_text(archive))
+            if isinstance(config, dict):
+                config.pop("compile_config", None)  # it is not read; that of a network within the network is
             for part, place in _parts(config):
                 _check_part(path, part, place)
             with archive.open(WEIGHTS) as weights:
@@ -116,7 +122,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _parts(value: Any, place: str = "") -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object that Keras would make, with the name of the layer that it is of; what `compile` got is not read."""
+    """Every object that Keras would make, with the name of the layer that it is of."""
     if isinstance(value, list):
         for item in value:
             yield from _parts(item, place)
@@ -126,9 +132,8 @@ def _parts(value: Any, place: str = "") -> Iterator[tuple[dict[str, Any], str]]:
             place = config["name"]
         if "class_name" in value:
             yield value, place
-        for key, item in value.items():
-            if key != "compile_config":
-                yield from _parts(item, place)
+        for item in value.values():
+            yield from _parts(item, place)
 
 
 def _check_part(path: Path, part: dict[str, Any], place: str) -> None:
@@ -157,7 +162,8 @@ def _check_part(path: Path, part: dict[str, Any], place: str) -> None:
         return
     if registered not in (None, kind):
         raise _refused(path, f"the custom object {registered!r}, in layer {place!r}", own, "custom-object")
-    if module is not None and (module not in _CLASSES or not _PLAIN.fullmatch(kind)):
+    known = module in _CLASSES or (isinstance(module, str) and _TRAINING.fullmatch(module))
+    if module is not None and not (known and _PLAIN.fullmatch(kind)):
         raise _refused(path, f"the custom object {module}.{kind}, in layer {place!r}", own, "custom-object")
     if module is None and "module" in part:
         raise _refused(path, f"the custom object {kind!r}, in layer {place!r}", own, "custom-object")
