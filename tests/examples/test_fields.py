@@ -147,3 +147,15 @@ def test_texts_become_numbers_of_words():
     row = numbers(["Oil rose, they say"], {"oil": 7, "rose": 8})[0]
     assert row[:6].tolist() == [START, 7, 8, UNKNOWN, UNKNOWN, 0]
     assert row.shape == (LENGTH,)
+
+
+def test_noise_has_the_loudness_that_was_asked_for_and_spectra_the_networks_shape():
+    from examples.keywords.task import SAMPLES, noisy, spectra
+
+    sounds = np.sin(np.arange(SAMPLES) / 5)[None].repeat(16, 0).astype(np.float32)
+    heard = noisy(sounds, np.random.default_rng(0))
+    power = (heard**2).mean(1) / (sounds**2).mean(1)  # 1 of the sound, 0.01 to 1 of the noise
+    assert (power > 0.97).all()
+    assert (power < 2.1).all()
+    assert spectra(heard).shape == (16, 1, 40, 84)
+    assert np.array_equal(heard, noisy(sounds, np.random.default_rng(0)))
