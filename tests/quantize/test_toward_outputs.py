@@ -105,6 +105,15 @@ def test_one_convolution_of_boxes_and_scores_writes_no_integers():
     assert not any(edge.startswith("/view") for edge in draft.plan.entries)
 
 
+@both
+def test_the_classes_of_pixels_stay_those_of_the_network(runtime):
+    draft, _ = planned(heads.Classes, runtime)
+    x = images(8, 3)
+    with torch.no_grad():
+        expected, given = captured(heads.Classes)[0](x), insert(draft.network, draft.plan)(x)
+    assert (expected == given).float().mean() > 0.97
+
+
 class Within(heads.Trunk):
     """Residual additions, pooling and a concatenation in front of a layer are a network's own arithmetic."""
 
