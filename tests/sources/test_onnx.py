@@ -426,6 +426,18 @@ def test_nearest_of_the_tenth_set_rounds_up_where_it_shrinks(tmp_path):
     agrees(tmp_path, made, {"x": values(2, 3, 8, 6)})
 
 
+@pytest.mark.parametrize("transform", ["half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"])
+@pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil"])
+def test_images_of_varying_sizes_are_enlarged_by_whole_factors(tmp_path, transform, rounding):
+    node = helper.make_node("Resize", ["x", "", "s"], ["y"], coordinate_transformation_mode=transform,
+                            nearest_mode=rounding)  # fmt: skip
+    made = model([node], {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, {"s": np.float32([1, 1, 2, 3])}, 13)
+    network = agrees(tmp_path, made, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
+    captured = capture_network(network, (torch.zeros(2, 3, 4, 5),), {}, {0: {0: "n", 2: "h", 3: "w"}})
+    x = torch.from_numpy(values(3, 3, 7, 9))
+    assert torch.equal(captured(x), network(x))
+
+
 def test_outputs_of_an_unknown_rank_are_read(tmp_path):
     made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": None}, {"y": None})
     network, example, _ = open_network(stored(tmp_path, made))

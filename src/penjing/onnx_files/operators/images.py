@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from penjing.onnx_files.node import Node, Value, bounded, sizes, tensor
@@ -49,7 +50,7 @@ def _resize(node: Node, x: Value, *more: Value) -> torch.Tensor:
     if transform == "tf_crop_and_resize":
         flat = [float(v) for v in np.asarray(roi).reshape(-1)]
         box = {a: (flat[i], flat[i + len(axes)]) for i, a in enumerate(axes)}
-    changed = [a for a in axes if box is not None or not (isinstance(results[a], int) and results[a] == value.shape[a])]
+    changed = [a for a in axes if box is not None or not statically_known_true(results[a] == value.shape[a])]
     mode = node.get("mode", "nearest")
     quick = _interpolated(node, value, changed, results, factors, mode, transform)
     if quick is not None:
@@ -89,7 +90,11 @@ def _interpolated(
     if mode == "nearest":
         shrinks = any(isinstance(results[a], int) and results[a] < x.shape[a] for a in axes)
         default = "round_prefer_floor" if node.opset > 10 else "ceil" if shrinks else "floor"
-        if transform == "asymmetric" and node.get("nearest_mode", default) == "floor":
+        rounding = node.get("nearest_mode", default)
+        # Where every pixel is repeated as often, all centres lie nearest to the same one.
+        repeats = all(isinstance(factors.get(a), float) and factors[a] >= 1 and factors[a].is_integer() for a in axes)
+        centred = repeats and transform in _CENTRED and rounding.startswith("round")
+        if centred or (transform == "asymmetric" and rounding == "floor"):
             return F.interpolate(x, size, mode="nearest")
         return None
     above = all(not isinstance(results[a], int) or results[a] > 1 for a in axes)
@@ -102,6 +107,9 @@ def _interpolated(
     if mode == "cubic" and rank == 2 and node.get("cubic_coeff_a", -0.75) == -0.75:
         return F.interpolate(x, size, mode="bicubic", align_corners=transform == "align_corners")
     return None
+
+
+_CENTRED = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel")
 
 
 def _near(a: Any, b: Any) -> bool:
