@@ -29,12 +29,19 @@ def size_of(call: Call) -> int:
 
 
 def part(call: Call, first: int, last: int) -> Call:
-    """The samples first to last − 1 of a call."""
+    """The samples first to last − 1 of a call.
+
+    States of recurrent layers, (layers, batch, hidden), have them in their second axis: torch would read past the end
+    of one that is not cut with the other inputs.
+    """
     size = size_of(call)
 
     def cut(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
-        return value[first:last] if whole else value
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        if value.shape[0] == size:
+            return value[first:last]
+        return value[:, first:last] if value.dim() == 3 and value.shape[1] == size else value
 
     return map_leaves(cut, call[0]), map_leaves(cut, call[1])
 
