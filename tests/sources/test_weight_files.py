@@ -113,7 +113,8 @@ def test_the_index_of_several_files(tmp_path, state, suffix):
 
 def test_the_network_can_be_any_source(tmp_path, state):
     torch.save(state, tmp_path / "net.pth")
-    (tmp_path / "net.py").write_text("from tests.sources.test_weights import Net\n\n\ndef make():\n    return Net()\n")
+    code = "from tests.sources.test_weight_files import Net\n\n\ndef make():\n    return Net()\n"
+    (tmp_path / "net.py").write_text(code)
     assert equal(pj.load_weights(f"{tmp_path / 'net.py'}:make", tmp_path / "net.pth"), state)
     source = open_source(f"{tmp_path / 'net.py'}:make", weights=tmp_path / "net.pth")
     assert source.name == "make" and source.loaded.file == str(tmp_path / "net.pth")
