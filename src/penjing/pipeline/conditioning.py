@@ -17,6 +17,8 @@ from penjing.network.graph import flat_inputs
 from penjing.tasks.outputs import flatten_outputs, to_numpy
 from penjing.tasks.task import Call
 
+_DRAWN = 1_048_573  # errors before they repeat; a prime, so that no two rows of a tensor have the same ones
+
 
 def rounded_elsewhere(network: fx.GraphModule, call: Call, rounding: float, seed: int) -> list[np.ndarray]:
     """The network's flat outputs where every floating-point input and result is off by up to `rounding` of itself.
@@ -35,7 +37,9 @@ def rounded_elsewhere(network: fx.GraphModule, call: Call, rounding: float, seed
 class _Rounds(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, rounding: float, seed: int) -> None:
         super().__init__(network)
-        self.rounding, self.generator = rounding, torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.rounding, self.drawn = rounding, torch.rand(_DRAWN, generator=generator) * 2 - 1
+        self.next = 0
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -46,9 +50,18 @@ class _Rounds(fx.Interpreter):
     def _off(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        errors = torch.rand(value.shape, generator=self.generator, dtype=torch.float32).to(value) * 2 - 1
-        moved = value * (1 + self.rounding * errors)
+        errors = self._errors(value.numel()).view(value.shape).to(value)
+        moved = torch.addcmul(value, value, errors, value=self.rounding)
+        if moved.sum().isfinite():
+            return moved
         return torch.where(moved.isfinite(), moved, value)  # the largest float fills masks
+
+    def _errors(self, count: int) -> torch.Tensor:
+        """The next errors from -1 to 1, cyclically: to draw each takes longer than the network itself."""
+        start = self.next
+        self.next = (start + count) % _DRAWN
+        first, rest = self.drawn[start : start + count], max(0, count - (_DRAWN - start))
+        return torch.cat([first, *[self.drawn] * (rest // _DRAWN), self.drawn[: rest % _DRAWN]])
 
 
 __all__ = ["rounded_elsewhere"]
