@@ -137,7 +137,13 @@ class Pooled(nn.Module):
         return F.adaptive_avg_pool2d(F.relu(self.a(x) + self.b(x)), 1).flatten(1)
 
 
-@pytest.mark.parametrize("network", [Within, Pooled])
+class Averaged(Pooled):
+    def forward(self, x):
+        h = F.relu(self.a(x) + self.b(x))
+        return h, h.mean((2, 3)), h.flatten(2).sum(2)
+
+
+@pytest.mark.parametrize("network", [Within, Pooled, Averaged])
 def test_arithmetic_that_is_not_decoded_stays_in_integers(network):
     draft, _ = planned(network, "openvino")
     assert JOINS not in draft.plan.floats.values()

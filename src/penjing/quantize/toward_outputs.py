@@ -26,6 +26,7 @@ _MOVES = frozenset(
     "pixel_shuffle movedim to".split()
 )
 _FUSED = frozenset({"relu", "clip"})  # a kernel does these itself
+_POOLS = frozenset({"avg_pool", "max_pool", "mean", "sum", "amax"})
 
 
 def leading(network: fx.GraphModule) -> set[fx.Node]:
@@ -87,7 +88,7 @@ def _keeps(network: fx.GraphModule, node: fx.Node) -> bool:
 def computes(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an operator joins or decodes; additions of two activations and pooling are arithmetic of a network."""
     what = kind(network, node)
-    if what in _MOVES | _FUSED or what in ("avg_pool", "max_pool"):
+    if what in _MOVES | _FUSED | _POOLS:
         return False
     if what == "add":
         return any(t.op == "get_attr" for t in tensor_inputs(node)) or len(tensor_inputs(node)) < 2
