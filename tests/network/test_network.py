@@ -14,6 +14,7 @@ from penjing.errors import ExportError, TaskError
 from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
 from penjing.network.graph import arguments, flat_inputs, kind, shapes, site, sites, tensor_inputs
+from penjing.tasks.usercode import load_named
 from tests.refusals import refused
 
 
@@ -529,6 +530,16 @@ class TestWhatCannotBeExported:
             capture_network(nn.Sequential(Branches()), (torch.zeros(1, 3),))
         assert "test_network.py" in caught.value.what
         assert "if y.sum() > 0" in caught.value.what
+
+    def test_the_users_line_is_named_whatever_its_folder_is_called(self, tmp_path):
+        folder = tmp_path / "penjing" / "torch"
+        folder.mkdir(parents=True)
+        text = "from torch import nn\n\nclass Net(nn.Module):\n    def forward(self, x):\n        return x.item() + x\n"
+        (folder / "net.py").write_text(text, encoding="utf-8")
+        network = load_named(str(folder / "net.py"), "Net", error=AssertionError, role="source")()
+        with refused(ExportError, "untraceable") as caught:
+            capture_network(nn.Sequential(network), (torch.zeros(1, 1),))
+        assert "net.py:5: return x.item() + x" in caught.value.what
 
     def test_a_forward_that_fails(self):
         with refused(ExportError, "untraceable") as caught:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -238,8 +240,7 @@ def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
 
 def _export_error(model: nn.Module, error: Exception) -> ExportError:
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if not _FOREIGN & {*f.filename.replace("\\", "/").split("/")}]
-    inside = [f for f in inside if "penjing" not in f.filename]
+    inside = [f for f in frames if not f.filename.startswith(("<", *_FOREIGN))]
     where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
     message = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {error}"
@@ -261,7 +262,10 @@ def _export_error(model: nn.Module, error: Exception) -> ExportError:
     )
 
 
-_FOREIGN = {"torch", "sympy"}  # folders that are not the user's code
+_FOREIGN = tuple(
+    os.path.dirname(str(spec.origin)) + os.sep for name in ("torch", "sympy", "penjing") if (spec := find_spec(name))
+)
+"""Folders of what is not the user's code, which may lie in a folder of any name."""
 _RECURRENT = (
     "recurrent-length",
     "recurrent layers of fixed length: torch.export unrolls every step; the batch may vary",
