@@ -65,7 +65,7 @@ def bypasses(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any
 
 
 def _between(shortcut: fx.Node, branch: fx.Node) -> list[fx.Node]:
-    """The operators on every path from the shortcut to the end of the branch; empty if there is no path."""
+    """The operators on every path from the shortcut to the end of the branch; empty without a path between them."""
     reached = {shortcut}
     part: list[fx.Node] = []
     node = shortcut.next

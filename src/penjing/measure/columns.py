@@ -173,7 +173,7 @@ def check_shapes(reference: Sequence[Array], candidate: Sequence[Array], where: 
 
 
 def fault(reference: Array, candidate: Array) -> str:
-    """NaN and infinities that differ between the two, in words; "" if there is no NaN and the infinities are equal."""
+    """NaN and infinities that differ between the two, in words; "" if without NaN and with equal infinities."""
     if not (is_float(reference) or is_float(candidate)):
         return ""
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
@@ -236,7 +236,7 @@ def _difference(reference: Array, candidate: Array, part: Columns) -> Difference
 
 
 def _mask_fill(values: Array, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
-    """Which values, of the same shape, are a mask's fill (see `MASK`); None if there is no such fill."""
+    """Which values, of the same shape, are a mask's fill (see `MASK`); None without a fill value."""
     finite = values[counted]
     if not finite.size:
         return None

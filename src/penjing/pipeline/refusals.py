@@ -78,12 +78,13 @@ def refused(
         events: Reports the parts that are tried.
     """
     search = _Search(network, task, runtime, events)
-    found = search.refusals()
+    refused_parts = search.refusals()
     if save is None:
-        return tuple(refusal for refusal, _ in found)
-    paths = [save if i == 0 else save.with_name(f"{save.stem}-{i + 1}{save.suffix}") for i in range(len(found))]
+        return tuple(refusal for refusal, _ in refused_parts)
+    paths = [save if i == 0 else save.with_name(f"{save.stem}-{i + 1}{save.suffix}") for i in range(len(refused_parts))]
     return tuple(
-        replace(refusal, saved=str(_saved(part, path))) for (refusal, part), path in zip(found, paths, strict=True)
+        replace(refusal, saved=str(_saved(part, path)))
+        for (refusal, part), path in zip(refused_parts, paths, strict=True)
     )
 
 

@@ -41,12 +41,12 @@ def grids(network: fx.GraphModule, call: Call) -> dict[str, tuple[float, int]]:
             line = _behind(network, node, lines[node.args[0]])
             if line is not None:
                 lines[node] = line
-    found = {}
+    grid_of = {}
     for node, line in lines.items():
         zero = -line.shift / line.factor
         if line.factor > 0 and abs(zero - round(zero)) < _NEAR and 0 <= round(zero) <= 255:
-            found[node.name] = line.factor, round(zero)
-    return found
+            grid_of[node.name] = line.factor, round(zero)
+    return grid_of
 
 
 def fits(spec: QuantSpec) -> bool:

@@ -35,7 +35,7 @@ def of(record: records.Record) -> Verdict:
     reason = goal.reason or (record.chosen.reason if record.chosen else "")
     title = ("Goal met" if goal.met else "Goal not met") + (", metric in doubt" if goal.doubt else "")
     if record.chosen is not None and record.chosen.rejection is not None:
-        title = "Rejected"  # delivered because there is no other
+        title = "Rejected"  # the only artifact that can be delivered
     if record.chosen is None and record.artifact is None:
         built = comparison.plural(len(record.candidates), "candidate")
         what = f"No artifact was chosen from {built}" if record.candidates else "No artifact could be built"

@@ -176,7 +176,7 @@ def get(name: str) -> Runtime:
     """
     if name not in SPECS:
         raise UsageError(
-            "there is no such runtime", code="unknown-runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}"
+            "the runtime is unknown", code="unknown-runtime", got=repr(name), expected=f"one of {', '.join(SPECS)}"
         )
     if (refusal := missing(name)) is not None:
         raise refusal

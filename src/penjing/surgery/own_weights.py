@@ -144,7 +144,7 @@ def _free_path(network: fx.GraphModule, node: fx.Node, copies: Mapping[str, tupl
 
 
 def _remove_unread(network: fx.GraphModule) -> None:
-    """Remove constants that are no longer read."""
+    """Remove constants without readers."""
     unread = constants(network.graph)
     for node in reversed(list(network.graph.nodes)):
         if node in unread and not node.users:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from penjing.errors import TaskError
-from penjing.tasks.fields.common import Batches, Data, field_task
+from penjing.tasks.fields.field_task import Batches, Data, field_task
 from penjing.tasks.fields.labelled import Metric, Predict, answer, called, integer_targets, pairs
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.outputs import first_output

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import TaskError
-from penjing.tasks.fields.common import Batches, Data, field_task
+from penjing.tasks.fields.field_task import Batches, Data, field_task
 from penjing.tasks.fields.labelled import Metric, Predict, answer, called, pairs
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.metrics.boxes import CONVENTIONS, inside, suppress, to_corners

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from penjing.errors import TaskError
-from penjing.tasks.fields.common import Batches, Data, field_task
+from penjing.tasks.fields.field_task import Batches, Data, field_task
 from penjing.tasks.fields.labelled import Metric, Predict, answer, called, integer_targets, pairs
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.metrics.segmentation import confusion, mean_dice, mean_iou

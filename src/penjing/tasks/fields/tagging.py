@@ -9,7 +9,7 @@ import numpy as np
 
 from penjing.errors import TaskError
 from penjing.tasks.fields.classification import cross_entropy
-from penjing.tasks.fields.common import Batches, Data, field_task
+from penjing.tasks.fields.field_task import Batches, Data, field_task
 from penjing.tasks.fields.labelled import Metric, Predict, answer, called, integer_targets, pairs
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.metrics.tagging import entity_f1

@@ -1,4 +1,4 @@
-"""What the tasks of all fields share: from labelled data, a metric and a loss to a `Task`."""
+"""From labelled data, a metric and a loss to the `Task` of a field."""
 
 from __future__ import annotations
 
