@@ -1,7 +1,9 @@
-"""The training loop of the examples: AdamW, one cycle of the learning rate, products in bfloat16."""
+"""How the examples are trained: AdamW, one cycle of the learning rate, products in bfloat16."""
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,30 +11,69 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from examples.weights import load
+from penjing.tasks.outputs import numpy_predictor
+from penjing.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast an example is trained.
+
+    Attributes:
+        epochs: Passes over the training data.
+        learning_rate: The largest of the cycle.
+        weight_decay: Of AdamW.
+        seed: Of the weights, the order of the data, and its augmentation.
+    """
+
+    epochs: int
+    learning_rate: float
+    weight_decay: float = 0.02
+    seed: int = 0
+
 
 class Loader(Sized, Iterable[tuple[Any, Any]], Protocol):
     """(inputs, target) batches that start over, and their number."""
 
 
+def main(untrained: Callable[[], nn.Module], task: Callable[[], Task], settings: Settings, weights: Path) -> None:
+    """Train an example's network, save its weights, and print the metric of what was saved.
+
+    Args:
+        untrained: Builds the network.
+        task: Creates the task, with `train` and `loss`.
+        settings: How it is trained; ``--epochs`` changes their number.
+        weights: The file, unless ``--out`` says another.
+    """
+    parser = argparse.ArgumentParser(description=f"Train the network of {weights.parent.name}, and write {weights}.")
+    parser.add_argument("--epochs", type=int, default=settings.epochs)
+    parser.add_argument("--out", type=Path, default=weights)
+    arguments = parser.parse_args()
+    data = task()
+    network = trained(untrained, data, replace(settings, epochs=arguments.epochs))
+    save(network, arguments.out)
+    print(f"{data.metric_name} {data.evaluate(numpy_predictor(load(untrained(), arguments.out))):.4f}")
+
+
+def trained(untrained: Callable[[], nn.Module], data: Task, settings: Settings) -> nn.Module:
+    """Build the network and train it; return it in eval mode."""
+    torch.manual_seed(settings.seed)
+    return train(untrained(), data.train, data.loss, settings)
+
+
 def train(
-    network: nn.Module,
-    batches: Loader,
-    loss: Callable[[Any, Any], torch.Tensor],
-    *,
-    epochs: int,
-    learning_rate: float,
-    seed: int = 0,
-    weight_decay: float = 0.02,
+    network: nn.Module, batches: Loader, loss: Callable[[Any, Any], torch.Tensor], settings: Settings
 ) -> nn.Module:
     """Train the network in place, print the loss of every epoch, and return the network in eval mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     network.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=epochs * len(batches) + 1, pct_start=0.1
+        optimizer, max_lr=settings.learning_rate, total_steps=settings.epochs * len(batches) + 1, pct_start=0.1
     )
     started = time.monotonic()
-    for epoch in range(epochs):
+    for epoch in range(settings.epochs):
         total = 0.0
         for inputs, target in batches:
             inputs, target = _tensors(inputs), _tensors(target)
@@ -46,7 +87,7 @@ def train(
             schedule.step()
             total += float(value.detach())
         seconds = time.monotonic() - started
-        print(f"epoch {epoch + 1}/{epochs}  loss {total / len(batches):.4f}  {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}/{settings.epochs}  loss {total / len(batches):.4f}  {seconds:.0f} s", flush=True)
     return network.eval().to(memory_format=torch.contiguous_format)
 
 

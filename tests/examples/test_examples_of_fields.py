@@ -159,3 +159,46 @@ def test_noise_has_the_loudness_that_was_asked_for_and_spectra_the_networks_shap
     assert (power < 2.1).all()
     assert spectra(heard).shape == (16, 1, 40, 84)
     assert np.array_equal(heard, noisy(sounds, np.random.default_rng(0)))
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def test_training_an_example_writes_the_weights_that_were_judged(tmp_path, monkeypatch, capsys):
+    import penjing as pj
+    from examples.training import Settings, main
+    from examples.weights import load
+    from penjing.tasks.outputs import numpy_predictor
+
+    x = np.random.default_rng(0).normal(size=(256, 4)).astype(np.float32)
+    y = (x[:, 0] > x[:, 1]).astype(np.int64)
+
+    def task():
+        return pj.tasks.classification((x, y), train=(x, y), batch=32)
+
+    def untrained():
+        return torch.nn.Linear(4, 2)
+
+    weights = tmp_path / "line.safetensors"
+    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "8"])
+    main(untrained, task, Settings(epochs=1, learning_rate=0.1), weights)
+    first, printed = weights.read_bytes(), capsys.readouterr().out
+    accuracy = task().evaluate(numpy_predictor(load(untrained(), weights)))
+    assert accuracy > 0.95
+    assert printed.count("epoch ") == 8
+    assert printed.endswith(f"accuracy {accuracy:.4f}\n")
+    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "8", "--out", str(tmp_path / "again.safetensors")])
+    main(untrained, task, Settings(epochs=1, learning_rate=0.1), weights)
+    assert (tmp_path / "again.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("field", ["detection", "segmentation", "text", "tagging", "keywords", "recommendation"])
+def test_the_network_of_an_examples_train_script_is_the_one_whose_weights_lie_beside_it(field):
+    import importlib
+
+    from examples.weights import load
+
+    script = importlib.import_module(f"examples.{field}.train")
+    assert script.WEIGHTS.parent.name == field
+    load(script.untrained(), script.WEIGHTS)
+    assert script.SETTINGS.epochs >= 1
