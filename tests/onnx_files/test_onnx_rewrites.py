@@ -186,6 +186,21 @@ def test_a_convolution_that_chooses_its_own_pads_is_left_alone():
     assert types(rewritten(model)) == types(model)
 
 
+def test_what_stands_before_a_convolution_may_have_outputs_that_nobody_reads():
+    model = built(
+        [
+            helper.make_node("Split", ["x"], ["unread", "read"], axis=1, num_outputs=2),
+            helper.make_node("Conv", ["read", "w"], ["y"]),
+        ],
+        [],
+        shape=(2, 6, 9, 8),
+    )
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    pad_in_convolutions(changed)
+    assert changed == model
+
+
 def test_two_pads_that_share_their_sizes_both_go():
     model = built(
         [

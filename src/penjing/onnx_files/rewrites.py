@@ -58,7 +58,8 @@ def pad_in_convolutions(model: Any) -> None:
             chain += _requantized(chain[0], producers)
         pad = chain[-1]
         pads = _zero_pads(pad, constants)
-        sole = all(readers[node.output[0]] == 1 and node.output[0] not in outputs for node in chain)
+        # What stands before may have other outputs than the one that the convolution reads.
+        sole = all(readers.get(node.output[0]) == 1 and node.output[0] not in outputs for node in chain)
         if (
             pads is None
             or not sole
@@ -79,7 +80,7 @@ def pad_in_convolutions(model: Any) -> None:
     for node in removed:
         graph.node.remove(node)
     used = {name for node in graph.node for name in node.input}
-    for name in {name for node in removed for name in node.input} - used:
+    for name in {name for node in removed for name in node.input} - used - outputs:
         if name in constants:
             graph.initializer.remove(constants[name])
         elif name in producers and producers[name].op_type == "Constant":
