@@ -194,6 +194,56 @@ def test_targets_in_another_convention_are_told_which(actual):
     assert f'"{actual}"' in caught.value.got
 
 
+def test_targets_in_another_convention_of_the_same_scale_are_told():
+    images, targets = scene()
+    corners = [{"boxes": t["boxes"] / SIDE, "labels": t["labels"]} for t in targets]
+    with refused(TaskError, "convention") as caught:
+        pj.tasks.detection((images, corners), truth="cxcywh relative")
+    assert '"xyxy relative"' in caught.value.got
+
+
+@pytest.mark.parametrize("width", [[0, 1], [0], [1]], ids=["a point", "no width", "no height"])
+def test_an_object_without_a_width_is_one_that_nobody_finds(width):
+    images, targets = scene()
+    targets[0]["boxes"][0, [2 + axis for axis in width]] = targets[0]["boxes"][0, width]
+    assert 0.8 < pj.tasks.detection((images, targets)).evaluate(finder(targets)) < 1
+
+
+@pytest.mark.parametrize(("ahead", "remedy"), [("targets", "in the targets"), ("network", "decode=")])
+def test_classes_that_count_from_1_are_told(ahead, remedy):
+    images, targets = scene()
+    first = [{"boxes": t["boxes"], "labels": np.array([0, 1, 1])} for t in targets]
+    second = [{"boxes": t["boxes"], "labels": np.array([1, 2, 2])} for t in targets]
+    truth, found = (second, first) if ahead == "targets" else (first, second)
+    with refused(TaskError, "classes") as caught:
+        pj.tasks.detection((images, truth)).evaluate(finder(found))
+    assert remedy in caught.value.remedy
+
+
+def test_images_without_objects_have_no_precision():
+    images, targets = scene(2)
+    with refused(TaskError, "no-objects"):
+        pj.tasks.detection((images, [{"boxes": [], "labels": []}, {**targets[1], "iscrowd": np.ones(3)}]))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        [None] * 6,
+        [(np.zeros((3, 4)), np.zeros(2), np.zeros(3))] * 6,
+        [(np.zeros((3, 5)), np.zeros(3), np.zeros(3))] * 6,
+        [(np.zeros((3, 4)), np.zeros((3, 1)), np.zeros(3))] * 6,
+    ],
+)
+def test_what_a_decoder_gives_is_checked(found):
+    task = pj.tasks.detection(scene(), decode=lambda outputs: found)
+    with refused(TaskError, "decode"):
+        task.evaluate(lambda x: x)
+    nothing = pj.tasks.detection(scene(), decode=lambda outputs: [([], [], [])] * 6)
+    assert nothing.evaluate(lambda x: x) == 0
+
+
 def test_a_broken_detector_is_a_figure_and_not_an_error():
     images, targets = scene()
     task = pj.tasks.detection((images, targets))
@@ -222,6 +272,7 @@ def test_targets_that_are_not_boxes(change, code):
         (lambda x: x[:, 0, :, :4], "rows"),
         (lambda x: np.full((len(x), 5, 7), np.nan, np.float32), "not-finite"),
         (lambda x: np.full((1, 5, 7), 0.5, np.float32), "decode"),
+        (lambda x: (np.zeros((len(x), 5, 3)), np.zeros((len(x), 5, 4))), "rows"),
     ],
 )
 def test_answers_that_are_not_boxes(answer, code):
@@ -283,6 +334,21 @@ def test_masks_that_are_not_classes(masks, code):
 def test_answers_that_do_not_fit_the_masks(answer):
     with refused(TaskError, "scores"):
         pj.tasks.segmentation((LOGITS, MASKS), classes=3).evaluate(answer)
+
+
+def test_probabilities_of_two_classes_are_not_scores():
+    masks = np.zeros((2, 8, 8), int)
+    masks[:, :4] = 1
+    task = pj.tasks.segmentation((np.zeros((2, 3, 8, 8), np.float32), masks), classes=2)
+    with refused(TaskError, "probabilities"):
+        task.evaluate(lambda x: masks[:, None] * 0.8 + 0.1)
+    assert task.evaluate(lambda x: masks[:, None] * 0.8 - 0.4) == 1.0
+    assert task.evaluate(lambda x: np.zeros((2, 1, 8, 8))) == 0.25  # a broken network is a figure
+
+
+def test_masks_of_which_nothing_counts():
+    with refused(TaskError, "masks"):
+        pj.tasks.segmentation((np.zeros((2, 3, 8, 8), np.float32), np.full((2, 8, 8), 255)), classes=2)
 
 
 def test_an_unknown_metric_of_segmentation():
@@ -377,3 +443,13 @@ def test_retrievals_of_another_form(relevant, metric, code):
     documents = np.eye(9, dtype=np.float32)
     with refused(TaskError, code):
         pj.tasks.retrieval(documents[:3], documents, relevant, calibration=[documents], metric=metric)
+
+
+@pytest.mark.parametrize("strange", [np.inf, -np.inf, np.nan])
+def test_embeddings_and_scores_that_are_not_finite_have_no_metric(strange):
+    rows = np.eye(4, dtype=np.float32)
+    retrieval = pj.tasks.retrieval(rows, rows, np.arange(4), calibration=[rows], metric="recall@1")
+    ranking = pj.tasks.ranking((rows, np.array([0, 1, 1, 0])))
+    for task, width in ((retrieval, 4), (ranking, 1)):
+        with refused(TaskError, "not-finite"):
+            task.evaluate(lambda x, width=width: np.where(x[:, :width] > 0, strange, 0.0))

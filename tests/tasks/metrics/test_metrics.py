@@ -79,3 +79,25 @@ def test_entity_f1_counts_whole_entities():
     found = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
     assert metrics.entity_f1(found, truth) == pytest.approx(2 * 1 / (3 + 2))
     assert metrics.entity_f1([["O"]], [["O"]]) == 1.0
+
+
+def test_what_can_not_be_compared_is_the_least_similar():
+    similarity = np.array([[np.nan, 0.1, -0.9], [0.3, np.nan, np.nan]])
+    places = metrics.ranks(similarity, [np.array([0]), np.array([0, 2])])
+    assert [place.tolist() for place in places] == [[2], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "word"),
+    [([3], [0], "predicted"), ([-1], [0], "predicted"), ([0], [3], "truth")],
+)
+def test_classes_that_are_none_are_not_counted_elsewhere(predicted, truth, word):
+    with pytest.raises(ValueError, match=word):
+        metrics.confusion(np.array(predicted), np.array(truth), classes=3)
+
+
+def test_sequences_and_detections_of_two_lengths():
+    with pytest.raises(ValueError, match="2 tags"):
+        metrics.entity_f1([["B-A"]], [["B-A", "O"]])
+    with pytest.raises(ValueError, match="2 scores"):
+        metrics.Detections(np.zeros((1, 4)), np.zeros(2), np.zeros(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ Decode = Callable[[Any], Sequence[Decoded]]
 
 _FAILS = 0.02  # mAP@0.5 below which it is looked whether another convention explains the boxes
 _EXPLAINS = 0.1  # mAP@0.5 from which it does
+_DEGENERATE = 0.5  # share of boxes without a width or height from which the convention is to blame
 
 
 @suggesting
@@ -104,7 +105,16 @@ class _Rows:
         apart = isinstance(outputs, tuple | list | Mapping) and len(outputs) >= 2
         rows = answer(outputs, 0, what="mAP")
         if apart:
-            rows = np.concatenate([rows, answer(outputs, 1, what="mAP")], axis=-1)
+            scores = answer(outputs, 1, what="mAP")
+            if rows.ndim != 3 or rows.shape[-1] != 4 or scores.ndim != 3 or scores.shape[:2] != rows.shape[:2]:
+                raise TaskError(
+                    "the network's first two outputs are not boxes and scores",
+                    code="rows",
+                    got=f"shapes {rows.shape} and {scores.shape}",
+                    expected="(images, rows, 4) and (images, rows, classes), in this order",
+                    remedy="give decode=, a function from the outputs to (boxes, scores, labels) of every image",
+                )
+            rows = np.concatenate([rows, scores], axis=-1)
         if rows.ndim != 3 or rows.shape[-1] < 5 + self.objectness:
             raise TaskError(
                 "the network's output is not boxes and scores",
@@ -136,8 +146,18 @@ class _Judge:
 
     def metric(self, batches: Batches, what: str) -> Metric:
         """The metric on these batches, whose targets are checked first."""
+        count = 0
         for images, targets in pairs(batches, what):
-            _check_truth([_target(t, self.truth, what) for t in targets], self.truth, _size(images), what)
+            objects = [_target(t, self.truth, what) for t in targets]
+            _check_truth(objects, self.truth, _size(images), what)
+            count += sum(int((~crowd).sum()) for _, _, crowd in objects)
+        if not count:
+            raise TaskError(
+                f"the images of {what} hold no object",
+                code="no-objects",
+                got="no box that is not a crowd",
+                expected="at least one: mean average precision is not defined otherwise",
+            )
 
         def evaluate(predict: Predict) -> float:
             decoded: list[Decoded] = []
@@ -146,13 +166,7 @@ class _Judge:
             for images, targets in pairs(batches, what):
                 size = _size(images)
                 rows = self.decode(called(predict, images))
-                if len(rows) != len(targets):
-                    raise TaskError(
-                        "decode gives another number of images than there are",
-                        code="decode",
-                        got=f"{len(rows)} for {len(targets)} images",
-                        expected="(boxes, scores, labels) of every image",
-                    )
+                _check_decoded(rows, len(targets))
                 decoded += rows
                 sizes += [size] * len(rows)
                 objects += [self._objects(target, size, what) for target in targets]
@@ -177,7 +191,23 @@ class _Judge:
                     expected=f'"{self.boxes}"',
                     remedy=f'write detection(..., boxes="{best}")',
                 )
+            self._check_first_class(decoded, sizes, objects)
         return value
+
+    def _check_first_class(self, decoded: list[Decoded], sizes: list[tuple[int, int]], objects: list[Objects]) -> None:
+        """Refuse classes of the truth that are those of the network only where one of them counts from 1."""
+        found = [self._detections(row, self.boxes, size) for row, size in zip(decoded, sizes, strict=True)]
+        for shift, whose in ((1, "the targets"), (-1, "the network")):
+            shifted = [replace(one, labels=one.labels + shift) for one in found]
+            value = mean_average_precision(shifted, objects, thresholds=(0.5,), max_detections=self.most)
+            if value > _EXPLAINS:
+                raise TaskError(
+                    "the classes of the targets are not those of the network",
+                    code="classes",
+                    got=f"mAP@0.5 is {value:.3f} if the classes of {whose} count from 1",
+                    expected="the class of a box is the place of its score, from 0",
+                    remedy="write labels - 1 in the targets" if shift == 1 else "give decode= with labels - 1",
+                )
 
     def _detections(self, row: Decoded, convention: str, size: tuple[int, int]) -> Detections:
         boxes, scores, labels = (np.asarray(part) for part in row)
@@ -197,6 +227,32 @@ class _Judge:
     def _objects(self, target: Any, size: tuple[int, int], what: str) -> Objects:
         boxes, labels, crowd = _target(target, self.truth, what)
         return Objects(to_corners(boxes, self.truth, size), labels, crowd)
+
+
+def _check_decoded(rows: Any, images: int) -> None:
+    """Refuse what `decode` gives unless it is boxes, scores and labels of every image, as many of each."""
+    if not isinstance(rows, Sequence) or len(rows) != images:
+        got = f"{len(rows)} for {images} images" if isinstance(rows, Sequence) else f"a {type(rows).__name__}"
+    else:
+        shapes = [tuple(np.shape(part) for part in row) if isinstance(row, Sequence) else () for row in rows]
+        wrong = [i for i, found in enumerate(shapes) if not _fits(found)]
+        if not wrong:
+            return
+        got = f"shapes {', '.join(map(str, shapes[wrong[0]])) or type(rows[wrong[0]]).__name__} for image {wrong[0]}"
+    raise TaskError(
+        "decode does not give the detections of every image",
+        code="decode",
+        got=got,
+        expected="a list of (boxes, scores, labels), one an image, of shapes (n, 4), (n,) and (n,)",
+    )
+
+
+def _fits(shapes: tuple[tuple[int, ...], ...]) -> bool:
+    if len(shapes) != 3:
+        return False
+    boxes, scores, labels = shapes
+    empty = boxes == (0,)  # a list without boxes
+    return (empty or (len(boxes) == 2 and boxes[1] == 4)) and len(scores) == 1 and scores == labels == boxes[:1]
 
 
 def _target(target: Any, convention: str, what: str) -> tuple[Array, Array, Array]:
@@ -234,15 +290,19 @@ def _check_truth(
         return
     corners = to_corners(boxes, convention, size)
     sizes = corners[:, 2:] - corners[:, :2]
-    tiny = not convention.endswith("relative") and boxes.max() <= 1.5 and min(size) > 4
-    outside = inside(boxes, convention, size) < 0.5
-    if (sizes > 0).all() and not tiny and not outside:
+    parts = boxes.max() <= 1.5 and min(size) > 4  # of the image's sides, as far as the numbers say
+    tiny = parts and not convention.endswith("relative")
+    share = inside(boxes, convention, size)
+    others = {
+        other: inside(boxes, other, size)
+        for other in CONVENTIONS
+        if other != convention and other.endswith("relative") == parts
+    }
+    # Real data has some boxes without a width or height: they count as any other, and no convention explains them.
+    turned = (sizes < 0).any() or (sizes == 0).any(axis=1).mean() > _DEGENERATE
+    if not turned and not tiny and share >= 0.5 and max(others.values()) <= max(0.9, share + 0.2):
         return
-    fitting = [other for other in CONVENTIONS if other != convention and inside(boxes, other, size) > 0.9]
-    if tiny:
-        fitting = [other for other in fitting if other.endswith("relative")]
-    elif fitting and all(not other.endswith("relative") for other in fitting[:1]):
-        fitting = [other for other in fitting if not other.endswith("relative")]
+    fitting = [other for other in others if others[other] > 0.9]
     wrong = int((sizes <= 0).any(axis=1).sum())
     likely = " or ".join(f'"{other}"' for other in fitting)
     raise TaskError(

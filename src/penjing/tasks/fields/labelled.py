@@ -146,11 +146,11 @@ def example_of(batches: Iterable[tuple[Any, Any]], what: str) -> Any:
     return map_leaves(lambda array: array[:2], inputs)
 
 
-def answer(outputs: Any, output: Any, *, what: str) -> Array:
+def answer(outputs: Any, output: Any, *, what: str, infinite: bool = True) -> Array:
     """The output that the metric reads: the first, the one of a name or number, or what a function makes of them.
 
     Raises:
-        TaskError: There is no such output, or it holds NaN.
+        TaskError: There is no such output, or it holds NaN; or infinite values, where the metric can't read them.
     """
     if callable(output):
         value = np.asarray(output(outputs))
@@ -171,11 +171,12 @@ def answer(outputs: Any, output: Any, *, what: str) -> Array:
                 expected="the name or the number of an output, or a function of the outputs",
                 remedy=f"write output={names[0]!r}",
             )
-    if value.dtype.kind == "f" and np.isnan(value).any():
+    strange = np.isnan if infinite else _not_finite
+    if value.dtype.kind == "f" and strange(value).any():
         raise TaskError(
-            f"{what} can't be computed: the outputs hold NaN",
+            f"{what} can't be computed: the outputs hold {'NaN' if infinite else 'values that are not finite'}",
             code="not-finite",
-            got=f"{int(np.isnan(value).sum())} of {value.size} values",
+            got=f"{int(strange(value).sum())} of {value.size} values",
             expected="numbers",
             remedy="find the first layer that gives NaN: penjing inspect SOURCE --task TASK",
         )
@@ -197,6 +198,10 @@ def calibration_of(
 def sample_count(inputs: Any) -> int:
     """Number of samples of inputs in any accepted form, from the first array's axis 0."""
     return next(len(value) for _, _, value in leaves(as_call(inputs)) if np.ndim(value))
+
+
+def _not_finite(value: Array) -> Array:
+    return ~np.isfinite(value)
 
 
 def _taking(rows: Array) -> Callable[[Any], Any]:

@@ -78,7 +78,7 @@ def ranking(
 
         def evaluate(predict: Predict) -> float:
             rows = [
-                _scores(answer(called(predict, inputs), output, what=metric), len(targets))
+                _scores(answer(called(predict, inputs), output, what=metric, infinite=False), len(targets))
                 for inputs, targets in pairs(batches, what)
             ]
             scores = np.concatenate(rows)

@@ -73,7 +73,7 @@ def retrieval(
     def embed(predict: Predict, data: Iterable[tuple[Any, Any]], what: str) -> Array:
         parts = []
         for inputs, marks in pairs(data, what):
-            rows = answer(called(predict, inputs), output, what=metric)
+            rows = answer(called(predict, inputs), output, what=metric, infinite=False)
             if rows.ndim != 2 or len(rows) != len(marks):
                 raise TaskError(
                     "retrieval needs one embedding a sample",

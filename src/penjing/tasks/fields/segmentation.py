@@ -68,15 +68,30 @@ def segmentation(
     metric_name, average = _METRICS[metric]
 
     def counted(batches: Batches, what: str) -> Metric:
+        count = 0
         for _, masks in pairs(batches, what):
-            _check(integer_targets(masks, what=what), classes, ignore, what)
+            truth = integer_targets(masks, what=what)
+            _check(truth, classes, ignore, what)
+            count += int((truth != ignore).sum())
+        if not count:
+            raise TaskError(
+                f"no pixel of {what} counts",
+                code="masks",
+                got=f"masks of {ignore} alone",
+                expected=f"classes from 0 to {classes - 1}",
+                remedy="write segmentation(..., ignore=None) if that is a class",
+            )
 
         def evaluate(predict: Predict) -> float:
             table = np.zeros((classes, classes), np.int64)
+            low, high = np.inf, -np.inf  # of single scores
             for images, masks in pairs(batches, what):
                 truth = integer_targets(masks, what=what)
-                found = _labels(answer(called(predict, images), output, what=metric_name), classes, truth.shape)
-                table += confusion(found, truth, classes, ignore)
+                answers = answer(called(predict, images), output, what=metric_name)
+                table += confusion(_labels(answers, classes, truth.shape), truth, classes, ignore)
+                if answers.ndim == 4 and answers.shape[1] == 1:
+                    low, high = min(low, float(answers.min())), max(high, float(answers.max()))
+            _check_scores(low, high)
             return average(table)
 
         return evaluate
@@ -99,6 +114,18 @@ def _check(truth: Array, classes: int, ignore: int | None, what: str) -> None:
         if len(strange)
         else "stack the masks of a batch along axis 0, without a channel axis",
     )
+
+
+def _check_scores(low: float, high: float) -> None:
+    """Refuse single scores, from `low` to `high`, that are probabilities: all of them are above 0."""
+    if 0 <= low < 0.5 < high <= 1:
+        raise TaskError(
+            "the network's answers are probabilities, of which none is below 0",
+            code="probabilities",
+            got=f"one score a pixel, from {low:.3g} to {high:.3g}",
+            expected="above 0 where a pixel is of class 1, otherwise below",
+            remedy="write segmentation(..., output=lambda outputs: outputs - 0.5)",
+        )
 
 
 def _labels(answers: Array, classes: int, shape: tuple[int, ...]) -> Array:

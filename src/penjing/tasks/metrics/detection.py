@@ -54,6 +54,10 @@ class Detections:
     scores: Array
     labels: Array
 
+    def __post_init__(self) -> None:
+        if not len(self.boxes) == len(self.scores) == len(self.labels):
+            raise ValueError(f"{len(self.boxes)} boxes, {len(self.scores)} scores and {len(self.labels)} labels")
+
 
 def mean_average_precision(
     detections: Sequence[Detections],

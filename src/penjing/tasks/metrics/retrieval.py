@@ -26,9 +26,9 @@ def ranks(similarity: Array, relevant: Sequence[Array]) -> list[Array]:
     """
     places = []
     for row, right in zip(similarity, relevant, strict=True):
-        better = (row[None] > row[right][:, None]).sum(axis=1)
-        equal = (row[None] == row[right][:, None]).sum(axis=1) - 1  # of equals the worst place, so that ties don't pay
-        places.append(np.sort(better + equal))
+        # Of equals the worst place, so that ties don't pay; what can't be compared is the least similar.
+        row = np.where(np.isnan(row), -np.inf, row)
+        places.append(np.sort((row[None] >= row[right][:, None]).sum(axis=1) - 1))
     return places
 
 

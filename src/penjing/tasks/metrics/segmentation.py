@@ -17,8 +17,14 @@ def confusion(predicted: Array, truth: Array, classes: int, ignore: int | None =
         truth: Classes of the same shape.
         classes: Their number.
         ignore: Value in the truth of pixels that don't count.
+
+    Raises:
+        ValueError: A class that counts is not one of them.
     """
     counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
+    for name, values in (("truth", truth[counted]), ("predicted", predicted[counted])):
+        if values.size and not 0 <= values.min() <= values.max() < classes:
+            raise ValueError(f"{name} holds classes from {values.min()} to {values.max()}, of {classes}")
     pairs = truth[counted].astype(np.int64) * classes + predicted[counted].astype(np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 

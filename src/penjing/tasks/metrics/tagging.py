@@ -38,6 +38,8 @@ def entity_f1(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]
     """
     hits = count = 0
     for guess, right in zip(predicted, truth, strict=True):
+        if len(guess) != len(right):
+            raise ValueError(f"a sequence has {len(right)} tags, and {len(guess)} are predicted")
         found, true = entities(guess), entities(right)
         hits += len(found & true)
         count += len(found) + len(true)
