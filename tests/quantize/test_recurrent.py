@@ -9,10 +9,11 @@ import penjing as pj
 from penjing import measure, runtimes
 from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
+from penjing.numerics import operators
 from penjing.pipeline import building
 from penjing.quantize.static import Static
 from penjing.records.manifest import read_manifest
-from penjing.runtimes import isolated
+from penjing.runtimes import isolated, openvino_rewrites
 from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
@@ -93,8 +94,9 @@ def decibel(reference, other):
     return float(10 * torch.log10(reference.square().mean() / noise))
 
 
-def quantized(model, data, runtime="openvino", step=None, **task):
-    task = pj.Task(example=data(2), calibration=[data(16 + i) for i in range(3)], **task)
+def quantized(model, data, runtime="openvino", step=None, n=None, **task):
+    sizes = (16, 17, 18) if n is None else (n, n, n)
+    task = pj.Task(example=data(n or 2), calibration=[data(size) for size in sizes], **task)
     network = capture_network(model, *task.call(), dynamic=task.dynamic)
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
     return (step or Static())(Draft(network), Context(task=task, capabilities=capabilities)), task
@@ -131,6 +133,32 @@ def test_the_runtime_computes_what_was_planned(name, tmp_path):
         answer = torch.as_tensor(predict(x.numpy()))
         assert decibel(plan, answer) > 40, n
         assert decibel(source, answer) > 22, n
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["one layer", "two layers, both directions", "large inputs", "residual"])
+def test_a_network_of_one_batch_size_computes_in_integers_too(name, threads, tmp_path):
+    torch.manual_seed(0)
+    make, data = ZOO[name]
+    model = make().eval()
+    for n in (1, 3):
+        draft, task = quantized(model, data, dynamic={}, n=n)
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        _, rows = built(draft, task, folder)
+        (cells,) = (r for r in rows if r.kind == "lstm")
+        assert (cells.planned, cells.executed, cells.reason) == ("int8", "int8", None)
+        with torch.no_grad():
+            source, planned = model(data(n)), insert(draft.network, draft.plan)(data(n))
+        answer = predictor(isolated.open_artifact(folder, threads), read_manifest(folder))(data(n).numpy())
+        assert decibel(planned, torch.as_tensor(answer)) > 40, n
+        assert decibel(source, torch.as_tensor(answer)) > 22, n
+
+
+def test_the_grid_of_the_state_is_that_of_the_operator():
+    low, high = (limit / operators.STATE_SCALE for limit in openvino_rewrites.STATE_LIMITS)
+    assert (low, high) == pytest.approx((-operators.STATE_ZERO, 255 - operators.STATE_ZERO))
 
 
 @needs_kernel

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 LARGEST_BFLOAT16 = np.float32(3.3895314e38)
+STATE_LIMITS = (-128 / 127, 1.0)  # of the grid that input and state of an LSTM share (`numerics.operators`)
 
 
 def select_for_booleans(model: Any) -> None:
@@ -122,8 +123,9 @@ def integer_lstms(model: Any, sites: Mapping[str, str]) -> None:
     """An LSTM with integer matrices is written so that its integer kernel takes it, and keeps its name.
 
     Its matrices are read as they are: OpenVINO's reader of ONNX puts their gates into another order after they have
-    become floats. Each direction is an LSTM. The state before the first step is one part of two: for fixed shapes
-    version 2026.4 takes the quantizer of a constant state for that of a weight, signed, for which it has no kernel.
+    become floats. Each direction is an LSTM. The state before the first step, which is 0, is computed from the input:
+    version 2026.4 takes the quantizer of a constant state, as it is for fixed shapes, for that of a weight, signed, for
+    which it has no kernel.
 
     Args:
         model: Is changed.
@@ -140,8 +142,8 @@ def integer_lstms(model: Any, sites: Mapping[str, str]) -> None:
         if len(matrices) < 2 or len(bias) != 1 or str(matrices[0][0].get_friendly_name()) not in sites:
             continue  # stored in integers, but computed in floating point
         directions, gates = bias[0].shape
-        x, hidden, cell, lengths = op.input_values()[:4]
-        states = _states(hidden, directions)
+        x, _, cell, lengths = op.input_values()[:4]
+        state = _zero_state(x, gates // 4)
         cells = opset13.split(cell, opset13.constant(1), directions).outputs()
         name = sites[str(matrices[0][0].get_friendly_name())]
         sides = []
@@ -153,7 +155,7 @@ def integer_lstms(model: Any, sites: Mapping[str, str]) -> None:
                     opset13.multiply(opset13.convert(opset13.constant(q), np.float32), opset13.constant(steps))
                 )
             settings = (opset13.constant(bias[0][d : d + 1]), gates // 4, way)
-            sides.append(opset13.lstm_sequence(x, states[d], cells[d], lengths, *floats, *settings))
+            sides.append(opset13.lstm_sequence(x, state, cells[d], lengths, *floats, *settings))
             sides[-1].set_friendly_name(f"{name}/reverse" if d else name)
         for output in range(3):
             values = [side.output(output) for side in sides]
@@ -173,19 +175,14 @@ def _integer_matrix(node: Any) -> tuple[Any, np.ndarray] | None:
     return None if scale is None else (matrix, scale)
 
 
-def _states(hidden: Any, directions: int) -> list[Any]:
-    """The quantized first state of each direction, from (batch, directions, hidden): a part of two states or more."""
+def _zero_state(x: Any, hidden: int) -> Any:
+    """The quantized first state (batch, 1, hidden), which is 0, computed from the input (batch, steps, size)."""
     from openvino import opset13
 
-    quantizer = hidden.get_node()
-    while directions == 1 and quantizer.get_type_name() in ("Reshape", "Transpose"):
-        quantizer = quantizer.input_value(0).get_node()
-    if directions == 1 and quantizer.get_type_name() == "FakeQuantize":
-        state, *limits = quantizer.input_values()  # (1, batch, hidden)
-        two = opset13.fake_quantize(opset13.concat([state, state], 0), *limits, quantizer.get_attributes()["levels"])
-        hidden = opset13.transpose(two, opset13.constant(np.array([1, 0, 2]))).output(0)
-        directions = 2
-    return list(opset13.split(hidden, opset13.constant(1), directions).outputs())
+    zeros = opset13.constant(np.zeros((1, 1, hidden), np.float32))
+    state = opset13.multiply(opset13.reduce_sum(x, opset13.constant(np.array([1, 2])), True), zeros)
+    limits = [opset13.constant(np.full((1, 1, 1), limit, np.float32)) for limit in STATE_LIMITS]
+    return opset13.fake_quantize(state, *limits, *limits, 256)
 
 
 def _gates(x: np.ndarray) -> np.ndarray:
