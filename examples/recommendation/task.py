@@ -53,13 +53,18 @@ def candidates(hidden: np.ndarray, watched: np.ndarray, seed: int) -> tuple[dict
     return {"user": users, "film": films.reshape(-1)}, relevant
 
 
-def task() -> pj.Task:
-    """Create the task, whose metric is NDCG@10 over the users."""
+def in_order() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratings by user, then by time (100000, 4); each user's last row (943,); who watched what (943, 1682)."""
     rows = data.movielens()
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 3], rows[:, 0]))]  # by user, then by time
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 3], rows[:, 0]))]
     watched = np.zeros((USERS, FILMS), bool)
     watched[rows[:, 0], rows[:, 1]] = True
-    last = np.flatnonzero(np.r_[rows[1:, 0] != rows[:-1, 0], True])
+    return rows, np.flatnonzero(np.r_[rows[1:, 0] != rows[:-1, 0], True]), watched
+
+
+def task() -> pj.Task:
+    """Create the task, whose metric is NDCG@10 over the users."""
+    rows, last, watched = in_order()
     rest = np.setdiff1d(np.arange(len(rows)), np.r_[last, last - 1])
     test, select = (candidates(rows[hidden, 1], watched, seed) for seed, hidden in enumerate((last, last - 1)))
     groups = test[0]["user"]

@@ -148,6 +148,58 @@ def test_boxes_and_scores_apart_objectness_and_a_decoder():
     assert pj.tasks.detection((images, targets), decode=decode).evaluate(finder(targets)) == pytest.approx(1.0)
 
 
+def selecting(targets, spare=2):
+    """A network with suppression inside: everything, as corners, and padding behind it."""
+
+    def predict(images):
+        rows = [targets[number] for number in images[:, 0, 0, 0].astype(int)]
+        most = max(len(row["boxes"]) for row in rows) + spare
+        given = {
+            "boxes": np.zeros((len(rows), most, 4), np.float32),
+            "scores": np.zeros((len(rows), most), np.float32),
+            "classes": np.full((len(rows), most), -1),
+        }
+        for i, row in enumerate(rows):
+            count = len(row["boxes"])
+            given["boxes"][i, :count], given["scores"][i, :count] = row["boxes"], 0.9
+            given["classes"][i, :count] = row["labels"]
+        return given | {"count": np.array([len(row["boxes"]) for row in rows])}
+
+    return predict
+
+
+@pytest.mark.parametrize("said", ["xyxy", "cxcywh", "yxyx"])
+def test_boxes_that_the_network_has_selected_are_read_by_their_names(said):
+    images, targets = scene()
+    task = pj.tasks.detection((images, targets), boxes=said, batch=4)
+    assert task.evaluate(selecting(targets)) == pytest.approx(1.0)
+    twice = [{"boxes": np.repeat(t["boxes"], 2, 0), "labels": np.repeat(t["labels"], 2)} for t in targets]
+    assert task.evaluate(selecting(twice)) < 0.9  # its own suppression counts, and nothing is dropped behind it
+
+
+def test_selected_boxes_in_parts_of_the_image():
+    images, targets = scene()
+    parts = [{"boxes": t["boxes"] / SIDE, "labels": t["labels"]} for t in targets]
+    task = pj.tasks.detection((images, targets), boxes="cxcywh relative")
+    assert task.evaluate(selecting(parts)) == pytest.approx(1.0)
+    with pytest.raises(pj.PenjingError) as error:
+        pj.tasks.detection((images, targets), boxes="cxcywh").evaluate(selecting(parts))
+    assert error.value.remedy == 'write detection(..., boxes="xyxy relative")'
+
+
+def test_selected_boxes_of_another_shape():
+    images, targets = scene()
+
+    def raw(images):
+        given = selecting(targets)(images)
+        return given | {"scores": given["scores"][..., None]}
+
+    with pytest.raises(pj.PenjingError) as error:
+        pj.tasks.detection((images, targets)).evaluate(raw)
+    assert error.value.code == "selected"
+    assert "scores (6, 5, 1)" in error.value.got
+
+
 def test_padded_targets_are_the_same_as_lists():
     images, targets = scene()
     rows = [np.concatenate([t["boxes"], t["labels"][:, None]], axis=1) for t in targets]

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import TaskError
+from penjing.tasks.fields.detector_outputs import Decode, Decoded, Reader, Reading
 from penjing.tasks.fields.field_task import Batches, Data, field_task
-from penjing.tasks.fields.labelled import Metric, Predict, answer, called, pairs
+from penjing.tasks.fields.labelled import Metric, Predict, called, pairs
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.metrics.boxes import CONVENTIONS, inside, suppress, to_corners
 from penjing.tasks.metrics.detection import THRESHOLDS, Detections, Objects, mean_average_precision
 from penjing.tasks.task import Task
 
 Array = np.ndarray[Any, Any]
-Decoded = tuple[Array, Array, Array]  # boxes (n, 4) in the network's convention, scores (n,), labels (n,)
-Decode = Callable[[Any], Sequence[Decoded]]
 
 _FAILS = 0.02  # mAP@0.5 below which it is looked whether another convention explains the boxes
 _EXPLAINS = 0.1  # mAP@0.5 from which it does
@@ -59,6 +58,7 @@ def detection(
         decode: From the outputs to (boxes, scores, labels) of every image, without boxes that overlap a better one.
             None: the first output is (N, rows, 4 + classes), boxes and scores from 0 to 1, or the first two are boxes
             (N, rows, 4) and scores (N, rows, classes); boxes that overlap a better one of their class are dropped.
+            What `penjing.postprocess.Detections` gives is recognized by its names: corners, whatever `boxes` says.
         score_threshold: Least score that counts, without `decode`.
         overlap: Intersection over union above which the worse of two boxes is dropped, without `decode`.
         max_detections: Best boxes of an image and class that count.
@@ -84,8 +84,8 @@ def detection(
                 expected=", ".join(CONVENTIONS),
                 remedy='two corners in pixels are "xyxy", centre and size as parts of the image "cxcywh relative"',
             )
-    reading = _Rows(objectness, score_threshold) if decode is None else None
-    judge = _Judge(boxes, truth, decode or reading, None if decode else overlap, max_detections, tuple(thresholds))
+    reader = Reader(boxes, objectness, score_threshold, decode)
+    judge = _Judge(reader, truth, overlap, max_detections, tuple(thresholds))
     data = Data(test=test, train=train, select=select, calibration=calibration, batch=batch, dynamic=dynamic, name=name)
     every = tuple(thresholds) == THRESHOLDS
     return field_task(
@@ -94,53 +94,12 @@ def detection(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Reads outputs of one row a box, or of boxes and scores apart."""
-
-    objectness: bool
-    score_threshold: float
-    most: int = 1000  # best scores of an image that are looked at
-
-    def __call__(self, outputs: Any) -> list[Decoded]:
-        apart = isinstance(outputs, tuple | list | Mapping) and len(outputs) >= 2
-        rows = answer(outputs, 0, what="mAP")
-        if apart:
-            scores = answer(outputs, 1, what="mAP")
-            if rows.ndim != 3 or rows.shape[-1] != 4 or scores.ndim != 3 or scores.shape[:2] != rows.shape[:2]:
-                raise TaskError(
-                    "the network's first two outputs are not boxes and scores",
-                    code="rows",
-                    got=f"shapes {rows.shape} and {scores.shape}",
-                    expected="(images, rows, 4) and (images, rows, classes), in this order",
-                    remedy="give decode=, a function from the outputs to (boxes, scores, labels) of every image",
-                )
-            rows = np.concatenate([rows, scores], axis=-1)
-        if rows.ndim != 3 or rows.shape[-1] < 5 + self.objectness:
-            raise TaskError(
-                "the network's output is not boxes and scores",
-                code="rows",
-                got=f"shape {rows.shape}",
-                expected=f"(images, rows, 4 {'+ 1 ' if self.objectness else ''}+ classes)",
-                remedy="give decode=, a function from the outputs to (boxes, scores, labels) of every image",
-            )
-        return [self._image(image) for image in rows.astype(np.float64)]
-
-    def _image(self, rows: Array) -> Decoded:
-        scores = rows[:, 4:] if not self.objectness else rows[:, 5:] * rows[:, 4:5]
-        cells, labels = np.nonzero(scores > self.score_threshold)
-        values = scores[cells, labels]
-        best = np.argsort(-values, kind="stable")[: self.most]
-        return rows[cells[best], :4], values[best], labels[best]
-
-
-@dataclass(frozen=True)
 class _Judge:
     """From batches to a metric."""
 
-    boxes: str
+    reader: Reader
     truth: str
-    decode: Any
-    overlap: float | None
+    overlap: float
     most: int
     thresholds: tuple[float, ...]
 
@@ -165,38 +124,39 @@ class _Judge:
             objects: list[Objects] = []
             for images, targets in pairs(batches, what):
                 size = _size(images)
-                rows = self.decode(called(predict, images))
-                _check_decoded(rows, len(targets))
-                decoded += rows
-                sizes += [size] * len(rows)
+                reading = self.reader(called(predict, images))
+                _check_decoded(reading.images, len(targets))
+                decoded += reading.images
+                sizes += [size] * len(targets)
                 objects += [self._objects(target, size, what) for target in targets]
-            return self._score(decoded, sizes, objects)
+            return self._score(replace(reading, images=decoded), sizes, objects)
 
         return evaluate
 
-    def _score(self, decoded: list[Decoded], sizes: list[tuple[int, int]], objects: list[Objects]) -> float:
+    def _score(self, reading: Reading, sizes: list[tuple[int, int]], objects: list[Objects]) -> float:
+        said = reading.convention
+
         def at(convention: str, thresholds: Sequence[float]) -> float:
-            found = [self._detections(row, convention, size) for row, size in zip(decoded, sizes, strict=True)]
+            found = self._detections(reading, convention, sizes)
             return mean_average_precision(found, objects, thresholds=thresholds, max_detections=self.most)
 
-        value = at(self.boxes, self.thresholds)
-        if value < _FAILS and at(self.boxes, (0.5,)) < _FAILS:
-            explained = {convention: at(convention, (0.5,)) for convention in CONVENTIONS if convention != self.boxes}
+        value = at(said, self.thresholds)
+        if value < _FAILS and at(said, (0.5,)) < _FAILS:
+            explained = {convention: at(convention, (0.5,)) for convention in CONVENTIONS if convention != said}
             best = max(explained, key=lambda convention: explained[convention])
             if explained[best] > _EXPLAINS:
                 raise TaskError(
-                    f'the network\'s boxes are not "{self.boxes}"',
+                    f'the network\'s boxes are not "{said}"',
                     code="convention",
                     got=f'boxes that look like "{best}": mAP@0.5 is {explained[best]:.3f} if they are read as such',
-                    expected=f'"{self.boxes}"',
+                    expected=f'"{said}"',
                     remedy=f'write detection(..., boxes="{best}")',
                 )
-            self._check_first_class(decoded, sizes, objects)
+            self._check_first_class(self._detections(reading, said, sizes), objects)
         return value
 
-    def _check_first_class(self, decoded: list[Decoded], sizes: list[tuple[int, int]], objects: list[Objects]) -> None:
+    def _check_first_class(self, found: list[Detections], objects: list[Objects]) -> None:
         """Refuse classes of the truth that are those of the network only where one of them counts from 1."""
-        found = [self._detections(row, self.boxes, size) for row, size in zip(decoded, sizes, strict=True)]
         for shift, whose in ((1, "the targets"), (-1, "the network")):
             shifted = [replace(one, labels=one.labels + shift) for one in found]
             value = mean_average_precision(shifted, objects, thresholds=(0.5,), max_detections=self.most)
@@ -209,24 +169,31 @@ class _Judge:
                     remedy="write labels - 1 in the targets" if shift == 1 else "give decode= with labels - 1",
                 )
 
-    def _detections(self, row: Decoded, convention: str, size: tuple[int, int]) -> Detections:
-        boxes, scores, labels = (np.asarray(part) for part in row)
-        if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
-            raise TaskError(
-                "mAP can't be computed: boxes or scores are not finite",
-                code="not-finite",
-                got=f"{int((~np.isfinite(scores)).sum())} scores and {int((~np.isfinite(boxes)).sum())} edges",
-                expected="numbers",
-            )
-        corners = to_corners(boxes.reshape(-1, 4), convention, size)
-        if self.overlap is not None:
-            remain = suppress(corners, scores, labels, overlap=self.overlap, most=len(scores))
-            corners, scores, labels = corners[remain], scores[remain], labels[remain]
-        return Detections(corners, scores, labels)
+    def _detections(self, reading: Reading, convention: str, sizes: list[tuple[int, int]]) -> list[Detections]:
+        overlap = None if reading.suppressed else self.overlap
+        rows = zip(reading.images, sizes, strict=True)
+        return [_in_pixels(image, convention, size, overlap) for image, size in rows]
 
     def _objects(self, target: Any, size: tuple[int, int], what: str) -> Objects:
         boxes, labels, crowd = _target(target, self.truth, what)
         return Objects(to_corners(boxes, self.truth, size), labels, crowd)
+
+
+def _in_pixels(row: Decoded, convention: str, size: tuple[int, int], overlap: float | None) -> Detections:
+    """Corners in pixels; boxes that overlap a better one of their class by more than `overlap` are dropped."""
+    boxes, scores, labels = (np.asarray(part) for part in row)
+    if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
+        raise TaskError(
+            "mAP can't be computed: boxes or scores are not finite",
+            code="not-finite",
+            got=f"{int((~np.isfinite(scores)).sum())} scores and {int((~np.isfinite(boxes)).sum())} edges",
+            expected="numbers",
+        )
+    corners = to_corners(boxes.reshape(-1, 4), convention, size)
+    if overlap is not None:
+        remain = suppress(corners, scores, labels, overlap=overlap, most=len(scores))
+        corners, scores, labels = corners[remain], scores[remain], labels[remain]
+    return Detections(corners, scores, labels)
 
 
 def _check_decoded(rows: Any, images: int) -> None:
