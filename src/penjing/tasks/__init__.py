@@ -1,7 +1,7 @@
 """Tasks: what only the user knows, which is the data, the metric, the loss, and the code they come from.
 
 The fields have a function each that gives a `Task`: `classification`, `detection`, `segmentation`, `tagging`,
-`retrieval` and `ranking`. Their metrics, on NumPy arrays, are in `penjing.tasks.metrics`.
+`retrieval` and `ranking`. Their metrics, on NumPy arrays, are in `penjing.tasks.metrics`; `coco` opens labelled images.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penjing.tasks import metrics
     from penjing.tasks.fields.classification import classification
+    from penjing.tasks.fields.coco import coco
     from penjing.tasks.fields.detection import detection
     from penjing.tasks.fields.ranking import ranking
     from penjing.tasks.fields.retrieval import retrieval
     from penjing.tasks.fields.segmentation import segmentation
     from penjing.tasks.fields.tagging import tagging
 
-__all__ = ["classification", "detection", "metrics", "ranking", "retrieval", "segmentation", "tagging"]
+__all__ = ["classification", "coco", "detection", "metrics", "ranking", "retrieval", "segmentation", "tagging"]
 
 
 def __getattr__(name: str) -> Any:

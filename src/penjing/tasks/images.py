@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,28 +60,44 @@ class Images:
         return torch.tensor([self.files[i][1] for i in indices])
 
     def _read(self, path: Path) -> torch.Tensor:
-        image = pillow()
-        try:
-            with reading.regular(path, MOST_BYTES) as stream, image.open(stream) as file:
-                width, height = file.size
-                scale = self.resize / min(width, height)
-                size = (max(self.resize, round(width * scale)), max(self.resize, round(height * scale)))
-                if size[0] * size[1] > MOST_PIXELS:
-                    raise ValueError(f"{width:,} × {height:,} pixels, which are {size[0]:,} × {size[1]:,} when resized")
-                picture = file.convert("RGB")
-        except (*reading.UNREADABLE, image.DecompressionBombError) as cause:
-            raise TaskError(
-                "an image can't be read",
-                code="unreadable",
-                got=f"{path}: {cause}",
-                expected=f"a PNG or JPEG file that has at most {MOST_PIXELS:,} pixels when it is resized",
-                remedy="remove or replace this file",
-            ) from cause
-        picture = picture.resize(size, image.Resampling.BILINEAR)
+        def resized(width: int, height: int) -> tuple[int, int]:
+            scale = self.resize / min(width, height)
+            return max(self.resize, round(width * scale)), max(self.resize, round(height * scale))
+
+        picture, _ = read_rgb(path, resized)
         left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
         pixels = np.asarray(picture.crop((left, top, left + self.size, top + self.size)), dtype=np.float32) / 255
         normal = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(normal.transpose(2, 0, 1)))
+
+
+def read_rgb(path: Path, resized: Callable[[int, int], tuple[int, int]]) -> tuple[Any, tuple[int, int]]:
+    """Read an image file as a Pillow image in RGB, and return the file's own width and height with it.
+
+    Args:
+        path: PNG or JPEG.
+        resized: From the file's width and height to those that are wanted.
+
+    Raises:
+        TaskError: The file is not an image, or is too large when resized.
+    """
+    image = pillow()
+    try:
+        with reading.regular(path, MOST_BYTES) as stream, image.open(stream) as file:
+            width, height = file.size
+            size = resized(width, height)
+            if size[0] * size[1] > MOST_PIXELS:
+                raise ValueError(f"{width:,} × {height:,} pixels, which are {size[0]:,} × {size[1]:,} when resized")
+            picture = file.convert("RGB")
+    except (*reading.UNREADABLE, image.DecompressionBombError) as cause:
+        raise TaskError(
+            "an image can't be read",
+            code="unreadable",
+            got=f"{path}: {cause}",
+            expected=f"a PNG or JPEG file that has at most {MOST_PIXELS:,} pixels when it is resized",
+            remedy="remove or replace this file",
+        ) from cause
+    return picture.resize(size, image.Resampling.BILINEAR), (width, height)
 
 
 def pillow() -> ModuleType:

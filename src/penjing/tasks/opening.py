@@ -43,6 +43,14 @@ def open_task(spec: str) -> Task:
         return datasets.image_folder(path)
     if path.suffix.lower() == ".npz" and path.is_file():
         return datasets.npz_arrays(path)
+    if path.suffix.lower() == ".json" and path.is_file():
+        raise TaskError(
+            "labels alone are not a task: they do not tell what the network's boxes are, and which pixels it takes",
+            code="labels",
+            got=repr(spec),
+            expected="a Python file that says so: file.py:task",
+            remedy=f'task = pj.tasks.detection(pj.tasks.coco("{path.name}", size=640), boxes="cxcywh"), in a task.py',
+        )
     names = public_callables(path) if path.suffix == ".py" else []
     raise TaskError(
         "a Python file needs the name of its task" if names else "the task is missing, or of an unknown kind",
