@@ -20,6 +20,7 @@ from penjing.network.graph import line
 from penjing.onnx_files import export_cache
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
+from penjing.onnx_files.decompositions import node_by_node
 from penjing.onnx_files.exporter_table import read_once
 from penjing.onnx_files.node_names import name_nodes
 from penjing.onnx_files.translations import translations
@@ -76,7 +77,7 @@ def _exported(
     inputs = input_names(network, *call)
     # The exporter passes through the operators twice. Where an attention mask needs gradients (a learned bias), torch
     # takes another kernel, and the strides it gives would not be those that views were decided by: no gradients then.
-    with _quiet(), torch.no_grad(), read_once(OPSET):
+    with _quiet(), torch.no_grad(), read_once(OPSET), node_by_node():
         try:
             exported = torch.onnx.export(
                 program,
