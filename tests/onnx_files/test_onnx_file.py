@@ -19,7 +19,7 @@ from penjing.onnx_files import write as onnx_file
 from penjing.steps.plan import Entry, Plan, QuantSpec
 from penjing.surgery import freeze, insert
 from tests.refusals import refused
-from tests.tiny_networks import CASES, export
+from tests.tiny_networks import CASES, Case, export
 
 
 def graph_of(exported):
@@ -210,3 +210,42 @@ def test_what_reads_a_product_twice_has_two_names(combine, tmp_path):
     answers = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"x": x.numpy()})
     for given, expected in zip(answers, net(x), strict=True):
         np.testing.assert_allclose(given, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+class StoredTensors:
+    """Layers whose integers a runtime only stores, so that what was written of them is rewritten."""
+
+    class Upward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 16, 2, stride=2)
+
+        def forward(self, x):
+            return self.up(self.down(x).relu()).mean((2, 3))
+
+    class Steps(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.steps, self.head = layer(8, 16, batch_first=True, bidirectional=True), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.steps(x)[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (StoredTensors.Upward, (3, 16, 16)),
+        (lambda: StoredTensors.Steps(nn.LSTM), (6, 8)),
+        (lambda: StoredTensors.Steps(nn.GRU), (6, 8)),
+    ],
+    ids=["transposed convolution", "lstm", "gru"],
+)
+def test_a_file_holds_no_tensor_that_nothing_reads(network, shape, precision, tmp_path):
+    """ONNX Runtime warns of each when the file is opened."""
+    torch.manual_seed(0)
+    made = export(Case(network, (shape,), {}, ("output",)), "onnxruntime", precision, tmp_path)
+    graph = graph_of(made)
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert [tensor.name for tensor in graph.initializer if tensor.name not in read] == []

@@ -13,10 +13,12 @@ from penjing.architectures import build
 from penjing.errors import CheckpointError, OutputError
 from penjing.network.capture import capture_network
 from penjing.quantize import Static
+from penjing.sources.source import open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.storage import checkpoint
 from penjing.surgery import insert
+from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Task
 from tests.refusals import refused
 
@@ -298,3 +300,58 @@ def test_a_run_folder_is_restored_from_the_original_model_and_the_task(tmp_path)
     again = pj.load_checkpoint(tmp_path, copy.deepcopy(model), task)
     assert torch.equal(again.network(data), draft.network(data))
     assert again.plan == draft.plan and again.edits == draft.edits
+
+
+class TestSources:
+    """A run begins at a SOURCE, so its checkpoint is reopened with the same words."""
+
+    FACTORY = """
+import torch
+from torch import nn
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.mix(self.embed(ids)).relu().mean(1))
+
+def network():
+    torch.manual_seed(0)
+    return Reads().eval()
+"""
+
+    @pytest.fixture
+    def sources(self, tmp_path):
+        """The same network as every kind of SOURCE; the length of its texts varies."""
+        file = tmp_path / "reads.py"
+        file.write_text(self.FACTORY)
+        spec = f"{file}:network"
+        network = open_source(spec).module
+        dim = torch.export.Dim
+        axes = ({0: dim("batch", min=1, max=64), 1: dim("length", min=1, max=64)},)
+        program = torch.export.export(network, (torch.ones(2, 5, dtype=torch.int64),), dynamic_shapes=axes)
+        torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["ids"], output_names=["classes"]
+        ).save(tmp_path / "reads.onnx")  # fmt: skip
+        return {"factory": spec, "object": network, "program": program, "onnx": tmp_path / "reads.onnx"}
+
+    @pytest.mark.parametrize("form", ["factory", "object", "program", "onnx", "onnx, by its name"])
+    def test_every_source_that_runs_reopens(self, sources, tmp_path, form):
+        import penjing as pj
+
+        model = str(sources["onnx"]) if form == "onnx, by its name" else sources[form]
+        ids = torch.randint(0, 20, (16, 7), generator=torch.Generator().manual_seed(0))
+        task = pj.Task(example=ids[:2], calibration=[ids])
+        source = open_source(model)
+        declared = with_declared_axes(source, task)
+        draft = pj.quantize.Static()(
+            Draft(capture_network(source.module, *declared.call(), declared.dynamic)), Context(task=declared)
+        )
+        (tmp_path / "run").mkdir()
+        checkpoint.save(draft, tmp_path / "run")
+        again = pj.load_checkpoint(tmp_path / "run", model, task)
+        longer = torch.cat([ids, ids], 1) if "onnx" in form else ids  # the file says that the length varies
+        assert torch.equal(first_output(again.network(longer)), first_output(draft.network(longer)))
+        assert again.plan == draft.plan

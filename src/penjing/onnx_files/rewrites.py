@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,21 @@ def integer_lstms(model: Any) -> dict[str, str]:
             if scale == other:
                 names[matrix] = node.name
     return names
+
+
+def drop_unread(model: Any) -> None:
+    """Drop stored tensors that nothing reads, such as scales that were folded: ONNX Runtime warns of each."""
+    read: set[str] = set()
+    for graph in graphs(model.graph):
+        read |= {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
+
+
+def graphs(graph: Any) -> Iterator[Any]:
+    """A graph and all within its nodes (the branches of a condition)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from graphs(inner)

@@ -108,6 +108,7 @@ def _exported(
     onnx_rewrites.pad_in_convolutions(model)
     onnx_rewrites.turn_for_each(model)
     name_nodes(model, network)
+    onnx_rewrites.drop_unread(model)
     _tidy(model, inputs, call, dynamic)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
@@ -151,28 +152,19 @@ def _name_ports(model: Any, inputs: list[str], outputs: list[str]) -> None:
             name += "_"
         ports[value.name] = name
     words = set(ports.values())
-    values = {name for graph in _graphs(model.graph) for name in _values(graph)} | words
+    values = {name for graph in onnx_rewrites.graphs(model.graph) for name in _values(graph)} | words
     for name in sorted(words - ports.keys()):
         other = name
         while other in values:
             other += "_"
         values.add(other)
         ports[name] = other
-    for graph in _graphs(model.graph):
+    for graph in onnx_rewrites.graphs(model.graph):
         for part in [*graph.initializer, *graph.input, *graph.output, *graph.value_info]:
             part.name = ports.get(part.name, part.name)
         for node in graph.node:
             node.input[:] = [ports.get(name, name) for name in node.input]
             node.output[:] = [ports.get(name, name) for name in node.output]
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and all within its nodes (the branches of a condition)."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _graphs(inner)
 
 
 def _values(graph: Any) -> Iterator[str]:

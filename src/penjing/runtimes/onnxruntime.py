@@ -63,6 +63,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     if precision == "int8":
         model = onnx.load(str(path))
         onnx_rewrites.cast_when_loaded(model)
+        onnx_rewrites.drop_unread(model)
         path.write_bytes(model.SerializeToString(deterministic=True))
     program = Program(name="main", files=("model.onnx",), inputs=inputs, outputs=outputs)
     # It would quantize the weights of a layer that the plan left in floating point between quantized neighbours.

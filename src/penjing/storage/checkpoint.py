@@ -10,14 +10,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from penjing.errors import CheckpointError, OutputError
 from penjing.network.capture import capture_network
 from penjing.records import reading
 from penjing.records.files import umask, write_text
+from penjing.sources.source import in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import Plan
 from penjing.surgery import replay
+from penjing.tasks.opening import as_task
 from penjing.tasks.task import Task
 
 EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
@@ -118,18 +121,21 @@ def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
     return tuple(log["edits"]), dict(log["ties"].items())
 
 
-def restore(folder: Path | str, model: nn.Module, task: Task) -> Draft:
+def restore(folder: Path | str, model: str | Path | nn.Module | ExportedProgram, task: Task | str | Path) -> Draft:
     """Restore the draft of a run folder from the original model: the trainable network, its plan and its edits.
 
     Args:
         folder: A run folder.
-        model: A model from the same factory, with any weights.
+        model: The SOURCE of the run, or a model from the same factory, with any weights.
         task: The run's task; only its example and dynamic axes are used.
 
     Raises:
         CheckpointError: The folder has no complete checkpoint, or the model is a different network.
+        SourceError: The SOURCE can't be opened.
     """
-    return load(folder, capture_network(model, *task.call(), task.dynamic))
+    source = open_source(model)
+    source, task, _ = in_single_precision(source, with_declared_axes(source, as_task(task)))
+    return load(folder, capture_network(source.module, *task.call(), task.dynamic))
 
 
 def difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str | None:
