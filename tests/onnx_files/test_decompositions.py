@@ -27,6 +27,8 @@ REPLACED = {
     "flatten": lambda x: x.flatten(1) * 2,
     "flatten in the middle": lambda x: x.flatten(1, 2) * 2,
     "flatten of nothing": lambda x: x.flatten(2, 2) * 2,
+    "flatten of what is transposed": lambda x: x.transpose(1, 2).flatten(2) * 2,
+    "unflatten of what is transposed": lambda x: x.transpose(1, 3).unflatten(1, (2, 4)) + 1,
     "mT": lambda x: x.mT @ x,
     "reshape": lambda x: x.transpose(1, 2).reshape(x.shape[0], 256) + 1,
     "unflatten": lambda x: x.unflatten(1, (2, 2)) + 1,

@@ -98,9 +98,10 @@ def _sizes(node: fx.Node, source: fx.Node, axes: dict[int, int]) -> list[Any] | 
     return sizes
 
 
-def _view(node: fx.Node, source: fx.Node, axes: dict[int, int]) -> Replacement:
+def _reshape(node: fx.Node, source: fx.Node, axes: dict[int, int]) -> Replacement:
     sizes = _sizes(node, source, axes)
-    return None if sizes is None else (_aten.view.default, (source, sizes), {})
+    # Not a view: of a transposed value there may be none, and the exporter writes both alike.
+    return None if sizes is None else (_aten.reshape.default, (source, sizes), {})
 
 
 def _copy(node: fx.Node, source: Any, *_: Any, **__: Any) -> Replacement:
@@ -126,13 +127,13 @@ def _flatten(node: fx.Node, source: Any, start_dim: int = 0, end_dim: int = -1) 
     axes = {axis: axis if axis < start else axis + merged for axis in range(rank - merged)}
     if merged:
         del axes[start]
-    return _view(node, source, axes)
+    return _reshape(node, source, axes)
 
 
 def _unflatten(node: fx.Node, source: Any, dim: int, sizes: Any) -> Replacement:
     rank = source.meta["val"].dim()
     dim %= rank
-    return _view(
+    return _reshape(
         node, source, {axis if axis < dim else axis + len(sizes) - 1: axis for axis in range(rank) if axis != dim}
     )
 
