@@ -115,6 +115,7 @@ class _Raiser(Tensors):
         for node in list(graph.nodes):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
+        _drop_conversions(graph)
         if channels_last:
             channels_first(graph, self.tensors)
         follow_batch(graph)
@@ -218,6 +219,19 @@ class _Raiser(Tensors):
 def _sweep(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
+            graph.erase_node(node)
+
+
+def _drop_conversions(graph: fx.Graph) -> None:
+    """Remove conversions to the type that a value has: they would hide a pooling from the layer that reads it."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or operator_name(node) != "to" or not isinstance(node.args[0], fx.Node):
+            continue
+        before, after = (n.meta.get("val") for n in (node.args[0], node))
+        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+            continue
+        if (before.dtype, before.device) == (after.dtype, after.device):
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from penjing.analyze.cost import multiplies
 from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
-from penjing.quantize import mask_values
+from penjing.quantize import gates, mask_values
 from penjing.quantize.masking import before_softmax
 from penjing.quantize.steep import before_steep
 from penjing.quantize.toward_outputs import in_floats
@@ -66,12 +66,17 @@ def place(
     masked, hold = before_softmax(network), mask_values.holders(network, seen)
     decoded, steep = in_floats(network), before_steep(network)
     integer: list[fx.Node] = []
+    written: set[fx.Node] = set()
+    moves = capabilities.fuses | capabilities.passthrough | SILENT
     fixed: set[fx.Node] = set()
     for node in network.graph.nodes:
         what = kind(network, node)
         if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
         reason = masked.get(node.name) or _refusal(network, node, what, capabilities)
+        sigmoids = () if reason else gates.gate(network, node, written, moves)
+        if what in gates.KINDS and (not sigmoids or any(site(s) in excluded for s in sigmoids)):
+            reason = reason or gates.REASON
         reason = reason or decoded.get(node.name) or steep.get(node.name)
         if reason is None and node in fixed:
             reason = FIXED
@@ -80,7 +85,9 @@ def place(
         if site(node) in excluded or not node.meta.get("floating", True):  # indices and masks are integers already
             continue
         if reason is None:
-            integer.append(node)
+            integer += [node, *(s for s in sigmoids if s not in integer)]
+            if what in capabilities.quantized_output:
+                written.add(node)
         elif what in CHECKED or multiplies(network, node):
             floats[site(node)] = reason
     stored = tuple(

@@ -30,7 +30,7 @@ from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
 from penjing.steps.settings import FLAG, NAMES, check, one_of, optional, require, whole
 from penjing.steps.step import Context
-from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions
+from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions, unfold_silus
 from penjing.tasks.keywords import suggesting
 
 RULES = {
@@ -47,6 +47,9 @@ RULES = {
     "scale": one_of("free", "power_of_two"),
 }
 """Rules for the fields of `Static` that may differ between operators."""
+
+DECOMPOSED = ("attention", "silu")
+"""Kinds that `prepare` replaces by their operators where a runtime has integer kernels for these."""
 
 
 @suggesting
@@ -126,9 +129,9 @@ class Static:
     def _quantized(self, draft: Draft, context: Context) -> Draft:
         capabilities = context.capabilities or GENERIC
         draft = draft.copy()
-        whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) == "attention"]
+        whole = [name for name, node in sites(draft.network).items() if kind(draft.network, node) in DECOMPOSED]
         edits = prepare(draft.network, capabilities, self.exclude)
-        names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # a decomposed attention can be named as a whole
+        names = list(dict.fromkeys([*whole, *sites(draft.network)]))  # what is decomposed can be named as a whole
         excluded = {name: f"excluded by {pattern!r}" for pattern in self.exclude for name in matches(pattern, names)}
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
@@ -282,14 +285,16 @@ class Static:
 def prepare(network: fx.GraphModule, capabilities: Capabilities, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
     """Prepare a network for quantization, in place, and return the edits.
 
-    Tied weights are untied where a reader transposes them, batch norms are folded, and attentions are decomposed,
-    except in operators that match a pattern of `exclude`.
+    Tied weights are untied where a reader transposes them, batch norms are folded, and attentions and SiLUs are
+    decomposed, except in operators that match a pattern of `exclude`.
     """
     in_floats = fitting(exclude, network)
     edits = own_weights(network, in_floats) + fold_batch_norms(network)
-    if "matmul" not in capabilities.integer:
-        return edits
-    return edits + unfold_attentions(network, in_floats)
+    if "matmul" in capabilities.integer:
+        edits += unfold_attentions(network, in_floats)
+    if "sigmoid" in capabilities.integer:
+        edits += unfold_silus(network, in_floats)
+    return edits
 
 
 def for_layer(spec: QuantSpec, layer: nn.Module) -> QuantSpec:

@@ -51,7 +51,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         fuses=frozenset({"relu", "clip", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
-        passthrough=frozenset({"max_pool", "pad", "reshape", "transpose", *_LARGEST}),
+        passthrough=frozenset({"max_pool", "pad", "reshape", "resize", "transpose", *_LARGEST}),
         stored=frozenset({"embedding", "lstm", "gru"}),
         symmetric_products=True,
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,

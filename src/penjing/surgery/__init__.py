@@ -6,8 +6,9 @@ operator or layer is changed), ``partition`` (a split gets explicit lengths), ``
 operators that permute an axis), ``skip`` (one operator's value replaces another's, and unused operators are removed),
 ``sparse`` (tensors whose zeros are preserved; the network is unchanged), ``split_outliers`` (a linear layer's input
 channels with outliers move to a separate layer), ``divide_inputs`` (input channels of linear layers are divided by a
-vector, and their weights multiplied by it), ``unfold_attention`` (an attention becomes its operators), ``own_weights``
-(a layer that computes its weight from tied tensors gets a separate copy).
+vector, and their weights multiplied by it), ``unfold_attention`` (an attention becomes its operators), ``unfold_silu``
+(a SiLU becomes a sigmoid and a product), ``own_weights`` (a layer that computes its weight from tied tensors gets a
+separate copy).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -20,6 +21,7 @@ from penjing.surgery.own_weights import own_weights
 from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
+from penjing.surgery.silu import unfold_silus
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.straight_through import Grid
@@ -41,4 +43,5 @@ __all__ = [
     "skip",
     "split_outliers",
     "unfold_attentions",
+    "unfold_silus",
 ]
