@@ -30,7 +30,7 @@ import psutil
 
 from penjing.errors import UsageError
 from penjing.measure.memory import peak_memory_bytes, rss_bytes
-from penjing.measure.processes import channel, error_as_dict, receive, send
+from penjing.measure.processes import channel, error_as_dict, leave, receive, send
 
 OPENER = "penjing.runtimes:open_artifact"
 
@@ -129,4 +129,4 @@ def _opener(name: str) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

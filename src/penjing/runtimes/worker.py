@@ -17,7 +17,7 @@ import numpy as np
 
 from penjing import runtimes
 from penjing.errors import UsageError
-from penjing.measure.processes import channel, error_as_dict, receive, send
+from penjing.measure.processes import channel, error_as_dict, leave, receive, send
 from penjing.records.manifest import read_manifest
 from penjing.runtimes.isolated import plain
 
@@ -93,4 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())
