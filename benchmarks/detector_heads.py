@@ -4,7 +4,7 @@ Anchors with exponential sizes (SSD), distances to four sides with a centre-ness
 (CenterNet). The trunk is the trained one of examples/detection and stays as it is; the heads are trained for some
 epochs on the same scenes, and judged on the same test scenes. Penjing's INT8 is what `compress` tries first.
 
-    python benchmarks/detector_heads.py [--only anchors] [--epochs 4] [--folder DIR]
+    python benchmarks/detector_heads.py [--only anchors] [--epochs 2] [--folder DIR]
 
 A head whose weights lie in --folder is not trained again.
 """
@@ -219,7 +219,7 @@ def main() -> None:
     """Run all, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "penjing-detector-heads")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/detector_heads.json")
     arguments = parser.parse_args()
