@@ -295,6 +295,29 @@ def test_absurd_sizes_take_no_memory(tmp_path):
         network(torch.zeros(1, 4))
 
 
+FAR, WIDE = 1 << 15, 1 << 26
+GROWING = {
+    "Pad": ({"mode": "edge"}, {"p": np.array([0, 0, FAR, FAR, 0, 0, FAR, FAR])}),
+    "Conv": ({"pads": [FAR] * 4}, {"w": np.ones((3, 3, 3, 3), np.float32)}),
+    "ConvTranspose": ({"strides": [FAR, FAR]}, {"w": np.ones((3, 3, 3, 3), np.float32)}),
+    "AveragePool": ({"kernel_shape": [2, 2], "pads": [FAR] * 4}, {}),
+    "MaxPool": ({"kernel_shape": [2, 2], "pads": [FAR, 0, FAR, WIDE]}, {}),
+    "LRN": ({"size": WIDE}, {}),
+    "MaxUnpool": ({"kernel_shape": [2, 2], "strides": [FAR, FAR]}, {"i": np.zeros((1, 3, 8, 8), np.int64)}),
+}
+
+
+@pytest.mark.parametrize("operator", GROWING)
+def test_a_few_numbers_do_not_make_a_small_tensor_a_huge_one(tmp_path, operator):
+    attributes, stored_values = GROWING[operator]
+    node = helper.make_node(operator, ["x", *stored_values], ["y"], **attributes)
+    made = model([node], {"x": [1, 3, 8, 8]}, {"y": None}, stored_values)
+    network, *_ = open_network(stored(tmp_path, made))
+    with refused(SourceError, "operator") as caught:
+        network(torch.zeros(1, 3, 8, 8))
+    assert "too large" in caught.value.what
+
+
 @pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "C:\\weights.bin", "", "a/../../weights.bin"])
 def test_tensors_outside_the_folder_are_not_read(tmp_path, location):
     made = model(

@@ -6,6 +6,7 @@ sizes may hold symbols (`torch.SymInt`) where an axis varies; its type is then `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,22 @@ def bounded(node: Node, shape: Sequence[Any]) -> list[Any]:
     return list(shape)
 
 
+def check_growth(node: Node, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Refuse paddings, strides and windows that make a small tensor one that no memory holds.
+
+    Args:
+        node: With the numbers.
+        before: Shape of the tensor.
+        after: Shape of what the node makes of it; symbols, of axes that vary, are not counted in either.
+
+    Raises:
+        SourceError: It has more than `LARGEST` elements, and more than 16 times those of the tensor.
+    """
+    own, result = (math.prod(max(n, 1) for n in shape if isinstance(n, int)) for shape in (before, after))
+    if result > LARGEST and result > 16 * own:
+        raise node.refuse("its result is too large", f"shape {list(after)} from {list(before)}")
+
+
 def largest(a: Any, b: Any) -> Any:
     """The larger of two sizes, of which each may be a symbol."""
     return torch.sym_max(a, b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else max(a, b)  # type: ignore[no-untyped-call]
@@ -158,6 +175,7 @@ __all__ = [
     "Value",
     "array",
     "bounded",
+    "check_growth",
     "from_array",
     "is_known",
     "largest",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, largest, sizes, tensor
+from penjing.onnx_files.node import Node, Value, check_growth, largest, sizes, tensor
 
 
 def spatial_pads(
@@ -47,6 +47,11 @@ def pad_spatial(x: torch.Tensor, before: Sequence[Any], after: Sequence[Any], va
     return F.pad(x, flat, value=value)
 
 
+def padded_shape(x: torch.Tensor, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
+    """Shape of what `pad_spatial` gives."""
+    return [*x.shape[:2], *(n + a + b for n, a, b in zip(x.shape[2:], before, after, strict=True))]
+
+
 def _same(before: Sequence[Any], after: Sequence[Any]) -> bool:
     return all(isinstance(a, int) and isinstance(b, int) and a == b for a, b in zip(before, after, strict=True))
 
@@ -70,6 +75,7 @@ def _conv(node: Node, x: Value, w: Value, b: Value = None) -> torch.Tensor:
     rank = len(kernel)
     strides, dilations = node.get("strides", [1] * rank), node.get("dilations", [1] * rank)
     before, after = spatial_pads(node, value.shape[2:], kernel, strides, dilations)
+    check_growth(node, value.shape, padded_shape(value, before, after))
     if not _same(before, after):
         value, before = pad_spatial(value, before, after), [0] * rank
     bias = None if b is None else tensor(b)
@@ -102,6 +108,8 @@ def _conv_transpose(node: Node, x: Value, w: Value, b: Value = None) -> torch.Te
             after.append(total - less if auto == "SAME_UPPER" else less)
     else:
         before, after = spatial_pads(node, value.shape[2:], kernel, strides, dilations)
+    lengths = [stride * (n - 1) + width for n, stride, width in zip(value.shape[2:], strides, reach, strict=True)]
+    check_growth(node, value.shape, [*value.shape[:2], *lengths])
     bias = None if b is None else tensor(b)
     convolve, groups = _TRANSPOSED[rank - 1], node.get("group", 1)
     if _same(before, after) and all(n < max(s, d) for n, s, d in zip(more, strides, dilations, strict=True)):
@@ -184,4 +192,4 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 KNOWN_INPUTS: dict[str, tuple[int, ...]] = {"Col2Im": (1, 2)}
 
-__all__ = ["KNOWN_INPUTS", "OPERATORS", "pad_spatial", "spatial_pads"]
+__all__ = ["KNOWN_INPUTS", "OPERATORS", "pad_spatial", "padded_shape", "spatial_pads"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, tensor
+from penjing.onnx_files.node import Node, Value, check_growth, tensor
 
 
 def _batch(node: Node, x: Value, scale: Value, bias: Value, mean: Value, var: Value) -> Any:
@@ -70,6 +70,7 @@ def _mean_variance(node: Node, x: Value) -> torch.Tensor:
 def _lrn(node: Node, x: Value) -> torch.Tensor:
     value, size = tensor(x), node.get("size")
     alpha, beta, k = node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
+    check_growth(node, value.shape, [value.shape[0], value.shape[1] + size, *value.shape[2:]])
     squares = F.pad(value.square().flatten(2).unsqueeze(1), (0, 0, (size - 1) // 2, size // 2))
     total: torch.Tensor = F.avg_pool2d(squares, (size, 1), 1).squeeze(1).reshape(value.shape)
     divisor: torch.Tensor = (k + alpha * total).pow(beta)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, largest, sizes, tensor
-from penjing.onnx_files.operators.convolutions import pad_spatial, spatial_pads
+from penjing.onnx_files.node import Node, Value, check_growth, largest, sizes, tensor
+from penjing.onnx_files.operators.convolutions import pad_spatial, padded_shape, spatial_pads
 
 _AVERAGES: tuple[Any, ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _MAXIMA: tuple[Any, ...] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -27,6 +27,10 @@ def _window(node: Node, x: torch.Tensor) -> tuple[list[int], list[int], list[int
     strides = list(node.get("strides", [1] * rank))
     dilations = list(node.get("dilations", [1] * rank))
     before, after = spatial_pads(node, x.shape[2:], kernel, strides, dilations)
+    # The last window may reach beyond the padding by less than its own size.
+    check_growth(
+        node, x.shape, padded_shape(x, before, [n + k * d for n, k, d in zip(after, kernel, dilations, strict=True)])
+    )
     return kernel, strides, dilations, before, after
 
 
@@ -159,6 +163,7 @@ def _unpool(node: Node, x: Value, indices: Value, shape: Value = None) -> torch.
         for i, (n, s, k) in enumerate(zip(value.shape[2:], strides, kernel, strict=True))
     ]
     whole = [*value.shape[:2], *natural]
+    check_growth(node, value.shape, whole)
     flat = torch.zeros(math.prod(whole), dtype=value.dtype).scatter(0, places.reshape(-1), value.reshape(-1))
     result = flat.reshape(whole)
     if shape is None:

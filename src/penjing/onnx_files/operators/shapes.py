@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from penjing.onnx_files.node import Node, Value, array, bounded, is_known, number, sizes, tensor
+from penjing.onnx_files.node import Node, Value, array, bounded, check_growth, is_known, number, sizes, tensor
 from penjing.onnx_files.operators.elementwise import torch_type
 
 
@@ -143,6 +143,7 @@ def _pad(node: Node, x: Value, pads: Value = None, fill: Value = None, axes: Val
     along = list(range(value.dim())) if axes is None else [int(a) % value.dim() for a in sizes(node, axes, "axes")]
     mode = node.get("mode", "constant")
     by_axis = {axis: (widths[i], widths[i + len(along)]) for i, axis in enumerate(along)}
+    check_growth(node, value.shape, [n + sum(by_axis.get(axis, (0, 0))) for axis, n in enumerate(value.shape)])
     if mode == "constant":
         flat = [n for axis in reversed(range(value.dim())) for n in by_axis.get(axis, (0, 0))]
         while len(flat) > 2 and all(_is_zero(n) for n in flat[-2:]):
