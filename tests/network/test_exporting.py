@@ -71,6 +71,30 @@ class TestRemedies:
             capture_network(Foreign(), (torch.zeros(1, 3),))
 
 
+class TestMultiples:
+    """Axes that may be multiples of a number alone."""
+
+    class Blocks(nn.Module):
+        def forward(self, x):
+            return F.pixel_unshuffle(x, 2), F.pixel_unshuffle(x, 4).mean((2, 3))
+
+    def test_they_vary_as_multiples_and_export_again(self):
+        free = {"x": {0: "batch", 2: "height", 3: "width"}}
+        network = capture_network(self.Blocks(), (torch.zeros(2, 3, 16, 8),), dynamic=free)
+        for again in (network, rerun_of(network, (torch.zeros(2, 3, 16, 8),), free)):
+            x = torch.randn(3, 3, 8, 20)
+            for mine, right in zip(again(x), self.Blocks()(x), strict=True):
+                assert torch.equal(mine, right)
+
+    def test_a_batch_may_not_be_one(self):
+        class Pairs(nn.Module):
+            def forward(self, x):
+                return F.pixel_unshuffle(x.movedim(0, 2), 2)
+
+        with refused(ExportError, "fixed-size"):
+            capture_network(Pairs(), (torch.zeros(4, 3, 8, 8),))
+
+
 @pytest.mark.parametrize("number", [lambda x: x.shape[0], lambda x: x.numel() // 2, lambda x: x.shape[0] / 2])
 def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number):
     class Sizes(nn.Module):

@@ -354,3 +354,27 @@ def test_a_mean_over_an_image_stays_one_operator():
     before = [op.get_type_name() for op in model.get_ordered_ops()]
     openvino_rewrites.reductions_alone(model)
     assert [op.get_type_name() for op in model.get_ordered_ops()] == before
+
+
+class Distances(nn.Module):
+    """Positions that are far apart attend less, as in ALiBi; and how far a position is from the middle."""
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1])
+        apart = (at[:, None] - at[None]).abs()
+        middle = ((at / 2 - x.shape[1] / 4).abs() - 1).abs()
+        return (x @ x.transpose(1, 2) - apart / 4).softmax(-1) @ x + middle[:, None], x.abs()
+
+
+def test_distances_of_positions_are_not_negative(tmp_path):
+    torch.manual_seed(0)
+    example, dynamic = torch.randn(2, 5, 4), {0: {0: "batch", 1: "length"}}
+    network = capture_network(Distances().eval(), (example,), dynamic=dynamic)
+    _, structure = flatten_outputs(network(example))
+    manifest = building.build(
+        Draft(network), "openvino", "fp32", Task(example=example, dynamic=dynamic), structure, tmp_path
+    )
+    predict = predictor(runtimes.open_artifact(tmp_path, 1), manifest)
+    for x in (example, torch.randn(3, 9, 4), torch.randn(1, 4, 4), torch.randn(1, 7, 4)):
+        for mine, right in zip(predict(x.numpy()), network(x), strict=True):
+            np.testing.assert_allclose(mine, right.numpy(), rtol=1e-4, atol=1e-5)

@@ -202,6 +202,99 @@ def test_axes_without_a_name_vary(tmp_path):
     assert captured(torch.zeros(4, 3, 7, 9)).shape == (4, 3, 7, 9)
 
 
+RESIZED = [
+    ("linear", "asymmetric", {}, [2, 1.5]),
+    ("linear", "align_corners", {}, [2, 3]),
+    ("linear", "half_pixel", {}, [0.5, 0.5]),
+    ("linear", "half_pixel_symmetric", {}, [0.75, 1.25]),
+    ("cubic", "asymmetric", {}, [2, 2]),
+    ("cubic", "half_pixel", {"cubic_coeff_a": -0.5}, [1.5, 1.5]),
+    ("nearest", "align_corners", {"nearest_mode": "floor"}, [2, 2]),
+    ("nearest", "pytorch_half_pixel", {"nearest_mode": "round_prefer_ceil"}, [0.5, 0.5]),
+    ("nearest", "tf_half_pixel_for_nn", {"nearest_mode": "floor"}, [2, 2]),
+    ("nearest", "asymmetric", {"nearest_mode": "ceil"}, [1.5, 0.5]),
+]
+"""Of images whose sizes vary, in the ways that torch's own interpolation does not have."""
+
+
+def captured_and_run(tmp_path, made, arrays):
+    """What a file gives in ONNX Runtime, captured, and exported to both runtimes, for inputs of two sizes."""
+    from penjing import runtimes
+    from penjing.pipeline import building
+    from penjing.records.manifest import read_manifest
+    from penjing.runtimes.artifact import predictor
+    from penjing.steps.draft import Draft
+    from penjing.tasks.outputs import flatten_outputs
+
+    ort = pytest.importorskip("onnxruntime")
+    network, _, dynamic = open_network(stored(tmp_path, made))
+    example = torch.from_numpy(arrays[0])
+    captured = capture_network(network, (example,), {}, dynamic)
+    with torch.no_grad():
+        _, structure = flatten_outputs(captured(example))
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    answers = {"source": [session.run(None, {"x": array}) for array in arrays]}
+    with torch.no_grad():
+        answers["captured"] = [
+            [leaf.numpy() for leaf in flatten_outputs(captured(torch.from_numpy(array)))[0]] for array in arrays
+        ]
+    for runtime in RUNTIMES:
+        pytest.importorskip(runtime)
+        folder = tmp_path / runtime
+        folder.mkdir()
+        task = pj.Task(example=example, dynamic=dynamic)
+        building.build(Draft(captured), runtime, "fp32", task, structure, folder)
+        predict = predictor(runtimes.open_artifact(folder, 1), read_manifest(folder))
+        answers[runtime] = [flatten_outputs(predict(array))[0] for array in arrays]
+    return answers
+
+
+def test_images_of_varying_sizes_are_resized_in_every_way(tmp_path):
+    nodes, numbers = [], {}
+    for i, (mode, transform, more, scales) in enumerate(RESIZED):
+        numbers[f"s{i}"] = np.float32([1, 1, *scales])
+        nodes.append(
+            helper.make_node(
+                "Resize", ["x", "", f"s{i}"], [f"y{i}"], mode=mode, coordinate_transformation_mode=transform, **more
+            )
+        )
+    shapes = {f"y{i}": ["n", 2, f"h{i}", f"w{i}"] for i in range(len(RESIZED))}
+    made = model(nodes, {"x": ["n", 2, "h", "w"]}, shapes, numbers)
+    arrays = [
+        np.random.default_rng(0).normal(size=(n, 2, h, w)).astype(np.float32) for n, h, w in ((2, 8, 12), (3, 12, 4))
+    ]
+    answers = captured_and_run(tmp_path, made, arrays)
+    for who in ("captured", *RUNTIMES):
+        for mine, right in zip(answers[who], answers["source"], strict=True):
+            for way, one, other in zip(RESIZED, mine, right, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=f"{who}: {way}")
+
+
+def test_sizes_that_must_be_multiples_still_vary(tmp_path):
+    nodes = [
+        helper.make_node("SpaceToDepth", ["x"], ["d"], blocksize=2),
+        helper.make_node("Conv", ["d", "w"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    made = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": None}, {"w": values(4, 12, 3, 3)})
+    arrays = [
+        np.random.default_rng(0).normal(size=(n, 3, h, w)).astype(np.float32) for n, h, w in ((2, 8, 8), (1, 10, 6))
+    ]
+    answers = captured_and_run(tmp_path, made, arrays)
+    for who in ("captured", *RUNTIMES):
+        for (mine,), (right,) in zip(answers[who], answers["source"], strict=True):
+            np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-4, err_msg=who)
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, -2], [[-1, 0], [1, -3]]])
+def test_what_counts_from_the_end_of_an_axis_that_varies(tmp_path, indices):
+    node = helper.make_node("Gather", ["x", "i"], ["y"], axis=1)
+    made = model([node], {"x": ["n", "length", 4]}, {"y": None}, {"i": np.array(indices)})
+    network, _, dynamic = open_network(stored(tmp_path, made))
+    captured = capture_network(network, (torch.zeros(2, 6, 4),), {}, dynamic)
+    x = np.random.default_rng(0).normal(size=(3, 9, 4)).astype(np.float32)
+    assert np.array_equal(captured(torch.from_numpy(x)).numpy(), x[:, np.array(indices)])
+
+
 def test_of_a_recurrent_network_the_first_open_axis_is_the_batch(tmp_path):
     node = helper.make_node("RNN", ["x", "w", "r", "", "", "h"], ["y"], hidden_size=6)
     made = model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import re
 import traceback
@@ -42,8 +43,8 @@ def export_module(
     values = [_widen(value, axes[name]) for name, value in zip(names, [*args, *kwargs.values()], strict=True)]
     args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
-    def attempt(limits: Mapping[str, tuple[int, int]], defer: bool = False) -> ExportedProgram:
-        dims = {name: Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
+    def attempt(limits: Mapping[str, _Limit], defer: bool = False) -> ExportedProgram:
+        dims = {name: _dim(name, limit) for name, limit in limits.items()}
         shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
         with in_eval_mode(model), torch.no_grad():
             return torch.export.export(
@@ -54,7 +55,7 @@ def export_module(
                 prefer_deferred_runtime_asserts_over_guards=defer,
             )
 
-    limits: dict[str, tuple[int, int]] = {}
+    limits: dict[str, _Limit] = {}
     defer = False
     while True:
         try:
@@ -63,10 +64,13 @@ def export_module(
         except PenjingError:  # of a network that was read from a file, which names its layer
             raise
         except Exception as error:
-            suggested = _narrower_limits(str(error))
+            suggested = _narrower_limits(str(error), limits)
+            if any(suggested[name][2] > 1 for name in suggested.keys() & {words.get(0) for words in axes.values()}):
+                suggested = {}  # single samples are what is measured
             narrower = {name: _both(limit, limits.get(name, limit)) for name, limit in suggested.items()}
             if narrower and limits != limits | narrower:
-                limits |= narrower  # a table of 512 positions does not allow longer sequences
+                # A table of 512 positions does not allow longer sequences, blocks of 2 pixels no odd heights.
+                limits |= narrower
             elif re.search(UNPROVEN, str(error)) and not defer:
                 defer = True  # sizes that torch can't prove equal, for example after strides and pooling
             else:
@@ -214,17 +218,42 @@ def _shape_spec(value: Any, axes: Mapping[int, str], dims: dict[str, Dim]) -> An
     return pytree.tree_map(spec, value)
 
 
-def _narrower_limits(message: str) -> dict[str, tuple[int, int]]:
-    """Size limits of the axes, if narrower ranges are all that the exporter asks for."""
+_Limit = tuple[int, int, int]
+"""Smallest and largest size of an axis, and the number that it is a multiple of."""
+
+
+def _dim(name: str, limit: _Limit) -> Any:
+    low, high, step = limit
+    if step == 1:
+        return Dim(name, min=low, max=high)
+    return step * Dim(f"_{name}", min=-(-low // step), max=high // step)
+
+
+def _narrower_limits(message: str, before: Mapping[str, _Limit]) -> dict[str, _Limit]:
+    """Size limits of the axes, if narrower ranges and multiples are all that the exporter asks for.
+
+    Args:
+        message: Of the exporter.
+        before: The limits that it was given: of an axis that is a multiple it limits the factor, which `_dim` names.
+    """
     fixes = [line.strip() for line in message.partition("Suggested fixes:")[2].strip().split("\n\n")[0].splitlines()]
-    matches = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
-    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH))) for m in matches if m}
-    return limits if len(limits) == len(fixes) else {}
+    ranges = [re.fullmatch(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", fix) for fix in fixes]
+    limits = {m[1]: (max(1, int(m[2] or 1)), min(MAX_BATCH, int(m[3] or MAX_BATCH)), 1) for m in ranges if m}
+    for name, (_, _, step) in before.items():
+        if step > 1 and f"_{name}" in limits:
+            low, high, _ = limits.pop(f"_{name}")
+            limits[name] = (step * low, step * high, step)
+    multiples = [m for fix in fixes if (m := re.fullmatch(r"(\w+) = (\d+)\*(\w+)", fix)) is not None]
+    for multiple in multiples:
+        low, high, _ = limits.pop(multiple[3], (1, MAX_BATCH, 1))
+        step = int(multiple[2])
+        limits[multiple[1]] = (step * low, min(MAX_BATCH, step * high), step)
+    return limits if sum(map(bool, ranges)) + len(multiples) == len(fixes) else {}
 
 
-def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """The intersection of two ranges."""
-    return max(one[0], other[0]), min(one[1], other[1])
+def _both(one: _Limit, other: _Limit) -> _Limit:
+    """What both limits allow."""
+    return max(one[0], other[0]), min(one[1], other[1]), math.lcm(one[2], other[2])
 
 
 def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:

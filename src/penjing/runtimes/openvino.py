@@ -145,6 +145,7 @@ def convert(onnx_path: str, path: str, precision: str) -> None:
     _name_results(model, onnx_path)
     openvino_rewrites.first_of_equals(model)
     openvino_rewrites.select_for_booleans(model)
+    openvino_rewrites.magnitudes_of_sizes(model)
     openvino_rewrites.unequal_biases(model)
     openvino_rewrites.reductions_alone(model)
     if _HINTS[precision] == "bf16":

@@ -53,6 +53,26 @@ def first_of_equals(model: Any) -> None:
             op.output(port).replace(stable.output(port))
 
 
+def magnitudes_of_sizes(model: Any) -> None:
+    """Absolute values of what follows from sizes alone, such as the distances of positions, become the larger sign.
+
+    Where version 2026.4 knows a shape when it compiles, it computes such values beforehand, and leaves out Abs.
+    """
+    from openvino import opset13
+
+    of_sizes: set[str] = set()
+    for op in model.get_ordered_ops():
+        names = [value.get_node().get_name() for value in op.input_values()]
+        kind = op.get_type_name()
+        if kind in ("Constant", "ShapeOf") or (kind != "Parameter" and names and of_sizes.issuperset(names)):
+            of_sizes.add(op.get_name())
+        if kind == "Abs" and of_sizes.issuperset(names):
+            value = op.input_value(0)
+            larger = opset13.maximum(value, opset13.negative(value), name=op.get_friendly_name())
+            op.output(0).replace(larger.output(0))
+            of_sizes.add(larger.get_name())
+
+
 def unequal_biases(model: Any) -> None:
     """Every layer with integer weights gets a bias whose elements are not all equal.
 

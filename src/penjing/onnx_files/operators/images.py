@@ -57,7 +57,8 @@ def _resize(node: Node, x: Value, *more: Value) -> torch.Tensor:
         return quick
     for a in changed:
         if not isinstance(value.shape[a], int) or not isinstance(results[a], int):
-            raise node.refuse("its sizes vary, and torch has no interpolation of this kind", f"{mode}, {transform}")
+            value = _resampled(node, value, a, results[a], factors[a], mode, transform)
+            continue
         value = _resized(node, value, a, results[a], factors[a], None if box is None else box[a], mode, transform)
     return value
 
@@ -137,6 +138,61 @@ def _resized(
         fill = torch.full_like(result, node.get("extrapolation_value", 0.0))
         result = torch.where(torch.from_numpy(outside), fill, result)
     return result.movedim(-1, axis).to(x.dtype)
+
+
+def _resampled(
+    node: Node, x: torch.Tensor, axis: int, size: Any, factor: Any, mode: str, transform: str
+) -> torch.Tensor:
+    """One axis whose sizes vary, by the indices of the pixels that every result is made of."""
+    if transform == "tf_crop_and_resize" or node.get("exclude_outside", 0) or node.get("antialias", 0):
+        raise node.refuse("its sizes vary, and it is not computed from pixels alone", f"{mode}, {transform}")
+    many, own = (torch.scalar_tensor(n, dtype=torch.float32) for n in (size, x.shape[axis]))
+    scale = torch.scalar_tensor(factor, dtype=torch.float32) if isinstance(factor, float) else many / own
+    at = torch.arange(size, dtype=torch.float32)
+    if transform == "align_corners":
+        places = at * (own - 1) / (many - 1).clamp(min=1)
+    elif transform == "half_pixel_symmetric":
+        places = own / 2 * (1 - many / (scale * own)) + (at + 0.5) / scale - 0.5
+    else:
+        ahead = 0.0 if transform == "asymmetric" else 0.5
+        places = (at + ahead) / scale - (0.0 if transform == "tf_half_pixel_for_nn" else ahead)
+
+    last = torch.scalar_tensor(x.shape[axis] - 1, dtype=torch.int64)
+
+    def pixels(index: torch.Tensor) -> torch.Tensor:
+        return x.index_select(axis, torch.minimum(index.clamp(min=0), last))
+
+    if mode == "nearest":
+        shrinks = isinstance(factor, float) and factor < 1
+        default = "round_prefer_floor" if node.opset > 10 else "ceil" if shrinks else "floor"
+        return pixels(_NEAREST[node.get("nearest_mode", default)](places).long())
+    dtype, x = x.dtype, x if x.is_floating_point() else x.float()
+    low = places.floor().long()
+    shape = [-1 if a == axis else 1 for a in range(x.dim())]
+    taps = (0, 1) if mode == "linear" else (-1, 0, 1, 2)
+    parts = [
+        pixels(low + tap) * _weight((places - low - tap).abs(), node, mode).reshape(shape).to(x.dtype) for tap in taps
+    ]
+    return torch.stack(parts).sum(0).to(dtype)
+
+
+_NEAREST: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round_prefer_floor": lambda x: torch.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: torch.floor(x + 0.5),
+    "simple": torch.floor,
+}
+
+
+def _weight(distance: torch.Tensor, node: Node, mode: str) -> torch.Tensor:
+    """What a pixel counts at a distance from the place, in pixels."""
+    if mode == "linear":
+        return 1 - distance
+    a = node.get("cubic_coeff_a", -0.75)
+    near = ((a + 2) * distance - (a + 3)) * distance.square() + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return torch.where(distance <= 1, near, far)
 
 
 def _coordinates(at: Any, count: int, size: int, factor: float, box: Any, transform: str) -> Any:

@@ -23,11 +23,12 @@ def _gather(node: Node, x: Value, indices: Value) -> torch.Tensor:
     index = tensor(indices).long()
     if axis == 0 and value.dim() == 2 and value.is_floating_point() and index.dim() > 0 and not is_known(indices):
         return F.embedding(index, value)  # token ids are not negative
-    index = (
-        torch.where(index < 0, index + value.shape[axis], index)
-        if not is_known(indices)
-        else tensor(np.where(np.asarray(indices) < 0, indices + value.shape[axis], indices).astype(np.int64))
-    )
+    size = value.shape[axis]
+    if not is_known(indices) or indices.dtype == object:
+        index = torch.where(index < 0, index + size, index)
+    elif (indices < 0).any():  # the size may be a symbol, which NumPy would make a number
+        known = np.where(indices < 0, indices + size, indices) if isinstance(size, int) else None
+        index = torch.where(index < 0, index + size, index) if known is None else tensor(known).long()
     if index.dim() == 1:
         return value.index_select(axis, index)
     flat = value.index_select(axis, index.reshape(-1))
