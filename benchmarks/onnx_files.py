@@ -8,7 +8,9 @@ NNCF with its defaults.
 
     python benchmarks/onnx_files.py [--only FILE ...] [--threads 2] [--seconds 2] [--folder DIR]
 
-A contestant that is already in --folder is not built again. Peers have to be on the path (PYTHONPATH).
+A contestant that is already in --folder is not built again, so that a run that was stopped goes on; empty the folder
+after a change of the code. Results are written after every file, and those of files that are not in --only are kept.
+Peers have to be on the path (PYTHONPATH).
 """
 
 import argparse
@@ -351,6 +353,8 @@ def main() -> None:
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     data = {"machine": vars(machine(arguments.threads)), "versions": versions(), "recipes": RECIPES, "files": {}}
+    if arguments.out.exists() and set(arguments.only) < set(FILES):
+        data["files"] = json.loads(arguments.out.read_text())["files"]
     for name in arguments.only:
         rows, targets = {}, []
         first = samples(name, file_session(onnx_file(name)))[1][0]
@@ -378,9 +382,10 @@ def main() -> None:
                 f"{latency.median:>9.2f}{latency.spread:>8.0%}  {row.get('int8') or ''}",
                 flush=True,
             )
-        data["files"][name] = rows
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+        data["files"] = {known: rows if known == name else data["files"][known]
+                         for known in FILES if known in {*data["files"], name}}  # fmt: skip
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")
 
 

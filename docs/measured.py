@@ -667,6 +667,28 @@ HEADS = {
 }
 
 
+def onnx_files() -> str:
+    """Noise and latency of ONNX files in both runtimes, by tool."""
+    data = _read("onnx_files")
+    tables = []
+    for file, rows in data["files"].items():
+        lines = [
+            f"| {file}.onnx | noise of each output | same answers | latency, median (IQR/median) |",
+            "|---|---|---|---|",
+        ]
+        for tool, row in rows.items():
+            if "error" in row:
+                lines.append(f"| {_renamed(tool)} | can't be built or opened | | |")
+                continue
+            exact = row["relative_difference"] < 1e-4
+            noise = "equal within 1e-4" if exact else ", ".join(f"{value:.1f}" for value in row["snr_db"]) + " dB"
+            latency = row["latency_ms"]
+            shown = "busy" if latency["doubt"] else f"{latency['median']:.3g} ms ({latency['spread']:.0%})"
+            lines.append(f"| {_renamed(tool)} | {noise} | {row['agreement']:.1%} | {shown} |")
+        tables.append("\n".join(lines))
+    return _under(["\n\n".join(tables)], data, "Batch 1; ")
+
+
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -695,6 +717,7 @@ TABLES = {
     "detection": detection,
     "field_trainings": field_trainings,
     "detector_heads": detector_heads,
+    "onnx_files": onnx_files,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 
