@@ -65,6 +65,26 @@ def test_what_earlier_steps_changed_is_not_blamed_on_integers():
     assert "little of it is of the integers" in text and fine.snr_db > far.snr_db
 
 
+def test_integers_are_blamed_where_small_columns_are_lost_beside_large_ones():
+    torch.manual_seed(0)
+    data = torch.randn(32, 16)
+    task = Task(example=data[:2], calibration=[data])
+    mixed, joined = nn.Linear(16, 8), nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        mixed.weight[:4] *= 1e4
+        joined.weight.copy_(torch.eye(8))  # reads large and small values by one grid
+    network = nn.Sequential(mixed, joined).eval()
+    draft = Static()(Draft(capture_network(network, (data[:2],))), Context(task=task, capabilities=GENERIC))
+    with torch.no_grad():
+        source, planned = network(data).numpy(), insert(draft.network, draft.plan)(data).numpy()
+    rows = measure.limits.told(measure.differences([source], [planned], measure.split([source]), 32), ["scores"])
+    parity = Parity(**{**vars(measure.parity([[source]], [[planned]], "source")), "rows": rows})
+    assert parity.snr_db > 25
+    (text,) = doubts("onnxruntime-int8", "int8", (parity,), draft, task)
+    assert "columns 4-7" in text and "small beside the other columns" in text
+    assert "exclude=['0', '1']" in text and "little of it" not in text
+
+
 @pytest.mark.parametrize(("snr_db", "told"), [(35.0, True), (45.0, False)])
 def test_an_artifact_near_its_limit_is_told(snr_db, told):
     draft, task, parity = draft_and_parities(1.0)

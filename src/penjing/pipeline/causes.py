@@ -39,27 +39,38 @@ def doubts(name: str, precision: str, parities: tuple[Parity, ...], draft: Draft
                 f"{limits.told_db:.0f} dB): the runtime rounds elsewhere than the plan"
             )
         if parity.against == "source" and worst.snr_db < measure.limits.SOURCE_TOLD_DB:
+            reason = _why(draft, task, bool(worst.columns))
             told.append(
                 f"{name} keeps {worst.snr_db:.1f} dB of the source network's values in {worst.place} (below "
-                f"{measure.limits.SOURCE_TOLD_DB:.0f} dB little is left of them){_why(draft, task)}"
+                f"{measure.limits.SOURCE_TOLD_DB:.0f} dB little is left of them){reason}"
             )
     return tuple(told)
 
 
-def _why(draft: Draft, task: Task) -> str:
-    """The operators whose integers bring most of the noise, and the remedy; "" where integers are not the reason."""
+def _why(draft: Draft, task: Task, columns: bool) -> str:
+    """The operators whose integers bring most of the noise, and the remedy; "" where it can't be told.
+
+    Args:
+        draft: With the plan.
+        task: Gives the samples.
+        columns: Whether some columns of an output alone lost much: noise that is little beside the whole output may
+            be more than they are.
+    """
     try:
         call = part(one_call(task, SAMPLES), 0, SAMPLES)
         noise_of = {name: n.total for name, n in noise.isolated(draft.network, draft.plan, [call]).items()}
     except Exception:  # a warning without its reason is better than none
         return ""
     whole = sum(noise_of.values())
+    small = ""
     if noise.decibels(whole) > measure.limits.SOURCE_TOLD_DB + 10:
-        return ": little of it is of the integers; the steps before them changed the network"
+        if not columns:
+            return ": little of it is of the integers; the steps before them changed the network"
+        small = ": they are small beside the other columns, which the same grids hold"
     largest = sorted(noise_of, key=lambda name: -noise_of[name])[:NAMED]
     shares = ", ".join(f"{name} ({noise_of[name] / whole:.0%})" for name in largest)
     return (
-        f": of the integers' noise most comes from {shares}. "
+        f"{small}: of the integers' noise most comes from {shares}. "
         f"quantize.Static(exclude=[{', '.join(map(repr, largest))}]) leaves them in floating point, "
         "quantize.Rollback(snr_db=20) as many as it takes"
     )
