@@ -24,6 +24,7 @@ LOST = 0.01  # of the metric, that the chosen artifact may lose; it is the goal'
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("runtime", runtimes.DEPLOYED)
 @pytest.mark.parametrize("field", NETWORKS)
 def test_an_example_is_compressed_and_its_evidence_holds(field, runtime, tmp_path, capsys):

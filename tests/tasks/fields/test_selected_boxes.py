@@ -62,6 +62,7 @@ def by_pycocotools(outputs, truth):
     return judge.stats[0]
 
 
+@pytest.mark.slow
 def test_the_metric_of_a_file_with_suppression_inside_is_that_of_pycocotools(test_scenes, tmp_path):
     pytest.importorskip("pycocotools")
     import onnxruntime
