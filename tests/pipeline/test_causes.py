@@ -1,12 +1,13 @@
 """What is told of integers that are as planned and lost much."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from penjing import measure
 from penjing.network.capture import capture_network
-from penjing.pipeline.causes import doubts
+from penjing.pipeline.causes import doubts, hidden_samples
 from penjing.quantize import Static
 from penjing.records import Parity
 from penjing.steps.draft import Draft
@@ -83,6 +84,18 @@ def test_integers_are_blamed_where_small_columns_are_lost_beside_large_ones():
     (text,) = doubts("onnxruntime-int8", "int8", (parity,), draft, task)
     assert "columns 4-7" in text and "small beside the other columns" in text
     assert "exclude=['0', '1']" in text and "little of it" not in text
+
+
+def test_samples_that_one_outlier_hides_are_told():
+    draw = np.random.default_rng(0)
+    right = draw.normal(size=(8, 3, 4)).astype(np.float32)
+    right[5] *= 1e4
+    lost = right + draw.normal(size=right.shape).astype(np.float32) * 2
+    (text,) = hidden_samples("small.onnx", [right], [lost])
+    assert "sample 5" in text
+    assert hidden_samples("small.onnx", [right], [right + 1e-3]) == ()
+    even = np.delete(right, 5, axis=0)
+    assert hidden_samples("small.onnx", [even], [even + 2]) == ()  # what the whole tells already
 
 
 @pytest.mark.parametrize(("snr_db", "told"), [(35.0, True), (45.0, False)])

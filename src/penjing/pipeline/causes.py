@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from penjing import measure
 from penjing.analyze import noise
 from penjing.analyze.samples import part
+from penjing.measure.decibels import decibels
 from penjing.pipeline.evidence import one_call
 from penjing.records import Parity
 from penjing.steps.draft import Draft
@@ -45,6 +50,31 @@ def doubts(name: str, precision: str, parities: tuple[Parity, ...], draft: Draft
                 f"{measure.limits.SOURCE_TOLD_DB:.0f} dB little is left of them){reason}"
             )
     return tuple(told)
+
+
+def hidden_samples(name: str, original: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """Warnings where a few samples of large values hide that the others are lost: an outlier that calibration saw.
+
+    Args:
+        name: Of the file.
+        original: The source network's outputs, samples on axis 0.
+        answers: The artifact's.
+    """
+    for port, (right, mine) in enumerate(zip(original, answers, strict=True)):
+        if right.dtype.kind != "f" or right.ndim < 1 or len(right) < 4 or not np.isfinite(right).all():
+            continue
+        flat = right.reshape(len(right), -1).astype(np.float64)
+        signal = np.square(flat).sum(axis=1)
+        noise = np.square(mine.reshape(len(right), -1) - flat).sum(axis=1)
+        each = [decibels(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
+        middle, whole = float(np.median(each)), decibels(float(signal.sum()), float(noise.sum()))
+        if middle < measure.limits.SOURCE_TOLD_DB <= whole:
+            return (
+                f"{name} keeps {middle:.1f} dB of half of the samples in output {port}, although {whole:.1f} dB of all "
+                f"together: the values of sample {int(np.argmax(signal))} are far larger. If such samples are errors, "
+                "leave them out of the calibration data",
+            )
+    return ()
 
 
 def _why(draft: Draft, task: Task, columns: bool) -> str:

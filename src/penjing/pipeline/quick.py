@@ -26,7 +26,7 @@ from penjing.pipeline import request as requests
 from penjing.pipeline.applied import refuse_quantized
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import build, check_integers, executed_rows, float_doubts
-from penjing.pipeline.causes import doubts
+from penjing.pipeline.causes import doubts, hidden_samples
 from penjing.pipeline.order import default_recipe
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.randomness import seed_everything
@@ -179,7 +179,9 @@ def _written(
         del session
         _check(parity, draft, task, folder, manifest, threads)
         rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
-    warnings = (*told, *doubts(target.path.name, "int8", parity, draft, task), *float_doubts(target.path.name, rows))
+    name = target.path.name
+    lost = doubts(name, "int8", parity, draft, task) or hidden_samples(name, original, answers)
+    warnings = (*told, *lost, *float_doubts(name, rows))
     for text in warnings:
         clock.events("warning", text=text)
     size = measure.size_bytes(folder, manifest.files())
