@@ -155,10 +155,13 @@ def inspected(name):
 
 @functools.cache
 def rows_of(name, runtime):
-    model, task = network(name)
+    return rows_of_network(*network(name), runtime)
+
+
+def rows_of_network(model, task, runtime):
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
     draft = pj.quantize.Static()(
-        Draft(capture_network(model, *task.call())), Context(task=task, capabilities=capabilities)
+        Draft(capture_network(model, *task.call(), task.dynamic)), Context(task=task, capabilities=capabilities)
     )
     structure = flatten_outputs(model(*task.call()[0]))[1]
     with tempfile.TemporaryDirectory() as aside:
@@ -233,6 +236,30 @@ def test_shares_of_products_and_of_bytes_are_apart():
     assert building.float_shares(rows) == (0.1, 0.75)
     (told,) = building.float_doubts("x", rows)
     assert told == "x: 75% of the bytes of its parameters stay in floating point (b: why)"
+
+
+class Placed(Encoder):
+    """Norms in front of linear layers, and a table of places that is cut to the length of the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(400, 32))
+
+    def forward(self, ids):
+        x = self.norm(self.words(ids) + self.places[: ids.shape[1]])
+        return self.o(self.norm(x + self.q(x)))
+
+
+@both
+def test_why_bytes_stay_in_floats_is_told_of_what_is_stored_and_not_of_kernels(runtime):
+    model = Placed().eval()
+    ids = torch.randint(0, 50, (8, 9), generator=torch.Generator().manual_seed(0))
+    axes = {0: {0: "batch", 1: "length"}}
+    rows = rows_of_network(model, pj.Task(example=ids[:2], calibration=[ids], dynamic=axes), runtime)
+    (told,) = building.float_doubts("x-int8", rows)
+    assert "bytes of its parameters" in told and "only weights of convolutions, linear" in told
+    norms = [row.reason or "" for row in rows if row.kind == "layer_norm"]
+    assert norms and not any("although its inputs are integers" in reason for reason in norms)
 
 
 class Sums(nn.Module):

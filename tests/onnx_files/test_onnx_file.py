@@ -16,6 +16,7 @@ from penjing.errors import ExportError
 from penjing.network.capture import capture_network
 from penjing.network.graph import kind, sites
 from penjing.onnx_files import write as onnx_file
+from penjing.pipeline.building import executed_rows
 from penjing.steps.plan import Entry, Plan, QuantSpec
 from penjing.surgery import freeze, insert
 from tests.refusals import refused
@@ -249,3 +250,32 @@ def test_a_file_holds_no_tensor_that_nothing_reads(network, shape, precision, tm
     graph = graph_of(made)
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     assert [tensor.name for tensor in graph.initializer if tensor.name not in read] == []
+
+
+class Sums(nn.Module):
+    """Sums of two activations beside sums with a stored tensor, a number, and a tensor made in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.place, self.head = nn.Parameter(torch.randn(16, 8, 8)), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.a(x) + self.place
+        x = x + self.b(x)
+        x = (x + 1.0) * torch.sigmoid(x)
+        x = x + torch.tensor([[[0.5]], [[-0.5]]] * 8)
+        x = x + self.b(x.relu())
+        return self.head(x.mean((2, 3))) * 2.0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_sums_of_activations_are_named_whatever_else_is_added(runtime, tmp_path):
+    """Where stored tensors and numbers were counted among them, no sum had a name, and none was told as executed."""
+    made = export(Case(Sums, ((3, 8, 8),), {"add": 2}, ("output",)), runtime, "int8", tmp_path)
+    computed = {s for s, node in sites(made.draft.network).items() if kind(made.draft.network, node) == "add"}
+    whole = {"/add#1", "/add#4"}
+    assert whole < computed
+    rows, integer, _ = executed_rows(made.draft.network, made.draft.plan, made.task.call(), made.manifest, made.folder)
+    assert integer["add"] == 2
+    assert {row.name for row in rows if row.kind == "add" and row.executed == "int8"} == whole

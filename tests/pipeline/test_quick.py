@@ -155,3 +155,28 @@ def test_from_an_onnx_file_on_the_command_line(files, capsys):
     assert json.loads(capsys.readouterr().out)["code"] == "exists"
     assert cli.main([*command[:-1], "--force", "--fast"]) == 0
     assert "parity with the source" in capsys.readouterr().out
+
+
+class TwoScales(nn.Module):
+    """Boxes of hundreds beside scores below 1, in one output."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 7, 1)
+
+    def forward(self, x):
+        y = self.head(self.trunk(x).relu()).flatten(2).transpose(1, 2)
+        return torch.cat([y[..., :4].exp() * 300, y[..., 4:].sigmoid()], -1)
+
+
+def test_what_is_printed_tells_inputs_the_worst_columns_and_what_stays_in_floats(tmp_path):
+    torch.manual_seed(0)
+    done = pj.quantize_to(
+        TwoScales().eval(), batches(), tmp_path / "small.onnx", fast=True, threads=1, exclude=["trunk"]
+    )
+    text = str(done)
+    assert "takes x float32 (batch, 3, 10, 10)" in text
+    worst = min(done.parity[1].rows, key=lambda row: row.snr_db)
+    assert len(done.parity[1].rows) > 1 and f"in {worst.place} {worst.snr_db:.1f} dB" in text
+    assert set(done.floats) == {"trunk", "/cat#0"} | ({"head"} if "head" in done.floats else set())
+    assert "trunk: excluded by 'trunk'" in text

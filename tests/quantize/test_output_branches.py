@@ -72,3 +72,22 @@ def test_inspect_tells_them(tmp_path, capsys):
     assert main([*arguments, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["branches"]
     assert row["layers"] == ["boxes", "kinds"]
+
+
+class MeasuresTheImage(torch.nn.Module):
+    """Reads the size of the image where it decodes, and makes the grid there, as files of torch's exporter do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Conv2d(3, 6, 3, stride=8, padding=1)
+
+    def forward(self, image):
+        y = self.head(image).reshape(image.shape[0], 6, -1).transpose(1, 2)
+        boxes = y[..., :4].exp() + torch.tensor([0.5, 0.5, 1.0, 1.0])
+        return torch.cat([boxes, y[..., 4:].sigmoid()], -1)
+
+
+def test_sizes_are_no_values_and_copies_do_not_decode():
+    rows = told(MeasuresTheImage)
+    assert [row.name for row in rows] == ["head", "/cat#0"]
+    assert all(row.layers == ("head",) and row.decoded == ("exp add", "sigmoid") for row in rows)

@@ -18,7 +18,7 @@ from penjing.network.capture import capture_network
 from penjing.network.graph import line
 from penjing.records.manifest import read_manifest
 from penjing.sources.onnx import open_network
-from penjing.sources.source import open_source, with_declared_axes
+from penjing.sources.source import in_single_precision, open_source, with_declared_axes
 from tests.refusals import refused
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -302,6 +302,19 @@ def test_of_a_recurrent_network_the_first_open_axis_is_the_batch(tmp_path):
     )
     _, _, dynamic = open_network(stored(tmp_path, made))
     assert dynamic == {0: {1: "batch"}, 1: {1: "batch"}}
+
+
+def test_an_axis_that_the_file_declares_and_a_recurrent_layer_fixes_is_told(tmp_path):
+    node = helper.make_node("RNN", ["x", "w", "r"], ["y"], hidden_size=6)
+    ports = {"x": ["n", "length", 4]}
+    made = model([node], ports, {"y": None}, {"w": values(1, 6, 4), "r": values(1, 6, 6)})
+    source = open_source(stored(tmp_path, made))
+    assert source.inputs == ("x float32 (n, length, 4)",)
+    example = torch.zeros(5, 2, 4)
+    silent = pj.Task(example=example, dynamic={0: {1: "batch"}})
+    assert in_single_precision(source, silent)[2] is None  # what the task says itself is what it wants
+    told = in_single_precision(source, with_declared_axes(source, pj.Task(example=example)))[2]
+    assert told.startswith("the axis length of x has the example's size in every artifact")
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path):

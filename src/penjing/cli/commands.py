@@ -204,8 +204,10 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
             raise UsageError(
                 "inspecting this source needs an example input",
                 code="no-example",
-                got="neither --task nor --shape",
-                expected="--shape 3,224,224 (one sample), or --task",
+                got="neither --task nor --shape"
+                + (f", and axes without a size: {'; '.join(source.inputs)}" if source.inputs else ""),
+                expected="--shape 3,224,224 (one sample, without the batch; of a text its length), or --task",
+                remedy="several inputs need a task" if len(source.inputs) > 1 else None,
             )
         task = Task(example=source.example)
     task = with_declared_axes(source, task)

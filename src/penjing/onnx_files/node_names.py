@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
 
-from penjing.network.graph import RECURRENT, arguments, is_tensor, kind, layer_site
+from penjing.network.graph import RECURRENT, arguments, is_tensor, kind, layer_site, tensor_inputs
 from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
 
 
@@ -16,27 +17,19 @@ def name_nodes(model: Any, network: fx.GraphModule) -> None:
     """Name every ONNX node after the site that it computes.
 
     Exporting keeps the order of the operators, so the n-th convolution of the network is the n-th Conv of the file.
-    It merges those that compute the same from the same: they are called by the first. Where the counts differ all the
-    same (it split some), that kind of operator keeps its generated names.
+    It merges those that compute the same from the same: they are called by the first. Sums and products with a number
+    or a constant are left out on both sides; of what is computed from constants alone, it stores some. Where the counts
+    differ all the same (it split some), that kind of operator keeps its generated names.
     """
-    all_sites: dict[str, list[str]] = defaultdict(list)
-    merged_sites: dict[str, list[str]] = defaultdict(list)
-    first = _first_alike(network)
-    for node in network.graph.nodes:
-        if node.op in ("call_module", "call_function") and is_tensor(node):
-            operator = kind(network, node)
-            # The exporter writes a node for each layer.
-            layers = arguments(node)["num_layers"] if operator in RECURRENT else 1
-            names = [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
-            all_sites[operator] += names
-            merged_sites[operator] += names if first[node] is node else []
+    first, tensors, fixed = _first_alike(network), network.graph.find_nodes(op="get_attr"), _fixed(network)
+    ways = [_sites(network, constants, merged) for merged in ({}, first) for constants in ({*tensors}, fixed)]
     stored = {tensor.name for tensor in model.graph.initializer}
     by_kind: dict[str, list[Any]] = defaultdict(list)
     for node in model.graph.node:
         if what := _kind_of(node, stored):
             by_kind[what].append(node)
     for what, nodes in by_kind.items():
-        names = next((sites[what] for sites in (all_sites, merged_sites) if len(sites[what]) == len(nodes)), [])
+        names = next((sites[what] for sites in ways if len(sites[what]) == len(nodes)), [])
         for node, name in zip(nodes, names, strict=False):
             node.name = name or node.name
     products = {node.output[0]: node.name for node in by_kind["linear"] + by_kind["matmul"] if node.op_type == "MatMul"}
@@ -47,6 +40,38 @@ def name_nodes(model: Any, network: fx.GraphModule) -> None:
             node.name = f"{products[node.input[0]]}/bias"
         elif node.op_type == "Mul" and node.input[0] in products and node.input[1] in stored:
             node.name = f"{products[node.input[0]]}/scale"
+
+
+def _sites(
+    network: fx.GraphModule, constants: Collection[fx.Node], merged: Mapping[fx.Node, fx.Node]
+) -> dict[str, list[str]]:
+    """Kind → sites in the order of the network.
+
+    Args:
+        network: The network.
+        constants: Operands that are stored.
+        merged: Node → the first that computes the same, which alone counts; where it is missing, all count.
+    """
+    sites: dict[str, list[str]] = defaultdict(list)
+    for node in network.graph.nodes:
+        if node.op not in ("call_module", "call_function") or not is_tensor(node) or merged.get(node, node) is not node:
+            continue
+        operator = kind(network, node)
+        if operator in ("add", "mul") and sum(n not in constants for n in tensor_inputs(node)) < 2:
+            continue
+        # The exporter writes a node for each layer.
+        layers = arguments(node)["num_layers"] if operator in RECURRENT else 1
+        sites[operator] += [layer_site(str(node.meta.get("site", "")), layer) for layer in range(layers)]
+    return sites
+
+
+def _fixed(network: fx.GraphModule) -> set[fx.Node]:
+    """What is the same for every input."""
+    fixed: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and all(n in fixed for n in node.all_input_nodes)):
+            fixed.add(node)
+    return fixed
 
 
 def _first_alike(network: fx.GraphModule) -> dict[fx.Node, fx.Node]:

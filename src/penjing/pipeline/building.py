@@ -114,16 +114,17 @@ def float_shares(rows: Iterable[LayerRow]) -> tuple[float, float]:
 def float_doubts(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
     """Warnings for an integer artifact of which more than a tenth stays in floating point, with the reasons."""
     told = []
-    for share, what, sizes in (
-        (float_shares(rows)[0], "multiply-accumulates", {r.name: r.macs for r in rows if r.executed != "int8"}),
-        (float_shares(rows)[1], "bytes of its parameters", {r.name: r.weight_bytes for r in rows if not r.stored}),
+    computed, stored = float_shares(rows)
+    for share, what, sizes, why in (
+        (computed, "multiply-accumulates", {r.name: r.macs for r in rows if r.executed != "int8"}, lambda r: r.reason),
+        (stored, "bytes of its parameters", {r.name: r.weight_bytes for r in rows if not r.stored}, _why_not_stored),
     ):
         if share <= TOLD:
             continue
         reasons: dict[str, list[str]] = {}
         for row in sorted(rows, key=lambda r: -sizes.get(r.name, 0)):
-            if sizes.get(row.name) and row.reason:
-                reasons.setdefault(row.reason, []).append(row.name)
+            if sizes.get(row.name) and (reason := why(row)):
+                reasons.setdefault(reason, []).append(row.name)
         most = [
             f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
             for reason, names in list(reasons.items())[:3]
@@ -132,6 +133,15 @@ def float_doubts(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
             f"{name}: {share:.0%} of the {what} stay in floating point ({'; '.join(most) or 'no reason known'})"
         )
     return tuple(told)
+
+
+def _why_not_stored(row: LayerRow) -> str | None:
+    """Why a layer's tensors are floats in the file; of kinds that have integer weights it is why it computes so."""
+    if row.kind in ("conv", "linear", "conv_transpose", *TABLES, *RECURRENT):
+        return row.reason
+    return (
+        "only weights of convolutions, linear and recurrent layers and tables that are looked up are stored in 8 bits"
+    )
 
 
 def check_integers(name: str, plan: Plan) -> None:
@@ -172,11 +182,13 @@ def _weight_bytes(network: fx.GraphModule, nodes: Mapping[str, fx.Node], row: La
 
 
 def _why_float(kind: str, planned: str, executed: str | None, runtime: str) -> str:
-    if planned != "int8":
-        kernels = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets).integer
-        return "no edge of it is quantized" if kind in kernels else f"{runtime} has no integer kernel for {kind}"
-    if kind in TABLES:
+    if kind in TABLES and planned == "int8":
         return LOOKED_UP
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    if kind not in capabilities.integer | capabilities.fuses | capabilities.passthrough:
+        return f"{runtime} has no integer kernel for {kind}"
+    if planned != "int8":
+        return "no edge of it is quantized"
     if executed is None:
         return f"{runtime} fused or removed it: its optimized graph does not show it"
     return f"{runtime} did not use an integer kernel although its inputs are integers"

@@ -34,6 +34,7 @@ from penjing.records import Parity
 from penjing.records.events import Events, Listener
 from penjing.records.folder import writing
 from penjing.records.manifest import Manifest
+from penjing.report.numbers import figure
 from penjing.runtimes import isolated
 from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
@@ -46,6 +47,8 @@ from penjing.tasks.undisturbed import same_process
 from penjing.tasks.unlabelled import calibration_task
 from penjing.tasks.usercode import never_exiting
 
+_NAMED = 4  # operators with one reason
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedFile:
@@ -54,6 +57,7 @@ class QuantizedFile:
     Attributes:
         path: The file that the runtime opens.
         files: It and what lies beside it.
+        inputs: Of the file, with the axes that vary by name: ``images float32 (batch, 3, 64, 64)``.
         runtime: Name of the runtime.
         settings: To open it with: those that its parity was measured with.
         size_bytes: Of all files.
@@ -61,6 +65,7 @@ class QuantizedFile:
         parity: With what was planned, and with the source; measured in the runtime.
         integer_operators: By kind, how many the runtime executes in integers.
         float_operators: By kind, how many it executes in floating point.
+        floats: Name of every operator of those → why.
         remedy: What was done about outlier channels; "" where nothing was needed.
         seconds: By stage.
         warnings: What the user should know.
@@ -68,6 +73,7 @@ class QuantizedFile:
 
     path: Path
     files: tuple[Path, ...]
+    inputs: tuple[str, ...]
     runtime: str
     settings: dict[str, str]
     size_bytes: int
@@ -75,9 +81,49 @@ class QuantizedFile:
     parity: tuple[Parity, Parity]
     integer_operators: dict[str, int]
     float_operators: dict[str, int]
+    floats: dict[str, str]
     remedy: str
     seconds: dict[str, float]
     warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What there is to know: size, inputs, parity, the operators in integers, and how the file is opened."""
+        planned, source = self.parity
+        share = self.size_bytes / max(1, self.source_bytes)
+        told = [
+            f"{self.path} for {self.runtime}: {figure(self.size_bytes, 'bytes')}, {share:.0%} of the source's weights",
+            f"takes {'; '.join(self.inputs)}",
+            f"parity with the source: {_decibels(source)}"
+            + (f", {source.agreement:.1%} of the samples in the same class" if source.agreement is not None else "")
+            + f" ({source.samples} samples); with what was planned: {_decibels(planned)}",
+            f"in integers: {_counts(self.integer_operators)}; in floating point: {_counts(self.float_operators)}",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.floats.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            told.append(f"  {', '.join(names[:_NAMED])}{more}: {reason}")
+        if self.remedy:
+            told.append(f"outlier channels: {self.remedy}")
+        if self.settings:
+            told.append(f"measured with {', '.join(f'{name}={value}' for name, value in self.settings.items())}")
+        return told
+
+
+def _decibels(parity: Parity) -> str:
+    """Of all outputs together, and of the one that comes out worst, such as a detector's scores beside its boxes."""
+    if len({row.place for row in parity.rows}) < 2:
+        return f"{parity.snr_db:.1f} dB"
+    worst = min((row for row in parity.rows if row.equal is None), key=lambda row: row.snr_db, default=None)
+    return f"{parity.snr_db:.1f} dB" + ("" if worst is None else f", in {worst.place} {worst.snr_db:.1f} dB")
+
+
+def _counts(operators: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(operators.items())) or "none"
 
 
 @suggesting
@@ -189,6 +235,9 @@ def _written(
     return QuantizedFile(
         path=target.path,
         files=target.files,
+        inputs=tuple(
+            f"{port.name} {port.dtype} ({', '.join(map(str, port.shape))})" for port in manifest.programs[0].inputs
+        ),
         runtime=target.runtime,
         settings=dict(manifest.settings),
         size_bytes=size,
@@ -196,6 +245,7 @@ def _written(
         parity=parity,
         integer_operators=integer,
         float_operators=floating,
+        floats={r.name: r.reason for r in rows if r.kind in floating and r.executed not in (None, "int8") and r.reason},
         remedy=draft.plan.remedy,
         seconds=clock.seconds,
         warnings=warnings,

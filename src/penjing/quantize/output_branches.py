@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.network.graph import flat_inputs, kind, site, tensor_inputs
+from penjing.network.graph import flat_inputs, is_tensor, kind, site, tensor_inputs
 from penjing.quantize.shared_scales import Columns
 from penjing.quantize.toward_outputs import computes, leading
 from penjing.records import BranchesRow
@@ -64,7 +64,11 @@ def meeting(network: fx.GraphModule, calls: Iterable[Call] = ()) -> tuple[Branch
 
 def _layers(network: fx.GraphModule, way: set[fx.Node]) -> list[fx.Node]:
     """The operators just before the way to an output."""
-    return [n for n in network.graph.nodes if n not in way and n.op != "get_attr" and any(u in way for u in n.users)]
+    return [
+        n
+        for n in network.graph.nodes
+        if n not in way and n.op != "get_attr" and is_tensor(n) and any(u in way for u in n.users)
+    ]
 
 
 def _sources(network: fx.GraphModule, node: fx.Node, way: set[fx.Node]) -> set[fx.Node]:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from penjing.analyze.cost import multiplies
-from penjing.network.graph import RECURRENT, kind, tensor_inputs
+from penjing.network.graph import RECURRENT, is_tensor, kind, tensor_inputs
 
 JOINS = "on the way to an output it only joins, rearranges or decodes values"
 EXPECTS = "it takes the mean of a distribution on the way to an output, as a box is decoded from bins"
@@ -72,7 +72,10 @@ def expects(network: fx.GraphModule, node: fx.Node) -> bool:
 def _on_way(network: fx.GraphModule, which: Callable[[Iterable[bool]], bool]) -> set[fx.Node]:
     way: set[fx.Node] = set()
     for node in reversed(network.graph.nodes):
-        if node.op == "output" or (node.users and which(user in way for user in node.users) and _keeps(network, node)):
+        users = [
+            user for user in node.users if user.op == "output" or is_tensor(user)
+        ]  # a size of it is no value of it
+        if node.op == "output" or (users and which(user in way for user in users) and _keeps(network, node)):
             way.add(node)
     return way
 
@@ -82,7 +85,7 @@ def _keeps(network: fx.GraphModule, node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_module"):
         return False
     mixes = multiplies(network, node) or kind(network, node) in _MIXES
-    return not mixes or expects(network, node)
+    return is_tensor(node) and (not mixes or expects(network, node))
 
 
 def computes(network: fx.GraphModule, node: fx.Node) -> bool:

@@ -107,6 +107,7 @@ def open_network(path: Path | str, **fixed: float) -> tuple[OnnxNetwork, Any, Ma
     try:
         network = build(prepared(model), path.name).eval()
         example, dynamic = declared_inputs(model)
+        network.declared, network.held = _described(model), _held(model, dynamic)
     except PenjingError:
         raise
     except Exception as error:  # what the check leaves: names that are no text, nesting without end, damaged tensors
@@ -259,6 +260,29 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
         known &= kind.elem_type in TYPES and math.prod(shape) <= LARGEST
         values.append(torch.zeros(shape, dtype=TYPES.get(kind.elem_type, torch.float32)) if known else torch.zeros(0))
     return (tuple(values) if known and values else None), dynamic
+
+
+def _described(model: Any) -> tuple[str, ...]:
+    """The inputs as the file declares them: ``input_ids int64 (batch, tokens)``."""
+    stored, told = {tensor.name for tensor in model.graph.initializer}, []
+    for port in model.graph.input:
+        if port.name not in stored:
+            kind = port.type.tensor_type
+            axes = ", ".join(str(dim.dim_param or dim.dim_value or "?") for dim in kind.shape.dim)
+            told.append(f"{port.name} {str(TYPES.get(kind.elem_type, '?')).removeprefix('torch.')} ({axes})")
+    return tuple(told)
+
+
+def _held(model: Any, dynamic: Mapping[str | int, Mapping[int, str]]) -> tuple[str, ...]:
+    """Axes without a declared size that do not vary all the same: ``the axis length of ids``."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    ports = [port for port in model.graph.input if port.name not in stored]
+    return tuple(
+        f"the axis {dim.dim_param or axis} of {port.name}"
+        for position, port in enumerate(ports)
+        for axis, dim in enumerate(port.type.tensor_type.shape.dim)
+        if not dim.dim_value and axis not in dynamic.get(position, {})
+    )
 
 
 def _nodes(graph: Any) -> Any:

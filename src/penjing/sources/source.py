@@ -49,6 +49,8 @@ class Source:
         example: Example inputs in the form of `Task.example`, if the source declares them.
         dynamic: Axes that vary in the form of `Task.dynamic`, if the source declares them.
         loaded: The weights that it was given from a file of their own.
+        inputs: Its inputs in words, if the source declares them.
+        held: Axes in words that the source declares as varying and that can't.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Source:
     example: Any | None = None
     dynamic: Mapping[str | int, Mapping[int, str]] | None = None
     loaded: weights.Loaded | None = None
+    inputs: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
 
 def open_source(
@@ -189,7 +193,15 @@ def open_file(path: Path) -> Source:
         return _open_folder(str(path), path)
     if path.suffix.lower() == ".onnx":
         network, example, dynamic = onnx.open_network(path)
-        return Source(name=path.stem, module=network, spec=str(path), example=example, dynamic=dynamic)
+        return Source(
+            name=path.stem,
+            module=network,
+            spec=str(path),
+            example=example,
+            dynamic=dynamic,
+            inputs=network.declared,
+            held=network.held,
+        )
     if path.suffix.lower() == ".keras":
         model, inputs = keras.open_file(path)
         return Source(name=path.stem, module=model, spec=str(path), example=inputs)
@@ -269,7 +281,7 @@ def with_declared_axes(source: Source, task: Task) -> Task:
 def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str | None]:
     """Convert source and task to float32, with a note for the user, None where there is nothing to tell.
 
-    What was converted when weights were loaded is told, too.
+    What was converted when weights were loaded is told, too, and axes that a file declares as varying and that do not.
     """
     note = None
     if isinstance(source.module, nn.Module):
@@ -279,6 +291,11 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
     if note is None and single is not task:
         note = "the task's inputs are given to the network in float32"
     notes = [*(source.loaded.notes if source.loaded is not None else ()), *([note] if note else [])]
+    if source.held and task.dynamic is source.dynamic:
+        notes.append(
+            f"{' and '.join(source.held)} has the example's size in every artifact, although {source.name} "
+            "declares it as varying: the steps of recurrent layers are written out when a network is captured"
+        )
     return source, single, "; ".join(notes) or None
 
 
