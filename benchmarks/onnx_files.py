@@ -14,6 +14,7 @@ Peers have to be on the path (PYTHONPATH).
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -352,7 +353,8 @@ def main() -> None:
     from penjing.measure import Target, compare, machine, versions
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    data = {"machine": vars(machine(arguments.threads)), "versions": versions(), "recipes": RECIPES, "files": {}}
+    known_versions = versions() | {"nncf": importlib.metadata.version("nncf")}
+    data = {"machine": vars(machine(arguments.threads)), "versions": known_versions, "recipes": RECIPES, "files": {}}
     if arguments.out.exists() and set(arguments.only) < set(FILES):
         data["files"] = json.loads(arguments.out.read_text())["files"]
     for name in arguments.only:
@@ -368,17 +370,17 @@ def main() -> None:
             targets, threads=arguments.threads, seconds=arguments.seconds, opener="onnx_files:open_folder"
         )
         print(
-            f"\n{name}\n  {'':<30}{'noise of each output, dB':<28}{'difference':>11}{'same':>7}{'ms':>9}{'spread':>8}"
+            f"\n{name}\n  {'':<34}{'noise of each output, dB':<28}{'difference':>11}{'same':>7}{'ms':>9}{'spread':>8}"
         )
         for contestant, row in rows.items():
             if "error" in row:
-                print(f"  {contestant:<30}{row['error'][-150:]}")
+                print(f"  {contestant:<34}{row['error'][-150:]}")
                 continue
             latency = timings[contestant].latency
             row["latency_ms"] = vars(latency)
             noises = " ".join(f"{value:.1f}" for value in row["snr_db"])
             print(
-                f"  {contestant:<30}{noises:<28}{row['relative_difference']:>11.1e}{row['agreement']:>7.3f}"
+                f"  {contestant:<34}{noises:<28}{row['relative_difference']:>11.1e}{row['agreement']:>7.3f}"
                 f"{latency.median:>9.2f}{latency.spread:>8.0%}  {row.get('int8') or ''}",
                 flush=True,
             )
