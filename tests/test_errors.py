@@ -98,7 +98,7 @@ def test_names_of_cases_are_words_with_hyphens():
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "tests").iterdir() if path.is_dir()))
 def test_no_test_compares_the_sentence_of_an_error(folder):
-    """What an error is, is its kind, its code and its fields: see `tests.refusals`."""
+    """What an error is, is its kind, its code and its fields: see `tests.raises`."""
     kinds = {error.__name__ for error in ALL}
     comparing = [
         f"{path.name}:{call.lineno}"

@@ -22,7 +22,7 @@ from penjing.sources.pt2 import open_program
 from penjing.steps.plan import Plan
 from penjing.storage import checkpoint
 from penjing.tasks.datasets import image_folder, npz_arrays
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SEED = 24
 FEW = 300
@@ -253,7 +253,7 @@ def test_values_that_no_file_of_ours_has(copy, name, edit, code, word):
     change(path, edit)
     read = {"record.json": records.read, "plan.json": lambda f: Plan.from_json(path.read_text())}.get(name)
     read = read or (lambda f: read_manifest(f / "artifact"))
-    with refused(PenjingError, code) as found:
+    with raises_case(PenjingError, code) as found:
         read(copy)
     assert word in str(found.value.got)
     assert len(str(found.value)) < 2000
@@ -278,14 +278,14 @@ def test_values_that_no_file_of_ours_has(copy, name, edit, code, word):
     ids=range(11),
 )  # fmt: skip
 def test_recipes_that_are_none(text, word):
-    with refused(RecipeError, "unreadable") as found:
+    with raises_case(RecipeError, "unreadable") as found:
         Recipe.from_yaml(text)
     assert word in found.value.got
     assert len(str(found.value)) < 2000
 
 
 def test_a_setting_that_no_recipe_of_ours_has():
-    with refused_setting("weight_bits"):
+    with raises_setting("weight_bits"):
         Recipe.from_yaml("- quantize.Static: {weight_bits: 40}\n")
 
 
@@ -309,7 +309,7 @@ def test_a_picture_that_is_a_line(tmp_path):
     for name, size in (("a", (1, 100_000)), ("b", (100_000, 1))):
         (tmp_path / name).mkdir()
         Image.new("RGB", size).save(tmp_path / name / "0.png")
-    with refused(TaskError, "unreadable"):
+    with raises_case(TaskError, "unreadable"):
         read_task(image_folder(tmp_path))
 
 
@@ -328,7 +328,7 @@ def test_a_configuration_of_a_million_layers(tmp_path):
     ):
         config = {"architectures": ["BertModel"], "model_type": "bert", key: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with refused(SourceError, "misfit") as found:
+        with raises_case(SourceError, "misfit") as found:
             open_folder(tmp_path)
         assert found.value.got.startswith(f"{key}: ")
 
@@ -338,7 +338,7 @@ def test_a_link_out_of_the_artifact(copy, tmp_path):
     name = read_manifest(copy / "artifact").files()[0]
     (copy / "artifact" / name).rename(tmp_path / "elsewhere")
     (copy / "artifact" / name).symlink_to(tmp_path / "elsewhere")
-    with refused(ArtifactError, "outside") as found:
+    with raises_case(ArtifactError, "outside") as found:
         runtimes.open_artifact(copy / "artifact", 1)
     assert found.value.got == name
 

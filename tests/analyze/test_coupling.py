@@ -18,7 +18,7 @@ from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES, ONE_KEY
 from tests.analyze.more_topologies import MORE
 from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
-from tests.refusals import refused
+from tests.raises import raises_case
 
 FREE = {**CASES, **KERNELS}
 EVERY = {**TOPOLOGIES, **MORE, **ONE_KEY, **{name: (make, example) for name, (make, example, _) in FREE.items()}}
@@ -241,7 +241,7 @@ def test_channels_added_to_an_input_stay():
 
 def test_the_last_channel_is_never_removed():
     _, coupling = coupled(Residual(), torch.randn(2, 3, 6, 6))
-    with refused(RecipeError, "every-channel") as caught:
+    with raises_case(RecipeError, "every-channel") as caught:
         coupling.edits({"a": range(12)})
     assert "a.weight" in caught.value.what
 
@@ -251,10 +251,10 @@ def test_layers_that_stay_whole_are_held_and_a_wrong_name_gets_the_nearest():
     network, coupling = coupled(Residual(), x, keep=["a"])
     assert set(coupling.groups) == {"stem"}
     assert coupling.not_prunable["a.weight:0"] == "a is excluded by keep"
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         couple(network, ((x,), {}), keep=["stm"])
     assert caught.value.got == "stm" and "stem" in caught.value.remedy
-    with refused(RecipeError, "unknown-group") as caught:
+    with raises_case(RecipeError, "unknown-group") as caught:
         coupling.edits({"a": [0]})
     assert caught.value.got == "a"
 

@@ -14,7 +14,7 @@ from penjing.errors import CalibrationError
 from penjing.network.capture import capture_network
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1), (4, 5)),
@@ -279,5 +279,5 @@ class TestShared:
         assert batches.passes == 5 and torch.equal(one["conv"].own, two["conv"].own)
 
     def test_without_calibration_data(self, ask):
-        with refused(CalibrationError, "no-calibration"):
+        with raises_case(CalibrationError, "no-calibration"):
             ask(self.context(None))

@@ -12,7 +12,7 @@ from penjing.prune.channels import remove
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_latency_is_a_part_of_the_first_drafts(network):
         return [4.0, 1.0]
 
     assert meter.latency_left(Context(task=task, latency=measured), "int8")(draft, draft) == 0.25 and asked == ["int8"]
-    with refused(PruningError, "no-runtime"):
+    with raises_case(PruningError, "no-runtime"):
         meter.latency_left(Context(task=task), "fp32")
 
 

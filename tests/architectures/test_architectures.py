@@ -25,7 +25,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 TOKENS = ("bert", "gpt", "lstm")
 WIDTHS = {"resne": 4, "vgg": 4, "vit": 16, "bert": 16, "gpt": 16, "lstm": 8, "densenet": 4, "unet": 4}
@@ -133,6 +133,6 @@ def test_a_shuffle_mixes_the_halves():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_below_one_are_named(name):
-    with refused(SourceError, "settings") as caught:
+    with raises_case(SourceError, "settings") as caught:
         build(name, classes=0)
     assert "classes" in str(caught.value.__cause__)

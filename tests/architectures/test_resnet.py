@@ -3,7 +3,7 @@ import torch
 
 from penjing.architectures import build
 from penjing.errors import SourceError
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def parameters(name, **settings):
@@ -49,7 +49,7 @@ def test_the_short_form_has_the_parameters_of_a_count_by_hand(settings):
 def test_the_short_form_halves_the_resolution_twice():
     network = build("resnet8", width=4).eval()
     assert network.stages(torch.zeros(1, 4, 32, 32)).shape == (1, 16, 8, 8)
-    with refused(SourceError, "settings") as caught:
+    with raises_case(SourceError, "settings") as caught:
         build("resnet8", width=0)
     assert "width" in str(caught.value.__cause__)
 
@@ -73,7 +73,7 @@ def test_same_seed_same_weights():
 
 
 def test_an_unknown_name_offers_the_nearest():
-    with refused(SourceError, "unknown-architecture") as caught:
+    with raises_case(SourceError, "unknown-architecture") as caught:
         build("resnet51")
     assert "resnet51" in caught.value.got and "resnet50" in caught.value.remedy
     assert "resnet20" in caught.value.expected
@@ -82,6 +82,6 @@ def test_an_unknown_name_offers_the_nearest():
 @pytest.mark.parametrize("settings", [{"depth": 3}, {"width": 0}, {"classes": -1}])
 def test_settings_that_do_not_fit_are_named(settings):
     (name,) = settings
-    with refused(SourceError, "settings") as caught:
+    with raises_case(SourceError, "settings") as caught:
         build("resnet20", **settings)
     assert name in str(caught.value.__cause__)

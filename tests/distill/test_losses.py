@@ -21,7 +21,7 @@ from penjing.distill.similarity import similarity_preserving
 from penjing.distill.teaching import DistillationInputs
 from penjing.distill.tinybert import layer_to_layer
 from penjing.errors import RecipeError, TaskError
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SEEDS = st.integers(0, 10**6)
 
@@ -141,12 +141,12 @@ class TestEvery:
 
     @pytest.mark.parametrize("shape", [(8,), (8, 1)])
     def test_an_output_without_classes_is_refused(self, way, shape):
-        with refused(TaskError, "not-logits") as caught:
+        with raises_case(TaskError, "not-logits") as caught:
             self.loss(way, torch.randn(shape), torch.randn(shape))
         assert str(shape) in caught.value.got and "distill.Outputs" in caught.value.remedy
 
     def test_other_classes_are_refused(self, way):
-        with refused(TaskError, "outputs") as caught:
+        with raises_case(TaskError, "outputs") as caught:
             self.loss(way, torch.zeros(5, 3), torch.zeros(5, 4), torch.zeros(5).long())
         assert "(5, 3)" in caught.value.got and "(5, 4)" in caught.value.got
 
@@ -164,7 +164,7 @@ def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
     assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
     assert float(loss(0.0, warmup=0.0)) == pytest.approx(1.0)
     for wrong in (-0.1, 1.1):
-        with refused_setting("warmup"):
+        with raises_setting("warmup"):
             distill.DKD(warmup=wrong)
 
 
@@ -188,19 +188,19 @@ def test_decoupled_distillation_leaves_out_labels_below_0():
 
 def test_labels_that_are_no_classes_are_refused():
     lesson = DistillationInputs(torch.zeros(2, 3), torch.zeros(2, 3), None, {}, {})
-    with refused(TaskError, "not-classes"):
+    with raises_case(TaskError, "not-classes"):
         distill.DKD().loss(lesson)(lesson)
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
 @pytest.mark.parametrize("cls", [distill.Logits, distill.DKD, distill.DIST])
 def test_a_temperature_is_above_0(cls, temperature):
-    with refused_setting("temperature"):
+    with raises_setting("temperature"):
         cls(temperature=temperature)
 
 
 def test_weights_are_not_negative():
-    with refused_setting("weight"):
+    with raises_setting("weight"):
         distill.HardLabels(weight=-1)
 
 
@@ -328,7 +328,7 @@ def test_hints_of_other_widths(student, teacher):
 @pytest.mark.parametrize(("student", "teacher"), [((2, 4, 6), (2, 8, 7)), ((2, 4, 6, 6), (2, 4)), ((2, 4), (2, 4, 1))])
 def test_hints_of_other_shapes_are_refused_before_the_training(student, teacher):
     lesson = DistillationInputs(None, None, None, {"a": torch.randn(student)}, {"b": torch.randn(teacher)})
-    with refused(TaskError, "shape") as caught:
+    with raises_case(TaskError, "shape") as caught:
         distill.Hints(features=(("a", "b"),)).loss(lesson)
     assert str(student) in caught.value.got and str(teacher) in caught.value.got
 
@@ -402,13 +402,13 @@ def test_layers_of_other_widths_need_adapters_and_other_heads_are_refused():
     hidden, scores = term.adapters[0](values["a"]) - values["b"], values["a:scores"] - values["b:scores"]
     assert float(term(lesson)) == pytest.approx(float(hidden.square().mean() + scores.square().mean()), rel=1e-5)
     values["b:scores"] = torch.randn(2, 2, 4, 4)
-    with refused(TaskError, "shape"):
+    with raises_case(TaskError, "shape"):
         distill.TinyBERT(attention=(("a", "b"),)).loss(lesson)
-    with refused(RecipeError, "no-features"):
+    with raises_case(RecipeError, "no-features"):
         distill.TinyBERT()
 
 
 @pytest.mark.parametrize("wrong", [{"dimensions": 0}, {"negatives": 1.5}, {"temperature": 0}])
 def test_contrastive_settings_that_make_no_sense(wrong):
-    with refused_setting(next(iter(wrong))):
+    with raises_setting(next(iter(wrong))):
         distill.CRD(**wrong)

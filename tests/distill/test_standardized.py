@@ -12,7 +12,7 @@ from penjing import distill
 from penjing.distill.standardized import standardized
 from penjing.distill.teaching import DistillationInputs
 from penjing.errors import TaskError
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 LOSSES = [distill.Logits(temperature=2.0), distill.DKD(temperature=2.0, warmup=0.0)]
 
@@ -94,7 +94,7 @@ def test_yaml_holds_the_loss_inside_it_whose_weight_counts():
 
 def test_what_is_not_a_loss_on_logits_is_refused():
     for wrong in (distill.Hints(features=("a",)), distill.Logits, "Logits"):
-        with refused_setting("of"):
+        with raises_setting("of"):
             distill.StandardizedLogits(of=wrong)
-    with refused(TaskError, "outputs"):
+    with raises_case(TaskError, "outputs"):
         loss(distill.StandardizedLogits(), torch.zeros(2, 3), torch.zeros(2, 4))

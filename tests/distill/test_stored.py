@@ -19,7 +19,7 @@ from penjing.recipes.recipe import Recipe
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune, train
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SETTINGS = Finetune(epochs=3, autocast="off", learning_rate=0.1, distill=distill.Logits(), save_every_s=1e-9)
 
@@ -171,7 +171,7 @@ def test_a_trained_run_can_be_resumed_with_answers_alone(data, tmp_path):
                 train(net(), context, settings)
         else:
             assert same(train(net(), context, settings), whole)
-    with refused(CheckpointError, "settings") as caught:
+    with raises_case(CheckpointError, "settings") as caught:
         train(net(), context, replace(settings, teacher=distill.TeacherCache(tmp_path / "others", net(16, 2))))
     assert caught.value.field == "teacher"
 
@@ -199,7 +199,7 @@ def test_all_that_is_asked_is_part_of_the_question(tmp_path):
         half = x.to(torch.bfloat16)
         assert torch.equal(stored(half, scale.to(torch.bfloat16), by=by), x * scale * by)
     assert stored.evaluated == 12
-    with refused(TaskError, "no-rows"):
+    with raises_case(TaskError, "no-rows"):
         stored(torch.tensor(1.0), torch.tensor(2.0))
 
 
@@ -215,24 +215,24 @@ class TestBadInput:
                 return 1
 
         context = Context(task=task(data, train=Noisy()))
-        with refused(TaskError, "unrepeatable"):
+        with raises_case(TaskError, "unrepeatable"):
             train(net(), context, replace(SETTINGS, teacher=distill.TeacherCache(tmp_path, net(16, 1))))
 
     def test_no_answers_and_no_teacher(self, tmp_path):
-        with refused(TaskError, "no-cache"):
+        with raises_case(TaskError, "no-cache"):
             CachedTeacher(tmp_path)
 
     def test_samples_that_have_no_answer(self, data, tmp_path):
         with torch.no_grad():
             CachedTeacher(tmp_path, net(16, 1))(data[0][:8])
-        with refused(TaskError, "missing") as error:
+        with raises_case(TaskError, "missing") as error:
             CachedTeacher(tmp_path)(data[0][4:12])
         assert error.value.got.startswith("4 of 8 ")
 
     def test_answers_of_another_teacher(self, data, tmp_path):
         with torch.no_grad():
             CachedTeacher(tmp_path, net(16, 1))(data[0][:8])
-        with refused(TaskError, "another-teacher"):
+        with raises_case(TaskError, "another-teacher"):
             CachedTeacher(tmp_path, net(16, 2))
 
     @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ class TestBadInput:
     )
     def test_a_damaged_folder(self, tmp_path, text):
         (tmp_path / "about.json").write_text(text)
-        with refused(TaskError, "unreadable"):
+        with raises_case(TaskError, "unreadable"):
             CachedTeacher(tmp_path)
 
     def test_values_inside(self, data, tmp_path):
@@ -248,7 +248,7 @@ class TestBadInput:
 
         student = capture_network(net(), (data[0][:2],))
         way = distill.Hints(features=("0",))
-        with refused(TaskError, "only-outputs"):
+        with raises_case(TaskError, "only-outputs"):
             train(
                 student, Context(task=task(data)),
                 replace(SETTINGS, distill=way, teacher=distill.TeacherCache(tmp_path, net(16, 1))),
@@ -329,9 +329,9 @@ class TestNamed:
             Finetune(teacher=distill.TeacherCache(tmp_path, "teacher.pt2"), distill=distill.Logits()),
         )
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-        with refused(RecipeError, "unwritable"):
+        with raises_case(RecipeError, "unwritable"):
             Recipe(Finetune(teacher=distill.TeacherCache(tmp_path, net()))).to_yaml()
-        with refused(RecipeError, "unknown-setting"):
+        with raises_case(RecipeError, "unknown-setting"):
             Recipe.from_data(Recipe(Finetune(teacher=net())).to_data())
 
     @pytest.mark.parametrize(
@@ -343,14 +343,14 @@ class TestNamed:
         ],
     )
     def test_yaml_that_names_no_teacher(self, teacher, field):
-        with refused_setting(field):
+        with raises_setting(field):
             Recipe.from_yaml(f"- Finetune: {{teacher: {teacher}}}")
 
     def test_yaml_that_names_no_cache(self):
-        with refused(RecipeError, "unknown-setting") as caught:
+        with raises_case(RecipeError, "unknown-setting") as caught:
             Recipe.from_yaml("- Finetune: {teacher: {TeacherCache: {folder: answers}}}")
         assert "distill.TeacherCache" in caught.value.remedy
-        with refused(RecipeError, "settings") as caught:
+        with raises_case(RecipeError, "settings") as caught:
             Recipe.from_yaml("- Finetune: {teacher: distill.TeacherCache}")
         assert "folder" in caught.value.got
 
@@ -358,7 +358,7 @@ class TestNamed:
         file = tmp_path / "code.py"
         file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef teacher(): ...\n")
         for spec in (f"{file}:teacher", str(file), "platform:uname", "resnet20"):
-            with refused(SourceError, "unopenable") as caught:
+            with raises_case(SourceError, "unopenable") as caught:
                 penjing.apply(Recipe.from_data([{"Finetune": {"teacher": spec}}]), net(), task(data))
             assert caught.value.got == repr(spec) and ".pt2" in caught.value.expected
         assert not (tmp_path / "ran").exists()
@@ -381,18 +381,18 @@ class TestNamed:
             (there, hints, TaskError, "only-outputs", "0"),
             ((path, "self"), hints, TaskError, "several-teachers", "2"),
         ):
-            with refused(kind, code) as caught:
+            with raises_case(kind, code) as caught:
                 penjing.apply(Recipe(Never(), Finetune(teacher=teacher, distill=way)), net(), task(data))
             assert got in caught.value.got
 
     def test_a_teacher_two_steps_deep_is_looked_for_too(self, data):
         inner = penjing.prune.Movement(sparsity=0.5, finetune=Finetune(teacher="missing.pt2"))
-        with refused(SourceError, "unopenable"):
+        with raises_case(SourceError, "unopenable"):
             penjing.apply(Recipe(Outer((inner,))), net(), task(data))
 
     def test_a_damaged_file_is_told_as_what_it_is(self, data, tmp_path):
         (tmp_path / "teacher.pt2").write_bytes(b"no archive")
-        with refused(CheckpointError, "damaged") as caught:
+        with raises_case(CheckpointError, "damaged") as caught:
             run(data, str(tmp_path / "teacher.pt2"))
         assert caught.value.what.startswith("the teacher: ")
 
@@ -403,7 +403,7 @@ class TestNamed:
         assert first.record.data["teacher"] == fingerprint_by_name([net(16, 1)])
         assert penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again).record == first.record
         program(data, tmp_path / "teacher.pt2", 2)
-        with refused(OutputError, "settings") as caught:
+        with raises_case(OutputError, "settings") as caught:
             penjing.compress(net(), task(data), "minimize size_bytes", recipe=steps, **again)
         assert caught.value.got.startswith("data.teacher = ")
 

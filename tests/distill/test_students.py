@@ -18,7 +18,7 @@ from penjing.pipeline.request import untrained
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def draft_of(module, call):
@@ -68,7 +68,7 @@ class TestFewerLayers:
     )
     def test_what_does_not_exist(self, text, settings, code, got):
         _, task, source = text
-        with refused(RecipeError, code) as error:
+        with raises_case(RecipeError, code) as error:
             distill.FewerLayers(**settings)(source, Context(task=task))
         assert error.value.got == got
         if code == "no-stack":
@@ -76,7 +76,7 @@ class TestFewerLayers:
 
     @pytest.mark.parametrize("keep", [0, True, (), "2", (1.5,)])
     def test_settings_that_make_no_sense(self, keep):
-        with refused_setting("keep"):
+        with raises_setting("keep"):
             distill.FewerLayers(of="blocks", keep=keep)
 
     def test_a_layer_that_changes_the_width_stays(self):
@@ -84,7 +84,7 @@ class TestFewerLayers:
         wrapped = nn.Sequential()
         wrapped.add_module("layers", module)
         task = Task(example=torch.rand(2, 4))
-        with refused(RecipeError, "irremovable") as error:
+        with raises_case(RecipeError, "irremovable") as error:
             distill.FewerLayers(of="layers", keep=(0, 1))(draft_of(wrapped, task.call()[0]), Context(task=task))
         assert "(2, 3)" in error.value.got
         small = distill.FewerLayers(of="layers", keep=(0, 2))(draft_of(wrapped, task.call()[0]), Context(task=task))
@@ -117,7 +117,7 @@ def digits():
 
 @pytest.mark.parametrize("wrong", [{"keep": (0, 0)}, {"keep": (3, 0)}, {"of": 5}])
 def test_layers_that_can_t_be_named(wrong):
-    with refused_setting(next(iter(wrong))):
+    with raises_setting(next(iter(wrong))):
         distill.FewerLayers(**{"of": "stack", "keep": 1, **wrong})
 
 
@@ -157,14 +157,14 @@ class TestStudent:
 
     def test_other_outputs_are_refused(self, source):
         task, draft = source
-        with refused(TaskError, "outputs") as error:
+        with raises_case(TaskError, "outputs") as error:
             distill.Student(architecture="resnet8", settings={"classes": 7})(draft, Context(task=task))
         assert "(2, 7)" in error.value.got and "(2, 10)" in error.value.got
         assert "{'classes': 10}" in error.value.remedy
 
     def test_pictures_that_are_too_small_are_the_reason_that_is_told(self, source):
         task, draft = source
-        with refused(RecipeError, "unbuildable") as error:
+        with raises_case(RecipeError, "unbuildable") as error:
             distill.Student(architecture="squeezenet1_1")(draft, Context(task=task))
         assert "too small" in error.value.got
 
@@ -178,11 +178,11 @@ class TestStudent:
 
     def test_an_unknown_architecture(self, source):
         task, draft = source
-        with refused(RecipeError, "unbuildable") as error:
+        with raises_case(RecipeError, "unbuildable") as error:
             distill.Student(architecture="resnet19")(draft, Context(task=task))
         assert "resnet20" in error.value.got
 
     def test_it_stands_first(self):
-        with refused(RecipeError, "order") as error:
+        with raises_case(RecipeError, "order") as error:
             pj.Recipe(pj.prune.Magnitude(sparsity=0.5), distill.Student(architecture="resnet20"))
         assert "Magnitude" in error.value.got and "Student" in error.value.got

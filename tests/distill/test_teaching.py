@@ -26,7 +26,7 @@ from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
 from tests.lessons import RESUMED, SHORT, WAYS, Kill, Small, agreement, context, raised, task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ class TestTheTeacherStaysWhatItWas:
         assert any(before)
         train(raised(), context(other), replace(SHORT, epochs=1, distill=distill.Logits()))
         assert [part.training for part in other.modules()] == before
-        with refused(RecipeError, "no-layer"):
+        with raises_case(RecipeError, "no-layer"):
             train(raised(), context(other), replace(SHORT, distill=distill.Hints(features=("conv", "no"))))
         assert [part.training for part in other.modules()] == before
 
@@ -120,7 +120,7 @@ def test_an_operator_with_several_results_is_named_by_them():
             return self.head(self.lstm(x)[0])
 
     network = capture_network(Reads().eval(), (torch.zeros(2, 6, 4),))
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Tapped(network, ["lstm/lstm#0"])
     assert "lstm/getitem#0" in caught.value.remedy
     tapped = Tapped(network, ["lstm"])
@@ -169,7 +169,7 @@ def test_every_output_of_several_teachers_is_averaged():
 
 
 def test_stored_answers_of_a_network_with_two_outputs_are_of_its_first(tmp_path):
-    with refused(TaskError, "outputs") as caught:
+    with raises_case(TaskError, "outputs") as caught:
         settings = replace(SHORT, task_loss_weight=0.0, teacher=distill.TeacherCache(tmp_path, Two(1)))
         train(Two(0), context(None), settings)
     assert "distill.Logits" in caught.value.remedy
@@ -240,7 +240,7 @@ def test_yaml():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     text = "- Finetune: {distill: {distill.DKD: {beta: 8}}}"
     assert Recipe.from_yaml(text) == Recipe(Finetune(distill=distill.DKD(beta=8)))
-    with refused(RecipeError, "not-a-step"):
+    with raises_case(RecipeError, "not-a-step"):
         Recipe.from_yaml("- distill.Logits")
 
 
@@ -272,7 +272,7 @@ class TestResume:
     def test_another_teacher_is_refused(self, teacher, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train(raised(), replace(context(teacher), folder=tmp_path), replace(RESUMED, hooks=(Stop(3),)))
-        with refused(CheckpointError, "settings") as caught:
+        with raises_case(CheckpointError, "settings") as caught:
             train(raised(), replace(context(raised(16)), folder=tmp_path), replace(RESUMED, hooks=(Stop(99),)))
         assert caught.value.field == "teacher"
 
@@ -302,61 +302,61 @@ class TestResume:
 
 class TestBadInput:
     def test_no_teacher(self):
-        with refused(TaskError, "no-teacher"):
+        with raises_case(TaskError, "no-teacher"):
             train(raised(), context(None), replace(SHORT, distill=distill.Logits()))
 
     def test_neither_labels_nor_teacher(self):
-        with refused(RecipeError, "nothing-to-learn"):
+        with raises_case(RecipeError, "nothing-to-learn"):
             Finetune(task_loss_weight=0, distill=())
-        with refused(RecipeError, "nothing-to-learn"):
+        with raises_case(RecipeError, "nothing-to-learn"):
             train(raised(), Context(task=task()), replace(SHORT, task_loss_weight=0))
 
     def test_what_is_no_distillation(self):
-        with refused_setting("distill"):
+        with raises_setting("distill"):
             Finetune(distill="logits")
 
     def test_other_classes_say_which_and_how_many(self, teacher):
         student = capture_network(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), (torch.zeros(2, 1, 8, 8),))
-        with refused(TaskError, "outputs") as caught:
+        with raises_case(TaskError, "outputs") as caught:
             train(student, context(teacher), replace(SHORT, distill=distill.Logits()))
         assert "7" in caught.value.got and "10" in caught.value.got
 
     @pytest.mark.parametrize("name", ["conf", "66"])
     def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher, name):
         for pair, whose in ((("conv", name), "teacher"), ((name, "conv"), "student")):
-            with refused(RecipeError, "no-layer") as caught:
+            with raises_case(RecipeError, "no-layer") as caught:
                 train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=(pair,))))
             assert whose in caught.value.what
             assert caught.value.got == name and "conv" in caught.value.remedy
 
     def test_teachers_that_differ(self, teacher):
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-        with refused(TaskError, "teachers-differ") as caught:
+        with raises_case(TaskError, "teachers-differ") as caught:
             train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=(teacher, other)))
         assert caught.value.got == "[(2, 10)], [(2, 3)]"
 
     @pytest.mark.parametrize("wrong", [nn.Conv2d(3, 4, 3), nn.Bilinear(64, 64, 10)])
     def test_a_teacher_that_can_not_take_the_example(self, teacher, wrong):
-        with refused(TaskError, "teacher-raised") as caught:
+        with raises_case(TaskError, "teacher-raised") as caught:
             train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=wrong))
         assert "Error: " in caught.value.got and caught.value.remedy
 
     def test_attention_of_vectors(self, teacher):
-        with refused(TaskError, "not-feature-maps"):
+        with raises_case(TaskError, "not-feature-maps"):
             train(raised(), context(teacher), replace(SHORT, distill=distill.AttentionTransfer(features=("head",))))
 
     def test_features_of_several_teachers(self, teacher):
         settings = replace(SHORT, distill=distill.Hints(features=("conv",)), teacher=(teacher, raised(16)))
-        with refused(TaskError, "several-teachers"):
+        with raises_case(TaskError, "several-teachers"):
             train(raised(), context(None), settings)
 
     def test_features_of_a_plain_module(self, teacher):
-        with refused(TaskError, "not-captured"):
+        with raises_case(TaskError, "not-captured"):
             train(Small(), context(teacher), replace(SHORT, distill=distill.Hints(features=("conv",))))
 
     @pytest.mark.parametrize("features", [(), "conv", (3,), (("a", "b", "c"),)])
     def test_features_are_names(self, features):
-        with refused(RecipeError, "settings" if features else "no-features") as caught:
+        with raises_case(RecipeError, "settings" if features else "no-features") as caught:
             distill.Hints(features=features)
         assert caught.value.field == "features"
 
@@ -364,7 +364,7 @@ class TestBadInput:
         broken = copy.deepcopy(teacher)
         with torch.no_grad():
             broken.head.bias.fill_(math.nan)
-        with refused(TrainingError, "loss-not-finite") as caught:
+        with raises_case(TrainingError, "loss-not-finite") as caught:
             train(raised(), context(broken), replace(SHORT, distill=distill.Logits()))
         assert caught.value.what.endswith(" step 0")
         assert "Logits is nan" in caught.value.got and "labels is" in caught.value.got
@@ -419,7 +419,7 @@ class TestTaps:
 
     def test_a_part_without_an_attention_says_where_they_are(self):
         network = raised()
-        with refused(RecipeError, "no-attention"):
+        with raises_case(RecipeError, "no-attention"):
             Tapped(network, ["conv:scores"])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from examples import data
 from penjing.errors import CheckpointError
-from tests.refusals import refused
+from tests.raises import raises_case
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -99,7 +99,7 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     from examples.fashion_mnist import network
 
     monkeypatch.setattr(network, "WEIGHTS", tmp_path / "resnet20.safetensors")
-    with refused(CheckpointError, "missing"):
+    with raises_case(CheckpointError, "missing"):
         network.resnet20()
 
 
@@ -110,10 +110,10 @@ def test_foreign_weights_are_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(network, "WEIGHTS", tmp_path / "resnet20.safetensors")
     save_file({"conv1.weight": torch.zeros(1)}, network.WEIGHTS)
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         network.resnet20()
     network.WEIGHTS.write_bytes(b"not safetensors at all")
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         network.resnet20()
 
 

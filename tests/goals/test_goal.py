@@ -12,7 +12,7 @@ from penjing.goals.goal import Goal, Limit, check, choose, figures, needs_metric
 from penjing.goals.text import of_the_metric
 from penjing.records import Candidate, Energy, Latency, Measured, Rejection
 from penjing.records.figures import FIGURES
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def candidate(name, *, latency=None, size=None, drop=None, relative=None, metric=None, **more):
@@ -122,7 +122,7 @@ def test_any_text_is_a_goal_or_a_goal_error(text):
     ],
 )
 def test_errors_point_at_the_word(text, code, word, remedy):
-    with refused(GoalError, code) as error:
+    with raises_case(GoalError, code) as error:
         Goal.parse(text)
     _, shown, carets = error.value.what.split("\n")
     start = carets.index("^")
@@ -136,7 +136,7 @@ def test_errors_point_at_the_word(text, code, word, remedy):
     ("text", "code"), [("", "empty"), (" ", "empty"), (",", "empty"), ("latency_ms<=1e999", "not-finite")]
 )
 def test_what_asks_for_nothing_or_the_endless(text, code):
-    with refused(GoalError, code):
+    with raises_case(GoalError, code):
         Goal.parse(text)
 
 
@@ -156,7 +156,7 @@ def test_what_asks_for_nothing_or_the_endless(text, code):
     ],
 )
 def test_values_that_make_no_goal(make, code):
-    with refused(GoalError, code):
+    with raises_case(GoalError, code):
         make()
 
 

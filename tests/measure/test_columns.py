@@ -6,7 +6,7 @@ import pytest
 from penjing.errors import ArtifactError
 from penjing.measure.columns import Columns, differences, fault, ranges, split, worst
 from penjing.measure.decibels import IDENTICAL_DB
-from tests.refusals import refused
+from tests.raises import raises_case
 
 RANDOM = np.random.default_rng(0)
 
@@ -126,9 +126,9 @@ def test_an_output_of_another_size_leaves_out_columns_that_it_has_not():
 
 def test_sides_that_do_not_fit_are_refused():
     one = np.zeros((2, 2), np.float32)
-    with refused(ArtifactError, "outputs"):
+    with raises_case(ArtifactError, "outputs"):
         differences([one], [one, one], split([one]))
-    with refused(ArtifactError, "shape"):
+    with raises_case(ArtifactError, "shape"):
         differences([one], [one[:1]], split([one]))
 
 

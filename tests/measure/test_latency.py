@@ -13,7 +13,7 @@ from penjing.measure.child import TargetError
 from penjing.measure.latency import Target, Timing, compare, order, ratio
 from penjing.measure.machine import processors
 from penjing.records import Latency
-from tests.refusals import refused
+from tests.raises import raises_case
 
 QUICK = {"threads": 1, "seconds": 0.02, "warmup_seconds": 0.0, "warmup_calls": 1}
 
@@ -127,7 +127,7 @@ def test_what_a_runtime_prints_does_not_break_the_protocol(openers, tray):
     ],
 )
 def test_failing_runtime_is_an_artifact_error_with_its_last_words(openers, tray, opener, words):
-    with refused(TargetError, "failed" if opener == "raises" else "crashed") as caught:
+    with raises_case(TargetError, "failed" if opener == "raises" else "crashed") as caught:
         compare([target(tray("poor"))], rounds=7, opener=f"tiny_openers:{opener}", **QUICK)
     assert words in caught.value.got
     assert "'poor'" in caught.value.what
@@ -137,13 +137,13 @@ def test_failing_runtime_is_an_artifact_error_with_its_last_words(openers, tray,
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_worker_that_stands_still_is_ended_and_named(openers, tray, monkeypatch):
     monkeypatch.setattr("penjing.measure.latency.time_limits.call_s", lambda inputs: 0.2)
-    with refused(TargetError, "hung") as caught:
+    with raises_case(TargetError, "hung") as caught:
         compare([target(tray("poor"))], opener="tiny_openers:stops", **QUICK)
     assert caught.value.target == "poor"
 
 
 def test_error_of_penjing_in_the_worker_keeps_its_kind_and_remedy(openers, tray):
-    with refused(MissingDependency, "not-installed") as caught:
+    with raises_case(MissingDependency, "not-installed") as caught:
         compare([target(tray("poor"))], opener="tiny_openers:missing", **QUICK)
     assert caught.value.what.startswith("poor: ") and caught.value.remedy == "pip install fancyrt"
 
@@ -163,7 +163,7 @@ def test_workers_end_with_an_interrupted_comparison(openers, tray, tmp_path, kin
 def test_other_workers_end_when_one_can_not_open(openers, tray, tmp_path):
     good, bad = tray("good"), tray("bad")
     (bad / "matrix.npy").unlink()
-    with refused(TargetError, "failed") as caught:
+    with raises_case(TargetError, "failed") as caught:
         compare([target(good), target(bad)], opener="tiny_openers:matmul", **QUICK)
     assert caught.value.target == "bad" and "FileNotFoundError" in caught.value.got
     assert not psutil.pid_exists(int((good / "pid.txt").read_text()))
@@ -172,10 +172,10 @@ def test_other_workers_end_when_one_can_not_open(openers, tray, tmp_path):
 def test_bad_requests_are_refused_before_a_worker_starts(openers, tray, tmp_path):
     a = target(tray("a"))
     for bad, code in (([], "targets"), ([a, a], "targets"), ([target(tmp_path / "a", np.array([object()]))], "dtype")):
-        with refused(UsageError, code):
+        with raises_case(UsageError, code):
             compare(bad, opener="tiny_openers:matmul", **QUICK)
     for numbers in ({"threads": 0}, {"rounds": 0}, {"seconds": -1.0}):
-        with refused(UsageError, "too-small"):
+        with raises_case(UsageError, "too-small"):
             compare([a], opener="tiny_openers:matmul", **{**QUICK, **numbers})
     assert not (tmp_path / "a" / "pid.txt").exists()
 
@@ -196,6 +196,6 @@ def test_onnxruntime_session_in_a_worker(openers, tmp_path):
     assert timing.peak_memory_bytes > timing.baseline_bytes  # the runtime's own code is in memory now
     assert timing.load_ms > 0
     # The same session, with an input that it can't take: its own words arrive.
-    with refused(TargetError, "failed") as caught:
+    with raises_case(TargetError, "failed") as caught:
         compare([Target("ort", tmp_path, [inputs[0], inputs[1][:3]], 4)], opener="tiny_openers:onnx", **QUICK)
     assert re.search("INVALID_ARGUMENT|InvalidArgument", caught.value.got)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from penjing.errors import ArtifactError, TaskError
 from penjing.measure.parity import IDENTICAL_DB, parity
 from penjing.records import to_json
-from tests.refusals import refused
+from tests.raises import raises_case
 
 VALUES = st.floats(-1e4, 1e4, width=32)
 
@@ -134,16 +134,16 @@ def test_infinity_that_both_give_is_an_answer():
 
 def test_sides_that_do_not_fit_are_refused():
     a = np.zeros((2, 2), np.float32)
-    with refused(ArtifactError, "batches"):
+    with raises_case(ArtifactError, "batches"):
         parity([[a], [a]], [[a]], "planned")
-    with refused(ArtifactError, "batches"):
+    with raises_case(ArtifactError, "batches"):
         parity([[a]], [[a], [a]], "planned")
-    with refused(ArtifactError, "outputs"):
+    with raises_case(ArtifactError, "outputs"):
         parity([[a]], [[a, a]], "planned")
-    with refused(ArtifactError, "shape"):
+    with raises_case(ArtifactError, "shape"):
         parity([[a]], [[a[:1]]], "planned")
     for empty in ([], [[a[:0]]]):
-        with refused(TaskError, "no-sample"):
+        with raises_case(TaskError, "no-sample"):
             parity(empty, empty, "planned")
 
 

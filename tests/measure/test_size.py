@@ -6,7 +6,7 @@ import pytest
 
 from penjing.errors import ArtifactError
 from penjing.measure.size import packed_bytes, sha256, size_bytes
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @pytest.fixture
@@ -43,6 +43,6 @@ def test_missing_file_is_named(folder, name):
         lambda: sha256(folder / name),
         lambda: packed_bytes([folder / name]),
     ):
-        with refused(ArtifactError, "missing") as caught:
+        with raises_case(ArtifactError, "missing") as caught:
             call()
         assert str(folder / name) in caught.value.got

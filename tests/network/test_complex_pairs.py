@@ -13,7 +13,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def angles():
@@ -158,9 +158,9 @@ class Identity(nn.Module):
 
 
 def test_complex_inputs_and_outputs_are_refused_with_the_remedy():
-    with refused(ExportError, "complex-output") as error:
+    with raises_case(ExportError, "complex-output") as error:
         capture_network(Identity(), (torch.randn(2, 3, 2),))
     assert "(test_complex_pairs.py:" in error.value.what and "view_as_real" in error.value.remedy
-    with refused(ExportError, "complex-input") as error:
+    with raises_case(ExportError, "complex-input") as error:
         capture_network(Identity(), (torch.randn(2, 3, dtype=torch.complex64),))
     assert "view_as_complex" in error.value.remedy

@@ -18,7 +18,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def decibel(reference, other):
@@ -194,7 +194,7 @@ def test_the_same_values_in_torch_and_in_the_runtimes(case, tmp_path):
 def test_projections_over_more_steps_than_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(projected_lstm, "MOST_STEPS", 8)  # tracing the 512 that are allowed takes long
     net = nn.LSTM(6, 8, batch_first=True, proj_size=3)
-    with refused(ExportError, "length") as error:
+    with raises_case(ExportError, "length") as error:
         capture_network(net, (torch.zeros(2, 9, 6),))
     assert error.value.got == "9 steps"
     capture_network(net, (torch.zeros(2, 8, 6),))

@@ -8,7 +8,7 @@ from torch import nn
 from penjing.errors import ExportError
 from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def rerun_of(network, args, dynamic):
@@ -31,7 +31,7 @@ class TestRemedies:
             def forward(self, x):
                 return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 0.0, (x,))
 
-        with refused(ExportError, "control-flow"):
+        with raises_case(ExportError, "control-flow"):
             capture_network(Branch(), (torch.zeros(1, 3),))
         for remedy in (Where(), Cond()):
             network = capture_network(remedy, (torch.zeros(1, 3),))
@@ -48,7 +48,7 @@ class TestRemedies:
             def forward(self, x):
                 return x.flatten(1)
 
-        with refused(ExportError, "fixed-size"):
+        with raises_case(ExportError, "fixed-size"):
             capture_network(Fixed(), (torch.zeros(2, 3, 4),))
         assert capture_network(Free(), (torch.zeros(2, 3, 4),))(torch.ones(5, 3, 4)).shape == (5, 12)
 
@@ -57,7 +57,7 @@ class TestRemedies:
             def forward(self, x):
                 return x.reshape(2, 12) + x.flatten(1)
 
-        with refused(ExportError, "fixed-size"):
+        with raises_case(ExportError, "fixed-size"):
             capture_network(Fixed(), (torch.zeros(2, 3, 4),))
         network = capture_network(Fixed(), (torch.zeros(2, 3, 4),), dynamic={})
         assert network(torch.ones(2, 3, 4)).shape == (2, 12)
@@ -67,7 +67,7 @@ class TestRemedies:
             def forward(self, x):
                 return torch.from_numpy(x.numpy() * 2)
 
-        with refused(ExportError, "untraceable"):
+        with raises_case(ExportError, "untraceable"):
             capture_network(Foreign(), (torch.zeros(1, 3),))
 
 
@@ -91,7 +91,7 @@ class TestMultiples:
             def forward(self, x):
                 return F.pixel_unshuffle(x.movedim(0, 2), 2)
 
-        with refused(ExportError, "fixed-size"):
+        with raises_case(ExportError, "fixed-size"):
             capture_network(Pairs(), (torch.zeros(4, 3, 8, 8),))
 
 
@@ -101,7 +101,7 @@ def test_an_output_that_is_a_number_of_the_sizes_is_refused_with_its_line(number
         def forward(self, x):
             return x * 2, number(x)
 
-    with refused(ExportError, "number"):
+    with raises_case(ExportError, "number"):
         capture_network(Sizes(), (torch.zeros(2, 3),))
     assert capture_network(Sizes(), (torch.zeros(2, 3),), dynamic={})(torch.ones(2, 3))[1] == number(torch.ones(2, 3))
 
@@ -140,7 +140,7 @@ def test_a_recurrent_layer_of_any_length_is_refused_with_what_can_be_done(make):
         def forward(self, x):
             return self.cells(x)[0]
 
-    with refused(ExportError, "recurrent-length"):
+    with raises_case(ExportError, "recurrent-length"):
         export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch", 1: "time"}})
     fixed = export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"x": {0: "batch"}})
     assert fixed.module()(torch.zeros(5, 6, 4)).shape == (5, 6, 4)
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
 def test_a_mask_whose_values_torch_would_compare_is_refused_with_what_to_say():
     free = {"tokens": {0: "batch", 1: "length"}}
-    with refused(ExportError, "causal-mask"):
+    with raises_case(ExportError, "causal-mask"):
         export_module(Encoder(), (torch.zeros(2, 6, 8),), {}, free)
     told = Encoder(is_causal=True)
     program = export_module(told, (torch.zeros(2, 6, 8),), {}, free)
@@ -176,7 +176,7 @@ def test_a_remedy_calls_the_input_by_its_name():
         def forward(self, frames):
             return self.cells(frames)[0]
 
-    with refused(ExportError, "recurrent-length") as error:
+    with raises_case(ExportError, "recurrent-length") as error:
         export_module(Tagger(), (torch.zeros(2, 6, 4),), {}, {"frames": {0: "batch", 1: "time"}})
     assert "{'frames': {0: 'batch'}}" in error.value.remedy
 
@@ -186,7 +186,7 @@ def test_inputs_that_a_forward_collects_by_name_have_to_be_named():
         def forward(self, **inputs):
             return inputs["a"] * inputs["b"]
 
-    with refused(ExportError, "unnamed-inputs"):
+    with raises_case(ExportError, "unnamed-inputs"):
         export_module(Collects(), (), {name: torch.ones(2, 4) for name in ("a", "b")})
 
 
@@ -206,6 +206,6 @@ def test_two_inputs_of_one_name_are_refused():
         def forward(self, x_0, *x):
             return x_0 + x[0]
 
-    with refused(ExportError, "same-name") as error:
+    with raises_case(ExportError, "same-name") as error:
         capture_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
     assert "x_0" in error.value.got and "x_0" in error.value.remedy

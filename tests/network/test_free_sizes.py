@@ -14,7 +14,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 FREE = {"x": {0: "batch", 2: "height", 3: "width"}}
 
@@ -94,5 +94,5 @@ def test_a_window_of_the_size_of_the_input_is_refused_with_what_to_write():
         def join(self, x, half, quarter):
             return F.avg_pool2d(quarter, quarter.shape[2:]).flatten(1)
 
-    with refused(ExportError, "window"):
+    with raises_case(ExportError, "window"):
         capture_network(Window(), (torch.randn(2, 3, 24, 40),), dynamic=FREE)

@@ -17,7 +17,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Layers(nn.Module):
@@ -100,7 +100,7 @@ def test_a_condition_on_a_size_is_refused():
         def forward(self, x):
             return torch.cond(x.shape[0] > 3, self.a, self.b, (x,))
 
-    with refused(ExportError, "condition-on-size"):
+    with raises_case(ExportError, "condition-on-size"):
         capture_network(OnSize(), (torch.zeros(1, 8),))
 
 

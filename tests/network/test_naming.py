@@ -14,7 +14,7 @@ from penjing.network.exporting import export_module
 from penjing.network.graph import sites
 from penjing.network.naming import free_name, safe_names
 from penjing.tasks.outputs import flatten_outputs
-from tests.refusals import refused
+from tests.raises import raises_case
 
 RUNTIMES = ("onnxruntime", "openvino")
 HELD = ("output", "quantizers", "integers", "self", "x", "input", "weight", "lin-ear", "ünï", "1", "relu")
@@ -152,5 +152,5 @@ def test_an_artifact_is_called_by_the_users_names(runtime, clashing):
 
 
 def test_two_keys_that_read_the_same_are_refused():
-    with refused(SourceError, "same-name"):
+    with raises_case(SourceError, "same-name"):
         flatten_outputs({1: torch.zeros(2), "1": torch.zeros(2)})

@@ -15,7 +15,7 @@ from penjing.network.capture import capture_network
 from penjing.network.exporting import export, export_module, input_names
 from penjing.network.graph import arguments, flat_inputs, kind, shapes, site, sites, tensor_inputs
 from penjing.tasks.usercode import load_named
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def tensors(outputs):
@@ -234,7 +234,7 @@ def test_the_source_keeps_its_training_flags_and_gradients():
 
 def test_a_failed_export_gives_the_flags_back_too():
     model = Branches().train()
-    with refused(ExportError, "control-flow"):
+    with raises_case(ExportError, "control-flow"):
         capture_network(model, (torch.zeros(1, 3),))
     assert all(m.training for m in model.modules())
 
@@ -424,11 +424,11 @@ class TestForms:
         assert torch.equal(network((a, b)), a - b)
 
     def test_an_example_that_does_not_fit_the_forward(self):
-        with refused(TaskError, "misfit") as caught:
+        with raises_case(TaskError, "misfit") as caught:
             capture_network(nn.Linear(3, 2), (torch.zeros(1, 3), torch.zeros(1, 3)))
         assert caught.value.got.startswith("2 positional") and "forward(input" in caught.value.expected
         assert caught.value.remedy
-        with refused(TaskError, "misfit"):
+        with raises_case(TaskError, "misfit"):
             capture_network(nn.Linear(3, 2), (), {"image": torch.zeros(1, 3)})
 
 
@@ -474,10 +474,10 @@ class TestDynamicAxes:
         assert literals == [[3]]  # no arithmetic on sizes is left, and the example of 1 stayed 1
 
     def test_an_unknown_name_is_refused(self):
-        with refused(TaskError, "unknown-input") as caught:
+        with raises_case(TaskError, "unknown-input") as caught:
             capture_network(Pooled(), self.call, dynamic={"images": {0: "batch"}})
         assert caught.value.got == "'images'" and "words" in caught.value.expected
-        with refused(TaskError, "unknown-input"):
+        with raises_case(TaskError, "unknown-input"):
             capture_network(Pooled(), self.call, dynamic={2: {0: "batch"}})
 
     def test_an_axis_may_be_limited_by_a_table_of_positions(self):
@@ -503,7 +503,7 @@ class TestDynamicAxes:
             def forward(self, x):
                 return x.reshape(-1, 12)[:, :3] + x[:, :1, 0]
 
-        with refused(ExportError, "fixed-size") as caught:
+        with raises_case(ExportError, "fixed-size") as caught:
             capture_network(Fixed(), (torch.zeros(1, 3, 4),), dynamic={0: {0: "batch", 1: "length"}})
         assert "length" in caught.value.got
 
@@ -526,7 +526,7 @@ class Branches(nn.Module):
 
 class TestWhatCannotBeExported:
     def test_control_flow_on_data_names_the_users_line(self):
-        with refused(ExportError, "control-flow") as caught:
+        with raises_case(ExportError, "control-flow") as caught:
             capture_network(nn.Sequential(Branches()), (torch.zeros(1, 3),))
         assert "test_network.py" in caught.value.what
         assert "if y.sum() > 0" in caught.value.what
@@ -537,12 +537,12 @@ class TestWhatCannotBeExported:
         text = "from torch import nn\n\nclass Net(nn.Module):\n    def forward(self, x):\n        return x.item() + x\n"
         (folder / "net.py").write_text(text, encoding="utf-8")
         network = load_named(str(folder / "net.py"), "Net", error=AssertionError, role="source")()
-        with refused(ExportError, "untraceable") as caught:
+        with raises_case(ExportError, "untraceable") as caught:
             capture_network(nn.Sequential(network), (torch.zeros(1, 1),))
         assert "net.py:5: return x.item() + x" in caught.value.what
 
     def test_a_forward_that_fails(self):
-        with refused(ExportError, "untraceable") as caught:
+        with raises_case(ExportError, "untraceable") as caught:
             capture_network(Branches(), (torch.zeros(1, 7),))
         assert "self.linear(x)" in caught.value.what
 

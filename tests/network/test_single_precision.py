@@ -11,7 +11,7 @@ from penjing.network.single_precision import single_module
 from penjing.sources.source import Source, in_single_precision
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Task, calibration_calls
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def layers(dtype):
@@ -22,7 +22,7 @@ def layers(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused_and_the_remedy_is_right(dtype):
     model = layers(dtype)
-    with refused(SourceError, "half") as error:
+    with raises_case(SourceError, "half") as error:
         single_module(model)
     assert "0.weight" in error.value.got
     assert single_module(model.float()) == (model, None)

@@ -16,7 +16,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class DynamicConvolution(nn.Module):
@@ -123,7 +123,7 @@ def test_they_train():
 
 def test_a_kernel_whose_size_varies_is_refused_by_its_line():
     dynamic = {i: {0: "batch", 2: f"height{i}", 3: f"width{i}"} for i in range(2)}
-    with refused(ExportError, "kernel-size") as error:
+    with raises_case(ExportError, "kernel-size") as error:
         capture_network(Correlation(), CASES[Correlation][0](2), dynamic=dynamic)
     assert re.search(r"\(test_varying_groups.py:\d+ in forward", error.value.what)
 

@@ -7,7 +7,7 @@ from penjing.errors import SourceError
 from penjing.network.exporting import export_module
 from penjing.network.wrappers import unwrapped
 from penjing.sources.source import open_source
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def layers():
@@ -51,9 +51,9 @@ def test_what_is_not_wrapped_is_itself():
 def test_torchscript_is_refused_and_the_remedy_is_right():
     net = layers()
     scripted = torch.jit.trace(net, torch.zeros(1, 4))
-    with refused(SourceError, "torchscript"):
+    with raises_case(SourceError, "torchscript"):
         open_source(scripted)
-    with refused(SourceError, "torchscript") as error:
+    with raises_case(SourceError, "torchscript") as error:
         open_source(nn.Sequential(nn.Linear(4, 4), scripted))
     assert error.value.what.startswith("1 ")
     again = layers()
@@ -62,5 +62,5 @@ def test_torchscript_is_refused_and_the_remedy_is_right():
 
 
 def test_a_traced_function_is_no_network():
-    with refused(SourceError, "not-a-network"):
+    with raises_case(SourceError, "not-a-network"):
         open_source(torch.jit.trace(lambda x: x + 1, torch.zeros(1)))

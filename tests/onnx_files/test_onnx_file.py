@@ -19,7 +19,7 @@ from penjing.onnx_files import write as onnx_file
 from penjing.pipeline.building import executed_rows
 from penjing.steps.plan import Entry, Plan, QuantSpec
 from penjing.surgery import freeze, insert
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.tiny_networks import CASES, Case, export
 
 
@@ -143,7 +143,7 @@ def test_an_operator_without_an_onnx_form_is_named(tmp_path):
             return torch.special.bessel_j0(x)
 
     network = capture_network(Strange(), (torch.zeros(2, 3),))
-    with refused(ExportError, "no-onnx-form") as caught:
+    with raises_case(ExportError, "no-onnx-form") as caught:
         onnx_file.write(network, ((torch.zeros(2, 3),), {}), None, ["output"], tmp_path / "strange.onnx")
     assert "bessel_j0" in caught.value.what
     assert not (tmp_path / "strange.onnx").exists()

@@ -21,7 +21,7 @@ from penjing.sources.source import open_source
 from penjing.steps.plan import Entry, QuantSpec
 from penjing.surgery import FakeQuantize, insert
 from penjing.tasks.opening import open_task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 STATIC = pj.Recipe(pj.quantize.Static())
 
@@ -258,7 +258,7 @@ class Wrapped(nn.Module):
 
 class TestRefusals:
     def refusal(self, code, module, task, tmp_path, use=pj.deliver):
-        with refused(SourceError, code) as caught:
+        with raises_case(SourceError, code) as caught:
             use(module, task, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return caught.value
@@ -267,7 +267,7 @@ class TestRefusals:
         module = pj.apply(STATIC, network, task)
         for given in (module, nn.DataParallel(module)):
             assert "pj.deliver" in self.refusal("applied", given, task, tmp_path, pj.compress).remedy
-        with refused(SourceError, "applied"):
+        with raises_case(SourceError, "applied"):
             pj.apply(STATIC, module, task)
 
     def test_what_apply_never_returned(self, network, task, tmp_path):
@@ -317,6 +317,6 @@ def leaves(predict):
 @pytest.mark.parametrize("part", [{"evaluate": leaves}, {"calibration": Exiting(), "evaluate": None, "select": None}])
 def test_code_that_ends_the_process_is_an_error_of_deliver(network, task, tmp_path, part):
     module = pj.apply(STATIC, network, task)
-    with refused(TaskError, "raised" if "select" not in part else "exited") as caught:
+    with raises_case(TaskError, "raised" if "select" not in part else "exited") as caught:
         pj.deliver(module, dataclasses.replace(task, **part), out=tmp_path / "run", seconds=0.05, threads=1)
     assert "test_applied.py" in caught.value.got

@@ -19,7 +19,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.sources.source import open_source
 from penjing.surgery import insert
 from penjing.tasks.opening import open_task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ class TestRefusals:
     """Nothing may be written for a request that makes no sense."""
 
     def refusal(self, tmp_path, kind, code, model, task, *more, **options):
-        with refused(kind, code) as found:
+        with raises_case(kind, code) as found:
             pj.compress(model, task, *more, out=tmp_path / "run", threads=1, **options)
         assert not (tmp_path / "run").exists()
         assert found.value.what and found.value.got and found.value.expected and found.value.remedy
@@ -276,7 +276,7 @@ class TestRefusals:
         bare = dataclasses.replace(task, train=None)
         recipe = pj.Recipe(pj.prune.Magnitude(sparsity=0.5), step)
         self.refusal(tmp_path, TaskError, "no-training-data", digits_source, bare, "minimize size_bytes", recipe=recipe)
-        with refused(TaskError, "no-training-data"):
+        with raises_case(TaskError, "no-training-data"):
             pj.apply(recipe, open_source(digits_source).module, bare)
 
     @pytest.mark.parametrize(("pair", "whose"), [(("stem", "setm"), "teacher"), (("setm", "stem"), "student")])
@@ -290,7 +290,7 @@ class TestRefusals:
 
     def test_what_is_no_recipe(self, digits_source, task):
         for wrong in ("joint", 3):
-            with refused(RecipeError, "file-name" if wrong == "joint" else "not-a-step") as found:
+            with raises_case(RecipeError, "file-name" if wrong == "joint" else "not-a-step") as found:
                 pj.apply(wrong, open_source(digits_source).module, task)
             assert str(found.value.got) == repr(wrong) and found.value.expected
 
@@ -312,7 +312,7 @@ class TestRefusals:
 )
 def test_a_metric_that_fails_is_told_before_anything_costly(tmp_path, digits_source, task, evaluate, code):
     broken = dataclasses.replace(task, select=None, evaluate=evaluate)
-    with refused(TaskError, code) as found:
+    with raises_case(TaskError, code) as found:
         pj.compress(digits_source, broken, "minimize size_bytes", out=tmp_path / "run", threads=1)
     assert found.value.remedy
     assert not (tmp_path / "run" / ARTIFACT).exists()
@@ -325,14 +325,14 @@ def test_a_finished_run_is_given_back_and_not_run_again(digits_copy, digits_sour
     again = pj.compress(digits_source, task, goal, out=digits_copy, resume=True, threads=1)
     assert again.record == records.read(digits_copy)
     assert {path: path.stat().st_mtime_ns for path in digits_copy.rglob("*") if path.is_file()} == before
-    with refused(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as found:
         pj.compress(digits_source, task, "drop<=3%", out=digits_copy, resume=True, threads=1)
     assert found.value.got.startswith("goal")
-    with refused(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as found:
         pj.compress(digits_source, task, goal, out=digits_copy, resume=True, threads=1, seed=4)
     assert found.value.got == "seed = 4"
     fewer = dataclasses.replace(task, calibration=task.calibration[:2])
-    with refused(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as found:
         pj.compress(digits_source, fewer, goal, out=digits_copy, resume=True, threads=1)
     assert found.value.got.startswith("data")
     assert {path: path.stat().st_mtime_ns for path in digits_copy.rglob("*") if path.is_file()} == before
@@ -348,7 +348,7 @@ def test_a_training_that_all_candidates_need_fails_once_and_by_its_own_name(tmp_
 
     broken = dataclasses.replace(task, train=[(x, y)] * 4, loss=loss)
     recipe = pj.Recipe(pj.Finetune(epochs=1))
-    with refused(TrainingError, "loss-not-finite") as found:
+    with raises_case(TrainingError, "loss-not-finite") as found:
         pj.compress(digits_source, broken, "minimize size_bytes", recipe=recipe, out=tmp_path / "run", threads=1)
     assert "step 2" in found.value.what
     assert len(seen) == 3
@@ -364,11 +364,11 @@ def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for
     asked = {"goal": "minimize size_bytes", "recipe": pj.Recipe(pj.Finetune()), "threads": 1, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         pj.compress(digits_source, first, **asked)
-    with refused(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as found:
         pj.compress(digits_source, dataclasses.replace(first, train=[(x, y + 1)]), resume=True, **asked)
     assert found.value.got.startswith("data.train = ")
     other = dataclasses.replace(first, loss=torch.nn.functional.cross_entropy)
-    with refused(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as found:
         pj.compress(digits_source, other, resume=True, **asked)
     assert found.value.got == "loss = torch.nn.functional.cross_entropy"
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ import penjing as pj
 from penjing.errors import PenjingError
 from penjing.measure import time_limits
 from penjing.runtimes import isolated
-from tests.refusals import refused
+from tests.raises import raises_case
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -102,5 +102,5 @@ def test_a_run_without_any_candidate_left_says_why(tmp_path, monkeypatch):
             crash(worker.process.pid)
         return float(np.abs(predict(INPUTS.numpy())).mean())
 
-    with refused(PenjingError, "crashed"):
+    with raises_case(PenjingError, "crashed"):
         run(tmp_path / "run", always)

@@ -19,7 +19,7 @@ from penjing.pipeline.verify import verify
 from penjing.quantize import Static
 from penjing.recipes.recipe import Recipe
 from penjing.runtimes import isolated
-from tests.refusals import refused
+from tests.raises import raises_case
 
 GOAL = "minimize size_bytes, drop<=100%"
 
@@ -205,7 +205,7 @@ class TestWhatIsNotFinite:
         batch = data(32)
         batch[20:23] -= 100  # behind the few samples that are looked at before anything else
         of = pj.Task(example=data(2), calibration=[batch, data(32, 1)])
-        with refused(TaskError, "not-finite") as caught:
+        with raises_case(TaskError, "not-finite") as caught:
             compressed(tmp_path / "run", Roots().eval(), recipe=Recipe(), of=of)
         assert "roots" in caught.value.what and "3 of 32 samples" in caught.value.got
 
@@ -227,7 +227,7 @@ class TestWhatIsNotFinite:
         network = Net().eval()
         with torch.no_grad():
             network.b.weight[3, 2, 1, 1] = float("nan")
-        with refused(SourceError, "weight-not-finite") as caught:
+        with raises_case(SourceError, "weight-not-finite") as caught:
             pj.apply(Recipe(pj.prune.Channels(channels=0.5)), network, task())
         assert "b.weight" in caught.value.what
 
@@ -282,7 +282,7 @@ class TestWhatACandidateLosesAlone:
         def evaluate(predict):
             raise KeyError("labels")
 
-        with refused(TaskError, "raised") as caught:
+        with raises_case(TaskError, "raised") as caught:
             compressed(tmp_path / "run", of=task(evaluate=evaluate))
         assert isinstance(caught.value.__cause__, KeyError) and "the source" in caught.value.what
 

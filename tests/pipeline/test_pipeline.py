@@ -28,7 +28,7 @@ from penjing.records.folder import EVIDENCE, RunFolder
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Net(nn.Module):
@@ -280,12 +280,12 @@ class TestMetric:
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
-        with refused(TaskError, "not-finite") as found:
+        with raises_case(TaskError, "not-finite") as found:
             metric_of(lambda p: value, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
 
     def test_one_that_never_looks_at_the_network_is_refused(self):
-        with refused(TaskError, "unread") as found:
+        with raises_case(TaskError, "unread") as found:
             metric_of(lambda p: 0.93, abs, "openvino-int8")
         assert "openvino-int8" in found.value.what
 
@@ -293,7 +293,7 @@ class TestMetric:
         def evaluate(predict):
             return predict(1)["accuracy"]  # this line
 
-        with refused(TaskError, "raised") as found:
+        with raises_case(TaskError, "raised") as found:
             metric_of(evaluate, abs, "the source")
         assert re.search(r"test_pipeline\.py:\d+ in evaluate: .*# this line", found.value.got)
 

@@ -15,7 +15,7 @@ import penjing as pj
 from penjing import records
 from penjing.errors import ArtifactError, OutputError, SourceError
 from penjing.pipeline.compress import Result
-from tests.refusals import refused
+from tests.raises import raises_case
 
 transformers = pytest.importorskip("transformers")
 
@@ -142,12 +142,12 @@ def test_the_readme_opens_it(result, saved):
 
 
 def test_what_can_not_be_saved(result, saved, bert, tmp_path):
-    with refused(OutputError, "exists"):
+    with raises_case(OutputError, "exists"):
         result.save_pretrained(saved)
     elsewhere = Result(result.record, result.folder)
-    with refused(SourceError, "not-pretrained"):
+    with raises_case(SourceError, "not-pretrained"):
         elsewhere.save_pretrained(tmp_path / "a")
-    with refused(SourceError, "not-pretrained"):
+    with raises_case(SourceError, "not-pretrained"):
         elsewhere.save_pretrained(tmp_path / "a", source=tmp_path)
     assert not (tmp_path / "a").exists()
     assert (elsewhere.save_pretrained(tmp_path / "b", source=bert[0]) / "config.json").is_file()
@@ -157,7 +157,7 @@ def test_what_can_not_be_saved(result, saved, bert, tmp_path):
     (torch_run / "artifact" / "manifest.json").write_text(json.dumps(manifest))
     for name in records.manifest.read_manifest(result.artifact).files():
         (torch_run / "artifact" / name).write_bytes(b"")
-    with refused(ArtifactError, "not-for-optimum"):
+    with raises_case(ArtifactError, "not-for-optimum"):
         replace(result, folder=torch_run).save_pretrained(tmp_path / "c")
 
 

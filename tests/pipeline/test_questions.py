@@ -14,7 +14,7 @@ from penjing.errors import TaskError
 from penjing.pipeline.questions import check_direction, says_higher
 from penjing.report import verdict
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(64, 8, generator=GENERATOR)
@@ -56,7 +56,7 @@ HIGHER = "accuracy top1_acc F1 f1-score AUROC mIoU mAP BLEU rouge psnr SSIM dice
 @pytest.mark.parametrize("name", [*LOWER, "word error rate", "mean absolute error", "cross-entropy"])
 def test_a_loss_that_is_to_be_higher_draws_a_question(name):
     assert says_higher(name) is False
-    with refused(TaskError, "direction") as caught:
+    with raises_case(TaskError, "direction") as caught:
         check_direction(task(accuracy, metric_name=name))
     assert "Task(higher_is_better=False)" in caught.value.remedy
     assert check_direction(task(accuracy, metric_name=name, higher_is_better=False)) is None
@@ -68,7 +68,7 @@ def test_a_loss_that_is_to_be_higher_draws_a_question(name):
 @pytest.mark.parametrize("name", [*HIGHER, "mean average precision", "cosine similarity"])
 def test_an_accuracy_that_is_to_be_lower_draws_one_too(name):
     assert says_higher(name) is True
-    with refused(TaskError, "direction") as caught:
+    with raises_case(TaskError, "direction") as caught:
         check_direction(task(accuracy, metric_name=name, higher_is_better=False))
     assert "Task(higher_is_better=True)" in caught.value.remedy
     assert check_direction(task(accuracy, metric_name=name)) is None
@@ -96,9 +96,9 @@ def test_the_question_comes_before_anything_is_run(tmp_path):
         def forward(self, x):
             raise AssertionError("it was run")
 
-    with refused(TaskError, "direction"):
+    with raises_case(TaskError, "direction"):
         pj.compress(Untouched(), task(cross_entropy, metric_name="loss"), out=tmp_path / "run")
-    with refused(TaskError, "direction"):
+    with raises_case(TaskError, "direction"):
         pj.apply(pj.Recipe(pj.quantize.Static()), Untouched(), task(cross_entropy, metric_name="loss"))
 
 
@@ -150,7 +150,7 @@ def test_the_destroyed_network_changes_nothing_of_the_run(tmp_path):
 
 
 def test_a_metric_that_never_calls_predict_is_an_error(tmp_path):
-    with refused(TaskError, "unread") as caught:
+    with raises_case(TaskError, "unread") as caught:
         compress(task(lambda predict: 0.93, metric_name="accuracy"), tmp_path / "run")
     assert caught.value.what.endswith(" the source")
 
@@ -162,7 +162,7 @@ def test_one_that_calls_it_for_the_source_alone_is_an_error_too(tmp_path):
         calls.append(1)
         return accuracy(predict) if len(calls) <= 2 else 0.93  # the source, and the source destroyed
 
-    with refused(TaskError, "unread") as caught:
+    with raises_case(TaskError, "unread") as caught:
         compress(task(once, metric_name="accuracy"), tmp_path / "run")
     assert "onnxruntime-" in caught.value.what
 

@@ -12,7 +12,7 @@ import penjing as pj
 from penjing import cli
 from penjing.errors import OutputError, ParityError, UsageError
 from penjing.onnx_files import write as onnx_file
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Net(nn.Module):
@@ -98,7 +98,7 @@ def test_where_it_cannot_write_it_says_so_before_anything_is_opened(tmp_path, na
     (tmp_path / "old.onnx").write_text("mine")
     (tmp_path / "old.bin").write_text("mine")
     (tmp_path / "folder.onnx").mkdir()
-    with refused(kind, code):
+    with raises_case(kind, code):
         pj.quantize_to("no-such-network", "no-such-data", tmp_path / name, **more)
     assert (tmp_path / "old.onnx").read_text() == (tmp_path / "old.bin").read_text() == "mine"
 
@@ -126,7 +126,7 @@ def negated(monkeypatch):
 
 def test_a_file_that_does_not_compute_what_was_planned_is_not_written(tmp_path, negated):
     (tmp_path / "small.onnx").write_text("the one before")
-    with refused(ParityError, "parity") as caught:
+    with raises_case(ParityError, "parity") as caught:
         quantized(tmp_path / "small.onnx", force=True)
     assert caught.value.field == "b" and caught.value.exit_code == 3
     assert [file.name for file in tmp_path.iterdir()] == ["small.onnx"]

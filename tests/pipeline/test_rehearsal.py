@@ -12,7 +12,7 @@ from torch import nn
 import penjing as pj
 from penjing import distill
 from penjing.errors import RecipeError, TaskError
-from tests.refusals import refused
+from tests.raises import raises_case
 
 X = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 4
@@ -48,7 +48,7 @@ def begins(code, training, data=None, before=None, got=""):
     """Whether the step before a training had begun when the training was refused, as that case."""
     begun = []
     first = Noted(before, begun) if before else pj.Finetune(epochs=1, hooks=(lambda moment: begun.append(moment.name),))
-    with refused(TaskError, code) as caught:
+    with raises_case(TaskError, code) as caught:
         pj.apply(pj.Recipe(first, training), network(), data or task())
     assert got in str(caught.value.got)
     return bool(begun)
@@ -91,7 +91,7 @@ def test_a_training_within_a_step(tmp_path):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
     rounds = pj.prune.Iterative(step=pj.prune.Channels(macs=0.5), finetune=pj.Finetune(teacher=other))
     told = []
-    with refused(TaskError, "outputs"):
+    with raises_case(TaskError, "outputs"):
         pj.run(
             pj.Recipe(rounds),
             network(),
@@ -110,7 +110,7 @@ def test_features_of_what_is_made_later_are_looked_at_then(tmp_path):
         pj.Finetune(epochs=1, distill=distill.AttentionTransfer(features=(("stages.1", "2"),))),
     )
     assert pj.apply(recipe, network(), task()) is not None
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         pj.apply(
             pj.Recipe(recipe.steps[0], pj.Finetune(distill=distill.Hints(features=(("stages.9", "2"),)))),
             network(),

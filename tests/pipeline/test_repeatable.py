@@ -13,7 +13,7 @@ from penjing.errors import ExportError, SourceError
 from penjing.pipeline.inspection import inspect
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.sources.source import open_source
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Net(nn.Module):
@@ -146,7 +146,7 @@ def everything(network):
 @pytest.mark.parametrize("cls", RANDOM, ids=lambda cls: cls.__name__)
 def test_random_numbers_are_found_by_name_and_line(cls):
     torch.manual_seed(0)
-    with refused(SourceError, "unrepeatable") as caught:
+    with raises_case(SourceError, "unrepeatable") as caught:
         raised(cls())
     assert all(word in caught.value.got for word in RANDOM[cls])
     assert "in eval mode" in caught.value.remedy
@@ -154,7 +154,7 @@ def test_random_numbers_are_found_by_name_and_line(cls):
 
 @pytest.mark.parametrize("cls", REMEMBERING, ids=lambda cls: cls.__name__)
 def test_state_is_found_by_its_name_and_the_remedy_is_to_pass_it(cls):
-    with refused(SourceError, "unrepeatable") as caught:
+    with raises_case(SourceError, "unrepeatable") as caught:
         raised(cls())
     assert f"changes {REMEMBERING[cls]}" in caught.value.got
     assert f"make {REMEMBERING[cls]} an input and an output" in caught.value.remedy
@@ -164,7 +164,7 @@ def test_state_is_found_by_its_name_and_the_remedy_is_to_pass_it(cls):
 def test_the_network_and_the_generators_are_afterwards_as_they_were(cls):
     network = cls()
     before, numbers, plain = everything(network), torch.get_rng_state(), random.getstate()
-    with refused(SourceError, "unrepeatable"):
+    with raises_case(SourceError, "unrepeatable"):
         raised(network)
     after = everything(network)
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0]) and before[1] == after[1]
@@ -172,24 +172,24 @@ def test_the_network_and_the_generators_are_afterwards_as_they_were(cls):
 
 
 def test_a_state_that_an_example_of_zeros_does_not_show_is_found():
-    with refused(SourceError, "unrepeatable"):
+    with raises_case(SourceError, "unrepeatable"):
         raised(RemembersInPlace(), task(calibration=None))
 
 
 @pytest.mark.parametrize("cls", [DropsOutAlways, RemembersInABuffer], ids=lambda cls: cls.__name__)
 def test_every_door_refuses_it(cls, tmp_path):
-    with refused(SourceError, "unrepeatable"):
+    with raises_case(SourceError, "unrepeatable"):
         pj.compress(cls(), task(), "minimize size_bytes", out=tmp_path / "run", seconds=0.01, threads=1)
     assert not (tmp_path / "run" / "record.json").exists()
-    with refused(SourceError, "unrepeatable"):
+    with raises_case(SourceError, "unrepeatable"):
         pj.apply(pj.Recipe(pj.quantize.Static()), cls(), task())
-    with refused(SourceError, "unrepeatable"):
+    with raises_case(SourceError, "unrepeatable"):
         inspect(open_source(cls()), task())
 
 
 def test_an_exported_program_is_asked_twice_too():
     program = torch.export.export(RemembersInABuffer().eval(), (torch.zeros(2, 16),))
-    with refused(SourceError, "unrepeatable") as caught:
+    with raises_case(SourceError, "unrepeatable") as caught:
         raised(program)
     assert "seen" in caught.value.got
 
@@ -293,7 +293,7 @@ class AsksWhetherItIsExported(Net):
 
 
 def test_an_export_of_something_else_is_refused_with_the_decibels():
-    with refused(ExportError, "another-network") as caught:
+    with raises_case(ExportError, "another-network") as caught:
         raised(AsksWhetherItIsExported())
     assert "dB" in caught.value.got and "head" in caught.value.got
 
@@ -307,7 +307,7 @@ def test_a_weight_that_is_not_a_number_is_found_at_the_door(tmp_path):
         lambda: pj.apply(pj.Recipe(pj.prune.Channels(channels=0.5)), network, task()),
         lambda: raised(network, task(calibration=None)),
     ):
-        with refused(SourceError, "weight-not-finite") as caught:
+        with raises_case(SourceError, "weight-not-finite") as caught:
             open_door()
         assert "body.weight" in caught.value.what and "1 of 256" in caught.value.got
 
@@ -323,6 +323,6 @@ class MasksItsAnswers(Net):
 
 
 def test_answers_that_are_not_numbers_are_refused_and_a_mask_passes():
-    with refused(SourceError, "answer-not-finite"):
+    with raises_case(SourceError, "answer-not-finite"):
         raised(Overflows())
     assert raised(MasksItsAnswers())(torch.randn(2, 16))[:, 1].isneginf().all()

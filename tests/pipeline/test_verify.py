@@ -13,7 +13,7 @@ from penjing.measure import machine
 from penjing.pipeline.run import Variant
 from penjing.pipeline.verify import _speed_holds, batch_of, verify
 from penjing.tasks.opening import open_task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def checked(folder, task=None, seconds=0.0):
@@ -166,7 +166,7 @@ def test_evidence_with_pickles_is_refused(digits_copy, tmp_path):
             return open, (str(tmp_path / "executed"), "w")
 
     np.savez(digits_copy / "evidence.npz", input_000=np.array([Trap()], dtype=object))
-    with refused(RecordError, "unreadable"):
+    with raises_case(RecordError, "unreadable"):
         verify(digits_copy, threads=1, seconds=0)
     assert not (tmp_path / "executed").exists()
 

@@ -21,7 +21,7 @@ from penjing.storage import checkpoint
 from penjing.surgery import replay
 from penjing.tasks.task import Task
 from tests.pairs import Block
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def raised(model, x):
@@ -115,7 +115,7 @@ def test_layers_without_a_shortcut_go_with_their_norm_and_activation():
     model = build("vgg16_small", in_channels=1, classes=3, width=4)
     network, task = raised(model, torch.randn(4, 1, 32, 32))
     context = Context(task=task)
-    with refused(PruningError, "nothing-to-prune"):
+    with raises_case(PruningError, "nothing-to-prune"):
         Blocks(blocks=1)(Draft(network), context)
     draft = Blocks(blocks=2, layers=True)(Draft(network), context)
     count = lambda n: sum(isinstance(m, nn.Conv2d) for m in n.modules())  # noqa: E731
@@ -136,7 +136,7 @@ def test_what_shall_stay_stays():
     for kept, other in (("first", "second"), ("second", "first")):
         modules = dict(Blocks(blocks=1, keep=(kept,))(Draft(network), Context(task=task)).network.named_modules())
         assert f"{kept}.conv1" in modules and f"{other}.conv1" not in modules
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Blocks(blocks=1, keep=("stages.9",))(Draft(network), Context(task=task))
     assert caught.value.got == "stages.9"
 
@@ -145,11 +145,11 @@ def test_a_target_out_of_reach_says_how_far_it_got():
     network, task = two_blocks()
     context = Context(task=task)
     left = Blocks(macs=0.01)._meter(Draft(network), context)(Blocks(blocks=2)(Draft(network), context))
-    with refused(PruningError, "unreachable") as caught:
+    with raises_case(PruningError, "unreachable") as caught:
         Blocks(macs=0.01)(Draft(network), context)
     assert all(part in caught.value.got for part in ("macs=0.01", "first", "second", f"{left:.3g}"))
     assert "prune.Channels" in caught.value.remedy
-    with refused(PruningError, "unreachable") as caught:
+    with raises_case(PruningError, "unreachable") as caught:
         Blocks(blocks=3)(Draft(network), context)
     assert "2" in caught.value.expected
 
@@ -160,19 +160,19 @@ def test_a_target_out_of_reach_says_how_far_it_got():
                            ({"blocks": 1, "keep": "a"}, "keep")]
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings, name):
-    with refused_setting(name):
+    with raises_setting(name):
         Blocks(**settings)
 
 
 @pytest.mark.parametrize("targets", [{}, {"blocks": 1, "macs": 0.5}])
 def test_there_is_one_target(targets):
-    with refused(RecipeError, "one-target"):
+    with raises_case(RecipeError, "one-target"):
         Blocks(**targets)
 
 
 def test_a_latency_needs_a_runtime():
     network, task = two_blocks()
-    with refused(PruningError, "no-runtime"):
+    with raises_case(PruningError, "no-runtime"):
         Blocks(latency=0.5)(Draft(network), Context(task=task))
     costs = iter([1.0, 0.9, 1.0, 0.6])
     context = Context(task=task, latency=lambda drafts, precision: [next(costs) for _ in drafts])

@@ -26,7 +26,7 @@ from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES
 from tests.analyze.topologies import Attention, Residual, Shuffle, scattered
 from tests.prune.wide import TASK, Wide, draft, images, left
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_is_left_agrees_with_the_masked_network_and_says_by_how_much(wide):
 
 def test_a_network_that_does_not_agree_is_never_given_back(wide, monkeypatch):
     monkeypatch.setattr(channels, "disagreement", lambda *_: 0.2)
-    with refused(PruningError, "disagrees"):
+    with raises_case(PruningError, "disagrees"):
         Channels(macs=0.5)(wide, Context(task=TASK))
 
 
@@ -101,12 +101,12 @@ def test_a_latency_is_aimed_at_by_measuring(wide):
     assert step.per_runtime and not Channels(macs=0.5).per_runtime
     assert left(wide, pruned, "macs") <= 0.6
     assert set(calls) == {"fp32"}
-    with refused(PruningError, "no-runtime"):
+    with raises_case(PruningError, "no-runtime"):
         step(wide, Context(task=TASK))
 
 
 def test_a_target_out_of_reach_says_how_far_it_got_and_why(wide):
-    with refused(PruningError, "unreachable") as caught:
+    with raises_case(PruningError, "unreachable") as caught:
         Channels(macs=0.05, min_keep=0.5)(wide, Context(task=TASK))
     assert "macs=0.05" in caught.value.got and "min_keep=0.5" in caught.value.remedy
     assert "out.weight:0" in caught.value.remedy
@@ -114,7 +114,7 @@ def test_a_target_out_of_reach_says_how_far_it_got_and_why(wide):
 
 def test_a_network_without_free_channels_is_refused():
     single = Draft(capture_network(nn.Linear(4, 2), (torch.randn(2, 4),)))
-    with refused(PruningError, "nothing-to-prune"):
+    with raises_case(PruningError, "nothing-to-prune"):
         Channels(macs=0.5)(single, Context(task=Task(example=torch.zeros(1, 4))))
 
 
@@ -127,19 +127,19 @@ def test_a_network_without_free_channels_is_refused():
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
     (name,) = settings
-    with refused_setting(name):
+    with raises_setting(name):
         Channels(**settings, **({} if name in channels.UNITS else {"macs": 0.5}))
 
 
 @pytest.mark.parametrize("targets", [{}, {"macs": 0.5, "params": 0.5}])
 def test_there_is_one_target(targets):
-    with refused(RecipeError, "one-target") as caught:
+    with raises_case(RecipeError, "one-target") as caught:
         Channels(**targets)
     assert all(name in caught.value.got for name in targets)
 
 
 def test_a_layer_that_does_not_exist_gets_the_nearest_name(wide):
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Channels(macs=0.5, keep=("nrm",))(wide, Context(task=TASK))
     assert caught.value.got == "nrm" and "norm" in caught.value.remedy
 
@@ -189,7 +189,7 @@ def test_a_factory_that_has_changed_is_named(tmp_path):
             self.norm = nn.BatchNorm2d(6)
             self.b = nn.Conv2d(6, 8, 1)
 
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         checkpoint.restore(tmp_path, Changed(), TASK)
 
 
@@ -214,14 +214,14 @@ def test_removing_nothing_is_no_edit(wide):
     ],
 )
 def test_percent_in_the_place_of_a_fraction_is_told(make, meant):
-    with refused(RecipeError, "settings") as error:
+    with raises_case(RecipeError, "settings") as error:
         make()
     assert error.value.remedy.startswith(f"did you mean {meant:g}?")
 
 
 @pytest.mark.parametrize("wrong", [-1, 0, 101, "half", True, float("nan")])
 def test_other_numbers_have_no_such_remedy(wrong):
-    with refused_setting("macs") as error:
+    with raises_setting("macs") as error:
         Channels(macs=wrong)
     assert error.value.remedy is None
 

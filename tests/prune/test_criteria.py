@@ -14,7 +14,7 @@ from penjing.prune import criteria
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from tests.analyze.topologies import Residual, scattered
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def test_first_order_scores_rank_units_as_removing_them_does(network, coupling, 
 
 def test_labels_that_are_missing_are_asked_for(network, coupling):
     told = Task(example=torch.zeros(1, 3, 6, 6), calibration=[torch.zeros(2, 3, 6, 6)])
-    with refused(TaskError, "no-training-data") as caught:
+    with raises_case(TaskError, "no-training-data") as caught:
         scores("taylor", network, coupling, told)
     assert "jacobian" in caught.value.remedy
-    with refused(TaskError, "no-loss"):
+    with raises_case(TaskError, "no-loss"):
         scores("taylor", network, coupling, replace(told, train=[(told.calibration[0], torch.zeros(2))]))
 
 

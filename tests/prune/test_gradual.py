@@ -13,7 +13,7 @@ from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
 from tests.prune.sparse_trainings import COUNT, TRAINING, draft, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 STEP = Gradual(step=Magnitude(sparsity=0.9), finetune=TRAINING, every=3)
@@ -84,7 +84,7 @@ def test_another_schedule_does_not_continue_it(tmp_path):
     with pytest.raises(Stop):
         replace(STEP, finetune=replace(TRAINING, hooks=(Interrupt("step", 7),)))(draft(), context_of(folder=tmp_path))
     other = replace(STEP, every=4, finetune=replace(TRAINING, hooks=(Interrupt(),)))
-    with refused(CheckpointError, "settings") as caught:
+    with raises_case(CheckpointError, "settings") as caught:
         other(draft(), context_of(folder=tmp_path))
     assert caught.value.field == "hooks"
 
@@ -122,20 +122,20 @@ def test_it_learns():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(*settings) as found:
+    with raises_setting(*settings) as found:
         Gradual(**settings)
     assert found.value.expected
 
 
 @pytest.mark.parametrize("settings", [{"begin": 0.8}, {"end": 0.0}])
 def test_it_begins_before_it_ends(settings):
-    with refused(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as found:
         Gradual(**settings)
     assert found.value.field == "begin" and found.value.expected
 
 
 def test_data_that_is_missing_is_asked_for():
-    with refused(TaskError, "no-training-data"):
+    with raises_case(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
 
 

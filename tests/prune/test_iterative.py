@@ -17,7 +17,7 @@ from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
 from tests.prune import sparse_trainings
 from tests.prune.wide import Wide, draft, images
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, context_of, same
 
 TRAIN = [(images(16, seed), torch.arange(16) % 5) for seed in range(3)]
@@ -61,7 +61,7 @@ def test_what_one_round_took_too_much_the_next_takes_less(unit):
 
 def test_what_can_not_be_reached_is_told_with_the_round_and_the_whole_target():
     step = Iterative(step=Channels(macs=1e-6, criterion="l2"), finetune=BRIEF, rounds=2)
-    with refused(PruningError, "unreachable") as refusal:
+    with raises_case(PruningError, "unreachable") as refusal:
         step(wide(), Context(task=TASK))
     assert all(part in refusal.value.what for part in ("1 of 2", "macs=1e-06")) and "macs=0.001" in refusal.value.got
 
@@ -98,7 +98,7 @@ def test_yaml_holds_the_steps_within():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(next(iter(settings))) as found:
+    with raises_setting(next(iter(settings))) as found:
         Iterative(**{"step": Channels(macs=0.5), "finetune": Finetune(), **settings})
     assert found.value.expected
 
@@ -111,7 +111,7 @@ def test_settings_that_make_no_sense_are_named(settings):
     ],
 )  # fmt: skip
 def test_it_rewinds_to_a_moment_that_there_is(settings):
-    with refused(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as found:
         Iterative(**{"step": Channels(macs=0.5), "finetune": Finetune(), **settings})
     assert found.value.field == "rewind_epochs" and found.value.expected
 

@@ -15,7 +15,7 @@ from penjing.steps.step import Context
 from penjing.storage import checkpoint
 from penjing.tasks.task import Task
 from tests.prune.every_layer import COUNT, LAYERS, TASK, TRAIN, Net, bits, draft, images, total, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 @pytest.mark.parametrize("criterion", criteria.OF_WEIGHTS)
@@ -106,13 +106,13 @@ def test_layers_are_chosen_by_name_and_left_out_by_name():
     some = Magnitude(layers=("stem", "head"), keep=("head",))(draft(), Context(task=TASK))
     assert (zeros(some, "stem"), total(some)) == (108, 108)
     assert some.sparse == ("stem.weight",)
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Magnitude(keep=("stemm",))(draft(), Context(task=TASK))
     assert caught.value.got == "stemm" and "stem?" in caught.value.remedy
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Magnitude(layers=("groupd",))(draft(), Context(task=TASK))
     assert caught.value.got == "groupd" and "grouped" in caught.value.remedy
-    with refused(PruningError, "nothing-to-prune"):
+    with raises_case(PruningError, "nothing-to-prune"):
         Magnitude(layers=("head",), keep=("head",))(draft(), Context(task=TASK))
 
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
             super().__init__()
             self.head = nn.Identity()
 
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         checkpoint.load(tmp_path, capture_network(Other().eval(), (images(2),)))
 
 
@@ -181,7 +181,7 @@ def test_how_many_there_are_is_told():
 
 
 def test_labels_that_are_missing_are_asked_for():
-    with refused(TaskError, "no-training-data") as found:
+    with raises_case(TaskError, "no-training-data") as found:
         Magnitude(criterion="fisher")(draft(), Context(task=Task(example=images(1))))
     assert "prune.Wanda" in found.value.remedy
 
@@ -194,7 +194,7 @@ def test_labels_that_are_missing_are_asked_for():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(*settings) as found:
+    with raises_setting(*settings) as found:
         Magnitude(**settings)
     assert found.value.expected is not None
 
@@ -208,11 +208,11 @@ def test_settings_that_make_no_sense_are_named(settings):
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_named(settings):
-    with refused(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as found:
         Magnitude(**settings)
     assert found.value.field == next(iter(settings)) and found.value.expected is not None
 
 
 def test_it_comes_before_quantization():
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(quantize.Static(), Magnitude())

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from penjing.errors import RecipeError
 from penjing.prune.masks import Pattern, check_scope, fraction, keep, keep_each, removed_count
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 19)),
@@ -88,25 +88,25 @@ def test_layers_are_compared_with_each_other_where_that_is_asked_for():
 
 @pytest.mark.parametrize("text", ["2/4", "4:4", "4:2", "0:4", "1x1", "0x4", "2:4 ", "", "dense", 3])
 def test_patterns_that_do_not_exist_are_named(text):
-    with refused_setting("pattern"):
+    with raises_setting("pattern"):
         Pattern.parse(text)
 
 
 def test_sparsity_follows_from_the_pattern():
     assert fraction(None, "unstructured") == fraction(None, "1x4") == 0.5
     assert fraction(None, "1:4") == fraction(0.75, "1:4") == 0.75
-    with refused(RecipeError, "contradiction") as caught:
+    with raises_case(RecipeError, "contradiction") as caught:
         fraction(0.5, "1:4")
     assert caught.value.field == "sparsity"
     for wrong in (1, -0.1, "half", True, float("nan")):
-        with refused_setting("sparsity"):
+        with raises_setting("sparsity"):
             fraction(wrong, "unstructured")
 
 
 def test_scopes_that_a_pattern_has_no_use_for_are_refused():
     check_scope("global", "unstructured")
-    with refused(RecipeError, "contradiction") as caught:
+    with raises_case(RecipeError, "contradiction") as caught:
         check_scope("global", "2:4")
     assert caught.value.field == "scope"
-    with refused_setting("scope"):
+    with raises_setting("scope"):
         check_scope("layer", "unstructured")

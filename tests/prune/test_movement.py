@@ -14,7 +14,7 @@ from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
 from tests.prune.sparse_trainings import COUNT, TRAINING, draft, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 STEP = Movement(sparsity=0.8, finetune=TRAINING, every=3)
@@ -171,20 +171,20 @@ def test_it_learns():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(*settings) as found:
+    with raises_setting(*settings) as found:
         Movement(**settings)
     assert found.value.expected
 
 
 @pytest.mark.parametrize("settings", [{"scope": "global", "pattern": "2:4"}, {"begin": 0.9}])
 def test_settings_that_contradict_each_other_are_named(settings):
-    with refused(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as found:
         Movement(**settings)
     assert found.value.field == next(iter(settings)) and found.value.expected
 
 
 def test_data_that_is_missing_is_asked_for():
-    with refused(TaskError, "no-training-data"):
+    with raises_case(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
 
 

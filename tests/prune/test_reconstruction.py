@@ -13,7 +13,7 @@ from penjing.prune.reconstruction import correction, gain, reconstructed
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task, calibration_calls
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def test_the_correction_is_what_least_squares_over_all_rows_finds():
@@ -104,7 +104,7 @@ def test_zeros_that_are_to_stay_stay(prepared):
 def test_it_needs_calibration_data(prepared):
     draft, context = prepared
     bare = Context(task=Task(example=context.task.example), source=draft.network)
-    with refused(CalibrationError, "no-calibration"):
+    with raises_case(CalibrationError, "no-calibration"):
         Channels(macs=0.5, criterion="l2", reconstruct=True)(draft, bare)
 
 

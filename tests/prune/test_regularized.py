@@ -21,7 +21,7 @@ from penjing.train.finetune import Finetune
 from tests.analyze.topologies import TOPOLOGIES, Residual
 from tests.prune import sparse_trainings
 from tests.prune.sparse_trainings import TRAINING, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 from tests.trainings import Interrupt, Stop, bits, context_of, digits, same
 
 PENALTIES = ("l1", "l2", "bn_l1", "group_lasso")
@@ -122,7 +122,7 @@ def test_layers_that_are_named_are_left_alone():
     assert touched(penalty="l1", keep=("a", "out")) == {"stem.weight", "b.weight"}
     assert touched(keep=("stem",)) == {"a.weight", "norm.weight", "b.weight"}  # not its shift, which is 0
     assert touched(penalty="bn_l1", keep=("b",)) == {"norm.weight"}
-    with refused(PruningError, "nothing-to-prune") as found:
+    with raises_case(PruningError, "nothing-to-prune") as found:
         touched(penalty="bn_l1", keep=("a",))
     assert "group_lasso" in found.value.remedy
 
@@ -229,7 +229,7 @@ def test_another_penalty_does_not_continue_it(tmp_path):
     with pytest.raises(Stop):
         replace(STEP, finetune=replace(TRAINING, hooks=(Interrupt("step", 7),)))(draft(), context_of(folder=tmp_path))
     other = replace(STEP, strength=0.03, finetune=replace(TRAINING, hooks=(Interrupt(),)))
-    with refused(CheckpointError, "settings") as caught:
+    with raises_case(CheckpointError, "settings") as caught:
         other(draft(), context_of(folder=tmp_path))
     assert caught.value.field == "hooks"
 
@@ -283,20 +283,20 @@ def test_frozen_weights_stay():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(*settings) as found:
+    with raises_setting(*settings) as found:
         Regularized(**settings)
     assert found.value.expected
 
 
 def test_what_can_not_be_done_is_said():
-    with refused(TaskError, "no-training-data"):
+    with raises_case(TaskError, "no-training-data"):
         STEP(draft(), Context(task=Task(example=torch.zeros(1, 1, 8, 8))))
-    with refused(RecipeError, "no-layer") as unknown:
+    with raises_case(RecipeError, "no-layer") as unknown:
         replace(STEP, keep=("cnv",))(draft(), context_of())
     assert unknown.value.got == "cnv"
     x = torch.randn(2, 6)
     alone = Draft(capture_network(nn.Linear(6, 4).eval(), (x,)))
-    with refused(PruningError, "nothing-to-prune") as found:
+    with raises_case(PruningError, "nothing-to-prune") as found:
         STEP(alone, Context(task=Task(example=x)))
     assert all(
         f"{name}: {why}" in found.value.got for name, why in couple(alone.network, ((x,), {})).not_prunable.items()

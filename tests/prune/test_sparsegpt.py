@@ -12,7 +12,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from tests.prune.every_layer import TASK, bits, draft, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def slow(weight, hessian, sparsity, pattern, width, block, damping):
@@ -132,7 +132,7 @@ def test_layers_it_does_not_reach():
 
     x = torch.randn(2, 2, 4, 4, 4)
     start = Draft(capture_network(Deep(), (x,)))
-    with refused(PruningError, "nothing-to-prune"):
+    with raises_case(PruningError, "nothing-to-prune"):
         SparseGPT()(start, Context(task=Task(example=x[:1], calibration=[x])))
 
 
@@ -144,11 +144,11 @@ def test_layers_it_does_not_reach():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with refused_setting(*settings):
+    with raises_setting(*settings):
         SparseGPT(**settings)
 
 
 def test_a_sparsity_that_contradicts_the_pattern_is_refused():
-    with refused(RecipeError, "contradiction") as caught:
+    with raises_case(RecipeError, "contradiction") as caught:
         SparseGPT(sparsity=0.4, pattern="2:4")
     assert caught.value.field == "sparsity"

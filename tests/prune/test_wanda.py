@@ -11,7 +11,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.tasks.task import Task
 from tests.prune.every_layer import COUNT, LAYERS, TASK, draft, total, zeros
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def test_scores_are_those_of_the_slowest_loop():
@@ -91,15 +91,15 @@ def test_a_layer_that_is_called_twice_is_seen_twice():
 
 
 def test_bad_input():
-    with refused(CalibrationError, "no-calibration"):
+    with raises_case(CalibrationError, "no-calibration"):
         Wanda()(draft(), Context(task=Task(example=torch.zeros(1, 3, 6, 6))))
     for settings in ({"sparsity": 1.5}, {"pattern": "4:2"}, {"batches": 0}):
-        with refused_setting(*settings):
+        with raises_setting(*settings):
             Wanda(**settings)
-    with refused(RecipeError, "contradiction") as caught:
+    with raises_case(RecipeError, "contradiction") as caught:
         Wanda(sparsity=0.3, pattern="2:4")
     assert caught.value.field == "sparsity"
-    with refused(RecipeError, "no-layer") as caught:
+    with raises_case(RecipeError, "no-layer") as caught:
         Wanda(keep=("haed",))(draft(), Context(task=TASK))
     assert caught.value.got == "haed" and "head" in caught.value.remedy
 

@@ -16,7 +16,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.task import Task
-from tests.refusals import refused_setting
+from tests.raises import raises_setting
 
 
 class Small(nn.Module):
@@ -120,7 +120,7 @@ def test_where_nothing_is_quantized_nothing_is_rounded():
      {"damping": -0.1}, {"damping": "much"}, {"damping": float("nan")}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings):
-    with refused_setting(*settings):
+    with raises_setting(*settings):
         CoordinateRounding(**settings)
 
 

@@ -23,7 +23,7 @@ from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 VNNI = ("avx", "avx2", "avx512f", "avx512_vnni")
 UNSIGNED = QuantSpec(signed=False, symmetric=False, range="dynamic")
@@ -81,7 +81,7 @@ def test_excluded_layers_and_fewer_bits():
     "settings", [{"weight_bits": 9}, {"weight_bits": True}, {"weight_range": "entropy"}, {"exclude": "head"}]
 )
 def test_settings_that_make_no_sense_are_refused(settings):
-    with refused_setting(*settings):
+    with raises_setting(*settings):
         Dynamic(**settings)
 
 
@@ -325,7 +325,7 @@ def test_a_plan_with_a_range_at_run_time_elsewhere_is_refused():
     draft = Static()(Draft(capture_network(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), *task.call())), Context(task=task))
     plan = Plan({**draft.plan.entries, "0:in0": Entry(UNSIGNED)})
     for make in (insert, freeze):
-        with refused(QuantizationError, "dynamic-range") as refusal:
+        with raises_case(QuantizationError, "dynamic-range") as refusal:
             make(draft.network, plan)
         assert refusal.value.got == "0:in0, of kind conv" and "quantize.Dynamic" in refusal.value.expected
 
@@ -334,7 +334,7 @@ def test_recipes_know_it():
     recipe = Recipe.from_yaml("- quantize.Dynamic: {exclude: [head]}\n- quantize.BiasCorrection\n")
     assert recipe.quantizes and recipe.steps[0] == Dynamic(exclude=("head",))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(Static(), Dynamic())
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(Dynamic(), QAT())

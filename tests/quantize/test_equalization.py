@@ -12,7 +12,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def drafted(model: nn.Module, x: torch.Tensor, **more) -> tuple[Draft, Context]:
@@ -221,11 +221,11 @@ def test_it_reports_the_share_that_it_covers():
 
 @pytest.mark.parametrize("wrong", [{"sweeps": 0}, {"sweeps": 2.5}, {"limit": 0.5}, {"limit": float("nan")}])
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with refused_setting(*wrong):
+    with raises_setting(*wrong):
         CrossLayerEqualization(**wrong)
 
 
 def test_it_comes_before_quantization():
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(Static(), CrossLayerEqualization())
     Recipe(CrossLayerEqualization(), Static())

@@ -19,7 +19,7 @@ from penjing.steps.plan import GRIDS, Formats, QuantSpec
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SETTINGS = {
     "per tensor": {"weight_per": "tensor"},
@@ -66,7 +66,7 @@ def test_every_weight_and_value_lies_on_its_grid(prepared, name):
             weight = draft.network.get_submodule(edge.removesuffix(":weight")).weight
             assert len(rows(weight, entry.spec)) == len(scales)
     if "activation_grid" in SETTINGS[name]:
-        with refused(QuantizationError, "activation-grid"):
+        with raises_case(QuantizationError, "activation-grid"):
             freeze(made.network, made.plan)
         return
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_runtime_computes_what_torch_computes(prepared, name, runtime, tmp_pat
 def test_what_no_kernel_takes_is_refused_with_what_it_takes(prepared, name, says, runtime):
     draft, task = prepared
     context = Context(task=task, capabilities=runtimes.get(runtime).capabilities(("avx", "avx512_vnni")))
-    with refused(RecipeError, "no-kernel") as caught:
+    with raises_case(RecipeError, "no-kernel") as caught:
         Static(**SETTINGS[name])(draft, context)
     assert says in caught.value.got and caught.value.expected and "pj.apply" in caught.value.remedy
     assert pj.apply(pj.Recipe(Static(**SETTINGS[name])), draft.network, task) is not None
@@ -112,7 +112,7 @@ def test_what_no_kernel_takes_is_refused_with_what_it_takes(prepared, name, says
      ({"weight_symmetric": 1.5}, "weight_symmetric"), ({"weight_grid": "logarithmic"}, "weight_grid")],
 )  # fmt: skip
 def test_formats_that_make_no_sense_are_refused(settings, field):
-    with refused_setting(field):
+    with raises_setting(field):
         Static(**settings)
 
 

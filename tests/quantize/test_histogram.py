@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from penjing.errors import CalibrationError
 from penjing.quantize import histogram as module
 from penjing.quantize.histogram import Histogram
-from tests.refusals import refused
+from tests.raises import raises_case
 
 NUMBERS = st.floats(-1e5, 1e5, width=32)
 BATCHES = st.lists(st.lists(NUMBERS, min_size=1, max_size=8), min_size=1, max_size=6)
@@ -172,6 +172,6 @@ def test_an_empty_batch_changes_nothing():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_values_that_are_not_finite_are_refused(bad):
-    with refused(CalibrationError, "not-finite") as caught:
+    with raises_case(CalibrationError, "not-finite") as caught:
         Histogram().update(torch.tensor([1.0, bad]))
     assert "exclude" in caught.value.remedy

@@ -18,7 +18,7 @@ from penjing.steps.plan import GENERIC, Plan
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def every_choice(costs, budget, objective):
@@ -145,12 +145,12 @@ class TestTheStep:
 
     def test_a_time_needs_a_runtime_that_tells(self, prepared):
         draft, context = prepared
-        with refused(UsageError, "no-profile"):
+        with raises_case(UsageError, "no-profile"):
             MixedPrecision(latency_ms=1)(draft, context)
 
     def test_what_no_choice_keeps_is_refused(self, prepared):
         draft, context = prepared
-        with refused(RecipeError, "unreachable"):
+        with raises_case(RecipeError, "unreachable"):
             MixedPrecision(average_bits=3, weight_bits=(8, 4))(draft, context)
 
     def test_the_fastest_is_given_where_no_choice_is_as_fast_as_wanted(self, prepared):
@@ -213,7 +213,7 @@ class TestTheStep:
         made = MixedPrecision(latency_ms=6.7, weight_bits=(2,))(draft, context)
         assert made.plan.precision == taken and Plan.from_json(made.plan.to_json()) == made.plan
         assert context.latency([made], taken)[0] <= 6.7
-        with refused(UsageError, "precision") as caught:
+        with raises_case(UsageError, "precision") as caught:
             MixedPrecision(latency_ms=6.7, precision="int8-bf16")(draft, replace(context, capabilities=GENERIC))
         assert caught.value.got == "int8-bf16"
 
@@ -244,17 +244,17 @@ class TestTheStep:
     def test_a_runtime_without_integers_is_told(self, prepared):
         draft, context = prepared
         context = replace(context, capabilities=replace(GENERIC, precisions=("fp32",)))
-        with refused(UsageError, "no-integers"):
+        with raises_case(UsageError, "no-integers"):
             MixedPrecision(snr_db=10)(draft, context)
 
     @pytest.mark.parametrize("settings", [{"weight_bits": ()}, {"weight_bits": (9,)}, {"precision": "int4"}])
     def test_settings_that_make_no_sense_are_refused(self, settings):
-        with refused_setting(*settings):
+        with raises_setting(*settings):
             MixedPrecision(average_bits=4, **settings)
 
     @pytest.mark.parametrize("limits", [{}, {"snr_db": 20, "latency_ms": 1}])
     def test_it_takes_one_limit(self, limits):
-        with refused(RecipeError, "limits"):
+        with raises_case(RecipeError, "limits"):
             MixedPrecision(**limits)
 
 

@@ -16,7 +16,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
-from tests.refusals import refused_setting
+from tests.raises import raises_setting
 
 
 class Blocks(nn.Module):
@@ -159,5 +159,5 @@ def test_outputs_that_are_no_floats_or_infinite_are_not_judged(runtime):
 
 @pytest.mark.parametrize("word", ["drop", "ease"])
 def test_what_can_be_done_about_outliers(word):
-    with refused_setting("outliers"):
+    with raises_setting("outliers"):
         Static(outliers=word)

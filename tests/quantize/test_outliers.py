@@ -14,7 +14,7 @@ from penjing.storage.checkpoint import restore, save
 from penjing.surgery import insert, replay
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 LARGE = [3, 20]
 RUNTIMES = ("onnxruntime", "openvino")
@@ -142,12 +142,12 @@ def test_events_tell_how_many_layers_there_are(prepared):
     "settings", [{"factor": 1}, {"factor": float("nan")}, {"most": 0}, {"most": 1.5}, {"samples": 0}, {"factor": "6"}]
 )
 def test_settings_that_make_no_sense_are_refused(settings):
-    with refused_setting(*settings):
+    with raises_setting(*settings):
         SplitOutliers(**settings)
 
 
 def test_it_goes_before_quantization():
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(Static(), SplitOutliers())
     assert Recipe(SplitOutliers(), Static()).to_data()[0]["quantize.SplitOutliers"]["factor"] == 6.0
 
@@ -155,5 +155,5 @@ def test_it_goes_before_quantization():
 @pytest.mark.parametrize("edit", [{"layers": ["left", "down"]}, {"layers": ["nowhere"]}, {"channels": [500]}])
 def test_an_edit_of_another_network_is_refused(prepared, edit):
     _, _, _, draft, _ = prepared
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         replay(draft.network, [{"edit": "split_outliers", "layers": ["left"], "channels": [1], **edit}])

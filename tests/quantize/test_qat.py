@@ -20,7 +20,7 @@ from penjing.surgery import insert
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 SPECS = [
     QuantSpec(bits=3, signed=False, symmetric=False),
@@ -179,7 +179,7 @@ def test_a_resumed_training_ends_in_the_same_bits_after_norms_and_scales_were_fr
 def test_without_training_data_it_says_what_to_do(prepared):
     draft, context = prepared
     bare = Context(task=Task(example=context.task.example, calibration=context.task.calibration))
-    with refused(TaskError, "no-training-data") as caught:
+    with raises_case(TaskError, "no-training-data") as caught:
         QAT()(draft, bare)
     assert "Task.train" in caught.value.got and "calibration" in caught.value.remedy
 
@@ -189,14 +189,14 @@ def test_without_training_data_it_says_what_to_do(prepared):
     [{"method": "magic"}, {"data": "test"}, {"freeze_norms": 2}, {"finetune": 3}, {"finetune": Outputs()}],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
-    with refused_setting(*settings):
+    with raises_setting(*settings):
         QAT(**settings)
 
 
 def test_a_training_that_it_cannot_do_is_refused():
-    with refused(RecipeError, "no-loss"):
+    with raises_case(RecipeError, "no-loss"):
         QAT(data="calibration", finetune=Finetune(distill=()))
-    with refused(RecipeError, "workers"):
+    with raises_case(RecipeError, "workers"):
         QAT(finetune=Finetune(workers=2, cluster="local"))
 
 
@@ -260,7 +260,7 @@ class TestTheTraining:
             (QAT(finetune=Finetune(distill=())), replace(context.task, loss=None), "no-loss"),
             (QAT(finetune=Finetune(teacher=other, distill=Logits())), context.task, "outputs"),
         ):
-            with refused(TaskError, code):
+            with raises_case(TaskError, code):
                 check_recipe(pj.Recipe(Static(), step), network, task, seed=0)
         silent = replace(context.task, train=None, loss=None)
         check_recipe(

@@ -10,7 +10,7 @@ from penjing.quantize.affine import scale_and_zero_point
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.ranges import ESTIMATORS, PERCENTILE, UNSEEN, estimate
 from penjing.steps.plan import QuantSpec
-from tests.refusals import refused
+from tests.raises import raises_case
 
 UNSIGNED = {"signed": False, "symmetric": False}
 
@@ -179,7 +179,7 @@ def test_ranges_lie_within_the_extremes(name):
 
 
 def test_an_unknown_estimator_is_named_with_those_that_exist():
-    with refused(RecipeError, "estimator") as caught:
+    with raises_case(RecipeError, "estimator") as caught:
         estimate(histogram_of([1.0]), QuantSpec(range="magic"))
     assert caught.value.got == "magic"
     assert "percentile" in caught.value.expected

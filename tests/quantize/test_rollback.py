@@ -14,7 +14,7 @@ from penjing.steps.plan import Plan
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 class Delicate(nn.Module):
@@ -113,16 +113,16 @@ class TestRollback:
 
     def test_a_drop_needs_a_metric_to_look_at(self, prepared):
         draft, context = prepared
-        with refused(TaskError, "no-metric"):
+        with raises_case(TaskError, "no-metric"):
             Rollback(drop=0.01)(draft, context)
 
     @pytest.mark.parametrize("settings", [{"repair": "magic"}, {"repair": "adaround"}, {"most": -1}])
     def test_settings_that_make_no_sense_are_refused(self, settings):
-        with refused_setting(*settings):
+        with raises_setting(*settings):
             Rollback(snr_db=20, **settings)
 
     def test_it_needs_a_limit(self):
-        with refused(RecipeError, "limits"):
+        with raises_case(RecipeError, "limits"):
             Rollback()
 
 
@@ -149,14 +149,14 @@ class TestBest:
 
 
 def test_one_sample_can_not_be_split():
-    with refused(CalibrationError, "too-little"):
+    with raises_case(CalibrationError, "too-little"):
         split(Context(task=Task(example=torch.zeros(1, 3), calibration=[torch.zeros(1, 3)])))
 
 
 @pytest.mark.parametrize("second", ["BiasCorrection", "CoordinateRounding", "Rollback"])
 def test_a_second_repair_of_rounding_is_refused(second):
     step = Rollback(snr_db=20) if second == "Rollback" else getattr(pj.quantize, second)()
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         pj.Recipe(Static(), pj.quantize.CoordinateRounding(), step)
-    with refused(RecipeError, "too-early"):
+    with raises_case(RecipeError, "too-early"):
         pj.Recipe(step, Static())

@@ -12,7 +12,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert, replay
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 class Block(nn.Module):
@@ -196,12 +196,12 @@ def test_a_vision_transformer_and_a_bert():
 
 @pytest.mark.parametrize("wrong", [{"alpha": 1.5}, {"alpha": "much"}, {"alpha": True}, {"samples": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with refused_setting(*wrong):
+    with raises_setting(*wrong):
         SmoothQuant(**wrong)
 
 
 def test_it_comes_before_quantization():
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         Recipe(Static(), SmoothQuant())
     Recipe(SmoothQuant(), Static())
 
@@ -258,5 +258,5 @@ def test_the_vector_is_that_of_the_equation():
 
 
 def test_multiply_is_true_or_false():
-    with refused_setting("multiply"):
+    with raises_setting("multiply"):
         SmoothQuant(multiply=1)

@@ -15,7 +15,7 @@ from penjing.steps.plan import BIAS_LIMIT
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def batches(*shape, count=4, size=8, seed=0):
@@ -146,7 +146,7 @@ class TestThePlan:
 
     @pytest.mark.parametrize("name", ["weight_bit", "samples", "exclude"])
     def test_settings_that_operators_cannot_have(self, draft, name):
-        with refused(RecipeError, "unknown-setting") as caught:
+        with raises_case(RecipeError, "unknown-setting") as caught:
             Static(settings={"classifier": {name: 4}})(draft, context_of(SHAPE))
         assert caught.value.got == name
 
@@ -182,16 +182,16 @@ class TestNames:
     @pytest.mark.parametrize("field", ["exclude", "settings"])
     def test_a_pattern_that_fits_nothing_names_the_nearest(self, draft, field):
         value = ("clasifier",) if field == "exclude" else {"clasifier": {"weight_bits": 4}}
-        with refused(RecipeError, "no-match") as caught:
+        with raises_case(RecipeError, "no-match") as caught:
             Static(**{field: value})(draft, context_of(SHAPE))
         assert caught.value.got == "'clasifier'"
         assert "'classifier'" in caught.value.expected
         assert "inspect" in caught.value.remedy
 
     def test_an_unknown_estimator_is_refused(self, draft):
-        with refused_setting("activation_range"):
+        with raises_setting("activation_range"):
             Static(activation_range="magic")(draft, context_of(SHAPE))
-        with refused_setting("weight_range"):
+        with raises_setting("weight_range"):
             Static(weight_range="percentile")(draft, context_of(SHAPE))
 
 
@@ -263,7 +263,7 @@ class TestHardCases:
             def forward(self, x):
                 return self.head(torch.log(F.relu(x)))
 
-        with refused(CalibrationError, "not-finite") as caught:
+        with raises_case(CalibrationError, "not-finite") as caught:
             Static()(draft_of(Logarithm(), 4), context_of((4,)))
         assert "-inf" in caught.value.got
 
@@ -323,5 +323,5 @@ class TestCollecting:
         assert float(found["conv2d"].counts.sum()) == pytest.approx(expected.numel())
 
     def test_a_task_without_calibration_data(self, draft):
-        with refused(CalibrationError, "no-calibration"):
+        with raises_case(CalibrationError, "no-calibration"):
             Static()(draft, Context(task=Task(example=torch.zeros(1, *SHAPE))))

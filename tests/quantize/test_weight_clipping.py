@@ -17,7 +17,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms, insert
 from penjing.tasks.task import Task
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def clipped(model, x, percentile):
@@ -162,11 +162,11 @@ def test_floating_point_artifacts_go_without_it(tmp_path):
 
 def test_where_it_stands_in_a_recipe():
     pj.Recipe(WeightClipping(percentile=99.5), Static(), QAT())
-    with refused(RecipeError, "order"):
+    with raises_case(RecipeError, "order"):
         pj.Recipe(Static(), WeightClipping())
 
 
 @pytest.mark.parametrize("percentile", [0.999, 0, 101, -1, math.nan, "most"])
 def test_percentiles_that_make_no_sense(percentile):
-    with refused_setting("percentile"):
+    with raises_setting("percentile"):
         WeightClipping(percentile=percentile)

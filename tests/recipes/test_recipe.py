@@ -18,7 +18,7 @@ from penjing.steps.stages import STAGES
 from penjing.steps.step import Step
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Own:
 
 def refusal(text, code):
     """Of a recipe in YAML."""
-    with refused(RecipeError, code) as found:
+    with raises_case(RecipeError, code) as found:
         Recipe.from_yaml(text)
     assert found.value.exit_code == 2
     return found.value
@@ -60,13 +60,13 @@ class TestSteps:
 
     @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
     def test_what_is_not_a_step_is_refused(self, wrong):
-        with refused(RecipeError, "not-a-step") as found:
+        with raises_case(RecipeError, "not-a-step") as found:
             Recipe(wrong)
         assert found.value.got == repr(wrong) and "quantize.Static" in found.value.remedy
 
     @pytest.mark.parametrize("name", ["stage", "per_runtime", "for_floats"])
     def test_a_step_that_does_not_declare_itself_is_refused(self, name):
-        with refused(RecipeError, "undeclared") as found:
+        with raises_case(RecipeError, "undeclared") as found:
             Recipe(type("Undeclared", (Own,), {name: None})())
         assert name in found.value.got
 
@@ -139,7 +139,7 @@ class TestOrder:
 
     def test_a_repair_needs_a_plan(self):
         for step in (quantize.CoordinateRounding(), quantize.QAT()):
-            with refused(RecipeError, "too-early") as found:
+            with raises_case(RecipeError, "too-early") as found:
                 Recipe(Finetune(), step)
             assert "quantize.Static" in found.value.expected
 
@@ -181,7 +181,7 @@ class TestYaml:
         """A resumed run compares its recipe with the one that was asked for."""
         within = Iterative(step=Channels(macs=0.5), finetune=Finetune(hooks=(print,)))
         for step, setting, value in ((Finetune(losses=(len,)), "losses", len), (within, "hooks", print)):
-            with refused(RecipeError, "unwritable") as found:
+            with raises_case(RecipeError, "unwritable") as found:
                 Recipe(step).to_yaml()
             assert f"{type(step).__name__}({setting}=" in found.value.what and found.value.got == repr(value)
             assert "replace" in found.value.remedy
@@ -291,6 +291,6 @@ def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
         (Static, "not-a-step", repr(Static), "quantize.Static"),
         ("recipe.yaml", "file-name", "'recipe.yaml'", "from_yaml"),
     ):
-        with refused(RecipeError, code) as found:
+        with raises_case(RecipeError, code) as found:
             Recipe.of(wrong)
         assert found.value.got == got and remedy in found.value.remedy

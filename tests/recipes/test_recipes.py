@@ -11,7 +11,7 @@ from examples.digits import task as digits
 from penjing import prune, quantize, recipes
 from penjing.cli import commands
 from penjing.errors import RecipeError, UsageError
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def test_what_it_is_made_of():
@@ -53,12 +53,12 @@ def test_without_a_target_half_of_the_macs_stay():
 )
 def test_settings_that_make_no_sense(wrong):
     ((name, _),) = wrong.items()
-    with refused_setting(name):
+    with raises_setting(name):
         recipes.joint(**wrong)
 
 
 def test_two_targets_are_too_many():
-    with refused(RecipeError, "one-target"):
+    with raises_case(RecipeError, "one-target"):
         recipes.joint(macs=0.5, params=0.5)
 
 
@@ -66,7 +66,7 @@ def test_the_command_line_takes_them_by_name(tmp_path):
     assert commands._recipe("joint") == recipes.joint() and commands._recipe("label-free") == recipes.label_free()
     (tmp_path / "own.yaml").write_text(recipes.joint(macs=0.3).to_yaml(), encoding="utf-8")
     assert commands._recipe(str(tmp_path / "own.yaml")) == recipes.joint(macs=0.3)
-    with refused(UsageError, "unreadable") as refusal:
+    with raises_case(UsageError, "unreadable") as refusal:
         commands._recipe("joints")
     assert refusal.value.got.startswith("joints: ") and refusal.value.remedy == "did you mean joint?"
     assert all(name in refusal.value.expected for name in ("joint", "label-free"))

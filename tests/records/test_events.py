@@ -3,7 +3,7 @@ import json
 
 from penjing.errors import OutputError
 from penjing.records.events import Events
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def lines(path):
@@ -70,7 +70,7 @@ def test_a_resumed_run_appends(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
-    with refused(OutputError, "unwritable") as found:
+    with raises_case(OutputError, "unwritable") as found:
         Events(tmp_path / "missing" / "events.jsonl")("stage", name="capture")
     assert "--out" in found.value.remedy
 

@@ -5,7 +5,7 @@ import pytest
 
 from penjing.errors import OutputError
 from penjing.records.files import write_text
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def test_it_writes_and_replaces(tmp_path):
@@ -30,7 +30,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with refused(OutputError, "unwritable") as found:
+        with raises_case(OutputError, "unwritable") as found:
             write_text(tmp_path / "a.json", "new" * 2**20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
 
 def test_a_place_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "a.json").mkdir()
-    with refused(OutputError, "unwritable"):
+    with raises_case(OutputError, "unwritable"):
         write_text(tmp_path / "a.json", "text")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -55,5 +55,5 @@ def test_text_that_has_no_bytes_leaves_nothing_behind(tmp_path):
 
 
 def test_a_missing_folder_is_said(tmp_path):
-    with refused(OutputError, "unwritable"):
+    with raises_case(OutputError, "unwritable"):
         write_text(tmp_path / "no" / "a.json", "text")

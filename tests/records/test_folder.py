@@ -4,7 +4,7 @@ import pytest
 
 from penjing.errors import OutputError
 from penjing.records.folder import CANDIDATES, RECORD, STATE, RunFolder, writing
-from tests.refusals import refused
+from tests.raises import raises_case
 
 REQUEST = {"goal": "drop<=1%", "seed": 0, "recipe": [{"quantize.Static": {"exclude": ["a"]}}]}
 
@@ -42,20 +42,20 @@ class TestWhoMayWrite:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_with_a_run_is_refused_with_the_ways_out(self, run):
-        with refused(OutputError, "run") as found:
+        with raises_case(OutputError, "run") as found:
             RunFolder(run)
         assert "--resume" in found.value.remedy
         assert "--force" in found.value.remedy
 
     def test_a_finished_run_is_refused_too(self, run):
         finished(run)
-        with refused(OutputError, "run"):
+        with raises_case(OutputError, "run"):
             RunFolder(run)
 
     @pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}])
     def test_a_folder_of_other_files_is_never_touched(self, tmp_path, options):
         (tmp_path / "thesis.tex").write_text("years")
-        with refused(OutputError, "foreign") as found:
+        with raises_case(OutputError, "foreign") as found:
             RunFolder(tmp_path, **options)
         assert "thesis.tex" in found.value.got
         assert (tmp_path / "thesis.tex").read_text() == "years"
@@ -63,7 +63,7 @@ class TestWhoMayWrite:
 
     def test_a_file_is_no_folder(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with refused(OutputError, "file"):
+        with raises_case(OutputError, "file"):
             RunFolder(tmp_path / "file")
 
     def test_force_removes_the_run_and_nothing_else(self, run):
@@ -76,12 +76,12 @@ class TestWhoMayWrite:
     @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")
     def test_a_folder_without_permission(self, tmp_path):
         tmp_path.chmod(0o500)
-        with refused(OutputError, "unwritable"):
+        with raises_case(OutputError, "unwritable"):
             RunFolder(tmp_path)
 
     def test_a_path_below_a_file_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with refused(OutputError, "unwritable"):
+        with raises_case(OutputError, "unwritable"):
             RunFolder(tmp_path / "file" / "run").claim(REQUEST)
 
 
@@ -95,14 +95,14 @@ class TestResume:
 
     def test_the_difference_is_named_and_not_all_that_is_the_same(self, run):
         wanted = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
-        with refused(OutputError, "settings") as found:
+        with raises_case(OutputError, "settings") as found:
             RunFolder(run, resume=True).claim(wanted)
         place = "recipe[0].quantize.Static.exclude[0]"
         assert (found.value.got, found.value.expected) == (f"{place} = b", f"{place} = a")
 
     def test_another_request_is_refused_by_name(self, run):
         folder = RunFolder(run, resume=True)
-        with refused(OutputError, "settings") as found:
+        with raises_case(OutputError, "settings") as found:
             folder.claim({**REQUEST, "goal": "drop<=2%", "seed": 1})
         assert (found.value.got, found.value.expected) == ("goal = drop<=2%", "goal = drop<=1%")
         assert found.value.what.endswith(" goal, seed")
@@ -163,7 +163,7 @@ class TestBuilding:
 
     def test_an_error_of_the_system_is_an_output_error(self, run):
         with (
-            refused(OutputError, "unwritable"),
+            raises_case(OutputError, "unwritable"),
             RunFolder(run, resume=True).building("artifact") as a,
         ):
             (a / "missing" / "file").write_text("")

@@ -10,7 +10,7 @@ import pytest
 from penjing.errors import OutputError
 from penjing.records.folder import RunFolder
 from penjing.records.lock import LOCK, locked
-from tests.refusals import refused
+from tests.raises import raises_case
 
 HOLD = """
 import sys, time
@@ -33,7 +33,7 @@ def test_the_second_is_told_by_whom_it_is_held_and_nothing_is_touched(tmp_path):
     process = holder(tmp_path / "run")
     try:
         before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-        with refused(OutputError, "held") as found, locked(tmp_path / "run"):
+        with raises_case(OutputError, "held") as found, locked(tmp_path / "run"):
             pytest.fail("two hold it")
         assert f"process {process.pid} since 20" in found.value.got and "\x1b" not in found.value.got
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
@@ -54,12 +54,12 @@ def test_a_killed_process_holds_nothing(tmp_path):
 
 
 def test_one_process_holds_it_once_and_waits_as_long_as_it_is_told(tmp_path):
-    with locked(tmp_path), refused(OutputError, "held"), locked(tmp_path):
+    with locked(tmp_path), raises_case(OutputError, "held"), locked(tmp_path):
         pytest.fail("two hold it")
     process = holder(tmp_path)
     try:
         start = time.monotonic()
-        with refused(OutputError, "held"), locked(tmp_path, wait_s=0.3):
+        with raises_case(OutputError, "held"), locked(tmp_path, wait_s=0.3):
             pytest.fail("two hold it")
         assert time.monotonic() - start >= 0.3
     finally:
@@ -81,11 +81,11 @@ def test_what_stayed_empty_goes_again(tmp_path):
 def test_what_can_not_be_held(tmp_path):
     (tmp_path / "file").write_text("")
     for path, code in ((tmp_path / "file", "file"), (tmp_path / "file" / "run", "unwritable")):
-        with refused(OutputError, code), locked(path):
+        with raises_case(OutputError, code), locked(path):
             pytest.fail("a file is held")
     if os.name == "posix":
         (tmp_path / LOCK).symlink_to(tmp_path / "file")  # writing through it would be writing elsewhere
-        with refused(OutputError, "unwritable"), locked(tmp_path):
+        with raises_case(OutputError, "unwritable"), locked(tmp_path):
             pytest.fail("a link is held")
 
 
@@ -96,7 +96,7 @@ def test_a_lock_file_that_says_nonsense(tmp_path, monkeypatch, text):
     (tmp_path / LOCK).write_bytes(text)
     with (tmp_path / LOCK).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with refused(OutputError, "held"), locked(tmp_path):
+        with raises_case(OutputError, "held"), locked(tmp_path):
             pytest.fail("two hold it")
 
 

@@ -28,7 +28,7 @@ from penjing.records import (
     to_json,
 )
 from penjing.records.files import write_text
-from tests.refusals import refused
+from tests.raises import raises_case
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 COUNT = st.integers(0, 10**15)
@@ -189,7 +189,7 @@ class TestReading:
         return folder
 
     def refusal(self, folder, code):
-        with refused(RecordError, code) as found:
+        with raises_case(RecordError, code) as found:
             records.read(folder)
         return found.value
 

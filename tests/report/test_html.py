@@ -10,7 +10,7 @@ import pytest
 from penjing import records
 from penjing.errors import OutputError
 from penjing.report import html
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.report import sample_records
 
 VOID = {"meta", "br", "wbr", "img", "input", "link", "hr"}
@@ -284,7 +284,7 @@ def test_a_record_survives_the_way_through_its_file(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):
-    with refused(OutputError, "unwritable"):
+    with raises_case(OutputError, "unwritable"):
         html.write(sample_records.bare(), tmp_path / "missing" / "report.html")
 
 

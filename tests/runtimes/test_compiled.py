@@ -13,7 +13,7 @@ from penjing.errors import MissingDependency
 from penjing.measure import time_limits
 from penjing.runtimes import isolated
 from tests.pairs import INTEGER_DB
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.tiny_networks import Case, export
 
 pytestmark = pytest.mark.skipif(not runtimes.installed("torch-compile"), reason="there is no C++ compiler")
@@ -113,6 +113,6 @@ def test_away_from_x86_it_offers_floating_point_alone(sets):
 def test_without_a_compiler_the_refusal_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not runtimes.installed("torch-compile") and runtimes.installed("torch")
-    with refused(MissingDependency, "no-compiler") as refusal:
+    with raises_case(MissingDependency, "no-compiler") as refusal:
         runtimes.get("torch-compile")
     assert "no-such-compiler" in refusal.value.got and "CXX" in refusal.value.remedy

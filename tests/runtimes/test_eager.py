@@ -8,7 +8,7 @@ from penjing import runtimes
 from penjing.errors import CheckpointError
 from penjing.network.capture import capture_network
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.tiny_networks import CASES
 
 
@@ -41,7 +41,7 @@ def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt2", "a") as archive:
         root = archive.namelist()[0].split("/")[0]
         archive.writestr(f"{root}/data/weights/weight_0.pt", b"cos\nsystem\n(S'true'\ntR.")
-    with refused(CheckpointError, "foreign-code"):
+    with raises_case(CheckpointError, "foreign-code"):
         runtimes.open_artifact(tmp_path, 1)
 
 
@@ -50,7 +50,7 @@ def test_a_damaged_file_is_an_error(exported, tmp_path):
     for path in made.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.pt2").write_bytes(b"not a zip")
-    with refused(CheckpointError, "damaged"):
+    with raises_case(CheckpointError, "damaged"):
         runtimes.open_artifact(tmp_path, 1)
 
 

@@ -14,7 +14,7 @@ from penjing.measure import time_limits
 from penjing.measure.processes import Process
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
-from tests.refusals import refused
+from tests.raises import raises_case
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -56,7 +56,7 @@ def test_a_crash_is_an_error_that_names_the_signal_and_the_next_call_works(artif
     killed = subprocess.Popen(
         ["/bin/sh", "-c", f"sleep 0.3; kill -{name[3:]} {pid(session)}; kill -CONT {pid(session)}"]
     )
-    with refused(ArtifactError, "crashed") as found:
+    with raises_case(ArtifactError, "crashed") as found:
         session.run(inputs)
     killed.wait()
     assert name in str(found.value.got)
@@ -71,7 +71,7 @@ def test_a_process_that_stands_still_is_ended_after_its_limit(artifact, monkeypa
     os.kill(stopped, signal.SIGSTOP)
     monkeypatch.setattr(time_limits, "BASE_S", 0.2)
     monkeypatch.setattr(time_limits, "UNKNOWN_S", 0.3)
-    with refused(ArtifactError, "hung") as found:
+    with raises_case(ArtifactError, "hung") as found:
         session.run(inputs)
     assert "nothing within 0 s" in str(found.value.got)
     assert not psutil.pid_exists(stopped)
@@ -81,7 +81,7 @@ def test_an_input_that_does_not_fit_is_an_error_and_ends_nothing(artifact):
     folder, inputs = artifact
     session = isolated.open_artifact(folder, 1)
     alive = pid(session)
-    with refused(ArtifactError, "failed"):
+    with raises_case(ArtifactError, "failed"):
         session.run([np.zeros((1, 2), np.float32)])
     assert session.run(inputs)[0].shape[0] == 3 and pid(session) == alive
 
@@ -151,7 +151,7 @@ def test_a_setting_of_a_manifest_reaches_a_runtime_only_by_name(artifact, tmp_pa
     manifest["settings"][key] = value.format(here=tmp_path / "cache")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for opened in (runtimes.open_artifact, isolated.open_artifact):
-        with refused(ArtifactError, "setting") as caught:
+        with raises_case(ArtifactError, "setting") as caught:
             opened(folder, 1)
         assert caught.value.got.startswith(f"{key} = ")
     assert not (tmp_path / "cache").exists()
@@ -206,7 +206,7 @@ def test_what_a_library_forked_ends_too_and_keeps_nobody_waiting(tmp_path, monke
         child = process.ask({"cmd": "fork"}, limit_s=60)[0]["child"]
         assert psutil.pid_exists(child)
         if end != "close":
-            with refused(ArtifactError, "crashed" if end == "die" else "hung"):
+            with raises_case(ArtifactError, "crashed" if end == "die" else "hung"):
                 process.ask({"cmd": end}, limit_s=60 if end == "die" else 0.5)
     finally:
         process.close(asking=False)

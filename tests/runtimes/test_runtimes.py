@@ -22,7 +22,7 @@ from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.surgery import insert
 from penjing.tasks.task import as_call
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.tiny_networks import CASES, Case, export
 
 both = pytest.mark.parametrize("runtime", runtimes.DEPLOYED)
@@ -167,7 +167,7 @@ def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(export
     answer = predict(context=named["context"].numpy(), tokens=named["tokens"].double().numpy())  # types are cast
     assert list(answer) == ["logits", "hidden"]
     np.testing.assert_allclose(answer["logits"], made.answers(3, seed=1)[0], rtol=0, atol=1e-4)
-    with refused(TaskError, "inputs") as caught:
+    with raises_case(TaskError, "inputs") as caught:
         predict(tokens=named["tokens"].numpy())
     assert caught.value.got == "0 positional and ['tokens']"
 
@@ -216,15 +216,15 @@ def test_damaged_files_are_an_error_with_a_remedy(exported, tmp_path, runtime):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model = tmp_path / made.manifest.files()[0]
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 3])
-    with refused(ArtifactError, "unopenable") as caught:
+    with raises_case(ArtifactError, "unopenable") as caught:
         runtimes.open_artifact(tmp_path, 1)
     assert "penjing verify" in caught.value.remedy
-    with refused(ArtifactError, "unopenable"):
+    with raises_case(ArtifactError, "unopenable"):
         runtimes.executed(tmp_path, made.manifest)
 
 
 def test_an_empty_folder_is_no_artifact(tmp_path):
-    with refused(ArtifactError, "no-artifact") as caught:
+    with raises_case(ArtifactError, "no-artifact") as caught:
         runtimes.open_artifact(tmp_path, 1)
     assert "artifact folder" in caught.value.remedy
 
@@ -243,7 +243,7 @@ def test_a_manifest_can_name_only_files_of_its_folder(exported, tmp_path, name):
     folder.mkdir()
     (tmp_path / "secret.onnx").write_bytes(b"secret")
     tampered(exported("residual", "onnxruntime", "fp32"), folder, lambda data: data["programs"][0].update(files=[name]))
-    with refused(ArtifactError, "outside") as caught:
+    with raises_case(ArtifactError, "outside") as caught:
         read_manifest(folder)
     assert caught.value.got == name
 
@@ -260,7 +260,7 @@ def test_a_manifest_can_name_only_files_of_its_folder(exported, tmp_path, name):
 )
 def test_a_damaged_manifest_is_refused(exported, tmp_path, change):
     tampered(exported("residual", "onnxruntime", "fp32"), tmp_path, change)
-    with refused(ArtifactError, "damaged"):
+    with raises_case(ArtifactError, "damaged"):
         read_manifest(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_a_missing_file_is_named(exported, tmp_path):
     made = exported("residual", "openvino", "fp32")
     tampered(made, tmp_path, lambda data: None)
     (tmp_path / "model.bin").unlink()
-    with refused(ArtifactError, "missing") as caught:
+    with raises_case(ArtifactError, "missing") as caught:
         runtimes.open_artifact(tmp_path, 1)
     assert caught.value.got.endswith("model.bin")
 
@@ -278,7 +278,7 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch, run
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == runtime else real(name, *more))
     assert not runtimes.installed(runtime)
-    with refused(MissingDependency, "not-installed") as caught:
+    with raises_case(MissingDependency, "not-installed") as caught:
         runtimes.get(runtime)
     assert caught.value.got == f"no package {runtime}"
     assert f"pip install {runtime}" in caught.value.remedy

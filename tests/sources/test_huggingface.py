@@ -7,7 +7,7 @@ import torch
 from penjing.errors import CheckpointError, SourceError
 from penjing.sources.source import check_forward, open_source
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,35 +59,35 @@ def test_it_brings_its_example(bert):
 def test_code_from_elsewhere_is_refused(folder, entries, word):
     edit(folder, **entries)
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    with refused(CheckpointError, "foreign-code") as caught:
+    with raises_case(CheckpointError, "foreign-code") as caught:
         open_source(folder)
     assert word in caught.value.got
 
 
 def test_adapters_are_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
-    with refused(CheckpointError, "adapter"):
+    with raises_case(CheckpointError, "adapter"):
         open_source(folder)
 
 
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"anything")
-    with refused(CheckpointError, "pickle") as caught:
+    with raises_case(CheckpointError, "pickle") as caught:
         open_source(folder)
     assert "save_pretrained" in caught.value.remedy
 
 
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    with refused(SourceError, "no-weights"):
+    with raises_case(SourceError, "no-weights"):
         open_source(folder)
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClasification", "pipeline", "os", "AutoModel.from_pretrained"])
 def test_a_class_that_transformers_has_not(folder, name):
     edit(folder, architectures=[name])
-    with refused(SourceError, "unknown-class") as caught:
+    with raises_case(SourceError, "unknown-class") as caught:
         open_source(folder)
     assert repr(name) in caught.value.what
     if name.startswith("Bert"):
@@ -97,26 +97,26 @@ def test_a_class_that_transformers_has_not(folder, name):
 @pytest.mark.parametrize("names", [None, [], "Bert", [3]])
 def test_a_config_without_a_class(folder, names):
     edit(folder, architectures=names)
-    with refused(SourceError, "no-class"):
+    with raises_case(SourceError, "no-class"):
         open_source(folder)
 
 
 def test_weights_of_another_class_are_not_filled_with_random_numbers(folder):
     edit(folder, architectures=["BertForQuestionAnswering"])
-    with refused(SourceError, "incomplete") as caught:
+    with raises_case(SourceError, "incomplete") as caught:
         open_source(folder)
     assert "qa_outputs" in caught.value.got
 
 
 def test_weights_of_another_size(folder):
     edit(folder, hidden_size=32)
-    with refused(SourceError, "unloadable"):
+    with raises_case(SourceError, "unloadable"):
         open_source(folder)
 
 
 def test_a_damaged_config(folder):
     (folder / "config.json").write_text("{")
-    with refused(SourceError, "unreadable"):
+    with raises_case(SourceError, "unreadable"):
         open_source(folder)
 
 
@@ -132,5 +132,5 @@ def test_the_files_of_a_tokenizer_are_not_read(folder):
     (folder / "vocab.json").write_text("{")
     assert open_source(folder).example is not None
     (folder / "generation_config.json").write_text("{")
-    with refused(SourceError, "unreadable"):
+    with raises_case(SourceError, "unreadable"):
         open_source(folder)

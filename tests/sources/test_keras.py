@@ -26,7 +26,7 @@ from penjing.network.capture import capture_network
 from penjing.network.graph import line
 from penjing.records.manifest import read_manifest
 from penjing.sources.source import open_source
-from tests.refusals import refused
+from tests.raises import raises_case
 
 RUNTIMES = ("onnxruntime", "openvino")
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="Keras runs on another backend")
@@ -484,7 +484,7 @@ def test_a_function_that_keras_does_not_know_is_named(file, tmp_path, activation
     def own(config):
         layer_of(config, "mix")["config"]["activation"] = activation
 
-    with refused(CheckpointError, "custom-object") as caught:
+    with raises_case(CheckpointError, "custom-object") as caught:
         open_source(changed(file[0], tmp_path / "own.keras", own))
     assert "'sharper'" in str(caught.value)
 
@@ -506,7 +506,7 @@ def test_a_file_that_needs_code_is_refused_by_its_name_before_keras_reads_it(fil
     change, code = FOREIGN[named]
     path = changed(file[0], tmp_path / "foreign.keras", change)
     monkeypatch.setattr(keras.saving, "load_model", lambda *a, **k: pytest.fail("Keras read the file"))
-    with refused(CheckpointError, code) as caught:
+    with raises_case(CheckpointError, code) as caught:
         open_source(path)
     assert named in str(caught.value)
 
@@ -529,7 +529,7 @@ def test_the_loss_of_a_network_within_the_network_is_checked(tmp_path):
         loss = {"module": "subprocess", "class_name": "Popen", "config": {"args": ["true"]}, "registered_name": None}
         layer_of(config, "inner")["compile_config"]["loss"] = loss
 
-    with refused(CheckpointError, "custom-object") as caught:
+    with raises_case(CheckpointError, "custom-object") as caught:
         open_source(changed(tmp_path / "plain.keras", tmp_path / "inner.keras", own_loss))
     assert "subprocess.Popen" in str(caught.value)
 
@@ -559,7 +559,7 @@ def beside(weights):
 @pytest.mark.parametrize("change", [outside, beside])
 def test_weights_that_lie_in_other_files_are_refused(file, tmp_path, change):
     members = {"model.weights.h5": weights_with(change)}
-    with refused(CheckpointError, "foreign-code"):
+    with raises_case(CheckpointError, "foreign-code"):
         open_source(rewritten(file[0], tmp_path / "linked.keras", members))
 
 
@@ -570,19 +570,19 @@ def test_a_file_that_would_grow_is_refused(file, tmp_path):
     for n, members in enumerate(
         ({"model.weights.h5": weights_with(sparse)}, {"config.json": b"{" + b" " * (1 << 27) + b"}"})
     ):
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             open_source(rewritten(file[0], tmp_path / f"bomb{n}.keras", members))
 
 
 def test_other_members_and_damaged_files_are_refused(file, tmp_path):
-    with refused(CheckpointError, "foreign-code") as caught:
+    with raises_case(CheckpointError, "foreign-code") as caught:
         open_source(rewritten(file[0], tmp_path / "more.keras", {"assets/run.py": b"print()"}))
     assert "assets/run.py" in str(caught.value)
     content = file[0].read_bytes()
     for n, damaged in enumerate((content[: len(content) // 2], b"not an archive", content.replace(b"HDF", b"XXX"))):
         path = tmp_path / f"damaged{n}.keras"
         path.write_bytes(damaged)
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             open_source(path)
 
 
@@ -590,18 +590,18 @@ def test_weights_that_do_not_fit_are_refused(file, tmp_path):
     def smaller(config):
         layer_of(config, "head")["config"]["units"] = 3
 
-    with refused(CheckpointError, "damaged"):
+    with raises_case(CheckpointError, "damaged"):
         open_source(changed(file[0], tmp_path / "other.keras", smaller))
 
 
 def test_a_model_without_weights_is_refused():
-    with refused(SourceError, "not-built"):
+    with raises_case(SourceError, "not-built"):
         open_source(keras.Sequential([layers.Dense(3)]))
 
 
 def test_states_between_calls_are_refused():
     x = keras.Input(batch_shape=(2, 4, 3))
-    with refused(SourceError, "stateful") as caught:
+    with raises_case(SourceError, "stateful") as caught:
         open_source(keras.Model(x, layers.LSTM(3, stateful=True, name="steps")(x)))
     assert "'steps'" in str(caught.value)
 
@@ -609,7 +609,7 @@ def test_states_between_calls_are_refused():
 def test_a_long_sequence_that_runs_step_by_step_is_refused_and_a_long_lstm_is_not():
     x = keras.Input((500, 3))
     model = keras.Model(x, layers.GRU(2, reset_after=False, name="old")(x))
-    with refused(SourceError, "unrolled") as caught:
+    with raises_case(SourceError, "unrolled") as caught:
         capture_network(open_source(model).module, (normal(2, 500, 3),))
     assert "'old'" in str(caught.value)
     network = capture_network(open_source(keras.Model(x, layers.LSTM(2)(x))).module, (normal(2, 500, 3),))
@@ -619,7 +619,7 @@ def test_a_long_sequence_that_runs_step_by_step_is_refused_and_a_long_lstm_is_no
 def test_half_precision_is_refused_in_memory_and_computed_in_single_from_a_file(tmp_path):
     x = keras.Input((4,))
     model = keras.Model(x, layers.Dense(3, dtype="mixed_bfloat16", name="half")(x))
-    with refused(SourceError, "half"):
+    with raises_case(SourceError, "half"):
         open_source(model)
     model.save(tmp_path / "half.keras")
     assert open_source(tmp_path / "half.keras").module(normal(2, 4)).dtype == torch.float32
@@ -635,7 +635,7 @@ class Chooses(layers.Layer):
 def test_a_layer_that_cannot_be_exported_is_named():
     x = keras.Input((4,))
     model = keras.Model(x, layers.Dense(2)(Chooses(name="chooses")(x)))
-    with refused(ExportError, "keras-layer") as caught:
+    with raises_case(ExportError, "keras-layer") as caught:
         capture_network(open_source(model).module, (normal(2, 4),))
     assert "'chooses' (Chooses)" in str(caught.value)
 

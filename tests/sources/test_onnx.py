@@ -19,7 +19,7 @@ from penjing.network.graph import line
 from penjing.records.manifest import read_manifest
 from penjing.sources.onnx import open_network
 from penjing.sources.source import in_single_precision, open_source, with_declared_axes
-from tests.refusals import refused
+from tests.raises import raises_case
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -148,7 +148,7 @@ def stored(tmp_path, made):
 
 
 def refusal(path, kind, code, **fixed):
-    with refused(kind, code) as caught:
+    with raises_case(kind, code) as caught:
         open_network(path, **fixed)
     return caught.value
 
@@ -172,7 +172,7 @@ def test_a_branch_on_a_constant_is_taken_and_the_other_not_stored(tmp_path):
         assert torch.equal(network(torch.ones(2, 4)), torch.full((2, 3), 4 * factor))
         assert sum(p.numel() for p in network.parameters()) == 12
     network, *_ = open_network(path)
-    with refused(SourceError, "branch") as caught:
+    with raises_case(SourceError, "branch") as caught:
         network(torch.ones(2, 4), torch.tensor(16000))
     assert "node 2" in caught.value.got
     assert torch.equal(network(torch.ones(2, 4), 8000), torch.full((2, 3), 8.0))
@@ -397,7 +397,7 @@ def test_absurd_sizes_take_no_memory(tmp_path):
     ]
     made = model(nodes, {"x": [1, 4]}, {"y": ["a", "b"]}, {"shape": np.array([1 << 30, 1 << 20])})
     network, *_ = open_network(stored(tmp_path, made))
-    with refused(SourceError, "operator"):
+    with raises_case(SourceError, "operator"):
         network(torch.zeros(1, 4))
 
 
@@ -419,7 +419,7 @@ def test_a_few_numbers_do_not_make_a_small_tensor_a_huge_one(tmp_path, operator)
     node = helper.make_node(operator, ["x", *stored_values], ["y"], **attributes)
     made = model([node], {"x": [1, 3, 8, 8]}, {"y": None}, stored_values)
     network, *_ = open_network(stored(tmp_path, made))
-    with refused(SourceError, "operator") as caught:
+    with raises_case(SourceError, "operator") as caught:
         network(torch.zeros(1, 3, 8, 8))
     assert "too large" in caught.value.what
 
@@ -631,7 +631,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_node_is_named(tmp_path, name):
-    with refused(SourceError, "operator") as caught:
+    with raises_case(SourceError, "operator") as caught:
         network, example, _ = open_network(stored(tmp_path, BAD[name]))
         network(*example)
     assert "'bad'" in caught.value.got
@@ -670,7 +670,7 @@ BOMBS = {
 def test_constants_that_grow_are_refused_before_they_are_computed(tmp_path, name):
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with refused(SourceError, "operator") as caught:
+    with raises_case(SourceError, "operator") as caught:
         network, *_ = open_network(stored(tmp_path, BOMBS[name]))
         network(torch.zeros(1))
     assert "'n" in caught.value.got
@@ -784,7 +784,7 @@ def test_a_state_of_another_size_is_refused(tmp_path):
     weights = {"w": values(1, 18, 4), "r": values(1, 18, 6), "b": values(1, 36), "h": values(1, 2, 6)}
     network, *_ = open_network(stored(tmp_path, model([node], {"x": [5, "b", 4]}, {"y": [5, 1, "b", 6]}, weights)))
     network(torch.zeros(5, 2, 4))
-    with refused(SourceError, "operator"):
+    with raises_case(SourceError, "operator"):
         network(torch.zeros(5, 3, 4))
 
 

@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from penjing.errors import CheckpointError
 from penjing.sources.pt2 import open_program
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Net(nn.Module):
@@ -196,7 +196,7 @@ REASONS = {
 def test_a_graph_that_would_run_code_is_refused(saved, tmp_path, kind):
     trace = tmp_path / "trace"
     evil = rewrite(saved, tmp_path / "evil.pt2", in_model(GRAPHS[kind](EVIL.format(trace=trace))))
-    with refused(CheckpointError, "foreign-code") as caught:
+    with raises_case(CheckpointError, "foreign-code") as caught:
         open_program(evil)
     assert REASONS[kind.split("-")[0]] in caught.value.got
     assert not trace.exists()
@@ -241,7 +241,7 @@ def members(trace):
 def test_a_pickle_in_the_archive_never_runs(saved, tmp_path, kind):
     trace = tmp_path / "trace"
     evil = rewrite(saved, tmp_path / "evil.pt2", members(trace)[kind])
-    with refused(CheckpointError, "foreign-code") as caught:
+    with raises_case(CheckpointError, "foreign-code") as caught:
         open_program(evil)
     assert "pickle" in caught.value.got
     assert not trace.exists()
@@ -262,7 +262,7 @@ def test_members_that_torch_would_execute_are_refused(saved, tmp_path, extra):
     with zipfile.ZipFile(evil, "a") as archive:
         root = archive.namelist()[0].split("/")[0]
         archive.writestr(f"{root}/{extra}", bomb(trace))
-    with refused(CheckpointError, "foreign-code"):
+    with raises_case(CheckpointError, "foreign-code"):
         open_program(evil)
     assert not trace.exists()
 
@@ -273,7 +273,7 @@ def test_the_old_format_is_refused(tmp_path):
         archive.writestr("version", "8.8")
         archive.writestr("serialized_exported_program.json", "{}")
         archive.writestr("serialized_state_dict.pt", bomb(trace))
-    with refused(CheckpointError, "foreign-code") as caught:
+    with raises_case(CheckpointError, "foreign-code") as caught:
         open_program(old)
     assert "torch 2.7" in caught.value.got and not trace.exists()
 
@@ -281,14 +281,14 @@ def test_the_old_format_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no zip", pickle.dumps([1])])
 def test_a_damaged_file(tmp_path, content):
     (tmp_path / "bad.pt2").write_bytes(content)
-    with refused(CheckpointError, "damaged") as caught:
+    with raises_case(CheckpointError, "damaged") as caught:
         open_program(tmp_path / "bad.pt2")
     assert "torch.export.save" in caught.value.remedy
 
 
 def test_a_cut_off_file(saved, tmp_path):
     (tmp_path / "cut.pt2").write_bytes(saved.read_bytes()[:4000])
-    with refused(CheckpointError, "damaged"):
+    with raises_case(CheckpointError, "damaged"):
         open_program(tmp_path / "cut.pt2")
 
 

@@ -9,7 +9,7 @@ from penjing.errors import CheckpointError, SourceError, TaskError
 from penjing.sources.source import check_forward, open_source
 from penjing.tasks.opening import open_task
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 NET_FILE = """
     import torch
@@ -74,7 +74,7 @@ def net(tmp_path):
 
 
 def refusal(spec, code, kind=SourceError, task=None):
-    with refused(kind, code) as caught:
+    with raises_case(kind, code) as caught:
         open_source(spec, task=task)
     assert caught.value.expected is not None
     return caught.value
@@ -238,5 +238,5 @@ def test_check_forward_puts_the_mode_back():
 
 def test_a_task_is_not_opened_as_a_source(net):
     assert refusal(f"{net}:task", "not-a-network").got == "Task"
-    with refused(TaskError, "not-a-task"):
+    with raises_case(TaskError, "not-a-task"):
         open_task(f"{net}:ready")

@@ -13,7 +13,7 @@ from torch import nn
 import penjing as pj
 from penjing.errors import CheckpointError, SourceError, UsageError
 from penjing.sources.source import open_source
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ def unchanged_on(code, file, net=None, kind=CheckpointError, **options):
     """The error, after a look at the network: not one number has changed."""
     net = net or blank()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with refused(kind, code) as caught:
+    with raises_case(kind, code) as caught:
         pj.load_weights(net, file, **options)
     assert equal(net, before)
     return caught.value
@@ -245,7 +245,7 @@ def test_names_that_the_network_does_not_have_are_left_out_on_request(tmp_path, 
     assert "--ignore-weights 'loss.*'" in unchanged_on("misfit", tmp_path / "net.pth").remedy
     assert equal(pj.load_weights(blank(), tmp_path / "net.pth", ignore=["loss.*"]), state)
     unchanged_on("misfit", tmp_path / "net.pth", ignore=["head.*", "loss.*"])
-    with refused(UsageError, "no-weights"):
+    with raises_case(UsageError, "no-weights"):
         open_source(blank(), ignore=["loss.*"])
 
 
@@ -266,12 +266,12 @@ def test_tensors_that_are_not_plain(tmp_path, state, tensor):
 
 def test_networks_that_can_not_take_weights(tmp_path, state):
     torch.save(state, tmp_path / "net.pth")
-    with refused(CheckpointError, "no-storage"):
+    with raises_case(CheckpointError, "no-storage"):
         pj.load_weights(Net().to("meta"), tmp_path / "net.pth")
-    with refused(CheckpointError, "no-storage"):
+    with raises_case(CheckpointError, "no-storage"):
         pj.load_weights(nn.LazyLinear(3), tmp_path / "net.pth")
     program = torch.export.export(blank().eval(), (torch.rand(2, 1, 5, 5),))
-    with refused(SourceError, "weights-of-a-program"):
+    with raises_case(SourceError, "weights-of-a-program"):
         open_source(program, weights=tmp_path / "net.pth")
 
 

@@ -25,7 +25,7 @@ from penjing.prune.regularized import Single, _AddSubgradient
 from penjing.quantize.qat import _Freeze
 from penjing.steps.identity import identity
 from penjing.train import state as training_state
-from tests.refusals import refused
+from tests.raises import raises_case
 
 SCRIPT = """
 import json, sys
@@ -207,7 +207,7 @@ def test_a_training_with_another_hook_does_not_go_on(tmp_path):
     training_state.save(tmp_path / "state.pt", {"request": {"hooks": (scaled(2),)}})
     with training_state.loading(tmp_path / "state.pt", {"hooks": (scaled(2),)}) as state:
         assert "request" in state
-    with refused(CheckpointError, "settings") as caught:
+    with raises_case(CheckpointError, "settings") as caught:
         with training_state.loading(tmp_path / "state.pt", {"hooks": (scaled(3),)}):
             pytest.fail("the state was given out")
     assert caught.value.field == "hooks"

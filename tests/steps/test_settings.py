@@ -32,7 +32,7 @@ from penjing.steps.settings import (
     require,
     whole,
 )  # fmt: skip
-from tests.refusals import refused_setting
+from tests.raises import raises_setting
 
 NUMBERS = {
     "whole": whole(), "above": above(0), "at least": at_least(0), "between": between(0, 1), "any": number(),
@@ -98,12 +98,12 @@ class TestRules:
 
 class TestCheck:
     def test_the_first_field_that_breaks_its_rule(self):
-        with refused_setting("bits") as caught:
+        with raises_setting("bits") as caught:
             Bits(9, "c")
         error = caught.value
         assert "Bits(bits=...)" in error.what
         assert (error.got, error.expected, error.remedy) == (9, "a whole number from 2 to 8", None)
-        with refused_setting("name") as caught:
+        with raises_setting("name") as caught:
             Bits(name="c")
         assert (caught.value.got, caught.value.expected) == ("'c'", "'a' or 'b'")
 
@@ -116,22 +116,22 @@ class TestCheck:
         step = pj.Finetune(learning_rate=kind(0.5), workers=np.int64(1), channels_last=np.bool_(True))
         assert step == pj.Finetune(learning_rate=0.5)
         assert pj.Recipe.from_yaml(pj.Recipe(step).to_yaml()) == pj.Recipe(step)
-        with refused_setting("learning_rate"):
+        with raises_setting("learning_rate"):
             pj.Finetune(learning_rate=kind("nan"))
 
     def test_percent_are_told_from_fractions(self):
         for given_, meant in ((50, 0.5), ("50%", 0.5), (np.float32(7.5), 0.075)):
-            with refused_setting("part") as caught:
+            with raises_setting("part") as caught:
                 require("the part", given_, between(0, 1), field="part")
             assert caught.value.remedy.startswith(f"did you mean {meant:g}?")
 
     def test_a_huge_value_is_shown_in_part(self):
-        with refused_setting("this") as caught:
+        with raises_setting("this") as caught:
             require("this", ["x"] * 10_000, FLAG, field="this")
         assert len(caught.value.got) == 300
 
     def test_a_number_of_more_digits_than_a_float_has(self):
-        with refused_setting("this"):
+        with raises_setting("this"):
             require("this", 10**400, between(0, 1), field="this")
 
 
@@ -172,7 +172,7 @@ NEEDED = {
 def test_no_step_takes_for_a_number_what_is_not(cls, name, value):
     needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     others = dict.fromkeys(needed - {name}, "a") | ({} if name in TARGETS else NEEDED.get(cls, {}))
-    with refused_setting(name) as caught:
+    with raises_setting(name) as caught:
         cls(**{**others, name: value})
     assert caught.value.got == repr(value) or caught.value.got is value
     assert caught.value.expected

@@ -20,7 +20,7 @@ from penjing.storage import checkpoint
 from penjing.surgery import insert
 from penjing.tasks.outputs import first_output
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 FILES = {"edits.json", "plan.json", "weights.safetensors"}
 
@@ -134,7 +134,7 @@ class TestTiedWeights:
 
     def test_untied_weights_do_not_fit_a_network_that_ties_them(self, tmp_path):
         checkpoint.save(Draft(self.gpt2(0, tied=False)), tmp_path)
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(tmp_path, self.gpt2(1))
         assert "lm_head.weight" in found.value.got and "wte.weight" in found.value.got
 
@@ -148,20 +148,20 @@ class TestTiedWeights:
 
 class TestAnotherNetwork:
     def test_another_width_is_named(self, folder):
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(folder, resnet(seed=0, width=4))
         assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in found.value.got
         assert found.value.remedy
 
     def test_another_precision_is_named(self, folder):
         model = capture_network(build("resnet20", width=8).eval(), (images(1),)).double()
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(folder, model)
         assert "float32" in found.value.got and "float64" in found.value.got
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(folder, capture_network(model, (images(1),)))
         assert found.value.got.startswith("{'edit': ")
 
@@ -173,7 +173,7 @@ class TestAnotherNetwork:
             return capture_network(layers.eval(), (torch.zeros(1, 4),))
 
         checkpoint.save(Draft(network("a", "b")), tmp_path)
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(tmp_path, network("a", "c"))
         assert "lacks c.bias, c.weight; also has b.bias, b.weight" in found.value.got
 
@@ -182,25 +182,25 @@ class TestDamage:
     @pytest.mark.parametrize("name", sorted(FILES))
     def test_a_missing_file_is_named(self, folder, name):
         (folder / name).unlink()
-        with refused(CheckpointError, "incomplete") as found:
+        with raises_case(CheckpointError, "incomplete") as found:
             checkpoint.load(folder, resnet(0))
         assert found.value.got.startswith(f"no {name} in")
 
     def test_a_missing_folder(self, tmp_path):
-        with refused(CheckpointError, "incomplete"):
+        with raises_case(CheckpointError, "incomplete"):
             checkpoint.load(tmp_path / "no", resnet(0))
 
     @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{", b"\xff\xfe\x00"])
     @pytest.mark.parametrize("name", sorted(FILES))
     def test_a_damaged_file(self, folder, name, content):
         damage(folder, name, content)
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_cut_file_of_weights(self, folder):
         path = folder / "weights.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     @pytest.mark.parametrize(
@@ -210,23 +210,23 @@ class TestDamage:
     )
     def test_a_log_of_another_form(self, folder, log):
         damage(folder, "edits.json", log)
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_newer_format(self, folder):
         damage(folder, "edits.json", {"format": 2, "edits": [], "ties": {}})
-        with refused(CheckpointError, "newer"):
+        with raises_case(CheckpointError, "newer"):
             checkpoint.load(folder, resnet(0))
 
     def test_a_plan_of_something_else(self, folder):
         damage(folder, "plan.json", {"entries": {"conv1:in0": {"spec": {"bits": 8, "run": 1}}}, "floats": {}})
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
 
     @pytest.mark.parametrize("edit", [{"edit": "run", "code": "1"}, {"edit": "__import__"}, {}])
     def test_an_edit_outside_the_vocabulary_is_refused(self, folder, edit):
         damage(folder, "edits.json", {"format": 1, "edits": [edit], "ties": {}})
-        with refused(CheckpointError, "unknown-edit") as found:
+        with raises_case(CheckpointError, "unknown-edit") as found:
             checkpoint.load(folder, resnet(0))
         assert found.value.got == edit
 
@@ -235,7 +235,7 @@ class TestDamage:
         damage(
             folder, "edits.json", {"format": 1, "edits": [{"edit": "fold", "layer": layer, "norm": "bn1"}], "ties": {}}
         )
-        with refused(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as found:
             checkpoint.load(folder, resnet(0))
         assert f"'layer': {layer!r}" in found.value.got
 
@@ -247,7 +247,7 @@ class TestDamage:
                 return mark.touch, ()
 
         torch.save({"conv1.weight": Malicious()}, folder / "weights.safetensors")
-        with refused(CheckpointError, "damaged"):
+        with raises_case(CheckpointError, "damaged"):
             checkpoint.load(folder, resnet(0))
         assert not mark.exists()
 
@@ -264,12 +264,12 @@ class TestWriting:
         (folder / "plan.json").mkdir()  # the weights are in place when the save stops here
         with pytest.raises(OutputError):
             checkpoint.save(quantized, folder)
-        with refused(CheckpointError, "incomplete") as found:
+        with raises_case(CheckpointError, "incomplete") as found:
             checkpoint.load(folder, resnet(0))
         assert found.value.got.startswith("no edits.json")
 
     def test_a_missing_folder_is_an_output_error(self, quantized, tmp_path):
-        with refused(OutputError, "unwritable"):
+        with raises_case(OutputError, "unwritable"):
             checkpoint.save(quantized, tmp_path / "no")
         assert not (tmp_path / "no").exists()
 
@@ -284,7 +284,7 @@ class TestWriting:
         half = tmp_path_factory.mktemp("half")
         for name in FILES - {"edits.json"}:
             shutil.copy(folder / name, half)
-        with refused(CheckpointError, "incomplete"):
+        with raises_case(CheckpointError, "incomplete"):
             checkpoint.load(half, resnet(0))
 
 

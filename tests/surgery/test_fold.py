@@ -11,7 +11,7 @@ from penjing.network.capture import capture_network
 from penjing.network.graph import kind
 from penjing.surgery import fold_batch_norms, replay
 from penjing.surgery.fold import fold_batch_norm
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def with_statistics(model, seed=0):
@@ -176,7 +176,7 @@ class TestReplay:
         assert kinds(again) == kinds(network)
 
     def test_an_unknown_edit_is_refused(self, network):
-        with refused(CheckpointError, "unknown-edit") as caught:
+        with raises_case(CheckpointError, "unknown-edit") as caught:
             replay(network, [{"edit": "exec", "code": "print()"}])
         assert "fold" in caught.value.expected
 
@@ -190,7 +190,7 @@ class TestReplay:
         ],
     )
     def test_an_edit_of_another_network_is_refused(self, network, edit):
-        with refused(CheckpointError, "misfit"):
+        with raises_case(CheckpointError, "misfit"):
             replay(network, [edit])
 
 

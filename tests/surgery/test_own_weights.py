@@ -20,7 +20,7 @@ from penjing.storage import checkpoint
 from penjing.surgery import insert, own_weights, replay
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 IN, OUT = 32, 96
 both = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -140,7 +140,7 @@ def test_the_edit_is_replayed_and_the_draft_reloads_to_the_bit(name, tmp_path):
 
 
 def test_an_edit_of_another_network_is_refused():
-    with refused(CheckpointError, "misfit"):
+    with raises_case(CheckpointError, "misfit"):
         replay(of("products")[1], ({"edit": "own_weights", "sites": ["/relu#0"]},))
 
 

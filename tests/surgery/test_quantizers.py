@@ -18,7 +18,7 @@ from penjing.steps.step import Context
 from penjing.surgery import FakeQuantize, freeze, insert
 from penjing.surgery.functional_layers import bias_entry
 from penjing.tasks.task import Task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 WEIGHT = QuantSpec(axis=0)
 ACTIVATION = QuantSpec(signed=False, symmetric=False)
@@ -358,7 +358,7 @@ def test_an_empty_plan_changes_nothing():
 def test_a_plan_for_another_network_is_refused(change):
     network = capture_network(nn.Sequential(nn.Linear(3, 2)), (torch.zeros(1, 3),))
     plan = Plan({"layer4.0.conv1:in0": Entry(ACTIVATION, (1.0,), (0,))})
-    with refused(QuantizationError, "misfit") as caught:
+    with raises_case(QuantizationError, "misfit") as caught:
         change(network, plan)
     assert "layer4.0.conv1:in0" in caught.value.got
     assert "0" in sites(network)

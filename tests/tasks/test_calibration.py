@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from penjing.errors import CalibrationError
 from penjing.tasks.task import Task, calibration_calls, fingerprint
-from tests.refusals import refused
+from tests.raises import raises_case
 
 X = torch.arange(24.0).reshape(4, 3, 2)
 
@@ -18,7 +18,7 @@ def task(calibration, example=None, **settings):
 
 
 def refusal(code, calibration, example=None, **settings):
-    with refused(CalibrationError, code) as caught:
+    with raises_case(CalibrationError, code) as caught:
         list(calibration_calls(task(calibration, example, **settings)))
     assert caught.value.remedy
     return caught.value
@@ -78,7 +78,7 @@ def test_limit_counts_batches():
 
 
 def test_missing_calibration_is_said_before_iterating():
-    with refused(CalibrationError, "no-calibration") as caught:
+    with raises_case(CalibrationError, "no-calibration") as caught:
         calibration_calls(task(None))
     assert caught.value.got == "Task.calibration is None"
 
@@ -96,7 +96,7 @@ def test_not_iterable():
 def test_a_generator_read_twice_is_told_from_an_empty_one():
     once = task(x for x in [X, X])
     assert len(list(calibration_calls(once, limit=1))) == 1
-    with refused(CalibrationError, "read-once") as caught:
+    with raises_case(CalibrationError, "read-once") as caught:
         list(calibration_calls(once))
     assert "DataLoader" in caught.value.remedy
 
@@ -104,7 +104,7 @@ def test_a_generator_read_twice_is_told_from_an_empty_one():
 def test_an_exhausted_map_is_recognised_by_what_it_lacks():
     once = task(map(torch.clone, [X]))
     assert len(list(calibration_calls(once))) == 1
-    with refused(CalibrationError, "empty-or-read") as caught:
+    with raises_case(CalibrationError, "empty-or-read") as caught:
         list(calibration_calls(once))
     assert caught.value.got == "no batch in a map" and "__iter__" in caught.value.remedy
 

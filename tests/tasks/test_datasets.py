@@ -9,7 +9,7 @@ from penjing.errors import MissingDependency, TaskError
 from penjing.tasks.datasets import image_folder, npz_arrays
 from penjing.tasks.opening import open_task
 from penjing.tasks.task import calibration_calls, fingerprint, numpy_predictor
-from tests.refusals import refused
+from tests.raises import raises_case
 
 Image = pytest.importorskip("PIL.Image")
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -125,19 +125,19 @@ def test_it_trains_any_form_of_output(tmp_path):
 )
 def test_folders_that_are_no_dataset(tmp_path, make, code):
     make(tmp_path)
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         plain(tmp_path)
 
 
 def test_a_missing_folder(tmp_path):
-    with refused(TaskError, "missing"):
+    with raises_case(TaskError, "missing"):
         image_folder(tmp_path / "nothing")
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     paint(tmp_path / "train", ["red"], count=1)
     (tmp_path / "train" / "red" / "broken.png").write_bytes(b"no image")
-    with refused(TaskError, "unreadable") as caught:
+    with raises_case(TaskError, "unreadable") as caught:
         list(calibration_calls(plain(tmp_path)))
     assert "broken.png" in caught.value.got
 
@@ -145,7 +145,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
 def test_without_pillow_the_install_command_is_given(tmp_path, monkeypatch):
     paint(tmp_path)
     monkeypatch.setitem(sys.modules, "PIL", None)  # as Python marks a module that is not there
-    with refused(MissingDependency, "not-installed") as caught:
+    with raises_case(MissingDependency, "not-installed") as caught:
         image_folder(tmp_path)
     assert caught.value.remedy == "pip install pillow"
 
@@ -230,7 +230,7 @@ def test_python_objects_are_refused_and_do_not_run(tmp_path):
             return open, (str(tmp_path / "trace"), "w")
 
     np.savez(tmp_path / "data.npz", x_train=np.array([Bomb()], dtype=object))
-    with refused(TaskError, "pickle"):
+    with raises_case(TaskError, "pickle"):
         npz_arrays(tmp_path / "data.npz")
     assert not (tmp_path / "trace").exists()
 
@@ -249,12 +249,12 @@ def test_python_objects_are_refused_and_do_not_run(tmp_path):
     ],
 )
 def test_arrays_that_do_not_fit(save, arrays, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         npz_arrays(save(**arrays))
 
 
 def test_a_name_that_is_nearly_right_is_told(save):
-    with refused(TaskError, "no-inputs") as caught:
+    with raises_case(TaskError, "no-inputs") as caught:
         npz_arrays(save(X_train=X))
     assert caught.value.remedy.startswith("did you mean x_train")
 
@@ -262,11 +262,11 @@ def test_a_name_that_is_nearly_right_is_told(save):
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
 def test_a_damaged_file(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
-    with refused(TaskError, "unreadable"):
+    with raises_case(TaskError, "unreadable"):
         npz_arrays(tmp_path / "data.npz")
 
 
 def test_an_output_without_classes_is_said(save):
     task = npz_arrays(save(x_test=X, y_test=X.argmax(1)))
-    with refused(TaskError, "scores"):
+    with raises_case(TaskError, "scores"):
         task.evaluate(lambda x: x[:, 0])

@@ -7,7 +7,7 @@ from torch import nn
 
 from penjing.errors import CalibrationError, SourceError
 from penjing.tasks.outputs import flatten_outputs, numpy_predictor, output_names, unflatten_outputs
-from tests.refusals import refused
+from tests.raises import raises_case
 
 Pair = namedtuple("Pair", "first second")
 A, B, C = torch.zeros(1), torch.ones(2), torch.full((3,), 2.0)
@@ -42,7 +42,7 @@ def test_the_structure_survives_json():
 
 
 def test_an_output_that_is_no_tensor_is_named():
-    with refused(SourceError, "not-a-tensor") as caught:
+    with raises_case(SourceError, "not-a-tensor") as caught:
         flatten_outputs({"cache": object()})
     assert "output['cache']" in caught.value.what
     assert "wrap the network" in caught.value.remedy and "use_cache" not in caught.value.remedy
@@ -51,13 +51,13 @@ def test_an_output_that_is_no_tensor_is_named():
 def test_of_a_cache_the_setting_is_named_and_what_helps_where_it_does_not():
     class EncoderDecoderCache: ...
 
-    with refused(SourceError, "not-a-tensor") as caught:
+    with raises_case(SourceError, "not-a-tensor") as caught:
         flatten_outputs({"cache": EncoderDecoderCache()})
     assert "use_cache" in caught.value.remedy and "wrap the network" in caught.value.remedy
 
 
 def test_a_changed_number_of_outputs_is_an_error():
-    with refused(SourceError, "outputs"):
+    with raises_case(SourceError, "outputs"):
         unflatten_outputs([A], {"kind": "tuple", "items": [{"kind": "tensor"}, {"kind": "tensor"}]})
 
 
@@ -118,7 +118,7 @@ def test_every_layout_of_an_array_is_understood(array):
 
 
 def test_an_array_without_numbers_is_refused():
-    with refused(CalibrationError, "no-numbers"):
+    with raises_case(CalibrationError, "no-numbers"):
         numpy_predictor(nn.Identity())(np.array(["a"]))
 
 

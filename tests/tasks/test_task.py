@@ -10,7 +10,7 @@ import penjing as pj
 from penjing.errors import CalibrationError, TaskError
 from penjing.tasks.opening import as_task, open_task
 from penjing.tasks.task import Task, agreement_task, calibration_calls, numpy_predictor
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from tests.refusals import refused
     ],
 )
 def test_an_example_without_tensors_is_refused(example, got):
-    with refused(TaskError, "no-tensor") as refusal:
+    with raises_case(TaskError, "no-tensor") as refusal:
         Task(example=example)
     assert refusal.value.got == got and "Task(example=" in refusal.value.remedy
 
@@ -37,13 +37,13 @@ def test_an_array_is_taken_as_a_tensor():
 
 
 def test_an_evaluate_that_is_no_function_is_refused():
-    with refused(TaskError, "not-callable") as refusal:
+    with raises_case(TaskError, "not-callable") as refusal:
         Task(example=torch.zeros(1, 2), evaluate=0.9)
     assert refusal.value.got == "float" and "evaluate=" in refusal.value.remedy
 
 
 def test_dynamic_must_map_axes():
-    with refused(TaskError, "axes") as refusal:
+    with raises_case(TaskError, "axes") as refusal:
         Task(example=torch.zeros(1, 2), dynamic={"x": [0]})
     assert refusal.value.got == "[0]" and "dynamic=" in refusal.value.remedy
 
@@ -89,7 +89,7 @@ def test_a_task_or_a_function_that_returns_one(task_file):
     ],
 )
 def test_a_file_that_gives_no_task(task_file, name, code, field, word):
-    with refused(TaskError, code) as caught:
+    with raises_case(TaskError, code) as caught:
         open_task(f"{task_file}:{name}")
     assert word in getattr(caught.value, field)
 
@@ -103,20 +103,20 @@ def test_a_module_on_the_path(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     assert isinstance(open_task("penjing_test_package.tasks:task"), Task)
-    with refused(TaskError, "no-module") as refusal:
+    with raises_case(TaskError, "no-module") as refusal:
         open_task("penjing_test_package.nothing:task")
     assert "penjing_test_package.nothing" in refusal.value.got
     assert "penjing_test_package/nothing.py" in refusal.value.remedy
 
 
 def test_missing_things_are_suggested(task_file):
-    with refused(TaskError, "missing") as caught:
+    with raises_case(TaskError, "missing") as caught:
         open_task(f"{task_file.parent / 'tusk.py'}:make")
     assert "task.py" in caught.value.remedy
-    with refused(TaskError, "no-name") as caught:
+    with raises_case(TaskError, "no-name") as caught:
         open_task(str(task_file))
     assert "make, broken" in caught.value.remedy
-    with refused(TaskError, "missing"):
+    with raises_case(TaskError, "missing"):
         open_task(str(task_file.parent / "data.csv"))
 
 
@@ -159,7 +159,7 @@ def test_a_single_batch_is_split():
 @pytest.mark.parametrize(("size", "dynamic"), [(1, None), (6, {})])
 def test_too_little_to_hold_out(size, dynamic):
     data = batches(1, size)
-    with refused(CalibrationError, "too-little"):
+    with raises_case(CalibrationError, "too-little"):
         agreement_task(Task(example=data[0], calibration=data, dynamic=dynamic), linear())
 
 
@@ -204,22 +204,22 @@ def test_keyword_inputs_and_dict_outputs_agree():
 
 
 def test_no_calibration_no_agreement():
-    with refused(CalibrationError, "no-calibration") as refusal:
+    with raises_case(CalibrationError, "no-calibration") as refusal:
         agreement_task(Task(example=torch.zeros(1, 4)), linear())
     assert refusal.value.got == "Task.calibration is None"
 
 
 @pytest.mark.parametrize("words", ["x", "nowhere/data.npz", Path("absent.py")])
 def test_words_that_name_no_task_are_refused_by_compress(words, tmp_path):
-    with refused(TaskError, "missing"):
+    with raises_case(TaskError, "missing"):
         pj.compress(torch.nn.Linear(2, 2), words, out=tmp_path / "run")
 
 
 def test_what_is_not_a_task_is_refused_by_compress(tmp_path):
-    with refused(TaskError, "not-a-task") as caught:
+    with raises_case(TaskError, "not-a-task") as caught:
         pj.compress(torch.nn.Linear(2, 2), torch.zeros(1, 2), out=tmp_path / "run")
     assert caught.value.got == "Tensor"
-    with refused(TaskError, "not-a-task") as caught:
+    with raises_case(TaskError, "not-a-task") as caught:
         pj.apply(pj.Recipe(pj.quantize.Static()), torch.nn.Linear(2, 2), None)
     assert caught.value.got == "NoneType"
 

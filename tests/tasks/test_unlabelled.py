@@ -7,7 +7,7 @@ import torch
 from penjing.errors import TaskError
 from penjing.tasks.task import Task, calibration_calls
 from penjing.tasks.unlabelled import calibration_task
-from tests.refusals import refused
+from tests.raises import raises_case
 
 X = np.arange(25 * 3, dtype=np.float32).reshape(25, 3)
 
@@ -84,10 +84,10 @@ def test_images_of_the_size_of_the_networks_own_example(tmp_path, folders):
     ],
 )
 def test_what_is_not_calibration_data(tmp_path, given, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         calibration_task(given(tmp_path))
 
 
 def test_fewer_samples_than_the_batch_that_the_source_is_fixed_to():
-    with refused(TaskError, "too-few"):
+    with raises_case(TaskError, "too-few"):
         calibration_task(X, (torch.zeros(64, 3),), {})

@@ -32,7 +32,7 @@ from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
 from penjing.train.precision import bf16_pays
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 from tests.trainings import (
     LONGER,
     SHORT,
@@ -333,7 +333,7 @@ class TestResume:
     )
     def test_other_settings_are_refused_by_name(self, tmp_path, changed):
         self.interrupted(tmp_path)
-        with refused(CheckpointError, "settings") as found:
+        with raises_case(CheckpointError, "settings") as found:
             trained(replace(SHORT, **{"hooks": (Interrupt(),), **changed}), context_of(folder=tmp_path))
         assert [found.value.field] == list(changed)
 
@@ -341,7 +341,7 @@ class TestResume:
         self.interrupted(tmp_path)
         settings = replace(SHORT, hooks=(Interrupt(),))
         for name, data, seed in (("seed", digits(), 1), ("number of batches", digits(300), 0)):
-            with refused(CheckpointError, "settings") as found:
+            with raises_case(CheckpointError, "settings") as found:
                 trained(settings, context_of(data, folder=tmp_path, seed=seed))
             assert found.value.field == name
 
@@ -431,7 +431,7 @@ class TestTheSavedState:
                 return Path.touch, (mark,)
 
         write({"request": "{}", "numbers": Malicious()}, tmp_path / "finetune.pt")
-        with refused(CheckpointError, "unreadable"):
+        with raises_case(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
         assert not mark.exists()
 
@@ -440,7 +440,7 @@ class TestTheSavedState:
             if moment.name == "gradients" and moment.step == 3:
                 moment.network.head.weight.grad.fill_(math.nan)
 
-        with refused(TrainingError, "weight-not-finite") as found:
+        with raises_case(TrainingError, "weight-not-finite") as found:
             trained(replace(SHORT, hooks=(break_,)), context_of(folder=tmp_path))
         assert found.value.what.endswith(" step 4")
         state = torch.load(tmp_path / "finetune.pt", weights_only=True)
@@ -452,26 +452,26 @@ class TestTheSavedState:
         path = tmp_path / "finetune.pt"
         trained(SHORT, context_of(folder=tmp_path))
         path.write_bytes(path.read_bytes()[:-5000] if content is None else content)
-        with refused(CheckpointError, "unreadable"):
+        with raises_case(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
 
     @pytest.mark.parametrize("state", [[1], {}, {"request": "[]"}, {"request": "{"}, {"request": 3}])
     def test_a_foreign_one_is_refused(self, tmp_path, state):
         torch.save(state, tmp_path / "finetune.pt")
-        with refused(CheckpointError, "unreadable"):
+        with raises_case(CheckpointError, "unreadable"):
             trained(SHORT, context_of(folder=tmp_path))
 
     def test_that_of_another_network_is_refused(self, tmp_path):
         trained(SHORT, context_of(folder=tmp_path))
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        with refused(CheckpointError, "unreadable") as found:
+        with raises_case(CheckpointError, "unreadable") as found:
             trained(SHORT, context_of(folder=tmp_path), other)
         assert "1.weight" in found.value.got
 
     def test_a_folder_that_cannot_be_written_is_said_before_training(self, tmp_path):
         progress = []
         context = context_of(folder=tmp_path / "missing", events=lambda *a, **k: progress.append(k))
-        with refused(OutputError, "unwritable"):
+        with raises_case(OutputError, "unwritable"):
             trained(SHORT, context)
         assert progress == []
 
@@ -480,7 +480,7 @@ class TestTheSavedState:
             if moment.name == "step" and moment.step == 5:
                 (tmp_path / "finetune.new").mkdir()
 
-        with refused(OutputError, "unwritable"):
+        with raises_case(OutputError, "unwritable"):
             trained(replace(SHORT, hooks=(block,)), context_of(folder=tmp_path))
         assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 4
 
@@ -723,7 +723,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("loss", [lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: 0.5])
     def test_what_is_no_single_number_is_refused(self, loss):
-        with refused(TaskError, "not-a-scalar"):
+        with raises_case(TaskError, "not-a-scalar"):
             trained(SHORT, context_of(loss=loss))
 
 
@@ -777,7 +777,7 @@ class TestOptimizing:
                 loss.calls += 1
                 kept.append(moment.network.head.weight.detach().clone())
 
-        with refused(TrainingError, "loss-not-finite") as found:
+        with raises_case(TrainingError, "loss-not-finite") as found:
             trained(replace(SHORT, hooks=(hook,)), context_of(loss=loss), network)
         assert found.value.what.endswith(" step 1")
         assert torch.equal(network.head.weight, kept[0])
@@ -787,12 +787,12 @@ class TestOptimizing:
             if moment.name == "gradients" and moment.step == 9:
                 moment.network.head.bias.grad.fill_(float("inf"))
 
-        with refused(TrainingError, "weight-not-finite") as found:
+        with raises_case(TrainingError, "weight-not-finite") as found:
             trained(replace(SHORT, hooks=(break_it,)))
         assert found.value.got == "head.bias"
 
     def test_nothing_to_train_is_an_error(self):
-        with refused(TrainingError, "nothing-to-train"):
+        with raises_case(TrainingError, "nothing-to-train"):
             trained(SHORT, network=net().requires_grad_(False))
 
 
@@ -904,27 +904,27 @@ class TestInputs:
 
 class TestBadInput:
     def test_no_training_data(self):
-        with refused(TaskError, "no-training-data"):
+        with raises_case(TaskError, "no-training-data"):
             trained(SHORT, Context(task=Task(example=torch.zeros(1, 1, 8, 8), loss=F.cross_entropy)))
 
     def test_no_loss(self):
-        with refused(TaskError, "no-loss"):
+        with raises_case(TaskError, "no-loss"):
             trained(SHORT, context_of(loss=None))
 
     def test_no_batch(self):
-        with refused(TaskError, "empty"):
+        with raises_case(TaskError, "empty"):
             trained(SHORT, context_of([]))
 
     def test_fewer_samples_than_a_batch_that_are_dropped(self):
         samples = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), torch.zeros(5).long())
-        with refused(TaskError, "empty") as found:
+        with raises_case(TaskError, "empty") as found:
             trained(SHORT, context_of(torch.utils.data.DataLoader(samples, batch_size=8, drop_last=True)))
         assert "drop_last=True" in found.value.got and "8" in found.value.got
         assert "drop_last=False" in found.value.remedy
 
     @pytest.mark.parametrize("data", [iter(()), (batch for batch in digits())])
     def test_data_that_can_be_read_only_once(self, data):
-        with refused(TaskError, "read-once") as found:
+        with raises_case(TaskError, "read-once") as found:
             trained(SHORT, context_of(data))
         assert "DataLoader" in found.value.remedy
 
@@ -961,7 +961,7 @@ class TestBadInput:
                 batches, self.batches = self.batches, []
                 return iter(batches)
 
-        with refused(TaskError, "no-batch") as found:
+        with raises_case(TaskError, "no-batch") as found:
             trained(SHORT, context_of(Once()))
         assert found.value.what.endswith(" epoch 1") and " 4 " in found.value.got
 
@@ -989,7 +989,7 @@ class TestBadInput:
             def forward(self, x):
                 return self.norm(self.head(x.flatten(1)))
 
-        with refused(TaskError, "network-raised") as found:
+        with raises_case(TaskError, "network-raised") as found:
             trained(SHORT, context_of(data), Features())
         assert found.value.what.endswith("batch 4 of epoch 0")
         assert "drop_last=True" in found.value.remedy
@@ -1002,7 +1002,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), (torch.zeros(2, 1, 8, 8),), {"x": torch.zeros(2)}])
     def test_batches_that_are_no_pairs(self, batch):
-        with refused(TaskError, "not-a-pair"):
+        with raises_case(TaskError, "not-a-pair"):
             trained(SHORT, context_of([batch]))
 
     @pytest.mark.parametrize(
@@ -1024,7 +1024,7 @@ class TestBadInput:
         ],
     )
     def test_settings_that_make_no_sense(self, setting):
-        with refused_setting(next(iter(setting))) as found:
+        with raises_setting(next(iter(setting))) as found:
             Finetune(**setting)
         assert found.value.expected is not None
 

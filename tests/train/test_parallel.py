@@ -20,7 +20,7 @@ from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
 from penjing.train.parallel import Group
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 pytest.importorskip("ray")
 SETTINGS = Finetune(epochs=2, learning_rate=0.05, autocast="off", clip=Clip(threshold=1.0), ema=0.9)
@@ -64,7 +64,7 @@ def teacher():
 
 
 def test_a_cluster_that_does_not_run():  # before a test starts one, which would be taken
-    with refused(TrainingError, "unreachable"):
+    with raises_case(TrainingError, "unreachable"):
         train(raised(), Context(task=task()), replace(SETTINGS, workers=2, cluster="127.0.0.1:1"))
 
 
@@ -117,7 +117,7 @@ def whole(cluster, teacher, tmp_path_factory):
 def test_workers_that_were_killed_go_on_to_the_same_bits(whole, tmp_path):
     where, network, _ = whole
     where, stopping = replace(where, folder=tmp_path), replace(SAVED, hooks=(StopOnce(tmp_path / "stopped"),))
-    with refused(TrainingError, "failed"):
+    with raises_case(TrainingError, "failed"):
         train(raised(norm=True), where, stopping)
     assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3
     again = train(raised(norm=True, seed=5), where, stopping)
@@ -137,7 +137,7 @@ def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(whole):
 
 def test_an_error_of_a_worker_is_told_as_it_is(cluster):
     settings = replace(SETTINGS, workers=2, cluster=cluster, clip=(), learning_rate=1e30)
-    with refused(TrainingError, "loss-not-finite") as error:
+    with raises_case(TrainingError, "loss-not-finite") as error:
         train(raised(), Context(task=task()), settings)
     assert error.value.remedy
 
@@ -152,20 +152,20 @@ def test_an_error_of_a_worker_is_told_as_it_is(cluster):
     ],
 )
 def test_settings_that_make_no_sense(wrong, name):
-    with refused_setting(name):
+    with raises_setting(name):
         Finetune(**wrong)
 
 
 def test_a_batch_without_one_number_of_samples_is_not_shared():
     lists = [{"boxes": torch.zeros(n, 4)} for n in (3, 1)]
     for inputs, target in ((torch.zeros(2, 3), lists), (torch.zeros(4, 3), torch.zeros(2)), ([], [])):
-        with refused(TaskError, "unshareable"):
+        with raises_case(TaskError, "unshareable"):
             Group(0, 2).part(inputs, target)
 
 
 @pytest.mark.parametrize("target", [[0, 1, 2, 3], ["a", "b", "c", "d"], {"ids": [0, 1, 2, 3]}])
 def test_a_list_with_an_entry_a_sample_is_not_shared(target):
-    with refused(TaskError, "unshareable"):
+    with raises_case(TaskError, "unshareable"):
         Group(0, 2).part(((torch.zeros(4, 3),), {}), target)
 
 
@@ -181,7 +181,7 @@ def test_doubles_are_summed_as_doubles(tmp_path):
 
 
 def test_a_batch_without_samples():
-    with refused(TaskError, "no-sample"):
+    with raises_case(TaskError, "no-sample"):
         Group(0, 2).part(((torch.zeros(0, 3),), {}), torch.zeros(0))
 
 

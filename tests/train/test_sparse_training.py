@@ -19,7 +19,7 @@ from penjing.surgery import mark_sparse, replay
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
-from tests.refusals import refused
+from tests.raises import raises_case
 from tests.trainings import EVERY_STEP, Interrupt, Stop, bits, digits, net, same
 
 TRAINING = Finetune(epochs=2.5, learning_rate=0.05, weight_decay=0.01, autocast="off", save_every_s=EVERY_STEP)
@@ -110,7 +110,7 @@ def test_a_saved_training_that_kept_other_zeros_is_not_resumed(tmp_path):
     context = context_of(folder=tmp_path)
     with pytest.raises(Stop):
         train(net(), context, replace(TRAINING, hooks=(Interrupt("step", 2),)), ["head.weight"])
-    with refused(CheckpointError, "settings") as caught:
+    with raises_case(CheckpointError, "settings") as caught:
         train(net(), context, replace(TRAINING, hooks=(Interrupt(),)), ["conv.weight"])
     assert caught.value.field == "keep_zeros"
 
@@ -173,5 +173,5 @@ def test_a_log_that_names_another_networks_tensors_is_refused():
     network = capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),))
     assert same(bits(replay(network, [{"edit": "sparse", "tensors": list(SPARSE)}])), bits(network))
     for edit in ({"edit": "sparse", "tensors": ["body.weight"]}, {"edit": "sparse"}):
-        with refused(CheckpointError, "misfit"):
+        with raises_case(CheckpointError, "misfit"):
             replay(network, [edit])

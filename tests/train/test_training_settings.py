@@ -14,7 +14,7 @@ from penjing.tasks.task import Task
 from penjing.train.averaging import Average
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
-from tests.refusals import refused, refused_setting
+from tests.raises import raises_case, raises_setting
 
 
 def net(seed=0):
@@ -168,11 +168,11 @@ class TestLabelSmoothing:
 
     def test_numbers_as_labels_are_refused(self):
         data = task(train=[(torch.rand(4, 6), torch.rand(4, 3))], loss=F.mse_loss)
-        with refused(TaskError, "not-classes"):
+        with raises_case(TaskError, "not-classes"):
             trained(data, label_smoothing=0.1)
 
     def test_without_a_loss_of_the_task_it_is_refused(self):
-        with refused(TaskError, "no-loss"):
+        with raises_case(TaskError, "no-loss"):
             trained(task(loss=None), label_smoothing=0.1, losses=(lambda batch: batch.output.mean(),))
 
     def test_labels_beyond_the_classes_are_left_out(self):
@@ -208,7 +208,7 @@ class TestClip:
                 assert torch.allclose(F.normalize(new.flatten(), dim=0), F.normalize(old.flatten(), dim=0), atol=1e-5)
 
     def test_weights_need_a_bound(self):
-        with refused(RecipeError, "no-threshold") as caught:
+        with raises_case(RecipeError, "no-threshold") as caught:
             Clip(what="weights")
         assert "adaptive=True" in caught.value.remedy
         network = net()
@@ -264,7 +264,7 @@ class TestClip:
         "wrong", [{"what": "biases"}, {"norm": "l3"}, {"threshold": 0}, {"per": "row"}, {"threshold": math.nan}]
     )
     def test_settings_that_make_no_sense(self, wrong):
-        with refused_setting(next(iter(wrong))):
+        with raises_setting(next(iter(wrong))):
             Clip(**wrong)
 
 
@@ -276,11 +276,11 @@ class TestBadInput:
                   {"distill": pj.distill.Logits}, {"distill": [pj.distill.Logits()]}, {"optimizer": None}],
     )  # fmt: skip
     def test_of_another_type(self, wrong):
-        with refused_setting(next(iter(wrong))):
+        with raises_setting(next(iter(wrong))):
             Finetune(**wrong)
 
     def test_a_teacher_and_nothing_to_learn_from_it(self):
-        with refused(RecipeError, "idle-teacher"):
+        with raises_case(RecipeError, "idle-teacher"):
             Finetune(teacher=nn.ReLU(), distill=())
 
     @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ class TestBadInput:
         ],
     )
     def test_a_batch_that_does_not_fit_is_shown_beside_the_example(self, train, code, shown):
-        with refused(TaskError, code) as caught:
+        with raises_case(TaskError, code) as caught:
             trained(task(train=train), epochs=1)
         assert shown in caught.value.got
         if code.endswith("-raised"):
@@ -305,11 +305,11 @@ class TestBadInput:
         [(torch.full((4, 6), math.nan), "data-not-finite"), (torch.rand(0, 6), "no-sample")],
     )
     def test_samples_that_no_training_can_use(self, x, code):
-        with refused(TrainingError, code):
+        with raises_case(TrainingError, code):
             trained(task(train=[(x, torch.zeros(len(x)).long())]), epochs=1)
 
     def test_a_loss_without_a_gradient(self):
-        with refused(TrainingError, "no-gradient") as caught:
+        with raises_case(TrainingError, "no-gradient") as caught:
             trained(task(loss=lambda a, b: F.cross_entropy(a.detach(), b)), epochs=1)
         assert "labels" in caught.value.got and "detach" in caught.value.remedy
 

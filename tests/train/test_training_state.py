@@ -8,7 +8,7 @@ import torch
 from penjing.errors import CheckpointError, OutputError
 from penjing.randomness import rng_state, set_rng_state
 from penjing.train import state as training_state
-from tests.refusals import refused
+from tests.raises import raises_case
 
 
 def drawn():
@@ -77,7 +77,7 @@ def test_a_request_is_compared_by_what_its_functions_do(path):
 )
 def test_another_request_is_refused_with_both(path, now, name):
     save(path, seed=1, epochs=1)
-    with refused(CheckpointError, "settings") as found, training_state.loading(path, now):
+    with raises_case(CheckpointError, "settings") as found, training_state.loading(path, now):
         pytest.fail("the state was given out")
     names = {x.partition(" = ")[0] for x in (found.value.got, found.value.expected)}
     assert names == {found.value.field} == {name}
@@ -85,17 +85,17 @@ def test_another_request_is_refused_with_both(path, now, name):
 
 def test_what_does_not_fit_in_place_is_said_as_of_a_damaged_file(path):
     save(path)
-    with refused(CheckpointError, "unreadable"), training_state.loading(path, {}) as state:
+    with raises_case(CheckpointError, "unreadable"), training_state.loading(path, {}) as state:
         torch.nn.Linear(2, 2).load_state_dict(state)
 
 
 def test_an_error_of_penjings_own_passes(path):
     save(path)
-    with refused(OutputError, "full"), training_state.loading(path, {}):
+    with raises_case(OutputError, "full"), training_state.loading(path, {}):
         raise OutputError("there is no room", code="full")
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with refused(OutputError, "unwritable") as found:
+    with raises_case(OutputError, "unwritable") as found:
         save(tmp_path / "no" / "state.pt")
     assert found.value.remedy

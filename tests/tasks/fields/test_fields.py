@@ -8,7 +8,7 @@ import penjing as pj
 from penjing.errors import TaskError
 from penjing.tasks.metrics.boxes import CONVENTIONS
 from penjing.tasks.task import calibration_calls
-from tests.refusals import refused
+from tests.raises import raises_case
 
 RANDOM = np.random.default_rng(0)
 SIDE = 32
@@ -69,7 +69,7 @@ def test_calibration_may_be_arrays():
     ],
 )
 def test_data_of_another_form(test, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.classification(test)
 
 
@@ -86,7 +86,7 @@ def test_data_of_another_form(test, code):
     ],
 )
 def test_answers_and_targets_that_are_not_classes(targets, answer, output, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.classification((SCORES, targets), output=output).evaluate(answer)
 
 
@@ -241,7 +241,7 @@ def test_targets_in_another_convention_are_told_which(actual):
 
     images, targets = scene()
     strange = [{"boxes": from_corners(t["boxes"], actual, (SIDE, SIDE)), "labels": t["labels"]} for t in targets]
-    with refused(TaskError, "convention") as caught:
+    with raises_case(TaskError, "convention") as caught:
         pj.tasks.detection((images, strange))
     assert f'"{actual}"' in caught.value.got
 
@@ -249,7 +249,7 @@ def test_targets_in_another_convention_are_told_which(actual):
 def test_targets_in_another_convention_of_the_same_scale_are_told():
     images, targets = scene()
     corners = [{"boxes": t["boxes"] / SIDE, "labels": t["labels"]} for t in targets]
-    with refused(TaskError, "convention") as caught:
+    with raises_case(TaskError, "convention") as caught:
         pj.tasks.detection((images, corners), truth="cxcywh relative")
     assert '"xyxy relative"' in caught.value.got
 
@@ -267,14 +267,14 @@ def test_classes_that_count_from_1_are_told(ahead, remedy):
     first = [{"boxes": t["boxes"], "labels": np.array([0, 0, 0])} for t in targets]
     second = [{"boxes": t["boxes"], "labels": np.array([1, 1, 1])} for t in targets]
     truth, found = (second, first) if ahead == "targets" else (first, second)
-    with refused(TaskError, "classes") as caught:
+    with raises_case(TaskError, "classes") as caught:
         pj.tasks.detection((images, truth)).evaluate(finder(found))
     assert remedy in caught.value.remedy
 
 
 def test_images_without_objects_have_no_precision():
     images, targets = scene(2)
-    with refused(TaskError, "no-objects"):
+    with raises_case(TaskError, "no-objects"):
         pj.tasks.detection((images, [{"boxes": [], "labels": []}, {**targets[1], "iscrowd": np.ones(3)}]))
 
 
@@ -290,7 +290,7 @@ def test_images_without_objects_have_no_precision():
 )
 def test_what_a_decoder_gives_is_checked(found):
     task = pj.tasks.detection(scene(), decode=lambda outputs: found)
-    with refused(TaskError, "decode"):
+    with raises_case(TaskError, "decode"):
         task.evaluate(lambda x: x)
     nothing = pj.tasks.detection(scene(), decode=lambda outputs: [([], [], [])] * 6)
     assert nothing.evaluate(lambda x: x) == 0
@@ -314,7 +314,7 @@ def test_a_broken_detector_is_a_figure_and_not_an_error():
 )
 def test_targets_that_are_not_boxes(change, code):
     images, targets = scene()
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.detection((images, [change(target) for target in targets]))
 
 
@@ -329,12 +329,12 @@ def test_targets_that_are_not_boxes(change, code):
 )
 def test_answers_that_are_not_boxes(answer, code):
     images, targets = scene()
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.detection((images, targets)).evaluate(answer)
 
 
 def test_an_unknown_convention():
-    with refused(TaskError, "convention"):
+    with raises_case(TaskError, "convention"):
         pj.tasks.detection(scene(), boxes="ltrb")
 
 
@@ -378,13 +378,13 @@ def test_pixels_that_do_not_count_do_not():
     [(MASKS * 127, "masks"), (MASKS - 1, "masks"), (MASKS[:, None], "masks"), (MASKS.astype(float), "targets")],
 )
 def test_masks_that_are_not_classes(masks, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.segmentation((LOGITS, masks), classes=3)
 
 
 @pytest.mark.parametrize("answer", [lambda x: x[:, :2], lambda x: x[:, :, :2], lambda x: x[:, 0]])
 def test_answers_that_do_not_fit_the_masks(answer):
-    with refused(TaskError, "scores"):
+    with raises_case(TaskError, "scores"):
         pj.tasks.segmentation((LOGITS, MASKS), classes=3).evaluate(answer)
 
 
@@ -392,19 +392,19 @@ def test_probabilities_of_two_classes_are_not_scores():
     masks = np.zeros((2, 8, 8), int)
     masks[:, :4] = 1
     task = pj.tasks.segmentation((np.zeros((2, 3, 8, 8), np.float32), masks), classes=2)
-    with refused(TaskError, "probabilities"):
+    with raises_case(TaskError, "probabilities"):
         task.evaluate(lambda x: masks[:, None] * 0.8 + 0.1)
     assert task.evaluate(lambda x: masks[:, None] * 0.8 - 0.4) == 1.0
     assert task.evaluate(lambda x: np.zeros((2, 1, 8, 8))) == 0.25  # a broken network is a figure
 
 
 def test_masks_of_which_nothing_counts():
-    with refused(TaskError, "masks"):
+    with raises_case(TaskError, "masks"):
         pj.tasks.segmentation((np.zeros((2, 3, 8, 8), np.float32), np.full((2, 8, 8), 255)), classes=2)
 
 
 def test_an_unknown_metric_of_segmentation():
-    with refused(TaskError, "metric"):
+    with raises_case(TaskError, "metric"):
         pj.tasks.segmentation((LOGITS, MASKS), classes=3, metric="iou")
 
 
@@ -434,7 +434,7 @@ def test_tagging_counts_entities_and_leaves_padding_out():
 )
 def test_tags_of_another_form(tags, tokens, code):
     scores = np.zeros((2, 4, 3), np.float32)
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.tagging((scores, tokens), tags=tags).evaluate(same)
 
 
@@ -465,7 +465,7 @@ def test_ranking_by_its_own_target_is_perfect(metric, name):
     ],
 )
 def test_rankings_of_another_form(targets, groups, metric, code):
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.ranking((ROWS, targets), metric=metric, groups=groups)
 
 
@@ -493,7 +493,7 @@ def test_retrieval_of_rows_by_themselves(metric, name):
 )
 def test_retrievals_of_another_form(relevant, metric, code):
     documents = np.eye(9, dtype=np.float32)
-    with refused(TaskError, code):
+    with raises_case(TaskError, code):
         pj.tasks.retrieval(documents[:3], documents, relevant, calibration=[documents], metric=metric)
 
 
@@ -503,5 +503,5 @@ def test_embeddings_and_scores_that_are_not_finite_have_no_metric(strange):
     retrieval = pj.tasks.retrieval(rows, rows, np.arange(4), calibration=[rows], metric="recall@1")
     ranking = pj.tasks.ranking((rows, np.array([0, 1, 1, 0])))
     for task, width in ((retrieval, 4), (ranking, 1)):
-        with refused(TaskError, "not-finite"):
+        with raises_case(TaskError, "not-finite"):
             task.evaluate(lambda x, width=width: np.where(x[:, :width] > 0, strange, 0.0))

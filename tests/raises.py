@@ -8,7 +8,7 @@ from penjing.errors import RecipeError
 
 
 @contextlib.contextmanager
-def refused(kind, code):
+def raises_case(kind, code):
     """As `pytest.raises`: the block has to raise that kind, of that case (see `penjing.errors`)."""
     with pytest.raises(kind) as caught:
         yield caught
@@ -16,8 +16,8 @@ def refused(kind, code):
 
 
 @contextlib.contextmanager
-def refused_setting(name):
-    """As `refused`, of a setting that breaks its rule (see `penjing.steps.settings`): the one of that name."""
-    with refused(RecipeError, "settings") as caught:
+def raises_setting(name):
+    """As `raises_case`, of a setting that breaks its rule (see `penjing.steps.settings`): the one of that name."""
+    with raises_case(RecipeError, "settings") as caught:
         yield caught
     assert caught.value.field == name, str(caught.value)
