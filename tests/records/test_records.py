@@ -189,9 +189,9 @@ class TestReading:
         return folder
 
     def refusal(self, folder, code):
-        with raises_case(RecordError, code) as found:
+        with raises_case(RecordError, code) as caught:
             records.read(folder)
-        return found.value
+        return caught.value
 
     @pytest.mark.parametrize("name", ["seed", "machine", "goal", "candidates", "metric_name"])
     def test_a_missing_field_is_named(self, tmp_path, name):
@@ -240,7 +240,8 @@ class TestReading:
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe{}", b"\x80\x04."])
     def test_what_is_no_record_is_refused(self, tmp_path, content):
         (tmp_path / "record.json").write_bytes(content)
-        self.refusal(tmp_path, "type" if content in (b"[]", b"3", b"null") else "unreadable")
+        code = "type" if content in (b"[]", b"3", b"null") else "unreadable"
+        assert self.refusal(tmp_path, code).code == code
 
     def test_a_missing_record_says_where_one_is(self, tmp_path):
         assert "--resume" in self.refusal(tmp_path, "missing").remedy

@@ -213,9 +213,9 @@ def test_files_that_are_not_networks(tmp_path):
 
 
 def test_folders(tmp_path):
-    refusal(str(tmp_path), "no-model")
+    assert refusal(str(tmp_path), "no-model").code == "no-model"
     (tmp_path / "record.json").write_text("{}")
-    refusal(tmp_path, "run")
+    assert refusal(tmp_path, "run").code == "run"
 
 
 def test_a_forward_that_fails_names_the_users_line(net):

@@ -69,7 +69,7 @@ def equal(net, state):
     return all(torch.equal(own[name], tensor) for name, tensor in state.items() if name in own)
 
 
-def unchanged_on(code, file, net=None, kind=CheckpointError, **options):
+def assert_unchanged_on(code, file, net=None, kind=CheckpointError, **options):
     """The error, after a look at the network: not one number has changed."""
     net = net or blank()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -108,7 +108,7 @@ def test_the_index_of_several_files(tmp_path, state, suffix):
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert equal(pj.load_weights(blank(), index), state)
     (tmp_path / f"model-2{suffix}").unlink()
-    unchanged_on("missing", index)
+    assert_unchanged_on("missing", index)
 
 
 def test_the_network_can_be_any_source(tmp_path, state):
@@ -140,10 +140,10 @@ def test_weights_lie_below_keys_of_a_training_checkpoint(tmp_path, state, keys):
 def test_of_two_that_fit_one_has_to_be_named(tmp_path, state):
     ema = {name: tensor * 0.5 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save({"model": state, "ema": ema}, tmp_path / "last.ckpt")
-    error = unchanged_on("ambiguous", tmp_path / "last.ckpt")
+    error = assert_unchanged_on("ambiguous", tmp_path / "last.ckpt")
     assert error.got == "model, ema" and "last.ckpt:model" in error.remedy
     assert equal(pj.load_weights(blank(), f"{tmp_path / 'last.ckpt'}:ema"), ema)
-    assert "ema" in unchanged_on("no-key", f"{tmp_path / 'last.ckpt'}:emma").remedy
+    assert "ema" in assert_unchanged_on("no-key", f"{tmp_path / 'last.ckpt'}:emma").remedy
     torch.save({"model": state, "copy": state}, tmp_path / "same.ckpt")
     assert equal(pj.load_weights(blank(), tmp_path / "same.ckpt"), state)
 
@@ -205,7 +205,7 @@ def test_tied_weights(tmp_path):
     torch.save({"embed.weight": weight, "out.weight": weight.clone()}, tmp_path / "both.pth")
     assert torch.equal(pj.load_weights(Tied(), tmp_path / "both.pth").out.weight, weight)
     torch.save({"embed.weight": weight, "out.weight": weight + 1}, tmp_path / "torn.pth")
-    assert "embed.weight (tied to out.weight" in unchanged_on("misfit", tmp_path / "torn.pth", Tied()).got
+    assert "embed.weight (tied to out.weight" in assert_unchanged_on("misfit", tmp_path / "torn.pth", Tied()).got
 
 
 def test_names_of_an_older_version_that_the_network_itself_understands(tmp_path):
@@ -223,7 +223,7 @@ def test_all_that_does_not_fit_is_listed_with_the_nearest_names(tmp_path, state)
     state["conv.weight"] = torch.zeros(4, 1, 5, 5)
     state["bn.bias"] = torch.zeros(4, dtype=torch.int64)
     torch.save(state, tmp_path / "net.pth")
-    got = unchanged_on("misfit", tmp_path / "net.pth").got
+    got = assert_unchanged_on("misfit", tmp_path / "net.pth").got
     assert "1 missing" in got and "head.weight (nearest in the file: heads.weight)" in got
     assert "1 unexpected" in got and "heads.weight (nearest in the network: head.weight)" in got
     assert "conv.weight ([4, 1, 5, 5], and [4, 1, 3, 3] in the network)" in got
@@ -232,19 +232,19 @@ def test_all_that_does_not_fit_is_listed_with_the_nearest_names(tmp_path, state)
 
 def test_another_number_of_classes(tmp_path):
     torch.save(Net(classes=5).state_dict(), tmp_path / "net.pth")
-    assert "number of classes" in unchanged_on("misfit", tmp_path / "net.pth").remedy
+    assert "number of classes" in assert_unchanged_on("misfit", tmp_path / "net.pth").remedy
 
 
 def test_another_architecture(tmp_path):
     torch.save({"layer1.0.conv1.weight": torch.zeros(2, 2)}, tmp_path / "net.pth")
-    assert "saved from" in unchanged_on("misfit", tmp_path / "net.pth").remedy
+    assert "saved from" in assert_unchanged_on("misfit", tmp_path / "net.pth").remedy
 
 
 def test_names_that_the_network_does_not_have_are_left_out_on_request(tmp_path, state):
     torch.save(state | {"loss.scale": torch.ones(1)}, tmp_path / "net.pth")
-    assert "--ignore-weights 'loss.*'" in unchanged_on("misfit", tmp_path / "net.pth").remedy
+    assert "--ignore-weights 'loss.*'" in assert_unchanged_on("misfit", tmp_path / "net.pth").remedy
     assert equal(pj.load_weights(blank(), tmp_path / "net.pth", ignore=["loss.*"]), state)
-    unchanged_on("misfit", tmp_path / "net.pth", ignore=["head.*", "loss.*"])
+    assert_unchanged_on("misfit", tmp_path / "net.pth", ignore=["head.*", "loss.*"])
     with raises_case(UsageError, "no-weights"):
         open_source(blank(), ignore=["loss.*"])
 
@@ -252,7 +252,7 @@ def test_names_that_the_network_does_not_have_are_left_out_on_request(tmp_path, 
 def test_the_key_that_is_nearest_is_the_one_that_is_told(tmp_path, state):
     near = {name: tensor for name, tensor in state.items() if name != "head.bias"}
     torch.save({"opt": {"step": torch.tensor(1)}, "model": near}, tmp_path / "last.ckpt")
-    error = unchanged_on("misfit", tmp_path / "last.ckpt")
+    error = assert_unchanged_on("misfit", tmp_path / "last.ckpt")
     assert "'model'" in error.what and "1 missing" in error.got and "opt" in error.got
 
 
@@ -261,7 +261,7 @@ def test_the_key_that_is_nearest_is_the_one_that_is_told(tmp_path, state):
 )
 def test_tensors_that_are_not_plain(tmp_path, state, tensor):
     torch.save(state | {"head.bias": tensor}, tmp_path / "net.pth")
-    unchanged_on("misfit", tmp_path / "net.pth")
+    assert_unchanged_on("misfit", tmp_path / "net.pth")
 
 
 def test_networks_that_can_not_take_weights(tmp_path, state):
@@ -295,15 +295,15 @@ def test_code_is_never_run(tmp_path, state, zipped):
     torch.save(Net(), tmp_path / "b.pth", _use_new_zipfile_serialization=zipped)
     (tmp_path / "c.pth").write_bytes(pickle.dumps(Trap(mark)))
     for name in "abc":
-        assert "weights_only=False" in unchanged_on("foreign-code", tmp_path / f"{name}.pth").remedy
+        assert "weights_only=False" in assert_unchanged_on("foreign-code", tmp_path / f"{name}.pth").remedy
     assert not mark.exists()
 
 
 def test_torchscript_and_programs(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    assert "torch.jit.load" in unchanged_on("torchscript", tmp_path / "script.pt").remedy
+    assert "torch.jit.load" in assert_unchanged_on("torchscript", tmp_path / "script.pt").remedy
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.rand(1, 2),)), tmp_path / "net.pt2")
-    unchanged_on("format", tmp_path / "net.pt2")
+    assert_unchanged_on("format", tmp_path / "net.pt2")
 
 
 def test_files_without_weights(tmp_path):
@@ -315,15 +315,15 @@ def test_files_without_weights(tmp_path):
     (tmp_path / "f.zip").write_bytes(b"")
     codes = ["no-weights", "no-weights", "no-weights", "format", "format", "format"]
     for name, code in zip(sorted(p.name for p in tmp_path.iterdir()), codes, strict=True):
-        unchanged_on(code, tmp_path / name)
-    assert "a.pth" in unchanged_on("folder", tmp_path).remedy
-    assert "a.pth" in unchanged_on("missing", tmp_path / "aa.pth").remedy
+        assert_unchanged_on(code, tmp_path / name)
+    assert "a.pth" in assert_unchanged_on("folder", tmp_path).remedy
+    assert "a.pth" in assert_unchanged_on("missing", tmp_path / "aa.pth").remedy
 
 
 @pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd", "a\\b", "..", "C:x"])
 def test_an_index_stays_in_its_folder(tmp_path, place):
     (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"conv.weight": place}}))
-    unchanged_on("outside", tmp_path / "i.json")
+    assert_unchanged_on("outside", tmp_path / "i.json")
 
 
 def repacked(source, target, edit, compression=zipfile.ZIP_STORED):
@@ -337,20 +337,20 @@ def test_archives_that_claim_more_than_they_hold(tmp_path, state):
     torch.save(state, tmp_path / "net.pth")
     repacked(tmp_path / "net.pth", tmp_path / "bomb.pth",
              lambda name, data: bytes(1 << 24) if name.endswith("data/0") else data, zipfile.ZIP_DEFLATED)  # fmt: skip
-    assert "unpacks to" in unchanged_on("damaged", tmp_path / "bomb.pth").got
+    assert "unpacks to" in assert_unchanged_on("damaged", tmp_path / "bomb.pth").got
     torch.save({"conv.bias": torch.zeros(4)}, tmp_path / "small.pth")
 
     def claim(name, data):
         return data.replace(b"K\x04", b"J" + struct.pack("<i", 1 << 30)) if name.endswith("data.pkl") else data
 
     repacked(tmp_path / "small.pth", tmp_path / "claim.pth", claim)
-    unchanged_on("damaged", tmp_path / "claim.pth")
+    assert_unchanged_on("damaged", tmp_path / "claim.pth")
 
 
 def test_headers_that_claim_more_than_they_hold(tmp_path):
     for size, header in [(1 << 60, b"{}"), (100, b"{}"), (2, b"{}"), (9, b'{"a":{}}  ')]:
         (tmp_path / "net.safetensors").write_bytes(struct.pack("<Q", size) + header)
-        unchanged_on("no-weights" if size == 2 else "damaged", tmp_path / "net.safetensors")
+        assert_unchanged_on("no-weights" if size == 2 else "damaged", tmp_path / "net.safetensors")
 
 
 def test_one_state_dict_that_is_reached_in_a_thousand_ways(tmp_path, state):
@@ -358,4 +358,4 @@ def test_one_state_dict_that_is_reached_in_a_thousand_ways(tmp_path, state):
     for _ in range(4):
         level = {f"key{i}": level for i in range(100)}
     torch.save(level, tmp_path / "deep.pth")
-    unchanged_on("no-weights", tmp_path / "deep.pth")
+    assert_unchanged_on("no-weights", tmp_path / "deep.pth")

@@ -84,9 +84,9 @@ def test_missing_calibration_is_said_before_iterating():
 
 
 def test_empty():
-    refusal("empty", [])
-    refusal("empty", (x for x in []))
-    refusal("empty-or-read", map(str, []))
+    assert refusal("empty", []).code == "empty"
+    assert refusal("empty", (x for x in [])).code == "empty"
+    assert refusal("empty-or-read", map(str, [])).code == "empty-or-read"
 
 
 def test_not_iterable():

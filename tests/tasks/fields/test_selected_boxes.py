@@ -13,7 +13,7 @@ SCENES = 48
 
 
 @pytest.fixture(scope="module")
-def test_scenes():
+def labelled_scenes():
     from examples import stamps
 
     try:
@@ -63,14 +63,14 @@ def by_pycocotools(outputs, truth):
 
 
 @pytest.mark.slow
-def test_the_metric_of_a_file_with_suppression_inside_is_that_of_pycocotools(test_scenes, tmp_path):
+def test_the_metric_of_a_file_with_suppression_inside_is_that_of_pycocotools(labelled_scenes, tmp_path):
     pytest.importorskip("pycocotools")
     import onnxruntime
 
     from examples.detection.network import detector
     from penjing.tasks.outputs import numpy_predictor
 
-    images, truth = test_scenes
+    images, truth = labelled_scenes
     task = pj.tasks.detection((images, truth), boxes="cxcywh", calibration=images[:16], batch=16)
     network = detector()
     whole = pj.postprocess.Detections(network, boxes="cxcywh", score_threshold=0.01, iou_threshold=0.65)

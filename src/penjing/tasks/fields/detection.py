@@ -137,8 +137,8 @@ class _Judge:
         said = reading.convention
 
         def at(convention: str, thresholds: Sequence[float]) -> float:
-            found = self._detections(reading, convention, sizes)
-            return mean_average_precision(found, objects, thresholds=thresholds, max_detections=self.most)
+            detections = self._detections(reading, convention, sizes)
+            return mean_average_precision(detections, objects, thresholds=thresholds, max_detections=self.most)
 
         value = at(said, self.thresholds)
         if value < _FAILS and at(said, (0.5,)) < _FAILS:
