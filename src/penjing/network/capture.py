@@ -116,7 +116,7 @@ class _Raiser(Tensors):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
         _drop_conversions(graph)
-        _as_they_are(graph)
+        _drop_copies_of_constants(graph)
         if channels_last:
             channels_first(graph, self.tensors)
         follow_batch(graph)
@@ -269,17 +269,17 @@ def _is_assertion(node: fx.Node) -> bool:
     return name.startswith(("_assert", "sym_constrain", "assert"))
 
 
-def _as_they_are(graph: fx.Graph) -> None:
-    """Constants that a forward makes (``torch.tensor(...)``) are read as they are stored.
+def _drop_copies_of_constants(graph: fx.Graph) -> None:
+    """Remove the copies of constants that a forward creates with ``torch.tensor``, so that they are read as stored.
 
     Nothing writes in place any more, so they need no copy; and a copy would be taken for a value of the network.
     """
-    made: set[fx.Node] = set()
+    copies: set[fx.Node] = set()
     for node in list(graph.nodes):
         name = operator_name(node) if node.op == "call_function" else ""
         read = node.args[0] if name in ("lift_fresh_copy", "detach", "detach_") else None
-        if isinstance(read, fx.Node) and read.op == "get_attr" and (name == "lift_fresh_copy" or read in made):
-            made.add(read)
+        if isinstance(read, fx.Node) and read.op == "get_attr" and (name == "lift_fresh_copy" or read in copies):
+            copies.add(read)
             node.replace_all_uses_with(read)
             graph.erase_node(node)
 

@@ -93,7 +93,7 @@ class QuantizedFile:
         """What there is to know: size, inputs, parity, the operators in integers, and how the file is opened."""
         planned, source = self.parity
         share = self.size_bytes / max(1, self.source_bytes)
-        told = [
+        lines = [
             f"{self.path} for {self.runtime}: {figure(self.size_bytes, 'bytes')}, {share:.0%} of the source's weights",
             f"takes {'; '.join(self.inputs)}",
             f"parity with the source: {_decibels(source)}"
@@ -106,12 +106,12 @@ class QuantizedFile:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            told.append(f"  {', '.join(names[:_NAMED])}{more}: {reason}")
+            lines.append(f"  {', '.join(names[:_NAMED])}{more}: {reason}")
         if self.remedy:
-            told.append(f"outlier channels: {self.remedy}")
+            lines.append(f"outlier channels: {self.remedy}")
         if self.settings:
-            told.append(f"measured with {', '.join(f'{name}={value}' for name, value in self.settings.items())}")
-        return told
+            lines.append(f"measured with {', '.join(f'{name}={value}' for name, value in self.settings.items())}")
+        return lines
 
 
 def _decibels(parity: Parity) -> str:

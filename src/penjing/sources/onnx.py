@@ -264,13 +264,13 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
 
 def _described(model: Any) -> tuple[str, ...]:
     """The inputs as the file declares them: ``input_ids int64 (batch, tokens)``."""
-    stored, told = {tensor.name for tensor in model.graph.initializer}, []
+    stored, inputs = {tensor.name for tensor in model.graph.initializer}, []
     for port in model.graph.input:
         if port.name not in stored:
             kind = port.type.tensor_type
             axes = ", ".join(str(dim.dim_param or dim.dim_value or "?") for dim in kind.shape.dim)
-            told.append(f"{port.name} {str(TYPES.get(kind.elem_type, '?')).removeprefix('torch.')} ({axes})")
-    return tuple(told)
+            inputs.append(f"{port.name} {str(TYPES.get(kind.elem_type, '?')).removeprefix('torch.')} ({axes})")
+    return tuple(inputs)
 
 
 def _held(model: Any, dynamic: Mapping[str | int, Mapping[int, str]]) -> tuple[str, ...]:

@@ -155,10 +155,10 @@ class _Judge:
             self._check_first_class(self._detections(reading, said, sizes), objects)
         return value
 
-    def _check_first_class(self, found: list[Detections], objects: list[Objects]) -> None:
+    def _check_first_class(self, detections: list[Detections], objects: list[Objects]) -> None:
         """Refuse classes of the truth that are those of the network only where one of them counts from 1."""
         for shift, whose in ((1, "the targets"), (-1, "the network")):
-            shifted = [replace(one, labels=one.labels + shift) for one in found]
+            shifted = [replace(one, labels=one.labels + shift) for one in detections]
             value = mean_average_precision(shifted, objects, thresholds=(0.5,), max_detections=self.most)
             if value > _EXPLAINS:
                 raise TaskError(
@@ -202,7 +202,7 @@ def _check_decoded(rows: Any, images: int) -> None:
         got = f"{len(rows)} for {images} images" if isinstance(rows, Sequence) else f"a {type(rows).__name__}"
     else:
         shapes = [tuple(np.shape(part) for part in row) if isinstance(row, Sequence) else () for row in rows]
-        wrong = [i for i, found in enumerate(shapes) if not _fits(found)]
+        wrong = [i for i, shape in enumerate(shapes) if not _fits(shape)]
         if not wrong:
             return
         got = f"shapes {', '.join(map(str, shapes[wrong[0]])) or type(rows[wrong[0]]).__name__} for image {wrong[0]}"
