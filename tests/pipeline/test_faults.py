@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import penjing as pj
 from penjing.errors import PenjingError
 from penjing.measure import time_limits
 from penjing.runtimes import isolated
+from tests.crashes import crash_at_next_request
 from tests.raises import raises_case
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -47,21 +47,14 @@ def disturbed(disturb, at):
         if worker is not None and worker.open > len(worker.forgotten):  # an artifact, and not the source
             calls.append(1)
             if len(calls) == at:
-                disturb(worker.process.pid)
+                disturb(worker.process)
         return float(np.abs(predict(INPUTS.numpy())).mean())
 
     return evaluate
 
 
-def crash(pid):
-    """It dies of a floating-point exception while it is asked."""
-    os.kill(pid, signal.SIGSTOP)
-
-    def later():
-        os.kill(pid, signal.SIGFPE)
-        os.kill(pid, signal.SIGCONT)
-
-    threading.Timer(0.3, later).start()
+def crash(process):
+    crash_at_next_request(process, signal.SIGFPE)
 
 
 def test_a_crash_in_the_evaluation_costs_that_candidate(tmp_path):
@@ -72,9 +65,9 @@ def test_a_crash_in_the_evaluation_costs_that_candidate(tmp_path):
 
 
 def test_a_process_that_stands_still_costs_that_candidate(tmp_path, monkeypatch):
-    def stop(pid):
+    def stop(process):
         monkeypatch.setattr(time_limits, "BASE_S", 1.0)
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
 
     def listener(event):
         if event["kind"] == "warning":
@@ -99,7 +92,7 @@ def test_a_run_without_any_candidate_left_says_why(tmp_path, monkeypatch):
     def always(predict):
         worker = isolated._workers.get("onnxruntime")
         if worker is not None and worker.open > len(worker.forgotten):
-            crash(worker.process.pid)
+            crash(worker.process)
         return float(np.abs(predict(INPUTS.numpy())).mean())
 
     with raises_case(PenjingError, "crashed"):

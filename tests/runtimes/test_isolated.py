@@ -14,6 +14,7 @@ from penjing.measure import time_limits
 from penjing.measure.processes import Process
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import isolated
+from tests.crashes import crash_at_next_request
 from tests.raises import raises_case
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -52,13 +53,9 @@ def test_a_crash_is_an_error_that_names_the_signal_and_the_next_call_works(artif
     folder, inputs = artifact
     session = isolated.open_artifact(folder, 1)
     before = session.run(inputs)
-    os.kill(pid(session), signal.SIGSTOP)  # so that it dies with a request on its way
-    killed = subprocess.Popen(
-        ["/bin/sh", "-c", f"sleep 0.3; kill -{name[3:]} {pid(session)}; kill -CONT {pid(session)}"]
-    )
+    crash_at_next_request(session.worker.process, getattr(signal, name))
     with raises_case(ArtifactError, "crashed") as found:
         session.run(inputs)
-    killed.wait()
     assert name in str(found.value.got)
     for one, two in zip(session.run(inputs), before, strict=True):
         np.testing.assert_array_equal(one, two)
