@@ -27,8 +27,8 @@ tests-rest: FILES = src $(filter-out tests/pipeline tests/cli tests/goals tests/
 	tests/runtimes tests/onnx_files tests/prune tests/analyze tests/architectures tests/train tests/distill \
 	tests/recipes tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-test: lint
-	$(MAKE) --keep-going --jobs 2 $(addprefix tests-,$(PARTS))
+test: setup
+	$(MAKE) --keep-going --jobs 2 $(addprefix tests-,$(PARTS)) lint
 
 $(addprefix tests-,$(PARTS)): setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)

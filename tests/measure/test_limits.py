@@ -23,7 +23,7 @@ def judged(precision, candidate, reference=REFERENCE, itself=None):
 
     def elsewhere(rounding):
         assert rounding == limits.LIMITS[precision].rounding
-        return differences([reference], [itself], split([reference]))
+        return [differences([reference], [itself], split([reference]))]
 
     found = differences([reference], [candidate], split([reference]), 32)
     rows = limits.judged(found, ["logits"], precision, None if itself is None else elsewhere)
@@ -94,6 +94,24 @@ def test_the_strict_limit_stays_where_it_holds():
     assert rows[0].limit_db == 30 and not rows[0].why
 
 
+@pytest.mark.parametrize(
+    ("tries_db", "above_db", "taken", "limit_db"),
+    [
+        ((25, 20, 23), 23, 1, 22),  # 3 dB are spare, and it exceeds the limit by 1
+        ((25, 20, 23), 22.5, 2, 17),  # closer to the first limit: the second try is worse, and far from it
+        ((25, 25, 25), 22.5, 3, 22),  # closer to all of them, and holds
+        ((28, 27, 26), 20, 3, 23),  # below all of them
+    ],
+)
+def test_further_tries_are_taken_until_the_artifact_is_clear_of_the_limit(tries_db, above_db, taken, limit_db):
+    tries = iter([differences([REFERENCE], [at(db)], split([REFERENCE])) for db in tries_db])
+    rows = limits.judged(
+        differences([REFERENCE], [at(above_db + 0.01)], split([REFERENCE])), ["a"], "int8", lambda _: tries
+    )
+    assert rows[0].limit_db == pytest.approx(limit_db, abs=0.05)
+    assert len(list(tries)) == len(tries_db) - taken
+
+
 def test_a_network_that_keeps_nothing_of_itself_is_no_excuse():
     rows, rejection = judged("int8", at(limits.LEAST_DB + 0.5), itself=at(3))
     assert rejection is None and rows[0].limit_db == pytest.approx(limits.LEAST_DB)
@@ -140,7 +158,7 @@ def test_behind_a_selection_rows_may_trade_places_as_torch_itself_trades_them():
     def rejected(snr_db, **more):
         found = differences(reference, [at(snr_db)], split(reference), 32)
         itself = differences(reference, [at(9)], split(reference))
-        rows = limits.judged(found, ["boxes"], "int8", lambda rounding: itself, **more)
+        rows = limits.judged(found, ["boxes"], "int8", lambda rounding: [itself], **more)
         return not all(row.holds for row in rows)
 
     assert rejected(9)

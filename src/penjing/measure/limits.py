@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from penjing.measure.columns import Difference
+from penjing.measure.columns import Columns, Difference
 from penjing.measure.decibels import decibels
 from penjing.records import Parity, ParityRow, Rejection
 
@@ -45,6 +45,9 @@ LEAST_DB = 15.0
 SELECTED_DB = 0.0
 """The same behind a selection of boxes: one that trades places with its equal moves whole rows of the outputs."""
 _SPARE = 2.0  # times the noise of a network with rounding errors: 3 dB
+_CLEAR_DB = 1.0
+"""An artifact that exceeds a lowered limit by so much is not compared with further tries: `verify` on another processor
+finds it within the limit too."""
 _NOTHING = 1e-12  # times the power per value of the largest part
 
 
@@ -57,7 +60,7 @@ def judged(
     differences: Sequence[Difference],
     names: Sequence[str],
     precision: str,
-    elsewhere: Callable[[float], Sequence[Difference]] | None = None,
+    elsewhere: Callable[[float], Iterable[Sequence[Difference]]] | None = None,
     least_db: float = LEAST_DB,
 ) -> tuple[ParityRow, ...]:
     """Rows with limits, for the comparison with the plan.
@@ -69,8 +72,9 @@ def judged(
         differences: One for every part.
         names: Names of the outputs.
         precision: Precision of the artifact.
-        elsewhere: Maps a relative rounding error to the differences, part by part, between the torch network with such
-            errors and without. Called only if a limit does not hold.
+        elsewhere: Maps a relative rounding error to tries, each the differences, part by part, between the torch
+            network with such errors and without. Called only if a limit does not hold. The worst of the tries counts;
+            no more of them are taken than are needed.
         least_db: The lowest limit that such errors can give.
     """
     limits = of(precision)
@@ -82,11 +86,24 @@ def judged(
     if not any(failing):
         return rows
     largest = max((d.signal / d.values for d in differences if d.values), default=0.0)
-    itself = {d.columns: d for d in (elsewhere(limits.rounding) if elsewhere is not None else ())}
-    return tuple(
-        _lowered(row, d, _allowed(d, itself.get(d.columns), largest, least_db)) if fails else row
-        for row, d, fails in zip(rows, differences, failing, strict=True)
-    )
+    itself: dict[Columns, Difference] = {}
+
+    def lowered() -> tuple[ParityRow, ...]:
+        return tuple(
+            _lowered(row, d, _allowed(d, itself.get(d.columns), largest, least_db)) if fails else row
+            for row, d, fails in zip(rows, differences, failing, strict=True)
+        )
+
+    for one in elsewhere(limits.rounding) if elsewhere is not None else ():
+        itself |= {d.columns: min(d, itself.get(d.columns, d), key=lambda try_: try_.snr_db) for d in one}
+        if all(_clear(row) for row, fails in zip(lowered(), failing, strict=True) if fails):
+            break
+    return lowered()
+
+
+def _clear(row: ParityRow) -> bool:
+    """Whether a row holds by more than what another processor's rounding changes."""
+    return row.holds and (row.limit_db is None or row.snr_db >= row.limit_db + _CLEAR_DB)
 
 
 def told(differences: Sequence[Difference], names: Sequence[str]) -> tuple[ParityRow, ...]:

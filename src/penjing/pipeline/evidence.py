@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SAMPLES = 32
 MOST_BYTES = 1 << 33  # of what is stored
 PROBES = (3, 1)
 """Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
-TRIES = 3  # of rounding elsewhere: one may be lucky
+TRIES = 3  # of rounding elsewhere, at most: one may be lucky
 
 
 def one_call(task: Task, batch: int) -> Call:
@@ -144,8 +144,9 @@ def compared(
         exact = original if size == SAMPLES else _outputs(source, call)
         far = measure.worst(far, measure.differences(exact, mine, parts, size))
 
-    def elsewhere(rounding: float) -> Sequence[measure.Difference]:
-        return _from_itself(network, whole, planned, parts, rounding)
+    def elsewhere(rounding: float) -> Iterator[Sequence[measure.Difference]]:
+        for seed in range(TRIES):
+            yield measure.differences(planned, rounded_elsewhere(network, whole, rounding, seed), parts)
 
     least = measure.limits.SELECTED_DB if selects_boxes(draft.network) else measure.limits.LEAST_DB
     rows = {
@@ -180,20 +181,6 @@ def _called(session: Any, inputs: list[np.ndarray], expected: Sequence[np.ndarra
             remedy="fix the batch with Task(dynamic={}), or choose another runtime",
         ) from error
     return outputs
-
-
-def _from_itself(
-    network: fx.GraphModule,
-    call: Call,
-    outputs: Sequence[np.ndarray],
-    parts: Sequence[measure.Columns],
-    rounding: float,
-) -> tuple[measure.Difference, ...]:
-    """Part by part the worst of some tries in which every value of the network is off by rounding."""
-    tries = [
-        measure.differences(outputs, rounded_elsewhere(network, call, rounding, seed), parts) for seed in range(TRIES)
-    ]
-    return tuple(min(same, key=lambda d: d.snr_db) for same in zip(*tries, strict=True))
 
 
 def _tried(network: torch.nn.Module, call: Call) -> list[np.ndarray] | None:
