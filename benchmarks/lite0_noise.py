@@ -20,7 +20,7 @@ QUIET, LOUD = 60.0, 15.0  # dB at the left and at the right end of a bar
 COLOURS = {"weights_db": "#c8553d", "repaired_db": "#2a9d8f", "activations_db": "#8d99ae"}
 WORDS = {
     "weights_db": "weights, rounded to the nearest",
-    "repaired_db": "weights, AdaRound",
+    "repaired_db": "weights, CoordinateRounding",
     "activations_db": "inputs",
 }
 

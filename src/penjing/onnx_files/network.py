@@ -131,12 +131,12 @@ class OnnxNetwork(Graph):
     Attributes:
         inputs: Names of parameters of `forward` → names in the file.
         declared: The inputs as the file declares them, in words.
-        held: Axes that the file declares as varying and that can't be, in words.
+        fixed_axes: Axes that the file declares as varying and that can't be, in words.
     """
 
     inputs: dict[str, str]
     declared: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()
+    fixed_axes: tuple[str, ...] = ()
     _stored: Mapping[str, str] = {}
 
     def __init__(

@@ -72,9 +72,8 @@ def expects(network: fx.GraphModule, node: fx.Node) -> bool:
 def _on_way(network: fx.GraphModule, which: Callable[[Iterable[bool]], bool]) -> set[fx.Node]:
     way: set[fx.Node] = set()
     for node in reversed(network.graph.nodes):
-        users = [
-            user for user in node.users if user.op == "output" or is_tensor(user)
-        ]  # a size of it is no value of it
+        # What reads only a size does not read the values.
+        users = [user for user in node.users if user.op == "output" or is_tensor(user)]
         if node.op == "output" or (users and which(user in way for user in users) and _keeps(network, node)):
             way.add(node)
     return way

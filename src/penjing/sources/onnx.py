@@ -107,7 +107,7 @@ def open_network(path: Path | str, **fixed: float) -> tuple[OnnxNetwork, Any, Ma
     try:
         network = build(prepared(model), path.name).eval()
         example, dynamic = declared_inputs(model)
-        network.declared, network.held = _described(model), _held(model, dynamic)
+        network.declared, network.fixed_axes = _described(model), _fixed_axes(model, dynamic)
     except PenjingError:
         raise
     except Exception as error:  # what the check leaves: names that are no text, nesting without end, damaged tensors
@@ -273,7 +273,7 @@ def _described(model: Any) -> tuple[str, ...]:
     return tuple(inputs)
 
 
-def _held(model: Any, dynamic: Mapping[str | int, Mapping[int, str]]) -> tuple[str, ...]:
+def _fixed_axes(model: Any, dynamic: Mapping[str | int, Mapping[int, str]]) -> tuple[str, ...]:
     """Axes without a declared size that do not vary all the same: ``the axis length of ids``."""
     stored = {tensor.name for tensor in model.graph.initializer}
     ports = [port for port in model.graph.input if port.name not in stored]

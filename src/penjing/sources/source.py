@@ -50,7 +50,7 @@ class Source:
         dynamic: Axes that vary in the form of `Task.dynamic`, if the source declares them.
         loaded: The weights that it was given from a file of their own.
         inputs: Its inputs in words, if the source declares them.
-        held: Axes in words that the source declares as varying and that can't.
+        fixed_axes: Axes in words that the source declares as varying and that can't.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Source:
     dynamic: Mapping[str | int, Mapping[int, str]] | None = None
     loaded: weights.Loaded | None = None
     inputs: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()
+    fixed_axes: tuple[str, ...] = ()
 
 
 def open_source(
@@ -200,7 +200,7 @@ def open_file(path: Path) -> Source:
             example=example,
             dynamic=dynamic,
             inputs=network.declared,
-            held=network.held,
+            fixed_axes=network.fixed_axes,
         )
     if path.suffix.lower() == ".keras":
         model, inputs = keras.open_file(path)
@@ -291,9 +291,9 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
     if note is None and single is not task:
         note = "the task's inputs are given to the network in float32"
     notes = [*(source.loaded.notes if source.loaded is not None else ()), *([note] if note else [])]
-    if source.held and task.dynamic is source.dynamic:
+    if source.fixed_axes and task.dynamic is source.dynamic:
         notes.append(
-            f"{' and '.join(source.held)} has the example's size in every artifact, although {source.name} "
+            f"{' and '.join(source.fixed_axes)} has the example's size in every artifact, although {source.name} "
             "declares it as varying: the steps of recurrent layers are written out when a network is captured"
         )
     return source, single, "; ".join(notes) or None
