@@ -10,8 +10,7 @@ transformers its dynamic one. Penjing: what `compress` tries first.
     python benchmarks/fields.py [--only text] [--contestants NAME ...] [--train detection]
 
 A contestant that stands in the JSON already is not run again. NNCF has to be importable. `--train` times one epoch of
-an example's training, by the clock and by the processor's time; the weights are thrown away. `--calibration 2` gives
-the detector's contestants the second 256 scenes of the training to calibrate with, and so on: a row of its own each.
+an example's training, by the clock and by the processor's time; the weights are thrown away.
 """
 
 import argparse
@@ -235,15 +234,6 @@ def opened(field: str) -> tuple[torch.nn.Module, Task]:
     return network, open_task(f"{ROOT / 'examples' / field / 'task.py'}:task")
 
 
-def calibrated(task: Task, part: int) -> Task:
-    """The task of detection with other scenes to calibrate with: the second part of the training's, the third, …"""
-    from examples.detection.task import CALIBRATION
-    from examples.stamps import TRAIN_SCENES, normalise, scenes
-
-    images = scenes("train", TRAIN_SCENES).images[(part - 1) * CALIBRATION : part * CALIBRATION]
-    return dataclasses.replace(task, calibration=[normalise(images[i : i + 32]) for i in range(0, CALIBRATION, 32)])
-
-
 def training(field: str) -> dict:
     """Seconds of an example's training, from those of one epoch."""
     script, task = importlib.import_module(f"examples.{field}.train"), opened(field)[1]
@@ -265,11 +255,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--train", nargs="+", choices=[*NETWORKS][:-1], default=[])
-    parser.add_argument("--calibration", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fields.json")
     arguments = parser.parse_args()
-    if arguments.calibration > 1 and arguments.only != ["detection"]:
-        parser.error("--calibration goes with --only detection")
     torch.set_num_threads(THREADS)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     results |= {
@@ -286,12 +273,9 @@ def main() -> None:
         write()
     for field in arguments.only if not arguments.train else ():
         network, task = opened(field)
-        if arguments.calibration > 1:
-            task = calibrated(task, arguments.calibration)
         rows, answers = results.setdefault(field, {"metric_name": task.metric_name, "rows": {}})["rows"], None
         for name in arguments.contestants:
-            title = name if arguments.calibration == 1 else f"{name}, calibration {arguments.calibration}"
-            if title in rows or (name == "ort dynamic" and field not in TRANSFORMERS):
+            if name in rows or (name == "ort dynamic" and field not in TRANSFORMERS):
                 continue
             with tempfile.TemporaryDirectory() as aside:
                 case = Case(field, network, task, Path(aside))
@@ -304,13 +288,13 @@ def main() -> None:
                     predict = CONTESTANTS[name](case)
                     seconds = time.perf_counter() - start
                     row, _ = judged(case, predict, None if field in NO_NOISE else answers)
-                    rows[title] = row | {"seconds": seconds}
+                    rows[name] = row | {"seconds": seconds}
                 except Exception as error:  # a peer's file that its runtime does not open
                     if name.startswith("penjing"):
                         raise
-                    rows[title] = {"error": " ".join(str(error).split())[-300:]}
+                    rows[name] = {"error": " ".join(str(error).split())[-300:]}
             write()
-            print(field, title, rows[title], flush=True)
+            print(field, name, rows[name], flush=True)
     print(arguments.out)
 
 

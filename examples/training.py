@@ -43,15 +43,16 @@ def main(untrained: Callable[[], nn.Module], task: Callable[[], Task], settings:
     Args:
         untrained: Builds the network.
         task: Creates the task, with `train` and `loss`.
-        settings: How it is trained; ``--epochs`` changes their number.
+        settings: How it is trained; ``--epochs`` changes their number, and ``--seed`` gives another network.
         weights: The file, unless ``--out`` says another.
     """
     parser = argparse.ArgumentParser(description=f"Train the network of {weights.parent.name}, and write {weights}.")
     parser.add_argument("--epochs", type=int, default=settings.epochs)
+    parser.add_argument("--seed", type=int, default=settings.seed)
     parser.add_argument("--out", type=Path, default=weights)
     arguments = parser.parse_args()
     data = task()
-    network = trained(untrained, data, replace(settings, epochs=arguments.epochs))
+    network = trained(untrained, data, replace(settings, epochs=arguments.epochs, seed=arguments.seed))
     save(network, arguments.out)
     print(f"{data.metric_name} {data.evaluate(numpy_predictor(load(untrained(), arguments.out))):.4f}")
 

@@ -190,6 +190,10 @@ def test_training_an_example_writes_the_weights_that_were_judged(tmp_path, monke
     monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "8", "--out", str(tmp_path / "again.safetensors")])
     main(untrained, task, Settings(epochs=1, learning_rate=0.1), weights)
     assert (tmp_path / "again.safetensors").read_bytes() == first
+    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "8", "--seed", "1", "--out", str(tmp_path / "other")])
+    main(untrained, task, Settings(epochs=1, learning_rate=0.1), weights)
+    assert (tmp_path / "other").read_bytes() != first
+    assert weights.read_bytes() == first
 
 
 @pytest.mark.parametrize("field", ["detection", "segmentation", "text", "tagging", "keywords", "recommendation"])
