@@ -255,6 +255,10 @@ def safetensors_header(path: Path | str) -> dict[str, Any]:
         whole = type(start) is int and type(end) is int and isinstance(entry.get("shape"), list)
         if not whole or not 0 <= start <= end <= size - 8 - length:
             raise ValueError(f"{name[:100]!r} is outside the file")
+        shape = entry["shape"]
+        # the narrowest type has four bits
+        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > 2 * (end - start):
+            raise ValueError(f"{name[:100]!r} claims the shape {str(shape)[:100]} in {end - start:,} bytes")
     return header
 
 

@@ -6,186 +6,159 @@ could read it with the restricted unpickler: saving it as safetensors takes one 
 
 from __future__ import annotations
 
-import re
+import logging
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from penjing.errors import CheckpointError, MissingDependency, SourceError
+from penjing.errors import MissingDependency, PenjingError, SourceError
 from penjing.records import reading
-from penjing.sources import huggingface_examples
+from penjing.sources import huggingface_examples, huggingface_files
+from penjing.sources.huggingface_files import FEWER, MOST, Stored
 from penjing.tasks.usercode import line_of, suggest
 
-MOST = 1 << 26  # largest size that a configuration may name
-_LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|layers|depths?|num_blocks)$")
-_WIDTHS = re.compile(r"(^|_)(vocab_size|hidden_size|intermediate_size|embedding_size|d_model|d_ff|ffn_dim|n_embd)$")
-FEWER = 4  # the widest tensor may be this many times narrower than a size in the configuration, for partial networks
-_LOCAL_ATTENTION = (None, "eager", "sdpa", "flex_attention")
-_READ = ("config.json", "generation_config.json", "preprocessor_config.json")
-"""What is read to open a network. Tokenizers are not: the longest text of many is a number beyond 64 bits."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_FLOATS = ("F32", "F16", "BF16", "F64")
+SHOWN = 5  # names of tensors in a message
+_FREE = 1 << 20  # numbers that a network may have beyond its stored ones: tables of positions, which are computed
 
 
-def open_folder(folder: Path) -> tuple[nn.Module, Any | None]:
+def open_folder(folder: Path) -> tuple[nn.Module, Any | None, tuple[str, ...]]:
     """Open the model of a folder in eval mode, without internet access and without running code from the folder.
 
     Its class is the first of ``architectures`` in ``config.json``, looked up in transformers by name.
 
     Returns:
-        The model, without a cache among its outputs, and example inputs (by name, batch first), or None.
+        The model, without a cache among its outputs; example inputs (by name, batch first), or None; notes.
 
     Raises:
         SourceError: A file is missing, the class is unknown to transformers, or the weights do not match.
-        CheckpointError: The folder asks for code of its own, or for a pickle.
-        MissingDependency: transformers is not installed.
+        CheckpointError: The folder asks for code of its own, for a pickle, or for files outside.
+        MissingDependency: transformers, or a package that this class of it needs, is not installed.
     """
-    config = _read_config(folder / "config.json")
-    _refuse_code(folder, config)
-    _require_safetensors(folder)
-    _check_sizes(folder, config)
+    config, stored = huggingface_files.check(folder)
     kind = _class_of(config, folder)
-    try:
+    with _alone(), _told(folder, kind):
+        _check_network(folder, kind, stored)
         model, loading = kind.from_pretrained(
             str(folder),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,  # whatever dtype the file has: artifacts compute in it
+            ignore_mismatched_sizes=True,  # to list them: they are refused
             output_loading_info=True,
         )
-    except Exception as cause:  # transformers raises many kinds of error for an inconsistent folder
-        raise SourceError(
-            f"transformers can't load the model in {folder.name}",
-            code="unloadable",
-            got=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
-            f" ({line_of(cause)})",
-            expected=f"weights of {kind.__name__} as config.json describes it",
-            remedy="write the folder again with model.save_pretrained(folder)",
-        ) from cause
+    misshapen = sorted(
+        f"{name}: {list(stored_shape)} in the file, {list(shape)} in the network"
+        for name, stored_shape, shape in loading["mismatched_keys"]
+    )
+    if misshapen:
+        raise huggingface_files.misfit(folder, _first(misshapen, "; "), f"tensors as {kind.__name__} has them")
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers only warns, and initializes them randomly
         raise SourceError(
             f"the weights in {folder.name} are incomplete",
             code="incomplete",
-            got=f"no {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            got=f"no {_first(missing)}",
             expected=f"every weight of {kind.__name__}",
             remedy='check "architectures" in config.json: it must be the class that was trained',
         )
+    unused = sorted(loading["unexpected_keys"])
+    notes = (f"{kind.__name__} does not read what {folder.name} holds of {_first(unused)}",) if unused else ()
     _without_cache(model)
-    return model.eval(), huggingface_examples.example(model, _preprocessor(folder))
+    return model.eval(), huggingface_examples.example(model, _preprocessor(folder)), notes
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _first(names: list[str], between: str = ", ") -> str:
+    return between.join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nothing is asked of the hub, whatever a configuration names; what transformers warns of is told by Penjing."""
+    from huggingface_hub import constants
+    from transformers.utils import logging as told
+
+    asks, verbosity = constants.HF_HUB_OFFLINE, told.get_verbosity()
+    constants.HF_HUB_OFFLINE = True
+    told.set_verbosity(logging.ERROR)
     try:
-        config = reading.json_file(path)
-    except (OSError, ValueError) as cause:
-        raise SourceError(
-            "config.json can't be read", code="unreadable", got=f"{path}: {cause}", expected="a JSON object"
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = asks
+        told.set_verbosity(verbosity)
+
+
+@contextmanager
+def _told(folder: Path, kind: Any) -> Iterator[None]:
+    """What transformers raises is an error of the source: it has many kinds of error for an inconsistent folder."""
+    try:
+        yield
+    except PenjingError:
+        raise
+    except ImportError as cause:
+        raise MissingDependency(
+            f"{kind.__name__} of transformers needs a package that is not installed",
+            code="not-installed",
+            got=_one_line(cause),
+            expected="a class that transformers itself computes, or that package",
+            remedy="install it, or give the model as file.py:factory",
         ) from cause
-    if not isinstance(config, dict):
+    except Exception as cause:
         raise SourceError(
-            "config.json can't be read", code="unreadable", got=type(config).__name__, expected="a JSON object"
+            f"transformers can't load the model in {folder.name}",
+            code="unloadable",
+            got=f"{type(cause).__name__}: {_one_line(cause)} ({line_of(cause)})",
+            expected=f"weights of {kind.__name__} as config.json describes it",
+            remedy=huggingface_files.AGAIN,
+        ) from cause
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_network(folder: Path, kind: Any, stored: Stored) -> None:
+    """Build the network without memory for its tensors, and raise SourceError where it is not the one that is stored.
+
+    A tensor that the file lacks, or has in another shape, would be made and filled with random numbers first.
+    """
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        config = kind.config_class.from_pretrained(str(folder), local_files_only=True)
+        network = kind(config)
+    sizes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    whole = sum(math.prod(shape) for shape in sizes.values())
+    if whole > FEWER * stored.values + _FREE:
+        shapes = {shape for shape, _ in stored.tensors.values()}
+        strange = sorted((n for n in sizes if sizes[n] not in shapes), key=lambda n: -math.prod(sizes[n]))
+        raise huggingface_files.misfit(
+            folder,
+            f"{whole:,} parameters of {kind.__name__}, "
+            f"among them {_first([f'{name} {list(sizes[name])}' for name in strange or list(sizes)])}",
+            f"about {stored.values:,}, which the folder holds",
         )
-    return config
-
-
-def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
-    for key, value in _entries(config):
-        if key == "auto_map":
-            got, remedy = f"auto_map: {value}", "import the class yourself and give it as file.py:factory"
-        elif key.endswith("implementation") and value not in _LOCAL_ATTENTION and not isinstance(value, dict):
-            # transformers would download a kernel of this name and run it
-            got, remedy = f"{key}: {value!r}", 'set it to "sdpa" in config.json'
-        elif key == "quantization_config":
-            got, remedy = "a quantization_config", "give the floating-point network; Penjing quantizes it"
-        else:
-            continue
-        raise CheckpointError(
-            f"the model in {folder.name} is refused: it asks for code outside transformers",
-            code="foreign-code",
-            got=got,
-            expected="a floating-point model whose class is part of transformers itself",
-            remedy=remedy,
+    if (computed := sum(buffer.numel() for buffer in network.buffers())) > FEWER * stored.values + MOST:
+        raise huggingface_files.misfit(
+            folder,
+            f"tables of {computed:,} numbers that {kind.__name__} computes",
+            f"at most {FEWER * stored.values + MOST:,}",
         )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder.name} holds an adapter, not a whole network",
-            code="adapter",
-            got="adapter_config.json",
-            expected="a folder with all weights",
-            remedy="merge it first: model.merge_and_unload().save_pretrained(folder)",
-        )
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key, item
-            yield from _entries(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _entries(item)
-
-
-def _require_safetensors(folder: Path) -> None:
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"the weights in {folder.name} are not safetensors",
-            code="pickle",
-            got=", ".join(pickles),
-            expected="model.safetensors",
-            remedy="load it with transformers where you trust it, then model.save_pretrained(folder)",
-        )
-    raise SourceError(
-        f"{folder.name} holds no weights",
-        code="no-weights",
-        got=", ".join(sorted(p.name for p in folder.iterdir())[:10]),
-        expected="model.safetensors beside config.json",
-        remedy="download or save the whole folder",
-    )
-
-
-def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Raise SourceError if the folder would make transformers hang, or build a model far larger than its weights."""
-    tensors, widest = 0, 0
-    for path in folder.iterdir():
-        try:
-            if path.suffix == ".safetensors":
-                header = reading.safetensors_header(path)
-                tensors += len(header)
-                widest = max([widest, *(n for entry in header.values() for n in entry["shape"] if type(n) is int)])
-            elif path.name in _READ or path.name.endswith(".index.json"):
-                reading.json_file(path)
-        except (OSError, ValueError) as cause:
-            raise SourceError(
-                f"{path.name} can't be read",
-                code="unreadable",
-                got=f"{path}: {cause}",
-                expected="a whole file, as model.save_pretrained writes it",
-                remedy="download or save the whole folder",
-            ) from None
-    for key, value in _entries(config):
-        counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-        if _LAYERS.search(key) and not key.startswith("max_") and sum(counts) > tensors:
-            expected = f"at most {tensors}, the number of tensors in the folder"
-        elif _WIDTHS.search(key) and any(n > FEWER * widest for n in counts):
-            expected = f"at most {FEWER * widest:,}, as no tensor in the folder has more than {widest:,} along an axis"
-        elif any(abs(n) > MOST for n in counts):
-            expected = f"at most {MOST:,}"
-        else:
-            continue
+    kinds = {name: stored.tensors[name][1] for name in sizes if name in stored.tensors}
+    packed = [f"{name} ({numbers})" for name, numbers in kinds.items() if numbers not in _FLOATS]
+    if packed:
         raise SourceError(
-            f"config.json in {folder.name} describes a network that does not match its weights",
-            code="misfit",
-            got=f"{key}: {value}"[:200],
-            expected=expected,
-            remedy="write the folder again with model.save_pretrained(folder)",
+            f"the weights in {folder.name} are not floating-point numbers",
+            code="not-floats",
+            got=_first(packed),
+            expected=f"tensors of {', '.join(_FLOATS)}",
+            remedy="give the floating-point network; Penjing quantizes it",
         )
 
 
@@ -212,9 +185,9 @@ def _class_of(config: dict[str, Any], folder: Path) -> Any:
     name = names[0]
     # modules and functions of transformers are attributes too; accept only a model class
     kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and getattr(kind, "config_class", None) is not None:
         return kind
-    known = [n for n in dir(transformers) if n[0].isupper() and "For" in n]
+    known = [n for n in dir(transformers) if n[0].isupper() and "For" in n and not n.startswith("Auto")]
     raise SourceError(
         f"this transformers has no model class {name!r}",
         code="unknown-class",

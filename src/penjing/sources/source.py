@@ -51,6 +51,7 @@ class Source:
         loaded: The weights that it was given from a file of their own.
         inputs: Its inputs in words, if the source declares them.
         fixed_axes: Axes in words that the source declares as varying and that can't.
+        notes: What else the user is to know of what was opened.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     loaded: weights.Loaded | None = None
     inputs: tuple[str, ...] = ()
     fixed_axes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_source(
@@ -238,8 +240,8 @@ def _open_folder(spec: str, folder: Path) -> Source:
             expected=f"config.json and model.safetensors in it, or another source: {_FORMS}",
             remedy="penjing measure or penjing verify opens it" if run else "give the folder that holds config.json",
         )
-    module, example = huggingface.open_folder(folder)
-    return Source(name=folder.resolve().name, module=module, spec=spec, example=example)
+    module, example, notes = huggingface.open_folder(folder)
+    return Source(name=folder.resolve().name, module=module, spec=spec, example=example, notes=notes)
 
 
 def _refuse_suffix(path: Path, suffix: str) -> None:
@@ -290,7 +292,8 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
     single = single_task(task)
     if note is None and single is not task:
         note = "the task's inputs are given to the network in float32"
-    notes = [*(source.loaded.notes if source.loaded is not None else ()), *([note] if note else [])]
+    loaded = source.loaded.notes if source.loaded is not None else ()
+    notes = [*source.notes, *loaded, *([note] if note else [])]
     if source.fixed_axes and task.dynamic is source.dynamic:
         notes.append(
             f"{' and '.join(source.fixed_axes)} has the example's size in every artifact, although {source.name} "
