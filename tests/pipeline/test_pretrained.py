@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,3 +170,42 @@ def test_a_source_that_is_open_keeps_its_folder(bert):
         model = open_source(bert[0])
 
     assert _pretrained(Order) == Path(bert[0]).resolve()
+
+
+def test_a_folder_that_can_not_be_filled_is_left_empty(result, tmp_path, monkeypatch):
+    def full(source, target):
+        Path(target).write_text("half")
+        if Path(target).suffix in (".onnx", ".xml"):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with raises_case(OutputError, "unwritable") as caught:
+            result.save_pretrained(tmp_path / "saved")
+    assert "pretrained" in caught.value.what and "--resume" not in caught.value.remedy
+    assert list((tmp_path / "saved").iterdir()) == []
+    assert (result.save_pretrained(tmp_path / "saved") / "README.md").is_file()
+
+
+def test_links_to_elsewhere_are_not_copied_and_those_of_a_cache_are(result, bert, tmp_path):
+    snapshot = tmp_path / "models--tiny" / "snapshots" / "abc"
+    shutil.copytree(bert[0], snapshot)
+    (tmp_path / "models--tiny" / "blobs").mkdir()
+    (snapshot / "config.json").rename(tmp_path / "models--tiny" / "blobs" / "0123")
+    (snapshot / "config.json").symlink_to("../../blobs/0123")
+    saved = result.save_pretrained(tmp_path / "a", source=snapshot)
+    assert (saved / "config.json").read_bytes() == (bert[0] / "config.json").read_bytes()
+    assert not (saved / "config.json").is_symlink()
+    (tmp_path / "secret").write_text("mine")
+    (snapshot / "merges.txt").symlink_to(tmp_path / "secret")
+    with raises_case(SourceError, "link") as caught:
+        result.save_pretrained(tmp_path / "b", source=snapshot)
+    assert "merges.txt" in caught.value.what and not (tmp_path / "b").exists()
+
+
+def test_a_configuration_that_can_not_be_read_is_told(result, tmp_path):
+    for text in ("[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with raises_case(SourceError, "not-pretrained") as caught:
+            result.save_pretrained(tmp_path / "a", source=tmp_path)
+        assert "config.json: not" in caught.value.got

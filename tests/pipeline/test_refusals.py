@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing import cli
+from penjing.errors import OutputError
 from penjing.network.capture import capture_network
+from penjing.pipeline.inspection import inspect
 from penjing.pipeline.refusals import refused
+from penjing.sources.source import Source
 from penjing.tasks.task import Task
+from tests.raises import raises_case
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -71,6 +76,33 @@ def test_an_operator_without_a_kernel_is_saved_as_a_file_that_its_makers_can_ope
     with pytest.raises(Exception, match="NOT_IMPLEMENTED.*Max"):
         onnxruntime.InferenceSession(found.saved, providers=["CPUExecutionProvider"])
     assert asked(Net(short), "openvino") == ()
+
+
+def test_an_operator_of_several_outputs_is_alone(tmp_path):
+    network = Net(lambda x: torch.linalg.svd(x)[1][..., None].expand(-1, -1, -1, 8))
+    (refusal,) = asked(network, "onnxruntime", tmp_path / "part.onnx")
+    assert refusal.kind == "linalg_svd" and len(refusal.sites) == 1
+
+
+@pytest.mark.parametrize("name", ["part.onnx", "part-openvino.pt2", "part-3.onnx", "part-onnxruntime-2.onnx"])
+def test_files_that_are_there_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    source, task = Source(name="net", module=Net()), Task(example=torch.randn(2, 3, 10, 10))
+    with raises_case(OutputError, "exists") as caught:
+        inspect(source, task, asked=["onnxruntime"], save_failing=tmp_path / "part.onnx")
+    assert name in caught.value.got and (tmp_path / name).read_text() == "mine"
+
+
+def test_a_place_that_can_not_be_written_is_told_before_anything_is_tried(tmp_path, sources, capsys):
+    (tmp_path / "file").write_text("")
+    source, task = Source(name="net", module=Net(untranslated)), Task(example=torch.randn(2, 3, 10, 10))
+    for place, code in ((tmp_path, "folder"), (tmp_path / "file" / "part.onnx", "unwritable"), (Path(), "folder")):
+        with raises_case(OutputError, code):
+            inspect(source, task, asked=["onnxruntime"], save_failing=place)
+    assert cli.main(["inspect", str(sources / "net.onnx"), "--save-failing", str(sources / "net.onnx")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert inspect(source, task, asked=["onnxruntime"], save_failing=tmp_path / "new" / "part.onnx").refused
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["part.pt2"]
 
 
 def test_every_place_is_told_once_for_what_is_alike(tmp_path):

@@ -217,7 +217,10 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
             return inspect(source, task)
     sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
     with Progressing(messages) as progress:
-        events, failing = Events(listeners=(progress,)), Path(parsed.save_failing) if parsed.save_failing else None
+        events, failing = (
+            Events(listeners=(progress,)),
+            Path(parsed.save_failing) if parsed.save_failing is not None else None,
+        )
         return inspect(source, task, parsed.noise, events, sensitivity_file, asked=asked, save_failing=failing)
 
 

@@ -14,7 +14,7 @@ from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
-from penjing.pipeline.refusals import Refusal, refused
+from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
 from penjing.quantize.explanation import explain
@@ -76,6 +76,8 @@ def inspect(
         asked: Runtimes in which the network is exported, opened and run, to tell which operators they can't take.
         save_failing: The smallest part that fails is written there (see `penjing.pipeline.refusals.refused`).
     """
+    if save_failing is not None:
+        check_files(save_failing)
     check_forward(source, task)
     network = capture_repeatable(source, task)
     rows = cost(network, task.call())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,9 @@ def save(artifact: Path, source: Path | None, folder: Path) -> Path:
         `folder`.
 
     Raises:
-        SourceError: There is no such source folder.
+        SourceError: There is no such source folder, or a file in it is a link to elsewhere.
         ArtifactError: Optimum does not read this artifact.
-        OutputError: The folder is not empty, or can't be written.
+        OutputError: The folder is not empty, or can't be written; it is left empty then.
     """
     config = _config(source)
     assert source is not None
@@ -77,30 +79,66 @@ def save(artifact: Path, source: Path | None, folder: Path) -> Path:
             expected="a new folder, or an empty one",
             remedy="choose another folder, or remove it first",
         )
-    with writing(folder):
+    copies = {path: path.name for path in _beside(source)}
+    copies |= {artifact / name: _renamed(name, manifest, layout) for name in manifest.files()}
+    with writing(
+        folder, what="the folder for the pretrained model", remedy="free some space, or choose another folder"
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix in _COPIED and not path.name.endswith(_INDEX):
-                shutil.copyfile(path, folder / path.name)
-        for name in manifest.files():
-            shutil.copyfile(artifact / name, folder / _renamed(name, manifest, layout))
-        write_text(folder / "README.md", _readme(manifest, layout, config))
+        with _whole_or_empty(folder):
+            for path, name in copies.items():
+                shutil.copyfile(path, folder / name)
+            write_text(folder / "README.md", _readme(manifest, layout, config))
     return folder
+
+
+def _beside(source: Path) -> list[Path]:
+    """What lies beside the weights, to be copied.
+
+    A link may lead within the folder, or to the ``blobs`` of a cache of the hub. Elsewhere it could lead to what its
+    owner would not pass on.
+    """
+    allowed = (source.resolve(), source.resolve().parent.parent / "blobs")
+    paths = [p for p in sorted(source.iterdir()) if p.suffix in _COPIED and not p.name.endswith(_INDEX) and p.is_file()]
+    for path in paths:
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise SourceError(
+                f"{path.name} in the source folder is a link to elsewhere",
+                code="link",
+                got=f"{path} -> {path.resolve()}",
+                expected="a file, or a link within the folder or into a cache of the hub",
+                remedy="replace the link by a copy, if the file is to go with the network",
+            )
+    return paths
+
+
+@contextmanager
+def _whole_or_empty(folder: Path) -> Iterator[None]:
+    """Empty the folder, which was empty, where it can't be filled."""
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir():
+            path.unlink()
+        raise
 
 
 def _config(source: Path | None) -> dict[str, Any]:
     """The configuration of the source folder."""
     path = None if source is None else source / CONFIG
+    got = "a network that was not opened from a folder" if source is None else f"no {CONFIG} in {source}"
     try:
         config = reading.json_file(path) if path is not None and path.is_file() else None
-    except (OSError, ValueError):
-        config = None
-    if isinstance(config, dict):
-        return config
+        if isinstance(config, dict):
+            return config
+        if config is not None:
+            got = f"{path}: not an object"
+    except (OSError, ValueError) as error:
+        got = f"{path}: {error}"
     raise SourceError(
         "the source is not a Hugging Face folder",
         code="not-pretrained",
-        got="a network that was not opened from a folder" if source is None else f"no {CONFIG} in {source}",
+        got=got,
         expected=f"a folder with {CONFIG} and the tokenizer or preprocessor",
         remedy='save_pretrained(folder, source="the folder that the model was loaded from")',
     )

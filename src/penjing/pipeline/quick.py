@@ -32,7 +32,7 @@ from penjing.pipeline.repeatable import capture_repeatable
 from penjing.randomness import seed_everything
 from penjing.records import Parity
 from penjing.records.events import Events, Listener
-from penjing.records.folder import writing
+from penjing.records.folder import check_writable, writing
 from penjing.records.manifest import Manifest
 from penjing.report.numbers import figure
 from penjing.runtimes import isolated
@@ -48,6 +48,7 @@ from penjing.tasks.unlabelled import calibration_task
 from penjing.tasks.usercode import never_exiting
 
 _NAMED = 4  # operators with one reason
+_SPACE = "free some space, or choose another place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ def quantize_to(
             with clock(type(step).__name__):
                 draft = step(draft, context)
         check_integers(target.path.name, draft.plan)
-        with writing(target.path.parent):
+        with writing(target.path.parent, what="the folder of the file", remedy=_SPACE):
             target.path.parent.mkdir(parents=True, exist_ok=True)
             aside = tempfile.TemporaryDirectory(prefix=f".{target.path.stem}-", dir=target.path.parent)
         with aside as folder:
@@ -291,8 +292,7 @@ class _Target:
         runtimes.get(self.runtime)
         self.files = tuple(path.with_suffix(suffix) for suffix in runtimes.SPECS[self.runtime].suffixes)
         taken = [str(file) for file in self.files if file.exists()]
-        if path.is_dir():
-            raise OutputError("the file to write is a folder", code="folder", got=str(path), expected="a new file")
+        check_writable(path)
         if taken and not force:
             raise OutputError(
                 "the file exists already",
@@ -301,14 +301,11 @@ class _Target:
                 expected="a new name",
                 remedy="--force replaces it",
             )
-        with writing(path.parent):
-            standing = next(parent for parent in path.absolute().parents if parent.exists())
-            tempfile.TemporaryFile(dir=standing).close()
 
     def take(self, folder: Path, manifest: Manifest) -> None:
         """Put an artifact's files in their place, the one that is opened last: until then there is none to open."""
         by_suffix = {Path(name).suffix: folder / name for name in manifest.files()}
-        with writing(self.path.parent):
+        with writing(self.path.parent, what="the folder of the file", remedy=_SPACE):
             if len(self.files) > 1:
                 self.path.unlink(missing_ok=True)
             for file in reversed(self.files):

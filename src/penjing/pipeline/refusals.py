@@ -7,6 +7,7 @@ makers want to see. A runtime works in a process of its own, so that a crash is 
 from __future__ import annotations
 
 import operator
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.errors import PenjingError
+from penjing import runtimes
+from penjing.errors import OutputError, PenjingError
 from penjing.network.graph import flat_inputs, kind, line, site
 from penjing.onnx_files import write as onnx_file
 from penjing.pipeline import evidence
 from penjing.pipeline.building import build
+from penjing.records.folder import check_writable, writing
 from penjing.runtimes import isolated
 from penjing.steps.draft import Draft
 from penjing.tasks.outputs import flatten_outputs
@@ -76,7 +79,12 @@ def refused(
         save: Write the smallest failing part there, as ``.onnx``, or ``.pt2`` where it has no ONNX form; further ones
             get a number.
         events: Reports the parts that are tried.
+
+    Raises:
+        OutputError: `save` can't be written, or parts of an earlier call lie there.
     """
+    if save is not None:
+        check_files(save)
     search = _Search(network, task, runtime, events)
     refused_parts = search.refusals()
     if save is None:
@@ -86,6 +94,24 @@ def refused(
         replace(refusal, saved=str(_saved(part, path)))
         for (refusal, part), path in zip(refused_parts, paths, strict=True)
     )
+
+
+def check_files(save: Path) -> None:
+    """Raise OutputError where parts can't be written under a name, or files of such names are there already.
+
+    They might be the user's own, such as the source; and where nothing fails they would be taken for what does.
+    """
+    check_writable(save)
+    names = re.compile(rf"{re.escape(save.stem)}(-({'|'.join(runtimes.SPECS)}))?(-\d+)?\.(onnx|pt2)")
+    taken = [file for file in sorted(save.parent.glob("*")) if names.fullmatch(file.name)]
+    if taken:
+        raise OutputError(
+            "the file for what fails exists already",
+            code="exists",
+            got=", ".join(str(file) for file in taken),
+            expected="a new name",
+            remedy="choose another name with --save-failing, or remove it first",
+        )
 
 
 @dataclass(frozen=True)
@@ -262,7 +288,7 @@ class _Search:
                 continue
             if isinstance(value, torch.Tensor):
                 results.append(env[node])
-            elif isinstance(value, tuple | list) and not node.users:
+            elif isinstance(value, tuple | list):
                 tensors = [i for i, one in enumerate(value) if isinstance(one, torch.Tensor)]
                 results += [graph.call_function(operator.getitem, (env[node], i)) for i in tensors]
         if not inputs or not results:
@@ -297,12 +323,15 @@ def _values(network: fx.GraphModule, task: Task) -> dict[fx.Node, Any]:
 def _saved(part: _Part, path: Path) -> Path:
     """Write a part as ONNX, or as an exported program where it has no ONNX form; the path that it was written to."""
     names = [f"output_{i}" for i in range(len(flatten_outputs(part.network(*part.inputs))[0]))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = path.with_suffix(".onnx")
-        onnx_file.write(part.network, (part.inputs, {}), part.dynamic, names, file)
-    except Exception:  # of the exporter
-        file = path.with_suffix(".pt2")
-        with torch.no_grad():
-            torch.export.save(torch.export.export(part.network, part.inputs), file)
+    with writing(path.parent, what="the file for what fails", remedy="free some space, or choose another place"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.with_suffix(".onnx")
+            onnx_file.write(part.network, (part.inputs, {}), part.dynamic, names, file)
+        except OSError:
+            raise
+        except Exception:  # of the exporter
+            file = path.with_suffix(".pt2")
+            with torch.no_grad():
+                torch.export.save(torch.export.export(part.network, part.inputs), file)
     return file

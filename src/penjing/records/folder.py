@@ -22,6 +22,7 @@ _OURS = (
     STATE, CANDIDATES, SOURCE, ARTIFACT, RECORD, EVENTS, EVIDENCE, "report.html", "load.py",
     "weights.safetensors", "edits.json", "plan.json",
 )  # fmt: skip
+_REMEDY = "free some space and continue with --resume, or choose another folder with --out"
 
 
 class RunFolder:
@@ -158,15 +159,25 @@ def _difference(where: str, now: Any, then: Any) -> tuple[str, Any, Any]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Full disks and missing permissions as an OutputError."""
+def writing(folder: Path, *, what: str = "the run folder", remedy: str = _REMEDY) -> Iterator[None]:
+    """Full disks and missing permissions as an OutputError that calls the folder `what`."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            "the run folder can't be written",
+            f"{what} can't be written",
             code="unwritable",
             got=f"{type(error).__name__}: {error.strerror or error} ({error.filename or folder})",
             expected="a folder with write permission and free space",
-            remedy="free some space and continue with --resume, or choose another folder with --out",
+            remedy=remedy,
         ) from error
+
+
+def check_writable(file: Path) -> None:
+    """Raise OutputError where a file can't be written, before it is computed; its folders may be missing."""
+    what = "the file to write"
+    if file.is_dir() or not file.name:
+        raise OutputError(f"{what} is a folder", code="folder", got=str(file), expected="the name of a file")
+    with writing(file.parent, what=what, remedy="free some space, or choose another place"):
+        standing = next(parent for parent in file.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=standing).close()
