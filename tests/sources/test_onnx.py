@@ -100,6 +100,71 @@ def compressed(exported, task, tmp_path_factory):
     return pj.run(recipe, str(exported[0]), task, runtime=RUNTIMES, out=out, seconds=0.02, threads=1)
 
 
+class Folded(nn.Module):
+    """Layers whose weights the older exporter of torch stores under numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        self.stage = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)), nn.ReLU())
+        self.one, self.two = nn.Linear(8, 6, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.two(self.one(self.stage(self.stem(x)).flatten(2).transpose(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx") / "folded.onnx"
+    torch.onnx.export(Folded().eval(), (torch.randn(2, 3, 8, 8),), path, dynamo=False)
+    return path
+
+
+def layers_of(path):
+    network, _, _ = open_network(path)
+    captured = capture_network(network, (torch.randn(2, 3, 8, 8),), dynamic={})
+    weights = {f"{name}.weight" for name, module in captured.named_modules() if hasattr(module, "weight")}
+    return weights, captured.meta["renamed"], dict(network.named_parameters())
+
+
+def test_layers_whose_weights_are_called_by_numbers_are_called_after_their_nodes(folded):
+    weights, renamed, parameters = layers_of(folded)
+    assert weights == {"stem.0.weight", "stage.0.0.weight", "one.weight", "two.weight"}
+    originals = {renamed.get(name, name) for name in weights}
+    assert originals <= parameters.keys() and sum("::" in name for name in originals) > 2
+
+
+def test_nodes_without_a_path_name_layers_too_and_a_weight_that_two_read_is_one_layer(folded, tmp_path):
+    model = onnx.load(folded)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    again = model.graph.node.add()
+    again.CopyFrom(convolutions[1])
+    again.name, again.input[0], again.output[0] = "Conv_again", convolutions[1].output[0], "twice"
+    model.graph.output.append(helper.make_tensor_value_info("twice", TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "numbered.onnx")
+    weights, _, _ = layers_of(tmp_path / "numbered.onnx")
+    assert {node.name + ".weight" for node in convolutions} < weights and "Conv_again.weight" not in weights
+
+
+def test_a_tensor_that_lies_where_a_layer_would_be_is_not_hidden(folded, tmp_path):
+    model = onnx.load(folded)
+    (scope,) = [node for node in model.graph.node if node.name == "/stem/stem.0/Conv" or node.name == "/stem/0/Conv"]
+    value = numpy_helper.from_array(np.ones((1, 8, 1, 1), np.float32) * 2, "stem.0.weight")
+    model.graph.initializer.append(value)
+    reader = next(node for node in model.graph.node if scope.output[0] in node.input)
+    scaled = helper.make_node("Mul", [scope.output[0], "stem.0.weight"], ["scaled"], name="scale")
+    reader.input[0] = "scaled"
+    model.graph.node.insert(list(model.graph.node).index(reader), scaled)
+    onnx.save(model, tmp_path / "hidden.onnx")
+    network, _, _ = open_network(tmp_path / "hidden.onnx")
+    x = torch.randn(2, 3, 8, 8)
+    captured = capture_network(network, (x,), dynamic={})
+    torch.testing.assert_close(captured(x), network(x))
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_it_is_compressed_and_keeps_the_names_of_its_ports(compressed, runtime):
     integers = next(row for row in compressed.record.candidates if row.name == f"{runtime}-int8")

@@ -17,6 +17,7 @@ only from stored tensors (a parametrization, a transposed weight, a slice of a f
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -70,7 +71,8 @@ def capture_network(
     program = complex_as_pairs(functional(decomposed(in_line(program))))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
-    graph_module = _Raiser(flat, state).build(channels_last=bool(getattr(model, "channels_last", False)))
+    raiser = _Raiser(flat, state, operators=bool(getattr(model, "of_operators", False)))
+    graph_module = raiser.build(channels_last=bool(getattr(model, "channels_last", False)))
     captured = copy.deepcopy(graph_module)
     names = captured.meta["renamed"]
     if isinstance(ports := getattr(model, "ports", None), Mapping):
@@ -95,14 +97,21 @@ def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.N
 
 
 class _Raiser(Tensors):
-    """Converts a flat exported graph to modules and functional nodes."""
+    """Converts a flat exported graph to modules and functional nodes.
 
-    def __init__(self, flat: fx.GraphModule, state: Mapping[str, Any]) -> None:
+    Args:
+        flat: The graph.
+        state: Stored tensors.
+        operators: Whether every module of the source is an operator of a file, whose name tells the layer's.
+    """
+
+    def __init__(self, flat: fx.GraphModule, state: Mapping[str, Any], operators: bool = False) -> None:
         # One Parameter object per tensor, so that tied weights stay tied.
         tensors = dict(flat.named_parameters(remove_duplicate=False)) | dict(flat.named_buffers(remove_duplicate=False))
         # Constants that a forward creates as tensors are only in the state.
         super().__init__({**state, **tensors}, state)
-        self.flat = flat
+        self.flat, self.operators = flat, operators
+        self.scopes: dict[str, str] = {}  # name of a weight → that of the operator that reads it first
         self.modules: dict[str, nn.Module] = {}
         self.calls: Counter[str] = Counter()
         self.ordinals: Counter[tuple[str, str]] = Counter()
@@ -208,7 +217,15 @@ class _Raiser(Tensors):
         name = path if whole else fqn.removesuffix(endings[0]) if endings else ""
         # A layer without a bias must not take a name under which an operator reads one.
         hides = any(f"{name}.{role}" in self.state for role, own in module._parameters.items() if own is None)
-        return name if name and not hides else f"{fqn}_layer"
+        if name and not hides:
+            return name
+        return (self._scope(path, fqn) if self.operators else "") or f"{fqn}_layer"
+
+    def _scope(self, path: str, fqn: str) -> str:
+        """The layer that an operator is called after: of ``stage1.conv.Conv`` it is ``stage1.conv``; "" if taken."""
+        parent, _, word = path.rpartition(".")
+        name = self.scopes.setdefault(fqn, parent if parent and re.fullmatch("([A-Z][a-z]*)+", word) else path)
+        return "" if any(key.startswith(f"{name}.") and key != fqn for key in self.state) else name
 
     def _is_tensor(self, key: str, fqn: str) -> bool:
         if key == fqn:

@@ -132,11 +132,14 @@ class OnnxNetwork(Graph):
         inputs: Names of parameters of `forward` → names in the file.
         declared: The inputs as the file declares them, in words.
         fixed_axes: Axes that the file declares as varying and that can't be, in words.
+        of_operators: That its modules are operators, after which capturing names the layers whose weights' names are
+            numbers (``onnx::Conv_311``).
     """
 
     inputs: dict[str, str]
     declared: tuple[str, ...] = ()
     fixed_axes: tuple[str, ...] = ()
+    of_operators = True
     _stored: Mapping[str, str] = {}
 
     def __init__(
@@ -200,7 +203,7 @@ def _add(graph: nn.Module, operation: Operation, same: Counter[str]) -> str:
         operation: Of a node.
         same: Path → how many operations were called so; it grows.
     """
-    words = [_word(part) for part in re.split(r"[/.]", operation.node.name) if part] or [operation.node.operator]
+    words = [_word(part) for part in _scope(operation.node.name)] or [operation.node.operator]
     owner: Any = graph
     for n, word in enumerate(words[:-1]):
         below = owner._modules.get(word)
@@ -216,6 +219,17 @@ def _add(graph: nn.Module, operation: Operation, same: Counter[str]) -> str:
         leaf = f"{words[-1]}_{same[path]}"
     owner.add_module(leaf, operation)
     return ".".join([*words[:-1], leaf])
+
+
+def _scope(name: str) -> list[str]:
+    """The words of a node's name; torch's older exporter repeats those of a Sequential: ``/stage/stage.0/Conv``."""
+    parts: list[str] = []
+    for part in filter(None, name.split("/")):
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts[-1] = part
+        else:
+            parts.append(part)
+    return [word for part in parts for word in part.split(".") if word]
 
 
 def _word(text: str) -> str:
