@@ -51,6 +51,11 @@ def pooled(m, x):
     return x + F.max_pool2d(x, 3, 1, 1).to(torch.float32)
 
 
+def excited_hard(m, x):
+    x = F.hardswish(x)
+    return x * F.hardsigmoid(m.b(F.adaptive_avg_pool2d(x, 1)))
+
+
 GATES = {  # → sigmoids
     "silu": (lambda m, x: F.silu(m.b(F.silu(x))), 2),
     "silu by hand": (lambda m, x: x * x.sigmoid(), 1),
@@ -61,6 +66,12 @@ GATES = {  # → sigmoids
     "squeeze and excitation": (excited, 1),
     "residual": (residual, 2),
     "pooled": (pooled, 1),
+}
+HARD = {  # → hard sigmoids, which are sums
+    "hard swish": (lambda m, x: F.hardswish(m.b(F.hardswish(x))), 2),
+    "hard swish by hand": (lambda m, x: x * F.hardsigmoid(x), 1),
+    "squeeze and excitation": (excited_hard, 2),
+    "both kinds": (lambda m, x: F.silu(x) * F.hardsigmoid(m.b(x)), 1),
 }
 FLOATS = {
     "sigmoid times a number": lambda m, x: torch.sigmoid(x) * 3.0,
@@ -113,6 +124,77 @@ def test_a_gate_between_integer_kernels_is_computed_in_integers(name, tmp_path):
     assert decibel(source, answer) > 25
 
 
+@pytest.mark.parametrize("spread", [0.2, 1.0, 20.0])
+@pytest.mark.parametrize("name", HARD)
+def test_a_hard_gate_is_computed_in_integers_whatever_part_of_it_is_reached(name, spread, tmp_path):
+    torch.manual_seed(0)
+    between, count = HARD[name]
+    model = Gated(between).eval()
+    with torch.no_grad():
+        model.a.weight.mul_(spread)
+    draft, task = quantized(model)
+    predict = built(draft, task, tmp_path)
+    executed = operators(tmp_path)
+    assert executed["QLinearAdd"] == count and executed["QLinearMul"]
+    assert not {"HardSigmoid", "HardSwish", "Add", "Mul", "DequantizeLinear"} & executed.keys()
+    x = images(5)
+    with torch.no_grad():
+        source, planned = model(x), insert(draft.network, draft.plan)(x)
+    answer = predict(x.numpy())
+    assert decibel(planned, answer) > 30
+    assert decibel(source, answer) > 25
+
+
+def test_a_hard_sigmoid_of_other_bits_is_right_too(tmp_path):
+    """With fewer levels or signed integers its quantizer does not clip to 0 and 1."""
+    for step in (Static(activation_bits=6), Static(activation_symmetric=True)):
+        torch.manual_seed(0)
+        model = Gated(HARD["squeeze and excitation"][0]).eval()
+        draft, task = quantized(model, step=step)
+        (folder := tmp_path / str(step.activation_bits)).mkdir()
+        predict, x = built(draft, task, folder), images(5)
+        with torch.no_grad():
+            assert decibel(insert(draft.network, draft.plan)(x), predict(x.numpy())) > 25
+
+
+ALONE = {
+    "gelu": lambda x: F.gelu(x),
+    "mish": lambda x: F.mish(x),
+    "elu": lambda x: F.elu(x),
+    "tanh": lambda x: torch.tanh(x),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_functions_without_an_integer_kernel_between_integer_kernels_are_named(name):
+    torch.manual_seed(0)
+    draft, _ = quantized(Gated(lambda m, x: ALONE[name](m.b(x))).eval())
+    assert draft.plan.floats == {f"/{name}#0": f"onnxruntime has no integer kernel for {name}"}
+    behind_floats, _ = quantized(Gated(lambda m, x: ALONE[name](m.b(x))).eval(), step=Static(exclude=("b",)))
+    assert set(behind_floats.plan.floats) == {"b"}
+    fused, _ = quantized(Gated(lambda m, x: ALONE[name](m.b(x))).eval(), "openvino")
+    assert name == "mish" or not fused.plan.floats
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.1])
+def test_leaky_relu_is_computed_in_integers_behind_integers(slope, tmp_path):
+    torch.manual_seed(0)
+    model = Gated(lambda m, x: F.leaky_relu(m.b(F.leaky_relu(x, slope)), slope)).eval()
+    draft, task = quantized(model)
+    predict = built(draft, task, tmp_path)
+    executed = operators(tmp_path)
+    assert executed["QLinearLeakyRelu"] == 2 and not {"LeakyRelu", "DequantizeLinear"} & executed.keys()
+    x = images(5)
+    with torch.no_grad():
+        assert decibel(insert(draft.network, draft.plan)(x), predict(x.numpy())) > 30
+        assert decibel(model(x), predict(x.numpy())) > 25
+
+
+def test_leaky_relu_behind_floats_gets_no_quantizers_of_its_own():
+    draft, _ = quantized(Gated(lambda m, x: F.leaky_relu(m.b(x))).eval(), step=Static(exclude=("b",)))
+    assert not [edge for edge in draft.plan.entries if "leaky" in edge]
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_other_products_with_a_sigmoid_keep_floating_point(name):
     torch.manual_seed(0)
@@ -143,6 +225,18 @@ def test_an_unfolded_silu_computes_the_same_and_is_replayed():
     draft, task = quantized(model)
     edits = [edit for edit in draft.edits if edit["edit"] == "unfold_silu"]
     assert [edit["site"] for edit in edits] == ["/silu#0", "/silu#1"]
+    again = replay(capture_network(model, *task.call()), draft.edits)
+    x = images(3)
+    torch.testing.assert_close(again(x), model(x))
+    assert torch.equal(again(x), draft.network(x))
+
+
+def test_an_unfolded_hard_swish_computes_the_same_and_is_replayed():
+    torch.manual_seed(0)
+    model = Gated(HARD["hard swish"][0]).eval()
+    draft, task = quantized(model)
+    edits = [edit for edit in draft.edits if edit["edit"] == "unfold_hardswish"]
+    assert [edit["site"] for edit in edits] == ["/hardswish#0", "/hardswish#1"]
     again = replay(capture_network(model, *task.call()), draft.edits)
     x = images(3)
     torch.testing.assert_close(again(x), model(x))

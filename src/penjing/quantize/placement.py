@@ -19,6 +19,11 @@ from penjing.surgery import recurrent
 
 FIXED = "its result is the same for every input: a runtime folds it into a constant"
 SILENT = frozenset({"dropout", "identity"})  # operators that the export removes
+FUNCTIONS = frozenset(
+    "celu elu gelu hardsigmoid hardswish leaky_relu mish prelu selu sigmoid silu softplus softsign tanh".split()
+)
+"""Activation functions of one value, which cost a dequantizer and a quantizer where only they compute in floats."""
+BEHIND_FLOATS = "what it reads is not written by an integer kernel"
 CHECKED = ("conv", "conv_transpose", "linear", "add", "cat", "avg_pool", "matmul", "attention")
 
 
@@ -75,8 +80,11 @@ def place(
             fixed.add(node)
         reason = masked.get(node.name) or _refusal(network, node, what, capabilities)
         sigmoids = () if reason else gates.gate(network, node, written, moves)
+        behind = any(gates.writer(network, x, moves) in written for x in tensor_inputs(node))
         if what in gates.KINDS and (not sigmoids or any(site(s) in excluded for s in sigmoids)):
             reason = reason or gates.REASON
+        elif what in FUNCTIONS and not behind:
+            reason = reason or BEHIND_FLOATS
         reason = reason or decoded.get(node.name) or steep.get(node.name)
         if reason is None and node in fixed:
             reason = FIXED
@@ -88,7 +96,7 @@ def place(
             integer += [node, *(s for s in sigmoids if s not in integer)]
             if what in capabilities.quantized_output:
                 written.add(node)
-        elif what in CHECKED or multiplies(network, node):
+        elif what in CHECKED or multiplies(network, node) or (behind and _interrupts(what, capabilities)):
             floats[site(node)] = reason
     stored = tuple(
         site(n)
@@ -112,6 +120,11 @@ def place(
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
     centred = {edges[f"{site(n)}:in{port}"] for n in integer for port in _without_zero_point(network, n)}
     return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(edges) - read)
+
+
+def _interrupts(what: str, capabilities: Capabilities) -> bool:
+    """Whether a kind of operator computes in floats what integer kernels around it could read and write."""
+    return what in FUNCTIONS and what not in capabilities.integer | capabilities.fuses
 
 
 def _without_zero_point(network: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:

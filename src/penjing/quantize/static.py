@@ -30,7 +30,8 @@ from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import BIAS_LIMIT, GENERIC, GRIDS, Capabilities, Entry, Formats, Plan, QuantSpec
 from penjing.steps.settings import FLAG, NAMES, check, one_of, optional, require, whole
 from penjing.steps.step import Context
-from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions, unfold_silus
+from penjing.surgery import fold_batch_norms, own_weights, recurrent, unfold_attentions, unfold_self_gates
+from penjing.surgery.self_gates import GATES
 from penjing.tasks.keywords import suggesting
 
 RULES = {
@@ -48,7 +49,7 @@ RULES = {
 }
 """Rules for the fields of `Static` that may differ between operators."""
 
-DECOMPOSED = ("attention", "silu")
+DECOMPOSED = ("attention", *GATES)
 """Kinds that `prepare` replaces by their operators where a runtime has integer kernels for these."""
 
 
@@ -285,16 +286,14 @@ class Static:
 def prepare(network: fx.GraphModule, capabilities: Capabilities, exclude: Iterable[str] = ()) -> tuple[Edit, ...]:
     """Prepare a network for quantization, in place, and return the edits.
 
-    Tied weights are untied where a reader transposes them, batch norms are folded, and attentions and SiLUs are
-    decomposed, except in operators that match a pattern of `exclude`.
+    Tied weights are untied where a reader transposes them, batch norms are folded, and attentions, SiLUs and
+    hard swishes are decomposed, except in operators that match a pattern of `exclude`.
     """
     in_floats = fitting(exclude, network)
     edits = own_weights(network, in_floats) + fold_batch_norms(network)
     if "matmul" in capabilities.integer:
         edits += unfold_attentions(network, in_floats)
-    if "sigmoid" in capabilities.integer:
-        edits += unfold_silus(network, in_floats)
-    return edits
+    return edits + unfold_self_gates(network, capabilities.integer, in_floats)
 
 
 def for_layer(spec: QuantSpec, layer: nn.Module) -> QuantSpec:

@@ -17,6 +17,8 @@ from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multipl
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
 
+_BETWEEN = ("sigmoid", "hardsigmoid", "mul", "leaky_relu")  # kernels that read integers and write them
+
 SETTINGS = {"disabled_optimizers": "[A-Za-z0-9_ ]*"}
 """What a manifest may tell it, and how that reads."""
 APART = ()
@@ -37,12 +39,12 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         precisions=("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=7 if narrow else 8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=False, symmetric=False),
-        integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul", "sigmoid", "mul"}),
+        integer=frozenset({"conv", "linear", "add", "cat", "avg_pool", "matmul", *_BETWEEN}),
         fuses=frozenset({"relu", "clip"}),
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),
         passthrough=frozenset({"max_pool", "pad", "reshape", "resize", "transpose"}),
-        quantized_output=frozenset({"conv", "add", "cat", "avg_pool", "sigmoid", "mul"}),
+        quantized_output=frozenset({"conv", "add", "cat", "avg_pool", *_BETWEEN}),
         stored=frozenset({"embedding", "conv_transpose", "lstm", "gru"}),
         recurrent=frozenset({"lstm"}),
         channel_multiple=channel_multiple(instruction_sets),
@@ -56,12 +58,14 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
 
     from penjing.onnx_files import rewrites as onnx_rewrites
     from penjing.onnx_files import write as onnx_file
+    from penjing.onnx_files.hard_sigmoids import hard_sigmoids_as_sums
     from penjing.tasks.outputs import output_names
 
     path = folder / "model.onnx"
     inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), path, half=precision == "fp16")
     if precision == "int8":
         model = onnx.load(str(path))
+        hard_sigmoids_as_sums(model)
         onnx_rewrites.cast_when_loaded(model)
         onnx_rewrites.drop_unread(model)
         path.write_bytes(model.SerializeToString(deterministic=True))

@@ -7,8 +7,8 @@ operators that permute an axis), ``skip`` (one operator's value replaces another
 ``sparse`` (tensors whose zeros are preserved; the network is unchanged), ``split_outliers`` (a linear layer's input
 channels with outliers move to a separate layer), ``divide_inputs`` (input channels of linear layers are divided by a
 vector, and their weights multiplied by it), ``unfold_attention`` (an attention becomes its operators), ``unfold_silu``
-(a SiLU becomes a sigmoid and a product), ``own_weights`` (a layer that computes its weight from tied tensors gets a
-separate copy).
+and ``unfold_hardswish`` (the function becomes its gate and a product), ``own_weights`` (a layer that computes its
+weight from tied tensors gets a separate copy).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -21,7 +21,7 @@ from penjing.surgery.own_weights import own_weights
 from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
-from penjing.surgery.silu import unfold_silus
+from penjing.surgery.self_gates import unfold_self_gates
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.straight_through import Grid
@@ -43,5 +43,5 @@ __all__ = [
     "skip",
     "split_outliers",
     "unfold_attentions",
-    "unfold_silus",
+    "unfold_self_gates",
 ]

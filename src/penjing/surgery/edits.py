@@ -16,7 +16,7 @@ from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import give_own_weights
 from penjing.surgery.resize import RESIZING, resize
 from penjing.surgery.scaling import divide_inputs
-from penjing.surgery.silu import unfold_silu
+from penjing.surgery.self_gates import GATES, unfold_self_gate
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 
@@ -29,7 +29,10 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),
     "unfold_attention": lambda network, edit: unfold_attention(network, edit["site"]),
-    "unfold_silu": lambda network, edit: unfold_silu(network, edit["site"]),
+    **dict.fromkeys(
+        (f"unfold_{what}" for what in GATES),
+        lambda network, edit: unfold_self_gate(network, edit["site"], edit["edit"].removeprefix("unfold_")),
+    ),
     **dict.fromkeys(RESIZING, lambda network, edit: resize(network, (edit,))),
 }
 
