@@ -697,6 +697,28 @@ def onnx_files() -> str:
     return _under(["\n\n".join(tables)], data, "Batch 1; ")
 
 
+def quick() -> str:
+    """The quick way to one file, by tool and source: time, and quality in OpenVINO."""
+    data = _read("quick")
+    lines = ["| | source | seconds (spread) | × NNCF | agreement | noise |", "|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        times = f"{row['seconds']:.1f} ({row['spread_s']:.1f}) | {row['times_nncf']:.2f}"
+        quality = f"{row['agreement']:.1%} | {row['snr_db']:.1f} dB"
+        lines.append(f"| {row['tool']} | {row['source']} | {times} | {quality} |")
+    return _under(lines, data, f"Median of {data['repeats']} runs; ")
+
+
+def test_time() -> str:
+    """What the parts of the tests cost."""
+    data = _read("test_time")
+    lines = ["| | passed | skipped | wall-clock time | processor time |", "|---|---|---|---|---|"]
+    for row in [*data["rows"], data["total"]]:
+        times = f"{row['seconds'] / 60:.1f} min | {row['processor_s'] / 60:.1f} min"
+        lines.append(f"| {row['target']} | {row['passed']} | {row['skipped']} | {times} |")
+    idle = f"{data['jobs']} at a time on {data['machine']['cores']} cores, idle {data['total']['idle']:.0%}; "
+    return _under(lines, data, idle)
+
+
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -726,6 +748,8 @@ TABLES = {
     "field_trainings": field_trainings,
     "detector_heads": detector_heads,
     "onnx_files": onnx_files,
+    "quick": quick,
+    "test_time": test_time,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

@@ -48,6 +48,22 @@ def test_one_process_serves_all_artifacts_of_a_runtime(artifact):
     assert two.run(inputs)[0].shape[0] == 3
 
 
+def test_a_process_that_was_begun_is_the_one_that_opens_and_ends_when_nothing_is_asked(artifact, monkeypatch):
+    folder, inputs = artifact
+    isolated.close()
+    monkeypatch.setattr(isolated, "IDLE_S", 3.0)
+    runtime = read_manifest(folder).runtime
+    isolated.begin(runtime)
+    begun = isolated._workers[runtime].process
+    session = isolated.open_artifact(folder, 1)
+    assert pid(session) == begun.pid and session.run(inputs)[0].shape[0] == 3
+    del session
+    isolated.begin(runtime)
+    assert isolated._workers[runtime].process is begun
+    begun._exit_watch.join(30)
+    assert not begun.alive
+
+
 @pytest.mark.parametrize("name", ["SIGFPE", "SIGSEGV", "SIGKILL"])
 def test_a_crash_is_an_error_that_names_the_signal_and_the_next_call_works(artifact, name):
     folder, inputs = artifact
@@ -125,7 +141,7 @@ def test_nothing_is_imported_from_the_current_folder(artifact, tmp_path, monkeyp
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", os.environ.get("PYTHONPATH", ""), ""]))
-    process = Process("a test", "penjing.runtimes.worker")
+    process = Process("a test", "penjing.runtimes.worker", ["onnxruntime"])
     try:
         request = {"cmd": "open", "folder": str(artifact[0]), "threads": 1}
         assert process.ask(request, limit_s=120)[0] == {"handle": 0}
@@ -216,7 +232,7 @@ def test_what_a_library_forked_ends_too_and_keeps_nobody_waiting(tmp_path, monke
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
 def test_a_number_that_may_be_somebody_elses_by_now_gets_no_signal(monkeypatch):
-    process = Process("a test", "penjing.runtimes.worker")
+    process = Process("a test", "penjing.runtimes.worker", ["onnxruntime"])
     os.kill(process.pid, signal.SIGKILL)
     process.close()
     signalled = []

@@ -19,7 +19,7 @@ from penjing.tasks.task import Call, calibration_calls
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 1 << 24  # of the largest activation: the allocator maps larger blocks anew every time
+CHUNK_BYTES = 1 << 25  # of the largest activation: the allocator maps larger blocks anew every time
 
 
 def size_of(call: Call) -> int:

@@ -100,8 +100,15 @@ def _sizes(node: fx.Node, source: fx.Node, axes: dict[int, int]) -> list[Any] | 
 
 def _reshape(node: fx.Node, source: fx.Node, axes: dict[int, int]) -> Replacement:
     sizes = _sizes(node, source, axes)
+    if sizes is None or _is_empty(node):
+        return None
     # Not a view: of a transposed value there may be none, and the exporter writes both alike.
-    return None if sizes is None else (_aten.reshape.default, (source, sizes), {})
+    return _aten.reshape.default, (source, sizes), {}
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a size is 0, which the exporter takes for "as in the input" in a reshape, and not in a view."""
+    return any(isinstance(size, int) and size == 0 for size in node.meta["val"].shape)
 
 
 def _copy(node: fx.Node, source: Any, *_: Any, **__: Any) -> Replacement:
@@ -191,8 +198,8 @@ def _adaptive_pool_1d(node: fx.Node, source: Any, sizes: Any) -> Replacement:
     return _aten.squeeze.dim, (mean, -2), {}
 
 
-def _unchanged(node: fx.Node, *args: Any, **kwargs: Any) -> Replacement:
-    return node.target, args, kwargs
+def _as_it_is(node: fx.Node, *args: Any, **kwargs: Any) -> Replacement:
+    return None if _is_empty(node) else (node.target, args, kwargs)
 
 
 _RULES: dict[Any, Callable[..., Replacement]] = {
@@ -208,7 +215,7 @@ _RULES: dict[Any, Callable[..., Replacement]] = {
     _aten.expand_as.default: _expand_as,
     _aten.flatten.using_ints: _flatten,
     _aten.mT.default: _transpose_matrices,
-    _aten.reshape.default: _unchanged,  # torch makes a view of it, which the exporter writes alike
+    _aten.reshape.default: _as_it_is,  # torch makes a view of it, which the exporter writes alike
     _aten.to.dtype: _cast,
     _aten.unflatten.int: _unflatten,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -17,6 +17,8 @@ from penjing.recipes.recipe import Recipe
 from penjing.records.events import Listener
 from penjing.sources.source import Source
 from penjing.tasks.task import Task
+
+FEWER_SAMPLES = 128  # calibration samples of the recipe that does not search the rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,13 @@ def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Rec
 
     Args:
         exclude: Name patterns that stay in floating point.
-        rounding: Whether the rounding of every weight is searched; otherwise biases are corrected alone.
+        rounding: Whether the rounding of every weight is searched; otherwise biases are corrected alone, and ranges are
+            those of the first `FEWER_SAMPLES` calibration samples.
     """
-    repair = CoordinateRounding() if rounding else BiasCorrection()
-    return Recipe(Static(exclude=tuple(exclude), outliers="mitigate"), repair)
+    static = Static(exclude=tuple(exclude), outliers="mitigate")
+    if rounding:
+        return Recipe(static, CoordinateRounding())
+    return Recipe(replace(static, samples=FEWER_SAMPLES), BiasCorrection())
 
 
 def as_goal(goal: Goal | str) -> Goal:

@@ -154,7 +154,7 @@ def quantize_to(
             folder of images, an ``.npy`` or ``.npz`` file, ``file.py:task``.
         out: The file to write: ``small.onnx`` for ONNX Runtime, ``small.xml`` (and ``small.bin``) for OpenVINO.
         runtime: Its name, where the file's suffix does not tell.
-        fast: Correct biases instead of searching the rounding of every weight.
+        fast: Correct biases instead of searching the rounding of every weight, and read 128 calibration samples.
         exclude: Name patterns of operators that stay in floating point.
         seed: Same seed, data, machine kind and threads: same file.
         threads: None takes every core.
@@ -180,6 +180,7 @@ def quantize_to(
             requests.check_inputs(task)
             source, task, told = in_single_precision(source, with_declared_axes(source, task))
             check_forward(source, task)
+        isolated.begin(target.runtime)
         with clock("capture"):
             network = capture_repeatable(source, task)
         context = Context(

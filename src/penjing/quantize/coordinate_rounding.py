@@ -25,6 +25,7 @@ from penjing.steps.settings import at_least, check, whole
 from penjing.steps.step import Context
 
 POSITIONS = 256  # output positions of a sample that are used at most
+GROUPED_POSITIONS = (64, 4)  # the same in groups of few columns: so many, and so many for every column, if that is more
 BLOCK = 32  # columns whose updates are applied to the others together
 PIECES = 8  # minimal number of chunks of samples, so that a quarter of them can be held out
 SETTLED = 1e-3  # stop after a sweep that changes a smaller fraction of the weights
@@ -112,12 +113,14 @@ def covariances(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | No
         return None
     groups, columns = columns_of(module)
     gram = Gram(columns, groups=groups, others=columns, means=True, dtype=torch.float32)
+    fewest, a_column = GROUPED_POSITIONS
+    positions = POSITIONS if groups == 1 else min(POSITIONS, max(fewest, a_column * columns))
     weights = layer.row_weights()
     for i, (source, replica) in enumerate(zip(layer.inputs, layer.replica_inputs, strict=True)):
         # Rows selected by values may be none, or others in the quantized replica.
         if source.shape == replica.shape and source.numel():
-            x, y = (patches(module, each, positions=POSITIONS) for each in (replica, source))
-            gram.add(x, y, None if weights is None else patches(module, weights[i][..., None], positions=POSITIONS))
+            x, y = (patches(module, each, positions=positions) for each in (replica, source))
+            gram.add(x, y, None if weights is None else patches(module, weights[i][..., None], positions=positions))
     return gram.covariances() if gram.count else None
 
 

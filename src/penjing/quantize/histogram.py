@@ -10,6 +10,7 @@ from penjing.errors import CalibrationError
 
 BINS = 8192
 SAMPLES_A_BATCH = 1 << 16  # values counted per batch; minimum and maximum are taken over all of them
+_LOWEST = -100  # exponent of the smallest limit, which a float32 can be divided by
 
 
 class Histogram:
@@ -39,7 +40,7 @@ class Histogram:
         Raises:
             CalibrationError: A value is infinite or NaN.
         """
-        x = x.detach()
+        x = x.detach().float()
         if x.numel() == 0:
             return
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -66,16 +67,16 @@ class Histogram:
         stride = max(1, x.numel() // max(1, int(SAMPLES_A_BATCH * share)))
         while math.gcd(stride, sample) > 1:  # otherwise it would always sample the same rows or channels
             stride += 1
-        values = x[::stride].double()
+        values = x[::stride]
         # Scaling by a power of two and rounding down are exact, so a value's bin does not depend on when it was added.
         half = len(self.counts) // 2
-        places = torch.floor(values * (half / self.limit)).long() + half
+        places = (values * (half / self.limit)).floor_().int().add_(half)
         counts = torch.bincount(places, minlength=len(self.counts))
         self.counts += counts.double() * (x.numel() / values.numel())
 
     def _grow(self, largest: float) -> None:
         if self.limit == 0:
-            self.limit = 2.0 ** max(-126, math.frexp(largest)[1]) if largest > 0 else 2.0**-126
+            self.limit = 2.0 ** max(_LOWEST, math.frexp(largest)[1]) if largest > 0 else 2.0**_LOWEST
         while largest >= self.limit:  # the last bin ends before the limit
             half = len(self.counts) // 2
             merged = self.counts.reshape(half, 2).sum(1)

@@ -37,7 +37,7 @@ class _Worker:
     """The process of one runtime, how many artifacts are open in it, and which of them nobody needs any more."""
 
     def __init__(self, runtime: str) -> None:
-        self.process = Process(runtime, "penjing.runtimes.worker")
+        self.process = Process(runtime, "penjing.runtimes.worker", [runtime])
         self.owner = os.getpid()
         self.open = 0
         self.forgotten: list[int] = []  # told with the next request: a destructor may come in the middle of one
@@ -54,9 +54,13 @@ class _Worker:
             try:
                 return self.process.ask({**request, "forget": forgotten}, arrays, limit_s=limit_s)
             finally:
-                self.timer = threading.Timer(IDLE_S, self._idle)
-                self.timer.daemon = True
-                self.timer.start()
+                self.rest()
+
+    def rest(self) -> None:
+        """End the process after a minute without requests."""
+        self.timer = threading.Timer(IDLE_S, self._idle)
+        self.timer.daemon = True
+        self.timer.start()
 
     def _idle(self) -> None:
         with _lock:
@@ -79,6 +83,15 @@ def _worker(runtime: str) -> _Worker:
                 worker.close()
             worker = _workers[runtime] = _Worker(runtime)
         return worker
+
+
+def begin(runtime: str) -> None:
+    """Start the process of a runtime, which imports it while this process goes on with something else."""
+    if apart(runtime):
+        with _lock:
+            worker = _worker(runtime)
+            if worker.timer is None:
+                worker.rest()
 
 
 @atexit.register

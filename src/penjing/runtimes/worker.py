@@ -1,4 +1,4 @@
-"""A process of its own in which one runtime works: ``python -m penjing.runtimes.worker``.
+"""A process of its own in which one runtime works: ``python -m penjing.runtimes.worker RUNTIME``.
 
 It answers requests (see `penjing.measure.processes`) until its input ends. What a library raises is the answer, and the
 process goes on; what crashes it ends it alone. Torch is not imported.
@@ -6,7 +6,9 @@ process goes on; what crashes it ends it alone. Torch is not imported.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import importlib
 import itertools
 import sys
 import traceback
@@ -68,11 +70,14 @@ class Worker:
         return {"result": getattr(module, function)(*arguments)}, []
 
 
-def main() -> int:
-    """Serve until the input ends or a request says stop; the exit code."""
+def main(runtime: str) -> int:
+    """Import the runtime, then serve until the input ends or a request says stop; the exit code."""
     requests, answers = channel()
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO's converter sends usage data with it
     faulthandler.enable()  # a crash in native code leaves its stack on standard error
+    with contextlib.suppress(Exception):  # the first request meets it again, and answers with it
+        runtimes.get(runtime)
+        importlib.import_module(runtimes.SPECS[runtime].packages[0])
     worker = Worker()
     commands = {name: getattr(worker, name) for name in ("open", "run", "executed", "profile", "expose", "call")}
     while (received := receive(requests)) is not None:
@@ -93,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(sys.argv[1]))
