@@ -18,7 +18,7 @@ from penjing.records.events import Listener
 from penjing.sources.source import Source
 from penjing.tasks.task import Task
 
-FEWER_SAMPLES = 128  # calibration samples of the recipe that does not search the rounding
+FEWER_SAMPLES = 200  # calibration samples of the recipe that does not search the rounding
 
 
 @dataclass(frozen=True, kw_only=True)
