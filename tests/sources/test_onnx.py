@@ -603,6 +603,30 @@ def test_constants_among_sizes_are_numbers(tmp_path, opset):
     assert not list(network.parameters())
 
 
+def test_outputs_that_are_sizes_have_the_type_of_the_file(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Cast", ["shape"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["shape"], ["integers"], to=TensorProto.INT32),
+        helper.make_node("Abs", ["floats"], ["a"]),
+        helper.make_node("Mul", ["floats", "half"], ["halves"]),
+        helper.make_node("Slice", ["x", "zero", "two", "one"], ["narrow"]),
+        helper.make_node("Add", ["narrow", "halves"], ["y"]),
+    ]
+    names = ("shape", "floats", "integers", "a", "halves")
+    constants = {"half": np.float32([0.5]), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
+    made = model(nodes, {"x": ["n", 4]}, dict.fromkeys(names, [2]) | {"y": ["n", 2]}, constants)
+    types = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT)
+    for output, kind in zip(made.graph.output, types, strict=False):
+        output.type.tensor_type.elem_type = kind
+    answers = captured_and_run(tmp_path, made, [values(3, 4), values(5, 4)])
+    for where in ("captured", *RUNTIMES):
+        for batch, expected in zip(answers[where], answers["source"], strict=True):
+            for output, wanted in zip(batch, expected, strict=True):
+                np.testing.assert_allclose(output, wanted, rtol=1e-4)
+                assert output.dtype == wanted.dtype, where
+
+
 def test_a_weight_times_a_size_is_a_weight(tmp_path):
     nodes = [
         helper.make_node("Size", ["x"], ["count"]),

@@ -19,6 +19,7 @@ from penjing.onnx_files.layer_weights import moved_weights
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
 from penjing.onnx_files.node import FAILURES, Node, is_known
 from penjing.onnx_files.operators import KNOWN_INPUTS, OPERATORS
+from penjing.onnx_files.operators.elementwise import TYPES
 from penjing.onnx_files.operators.recurrent import layer_tensors
 from penjing.onnx_files.sizes import SIZES
 from penjing.onnx_files.words import check_words
@@ -76,6 +77,8 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
         {name: value for name, value in weights.items() if name in read},
         statistics,
     )
+    declared = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
+    network.types = {name: TYPES[code] for name, code in declared.items() if code in TYPES}
     return network
 
 

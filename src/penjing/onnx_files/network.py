@@ -134,12 +134,14 @@ class OnnxNetwork(Graph):
         fixed_axes: Axes that the file declares as varying and that can't be, in words.
         of_operators: That its modules are operators, after which capturing names the layers whose weights' names are
             numbers (``onnx::Conv_311``).
+        types: Of the outputs, as the file declares them.
     """
 
     inputs: dict[str, str]
     declared: tuple[str, ...] = ()
     fixed_axes: tuple[str, ...] = ()
     of_operators = True
+    types: Mapping[str, torch.dtype] = {}
     _stored: Mapping[str, str] = {}
 
     def __init__(
@@ -164,7 +166,8 @@ class OnnxNetwork(Graph):
         given = {
             name: value if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in inputs.items()
         }
-        results = [tensor(value) for value in self.compute({**values, **given})]
+        computed = zip(self._outputs, self.compute({**values, **given}), strict=True)
+        results = [tensor(value, self.types.get(name)) for name, value in computed]
         return results[0] if len(results) == 1 else dict(zip(self._outputs, results, strict=True))
 
 

@@ -149,14 +149,27 @@ def number(node: Node, value: Value, role: str) -> Any:
     return item if isinstance(item, torch.SymInt | torch.SymFloat) else item.item() if hasattr(item, "item") else item
 
 
-def tensor(value: Value) -> torch.Tensor:
-    """A value as a tensor."""
+def tensor(value: Value, declared: torch.dtype | None = None) -> torch.Tensor:
+    """A value as a tensor.
+
+    Args:
+        value: A tensor, or what is known.
+        declared: Its type, where the file says it: an array of symbols does not know of which size its numbers are.
+    """
     if isinstance(value, torch.Tensor):
         return value
     if value.dtype == object:
-        rows = [torch.scalar_tensor(item, dtype=torch.int64) for item in value.reshape(-1)]
-        return torch.stack(rows).reshape(value.shape) if rows else torch.zeros(value.shape, dtype=torch.int64)
+        items = list(value.reshape(-1))
+        dtype = declared or _type_of(items)
+        rows = [torch.scalar_tensor(item, dtype=dtype) for item in items]
+        return torch.stack(rows).reshape(value.shape) if rows else torch.zeros(value.shape, dtype=dtype)
     return from_array(value)
+
+
+def _type_of(items: list[Any]) -> torch.dtype:
+    if any(isinstance(item, torch.SymFloat | float | np.floating) for item in items):
+        return torch.float32
+    return torch.bool if all(isinstance(item, torch.SymBool | bool | np.bool_) for item in items) else torch.int64
 
 
 def from_array(value: np.ndarray) -> torch.Tensor:
