@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.network.graph import arguments, is_tensor, kind, operator_name, shapes, site, tensor_inputs
 from penjing.records import LayerRow
+from penjing.tasks.sample_axes import along_samples
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shapes = dict[str, torch.Tensor]
@@ -167,21 +168,29 @@ def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
 
 
 def _shapes(network: fx.GraphModule, call: Call) -> Shapes:
-    try:
-        return shapes(network, _one_sample(call))
-    except RuntimeError:  # a fixed batch size is a constant in the graph's reshapes
-        return shapes(network, call)
+    for one in (_one_sample(call), _one_sample(call, states=True)):
+        try:
+            return shapes(network, one)
+        except (RuntimeError, IndexError):  # a fixed batch size is a constant in the graph's reshapes
+            continue
+    return shapes(network, call)
 
 
-def _one_sample(call: Call) -> Call:
-    """Every tensor whose first axis is as long as the first input's, cut to one sample."""
-    batch = next((t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()), 1)
+def _one_sample(call: Call, *, states: bool = False) -> Call:
+    """The call with one of its samples.
 
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
+    Args:
+        call: Its first tensor has its samples in axis 0.
+        states: Whether (n, n, width) behind it is the state of n recurrent layers, with n samples in axis 1.
+    """
+    first = next((x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor) and x.dim()), None)
+
+    def cut(value: torch.Tensor, axis: int) -> torch.Tensor:
+        square = states and value is not first and value.dim() == 3 and value.shape[0] == value.shape[1]
         # A clone, because a slice would keep the storage of the whole batch.
-        return tensor[:1].clone() if tensor.dim() and tensor.shape[0] == batch else tensor
+        return value.narrow(1 if square else axis, 0, 1).clone()
 
-    return pytree.tree_map_only(torch.Tensor, cut, call)  # type: ignore[no-any-return]
+    return along_samples(call, None, cut)
 
 
 def _is_operator(node: fx.Node) -> bool:

@@ -14,7 +14,8 @@ from penjing.network.graph import shapes
 from penjing.network.weights import fingerprint_with_graph
 from penjing.steps.cache import Identity, Key
 from penjing.steps.step import Context
-from penjing.tasks.call import leaves, map_leaves
+from penjing.tasks.calibration import Dynamic
+from penjing.tasks.sample_axes import along_samples, size_of
 from penjing.tasks.task import Call, calibration_calls
 
 T = TypeVar("T")
@@ -22,28 +23,15 @@ T = TypeVar("T")
 CHUNK_BYTES = 1 << 25  # of the largest activation: the allocator maps larger blocks anew every time
 
 
-def size_of(call: Call) -> int:
-    """The number of samples in a call: the first axis of its first tensor; 1 where no tensor has an axis."""
-    tensors = (leaf for _, _, leaf in leaves(call) if isinstance(leaf, torch.Tensor) and leaf.dim())
-    return next((int(t.shape[0]) for t in tensors), 1)
-
-
-def part(call: Call, first: int, last: int) -> Call:
-    """The samples first to last − 1 of a call.
+def part(call: Call, first: int, last: int, dynamic: Dynamic) -> Call:
+    """The samples first to last − 1 of a call, whose axes vary as in `Task.dynamic`.
 
     States of recurrent layers, (layers, batch, hidden), have them in their second axis: torch would read past the end
     of one that is not cut with the other inputs.
     """
-    size = size_of(call)
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return value
-        if value.shape[0] == size:
-            return value[first:last]
-        return value[:, first:last] if value.dim() == 3 and value.shape[1] == size else value
-
-    return map_leaves(cut, call[0]), map_leaves(cut, call[1])
+    return along_samples(
+        call, dynamic, lambda value, axis: value.narrow(axis, first, min(last, value.shape[axis]) - first)
+    )
 
 
 def cache_key(
@@ -75,7 +63,7 @@ def batches(context: Context, samples: int) -> Iterator[Call]:
     varies = dynamic is None or any(0 in axes for axes in dynamic.values())
     for call in calibration_calls(context.task):
         size = size_of(call)
-        yield call if size <= left or not varies else part(call, 0, left)
+        yield call if size <= left or not varies else part(call, 0, left, dynamic)
         left -= size
         if left <= 0:
             return
@@ -99,7 +87,8 @@ def in_chunks(context: Context, network: fx.GraphModule, samples: int, pieces: i
         if not most:
             largest = max((t.numel() * t.element_size() for t in shapes(network, call).values()), default=1)
             most = max(1, min(CHUNK_BYTES * size // largest, samples // pieces))
-        parts = [part(call, first, min(first + most, size)) for first in range(0, size, most)]
+        dynamic = context.task.dynamic
+        parts = [part(call, first, min(first + most, size), dynamic) for first in range(0, size, most)]
         yield [_channels_last(piece) for piece in parts] if images else parts
 
 
@@ -124,7 +113,7 @@ def split(context: Context, samples: int = 600) -> tuple[Context, list[Call]]:
     """
     calls = list(batches(context, samples))
     if len(calls) < 3:
-        calls = [part(call, i, i + 1) for call in calls for i in range(size_of(call))]
+        calls = [part(call, i, i + 1, context.task.dynamic) for call in calls for i in range(size_of(call))]
     held_out = calls[2::3] or calls[1:]
     if not held_out:
         raise CalibrationError(

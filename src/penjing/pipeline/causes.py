@@ -87,7 +87,7 @@ def _why(draft: Draft, task: Task, columns: bool) -> str:
             be more than they are.
     """
     try:
-        call = part(one_call(task, SAMPLES), 0, SAMPLES)
+        call = part(one_call(task, SAMPLES), 0, SAMPLES, task.dynamic)
         noise_of = {name: n.total for name, n in noise.isolated(draft.network, draft.plan, [call]).items()}
     except Exception:  # a warning without its reason is better than none
         return ""

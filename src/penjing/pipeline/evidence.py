@@ -24,6 +24,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
 from penjing.surgery import insert
 from penjing.tasks.outputs import flatten_outputs, to_numpy
+from penjing.tasks.sample_axes import along_samples
 from penjing.tasks.task import Call, Task, calibration_calls
 
 SAMPLES = 32
@@ -44,13 +45,11 @@ def one_call(task: Task, batch: int) -> Call:
     if task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values()):
         return task.call()
 
-    def resize(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return value
-        times = -(-batch // value.shape[0])
-        return torch.cat([value] * times)[:batch].contiguous()
+    def resize(value: torch.Tensor, axis: int) -> torch.Tensor:
+        times = -(-batch // value.shape[axis])
+        return torch.cat([value] * times, axis).narrow(axis, 0, batch).contiguous()
 
-    return tuple(map(resize, call[0])), {k: resize(v) for k, v in call[1].items()}
+    return along_samples(call, task.dynamic, resize)
 
 
 def batch_size(task: Task, size: int) -> int:

@@ -17,7 +17,7 @@ from penjing.pipeline.evidence import PROBES
 from penjing.pipeline.metrics import metric_of
 from penjing.records import Candidate, Parity, ParityRow, Record, steadiness
 from penjing.records.folder import ARTIFACT, EVIDENCE, SOURCE
-from penjing.records.manifest import Manifest, Port, read_manifest
+from penjing.records.manifest import Manifest, Port, read_manifest, sample_axes
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.tasks.task import Task
@@ -139,7 +139,7 @@ def _parities(folder: Path, chosen: Candidate, session: Any, manifest: Manifest)
                 for size in (*PROBES, samples):  # in one session, as when it was judged
                     expected = reference if size == samples else [x for k, x in stored.items() if f"probe{size}_" in k]
                     if expected:
-                        few = session.run([x[:size] for x in inputs] if size != samples else inputs)
+                        few = session.run(_of_samples(inputs, manifest.programs[0].inputs, size))
                         near = measure.worst(near, measure.differences(expected, few, parts, size))
                 rows = list(measure.limits.judged(near, names, manifest.precision))
     if rows:
@@ -218,11 +218,19 @@ def batch_of(folder: Path, ports: tuple[Port, ...], batch: int) -> list[np.ndarr
     """Inputs of one call: the stored evidence where there is some, zeros otherwise; a fixed batch stays as it is."""
     if (folder / EVIDENCE).exists():
         inputs = [array for name, array in evidence.stored(folder).items() if name.startswith("input_")]
-        free = [bool(port.shape) and isinstance(port.shape[0], str) for port in ports]
-        pairs = zip(inputs, free, strict=True)
-        return [np.concatenate([x] * -(-batch // len(x)))[:batch] if varies else x for x, varies in pairs]
-    sizes = [[n if isinstance(n, int) else 8 if i else batch for i, n in enumerate(p.shape)] for p in ports]
+        return _of_samples(inputs, ports, batch)
+    axes = sample_axes(ports)
+    sizes = [
+        [n if isinstance(n, int) else batch if i == axis else 8 for i, n in enumerate(port.shape)]
+        for port, axis in zip(ports, axes, strict=True)
+    ]
     return [np.zeros(size, dtype=port.dtype) for size, port in zip(sizes, ports, strict=True)]
+
+
+def _of_samples(inputs: list[np.ndarray], ports: tuple[Port, ...], count: int) -> list[np.ndarray]:
+    """The first samples of inputs, repeated where there are fewer; a fixed batch stays as it is."""
+    pairs = zip(inputs, sample_axes(ports), strict=True)
+    return [x if axis is None else np.take(x, range(count), axis, mode="wrap") for x, axis in pairs]
 
 
 def _metric(record: Record, task: Task, session: Any, manifest: Manifest) -> Check:

@@ -18,10 +18,11 @@ from torch import fx, nn
 from penjing.analyze import lockstep
 from penjing.analyze.coupling import Coupling
 from penjing.analyze.gram import Gram, patches
-from penjing.analyze.samples import batches, part, size_of
+from penjing.analyze.samples import batches, part
 from penjing.network.graph import shapes
 from penjing.steps.plan import Plan
 from penjing.steps.step import Context
+from penjing.tasks.sample_axes import size_of
 from penjing.tasks.task import Call
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for the ridge penalty, relative to an input's mean square
@@ -45,7 +46,7 @@ def samples(context: Context, network: fx.GraphModule) -> list[Call]:
     room = max(MIN_SAMPLES, BYTES * size_of(first) // max(1, largest))
     chosen: list[Call] = []
     for call in itertools.chain([first], calls):
-        chosen.append(part(call, 0, room) if size_of(call) > room and context.task.dynamic is None else call)
+        chosen.append(part(call, 0, room, None) if size_of(call) > room and context.task.dynamic is None else call)
         room -= size_of(call)
         if room <= 0:
             break

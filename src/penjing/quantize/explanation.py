@@ -30,7 +30,7 @@ def explain(draft: Draft, context: Context, static: Static | None = None) -> tup
     fitting, held_out = split(context)
     plain = (static or Static())(draft, fitting)
     repaired = CoordinateRounding()(plain, fitting)
-    few = [part(call, 0, 4) for call in held_out[: SAMPLES // 4]]
+    few = [part(call, 0, 4, context.task.dynamic) for call in held_out[: SAMPLES // 4]]
 
     def progress(done: int, total: int) -> None:
         context.events("progress", label="noise of every operator", done=done, total=total)

@@ -275,7 +275,7 @@ def _alone(
 
     Weights are rounded by `CoordinateRounding`, or, if not `repaired`, to the nearest.
     """
-    few = _few(held_out)
+    few = _few(held_out, fitting)
     widest = drafts[max(drafts)]
     capabilities = fitting.capabilities or GENERIC
     nodes = sites(widest.network)
@@ -299,7 +299,7 @@ def _costs(
     weights = {n: _numel(widest, n) for n in names}
     if not settings.floats or settings.average_bits is not None:
         return Costs(noise=alone, ms={}, weights=weights)
-    halves = noise.in_bfloat16(widest.network, names, _few(held_out)) if precision == "int8-bf16" else {}
+    halves = noise.in_bfloat16(widest.network, names, _few(held_out, context)) if precision == "int8-bf16" else {}
     both = {name: {**choices, FLOAT: halves.get(name, 0.0)} for name, choices in alone.items()}
     if context.profile is None or context.latency is None:
         return Costs(noise=both, ms={}, weights=weights)
@@ -307,8 +307,8 @@ def _costs(
     return _timed(precision, widest, names, Costs(both, {}, {}, weights), edges, context)
 
 
-def _few(held_out: list[Any]) -> list[Any]:
-    return [part(call, 0, 4) for call in held_out[: RANKED // 4]]
+def _few(held_out: list[Any], context: Context) -> list[Any]:
+    return [part(call, 0, 4, context.task.dynamic) for call in held_out[: RANKED // 4]]
 
 
 def _timed(

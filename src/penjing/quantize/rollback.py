@@ -169,7 +169,7 @@ def ranking(draft: Draft, repaired: Draft, held_out: list[Call], context: Contex
         held_out: Samples to evaluate.
         context: For progress.
     """
-    few = [part(call, 0, 4) for call in held_out[: RANKED // 4]]
+    few = [part(call, 0, 4, context.task.dynamic) for call in held_out[: RANKED // 4]]
 
     def progress(done: int, total: int) -> None:
         context.events("progress", label="rank operators", done=done, total=total)

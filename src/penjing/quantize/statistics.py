@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from penjing.analyze.samples import cache_key, in_chunks, size_of
+from penjing.analyze.samples import cache_key, in_chunks
 from penjing.network.graph import flat_inputs
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.shared_scales import Columns
 from penjing.steps.step import Context
+from penjing.tasks.sample_axes import size_of
 
 
 class Statistics(NamedTuple):

@@ -34,6 +34,12 @@ class Port:
     shape: tuple[Any, ...]
 
 
+def sample_axes(ports: tuple[Port, ...]) -> list[int | None]:
+    """The axis of each input that holds its samples: the one called as the first axis of an input that varies."""
+    batch = next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
+    return [port.shape.index(batch) if batch is not None and batch in port.shape else None for port in ports]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """One file set that a runtime loads as a whole; the first of `files` is the one to name when loading."""

@@ -24,7 +24,7 @@ from torch._inductor import config as inductor
 
 from penjing.network.graph import arguments, compute, kind
 from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
-from penjing.records.manifest import Manifest
+from penjing.records.manifest import Manifest, sample_axes
 from penjing.runtimes import eager
 from penjing.runtimes.artifact import Executed
 from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
@@ -137,11 +137,9 @@ class _Session(eager.Session):
 def _examples(session: eager.Session, manifest: Manifest) -> list[list[np.ndarray]]:
     """What to compile for: torch specializes a batch of one, and takes a size that changed from there for varying."""
     ports = manifest.programs[0].inputs
-    batch = next((port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], str)), None)
-    one = [
-        x[:1] if port.shape and port.shape[0] == batch else x for x, port in zip(session.example, ports, strict=True)
-    ]
-    return [session.example] if batch is None else [one, session.example]
+    axes = sample_axes(ports)
+    one = [x if axis is None else np.take(x, range(1), axis) for x, axis in zip(session.example, axes, strict=True)]
+    return [session.example] if axes.count(None) == len(axes) else [one, session.example]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from penjing.tasks.outputs import (
     to_numpy,
     unflatten_outputs,
 )
+from penjing.tasks.sample_axes import along_samples, size_of
 
 __all__ = [
     "Call",
@@ -222,10 +223,9 @@ def _array(value: Any) -> Any:
 
 
 def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
-    """Split a batch into (calibration, held-out) along axis 0 of every tensor that has the batch there."""
-    rows = {int(v.shape[0]) for _, _, v in leaves(call) if isinstance(v, torch.Tensor) and v.dim() > 0}
+    """Split a batch into (calibration, held-out) along the samples of every tensor."""
     fixed = task.dynamic is not None and not any(0 in axes for axes in task.dynamic.values())
-    samples = max(rows, default=0)
+    samples = size_of(call)
     if fixed or samples < 2:
         raise CalibrationError(
             "there is too little calibration data to hold out a part",
@@ -237,16 +237,9 @@ def _split_samples(call: Call, task: Task) -> tuple[Call, Call]:
     selected = torch.arange(samples) % _HELD_OUT == _HELD_OUT - 1
     selected[-1] |= not bool(selected.any())
 
-    def rows_of(mask: torch.Tensor) -> Callable[[Any], Any]:
-        def take(value: Any) -> Any:
-            batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == samples
-            return value[mask] if batched else value
-
-        return take
-
     def cut(mask: torch.Tensor) -> Call:
-        take = rows_of(mask)
-        return tuple(map_leaves(take, arg) for arg in call[0]), map_leaves(take, call[1])
+        rows = mask.nonzero()[:, 0]
+        return along_samples(call, task.dynamic, lambda value, axis: value.index_select(axis, rows))
 
     return cut(~selected), cut(selected)
 
