@@ -1,10 +1,11 @@
 """Detectors in INT8 by tool and runtime, over several networks: which differences are more than luck?
 
-The networks differ in the seed of their training alone; seed 0 is examples/detection. All contestants of a network see
-the same calibration inputs, and all are judged on the same 2,400 scenes, whose raw outputs are stored. From them come:
+The networks differ in the seed of their training alone; seed 0 is the file of examples/detection. All contestants of a
+network see the same calibration inputs, and all are judged on the same 2,400 scenes, whose raw outputs are stored. From
+them come:
 
 - mAP@0.5:0.95, and the points lost against fp32 with a paired bootstrap over scenes: the same scenes are drawn, with
-  replacement, for both, 400 times. The interval holds 95 % of the differences.
+  replacement, for both, 300 times. The interval holds 95 % of the differences.
 - agreement: the mAP if the boxes that fp32 itself gives a score above 0.3 are the truth. No label takes part, so a
   detector that is right by luck where fp32 is wrong gains nothing.
 - noise of boxes (in the cells where fp32 sees an object) and of scores (in all), as signal-to-noise ratio; signal is
@@ -12,9 +13,9 @@ the same calibration inputs, and all are judged on the same 2,400 scenes, whose 
 
     python benchmarks/detectors.py --folder DIR [--seeds 0 1 2] [--contestants NAME ...] [--calibration 1]
 
-Weights and outputs that lie in --folder are not made again. A seed whose weights are missing is trained first, which
-takes some minutes. NNCF has to be importable. `--calibration 2` calibrates with the second 256 scenes of the training,
-and so on: contestants of their own.
+Weights, outputs and draws that lie in --folder are not made again. A seed whose weights are missing is trained first,
+which takes some minutes. NNCF has to be importable. `--calibration 2` calibrates with the second 256 scenes of the
+training, and so on: contestants of their own.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SCENES = 2400
 BATCH = 32
 LEAST_SCORE, OVERLAP = 0.01, 0.65  # as pj.tasks.detection reads boxes
 SEEN = 0.3  # score from which fp32's own boxes are the truth of the agreement
-DRAWS = 400
+DRAWS = 300
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -170,54 +171,67 @@ def interval(differences: np.ndarray) -> dict[str, float]:
 
 
 def drawn(count: int) -> np.ndarray:
-    """How often each scene is drawn, (draws, scenes)."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
+    """How often each scene counts, (1 + draws, scenes): once in the first row."""
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    return np.concatenate([np.ones((1, count)), draws])
 
 
-def of_network(rows: dict[str, np.ndarray], truth: list[Objects]) -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
-    """What the JSON says of a network's contestants, and the mAP and agreement of each in every draw, (draws,)."""
-    found = {name: detections(each) for name, each in rows.items()}
-    ours = [
-        Objects(boxes.boxes[boxes.scores > SEEN], boxes.labels[boxes.scores > SEEN]) for boxes in found[fields.SOURCE]
-    ]
-    draws, every = drawn(len(truth)), np.ones(len(truth))
-    table, resampled = {}, {}
-    for name, each in found.items():
-        ranked, agreeing = rankings(each, truth), rankings(each, ours)
-        table[name] = {
-            "metric": mean_average_precision(ranked, every),
-            "agreement": mean_average_precision(agreeing, every),
+def resampled(files: dict[str, Path], truth: list[Objects]) -> dict[str, dict[str, np.ndarray]]:
+    """mAP and agreement of a network's contestants in every draw, (1 + draws,), kept beside their outputs."""
+    kept = {name: file.with_suffix(f".{DRAWS}.npz") for name, file in files.items()}
+    missing = [name for name, file in kept.items() if not file.is_file()]
+    if missing:
+        sure = [seen(each) for each in detections(np.load(files[fields.SOURCE]))]
+        draws = drawn(len(truth))
+    for name in missing:
+        found = detections(np.load(files[name]))
+        truths = {"metric": truth, "agreement": sure}
+        ranked = {figure: rankings(found, objects) for figure, objects in truths.items()}
+        values = {
+            figure: np.array([mean_average_precision(each, weights) for weights in draws])
+            for figure, each in ranked.items()
         }
-        resampled[name] = {
-            "metric": np.array([mean_average_precision(ranked, weights) for weights in draws]),
-            "agreement": np.array([mean_average_precision(agreeing, weights) for weights in draws]),
-        }
+        np.savez(kept[name], **values)
+        print(name, {figure: float(each[0]) for figure, each in values.items()}, flush=True)
+    return {name: dict(np.load(file)) for name, file in kept.items()}
+
+
+def seen(found: Detections) -> Objects:
+    """The boxes that fp32 is sure of, as a truth."""
+    rows = found.scores > SEEN
+    return Objects(found.boxes[rows], found.labels[rows])
+
+
+def of_network(files: dict[str, Path], draws: dict[str, dict[str, np.ndarray]]) -> dict:
+    """What the JSON says of a network's contestants."""
+    table: dict = {}
+    answers, source = np.load(files[fields.SOURCE]), draws[fields.SOURCE]["metric"]
+    for name, file in files.items():
+        table[name] = {figure: float(each[0]) for figure, each in draws[name].items()}
         if name != fields.SOURCE:
-            lost = table[fields.SOURCE]["metric"] - table[name]["metric"]
-            differences = resampled[fields.SOURCE]["metric"] - resampled[name]["metric"]
-            table[name] |= {"lost": lost, "bootstrap": interval(differences)}
-            table[name] |= noise(rows[fields.SOURCE], rows[name])
-    return table, resampled
+            lost = source - draws[name]["metric"]
+            table[name] |= {"lost": float(lost[0]), "bootstrap": interval(lost[1:])} | noise(answers, np.load(file))
+    return table
 
 
-def over_networks(tables: dict[str, dict], resampled: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict:
+def over_networks(tables: dict[str, dict], draws: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict:
     """Means over the networks, and how far every contestant is above NNCF's accurate mode."""
     shared = [name for name in next(iter(tables.values())) if all(name in table for table in tables.values())]
-    summary = {}
+    summary: dict = {}
     for name in shared:
         if name == fields.SOURCE:
             continue
         parts = [table[name] for table in tables.values()]
         figures = ("lost", "agreement", "boxes_db", "scores_db")
-        row: dict = {key: float(np.mean([part[key] for part in parts])) for key in figures}
-        draws = [each[fields.SOURCE]["metric"] - each[name]["metric"] for each in resampled.values()]
-        row |= {"bootstrap": interval(np.mean(draws, axis=0))}
+        summary[name] = {key: float(np.mean([part[key] for part in parts])) for key in figures}
+        lost = np.mean([each[fields.SOURCE]["metric"] - each[name]["metric"] for each in draws.values()], axis=0)
+        summary[name]["bootstrap"] = interval(lost[1:])
         for figure in ("metric", "agreement") if name != PEER and PEER in shared else ():
-            above = [table[name][figure] - table[PEER][figure] for table in tables.values()]
-            draws = [each[name][figure] - each[PEER][figure] for each in resampled.values()]
-            row[f"{figure}_above_peer"] = {"mean": float(np.mean(above)), "networks": above}
-            row[f"{figure}_above_peer"] |= interval(np.mean(draws, axis=0))
-        summary[name] = row
+            above = np.array([each[name][figure] - each[PEER][figure] for each in draws.values()])
+            summary[name][f"{figure}_above_peer"] = {
+                "mean": float(above[:, 0].mean()),
+                "networks": above[:, 0].tolist(),
+            } | interval(above[:, 1:].mean(axis=0))
     return summary
 
 
@@ -242,20 +256,20 @@ def main() -> None:
                 title += f", calibration {arguments.calibration}"
             outputs(arguments.folder / f"{seed} {title}.npy", seed, name, arguments.calibration, scenes.images)
             print(seed, title, flush=True)
-    tables, resampled = {}, {}
+    tables, draws = {}, {}
     for seed in arguments.seeds:
-        files = {file.stem.partition(" ")[2]: file for file in sorted(arguments.folder.glob(f"{seed} *.npy"))}
-        order = sorted(files, key=lambda title: (CONTESTANTS.index(title.partition(",")[0]), title))
-        tables[str(seed)], resampled[str(seed)] = of_network({title: np.load(files[title]) for title in order}, truth)
-        for title, row in tables[str(seed)].items():
-            print(seed, title, row, flush=True)
+        every = {file.stem.partition(" ")[2]: file for file in arguments.folder.glob(f"{seed} *.npy")}
+        order = sorted(every, key=lambda title: (CONTESTANTS.index(title.partition(",")[0]), title))
+        files = {title: every[title] for title in order}
+        draws[str(seed)] = resampled(files, truth)
+        tables[str(seed)] = of_network(files, draws[str(seed)])
     results = {
         "machine": dataclasses.asdict(measure.machine(fields.THREADS)),
         "versions": measure.versions() | {"nncf": importlib.metadata.version("nncf")},
         "scenes": len(truth),
         "draws": DRAWS,
         "networks": tables,
-        "mean": over_networks(tables, resampled),
+        "mean": over_networks(tables, draws),
     }
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results["mean"], indent=2))
