@@ -90,6 +90,19 @@ def test_pruning_with_reconstruction_is_nearer_to_the_source_and_passes_its_proo
     assert errors[True] < 0.5 * errors[False]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_batches_of_few_samples_of_which_none_or_all_are_held_out(prepared, batch):
+    draft, context = prepared
+    coupling = couple(draft.network, context.task.call())
+    x = torch.randn(12, 3, 12, 12)
+    copies = [
+        reconstructed(draft.network, coupling, {"first": [4, 5, 6, 7]}, [((part,), {}) for part in x.split(size)])
+        for size in (12, batch)
+    ]
+    for whole, parts in zip(*(fitted.state_dict().values() for fitted in copies), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
 def test_zeros_that_are_to_stay_stay(prepared):
     draft, context = prepared
     sparse = Magnitude(sparsity=0.5)(draft, context)

@@ -171,6 +171,8 @@ def _fitted(
         for some, error in zip(torch.split(inputs, many), torch.split(outputs - replica_outputs, many), strict=True):
             judges = (torch.arange(sample, sample + len(some)) % HELD_OUT) == HELD_OUT - 1
             for gram, chosen in ((fitting, ~judges), (judging, judges)):
+                if not chosen.any():  # of a batch of few samples
+                    continue
                 x, e = _rows(layer.module, some[chosen], error[chosen], in_channels, out_channels)
                 gram.add(x if bias is None else torch.cat([x, torch.ones_like(x[:, :1])], dim=1), e)
             sample += len(some)
