@@ -108,9 +108,11 @@ class Folded(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
         self.stage = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)), nn.ReLU())
         self.one, self.two = nn.Linear(8, 6, bias=False), nn.Linear(6, 4)
+        self.score = nn.Conv2d(8, 1, 1)  # its bias is a number
 
     def forward(self, x):
-        return self.two(self.one(self.stage(self.stem(x)).flatten(2).transpose(1, 2)))
+        x = self.stage(self.stem(x))
+        return self.two(self.one(x.flatten(2).transpose(1, 2))), self.score(x)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def layers_of(path):
 
 def test_layers_whose_weights_are_called_by_numbers_are_called_after_their_nodes(folded):
     weights, renamed, parameters = layers_of(folded)
-    assert weights == {"stem.0.weight", "stage.0.0.weight", "one.weight", "two.weight"}
+    assert weights == {"stem.0.weight", "stage.0.0.weight", "one.weight", "two.weight", "score.weight"}
     originals = {renamed.get(name, name) for name in weights}
     assert originals <= parameters.keys() and sum("::" in name for name in originals) > 2
 
@@ -139,7 +141,7 @@ def test_nodes_without_a_path_name_layers_too_and_a_weight_that_two_read_is_one_
     model = onnx.load(folded)
     for number, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{number}"
-    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv" and "::" in node.input[1]]
     again = model.graph.node.add()
     again.CopyFrom(convolutions[1])
     again.name, again.input[0], again.output[0] = "Conv_again", convolutions[1].output[0], "twice"

@@ -219,13 +219,15 @@ class _Raiser(Tensors):
         hides = any(f"{name}.{role}" in self.state for role, own in module._parameters.items() if own is None)
         if name and not hides:
             return name
-        return (self._scope(path, fqn) if self.operators else "") or f"{fqn}_layer"
+        scope = self._scope(path, fqn) if self.operators else ""
+        own = {*module._parameters, *module._buffers}
+        taken = any((key := f"{scope}.{role}") in self.state and parameters.get(role) != key for role in own)
+        return scope if scope and not taken else f"{fqn}_layer"
 
     def _scope(self, path: str, fqn: str) -> str:
-        """The layer that an operator is called after: of ``stage1.conv.Conv`` it is ``stage1.conv``; "" if taken."""
+        """The layer that an operator is called after: of ``stage1.conv.Conv`` it is ``stage1.conv``."""
         parent, _, word = path.rpartition(".")
-        name = self.scopes.setdefault(fqn, parent if parent and re.fullmatch("([A-Z][a-z]*)+", word) else path)
-        return "" if any(key.startswith(f"{name}.") and key != fqn for key in self.state) else name
+        return self.scopes.setdefault(fqn, parent if parent and re.fullmatch("([A-Z][a-z]*)+", word) else path)
 
     def _is_tensor(self, key: str, fqn: str) -> bool:
         if key == fqn:
