@@ -18,6 +18,7 @@ from torch import nn
 from penjing.analyze import lockstep
 from penjing.analyze.gram import Gram, columns_of, patches
 from penjing.numerics.grid import broadcast, integers
+from penjing.quantize.every_output import without_losses
 from penjing.quantize.repair import repaired
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Entry
@@ -35,7 +36,8 @@ SETTLED = 1e-3  # stop after a sweep that changes a smaller fraction of the weig
 class CoordinateRounding:
     """Choose the rounding of every quantized weight, layer by layer, each on the outputs of the rounded layers before.
 
-    Biases are corrected on the way (see `BiasCorrection`).
+    Biases are corrected on the way (see `BiasCorrection`). Where an output of several loses by it, some layers
+    keep their weights (see `penjing.quantize.every_output`).
 
     Attributes:
         samples: Calibration samples, held in memory together.
@@ -56,7 +58,10 @@ class CoordinateRounding:
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with weights on their grids, biases corrected."""
-        return repaired(draft, context, self.samples, "CoordinateRounding", self._weight, PIECES)
+        if not draft.plan:
+            return draft
+        rounded = repaired(draft, context, self.samples, "CoordinateRounding", self._weight, PIECES)
+        return without_losses(draft, rounded, context, lockstep.countable(draft.network))
 
     def _weight(self, layer: lockstep.Layer) -> torch.Tensor | None:
         return layer.weight if layer.entry is None else self._chosen(layer, layer.entry)
