@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from penjing import runtimes
 from penjing.architectures import build
 from penjing.errors import CalibrationError, RecipeError
 from penjing.network.capture import capture_network
@@ -325,3 +326,30 @@ class TestCollecting:
     def test_a_task_without_calibration_data(self, draft):
         with raises_case(CalibrationError, "no-calibration"):
             Static()(draft, Context(task=Task(example=torch.zeros(1, *SHAPE))))
+
+
+@pytest.mark.parametrize(("shift", "centred"), [(0.0, True), (1.0, False)])
+def test_openvino_gets_no_zero_point_where_that_costs_the_grid_little(shift, centred):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.padded, self.pointwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.padded(x) + self.pointwise(F.silu(x))
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    with torch.no_grad():
+        model.a.bias.add_(shift)
+    x = torch.randn(16, 3, 8, 8)
+    task = Task(example=(x,), calibration=[(x,)])
+    network = capture_network(model, *task.call())
+    for runtime, expected in (("openvino", centred), ("onnxruntime", False)):
+        capabilities = runtimes.get(runtime).capabilities(("avx2", "avx512f", "avx512_vnni", "amx_int8"))
+        entries = Static()(Draft(network), Context(task=task, capabilities=capabilities)).plan.entries
+        assert (entries["padded:in0"].zero_point[0] == 0) == expected
+        assert entries["pointwise:in0"].zero_point[0] != 0
+        kept = Static(activation_symmetric=False)(Draft(network), Context(task=task, capabilities=capabilities))
+        assert kept.plan.entries["padded:in0"].zero_point[0] != 0

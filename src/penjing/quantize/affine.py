@@ -6,6 +6,7 @@ CVPR 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -80,3 +81,19 @@ def weight_range(weight: torch.Tensor, spec: QuantSpec, steps: int = 32) -> tupl
         best_low = torch.where(better, low * ratio, best_low)
         best_high = torch.where(better, high * ratio, best_high)
     return best_low, best_high
+
+
+def centred_where_cheap(spec: QuantSpec, ends: tuple[float, float], limit: float) -> QuantSpec:
+    """Return the format without a zero point if that coarsens the grid of a range by at most `limit` dB.
+
+    >>> centred_where_cheap(QuantSpec(signed=False, symmetric=False), (-3.0, 3.2), 1.0).symmetric
+    True
+    >>> centred_where_cheap(QuantSpec(signed=False, symmetric=False), (-0.3, 6.0), 1.0).symmetric
+    False
+    """
+    low, high = ends[0], max(ends[1], 0.0)
+    if spec.symmetric or low >= 0 or (spec.bits, spec.grid, spec.scale) != (8, "uniform", "free"):
+        return spec
+    if 20 * math.log10(2 * max(-low, high) / (high - low)) > limit:
+        return spec
+    return replace(spec, symmetric=True, signed=True, narrow=False)

@@ -19,7 +19,7 @@ from penjing.analyze.samples import in_chunks
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize import mask_values, pixels
-from penjing.quantize.affine import scale_and_zero_point, shiftable, weight_range
+from penjing.quantize.affine import centred_where_cheap, scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.outlier_mitigation import mitigated
 from penjing.quantize.placement import Placement, place
@@ -203,6 +203,8 @@ class Static:
             if value in known and pixels.fits(spec):
                 step, first = known[value]
                 by_value[value, spec] = Entry(spec, (step,), (first,))
+            elif capabilities.centred_db and mine.activation_symmetric is None:
+                spec = centred_where_cheap(spec, estimate(statistics[value], spec), capabilities.centred_db)
             if (value, spec) not in by_value:
                 low, high = estimate(statistics[value], spec)
                 scale, zero = scale_and_zero_point(torch.tensor([low]), torch.tensor([high]), spec)

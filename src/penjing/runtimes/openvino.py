@@ -54,6 +54,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         passthrough=frozenset({"max_pool", "pad", "reshape", "resize", "transpose", *_LARGEST}),
         stored=frozenset({"embedding", "lstm", "gru"}),
         symmetric_products=True,
+        centred_db=1.0 if "amx_int8" in instruction_sets else 0.0,  # measured there alone
         dynamic=QuantSpec(axis=0, group=GROUP, range="dynamic") if vnni else None,
         channel_multiple=channel_multiple(instruction_sets),
         notes=("without VNNI, 8-bit products saturate in 16 bits: weights take 7 bits",) if narrow else (),
