@@ -13,40 +13,47 @@ import torch
 from torch import fx
 
 from penjing.analyze.noise import decibels, energy
-from penjing.analyze.samples import batches, part, size_of
+from penjing.analyze.samples import batches, part
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
+from penjing.tasks.call import leaves
 from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.sample_axes import size_of
 
-LOSS_DB = 0.5  # that an output may lose on these samples; on others it is about twice as much at most
-READ = 300  # calibration samples
-EACH = 8  # of every batch: neighbours are alike, such as pieces of one recording
-SAMPLES = 160  # that the outputs are compared on, about
+LOSS_DB = 0.1  # less is nothing: what an output gains or loses on other samples differs by far more
+FEWEST, MOST = 48, 300  # samples that decide
+ELEMENTS = 20_000_000  # of the inputs of all of them
+PARTS = 2  # of the samples: a few large errors make most of an output's noise
+PART_DB = 2.0  # that an output may lose in one part, if it loses nothing in all
 GROUPS = 8  # of layers, in which a repair is taken back
 
 
 def without_losses(before: Draft, after: Draft, context: Context, layers: Sequence[str]) -> Draft:
-    """Take a repair back in as many layers as it needs for no output to lose more than `LOSS_DB`.
+    """Take a repair back in some layers if an output loses by it, one after the other, those first that cost most.
 
     Args:
         before: A network in floating point and its plan.
         after: The same with other weights and biases of layers.
         context: Its task has the calibration data, over which the samples that decide are spread.
         layers: Names of the layers, in execution order.
+
+    Returns:
+        `after`, if no output loses more than `LOSS_DB`; otherwise it with the weights and biases that some layers have
+        in `before`, or `before` itself.
     """
     judge = _Judge(before, context)
-    if judge.outputs < 2 or judge.loss(after) <= LOSS_DB:
+    if judge.outputs < 2 or judge.gain(after) >= -LOSS_DB:
         return after
     size = -(-len(layers) // GROUPS)
     groups = [layers[first : first + size] for first in range(0, len(layers), size)]
-    groups.sort(key=lambda group: judge.loss(_taken_back(before, after, group)))
     back: list[str] = []
-    for group in groups[:-1]:
-        back += group
-        draft = _taken_back(before, after, back)
-        if judge.loss(draft) <= LOSS_DB:
-            return draft
+    while len(groups) > 1:
+        tried = [(judge.gain(_taken_back(before, after, [*back, *group])), i) for i, group in enumerate(groups)]
+        gain, chosen = max(tried)
+        back += groups.pop(chosen)
+        if gain >= -LOSS_DB:
+            return _taken_back(before, after, back)
     return before
 
 
@@ -54,25 +61,38 @@ class _Judge:
     """Compares drafts with the one before the repair, output by output."""
 
     def __init__(self, before: Draft, context: Context) -> None:
-        calls = [part(call, 0, EACH) for call in batches(context, READ)]
-        self.calls = calls[:: max(1, sum(map(size_of, calls)) // SAMPLES)]
-        self.references = [_outputs(before.network, call) for call in self.calls]
-        self.outputs = len(self.references[0])
+        calls = list(batches(context, MOST))
+        elements = sum(leaf.numel() for call in calls for _, _, leaf in leaves(call) if isinstance(leaf, torch.Tensor))
+        share = min(1.0, max(ELEMENTS / max(1, elements), FEWEST / sum(map(size_of, calls))))
+        dynamic = context.task.dynamic
+        calls = [part(call, 0, max(1, round(share * size_of(call))), dynamic) for call in calls]
+        calls = calls[:: max(1, sum(map(size_of, calls)) // MOST)]
+        self.parts = [calls[n * len(calls) // PARTS : (n + 1) * len(calls) // PARTS] for n in range(PARTS)]
+        self.parts = [calls for calls in self.parts if calls]
+        self.references = [[_outputs(before.network, call) for call in calls] for calls in self.parts]
+        self.outputs = len(self.references[-1][0])
         self.before = self._ratios(before) if self.outputs > 1 else []
 
-    def loss(self, draft: Draft) -> float:
-        """The most that an output's signal-to-noise ratio has fallen by, in dB."""
-        return max(b - a for b, a in zip(self.before, self._ratios(draft), strict=True))
+    def gain(self, draft: Draft) -> float:
+        """The least that an output's signal-to-noise ratio has risen by, in dB; below 0 where one has fallen.
+
+        Of all samples; of a part of them, if one falls by more than `PART_DB` there.
+        """
+        gains = [a - b for b, a in zip(self.before, self._ratios(draft), strict=True)]
+        whole, parts = min(gains[: self.outputs]), min(gains[self.outputs :])
+        return whole if parts >= -PART_DB else min(whole, parts)
 
     def _ratios(self, draft: Draft) -> list[float]:
+        """Signal-to-noise ratios of the outputs in dB: in all samples, then in each part of them."""
         network = insert(draft.network, draft.plan)
-        signals, noises = [0.0] * self.outputs, [0.0] * self.outputs
-        for call, references in zip(self.calls, self.references, strict=True):
-            for i, (value, reference) in enumerate(zip(_outputs(network, call), references, strict=True)):
-                signals[i] += energy(reference)
-                noises[i] += energy(value - reference)
+        powers = torch.zeros(len(self.parts), self.outputs, 2, dtype=torch.float64)
+        for row, calls, all_references in zip(powers, self.parts, self.references, strict=True):
+            for call, references in zip(calls, all_references, strict=True):
+                for output, value, reference in zip(row, _outputs(network, call), references, strict=True):
+                    output += torch.tensor([energy(reference), energy(value - reference)])
         # An output without signal or noise neither gains nor loses.
-        return [decibels(max(n, 1e-12 * s) / s) if s else 0.0 for s, n in zip(signals, noises, strict=True)]
+        every = [pair for row in (powers.sum(0), *powers) for pair in row.tolist()]
+        return [decibels(max(noise, 1e-12 * signal) / signal) if signal else 0.0 for signal, noise in every]
 
 
 def _outputs(network: fx.GraphModule, call: Any) -> list[torch.Tensor]:
