@@ -336,3 +336,17 @@ def test_random_networks_are_their_masked_reference(plan, seed):
     assume(removed)  # without a group that can lose a channel there is nothing to compare
     pruned = agree(network.double(), coupling, removed, (x.double(),), 1e-11)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)),
+        nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 12, 3, groups=6), nn.Conv2d(12, 4, 1)),
+    ],
+)
+def test_of_convolutions_in_groups_it_is_told_why_they_are_not_prunable(network):
+    x = torch.randn(2, 6, 8, 8)
+    coupling = couple(capture_network(network.eval(), (x,), {}), ((x,), {}))
+    assert not coupling.groups and coupling.not_prunable["0.weight:0"] == "0: the number of its groups never changes"

@@ -308,8 +308,10 @@ def _grouped(walk: Walk) -> Coupling:
     fixed_axes: dict[str, str] = {}
     for position, key in enumerate(keys):
         makes = walk.roles[key] == "its outputs"
+        # Of a convolution in groups, outputs and inputs are one: its weight's first axis speaks for it.
+        speaks = makes or (walk.roles[key] == "its channels" and key[1] == 0 and walk.stored_tensors[key[0]].dim() > 1)
         reasons = [not_prunable[c] for c in np.unique(sides[position][OWN]).tolist() if c in not_prunable]
-        if reasons and makes:
+        if reasons and speaks:
             fixed_axes[f"{key[0]}:{key[1]}"] = reasons[0]
         for side, here in sides[position].items():
             components, counts = np.unique(here[here >= 0], return_counts=True)
