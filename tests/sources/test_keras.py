@@ -574,6 +574,22 @@ def test_a_file_that_would_grow_is_refused(file, tmp_path):
             open_source(rewritten(file[0], tmp_path / f"bomb{n}.keras", members))
 
 
+@pytest.mark.parametrize("name", ["filters", "units"])
+def test_sizes_beyond_the_weights_take_no_memory(tmp_path, name):
+    inputs = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(7, 3)(inputs))
+    keras.Model(inputs, keras.layers.Dense(5)(pooled)).save(tmp_path / "net.keras")
+    with zipfile.ZipFile(tmp_path / "net.keras") as archive:
+        config = archive.read("config.json").decode()
+    size = {"filters": 7, "units": 5}[name]
+    text = f'"{name}": {size}'
+    assert text in config
+    members = {"config.json": config.replace(text, f'"{name}": {1 << 31}').encode()}
+    with raises_case(CheckpointError, "damaged") as caught:
+        open_source(rewritten(tmp_path / "net.keras", tmp_path / "huge.keras", members))
+    assert f"{name} = 2,147,483,648 in layer" in caught.value.got
+
+
 def test_other_members_and_damaged_files_are_refused(file, tmp_path):
     with raises_case(CheckpointError, "foreign-code") as caught:
         open_source(rewritten(file[0], tmp_path / "more.keras", {"assets/run.py": b"print()"}))

@@ -38,6 +38,7 @@ _VALUES = frozenset(
 _CODE = frozenset("Lambda TorchModuleWrapper TFSMLayer JaxLayer FlaxLayer".split())
 _TEXT = frozenset("StringLookup IntegerLookup TextVectorization Hashing HashedCrossing FeatureSpace".split())
 _PLAIN = re.compile(r"[A-Za-z_]\w*")
+_SIZES = ("filters", "units", "input_dim", "output_dim")
 _EXPANSION = 50  # times that weights in HDF5 may be larger than what is stored
 
 
@@ -55,10 +56,12 @@ def check(path: Path) -> None:
             config = reading.json_text(_text(archive))
             if isinstance(config, dict):
                 config.pop("compile_config", None)  # it is not read; that of a network within the network is
+            stored = archive.getinfo(WEIGHTS).file_size
             for part, place in _parts(config):
                 _check_part(path, part, place)
+                _check_sizes(part, place, stored)
             with archive.open(WEIGHTS) as weights:
-                _check_weights(path, weights, archive.getinfo(WEIGHTS).file_size)
+                _check_weights(path, weights, stored)
     except PenjingError:
         raise
     except reading.UNREADABLE as error:
@@ -119,6 +122,16 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
             )
         if info.file_size > reading.TEXT_BYTES and info.file_size > 2 * info.compress_size * _EXPANSION:
             raise ValueError(f"{info.filename} would grow from {info.compress_size:,} to {info.file_size:,} bytes")
+
+
+def _check_sizes(part: dict[str, Any], place: str, stored: int) -> None:
+    """Refuse sizes beyond the weights: Keras would take memory for them before it compares."""
+    config = part.get("config")
+    sizes = config if isinstance(config, dict) else {}
+    for name in _SIZES:
+        size = sizes.get(name)
+        if type(size) is int and size > stored:  # each makes a tensor that is at least as long
+            raise ValueError(f"{name} = {size:,} in layer {place!r}, and all weights have {stored:,} bytes")
 
 
 def _parts(value: Any, place: str = "") -> Iterator[tuple[dict[str, Any], str]]:
