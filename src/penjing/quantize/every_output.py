@@ -42,8 +42,11 @@ def without_losses(before: Draft, after: Draft, context: Context, layers: Sequen
         `after`, if no output loses more than `LOSS_DB`; otherwise it with the weights and biases that some layers have
         in `before`, or `before` itself.
     """
+    example = next(batches(context, 1), None)
+    if example is None or len(_outputs(before.network, example)) < 2:
+        return after
     judge = _Judge(before, context)
-    if judge.outputs < 2 or judge.gain(after) >= -LOSS_DB:
+    if judge.gain(after) >= -LOSS_DB:
         return after
     size = -(-len(layers) // GROUPS)
     groups = [layers[first : first + size] for first in range(0, len(layers), size)]
@@ -71,7 +74,7 @@ class _Judge:
         self.parts = [calls for calls in self.parts if calls]
         self.references = [[_outputs(before.network, call) for call in calls] for calls in self.parts]
         self.outputs = len(self.references[-1][0])
-        self.before = self._ratios(before) if self.outputs > 1 else []
+        self.before = self._ratios(before)
 
     def gain(self, draft: Draft) -> float:
         """The least that an output's signal-to-noise ratio has risen by, in dB; below 0 where one has fallen.
