@@ -140,7 +140,7 @@ def _zero(network: nn.Module, gone: Mapping[tuple[str, int], Collection[int]]) -
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
         for (name, axis), positions in gone.items():
-            tensors[name].index_fill_(axis, torch.tensor(sorted(positions)), 0)
+            tensors[name].index_fill_(axis, torch.tensor(sorted(positions), dtype=torch.int64), 0)
 
 
 def _plain(module: Any) -> bool:
