@@ -38,6 +38,7 @@ class Placement:
         floats: Site → why it stays in floating point.
         centred: Names of the nodes whose values are read by a product of two activations, a transposed convolution, or
             average pooling that counts zero padding.
+        padded: Names of the nodes whose values are read by a convolution that pads.
         results: Edges that are quantized only because the kernel of the preceding operator writes integers.
     """
 
@@ -46,6 +47,7 @@ class Placement:
     stored: tuple[str, ...]
     floats: dict[str, str]
     centred: frozenset[str]
+    padded: frozenset[str]
     results: frozenset[str]
 
 
@@ -119,7 +121,20 @@ def place(
             _quantize_readers(network, capabilities, node, chosen, edges)
     weights = tuple(site(n) for n in integer if kind(network, n) in ("conv", "conv_transpose", "linear"))
     centred = {edges[f"{site(n)}:in{port}"] for n in integer for port in _without_zero_point(network, n)}
-    return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(edges) - read)
+    convolutions = [n for n in integer if kind(network, n) == "conv" and _pads(network, n)]
+    padded = {edges[edge] for n in convolutions if (edge := f"{site(n)}:in0") in edges}
+    return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(padded), frozenset(edges) - read)
+
+
+def _pads(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a convolution pads its input."""
+    if node.op == "call_module":
+        padding = getattr(network.get_submodule(str(node.target)), "padding", 0)
+    else:
+        padding = arguments(node).get("padding", 0)
+    if isinstance(padding, str):
+        return padding == "same"
+    return any(padding) if isinstance(padding, tuple | list) else bool(padding)
 
 
 def _interrupts(what: str, capabilities: Capabilities) -> bool:

@@ -203,7 +203,7 @@ class Static:
             if value in known and pixels.fits(spec):
                 step, first = known[value]
                 by_value[value, spec] = Entry(spec, (step,), (first,))
-            elif capabilities.centred_db and mine.activation_symmetric is None:
+            elif capabilities.centred_db and mine.activation_symmetric is None and value in placement.padded:
                 spec = centred_where_cheap(spec, estimate(statistics[value], spec), capabilities.centred_db)
             if (value, spec) not in by_value:
                 low, high = estimate(statistics[value], spec)

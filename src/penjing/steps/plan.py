@@ -227,8 +227,8 @@ class Capabilities:
         dynamic: Format of a linear layer's input with a range computed at run time; None without such a kernel.
         symmetric_products: Whether a product of two activations, a transposed convolution, and average pooling that
             counts zero padding run in integers, and correctly, only without a zero point.
-        centred_db: What the grid of an activation may lose, in dB, for a zero point of 0, with which kernels are
-            faster; 0 where they are not.
+        centred_db: What the grid of a padded convolution's input may lose, in dB, for a zero point of 0, with which
+            its kernels are faster; 0 where they are not.
         stored: Kinds that compute in floating point with weights stored as integers, for smaller files.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are computed at run time.
         channel_multiple: Vector width of its kernels in channels: other widths are padded to a multiple of it.
