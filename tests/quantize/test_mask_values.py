@@ -157,6 +157,22 @@ def test_other_large_numbers_are_values():
     assert not holding(lambda s, h: h.clamp(-1e9, 1e9) + 1)
 
 
+def test_a_size_minus_one_is_not_a_mask():
+    class Shorter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv1d(3, 4, 1)
+
+        def forward(self, x):
+            return self.layer(x[:, :, : x.shape[2] - 1])
+
+    x = torch.randn(4, 3, 9)
+    dynamic = {0: {0: "batch", 2: "length"}}
+    network = capture_network(Shorter().eval(), (x,), {}, dynamic)
+    plan = Static()(Draft(network), Context(task=Task(example=x, calibration=[x], dynamic=dynamic))).plan
+    assert {"layer:in0", "layer:weight"} <= plan.entries.keys() and not plan.floats
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

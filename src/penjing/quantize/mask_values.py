@@ -148,7 +148,7 @@ def _is_mark(network: fx.GraphModule, node: fx.Node, marks: set[fx.Node]) -> boo
     if node.op != "call_function":
         return False
     what, inputs = kind(network, node), tensor_inputs(node)
-    if what in ("rsub", "sub") and any(_number(network, value) == 1 for value in node.args[:2]):
+    if inputs and what in ("rsub", "sub") and any(_number(network, value) == 1 for value in node.args[:2]):
         before = inputs[0]
         while before.op == "call_function" and kind(network, before) in MOVING | {"slice", "select"}:
             before = tensor_inputs(before)[0]
