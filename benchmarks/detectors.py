@@ -121,19 +121,19 @@ def outputs(file: Path, seed: int, name: str, calibration: int, images: np.ndarr
 
 def detections(rows: np.ndarray) -> list[Detections]:
     """Boxes of every scene, without those that overlap a better one of their class."""
-    found = []
+    detected = []
     for scene in rows:
         cells, labels = np.nonzero(scene[:, 4:] > LEAST_SCORE)
         boxes = to_corners(scene[cells, :4], "cxcywh", (stamps.SIDE, stamps.SIDE))
         scores = scene[cells, 4 + labels].astype(np.float64)
         best = suppress(boxes, scores, labels, overlap=OVERLAP, most=len(scores))
-        found.append(Detections(boxes[best], scores[best], labels[best]))
-    return found
+        detected.append(Detections(boxes[best], scores[best], labels[best]))
+    return detected
 
 
-def rankings(found: Iterable[Detections], truth: Iterable[Objects]) -> list[Ranking]:
+def rankings(detected: Iterable[Detections], truth: Iterable[Objects]) -> list[Ranking]:
     """The boxes of every class in all scenes."""
-    pairs, limits, ranked = list(zip(found, truth, strict=True)), np.asarray(THRESHOLDS), []
+    pairs, limits, ranked = list(zip(detected, truth, strict=True)), np.asarray(THRESHOLDS), []
     for label in range(len(stamps.CLASSES)):
         matched = [_matched(boxes, objects, label, limits, 100) for boxes, objects in pairs]
         scores, right = (np.concatenate([row[part] for row in matched], axis=-1) for part in (0, 1))
@@ -177,29 +177,29 @@ def drawn(count: int) -> np.ndarray:
 
 
 def resampled(files: dict[str, Path], truth: list[Objects]) -> dict[str, dict[str, np.ndarray]]:
-    """mAP and agreement of a network's contestants in every draw, (1 + draws,), kept beside their outputs."""
-    kept = {name: file.with_suffix(f".{DRAWS}.npz") for name, file in files.items()}
-    missing = [name for name, file in kept.items() if not file.is_file()]
+    """mAP and agreement of a network's contestants in every draw, (1 + draws,), stored beside their outputs."""
+    stored = {name: file.with_suffix(f".{DRAWS}.npz") for name, file in files.items()}
+    missing = [name for name, file in stored.items() if not file.is_file()]
     if missing:
         sure = [seen(each) for each in detections(np.load(files[fields.SOURCE]))]
         draws = drawn(len(truth))
     for name in missing:
-        found = detections(np.load(files[name]))
+        detected = detections(np.load(files[name]))
         truths = {"metric": truth, "agreement": sure}
-        ranked = {figure: rankings(found, objects) for figure, objects in truths.items()}
+        ranked = {figure: rankings(detected, objects) for figure, objects in truths.items()}
         values = {
             figure: np.array([mean_average_precision(each, weights) for weights in draws])
             for figure, each in ranked.items()
         }
-        np.savez(kept[name], **values)
+        np.savez(stored[name], **values)
         print(name, {figure: float(each[0]) for figure, each in values.items()}, flush=True)
-    return {name: dict(np.load(file)) for name, file in kept.items()}
+    return {name: dict(np.load(file)) for name, file in stored.items()}
 
 
-def seen(found: Detections) -> Objects:
+def seen(detected: Detections) -> Objects:
     """The boxes that fp32 is sure of, as a truth."""
-    rows = found.scores > SEEN
-    return Objects(found.boxes[rows], found.labels[rows])
+    rows = detected.scores > SEEN
+    return Objects(detected.boxes[rows], detected.labels[rows])
 
 
 def of_network(files: dict[str, Path], draws: dict[str, dict[str, np.ndarray]]) -> dict:

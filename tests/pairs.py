@@ -97,8 +97,8 @@ def task() -> Task:
 def trained(data: Task):
     """The captured network after a few epochs: its answers mean something."""
     torch.manual_seed(0)
-    raised = capture_network(Net(), *data.call(), data.dynamic)
-    return train(raised, Context(task=data), Finetune(epochs=4, learning_rate=0.05, autocast="off"))
+    captured = capture_network(Net(), *data.call(), data.dynamic)
+    return train(captured, Context(task=data), Finetune(epochs=4, learning_rate=0.05, autocast="off"))
 
 
 def steps(first: str, second: str) -> tuple:

@@ -13,7 +13,7 @@ from penjing.distill.stored import _keys
 from penjing.network.capture import capture_network
 from penjing.recipes.recipe import Recipe
 from penjing.train.finetune import Finetune, train
-from tests import lessons, pairs
+from tests import pairs, students
 from tests import trainings as loop
 
 DEVICE = "cuda"
@@ -89,35 +89,39 @@ def test_random_numbers_of_the_user_stay():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return train(lessons.raised(16, seed=1), lessons.context(None), replace(lessons.SHORT, epochs=10))
+    return train(
+        students.captured(16, seed=1),
+        students.context(None),
+        replace(students.SHORT, epochs=10),
+    )
 
 
-@pytest.mark.parametrize("way", lessons.WAYS, ids=lambda way: type(way).__name__)
+@pytest.mark.parametrize("way", students.WAYS, ids=lambda way: type(way).__name__)
 def test_every_way_teaches(way, teacher):
     told = []
     where = replace(
-        lessons.context(teacher, train=None, loss=None),
+        students.context(teacher, train=None, loss=None),
         device=DEVICE,
         events=lambda kind, **v: told.append(v["loss"]) if "loss" in v else 0,
     )
-    settings = replace(lessons.SHORT, epochs=4, distill=way, task_loss_weight=0, clip=pj.Clip(threshold=1.0))
-    student = train(lessons.raised(), where, settings)
+    settings = replace(students.SHORT, epochs=4, distill=way, task_loss_weight=0, clip=pj.Clip(threshold=1.0))
+    student = train(students.captured(), where, settings)
     assert told[-1] < 0.8 * told[0]
     assert places(student, teacher) == {"cpu"}
 
 
 def test_decoupled_distillation_takes_labels(teacher):
-    where = replace(lessons.context(teacher), device=DEVICE)
-    student = train(lessons.raised(), where, replace(lessons.SHORT, epochs=8, distill=distill.DKD()))
-    assert lessons.agreement(student, teacher) > 0.85
+    where = replace(students.context(teacher), device=DEVICE)
+    student = train(students.captured(), where, replace(students.SHORT, epochs=8, distill=distill.DKD()))
+    assert students.agreement(student, teacher) > 0.85
 
 
 def test_stored_answers_are_those_of_the_teacher(teacher, tmp_path):
-    settings = replace(lessons.SHORT, epochs=2, distill=distill.Logits())
-    where = replace(lessons.context(teacher), device=DEVICE)
-    asked = train(lessons.raised(), where, replace(settings, teacher=teacher))
-    stored = train(lessons.raised(), where, replace(settings, teacher=distill.TeacherCache(tmp_path, teacher)))
-    read = train(lessons.raised(), where, replace(settings, teacher=distill.TeacherCache(tmp_path)))
+    settings = replace(students.SHORT, epochs=2, distill=distill.Logits())
+    where = replace(students.context(teacher), device=DEVICE)
+    asked = train(students.captured(), where, replace(settings, teacher=teacher))
+    stored = train(students.captured(), where, replace(settings, teacher=distill.TeacherCache(tmp_path, teacher)))
+    read = train(students.captured(), where, replace(settings, teacher=distill.TeacherCache(tmp_path)))
     assert loop.same(asked, stored) and loop.same(stored, read)
 
 
@@ -131,9 +135,13 @@ def test_a_sample_has_the_same_key_everywhere(shape):
 
 def test_a_run_from_source_to_file(tmp_path):
     pytest.importorskip("onnxruntime")
-    task = lessons.task(evaluate=lambda predict: float((predict(x).argmax(1) == y).mean()))
+    task = students.task(evaluate=lambda predict: float((predict(x).argmax(1) == y).mean()))
     x, y = (torch.cat(parts).numpy() for parts in zip(*task.train, strict=True))
-    network = train(lessons.raised(16, seed=1), lessons.context(None), replace(lessons.SHORT, epochs=10))
+    network = train(
+        students.captured(16, seed=1),
+        students.context(None),
+        replace(students.SHORT, epochs=10),
+    )
     recipe = pj.recipes.joint(macs=0.6, epochs=6, learning_rate=0.05)
     found = pj.run(recipe, network, task, runtime="onnxruntime", out=tmp_path / "run", device=DEVICE, seconds=0.1)
     assert found.record.artifact.metric > 0.9
@@ -144,13 +152,13 @@ def test_a_run_from_source_to_file(tmp_path):
 
 
 def test_a_network_that_lives_there_stays_there(teacher):
-    network = lessons.raised().to(DEVICE)
-    train(network, replace(lessons.context(copy.deepcopy(teacher).to(DEVICE)), device=DEVICE),
-          replace(lessons.SHORT, steps=2, distill=distill.Logits()))  # fmt: skip
+    network = students.captured().to(DEVICE)
+    train(network, replace(students.context(copy.deepcopy(teacher).to(DEVICE)), device=DEVICE),
+          replace(students.SHORT, steps=2, distill=distill.Logits()))  # fmt: skip
     assert places(network) == {DEVICE}
 
 
-def test_a_network_that_lives_there_is_raised():
-    network = lessons.Small().to(DEVICE)
-    raised = capture_network(network, (torch.zeros(2, 1, 8, 8, device=DEVICE),))
-    assert places(raised) == {DEVICE}
+def test_a_network_that_lives_there_is_captured():
+    network = students.Small().to(DEVICE)
+    captured = capture_network(network, (torch.zeros(2, 1, 8, 8, device=DEVICE),))
+    assert places(captured) == {DEVICE}

@@ -60,7 +60,7 @@ def read_task(task):
 
 
 @pytest.fixture(scope="module")
-def raised(digits_run, digits_source, digits_task):
+def captured(digits_run, digits_source, digits_task):
     from penjing.network.capture import capture_network
     from penjing.sources.source import open_source
     from penjing.tasks.opening import open_task
@@ -161,7 +161,7 @@ def store_onnx(folder):
     onnx.save_model(model, folder / "large.onnx", save_as_external_data=True, location="large.bin", size_threshold=0)
 
 
-def doors(raised, artifacts):
+def doors(captured, artifacts):
     """Every kind of file with its reader."""
     from torch.nn import Linear
 
@@ -180,9 +180,9 @@ def doors(raised, artifacts):
     kinds = [
         Door("record.json", lambda f: records.read(f), 8),
         Door("artifact/manifest.json", lambda f: read_manifest(f / "artifact"), 8),
-        Door("edits.json", lambda f: checkpoint.load(f, raised), 2),
+        Door("edits.json", lambda f: checkpoint.load(f, captured), 2),
         Door("plan.json", lambda f: Plan.from_json((f / "plan.json").read_text("utf-8", "surrogateescape")), 8),
-        Door("weights.safetensors", lambda f: checkpoint.load(f, raised), 2),
+        Door("weights.safetensors", lambda f: checkpoint.load(f, captured), 2),
         Door("evidence.npz", stored),
         Door("recipe.yaml", lambda f: Recipe.from_yaml((f / "recipe.yaml").read_text("utf-8", "surrogateescape")), 8),
         Door("task.npz", lambda f: read_task(npz_arrays(f / "task.npz"))),
@@ -290,8 +290,8 @@ def test_a_setting_that_no_recipe_of_ours_has():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
-def test_a_pipe_or_a_folder_in_the_place_of_a_file(whole, copy, raised, digits_run):
-    for door in doors(raised, []):
+def test_a_pipe_or_a_folder_in_the_place_of_a_file(whole, copy, captured, digits_run):
+    for door in doors(captured, []):
         path = copy / door.name
         for make in (os.mkfifo, os.mkdir):
             path.unlink()
@@ -437,11 +437,11 @@ def mutated(draw, door, content):
     return draw.choice(ways)(draw, content)
 
 
-def campaign(whole, tmp_path, raised, count, seed):
+def campaign(whole, tmp_path, captured, count, seed):
     """Mutate, read, and collect every exception that is not Penjing's own."""
     draw = random.Random(seed)
     folder = Path(shutil.copytree(whole, tmp_path / "campaign"))
-    kinds = doors(raised, read_manifest(folder / "artifact").files())
+    kinds = doors(captured, read_manifest(folder / "artifact").files())
     bad, refused = [], 0
     for number_ in range(count):
         door = draw.choices(kinds, [kind.share for kind in kinds])[0]
@@ -463,8 +463,8 @@ def campaign(whole, tmp_path, raised, count, seed):
     return bad, refused
 
 
-def test_a_few_hundred_mutations(whole, tmp_path, raised):
-    bad, refused = campaign(whole, tmp_path, raised, FEW, SEED)
+def test_a_few_hundred_mutations(whole, tmp_path, captured):
+    bad, refused = campaign(whole, tmp_path, captured, FEW, SEED)
     assert bad == []
     assert refused > FEW // 3
 
@@ -472,7 +472,7 @@ def test_a_few_hundred_mutations(whole, tmp_path, raised):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
-def test_ten_thousand_mutations(whole, tmp_path, raised, part):
-    bad, refused = campaign(whole, tmp_path, raised, MANY, SEED + part)
+def test_ten_thousand_mutations(whole, tmp_path, captured, part):
+    bad, refused = campaign(whole, tmp_path, captured, MANY, SEED + part)
     assert bad == []
     assert refused > MANY // 3

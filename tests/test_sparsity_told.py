@@ -96,8 +96,8 @@ def test_a_gain_that_was_seen_is_no_complaint(speedup, low, told):
 
 
 def test_the_twin_has_other_numbers_where_the_zeros_were_and_nothing_else():
-    raised = capture_network(network(), *task().call())
-    made = pj.prune.Magnitude(sparsity=0.6)(Draft(raised), Context(task=task(), source=raised))
+    captured = capture_network(network(), *task().call())
+    made = pj.prune.Magnitude(sparsity=0.6)(Draft(captured), Context(task=task(), source=captured))
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     replica = filled(made, seed=0).network
     for name, parameter in replica.named_parameters():
@@ -109,7 +109,7 @@ def test_the_twin_has_other_numbers_where_the_zeros_were_and_nothing_else():
         assert np.abs(now).max() == np.abs(was).max()  # so the integers of a plan fit
         assert {-1.0, 1.0} == set(np.sign(now[was == 0]))
     assert all(torch.equal(p, before[name]) for name, p in made.network.named_parameters())
-    empty = Draft(raised, edits=made.edits)
+    empty = Draft(captured, edits=made.edits)
     for name in made.sparse:
         empty.network.get_parameter(name).data.zero_()
     assert all((filled(empty, 0).network.get_parameter(name).abs() == 1).all() for name in made.sparse)

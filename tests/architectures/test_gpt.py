@@ -28,11 +28,11 @@ def test_a_later_token_does_not_change_earlier_logits():
     assert not torch.isclose(before[:, 5:], after[:, 5:], atol=0).all(-1).any()
 
 
-def test_input_and_output_embedding_are_one_tensor_and_stay_one_when_raised():
+def test_input_and_output_embedding_are_one_tensor_and_stay_one_when_captured():
     network = tiny()
-    raised = capture_network(network, (torch.zeros(2, 8, dtype=torch.long),))
+    captured = capture_network(network, (torch.zeros(2, 8, dtype=torch.long),))
     assert network.head.weight is network.tokens.weight
-    assert sum(p.numel() for p in raised.parameters()) == sum(p.numel() for p in network.parameters())
+    assert sum(p.numel() for p in captured.parameters()) == sum(p.numel() for p in network.parameters())
 
 
 def test_maps_into_the_residual_stream_start_smaller_in_a_deeper_network():

@@ -43,7 +43,7 @@ def test_tags_depend_on_later_tokens_only_where_it_reads_both_ways(bidirectional
     assert not torch.equal(before[:, 5:], after[:, 5:])
 
 
-def test_raised_it_computes_the_same():
+def test_captured_it_computes_the_same():
     network = tiny(depth=2)
     ids = torch.randint(0, 50, (2, 8))
     with torch.no_grad():

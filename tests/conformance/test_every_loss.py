@@ -12,9 +12,9 @@ from penjing.recipes.catalogue import SETTINGS
 from penjing.recipes.recipe import Recipe
 from penjing.steps.draft import Draft
 from penjing.train.finetune import Finetune
-from tests.lessons import SHORT, context, raised
+from tests.students import SHORT, captured, context
 
-FEATURE = "norm"  # of the network of tests/lessons.py
+FEATURE = "norm"  # of the network of tests/students.py
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def test_there_is_less_to_learn_where_student_and_teacher_say_the_same(name):
 
 @every_loss
 def test_the_student_alone_is_trained(name):
-    teacher = raised(seed=1)
+    teacher = captured(seed=1)
     before = {key: tensor.clone() for key, tensor in teacher.state_dict().items()}
-    student = raised()
+    student = captured()
     step = replace(SHORT, steps=2, epochs=1, distill=LOSSES[name].way, task_loss_weight=0)
     where = replace(context(teacher), seed=2**70)  # more than a generator of torch takes
     trained = step(Draft(student), where).network

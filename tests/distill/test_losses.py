@@ -378,12 +378,12 @@ def test_samples_that_were_seen_are_what_others_are_told_from():
 def test_samples_that_all_look_alike_do_not_outweigh_the_labels():
     """As in a network that was not trained: with a scale of the first batch the loss was in the thousands."""
     generator = torch.Generator().manual_seed(0)
-    lessons = [
+    students = [
         DistillationInputs(*(1 + 0.05 * torch.randn(32, 8, generator=generator) for _ in range(2)), None, {}, {})
         for _ in range(40)
     ]
-    term = distill.CRD(negatives=1024).loss(lessons[0])
-    told = [float(term(lesson).detach()) for lesson in lessons]
+    term = distill.CRD(negatives=1024).loss(students[0])
+    told = [float(term(lesson).detach()) for lesson in students]
     assert max(told) < 2 * (math.log(1024) + 2)
 
 

@@ -25,13 +25,13 @@ from penjing.surgery.taps import Tapped
 from penjing.tasks.task import Task
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune, train
-from tests.lessons import RESUMED, SHORT, WAYS, Kill, Small, agreement, context, raised, task
 from tests.raises import raises_case, raises_setting
+from tests.students import RESUMED, SHORT, WAYS, Kill, Small, agreement, captured, context, task
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    return train(raised(16, seed=1), Context(task=task()), replace(SHORT, epochs=10))
+    return train(captured(16, seed=1), Context(task=task()), replace(SHORT, epochs=10))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: type(way).__name__)
@@ -41,21 +41,25 @@ def test_a_student_without_labels_comes_nearer_to_its_teacher(way, teacher):
     where = replace(
         context(teacher, train=None, loss=None), events=lambda kind, **v: told.append(v["loss"]) if "loss" in v else 0
     )
-    student = train(raised(), where, settings)
+    student = train(captured(), where, settings)
     assert told[-1] < 0.8 * told[0]
-    assert not student.training and [p.shape for p in student.parameters()] == [p.shape for p in raised().parameters()]
+    assert not student.training and [p.shape for p in student.parameters()] == [
+        p.shape for p in captured().parameters()
+    ]
 
 
 def test_soft_targets_teach_the_classes(teacher):
     student = train(
-        raised(), context(teacher, train=None, loss=None), replace(SHORT, epochs=8, distill=WAYS[0], task_loss_weight=0)
+        captured(),
+        context(teacher, train=None, loss=None),
+        replace(SHORT, epochs=8, distill=WAYS[0], task_loss_weight=0),
     )
-    assert agreement(student, teacher) > 0.9 > 0.5 > agreement(raised(), teacher)
+    assert agreement(student, teacher) > 0.9 > 0.5 > agreement(captured(), teacher)
 
 
 def test_decoupled_distillation_takes_labels(teacher):
-    student = train(raised(), context(teacher), replace(SHORT, epochs=8, distill=distill.DKD()))
-    assert agreement(student, teacher) > 0.85 > 0.5 > agreement(raised(), teacher)
+    student = train(captured(), context(teacher), replace(SHORT, epochs=8, distill=distill.DKD()))
+    assert agreement(student, teacher) > 0.85 > 0.5 > agreement(captured(), teacher)
 
 
 class TestTheTeacherStaysWhatItWas:
@@ -64,14 +68,14 @@ class TestTheTeacherStaysWhatItWas:
         other.get_submodule("head").train()
         before = [part.training for part in other.modules()]
         assert any(before)
-        train(raised(), context(other), replace(SHORT, epochs=1, distill=distill.Logits()))
+        train(captured(), context(other), replace(SHORT, epochs=1, distill=distill.Logits()))
         assert [part.training for part in other.modules()] == before
         with raises_case(RecipeError, "no-layer"):
-            train(raised(), context(other), replace(SHORT, distill=distill.Hints(features=("conv", "no"))))
+            train(captured(), context(other), replace(SHORT, distill=distill.Hints(features=("conv", "no"))))
         assert [part.training for part in other.modules()] == before
 
     def test_a_network_that_teaches_itself_is_copied(self):
-        network = raised()
+        network = captured()
         seen = []
 
         class Seen(nn.Module):
@@ -89,7 +93,7 @@ class TestTheTeacherStaysWhatItWas:
 
     def test_the_place_where_it_was(self, teacher):
         other = copy.deepcopy(teacher)
-        teaching = Distiller(raised(), other, (distill.Logits(),), replace(context(None), device="meta"))
+        teaching = Distiller(captured(), other, (distill.Logits(),), replace(context(None), device="meta"))
         assert {p.device.type for p in other.parameters()} == {"meta"}
         teaching.homes = ["meta"]  # nothing comes back from there
         teaching.release()
@@ -142,7 +146,7 @@ def test_labels_and_teacher_are_added(teacher):
     for name, way in ways.items():
         weight = {"labels": 2.0, "soft": 0.0, "both": 2.0}[name]
         settings = replace(SHORT, epochs=0.1, distill=way, task_loss_weight=weight, hooks=(note(name),))
-        train(raised(), context(teacher), settings)
+        train(captured(), context(teacher), settings)
     for one, two, both in zip(seen["labels"], seen["soft"], seen["both"], strict=True):
         assert torch.allclose(one + two, both, atol=1e-5)
 
@@ -176,7 +180,7 @@ def test_stored_answers_of_a_network_with_two_outputs_are_of_its_first(tmp_path)
 
 
 def test_several_teachers_are_averaged(teacher):
-    other = raised(16, seed=5)
+    other = captured(16, seed=5)
     x = torch.cat(task().calibration)[:50]
 
     class Mean(nn.Module):
@@ -188,8 +192,8 @@ def test_several_teachers_are_averaged(teacher):
             return (self.one(x) + self.two(x)) / 2
 
     settings = replace(SHORT, epochs=0.25, distill=WAYS[0])
-    several = train(raised(), context(None), replace(settings, teacher=(teacher, other)))
-    mean = train(raised(), context(None), replace(settings, teacher=Mean()))
+    several = train(captured(), context(None), replace(settings, teacher=(teacher, other)))
+    mean = train(captured(), context(None), replace(settings, teacher=Mean()))
     assert torch.allclose(several(x), mean(x), atol=1e-4)
 
 
@@ -206,17 +210,17 @@ def test_features_of_other_widths_have_adapters_that_are_thrown_away(teacher):
         found.append(sum(len(group["params"]) for group in moment.optimizer.param_groups))
 
     settings = replace(SHORT, epochs=0.25, distill=distill.Hints(features=("conv", "norm")), hooks=(look,))
-    student = train(raised(), context(teacher), settings)
+    student = train(captured(), context(teacher), settings)
     own = len(list(student.parameters()))
     assert found[0] == own + 2 * 2  # weight and bias of two convolutions
-    assert student.state_dict().keys() == raised().state_dict().keys()
-    assert [str(n) for n in student.graph.nodes] == [str(n) for n in raised().graph.nodes]
+    assert student.state_dict().keys() == captured().state_dict().keys()
+    assert [str(n) for n in student.graph.nodes] == [str(n) for n in captured().graph.nodes]
 
 
 def test_minutes_are_counted_without_training_the_student(teacher):
     settings = replace(SHORT, minutes=10, epochs=0.01, distill=distill.Hints(features=("conv",)))
     limited, plain = (
-        train(raised(), context(teacher), s) for s in (settings, replace(settings, minutes=None))
+        train(captured(), context(teacher), s) for s in (settings, replace(settings, minutes=None))
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(limited.parameters(), plain.parameters(), strict=True))
 
@@ -264,16 +268,16 @@ class TestResume:
     def test_adapters_go_on_where_they_were(self, teacher, tmp_path):
         settings = replace(RESUMED, hooks=(Stop(9),))
         with pytest.raises(KeyboardInterrupt):
-            train(raised(), replace(context(teacher), folder=tmp_path), settings)
-        resumed = train(raised(), replace(context(teacher), folder=tmp_path), replace(settings, hooks=(Stop(99),)))
-        whole = train(raised(), context(teacher), RESUMED)
+            train(captured(), replace(context(teacher), folder=tmp_path), settings)
+        resumed = train(captured(), replace(context(teacher), folder=tmp_path), replace(settings, hooks=(Stop(99),)))
+        whole = train(captured(), context(teacher), RESUMED)
         assert same(resumed, whole)
 
     def test_another_teacher_is_refused(self, teacher, tmp_path):
         with pytest.raises(KeyboardInterrupt):
-            train(raised(), replace(context(teacher), folder=tmp_path), replace(RESUMED, hooks=(Stop(3),)))
+            train(captured(), replace(context(teacher), folder=tmp_path), replace(RESUMED, hooks=(Stop(3),)))
         with raises_case(CheckpointError, "settings") as caught:
-            train(raised(), replace(context(raised(16)), folder=tmp_path), replace(RESUMED, hooks=(Stop(99),)))
+            train(captured(), replace(context(captured(16)), folder=tmp_path), replace(RESUMED, hooks=(Stop(99),)))
         assert caught.value.field == "teacher"
 
     def test_killed_in_the_middle(self, tmp_path):
@@ -286,30 +290,30 @@ class TestResume:
             from dataclasses import replace
             from pathlib import Path
             from penjing.train.finetune import train
-            from tests.lessons import RESUMED, Kill, context, raised
+            from tests.students import RESUMED, Kill, captured, context
 
-            where = replace(context(raised(16, seed=1).eval()), folder=Path(sys.argv[1]))
-            train(raised(), where, replace(RESUMED, hooks=(Kill(7),)))
+            where = replace(context(captured(16, seed=1).eval()), folder=Path(sys.argv[1]))
+            train(captured(), where, replace(RESUMED, hooks=(Kill(7),)))
             """
         )
         killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
         assert killed.returncode in (-signal.SIGKILL, 1), killed.stderr
         assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 6, killed.stderr
-        where, settings = context(raised(16, seed=1).eval()), replace(RESUMED, hooks=(Kill(),))
-        resumed = train(raised(), replace(where, folder=tmp_path), settings)
-        assert same(resumed, train(raised(), where, settings))
+        where, settings = context(captured(16, seed=1).eval()), replace(RESUMED, hooks=(Kill(),))
+        resumed = train(captured(), replace(where, folder=tmp_path), settings)
+        assert same(resumed, train(captured(), where, settings))
 
 
 class TestBadInput:
     def test_no_teacher(self):
         with raises_case(TaskError, "no-teacher"):
-            train(raised(), context(None), replace(SHORT, distill=distill.Logits()))
+            train(captured(), context(None), replace(SHORT, distill=distill.Logits()))
 
     def test_neither_labels_nor_teacher(self):
         with raises_case(RecipeError, "nothing-to-learn"):
             Finetune(task_loss_weight=0, distill=())
         with raises_case(RecipeError, "nothing-to-learn"):
-            train(raised(), Context(task=task()), replace(SHORT, task_loss_weight=0))
+            train(captured(), Context(task=task()), replace(SHORT, task_loss_weight=0))
 
     def test_what_is_no_distillation(self):
         with raises_setting("distill"):
@@ -325,30 +329,30 @@ class TestBadInput:
     def test_a_feature_that_does_not_exist_names_the_nearest(self, teacher, name):
         for pair, whose in ((("conv", name), "teacher"), ((name, "conv"), "student")):
             with raises_case(RecipeError, "no-layer") as caught:
-                train(raised(), context(teacher), replace(SHORT, distill=distill.Hints(features=(pair,))))
+                train(captured(), context(teacher), replace(SHORT, distill=distill.Hints(features=(pair,))))
             assert whose in caught.value.what
             assert caught.value.got == name and "conv" in caught.value.remedy
 
     def test_teachers_that_differ(self, teacher):
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         with raises_case(TaskError, "teachers-differ") as caught:
-            train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=(teacher, other)))
+            train(captured(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=(teacher, other)))
         assert caught.value.got == "[(2, 10)], [(2, 3)]"
 
     @pytest.mark.parametrize("wrong", [nn.Conv2d(3, 4, 3), nn.Bilinear(64, 64, 10)])
     def test_a_teacher_that_can_not_take_the_example(self, teacher, wrong):
         with raises_case(TaskError, "teacher-raised") as caught:
-            train(raised(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=wrong))
+            train(captured(), context(teacher), replace(SHORT, distill=distill.Logits(), teacher=wrong))
         assert "Error: " in caught.value.got and caught.value.remedy
 
     def test_attention_of_vectors(self, teacher):
         with raises_case(TaskError, "not-feature-maps"):
-            train(raised(), context(teacher), replace(SHORT, distill=distill.AttentionTransfer(features=("head",))))
+            train(captured(), context(teacher), replace(SHORT, distill=distill.AttentionTransfer(features=("head",))))
 
     def test_features_of_several_teachers(self, teacher):
-        settings = replace(SHORT, distill=distill.Hints(features=("conv",)), teacher=(teacher, raised(16)))
+        settings = replace(SHORT, distill=distill.Hints(features=("conv",)), teacher=(teacher, captured(16)))
         with raises_case(TaskError, "several-teachers"):
-            train(raised(), context(None), settings)
+            train(captured(), context(None), settings)
 
     def test_features_of_a_plain_module(self, teacher):
         with raises_case(TaskError, "not-captured"):
@@ -365,7 +369,7 @@ class TestBadInput:
         with torch.no_grad():
             broken.head.bias.fill_(math.nan)
         with raises_case(TrainingError, "loss-not-finite") as caught:
-            train(raised(), context(broken), replace(SHORT, distill=distill.Logits()))
+            train(captured(), context(broken), replace(SHORT, distill=distill.Logits()))
         assert caught.value.what.endswith(" step 0")
         assert "Logits is nan" in caught.value.got and "labels is" in caught.value.got
 
@@ -386,7 +390,7 @@ class TestTaps:
         assert not tapped.values()  # they are told once
 
     def test_weights_are_those_of_the_network(self):
-        network = raised()
+        network = captured()
         tapped = Tapped(network, ["norm"])
         F.cross_entropy(tapped(torch.randn(4, 1, 8, 8)), torch.zeros(4).long()).backward()
         assert all(p.grad is not None for p in network.parameters())
@@ -418,7 +422,7 @@ class TestTaps:
         )
 
     def test_a_part_without_an_attention_says_where_they_are(self):
-        network = raised()
+        network = captured()
         with raises_case(RecipeError, "no-attention"):
             Tapped(network, ["conv:scores"])
 

@@ -25,8 +25,8 @@ def judged(precision, candidate, reference=REFERENCE, itself=None):
         assert rounding == limits.LIMITS[precision].rounding
         return [differences([reference], [itself], split([reference]))]
 
-    found = differences([reference], [candidate], split([reference]), 32)
-    rows = limits.judged(found, ["logits"], precision, None if itself is None else elsewhere)
+    measured = differences([reference], [candidate], split([reference]), 32)
+    rows = limits.judged(measured, ["logits"], precision, None if itself is None else elsewhere)
     parity = Parity(against="planned", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
     return rows, limits.rejection([parity])
 
@@ -50,8 +50,8 @@ def test_the_limits_are_those_that_were_agreed():
 
 
 def test_a_comparison_with_the_source_is_told_alone():
-    found = differences([REFERENCE], [-REFERENCE], split([REFERENCE]), 32)
-    rows = limits.told(found, ["logits"])
+    measured = differences([REFERENCE], [-REFERENCE], split([REFERENCE]), 32)
+    rows = limits.told(measured, ["logits"])
     parity = Parity(against="source", largest=1, mean=1, snr_db=1, agreement=None, samples=32, rows=rows)
     assert limits.rejection([parity]) is None and rows[0].limit_db is None
     infinite = np.full_like(REFERENCE, np.inf)  # which the plan gives too
@@ -156,9 +156,9 @@ def test_behind_a_selection_rows_may_trade_places_as_torch_itself_trades_them():
     reference = [REFERENCE]
 
     def rejected(snr_db, **more):
-        found = differences(reference, [at(snr_db)], split(reference), 32)
+        measured = differences(reference, [at(snr_db)], split(reference), 32)
         itself = differences(reference, [at(9)], split(reference))
-        rows = limits.judged(found, ["boxes"], "int8", lambda rounding: [itself], **more)
+        rows = limits.judged(measured, ["boxes"], "int8", lambda rounding: [itself], **more)
         return not all(row.holds for row in rows)
 
     assert rejected(9)

@@ -44,7 +44,7 @@ def run(module, args=(), kwargs=None):
 
 
 def rerun_of(network, args=(), kwargs=None, dynamic=None):
-    """The network exported and raised a second time."""
+    """The network exported and captured a second time."""
     return capture_network(export(network, (args, kwargs or {}), dynamic))
 
 
@@ -154,7 +154,7 @@ def example(request):
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # recurrent layers keep lists of their weights
 class TestEveryNetwork:
     @pytest.mark.parametrize("batch", [1, 2, 5])
-    def test_a_raised_network_computes_the_bits_of_its_source(self, example, batch):
+    def test_a_captured_network_computes_the_bits_of_its_source(self, example, batch):
         model, network, shape = example
         x = torch.randn(batch, *shape)
         assert_same_bits(run(network, (x,)), run(model, (x,)))

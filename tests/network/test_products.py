@@ -97,7 +97,7 @@ class TestEveryProduct:
         torch.testing.assert_close(network(x), model(x))
 
 
-def raised(model, *sample):
+def captured(model, *sample):
     return capture_network(model.eval(), (torch.randn(2, *sample),))
 
 
@@ -140,7 +140,7 @@ class TestTies:
 
     def test_a_weight_that_is_read_both_ways_is_trained_as_one(self):
         model = Auto().eval()
-        network = raised(model, IN)
+        network = captured(model, IN)
         assert len(list(network.parameters())) == 1
         x = torch.randn(4, IN)
         model(x).square().sum().backward()
@@ -148,19 +148,19 @@ class TestTies:
         torch.testing.assert_close(next(network.parameters()).grad, model.w.grad)
 
     def test_parts_of_one_weight_are_layers_of_their_own(self):
-        network = raised(Thirds(), IN)
+        network = captured(Thirds(), IN)
         shapes = sorted(tuple(p.shape) for p in network.parameters())
         assert shapes == [(OUT, IN), (OUT, IN), (OUT, IN)]
         assert set(network.meta["folded"].values()) == {("proj_weight",)}
         assert set(network.meta["renamed"].values()) == {"proj_weight"}
 
     def test_parts_that_overlap_stay_parts_of_one_weight(self):
-        network = raised(Thirds(overlap=1), IN)
+        network = captured(Thirds(overlap=1), IN)
         assert "proj_weight" in dict(network.named_parameters())
 
     def test_a_layer_under_a_parametrization_that_is_called_twice_is_one_layer(self):
         layer = parametrizations.weight_norm(nn.Linear(IN, IN))
-        network = raised(nn.Sequential(layer, nn.ReLU(), layer), IN)
+        network = captured(nn.Sequential(layer, nn.ReLU(), layer), IN)
         assert set(dict(network.named_parameters())) == {"0.weight", "0.bias"}
 
 
@@ -194,7 +194,7 @@ class TestParametrizations:
         size, sample = ((IN, IN), (IN,)) if layer is nn.Linear else ((IN, OUT, 3), (IN, 8))
         model = nn.Sequential(norm(layer(*size)), nn.ReLU(), nn.Flatten()).eval()
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        network = raised(model, *sample)
+        network = captured(model, *sample)
         assert set(network.state_dict()) == {"0.weight", "0.bias"}
         assert set(network.meta["folded"]) == {"0.weight"}
         assert [kind(network, n) for n in network.graph.nodes if n.op == "call_function"] == ["relu", "reshape"]
@@ -214,21 +214,21 @@ class TestParametrizations:
                 return F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True))
 
         model = Standardized()
-        network = raised(model, 3, 8, 8)
+        network = captured(model, 3, 8, 8)
         assert [kind(network, n) for n in network.graph.nodes if "call" in n.op] == ["conv"]
         x = torch.randn(3, 3, 8, 8)
         assert torch.equal(network(x), model(x))
 
 
 def test_a_buffer_that_multiplies_is_a_layer_that_is_not_trained():
-    network = raised(Product((OUT, IN), lambda x, w, b: w @ x + b[:, None], buffer=True), IN, 5)
+    network = captured(Product((OUT, IN), lambda x, w, b: w @ x + b[:, None], buffer=True), IN, 5)
     (layer,) = (m for m in network.modules() if isinstance(m, nn.Linear))
     assert not layer.weight.requires_grad
 
 
 def test_heads_with_a_matrix_each_are_a_matrix_product():
     model = Product((4, IN, OUT), lambda x, w, b: torch.einsum("bnhd,hde->bnhe", x, w) + b)
-    network = raised(model, 5, 4, IN)
+    network = captured(model, 5, 4, IN)
     assert [kind(network, n) for n in network.graph.nodes if n.op == "call_function"].count("matmul") == 1
     x = torch.randn(3, 5, 4, IN)
     torch.testing.assert_close(network(x), model(x))
@@ -350,7 +350,7 @@ class TestEinsumsOfTwoValues:
 
 def test_what_no_layer_says_stays_as_it_was_written():
     model = Product((IN, IN), lambda x, w, b: torch.einsum("bi,ii->bi", x, w) + torch.einsum("bi,jk->b", x, w)[:, None])
-    network = raised(model, IN)
+    network = captured(model, IN)
     x = torch.randn(3, IN)
     assert torch.equal(network(x), model(x))
 
@@ -365,7 +365,7 @@ def test_a_layer_without_a_bias_leaves_the_name_of_one_that_an_operator_reads():
             return F.linear(x, self.layer.weight).relu() + self.layer.bias
 
     model = Late()
-    network = raised(model, IN)
+    network = captured(model, IN)
     x = torch.randn(3, IN)
     assert torch.equal(network(x), model(x))
 
@@ -375,6 +375,6 @@ def test_random_numbers_are_no_constants():
         noise = torch.rand(OUT, IN)
         return F.linear(x, w + noise, b)
 
-    network = raised(Product((OUT, IN), noisy), IN)
+    network = captured(Product((OUT, IN), noisy), IN)
     x = torch.randn(3, IN)
     assert not torch.equal(network(x), network(x))

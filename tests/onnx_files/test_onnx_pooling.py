@@ -71,8 +71,8 @@ def signal_to_noise(given, answered):
 
 def answers(network, call, runtime, precision, folder, inputs, step=None):
     """What the artifact answers, and what its plan answers in torch."""
-    raised = capture_network(network.eval(), call)
-    made = Draft(raised)
+    captured = capture_network(network.eval(), call)
+    made = Draft(captured)
     if step is not None:
         spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
         task = Task(example=call, calibration=[torch.randn(16, *call[0].shape[1:])])

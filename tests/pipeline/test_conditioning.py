@@ -12,10 +12,10 @@ from penjing.tasks.outputs import to_numpy
 
 def keeps(network, x, rounding, seed=0):
     """Decibels of the first output."""
-    raised = capture_network(network.eval(), (x,), {})
+    captured = capture_network(network.eval(), (x,), {})
     with torch.no_grad():
         reference = [to_numpy(network(x))]
-    return differences(reference, rounded_elsewhere(raised, ((x,), {}), rounding, seed), split(reference))[0].snr_db
+    return differences(reference, rounded_elsewhere(captured, ((x,), {}), rounding, seed), split(reference))[0].snr_db
 
 
 class Chaotic(nn.Module):
@@ -62,10 +62,10 @@ def test_masks_and_integers_stay_and_the_seed_decides():
             lowest = torch.finfo(torch.float32).min
             return {"masked": x.masked_fill(x > 0, lowest), "inf": x.masked_fill(x > 0, -torch.inf), "at": x.argmax(1)}
 
-    raised = capture_network(Masks(), (X,), {})
-    masked, infinite, at = rounded_elsewhere(raised, ((X,), {}), 2.0**-8, 0)
+    captured = capture_network(Masks(), (X,), {})
+    masked, infinite, at = rounded_elsewhere(captured, ((X,), {}), 2.0**-8, 0)
     assert torch.equal(torch.isfinite(torch.from_numpy(masked)), torch.ones_like(X, dtype=torch.bool))
     assert (masked[X.numpy() > 0] < -1e38).all() and (infinite[X.numpy() > 0] == -float("inf")).all()
     assert (at == X.argmax(1).numpy()).mean() > 0.9
-    again, other = (rounded_elsewhere(raised, ((X,), {}), 2.0**-8, seed)[0] for seed in (0, 1))
+    again, other = (rounded_elsewhere(captured, ((X,), {}), 2.0**-8, seed)[0] for seed in (0, 1))
     assert (again == masked).all() and (other != masked).any()

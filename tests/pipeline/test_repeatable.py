@@ -133,7 +133,7 @@ def task(**parts):
     return pj.Task(example=torch.zeros(2, 16), **{"calibration": batches, **parts})
 
 
-def raised(network, given=None):
+def captured(network, given=None):
     return capture_repeatable(open_source(network), given or task())
 
 
@@ -147,7 +147,7 @@ def everything(network):
 def test_random_numbers_are_found_by_name_and_line(cls):
     torch.manual_seed(0)
     with raises_case(SourceError, "unrepeatable") as caught:
-        raised(cls())
+        captured(cls())
     assert all(word in caught.value.got for word in RANDOM[cls])
     assert "in eval mode" in caught.value.remedy
 
@@ -155,7 +155,7 @@ def test_random_numbers_are_found_by_name_and_line(cls):
 @pytest.mark.parametrize("cls", REMEMBERING, ids=lambda cls: cls.__name__)
 def test_state_is_found_by_its_name_and_the_remedy_is_to_pass_it(cls):
     with raises_case(SourceError, "unrepeatable") as caught:
-        raised(cls())
+        captured(cls())
     assert f"changes {REMEMBERING[cls]}" in caught.value.got
     assert f"make {REMEMBERING[cls]} an input and an output" in caught.value.remedy
 
@@ -165,7 +165,7 @@ def test_the_network_and_the_generators_are_afterwards_as_they_were(cls):
     network = cls()
     before, numbers, plain = everything(network), torch.get_rng_state(), random.getstate()
     with raises_case(SourceError, "unrepeatable"):
-        raised(network)
+        captured(network)
     after = everything(network)
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0]) and before[1] == after[1]
     assert torch.equal(numbers, torch.get_rng_state()) and plain == random.getstate()
@@ -173,7 +173,7 @@ def test_the_network_and_the_generators_are_afterwards_as_they_were(cls):
 
 def test_a_state_that_an_example_of_zeros_does_not_show_is_found():
     with raises_case(SourceError, "unrepeatable"):
-        raised(RemembersInPlace(), task(calibration=None))
+        captured(RemembersInPlace(), task(calibration=None))
 
 
 @pytest.mark.parametrize("cls", [DropsOutAlways, RemembersInABuffer], ids=lambda cls: cls.__name__)
@@ -190,7 +190,7 @@ def test_every_door_refuses_it(cls, tmp_path):
 def test_an_exported_program_is_asked_twice_too():
     program = torch.export.export(RemembersInABuffer().eval(), (torch.zeros(2, 16),))
     with raises_case(SourceError, "unrepeatable") as caught:
-        raised(program)
+        captured(program)
     assert "seen" in caught.value.got
 
 
@@ -247,9 +247,9 @@ def test_what_answers_alike_passes_and_stays_as_it_was(cls):
     network = cls()
     before = everything(network)
     x = torch.randn(3, 16)
-    assert torch.allclose(raised(network)(x.clone()), network.eval()(x.clone()), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(captured(network)(x.clone()), network.eval()(x.clone()), rtol=1e-4, atol=1e-5)
     network = cls()
-    raised(network)
+    captured(network)
     assert everything(network)[1] == before[1]
 
 
@@ -258,7 +258,7 @@ def test_a_randomized_leak_is_a_fixed_one_in_eval_mode():
     network.act = nn.RReLU()
     x = torch.randn(3, 16)
     try:
-        found = raised(network)(x)
+        found = captured(network)(x)
     except ExportError:
         return  # refused by the exporter: another matter than answering twice
     assert torch.allclose(found, network.eval()(x), atol=1e-6)
@@ -280,7 +280,7 @@ def test_torchs_fast_path_is_not_held_against_padded_places():
     padded = torch.stack([torch.arange(9) >= 9 - i % 5 for i in range(8)])
     data = (torch.randint(0, 30, (8, 9)), padded)
     enabled = torch.backends.mha.get_fastpath_enabled()
-    raised(Encoder(), pj.Task(example=tuple(x[:2] for x in data), calibration=[data]))
+    captured(Encoder(), pj.Task(example=tuple(x[:2] for x in data), calibration=[data]))
     assert torch.backends.mha.get_fastpath_enabled() == enabled
 
 
@@ -294,7 +294,7 @@ class AsksWhetherItIsExported(Net):
 
 def test_an_export_of_something_else_is_refused_with_the_decibels():
     with raises_case(ExportError, "another-network") as caught:
-        raised(AsksWhetherItIsExported())
+        captured(AsksWhetherItIsExported())
     assert "dB" in caught.value.got and "head" in caught.value.got
 
 
@@ -305,7 +305,7 @@ def test_a_weight_that_is_not_a_number_is_found_at_the_door(tmp_path):
     for open_door in (
         lambda: pj.compress(network, task(), "minimize size_bytes", out=tmp_path / "run", seconds=0.01, threads=1),
         lambda: pj.apply(pj.Recipe(pj.prune.Channels(channels=0.5)), network, task()),
-        lambda: raised(network, task(calibration=None)),
+        lambda: captured(network, task(calibration=None)),
     ):
         with raises_case(SourceError, "weight-not-finite") as caught:
             open_door()
@@ -324,5 +324,5 @@ class MasksItsAnswers(Net):
 
 def test_answers_that_are_not_numbers_are_refused_and_a_mask_passes():
     with raises_case(SourceError, "answer-not-finite"):
-        raised(Overflows())
-    assert raised(MasksItsAnswers())(torch.randn(2, 16))[:, 1].isneginf().all()
+        captured(Overflows())
+    assert captured(MasksItsAnswers())(torch.randn(2, 16))[:, 1].isneginf().all()

@@ -24,7 +24,7 @@ from tests.pairs import Block
 from tests.raises import raises_case, raises_setting
 
 
-def raised(model, x):
+def captured(model, x):
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -38,14 +38,14 @@ def raised(model, x):
 def resnet():
     torch.manual_seed(0)
     model = build("resnet20", in_channels=1, classes=4, width=4)
-    return model, *raised(model, torch.randn(8, 1, 16, 16))
+    return model, *captured(model, torch.randn(8, 1, 16, 16))
 
 
 @functools.cache
 def two_blocks():
     torch.manual_seed(0)
     parts = OrderedDict(stem=nn.Conv2d(1, 4, 3, padding=1), first=Block(4), second=Block(4))
-    return raised(nn.Sequential(parts), torch.randn(8, 1, 8, 8))
+    return captured(nn.Sequential(parts), torch.randn(8, 1, 8, 8))
 
 
 def test_the_blocks_of_a_residual_network_are_those_with_a_plain_shortcut():
@@ -100,7 +100,7 @@ def test_a_target_is_met_and_no_block_more_goes(target):
 def test_blocks_of_a_transformer_go_one_after_the_other_and_reload(tmp_path):
     torch.manual_seed(0)
     model = build("vit_tiny", in_channels=1, classes=3, resolution=16, depth=3, patch=4, heads=2, width=16)
-    network, task = raised(model, torch.randn(4, 1, 16, 16))
+    network, task = captured(model, torch.randn(4, 1, 16, 16))
     draft = Blocks(blocks=4)(Draft(network), Context(task=task))
     assert len(draft.edits) == 4
     assert len([b for b in bypasses(draft.network, task.call()) if b.kind == "block"]) == 2
@@ -113,7 +113,7 @@ def test_blocks_of_a_transformer_go_one_after_the_other_and_reload(tmp_path):
 def test_layers_without_a_shortcut_go_with_their_norm_and_activation():
     torch.manual_seed(0)
     model = build("vgg16_small", in_channels=1, classes=3, width=4)
-    network, task = raised(model, torch.randn(4, 1, 32, 32))
+    network, task = captured(model, torch.randn(4, 1, 32, 32))
     context = Context(task=task)
     with raises_case(PruningError, "nothing-to-prune"):
         Blocks(blocks=1)(Draft(network), context)

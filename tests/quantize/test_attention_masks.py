@@ -39,9 +39,9 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
     """Quantize, export and run; every output is compared with torch's and with the plan's, on another batch size."""
     net.eval()
     task = Task(example=data(2), calibration=[data(8 + i) for i in range(3)])
-    raised = capture_network(net, *task.call(), task.dynamic)
+    captured = capture_network(net, *task.call(), task.dynamic)
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
     outputs = [name for name, _ in net.forms]
     structure = {"kind": "tuple", "items": [{"kind": "tensor"}] * len(outputs)}
     building.build(draft, runtime, "int8", task, structure, folder)

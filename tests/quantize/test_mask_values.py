@@ -87,9 +87,9 @@ def images(seed, n=16):
 def judge(net, data, runtime, folder):
     """The draft of an artifact that agrees with its source and its plan on another batch size."""
     task = Task(example=data(0), calibration=[data(1 + i) for i in range(3)])
-    raised = capture_network(net.eval(), *task.call(), task.dynamic)
+    captured = capture_network(net.eval(), *task.call(), task.dynamic)
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
     building.build(draft, runtime, "int8", task, {"kind": "tensor"}, folder)
     args = data(9, 5)
     args = args if isinstance(args, tuple) else (args,)

@@ -222,9 +222,9 @@ def test_a_layer_of_stored_values_is_computed_once_and_no_runtime_fails_at_it(ru
     net = Relative().eval()
     data = [torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     task = Task(example=data[0], calibration=data[:2])
-    raised = capture_network(net, *task.call(), task.dynamic)
+    captured = capture_network(net, *task.call(), task.dynamic)
     capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
     assert draft.plan.floats["keys@1"] == FIXED and {"keys:in0", "head:in0"} <= set(draft.plan.entries)
     building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     [got] = isolated.open_artifact(tmp_path, 1).run([data[2].numpy()])

@@ -88,9 +88,9 @@ def planned(network, runtime):
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(16, *SHAPE, generator=generator) for _ in range(3)]
     task = Task(example=torch.zeros(2, *SHAPE), calibration=data)
-    raised = capture_network(network.eval(), *task.call())
+    captured = capture_network(network.eval(), *task.call())
     spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
-    return Static()(Draft(raised), Context(task=task, capabilities=spec)), task
+    return Static()(Draft(captured), Context(task=task, capabilities=spec)), task
 
 
 def decibels(expected, given):
@@ -185,10 +185,10 @@ def test_powers_of_columns():
 def test_other_data_are_observed_anew():
     """The ranges of a part of the data are not those of all, though network and number of samples are the same."""
     small, large = [torch.randn(8, *SHAPE) for _ in range(2)], [50 * torch.randn(8, *SHAPE) for _ in range(2)]
-    raised = capture_network(Alike().eval(), (torch.zeros(2, *SHAPE),))
+    captured = capture_network(Alike().eval(), (torch.zeros(2, *SHAPE),))
     cache = Cache()
     highs = []
     for data in (small, large, small):
         context = Context(task=Task(example=torch.zeros(2, *SHAPE), calibration=data), cache=cache)
-        highs.append(collect(raised, {"x"}, context, 300)[0]["x"].high)
+        highs.append(collect(captured, {"x"}, context, 300)[0]["x"].high)
     assert highs[1] > 10 * highs[0] and highs[2] == highs[0]

@@ -351,5 +351,5 @@ def test_openvino_gets_no_zero_point_where_that_costs_the_grid_little(shift, cen
         entries = Static()(Draft(network), Context(task=task, capabilities=capabilities)).plan.entries
         assert (entries["padded:in0"].zero_point[0] == 0) == expected
         assert entries["pointwise:in0"].zero_point[0] != 0 and entries["a:in0"].zero_point[0] != 0
-        kept = Static(activation_symmetric=False)(Draft(network), Context(task=task, capabilities=capabilities))
-        assert kept.plan.entries["padded:in0"].zero_point[0] != 0
+        asymmetric = Static(activation_symmetric=False)(Draft(network), Context(task=task, capabilities=capabilities))
+        assert asymmetric.plan.entries["padded:in0"].zero_point[0] != 0

@@ -32,9 +32,9 @@ def decibels(wanted, got):
 def executed(net, folder):
     """The operators by kind that OpenVINO computes in integers, of an artifact that agrees with source and plan."""
     task = Task(example=images(0), calibration=[images(1 + i) for i in range(3)])
-    raised = capture_network(net.eval(), *task.call(), task.dynamic)
+    captured = capture_network(net.eval(), *task.call(), task.dynamic)
     capabilities = runtimes.get("openvino").capabilities(measure.machine(1).instruction_sets)
-    draft = Static()(Draft(raised), Context(task=task, capabilities=capabilities, source=raised))
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
     manifest = building.build(draft, "openvino", "int8", task, {"kind": "tensor"}, folder)
     x = images(9, 5)
     [got] = isolated.open_artifact(folder, 1).run([x.numpy()])

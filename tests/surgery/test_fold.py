@@ -27,7 +27,7 @@ def with_statistics(model, seed=0):
     return model.eval()
 
 
-def raised(model, *shape, dtype=torch.float32):
+def captured(model, *shape, dtype=torch.float32):
     return capture_network(with_statistics(model), (torch.zeros(1, *shape),)).to(dtype)
 
 
@@ -57,7 +57,7 @@ PAIRS = {
 def test_a_folded_network_computes_the_same(name, dtype, tolerance):
     torch.manual_seed(0)
     layers, shape = PAIRS[name]
-    network = raised(nn.Sequential(*layers()), *shape, dtype=dtype)
+    network = captured(nn.Sequential(*layers()), *shape, dtype=dtype)
     folded = copy.deepcopy(network)
     edits = fold_batch_norms(folded)
     assert len(edits) == len(list(nn.Sequential(*layers()))) - 1
@@ -84,7 +84,7 @@ def test_the_formula_number_by_number():
 
 def test_resnet20_folds_whole_and_still_trains():
     torch.manual_seed(0)
-    network = raised(build("resnet20"), 3, 16, 16, dtype=torch.float64)
+    network = captured(build("resnet20"), 3, 16, 16, dtype=torch.float64)
     folded = copy.deepcopy(network)
     edits = fold_batch_norms(folded)
     assert len(edits) == 21
@@ -143,7 +143,7 @@ class Odd(nn.Module):
 )
 def test_what_cannot_be_folded_stays_as_it_is(how):
     torch.manual_seed(0)
-    network = raised(Odd(how), 3, 6, 6)
+    network = captured(Odd(how), 3, 6, 6)
     folded = copy.deepcopy(network)
     assert fold_batch_norms(folded) == ()
     x = torch.randn(2, 3, 6, 6)
@@ -153,7 +153,7 @@ def test_what_cannot_be_folded_stays_as_it_is(how):
 
 def test_a_linear_layer_on_a_sequence_has_its_features_elsewhere():
     torch.manual_seed(0)
-    network = raised(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)), 4, 6)
+    network = captured(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)), 4, 6)
     before = copy.deepcopy(network)
     assert fold_batch_norms(network) == ()
     x = torch.randn(3, 4, 6)
@@ -164,7 +164,7 @@ class TestReplay:
     @pytest.fixture
     def network(self):
         torch.manual_seed(0)
-        return raised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), 3, 6, 6)
+        return captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), 3, 6, 6)
 
     def test_the_log_leads_to_the_same_network_to_the_bit(self, network):
         source = copy.deepcopy(network)
@@ -196,7 +196,7 @@ class TestReplay:
 
 def test_folding_by_name_edits_in_place():
     torch.manual_seed(0)
-    network = raised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 3, 6, 6)
+    network = captured(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 3, 6, 6)
     x = torch.randn(2, 3, 6, 6)
     before = network(x)
     fold_batch_norm(network, "0", "1")

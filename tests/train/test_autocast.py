@@ -103,11 +103,11 @@ class TestInTheLoop:
         seen = {}
         network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 2))
         task = Task(example=X[:, :1], train=[(X[:, :1], torch.tensor([0, 1]))], loss=F.cross_entropy)
-        raised = capture_network(network, *task.call(), task.dynamic)
-        stem, depthwise = raised.get_submodule("0"), raised.get_submodule("1")
+        captured = capture_network(network, *task.call(), task.dynamic)
+        stem, depthwise = captured.get_submodule("0"), captured.get_submodule("1")
         stem.register_forward_pre_hook(lambda module, args: seen.update(images=args[0].stride()))
         depthwise.register_forward_pre_hook(lambda module, args: seen.update(weights=module.weight.stride()))
-        train(raised, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
+        train(captured, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
         assert seen == {"images": (36, 1, 6, 1), "weights": (9, 1, 3, 1)}
         assert depthwise.weight.stride() == (9, 9, 3, 1)  # a state dict has no strides: a run that goes on has none
 
@@ -124,7 +124,7 @@ class TestInTheLoop:
 
         x = X[:, :, None].expand(-1, -1, 3, -1, -1).contiguous()
         task = Task(example=x, train=[(x, torch.tensor([0, 1]))], loss=F.cross_entropy)
-        raised = capture_network(Both(), *task.call(), task.dynamic)
-        before = raised.get_submodule("volume").weight.clone()
-        train(raised, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
-        assert not torch.equal(before, raised.get_submodule("volume").weight)
+        captured = capture_network(Both(), *task.call(), task.dynamic)
+        before = captured.get_submodule("volume").weight.clone()
+        train(captured, Context(task=task), Finetune(steps=1, learning_rate=0.1, distill=()))
+        assert not torch.equal(before, captured.get_submodule("volume").weight)

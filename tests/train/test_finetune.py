@@ -81,11 +81,11 @@ class TestLearning:
                 trained(Finetune(epochs=10, learning_rate=rate, optimizer=optimizer), network=network)
             assert float(F.cross_entropy(network(inputs), target)) < 0.5 * before
 
-    def test_a_raised_network_learns_as_its_source_does(self):
+    def test_a_captured_network_learns_as_its_source_does(self):
         source = net()
-        raised = capture_network(source, (torch.zeros(1, 1, 8, 8),))
+        captured = capture_network(source, (torch.zeros(1, 1, 8, 8),))
         settings = replace(SHORT, channels_last=False)
-        assert same(trained(settings, network=raised), trained(settings, network=source))
+        assert same(trained(settings, network=captured), trained(settings, network=source))
 
     def test_statistics_of_batch_norms_move(self):
         network = net()
@@ -844,8 +844,8 @@ class TestPrecisionAndMemoryFormat:
 
     def test_the_result_can_be_exported(self):
         x = torch.randn(3, 1, 8, 8)
-        raised = capture_network(net(), (x,))
-        draft = replace(SHORT, channels_last=True)(Draft(raised), context_of())
+        captured = capture_network(net(), (x,))
+        draft = replace(SHORT, channels_last=True)(Draft(captured), context_of())
         program = export(draft.network, ((x,), {}), None)
         assert not [n for n in program.graph.nodes if "as_strided" in str(n.target)]
         torch.testing.assert_close(program.module()(x), draft.network(x))

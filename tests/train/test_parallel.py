@@ -44,7 +44,7 @@ def task(**fields):
     return Task(**{"example": x[:2], "train": pairs, "loss": F.cross_entropy} | fields)
 
 
-def raised(norm=False, seed=0):
+def captured(norm=False, seed=0):
     torch.manual_seed(seed)
     return capture_network(Plain(norm), *task().call())
 
@@ -60,25 +60,25 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return train(raised(seed=1), Context(task=task()), replace(SETTINGS, epochs=3))
+    return train(captured(seed=1), Context(task=task()), replace(SETTINGS, epochs=3))
 
 
 def test_a_cluster_that_does_not_run():  # before a test starts one, which would be taken
     with raises_case(TrainingError, "unreachable"):
-        train(raised(), Context(task=task()), replace(SETTINGS, workers=2, cluster="127.0.0.1:1"))
+        train(captured(), Context(task=task()), replace(SETTINGS, workers=2, cluster="127.0.0.1:1"))
 
 
 def test_two_workers_give_what_one_gives(cluster, teacher):
     way = (distill.Logits(), distill.DKD())
     settings = replace(SETTINGS, distill=way, accumulate=2)
     told = []
-    one = train(raised(), Context(task=task(), source=teacher), settings)
+    one = train(captured(), Context(task=task(), source=teacher), settings)
     events = lambda kind, **values: told.append((kind, values))  # noqa: E731
     where = Context(task=task(), events=events)
-    two = train(raised(), where, replace(settings, workers=2, cluster=cluster, teacher=teacher))
+    two = train(captured(), where, replace(settings, workers=2, cluster=cluster, teacher=teacher))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-    assert not torch.allclose(next(two.parameters()), next(raised().parameters()), atol=1e-3)
+    assert not torch.allclose(next(two.parameters()), next(captured().parameters()), atol=1e-3)
     assert [v["done"] for kind, v in told if kind == "progress"] == list(range(1, 7))
 
 
@@ -109,7 +109,7 @@ def whole(cluster, teacher, tmp_path_factory):
     stopped = tmp_path_factory.mktemp("whole") / "stopped"
     stopped.touch()
     where = Context(task=task(), source=teacher, seed=2**70)  # more than a generator takes
-    network = train(raised(norm=True), where, replace(SAVED, hooks=(StopOnce(stopped),)))
+    network = train(captured(norm=True), where, replace(SAVED, hooks=(StopOnce(stopped),)))
     written = stopped.parent.glob("*.statistics")
     return where, network, [torch.load(path, weights_only=True) for path in written]
 
@@ -118,9 +118,9 @@ def test_workers_that_were_killed_go_on_to_the_same_bits(whole, tmp_path):
     where, network, _ = whole
     where, stopping = replace(where, folder=tmp_path), replace(SAVED, hooks=(StopOnce(tmp_path / "stopped"),))
     with raises_case(TrainingError, "failed"):
-        train(raised(norm=True), where, stopping)
+        train(captured(norm=True), where, stopping)
     assert torch.load(tmp_path / "finetune.pt", weights_only=True)["numbers"][0] == 3
-    again = train(raised(norm=True, seed=5), where, stopping)
+    again = train(captured(norm=True, seed=5), where, stopping)
     assert all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True)
     )
@@ -128,7 +128,7 @@ def test_workers_that_were_killed_go_on_to_the_same_bits(whole, tmp_path):
 
 def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(whole):
     *_, statistics = whole
-    network, (x, _) = raised(norm=True), task().train[0]
+    network, (x, _) = captured(norm=True), task().train[0]
     with torch.no_grad():
         parts = [network.conv(part).mean((0, 2, 3)) for part in (x[:17], x[17:])]
     averaged = 0.1 * torch.stack(parts).mean(0)
@@ -138,7 +138,7 @@ def test_statistics_of_batch_norms_are_those_of_parts_and_are_averaged(whole):
 def test_an_error_of_a_worker_is_told_as_it_is(cluster):
     settings = replace(SETTINGS, workers=2, cluster=cluster, clip=(), learning_rate=1e30)
     with raises_case(TrainingError, "loss-not-finite") as error:
-        train(raised(), Context(task=task()), settings)
+        train(captured(), Context(task=task()), settings)
     assert error.value.remedy
 
 

@@ -71,8 +71,8 @@ def capture_network(
     program = complex_as_pairs(functional(decomposed(in_line(program))))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
-    raiser = _Raiser(flat, state, operators=bool(getattr(model, "of_operators", False)))
-    graph_module = raiser.build(channels_last=bool(getattr(model, "channels_last", False)))
+    capture = _Capture(flat, state, operators=bool(getattr(model, "of_operators", False)))
+    graph_module = capture.build(channels_last=bool(getattr(model, "channels_last", False)))
     captured = copy.deepcopy(graph_module)
     names = captured.meta["renamed"]
     if isinstance(ports := getattr(model, "ports", None), Mapping):
@@ -96,7 +96,7 @@ def layer_of(node: fx.Node, tensors: Mapping[str, Any]) -> tuple[nn.Module, fx.N
     return None if built is None else (built[0], built[1][0])
 
 
-class _Raiser(Tensors):
+class _Capture(Tensors):
     """Converts a flat exported graph to modules and functional nodes.
 
     Args:

@@ -24,7 +24,7 @@ def rounded_elsewhere(network: fx.GraphModule, call: Call, rounding: float, seed
     """The network's flat outputs where every floating-point input and result is off by up to `rounding` of itself.
 
     Args:
-        network: Raised, with or without quantizers.
+        network: Captured, with or without quantizers.
         call: The samples.
         rounding: Largest relative error of a value, such as 2**-8 for bfloat16.
         seed: Of the errors, which are uniform.

@@ -24,7 +24,7 @@ class Original:
 
     Attributes:
         name: How it is called in tables.
-        network: Raised.
+        network: Captured.
         weights: SHA-256 of its tensors.
         macs: Of one sample of the task's example.
     """

@@ -103,7 +103,7 @@ def _check_captured(name: str, module: nn.Module, network: fx.GraphModule, task:
     if genuine:
         _check_finite(expected, name)
     with same_state(network):
-        first, second = (_answers(network, call, f"{name}, raised,") for _ in range(2))
+        first, second = (_answers(network, call, f"{name}, captured,") for _ in range(2))
     place, decibels = _worst(first, second, ANSWERS_DB)
     if place is not None:
         drawn = _random_operators(network, call)

@@ -29,7 +29,7 @@ class Small(nn.Module):
         return self.head(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
 
 
-def raised(width=6, seed=0):
+def captured(width=6, seed=0):
     torch.manual_seed(seed)
     return capture_network(Small(width), (torch.zeros(2, 1, 8, 8),))
 
