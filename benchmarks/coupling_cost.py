@@ -46,26 +46,26 @@ def child(side, name):
 
     torch.set_num_threads(THREADS)
     model, example = built(name)
-    found = {}
+    figures = {}
     if side == "penjing":
         from penjing.analyze.coupling import couple
         from penjing.network.capture import capture_network
 
         start = time.perf_counter()
         network = capture_network(model, (example,))
-        found["raise_s"] = time.perf_counter() - start
+        figures["raise_s"] = time.perf_counter() - start
     else:
         import torch_pruning as tp
     reset_peak()
     before, start = peak_memory_bytes(), time.perf_counter()
     if side == "penjing":
         coupling = couple(network, ((example,), {}))
-        found["groups"] = len(coupling.groups)
+        figures["groups"] = len(coupling.groups)
     else:
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-        found["groups"] = sum(1 for _ in graph.get_all_groups(ignored_layers=[model.classifier]))
-    found |= {"seconds": time.perf_counter() - start, "bytes": peak_memory_bytes() - before}
-    print(json.dumps(found))
+        figures["groups"] = sum(1 for _ in graph.get_all_groups(ignored_layers=[model.classifier]))
+    figures |= {"seconds": time.perf_counter() - start, "bytes": peak_memory_bytes() - before}
+    print(json.dumps(figures))
 
 
 def main():

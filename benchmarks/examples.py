@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", choices=RUNS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/examples.json")
     arguments = parser.parse_args()
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in [arguments.only] if arguments.only else RUNS:
         source, task, goal = RUNS[name]
         with tempfile.TemporaryDirectory() as aside, Progressing(Console(stderr=True)) as progress:
@@ -61,7 +61,7 @@ def main() -> None:
             )  # fmt: skip
         record = result.record
         Console().print(table.candidates(record))
-        found[name] = {
+        results[name] = {
             "goal": record.goal.text,
             "metric_name": record.metric_name,
             "machine": dataclasses.asdict(record.machine),
@@ -69,7 +69,7 @@ def main() -> None:
             "rows": [row("source (torch)", record.source)] + [row(c.name, c.measured, c) for c in record.candidates],
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print(arguments.out)
 
 

@@ -73,7 +73,7 @@ def build(name: str, folder: Path) -> list[str]:
     task = Task(example=images[:2], calibration=list(images.split(4)))
     sets = measure.machine(THREADS).instruction_sets
     draft = Draft(capture_network(model, *task.call()))
-    made = []
+    contestants = []
     for runtime in ("openvino", "onnxruntime"):
         capabilities = runtimes.get(runtime).capabilities(sets)
         for precision in capabilities.precisions:
@@ -83,14 +83,14 @@ def build(name: str, folder: Path) -> list[str]:
             aside = folder / f"penjing {runtime} {precision}"
             aside.mkdir()
             building.build(quantized, runtime, precision, task, {"kind": "tensor"}, aside)
-            made.append(aside.name)
+            contestants.append(aside.name)
     for peer in ("nncf", "ort-minmax"):
         aside = folder / peer
         aside.mkdir()
         run = {"nncf": ptq_cost._nncf, "ort-minmax": ptq_cost._onnxruntime}[peer]
         run(ptq_cost._prepare(peer, model, aside), images, aside)
-        made.append(peer)
-    return made
+        contestants.append(peer)
+    return contestants
 
 
 def open_folder(folder, threads):
@@ -141,11 +141,11 @@ def main() -> None:
     data = {"machine": vars(machine(THREADS)), "versions": versions(), "networks": {}}
     for name in arguments.networks:
         with tempfile.TemporaryDirectory() as aside:
-            made = build(name, Path(aside))
+            contestants = build(name, Path(aside))
             for batch in arguments.batches:
                 image = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
-                names = [*made, *(f"{n} fixed {batch}" for n in made if n == "nncf" or " openvino " in n)]
-                for extra in names[len(made) :]:
+                names = [*contestants, *(f"{n} fixed {batch}" for n in contestants if n == "nncf" or " openvino " in n)]
+                for extra in names[len(contestants) :]:
                     (Path(aside) / extra).mkdir(exist_ok=True)
                 targets = [Target(n, Path(aside) / n, [image], batch) for n in names]
                 timings = compare(

@@ -141,8 +141,8 @@ def accuracies(arguments, data, save):
                     folder.mkdir(parents=True, exist_ok=True)
                     make(settings, resnet20(), task, seed, arguments.epochs, folder)
                     session = opened(folder)
-                    found = task.evaluate(lambda x, session=session: session.run([x])[0])
-                    data["runs"][key] = {"accuracy": found, "seconds": time.perf_counter() - start}
+                    accuracy = task.evaluate(lambda x, session=session: session.run([x])[0])
+                    data["runs"][key] = {"accuracy": accuracy, "seconds": time.perf_counter() - start}
                     save()
                 print(
                     f"{key:<60}{data['runs'][key]['accuracy']:>8.4f}{data['runs'][key]['seconds']:>7.0f} s", flush=True
@@ -202,12 +202,12 @@ def limit(arguments, data, save):
     every[STUDENT] = student(epochs)
     folders = {}
     for name in arguments.limit or every:
-        found, made = [], []
+        scores, trainings = [], []
         for seed in arguments.seeds:
             folder = cache() / "joint" / f"{name} onnxruntime epochs {epochs:g} seed {seed}"
             about = folder.with_name(f"{folder.name}.json")
             if not about.exists():
-                if found and not arguments.limit:
+                if scores and not arguments.limit:
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
                 start = time.perf_counter()
@@ -215,12 +215,12 @@ def limit(arguments, data, save):
                 about.write_text(json.dumps({"seconds": time.perf_counter() - start, **where(arguments.device)}))
             folders.setdefault(name, folder)
             session = opened(folder)
-            found.append(task.evaluate(lambda x, session=session: session.run([x])[0]))
-            made.append(json.loads(about.read_text()))
-            print(f"{folder.name:<70}{found[-1]:>8.4f}{made[-1]['seconds']:>7.0f} s", flush=True)
+            scores.append(task.evaluate(lambda x, session=session: session.run([x])[0]))
+            trainings.append(json.loads(about.read_text()))
+            print(f"{folder.name:<70}{scores[-1]:>8.4f}{trainings[-1]['seconds']:>7.0f} s", flush=True)
         data["limit"]["accuracy"][name] = {
-            "accuracy": statistics.median(found), "lowest": min(found), "highest": max(found), "seeds": len(found),
-            "made": made,
+            "accuracy": statistics.median(scores), "lowest": min(scores), "highest": max(scores), "seeds": len(scores),
+            "made": trainings,
         }  # fmt: skip
         save()
     if arguments.limit:  # the rest is built by another process
@@ -252,17 +252,17 @@ def timed(folders, images, seconds):
     """Time all files in interleaved rounds: a single image with one thread and with two, and a large batch."""
     from penjing.measure import Target, compare
 
-    found = {}
+    latencies = {}
     for batch, threads in ((1, 1), (1, THREADS), (32, THREADS)):
         targets = [Target(name, folder, [images[:batch]], batch) for name, folder in folders.items()]
         timings = compare(targets, threads=threads, seconds=seconds, opener="joint:opened")
         key = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
-        rows = found[key] = {name: vars(timings[name].latency) for name in folders}
+        rows = latencies[key] = {name: vars(timings[name].latency) for name in folders}
         fastest = min(row["median"] for name, row in rows.items() if name.startswith("fp32"))
         for name, row in rows.items():
             print(f"{key} {name:<40}{row['median']:>9.3f} ms  spread {row['spread']:>4.0%}  "
                   f"{fastest / row['median']:.2f}x", flush=True)  # fmt: skip
-    return found
+    return latencies
 
 
 def whole(aside, task):
@@ -283,7 +283,7 @@ def whole(aside, task):
 
 def wins(data):
     """For every chain, the fastest joint file that is at least as accurate, and its speed-up."""
-    found = {}
+    speedups = {}
     for case, rows in data["speed"].items():
         for name in (n for n in CHAIN if n in data["accuracy"]):
             needed = data["accuracy"][name]["accuracy"]
@@ -291,9 +291,9 @@ def wins(data):
             if able:
                 best = min(able, key=lambda n: rows[n]["median"])
                 times = rows[name]["median"] / rows[best]["median"]
-                found[f"{name}, {case}"] = {"by": best, "times": times}
+                speedups[f"{name}, {case}"] = {"by": best, "times": times}
                 print(f"{case} {name}: {best} is as accurate and {times:.2f}x faster")
-    return found
+    return speedups
 
 
 def main() -> None:

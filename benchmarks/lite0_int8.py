@@ -142,13 +142,13 @@ def judge(folder: Path) -> dict:
     signal, noise, same = [], [], []
 
     def predict(x):
-        found = session.run([x])[0]
+        outputs = session.run([x])[0]
         with torch.no_grad():
-            wanted = network(torch.from_numpy(x)).numpy()
-        signal.append((wanted.astype(np.float64) ** 2).sum(1))
-        noise.append(((found - wanted).astype(np.float64) ** 2).sum(1))
-        same.append(found.argmax(1) == wanted.argmax(1))
-        return found
+            reference = network(torch.from_numpy(x)).numpy()
+        signal.append((reference.astype(np.float64) ** 2).sum(1))
+        noise.append(((outputs - reference).astype(np.float64) ** 2).sum(1))
+        same.append(outputs.argmax(1) == reference.argmax(1))
+        return outputs
 
     lite0_task().evaluate(predict)
     signal, noise, same = (np.concatenate(x) for x in (signal, noise, same))

@@ -83,9 +83,9 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     task = lite0_task()
     capabilities = runtimes.get("openvino").capabilities(measure.machine(THREADS).instruction_sets)
-    found = explain(Draft(capture_network(lite0(), *task.call())), Context(task=task, capabilities=capabilities))
-    Console().print(table.noise(found, arguments.shown))
-    rows = [dataclasses.asdict(row) for row in found]
+    noise_rows = explain(Draft(capture_network(lite0(), *task.call())), Context(task=task, capabilities=capabilities))
+    Console().print(table.noise(noise_rows, arguments.shown))
+    rows = [dataclasses.asdict(row) for row in noise_rows]
     noisiest = sorted(rows, key=_loudest)[: arguments.shown]
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     arguments.picture.write_text(image(noisiest), encoding="utf-8")

@@ -70,9 +70,9 @@ def build(model, task, folder: Path) -> list[str]:
     capabilities = runtimes.get("onnxruntime").capabilities(measure.machine(THREADS).instruction_sets)
     draft = Draft(capture_network(model, *task.call()))
     quantized = Dynamic()(draft, Context(task=task, capabilities=capabilities))
-    for name, made in (("penjing fp32", draft), ("penjing int8", quantized)):
+    for name, contestant in (("penjing fp32", draft), ("penjing int8", quantized)):
         (folder / name).mkdir()
-        building.build(made, "onnxruntime", name.split()[1], task, {"kind": "tensor"}, folder / name)
+        building.build(contestant, "onnxruntime", name.split()[1], task, {"kind": "tensor"}, folder / name)
     aside = folder / "ort dynamic int8"
     aside.mkdir()
     batch = torch.export.Dim("batch", min=1, max=4096)
@@ -135,12 +135,12 @@ def main() -> None:
             signal, noise = [], []
 
             def seen(x, session=session, signal=signal, noise=noise):
-                found = session.run([x])[0]
+                outputs = session.run([x])[0]
                 with torch.no_grad():
                     exact = model(torch.from_numpy(x)).numpy().astype(np.float64)
                 signal.append((exact**2).sum())
-                noise.append(((found - exact) ** 2).sum())
-                return found
+                noise.append(((outputs - exact) ** 2).sum())
+                return outputs
 
             files = [p for p in (Path(aside) / name).iterdir() if p.suffix in (".onnx", ".data")]
             rows[name] = {

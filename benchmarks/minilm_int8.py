@@ -224,12 +224,12 @@ def main() -> None:
                 sys.exit(f"{name}: {done.stderr[-2000:]}")
             print(f"made {name}", flush=True)
     reference = open_folder(arguments.folder / "penjing onnxruntime fp32", THREADS)
-    judges, wanted = {}, {}
+    judges, test_sets = {}, {}
     for name in SETS:
         texts, classes = labelled(name, "train", arguments.fitted)
         judges[name] = LogisticRegression(max_iter=1000).fit(vectors(reference.run, texts), classes)
         texts, classes = labelled(name, "test", arguments.judged)
-        wanted[name] = (texts, classes, vectors(reference.run, texts))
+        test_sets[name] = (texts, classes, vectors(reference.run, texts))
     rows = {}
     print(f"\n{'':<36}{'cosine':>8}" + "".join(f"{name:>14}" for name in SETS))
     for name in arguments.only:
@@ -239,10 +239,10 @@ def main() -> None:
         if not path.exists():
             session = open_folder(arguments.folder / name, THREADS)
             row = {"cosine": {}, "accuracy": {}, "drop": {}}
-            for data, (texts, classes, exact) in wanted.items():
-                found = vectors(session.run, texts)
-                row["cosine"][data] = float(np.mean((found * exact).sum(1)))
-                row["accuracy"][data] = float(judges[data].score(found, classes))
+            for data, (texts, classes, exact) in test_sets.items():
+                embeddings = vectors(session.run, texts)
+                row["cosine"][data] = float(np.mean((embeddings * exact).sum(1)))
+                row["accuracy"][data] = float(judges[data].score(embeddings, classes))
                 row["drop"][data] = float(judges[data].score(exact, classes)) - row["accuracy"][data]
             path.write_text(json.dumps(row))
         row = json.loads(path.read_text())
@@ -250,7 +250,7 @@ def main() -> None:
         cosine = np.mean(list(row["cosine"].values()))
         print(f"{name:<36}{cosine:>8.4f}" + "".join(f"{row['drop'][d] * 100:>+13.2f}p" for d in SETS), flush=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    batch = tokens(wanted[SETS[0]][0][:16], 16)[0]
+    batch = tokens(test_sets[SETS[0]][0][:16], 16)[0]
     for size in (1, 16):
         inputs = [batch["input_ids"][:size].numpy(), batch["attention_mask"][:size].numpy()]
         targets = [Target(n, arguments.folder / n, inputs, size) for n in rows]

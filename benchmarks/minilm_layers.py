@@ -151,8 +151,8 @@ def accuracies(arguments, module, task, data, save):
     others = [name for name in rows if name not in UNTAUGHT]
     data["best"] = max(others, key=lambda name: statistics.mean(row["held_out"] for row in rows[name]), default=None)
     data["accuracy"] = {}
-    for name, found in rows.items():
-        values = [row["accuracy"] for row in found]
+    for name, runs in rows.items():
+        values = [row["accuracy"] for row in runs]
         data["accuracy"][name] = {
             "mean": statistics.mean(values), "lowest": min(values), "highest": max(values), "seeds": len(values),
             "texts": arguments.texts,

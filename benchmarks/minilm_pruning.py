@@ -93,12 +93,12 @@ def prepared(judged):
     from examples import data
     from penjing.tasks.task import Task
 
-    found = data.texts("20newsgroups")
-    names = sorted(set(found["train"][1]))
+    newsgroups = data.texts("20newsgroups")
+    names = sorted(set(newsgroups["train"][1]))
 
     def tokenized(part):
-        (rows,) = tokens(found[part][0], batch=len(found[part][0]))
-        return rows["input_ids"], rows["attention_mask"], torch.tensor([names.index(c) for c in found[part][1]])
+        (rows,) = tokens(newsgroups[part][0], batch=len(newsgroups[part][0]))
+        return rows["input_ids"], rows["attention_mask"], torch.tensor([names.index(c) for c in newsgroups[part][1]])
 
     ids, mask, classes = tokenized("train")
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))

@@ -62,12 +62,12 @@ def judged(folder: Path, task, network) -> dict:
     signal, noise = [], []
 
     def seen(x):
-        found = predict(x)
+        outputs = predict(x)
         with torch.no_grad():
-            wanted = network(torch.from_numpy(x)).numpy().astype(np.float64)
-        signal.append((wanted**2).sum())
-        noise.append(((found - wanted) ** 2).sum())
-        return found
+            reference = network(torch.from_numpy(x)).numpy().astype(np.float64)
+        signal.append((reference**2).sum())
+        noise.append(((outputs - reference) ** 2).sum())
+        return outputs
 
     metric = task.evaluate(seen)
     return {"metric": metric, "snr_db": float(10 * np.log10(sum(signal) / max(sum(noise), 1e-30)))}
@@ -84,7 +84,7 @@ def open_folder(folder, threads):
     return open_artifact(folder, threads)
 
 
-def by_bits(raised, network, task, wanted) -> list[dict]:
+def by_bits(raised, network, task, bit_widths) -> list[dict]:
     """Uniform and mixed bits in weights."""
     from penjing import measure, runtimes
     from penjing.pipeline import building
@@ -96,7 +96,7 @@ def by_bits(raised, network, task, wanted) -> list[dict]:
     context = Context(task=task, capabilities=capabilities, source=raised)
     rows = []
     print(f"{'':<10}{'bits':>6}{'metric':>9}{'SNR dB':>8}{'packed kB':>11}")
-    for bits in wanted:
+    for bits in bit_widths:
         kinds = {"uniform": (Static(weight_bits=bits), CoordinateRounding())}
         if bits < 8:
             kinds["mixed"] = (MixedPrecision(average_bits=bits, weight_bits=CHOICES),)
@@ -138,12 +138,12 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
     images = torch.cat([x if isinstance(x, torch.Tensor) else x[0] for x in task.calibration])
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
-        made: dict[str, dict] = {}
+        variants: dict[str, dict] = {}
 
         def build(name, draft, precision, **values):
             (folder / name).mkdir()
             building.build(draft, "openvino", precision, task, {"kind": "tensor"}, folder / name)
-            made[name] = values
+            variants[name] = values
 
         draft = Draft(raised)
         build("fp32", draft, "fp32")
@@ -158,7 +158,7 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
         build(INTEGER, integer, "int8")
         build("bf16", draft, "bf16")
         peer(network, images, folder / "nncf")
-        made["nncf"] = {}
+        variants["nncf"] = {}
         ends = timed(folder, (INTEGER, "bf16"), task, seconds)
         fast, slow = sorted((1.0, measure.ratio(ends["bf16"], ends[INTEGER])))
         for share in SHARES:
@@ -169,10 +169,10 @@ def by_latency(raised, network, task, seconds: float) -> list[dict]:
             name = f"mixed, {share:.0%}"
             values = {"budget": budget, "seconds": time.perf_counter() - start}
             build(name, mixed, mixed.plan.precision, floats=back, rest=mixed.plan.precision, **values)
-        timings = timed(folder, made, task, seconds)
+        timings = timed(folder, variants, task, seconds)
         rows = []
         print(f"{'':<20}{'budget':>9}{'latency':>9}{'ms':>8}{'metric':>9}{'SNR dB':>8}{'floats':>8}  precision")
-        for name, values in made.items():
+        for name, values in variants.items():
             latency = timings[name].latency
             row = {"name": name, **values, "latency": measure.ratio(timings[name], timings[INTEGER])}
             row["latency_ms"] = vars(latency)
@@ -238,14 +238,14 @@ def main() -> None:
     for name in arguments.networks:
         network, task = source(name)
         raised = capture_network(network, *task.call())
-        found = data["networks"].setdefault(name, {})
+        entry = data["networks"].setdefault(name, {})
         for part in arguments.parts:
             print(f"\n{name}, {part}")
             if part == "bits":
-                found[part] = by_bits(raised, network, task, arguments.bits)
+                entry[part] = by_bits(raised, network, task, arguments.bits)
             else:
-                found[part] = by_latency(raised, network, task, arguments.seconds)
-            found[f"{part} measured on"] = where
+                entry[part] = by_latency(raised, network, task, arguments.seconds)
+            entry[f"{part} measured on"] = where
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")

@@ -30,16 +30,16 @@ def main():
     from penjing.errors import RecipeError
     from penjing.recipes.recipe import Recipe
 
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"orders": {}}
-    found["machine"] = vars(measure.machine(1))
-    found["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
-    found["techniques"] = {name: family for name, (family, _) in pairs.TECHNIQUES.items()}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"orders": {}}
+    results["machine"] = vars(measure.machine(1))
+    results["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
+    results["techniques"] = {name: family for name, (family, _) in pairs.TECHNIQUES.items()}
     data = pairs.task()
     source = pairs.trained(data)
     for first in pairs.TECHNIQUES:
         for second in pairs.TECHNIQUES:
             order = f"{first} → {second}"
-            if order in found["orders"]:
+            if order in results["orders"]:
                 continue
             try:
                 recipe = Recipe(*pairs.steps(first, second))  # which checks the order
@@ -49,9 +49,9 @@ def main():
                 with tempfile.TemporaryDirectory() as folder:
                     row = pairs.artifact(recipe, copy.deepcopy(source), data, Path(folder))
             print(f"{order:80} {row.get('refused') or '{:.0f} dB'.format(row['snr_db'])}", flush=True)
-            found["orders"][order] = row
+            results["orders"][order] = row
             aside = RESULTS.with_suffix(".new")
-            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             aside.replace(RESULTS)
 
 

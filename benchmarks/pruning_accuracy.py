@@ -179,21 +179,21 @@ def accuracies(arguments, name, data, save):
     from penjing.tasks.outputs import numpy_predictor
 
     module, task = source(name, arguments.train_epochs)
-    found = data["networks"].setdefault(name, {})
+    entry = data["networks"].setdefault(name, {})
     trained = arguments.train_epochs if name == "vgg16" else None  # ResNet-20 comes trained
-    if found.get("source", {}).get("epochs") != trained:  # results of another source network are not part of the table
-        found.clear()
+    if entry.get("source", {}).get("epochs") != trained:  # results of another source network are not part of the table
+        entry.clear()
         data["runs"] = {key: row for key, row in data["runs"].items() if not key.startswith(f"{name} ")}
-    if "source" not in found:
-        found["source"] = {"accuracy": task.evaluate(numpy_predictor(module)), "macs": macs(module, task)}
-        found["source"] |= {"epochs": trained} if trained else {}
+    if "source" not in entry:
+        entry["source"] = {"accuracy": task.evaluate(numpy_predictor(module)), "macs": macs(module, task)}
+        entry["source"] |= {"epochs": trained} if trained else {}
 
     def ran(side, settings, target, epochs, seed, judge):
         key = f"{name} macs {target:g} {side} {settings} epochs {epochs:g} seed {seed} {judge}"
         if key not in data["runs"]:
             start = time.perf_counter()
             network = SIDES[side][0](settings, name, module, task, target, seed)
-            pruned_s, share = time.perf_counter() - start, macs(network, task) / found["source"]["macs"]
+            pruned_s, share = time.perf_counter() - start, macs(network, task) / entry["source"]["macs"]
             untrained = getattr(task, judge)(numpy_predictor(network.eval()))
             network = finetuned(network, name, task, seed, epochs, key)
             accuracy = getattr(task, judge)(numpy_predictor(network.eval()))
@@ -207,7 +207,7 @@ def accuracies(arguments, name, data, save):
         return row
 
     for target in arguments.targets:
-        table = found.setdefault("accuracy", {}).setdefault(f"{target:g}", {})
+        table = entry.setdefault("accuracy", {}).setdefault(f"{target:g}", {})
         for side, (_, every) in SIDES.items():
             chosen = max(every, key=lambda s: ran(side, s, target, arguments.select_epochs, 0, "select")["accuracy"])
             rows = [ran(side, chosen, target, arguments.epochs, seed, "evaluate") for seed in arguments.seeds]
@@ -236,7 +236,7 @@ def speeds(arguments, name, data, save):
     from penjing.tasks.outputs import to_numpy
 
     module, task = source(name, arguments.train_epochs)
-    found = data["networks"].setdefault(name, {})
+    entry = data["networks"].setdefault(name, {})
     whole = macs(module, task)
     with tempfile.TemporaryDirectory() as aside:
         targets, shares = [], {}
@@ -245,7 +245,7 @@ def speeds(arguments, name, data, save):
             for side, (prune, every) in SIDES.items():
                 if target == 1 and side != "penjing":
                     continue
-                known = found.get("accuracy", {}).get(f"{target:g}", {}).get(side, {})
+                known = entry.get("accuracy", {}).get(f"{target:g}", {}).get(side, {})
                 settings = known.get("settings", every[0])
                 network = module if target == 1 else prune(settings, name, module, task, target, 0)
                 raised = capture_network(network, *task.call(), task.dynamic)
@@ -268,7 +268,7 @@ def speeds(arguments, name, data, save):
         }  # fmt: skip
         print(f"{name} {target.name:<40}{latency.median:>9.2f} ms  spread {latency.spread:>4.0%}", end="")
         print(f"  macs {shares[label]:>6.1%}  {speedup:.2f}x  of MACs {speedup * shares[label]:.2f}", flush=True)
-    found["speed"] = rows
+    entry["speed"] = rows
     save()
 
 
@@ -295,16 +295,16 @@ def widths(arguments, name, data, save):
                 building.build(Draft(raised), runtime, "fp32", task, {"kind": "tensor"}, folder)
                 targets.append(Target(folder.name, folder, [image.numpy()], BATCH))
         timings = compare(targets, threads=THREADS, seconds=arguments.seconds)
-    found = data["widths"] = {"batch": BATCH, "pixels": pixels, "rows": {}}
+    table = data["widths"] = {"batch": BATCH, "pixels": pixels, "rows": {}}
     for width in WIDTHS:
         macs = BATCH * pixels**2 * 9 * width**2
         row = {runtime: timings[f"{width} {runtime}"].latency for runtime in ("onnxruntime", "openvino")}
-        found["rows"][str(width)] = {
+        table["rows"][str(width)] = {
             runtime: {"median_ms": t.median, "spread": t.spread, "gmacs_per_s": macs / t.median / 1e6}
             for runtime, t in row.items()
         }
         print(
-            f"{width:>4} channels", {k: f"{v['gmacs_per_s']:.1f} GMAC/s" for k, v in found["rows"][str(width)].items()}
+            f"{width:>4} channels", {k: f"{v['gmacs_per_s']:.1f} GMAC/s" for k, v in table["rows"][str(width)].items()}
         )
     save()
 
@@ -345,9 +345,9 @@ def main() -> None:
             PARTS[part](arguments, name, data, save)
             (data["widths"] if part == "widths" else data["networks"][name])[f"{part} measured on"] = where
             save()
-    for name, found in data["networks"].items():
-        print(f"\n{name}, whole {found['source']['accuracy']:.4f}")
-        for target, sides in found.get("accuracy", {}).items():
+    for name, entry in data["networks"].items():
+        print(f"\n{name}, whole {entry['source']['accuracy']:.4f}")
+        for target, sides in entry.get("accuracy", {}).items():
             for side, row in sides.items():
                 print(f"  macs {target:>5} {side:<15}{row['settings']:<20}{row['accuracy']:>8.4f} "
                       f"({row['lowest']:.4f} to {row['highest']:.4f}), macs {row['macs']:.1%}")  # fmt: skip

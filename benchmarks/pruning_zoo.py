@@ -176,29 +176,29 @@ def penjing(name, folder):
     task = Task(example=example)
     start = time.perf_counter()
     network = capture_network(model, (example,))
-    found = {"raise_s": time.perf_counter() - start, "parameters_before": parameters(network)}
+    figures = {"raise_s": time.perf_counter() - start, "parameters_before": parameters(network)}
     reset_peak()
     before, start = peak_memory_bytes(), time.perf_counter()
     coupling = couple(network, task.call())
-    found["couple_s"] = time.perf_counter() - start
-    found["couple_bytes"] = peak_memory_bytes() - before
-    found["covered"], found["missed"] = covered(model, coupling, outputs)
-    found["channels_before"] = channels(model, outputs)
+    figures["couple_s"] = time.perf_counter() - start
+    figures["couple_bytes"] = peak_memory_bytes() - before
+    figures["covered"], figures["missed"] = covered(model, coupling, outputs)
+    figures["channels_before"] = channels(model, outputs)
     step = Channels(channels=1 - RATIO, scope="layer", criterion="l2", approximate=True, round_to=1, min_keep=0)
     start = time.perf_counter()
     ranking = step.ranking(network, coupling, Context(task=task))
     removed = step._chosen(Draft(network), ranking, Context(task=task))
     pruned = remove(Draft(network), coupling, removed)
-    found["prune_s"] = time.perf_counter() - start
-    found["parameters"] = parameters(pruned.network)
-    found["units"] = [sum(map(len, removed.values())), sum(coupling.groups[n].units for n in ranking.most)]
-    found["disagreement"] = disagreement(network, pruned.network, coupling, removed, task.call())
+    figures["prune_s"] = time.perf_counter() - start
+    figures["parameters"] = parameters(pruned.network)
+    figures["units"] = [sum(map(len, removed.values())), sum(coupling.groups[n].units for n in ranking.most)]
+    figures["disagreement"] = disagreement(network, pruned.network, coupling, removed, task.call())
     try:
         wide = torch.randn_like(example, dtype=torch.float64) if example.is_floating_point() else example
         call = ((wide,), {})
-        found["disagreement_fp64"] = disagreement(network.double(), pruned.network.double(), coupling, removed, call)
+        figures["disagreement_fp64"] = disagreement(network.double(), pruned.network.double(), coupling, removed, call)
     except RuntimeError as error:  # a forward that creates float32 tensors itself
-        found["disagreement_fp64"] = str(error)[:80]
+        figures["disagreement_fp64"] = str(error)[:80]
     pruned.network.float()
     with torch.no_grad():
         leaves, structure = flatten_outputs(pruned.network(example))
@@ -209,8 +209,8 @@ def penjing(name, folder):
         answer = predictor(open_artifact(where, THREADS), read_manifest(where))(example.numpy())
         got, _ = flatten_outputs(answer)
         scale = max(float(x.abs().max()) for x in leaves)
-        found[runtime] = max(float(abs(a.numpy() - b).max()) for a, b in zip(leaves, got, strict=True)) / scale
-    return found
+        figures[runtime] = max(float(abs(a.numpy() - b).max()) for a, b in zip(leaves, got, strict=True)) / scale
+    return figures
 
 
 def covered(model, coupling, outputs):
@@ -237,15 +237,15 @@ def listed(model, outputs):
     import torch
 
     transposed = torch.nn.modules.conv._ConvTransposeNd
-    found = {}
+    axes = {}
     for layer, module in model.named_modules():
         if any(layer == o or layer.startswith(f"{o}.") for o in outputs):
             continue
         if isinstance(module, transposed | torch.nn.Embedding) or type(module).__name__ == "Conv1D":
-            found[layer] = 1
+            axes[layer] = 1
         elif isinstance(module, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
-            found[layer] = 0
-    return found
+            axes[layer] = 0
+    return axes
 
 
 def names_of(model, weight):
@@ -263,7 +263,7 @@ def torch_pruning(name, folder):
     import torch_pruning as tp
 
     model, example, outputs = built(name)
-    found = {"parameters_before": parameters(model), "channels_before": channels(model, outputs)}
+    figures = {"parameters_before": parameters(model), "channels_before": channels(model, outputs)}
     modules = dict(model.named_modules())
     attention = attention_layers(model)
     start = time.perf_counter()
@@ -282,13 +282,13 @@ def torch_pruning(name, folder):
     pruner.step()
     for layer, (_, owner) in attention.items():
         resize_heads(owner, layer, pruner.num_heads[layer])
-    found["prune_s"] = time.perf_counter() - start
-    found["parameters"] = parameters(model)
-    found["channels"] = channels(model, outputs)
+    figures["prune_s"] = time.perf_counter() - start
+    figures["parameters"] = parameters(model)
+    figures["channels"] = channels(model, outputs)
     with torch.no_grad():
         answer = first_tensor(model(example))
-    found["runs"] = bool(torch.isfinite(answer).all())
-    return found
+    figures["runs"] = bool(torch.isfinite(answer).all())
+    return figures
 
 
 def first_tensor(output):
@@ -304,7 +304,7 @@ def first_tensor(output):
 
 def attention_layers(model):
     """Projections of attention → (heads, the module that reshapes them): what its documentation calls `num_heads`."""
-    found = {}
+    projections = {}
     for module in model.modules():
         words = ("num_attention_heads", "num_heads", "n_heads", "heads")
         heads = next((getattr(module, word) for word in words if hasattr(module, word)), None)
@@ -316,8 +316,8 @@ def attention_layers(model):
                      "q", "k", "v", "c_attn"):  # fmt: skip
             layer = getattr(module, name, None)
             if layer is not None and hasattr(layer, "weight"):
-                found[layer] = (heads, module)
-    return found
+                projections[layer] = (heads, module)
+    return projections
 
 
 def resize_heads(owner, layer, heads):
@@ -339,8 +339,8 @@ def child(side, name, folder):
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(THREADS)
-    found = (penjing if side == "penjing" else torch_pruning)(name, folder)
-    (folder / "result.json").write_text(json.dumps(found))
+    figures = (penjing if side == "penjing" else torch_pruning)(name, folder)
+    (folder / "result.json").write_text(json.dumps(figures))
 
 
 def measured(side, name):
@@ -372,8 +372,8 @@ def shown(name, row):
     right = theirs.get("error", "")[:50]
     if not right:
         share = theirs["parameters"] / theirs["parameters_before"]
-        kept = theirs["channels"] / theirs["channels_before"]
-        right = f"{share:6.1%} left, channels {kept:.1%}{'' if theirs['runs'] else ', NOT FINITE'}"
+        channel_share = theirs["channels"] / theirs["channels_before"]
+        right = f"{share:6.1%} left, channels {channel_share:.1%}{'' if theirs['runs'] else ', NOT FINITE'}"
     return f"{name:20s} {left} | {right}"
 
 

@@ -224,12 +224,12 @@ def main() -> None:
                         flush=True,
                     )
         shown = {tool: 300 if 300 in counts[tool] else counts[tool][-1] for tool in tools}
-        found = {tool: quality(tool, Path(aside) / f"{tool}-{shown[tool]}") for tool in tools}
+        qualities = {tool: quality(tool, Path(aside) / f"{tool}-{shown[tool]}") for tool in tools}
     data = {"machine": vars(machine(THREADS)), "versions": versions(), "repeats": arguments.repeats, "tools": {}}
     print(f"\n{'tool':<16}{'samples':>8}{'seconds':>9}{'spread':>8}{'peak MB':>9}{'agree':>8}{'SNR dB':>8}")
     for tool in tools:
         data["tools"][tool] = {
-            "quality": found[tool],
+            "quality": qualities[tool],
             "quality_samples": shown[tool],
             "cost": {},
         }
@@ -243,7 +243,7 @@ def main() -> None:
             data["tools"][tool]["cost"][str(samples)] = cost
             line = f"{tool:<16}{samples:>8}{middle:>9.1f}{spread:>8.1f}{peak / 1e6:>9.0f}"
             if samples == shown[tool]:
-                line += f"{found[tool]['agreement']:>8.4f}{found[tool]['snr_db']:>8.1f}"
+                line += f"{qualities[tool]['agreement']:>8.4f}{qualities[tool]['snr_db']:>8.1f}"
             print(line)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")

@@ -102,13 +102,13 @@ def brevitas_network(module, bits, learned):
     weights = Int8WeightPerChannelFloatMSE if learned else Int8WeightPerChannelFloat
 
     def convolution(conv, width):
-        made = qnn.QuantConv2d(
+        quantized = qnn.QuantConv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False,
             weight_quant=weights, weight_bit_width=width,
         )  # fmt: skip
         with torch.no_grad():
-            made.weight.copy_(conv.weight)
-        return made
+            quantized.weight.copy_(conv.weight)
+        return quantized
 
     def relu():
         return qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=bits)
@@ -200,15 +200,15 @@ def main() -> None:
             if not grid:
                 continue
             chosen, rate = max(grid, key=lambda g: ran(g[0], bits, g[1], arguments.grid_epochs, 0, "select"))
-            found = [ran(chosen, bits, rate, arguments.epochs, seed, "evaluate") for seed in arguments.seeds]
+            accuracies = [ran(chosen, bits, rate, arguments.epochs, seed, "evaluate") for seed in arguments.seeds]
             data["table"][f"W{bits}A{bits} {side[0].split()[0]}, {arguments.epochs:g} epochs"] = {
                 "settings": chosen,
                 "learning_rate": rate,
                 "epochs": arguments.epochs,
-                "accuracy": statistics.median(found),
-                "lowest": min(found),
-                "highest": max(found),
-                "gap": data["source"] - statistics.median(found),
+                "accuracy": statistics.median(accuracies),
+                "lowest": min(accuracies),
+                "highest": max(accuracies),
+                "gap": data["source"] - statistics.median(accuracies),
             }
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\nsource {data['source']:.4f}\n{'':<30}{'settings':<18}{'rate':>7}{'accuracy':>10}{'spread':>18}{'gap':>9}")

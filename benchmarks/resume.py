@@ -56,15 +56,15 @@ def events(folder, kind):
     """The events of a run so far."""
     path = folder / "events.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
+    matching = []
     for line in lines:
         try:
             event = json.loads(line)
         except ValueError:  # it is being written, or was truncated
             continue
         if event.get("kind") == kind:
-            found.append(event)
-    return found
+            matching.append(event)
+    return matching
 
 
 def digests(folder):
@@ -116,12 +116,12 @@ def main() -> None:
         whole = Path(aside) / "whole"
         if child(whole, arguments.epochs, False).wait():
             raise SystemExit("the whole run failed")
-        wanted, points = digests(whole), len(events(whole, "training"))
-        data["digests"] = wanted
+        expected, points = digests(whole), len(events(whole, "training"))
+        data["digests"] = expected
         for fraction in arguments.fractions:
             folder = Path(aside) / f"{fraction:g}"
             row = killed(folder, arguments.epochs, max(1, round(fraction * points)))
-            row |= {"fraction": fraction, "same": {n: d == wanted[n] for n, d in digests(folder).items()}}
+            row |= {"fraction": fraction, "same": {n: d == expected[n] for n, d in digests(folder).items()}}
             data["rows"].append(row)
             print(f"killed at {row['killed at']} ({row['status']}), went on with {row['went on']}: {row['same']}")
         arguments.picture.write_text(image(whole), encoding="utf-8")

@@ -140,17 +140,17 @@ def accuracy(name, rows, options, save):
     print(f"\n{name}: {METRICS[name]}\n{'':<20}{'zeros':>8}" + "".join(f"{m:>12}" for m in METHODS))
     for pattern in PATTERNS:
         row = rows.setdefault(pattern, {})
-        row[METRICS[name]] = found = {}
+        row[METRICS[name]] = figures = {}
         if pattern == "dense":
             row["zeros"] = 0.0
-            found["dense"] = figure(subject(name)[0])
+            figures["dense"] = figure(subject(name)[0])
         else:
             for method in METHODS:
                 draft = pruned(name, pattern, method)
-                found[method] = None if draft is None else figure(draft.network.eval())
+                figures[method] = None if draft is None else figure(draft.network.eval())
                 if method == "Magnitude":
                     row["zeros"] = zeros(draft)
-        cells = "".join(f"{'' if v is None else f'{v:.4f}':>12}" for v in found.values())
+        cells = "".join(f"{'' if v is None else f'{v:.4f}':>12}" for v in figures.values())
         print(f"{pattern:<20}{row['zeros']:>8.1%}{cells}", flush=True)
         save()
 
@@ -165,19 +165,19 @@ def built(name, pattern, runtime, precision, folder):
     from penjing.quantize import Static
     from penjing.steps.step import Context
 
-    made = folder / name / f"{runtime} {precision}" / pattern.replace(":", "of")
-    if (made / "manifest.json").exists():
-        return made
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    artifact = folder / name / f"{runtime} {precision}" / pattern.replace(":", "of")
+    if (artifact / "manifest.json").exists():
+        return artifact
+    shutil.rmtree(artifact, ignore_errors=True)
+    artifact.mkdir(parents=True)
     network, task, _ = subject(name)
     draft = pruned(name, pattern)
     if precision.startswith("int8"):
         capabilities = runtimes.get(runtime).capabilities(measure.machine(THREADS).instruction_sets)
         step = Static(exclude=("*/add#*",)) if name == "minilm" else Static()
         draft = step(draft, Context(task=task, capabilities=capabilities, source=network))
-    building.build(draft, runtime, precision, task, {"kind": "tensor"}, made)
-    return made
+    building.build(draft, runtime, precision, task, {"kind": "tensor"}, artifact)
+    return artifact
 
 
 def packed(files, aside):
@@ -214,12 +214,12 @@ def sizes(name, rows, options, save):
     kinds = [("onnxruntime", "fp32", "bytes", tuple(PATTERNS)), ("openvino", "int8", "int8_bytes", INTEGER)]
     for runtime, precision, key, patterns in kinds:
         for pattern in patterns:
-            made = built(name, pattern, runtime, precision, options.folder)
-            files = [made / f for f in read_manifest(made).files()]
+            artifact = built(name, pattern, runtime, precision, options.folder)
+            files = [artifact / f for f in read_manifest(artifact).files()]
             with tempfile.TemporaryDirectory() as aside:
-                found = packed(files, Path(aside))
-            rows.setdefault(pattern, {})[key] = found
-            print(f"{precision + ', ' + pattern:<36}" + "".join(f"{v:>12,}" for v in found.values()), flush=True)
+                totals = packed(files, Path(aside))
+            rows.setdefault(pattern, {})[key] = totals
+            print(f"{precision + ', ' + pattern:<36}" + "".join(f"{v:>12,}" for v in totals.values()), flush=True)
             save()
 
 
@@ -242,20 +242,20 @@ def timed(name, folders, options, opener=None):
     """Contestant → batch → latency and speed-up over the first contestant, in interleaved rounds."""
     from penjing.measure import Target, compare, ratio
 
-    found = {key: {} for key in folders}
+    latencies = {key: {} for key in folders}
     more = {} if opener is None else {"opener": opener}
     for batch in BATCHES[name]:
         targets = [Target(key, folder, inputs(name, batch), batch) for key, folder in folders.items()]
         timings = compare(targets, threads=THREADS, seconds=options.seconds, rounds=options.repeats, **more)
         first = timings[next(iter(folders))]
         for key, timing in timings.items():
-            found[key][str(batch)] = vars(timing.latency) | {"speedup": ratio(first, timing)}
+            latencies[key][str(batch)] = vars(timing.latency) | {"speedup": ratio(first, timing)}
             print(
                 f"  {key:<28} batch {batch:<3}{timing.latency.median:>9.3f} ms  spread {timing.latency.spread:>4.0%}"
                 f"  {ratio(first, timing):.2f}x",
                 flush=True,
             )
-    return found
+    return latencies
 
 
 def latency(name, rows, options, save):
@@ -263,8 +263,8 @@ def latency(name, rows, options, save):
     for runtime in ("onnxruntime", "openvino", "torch"):
         print(f"\n{name}, {runtime} fp32")
         folders = {p: built(name, p, runtime, "fp32", options.folder) for p in PATTERNS}
-        for pattern, found in timed(name, folders, options).items():
-            rows.setdefault(pattern, {}).setdefault("latency_ms", {})[runtime] = found
+        for pattern, by_batch in timed(name, folders, options).items():
+            rows.setdefault(pattern, {}).setdefault("latency_ms", {})[runtime] = by_batch
         save()
 
 

@@ -154,7 +154,7 @@ def measured(pair, arguments, task, data, save):
     from penjing.tasks.outputs import numpy_predictor
     from penjing.train.finetune import Finetune, train
 
-    found = data["pairs"].setdefault(pair, {})
+    entry = data["pairs"].setdefault(pair, {})
     teacher = taught(pair, arguments, task)
     source = capture_network(teacher, *task.call(), task.dynamic)
     reached = task.evaluate(numpy_predictor(teacher))
@@ -192,22 +192,22 @@ def measured(pair, arguments, task, data, save):
             runs[name].append(ran(name, seed))
     others = [name for name in every if name not in ("labels", "Logits")]
     best = max(others, key=lambda n: statistics.mean(row["held_out"] for row in runs[n]), default="Logits")
-    found["teacher"] = spread({row["teacher"] for rows in runs.values() for row in rows}) | {
+    entry["teacher"] = spread({row["teacher"] for rows in runs.values() for row in rows}) | {
         "macs": macs(teacher, task), "student_macs": macs(networks(pair, arguments.width)[1], task),
     }  # fmt: skip
-    found["best"], found["accuracy"] = best, {}
+    entry["best"], entry["accuracy"] = best, {}
     for name, rows in runs.items():
-        found["accuracy"][name] = spread([row["accuracy"] for row in rows]) | {"epochs": arguments.epochs}
+        entry["accuracy"][name] = spread([row["accuracy"] for row in rows]) | {"epochs": arguments.epochs}
     if "labels" in runs:
-        plain = found["accuracy"]["labels"]["mean"]
-        for name, row in found["accuracy"].items():
+        plain = entry["accuracy"]["labels"]["mean"]
+        for name, row in entry["accuracy"].items():
             gaps = [(run["accuracy"] - plain) / (run["teacher"] - plain) for run in runs[name]]
             row["gap_closed"] = round(statistics.mean(gaps), 6) + 0.0  # never -0.0
             print(f"  {name:<38}{row['mean']:>8.4f} ({row['lowest']:.4f} to {row['highest']:.4f}, "
                   f"{row['seeds']} seeds)  gap closed {row['gap_closed']:+.2f}")  # fmt: skip
     if arguments.long:
         longer = {name: ran(name, arguments.seeds[0], arguments.long)["accuracy"] for name in ("labels", best)}
-        found["long"] = {"epochs": arguments.long, "accuracy": longer}
+        entry["long"] = {"epochs": arguments.long, "accuracy": longer}
     save()
 
 

@@ -92,16 +92,16 @@ def main() -> None:
     torch.manual_seed(0)
     networks = {"ResNet-20": resnet20(), "MobileNetV2": build("mobilenet_v2", in_channels=1, classes=10).eval()}
     data = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    found = {
+    results = {
         "machine": vars(measure.machine(THREADS)),
         "versions": measure.versions(),
         "steps": arguments.steps,
         "rows": {name: measured(name, network, arguments) for name, network in networks.items()},
     }
     if torch.device(arguments.device).type == "cpu":
-        data |= found
+        data |= results
     else:
-        data["gpu"] = found | {"device": torch.cuda.get_device_name(arguments.device)}
+        data["gpu"] = results | {"device": torch.cuda.get_device_name(arguments.device)}
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")
 
@@ -146,9 +146,9 @@ def measured(title, module, arguments):
         seconds = {name: [] for name in sides}
         for turn in range(-1, arguments.rounds):  # the first turn warms up
             for name in list(sides) if turn % 2 else list(reversed(sides)):
-                found = sides[name]()
+                elapsed = sides[name]()
                 if turn >= 0:
-                    seconds[name].append(found)
+                    seconds[name].append(elapsed)
     rows = {}
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds["bare"], strict=True)]
