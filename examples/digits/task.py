@@ -46,14 +46,14 @@ def task() -> Task:
     order = np.concatenate([np.arange(start, len(classes), 3) for start in range(3)])
     images = torch.from_numpy((values[order, None] - 4.9) / 6.0)  # approximately mean 0 and standard deviation 1
     labels = torch.from_numpy(classes[order])
-    kept = len(labels) - TEST - HELD_OUT
+    train_size = len(labels) - TEST - HELD_OUT
     return Task(
         name="digits",
         metric_name="accuracy",
         example=images[:2],
         calibration=list(images[:CALIBRATION].split(64)),
-        train=Batches(images[:kept], labels[:kept]),
-        select=accuracy(images[kept:-TEST], labels[kept:-TEST]),
+        train=Batches(images[:train_size], labels[:train_size]),
+        select=accuracy(images[train_size:-TEST], labels[train_size:-TEST]),
         evaluate=accuracy(images[-TEST:], labels[-TEST:]),
         loss=F.cross_entropy,
     )

@@ -68,14 +68,14 @@ def task(batch: int = 256) -> Task:
     """Create the Fashion-MNIST task, with training batches of `batch` images."""
     arrays = {name: torch.from_numpy(array) for name, array in fashion_mnist().items()}
     train, labels = arrays["train_images"][:, None], arrays["train_labels"].long()
-    kept = len(labels) - HELD_OUT
+    train_size = len(labels) - HELD_OUT
     return Task(
         name="fashion-mnist",
         metric_name="accuracy",
         example=normalise(train[:2]),
         calibration=list(normalise(train[:CALIBRATION]).split(64)),
-        train=Batches(train[:kept], labels[:kept], batch),
-        select=accuracy(train[kept:], labels[kept:]),
+        train=Batches(train[:train_size], labels[:train_size], batch),
+        select=accuracy(train[train_size:], labels[train_size:]),
         evaluate=accuracy(arrays["test_images"][:, None], arrays["test_labels"].long()),
         loss=F.cross_entropy,
     )

@@ -87,8 +87,8 @@ def agreement(images: np.ndarray) -> Callable[[Callable[..., np.ndarray]], float
 
     def evaluate(predict: Callable[..., np.ndarray]) -> float:
         expected = answers(images)
-        found = np.concatenate([predict(batch.numpy()).argmax(1) for batch in Batches(images)])
-        return float((found == expected).mean())
+        predictions = np.concatenate([predict(batch.numpy()).argmax(1) for batch in Batches(images)])
+        return float((predictions == expected).mean())
 
     return evaluate
 
