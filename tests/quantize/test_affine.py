@@ -104,8 +104,8 @@ def test_the_best_range_of_a_channel_equals_an_obvious_search(bits):
             error = sum((by_hand(v, float(scale), int(zero), *spec.limits) - v) ** 2 for v in row)
             best = error if best is None else min(best, error)
         scale, zero = scale_and_zero_point(low[channel], high[channel], spec)
-        found = sum((by_hand(v, float(scale), int(zero), *spec.limits) - v) ** 2 for v in row)
-        assert found == pytest.approx(best, rel=1e-4)
+        chosen_error = sum((by_hand(v, float(scale), int(zero), *spec.limits) - v) ** 2 for v in row)
+        assert chosen_error == pytest.approx(best, rel=1e-4)
 
 
 @settings(max_examples=30, deadline=None)

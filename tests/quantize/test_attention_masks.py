@@ -29,10 +29,10 @@ SMALLEST = torch.finfo(torch.float32).min
 NUMBERS = {"minus ten thousand": -1e4, "smallest number": SMALLEST, "minus infinity": -math.inf}
 
 
-def decibels(wanted, got):
-    wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
-    assert wanted.shape == got.shape and np.isfinite(got).all()
-    return 10 * math.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30))
+def decibels(reference, got):
+    reference, got = np.asarray(reference, np.float64), np.asarray(got, np.float64)
+    assert reference.shape == got.shape and np.isfinite(got).all()
+    return 10 * math.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30))
 
 
 def judge(net, data, runtime, folder, source=28.0, planned=30.0):
@@ -47,11 +47,11 @@ def judge(net, data, runtime, folder, source=28.0, planned=30.0):
     building.build(draft, runtime, "int8", task, structure, folder)
     args = data(5)
     with torch.no_grad():
-        wanted = [flatten_outputs(network(*args))[0] for network in (net, insert(draft.network, draft.plan))]
+        references = [flatten_outputs(network(*args))[0] for network in (net, insert(draft.network, draft.plan))]
     got = isolated.open_artifact(folder, 1).run([x.numpy() for x in args])
-    for name, of_source, of_plan, found in zip(outputs, *wanted, got, strict=True):
-        assert decibels(of_source, found) > source, name
-        assert decibels(of_plan, found) > planned, name
+    for name, of_source, of_plan, output in zip(outputs, *references, got, strict=True):
+        assert decibels(of_source, output) > source, name
+        assert decibels(of_plan, output) > planned, name
     return draft
 
 
@@ -287,6 +287,6 @@ def test_a_maximum_over_what_is_not_masked_keeps_its_values(runtime, fill):
         Draft(network), Context(task=Task(example=data[0], calibration=data[:3]), capabilities=capabilities)
     )
     with torch.no_grad():
-        wanted, given = network(data[3]), insert(draft.network, draft.plan)(data[3])
-    assert 10 * torch.log10(wanted.square().mean() / (wanted - given).square().mean()) > 25
+        reference, given = network(data[3]), insert(draft.network, draft.plan)(data[3])
+    assert 10 * torch.log10(reference.square().mean() / (reference - given).square().mean()) > 25
     assert "up:in0" in draft.plan.entries

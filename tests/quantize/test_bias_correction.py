@@ -40,18 +40,18 @@ def mean_by_channel(x, axis):
 
 
 def outputs(module: torch.fx.GraphModule, data: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
-    found = {}
+    values = {}
 
     class Observer(torch.fx.Interpreter):
         def run_node(self, n):
             result = super().run_node(n)
             if n.meta.get("site") in names:
-                found[n.meta["site"]] = result
+                values[n.meta["site"]] = result
             return result
 
     with torch.no_grad():
         Observer(module).run(data)
-    return found
+    return values
 
 
 LAYERS = ["0", "2", "6"]
@@ -61,11 +61,11 @@ AXES = {"0": 1, "2": 1, "6": -1}
 def test_every_layer_keeps_the_mean_of_every_channel():
     draft, context, data = quantized()
     corrected = BiasCorrection(samples=24)(draft, context)
-    wanted = outputs(draft.network, data, LAYERS)
+    reference = outputs(draft.network, data, LAYERS)
     before = outputs(insert(draft.network, draft.plan), data, LAYERS)
     after = outputs(insert(corrected.network, corrected.plan), data, LAYERS)
     for name in LAYERS:
-        target = mean_by_channel(wanted[name], AXES[name])
+        target = mean_by_channel(reference[name], AXES[name])
         grid = max(bias_entry(draft.plan, name).scale)  # the shift itself is rounded to the bias's integers
         assert (mean_by_channel(after[name], AXES[name]) - target).abs().max() <= grid
         assert (mean_by_channel(before[name], AXES[name]) - target).abs().max() > 3 * grid
@@ -75,10 +75,10 @@ def test_agrees_with_correcting_one_layer_at_a_time():
     draft, context, data = quantized()
     slow = draft.copy()
     for name in LAYERS:  # the obvious way: the whole network again for every layer
-        wanted = mean_by_channel(outputs(draft.network, data, [name])[name], AXES[name])
+        target = mean_by_channel(outputs(draft.network, data, [name])[name], AXES[name])
         now = mean_by_channel(outputs(insert(slow.network, slow.plan), data, [name])[name], AXES[name])
         with torch.no_grad():
-            slow.network.get_submodule(name).bias += (wanted - now).float()
+            slow.network.get_submodule(name).bias += (target - now).float()
     fast = BiasCorrection(samples=24)(draft, context)
     for name in LAYERS:
         grid = max(bias_entry(draft.plan, name).scale)  # the slow way sees each shift rounded to the bias's integers
@@ -106,9 +106,9 @@ def test_batches_of_different_lengths_are_all_read(by_name):
     lengths = (5, 5, 9)
     data = [{"x": torch.ones(4, n)} if by_name else torch.ones(4, n) for n in lengths]
     context = Context(task=Task(example=data[0], calibration=data, dynamic={"x": {0: "batch", 1: "length"}}))
-    for wanted, shapes in ((6, [(4, 5), (2, 5)]), (12, [(4, 5), (4, 5), (4, 9)]), (99, [(4, 5), (4, 5), (4, 9)])):
-        found = [named["x"] if by_name else args[0] for args, named in batches(context, wanted)]
-        assert [tuple(x.shape) for x in found] == shapes
+    for samples, shapes in ((6, [(4, 5), (2, 5)]), (12, [(4, 5), (4, 5), (4, 9)]), (99, [(4, 5), (4, 5), (4, 9)])):
+        inputs = [named["x"] if by_name else args[0] for args, named in batches(context, samples)]
+        assert [tuple(x.shape) for x in inputs] == shapes
 
 
 def test_chunks_hold_every_sample_once(monkeypatch):

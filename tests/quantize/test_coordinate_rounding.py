@@ -166,17 +166,17 @@ def test_descent_comes_near_the_best_of_all_roundings(seed, damping):
     steps = torch.rand(1, out, 1).expand(1, out, columns).double() + 0.1
     nearest = exact.round().clamp(-7, 7)
     lowest, highest = exact.floor().clamp(-7, 7), exact.ceil().clamp(-7, 7)
-    found = descend(nearest, exact, steps, lowest, highest, own[None], cross[None], damping=damping, sweeps=20)
-    assert torch.equal(found, found.round()) and (found >= lowest).all() and (found <= highest).all()
+    codes = descend(nearest, exact, steps, lowest, highest, own[None], cross[None], damping=damping, sweeps=20)
+    assert torch.equal(codes, codes.round()) and (codes >= lowest).all() and (codes <= highest).all()
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=columns))).double()
     lost, gained = 0.0, 0.0
     for channel in range(out):
         rest = exact[0, channel], steps[0, channel], own, cross, damping
         low, high = lowest[0, channel], highest[0, channel]
         best = float(objective(low + every * (high - low), *rest).min())
-        mine, before = objective(torch.stack([found[0, channel], nearest[0, channel]]), *rest).tolist()
+        mine, before = objective(torch.stack([codes[0, channel], nearest[0, channel]]), *rest).tolist()
         assert best - 1e-6 <= mine <= before + 1e-6
-        one_off = torch.where(torch.eye(columns, dtype=torch.bool), low + high - found[0, channel], found[0, channel])
+        one_off = torch.where(torch.eye(columns, dtype=torch.bool), low + high - codes[0, channel], codes[0, channel])
         assert mine <= float(objective(one_off, *rest).min()) + 1e-6  # no single weight wants to go the other way
         lost, gained = lost + mine - best, gained + before - best
     assert lost <= 0.7 * gained  # of what the very best rounding gains; one weight at a time does not find it all
@@ -188,8 +188,8 @@ def test_where_columns_do_not_depend_on_each_other_the_nearest_integer_is_best()
     own = torch.eye(300).expand(2, 300, 300)
     steps = torch.ones(2, 5, 300)
     start = exact.floor()
-    found = descend(start, exact, steps, exact.floor(), exact.ceil(), own, own, damping=0.0, sweeps=3)
-    assert torch.equal(found, exact.round())
+    codes = descend(start, exact, steps, exact.floor(), exact.ceil(), own, own, damping=0.0, sweeps=3)
+    assert torch.equal(codes, exact.round())
     assert torch.equal(start, exact.floor())
 
 

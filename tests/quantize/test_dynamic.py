@@ -96,16 +96,16 @@ def by_hand(values):
 @pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
 def test_a_range_is_that_of_the_values(shift):
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + shift
-    found = on_grid(x, *measured(x, UNSIGNED), UNSIGNED)
-    torch.testing.assert_close(found.flatten().tolist(), by_hand(x.flatten().tolist()))
+    rounded = on_grid(x, *measured(x, UNSIGNED), UNSIGNED)
+    torch.testing.assert_close(rounded.flatten().tolist(), by_hand(x.flatten().tolist()))
     q = integers(x, *measured(x, UNSIGNED), UNSIGNED)
     assert q.min() == 0 or q.max() == 255
 
 
 def test_groups_have_a_range_each():
     x = torch.randn(2, 3, 64)
-    found = on_grid(x, *measured(x, GROUPS), GROUPS).reshape(-1, 32)
-    for mine, group in zip(found, x.reshape(-1, 32), strict=True):
+    rounded = on_grid(x, *measured(x, GROUPS), GROUPS).reshape(-1, 32)
+    for mine, group in zip(rounded, x.reshape(-1, 32), strict=True):
         step = group.abs().max() / 127
         torch.testing.assert_close(mine, (group / step).round() * step)
 
@@ -122,8 +122,8 @@ def test_the_operator_multiplies_what_the_simulation_rounds():
     q, scale = torch.randint(-127, 128, (16, 8), dtype=torch.int8), torch.rand(8) + 0.1
     rounded = on_grid(x, *measured(x, UNSIGNED), UNSIGNED)
     for b in (bias, None):
-        found = torch.ops.penjing.linear_dynamic(x, q, scale, torch.zeros(8, dtype=torch.int8), b)
-        torch.testing.assert_close(found, F.linear(rounded, (q * scale).T, b), atol=1e-3, rtol=1e-5)
+        product = torch.ops.penjing.linear_dynamic(x, q, scale, torch.zeros(8, dtype=torch.int8), b)
+        torch.testing.assert_close(product, F.linear(rounded, (q * scale).T, b), atol=1e-3, rtol=1e-5)
     arguments = (x, q, scale, torch.zeros(8, dtype=torch.int8), bias)
     torch.library.opcheck(torch.ops.penjing.linear_dynamic.default, arguments)
 
@@ -169,13 +169,13 @@ def test_every_linear_layer_runs_on_integers_and_is_stored_so(tmp_path, runtime)
         pytest.skip("this processor multiplies no integers here")
     draft, task = quantized(runtime)
     manifest = artifact(draft, task, runtime, tmp_path)
-    found = {}
+    formats = {}
     for operator in runtimes.executed(tmp_path, manifest):
         for site in operator.sites:
-            found.setdefault(site, set()).add((operator.precision, operator.type))
+            formats.setdefault(site, set()).add((operator.precision, operator.type))
     for name in LINEAR:
-        assert {precision for precision, _ in found[name]} == {"int8"}, f"{name}: {found[name]}"
-    assert {precision for precision, _ in found["mix"]} == {"fp32"}
+        assert {precision for precision, _ in formats[name]} == {"int8"}, f"{name}: {formats[name]}"
+    assert {precision for precision, _ in formats["mix"]} == {"fp32"}
     weights = sum(draft.network.get_submodule(name).weight.numel() for name in LINEAR)
     others = sum(p.numel() for p in draft.network.parameters()) - weights
     stored = max(path.stat().st_size for path in tmp_path.iterdir() if path.suffix in (".onnx", ".bin"))
@@ -248,11 +248,11 @@ def test_an_lstm_computes_in_integers_what_torch_says_it_does(tmp_path, settings
         x = torch.randint(0, 50, (samples, 9))
         with torch.no_grad():
             planned, source = simulated(x), draft.network(x)
-        for mine, wanted, exact in zip(session.run([x.numpy()]), planned, source, strict=True):
-            assert mine.shape == wanted.shape
-            noise = (wanted - exact).abs().max()
+        for mine, expected, exact in zip(session.run([x.numpy()]), planned, source, strict=True):
+            assert mine.shape == expected.shape
+            noise = (expected - exact).abs().max()
             assert 1e-4 < noise < 0.1
-            np.testing.assert_allclose(mine, wanted.numpy(), atol=0.1 * float(noise))
+            np.testing.assert_allclose(mine, expected.numpy(), atol=0.1 * float(noise))
     executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
     assert executed["cells/lstm#0"] == "int8"
     matrices = sum(p.numel() for n, p in draft.network.named_parameters() if n.startswith("cells.weight"))
@@ -305,8 +305,8 @@ def test_repairs_come_behind(runtime, step):
     plain = Dynamic(weight_bits=4)(Draft(network), context)
     repaired = step(plain, context)
     with torch.no_grad():
-        wanted = network(data[128:])
-        errors = [(insert(d.network, d.plan)(data[128:]) - wanted).square().mean() for d in (plain, repaired)]
+        reference = network(data[128:])
+        errors = [(insert(d.network, d.plan)(data[128:]) - reference).square().mean() for d in (plain, repaired)]
     assert errors[1] < errors[0] * (1.05 if isinstance(step, BiasCorrection) else 0.8)
 
 

@@ -45,8 +45,8 @@ def mobile(act: nn.Module | None = None) -> nn.Sequential:
     )
 
 
-def names(found):
-    return [(couple.source, couple.readers) for couple in found]
+def names(couples):
+    return [(couple.source, couple.readers) for couple in couples]
 
 
 def same(draft: Draft, other: Draft, x: torch.Tensor) -> None:
@@ -58,31 +58,31 @@ def same(draft: Draft, other: Draft, x: torch.Tensor) -> None:
 def noise(draft: Draft, context: Context, x: torch.Tensor, **settings) -> float:
     quantized = Static(**settings)(draft, context)
     with torch.no_grad():
-        wanted = draft.network(x)
-        return float((insert(quantized.network, quantized.plan)(x) - wanted).square().mean() / wanted.square().mean())
+        exact = draft.network(x)
+        return float((insert(quantized.network, quantized.plan)(x) - exact).square().mean() / exact.square().mean())
 
 
 def test_two_layers_get_the_scales_of_the_paper():
     model = uneven(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)))
     x = torch.randn(8, 6)
     draft, context = drafted(model, x)
-    found = CrossLayerEqualization()(draft, context).network
+    equalized = CrossLayerEqualization()(draft, context).network
     first, second = (draft.network.get_submodule(n) for n in ("0", "2"))
     for i in range(5):  # the obvious way, channel by channel
         r1, r2 = first.weight[i].abs().max().item(), second.weight[:, i].abs().max().item()
         s = (r1 / r2) ** 0.5
-        torch.testing.assert_close(found.get_submodule("0").weight[i], first.weight[i] / s)
-        torch.testing.assert_close(found.get_submodule("0").bias[i], first.bias[i] / s)
-        torch.testing.assert_close(found.get_submodule("2").weight[:, i], second.weight[:, i] * s)
+        torch.testing.assert_close(equalized.get_submodule("0").weight[i], first.weight[i] / s)
+        torch.testing.assert_close(equalized.get_submodule("0").bias[i], first.bias[i] / s)
+        torch.testing.assert_close(equalized.get_submodule("2").weight[:, i], second.weight[:, i] * s)
 
 
 def test_a_depthwise_convolution_shares_the_scale_of_three():
     model = uneven(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1)))
     draft, context = drafted(model, torch.randn(4, 3, 6, 6))
-    found = CrossLayerEqualization(limit=1e6)(draft, context).network
+    equalized = CrossLayerEqualization(limit=1e6)(draft, context).network
     for i in range(6):
         before = [draft.network.get_submodule(n).weight for n in ("0", "2", "3")]
-        after = [found.get_submodule(n).weight for n in ("0", "2", "3")]
+        after = [equalized.get_submodule(n).weight for n in ("0", "2", "3")]
         ranges = [w.abs().max().item() for w in (before[0][i], before[1][i], before[2][:, i])]
         geometric = (ranges[0] * ranges[1] * ranges[2]) ** (1 / 3)
         for w in (after[0][i], after[1][i], after[2][:, i]):
@@ -92,8 +92,8 @@ def test_a_depthwise_convolution_shares_the_scale_of_three():
 def test_a_chain_of_dense_layers_ends_balanced():
     model = uneven(nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(7, 7), nn.ReLU()))))
     draft, context = drafted(model, torch.randn(8, 7))
-    found = CrossLayerEqualization(limit=1e9, sweeps=2000)(draft, context).network
-    layers = [found.get_submodule(str(i)) for i in range(0, 10, 2)]
+    equalized = CrossLayerEqualization(limit=1e9, sweeps=2000)(draft, context).network
+    layers = [equalized.get_submodule(str(i)) for i in range(0, 10, 2)]
     for first, second in zip(layers, layers[1:], strict=False):
         torch.testing.assert_close(first.weight.abs().amax(1), second.weight.abs().amax(0), rtol=1e-3, atol=0)
 

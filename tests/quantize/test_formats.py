@@ -53,11 +53,11 @@ def prepared():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_weight_and_value_lies_on_its_grid(prepared, name):
     draft, task = prepared
-    made = Static(**SETTINGS[name])(draft, Context(task=task))
-    network = insert(made.network, made.plan)
+    quantized = Static(**SETTINGS[name])(draft, Context(task=task))
+    network = insert(quantized.network, quantized.plan)
     with torch.no_grad():
         assert torch.isfinite(network(task.calibration[0])).all()
-    for edge, entry in made.plan.entries.items():
+    for edge, entry in quantized.plan.entries.items():
         scales = torch.tensor(entry.scale)
         if entry.spec.scale == "power_of_two":
             assert torch.equal(torch.log2(scales).round(), torch.log2(scales))
@@ -67,11 +67,11 @@ def test_every_weight_and_value_lies_on_its_grid(prepared, name):
             assert len(rows(weight, entry.spec)) == len(scales)
     if "activation_grid" in SETTINGS[name]:
         with raises_case(QuantizationError, "activation-grid"):
-            freeze(made.network, made.plan)
+            freeze(quantized.network, quantized.plan)
         return
     with torch.no_grad():
-        frozen, wanted = freeze(made.network, made.plan)(task.calibration[0]), network(task.calibration[0])
-    torch.testing.assert_close(frozen, wanted, rtol=1e-3, atol=1e-3)
+        frozen, simulated = freeze(quantized.network, quantized.plan)(task.calibration[0]), network(task.calibration[0])
+    torch.testing.assert_close(frozen, simulated, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -79,14 +79,14 @@ def test_every_weight_and_value_lies_on_its_grid(prepared, name):
 def test_a_runtime_computes_what_torch_computes(prepared, name, runtime, tmp_path):
     draft, task = prepared
     capabilities = runtimes.get(runtime).capabilities(machine(1).instruction_sets)  # 7-bit weights without VNNI
-    made = Static(**SETTINGS[name])(draft, Context(task=task, capabilities=capabilities))
-    build(made, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
+    quantized = Static(**SETTINGS[name])(draft, Context(task=task, capabilities=capabilities))
+    build(quantized, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     x = task.calibration[0]
     with torch.no_grad():
-        wanted = insert(made.network, made.plan)(x).numpy()
-    (found,) = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
+        expected = insert(quantized.network, quantized.plan)(x).numpy()
+    (result,) = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
     # A value on the edge between two integers may fall to either side, and moves everything behind it by a step.
-    assert np.square(found - wanted).sum() < 2e-3 * np.square(wanted).sum()
+    assert np.square(result - expected).sum() < 2e-3 * np.square(expected).sum()
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

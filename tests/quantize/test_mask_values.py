@@ -23,10 +23,10 @@ from penjing.tasks.task import Task
 SMALLEST = torch.finfo(torch.float32).min
 
 
-def decibels(wanted, got):
-    wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
-    assert wanted.shape == got.shape and np.isfinite(got).all()
-    return 10 * math.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30))
+def decibels(reference, got):
+    reference, got = np.asarray(reference, np.float64), np.asarray(got, np.float64)
+    assert reference.shape == got.shape and np.isfinite(got).all()
+    return 10 * math.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30))
 
 
 class Words(nn.Module):
@@ -94,10 +94,10 @@ def judge(net, data, runtime, folder):
     args = data(9, 5)
     args = args if isinstance(args, tuple) else (args,)
     with torch.no_grad():
-        wanted = [network(*args) for network in (net, insert(draft.network, draft.plan))]
+        references = [network(*args) for network in (net, insert(draft.network, draft.plan))]
     [got] = isolated.open_artifact(folder, 1).run([x.numpy() for x in args])
-    assert decibels(wanted[0], got) > 30
-    assert decibels(wanted[1], got) > 40
+    assert decibels(references[0], got) > 30
+    assert decibels(references[1], got) > 40
     return draft
 
 

@@ -88,11 +88,11 @@ def on_a_machine(context, price, rest=lambda precision: 0.0, conversions=lambda 
     `rest` is what all else takes, `conversions` what a network of these formats takes besides.
     """
 
-    def floats(made):
-        return [name in made.plan.floats or not made.plan for name in SITES]
+    def floats(draft):
+        return [name in draft.plan.floats or not draft.plan for name in SITES]
 
-    def profile(made, precision):
-        own = [((name,), price(f, precision)) for name, f in zip(SITES, floats(made), strict=True)]
+    def profile(draft, precision):
+        own = [((name,), price(f, precision)) for name, f in zip(SITES, floats(draft), strict=True)]
         return [*own, ((), rest(precision))]
 
     def latency(drafts, precision):
@@ -119,9 +119,9 @@ def prepared():
 class TestTheStep:
     def test_the_mean_of_bits_is_kept_and_beats_the_same_bits_everywhere(self, prepared):
         draft, context = prepared
-        made = MixedPrecision(average_bits=4.5, weight_bits=(8, 4, 2))(draft, context)
-        bits = {e: v.spec.bits for e, v in made.plan.entries.items() if e.endswith(":weight")}
-        sizes = {e: made.network.get_submodule(e.removesuffix(":weight")).weight.numel() for e in bits}
+        mixed = MixedPrecision(average_bits=4.5, weight_bits=(8, 4, 2))(draft, context)
+        bits = {e: v.spec.bits for e, v in mixed.plan.entries.items() if e.endswith(":weight")}
+        sizes = {e: mixed.network.get_submodule(e.removesuffix(":weight")).weight.numel() for e in bits}
         assert sum(bits[e] * sizes[e] for e in bits) / sum(sizes.values()) <= 4.5
         assert len(set(bits.values())) > 1
 
@@ -129,15 +129,15 @@ class TestTheStep:
         draft, context = prepared
         events = []
         context = replace(context, events=lambda name, **values: events.append((name, values)))
-        made = MixedPrecision(average_bits=3, weight_bits=(8, 4, 3, 2))(draft, context)
+        mixed = MixedPrecision(average_bits=3, weight_bits=(8, 4, 3, 2))(draft, context)
         told = [values["snr_db"] for name, values in events if name == "mixed"]
         chosen = {values["site"]: values["bits"] for name, values in events if name == "bits"}
         fitting, held = split(context)
         plans = {bits: Static(weight_bits=bits)(draft, fitting) for bits in (8, 4, 3, 2)}
         edges = {f"{n}:weight": bits for n, bits in chosen.items() if f"{n}:weight" in plans[8].plan.entries}
         entries = {edge: plans[bits].plan.entries[edge] for edge, bits in edges.items()}
-        assert entries.keys() < made.plan.entries.keys()
-        assert all(made.plan.entries[e].spec == entry.spec for e, entry in entries.items())
+        assert entries.keys() < mixed.plan.entries.keys()
+        assert all(mixed.plan.entries[e].spec == entry.spec for e, entry in entries.items())
         plan = replace(plans[8].plan, entries={**plans[8].plan.entries, **entries})
         again = CoordinateRounding()(replace(plans[8], plan=plan), fitting)
         snr = noise.signal_to_noise(draft.network, insert(again.network, again.plan), held)
@@ -159,35 +159,35 @@ class TestTheStep:
         context = on_a_machine(
             context, lambda f, precision: 1.0 + f, events=lambda name, **values: events.append((name, values))
         )
-        made = MixedPrecision(latency_ms=1.0)(draft, context)
-        assert context.latency([made], "int8") == [4.0] and not made.plan.floats
+        mixed = MixedPrecision(latency_ms=1.0)(draft, context)
+        assert context.latency([mixed], "int8") == [4.0] and not mixed.plan.floats
         assert [values["met"] for name, values in events if name == "mixed"][-1] is False
 
     def test_operators_in_floating_point_pay_for_bfloat16(self, prepared):
         draft, context = prepared
         calls = [((torch.rand(8, 3, 12, 12),), {})]
-        found = noise.in_bfloat16(draft.network, ["0", "8"], calls)
-        wanted = draft.network(*calls[0][0])
+        ratios = noise.in_bfloat16(draft.network, ["0", "8"], calls)
+        reference = draft.network(*calls[0][0])
         assert draft.network.get_submodule("8").weight.dtype == torch.float32
         body = nn.Sequential(*(draft.network.get_submodule(str(i)) for i in (0, 2, 4)))
-        assert all(0 < ratio < 1e-4 for ratio in found.values()) and len(body) == 3
+        assert all(0 < ratio < 1e-4 for ratio in ratios.values()) and len(body) == 3
         x = calls[0][0][0]
         for convolution in body:
             x = convolution(x).relu()
         head, x = draft.network.get_submodule("8"), x.mean((2, 3))
         half = nn.functional.linear(x.bfloat16().float(), head.weight.bfloat16().float(), head.bias.bfloat16().float())
-        ratio = (half - wanted).double().square().sum() / wanted.double().square().sum()
-        assert found["8"] == pytest.approx(float(ratio.detach()), rel=1e-3)
+        ratio = (half - reference).double().square().sum() / reference.double().square().sum()
+        assert ratios["8"] == pytest.approx(float(ratio.detach()), rel=1e-3)
 
     def test_floats_are_paid_for_with_measured_times(self, prepared):
         draft, context = prepared
         context = on_a_machine(context, lambda f, precision: 1.0 + f)
         latency = context.latency
         again = MixedPrecision(latency_ratio=6.2 / latency([Static()(draft, context)], "int8")[0])(draft, context)
-        made = MixedPrecision(latency_ms=6.2)(draft, context)
-        assert again.plan == made.plan
-        returned = [n for n, reason in made.plan.floats.items() if reason == "mixed precision"]
-        assert latency([made], "int8")[0] <= 6.2 and len([n for n in returned if n in "0248"]) == 2
+        mixed = MixedPrecision(latency_ms=6.2)(draft, context)
+        assert again.plan == mixed.plan
+        returned = [n for n, reason in mixed.plan.floats.items() if reason == "mixed precision"]
+        assert latency([mixed], "int8")[0] <= 6.2 and len([n for n in returned if n in "0248"]) == 2
 
     def test_conversions_that_cost_more_than_reckoned_are_learnt_from_measurements(self, prepared):
         draft, context = prepared
@@ -198,8 +198,8 @@ class TestTheStep:
             return 0.0 if alternating else 2.0 * sum(a != b for a, b in itertools.pairwise(floats))
 
         context = on_a_machine(context, lambda f, precision: 1.0 + f / 2, conversions=conversions)
-        made = MixedPrecision(latency_ms=5.0)(draft, context)
-        assert context.latency([made], "int8")[0] <= 5.0
+        mixed = MixedPrecision(latency_ms=5.0)(draft, context)
+        assert context.latency([mixed], "int8")[0] <= 5.0
 
     @pytest.mark.parametrize(("half", "taken"), [(0.5, "int8-bf16"), (9.0, "int8")])
     def test_the_rest_is_in_the_format_that_keeps_the_limit_with_the_least_noise(self, prepared, half, taken):
@@ -210,9 +210,9 @@ class TestTheStep:
             return (half if precision in ("bf16", "int8-bf16") else 8.0) if f else 1.0
 
         context = on_a_machine(context, price, capabilities=BOTH)
-        made = MixedPrecision(latency_ms=6.7, weight_bits=(2,))(draft, context)
-        assert made.plan.precision == taken and Plan.from_json(made.plan.to_json()) == made.plan
-        assert context.latency([made], taken)[0] <= 6.7
+        mixed = MixedPrecision(latency_ms=6.7, weight_bits=(2,))(draft, context)
+        assert mixed.plan.precision == taken and Plan.from_json(mixed.plan.to_json()) == mixed.plan
+        assert context.latency([mixed], taken)[0] <= 6.7
         with raises_case(UsageError, "precision") as caught:
             MixedPrecision(latency_ms=6.7, precision="int8-bf16")(draft, replace(context, capabilities=GENERIC))
         assert caught.value.got == "int8-bf16"
@@ -228,8 +228,8 @@ class TestTheStep:
             return 12.0 if precision in ("bf16", "int8-bf16") else 4.0
 
         context = on_a_machine(context, price, rest, capabilities=BOTH)
-        made = MixedPrecision(latency_ratio=1.1, weight_bits=(2,))(draft, context)
-        assert made.plan.precision == "int8" and context.latency([made], "int8")[0] <= 1.1 * 8
+        mixed = MixedPrecision(latency_ratio=1.1, weight_bits=(2,))(draft, context)
+        assert mixed.plan.precision == "int8" and context.latency([mixed], "int8")[0] <= 1.1 * 8
 
     def test_all_integers_keep_the_ratio_of_one(self, prepared):
         draft, context = prepared
@@ -237,8 +237,8 @@ class TestTheStep:
         context = on_a_machine(
             context, lambda f, precision: 1.0 + f, events=lambda name, **values: events.append((name, values))
         )
-        made = MixedPrecision(latency_ratio=1.0)(draft, context)
-        assert not made.plan.floats
+        mixed = MixedPrecision(latency_ratio=1.0)(draft, context)
+        assert not mixed.plan.floats
         assert [values["met"] for name, values in events if name == "mixed"][-1] is True
 
     def test_a_runtime_without_integers_is_told(self, prepared):

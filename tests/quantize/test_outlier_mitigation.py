@@ -153,8 +153,8 @@ def test_outputs_that_are_no_floats_or_infinite_are_not_judged(runtime):
     assert mitigated.plan.remedy
     x = torch.randn(16, 6, 64, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        wanted, given = model(x)[2], insert(mitigated.network, mitigated.plan)(x)[2]
-    assert 10 * torch.log10(wanted.square().mean() / (wanted - given).square().mean()) > 20
+        reference, given = model(x)[2], insert(mitigated.network, mitigated.plan)(x)[2]
+    assert 10 * torch.log10(reference.square().mean() / (reference - given).square().mean()) > 20
 
 
 @pytest.mark.parametrize("word", ["drop", "ease"])

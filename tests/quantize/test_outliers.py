@@ -47,19 +47,19 @@ def prepared():
     return model, x, task, Draft(capture_network(model, *task.call())), Context(task=task)
 
 
-def noise(network, wanted, x):
+def noise(network, reference, x):
     with torch.no_grad():
-        return float((network(x) - wanted).square().mean() / wanted.square().mean())
+        return float((network(x) - reference).square().mean() / reference.square().mean())
 
 
 def test_the_network_computes_what_it_did(prepared):
     model, x, _, draft, context = prepared
-    made = SplitOutliers()(draft, context)
-    assert made.edits == ({"edit": "split_outliers", "layers": ["left", "right"], "channels": LARGE},)
+    split = SplitOutliers()(draft, context)
+    assert split.edits == ({"edit": "split_outliers", "layers": ["left", "right"], "channels": LARGE},)
     with torch.no_grad():
-        torch.testing.assert_close(made.network(x), model(x), rtol=1e-4, atol=1e-5)
-    assert not made.network.get_submodule("left").weight[:, LARGE].any()
-    assert torch.equal(made.network.get_submodule("right_outliers").weight, model.right.weight[:, LARGE])
+        torch.testing.assert_close(split.network(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not split.network.get_submodule("left").weight[:, LARGE].any()
+    assert torch.equal(split.network.get_submodule("right_outliers").weight, model.right.weight[:, LARGE])
     assert torch.equal(draft.network.get_submodule("left").weight, model.left.weight)  # the draft before is as it was
 
 
@@ -72,8 +72,8 @@ def test_outliers_stay_in_floating_point_and_the_others_get_a_narrow_range(prepa
     assert not few & {edge.rpartition(":")[0] for edge in split.plan.entries}
     assert split.plan.entries["left:in0"] == split.plan.entries["right:in0"]  # one value, one quantizer
     assert split.plan.entries["left:in0"].scale[0] < plain.plan.entries["left:in0"].scale[0] / 20
-    wanted = model(x).detach()
-    alone, both = (noise(insert(made.network, made.plan), wanted, x) for made in (plain, split))
+    reference = model(x).detach()
+    alone, both = (noise(insert(quantized.network, quantized.plan), reference, x) for quantized in (plain, split))
     assert both < alone / 20
 
 
@@ -98,21 +98,21 @@ def test_a_runtime_runs_one_part_in_integers_and_the_other_not(ran, runtime):
 
 def test_the_checkpoint_has_it(prepared, tmp_path):
     model, x, task, draft, context = prepared
-    made = Static()(SplitOutliers()(draft, context), context)
-    save(made, tmp_path)
+    quantized = Static()(SplitOutliers()(draft, context), context)
+    save(quantized, tmp_path)
     loaded = restore(tmp_path, Perceptron(), task)
-    assert loaded.plan == made.plan
+    assert loaded.plan == quantized.plan
     with torch.no_grad():
-        assert torch.equal(loaded.network(x), made.network(x))
-        assert torch.equal(insert(loaded.network, loaded.plan)(x), insert(made.network, made.plan)(x))
+        assert torch.equal(loaded.network(x), quantized.network(x))
+        assert torch.equal(insert(loaded.network, loaded.plan)(x), insert(quantized.network, quantized.plan)(x))
 
 
 def test_repair_and_training_follow(prepared):
     model, x, _, draft, context = prepared
     split = Static(weight_bits=4)(SplitOutliers()(draft, context), context)
     repaired = CoordinateRounding()(split, context)
-    wanted = model(x).detach()
-    before, after = (noise(insert(made.network, made.plan), wanted, x) for made in (split, repaired))
+    reference = model(x).detach()
+    before, after = (noise(insert(quantized.network, quantized.plan), reference, x) for quantized in (split, repaired))
     assert after < before
     trained = QAT(finetune=Finetune(epochs=1, learning_rate=1e-3))(split, context)
     assert torch.isfinite(insert(trained.network, trained.plan)(x)).all()
@@ -120,8 +120,8 @@ def test_repair_and_training_follow(prepared):
 
 def test_without_outliers_nothing_is_split(prepared):
     _, _, _, draft, context = prepared
-    made = SplitOutliers(factor=1000.0)(draft, context)
-    assert made.edits == () and list(sites(made.network)) == list(sites(draft.network))
+    result = SplitOutliers(factor=1000.0)(draft, context)
+    assert result.edits == () and list(sites(result.network)) == list(sites(draft.network))
 
 
 def test_no_more_than_the_share_is_split_the_largest_first():

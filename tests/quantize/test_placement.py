@@ -49,41 +49,41 @@ def value_at(network, name):
 
 
 def test_a_convolution_has_its_input_and_weight_quantized_and_its_output_not():
-    _, found = placed(Net(lambda m, x: m.a(x), a=conv()), 4, 8, 8)
-    assert found.edges == {"a:in0": "x"}
-    assert found.weights == ("a",)
-    assert found.floats == {}
+    _, placement = placed(Net(lambda m, x: m.a(x), a=conv()), 4, 8, 8)
+    assert placement.edges == {"a:in0": "x"}
+    assert placement.weights == ("a",)
+    assert placement.floats == {}
 
 
 def test_a_rectifier_is_absorbed_by_the_convolution_before_it():
-    network, found = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8)
-    assert set(found.edges) == {"a:in0", "b:in0"}  # nothing between a and the rectifier
-    assert found.edges["b:in0"] == value_at(network, "/relu#0")
+    network, placement = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8)
+    assert set(placement.edges) == {"a:in0", "b:in0"}  # nothing between a and the rectifier
+    assert placement.edges["b:in0"] == value_at(network, "/relu#0")
 
 
 def test_both_inputs_of_a_residual_addition_are_quantized():
-    network, found = placed(Net(lambda m, x: F.relu(m.a(x) + m.b(x)), a=conv(), b=conv()), 4, 8, 8)
-    assert set(found.edges) == {"a:in0", "b:in0", "/add#0:in0", "/add#0:in1"}
-    assert found.edges["/add#0:in0"] == value_at(network, "a")
-    assert found.edges["/add#0:in1"] == value_at(network, "b")
+    network, placement = placed(Net(lambda m, x: F.relu(m.a(x) + m.b(x)), a=conv(), b=conv()), 4, 8, 8)
+    assert set(placement.edges) == {"a:in0", "b:in0", "/add#0:in0", "/add#0:in1"}
+    assert placement.edges["/add#0:in0"] == value_at(network, "a")
+    assert placement.edges["/add#0:in1"] == value_at(network, "b")
 
 
 def test_resnet20_has_no_floating_island():
-    network, found = placed(build("resnet20"), 3, 16, 16)
-    assert found.floats == {}
-    assert len(found.weights) == 22  # 19 convolutions, 2 shortcuts, the classifier
+    network, placement = placed(build("resnet20"), 3, 16, 16)
+    assert placement.floats == {}
+    assert len(placement.weights) == 22  # 19 convolutions, 2 shortcuts, the classifier
     for block in range(3):
         for name in (f"stages.0.{block}/add#0:in0", f"stages.0.{block}/add#0:in1"):
-            assert name in found.edges
+            assert name in placement.edges
     between = {node.name for node in network.graph.nodes if "relu" in node.name}
-    assert not {edge for edge in found.edges if edge.split(":")[0] in between}
-    assert "classifier:in0" in found.edges and "average/adaptive_avg_pool2d#0:in0" in found.edges
+    assert not {edge for edge in placement.edges if edge.split(":")[0] in between}
+    assert "classifier:in0" in placement.edges and "average/adaptive_avg_pool2d#0:in0" in placement.edges
 
 
 def test_a_pooling_carries_the_scale_of_its_input():
-    network, found = placed(Net(lambda m, x: m.b(F.max_pool2d(F.relu(m.a(x)), 2)), a=conv(), b=conv()), 4, 8, 8)
+    network, placement = placed(Net(lambda m, x: m.b(F.max_pool2d(F.relu(m.a(x)), 2)), a=conv(), b=conv()), 4, 8, 8)
     rectified = value_at(network, "/relu#0")
-    assert found.edges == {"a:in0": "x", "b:in0": rectified, "/max_pool2d#0:in0": rectified}
+    assert placement.edges == {"a:in0": "x", "b:in0": rectified, "/max_pool2d#0:in0": rectified}
 
 
 def test_a_chain_that_only_moves_values_carries_one_scale():
@@ -91,9 +91,9 @@ def test_a_chain_that_only_moves_values_carries_one_scale():
         y = F.dropout(F.max_pool2d(m.a(x), 2), 0.5, m.training)
         return m.head(y.permute(0, 2, 3, 1).flatten(1))
 
-    network, found = placed(Net(forward, a=conv(), head=nn.Linear(4 * 16, 3)), 4, 8, 8)
+    network, placement = placed(Net(forward, a=conv(), head=nn.Linear(4 * 16, 3)), 4, 8, 8)
     source = value_at(network, "a")
-    assert found.edges == {
+    assert placement.edges == {
         "a:in0": "x",
         "head:in0": source,
         "/max_pool2d#0:in0": source,
@@ -106,19 +106,19 @@ def test_every_input_of_a_concatenation_is_quantized():
     def forward(m, x):
         return m.c(torch.cat([m.a(x), F.relu(m.b(x)), x], 1))
 
-    network, found = placed(Net(forward, a=conv(), b=conv(), c=conv(12)), 4, 8, 8)
-    assert {e: v for e, v in found.edges.items() if "cat" in e} == {
+    network, placement = placed(Net(forward, a=conv(), b=conv(), c=conv(12)), 4, 8, 8)
+    assert {e: v for e, v in placement.edges.items() if "cat" in e} == {
         "/cat#0:in0": value_at(network, "a"),
         "/cat#0:in1": value_at(network, "/relu#0"),
         "/cat#0:in2": "x",
     }
-    assert found.edges["c:in0"] == value_at(network, "/cat#0")
+    assert placement.edges["c:in0"] == value_at(network, "/cat#0")
 
 
 def test_an_average_pooling_is_an_operator_with_integers_of_its_own():
-    network, found = placed(Net(lambda m, x: m.head(m.a(x).mean((2, 3))), a=conv(), head=nn.Linear(4, 2)), 4, 8, 8)
-    assert found.edges["/mean#0:in0"] == value_at(network, "a")
-    assert found.edges["head:in0"] == value_at(network, "/mean#0")
+    network, placement = placed(Net(lambda m, x: m.head(m.a(x).mean((2, 3))), a=conv(), head=nn.Linear(4, 2)), 4, 8, 8)
+    assert placement.edges["/mean#0:in0"] == value_at(network, "a")
+    assert placement.edges["head:in0"] == value_at(network, "/mean#0")
 
 
 def test_what_an_integer_kernel_cannot_do_is_listed_with_its_reason():
@@ -130,8 +130,8 @@ def test_what_an_integer_kernel_cannot_do_is_listed_with_its_reason():
 
     model = Net(forward, a=conv(), up=nn.ConvTranspose2d(4, 4, 2))
     model.table = nn.Parameter(torch.rand(4, 1, 1))
-    _, found = placed(model, 4, 8, 8)
-    assert found.floats == {
+    _, placement = placed(model, 4, 8, 8)
+    assert placement.floats == {
         "/add#0": "one of its inputs is a number",
         "/add#1": "one of its inputs is a constant",
         "/add#2": "its second input is scaled",
@@ -139,7 +139,7 @@ def test_what_an_integer_kernel_cannot_do_is_listed_with_its_reason():
         "/matmul#0": "any runtime has no integer kernel for matmul",
         "up": "any runtime has no integer kernel for conv_transpose",
     }
-    assert found.weights == ("a",)
+    assert placement.weights == ("a",)
 
 
 def test_arithmetic_on_integers_is_left_alone():
@@ -147,24 +147,24 @@ def test_arithmetic_on_integers_is_left_alone():
         places = (x.flatten(1).abs() * 3).long()
         return m.table((places + places) % 10).sum(1) + m.head(x.flatten(1))
 
-    _, found = placed(Net(forward, table=nn.Embedding(10, 3), head=nn.Linear(16, 3)), 4, 2, 2)
-    assert not any(edge.startswith("/add#0") for edge in found.edges)
-    assert "/add#0" not in found.floats
-    assert {"/add#1:in0", "/add#1:in1", "head:in0"} <= set(found.edges)
+    _, placement = placed(Net(forward, table=nn.Embedding(10, 3), head=nn.Linear(16, 3)), 4, 2, 2)
+    assert not any(edge.startswith("/add#0") for edge in placement.edges)
+    assert "/add#0" not in placement.floats
+    assert {"/add#1:in0", "/add#1:in1", "head:in0"} <= set(placement.edges)
 
 
 def test_an_excluded_operator_has_no_edges_and_keeps_its_reason():
     model = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv())
-    _, found = placed(model, 4, 8, 8, excluded={"b": "excluded by 'b'"})
-    assert found.edges == {"a:in0": "x"}
-    assert found.weights == ("a",)
-    assert found.floats == {"b": "excluded by 'b'"}
+    _, placement = placed(model, 4, 8, 8, excluded={"b": "excluded by 'b'"})
+    assert placement.edges == {"a:in0": "x"}
+    assert placement.weights == ("a",)
+    assert placement.floats == {"b": "excluded by 'b'"}
 
 
 def test_a_layer_called_twice_has_edges_for_each_call():
-    _, found = placed(Net(lambda m, x: m.a(F.relu(m.a(x))), a=conv()), 4, 8, 8)
-    assert set(found.edges) == {"a:in0", "a@1:in0"}
-    assert found.weights == ("a", "a@1")
+    _, placement = placed(Net(lambda m, x: m.a(F.relu(m.a(x))), a=conv()), 4, 8, 8)
+    assert set(placement.edges) == {"a:in0", "a@1:in0"}
+    assert placement.weights == ("a", "a@1")
 
 
 WRITES_INTEGERS = replace(GENERIC, quantized_output=frozenset({"conv", "add"}))
@@ -173,30 +173,30 @@ WRITES_INTEGERS = replace(GENERIC, quantized_output=frozenset({"conv", "add"}))
 class TestKernelsThatOnlyWriteIntegers:
     def test_every_reader_behind_the_activation_gets_a_quantizer(self):
         model = Net(lambda m, x: torch.tanh(F.relu(m.a(x))), a=conv())
-        network, found = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
-        assert found.edges == {"a:in0": "x", "/tanh#0:in0": value_at(network, "/relu#0")}
+        network, placement = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
+        assert placement.edges == {"a:in0": "x", "/tanh#0:in0": value_at(network, "/relu#0")}
 
     def test_a_reader_that_has_one_keeps_it(self):
         model = Net(lambda m, x: m.b(m.a(x)) + x, a=conv(), b=conv())
-        network, found = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
-        assert found.edges["b:in0"] == value_at(network, "a")
-        assert found.edges["/add#0:in0"] == value_at(network, "b")
-        assert found.edges["/output:in0"] == value_at(network, "/add#0")
+        network, placement = placed(model, 4, 8, 8, capabilities=WRITES_INTEGERS)
+        assert placement.edges["b:in0"] == value_at(network, "a")
+        assert placement.edges["/add#0:in0"] == value_at(network, "b")
+        assert placement.edges["/output:in0"] == value_at(network, "/add#0")
 
     def test_an_activation_with_two_readers_is_quantized_for_both(self):
         def forward(m, x):
             y = F.relu(m.a(x))
             return torch.tanh(y), torch.sigmoid(y)
 
-        network, found = placed(Net(forward, a=conv()), 4, 8, 8, capabilities=WRITES_INTEGERS)
+        network, placement = placed(Net(forward, a=conv()), 4, 8, 8, capabilities=WRITES_INTEGERS)
         rectified = value_at(network, "/relu#0")
-        assert (found.edges["/tanh#0:in0"], found.edges["/sigmoid#0:in0"]) == (rectified, rectified)
+        assert (placement.edges["/tanh#0:in0"], placement.edges["/sigmoid#0:in0"]) == (rectified, rectified)
 
 
 def test_what_a_runtime_does_not_absorb_stays_between():
     plain = replace(GENERIC, fuses=frozenset(), quantized_output=frozenset({"conv"}))
-    network, found = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8, capabilities=plain)
-    assert found.edges["/relu#0:in0"] == value_at(network, "a")
+    network, placement = placed(Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv()), 4, 8, 8, capabilities=plain)
+    assert placement.edges["/relu#0:in0"] == value_at(network, "a")
 
 
 @pytest.mark.parametrize("model", [build("resnet20"), build("resnet18", width=8)], ids=["resnet20", "resnet18"])
@@ -229,5 +229,5 @@ def test_a_layer_of_stored_values_is_computed_once_and_no_runtime_fails_at_it(ru
     building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     [got] = isolated.open_artifact(tmp_path, 1).run([data[2].numpy()])
     with torch.no_grad():
-        wanted = insert(draft.network, draft.plan)(data[2])
-    assert 10 * torch.log10(wanted.square().mean() / (wanted - torch.as_tensor(got)).square().mean()) > 40
+        expected = insert(draft.network, draft.plan)(data[2])
+    assert 10 * torch.log10(expected.square().mean() / (expected - torch.as_tensor(got)).square().mean()) > 40

@@ -64,8 +64,8 @@ def weights_alone(prepared):
 def noise(draft, context):
     x = torch.cat([x for x in context.task.calibration])
     with torch.no_grad():
-        wanted, found = context.source(x), insert(draft.network, draft.plan)(x)
-    return float((found - wanted).square().sum() / wanted.square().sum())
+        reference, simulated = context.source(x), insert(draft.network, draft.plan)(x)
+    return float((simulated - reference).square().sum() / reference.square().sum())
 
 
 class TestTheGradient:

@@ -45,9 +45,9 @@ SPECS = st.builds(
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=30), SPECS)
 def test_the_smallest_error_is_never_above_that_of_the_extremes(values, spec):
     histogram = histogram_of(values)
-    found = squared_error(histogram, *ESTIMATORS["mse"](histogram, spec), spec)
+    smallest = squared_error(histogram, *ESTIMATORS["mse"](histogram, spec), spec)
     extremes = squared_error(histogram, *ESTIMATORS["minmax"](histogram, spec), spec)
-    assert found <= extremes * (1 + 1e-6) + 1e-12
+    assert smallest <= extremes * (1 + 1e-6) + 1e-12
 
 
 def test_it_cuts_an_outlier_at_four_bits():

@@ -276,6 +276,6 @@ def test_a_run_offers_it(steps, tmp_path):
         loss=F.mse_loss,
     )
     recipe = pj.Recipe(pj.quantize.Static(), *steps)
-    made = pj.run(recipe, Reader().eval(), task, runtime="openvino", out=tmp_path / "run", seconds=0.01, threads=1)
-    (integer,) = (c for c in made.record.candidates if c.precision == "int8")
+    result = pj.run(recipe, Reader().eval(), task, runtime="openvino", out=tmp_path / "run", seconds=0.01, threads=1)
+    (integer,) = (c for c in result.record.candidates if c.precision == "int8")
     assert integer.float_macs_share == 0 and integer.rejection is None

@@ -54,8 +54,8 @@ class TestNoise:
     def test_an_operator_alone_is_a_plan_with_its_edges_alone(self, prepared):
         draft, context = prepared
         calls = split(context)[1]
-        found = noise.isolated(draft.network, draft.plan, calls)
-        for name, alone in found.items():
+        by_operator = noise.isolated(draft.network, draft.plan, calls)
+        for name, alone in by_operator.items():
             for value, role in ((alone.weights, "weight"), (alone.activations, "in")):
                 edges = {
                     e: v for e, v in draft.plan.entries.items()

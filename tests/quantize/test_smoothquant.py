@@ -62,12 +62,12 @@ def drafted(model: nn.Module, x: torch.Tensor, **more) -> tuple[Draft, Context]:
 def noise(draft: Draft, context: Context, x: torch.Tensor) -> float:
     quantized = Static(activation_range="minmax")(draft, context)
     with torch.no_grad():
-        wanted = draft.network(x)
-        return float((insert(quantized.network, quantized.plan)(x) - wanted).square().mean() / wanted.square().mean())
+        exact = draft.network(x)
+        return float((insert(quantized.network, quantized.plan)(x) - exact).square().mean() / exact.square().mean())
 
 
-def names(found):
-    return [(couple.source, couple.readers) for couple in found]
+def names(couples):
+    return [(couple.source, couple.readers) for couple in couples]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -78,29 +78,29 @@ def test_the_scales_are_those_of_the_paper(alpha):
     nn.init.normal_(model[0].bias)
     x = torch.randn(23, 6)
     draft, context = drafted(model, x)
-    found = SmoothQuant(alpha=alpha)(draft, context).network
+    smoothed = SmoothQuant(alpha=alpha)(draft, context).network
     norm, linear = draft.network.get_submodule("0"), draft.network.get_submodule("1")
     inputs = norm(x)
     for j in range(6):  # the obvious way, channel by channel
         largest = max(abs(row[j].item()) for row in inputs)
         s = largest**alpha / linear.weight[:, j].abs().max().item() ** (1 - alpha)
-        torch.testing.assert_close(found.get_submodule("0").weight[j], norm.weight[j] / s)
-        torch.testing.assert_close(found.get_submodule("0").bias[j], norm.bias[j] / s)
-        torch.testing.assert_close(found.get_submodule("1").weight[:, j], linear.weight[:, j] * s)
-    assert torch.equal(found.get_submodule("1").bias, linear.bias)
+        torch.testing.assert_close(smoothed.get_submodule("0").weight[j], norm.weight[j] / s)
+        torch.testing.assert_close(smoothed.get_submodule("0").bias[j], norm.bias[j] / s)
+        torch.testing.assert_close(smoothed.get_submodule("1").weight[:, j], linear.weight[:, j] * s)
+    assert torch.equal(smoothed.get_submodule("1").bias, linear.bias)
 
 
 def test_layers_that_share_an_input_share_its_scales():
     x = torch.randn(12, 7, 16)
     draft, context = drafted(outliers(Block()), x)
-    found = SmoothQuant(alpha=0.5)(draft, context).network
+    smoothed = SmoothQuant(alpha=0.5)(draft, context).network
     old = draft.network
     with torch.no_grad():
         inputs = old.before(x).abs().amax((0, 1))
     together = torch.stack([getattr(old, n).weight.abs().amax(0) for n in "qkv"]).amax(0)
     s = (inputs / together).sqrt()
-    torch.testing.assert_close(found.q.weight, old.q.weight * s)
-    torch.testing.assert_close(found.before.weight, old.before.weight / s)
+    torch.testing.assert_close(smoothed.q.weight, old.q.weight * s)
+    torch.testing.assert_close(smoothed.before.weight, old.before.weight / s)
 
 
 @settings(max_examples=15, deadline=None)
@@ -115,8 +115,8 @@ def test_the_function_stays(norm, alpha, heads, seed):
     x = torch.randn(8, 5, 16)
     draft, context = drafted(outliers(Block(norm, heads=heads), seed), x)
     step = SmoothQuant(alpha=alpha)
-    found = step.pairs(draft, context)
-    assert [couple.readers for couple in found] == [("q", "k", "v"), ("o",), ("up",)]
+    couples = step.pairs(draft, context)
+    assert [couple.readers for couple in couples] == [("q", "k", "v"), ("o",), ("up",)]
     after = step(draft, context)
     with torch.no_grad():
         a, b = draft.network(x), after.network(x)
@@ -231,30 +231,30 @@ def test_what_a_residual_reads_too_is_multiplied_in_front_of_the_layers():
     draft, context = drafted(net, x)
     exact = draft.network(x)
     assert SmoothQuant()(draft, context).edits == ()  # nothing can be divided before them
-    made = SmoothQuant(multiply=True)(draft, context)
-    assert [edit["layers"] for edit in made.edits] == [["up", "q", "k"], ["down"]]
-    torch.testing.assert_close(made.network(x), exact, rtol=1e-4, atol=1e-4)
-    again = replay(draft.network, made.edits)
-    again.load_state_dict(made.network.state_dict())
-    torch.testing.assert_close(again(x), made.network(x), rtol=0, atol=0)
+    smoothed = SmoothQuant(multiply=True)(draft, context)
+    assert [edit["layers"] for edit in smoothed.edits] == [["up", "q", "k"], ["down"]]
+    torch.testing.assert_close(smoothed.network(x), exact, rtol=1e-4, atol=1e-4)
+    again = replay(draft.network, smoothed.edits)
+    again.load_state_dict(smoothed.network.state_dict())
+    torch.testing.assert_close(again(x), smoothed.network(x), rtol=0, atol=0)
 
     def noise(start):
         static = Static()(start, context)
         return (insert(static.network, static.plan)(x) - exact).square().mean()
 
-    assert noise(made) < 0.3 * noise(draft)
+    assert noise(smoothed) < 0.3 * noise(draft)
 
 
 def test_the_vector_is_that_of_the_equation():
     torch.manual_seed(0)
     net, x = NormLast().eval(), torch.randn(40, 6, 16)
     draft, context = drafted(net, x)
-    made = SmoothQuant(multiply=True, alpha=0.75)(draft, context)
+    smoothed = SmoothQuant(multiply=True, alpha=0.75)(draft, context)
     inputs = net.norm(x).abs().amax((0, 1))
     weights = torch.stack([layer.weight.abs().amax(0) for layer in (net.q, net.k, net.up)]).amax(0)
     factor = inputs**0.75 / weights**0.25
-    torch.testing.assert_close(made.network.up_divided.by, 1 / factor, rtol=1e-5, atol=0)
-    torch.testing.assert_close(made.network.q.weight, net.q.weight * factor, rtol=1e-5, atol=0)
+    torch.testing.assert_close(smoothed.network.up_divided.by, 1 / factor, rtol=1e-5, atol=0)
+    torch.testing.assert_close(smoothed.network.q.weight, net.q.weight * factor, rtol=1e-5, atol=0)
 
 
 def test_multiply_is_true_or_false():

@@ -315,13 +315,13 @@ class TestCollecting:
         assert collect(changed, {"conv2d"}, context, 32)[0]["conv2d"].high == pytest.approx(3 * one.high, rel=1e-5)
 
     def test_histograms_hold_what_the_network_computed(self, draft):
-        found, _ = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
+        histograms, _ = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
         data = torch.cat(batches(*SHAPE))
         with torch.no_grad():
             expected = draft.network.get_submodule("conv1")(data)
-        assert (found["x"].low, found["x"].high) == (float(data.min()), float(data.max()))
-        assert found["conv2d"].high == pytest.approx(float(expected.max()), rel=1e-5)
-        assert float(found["conv2d"].counts.sum()) == pytest.approx(expected.numel())
+        assert (histograms["x"].low, histograms["x"].high) == (float(data.min()), float(data.max()))
+        assert histograms["conv2d"].high == pytest.approx(float(expected.max()), rel=1e-5)
+        assert float(histograms["conv2d"].counts.sum()) == pytest.approx(expected.numel())
 
     def test_a_task_without_calibration_data(self, draft):
         with raises_case(CalibrationError, "no-calibration"):

@@ -123,9 +123,9 @@ def built(draft, task, runtime, precision, folder):
     return manifest, measure.size_bytes(folder, manifest.files())
 
 
-def snr(wanted, found):
-    noise = np.square(wanted - found).mean()
-    return 999.0 if noise == 0 else float(10 * np.log10(np.square(wanted).mean() / noise))
+def snr(reference, result):
+    noise = np.square(reference - result).mean()
+    return 999.0 if noise == 0 else float(10 * np.log10(np.square(reference).mean() / noise))
 
 
 @both
@@ -134,10 +134,10 @@ def snr(wanted, found):
 def test_an_artifact_gives_what_its_plan_says(name, runtime, tmp_path):
     draft, task, model, x = drafted(name, runtime)
     manifest, _ = built(draft, task, runtime, "int8", tmp_path / "int8")
-    found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
-    assert snr(insert(draft.network, draft.plan)(x).numpy(), found) > 60
-    assert snr(freeze(draft.network, draft.plan)(x).numpy(), found) > 60
-    assert snr(model(x).numpy(), found) > 30
+    output = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+    assert snr(insert(draft.network, draft.plan)(x).numpy(), output) > 60
+    assert snr(freeze(draft.network, draft.plan)(x).numpy(), output) > 60
+    assert snr(model(x).numpy(), output) > 30
 
 
 @both
@@ -198,9 +198,9 @@ def test_bags_of_any_length_are_looked_up_in_integers(runtime, tmp_path):
     assert size < half
     session = runtimes.open_artifact(tmp_path / "int8", 1)
     for call in data:
-        found = predictor(session, manifest)(*(x.numpy() for x in call))
-        assert snr(insert(draft.network, draft.plan)(*call).numpy(), found) > 60
-        assert snr(model(*call).numpy(), found) > 30
+        output = predictor(session, manifest)(*(x.numpy() for x in call))
+        assert snr(insert(draft.network, draft.plan)(*call).numpy(), output) > 60
+        assert snr(model(*call).numpy(), output) > 30
 
 
 def test_a_tied_table_and_its_head_have_one_grid():
@@ -218,8 +218,8 @@ def test_ranges_at_run_time_store_tables_in_integers_too(runtime, tmp_path):
     _, half = built(Draft(draft.network), task, runtime, "fp16", tmp_path / "fp16")
     assert size < half
     with torch.no_grad():
-        found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
-        assert snr(model(x).numpy(), found) > 30
+        output = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+        assert snr(model(x).numpy(), output) > 30
 
 
 @both
@@ -247,5 +247,5 @@ def test_a_network_with_stored_weights_is_repaired_trained_and_judged(name):
         draft = step(draft, context)
     with torch.no_grad():
         assert snr(model(x).numpy(), insert(draft.network, draft.plan)(x).numpy()) > 20
-    found = noise.isolated(draft.network, draft.plan, [task.call()])
-    assert found["words" if name == "table" else "up"].weights > 0
+    by_operator = noise.isolated(draft.network, draft.plan, [task.call()])
+    assert by_operator["words" if name == "table" else "up"].weights > 0

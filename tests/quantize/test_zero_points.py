@@ -23,10 +23,10 @@ def images(seed, n=8):
     return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def decibels(wanted, got):
-    wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
-    assert wanted.shape == got.shape and np.isfinite(got).all()
-    return 10 * math.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30))
+def decibels(reference, got):
+    reference, got = np.asarray(reference, np.float64), np.asarray(got, np.float64)
+    assert reference.shape == got.shape and np.isfinite(got).all()
+    return 10 * math.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30))
 
 
 def executed(net, folder):
