@@ -28,12 +28,12 @@ def test_scores_do_not_hide_behind_boxes(turned, axis):
     candidate[..., 4:] = RANDOM.uniform(0, 1, candidate[..., 4:].shape)  # the scores are lost altogether
     if turned:
         reference, candidate = reference.transpose(0, 2, 1), candidate.transpose(0, 2, 1)
-    found = by_words(reference, candidate)
-    assert list(found) == ["", f"0-3 of {axis}", f"4-5 of {axis}"]
-    assert found[""].snr_db > 55
-    assert found[f"0-3 of {axis}"].snr_db == IDENTICAL_DB
-    assert found[f"4-5 of {axis}"].snr_db < 5
-    assert not found[f"0-3 of {axis}"].columns.smaller and found[f"4-5 of {axis}"].columns.smaller
+    by_columns = by_words(reference, candidate)
+    assert list(by_columns) == ["", f"0-3 of {axis}", f"4-5 of {axis}"]
+    assert by_columns[""].snr_db > 55
+    assert by_columns[f"0-3 of {axis}"].snr_db == IDENTICAL_DB
+    assert by_columns[f"4-5 of {axis}"].snr_db < 5
+    assert not by_columns[f"0-3 of {axis}"].columns.smaller and by_columns[f"4-5 of {axis}"].columns.smaller
 
 
 def test_columns_of_like_size_are_not_parted():
@@ -52,24 +52,24 @@ def test_columns_that_are_zero_or_next_to_nothing_are_no_group():
 
 def test_every_output_is_compared_apart():
     large, small = RANDOM.normal(0, 1000, (8, 4)), RANDOM.normal(0, 1, (8, 4))
-    found = differences([large, small], [large, -small], split([large, small]))
-    assert [d.snr_db for d in found] == [IDENTICAL_DB, pytest.approx(10 * np.log10(1 / 4))]
+    by_output = differences([large, small], [large, -small], split([large, small]))
+    assert [d.snr_db for d in by_output] == [IDENTICAL_DB, pytest.approx(10 * np.log10(1 / 4))]
 
 
 def test_outputs_without_axes_and_with_one():
-    found = differences(
+    by_output = differences(
         [np.float32(2.0), np.ones(3)], [np.float32(1.0), np.ones(3)], split([np.float32(2), np.ones(3)])
     )
-    assert found[0].snr_db == pytest.approx(10 * np.log10(4)) and found[1].snr_db == IDENTICAL_DB
+    assert by_output[0].snr_db == pytest.approx(10 * np.log10(4)) and by_output[1].snr_db == IDENTICAL_DB
 
 
 @pytest.mark.parametrize(("dtype", "equal"), [(np.int64, 0.75), (bool, 0.75)])
 def test_integers_and_booleans_are_equal_or_not(dtype, equal):
     reference, candidate = np.array([1, 0, 1, 0], dtype), np.array([1, 0, 1, 1], dtype)
-    (found,) = differences([reference], [candidate], split([reference]))
-    assert found.equal == equal and not found.fault
-    (found,) = differences([np.ones((2, 2), np.float32)], [np.ones((2, 2), np.float32)], split([np.ones((2, 2))]))
-    assert found.equal is None
+    (difference,) = differences([reference], [candidate], split([reference]))
+    assert difference.equal == equal and not difference.fault
+    (difference,) = differences([np.ones((2, 2), np.float32)], [np.ones((2, 2), np.float32)], split([np.ones((2, 2))]))
+    assert difference.equal is None
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_integers_and_booleans_are_equal_or_not(dtype, equal):
 def test_what_is_not_finite_on_one_side_alone_is_told(reference, candidate, told):
     reference, candidate = np.float32([reference]), np.float32([candidate])
     assert fault(reference, candidate) == told
-    (found,) = differences([reference], [candidate], split([reference]))
-    assert found.fault == told
-    assert (found.snr_db == -IDENTICAL_DB) == bool(told)
+    (difference,) = differences([reference], [candidate], split([reference]))
+    assert difference.fault == told
+    assert (difference.snr_db == -IDENTICAL_DB) == bool(told)
 
 
 def test_what_stands_beside_a_mask_is_what_counts():
@@ -96,12 +96,12 @@ def test_what_stands_beside_a_mask_is_what_counts():
     masked = RANDOM.random((16, 6)) < 0.3
     reference[masked] = -1e9
     candidate = np.where(masked, reference, reference + 1)
-    (found,) = differences([reference], [candidate], split([reference]))
-    assert found.snr_db < 5 and not found.fault
-    (found,) = differences([reference], [np.where(masked, -6e4, reference)], split([reference]))
-    assert found.snr_db == IDENTICAL_DB and not found.fault  # as good a mask
-    (found,) = differences([reference], [np.where(masked, 0, reference)], split([reference]))
-    assert "masked values are not" in found.fault
+    (difference,) = differences([reference], [candidate], split([reference]))
+    assert difference.snr_db < 5 and not difference.fault
+    (difference,) = differences([reference], [np.where(masked, -6e4, reference)], split([reference]))
+    assert difference.snr_db == IDENTICAL_DB and not difference.fault  # as good a mask
+    (difference,) = differences([reference], [np.where(masked, 0, reference)], split([reference]))
+    assert "masked values are not" in difference.fault
 
 
 def test_a_call_of_few_samples_counts_where_it_is_much_worse():
@@ -112,10 +112,10 @@ def test_a_call_of_few_samples_counts_where_it_is_much_worse():
     scattered = differences([reference[:1]], [reference[:1] + 0.015], parts, 1)
     wrong = differences([reference[:3]], [-reference[:3]], parts, 3)
     assert worst(many, scattered) == many
-    (found,) = worst(many, wrong)
-    assert found.batch == 3 and found.snr_db < 5
-    (found,) = worst(many, differences([reference[:1]], [np.full((1, 4), np.nan)], parts, 1))
-    assert "NaN" in found.fault and found.batch == 1
+    (difference,) = worst(many, wrong)
+    assert difference.batch == 3 and difference.snr_db < 5
+    (difference,) = worst(many, differences([reference[:1]], [np.full((1, 4), np.nan)], parts, 1))
+    assert "NaN" in difference.fault and difference.batch == 1
 
 
 def test_an_output_of_another_size_leaves_out_columns_that_it_has_not():

@@ -88,10 +88,10 @@ def test_this_machine():
 def test_instruction_sets_agree_with_what_numpy_found():
     features = pytest.importorskip("numpy._core._multiarray_umath").__cpu_features__
     theirs = {"AVX2": "avx2", "AVX512F": "avx512f", "AVX512_SPR": "avx512_fp16", "ASIMD": "neon", "ASIMDDP": "dotprod"}
-    found = machine(1).instruction_sets
+    detected = machine(1).instruction_sets
     for name, ours in theirs.items():
         if name in features and not (name == "AVX512_SPR" and sys.platform == "win32"):
-            assert (ours in found) == features[name], f"{name} on NumPy {np.__version__}"
+            assert (ours in detected) == features[name], f"{name} on NumPy {np.__version__}"
 
 
 def test_cores_are_those_that_the_process_may_use():
@@ -108,11 +108,11 @@ def test_cores_are_those_that_the_process_may_use():
 
 
 def test_versions_of_what_is_installed_without_importing_it():
-    found = versions()
-    assert found["python"] == platform.python_version()
-    assert found["numpy"] == version("numpy")
-    assert found["torch"] == version("torch")
-    assert "onnxruntime-gpu" not in found or version("onnxruntime-gpu")
+    installed = versions()
+    assert installed["python"] == platform.python_version()
+    assert installed["numpy"] == version("numpy")
+    assert installed["torch"] == version("torch")
+    assert "onnxruntime-gpu" not in installed or version("onnxruntime-gpu")
     program = "import sys; from penjing.measure.machine import versions; versions(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
