@@ -183,10 +183,10 @@ def test_needs_metric(text, needed):
 
 
 def test_figures_are_plain_numbers():
-    found = figures(candidate("a", latency=2.5, size=100, drop=0.01, energy=3.0, macs=7, metric=math.nan))
-    assert set(found) == set(FIGURES)
-    assert (found["latency_ms"], found["size_bytes"], found["energy_mj"], found["macs"]) == (2.5, 100.0, 3.0, 7.0)
-    assert found["metric"] is None and found["packed_bytes"] is None
+    values = figures(candidate("a", latency=2.5, size=100, drop=0.01, energy=3.0, macs=7, metric=math.nan))
+    assert set(values) == set(FIGURES)
+    assert (values["latency_ms"], values["size_bytes"], values["energy_mj"], values["macs"]) == (2.5, 100.0, 3.0, 7.0)
+    assert values["metric"] is None and values["packed_bytes"] is None
 
 
 GOAL = Goal.parse("latency_ms<=5, drop<=1%, minimize size_bytes")
@@ -292,23 +292,23 @@ ROWS = st.lists(st.tuples(*[st.integers(1, 4)] * 3), max_size=7)
 
 @given(ROWS)
 def test_pareto_is_what_nothing_beats(rows):
-    found = [candidate(f"c{i}", latency=a, size=b, drop=c / 10) for i, (a, b, c) in enumerate(rows)]
+    candidates = [candidate(f"c{i}", latency=a, size=b, drop=c / 10) for i, (a, b, c) in enumerate(rows)]
     slow = set()
     for i, one in enumerate(rows):
         others = (o for o in rows if o != one)
         if not any(all(x <= y for x, y in zip(o, one, strict=True)) for o in others):
             slow.add(f"c{i}")
-    assert set(pareto(GOAL, found)) == slow
+    assert set(pareto(GOAL, candidates)) == slow
 
 
 @given(ROWS, st.randoms())
 def test_the_choice_does_not_depend_on_the_order(rows, random):
-    found = [candidate(f"c{i}", latency=a * 2, size=b, drop=c / 200) for i, (a, b, c) in enumerate(rows)]
-    first = choose(GOAL, found)
-    random.shuffle(found)
-    assert choose(GOAL, found) == first
-    if found:
-        assert first.met == any(check(GOAL, c)[0] for c in found)
+    candidates = [candidate(f"c{i}", latency=a * 2, size=b, drop=c / 200) for i, (a, b, c) in enumerate(rows)]
+    first = choose(GOAL, candidates)
+    random.shuffle(candidates)
+    assert choose(GOAL, candidates) == first
+    if candidates:
+        assert first.met == any(check(GOAL, c)[0] for c in candidates)
 
 
 def test_judging_needs_no_torch():
@@ -340,14 +340,14 @@ def test_a_rejected_candidate_is_never_chosen_while_another_is_left():
     goal = Goal.parse("minimize size_bytes, drop<=1%")
     wrong = rejected("wrong", 29.0, size=10, drop=0.0)
     assert check(goal, wrong) == (False, "rejected: output: 29.0 dB is below the limit of 30.0 dB")
-    found = choose(goal, [wrong, candidate("right", size=100, drop=0.0)])
-    assert (found.chosen, found.met, found.pareto) == ("right", True, ("right",))
-    found = choose(goal, [wrong, candidate("far", size=100, drop=0.5)])
-    assert (found.chosen, found.met) == ("far", False) and "far comes nearest: drop" in found.reason
+    choice = choose(goal, [wrong, candidate("right", size=100, drop=0.0)])
+    assert (choice.chosen, choice.met, choice.pareto) == ("right", True, ("right",))
+    choice = choose(goal, [wrong, candidate("far", size=100, drop=0.5)])
+    assert (choice.chosen, choice.met) == ("far", False) and "far comes nearest: drop" in choice.reason
 
 
 def test_where_all_are_rejected_the_nearest_to_its_limit_is_delivered_and_the_goal_is_not_met():
     goal = Goal.parse("minimize size_bytes")
-    found = choose(goal, [rejected("nan", None, size=1), rejected("far", 5.0, size=2), rejected("near", 28.0, size=9)])
-    assert (found.chosen, found.met, found.pareto) == ("near", False, ())
-    assert found.reason.startswith("no candidate may be offered; near comes nearest and is rejected: output: 28.0 dB")
+    choice = choose(goal, [rejected("nan", None, size=1), rejected("far", 5.0, size=2), rejected("near", 28.0, size=9)])
+    assert (choice.chosen, choice.met, choice.pareto) == ("near", False, ())
+    assert choice.reason.startswith("no candidate may be offered; near comes nearest and is rejected: output: 28.0 dB")
