@@ -64,9 +64,9 @@ class TestRoundTrip:
         again = checkpoint.load(folder, source)
         x = images(seed=5)
         assert torch.equal(again.network(x), quantized.network(x))
-        state, wanted = again.network.state_dict(), quantized.network.state_dict()
-        assert state.keys() == wanted.keys()
-        assert all(torch.equal(state[k], wanted[k]) for k in wanted)
+        state, expected = again.network.state_dict(), quantized.network.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[k], expected[k]) for k in expected)
 
     def test_folded_batch_norms_stay_folded(self, quantized, folder):
         again = checkpoint.load(folder, resnet(seed=1))
@@ -134,9 +134,9 @@ class TestTiedWeights:
 
     def test_untied_weights_do_not_fit_a_network_that_ties_them(self, tmp_path):
         checkpoint.save(Draft(self.gpt2(0, tied=False)), tmp_path)
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(tmp_path, self.gpt2(1))
-        assert "lm_head.weight" in found.value.got and "wte.weight" in found.value.got
+        assert "lm_head.weight" in caught.value.got and "wte.weight" in caught.value.got
 
     def test_equal_values_are_not_a_tie(self, tmp_path):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -148,22 +148,22 @@ class TestTiedWeights:
 
 class TestAnotherNetwork:
     def test_another_width_is_named(self, folder):
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(folder, resnet(seed=0, width=4))
-        assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in found.value.got
-        assert found.value.remedy
+        assert "conv1.weight has shape (8, 3, 3, 3), the network's (4, 3, 3, 3)" in caught.value.got
+        assert caught.value.remedy
 
     def test_another_precision_is_named(self, folder):
         model = capture_network(build("resnet20", width=8).eval(), (images(1),)).double()
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(folder, model)
-        assert "float32" in found.value.got and "float64" in found.value.got
+        assert "float32" in caught.value.got and "float64" in caught.value.got
 
     def test_another_architecture_is_named_by_the_edit(self, folder):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10)).eval()
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(folder, capture_network(model, (images(1),)))
-        assert found.value.got.startswith("{'edit': ")
+        assert caught.value.got.startswith("{'edit': ")
 
     def test_missing_and_more_layers_are_named(self, tmp_path):
         def network(*names):
@@ -173,18 +173,18 @@ class TestAnotherNetwork:
             return capture_network(layers.eval(), (torch.zeros(1, 4),))
 
         checkpoint.save(Draft(network("a", "b")), tmp_path)
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(tmp_path, network("a", "c"))
-        assert "lacks c.bias, c.weight; also has b.bias, b.weight" in found.value.got
+        assert "lacks c.bias, c.weight; also has b.bias, b.weight" in caught.value.got
 
 
 class TestDamage:
     @pytest.mark.parametrize("name", sorted(FILES))
     def test_a_missing_file_is_named(self, folder, name):
         (folder / name).unlink()
-        with raises_case(CheckpointError, "incomplete") as found:
+        with raises_case(CheckpointError, "incomplete") as caught:
             checkpoint.load(folder, resnet(0))
-        assert found.value.got.startswith(f"no {name} in")
+        assert caught.value.got.startswith(f"no {name} in")
 
     def test_a_missing_folder(self, tmp_path):
         with raises_case(CheckpointError, "incomplete"):
@@ -226,18 +226,18 @@ class TestDamage:
     @pytest.mark.parametrize("edit", [{"edit": "run", "code": "1"}, {"edit": "__import__"}, {}])
     def test_an_edit_outside_the_vocabulary_is_refused(self, folder, edit):
         damage(folder, "edits.json", {"format": 1, "edits": [edit], "ties": {}})
-        with raises_case(CheckpointError, "unknown-edit") as found:
+        with raises_case(CheckpointError, "unknown-edit") as caught:
             checkpoint.load(folder, resnet(0))
-        assert found.value.got == edit
+        assert caught.value.got == edit
 
     @pytest.mark.parametrize("layer", ["__class__", "layer9", "graph", ""])
     def test_an_edit_of_what_is_no_layer_is_refused(self, folder, layer):
         damage(
             folder, "edits.json", {"format": 1, "edits": [{"edit": "fold", "layer": layer, "norm": "bn1"}], "ties": {}}
         )
-        with raises_case(CheckpointError, "misfit") as found:
+        with raises_case(CheckpointError, "misfit") as caught:
             checkpoint.load(folder, resnet(0))
-        assert f"'layer': {layer!r}" in found.value.got
+        assert f"'layer': {layer!r}" in caught.value.got
 
     def test_a_pickle_in_place_of_the_weights_does_not_run(self, folder):
         mark = folder / "ran"
@@ -264,9 +264,9 @@ class TestWriting:
         (folder / "plan.json").mkdir()  # the weights are in place when the save stops here
         with pytest.raises(OutputError):
             checkpoint.save(quantized, folder)
-        with raises_case(CheckpointError, "incomplete") as found:
+        with raises_case(CheckpointError, "incomplete") as caught:
             checkpoint.load(folder, resnet(0))
-        assert found.value.got.startswith("no edits.json")
+        assert caught.value.got.startswith("no edits.json")
 
     def test_a_missing_folder_is_an_output_error(self, quantized, tmp_path):
         with raises_case(OutputError, "unwritable"):
