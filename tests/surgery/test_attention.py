@@ -54,12 +54,12 @@ def test_an_unfolded_attention_computes_what_torch_computes(word, settings):
     torch.manual_seed(1)
     args = call(masks()[word])
     network = capture_network(Attention(**settings).eval(), args, {})
-    wanted = network(*args)
+    reference = network(*args)
     edits = unfold_attentions(network)
     assert edits == ({"edit": "unfold_attention", "site": SITE},)
     assert "attention" not in {kind(network, n) for n in network.graph.nodes}
     assert {f"{SITE}.{w}" for w in ("scores", "softmax", "values")} <= set(sites(network))
-    torch.testing.assert_close(network(*args), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network(*args), reference, rtol=1e-5, atol=1e-6)
 
 
 def test_a_causal_one_too_at_any_length():
@@ -146,12 +146,12 @@ def test_both_products_run_on_integers(tmp_path, runtime):
     manifest = building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
     executed = {name: o.precision for o in runtimes.executed(tmp_path, manifest) for name in o.sites}
     assert executed[f"{SITE}.scores"] == "int8"
-    (found,) = isolated.open_artifact(tmp_path, 1).run([data.numpy()])
+    (output,) = isolated.open_artifact(tmp_path, 1).run([data.numpy()])
     with torch.no_grad():
-        wanted, exact = insert(draft.network, draft.plan)(data), source(data)
-    noise = (wanted - exact).square().mean()
+        simulated, exact = insert(draft.network, draft.plan)(data), source(data)
+    noise = (simulated - exact).square().mean()
     assert noise < exact.square().mean() / 1000
-    assert (torch.from_numpy(found) - wanted).square().mean() < noise / 4
+    assert (torch.from_numpy(output) - simulated).square().mean() < noise / 4
 
 
 def test_an_attention_can_be_left_out():

@@ -109,9 +109,9 @@ def built(draft, task, runtime, precision, folder):
     return manifest, measure.size_bytes(folder, manifest.files())
 
 
-def snr(wanted, found):
-    noise = np.square(wanted - found).mean()
-    return 999.0 if noise == 0 else float(10 * np.log10(np.square(wanted).mean() / noise))
+def snr(reference, result):
+    noise = np.square(reference - result).mean()
+    return 999.0 if noise == 0 else float(10 * np.log10(np.square(reference).mean() / noise))
 
 
 @every
@@ -160,9 +160,9 @@ def test_both_readers_are_integer_and_the_weight_is_stored_in_integers(name, run
     session = isolated.open_artifact(tmp_path / "int8", 1)
     for n in (2, 5):
         x = values(name, n)
-        found = predictor(session, manifest)(x.numpy())
-        assert snr(insert(draft.network, draft.plan)(x).numpy(), found) > 60
-        assert snr(model(x).numpy(), found) > 25
+        output = predictor(session, manifest)(x.numpy())
+        assert snr(insert(draft.network, draft.plan)(x).numpy(), output) > 60
+        assert snr(model(x).numpy(), output) > 25
 
 
 @torch.no_grad()
@@ -173,8 +173,8 @@ def test_ranges_at_run_time_too(tmp_path):
     assert {row.executed for row in rows if row.macs} == {"int8"}
     assert set(readers) <= {row.name for row in rows}
     x = values("products", 5)
-    found = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
-    assert snr(model(x).numpy(), found) > 25
+    output = predictor(isolated.open_artifact(tmp_path / "int8", 1), manifest)(x.numpy())
+    assert snr(model(x).numpy(), output) > 25
 
 
 @pytest.mark.parametrize("step", [Static, Dynamic])

@@ -237,7 +237,7 @@ def test_a_linear_layer_by_hand_in_integers():
     weight_scale, input_scale, zero = [2.0**-6, 2.0**-7], 2.0**-5, 7
     network, plan = one_layer(layer, (3,), weight_scale, input_scale, zero)
     x = torch.randn(4, 3)
-    found = freeze(network, plan)(x)
+    output = freeze(network, plan)(x)
     for sample in range(4):
         for out in range(2):
             grid = weight_scale[out] * input_scale
@@ -246,7 +246,7 @@ def test_a_linear_layer_by_hand_in_integers():
                 q = min(max(round(float(x[sample, i]) / input_scale) + zero, 0), 255)
                 w = min(max(round(float(layer.weight[out, i]) / weight_scale[out]), -127), 127)
                 total += (q - zero) * w
-            assert float(found[sample, out]) == total * grid  # powers of two: exact
+            assert float(output[sample, out]) == total * grid  # powers of two: exact
 
 
 def test_the_bias_takes_the_grid_of_the_accumulator():
