@@ -64,8 +64,8 @@ def test_every_value_goes_to_the_nearest_level(spec):
     zero = 2 if not spec.signed and spec.grid == "uniform" else 0
     held, scale = levels(spec).tolist(), 0.25
     x = torch.linspace(-40, 40, 4001)
-    found = integers(x, torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32), spec).tolist()
-    for value, q in zip(x.tolist(), found, strict=True):
+    rounded = integers(x, torch.tensor([scale]), torch.tensor([zero], dtype=torch.int32), spec).tolist()
+    for value, q in zip(x.tolist(), rounded, strict=True):
         assert q in held
         exact = value / scale + zero
         assert abs(q - exact) == min(abs(h - exact) for h in held)
