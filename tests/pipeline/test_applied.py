@@ -123,10 +123,10 @@ def test_everyone_who_had_gradients_has_them_behind_quantizers(step, learn_range
 @pytest.fixture(scope="module")
 def module(network, task):
     recipe = pj.Recipe(pj.prune.Channels(macs=0.6), pj.quantize.Static())
-    made = pj.apply(recipe, network, task, runtime="onnxruntime")
-    losses = trained(made, task)
+    trainable = pj.apply(recipe, network, task, runtime="onnxruntime")
+    losses = trained(trainable, task)
     assert losses[-1] < losses[0]
-    return made
+    return trainable
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,9 @@ class TestTheWayBack:
         session = isolated.open_artifact(result.artifact, 1)
         x = task.calibration[0]
         with torch.no_grad():
-            wanted = module(x).numpy()
-        found = predictor(session, read_manifest(result.artifact))(x.numpy())
-        assert 10 * np.log10(np.square(wanted).sum() / np.square(wanted - found).sum()) > 60
+            expected = module(x).numpy()
+        answers = predictor(session, read_manifest(result.artifact))(x.numpy())
+        assert 10 * np.log10(np.square(expected).sum() / np.square(expected - answers).sum()) > 60
         assert result.record.chosen.float_operators == {}
 
     def test_the_drop_is_against_the_reference_and_the_record_says_so(self, result, network):
@@ -187,11 +187,11 @@ class TestTheWayBack:
         x = task.calibration[0]
         assert not torch.equal(fresh(x), module(x))
         fresh.load_state_dict(module.state_dict())
-        wanted = drafted(module)
+        expected = drafted(module)
         for other in (fresh, copy.deepcopy(module), nn.DataParallel(module), torch.compile(module)):
-            found = drafted(other)
-            assert found.draft.plan == wanted.draft.plan
-            pairs = zip(found.draft.network.state_dict().items(), module.state_dict().items(), strict=False)
+            applied = drafted(other)
+            assert applied.draft.plan == expected.draft.plan
+            pairs = zip(applied.draft.network.state_dict().items(), module.state_dict().items(), strict=False)
             assert all(torch.equal(mine, module.state_dict()[name]) for (name, mine), _ in pairs)
 
     def test_a_copy_that_is_trained_leaves_the_original_as_it_was(self, module, task):
@@ -214,10 +214,10 @@ def test_learned_ranges_are_delivered(network, task, tmp_path):
     )
     x = task.calibration[0]
     with torch.no_grad():
-        wanted = module(x).numpy()
+        expected = module(x).numpy()
     session = isolated.open_artifact(result.folder / ARTIFACT, 1)
-    found = predictor(session, read_manifest(result.artifact))(x.numpy())
-    assert 10 * np.log10(np.square(wanted).sum() / np.square(wanted - found).sum()) > 40
+    answers = predictor(session, read_manifest(result.artifact))(x.numpy())
+    assert 10 * np.log10(np.square(expected).sum() / np.square(expected - answers).sum()) > 40
 
 
 def test_pruned_and_trained_networks_go_on_in_recipes_of_their_own(network, task, tmp_path):

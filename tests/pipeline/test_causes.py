@@ -104,5 +104,5 @@ def test_an_artifact_near_its_limit_is_told(snr_db, told):
     (row,) = parity.rows
     rows = (type(row)(output="scores", snr_db=snr_db, largest=0.1, batch=32, limit_db=30),)
     near = Parity(**{**vars(parity), "against": "planned", "rows": rows})
-    found = doubts("openvino-int8", "int8", (near,), draft, task)
-    assert [("of what was planned in scores" in text) for text in found] == ([True] if told else [])
+    warnings = doubts("openvino-int8", "int8", (near,), draft, task)
+    assert [("of what was planned in scores" in text) for text in warnings] == ([True] if told else [])

@@ -59,10 +59,10 @@ class TestRecord:
             assert step.wall_s > 0 and step.peak_memory_bytes > 2**20
 
     def test_every_runtime_has_a_float_and_an_integer_candidate_with_its_row(self, digits_run):
-        found = by_name(digits_run.record)
+        candidates = by_name(digits_run.record)
         for runtime in runtimes.DEPLOYED:
             for precision in ("fp32", "int8"):
-                candidate = found[f"{runtime}-{precision}"]
+                candidate = candidates[f"{runtime}-{precision}"]
                 assert (candidate.runtime, candidate.precision) == (runtime, precision)
                 manifest = read_manifest(digits_run.folder / candidate.folder)
                 assert set(candidate.sha256) == set(manifest.files())
@@ -79,11 +79,11 @@ class TestRecord:
             assert not [row.name for row in layers.values() if row.reason]
 
     def test_integer_weights_are_smaller(self, digits_run):
-        found = by_name(digits_run.record)
+        candidates = by_name(digits_run.record)
         for runtime in runtimes.DEPLOYED:
-            sizes = [found[f"{runtime}-{p}"].measured.size_bytes for p in ("int8", "fp32")]
+            sizes = [candidates[f"{runtime}-{p}"].measured.size_bytes for p in ("int8", "fp32")]
             assert sizes[0] != sizes[1]
-            layers = [{row.name: row for row in found[f"{runtime}-{p}"].layers}["body"] for p in ("int8", "fp32")]
+            layers = [{row.name: row for row in candidates[f"{runtime}-{p}"].layers}["body"] for p in ("int8", "fp32")]
             assert layers[0].weight_bytes < layers[1].weight_bytes / 2
             assert (layers[0].planned, layers[0].executed) == ("int8", "int8")
             assert layers[1].executed == "fp32"
@@ -158,8 +158,8 @@ class TestFolder:
             mine, theirs = quantized(task.calibration[0]), insert(again.network, again.plan)(task.calibration[0])
         assert torch.equal(mine, theirs)
         session = isolated.open_artifact(digits_run.artifact, 1)
-        (found,) = session.run([task.calibration[0].numpy()])
-        assert np.abs(found - mine.numpy()).max() < 0.02 * np.ptp(found)
+        (answers,) = session.run([task.calibration[0].numpy()])
+        assert np.abs(answers - mine.numpy()).max() < 0.02 * np.ptp(answers)
 
 
 def test_a_recipe_with_a_goal_out_of_reach_leaves_no_empty_hands_and_the_same_seed_the_same_bits(
@@ -202,12 +202,12 @@ def test_without_a_metric_agreement_with_the_source_is_measured_and_what_is_excl
     assert record.metric_name == "agreement with the source"
     assert record.source.metric == 1.0
     assert 0.8 < record.artifact.metric <= 1.0
-    found = by_name(record)["onnxruntime-int8"]
-    rows = {row.name: row for row in found.layers}
+    candidate = by_name(record)["onnxruntime-int8"]
+    rows = {row.name: row for row in candidate.layers}
     assert rows["body"].reason == "excluded by 'body'"
     assert (rows["body"].planned, rows["body"].executed) == ("fp32", "fp32")
-    assert found.float_operators == {"conv": 1}
-    assert found.integer_operators["conv"] == 1 and found.integer_operators["linear"] == 1
+    assert candidate.float_operators == {"conv": 1}
+    assert candidate.integer_operators["conv"] == 1 and candidate.integer_operators["linear"] == 1
     assert record.recipe[0]["quantize.Static"]["exclude"] == ["body"]
     for row in (record.source, record.artifact):
         assert row.latency_ms.batch == 4
@@ -234,11 +234,11 @@ class TestRefusals:
     """Nothing may be written for a request that makes no sense."""
 
     def refusal(self, tmp_path, kind, code, model, task, *more, **options):
-        with raises_case(kind, code) as found:
+        with raises_case(kind, code) as caught:
             pj.compress(model, task, *more, out=tmp_path / "run", threads=1, **options)
         assert not (tmp_path / "run").exists()
-        assert found.value.what and found.value.got and found.value.expected and found.value.remedy
-        return found.value
+        assert caught.value.what and caught.value.got and caught.value.expected and caught.value.remedy
+        return caught.value
 
     def test_a_goal_that_speaks_of_a_metric_that_nothing_gives(self, tmp_path, digits_source, task):
         bare = pj.Task(example=task.example)
@@ -290,9 +290,9 @@ class TestRefusals:
 
     def test_what_is_no_recipe(self, digits_source, task):
         for wrong in ("joint", 3):
-            with raises_case(RecipeError, "file-name" if wrong == "joint" else "not-a-step") as found:
+            with raises_case(RecipeError, "file-name" if wrong == "joint" else "not-a-step") as caught:
                 pj.apply(wrong, open_source(digits_source).module, task)
-            assert str(found.value.got) == repr(wrong) and found.value.expected
+            assert str(caught.value.got) == repr(wrong) and caught.value.expected
 
     def test_calibration_data_with_an_infinity_at_its_very_end(self, tmp_path, digits_source, task):
         late = [*task.calibration, task.calibration[0] / 0]
@@ -312,9 +312,9 @@ class TestRefusals:
 )
 def test_a_metric_that_fails_is_told_before_anything_costly(tmp_path, digits_source, task, evaluate, code):
     broken = dataclasses.replace(task, select=None, evaluate=evaluate)
-    with raises_case(TaskError, code) as found:
+    with raises_case(TaskError, code) as caught:
         pj.compress(digits_source, broken, "minimize size_bytes", out=tmp_path / "run", threads=1)
-    assert found.value.remedy
+    assert caught.value.remedy
     assert not (tmp_path / "run" / ARTIFACT).exists()
     assert not (tmp_path / "run" / CANDIDATES).exists()
 
@@ -325,16 +325,16 @@ def test_a_finished_run_is_given_back_and_not_run_again(digits_copy, digits_sour
     again = pj.compress(digits_source, task, goal, out=digits_copy, resume=True, threads=1)
     assert again.record == records.read(digits_copy)
     assert {path: path.stat().st_mtime_ns for path in digits_copy.rglob("*") if path.is_file()} == before
-    with raises_case(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as caught:
         pj.compress(digits_source, task, "drop<=3%", out=digits_copy, resume=True, threads=1)
-    assert found.value.got.startswith("goal")
-    with raises_case(OutputError, "settings") as found:
+    assert caught.value.got.startswith("goal")
+    with raises_case(OutputError, "settings") as caught:
         pj.compress(digits_source, task, goal, out=digits_copy, resume=True, threads=1, seed=4)
-    assert found.value.got == "seed = 4"
+    assert caught.value.got == "seed = 4"
     fewer = dataclasses.replace(task, calibration=task.calibration[:2])
-    with raises_case(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as caught:
         pj.compress(digits_source, fewer, goal, out=digits_copy, resume=True, threads=1)
-    assert found.value.got.startswith("data")
+    assert caught.value.got.startswith("data")
     assert {path: path.stat().st_mtime_ns for path in digits_copy.rglob("*") if path.is_file()} == before
 
 
@@ -348,9 +348,9 @@ def test_a_training_that_all_candidates_need_fails_once_and_by_its_own_name(tmp_
 
     broken = dataclasses.replace(task, train=[(x, y)] * 4, loss=loss)
     recipe = pj.Recipe(pj.Finetune(epochs=1))
-    with raises_case(TrainingError, "loss-not-finite") as found:
+    with raises_case(TrainingError, "loss-not-finite") as caught:
         pj.compress(digits_source, broken, "minimize size_bytes", recipe=recipe, out=tmp_path / "run", threads=1)
-    assert "step 2" in found.value.what
+    assert "step 2" in caught.value.what
     assert len(seen) == 3
 
 
@@ -364,13 +364,13 @@ def test_a_run_goes_on_with_the_training_data_and_the_loss_that_it_was_asked_for
     asked = {"goal": "minimize size_bytes", "recipe": pj.Recipe(pj.Finetune()), "threads": 1, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         pj.compress(digits_source, first, **asked)
-    with raises_case(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as caught:
         pj.compress(digits_source, dataclasses.replace(first, train=[(x, y + 1)]), resume=True, **asked)
-    assert found.value.got.startswith("data.train = ")
+    assert caught.value.got.startswith("data.train = ")
     other = dataclasses.replace(first, loss=torch.nn.functional.cross_entropy)
-    with raises_case(OutputError, "settings") as found:
+    with raises_case(OutputError, "settings") as caught:
         pj.compress(digits_source, other, resume=True, **asked)
-    assert found.value.got == "loss = torch.nn.functional.cross_entropy"
+    assert caught.value.got == "loss = torch.nn.functional.cross_entropy"
     with pytest.raises(KeyboardInterrupt):
         pj.compress(digits_source, first, resume=True, **asked)
 

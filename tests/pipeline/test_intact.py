@@ -11,8 +11,8 @@ from penjing.pipeline.verify import verify
 
 
 def hashes_of(folder):
-    found = {check.figure: check for check in verify(folder, threads=1, seconds=0.0)}
-    return found["SHA-256 of the files"], found.get("other files")
+    checks = {check.figure: check for check in verify(folder, threads=1, seconds=0.0)}
+    return checks["SHA-256 of the files"], checks.get("other files")
 
 
 def files_of(folder):
@@ -38,11 +38,11 @@ def test_a_change_in_any_file_is_found(digits_copy):
     for name in records.read(digits_copy).files:
         before = (digits_copy / name).read_bytes()
         (digits_copy / name).write_bytes(before + b" ")
-        found = intact.differences(digits_copy, records.read(digits_copy))
-        assert found == intact.Differences((), (name,), ())
+        differences = intact.differences(digits_copy, records.read(digits_copy))
+        assert differences == intact.Differences((), (name,), ())
         (digits_copy / name).unlink()
-        found = intact.differences(digits_copy, records.read(digits_copy))
-        assert found == intact.Differences((name,), (), ())
+        differences = intact.differences(digits_copy, records.read(digits_copy))
+        assert differences == intact.Differences((name,), (), ())
         (digits_copy / name).write_bytes(before)
     (digits_copy / "load.py").write_text("import os\n")
     check, _ = hashes_of(digits_copy)

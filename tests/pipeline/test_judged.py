@@ -306,7 +306,7 @@ def test_a_batch_of_another_size_is_answered_in_the_same_session(tmp_path):
         session = isolated.open_artifact(result.folder / c.folder, 1)
         for size in (1, 2, 3, 32):
             x = data(size, 9)
-            (found,) = session.run([x.numpy()])
+            (answers,) = session.run([x.numpy()])
             with torch.no_grad():
-                wanted = network(x).numpy()
-            assert 10 * np.log10((wanted**2).mean() / ((wanted - found) ** 2).mean()) > 20, (c.name, size)
+                expected = network(x).numpy()
+            assert 10 * np.log10((expected**2).mean() / ((expected - answers) ** 2).mean()) > 20, (c.name, size)

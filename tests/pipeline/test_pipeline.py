@@ -152,9 +152,9 @@ class TestDraft:
     def test_a_float_variant_takes_only_what_is_not_made_for_integers(self, run):
         ran = []
         recipe = Recipe(Counting((ran,)), Static(samples=16), Counting((ran,), stage="train integers"))
-        made = draft(run, recipe, Variant("openvino", "bf16"))
-        assert ran == [None] and not made.plan
-        torch.testing.assert_close(made.network.get_submodule("a").weight, run.network.get_submodule("a").weight / 2)
+        bf16 = draft(run, recipe, Variant("openvino", "bf16"))
+        assert ran == [None] and not bf16.plan
+        torch.testing.assert_close(bf16.network.get_submodule("a").weight, run.network.get_submodule("a").weight / 2)
 
     def test_what_a_killed_run_has_done_is_read_back_to_the_bit(self, run, told):
         ran = []
@@ -182,33 +182,33 @@ class TestCandidate:
             seen.append(predict(np.zeros((3, 3, 8, 8), np.float64)))
             return 0.75
 
-        found = candidate(run, Recipe(Static(samples=16)), Variant("openvino", "int8"), structure, metric)
-        assert (found.name, found.folder) == ("openvino-int8", "candidates/openvino-int8")
-        assert found.measured.metric == 0.75
-        assert found.measured.latency_ms is None  # that is measured side by side with the others
-        session = isolated.open_artifact(run.folder.path / found.folder, 1)
+        record = candidate(run, Recipe(Static(samples=16)), Variant("openvino", "int8"), structure, metric)
+        assert (record.name, record.folder) == ("openvino-int8", "candidates/openvino-int8")
+        assert record.measured.metric == 0.75
+        assert record.measured.latency_ms is None  # that is measured side by side with the others
+        session = isolated.open_artifact(run.folder.path / record.folder, 1)
         (expected,) = session.run([np.zeros((3, 3, 8, 8), np.float32)])
         np.testing.assert_array_equal(seen[0], expected)
-        manifest = read_manifest(run.folder.path / found.folder)
-        folder = run.folder.path / found.folder
-        assert found.measured.size_bytes == sum((folder / name).stat().st_size for name in manifest.files())
-        assert found.sha256 == {name: measure.sha256(folder / name) for name in manifest.files()}
-        assert found.integer_operators == {"conv": 2, "linear": 1, "add": 1, "avg_pool": 1}
-        planned, source = found.parity
+        manifest = read_manifest(run.folder.path / record.folder)
+        folder = run.folder.path / record.folder
+        assert record.measured.size_bytes == sum((folder / name).stat().st_size for name in manifest.files())
+        assert record.sha256 == {name: measure.sha256(folder / name) for name in manifest.files()}
+        assert record.integer_operators == {"conv": 2, "linear": 1, "add": 1, "avg_pool": 1}
+        planned, source = record.parity
         assert planned.largest < source.largest
 
     def test_it_is_kept_for_a_resume(self, run, told):
         _, structure = store_source(run)
         recipe, variant = Recipe(), Variant("onnxruntime", "fp32")
         blank = np.zeros((1, 3, 8, 8), np.float32)
-        found = candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 8)
-        assert found.measured.metric == 0.5
+        record = candidate(run, recipe, variant, structure, lambda predict: predict(blank).shape[1] / 8)
+        assert record.measured.metric == 0.5
 
         def never(predict):
             raise AssertionError("it was measured before")
 
-        assert candidate(again(run, told), recipe, variant, structure, never) == found
-        assert records.from_dict(records.Candidate, json.loads(records.to_json(found))) == found
+        assert candidate(again(run, told), recipe, variant, structure, never) == record
+        assert records.from_dict(records.Candidate, json.loads(records.to_json(record))) == record
 
     def test_a_failure_leaves_no_half_artifact_and_the_next_attempt_works(self, run, monkeypatch):
         _, structure = store_source(run)
@@ -231,24 +231,24 @@ class TestCandidate:
 
         monkeypatch.setattr(Counting, "__call__", lambda self, draft, context: broken(draft, context))
         recipe, variant = Recipe(Counting(([],))), Variant("onnxruntime", "fp32")
-        found = candidate(run, recipe, variant, structure, lambda predict: float("nan"))
-        assert "NaN" in found.rejection.reason and found.measured.metric is None
+        record = candidate(run, recipe, variant, structure, lambda predict: float("nan"))
+        assert "NaN" in record.rejection.reason and record.measured.metric is None
 
 
 def test_latencies_of_source_and_candidates_are_taken_once(run, told):
     manifest, structure = store_source(run)
     run.batch = 3
-    found = candidate(run, Recipe(), Variant("onnxruntime", "fp32"), structure, None)
-    timings = latencies(run, manifest, [found])
+    record = candidate(run, Recipe(), Variant("onnxruntime", "fp32"), structure, None)
+    timings = latencies(run, manifest, [record])
     assert list(timings) == ["source", "onnxruntime-fp32"]
     for timing in timings.values():
         assert (timing.latency.batch, timing.latency.threads) == (3, 1)
-        row = timed(found.measured, timing)
-        assert row.size_bytes == found.measured.size_bytes
+        row = timed(record.measured, timing)
+        assert row.size_bytes == record.measured.size_bytes
         assert row.throughput_per_s == pytest.approx(3000 / timing.latency.median)
         assert row.peak_memory_bytes == timing.peak_memory_bytes
     # Decisions that came from timings are replayed: a resumed run sees the same figures.
-    assert latencies(again(run, told), manifest, [found]) == timings
+    assert latencies(again(run, told), manifest, [record]) == timings
 
 
 class TestCalls:
@@ -280,22 +280,22 @@ class TestMetric:
 
     @pytest.mark.parametrize("value", [None, "good", float("inf"), [0.1, 0.2], {}])
     def test_what_is_no_finite_number_is_refused(self, value):
-        with raises_case(TaskError, "not-finite") as found:
+        with raises_case(TaskError, "not-finite") as caught:
             metric_of(lambda p: value, abs, "openvino-int8")
-        assert "openvino-int8" in found.value.what
+        assert "openvino-int8" in caught.value.what
 
     def test_one_that_never_looks_at_the_network_is_refused(self):
-        with raises_case(TaskError, "unread") as found:
+        with raises_case(TaskError, "unread") as caught:
             metric_of(lambda p: 0.93, abs, "openvino-int8")
-        assert "openvino-int8" in found.value.what
+        assert "openvino-int8" in caught.value.what
 
     def test_an_error_names_its_line(self):
         def evaluate(predict):
             return predict(1)["accuracy"]  # this line
 
-        with raises_case(TaskError, "raised") as found:
+        with raises_case(TaskError, "raised") as caught:
             metric_of(evaluate, abs, "the source")
-        assert re.search(r"test_pipeline\.py:\d+ in evaluate: .*# this line", found.value.got)
+        assert re.search(r"test_pipeline\.py:\d+ in evaluate: .*# this line", caught.value.got)
 
 
 def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_path, told):
@@ -319,23 +319,23 @@ def test_a_network_with_named_inputs_and_several_outputs_goes_all_the_way(tmp_pa
             seen.update(predict(**{name: x.numpy() for name, x in data.items()}))
             return 1.0
 
-        found = candidate(run, Recipe(Static()), variant, structure, metric)
+        record = candidate(run, Recipe(Static()), variant, structure, metric)
         with torch.no_grad():
             expected = run.network(**data)
         assert list(seen) == ["sum", "parts"] and isinstance(seen["parts"], tuple)
         np.testing.assert_allclose(seen["sum"], expected["sum"].numpy(), rtol=0, atol=0.1)
         np.testing.assert_allclose(seen["parts"][1], expected["parts"][1].numpy(), rtol=0, atol=0.1)
-        assert found.parity[1].snr_db > 25
-        assert found.integer_operators == {"linear": 2, "add": 1}
+        assert record.parity[1].snr_db > 25
+        assert record.integer_operators == {"linear": 2, "add": 1}
 
 
 def test_build_freezes_integers_only_for_integer_precisions(run, tmp_path):
     _, structure = store_source(run)
-    made = draft(run, Recipe(Static(samples=16)), Variant("onnxruntime", "int8"))
+    quantized = draft(run, Recipe(Static(samples=16)), Variant("onnxruntime", "int8"))
     for precision in ("fp32", "int8"):
         folder = tmp_path / precision
         folder.mkdir()
-        manifest = building.build(made, "onnxruntime", precision, run.task, structure, folder)
+        manifest = building.build(quantized, "onnxruntime", precision, run.task, structure, folder)
         assert manifest == read_manifest(folder)
         data = (folder / "model.onnx").read_bytes()
         assert (b"QuantizeLinear" in data) == (precision == "int8")
@@ -355,8 +355,8 @@ def test_a_fixed_batch_and_values_that_are_zero_everywhere_go_all_the_way(tmp_pa
     run = started(tmp_path / "run", task, told, Dead)
     _, structure = store_source(run)
     for runtime in runtimes.DEPLOYED:
-        found = candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, None)
-        assert found.integer_operators == {"conv": 2}
-        assert found.parity[1].snr_db > 25 and found.parity[1].samples == 4
-        ports = read_manifest(run.folder.path / found.folder).programs[0].inputs
+        record = candidate(run, Recipe(Static()), Variant(runtime, "int8"), structure, None)
+        assert record.integer_operators == {"conv": 2}
+        assert record.parity[1].snr_db > 25 and record.parity[1].samples == 4
+        ports = read_manifest(run.folder.path / record.folder).programs[0].inputs
         assert [tuple(port.shape) for port in ports] == [(4, 3, 6, 6)]

@@ -27,9 +27,9 @@ TARGETS = TRUTH(INPUTS).detach().argmax(1).numpy()
 
 def network():
     """It knows the truth."""
-    made = nn.Sequential(nn.Linear(8, 3), nn.Identity())
-    made[0].load_state_dict(TRUTH.state_dict())
-    return made
+    classifier = nn.Sequential(nn.Linear(8, 3), nn.Identity())
+    classifier[0].load_state_dict(TRUTH.state_dict())
+    return classifier
 
 
 def accuracy(predict):
@@ -178,11 +178,11 @@ def test_other_data_for_an_artifact_than_for_the_source_is_told(tmp_path):
         right = sum(int((predict(INPUTS[part].numpy()).argmax(1) == TARGETS[part]).sum()) for part in parts)
         return right / 64
 
-    found = compress(task(sampling, metric_name="accuracy"), tmp_path / "sampling").record
-    (told,) = [text for text in found.warnings if "other data than the source" in text]
-    assert all(c.name in told for c in found.candidates)
+    record = compress(task(sampling, metric_name="accuracy"), tmp_path / "sampling").record
+    (told,) = [text for text in record.warnings if "other data than the source" in text]
+    assert all(c.name in told for c in record.candidates)
     assert "with other values" in told
-    assert found.goal.doubt == "evaluate showed it other data than the source"
+    assert record.goal.doubt == "evaluate showed it other data than the source"
     assert compress(task(shuffling, metric_name="accuracy"), tmp_path / "shuffling").record.warnings == ()
 
 
@@ -194,9 +194,9 @@ def test_evaluate_that_shows_the_chosen_one_other_data_than_the_source_is_told(t
         rows = 64 if len(seen) == 1 else 32
         return float((predict(INPUTS[:rows].numpy()).argmax(1) == TARGETS[:rows]).mean())
 
-    found = compress(task(shrinking, select=accuracy, metric_name="accuracy"), tmp_path / "run")
-    (told,) = found.record.warnings
-    assert told.startswith(f"evaluate showed {found.record.goal.chosen} other data")
+    result = compress(task(shrinking, select=accuracy, metric_name="accuracy"), tmp_path / "run")
+    (told,) = result.record.warnings
+    assert told.startswith(f"evaluate showed {result.record.goal.chosen} other data")
     assert "32 samples, and 64 to the source" in told
-    assert found.record.goal.doubt == "evaluate showed it other data than the source"
+    assert result.record.goal.doubt == "evaluate showed it other data than the source"
     assert json.loads((tmp_path / "run" / "record.json").read_text())["warnings"] == [told]

@@ -71,8 +71,8 @@ def test_it_is_the_file_that_compress_makes(tmp_path):
         example=batches()[0], calibration=batches(), evaluate=lambda predict: float(predict(batches()[0].numpy()).std())
     )
     pj.compress(network(), task, "minimize size_bytes", runtime="onnxruntime", out=tmp_path / "run", seconds=0)
-    made = tmp_path / "run" / "candidates" / "onnxruntime-int8" / "model.onnx"
-    assert done.path.read_bytes() == made.read_bytes()
+    reference = tmp_path / "run" / "candidates" / "onnxruntime-int8" / "model.onnx"
+    assert done.path.read_bytes() == reference.read_bytes()
 
 
 def test_the_same_seed_gives_the_same_file_and_what_is_excluded_stays_in_floats(tmp_path):

@@ -59,22 +59,22 @@ def test_a_network_that_runs_has_none_and_values_that_decide_sizes_run(runtime):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_an_operator_without_an_onnx_form_is_found_with_its_line_and_saved_as_a_program(tmp_path, runtime):
-    (found,) = asked(Net(untranslated), runtime, tmp_path / "part.onnx")
-    assert found.kind == "special_bessel_j0" and found.stage == "export" and len(found.sites) == 1
-    assert found.where.startswith("test_refusals.py:") and "bessel_j0" in found.reason
-    program = torch.export.load(found.saved)
+    (refusal,) = asked(Net(untranslated), runtime, tmp_path / "part.onnx")
+    assert refusal.kind == "special_bessel_j0" and refusal.stage == "export" and len(refusal.sites) == 1
+    assert refusal.where.startswith("test_refusals.py:") and "bessel_j0" in refusal.reason
+    program = torch.export.load(refusal.saved)
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert found.saved == str(tmp_path / "part.pt2") and calls == ["aten.special_bessel_j0.default"]
+    assert refusal.saved == str(tmp_path / "part.pt2") and calls == ["aten.special_bessel_j0.default"]
 
 
 def test_an_operator_without_a_kernel_is_saved_as_a_file_that_its_makers_can_open(tmp_path):
     import onnxruntime
 
-    (found,) = asked(Net(short), "onnxruntime", tmp_path / "part.onnx")
-    assert found.kind == "maximum" and found.stage == "open" and "NOT_IMPLEMENTED" in found.reason
-    assert str(tmp_path) not in found.reason and "/penjing-" not in found.reason  # no path of ours
+    (refusal,) = asked(Net(short), "onnxruntime", tmp_path / "part.onnx")
+    assert refusal.kind == "maximum" and refusal.stage == "open" and "NOT_IMPLEMENTED" in refusal.reason
+    assert str(tmp_path) not in refusal.reason and "/penjing-" not in refusal.reason  # no path of ours
     with pytest.raises(Exception, match="NOT_IMPLEMENTED.*Max"):
-        onnxruntime.InferenceSession(found.saved, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(refusal.saved, providers=["CPUExecutionProvider"])
     assert asked(Net(short), "openvino") == ()
 
 
@@ -109,9 +109,9 @@ def test_every_place_is_told_once_for_what_is_alike(tmp_path):
     def both(x):
         return untranslated(untranslated(x) + 1) + short(x)
 
-    found = {refusal.kind: refusal for refusal in asked(Net(both), "onnxruntime", tmp_path / "part.onnx")}
-    assert found.keys() == {"special_bessel_j0", "maximum"}
-    assert len(found["special_bessel_j0"].alike) == 1 and found["maximum"].alike == ()
+    by_kind = {refusal.kind: refusal for refusal in asked(Net(both), "onnxruntime", tmp_path / "part.onnx")}
+    assert by_kind.keys() == {"special_bessel_j0", "maximum"}
+    assert len(by_kind["special_bessel_j0"].alike) == 1 and by_kind["maximum"].alike == ()
     assert {file.name for file in tmp_path.iterdir()} == {"part.pt2", "part-2.onnx"}
 
 
@@ -121,8 +121,8 @@ def test_an_operator_of_the_users_own(tmp_path):
         return x * x
 
     square.register_fake(torch.empty_like)
-    (found,) = asked(Net(square), "onnxruntime", tmp_path / "part")
-    assert found.kind == "square" and found.saved == str(tmp_path / "part.pt2")
+    (refusal,) = asked(Net(square), "onnxruntime", tmp_path / "part")
+    assert refusal.kind == "square" and refusal.saved == str(tmp_path / "part.pt2")
 
 
 def test_what_fails_together_alone_is_the_smallest_part(monkeypatch):
@@ -134,8 +134,8 @@ def test_what_fails_together_alone_is_the_smallest_part(monkeypatch):
         return refusals._Trouble("run", "crashed") if {"a", "b"} <= set(kinds) else None
 
     monkeypatch.setattr(refusals._Search, "_ask", together)
-    (found,) = asked(Net(lambda x: x + 1), "onnxruntime")
-    assert found.sites[0] == "a" and found.sites[-1] == "b"
+    (refusal,) = asked(Net(lambda x: x + 1), "onnxruntime")
+    assert refusal.sites[0] == "a" and refusal.sites[-1] == "b"
 
 
 NETWORK = """
@@ -208,5 +208,5 @@ def test_what_fails_only_where_sizes_vary_is_found_by_its_place(monkeypatch):
     monkeypatch.setattr(onnx_file, "_exported", fixed)
     monkeypatch.setattr(onnx_file.export_cache, "recall", lambda key: None)
     monkeypatch.setattr(onnx_file.export_cache, "store", lambda key, data: None)
-    (found,) = asked(Net(F.hardswish), "onnxruntime")
-    assert found.shapes and found.kind == "hardswish" and found.sites[0] == "a"
+    (refusal,) = asked(Net(F.hardswish), "onnxruntime")
+    assert refusal.shapes and refusal.kind == "hardswish" and refusal.sites[0] == "a"

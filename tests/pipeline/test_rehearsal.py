@@ -137,12 +137,12 @@ def test_dropout_that_a_layer_does_within_is_told_where_the_recipe_trains(step, 
 
 
 def test_nothing_is_asked_for_keeps_and_random_numbers_stand(tmp_path):
-    kept = distill.TeacherCache(tmp_path, network())
+    cache = distill.TeacherCache(tmp_path, network())
     torch.manual_seed(5)
     before = torch.rand(1)
     source = network()
     torch.manual_seed(5)
-    recipe = pj.Recipe(pj.Finetune(epochs=1), pj.Finetune(epochs=1, teacher=kept, distill=distill.Logits()))
+    recipe = pj.Recipe(pj.Finetune(epochs=1), pj.Finetune(epochs=1, teacher=cache, distill=distill.Logits()))
     pj.apply(recipe, source, task())
     assert (tmp_path / "keys.bin").stat().st_size == 24 * 16  # the training's own samples, which the example is of
     assert torch.equal(torch.rand(1), before)

@@ -258,10 +258,10 @@ def test_a_randomized_leak_is_a_fixed_one_in_eval_mode():
     network.act = nn.RReLU()
     x = torch.randn(3, 16)
     try:
-        found = captured(network)(x)
+        output = captured(network)(x)
     except ExportError:
         return  # refused by the exporter: another matter than answering twice
-    assert torch.allclose(found, network.eval()(x), atol=1e-6)
+    assert torch.allclose(output, network.eval()(x), atol=1e-6)
 
 
 class Encoder(nn.Module):

@@ -155,9 +155,9 @@ def test_a_hash_of_a_file_outside_the_folder_is_not_read(digits_copy):
 )
 def test_what_is_missing_is_named(digits_copy, damage, error):
     damage(digits_copy)
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         verify(digits_copy, threads=1, seconds=0)
-    assert found.value.what and found.value.got
+    assert caught.value.what and caught.value.got
 
 
 def test_evidence_with_pickles_is_refused(digits_copy, tmp_path):
