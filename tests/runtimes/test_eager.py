@@ -14,11 +14,11 @@ from tests.tiny_networks import CASES
 
 @pytest.mark.parametrize("case", ["residual", "tokens", "branches"])
 def test_the_stored_source_answers_to_the_bit_at_another_batch(exported, case):
-    made = exported(case, "torch", "fp32")
-    outputs = runtimes.open_artifact(made.folder, 1).run(made.arrays(5, seed=4))
-    for mine, theirs in zip(outputs, made.answers(5, seed=4), strict=True):
+    artifact = exported(case, "torch", "fp32")
+    outputs = runtimes.open_artifact(artifact.folder, 1).run(artifact.arrays(5, seed=4))
+    for mine, theirs in zip(outputs, artifact.answers(5, seed=4), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
-    assert tuple(port.name for port in made.manifest.programs[0].outputs) == CASES[case].outputs
+    assert tuple(port.name for port in artifact.manifest.programs[0].outputs) == CASES[case].outputs
 
 
 def test_ports_say_names_types_and_which_axis_varies(exported):
@@ -35,8 +35,8 @@ def test_eager_torch_gains_from_no_precision():
 
 
 def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
-    made = exported("residual", "torch", "fp32")
-    for path in made.folder.iterdir():
+    artifact = exported("residual", "torch", "fp32")
+    for path in artifact.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with zipfile.ZipFile(tmp_path / "model.pt2", "a") as archive:
         root = archive.namelist()[0].split("/")[0]
@@ -46,8 +46,8 @@ def test_a_file_that_would_run_code_is_refused(exported, tmp_path):
 
 
 def test_a_damaged_file_is_an_error(exported, tmp_path):
-    made = exported("residual", "torch", "fp32")
-    for path in made.folder.iterdir():
+    artifact = exported("residual", "torch", "fp32")
+    for path in artifact.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.pt2").write_bytes(b"not a zip")
     with raises_case(CheckpointError, "damaged"):

@@ -70,9 +70,9 @@ def test_a_crash_is_an_error_that_names_the_signal_and_the_next_call_works(artif
     session = isolated.open_artifact(folder, 1)
     before = session.run(inputs)
     crash_at_next_request(session.worker.process, getattr(signal, name))
-    with raises_case(ArtifactError, "crashed") as found:
+    with raises_case(ArtifactError, "crashed") as caught:
         session.run(inputs)
-    assert name in str(found.value.got)
+    assert name in str(caught.value.got)
     for one, two in zip(session.run(inputs), before, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -84,9 +84,9 @@ def test_a_process_that_stands_still_is_ended_after_its_limit(artifact, monkeypa
     os.kill(stopped, signal.SIGSTOP)
     monkeypatch.setattr(time_limits, "BASE_S", 0.2)
     monkeypatch.setattr(time_limits, "UNKNOWN_S", 0.3)
-    with raises_case(ArtifactError, "hung") as found:
+    with raises_case(ArtifactError, "hung") as caught:
         session.run(inputs)
-    assert "nothing within 0 s" in str(found.value.got)
+    assert "nothing within 0 s" in str(caught.value.got)
     assert not psutil.pid_exists(stopped)
 
 
@@ -185,9 +185,9 @@ def test_a_message_arrives_as_it_was_sent():
     stream = io.BytesIO()
     send(stream, {"cmd": "run"}, arrays)
     stream.seek(0)
-    message, found = receive(stream)
+    message, received = receive(stream)
     assert message == {"cmd": "run"}
-    for one, two in zip(arrays, found, strict=True):
+    for one, two in zip(arrays, received, strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape
         np.testing.assert_array_equal(one, two)
     assert receive(stream) is None

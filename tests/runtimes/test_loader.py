@@ -78,65 +78,65 @@ def run_alone(loader, inputs, out):
     [("tokens", [".hidden", ".logits"]), ("branches", [".0", ".1.mean"]), ("two inputs", [""])],
 )
 def test_the_artifact_answers_the_same_without_penjing(exported, tmp_path, runtime, case, structure):
-    made = exported(case, runtime, "int8")
-    arrays = made.arrays(3, seed=8)
-    if isinstance(made.case.shapes, dict):
-        named = {f"kw_{port.name}": x for port, x in zip(made.manifest.programs[0].inputs, arrays, strict=True)}
+    artifact = exported(case, runtime, "int8")
+    arrays = artifact.arrays(3, seed=8)
+    if isinstance(artifact.case.shapes, dict):
+        named = {f"kw_{port.name}": x for port, x in zip(artifact.manifest.programs[0].inputs, arrays, strict=True)}
         named = dict(reversed(named.items()))  # keywords come in any order
     else:
         named = {f"arg_{i}": x for i, x in enumerate(arrays)}
     np.savez(tmp_path / "in.npz", **named)
-    loaded = run_alone(made.folder / "load.py", tmp_path / "in.npz", tmp_path / "out.npz")
+    loaded = run_alone(artifact.folder / "load.py", tmp_path / "in.npz", tmp_path / "out.npz")
     assert "penjing" not in loaded
     assert "torch" not in loaded
-    with np.load(tmp_path / "out.npz") as found:
-        assert sorted(found.files) == structure
-        flat = [found[name] for name in sorted(found.files, key=[".0", ".1.mean", ".logits", ".hidden", ""].index)]
-    expected = isolated.open_artifact(made.folder, 1).run(arrays)
+    with np.load(tmp_path / "out.npz") as outputs:
+        assert sorted(outputs.files) == structure
+        flat = [outputs[name] for name in sorted(outputs.files, key=[".0", ".1.mean", ".logits", ".hidden", ""].index)]
+    expected = isolated.open_artifact(artifact.folder, 1).run(arrays)
     for mine, theirs in zip(flat, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
 def test_a_torch_artifact_needs_torch_alone(exported, tmp_path):
-    made = exported("tokens", "torch", "fp32")
-    arrays = made.arrays(3, seed=8)
-    named = {f"kw_{port.name}": x for port, x in zip(made.manifest.programs[0].inputs, arrays, strict=True)}
+    artifact = exported("tokens", "torch", "fp32")
+    arrays = artifact.arrays(3, seed=8)
+    named = {f"kw_{port.name}": x for port, x in zip(artifact.manifest.programs[0].inputs, arrays, strict=True)}
     np.savez(tmp_path / "in.npz", **named)
-    assert run_alone(made.folder / "load.py", tmp_path / "in.npz", tmp_path / "out.npz") == "torch"
-    with np.load(tmp_path / "out.npz") as found:
-        for name, expected in zip((".logits", ".hidden"), made.answers(3, seed=8), strict=True):
-            np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6)
+    assert run_alone(artifact.folder / "load.py", tmp_path / "in.npz", tmp_path / "out.npz") == "torch"
+    with np.load(tmp_path / "out.npz") as outputs:
+        for name, expected in zip((".logits", ".hidden"), artifact.answers(3, seed=8), strict=True):
+            np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=1e-6)
 
 
 def test_run_as_a_script_it_shows_the_outputs(exported):
-    made = exported("tokens", "onnxruntime", "int8")
+    artifact = exported("tokens", "onnxruntime", "int8")
     done = subprocess.run(
-        [sys.executable, "-B", str(made.folder / "load.py")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-B", str(artifact.folder / "load.py")], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["logits float32 (1, 3)", "hidden float32 (1, 6, 8)"]
 
 
 def test_a_loader_beside_the_artifact_opens_it(exported, tmp_path):
-    made = exported("residual", "onnxruntime", "int8")
+    artifact = exported("residual", "onnxruntime", "int8")
     folder = tmp_path / "artifact"
     folder.mkdir()
-    for path in made.folder.iterdir():
+    for path in artifact.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    write_loader(tmp_path / "load.py", made.manifest, "artifact", 2)
+    write_loader(tmp_path / "load.py", artifact.manifest, "artifact", 2)
     text = (tmp_path / "load.py").read_text(encoding="utf-8")
     assert '"THREADS", 2' in text and "@" not in text
-    np.savez(tmp_path / "in.npz", arg_0=made.arrays(2, seed=3)[0])
+    np.savez(tmp_path / "in.npz", arg_0=artifact.arrays(2, seed=3)[0])
     run_alone(tmp_path / "load.py", tmp_path / "in.npz", tmp_path / "out.npz")
-    with np.load(tmp_path / "out.npz") as found:
-        np.testing.assert_allclose(found[""], made.answers(2, seed=3)[0], rtol=0, atol=1e-5)
+    with np.load(tmp_path / "out.npz") as outputs:
+        np.testing.assert_allclose(outputs[""], artifact.answers(2, seed=3)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", runtimes.names())
 @pytest.mark.parametrize("wrong", ["surplus", "unknown", "missing", "twice"])
 def test_inputs_that_it_does_not_have_are_an_error(exported, tmp_path, runtime, wrong):
-    made = exported("residual", runtime, "fp32")
-    write_loader(tmp_path / "load.py", made.manifest, str(made.folder), 1)
+    artifact = exported("residual", runtime, "fp32")
+    write_loader(tmp_path / "load.py", artifact.manifest, str(artifact.folder), 1)
     spec = importlib.util.spec_from_file_location("load_of_a_test", tmp_path / "load.py")
     load = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(load)

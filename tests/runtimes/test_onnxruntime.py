@@ -19,8 +19,8 @@ def test_weights_are_narrow_where_sums_of_16_bits_would_saturate(instruction_set
 
 
 def test_the_session_takes_its_threads(exported):
-    made = exported("residual", "onnxruntime", "fp32")
-    session = runtimes.open_artifact(made.folder, 2).session
+    artifact = exported("residual", "onnxruntime", "fp32")
+    session = runtimes.open_artifact(artifact.folder, 2).session
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert session.get_providers() == ["CPUExecutionProvider"]
@@ -30,29 +30,29 @@ def test_half_precision_is_gone_once_the_file_is_loaded(exported, tmp_path):
     import onnx
     from onnx import TensorProto
 
-    made = exported("residual", "onnxruntime", "fp16")
-    stored = onnx.load(made.folder / "model.onnx").graph
+    artifact = exported("residual", "onnxruntime", "fp16")
+    stored = onnx.load(artifact.folder / "model.onnx").graph
     halves = [t for t in stored.initializer if t.data_type == TensorProto.FLOAT16]
     casts = [node for node in stored.node if node.op_type == "Cast"]
     assert len(halves) == len(casts) == 2  # the two convolutions; biases and the head are too small
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(str(made.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(str(artifact.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     loaded = onnx.load(tmp_path / "optimized.onnx").graph
     assert "Cast" not in {node.op_type for node in loaded.node}
     assert TensorProto.FLOAT16 not in {t.data_type for t in loaded.initializer}
 
 
 def test_counting_leaves_the_artifact_as_it_was(exported):
-    made = exported("residual", "onnxruntime", "int8")
-    before = {path.name: path.read_bytes() for path in made.folder.iterdir()}
-    runtimes.executed(made.folder, made.manifest)
-    assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
+    artifact = exported("residual", "onnxruntime", "int8")
+    before = {path.name: path.read_bytes() for path in artifact.folder.iterdir()}
+    runtimes.executed(artifact.folder, artifact.manifest)
+    assert {path.name: path.read_bytes() for path in artifact.folder.iterdir()} == before
 
 
 def test_integer_operators_are_told_by_their_type_in_the_optimized_file(exported, tmp_path):
-    made = exported("residual", "onnxruntime", "int8")
-    types = {site: op.type for op in runtimes.executed(made.folder, made.manifest) for site in op.sites}
+    artifact = exported("residual", "onnxruntime", "int8")
+    types = {site: op.type for op in runtimes.executed(artifact.folder, artifact.manifest) for site in op.sites}
     assert types["stem"] == types["body"] == "QLinearConv"
     assert types["head"] == "QGemm"
     assert types["/add#0"] == "QLinearAdd"
@@ -60,7 +60,7 @@ def test_integer_operators_are_told_by_their_type_in_the_optimized_file(exported
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.optimized_model_filepath = str(tmp_path / "plain.onnx")
-    ort.InferenceSession(str(made.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(str(artifact.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     import onnx
 
     plain = {node.op_type for node in onnx.load(tmp_path / "plain.onnx").graph.node}

@@ -41,10 +41,10 @@ def test_what_it_accelerates_follows_the_processor(instruction_sets, bits, bf16)
 
 @pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32")])
 def test_the_precision_that_is_not_in_the_file_stands_in_the_manifest(exported, precision, hint):
-    made = exported("residual", "openvino", precision)
-    assert made.manifest.settings["INFERENCE_PRECISION_HINT"] == hint
-    session = runtimes.open_artifact(made.folder, 2)
-    session.run(made.arrays(1, seed=1))
+    artifact = exported("residual", "openvino", precision)
+    assert artifact.manifest.settings["INFERENCE_PRECISION_HINT"] == hint
+    session = runtimes.open_artifact(artifact.folder, 2)
+    session.run(artifact.arrays(1, seed=1))
     (request,) = session.requests.values()
     compiled = request.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == hint
@@ -54,7 +54,7 @@ def test_the_precision_that_is_not_in_the_file_stands_in_the_manifest(exported, 
 
 def test_weights_lie_in_the_file_once_and_as_integers(exported):
     fp32, int8 = (exported("residual", "openvino", precision) for precision in ("fp32", "int8"))
-    sizes = [(made.folder / "model.bin").stat().st_size for made in (fp32, int8)]
+    sizes = [(artifact.folder / "model.bin").stat().st_size for artifact in (fp32, int8)]
     weights = 8 * 3 * 9 + 8 * 8 * 9 + 5 * 8
     assert sizes[0] >= 4 * weights
     assert sizes[1] < 2 * weights  # with scales and shapes; no float weight beside the integers
@@ -62,8 +62,8 @@ def test_weights_lie_in_the_file_once_and_as_integers(exported):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_xml_calls_operators_by_their_sites_and_by_no_running_number(exported, precision):
-    made = exported("branches", "openvino", precision)
-    text = (made.folder / "model.xml").read_text(encoding="utf-8")
+    artifact = exported("branches", "openvino", precision)
+    text = (artifact.folder / "model.xml").read_text(encoding="utf-8")
     names = set(re.findall(r'<layer id="\d+" name="([^"]+)"', text))
     stems = {runtime._origin(name) for name in names}
     assert {"wide", "depthwise", "point", "other", "merge", "/cat#0", "/avg_pool2d#0"} <= stems
@@ -71,8 +71,8 @@ def test_the_xml_calls_operators_by_their_sites_and_by_no_running_number(exporte
 
 
 def test_nothing_of_the_crossing_by_onnx_is_left(exported):
-    made = exported("residual", "openvino", "int8")
-    assert sorted(p.name for p in made.folder.iterdir()) == ["load.py", "manifest.json", "model.bin", "model.xml"]
+    artifact = exported("residual", "openvino", "int8")
+    assert sorted(p.name for p in artifact.folder.iterdir()) == ["load.py", "manifest.json", "model.bin", "model.xml"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,6 @@ def test_integers_are_right_at_every_batch_size(network, tmp_path):
         x = torch.randn(batch, *network.shape)
         with torch.no_grad():
             (given,), expected, planned = session.run([x.numpy()]), model(x), plan(x)
-        for wanted, least in ((expected, 20), (planned, 30)):  # of few rows, one beyond the range counts
-            noise = (torch.from_numpy(given) - wanted).square().mean()
-            assert 10 * torch.log10(wanted.square().mean() / noise) > least, batch
+        for reference, least in ((expected, 20), (planned, 30)):  # of few rows, one beyond the range counts
+            noise = (torch.from_numpy(given) - reference).square().mean()
+            assert 10 * torch.log10(reference.square().mean() / noise) > least, batch

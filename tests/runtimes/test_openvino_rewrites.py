@@ -314,8 +314,8 @@ def test_a_network_with_more_ways_back_than_can_be_walked_is_read():
 @pytest.mark.parametrize("behind", ["add", "add and quantize", "scale and quantize"])
 def test_what_has_a_constant_for_each_channel_is_right_behind_a_reduction(reduce, keep, shape, axes, behind):
     random = np.random.default_rng(0)
-    kept = [8 if size == 8 else 1 for size in shape]
-    others = [size for axis, size in enumerate(kept) if keep or axis not in {a % len(shape) for a in axes}]
+    channel_shape = [8 if size == 8 else 1 for size in shape]
+    others = [size for axis, size in enumerate(channel_shape) if keep or axis not in {a % len(shape) for a in axes}]
     values = random.normal(size=others).astype(np.float32)
     x = random.normal(size=shape).astype(np.float32)
 

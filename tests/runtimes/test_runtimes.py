@@ -32,11 +32,11 @@ every_case = pytest.mark.parametrize("case", CASES)
 @both
 @every_case
 def test_fp32_answers_as_torch_at_another_batch(exported, runtime, case):
-    made = exported(case, runtime, "fp32")
-    session = isolated.open_artifact(made.folder, 1)
+    artifact = exported(case, runtime, "fp32")
+    session = isolated.open_artifact(artifact.folder, 1)
     for samples in (1, 5):
-        outputs = session.run(made.arrays(samples, seed=7))
-        for mine, theirs in zip(outputs, made.answers(samples, seed=7), strict=True):
+        outputs = session.run(artifact.arrays(samples, seed=7))
+        for mine, theirs in zip(outputs, artifact.answers(samples, seed=7), strict=True):
             assert mine.shape == theirs.shape
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
 
@@ -47,7 +47,7 @@ def test_fp16_is_half_the_size_and_answers_as_weights_in_half_precision_do(tmp_p
     for name in ("fp32", "fp16"):
         (tmp_path / name).mkdir()
     fp32, fp16 = (export(case, runtime, name, tmp_path / name) for name in ("fp32", "fp16"))
-    sizes = [size_bytes(made.folder, made.manifest.files()) for made in (fp32, fp16)]
+    sizes = [size_bytes(artifact.folder, artifact.manifest.files()) for artifact in (fp32, fp16)]
     assert sizes[1] < 0.6 * sizes[0]
     network = copy.deepcopy(fp16.network).half().float()
     (mine,) = isolated.open_artifact(fp16.folder, 1).run(fp16.arrays(5, seed=7))
@@ -73,21 +73,21 @@ class Wide(nn.Module):
 @both
 @every_case
 def test_fp16_computes_in_float32(exported, runtime, case):
-    made = exported(case, runtime, "fp16")
-    outputs = isolated.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
-    for mine, theirs in zip(outputs, made.answers(5, seed=7), strict=True):
+    artifact = exported(case, runtime, "fp16")
+    outputs = isolated.open_artifact(artifact.folder, 1).run(artifact.arrays(5, seed=7))
+    for mine, theirs in zip(outputs, artifact.answers(5, seed=7), strict=True):
         assert np.abs(mine - theirs).max() <= 5e-3 * max(1, np.ptp(theirs))
-    operators = runtimes.executed(made.folder, made.manifest)
+    operators = runtimes.executed(artifact.folder, artifact.manifest)
     assert {operator.precision for operator in operators} == {"fp32"}
 
 
 @both
 @every_case
 def test_int8_answers_as_the_planned_network_at_another_batch(exported, runtime, case):
-    made = exported(case, runtime, "int8")
-    outputs = isolated.open_artifact(made.folder, 1).run(made.arrays(5, seed=7))
+    artifact = exported(case, runtime, "int8")
+    outputs = isolated.open_artifact(artifact.folder, 1).run(artifact.arrays(5, seed=7))
     for mine, planned, source in zip(
-        outputs, made.answers(5, seed=7), made.answers(5, seed=7, network=made.network), strict=True
+        outputs, artifact.answers(5, seed=7), artifact.answers(5, seed=7, network=artifact.network), strict=True
     ):
         step = np.ptp(planned) / 255
         assert np.abs(mine - planned).max() <= 3 * step  # a rounding may fall to the other side, here and behind it
@@ -99,35 +99,35 @@ def test_int8_answers_as_the_planned_network_at_another_batch(exported, runtime,
 @both
 @every_case
 def test_every_planned_operator_is_integer_in_the_runtimes_own_graph(exported, runtime, case):
-    made = exported(case, runtime, "int8")
-    assert made.draft.plan.floats == {}
-    found = {}
-    for operator in runtimes.executed(made.folder, made.manifest):
+    artifact = exported(case, runtime, "int8")
+    assert artifact.draft.plan.floats == {}
+    precisions = {}
+    for operator in runtimes.executed(artifact.folder, artifact.manifest):
         for site in operator.sites:
-            found.setdefault(site, set()).add(operator.precision)
-    network = made.draft.network
+            precisions.setdefault(site, set()).add(operator.precision)
+    network = artifact.draft.network
     counted = {}
     for site, node in sites(network).items():
         what = kind(network, node)
-        if what in made.case.integer:
-            assert "int8" in found.get(site, ()), f"{site} is {found.get(site)}"
+        if what in artifact.case.integer:
+            assert "int8" in precisions.get(site, ()), f"{site} is {precisions.get(site)}"
             counted[what] = counted.get(what, 0) + 1
-    assert counted == made.case.integer
+    assert counted == artifact.case.integer
 
 
 @both
 def test_a_layer_that_the_plan_leaves_out_stays_float_between_quantized_neighbours(exported, tmp_path, runtime):
-    made = exported("residual", runtime, "int8")
-    plan = made.draft.plan
-    kept = {edge: entry for edge, entry in plan.entries.items() if edge != "body:weight"}
-    draft = replace(made.draft, plan=replace(plan, entries=kept))
-    manifest = building.build(draft, runtime, "int8", made.task, made.structure, tmp_path)
-    found = {site: op.precision for op in runtimes.executed(tmp_path, manifest) for site in op.sites}
-    assert (found["stem"], found["body"], found["head"]) == ("int8", "fp32", "int8")
+    artifact = exported("residual", runtime, "int8")
+    plan = artifact.draft.plan
+    remaining = {edge: entry for edge, entry in plan.entries.items() if edge != "body:weight"}
+    draft = replace(artifact.draft, plan=replace(plan, entries=remaining))
+    manifest = building.build(draft, runtime, "int8", artifact.task, artifact.structure, tmp_path)
+    precisions = {site: op.precision for op in runtimes.executed(tmp_path, manifest) for site in op.sites}
+    assert (precisions["stem"], precisions["body"], precisions["head"]) == ("int8", "fp32", "int8")
     reference = insert(draft.network, draft.plan)
-    arrays = made.arrays(5, seed=7)
+    arrays = artifact.arrays(5, seed=7)
     (mine,) = isolated.open_artifact(tmp_path, 1).run(arrays)
-    (planned,) = made.answers(5, seed=7, network=reference)
+    (planned,) = artifact.answers(5, seed=7, network=reference)
     assert np.abs(mine - planned).max() <= 2 * np.ptp(planned) / 255
     np.savez(tmp_path / "in.npz", arg_0=arrays[0])
     done = subprocess.run(
@@ -148,25 +148,25 @@ np.save("out.npy", predict(np.load("in.npz")["arg_0"]))
 
 @both
 def test_nothing_is_integer_in_an_fp32_artifact(exported, runtime):
-    made = exported("residual", runtime, "fp32")
-    operators = runtimes.executed(made.folder, made.manifest)
+    artifact = exported("residual", runtime, "fp32")
+    operators = runtimes.executed(artifact.folder, artifact.manifest)
     assert {operator.precision for operator in operators} == {"fp32"}
     assert {"stem", "body", "head", "/add#0"} <= {site for operator in operators for site in operator.sites}
 
 
 @both
 def test_predict_is_called_as_the_network_is_and_answers_in_its_structure(exported, runtime):
-    made = exported("branches", runtime, "fp32")
-    predict = predictor(isolated.open_artifact(made.folder, 1), made.manifest)
-    scores, rest = predict(made.arrays(3, seed=1)[0])
+    artifact = exported("branches", runtime, "fp32")
+    predict = predictor(isolated.open_artifact(artifact.folder, 1), artifact.manifest)
+    scores, rest = predict(artifact.arrays(3, seed=1)[0])
     assert scores.shape == (3, 4, 6, 6)
     assert rest["mean"].shape == (3, 4)
-    made = exported("tokens", runtime, "fp32")
-    predict = predictor(isolated.open_artifact(made.folder, 1), made.manifest)
-    _, named = as_call(made.case.inputs(3, seed=1))
+    artifact = exported("tokens", runtime, "fp32")
+    predict = predictor(isolated.open_artifact(artifact.folder, 1), artifact.manifest)
+    _, named = as_call(artifact.case.inputs(3, seed=1))
     answer = predict(context=named["context"].numpy(), tokens=named["tokens"].double().numpy())  # types are cast
     assert list(answer) == ["logits", "hidden"]
-    np.testing.assert_allclose(answer["logits"], made.answers(3, seed=1)[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(answer["logits"], artifact.answers(3, seed=1)[0], rtol=0, atol=1e-4)
     with raises_case(TaskError, "inputs") as caught:
         predict(tokens=named["tokens"].numpy())
     assert caught.value.got == "0 positional and ['tokens']"
@@ -187,40 +187,40 @@ class CachedTeacher(nn.Module):
 @both
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_numbers_among_the_outputs_stand_in_the_structure(tmp_path, runtime, precision):
-    made = export(
+    artifact = export(
         Case(CachedTeacher, ((8,),), {}, ("scores_0", "scores_1_again", "scores_1_best")), runtime, precision, tmp_path
     )
-    answer = predictor(isolated.open_artifact(made.folder, 1), made.manifest)(made.arrays(3, seed=1)[0])
+    answer = predictor(isolated.open_artifact(artifact.folder, 1), artifact.manifest)(artifact.arrays(3, seed=1)[0])
     scores, rest = answer.pop("scores")
     assert answer == {"classes": 4, "version": "1.0"}
-    for mine, theirs in zip((scores, rest["again"], rest["best"]), made.answers(3, seed=1), strict=True):
+    for mine, theirs in zip((scores, rest["again"], rest["best"]), artifact.answers(3, seed=1), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
 
 
 @both
 def test_answers_stay_when_the_session_is_asked_again(exported, runtime):
-    made = exported("residual", runtime, "int8")
-    session = isolated.open_artifact(made.folder, 1)
-    first = session.run(made.arrays(4, seed=1))[0]
-    kept = first.copy()
-    other = session.run(made.arrays(4, seed=2))[0]
-    assert np.array_equal(first, kept)
+    artifact = exported("residual", runtime, "int8")
+    session = isolated.open_artifact(artifact.folder, 1)
+    first = session.run(artifact.arrays(4, seed=1))[0]
+    snapshot = first.copy()
+    other = session.run(artifact.arrays(4, seed=2))[0]
+    assert np.array_equal(first, snapshot)
     assert not np.array_equal(first, other)
-    assert np.array_equal(session.run(made.arrays(4, seed=1))[0], kept)
+    assert np.array_equal(session.run(artifact.arrays(4, seed=1))[0], snapshot)
 
 
 @both
 def test_damaged_files_are_an_error_with_a_remedy(exported, tmp_path, runtime):
-    made = exported("residual", runtime, "fp32")
-    for path in made.folder.iterdir():
+    artifact = exported("residual", runtime, "fp32")
+    for path in artifact.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    model = tmp_path / made.manifest.files()[0]
+    model = tmp_path / artifact.manifest.files()[0]
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 3])
     with raises_case(ArtifactError, "unopenable") as caught:
         runtimes.open_artifact(tmp_path, 1)
     assert "penjing verify" in caught.value.remedy
     with raises_case(ArtifactError, "unopenable"):
-        runtimes.executed(tmp_path, made.manifest)
+        runtimes.executed(tmp_path, artifact.manifest)
 
 
 def test_an_empty_folder_is_no_artifact(tmp_path):
@@ -229,8 +229,8 @@ def test_an_empty_folder_is_no_artifact(tmp_path):
     assert "artifact folder" in caught.value.remedy
 
 
-def tampered(made, folder, change):
-    for path in made.folder.iterdir():
+def tampered(artifact, folder, change):
+    for path in artifact.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     change(data)
@@ -265,8 +265,8 @@ def test_a_damaged_manifest_is_refused(exported, tmp_path, change):
 
 
 def test_a_missing_file_is_named(exported, tmp_path):
-    made = exported("residual", "openvino", "fp32")
-    tampered(made, tmp_path, lambda data: None)
+    artifact = exported("residual", "openvino", "fp32")
+    tampered(artifact, tmp_path, lambda data: None)
     (tmp_path / "model.bin").unlink()
     with raises_case(ArtifactError, "missing") as caught:
         runtimes.open_artifact(tmp_path, 1)
