@@ -6,7 +6,7 @@ from penjing.onnx_files.write import OPSET
 
 
 def rows(table):
-    return {target: [(f.onnx_function, f.is_complex) for f in found] for target, found in table.functions.items()}
+    return {target: [(f.onnx_function, f.is_complex) for f in entries] for target, entries in table.functions.items()}
 
 
 def test_it_is_the_table_that_torch_builds():

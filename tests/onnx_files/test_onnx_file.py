@@ -29,39 +29,39 @@ def graph_of(exported):
 
 @pytest.mark.parametrize("case", CASES)
 def test_nodes_are_called_by_the_sites_of_the_network(exported, case):
-    made = exported(case, "onnxruntime", "int8")
-    names = {node.name for node in graph_of(made).node}
-    network = made.draft.network
-    expected = {s for s, node in sites(network).items() if kind(network, node) in made.case.integer}
-    assert len(expected) == sum(made.case.integer.values())
+    artifact = exported(case, "onnxruntime", "int8")
+    names = {node.name for node in graph_of(artifact).node}
+    network = artifact.draft.network
+    expected = {s for s, node in sites(network).items() if kind(network, node) in artifact.case.integer}
+    assert len(expected) == sum(artifact.case.integer.values())
     assert expected <= names
 
 
 def test_an_addition_in_a_linear_layer_is_not_taken_for_one_of_the_network(exported):
-    made = exported("tokens", "onnxruntime", "fp32")
-    named = {node.name: node.op_type for node in graph_of(made).node}
+    artifact = exported("tokens", "onnxruntime", "fp32")
+    named = {node.name: node.op_type for node in graph_of(artifact).node}
     assert (named["/add#0"], named["/add#1"]) == ("Add", "Add")
     assert (named["up"], named["down"], named["shift"]) == ("MatMul", "MatMul", "Gemm")
-    inputs = next(node.input for node in graph_of(made).node if node.name == "/add#1")
+    inputs = next(node.input for node in graph_of(artifact).node if node.name == "/add#1")
     assert "mean" in inputs
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_inputs_and_outputs_keep_their_names_and_their_batch_varies(exported, case):
-    made = exported(case, "onnxruntime", "fp32")
-    graph = graph_of(made)
-    assert tuple(value.name for value in graph.output) == made.case.outputs
-    shapes = made.case.shapes
+    artifact = exported(case, "onnxruntime", "fp32")
+    graph = graph_of(artifact)
+    assert tuple(value.name for value in graph.output) == artifact.case.outputs
+    shapes = artifact.case.shapes
     if isinstance(shapes, dict):
         assert [value.name for value in graph.input] == list(shapes)
     for value in [*graph.input, *graph.output]:
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert [port.name for port in made.manifest.programs[0].inputs] == [value.name for value in graph.input]
+    assert [port.name for port in artifact.manifest.programs[0].inputs] == [value.name for value in graph.input]
 
 
 def test_quantized_weights_are_stored_as_integers_alone(exported):
-    made = exported("residual", "onnxruntime", "int8")
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph_of(made).initializer}
+    artifact = exported("residual", "onnxruntime", "int8")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph_of(artifact).initializer}
     by_type = {}
     for array in stored.values():
         by_type.setdefault(array.dtype.name, []).append(array.size)
@@ -74,9 +74,9 @@ def test_quantized_weights_are_stored_as_integers_alone(exported):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_no_trace_of_this_machine_is_left(exported, runtime, precision):
-    made = exported("residual", runtime, precision)
-    data = b"".join(path.read_bytes() for path in sorted(made.folder.iterdir()))
-    here = {Path.cwd(), Path(__file__).parent, made.folder, Path.home(), Path(torch.__file__).parent}
+    artifact = exported("residual", runtime, precision)
+    data = b"".join(path.read_bytes() for path in sorted(artifact.folder.iterdir()))
+    here = {Path.cwd(), Path(__file__).parent, artifact.folder, Path.home(), Path(torch.__file__).parent}
     for trace in here - {Path("/")}:
         assert str(trace).encode() not in data
     assert b"Traceback" not in data and b'File "' not in data and b"stack_trace" not in data
@@ -88,9 +88,9 @@ def test_no_trace_of_this_machine_is_left(exported, runtime, precision):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_same_network_gives_the_same_bytes(exported, tmp_path, runtime, precision):
-    made = exported("branches", runtime, precision)
-    export(made.case, runtime, precision, tmp_path)
-    files = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    artifact = exported("branches", runtime, precision)
+    export(artifact.case, runtime, precision, tmp_path)
+    files = {path.name: path.read_bytes() for path in artifact.folder.iterdir()}
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert {"manifest.json", "load.py"} < set(files)
 
@@ -117,9 +117,9 @@ def test_every_range_saturates_where_the_plan_says(tmp_path, bits, signed, symme
     onnx_file.write(frozen, call, None, ["output"], tmp_path / "edge.onnx")
     x = torch.linspace(-20, 20, 804).reshape(-1, 4)
     session = onnxruntime.InferenceSession(str(tmp_path / "edge.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = replica(x).numpy()
-    assert np.abs(found - expected).max() < 1e-6
+    assert np.abs(output - expected).max() < 1e-6
     high = spec.limits[1]
     assert expected.max() == pytest.approx(np.tanh((high - zero) * 0.05), abs=1e-6)  # the edge itself is met
 
@@ -246,8 +246,8 @@ class StoredTensors:
 def test_a_file_holds_no_tensor_that_nothing_reads(network, shape, precision, tmp_path):
     """ONNX Runtime warns of each when the file is opened."""
     torch.manual_seed(0)
-    made = export(Case(network, (shape,), {}, ("output",)), "onnxruntime", precision, tmp_path)
-    graph = graph_of(made)
+    artifact = export(Case(network, (shape,), {}, ("output",)), "onnxruntime", precision, tmp_path)
+    graph = graph_of(artifact)
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     assert [tensor.name for tensor in graph.initializer if tensor.name not in read] == []
 
@@ -272,10 +272,10 @@ class Sums(nn.Module):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_sums_of_activations_are_named_whatever_else_is_added(runtime, tmp_path):
     """Where stored tensors and numbers were counted among them, no sum had a name, and none was told as executed."""
-    made = export(Case(Sums, ((3, 8, 8),), {"add": 2}, ("output",)), runtime, "int8", tmp_path)
-    computed = {s for s, node in sites(made.draft.network).items() if kind(made.draft.network, node) == "add"}
+    int8 = export(Case(Sums, ((3, 8, 8),), {"add": 2}, ("output",)), runtime, "int8", tmp_path)
+    computed = {s for s, node in sites(int8.draft.network).items() if kind(int8.draft.network, node) == "add"}
     whole = {"/add#1", "/add#4"}
     assert whole < computed
-    rows, integer, _ = executed_rows(made.draft.network, made.draft.plan, made.task.call(), made.manifest, made.folder)
+    rows, integer, _ = executed_rows(int8.draft.network, int8.draft.plan, int8.task.call(), int8.manifest, int8.folder)
     assert integer["add"] == 2
     assert {row.name for row in rows if row.kind == "add" and row.executed == "int8"} == whole

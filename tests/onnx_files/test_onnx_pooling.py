@@ -30,8 +30,8 @@ SIZES = {1: (9,), 2: (9, 10), 3: (5, 7, 6)}
 def settings(rank, count):
     """Pools as calls: the combinations that torch takes and that leave at least one window."""
     draw = random.Random(rank)
-    found = []
-    while len(found) < count:
+    calls = []
+    while len(calls) < count:
         kernel = [draw.randint(1, 4) for _ in range(rank)]
         common = {
             "kernel_size": kernel,
@@ -47,10 +47,10 @@ def settings(rank, count):
                 common["divisor_override"] = draw.choice([None, None, 1, 7])
         try:
             if getattr(F, name)(torch.zeros(1, 1, *SIZES[rank]), **common).numel():
-                found.append((name, common))
+                calls.append((name, common))
         except RuntimeError:
             continue
-    return found
+    return calls
 
 
 class Pools(nn.Module):
@@ -72,16 +72,16 @@ def signal_to_noise(given, answered):
 def answers(network, call, runtime, precision, folder, inputs, step=None):
     """What the artifact answers, and what its plan answers in torch."""
     captured = capture_network(network.eval(), call)
-    made = Draft(captured)
+    draft = Draft(captured)
     if step is not None:
         spec = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
         task = Task(example=call, calibration=[torch.randn(16, *call[0].shape[1:])])
-        made = step(made, Context(task=task, capabilities=spec))
+        draft = step(draft, Context(task=task, capabilities=spec))
     _, structure = flatten_outputs(network(*call))
     folder.mkdir()
-    build(made, runtime, precision, Task(example=call), structure, folder)
+    build(draft, runtime, precision, Task(example=call), structure, folder)
     session = isolated.open_artifact(folder, 1)
-    planned = insert(made.network, made.plan) if made.plan else made.network
+    planned = insert(draft.network, draft.plan) if draft.plan else draft.network
     return [(session.run([x.numpy()]), flatten_outputs(planned(x))[0]) for x in inputs]
 
 

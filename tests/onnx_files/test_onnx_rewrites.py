@@ -249,12 +249,12 @@ def test_a_quantized_network_with_pads_has_none_in_its_file(tmp_path, capabiliti
     onnx_file.write(freeze(draft.network, draft.plan), task.call(), None, ["output"], path)
     assert "Pad" not in types(onnx.load(path))
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
+    (output,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
     with torch.no_grad():
         planned = insert(draft.network, draft.plan)(data).numpy()
     step = np.ptp(planned) / 255
-    assert np.abs(found - planned).max() <= 2 * step
-    assert np.abs(found - planned).mean() <= 0.1 * step
+    assert np.abs(output - planned).max() <= 2 * step
+    assert np.abs(output - planned).mean() <= 0.1 * step
 
 
 def test_constants_are_stored_in_half_where_they_fit_and_it_pays():
@@ -271,9 +271,9 @@ def test_constants_are_stored_in_half_where_they_fit_and_it_pays():
     changed.CopyFrom(model)
     store_in_half(changed)
     onnx.checker.check_model(changed)
-    found = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
+    data_types = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
     other = {"mask": TensorProto.FLOAT, "few": TensorProto.FLOAT, "sizes": TensorProto.INT64}
-    assert found == {"w_half": TensorProto.FLOAT16, **other}
+    assert data_types == {"w_half": TensorProto.FLOAT16, **other}
     (before,), (after,) = answers(model), answers(changed)
     assert 0 < np.abs(before - after).max() < 1e-2
 
@@ -306,8 +306,8 @@ def test_a_layer_that_is_called_again_on_three_axes_is_integer_every_time(runtim
     assert [row.executed for row in rows if row.kind == "linear"] == ["int8"] * 3
     session = isolated.open_artifact(tmp_path, 1)
     for x in data:
-        found = predictor(session, manifest)(x.numpy())
-        np.testing.assert_allclose(found, insert(draft.network, draft.plan)(x).numpy(), atol=1e-5)
+        output = predictor(session, manifest)(x.numpy())
+        np.testing.assert_allclose(output, insert(draft.network, draft.plan)(x).numpy(), atol=1e-5)
     if runtime == "onnxruntime":
         graph = onnx.load(str(tmp_path / "model.onnx")).graph
         tables = [t for t in graph.initializer if list(t.dims) == [32, 32]]
