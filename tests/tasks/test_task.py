@@ -136,13 +136,13 @@ def batches(count, size=2):
 def test_every_third_batch_is_held_out(count, kept):
     data = batches(count)
     judged = agreement_task(Task(example=data[0], calibration=data), linear())
-    found = [args[0] for args, _ in calibration_calls(judged)]
-    assert len(found) == len(kept) and all(torch.equal(a, data[i]) for a, i in zip(found, kept, strict=True))
+    remaining = [args[0] for args, _ in calibration_calls(judged)]
+    assert len(remaining) == len(kept) and all(torch.equal(a, data[i]) for a, i in zip(remaining, kept, strict=True))
     seen = []
     predict = numpy_predictor(linear())
     judged.evaluate(lambda x: (seen.append(x), predict(x))[1])
     assert len(seen) == count - len(kept)
-    assert not any(np.array_equal(x, a.numpy()) for x in seen for a in found)
+    assert not any(np.array_equal(x, a.numpy()) for x in seen for a in remaining)
 
 
 def test_a_single_batch_is_split():

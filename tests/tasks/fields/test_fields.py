@@ -120,8 +120,8 @@ def finder(targets, convention="xyxy", split=False, objectness=False):
             boxes = from_corners(targets[number]["boxes"], convention, (SIDE, SIDE))
             scores = 0.9 * np.eye(3)[targets[number]["labels"]]
             certain = np.full((3, 1 if objectness else 0), 0.5)
-            found = np.concatenate([boxes, certain, scores], axis=1)
-            rows.append(np.concatenate([found, np.zeros((2, found.shape[1]))]))
+            detections = np.concatenate([boxes, certain, scores], axis=1)
+            rows.append(np.concatenate([detections, np.zeros((2, detections.shape[1]))]))
         rows = np.stack(rows).astype(np.float32)
         return {"boxes": rows[..., :4], "scores": rows[..., 4:]} if split else rows
 
@@ -266,9 +266,9 @@ def test_classes_that_count_from_1_are_told(ahead, remedy):
     images, targets = scene()
     first = [{"boxes": t["boxes"], "labels": np.array([0, 0, 0])} for t in targets]
     second = [{"boxes": t["boxes"], "labels": np.array([1, 1, 1])} for t in targets]
-    truth, found = (second, first) if ahead == "targets" else (first, second)
+    truth, predicted = (second, first) if ahead == "targets" else (first, second)
     with raises_case(TaskError, "classes") as caught:
-        pj.tasks.detection((images, truth)).evaluate(finder(found))
+        pj.tasks.detection((images, truth)).evaluate(finder(predicted))
     assert remedy in caught.value.remedy
 
 

@@ -11,7 +11,7 @@ from penjing.tasks.metrics.detection import THRESHOLDS, Detections, Objects, ave
 def crowded(seed, images=12, classes=3, crowds=True):
     """Objects and detections near them, with ties, misses, surplus boxes, wrong classes, crowds and empty images."""
     random = np.random.default_rng(seed)
-    found, truth = [], []
+    detections, truth = [], []
     for _ in range(images):
         count = int(random.integers(0, 6))
         corners = random.integers(0, 80, (count, 2))
@@ -26,11 +26,11 @@ def crowded(seed, images=12, classes=3, crowds=True):
         every = np.concatenate([near, wild])
         kinds = np.concatenate([np.repeat(labels, 3), random.integers(0, classes, len(wild))])
         kinds = np.where(random.random(len(kinds)) < 0.1, random.integers(0, classes, len(kinds)), kinds)
-        found.append(Detections(every, random.integers(0, 12, len(every)) / 12, kinds))
-    return found, truth
+        detections.append(Detections(every, random.integers(0, 12, len(every)) / 12, kinds))
+    return detections, truth
 
 
-def reference(found, truth, classes=3):
+def reference(detections, truth, classes=3):
     coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
 
     def xywh(box):
@@ -42,7 +42,7 @@ def reference(found, truth, classes=3):
             area = float((box[2] - box[0]) * (box[3] - box[1]))
             row = {"id": len(annotations) + 1, "image_id": image, "category_id": int(label), "bbox": xywh(box)}
             annotations.append(row | {"area": area, "iscrowd": int(crowd)})
-    for image, rows in enumerate(found):
+    for image, rows in enumerate(detections):
         for box, score, label in zip(rows.boxes, rows.scores, rows.labels, strict=True):
             row = {"image_id": image, "category_id": int(label), "bbox": xywh(box), "score": float(score)}
             results.append(row)
@@ -62,22 +62,22 @@ def reference(found, truth, classes=3):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_average_precision_is_that_of_pycocotools(seed):
-    found, truth = crowded(seed)
-    expected = reference(found, truth)
-    table = average_precisions(found, truth)
+    detections, truth = crowded(seed)
+    expected = reference(detections, truth)
+    table = average_precisions(detections, truth)
     assert len(table) >= 2
     for label, values in table.items():
         np.testing.assert_allclose(values, expected[:, :, label].mean(axis=1), atol=1e-12)
-    assert mean_average_precision(found, truth) == pytest.approx(expected[expected > -1].mean(), abs=1e-12)
+    assert mean_average_precision(detections, truth) == pytest.approx(expected[expected > -1].mean(), abs=1e-12)
 
 
 def test_only_the_best_boxes_of_an_image_count():
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
     truth = [Objects(box, np.array([0]))]
     boxes = np.concatenate([np.tile([[20.0, 20.0, 30.0, 30.0]], (3, 1)), box])
-    found = [Detections(boxes, np.array([0.9, 0.8, 0.7, 0.6]), np.zeros(4, int))]
-    assert mean_average_precision(found, truth, max_detections=3) == 0.0
-    assert mean_average_precision(found, truth, max_detections=4) == pytest.approx(0.25)
+    detections = [Detections(boxes, np.array([0.9, 0.8, 0.7, 0.6]), np.zeros(4, int))]
+    assert mean_average_precision(detections, truth, max_detections=3) == 0.0
+    assert mean_average_precision(detections, truth, max_detections=4) == pytest.approx(0.25)
 
 
 def test_images_without_objects_have_no_precision():

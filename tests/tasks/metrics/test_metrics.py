@@ -51,8 +51,8 @@ def test_cosine_of_rows_of_any_length():
 
 
 def test_iou_and_dice_of_classes():
-    truth, found = np.array([[0, 0, 1, 1, 255]]), np.array([[0, 1, 1, 1, 2]])
-    table = metrics.confusion(found, truth, classes=4, ignore=255)
+    truth, predicted = np.array([[0, 0, 1, 1, 255]]), np.array([[0, 1, 1, 1, 2]])
+    table = metrics.confusion(predicted, truth, classes=4, ignore=255)
     assert table.sum() == 4
     assert metrics.mean_iou(table) == pytest.approx((1 / 2 + 2 / 3) / 2)  # classes 2 and 3 are nowhere
     assert metrics.mean_dice(table) == pytest.approx((2 / 3 + 4 / 5) / 2)
@@ -76,8 +76,8 @@ def test_entities_of_a_sequence(tags, expected):
 
 def test_entity_f1_counts_whole_entities():
     truth = [["B-A", "I-A", "O"], ["B-B", "O", "O"]]
-    found = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
-    assert metrics.entity_f1(found, truth) == pytest.approx(2 * 1 / (3 + 2))
+    predicted = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
+    assert metrics.entity_f1(predicted, truth) == pytest.approx(2 * 1 / (3 + 2))
     assert metrics.entity_f1([["O"]], [["O"]]) == 1.0
 
 
