@@ -527,8 +527,8 @@ def start(source, task, out, **options):
 
 
 def candidates_of(events, kind, key):
-    found = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
-    return [event[key] for event in found if event["kind"] == kind and key in event]
+    entries = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    return [event[key] for event in entries if event["kind"] == kind and key in event]
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, capsys, digits_run, digits_source, digits_task):
@@ -551,9 +551,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, capsys, digits
     assert "as you expect?" in said.err and "kept: onnxruntime-fp32" in said.err
     assert "goal met" in said.out
     assert first.stat().st_mtime_ns == written  # what was done is not done again
-    kept = candidates_of(events, "resumed", "candidate")
-    assert done[0] == "onnxruntime-fp32" and kept[: len(done)] == done  # one may be kept, and not yet told
-    assert len(kept) <= len(done) + 1 and len(kept) < len(digits_run.record.candidates)
+    resumed = candidates_of(events, "resumed", "candidate")
+    assert done[0] == "onnxruntime-fp32" and resumed[: len(done)] == done  # one may be kept, and not yet told
+    assert len(resumed) <= len(done) + 1 and len(resumed) < len(digits_run.record.candidates)
     # Everything is what a run without interruption makes of the same source, data and seed.
     whole = {c.name: c for c in digits_run.record.candidates}
     record = records.read(out)
