@@ -46,16 +46,16 @@ def draft(seed=0):
     return Draft(capture_network(Net().eval(), (images(2),)))
 
 
-def zeros(made, name):
-    return int((made.network.get_parameter(f"{name}.weight") == 0).sum())
+def zeros(pruned, name):
+    return int((pruned.network.get_parameter(f"{name}.weight") == 0).sum())
 
 
-def total(made):
-    return sum(zeros(made, name) for name in LAYERS)
+def total(pruned):
+    return sum(zeros(pruned, name) for name in LAYERS)
 
 
-def bits(made):
-    return {k: v.clone() for k, v in made.network.state_dict().items()}
+def bits(any_draft):
+    return {k: v.clone() for k, v in any_draft.network.state_dict().items()}
 
 
 def same(one, other):

@@ -50,9 +50,9 @@ def two_blocks():
 
 def test_the_blocks_of_a_residual_network_are_those_with_a_plain_shortcut():
     _, network, task = resnet()
-    found = [b for b in bypasses(network, task.call()) if b.kind == "block"]
-    assert len(found) == 7  # three stages of three, the first of the second and third stage changes the shape
-    assert all(len(b.layers) == 4 for b in found)
+    blocks = [b for b in bypasses(network, task.call()) if b.kind == "block"]
+    assert len(blocks) == 7  # three stages of three, the first of the second and third stage changes the shape
+    assert all(len(b.layers) == 4 for b in blocks)
 
 
 def test_what_is_left_is_the_network_whose_block_gives_zeros():
@@ -75,11 +75,11 @@ def test_what_is_left_is_the_network_whose_block_gives_zeros():
 def test_the_first_block_is_the_one_whose_loss_costs_least():
     _, network, task = resnet()
     x = task.calibration[0]
-    wanted = network(x).double()
+    reference = network(x).double()
     noise = {}
     for part in (b for b in bypasses(network, task.call()) if b.kind == "block"):
         other = replay(network, [{"edit": "skip", "last": part.last, "by": part.by}])
-        noise[part.last] = float((other(x).double() - wanted).square().sum().detach())
+        noise[part.last] = float((other(x).double() - reference).square().sum().detach())
     draft = Blocks(blocks=1)(Draft(network), Context(task=task))
     assert draft.edits[0]["last"] == min(noise, key=noise.get)
 
@@ -91,9 +91,9 @@ def test_a_target_is_met_and_no_block_more_goes(target):
     context = Context(task=task, events=lambda kind, **values: told.append((kind, values)))
     draft = Blocks(**target)(Draft(network), context)
     left = Blocks(**target)._meter(Draft(network), context)
-    (wanted,) = target.values()
+    (limit,) = target.values()
     one_less = Draft(replay(network, draft.edits[:-1]))
-    assert left(draft) <= wanted < left(one_less)
+    assert left(draft) <= limit < left(one_less)
     assert [values["snr_db"] for kind, values in told if kind == "block"]
 
 
@@ -133,9 +133,9 @@ def test_channels_of_what_is_left_can_be_pruned_too():
 
 def test_what_shall_stay_stays():
     network, task = two_blocks()
-    for kept, other in (("first", "second"), ("second", "first")):
-        modules = dict(Blocks(blocks=1, keep=(kept,))(Draft(network), Context(task=task)).network.named_modules())
-        assert f"{kept}.conv1" in modules and f"{other}.conv1" not in modules
+    for protected, other in (("first", "second"), ("second", "first")):
+        modules = dict(Blocks(blocks=1, keep=(protected,))(Draft(network), Context(task=task)).network.named_modules())
+        assert f"{protected}.conv1" in modules and f"{other}.conv1" not in modules
     with raises_case(RecipeError, "no-layer") as caught:
         Blocks(blocks=1, keep=("stages.9",))(Draft(network), Context(task=task))
     assert caught.value.got == "stages.9"

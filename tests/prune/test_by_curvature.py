@@ -40,8 +40,8 @@ def small():
 
 def test_the_estimate_is_the_diagonal_of_the_hessian():
     read = evidence(small(), batches=4000)
-    found = diagonal(read, ("0.weight", "2.weight"))
-    for name, value in found.items():
+    estimates = diagonal(read, ("0.weight", "2.weight"))
+    for name, value in estimates.items():
         exact = whole_diagonal(read.network, name)
         assert (value - exact).abs().max() < 0.25 * exact.abs().max()  # 4000 draws of signs
 

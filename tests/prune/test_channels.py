@@ -48,8 +48,8 @@ def test_a_share_of_channels_of_every_layer(wide):
 
 def test_channels_come_in_multiples(wide):
     pruned = Channels(macs=0.5, round_to=8)(wide, Context(task=TASK))
-    kept = [pruned.network.get_submodule(n).out_channels for n in "abc"]
-    assert [n % multiple for n, multiple in zip(kept, (8, 8, 4), strict=True)] == [0, 0, 0]  # 24 are too few for 8
+    widths = [pruned.network.get_submodule(n).out_channels for n in "abc"]
+    assert [n % multiple for n, multiple in zip(widths, (8, 8, 4), strict=True)] == [0, 0, 0]  # 24 are too few for 8
 
 
 def test_what_is_left_agrees_with_the_masked_network_and_says_by_how_much(wide):
@@ -148,8 +148,8 @@ def test_a_layer_that_does_not_exist_gets_the_nearest_name(wide):
 def test_auto_takes_what_the_task_has(criterion):
     step, bare = Channels(macs=0.5, criterion=criterion), Task(example=images(1))
     tasks = (TASK, Task(example=images(1), calibration=[images(2)]), bare)
-    found = [criteria.for_context(step.criterion, Context(task=t)) for t in tasks]
-    assert found == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
+    chosen = [criteria.for_context(step.criterion, Context(task=t)) for t in tasks]
+    assert chosen == (["taylor", "jacobian", "l2"] if criterion == "auto" else ["l2"] * 3)
 
 
 LOADING = """

@@ -122,16 +122,16 @@ def test_it_learns():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with raises_setting(*settings) as found:
+    with raises_setting(*settings) as caught:
         Gradual(**settings)
-    assert found.value.expected
+    assert caught.value.expected
 
 
 @pytest.mark.parametrize("settings", [{"begin": 0.8}, {"end": 0.0}])
 def test_it_begins_before_it_ends(settings):
-    with raises_case(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as caught:
         Gradual(**settings)
-    assert found.value.field == "begin" and found.value.expected
+    assert caught.value.field == "begin" and caught.value.expected
 
 
 def test_data_that_is_missing_is_asked_for():

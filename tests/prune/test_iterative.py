@@ -35,15 +35,15 @@ def wide():
     return draft(Wide())
 
 
-def macs(made):
-    return totals(cost(made.network, TASK.call())).macs
+def macs(any_draft):
+    return totals(cost(any_draft.network, TASK.call())).macs
 
 
 def test_rounds_together_keep_what_is_asked_for_and_train_between():
     start = wide()
     events = []
-    made = STEP(start, Context(task=TASK, events=lambda kind, **v: events.append((kind, v))))
-    assert 0.33 < macs(made) / macs(start) <= 0.4
+    pruned = STEP(start, Context(task=TASK, events=lambda kind, **v: events.append((kind, v))))
+    assert 0.33 < macs(pruned) / macs(start) <= 0.4
     kinds = [kind for kind, v in events if kind == "pruned" or v.get("label") == "fine-tune"]
     assert kinds.count("pruned") == 3
     assert kinds[1:4] == ["progress"] * 3  # three batches of training, then the next round
@@ -54,8 +54,8 @@ def test_what_one_round_took_too_much_the_next_takes_less(unit):
     """Steps of 8 channels: a round that knew only the one before it would end far below the target."""
     step = Channels(**{unit: 0.4}, criterion="l2", round_to=8, min_keep=0)
     once = step(wide(), Context(task=TASK))
-    made = Iterative(step=step, finetune=BRIEF, rounds=4)(wide(), Context(task=TASK))
-    parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, made)]
+    iterated = Iterative(step=step, finetune=BRIEF, rounds=4)(wide(), Context(task=TASK))
+    parts = [left(step, wide(), d, Context(task=TASK)) for d in (once, iterated)]
     assert 0.8 * parts[0] < parts[1] <= 0.41
 
 
@@ -75,8 +75,8 @@ def test_a_latency_is_aimed_at_from_the_start():
         return [float(macs(d)) for d in drafts]
 
     step = Channels(latency=0.5, criterion="l2", round_to=8, min_keep=0)
-    made = Iterative(step=step, finetune=BRIEF, rounds=2)(wide(), Context(task=TASK, latency=latency))
-    assert 0.35 < macs(made) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
+    pruned = Iterative(step=step, finetune=BRIEF, rounds=2)(wide(), Context(task=TASK, latency=latency))
+    assert 0.35 < macs(pruned) / macs(wide()) <= 0.5 and set(asked) == {"fp32"}
 
 
 def test_yaml_holds_the_steps_within():
@@ -98,9 +98,9 @@ def test_yaml_holds_the_steps_within():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with raises_setting(next(iter(settings))) as found:
+    with raises_setting(next(iter(settings))) as caught:
         Iterative(**{"step": Channels(macs=0.5), "finetune": Finetune(), **settings})
-    assert found.value.expected
+    assert caught.value.expected
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_settings_that_make_no_sense_are_named(settings):
     ],
 )  # fmt: skip
 def test_it_rewinds_to_a_moment_that_there_is(settings):
-    with raises_case(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as caught:
         Iterative(**{"step": Channels(macs=0.5), "finetune": Finetune(), **settings})
-    assert found.value.field == "rewind_epochs" and found.value.expected
+    assert caught.value.field == "rewind_epochs" and caught.value.expected
 
 
 def test_a_folder_keeps_a_state_for_every_round(tmp_path):
@@ -172,37 +172,37 @@ def test_the_first_training_before_rounds_has_the_teacher_of_the_others():
 
 
 def test_single_weights_go_in_rounds_and_stay_away():
-    made, watch = watched(SPARSE)
+    pruned, watch = watched(SPARSE)
     assert [zeros(state) for state in watch.starts] == [int((1 - 0.1 ** (k / 3)) * COUNT + 1e-6) for k in (1, 2, 3)]
     assert [zeros(state) for state in watch.ends] == [zeros(state) for state in watch.starts]
     for before, after in zip(watch.ends, watch.starts[1:], strict=False):
         assert all(((after[n] == 0) | (before[n] != 0)).all() for n in ("conv.weight", "head.weight"))
-        kept = after["head.weight"] != 0
-        assert torch.equal(after["head.weight"][kept], before["head.weight"][kept])  # nothing is rewound
-    assert made.sparse == ("conv.weight", "head.weight")
-    assert zeros(bits(made.network)) == int(0.9 * COUNT)
+        remaining = after["head.weight"] != 0
+        assert torch.equal(after["head.weight"][remaining], before["head.weight"][remaining])  # nothing is rewound
+    assert pruned.sparse == ("conv.weight", "head.weight")
+    assert zeros(bits(pruned.network)) == int(0.9 * COUNT)
 
 
 def test_half_of_the_blocks_go_where_nothing_is_said():
     step = replace(SPARSE, step=Magnitude(pattern="1x4", keep=("conv",)), rounds=2)
-    kept = (watched(step)[0].network.head.weight.reshape(10, -1, 4) != 0).sum(2)
-    assert set(kept.flatten().tolist()) == {0, 4} and int((kept == 0).sum()) == kept.numel() // 2
+    nonzeros = (watched(step)[0].network.head.weight.reshape(10, -1, 4) != 0).sum(2)
+    assert set(nonzeros.flatten().tolist()) == {0, 4} and int((nonzeros == 0).sum()) == nonzeros.numel() // 2
 
 
 @pytest.mark.parametrize("epochs", [0, 0.5])
 def test_weights_that_stay_go_back_and_statistics_with_them(epochs):
     start = small()
-    made, watch = watched(replace(SPARSE, rewind="weights", rewind_epochs=epochs), at=2, start=start)
+    pruned, watch = watched(replace(SPARSE, rewind="weights", rewind_epochs=epochs), at=2, start=start)
     early = watch.noted[0] if epochs else bits(start.network)
     assert len(watch.starts) == 4 and same(watch.starts[0], bits(start.network))
-    for turn, found in enumerate(watch.starts[1:]):
-        assert zeros(found) == int((1 - 0.1 ** ((turn + 1) / 3)) * COUNT + 1e-6)
-        for name, value in found.items():
-            kept = value != 0 if name in made.sparse else torch.ones_like(value, dtype=torch.bool)
-            assert torch.equal(value[kept], early[name][kept]), name
+    for turn, state in enumerate(watch.starts[1:]):
+        assert zeros(state) == int((1 - 0.1 ** ((turn + 1) / 3)) * COUNT + 1e-6)
+        for name, value in state.items():
+            remaining = value != 0 if name in pruned.sparse else torch.ones_like(value, dtype=torch.bool)
+            assert torch.equal(value[remaining], early[name][remaining]), name
     assert early["norm.num_batches_tracked"] == (2 if epochs else 0)
-    assert zeros(bits(made.network)) == int(0.9 * COUNT)
-    assert not same(watch.starts[-1], bits(made.network)) and not made.network.training
+    assert zeros(bits(pruned.network)) == int(0.9 * COUNT)
+    assert not same(watch.starts[-1], bits(pruned.network)) and not pruned.network.training
 
 
 def test_the_trained_weights_say_what_goes():
@@ -219,21 +219,21 @@ def test_the_trained_weights_say_what_goes():
 def test_channels_that_stay_go_back(epochs):
     """Against all edits replayed on the early network."""
     start = small()
-    made, watch = watched(replace(LESS, rewind="weights", rewind_epochs=epochs), at=2, start=start)
+    pruned, watch = watched(replace(LESS, rewind="weights", rewind_epochs=epochs), at=2, start=start)
     early = copy.deepcopy(start.network)
     early.load_state_dict(watch.noted[0] if epochs else bits(start.network))
-    assert same(watch.starts[-1], bits(replay(early, made.edits)))
+    assert same(watch.starts[-1], bits(replay(early, pruned.edits)))
     assert [len(state["conv.weight"]) for state in watch.starts] == [8, 5, 4]  # 5.7 and 4, rounded down
-    assert made.network.conv.out_channels == made.network.norm.num_features == 4
+    assert pruned.network.conv.out_channels == pruned.network.norm.num_features == 4
 
 
 def test_zeros_of_a_step_before_stay_when_channels_go_back():
     first = Magnitude(sparsity=0.5, scope="per_layer")(small(), context_of())
-    made, watch = watched(replace(LESS, rewind="weights"), start=first)
-    expected = bits(replay(first.network, made.edits[len(first.edits) :]))
+    pruned, watch = watched(replace(LESS, rewind="weights"), start=first)
+    expected = bits(replay(first.network, pruned.edits[len(first.edits) :]))
     assert same(watch.starts[-1], expected)
-    for name in made.sparse:
-        assert (made.network.get_parameter(name)[expected[name] == 0] == 0).all()
+    for name in pruned.sparse:
+        assert (pruned.network.get_parameter(name)[expected[name] == 0] == 0).all()
 
 
 def test_the_seed_repeats_and_minutes_leave_no_trace():
@@ -263,8 +263,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, step, count):
                 raise Stop
 
     def run(hook, **fields):
-        made = replace(step, finetune=replace(step.finetune, hooks=(hook,)))
-        return made(small(), context_of(**fields))
+        hooked = replace(step, finetune=replace(step.finetune, hooks=(hook,)))
+        return hooked(small(), context_of(**fields))
 
     whole = run(Counted())
     with pytest.raises(Stop):

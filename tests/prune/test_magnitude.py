@@ -23,44 +23,44 @@ from tests.raises import raises_case, raises_setting
 def test_exactly_as_many_weights_as_asked_for_become_zero(criterion, scope):
     start = draft()
     before = bits(start)
-    made = Magnitude(sparsity=0.7, criterion=criterion, scope=scope)(start, Context(task=TASK, seed=4))
-    wanted = {
+    pruned = Magnitude(sparsity=0.7, criterion=criterion, scope=scope)(start, Context(task=TASK, seed=4))
+    expected = {
         "global": int(0.7 * COUNT),
         "per_layer": sum(int(0.7 * n) for n in (216, 432, 96, 30)),
         "row": 8 * int(0.7 * 27) + 12 * int(0.7 * 36) + 6 * int(0.7 * 16) + 5 * int(0.7 * 6),
     }[scope]
-    assert total(made) == wanted
-    for name, value in made.network.state_dict().items():
+    assert total(pruned) == expected
+    for name, value in pruned.network.state_dict().items():
         if name.rpartition(".")[0] in LAYERS and name.endswith("weight"):
             assert torch.equal(value[value != 0], before[name][value != 0])
         else:
             assert torch.equal(value, before[name])
-    assert made.sparse == tuple(f"{name}.weight" for name in LAYERS)
+    assert pruned.sparse == tuple(f"{name}.weight" for name in LAYERS)
 
 
 def test_the_smallest_of_all_layers_go():
     start = draft()
-    made = Magnitude(sparsity=0.6)(start, Context(task=TASK))
+    pruned = Magnitude(sparsity=0.6)(start, Context(task=TASK))
     sizes = torch.cat([start.network.get_parameter(f"{n}.weight").detach().abs().flatten() for n in LAYERS])
     edge = sizes.sort().values[int(0.6 * COUNT)]
     for name in LAYERS:
         weight = start.network.get_parameter(f"{name}.weight").detach()
-        assert torch.equal(made.network.get_parameter(f"{name}.weight") == 0, weight.abs() < edge)
+        assert torch.equal(pruned.network.get_parameter(f"{name}.weight") == 0, weight.abs() < edge)
 
 
 def test_a_threshold_removes_what_is_smaller():
     start = draft()
-    made = Magnitude(threshold=0.1)(start, Context(task=TASK))
+    pruned = Magnitude(threshold=0.1)(start, Context(task=TASK))
     for name in LAYERS:
         weight = start.network.get_parameter(f"{name}.weight").detach()
-        assert torch.equal(made.network.get_parameter(f"{name}.weight"), torch.where(weight.abs() < 0.1, 0.0, weight))
+        assert torch.equal(pruned.network.get_parameter(f"{name}.weight"), torch.where(weight.abs() < 0.1, 0.0, weight))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_n_of_m_holds_along_the_input_channels_of_every_output(name):
     start = draft()
-    made = Magnitude(pattern="1:2")(start, Context(task=TASK))
-    module = made.network.get_submodule(name)
+    pruned = Magnitude(pattern="1:2")(start, Context(task=TASK))
+    module = pruned.network.get_submodule(name)
     rows = by_output(module, module.weight.detach())
     lines = rows.reshape(*rows.shape[:2], -1).permute(0, 2, 1)
     whole = lines.shape[2] // 2 * 2
@@ -81,13 +81,13 @@ def test_the_layout_by_output_of_a_transposed_convolution_comes_back():
 @pytest.mark.parametrize("criterion", ["gradient", "taylor", "fisher"])
 def test_gradients_are_taken_as_a_loop_over_batches_takes_them(criterion):
     network = draft().network
-    found = criteria.score_weights(criterion, network, prunable(network), Context(task=TASK), 2)
+    scores = criteria.score_weights(criterion, network, prunable(network), Context(task=TASK), 2)
     weight, slow = network.head.weight, torch.zeros(5, 6)
     for x, y in TRAIN[:2]:
         (g,) = torch.autograd.grad(F.cross_entropy(network(x), y), weight)
         w = weight.detach()
         slow += {"gradient": g.abs(), "taylor": (w * g).abs(), "fisher": w**2 * g**2}[criterion]
-    torch.testing.assert_close(found["head"], slow / 2)
+    torch.testing.assert_close(scores["head"], slow / 2)
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -96,9 +96,9 @@ def test_taylor_keeps_the_loss_better_than_chance():
     x, y = TRAIN[0]
     losses = {}
     for criterion in ("taylor", "random"):
-        made = Magnitude(sparsity=0.5, criterion=criterion)(start, Context(task=TASK))
+        pruned = Magnitude(sparsity=0.5, criterion=criterion)(start, Context(task=TASK))
         with torch.no_grad():
-            losses[criterion] = abs(float(F.cross_entropy(made.network(x), y) - F.cross_entropy(start.network(x), y)))
+            losses[criterion] = abs(float(F.cross_entropy(pruned.network(x), y) - F.cross_entropy(start.network(x), y)))
     assert losses["taylor"] < losses["random"]
 
 
@@ -141,9 +141,9 @@ def test_an_embedding_that_is_an_output_layer_too_stays():
 
     ids = torch.zeros(2, 4, dtype=torch.long)
     start = Draft(capture_network(Tied(), (ids,)))
-    made = Magnitude()(start, Context(task=Task(example=ids)))
-    assert made.sparse == ("body.weight",)
-    assert torch.equal(made.network.head.weight, start.network.head.weight)
+    pruned = Magnitude()(start, Context(task=Task(example=ids)))
+    assert pruned.sparse == ("body.weight",)
+    assert torch.equal(pruned.network.head.weight, start.network.head.weight)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
@@ -162,16 +162,16 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_zeros_become_the_integer_of_zero(settings):
     context = Context(task=TASK)
     pruned = Magnitude(sparsity=0.6)(draft(), context)
-    made = quantize.Static(**settings)(pruned, context)
+    quantized = quantize.Static(**settings)(pruned, context)
     for name in ("stem", "grouped", "head"):
-        entry = made.plan.entries[f"{name}:weight"]
+        entry = quantized.plan.entries[f"{name}:weight"]
         scale, zero = torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
-        weight = made.network.get_parameter(f"{name}.weight").detach()
+        weight = quantized.network.get_parameter(f"{name}.weight").detach()
         gone = pruned.network.get_parameter(f"{name}.weight") == 0
         shape = (-1, *[1] * (weight.dim() - 1)) if len(zero) > 1 else ()
         steps = integers(weight, scale, zero, entry.spec) - zero.reshape(shape)
         assert gone.sum() > 0 and (steps[gone] == 0).all()
-    assert made.sparse == pruned.sparse
+    assert quantized.sparse == pruned.sparse
 
 
 def test_how_many_there_are_is_told():
@@ -181,9 +181,9 @@ def test_how_many_there_are_is_told():
 
 
 def test_labels_that_are_missing_are_asked_for():
-    with raises_case(TaskError, "no-training-data") as found:
+    with raises_case(TaskError, "no-training-data") as caught:
         Magnitude(criterion="fisher")(draft(), Context(task=Task(example=images(1))))
-    assert "prune.Wanda" in found.value.remedy
+    assert "prune.Wanda" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_labels_that_are_missing_are_asked_for():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with raises_setting(*settings) as found:
+    with raises_setting(*settings) as caught:
         Magnitude(**settings)
-    assert found.value.expected is not None
+    assert caught.value.expected is not None
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_settings_that_make_no_sense_are_named(settings):
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_named(settings):
-    with raises_case(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as caught:
         Magnitude(**settings)
-    assert found.value.field == next(iter(settings)) and found.value.expected is not None
+    assert caught.value.field == next(iter(settings)) and caught.value.expected is not None
 
 
 def test_it_comes_before_quantization():

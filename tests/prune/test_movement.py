@@ -93,7 +93,7 @@ def test_removed_weights_may_come_back_with_their_values():
 def test_movement_and_size_choose_differently():
     done = STEP(draft(), context_of())
     other = Magnitude(sparsity=0.8, scope="per_layer")(TRAINING(draft(), context_of()), context_of())
-    gone = [made.network.head.weight == 0 for made in (done, other)]
+    gone = [pruned.network.head.weight == 0 for pruned in (done, other)]
     assert not torch.equal(*gone)
 
 
@@ -171,16 +171,16 @@ def test_it_learns():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with raises_setting(*settings) as found:
+    with raises_setting(*settings) as caught:
         Movement(**settings)
-    assert found.value.expected
+    assert caught.value.expected
 
 
 @pytest.mark.parametrize("settings", [{"scope": "global", "pattern": "2:4"}, {"begin": 0.9}])
 def test_settings_that_contradict_each_other_are_named(settings):
-    with raises_case(RecipeError, "contradiction") as found:
+    with raises_case(RecipeError, "contradiction") as caught:
         Movement(**settings)
-    assert found.value.field == next(iter(settings)) and found.value.expected
+    assert caught.value.field == next(iter(settings)) and caught.value.expected
 
 
 def test_data_that_is_missing_is_asked_for():

@@ -22,21 +22,21 @@ def test_the_correction_is_what_least_squares_over_all_rows_finds():
     ridge = 0.1 * (x.T @ x).diagonal().mean()
     # The obvious way: the penalty as rows of their own.
     rows = torch.cat([x, ridge.sqrt() * torch.eye(7, dtype=torch.float64)])
-    wanted = torch.linalg.lstsq(rows, torch.cat([error, torch.zeros(7, 3, dtype=torch.float64)])).solution.T
-    torch.testing.assert_close(correction(x.T @ x, error.T @ x, ridge=0.1), wanted)
+    expected = torch.linalg.lstsq(rows, torch.cat([error, torch.zeros(7, 3, dtype=torch.float64)])).solution.T
+    torch.testing.assert_close(correction(x.T @ x, error.T @ x, ridge=0.1), expected)
 
 
 def test_the_gain_is_the_difference_of_two_squared_errors():
     torch.manual_seed(0)
     x, error = torch.randn(50, 7, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
     change = torch.randn(3, 7, dtype=torch.float64)
-    wanted = error.square().sum() - (error - x @ change.T).square().sum()
-    assert gain(change, x.T @ x, error.T @ x) == pytest.approx(float(wanted))
+    expected = error.square().sum() - (error - x @ change.T).square().sum()
+    assert gain(change, x.T @ x, error.T @ x) == pytest.approx(float(expected))
 
 
 def test_inputs_that_are_all_zeros_change_nothing():
-    found = correction(torch.zeros(4, 4).double(), torch.zeros(2, 4).double(), ridge=0.1)
-    assert torch.equal(found, torch.zeros(2, 4, dtype=torch.float64))
+    change = correction(torch.zeros(4, 4).double(), torch.zeros(2, 4).double(), ridge=0.1)
+    assert torch.equal(change, torch.zeros(2, 4, dtype=torch.float64))
 
 
 class Repeated(nn.Module):
@@ -68,13 +68,13 @@ def test_channels_that_others_can_stand_in_for_cost_nothing(prepared):
     coupling = couple(draft.network, context.task.call())
     removed = {"first": [4, 5, 6, 7]}
     before = copy.deepcopy(draft.network.state_dict())
-    made = reconstructed(draft.network, coupling, removed, calibration_calls(context.task))
+    fitted_network = reconstructed(draft.network, coupling, removed, calibration_calls(context.task))
     x = torch.randn(5, 3, 12, 12)
     with torch.no_grad():
-        wanted = draft.network(x)
-        plain, fitted = (remove(d, coupling, removed).network(x) for d in (draft, Draft(made)))
-    assert (fitted - wanted).abs().max() < 0.02 * (plain - wanted).abs().max()
-    assert made.get_parameter("second.weight")[:, 4:].eq(0).all()
+        reference = draft.network(x)
+        plain, fitted = (remove(d, coupling, removed).network(x) for d in (draft, Draft(fitted_network)))
+    assert (fitted - reference).abs().max() < 0.02 * (plain - reference).abs().max()
+    assert fitted_network.get_parameter("second.weight")[:, 4:].eq(0).all()
     assert all(torch.equal(a, before[n]) for n, a in draft.network.state_dict().items())
 
 
@@ -84,9 +84,9 @@ def test_pruning_with_reconstruction_is_nearer_to_the_source_and_passes_its_proo
     errors = {}
     for reconstruct in (False, True):
         step = Channels(macs=0.5, criterion="l2", round_to=1, reconstruct=reconstruct)
-        made = step(draft, context)  # raises where it is not what the masked network gives
+        pruned = step(draft, context)  # raises where it is not what the masked network gives
         with torch.no_grad():
-            errors[reconstruct] = float((made.network(x) - draft.network(x)).square().mean())
+            errors[reconstruct] = float((pruned.network(x) - draft.network(x)).square().mean())
     assert errors[True] < 0.5 * errors[False]
 
 
@@ -136,10 +136,10 @@ def test_layers_that_convolve_in_groups_keep_their_weights():
     ).eval()
     task, network, coupling = known(model, torch.randn(32, 3, 6, 6))
     removed = {"0": [0], "4": [1]}
-    made = reconstructed(network, coupling, removed, calibration_calls(task))
-    before, after = network.get_parameter("2.weight"), made.get_parameter("2.weight")
+    fitted = reconstructed(network, coupling, removed, calibration_calls(task))
+    before, after = network.get_parameter("2.weight"), fitted.get_parameter("2.weight")
     assert after.eq(0).any() and torch.equal(after[after != 0], before[after != 0])
-    assert not torch.equal(made.get_parameter("7.weight"), network.get_parameter("7.weight"))
+    assert not torch.equal(fitted.get_parameter("7.weight"), network.get_parameter("7.weight"))
 
 
 @pytest.mark.parametrize("samples", [8, 16, 24, 48])
@@ -155,8 +155,8 @@ def test_few_samples_do_no_harm(samples):
         for reconstruct in (False, True):
             step = Channels(channels=0.6, criterion="l2", scope="layer", round_to=1, reconstruct=reconstruct)
             with torch.no_grad():
-                made = step(Draft(network), Context(task=task)).network
-                errors.append(float((made(x) - network(x)).square().mean()))
+                pruned = step(Draft(network), Context(task=task)).network
+                errors.append(float((pruned(x) - network(x)).square().mean()))
         worse.append(errors[1] / errors[0])
     assert sum(worse) / len(worse) < 1.0, worse
 
@@ -170,11 +170,11 @@ def test_what_is_fitted_stands_behind_the_pruned_network():
     ).eval()
     task, network, coupling = known(model, torch.randn(48, 3, 8, 8))
     removed = {"0": [0, 1, 2], "4": [0, 1]}
-    made = reconstructed(network, coupling, removed, calibration_calls(task))
+    fitted = reconstructed(network, coupling, removed, calibration_calls(task))
     x = task.calibration[0]
-    pruned = remove(Draft(made), coupling, removed).network
+    pruned = remove(Draft(fitted), coupling, removed).network
     with torch.no_grad():
-        torch.testing.assert_close(pruned(x), made(x))
+        torch.testing.assert_close(pruned(x), fitted(x))
         plain = remove(Draft(network), coupling, removed).network(x)
         assert (pruned(x) - network(x)).square().mean() < 0.5 * (plain - network(x)).square().mean()
 
@@ -205,17 +205,17 @@ def test_nested_inputs_and_layers_without_samples():
     xs = [torch.randn(40, 8), torch.randn(40, 8)]
     task = Task(example=([x[:2] for x in xs],), calibration=[(xs,)])
     network = capture_network(model, *task.call())
-    made = Channels(macs=0.5, criterion="l2", round_to=1)(Draft(network), Context(task=task)).network
-    assert made.get_submodule("a").out_features < 32
-    assert torch.isfinite(made(xs)).all()
+    pruned = Channels(macs=0.5, criterion="l2", round_to=1)(Draft(network), Context(task=task)).network
+    assert pruned.get_submodule("a").out_features < 32
+    assert torch.isfinite(pruned(xs)).all()
 
 
 def test_a_batch_that_does_not_vary_stays_whole():
     calibration = [torch.randn(12, 8) for _ in range(60)]
     task = Task(example=torch.zeros(12, 8), calibration=calibration, dynamic={})
     network = capture_network(Fixed().eval(), *task.call(), task.dynamic)
-    made = Channels(macs=0.5, criterion="l2", round_to=1, reconstruct=True)(Draft(network), Context(task=task)).network
-    assert made(calibration[0]).shape == (6, 2, 4)
+    small = Channels(macs=0.5, criterion="l2", round_to=1, reconstruct=True)(Draft(network), Context(task=task)).network
+    assert small(calibration[0]).shape == (6, 2, 4)
 
 
 def test_data_that_can_be_read_once_are_told_of_and_pruned_without(prepared):
@@ -223,6 +223,6 @@ def test_data_that_can_be_read_once_are_told_of_and_pruned_without(prepared):
     task = Task(example=context.task.example, calibration=iter(context.task.calibration))
     events = []
     once = Context(task=task, source=draft.network, events=lambda kind, **values: events.append((kind, values)))
-    made = Channels(macs=0.5, criterion="jacobian", round_to=1)(draft, once)
-    assert made.network.get_submodule("first").out_channels < 8
+    pruned = Channels(macs=0.5, criterion="jacobian", round_to=1)(draft, once)
+    assert pruned.network.get_submodule("first").out_channels < 8
     assert any("without reconstruction" in v.get("text", "") for k, v in events if k == "warning")

@@ -75,32 +75,32 @@ def beside_autograd(step, network, context):
     network.double()
     expected = formula(step.penalty, network, units)
     expected.backward()
-    found = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    analytic = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     for name, part in penalty.gradients(network):
-        found[name] += part
-    wanted = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
-    return found | {"value": penalty.value(network)}, wanted | {"value": expected.detach()}
+        analytic[name] += part
+    reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
+    return analytic | {"value": penalty.value(network)}, reference | {"value": expected.detach()}
 
 
-def close(found, wanted):
-    assert found.keys() == wanted.keys()
-    return all(torch.allclose(found[name], wanted[name], rtol=1e-12, atol=1e-12) for name in wanted)
+def close(analytic, reference):
+    assert analytic.keys() == reference.keys()
+    return all(torch.allclose(analytic[name], reference[name], rtol=1e-12, atol=1e-12) for name in reference)
 
 
 @pytest.mark.parametrize(
     "name", ["residual", "concat", "grouped", "shuffle", "fused attention", "tied", "shared", "lstm"]
 )
 def test_group_lasso_is_that_of_what_would_be_cut(name):
-    found, wanted = beside_autograd(Regularized(approximate=True), *of_topology(name))
-    assert close(found, wanted)
-    assert sum(bool(part.any()) for part in wanted.values()) > 1  # the value, and a gradient at least
+    analytic, reference = beside_autograd(Regularized(approximate=True), *of_topology(name))
+    assert close(analytic, reference)
+    assert sum(bool(part.any()) for part in reference.values()) > 1  # the value, and a gradient at least
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_gradients_are_those_of_the_plain_formula(penalty):
-    found, wanted = beside_autograd(Regularized(penalty=penalty), *of_topology("residual"))
-    assert close(found, wanted)
-    assert sum(bool(part.any()) for part in wanted.values()) > 1
+    analytic, reference = beside_autograd(Regularized(penalty=penalty), *of_topology("residual"))
+    assert close(analytic, reference)
+    assert sum(bool(part.any()) for part in reference.values()) > 1
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -122,9 +122,9 @@ def test_layers_that_are_named_are_left_alone():
     assert touched(penalty="l1", keep=("a", "out")) == {"stem.weight", "b.weight"}
     assert touched(keep=("stem",)) == {"a.weight", "norm.weight", "b.weight"}  # not its shift, which is 0
     assert touched(penalty="bn_l1", keep=("b",)) == {"norm.weight"}
-    with raises_case(PruningError, "nothing-to-prune") as found:
+    with raises_case(PruningError, "nothing-to-prune") as caught:
         touched(penalty="bn_l1", keep=("a",))
-    assert "group_lasso" in found.value.remedy
+    assert "group_lasso" in caught.value.remedy
 
 
 def test_groups_with_statistics_take_part_when_they_are_asked_for():
@@ -187,10 +187,10 @@ class Perceptron(nn.Module):
         return self.out(F.relu(self.hidden(x.flatten(1))))
 
 
-def removed_share(made, context):
+def removed_share(trained, context):
     """Which part of all squared weights goes with half of the channels."""
-    pruned = Channels(channels=0.5, criterion="l2", round_to=1)(made, context)
-    squares = [sum(float(p.detach().square().sum()) for p in d.network.parameters()) for d in (made, pruned)]
+    pruned = Channels(channels=0.5, criterion="l2", round_to=1)(trained, context)
+    squares = [sum(float(p.detach().square().sum()) for p in d.network.parameters()) for d in (trained, pruned)]
     return 1 - squares[1] / squares[0]
 
 
@@ -203,8 +203,8 @@ def test_what_is_removed_afterwards_is_small():
     seen = []
     told = replace(context, events=lambda kind, **v: seen.append(v) if kind == "regularized" else None)
     for strength, growing in ((0.004, False), (0.012, True)):
-        made = Regularized(strength=strength, growing=growing, finetune=finetune)(start, told)
-        assert removed_share(made, context) < 0.7 * plain
+        regularized = Regularized(strength=strength, growing=growing, finetune=finetune)(start, told)
+        assert removed_share(regularized, context) < 0.7 * plain
         assert seen[-1]["penalty"] == "group_lasso" and seen[-1]["after"] < seen[-1]["before"]
 
 
@@ -283,9 +283,9 @@ def test_frozen_weights_stay():
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(settings):
-    with raises_setting(*settings) as found:
+    with raises_setting(*settings) as caught:
         Regularized(**settings)
-    assert found.value.expected
+    assert caught.value.expected
 
 
 def test_what_can_not_be_done_is_said():
@@ -296,10 +296,10 @@ def test_what_can_not_be_done_is_said():
     assert unknown.value.got == "cnv"
     x = torch.randn(2, 6)
     alone = Draft(capture_network(nn.Linear(6, 4).eval(), (x,)))
-    with raises_case(PruningError, "nothing-to-prune") as found:
+    with raises_case(PruningError, "nothing-to-prune") as caught:
         STEP(alone, Context(task=Task(example=x)))
     assert all(
-        f"{name}: {why}" in found.value.got for name, why in couple(alone.network, ((x,), {})).not_prunable.items()
+        f"{name}: {why}" in caught.value.got for name, why in couple(alone.network, ((x,), {})).not_prunable.items()
     )
 
 
@@ -313,12 +313,12 @@ def test_the_recipe_of_sparse_training_prunes():
     torch.manual_seed(0)
     x = torch.randn(16, 3, 6, 6)
     task = Task(example=x[:1], train=[(x, torch.arange(16) % 5)], loss=F.cross_entropy)
-    made = start = Draft(capture_network(Residual().eval(), (x[:2],)))
+    current = start = Draft(capture_network(Residual().eval(), (x[:2],)))
     for step in Recipe(
         Regularized(penalty="group_lasso", finetune=Finetune(epochs=2)),
         Channels(macs=0.5, criterion="l2", round_to=1),
         Finetune(epochs=1),
     ):
-        made = step(made, Context(task=task))
-    count, before = (sum(p.numel() for p in d.network.parameters()) for d in (made, start))
+        current = step(current, Context(task=task))
+    count, before = (sum(p.numel() for p in d.network.parameters()) for d in (current, start))
     assert count < 0.7 * before

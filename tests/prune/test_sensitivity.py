@@ -46,16 +46,16 @@ def ranked(coupling):
 
 def test_a_curve_is_what_the_outputs_of_the_pruned_network_lose(uneven):
     network, task, coupling = uneven
-    found = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, shares=(0.25, 0.5))
-    assert {name: curve.removed for name, curve in found.items()} == {"a": (8, 16), "b": (8, 16)}
+    curves = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, shares=(0.25, 0.5))
+    assert {name: curve.removed for name, curve in curves.items()} == {"a": (8, 16), "b": (8, 16)}
     x = task.calibration[0]
-    for name, curve in found.items():
+    for name, curve in curves.items():
         for count, noise in zip(curve.removed, curve.noise, strict=True):
             pruned = remove(Draft(network), coupling, {name: ranked(coupling)[name][:count]}).network
             with torch.no_grad():
-                wanted, got = network(x).double(), pruned(x).double()
-            assert noise == pytest.approx(float((got - wanted).square().sum() / wanted.square().sum()), rel=1e-9)
-    assert found["b"].noise[0] < 1e-4 < found["a"].noise[0]
+                expected, got = network(x).double(), pruned(x).double()
+            assert noise == pytest.approx(float((got - expected).square().sum() / expected.square().sum()), rel=1e-9)
+    assert curves["b"].noise[0] < 1e-4 < curves["a"].noise[0]
 
 
 def test_later_units_never_look_cheaper():
@@ -76,20 +76,20 @@ def test_ratios_follow_from_it_and_meet_the_target(uneven):
 
 def test_a_finished_scan_is_read_again_and_another_networks_is_not(uneven, tmp_path):
     network, task, coupling = uneven
-    kept = tmp_path / FILE
-    first = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
-    told = json.loads(kept.read_text())
+    path = tmp_path / FILE
+    first = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=path)
+    told = json.loads(path.read_text())
     told["groups"]["a"]["noise"][0] = 0.125  # so that a value that was read shows
     del told["groups"]["b"]
-    kept.write_text(json.dumps(told))
-    again = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
+    path.write_text(json.dumps(told))
+    again = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=path)
     assert again["a"].noise[0] == 0.125 and again["b"] == first["b"]
     with torch.no_grad():
         network.get_parameter("a.weight").mul_(1.5)
-    other = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept)
+    other = scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=path)
     assert other["a"].noise[0] != 0.125
-    kept.write_text("{damaged")
-    assert scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=kept) == other
+    path.write_text("{damaged")
+    assert scan(network, coupling, ranked(coupling), Context(task=task), batches=1, file=path) == other
 
 
 def test_the_step_keeps_its_scan_in_the_folder_of_the_run(uneven, tmp_path):

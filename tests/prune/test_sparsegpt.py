@@ -53,12 +53,12 @@ def test_it_is_optimal_brain_surgeon_column_by_column(pattern, width, block):
     weight = torch.randn(2, 5, 14, dtype=torch.float64)
     x = torch.randn(2, 40, 14, dtype=torch.float64) @ torch.randn(2, 14, 14, dtype=torch.float64)
     second = x.transpose(1, 2) @ x
-    found = prune_columns(weight, second, 0.6, Pattern.parse(pattern), width=width, block=block, damping=0.01)
+    pruned = prune_columns(weight, second, 0.6, Pattern.parse(pattern), width=width, block=block, damping=0.01)
     for group in range(2):
         expected = slow(weight[group], second[group], 0.6, Pattern.parse(pattern), width, block, 0.01)
-        torch.testing.assert_close(found[group], expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(pruned[group], expected, rtol=1e-7, atol=1e-9)
         if pattern == "unstructured":
-            assert int((found[group] == 0).sum()) == int(0.6 * 5 * 14)
+            assert int((pruned[group] == 0).sum()) == int(0.6 * 5 * 14)
 
 
 def correlated(count, seed):
@@ -72,10 +72,10 @@ def test_its_output_errs_less_than_that_of_others():
     context = Context(task=Task(example=correlated(1, 0), calibration=[correlated(128, s) for s in range(8)]))
     x, errors = correlated(512, 99), {}
     for step in (SparseGPT(samples=1024, block=16), Magnitude(scope="per_layer"), Wanda()):
-        made = step(start, context)
-        assert int((made.network.get_parameter(made.sparse[0]) == 0).sum()) == 768
+        pruned = step(start, context)
+        assert int((pruned.network.get_parameter(pruned.sparse[0]) == 0).sum()) == 768
         with torch.no_grad():
-            errors[type(step)] = float((made.network(x) - start.network(x)).square().mean())
+            errors[type(step)] = float((pruned.network(x) - start.network(x)).square().mean())
     assert errors[SparseGPT] < 0.6 * min(errors[Magnitude], errors[Wanda])
 
 
@@ -84,19 +84,19 @@ def test_a_network_of_convolutions_and_linear_layers():
     before = bits(start)
     told = []
     context = Context(task=TASK, events=lambda kind, **values: told.append((kind, values)))
-    made = SparseGPT(sparsity=0.6)(start, context)
-    assert [zeros(made, n) for n in ("stem", "grouped", "up", "head")] == [129, 2 * int(0.6 * 216), 0, 18]
+    pruned = SparseGPT(sparsity=0.6)(start, context)
+    assert [zeros(pruned, n) for n in ("stem", "grouped", "up", "head")] == [129, 2 * int(0.6 * 216), 0, 18]
     assert ("covered", {"step": "SparseGPT", "layers": 3, "total": 4}) in told  # the transposed one stays whole
-    assert made.sparse == ("stem.weight", "grouped.weight", "head.weight")
-    for name, value in made.network.state_dict().items():
-        assert name in made.sparse or torch.equal(value, before[name])
+    assert pruned.sparse == ("stem.weight", "grouped.weight", "head.weight")
+    for name, value in pruned.network.state_dict().items():
+        assert name in pruned.sparse or torch.equal(value, before[name])
 
 
 def test_n_of_m_holds_along_the_input_channels():
-    made = SparseGPT(pattern="2:4", block=10)(draft(), Context(task=TASK))
-    assert (made.network.grouped.weight.count_nonzero(1) == 2).all()
-    assert (made.network.head.weight[:, :4].count_nonzero(1) == 2).all()
-    assert made.network.head.weight[:, 4:].all() and made.network.stem.weight.all()
+    pruned = SparseGPT(pattern="2:4", block=10)(draft(), Context(task=TASK))
+    assert (pruned.network.grouped.weight.count_nonzero(1) == 2).all()
+    assert (pruned.network.head.weight[:, :4].count_nonzero(1) == 2).all()
+    assert pruned.network.head.weight[:, 4:].all() and pruned.network.stem.weight.all()
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "1:2"])
@@ -115,10 +115,10 @@ def test_inputs_that_are_always_zero_do_no_harm():
     start = Draft(capture_network(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (x,)))
     with torch.no_grad():
         start.network.get_submodule("0").bias.fill_(-99)  # the second layer sees nothing but zeros
-    made = SparseGPT()(start, Context(task=Task(example=x[:1], calibration=[x])))
-    assert all(torch.isfinite(p).all() for p in made.network.parameters())
-    assert [zeros(made, n) for n in ("0", "2")] == [12, 4]
-    assert (made.network.get_submodule("0").weight[:, [2, 4]] == 0).all()  # what costs nothing goes first
+    pruned = SparseGPT()(start, Context(task=Task(example=x[:1], calibration=[x])))
+    assert all(torch.isfinite(p).all() for p in pruned.network.parameters())
+    assert [zeros(pruned, n) for n in ("0", "2")] == [12, 4]
+    assert (pruned.network.get_submodule("0").weight[:, [2, 4]] == 0).all()  # what costs nothing goes first
 
 
 def test_layers_it_does_not_reach():

@@ -26,31 +26,31 @@ def test_scores_are_those_of_the_slowest_loop():
 
 def test_norms_are_taken_over_all_calibration_data():
     network = draft().network
-    found = wanda.input_norms(network, {n: network.get_submodule(n) for n in LAYERS}, Context(task=TASK), 20)
+    norms = wanda.input_norms(network, {n: network.get_submodule(n) for n in LAYERS}, Context(task=TASK), 20)
     x = torch.cat(TASK.calibration)
     with torch.no_grad():
         hidden = F.relu(network.norm(network.stem(x)))
         last = F.relu(network.up(F.relu(network.grouped(hidden)))).mean((2, 3))
-    torch.testing.assert_close(found["stem"], x.double().square().sum((0, 2, 3)).sqrt())
-    torch.testing.assert_close(found["grouped"], hidden.double().square().sum((0, 2, 3)).sqrt())
-    torch.testing.assert_close(found["head"], last.double().square().sum(0).sqrt())
+    torch.testing.assert_close(norms["stem"], x.double().square().sum((0, 2, 3)).sqrt())
+    torch.testing.assert_close(norms["grouped"], hidden.double().square().sum((0, 2, 3)).sqrt())
+    torch.testing.assert_close(norms["head"], last.double().square().sum(0).sqrt())
 
 
 def test_every_output_loses_the_same_number_and_no_hook_stays():
     start = draft()
-    made = Wanda(sparsity=0.6)(start, Context(task=TASK))
+    pruned = Wanda(sparsity=0.6)(start, Context(task=TASK))
     for name in LAYERS:
-        module = made.network.get_submodule(name)
+        module = pruned.network.get_submodule(name)
         rows = by_output(module, module.weight.detach()).flatten(1)
         assert set((rows == 0).sum(1).tolist()) == {int(0.6 * rows.shape[1])}
-    assert not any(m._forward_pre_hooks for d in (start, made) for m in d.network.modules())
+    assert not any(m._forward_pre_hooks for d in (start, pruned) for m in d.network.modules())
 
 
 def test_n_of_m_and_blocks():
-    made = Wanda(pattern="2:4")(draft(), Context(task=TASK))
-    weight = made.network.grouped.weight.detach()
+    pruned = Wanda(pattern="2:4")(draft(), Context(task=TASK))
+    weight = pruned.network.grouped.weight.detach()
     assert (weight.count_nonzero(1) == 2).all()
-    assert zeros(made, "stem") == 0  # three input channels are no group of four
+    assert zeros(pruned, "stem") == 0  # three input channels are no group of four
     assert 0 < total(Wanda(sparsity=0.5, pattern="1x2")(draft(), Context(task=TASK))) <= COUNT // 2
 
 
@@ -84,10 +84,10 @@ def test_a_layer_that_is_called_twice_is_seen_twice():
     x = torch.randn(8, 4)
     network = capture_network(Twice(), (x,))
     task = Task(example=x[:1], calibration=[x])
-    found = wanda.input_norms(network, {"body": network.body}, Context(task=task), 20)["body"]
+    norms = wanda.input_norms(network, {"body": network.body}, Context(task=task), 20)["body"]
     with torch.no_grad():
         slow = (x.double().square().sum(0) + network.body(x).double().square().sum(0)).sqrt()
-    torch.testing.assert_close(found, slow)
+    torch.testing.assert_close(norms, slow)
 
 
 def test_bad_input():
