@@ -110,13 +110,13 @@ def test_every_family_runs_pruned_in_the_runtimes(name, tmp_path):
     step = Channels(channels=0.7, scope="layer", criterion="l2", approximate=True, round_to=1)
     pruned = step(Draft(network), Context(task=task))
     with torch.no_grad():
-        wanted, structure = flatten_outputs(copy.deepcopy(pruned.network)(x))
+        expected, structure = flatten_outputs(copy.deepcopy(pruned.network)(x))
     for runtime in ("onnxruntime", "openvino"):
         where = tmp_path / runtime
         where.mkdir()
         export(pruned, runtime, "fp32", task, structure, where)
         got, _ = flatten_outputs(predictor(isolated.open_artifact(where, 1), read_manifest(where))(x.numpy()))
-        for a, b in zip(wanted, got, strict=True):
+        for a, b in zip(expected, got, strict=True):
             assert np.abs(a.numpy() - b).max() < 1e-4 * max(1, float(a.abs().max()))
 
 

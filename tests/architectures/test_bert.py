@@ -29,11 +29,11 @@ def test_a_masked_token_does_not_matter_and_a_shown_one_does():
     hidden[:, 6] = (ids[:, 6] + 1) % 50
     shown[:, 3] = (ids[:, 3] + 1) % 50
     with torch.no_grad():
-        found = network(ids, mask)
-        assert torch.equal(network(hidden, mask), found)
-        assert not torch.equal(network(shown, mask), found)
+        logits = network(ids, mask)
+        assert torch.equal(network(hidden, mask), logits)
+        assert not torch.equal(network(shown, mask), logits)
         assert not torch.equal(network(hidden), network(ids))
-        assert torch.allclose(network(ids[:, :5]), found, atol=1e-6)
+        assert torch.allclose(network(ids[:, :5]), logits, atol=1e-6)
 
 
 def test_a_mask_that_hides_nothing_is_no_mask():

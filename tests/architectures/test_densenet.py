@@ -24,15 +24,15 @@ def test_the_name_counts_convolutions_and_the_classifier(depth):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta(121), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(2.834e9, rel=0.01)
+    macs = totals(cost(capture_network(on_meta(121), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(2.834e9, rel=0.01)
 
 
 def test_a_layer_appends_to_what_it_reads():
     torch.manual_seed(0)
     x = torch.randn(2, 6, 5, 5)
-    found = densenet.DenseLayer(6, 4)(x)
-    assert found.shape == (2, 10, 5, 5) and torch.equal(found[:, :6], x)
+    outputs = densenet.DenseLayer(6, 4)(x)
+    assert outputs.shape == (2, 10, 5, 5) and torch.equal(outputs[:, :6], x)
 
 
 def test_small_pictures_and_other_channels_and_classes():

@@ -18,8 +18,8 @@ def test_the_number_of_parameters_is_the_published_one(width, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(0.141e9, rel=0.02)
+    macs = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(0.141e9, rel=0.02)
 
 
 @pytest.mark.parametrize("outputs", [6, 7])
@@ -27,11 +27,11 @@ def test_half_of_the_channels_are_cheap_functions_of_the_other_half(outputs):
     torch.manual_seed(0)
     module = GhostModule(5, outputs, activate=False).eval()
     x = torch.randn(2, 5, 9, 9)
-    found = module(x)
+    features = module(x)
     half = (outputs + 1) // 2
-    assert found.shape == (2, outputs, 9, 9)
-    assert torch.equal(found[:, :half], module.primary(x))
-    assert torch.equal(found[:, half:], module.cheap(found[:, :half])[:, : outputs - half])
+    assert features.shape == (2, outputs, 9, 9)
+    assert torch.equal(features[:, :half], module.primary(x))
+    assert torch.equal(features[:, half:], module.cheap(features[:, :half])[:, : outputs - half])
 
 
 def test_small_pictures_and_other_channels_and_classes():

@@ -29,18 +29,18 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 )
 def test_multiply_accumulates_are_the_published_ones(name, side, published):
     x = torch.zeros(1, 3, side, side, device="meta")
-    found = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(published, rel=0.01)
+    macs = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(published, rel=0.01)
 
 
 def test_the_joined_blocks_of_googlenet_have_the_papers_channels_and_sides():
     network, x = on_meta("googlenet").eval(), torch.zeros(1, 3, 224, 224, device="meta")
-    found = []
+    sizes = []
     for layer in network.features:
         x = layer(x)
         if isinstance(layer, inception.Joined):
-            found.append((x.shape[1], x.shape[2]))
-    assert found == [
+            sizes.append((x.shape[1], x.shape[2]))
+    assert sizes == [
         *((256, 28), (480, 28)),
         *((512, 14), (512, 14), (512, 14), (528, 14), (832, 14)),
         *((832, 7), (1024, 7)),
@@ -49,12 +49,12 @@ def test_the_joined_blocks_of_googlenet_have_the_papers_channels_and_sides():
 
 def test_the_joined_blocks_of_inception_v3_have_the_papers_channels_and_sides():
     network, x = on_meta("inception_v3").eval(), torch.zeros(1, 3, 299, 299, device="meta")
-    found = []
+    sizes = []
     for layer in network.features:
         x = layer(x)
         if isinstance(layer, inception.Joined):
-            found.append((x.shape[1], x.shape[2]))
-    assert found == [(256, 35), (288, 35), (288, 35), *[(768, 17)] * 5, (1280, 8), (2048, 8), (2048, 8)]
+            sizes.append((x.shape[1], x.shape[2]))
+    assert sizes == [(256, 35), (288, 35), (288, 35), *[(768, 17)] * 5, (1280, 8), (2048, 8), (2048, 8)]
 
 
 def test_only_inception_v3_splits_large_kernels():
@@ -64,8 +64,8 @@ def test_only_inception_v3_splits_large_kernels():
 
 def test_branches_read_the_same_input_and_stand_in_their_order():
     x = torch.randn(2, 3, 4, 4)
-    found = inception.Joined(nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1))(x)
-    assert torch.equal(found[:, :3], x) and torch.equal(found[:, 3:6], x.relu()) and found.shape[1] == 9
+    joined = inception.Joined(nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1))(x)
+    assert torch.equal(joined[:, :3], x) and torch.equal(joined[:, 3:6], x.relu()) and joined.shape[1] == 9
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("googlenet", 32), ("inception_v3", 75)])

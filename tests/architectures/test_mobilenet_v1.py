@@ -21,8 +21,8 @@ def test_the_number_of_parameters_is_the_published_one(width, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(569e6, rel=0.02)
+    macs = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(569e6, rel=0.02)
 
 
 def test_behind_the_stem_depthwise_and_1x1_convolutions_take_turns():

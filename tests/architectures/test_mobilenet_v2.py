@@ -17,8 +17,8 @@ def test_the_number_of_parameters_is_the_published_one():
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(300.8e6, rel=0.01)
+    macs = totals(cost(capture_network(on_meta(), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(300.8e6, rel=0.01)
 
 
 @pytest.mark.parametrize(("outputs", "stride", "adds"), [(8, 1, True), (16, 1, False), (8, 2, False), (16, 2, False)])

@@ -18,8 +18,8 @@ def test_the_number_of_parameters_is_the_published_one(form, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta("large"), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(216.6e6, rel=0.02)
+    macs = totals(cost(capture_network(on_meta("large"), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(216.6e6, rel=0.02)
 
 
 def test_gates_are_the_same_everywhere_in_a_channel_and_between_0_and_1():

@@ -31,8 +31,8 @@ def test_the_imagenet_form_has_the_published_number_of_parameters(name, publishe
 @pytest.mark.parametrize("settings", [(3, 10, 16), (1, 7, 8)])
 def test_the_small_form_has_the_parameters_of_a_count_by_hand(depth, settings):
     in_channels, classes, width = settings
-    found = parameters(f"resnet{depth}", in_channels=in_channels, classes=classes, width=width)
-    assert found == by_hand(depth, in_channels, classes, width)
+    count = parameters(f"resnet{depth}", in_channels=in_channels, classes=classes, width=width)
+    assert count == by_hand(depth, in_channels, classes, width)
 
 
 @pytest.mark.parametrize("settings", [(3, 10, 32), (1, 7, 8)])
@@ -42,8 +42,8 @@ def test_the_short_form_has_the_parameters_of_a_count_by_hand(settings):
     for inputs in (width, 2 * width):
         outputs = 2 * inputs
         total += 9 * inputs * outputs + 2 * 9 * outputs**2 + 3 * 2 * outputs
-    found = parameters("resnet8", in_channels=in_channels, classes=classes, width=width)
-    assert found == total + 4 * width * classes + classes
+    count = parameters("resnet8", in_channels=in_channels, classes=classes, width=width)
+    assert count == total + 4 * width * classes + classes
 
 
 def test_the_short_form_halves_the_resolution_twice():

@@ -22,8 +22,8 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta("resnext50_32x4d"), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(4.23e9, rel=0.01)
+    macs = totals(cost(capture_network(on_meta("resnext50_32x4d"), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(4.23e9, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "depth"), [("resnext50_32x4d", 50), ("resnext101_32x8d", 101)])
@@ -36,8 +36,8 @@ def test_the_name_counts_convolutions_and_the_classifier(name, depth):
 @pytest.mark.parametrize(("name", "first"), [("resnext50_32x4d", 4), ("resnext101_32x8d", 8)])
 def test_32_groups_are_twice_as_wide_in_every_stage(name, first):
     stages = on_meta(name).stages
-    found = [{(b.conv2.groups, b.conv2.out_channels // b.conv2.groups) for b in stage} for stage in stages]
-    assert found == [{(32, first * 2**index)} for index in range(4)]
+    groupings = [{(b.conv2.groups, b.conv2.out_channels // b.conv2.groups) for b in stage} for stage in stages]
+    assert groupings == [{(32, first * 2**index)} for index in range(4)]
 
 
 def test_a_block_is_the_sum_of_its_paths():

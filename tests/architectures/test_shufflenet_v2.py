@@ -20,17 +20,17 @@ def test_the_number_of_parameters_is_the_published_one(form, published):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta("x1_0"), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(145e6, rel=0.02)
+    macs = totals(cost(capture_network(on_meta("x1_0"), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(145e6, rel=0.02)
 
 
 def test_half_of_the_channels_pass_and_the_two_halves_take_turns():
     torch.manual_seed(0)
     block = shufflenet_v2.Basic(12).eval()
     x = torch.randn(2, 12, 5, 5)
-    found = block(x)
-    assert torch.equal(found[:, 0::2], x[:, :6])
-    assert torch.equal(found[:, 1::2], block.branch(x[:, 6:]))
+    outputs = block(x)
+    assert torch.equal(outputs[:, 0::2], x[:, :6])
+    assert torch.equal(outputs[:, 1::2], block.branch(x[:, 6:]))
 
 
 def test_behind_two_blocks_every_half_was_worked_on():
@@ -45,10 +45,10 @@ def test_a_block_of_stride_2_works_on_both_halves():
     torch.manual_seed(0)
     block = shufflenet_v2.Down(6, 10).eval()
     x = torch.randn(2, 6, 8, 8)
-    found = block(x)
-    assert found.shape == (2, 10, 4, 4)
-    assert torch.equal(found[:, 0::2], torch.relu(block.pointwise(block.depthwise(x))))
-    assert torch.equal(found[:, 1::2], block.branch(x))
+    outputs = block(x)
+    assert outputs.shape == (2, 10, 4, 4)
+    assert torch.equal(outputs[:, 0::2], torch.relu(block.pointwise(block.depthwise(x))))
+    assert torch.equal(outputs[:, 1::2], block.branch(x))
 
 
 @pytest.mark.parametrize("form", PUBLISHED)

@@ -22,8 +22,8 @@ def test_the_number_of_parameters_is_the_published_one(name, published):
 @pytest.mark.parametrize(("name", "published"), [("squeezenet1_0", 819e6), ("squeezenet1_1", 349e6)])
 def test_multiply_accumulates_are_the_published_ones(name, published):
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(published, rel=0.01)
+    macs = totals(cost(capture_network(on_meta(name), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -32,22 +32,22 @@ def test_multiply_accumulates_are_the_published_ones(name, published):
 )
 def test_fires_have_the_published_channels_and_sides(name, sides):
     network, x = on_meta(name).eval(), torch.zeros(1, 3, 224, 224, device="meta")
-    found = []
+    sizes = []
     for layer in network.features:
         x = layer(x)
         if isinstance(layer, squeezenet.Fire):
-            found.append((x.shape[1], x.shape[2]))
-    assert found == list(zip([128, 128, 256, 256, 384, 384, 512, 512], sides, strict=True))
+            sizes.append((x.shape[1], x.shape[2]))
+    assert sizes == list(zip([128, 128, 256, 256, 384, 384, 512, 512], sides, strict=True))
 
 
 def test_a_fire_joins_1_by_1_and_3_by_3_of_what_it_squeezed():
     torch.manual_seed(0)
     fire, x = squeezenet.Fire(6, 2), torch.randn(2, 6, 5, 5)
     squeezed = fire.squeeze(x).relu()
-    found = fire(x)
-    assert squeezed.shape == (2, 2, 5, 5) and found.shape == (2, 16, 5, 5)
-    assert torch.equal(found[:, :8], fire.expand1(squeezed).relu())
-    assert torch.equal(found[:, 8:], fire.expand3(squeezed).relu())
+    outputs = fire(x)
+    assert squeezed.shape == (2, 2, 5, 5) and outputs.shape == (2, 16, 5, 5)
+    assert torch.equal(outputs[:, :8], fire.expand1(squeezed).relu())
+    assert torch.equal(outputs[:, 8:], fire.expand3(squeezed).relu())
 
 
 def test_no_layer_is_linear_and_logits_are_averages_of_rectified_maps():

@@ -27,8 +27,8 @@ def by_hand(in_channels, classes, width, depth, norms):
 @pytest.mark.parametrize("settings", [(3, 2, 64, 4), (1, 2, 64, 4), (1, 7, 8, 2)])
 def test_parameters_are_those_of_a_count_by_hand(settings):
     in_channels, classes, width, depth = settings
-    found = parameters(in_channels=in_channels, classes=classes, width=width, depth=depth)
-    assert found == by_hand(*settings, norms=True)
+    count = parameters(in_channels=in_channels, classes=classes, width=width, depth=depth)
+    assert count == by_hand(*settings, norms=True)
 
 
 def test_norms_and_input_channels_are_the_only_difference_from_the_papers_count():

@@ -23,8 +23,8 @@ def test_heads_are_64_wide(size, heads):
 
 def test_multiply_accumulates_are_the_published_ones():
     x = torch.zeros(1, 3, 224, 224, device="meta")
-    found = totals(cost(capture_network(on_meta("base"), (x,)), ((x,), {}))).macs
-    assert found == pytest.approx(17.56e9, rel=0.01)
+    macs = totals(cost(capture_network(on_meta("base"), (x,)), ((x,), {}))).macs
+    assert macs == pytest.approx(17.56e9, rel=0.01)
 
 
 def test_without_positions_patches_may_change_places():
