@@ -92,12 +92,12 @@ class Products(nn.Module):
 
 
 def test_matrix_products_of_every_form():
-    found = list(rows_of(Products(), torch.zeros(2, 5, 6)).values())
-    macs = {(row.kind, row.macs) for row in found if row.macs}
+    rows = list(rows_of(Products(), torch.zeros(2, 5, 6)).values())
+    macs = {(row.kind, row.macs) for row in rows if row.macs}
     # With a stored weight addmm and einsum are linear layers.
     assert macs == {("matmul", 5 * 5 * 6), ("baddbmm", 5 * 5 * 6), ("linear", 5 * 9 * 6)}
-    assert sum(row.macs for row in found) == 2 * 5 * 5 * 6 + 2 * 5 * 9 * 6
-    assert sum(row.parameters for row in found) == 6 * 9 + 9  # the weight is used twice, and counted once
+    assert sum(row.macs for row in rows) == 2 * 5 * 5 * 6 + 2 * 5 * 9 * 6
+    assert sum(row.parameters for row in rows) == 6 * 9 + 9  # the weight is used twice, and counted once
 
 
 class Attention(nn.Module):
@@ -274,7 +274,7 @@ def test_a_shortcut_keeps_its_input_alive():
 def test_the_peak_equals_a_slow_simulation(model):
     x = torch.zeros(1, 5, 4) if isinstance(model, Token) else torch.zeros(1, 2 if isinstance(model, Skip) else 3, 8, 8)
     network = capture_network(model, (x,))
-    found = shapes(network, ((x,), {}))
+    tensors = shapes(network, ((x,), {}))
     nodes = list(network.graph.nodes)
     weights = {id(n) for n in nodes if n.op == "get_attr"}
     for n in nodes:  # views of weights
@@ -284,9 +284,9 @@ def test_the_peak_equals_a_slow_simulation(model):
     largest = 0
     for i in range(len(nodes)):
         alive = {}
-        for j, made in enumerate(nodes[: i + 1]):
-            if made.name in found and id(made) not in weights and (j == i or any(u in nodes[i:] for u in made.users)):
-                storage = found[made.name].untyped_storage()
+        for j, node in enumerate(nodes[: i + 1]):
+            if node.name in tensors and id(node) not in weights and (j == i or any(u in nodes[i:] for u in node.users)):
+                storage = tensors[node.name].untyped_storage()
                 alive[storage._cdata] = storage.nbytes()
         largest = max(largest, sum(alive.values()))
     assert peak_activation_bytes(network, ((x,), {})) == largest

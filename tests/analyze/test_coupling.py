@@ -41,12 +41,12 @@ def case(name):
 def some(coupling, seed, most=0.6):
     """At random some units of every group, never all of them."""
     random = np.random.default_rng(seed)
-    found = {}
+    removed = {}
     for name, group in coupling.groups.items():
         count = random.integers(0, max(1, int(group.units * most)) + 1) if group.units > 1 else 0
         if count:
-            found[name] = sorted(random.permutation(group.units)[:count].tolist())
-    return found
+            removed[name] = sorted(random.permutation(group.units)[:count].tolist())
+    return removed
 
 
 def in_double(value):
@@ -56,10 +56,10 @@ def in_double(value):
 def agree(network, coupling, removed, args, tolerance):
     pruned = copy.deepcopy(network)
     resize(pruned, coupling.edits(removed))
-    wanted = masked(network, coupling, removed)(*args)
+    expected = masked(network, coupling, removed)(*args)
     with torch.no_grad():
         got = pruned(*args)
-    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     return pruned
 
 
@@ -269,8 +269,8 @@ def test_a_sizes_prediction_is_what_pruning_gives():
     assert {name: tuple(tensors[name].shape) for name in stored} == stored
     from penjing.network.graph import shapes
 
-    found = {name: tuple(t.shape) for name, t in shapes(pruned, ((x,), {})).items()}
-    assert {name: values[name] for name in found if name in values} == {n: s for n, s in found.items() if n in values}
+    actual = {name: tuple(t.shape) for name, t in shapes(pruned, ((x,), {})).items()}
+    assert {name: values[name] for name in actual if name in values} == {n: s for n, s in actual.items() if n in values}
 
 
 class Random(nn.Module):

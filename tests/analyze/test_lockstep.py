@@ -85,10 +85,10 @@ def answers(network, data):
 
 
 def leaves(outputs):
-    found = []
+    tensors = []
     for chunk in outputs:
-        found.append([v for v in torch.utils._pytree.tree_leaves(chunk) if isinstance(v, torch.Tensor)])
-    return found
+        tensors.append([v for v in torch.utils._pytree.tree_leaves(chunk) if isinstance(v, torch.Tensor)])
+    return tensors
 
 
 def nobody(layer):
@@ -105,12 +105,12 @@ def test_both_sides_answer_as_the_network_and_as_its_quantized_copy(example):
         return layer.replica_outputs(bias=lockstep.rounded(layer.module.bias, entry))
 
     source, replica = lockstep.run(draft.network, draft.plan, map(as_call, data), with_integer_bias)
-    for found, wanted in zip(leaves(source), answers(draft.network, data), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for outputs, expected in zip(leaves(source), answers(draft.network, data), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     planned = answers(insert(draft.network, draft.plan), data)
-    for found, wanted, exact in zip(leaves(replica), planned, answers(draft.network, data), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-        assert not any(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    for outputs, expected, exact in zip(leaves(replica), planned, answers(draft.network, data), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(outputs, exact, strict=True))
 
 
 def test_without_a_plan_the_twin_is_the_network(example):
@@ -185,12 +185,12 @@ def test_tensors_that_two_calls_or_two_layers_share_are_not_countable(example):
 
 def test_means_and_shifts_equal_a_loop():
     torch.manual_seed(0)
-    wanted = [torch.randn(3, 4, 5), torch.randn(2, 4, 5)]
-    found = [torch.randn(3, 4, 5), torch.randn(2, 4, 5)]
-    difference = torch.cat(wanted) - torch.cat(found)
+    reference = [torch.randn(3, 4, 5), torch.randn(2, 4, 5)]
+    outputs = [torch.randn(3, 4, 5), torch.randn(2, 4, 5)]
+    difference = torch.cat(reference) - torch.cat(outputs)
     by_hand = torch.tensor([float(difference[:, c].double().mean()) for c in range(4)], dtype=torch.float64)
-    shift = lockstep.mean_difference(wanted, found, 1)
+    shift = lockstep.mean_difference(reference, outputs, 1)
     torch.testing.assert_close(shift, by_hand)
-    torch.testing.assert_close(lockstep.mean_difference(wanted, found, -1)[2], difference[..., 2].double().mean())
-    moved = lockstep.shifted([f.clone() for f in found], shift, 1)
-    assert float(lockstep.mean_difference(wanted, moved, 1).abs().max()) < 1e-6
+    torch.testing.assert_close(lockstep.mean_difference(reference, outputs, -1)[2], difference[..., 2].double().mean())
+    moved = lockstep.shifted([f.clone() for f in outputs], shift, 1)
+    assert float(lockstep.mean_difference(reference, moved, 1).abs().max()) < 1e-6

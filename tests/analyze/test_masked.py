@@ -48,12 +48,12 @@ def test_a_layer_norm_looks_at_the_kept_channels_alone():
     model = scattered(Norm())
     network = capture_network(model, (x,))
     coupling = couple(network, ((x,), {}))
-    kept = [0, 1, 3, 4]
+    remaining = [0, 1, 3, 4]
     with torch.no_grad():
-        h = model.a(x)[:, kept]
-        h = nn.functional.layer_norm(h, (4,), model.norm.weight[kept], model.norm.bias[kept])
-        wanted = h @ model.b.weight[:, kept].T + model.b.bias
-    torch.testing.assert_close(masked(network, coupling, {"a": [2, 5]})(x), wanted)
+        h = model.a(x)[:, remaining]
+        h = nn.functional.layer_norm(h, (4,), model.norm.weight[remaining], model.norm.bias[remaining])
+        expected = h @ model.b.weight[:, remaining].T + model.b.bias
+    torch.testing.assert_close(masked(network, coupling, {"a": [2, 5]})(x), expected)
 
 
 def test_the_network_stays_as_it_is():

@@ -71,8 +71,8 @@ class Shuffle(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
-            kept, changed = x.chunk(2, 1)
-            x = torch.cat([kept, F.relu(block(changed))], 1)
+            unchanged, changed = x.chunk(2, 1)
+            x = torch.cat([unchanged, F.relu(block(changed))], 1)
             n, c, h, w = x.shape
             x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         return self.out(x.mean((2, 3)))
