@@ -39,9 +39,9 @@ CASES = {
 def test_a_stored_addend_per_channel_is_the_bias(name):
     network, shape, layer = CASES[name]
     captured = capture_network(network, (torch.zeros(shape),))
-    found = [part for part in captured.modules() if type(part).__name__ == layer]
-    assert len(found) == 1
-    assert torch.equal(found[0].bias, network.shift.reshape(-1))
+    layers = [part for part in captured.modules() if type(part).__name__ == layer]
+    assert len(layers) == 1
+    assert torch.equal(layers[0].bias, network.shift.reshape(-1))
     assert not any("add" in str(node.target) for node in captured.graph.nodes)
     x = torch.randn(shape[0] + 2, *shape[1:])
     with torch.no_grad():

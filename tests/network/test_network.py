@@ -241,11 +241,11 @@ def test_a_failed_export_gives_the_flags_back_too():
 
 def test_a_layer_called_twice_is_one_module_with_two_sites():
     network = capture_network(Residual(), (torch.zeros(1, 3, 8, 8),))
-    found = sites(network)
-    assert [name for name in found if "conv" in name or "bn" in name] == ["conv", "bn", "conv@1", "bn@1"]
-    assert found["conv"].target == found["conv@1"].target == "conv"
-    assert "/add#0" in found
-    assert [kind(network, n) for n in found.values()][:3] == ["conv", "batch_norm", "relu"]
+    by_site = sites(network)
+    assert [name for name in by_site if "conv" in name or "bn" in name] == ["conv", "bn", "conv@1", "bn@1"]
+    assert by_site["conv"].target == by_site["conv@1"].target == "conv"
+    assert "/add#0" in by_site
+    assert [kind(network, n) for n in by_site.values()][:3] == ["conv", "batch_norm", "relu"]
 
 
 def test_in_place_operators_leave_the_inputs_alone():
@@ -617,10 +617,10 @@ class TestReading:
     def test_shapes_are_those_of_a_real_run_and_touch_nothing(self):
         network = capture_network(Writes(), (torch.zeros(1, 3, 8, 8),)).train()
         before = {k: v.clone() for k, v in network.state_dict().items()}
-        found = shapes(network, ((torch.zeros(6, 3, 8, 8),), {}))
-        assert tuple(found["x"].shape) == (6, 3, 8, 8)
+        values = shapes(network, ((torch.zeros(6, 3, 8, 8),), {}))
+        assert tuple(values["x"].shape) == (6, 3, 8, 8)
         (linear,) = [n for n in network.graph.nodes if kind(network, n) == "linear"]
-        assert tuple(found[linear.name].shape) == (6, 5)
+        assert tuple(values[linear.name].shape) == (6, 5)
         assert network.training
         assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
@@ -630,9 +630,9 @@ class TestReading:
                 return torch.cat([b, a, c.reshape(a.shape[0], -1)], 1)
 
         network = capture_network(Cat(), (torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2, 2)))
-        found = sites(network)
-        assert [site(n) for n in tensor_inputs(found["/cat#0"])] == ["b", "a", "/reshape#0"]
-        assert [site(n) for n in tensor_inputs(found["/reshape#0"])] == ["c"]  # the size is no port
+        by_site = sites(network)
+        assert [site(n) for n in tensor_inputs(by_site["/cat#0"])] == ["b", "a", "/reshape#0"]
+        assert [site(n) for n in tensor_inputs(by_site["/reshape#0"])] == ["c"]  # the size is no port
 
     def test_arguments_carry_their_names_and_defaults(self):
         class Pool(nn.Module):
