@@ -272,11 +272,11 @@ def kinds(network):
 
 def test_layers_are_layers_under_their_names_and_permutations_are_gone():
     network = capture_network(open_source(filled(cnn())).module, (images(2),))
-    found = kinds(network)
+    layer_classes = kinds(network)
     convolutions = {"stem", "sep.depthwise", "sep.pointwise", "dw", "mix"}
-    assert {name for name, kind in found.items() if kind is nn.Conv2d} == convolutions
-    assert {name for name, kind in found.items() if kind is nn.BatchNorm2d} == {"bn", "bn2"}
-    assert found["head"] is nn.Linear and found["drop"] is nn.Dropout
+    assert {name for name, kind in layer_classes.items() if kind is nn.Conv2d} == convolutions
+    assert {name for name, kind in layer_classes.items() if kind is nn.BatchNorm2d} == {"bn", "bn2"}
+    assert layer_classes["head"] is nn.Linear and layer_classes["drop"] is nn.Dropout
     names = [str(node.target) for node in network.graph.nodes]
     assert sum("permute" in name for name in names) == 1  # of the input
     assert not any(word in name for name in names for word in ("aten.to", "contiguous", "reshape"))
@@ -294,10 +294,10 @@ def test_a_network_with_branches_keeps_two_permutations():
 
 def test_attention_has_its_weights_as_linear_layers():
     network = capture_network(open_source(filled(subclassed())).module, NETWORKS["subclassed"][1])
-    found = kinds(network)
+    layer_classes = kinds(network)
     projections = {f"attention.{word}" for word in ("query", "key", "value", "attention_output")}
-    assert {name for name, kind in found.items() if kind is nn.Linear} == {*projections, "head"}
-    assert found["table"] is nn.Embedding and found["norm"] is nn.LayerNorm
+    assert {name for name, kind in layer_classes.items() if kind is nn.Linear} == {*projections, "head"}
+    assert layer_classes["table"] is nn.Embedding and layer_classes["norm"] is nn.LayerNorm
     assert "factor" in dict(network.named_parameters())
 
 

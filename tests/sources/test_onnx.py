@@ -203,14 +203,14 @@ def model(nodes, inputs, outputs, initializers=(), opset=18, domains=()):
         [numpy_helper.from_array(value, name) for name, value in dict(initializers).items()],
     )
     sets = [helper.make_opsetid("", opset), *(helper.make_opsetid(name, 1) for name in domains)]
-    made = helper.make_model(graph, opset_imports=sets)
-    made.ir_version = 8
-    return made
+    proto = helper.make_model(graph, opset_imports=sets)
+    proto.ir_version = 8
+    return proto
 
 
-def stored(tmp_path, made):
+def stored(tmp_path, proto):
     path = tmp_path / "model.onnx"
-    path.write_bytes(made.SerializeToString())
+    path.write_bytes(proto.SerializeToString())
     return path
 
 
@@ -231,9 +231,9 @@ def test_a_branch_on_a_constant_is_taken_and_the_other_not_stored(tmp_path):
         helper.make_node("Equal", ["rate", "wide"], ["is_wide"]),
         helper.make_node("If", ["is_wide"], ["out"], then_branch=branch("a", 1.0), else_branch=branch("b", 2.0)),
     ]
-    made = model(nodes, {"x": ["batch", 4]}, {"out": ["batch", 3]}, {"wide": np.array(16000, np.int64)})
-    made.graph.input.append(helper.make_tensor_value_info("rate", TensorProto.INT64, []))
-    path = stored(tmp_path, made)
+    proto = model(nodes, {"x": ["batch", 4]}, {"out": ["batch", 3]}, {"wide": np.array(16000, np.int64)})
+    proto.graph.input.append(helper.make_tensor_value_info("rate", TensorProto.INT64, []))
+    path = stored(tmp_path, proto)
     for rate, factor in ((16000, 1.0), (8000, 2.0)):
         network, *_ = open_network(path, rate=rate)
         assert torch.equal(network(torch.ones(2, 4)), torch.full((2, 3), 4 * factor))
@@ -254,15 +254,15 @@ def test_sizes_that_are_computed_follow_the_input(tmp_path):
         helper.make_node("Reshape", ["x", "wanted"], ["y"]),
     ]
     numbers = {"one": np.array(1), "zero": np.array([0]), "minus": np.array([-1]), "four": np.array([4])}
-    made = model(nodes, {"x": ["n", "length", 2, 2]}, {"y": ["n", "length", 4]}, numbers)
-    network, _, dynamic = open_network(stored(tmp_path, made))
+    proto = model(nodes, {"x": ["n", "length", 2, 2]}, {"y": ["n", "length", 4]}, numbers)
+    network, _, dynamic = open_network(stored(tmp_path, proto))
     captured = capture_network(network, (torch.zeros(2, 5, 2, 2),), {}, dynamic)
     assert captured(torch.zeros(3, 7, 2, 2)).shape == (3, 7, 4)
 
 
 def test_axes_without_a_name_vary(tmp_path):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [None, 3, None, None]}, {"y": [None, 3, None, None]})
-    network, example, dynamic = open_network(stored(tmp_path, made))
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [None, 3, None, None]}, {"y": [None, 3, None, None]})
+    network, example, dynamic = open_network(stored(tmp_path, proto))
     assert example is None
     assert dynamic == {0: {0: "batch", 2: "axis_0_2", 3: "axis_0_3"}}
     captured = capture_network(network, (torch.zeros(2, 3, 5, 6),), {}, dynamic)
@@ -284,7 +284,7 @@ RESIZED = [
 """Of images whose sizes vary, in the ways that torch's own interpolation does not have."""
 
 
-def captured_and_run(tmp_path, made, arrays):
+def captured_and_run(tmp_path, proto, arrays):
     """What a file gives in ONNX Runtime, captured, and exported to both runtimes, for inputs of two sizes."""
     from penjing import runtimes
     from penjing.pipeline import building
@@ -294,12 +294,12 @@ def captured_and_run(tmp_path, made, arrays):
     from penjing.tasks.outputs import flatten_outputs
 
     ort = pytest.importorskip("onnxruntime")
-    network, _, dynamic = open_network(stored(tmp_path, made))
+    network, _, dynamic = open_network(stored(tmp_path, proto))
     example = torch.from_numpy(arrays[0])
     captured = capture_network(network, (example,), {}, dynamic)
     with torch.no_grad():
         _, structure = flatten_outputs(captured(example))
-    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     answers = {"source": [session.run(None, {"x": array}) for array in arrays]}
     with torch.no_grad():
         answers["captured"] = [
@@ -326,11 +326,11 @@ def test_images_of_varying_sizes_are_resized_in_every_way(tmp_path):
             )
         )
     shapes = {f"y{i}": ["n", 2, f"h{i}", f"w{i}"] for i in range(len(RESIZED))}
-    made = model(nodes, {"x": ["n", 2, "h", "w"]}, shapes, numbers)
+    proto = model(nodes, {"x": ["n", 2, "h", "w"]}, shapes, numbers)
     arrays = [
         np.random.default_rng(0).normal(size=(n, 2, h, w)).astype(np.float32) for n, h, w in ((2, 8, 12), (3, 12, 4))
     ]
-    answers = captured_and_run(tmp_path, made, arrays)
+    answers = captured_and_run(tmp_path, proto, arrays)
     for who in ("captured", *RUNTIMES):
         for mine, right in zip(answers[who], answers["source"], strict=True):
             for way, one, other in zip(RESIZED, mine, right, strict=True):
@@ -342,11 +342,11 @@ def test_sizes_that_must_be_multiples_still_vary(tmp_path):
         helper.make_node("SpaceToDepth", ["x"], ["d"], blocksize=2),
         helper.make_node("Conv", ["d", "w"], ["y"], pads=[1, 1, 1, 1]),
     ]
-    made = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": None}, {"w": values(4, 12, 3, 3)})
+    proto = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": None}, {"w": values(4, 12, 3, 3)})
     arrays = [
         np.random.default_rng(0).normal(size=(n, 3, h, w)).astype(np.float32) for n, h, w in ((2, 8, 8), (1, 10, 6))
     ]
-    answers = captured_and_run(tmp_path, made, arrays)
+    answers = captured_and_run(tmp_path, proto, arrays)
     for who in ("captured", *RUNTIMES):
         for (mine,), (right,) in zip(answers[who], answers["source"], strict=True):
             np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-4, err_msg=who)
@@ -355,8 +355,8 @@ def test_sizes_that_must_be_multiples_still_vary(tmp_path):
 @pytest.mark.parametrize("indices", [[-1], [0, -2], [[-1, 0], [1, -3]]])
 def test_what_counts_from_the_end_of_an_axis_that_varies(tmp_path, indices):
     node = helper.make_node("Gather", ["x", "i"], ["y"], axis=1)
-    made = model([node], {"x": ["n", "length", 4]}, {"y": None}, {"i": np.array(indices)})
-    network, _, dynamic = open_network(stored(tmp_path, made))
+    proto = model([node], {"x": ["n", "length", 4]}, {"y": None}, {"i": np.array(indices)})
+    network, _, dynamic = open_network(stored(tmp_path, proto))
     captured = capture_network(network, (torch.zeros(2, 6, 4),), {}, dynamic)
     x = np.random.default_rng(0).normal(size=(3, 9, 4)).astype(np.float32)
     assert np.array_equal(captured(torch.from_numpy(x)).numpy(), x[:, np.array(indices)])
@@ -364,18 +364,18 @@ def test_what_counts_from_the_end_of_an_axis_that_varies(tmp_path, indices):
 
 def test_of_a_recurrent_network_the_first_open_axis_is_the_batch(tmp_path):
     node = helper.make_node("RNN", ["x", "w", "r", "", "", "h"], ["y"], hidden_size=6)
-    made = model(
+    proto = model(
         [node], {"x": [5, None, 4], "h": [1, None, 6]}, {"y": None}, {"w": values(1, 6, 4), "r": values(1, 6, 6)}
     )
-    _, _, dynamic = open_network(stored(tmp_path, made))
+    _, _, dynamic = open_network(stored(tmp_path, proto))
     assert dynamic == {0: {1: "batch"}, 1: {1: "batch"}}
 
 
 def test_an_axis_that_the_file_declares_and_a_recurrent_layer_fixes_is_told(tmp_path):
     node = helper.make_node("RNN", ["x", "w", "r"], ["y"], hidden_size=6)
     ports = {"x": ["n", "length", 4]}
-    made = model([node], ports, {"y": None}, {"w": values(1, 6, 4), "r": values(1, 6, 6)})
-    source = open_source(stored(tmp_path, made))
+    proto = model([node], ports, {"y": None}, {"w": values(1, 6, 4), "r": values(1, 6, 6)})
+    source = open_source(stored(tmp_path, proto))
     assert source.inputs == ("x float32 (n, length, 4)",)
     example = torch.zeros(5, 2, 4)
     silent = pj.Task(example=example, dynamic={0: {1: "batch"}})
@@ -385,8 +385,8 @@ def test_an_axis_that_the_file_declares_and_a_recurrent_layer_fixes_is_told(tmp_
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
-    _, example, dynamic = open_network(stored(tmp_path, made))
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
+    _, example, dynamic = open_network(stored(tmp_path, proto))
     assert dynamic == {}
     assert example[0].shape == (1, 4)
 
@@ -401,11 +401,11 @@ def test_a_fixed_batch_stays_fixed(tmp_path):
     ids=["another domain", "quantized", "random"],
 )
 def test_what_is_not_taken_is_named_with_its_node(tmp_path, node, code, word):
-    made = model(
+    proto = model(
         [helper.make_node("Relu", ["x0"], ["x"]), node], {"x0": [1, 4]}, {"y": [1, 4]}, {"s": np.float32([1.0])}
     )
-    made.opset_import.append(helper.make_opsetid("my.domain", 1))
-    error = refusal(stored(tmp_path, made), SourceError, code)
+    proto.opset_import.append(helper.make_opsetid("my.domain", 1))
+    error = refusal(stored(tmp_path, proto), SourceError, code)
     assert "node 2" in error.got
     assert "'mine'" in error.got
     assert word in error.got
@@ -426,17 +426,17 @@ def test_a_loop_is_refused_by_name(tmp_path):
         ],
     )
     node = helper.make_node("Loop", ["count", "", "x"], ["y"], name="rounds", body=body)
-    made = model([node], {"x": [1, 4]}, {"y": [1, 4]}, {"count": np.array(3)})
-    error = refusal(stored(tmp_path, made), SourceError, "operator")
+    proto = model([node], {"x": [1, 4]}, {"y": [1, 4]}, {"count": np.array(3)})
+    error = refusal(stored(tmp_path, proto), SourceError, "operator")
     assert "Loop" in error.what
     assert "rounds" in error.got
 
 
 @pytest.mark.parametrize("opset", [6, 999])
 def test_sets_that_are_not_read(tmp_path, opset):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
-    made.opset_import[0].version = opset
-    assert str(opset) in refusal(stored(tmp_path, made), SourceError, "unknown-set").got
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]})
+    proto.opset_import[0].version = opset
+    assert str(opset) in refusal(stored(tmp_path, proto), SourceError, "unknown-set").got
 
 
 def test_cycles_and_two_values_of_one_name(tmp_path):
@@ -449,8 +449,8 @@ def test_cycles_and_two_values_of_one_name(tmp_path):
 
 
 def test_an_output_that_nothing_gives(tmp_path):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"z": [1, 4]})
-    assert "'z'" in refusal(stored(tmp_path, made), CheckpointError, "damaged").got
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 4]}, {"z": [1, 4]})
+    assert "'z'" in refusal(stored(tmp_path, proto), CheckpointError, "damaged").got
 
 
 def test_absurd_sizes_take_no_memory(tmp_path):
@@ -462,8 +462,8 @@ def test_absurd_sizes_take_no_memory(tmp_path):
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("Add", ["x", "zeros"], ["y"]),
     ]
-    made = model(nodes, {"x": [1, 4]}, {"y": ["a", "b"]}, {"shape": np.array([1 << 30, 1 << 20])})
-    network, *_ = open_network(stored(tmp_path, made))
+    proto = model(nodes, {"x": [1, 4]}, {"y": ["a", "b"]}, {"shape": np.array([1 << 30, 1 << 20])})
+    network, *_ = open_network(stored(tmp_path, proto))
     with raises_case(SourceError, "operator"):
         network(torch.zeros(1, 4))
 
@@ -484,8 +484,8 @@ GROWING = {
 def test_a_few_numbers_do_not_make_a_small_tensor_a_huge_one(tmp_path, operator):
     attributes, stored_values = GROWING[operator]
     node = helper.make_node(operator, ["x", *stored_values], ["y"], **attributes)
-    made = model([node], {"x": [1, 3, 8, 8]}, {"y": None}, stored_values)
-    network, *_ = open_network(stored(tmp_path, made))
+    proto = model([node], {"x": [1, 3, 8, 8]}, {"y": None}, stored_values)
+    network, *_ = open_network(stored(tmp_path, proto))
     with raises_case(SourceError, "operator") as caught:
         network(torch.zeros(1, 3, 8, 8))
     assert "too large" in caught.value.what
@@ -493,24 +493,24 @@ def test_a_few_numbers_do_not_make_a_small_tensor_a_huge_one(tmp_path, operator)
 
 @pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "C:\\weights.bin", "", "a/../../weights.bin"])
 def test_tensors_outside_the_folder_are_not_read(tmp_path, location):
-    made = model(
+    proto = model(
         [helper.make_node("Add", ["x", "w"], ["y"])], {"x": [1, 4]}, {"y": [1, 4]}, {"w": np.ones(4, np.float32)}
     )
-    tensor = made.graph.initializer[0]
+    tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", location
     (tmp_path / "weights.bin").write_bytes(bytes(16))
     (tmp_path / "inner").mkdir()
-    assert repr(location) in refusal(stored(tmp_path / "inner", made), CheckpointError, "outside").got
+    assert repr(location) in refusal(stored(tmp_path / "inner", proto), CheckpointError, "outside").got
 
 
 def test_tensors_beside_the_file_are_read_and_have_to_be_whole(tmp_path):
-    made = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [1, 2000]}, {"y": [1, 2000]},
+    proto = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [1, 2000]}, {"y": [1, 2000]},
                  {"w": np.arange(2000, dtype=np.float32)})  # fmt: skip
     path = tmp_path / "model.onnx"
-    onnx.save_model(made, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save_model(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     network, *_ = open_network(path)
     assert torch.equal(network(torch.zeros(1, 2000))[0], torch.arange(2000.0))
     (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:-1])
@@ -535,10 +535,10 @@ def test_a_damaged_file_is_an_error_and_no_crash(exported, tmp_path):
 # --- what other exporters write, against ONNX Runtime -----------------------------------------------------------
 
 
-def assert_agrees(tmp_path, made, *batches):
+def assert_agrees(tmp_path, proto, *batches):
     """The module computes what ONNX Runtime computes of the file."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    path = stored(tmp_path, made)
+    path = stored(tmp_path, proto)
     network, *_ = open_network(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for inputs in batches:
@@ -564,8 +564,8 @@ def test_nodes_weights_and_ports_may_have_any_name(tmp_path):
         weights[name] = values(4, 4, seed=i) / 2
         nodes.append(helper.make_node("MatMul", [at, name], [f"value {i}"], name=name))
         at = f"value {i}"
-    made = model(nodes, {"return": ["batch", 4]}, {at: ["batch", 4]}, weights)
-    network = assert_agrees(tmp_path, made, {"return": values(2, 4)}, {"return": values(3, 4)})
+    proto = model(nodes, {"return": ["batch", 4]}, {at: ["batch", 4]}, weights)
+    network = assert_agrees(tmp_path, proto, {"return": values(2, 4)}, {"return": values(3, 4)})
     assert sum(p.numel() for p in network.parameters()) == 16 * len(NAMES)
     captured = capture_network(network, (torch.ones(2, 4),), {}, {0: {0: "batch"}})
     with torch.no_grad():
@@ -577,8 +577,8 @@ def test_weights_may_lie_below_the_name_of_a_node(tmp_path):
         helper.make_node("Mul", ["x", "a.weight"], ["y"], name="a"),
         helper.make_node("Mul", ["y", "a.weight.b"], ["z"], name="/a/weight"),
     ]
-    made = model(nodes, {"x": ["n", 4]}, {"z": ["n", 4]}, {"a.weight": values(4), "a.weight.b": values(4, seed=1)})
-    assert_agrees(tmp_path, made, {"x": values(2, 4)})
+    proto = model(nodes, {"x": ["n", 4]}, {"z": ["n", 4]}, {"a.weight": values(4), "a.weight.b": values(4, seed=1)})
+    assert_agrees(tmp_path, proto, {"x": values(2, 4)})
 
 
 @pytest.mark.parametrize("opset", [10, 13])
@@ -600,8 +600,8 @@ def test_constants_among_sizes_are_numbers(tmp_path, opset):
         "target": np.float32([12, 10]),
         "ones": np.float32([1, 1]),
     }
-    made = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, constants, opset)
-    network = assert_agrees(tmp_path, made, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
+    proto = model(nodes, {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, constants, opset)
+    network = assert_agrees(tmp_path, proto, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
     assert not list(network.parameters())
 
 
@@ -617,16 +617,16 @@ def test_outputs_that_are_sizes_have_the_type_of_the_file(tmp_path):
     ]
     names = ("shape", "floats", "integers", "a", "halves")
     constants = {"half": np.float32([0.5]), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
-    made = model(nodes, {"x": ["n", 4]}, dict.fromkeys(names, [2]) | {"y": ["n", 2]}, constants)
+    proto = model(nodes, {"x": ["n", 4]}, dict.fromkeys(names, [2]) | {"y": ["n", 2]}, constants)
     types = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT)
-    for output, kind in zip(made.graph.output, types, strict=False):
+    for output, kind in zip(proto.graph.output, types, strict=False):
         output.type.tensor_type.elem_type = kind
-    answers = captured_and_run(tmp_path, made, [values(3, 4), values(5, 4)])
+    answers = captured_and_run(tmp_path, proto, [values(3, 4), values(5, 4)])
     for where in ("captured", *RUNTIMES):
         for batch, expected in zip(answers[where], answers["source"], strict=True):
-            for output, wanted in zip(batch, expected, strict=True):
-                np.testing.assert_allclose(output, wanted, rtol=1e-4)
-                assert output.dtype == wanted.dtype, where
+            for output, reference in zip(batch, expected, strict=True):
+                np.testing.assert_allclose(output, reference, rtol=1e-4)
+                assert output.dtype == reference.dtype, where
 
 
 def test_a_weight_times_a_size_is_a_weight(tmp_path):
@@ -636,14 +636,14 @@ def test_a_weight_times_a_size_is_a_weight(tmp_path):
         helper.make_node("Div", ["w", "number"], ["scaled"]),
         helper.make_node("MatMul", ["x", "scaled"], ["y"]),
     ]
-    made = model(nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": values(4, 3)})
-    assert sum(p.numel() for p in assert_agrees(tmp_path, made, {"x": values(5, 4)}).parameters()) == 12
+    proto = model(nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": values(4, 3)})
+    assert sum(p.numel() for p in assert_agrees(tmp_path, proto, {"x": values(5, 4)}).parameters()) == 12
 
 
 def test_nearest_of_the_tenth_set_rounds_up_where_it_shrinks(tmp_path):
-    made = model([helper.make_node("Resize", ["x", "s"], ["y"])], {"x": ["n", 3, 8, 6]}, {"y": ["a", "b", "c", "d"]},
+    proto = model([helper.make_node("Resize", ["x", "s"], ["y"])], {"x": ["n", 3, 8, 6]}, {"y": ["a", "b", "c", "d"]},
                  {"s": np.float32([1, 1, 1.5, 0.6])}, 10)  # fmt: skip
-    assert_agrees(tmp_path, made, {"x": values(2, 3, 8, 6)})
+    assert_agrees(tmp_path, proto, {"x": values(2, 3, 8, 6)})
 
 
 @pytest.mark.parametrize("transform", ["half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"])
@@ -651,16 +651,16 @@ def test_nearest_of_the_tenth_set_rounds_up_where_it_shrinks(tmp_path):
 def test_images_of_varying_sizes_are_enlarged_by_whole_factors(tmp_path, transform, rounding):
     node = helper.make_node("Resize", ["x", "", "s"], ["y"], coordinate_transformation_mode=transform,
                             nearest_mode=rounding)  # fmt: skip
-    made = model([node], {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, {"s": np.float32([1, 1, 2, 3])}, 13)
-    network = assert_agrees(tmp_path, made, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
+    proto = model([node], {"x": ["n", 3, "h", "w"]}, {"y": ["a", "b", "c", "d"]}, {"s": np.float32([1, 1, 2, 3])}, 13)
+    network = assert_agrees(tmp_path, proto, {"x": values(1, 3, 4, 5)}, {"x": values(2, 3, 6, 5)})
     captured = capture_network(network, (torch.zeros(2, 3, 4, 5),), {}, {0: {0: "n", 2: "h", 3: "w"}})
     x = torch.from_numpy(values(3, 3, 7, 9))
     assert torch.equal(captured(x), network(x))
 
 
 def test_outputs_of_an_unknown_rank_are_read(tmp_path):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": None}, {"y": None})
-    network, example, _ = open_network(stored(tmp_path, made))
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": None}, {"y": None})
+    network, example, _ = open_network(stored(tmp_path, proto))
     assert example is None
     assert network(torch.ones(2, 3)).shape == (2, 3)
 
@@ -770,13 +770,13 @@ def test_constants_that_grow_are_refused_before_they_are_computed(tmp_path, name
 
 def test_functions_that_double_are_counted_before_they_are_written_out(tmp_path):
     domain, sets = "mine", [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
-    made = model([helper.make_node("f0", ["x"], ["y"], domain=domain)], {"x": [1]}, {"y": [1]}, domains=[domain])
+    proto = model([helper.make_node("f0", ["x"], ["y"], domain=domain)], {"x": [1]}, {"y": [1]}, domains=[domain])
     for i in range(40):
         names = [f"f{i + 1}"] * 2 if i < 39 else ["Relu", "Relu"]
         where = {"domain": domain} if i < 39 else {}
         body = [helper.make_node(names[0], ["a"], ["b"], **where), helper.make_node(names[1], ["b"], ["c"], **where)]
-        made.functions.append(helper.make_function(domain, f"f{i}", ["a"], ["c"], body, sets))
-    assert refusal(stored(tmp_path, made), SourceError, "too-large").code == "too-large"
+        proto.functions.append(helper.make_function(domain, f"f{i}", ["a"], ["c"], body, sets))
+    assert refusal(stored(tmp_path, proto), SourceError, "too-large").code == "too-large"
 
 
 @pytest.mark.parametrize(
@@ -810,8 +810,8 @@ def test_what_is_quantized_already_is_told(tmp_path, operator):
     }.get(operator, (["x", "s"], ["y"]))
     node = helper.make_node(word, inputs, outputs, name="mine", domain=domain)
     weights = {"w": np.zeros((4, 4), np.uint8), "s": np.float32(0.5)}
-    made = model([node], {"x": [4, 4]}, {"y": [4, 4]}, weights, domains=[domain] if domain else ())
-    error = refusal(stored(tmp_path, made), SourceError, "quantized")
+    proto = model([node], {"x": [4, 4]}, {"y": [4, 4]}, weights, domains=[domain] if domain else ())
+    error = refusal(stored(tmp_path, proto), SourceError, "quantized")
     assert word in error.got
     assert "quantized from" in error.remedy
 
@@ -829,8 +829,8 @@ def test_states_of_recurrent_layers_have_the_batch_of_their_input(tmp_path, stat
     ]  # fmt: skip
     constants = {"one": np.array([1]), "two": np.array([2]), "six": np.array([6]), "fixed": np.array([2, 2, 6])}
     weights = {"w": values(2, 24, 4), "r": values(2, 24, 6, seed=1), "b": values(2, 48, seed=2)}
-    made = model(nodes, {"x": [5, "batch", 4]}, {"y": [5, 2, "batch", 6]}, {**constants, **weights})
-    network, _, dynamic = open_network(stored(tmp_path, made))
+    proto = model(nodes, {"x": [5, "batch", 4]}, {"y": [5, 2, "batch", 6]}, {**constants, **weights})
+    network, _, dynamic = open_network(stored(tmp_path, proto))
     assert dynamic == {0: {1: "batch"}}
     captured = capture_network(network, (torch.zeros(5, 2, 4),), {}, dynamic)
     x = torch.from_numpy(values(5, 7, 4))
@@ -883,32 +883,32 @@ def test_branches_have_as_many_outputs_as_their_node(tmp_path):
     inner = helper.make_graph([helper.make_node("Neg", ["x"], ["t"])], "branch", [],
                               [helper.make_tensor_value_info("t", TensorProto.FLOAT, [2, 4])])  # fmt: skip
     node = helper.make_node("If", ["c"], ["y", "z"], name="bad", then_branch=inner, else_branch=inner)
-    made = model([node], {"x": [2, 4]}, {"y": [2, 4], "z": [2, 4]}, {"c": np.array(True)})
-    assert "'bad'" in refusal(stored(tmp_path, made), SourceError, "operator").got
+    proto = model([node], {"x": [2, 4]}, {"y": [2, 4], "z": [2, 4]}, {"c": np.array(True)})
+    assert "'bad'" in refusal(stored(tmp_path, proto), SourceError, "operator").got
 
 
 def test_names_that_are_no_text_sparse_tensors_and_text(tmp_path):
-    made = model([helper.make_node("Relu", ["QQQ"], ["y"])], {"QQQ": [2, 4]}, {"y": [2, 4]})
+    bad = model([helper.make_node("Relu", ["QQQ"], ["y"])], {"QQQ": [2, 4]}, {"y": [2, 4]})
     path = tmp_path / "bytes.onnx"
-    path.write_bytes(made.SerializeToString().replace(b"QQQ", b"\xff\xfeq"))
+    path.write_bytes(bad.SerializeToString().replace(b"QQQ", b"\xff\xfeq"))
     refusal(path, CheckpointError, "damaged")
-    made = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [2, 4]}, {"y": [2, 4]})
+    bad = model([helper.make_node("Add", ["x", "w"], ["y"])], {"x": [2, 4]}, {"y": [2, 4]})
     few = numpy_helper.from_array(np.float32([1, 2]), "w")
-    made.graph.sparse_initializer.append(helper.make_sparse_tensor(few, numpy_helper.from_array(np.array([0, 3])), [4]))
-    assert "'w'" in refusal(stored(tmp_path, made), SourceError, "sparse").got
-    made = model([helper.make_node("Identity", ["w"], ["y"])], {"x": [2, 4]}, {"y": [2]})
-    made.graph.initializer.append(helper.make_tensor("w", TensorProto.STRING, [2], [b"a", b"b"]))
-    assert "'w'" in refusal(stored(tmp_path, made), SourceError, "text").got
+    bad.graph.sparse_initializer.append(helper.make_sparse_tensor(few, numpy_helper.from_array(np.array([0, 3])), [4]))
+    assert "'w'" in refusal(stored(tmp_path, bad), SourceError, "sparse").got
+    bad = model([helper.make_node("Identity", ["w"], ["y"])], {"x": [2, 4]}, {"y": [2]})
+    bad.graph.initializer.append(helper.make_tensor("w", TensorProto.STRING, [2], [b"a", b"b"]))
+    assert "'w'" in refusal(stored(tmp_path, bad), SourceError, "text").got
 
 
 def test_a_declared_size_that_is_absurd_takes_no_memory(tmp_path):
-    made = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1 << 40, 1 << 40]}, {"y": ["a", "b"]})
-    assert open_network(stored(tmp_path, made))[1] is None
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], {"x": [1 << 40, 1 << 40]}, {"y": ["a", "b"]})
+    assert open_network(stored(tmp_path, proto))[1] is None
 
 
 def test_a_call_with_other_inputs_says_which_it_takes(tmp_path):
-    made = model([helper.make_node("Add", ["x", "z"], ["y"])], {"x": [2, 4], "z": [2, 4]}, {"y": [2, 4]})
-    network, *_ = open_network(stored(tmp_path, made))
+    proto = model([helper.make_node("Add", ["x", "z"], ["y"])], {"x": [2, 4], "z": [2, 4]}, {"y": [2, 4]})
+    network, *_ = open_network(stored(tmp_path, proto))
     for inputs in ((torch.ones(2, 4),), (torch.ones(2, 4),) * 3):
         with pytest.raises(TypeError, match="takes x, z"):
             network(*inputs)
@@ -923,8 +923,8 @@ def test_a_table_of_positions_is_cut_to_a_length_that_varies(tmp_path):
         helper.make_node("Add", ["x", "embedded"], ["y"]),
     ]
     constants = {"one": np.array([1]), "zero": np.array([0]), "positions": np.arange(16)[None], "table": values(16, 4)}
-    made = model(nodes, {"x": ["n", "length", 4]}, {"y": ["n", "length", 4]}, constants)
-    network = assert_agrees(tmp_path, made, {"x": values(2, 5, 4)}, {"x": values(3, 9, 4)})
+    proto = model(nodes, {"x": ["n", "length", 4]}, {"y": ["n", "length", 4]}, constants)
+    network = assert_agrees(tmp_path, proto, {"x": values(2, 5, 4)}, {"x": values(3, 9, 4)})
     captured = capture_network(network, (torch.zeros(2, 5, 4),), {}, {0: {0: "n", 1: "length"}})
     with torch.no_grad():
         torch.testing.assert_close(captured(torch.ones(3, 9, 4)), network(torch.ones(3, 9, 4)))
