@@ -36,8 +36,8 @@ def softened(row, temperature):
     return [p / sum(powers) for p in powers]
 
 
-def divergence(wanted, found):
-    return sum(p * math.log(p / q) for p, q in zip(wanted, found, strict=True) if p > 0)
+def divergence(target, predicted):
+    return sum(p * math.log(p / q) for p, q in zip(target, predicted, strict=True) if p > 0)
 
 
 def pearson(a, b):
@@ -71,15 +71,15 @@ def test_decoupled(seed, temperature):
     target = torch.arange(5) % 4
     total = 0.0
     for s, t, true in zip(student, teacher, target.tolist(), strict=True):
-        found, wanted = softened(s, temperature), softened(t, temperature)
-        binary = divergence([wanted[true], 1 - wanted[true]], [found[true], 1 - found[true]])
+        actual, reference = softened(s, temperature), softened(t, temperature)
+        binary = divergence([reference[true], 1 - reference[true]], [actual[true], 1 - actual[true]])
         others = [c for c in range(4) if c != true]
         among = divergence(
-            [wanted[c] / (1 - wanted[true]) for c in others], [found[c] / (1 - found[true]) for c in others]
+            [reference[c] / (1 - reference[true]) for c in others], [actual[c] / (1 - actual[true]) for c in others]
         )
         total += 1.5 * binary + 6.0 * among
-    found = decoupled(student, teacher, target, temperature, 1.5, 6.0)
-    assert float(found) == pytest.approx(temperature**2 * total / 5, rel=1e-6, abs=1e-9)
+    actual = decoupled(student, teacher, target, temperature, 1.5, 6.0)
+    assert float(actual) == pytest.approx(temperature**2 * total / 5, rel=1e-6, abs=1e-9)
 
 
 def test_decoupled_weighed_as_they_are_is_soft_targets():
@@ -94,10 +94,10 @@ def test_decoupled_weighed_as_they_are_is_soft_targets():
 @given(seed=SEEDS, temperature=st.floats(0.5, 8))
 def test_correlations(seed, temperature):
     student, teacher = two(seed)
-    found = [softened(s, temperature) for s in student]
-    wanted = [softened(t, temperature) for t in teacher]
-    between = sum(1 - pearson(a, b) for a, b in zip(found, wanted, strict=True)) / 5
-    within = sum(1 - pearson([r[c] for r in found], [r[c] for r in wanted]) for c in range(4)) / 4
+    student_rows = [softened(s, temperature) for s in student]
+    teacher_rows = [softened(t, temperature) for t in teacher]
+    between = sum(1 - pearson(a, b) for a, b in zip(student_rows, teacher_rows, strict=True)) / 5
+    within = sum(1 - pearson([r[c] for r in student_rows], [r[c] for r in teacher_rows]) for c in range(4)) / 4
     got = correlations(student, teacher, temperature)
     # The correlation of rows that hardly vary is a quotient of very small numbers.
     assert [float(x) for x in got] == pytest.approx([temperature**2 * between, temperature**2 * within], abs=1e-4)
@@ -160,8 +160,8 @@ def test_decoupled_distillation_grows_over_the_first_part_of_the_training():
         lesson = DistillationInputs(student, teacher, target, {}, {}, done)
         return distill.DKD(**settings).loss(lesson)(lesson) / whole
 
-    found = [float(loss(done, warmup=0.2)) for done in (0.0, 0.05, 0.1, 0.2, 0.9)]
-    assert found == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
+    fractions = [float(loss(done, warmup=0.2)) for done in (0.0, 0.05, 0.1, 0.2, 0.9)]
+    assert fractions == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0])
     assert float(loss(0.0, warmup=0.0)) == pytest.approx(1.0)
     for wrong in (-0.1, 1.1):
         with raises_setting("warmup"):
@@ -206,8 +206,8 @@ def test_weights_are_not_negative():
 
 def test_soft_targets_are_those_of_torch():
     student, teacher = two(1)
-    wanted = F.kl_div(F.log_softmax(student / 4, 1), F.softmax(teacher / 4, 1), reduction="batchmean") * 16
-    assert torch.allclose(soft_targets(student, teacher, 4.0), wanted)
+    reference = F.kl_div(F.log_softmax(student / 4, 1), F.softmax(teacher / 4, 1), reduction="batchmean") * 16
+    assert torch.allclose(soft_targets(student, teacher, 4.0), reference)
 
 
 def values(seed, samples=5, width=4):
@@ -226,8 +226,8 @@ def length(v):
 def test_hint(seed):
     a, b = values(seed), values(seed + 1)
     squares = [(float(x), float(y)) for x, y in zip(a.flatten(), b.flatten(), strict=True)]
-    wanted = sum((x - y) ** 2 for x, y in squares) / sum(y**2 for _, y in squares)
-    assert float(hint(a, b)) == pytest.approx(wanted, rel=1e-9)
+    expected = sum((x - y) ** 2 for x, y in squares) / sum(y**2 for _, y in squares)
+    assert float(hint(a, b)) == pytest.approx(expected, rel=1e-9)
 
 
 @given(seed=SEEDS)
@@ -253,9 +253,9 @@ def test_distances(seed):
     a, b = values(seed), values(seed + 1, width=7)
 
     def all_distances(x):
-        found = [[length(p - q) for q in x] for p in x]
-        mean = sum(map(sum, found)) / (5 * 4)
-        return [d / mean for row in found for d in row]
+        lengths = [[length(p - q) for q in x] for p in x]
+        mean = sum(map(sum, lengths)) / (5 * 4)
+        return [d / mean for row in lengths for d in row]
 
     pairs = list(zip(all_distances(a), all_distances(b), strict=True))
     assert float(distances(a, b)) == pytest.approx(sum(huber(*p) for p in pairs) / 25, rel=1e-6)
@@ -271,8 +271,8 @@ def test_angles(seed):
             length(u) * length(v))  # fmt: skip
 
     triples = [(c, i, j) for c in range(4) for i in range(4) for j in range(4)]
-    wanted = sum(huber(cosine(a, *t), cosine(b, *t)) for t in triples) / 64
-    assert float(angles(a, b)) == pytest.approx(wanted, rel=1e-6)
+    expected = sum(huber(cosine(a, *t), cosine(b, *t)) for t in triples) / 64
+    assert float(angles(a, b)) == pytest.approx(expected, rel=1e-6)
 
 
 @given(seed=SEEDS)
@@ -280,8 +280,8 @@ def test_similarity_preserving(seed):
     a, b = values(seed), values(seed + 1, width=7)
 
     def rows(x):
-        found = [[sum(float(p) * float(q) for p, q in zip(u, v, strict=True)) for v in x] for u in x]
-        return [[value / length(row) for value in row] for row in found]
+        gram = [[sum(float(p) * float(q) for p, q in zip(u, v, strict=True)) for v in x] for u in x]
+        return [[value / length(row) for value in row] for row in gram]
 
     squares = [(p - q) ** 2 for one, two in zip(rows(a), rows(b), strict=True) for p, q in zip(one, two, strict=True)]
     assert float(similarity_preserving(a, b)) == pytest.approx(sum(squares) / 25, rel=1e-9)
@@ -369,9 +369,9 @@ def test_samples_that_were_seen_are_what_others_are_told_from():
     term(lesson)
     assert torch.equal(pair.seen_by_teacher[-4:], theirs) and not pair.seen_by_teacher[:2].any()
     assert pair.log_scales[0] == pytest.approx(float(first), rel=1e-5)
-    found = float(term(lesson).detach())  # told from the four that were seen, and not from places that are still empty
-    wanted = contrastive(mine, theirs, theirs, 0.07, first) + contrastive(theirs, mine, mine, 0.07, first)
-    assert found == pytest.approx(float(wanted), rel=1e-4)
+    result = float(term(lesson).detach())  # told from the four that were seen, and not from places that are still empty
+    expected = contrastive(mine, theirs, theirs, 0.07, first) + contrastive(theirs, mine, mine, 0.07, first)
+    assert result == pytest.approx(float(expected), rel=1e-4)
     assert torch.equal(pair.seen_by_teacher, torch.cat([theirs, theirs])[-6:])
 
 

@@ -87,9 +87,9 @@ class TestHashes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool])
     def test_they_are_what_the_paper_writes(self, dtype):
         rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
-        found = _sums(rows)
-        assert found.dtype == torch.int32
-        for row, own in zip(rows, found, strict=True):
+        sums = _sums(rows)
+        assert sums.dtype == torch.int32
+        for row, own in zip(rows, sums, strict=True):
             raw = row.clone().view(torch.uint8).numpy().tobytes()
             words = [
                 int.from_bytes(raw[at : at + 4].ljust(4, b"\0"), "little", signed=True) for at in range(0, len(raw), 4)
@@ -180,10 +180,10 @@ def test_two_on_one_folder_answer_what_the_teacher_answers(data, tmp_path):
     teacher, x = net(16, 1), data[0][:6]
     one, two = (CachedTeacher(tmp_path, teacher) for _ in range(2))
     with torch.no_grad():
-        wanted = teacher(x)
+        answers = teacher(x)
         for stored, order in ((one, [0, 1, 2]), (two, [3, 2, 1]), (one, [5, 3, 4])):
-            assert torch.allclose(stored(x[order]), wanted[order], atol=1e-6)
-        assert torch.allclose(CachedTeacher(tmp_path)(x), wanted, atol=1e-6)
+            assert torch.allclose(stored(x[order]), answers[order], atol=1e-6)
+        assert torch.allclose(CachedTeacher(tmp_path)(x), answers, atol=1e-6)
 
 
 class Scaled(nn.Module):
@@ -259,14 +259,14 @@ class TestBadInput:
 def test_what_a_killed_process_left_half_is_asked_again(data, tmp_path, cut):
     teacher = net(16, 1)
     with torch.no_grad():
-        wanted = CachedTeacher(tmp_path, teacher)(data[0])
+        answers = CachedTeacher(tmp_path, teacher)(data[0])
         name, lost = cut
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-lost])
         again = CachedTeacher(tmp_path, teacher)
         assert 0 < len(again.rows) < 40
-        assert torch.equal(again(data[0]), wanted)
-    assert torch.equal(CachedTeacher(tmp_path)(data[0]), wanted)
+        assert torch.equal(again(data[0]), answers)
+    assert torch.equal(CachedTeacher(tmp_path)(data[0]), answers)
 
 
 @dataclass(frozen=True)
@@ -305,22 +305,22 @@ class TestNamed:
     """A teacher by the path of its file: in a recipe's YAML nothing else can stand."""
 
     def test_a_program_and_kept_answers_teach_what_the_network_teaches(self, data, tmp_path):
-        wanted, answers = run(data, net(16, 1)), tmp_path / "answers"
+        reference, answers = run(data, net(16, 1)), tmp_path / "answers"
         path = program(data, tmp_path / "teacher.pt2")
-        assert same(run(data, path), wanted) and not same(run(data, "self"), wanted)
-        assert same(run(data, tmp_path / "teacher.pt2"), wanted)
-        assert same(run(data, distill.TeacherCache(answers, path)), wanted)
-        assert same(run(data, distill.TeacherCache(answers, net(16, 1))), wanted)  # the same weights
-        assert same(run(data, distill.TeacherCache(answers)), wanted)
+        assert same(run(data, path), reference) and not same(run(data, "self"), reference)
+        assert same(run(data, tmp_path / "teacher.pt2"), reference)
+        assert same(run(data, distill.TeacherCache(answers, path)), reference)
+        assert same(run(data, distill.TeacherCache(answers, net(16, 1))), reference)  # the same weights
+        assert same(run(data, distill.TeacherCache(answers)), reference)
         assert same(run(data, (path, "self")), run(data, (net(16, 1), net())))
 
     def test_opening_draws_nothing(self, data, tmp_path):
         path = program(data, tmp_path / "teacher.pt2")
         torch.manual_seed(3)
-        wanted = torch.rand(2)
+        draws = torch.rand(2)
         torch.manual_seed(3)
         opened(path, task(data))
-        assert torch.equal(torch.rand(2), wanted)
+        assert torch.equal(torch.rand(2), draws)
 
     def test_yaml(self, tmp_path):
         recipe = Recipe(
@@ -449,8 +449,8 @@ def test_a_look_at_answers_changes_no_file(data, tmp_path):
 
 def test_a_student_that_is_its_own_kept_teacher_stays_as_it_was(data, tmp_path):
     student, settings = net(), replace(SETTINGS, task_loss_weight=0.1)
-    kept, other = (
+    self_taught, other = (
         train(one, Context(task=task(data)), replace(settings, teacher=distill.TeacherCache(tmp_path / name, teacher)))
         for name, one, teacher in (("kept", student, student), ("other", net(), net()))
     )
-    assert same(kept, other) and not same(kept, net())
+    assert same(self_taught, other) and not same(self_taught, net())

@@ -149,8 +149,8 @@ class TestStudent:
         draft = pj.load_checkpoint(result.folder, Net(), task)
         x = task.call()[0][0]
         session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")))
-        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-        assert found.shape == (2, 10) and np.isfinite(found).all()
+        logits = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        assert logits.shape == (2, 10) and np.isfinite(logits).all()
         assert "stages.0.3.conv1.weight" in draft.network.state_dict()
         events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
         assert any("Outputs" in event.get("terms", {}) for event in events)

@@ -165,10 +165,10 @@ class Two(nn.Module):
 def test_every_output_of_several_teachers_is_averaged():
     x = torch.cat([a for a, _ in task().train])
     teachers = (Two(1), Two(2))
-    wanted = [(a + b) / 2 for a, b in zip(*(t(x).values() for t in teachers), strict=True)]
+    averages = [(a + b) / 2 for a, b in zip(*(t(x).values() for t in teachers), strict=True)]
     settings = replace(SHORT, epochs=60, task_loss_weight=0.0, teacher=teachers, weight_decay=0.0)
-    found = train(Two(0), context(None), settings)(x).values()
-    noise = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, wanted, strict=True)]
+    outputs = train(Two(0), context(None), settings)(x).values()
+    noise = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, averages, strict=True)]
     assert max(noise) < 0.05
 
 
@@ -204,15 +204,15 @@ def test_the_network_before_the_training_can_teach(teacher):
 
 
 def test_features_of_other_widths_have_adapters_that_are_thrown_away(teacher):
-    found = []
+    counts = []
 
     def look(moment):
-        found.append(sum(len(group["params"]) for group in moment.optimizer.param_groups))
+        counts.append(sum(len(group["params"]) for group in moment.optimizer.param_groups))
 
     settings = replace(SHORT, epochs=0.25, distill=distill.Hints(features=("conv", "norm")), hooks=(look,))
     student = train(captured(), context(teacher), settings)
     own = len(list(student.parameters()))
-    assert found[0] == own + 2 * 2  # weight and bias of two convolutions
+    assert counts[0] == own + 2 * 2  # weight and bias of two convolutions
     assert student.state_dict().keys() == captured().state_dict().keys()
     assert [str(n) for n in student.graph.nodes] == [str(n) for n in captured().graph.nodes]
 
