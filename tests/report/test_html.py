@@ -46,8 +46,8 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def all(self, tag, **attributes):
-        found = [e for e in self.elements if e["tag"] == tag]
-        return [e for e in found if all(v in (e.get(k) or "").split() for k, v in attributes.items())]
+        tagged = [e for e in self.elements if e["tag"] == tag]
+        return [e for e in tagged if all(v in (e.get(k) or "").split() for k, v in attributes.items())]
 
     @property
     def text(self):
@@ -67,8 +67,8 @@ def test_a_line_never_ends_between_a_number_and_its_unit():
 @pytest.mark.parametrize("name", RECORDS)
 def test_nothing_comes_from_elsewhere_and_nothing_runs(name):
     text = html.render(getattr(sample_records, name)())
-    found = Page(text)
-    assert not {e["tag"] for e in found.elements} & {
+    document = Page(text)
+    assert not {e["tag"] for e in document.elements} & {
         "script",
         "link",
         "iframe",
@@ -78,33 +78,33 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(name):
         "base",
         "form",
     }
-    for element in found.elements:
+    for element in document.elements:
         assert not {k for k in element if k.startswith("on") or k in ("src", "srcset", "action", "xlink:href")}
         assert element.get("href", "#").startswith("#")
-    style = found.all("style")[0]["text"]
+    style = document.all("style")[0]["text"]
     assert not re.search(r"url\(|@import|@font-face|http", style)
-    policy = next(e["content"] for e in found.all("meta") if e.get("http-equiv") == "Content-Security-Policy")
+    policy = next(e["content"] for e in document.all("meta") if e.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_page_can_be_read_by_everyone(name):
-    found = page(name)
-    assert found.all("html")[0]["lang"] == "en" and len(found.all("h1")) == 1
-    assert len(found.all("caption")) == len(found.all("table"))
-    ids = [e["id"] for e in found.elements if "id" in e]
+    document = page(name)
+    assert document.all("html")[0]["lang"] == "en" and len(document.all("h1")) == 1
+    assert len(document.all("caption")) == len(document.all("table"))
+    ids = [e["id"] for e in document.elements if "id" in e]
     assert len(ids) == len(set(ids))
-    for element in found.all("svg"):
+    for element in document.all("svg"):
         assert element["role"] == "img" and element["aria-labelledby"] in ids
-    for element in found.all("section"):
+    for element in document.all("section"):
         assert element["aria-labelledby"] in ids
-    assert all(e.get("scope") in ("row", "col") for e in found.all("th"))
+    assert all(e.get("scope") in ("row", "col") for e in document.all("th"))
 
 
 def test_the_head_says_the_verdict():
-    found = page("big")
-    assert " ".join(found.all("h1")[0]["text"].split()) == verdict_of("big")
-    assert "Goal met" in found.all("span", **{"class": "stamp"})[0]["text"]
+    met = page("big")
+    assert " ".join(met.all("h1")[0]["text"].split()) == verdict_of("big")
+    assert "Goal met" in met.all("span", **{"class": "stamp"})[0]["text"]
     unmet = page("deep")
     assert "Goal not met" in unmet.all("span", **{"class": "unmet"})[0]["text"]
     assert sample_records.deep().goal.reason in unmet.text
@@ -124,8 +124,8 @@ def test_a_busy_machine_is_told_in_the_place_of_a_speed_up():
 
 
 def test_figures_are_those_of_the_record():
-    found, record = page("big"), sample_records.big()
-    entries = {e["data-key"]: " ".join(e["text"].split()) for e in found.all("article")}
+    document, record = page("big"), sample_records.big()
+    entries = {e["data-key"]: " ".join(e["text"].split()) for e in document.all("article")}
     assert (
         "0.281 ms" in entries["latency_ms"]
         and "0.872 ms" in entries["latency_ms"]
@@ -140,25 +140,25 @@ def test_figures_are_those_of_the_record():
         and "272 k" in entries["parameters"]
     )
     for c in record.candidates:
-        assert c.name in found.text and c.reason in found.text
+        assert c.name in document.text and c.reason in document.text
     for row in record.chosen.layers:
-        assert row.name in found.text.replace(" ", "").replace("\n", "") and (row.reason or "") in found.text
+        assert row.name in document.text.replace(" ", "").replace("\n", "") and (row.reason or "") in document.text
     for text in (record.machine.processor, "avx512_vnni", "8.20 GB", "2026.4.1", record.created, *record.warnings):
-        assert text in found.text
+        assert text in document.text
     for sha in (*record.data.values(), *record.chosen.sha256.values()):
-        assert sha in found.text
+        assert sha in document.text
     for step in record.steps:
-        assert step.name in found.text
-    assert "1 min 15 s" in found.text and "802 MB" in found.text
-    assert "quantize.Static" in found.text and "weight_bits 8" in found.text
+        assert step.name in document.text
+    assert "1 min 15 s" in document.text and "802 MB" in document.text
+    assert "quantize.Static" in document.text and "weight_bits 8" in document.text
 
 
 def test_bars_are_proportional():
     latency = next(e for e in page("big").elements if e.get("data-key") == "latency_ms")
     widths = re.findall(r'data-key="latency_ms".*?</article>', html.render(sample_records.big()), re.DOTALL)
-    found = [float(w) for w in re.findall(r"--w:([\d.]+)%", widths[0])]
+    bars = [float(w) for w in re.findall(r"--w:([\d.]+)%", widths[0])]
     assert latency["tag"] == "article"
-    assert found == pytest.approx([100.0, 100 * 0.471 / 0.872, 100 * 0.281 / 0.872], abs=0.01)
+    assert bars == pytest.approx([100.0, 100 * 0.471 / 0.872, 100 * 0.281 / 0.872], abs=0.01)
 
 
 def test_the_trees_have_areas_as_the_sizes():
@@ -185,10 +185,10 @@ def test_a_plot_has_a_tooltip_for_every_point():
 
 
 def test_many_layers_become_a_skyline_with_the_costliest_and_all_in_a_table():
-    found = page("deep")
-    wide = [e for e in found.all("svg", **{"class": "wide"}) if "skyline-wide" in e["aria-labelledby"]]
-    assert len(wide) == 1 and len(found.all("g", **{"class": "column"})) > 3 * 150
-    assert "The 20 costliest" in found.text and "All 150 layers" in found.text
+    document = page("deep")
+    wide = [e for e in document.all("svg", **{"class": "wide"}) if "skyline-wide" in e["aria-labelledby"]]
+    assert len(wide) == 1 and len(document.all("g", **{"class": "column"})) > 3 * 150
+    assert "The 20 costliest" in document.text and "All 150 layers" in document.text
     assert page("big").all("g", **{"class": "column"}) == []
 
 
@@ -236,27 +236,27 @@ def test_any_one_figure_may_be_missing(name):
 def test_hostile_text_is_shown_and_stays_text():
     text = html.render(sample_records.hostile())
     assert "<script" not in text and "<img" not in text
-    found = Page(text)
+    document = Page(text)
     shown = sample_records.ATTACK.replace("\x1b", "?")
-    assert "\x1b" not in text and " ".join(shown.split()) in found.text
-    assert shown in found.all("title")[0]["text"]
+    assert "\x1b" not in text and " ".join(shown.split()) in document.text
+    assert shown in document.all("title")[0]["text"]
 
 
 def test_a_rejected_candidate_stands_with_its_reason_and_every_figure_beside_its_limit():
-    found = page("judged")
-    assert "1 of them is not offered" in found.text and "✗ rejected" in found.text
-    assert "the first operator that differs is scores" in found.text
-    assert found.all("tr", **{"class": "chosen"})[0]["text"].strip().startswith("onnxruntime-int8")
-    table = next(e for e in found.all("table") if "The same by output" in e["text"])["text"]
+    document = page("judged")
+    assert "1 of them is not offered" in document.text and "✗ rejected" in document.text
+    assert "the first operator that differs is scores" in document.text
+    assert document.all("tr", **{"class": "chosen"})[0]["text"].strip().startswith("onnxruntime-int8")
+    table = next(e for e in document.all("table") if "The same by output" in e["text"])["text"]
     rows = [" ".join(row.split()) for row in re.findall(r"openvino-int8.*?(?=openvino-int8|$)", table, re.DOTALL)]
     scores = next(row for row in rows if "columns 4-5 of the last axis" in row)
     assert "1.9 dB" in scores and "26.0 dB" in scores and "the plan itself keeps 20 dB here" in scores
 
 
 def test_a_rejected_artifact_is_marked_where_no_other_is_left():
-    found = page("nothing_left")
-    assert "✗ Rejected" in found.all("span", **{"class": "unmet"})[0]["text"]
-    assert "no candidate may be offered" in found.text
+    document = page("nothing_left")
+    assert "✗ Rejected" in document.all("span", **{"class": "unmet"})[0]["text"]
+    assert "no candidate may be offered" in document.text
 
 
 def test_recipes_in_every_form():

@@ -41,8 +41,8 @@ def test_a_lower_metric_is_better_where_the_task_says_so():
 def test_settings_that_differ_are_told_for_each_side():
     record = sample_records.big()
     other = replace(record.artifact, latency_ms=replace(record.artifact.latency_ms, batch=32, threads=1))
-    found = row(replace(record, artifact=other), "latency_ms")
-    assert "batch 1, 2 threads" in found.source_note and "batch 32, 1 thread" in found.artifact_note
+    latency_row = row(replace(record, artifact=other), "latency_ms")
+    assert "batch 1, 2 threads" in latency_row.source_note and "batch 32, 1 thread" in latency_row.artifact_note
 
 
 def test_what_was_not_measured_is_said_and_never_compared():
@@ -138,8 +138,8 @@ def test_beside_a_network_that_was_pruned_too_the_floor_is_the_source_in_that_ru
 def test_a_long_tail_is_no_speed_up_of_the_slowest_calls():
     record = sample_records.big()
     tail = replace(record.source, latency_ms=replace(record.source.latency_ms, p95=28.6))
-    found = row(replace(record, source=tail), "p95")
-    assert found.words == "busy machine" and found.gain is None and found.source_text == "28.6 ms"
+    p95_row = row(replace(record, source=tail), "p95")
+    assert p95_row.words == "busy machine" and p95_row.gain is None and p95_row.source_text == "28.6 ms"
     assert row(replace(record, source=tail), "latency_ms").words == "3.1× faster"
     assert row(record, "p95").words == "3.1× faster"
 

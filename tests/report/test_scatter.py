@@ -103,12 +103,12 @@ def test_one_candidate_alone_stands_in_the_middle():
 )
 def test_names_never_overlap_however_many_points_there_are(points, narrow):
     record = sample_records.big()
-    made = tuple(
+    candidates = tuple(
         replace(sample_records.candidate("openvino-int8", metric, ms, size), name=f"openvino-int8-{i}")
         for i, (ms, metric, size) in enumerate(points)
     )
-    goal = replace(record.goal, chosen=made[0].name, pareto=(made[0].name,))
-    plot = scatter.plot(replace(record, candidates=made, goal=goal), *((350, 400) if narrow else (1000, 460)))
+    goal = replace(record.goal, chosen=candidates[0].name, pareto=(candidates[0].name,))
+    plot = scatter.plot(replace(record, candidates=candidates, goal=goal), *((350, 400) if narrow else (1000, 460)))
     no_overlaps(plot)
     assert plot.unlabelled == sum(b.label is None for b in plot.bubbles)
     for b in plot.bubbles:

@@ -26,8 +26,8 @@ def words(text):
 def test_tables_fit_and_can_be_written(name, width, encoding):
     record = getattr(sample_records, name)()
     rows = record.chosen.layers if record.chosen else record.layers
-    for made in (table.comparison(record), table.candidates(record), table.layers(rows)):
-        text = shown(made, width, encoding)
+    for renderable in (table.comparison(record), table.candidates(record), table.layers(rows)):
+        text = shown(renderable, width, encoding)
         assert max(map(len, text.splitlines())) <= width
         assert "\x1b" not in text
 
