@@ -42,17 +42,17 @@ class TestDepthwise:
     )
     def test_computes_in_32_bits_and_gives_what_autocast_gives(self, cast, convolve):
         with cast():
-            found = convolve(X)
-        assert found.dtype == torch.bfloat16
-        assert torch.equal(found, convolve(X).to(torch.bfloat16))
+            output = convolve(X)
+        assert output.dtype == torch.bfloat16
+        assert torch.equal(output, convolve(X).to(torch.bfloat16))
 
     def test_takes_what_a_layer_before_it_left_in_16_bits(self, cast):
         x = X.to(torch.bfloat16).requires_grad_()
         with cast():
-            found = F.conv2d(x, DEPTHWISE, groups=8)
-        found.float().sum().backward()
+            output = F.conv2d(x, DEPTHWISE, groups=8)
+        output.float().sum().backward()
         assert x.grad is not None and x.grad.dtype == torch.bfloat16
-        assert torch.equal(found, F.conv2d(x.float(), DEPTHWISE, groups=8).to(torch.bfloat16))
+        assert torch.equal(output, F.conv2d(x.float(), DEPTHWISE, groups=8).to(torch.bfloat16))
 
     def test_doubles_stay_doubles(self, cast):
         with cast():

@@ -333,17 +333,17 @@ class TestResume:
     )
     def test_other_settings_are_refused_by_name(self, tmp_path, changed):
         self.interrupted(tmp_path)
-        with raises_case(CheckpointError, "settings") as found:
+        with raises_case(CheckpointError, "settings") as caught:
             trained(replace(SHORT, **{"hooks": (Interrupt(),), **changed}), context_of(folder=tmp_path))
-        assert [found.value.field] == list(changed)
+        assert [caught.value.field] == list(changed)
 
     def test_another_seed_and_other_data_are_refused(self, tmp_path):
         self.interrupted(tmp_path)
         settings = replace(SHORT, hooks=(Interrupt(),))
         for name, data, seed in (("seed", digits(), 1), ("number of batches", digits(300), 0)):
-            with raises_case(CheckpointError, "settings") as found:
+            with raises_case(CheckpointError, "settings") as caught:
                 trained(settings, context_of(data, folder=tmp_path, seed=seed))
-            assert found.value.field == name
+            assert caught.value.field == name
 
     def test_how_often_it_is_saved_may_change(self, tmp_path):
         self.interrupted(tmp_path)
@@ -440,9 +440,9 @@ class TestTheSavedState:
             if moment.name == "gradients" and moment.step == 3:
                 moment.network.head.weight.grad.fill_(math.nan)
 
-        with raises_case(TrainingError, "weight-not-finite") as found:
+        with raises_case(TrainingError, "weight-not-finite") as caught:
             trained(replace(SHORT, hooks=(break_,)), context_of(folder=tmp_path))
-        assert found.value.what.endswith(" step 4")
+        assert caught.value.what.endswith(" step 4")
         state = torch.load(tmp_path / "finetune.pt", weights_only=True)
         assert state["numbers"][0] == 3
         assert all(torch.isfinite(tensor.float()).all() for tensor in state["network"].values())
@@ -464,9 +464,9 @@ class TestTheSavedState:
     def test_that_of_another_network_is_refused(self, tmp_path):
         trained(SHORT, context_of(folder=tmp_path))
         other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        with raises_case(CheckpointError, "unreadable") as found:
+        with raises_case(CheckpointError, "unreadable") as caught:
             trained(SHORT, context_of(folder=tmp_path), other)
-        assert "1.weight" in found.value.got
+        assert "1.weight" in caught.value.got
 
     def test_a_folder_that_cannot_be_written_is_said_before_training(self, tmp_path):
         progress = []
@@ -770,26 +770,26 @@ class TestOptimizing:
             return F.cross_entropy(output, target) * (float("nan") if loss.calls else 1.0)
 
         loss.calls = 0
-        kept = []
+        snapshots = []
 
         def hook(moment):
             if moment.name == "step":
                 loss.calls += 1
-                kept.append(moment.network.head.weight.detach().clone())
+                snapshots.append(moment.network.head.weight.detach().clone())
 
-        with raises_case(TrainingError, "loss-not-finite") as found:
+        with raises_case(TrainingError, "loss-not-finite") as caught:
             trained(replace(SHORT, hooks=(hook,)), context_of(loss=loss), network)
-        assert found.value.what.endswith(" step 1")
-        assert torch.equal(network.head.weight, kept[0])
+        assert caught.value.what.endswith(" step 1")
+        assert torch.equal(network.head.weight, snapshots[0])
 
     def test_weights_that_are_not_finite_are_no_result(self):
         def break_it(moment):
             if moment.name == "gradients" and moment.step == 9:
                 moment.network.head.bias.grad.fill_(float("inf"))
 
-        with raises_case(TrainingError, "weight-not-finite") as found:
+        with raises_case(TrainingError, "weight-not-finite") as caught:
             trained(replace(SHORT, hooks=(break_it,)))
-        assert found.value.got == "head.bias"
+        assert caught.value.got == "head.bias"
 
     def test_nothing_to_train_is_an_error(self):
         with raises_case(TrainingError, "nothing-to-train"):
@@ -917,16 +917,16 @@ class TestBadInput:
 
     def test_fewer_samples_than_a_batch_that_are_dropped(self):
         samples = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), torch.zeros(5).long())
-        with raises_case(TaskError, "empty") as found:
+        with raises_case(TaskError, "empty") as caught:
             trained(SHORT, context_of(torch.utils.data.DataLoader(samples, batch_size=8, drop_last=True)))
-        assert "drop_last=True" in found.value.got and "8" in found.value.got
-        assert "drop_last=False" in found.value.remedy
+        assert "drop_last=True" in caught.value.got and "8" in caught.value.got
+        assert "drop_last=False" in caught.value.remedy
 
     @pytest.mark.parametrize("data", [iter(()), (batch for batch in digits())])
     def test_data_that_can_be_read_only_once(self, data):
-        with raises_case(TaskError, "read-once") as found:
+        with raises_case(TaskError, "read-once") as caught:
             trained(SHORT, context_of(data))
-        assert "DataLoader" in found.value.remedy
+        assert "DataLoader" in caught.value.remedy
 
     def test_a_loader_that_is_its_own_iterator_may_start_anew(self):
         class Loader:
@@ -961,9 +961,9 @@ class TestBadInput:
                 batches, self.batches = self.batches, []
                 return iter(batches)
 
-        with raises_case(TaskError, "no-batch") as found:
+        with raises_case(TaskError, "no-batch") as caught:
             trained(SHORT, context_of(Once()))
-        assert found.value.what.endswith(" epoch 1") and " 4 " in found.value.got
+        assert caught.value.what.endswith(" epoch 1") and " 4 " in caught.value.got
 
     def test_a_stream_without_an_end_is_read_as_far_as_it_is_needed(self):
         class Stream:
@@ -989,10 +989,10 @@ class TestBadInput:
             def forward(self, x):
                 return self.norm(self.head(x.flatten(1)))
 
-        with raises_case(TaskError, "network-raised") as found:
+        with raises_case(TaskError, "network-raised") as caught:
             trained(SHORT, context_of(data), Features())
-        assert found.value.what.endswith("batch 4 of epoch 0")
-        assert "drop_last=True" in found.value.remedy
+        assert caught.value.what.endswith("batch 4 of epoch 0")
+        assert "drop_last=True" in caught.value.remedy
 
     @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 8, 8), {"x": torch.zeros(2, 1, 8, 8)}])
     def test_without_labels_inputs_may_stand_alone(self, batch):
@@ -1024,9 +1024,9 @@ class TestBadInput:
         ],
     )
     def test_settings_that_make_no_sense(self, setting):
-        with raises_setting(next(iter(setting))) as found:
+        with raises_setting(next(iter(setting))) as caught:
             Finetune(**setting)
-        assert found.value.expected is not None
+        assert caught.value.expected is not None
 
 
 def test_the_same_settings_are_equal_values():

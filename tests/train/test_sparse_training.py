@@ -84,9 +84,9 @@ def test_a_resumed_training_has_the_same_zeros_and_the_same_bits(pruned, tmp_pat
 def test_an_average_of_weights_has_the_zeros_that_came_on_the_way():
     draft = Draft(capture_network(net().eval(), (torch.zeros(1, 1, 8, 8),)))
     training = replace(TRAINING, ema=0.99)
-    found = Gradual(step=Magnitude(sparsity=0.8), finetune=training, every=1)(draft, context_of())
-    zeros = sum(int((found.network.get_parameter(n) == 0).sum()) for n in found.sparse)
-    assert zeros == pytest.approx(0.8 * sum(found.network.get_parameter(n).numel() for n in found.sparse), abs=2)
+    zeroed = Gradual(step=Magnitude(sparsity=0.8), finetune=training, every=1)(draft, context_of())
+    zeros = sum(int((zeroed.network.get_parameter(n) == 0).sum()) for n in zeroed.sparse)
+    assert zeros == pytest.approx(0.8 * sum(zeroed.network.get_parameter(n).numel() for n in zeroed.sparse), abs=2)
 
 
 def test_a_draft_without_zeros_trains_as_before():
@@ -100,10 +100,10 @@ def test_a_training_of_a_module_takes_the_names_of_what_keeps_its_zeros():
     network = net()
     with torch.no_grad():
         network.head.weight[:, ::2] = 0
-    kept, moved = (copy.deepcopy(network) for _ in range(2))
-    train(kept, context_of(), TRAINING, ["head.weight"])
+    masked, moved = (copy.deepcopy(network) for _ in range(2))
+    train(masked, context_of(), TRAINING, ["head.weight"])
     train(moved, context_of(), TRAINING)
-    assert (kept.head.weight[:, ::2] == 0).all() and (moved.head.weight[:, ::2] != 0).any()
+    assert (masked.head.weight[:, ::2] == 0).all() and (moved.head.weight[:, ::2] != 0).any()
 
 
 def test_a_saved_training_that_kept_other_zeros_is_not_resumed(tmp_path):

@@ -113,11 +113,11 @@ class TestAverage:
     def test_against_a_slow_reference(self):
         seen = []
         network, _ = trained(task(), epochs=1, ema=0.5, hooks=(lambda m: seen.append(m.network[0].weight.clone()),))
-        found = net()[0].weight.detach().clone()
+        average = net()[0].weight.detach().clone()
         for step, weight in enumerate(every_step(seen), start=1):
             decay = min(0.5, (1 + step) / (10 + step))
-            found = decay * found + (1 - decay) * weight
-        assert torch.allclose(network[0].weight, found, atol=1e-6)
+            average = decay * average + (1 - decay) * weight
+        assert torch.allclose(network[0].weight, average, atol=1e-6)
 
     def test_statistics_are_averaged_and_counters_are_those_of_the_last_step(self):
         norm = nn.BatchNorm1d(2)
@@ -134,9 +134,9 @@ class TestAverage:
         layer.weight.data += 1
         for step in range(1000, 8000):
             average.update(layer, step)
-        wanted = layer.weight.detach().clone()
+        current = layer.weight.detach().clone()
         average.into(layer)
-        assert layer.weight.dtype == torch.bfloat16 and torch.allclose(layer.weight, wanted, atol=0.01)
+        assert layer.weight.dtype == torch.bfloat16 and torch.allclose(layer.weight, current, atol=0.01)
 
 
 class TestLabelSmoothing:
@@ -192,13 +192,13 @@ class TestClip:
     def test_nothing_is_longer_than_allowed(self, what, norm, per):
         network = net()
         F.cross_entropy(network(torch.ones(4, 6)), torch.zeros(4, dtype=torch.long)).backward()
-        kept = [(name, p) for name, p in network.named_parameters() if what == "gradients" or p.dim() > 1]
+        clipped = [(name, p) for name, p in network.named_parameters() if what == "gradients" or p.dim() > 1]
         value = (lambda p: p.grad) if what == "gradients" else (lambda p: p.detach())
-        before = [value(p).clone() for _, p in kept]
+        before = [value(p).clone() for _, p in clipped]
         over = Clip(what=what, norm=norm, per=per, threshold=0.01)(network.named_parameters())
         order = {"l1": 1, "l2": 2, "max": math.inf}[norm]
-        wholes = [[n for n, _ in kept]] if per == "network" else [[n for n, _ in kept if n[0] == k] for k in "02"]
-        now = {n: value(p) for n, p in kept}
+        wholes = [[n for n, _ in clipped]] if per == "network" else [[n for n, _ in clipped if n[0] == k] for k in "02"]
+        now = {n: value(p) for n, p in clipped}
         longest = max(float(torch.cat([now[n].flatten() for n in whole]).norm(order)) for whole in wholes)
         assert 0.0099 < longest <= 0.01 + 1e-8 and over > 1
         for old, new in zip(before, now.values(), strict=True):
@@ -360,8 +360,8 @@ class TestTheSourceTeaches:
         assert Finetune(task_loss_weight=0).resolved(Context(task=data, source=network), changed=False).clip == Clip()
         student = copy.deepcopy(network)
         student[0].weight.data *= 3
-        found = train(student, Context(task=data, source=network), Finetune(task_loss_weight=0, epochs=3))
-        assert all(torch.isfinite(p).all() for p in found.parameters())
+        distilled = train(student, Context(task=data, source=network), Finetune(task_loss_weight=0, epochs=3))
+        assert all(torch.isfinite(p).all() for p in distilled.parameters())
 
     def test_unless_it_is_told_not_to(self):
         plain = Finetune(steps=1, autocast="off", distill=())

@@ -55,10 +55,10 @@ def test_an_interrupt_waits_until_the_state_is_written(path, monkeypatch):
 def test_the_generators_go_on_where_they_stood(path):
     drawn()
     training_state.save(path, {"request": {}, "random": rng_state("cpu")})
-    wanted = [drawn() for _ in range(3)]
+    expected = [drawn() for _ in range(3)]
     with training_state.loading(path, {}) as state:
         set_rng_state(state["random"], "cpu")
-    assert [drawn() for _ in range(3)] == wanted
+    assert [drawn() for _ in range(3)] == expected
 
 
 def test_a_request_is_compared_by_what_its_functions_do(path):
@@ -77,10 +77,10 @@ def test_a_request_is_compared_by_what_its_functions_do(path):
 )
 def test_another_request_is_refused_with_both(path, now, name):
     save(path, seed=1, epochs=1)
-    with raises_case(CheckpointError, "settings") as found, training_state.loading(path, now):
+    with raises_case(CheckpointError, "settings") as caught, training_state.loading(path, now):
         pytest.fail("the state was given out")
-    names = {x.partition(" = ")[0] for x in (found.value.got, found.value.expected)}
-    assert names == {found.value.field} == {name}
+    names = {x.partition(" = ")[0] for x in (caught.value.got, caught.value.expected)}
+    assert names == {caught.value.field} == {name}
 
 
 def test_what_does_not_fit_in_place_is_said_as_of_a_damaged_file(path):
@@ -96,6 +96,6 @@ def test_an_error_of_penjings_own_passes(path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with raises_case(OutputError, "unwritable") as found:
+    with raises_case(OutputError, "unwritable") as caught:
         save(tmp_path / "no" / "state.pt")
-    assert found.value.remedy
+    assert caught.value.remedy
