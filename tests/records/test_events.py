@@ -70,9 +70,9 @@ def test_a_resumed_run_appends(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
-    with raises_case(OutputError, "unwritable") as found:
+    with raises_case(OutputError, "unwritable") as caught:
         Events(tmp_path / "missing" / "events.jsonl")("stage", name="capture")
-    assert "--out" in found.value.remedy
+    assert "--out" in caught.value.remedy
 
 
 def test_without_a_file_or_listeners_nothing_happens(tmp_path, monkeypatch):

@@ -30,11 +30,11 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with raises_case(OutputError, "unwritable") as found:
+        with raises_case(OutputError, "unwritable") as caught:
             write_text(tmp_path / "a.json", "new" * 2**20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert found.value.remedy and "a.json" in found.value.what
+    assert caught.value.remedy and "a.json" in caught.value.what
     assert (tmp_path / "a.json").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

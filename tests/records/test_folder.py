@@ -42,10 +42,10 @@ class TestWhoMayWrite:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_with_a_run_is_refused_with_the_ways_out(self, run):
-        with raises_case(OutputError, "run") as found:
+        with raises_case(OutputError, "run") as caught:
             RunFolder(run)
-        assert "--resume" in found.value.remedy
-        assert "--force" in found.value.remedy
+        assert "--resume" in caught.value.remedy
+        assert "--force" in caught.value.remedy
 
     def test_a_finished_run_is_refused_too(self, run):
         finished(run)
@@ -55,9 +55,9 @@ class TestWhoMayWrite:
     @pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}])
     def test_a_folder_of_other_files_is_never_touched(self, tmp_path, options):
         (tmp_path / "thesis.tex").write_text("years")
-        with raises_case(OutputError, "foreign") as found:
+        with raises_case(OutputError, "foreign") as caught:
             RunFolder(tmp_path, **options)
-        assert "thesis.tex" in found.value.got
+        assert "thesis.tex" in caught.value.got
         assert (tmp_path / "thesis.tex").read_text() == "years"
         assert len(list(tmp_path.iterdir())) == 1
 
@@ -94,18 +94,18 @@ class TestResume:
         assert RunFolder(run, resume=True).read_state("latency") == [1.5, 2.5]
 
     def test_the_difference_is_named_and_not_all_that_is_the_same(self, run):
-        wanted = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
-        with raises_case(OutputError, "settings") as found:
-            RunFolder(run, resume=True).claim(wanted)
+        request = {**REQUEST, "recipe": [{"quantize.Static": {"exclude": ["b"]}}]}
+        with raises_case(OutputError, "settings") as caught:
+            RunFolder(run, resume=True).claim(request)
         place = "recipe[0].quantize.Static.exclude[0]"
-        assert (found.value.got, found.value.expected) == (f"{place} = b", f"{place} = a")
+        assert (caught.value.got, caught.value.expected) == (f"{place} = b", f"{place} = a")
 
     def test_another_request_is_refused_by_name(self, run):
         folder = RunFolder(run, resume=True)
-        with raises_case(OutputError, "settings") as found:
+        with raises_case(OutputError, "settings") as caught:
             folder.claim({**REQUEST, "goal": "drop<=2%", "seed": 1})
-        assert (found.value.got, found.value.expected) == ("goal = drop<=2%", "goal = drop<=1%")
-        assert found.value.what.endswith(" goal, seed")
+        assert (caught.value.got, caught.value.expected) == ("goal = drop<=2%", "goal = drop<=1%")
+        assert caught.value.what.endswith(" goal, seed")
 
     def test_resuming_nothing_starts(self, tmp_path):
         folder = RunFolder(tmp_path / "run", resume=True)

@@ -33,9 +33,9 @@ def test_the_second_is_told_by_whom_it_is_held_and_nothing_is_touched(tmp_path):
     process = holder(tmp_path / "run")
     try:
         before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-        with raises_case(OutputError, "held") as found, locked(tmp_path / "run"):
+        with raises_case(OutputError, "held") as caught, locked(tmp_path / "run"):
             pytest.fail("two hold it")
-        assert f"process {process.pid} since 20" in found.value.got and "\x1b" not in found.value.got
+        assert f"process {process.pid} since 20" in caught.value.got and "\x1b" not in caught.value.got
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     finally:
         process.kill()

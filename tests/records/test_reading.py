@@ -104,11 +104,11 @@ class TestArrays:
         }
         for write in (np.savez, np.savez_compressed):
             write(tmp_path / "x.npz", **stored)
-            found = reading.arrays(tmp_path / "x.npz")
-            assert list(found) == list(stored)
+            loaded = reading.arrays(tmp_path / "x.npz")
+            assert list(loaded) == list(stored)
             for name, value in stored.items():
-                assert found[name].dtype == value.dtype
-                np.testing.assert_array_equal(found[name], value)
+                assert loaded[name].dtype == value.dtype
+                np.testing.assert_array_equal(loaded[name], value)
         assert list(reading.arrays(tmp_path / "x.npz", names=("a",))) == ["a"]
 
     @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def record(**fields):
     machine = Machine(
         processor="p", instruction_sets=("avx2",), cores=2, threads=2, memory_bytes=8, system="s", python="3.11"
     )
-    found = (
+    candidates = (
         Candidate(name="a", runtime="openvino", precision="int8", folder="candidates/a", measured=nothing),
         Candidate(name="b", runtime="openvino", precision="fp32", folder="candidates/b", measured=nothing),
     )
@@ -144,7 +144,7 @@ def record(**fields):
         higher_is_better=True,
         source=nothing,
         artifact=nothing,
-        candidates=found,
+        candidates=candidates,
         goal=GoalResult(text="drop<=1%", met=True, reason="b: fine", chosen="b"),
         layers=(),
         steps=(),
@@ -161,10 +161,10 @@ class TestRoundTrip:
         assert to_json(again) == text
 
     def test_through_a_file_and_through_its_folder(self, tmp_path):
-        made = record(name="盆景")
-        write_text(tmp_path / "record.json", to_json(made))
-        assert records.read(tmp_path) == made
-        assert records.read(str(tmp_path / "record.json")) == made
+        original = record(name="盆景")
+        write_text(tmp_path / "record.json", to_json(original))
+        assert records.read(tmp_path) == original
+        assert records.read(str(tmp_path / "record.json")) == original
 
     def test_the_chosen_candidate_is_found_by_its_name(self):
         assert record().chosen.precision == "fp32"
@@ -256,9 +256,9 @@ class TestPlainData:
 
     @pytest.mark.parametrize("data", [{"number": None}, {"number": 1.5, "words": ["a"], "anything": {"b": [1, None]}}])
     def test_any_frozen_dataclass_is_read(self, data):
-        made = from_dict(self.Some, data)
-        assert from_dict(self.Some, json.loads(to_json(made))) == made
-        assert made.words == tuple(data.get("words", ()))
+        instance = from_dict(self.Some, data)
+        assert from_dict(self.Some, json.loads(to_json(instance))) == instance
+        assert instance.words == tuple(data.get("words", ()))
 
     def test_plain_values_are_written_as_they_are(self):
         assert json.loads(to_json({"a": [1, "é"]})) == {"a": [1, "é"]}
@@ -269,10 +269,10 @@ class TestPlainData:
 
 
 def test_a_record_cannot_be_changed():
-    made = record()
+    frozen = record()
     with pytest.raises(AttributeError):
-        made.seed = 1
-    assert replace(made, seed=1) != made
+        frozen.seed = 1
+    assert replace(frozen, seed=1) != frozen
 
 
 def test_a_record_from_before_parity_was_judged_is_read():

@@ -99,37 +99,37 @@ def timed(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "PAUSE_S", 0.0)
         targets = [module.Target(name, tmp_path, [np.zeros(1)], 1) for name in names]
         events = []
-        found = module.compare(targets, threads=1, events=lambda kind, **e: events.append(e), **options)
+        timings = module.compare(targets, threads=1, events=lambda kind, **e: events.append(e), **options)
         assert events[-1]["done"] == events[-1]["total"] == len(turns)
-        return found, turns
+        return timings, turns
 
     return run
 
 
 def test_quiet_timings_take_the_rounds_that_were_asked_for(timed):
-    found, turns = timed(lambda name, turn: 10.0 if name == "source" else 2.0, rounds=5, patience=PATIENCE)
+    timings, turns = timed(lambda name, turn: 10.0 if name == "source" else 2.0, rounds=5, patience=PATIENCE)
     assert len(turns) == 2 * 5
-    assert found["a"].latency.steady and found["a"].latency.doubt == ""
-    assert found["a"].latency.rounds == (2.0,) * 5 and found["a"].latency.calls == 15
+    assert timings["a"].latency.steady and timings["a"].latency.doubt == ""
+    assert timings["a"].latency.rounds == (2.0,) * 5 and timings["a"].latency.calls == 15
 
 
 def test_a_disturbance_that_passes_is_measured_through(timed):
     def times(name, turn):
         return 10.0 * (1 + turn) if name == "source" and turn < 4 else 10.0 if name == "source" else 2.0
 
-    found, turns = timed(times, rounds=5, patience=PATIENCE)
+    timings, turns = timed(times, rounds=5, patience=PATIENCE)
     assert 2 * 5 < len(turns) < 2 * 5 * PATIENCE
-    assert found["a"].latency.steady and found["source"].latency.steady
-    assert speedup(found["source"].latency, found["a"].latency) == 5.0
+    assert timings["a"].latency.steady and timings["source"].latency.steady
+    assert speedup(timings["source"].latency, timings["a"].latency) == 5.0
 
 
 def test_one_that_does_not_pass_is_recorded_after_three_times_the_rounds(timed):
     def times(name, turn):
         return 10.0 * (1 + 0.1 * (turn % 5)) if name == "source" else 2.0 * (1 + 0.1 * ((turn + 2) % 5))
 
-    found, turns = timed(times, rounds=5, patience=PATIENCE)
+    timings, turns = timed(times, rounds=5, patience=PATIENCE)
     assert len(turns) == 2 * 5 * PATIENCE
-    assert not found["a"].latency.steady
-    assert "between turns" in found["a"].latency.doubt
-    assert len(found["a"].latency.rounds) == 5
+    assert not timings["a"].latency.steady
+    assert "between turns" in timings["a"].latency.doubt
+    assert len(timings["a"].latency.rounds) == 5
     assert len(timed(times, rounds=5)[1]) == 2 * 5  # without patience
