@@ -31,8 +31,8 @@ def made(exported, name, precision):
     return exported("residual", name, precision)
 
 
-def answers_db(found, reference):
-    return measure.parity([reference], [found], "planned").snr_db
+def answers_db(outputs, reference):
+    return measure.parity([reference], [outputs], "planned").snr_db
 
 
 @every_runtime
@@ -76,8 +76,8 @@ def test_it_says_in_which_precision_it_computes_every_layer(name, precision, mad
         assert operators == []
         return
     assert {operator.precision for operator in operators} <= {"int8", "bf16", "fp16", "fp32"}
-    found = building.executed_precisions(made.folder, made.manifest)
-    assert {layer: found.get(layer) for layer in ("stem", "body", "head")} == dict.fromkeys(
+    precisions = building.executed_precisions(made.folder, made.manifest)
+    assert {layer: precisions.get(layer) for layer in ("stem", "body", "head")} == dict.fromkeys(
         ("stem", "body", "head"), precision
     )
 
