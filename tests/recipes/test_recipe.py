@@ -37,10 +37,10 @@ class Own:
 
 def refusal(text, code):
     """Of a recipe in YAML."""
-    with raises_case(RecipeError, code) as found:
+    with raises_case(RecipeError, code) as caught:
         Recipe.from_yaml(text)
-    assert found.value.exit_code == 2
-    return found.value
+    assert caught.value.exit_code == 2
+    return caught.value
 
 
 class TestSteps:
@@ -60,15 +60,15 @@ class TestSteps:
 
     @pytest.mark.parametrize("wrong", [Static, lambda draft, context: draft, 3, "quantize.Static", None])
     def test_what_is_not_a_step_is_refused(self, wrong):
-        with raises_case(RecipeError, "not-a-step") as found:
+        with raises_case(RecipeError, "not-a-step") as caught:
             Recipe(wrong)
-        assert found.value.got == repr(wrong) and "quantize.Static" in found.value.remedy
+        assert caught.value.got == repr(wrong) and "quantize.Static" in caught.value.remedy
 
     @pytest.mark.parametrize("name", ["stage", "per_runtime", "for_floats"])
     def test_a_step_that_does_not_declare_itself_is_refused(self, name):
-        with raises_case(RecipeError, "undeclared") as found:
+        with raises_case(RecipeError, "undeclared") as caught:
             Recipe(type("Undeclared", (Own,), {name: None})())
-        assert name in found.value.got
+        assert name in caught.value.got
 
     def test_it_knows_whether_it_quantizes(self):
         assert Recipe(Static()).quantizes
@@ -132,16 +132,16 @@ class TestOrder:
         if allowed:
             assert tuple(Recipe(*steps)) == steps
         else:
-            with pytest.raises(RecipeError) as found:
+            with pytest.raises(RecipeError) as caught:
                 Recipe(*steps)
-            assert found.value.code in ("order", "too-early")
-            assert type(EXAMPLES[after]).__name__ in found.value.what and found.value.expected
+            assert caught.value.code in ("order", "too-early")
+            assert type(EXAMPLES[after]).__name__ in caught.value.what and caught.value.expected
 
     def test_a_repair_needs_a_plan(self):
         for step in (quantize.CoordinateRounding(), quantize.QAT()):
-            with raises_case(RecipeError, "too-early") as found:
+            with raises_case(RecipeError, "too-early") as caught:
                 Recipe(Finetune(), step)
-            assert "quantize.Static" in found.value.expected
+            assert "quantize.Static" in caught.value.expected
 
     def test_it_is_checked_in_yaml_too(self):
         assert "Static → Finetune" in refusal("[quantize.Static, Finetune]", "order").got
@@ -181,10 +181,10 @@ class TestYaml:
         """A resumed run compares its recipe with the one that was asked for."""
         within = Iterative(step=Channels(macs=0.5), finetune=Finetune(hooks=(print,)))
         for step, setting, value in ((Finetune(losses=(len,)), "losses", len), (within, "hooks", print)):
-            with raises_case(RecipeError, "unwritable") as found:
+            with raises_case(RecipeError, "unwritable") as caught:
                 Recipe(step).to_yaml()
-            assert f"{type(step).__name__}({setting}=" in found.value.what and found.value.got == repr(value)
-            assert "replace" in found.value.remedy
+            assert f"{type(step).__name__}({setting}=" in caught.value.what and caught.value.got == repr(value)
+            assert "replace" in caught.value.remedy
         one, other = (Recipe(Finetune(losses=(lambda batch: 0,))).to_data() for _ in range(2))
         assert one == other
 
@@ -291,6 +291,6 @@ def test_a_step_or_a_list_may_stand_in_the_place_of_a_recipe():
         (Static, "not-a-step", repr(Static), "quantize.Static"),
         ("recipe.yaml", "file-name", "'recipe.yaml'", "from_yaml"),
     ):
-        with raises_case(RecipeError, code) as found:
+        with raises_case(RecipeError, code) as caught:
             Recipe.of(wrong)
-        assert found.value.got == got and remedy in found.value.remedy
+        assert caught.value.got == got and remedy in caught.value.remedy
