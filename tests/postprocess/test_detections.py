@@ -43,11 +43,11 @@ def slowly(rows, threshold, overlap, most, agnostic=False):
 
     boxes, scores = rows[:, :4], rows[:, 4:]
     if agnostic:
-        found = [(float(s.max()), int(s.argmax()), i) for i, s in enumerate(scores)]
-        order = sorted(found, key=lambda f: (-f[0], f[2]))
+        candidates = [(float(s.max()), int(s.argmax()), i) for i, s in enumerate(scores)]
+        order = sorted(candidates, key=lambda f: (-f[0], f[2]))
     else:
-        found = [(float(s), c, i) for i, row in enumerate(scores) for c, s in enumerate(row)]
-        order = sorted(found, key=lambda f: (-f[0], f[1], f[2]))
+        candidates = [(float(s), c, i) for i, row in enumerate(scores) for c, s in enumerate(row)]
+        order = sorted(candidates, key=lambda f: (-f[0], f[1], f[2]))
     remain = []
     for score, kind, place in order:
         rivals = [r for r in remain if agnostic or r[1] == kind]
@@ -59,15 +59,15 @@ def slowly(rows, threshold, overlap, most, agnostic=False):
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_it_is_suppression_by_the_obvious_loop(agnostic):
     rows = crowded()
-    found = Detections(Given(), score_threshold=0.3, max_detections=25, class_agnostic=agnostic)(rows)
+    detections = Detections(Given(), score_threshold=0.3, max_detections=25, class_agnostic=agnostic)(rows)
     for i, sample in enumerate(rows):
         expected = slowly(sample, 0.3, 0.5, 25, agnostic)
-        count = int(found["count"][i])
+        count = int(detections["count"][i])
         assert count == len(expected) > 2
-        assert found["scores"][i, :count].tolist() == pytest.approx([e[0] for e in expected])
-        assert found["classes"][i, :count].tolist() == [e[1] for e in expected]
-        assert torch.equal(found["boxes"][i, :count], sample[[e[2] for e in expected], :4])
-        assert not found["boxes"][i, count:].any() and (found["classes"][i, count:] == -1).all()
+        assert detections["scores"][i, :count].tolist() == pytest.approx([e[0] for e in expected])
+        assert detections["classes"][i, :count].tolist() == [e[1] for e in expected]
+        assert torch.equal(detections["boxes"][i, :count], sample[[e[2] for e in expected], :4])
+        assert not detections["boxes"][i, count:].any() and (detections["classes"][i, count:] == -1).all()
 
 
 @both
@@ -98,8 +98,8 @@ def test_boxes_are_read_in_every_convention():
         "cxcywh": ((x + right) / 2, (y + bottom) / 2, right - x, bottom - y),
     }
     for name, form in forms.items():
-        found = Detections(Given(), boxes=name)(torch.cat([torch.stack(form, -1), rows[..., 4:]], -1))
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        detections = Detections(Given(), boxes=name)(torch.cat([torch.stack(form, -1), rows[..., 4:]], -1))
+        assert all(torch.equal(detections[key], expected[key]) for key in expected)
 
 
 def test_outputs_are_read_in_every_form():
@@ -111,13 +111,13 @@ def test_outputs_are_read_in_every_form():
             return {"scores": rows[..., 4:], "boxes": rows[..., :4]}
 
     objectness = torch.cat([rows[..., :4], torch.full((3, 20, 1), 0.5), rows[..., 4:] * 2], -1)
-    for found in (
+    for detections in (
         Detections(Pair())(rows),
         Detections(Given(), axis=1)(rows.transpose(1, 2)),
         Detections(Given(), scores="objectness")(objectness),
         Detections(Given(), decode=lambda rows: (rows[..., :4], rows[..., 4:]))(rows),
     ):
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert all(torch.equal(detections[key], expected[key]) for key in expected)
 
 
 def test_a_grid_is_decoded_as_the_head_does_it():
