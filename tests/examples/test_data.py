@@ -63,9 +63,9 @@ def test_a_damaged_data_set_is_never_used(empty_cache, tiny_fashion, monkeypatch
 
 
 def test_a_fetched_data_set_replaces_a_damaged_copy_in_the_cache(empty_cache, tiny_fashion, monkeypatch, tmp_path):
-    kept = empty_cache / "fashion-mnist"
-    kept.mkdir(parents=True)
-    (kept / f"{data.FASHION_MNIST['train_images'][0]}.gz").write_bytes(b"cut of")
+    folder = empty_cache / "fashion-mnist"
+    folder.mkdir(parents=True)
+    (folder / f"{data.FASHION_MNIST['train_images'][0]}.gz").write_bytes(b"cut of")
     monkeypatch.setattr(data, "FASHION_MNIST_INSTALLED", tmp_path / "nowhere")
     monkeypatch.setattr(data, "FASHION_MNIST_OFFICIAL", tiny_fashion.as_uri() + "/")
     monkeypatch.setenv("PATH", "")

@@ -60,15 +60,15 @@ def test_a_mirrored_scene_has_its_boxes_mirrored(stamps):
     boxes = np.full((8, 4, 5), -1, np.float32)
     boxes[:, 0] = 10, 20, 60, 40, 2
     torch.manual_seed(0)
-    ((images, found),) = Batches(stamps.Scenes(image, boxes, image[:, 0]), batch=8)
+    ((images, targets),) = Batches(stamps.Scenes(image, boxes, image[:, 0]), batch=8)
     lefts = set()
-    for picture, (left, top, right, bottom, label) in zip(images.numpy(), found[:, 0].int().tolist(), strict=True):
+    for picture, (left, top, right, bottom, label) in zip(images.numpy(), targets[:, 0].int().tolist(), strict=True):
         bright = picture[0] > 0
         rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
         assert (left, right, top, bottom, label) == (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1, 2)
         lefts.add(left)
     assert lefts == {10, 100}
-    assert (found[:, 1:] == -1).all()
+    assert (targets[:, 1:] == -1).all()
 
 
 def test_the_loss_of_a_detector_that_finds_all_is_smaller_than_of_one_that_is_shifted():
