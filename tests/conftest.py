@@ -98,14 +98,14 @@ def digits_copy(tmp_path, digits_run):
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """``exported(case, runtime, precision)``: an artifact of a tiny network, made once for all tests."""
-    made = {}
+    artifacts = {}
 
     def get(case, runtime, precision):
         key = (case, runtime, precision)
-        if key not in made:
+        if key not in artifacts:
             from tests.tiny_networks import CASES, export
 
-            made[key] = export(CASES[case], runtime, precision, tmp_path_factory.mktemp("artifact"))
-        return made[key]
+            artifacts[key] = export(CASES[case], runtime, precision, tmp_path_factory.mktemp("artifact"))
+        return artifacts[key]
 
     return get

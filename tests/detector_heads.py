@@ -80,9 +80,9 @@ class YoloxDecoded(Yolox):
         self.register_buffer("strides", torch.cat(strides))
 
     def forward(self, x):
-        found = super().forward(x)
-        centres = (found[..., :2] + self.grids) * self.strides
-        return torch.cat([centres, found[..., 2:4].exp() * self.strides, found[..., 4:]], -1)
+        raw = super().forward(x)
+        centres = (raw[..., :2] + self.grids) * self.strides
+        return torch.cat([centres, raw[..., 2:4].exp() * self.strides, raw[..., 4:]], -1)
 
 
 class Yolov5(Trunk):
@@ -137,8 +137,8 @@ class Yolov8(Trunk):
 
     def forward(self, x):
         rows = zip(self.maps(x), self.boxes, self.kinds, strict=True)
-        found = torch.cat([torch.cat([b(m), k(m)], 1).flatten(2) for m, b, k in rows], 2)
-        boxes, scores = found.split((4 * self.BINS, CLASSES), 1)
+        raw = torch.cat([torch.cat([b(m), k(m)], 1).flatten(2) for m, b, k in rows], 2)
+        boxes, scores = raw.split((4 * self.BINS, CLASSES), 1)
         n, _, places = boxes.shape
         sides = self.expect(boxes.view(n, 4, self.BINS, places).transpose(2, 1).softmax(1)).view(n, 4, places)
         first, last = sides.chunk(2, 1)
@@ -152,8 +152,8 @@ class Yolov8Product(Yolov8):
 
     def forward(self, x):
         rows = zip(self.maps(x), self.boxes, self.kinds, strict=True)
-        found = torch.cat([torch.cat([b(m), k(m)], 1).flatten(2) for m, b, k in rows], 2)
-        boxes, scores = found.permute(0, 2, 1).split((4 * self.BINS, CLASSES), -1)
+        raw = torch.cat([torch.cat([b(m), k(m)], 1).flatten(2) for m, b, k in rows], 2)
+        boxes, scores = raw.permute(0, 2, 1).split((4 * self.BINS, CLASSES), -1)
         sides = boxes.reshape(-1, 84, 4, self.BINS).softmax(-1).matmul(torch.arange(self.BINS).float())
         anchors = self.anchors.t()
         corners = torch.cat([anchors - sides[..., :2], anchors + sides[..., 2:]], -1) * self.strides.t()
@@ -168,12 +168,12 @@ class Pose(Yolov8):
         self.points = heads(15, 1.5)
 
     def forward(self, x):
-        found = super().forward(x)
+        detections = super().forward(x)
         points = torch.cat([h(m).flatten(2) for m, h in zip(self.maps(x), self.points, strict=True)], 2)
         points = points.view(-1, 5, 3, points.shape[-1])
         xy = (points[:, :, :2] * 2 + (self.anchors - 0.5)) * self.strides
         points = torch.cat([xy, points[:, :, 2:].sigmoid()], 2).flatten(1, 2)
-        return torch.cat([found, points], 1)
+        return torch.cat([detections, points], 1)
 
 
 class Ssd(Trunk):

@@ -103,16 +103,16 @@ def trained(data: Task):
 
 def steps(first: str, second: str) -> tuple:
     """Both, and what they need: repairs come behind a quantizer, and `Regularized` before what removes channels."""
-    found = []
+    sequence = []
     for name in (first, second):
         family, step = TECHNIQUES[name]
         if family == "repair" and not any(TECHNIQUES[n][0] == "integers" for n in (first,) if name == second):
-            if not any(isinstance(s, quantize.Static) for s in found):
-                found.append(quantize.Static())
-        if found and isinstance(found[0], distill.Student) and isinstance(step, distill.FewerLayers):
+            if not any(isinstance(s, quantize.Static) for s in sequence):
+                sequence.append(quantize.Static())
+        if sequence and isinstance(sequence[0], distill.Student) and isinstance(step, distill.FewerLayers):
             step = distill.FewerLayers(of="stages.0", keep=2)  # the new network's layers have other names
-        found.append(step)
-    return tuple(found)
+        sequence.append(step)
+    return tuple(sequence)
 
 
 def context_of(source, data: Task, runtime: str = "onnxruntime", **fields) -> Context:
@@ -134,10 +134,10 @@ def parity_db(draft: Draft, data: Task, folder, runtime: str = "onnxruntime") ->
     """Build a file and run it in the runtime: its answers beside those of the draft, or of its plan, in torch."""
     x = data.example[:2]
     with torch.no_grad():
-        wanted = (insert(draft.network, draft.plan) if draft.plan else draft.network)(x)
-        _, structure = flatten_outputs(wanted)
+        reference = (insert(draft.network, draft.plan) if draft.plan else draft.network)(x)
+        _, structure = flatten_outputs(reference)
     building.build(draft, runtime, "int8" if draft.plan else "fp32", data, structure, folder)
     predict = predictor(isolated.open_artifact(folder, 1), read_manifest(folder))
-    found, wanted = np.asarray(predict(x.numpy()), dtype=np.float64), wanted.numpy().astype(np.float64)
-    noise = ((found - wanted) ** 2).sum()
-    return float(10 * np.log10((wanted**2).sum() / max(noise, 1e-30)))
+    answers, reference = np.asarray(predict(x.numpy()), dtype=np.float64), reference.numpy().astype(np.float64)
+    noise = ((answers - reference) ** 2).sum()
+    return float(10 * np.log10((reference**2).sum() / max(noise, 1e-30)))

@@ -31,8 +31,8 @@ def test_every_technique_gives_a_file_that_answers_as_torch(name, tmp_path):
     order = (name, "Finetune") if isinstance(pairs.TECHNIQUES[name][1], distill.Student) else ("Finetune", name)
     data = pairs.task()
     network = pairs.trained(data)
-    found = pairs.artifact(Recipe(*pairs.steps(*order)), network, data, tmp_path, device=DEVICE)
-    assert found["snr_db"] >= 35
+    figures = pairs.artifact(Recipe(*pairs.steps(*order)), network, data, tmp_path, device=DEVICE)
+    assert figures["snr_db"] >= 35
     assert places(network) == {"cpu"}
 
 
@@ -60,9 +60,9 @@ def test_it_learns_what_it_learns_on_a_cpu():
 
     torch.manual_seed(0)
     network = Plain()
-    found = [loop.bits(train(copy.deepcopy(network), loop.context_of(device=d), settings)) for d in ("cpu", DEVICE)]
-    for name, tensor in found[0].items():
-        assert torch.allclose(tensor.float(), found[1][name].float(), atol=2e-3), name
+    states = [loop.bits(train(copy.deepcopy(network), loop.context_of(device=d), settings)) for d in ("cpu", DEVICE)]
+    for name, tensor in states[0].items():
+        assert torch.allclose(tensor.float(), states[1][name].float(), atol=2e-3), name
 
 
 def test_bfloat16_is_taken_by_itself():
@@ -143,8 +143,8 @@ def test_a_run_from_source_to_file(tmp_path):
         replace(students.SHORT, epochs=10),
     )
     recipe = pj.recipes.joint(macs=0.6, epochs=6, learning_rate=0.05)
-    found = pj.run(recipe, network, task, runtime="onnxruntime", out=tmp_path / "run", device=DEVICE, seconds=0.1)
-    assert found.record.artifact.metric > 0.9
+    result = pj.run(recipe, network, task, runtime="onnxruntime", out=tmp_path / "run", device=DEVICE, seconds=0.1)
+    assert result.record.artifact.metric > 0.9
     applied = pj.apply(recipe, network, task, device=DEVICE)
     assert places(applied, network) == {"cpu"}
     with torch.no_grad():

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def drawn():
     """Class → its parent, read from the tree in the module's docstring."""
-    found, parents = {}, []
+    parent_of, parents = {}, []
     for line in errors.__doc__.splitlines():
         match = re.match(r"    ([│├└─ ]*)(\w+Error|MissingDependency)\b", line)
         if match:
             depth = len(match[1]) // 4
             parents[depth:] = [match[2]]
-            found[match[2]] = parents[depth - 1] if depth else "Exception"
-    return found
+            parent_of[match[2]] = parents[depth - 1] if depth else "Exception"
+    return parent_of
 
 
 def test_the_tree_in_the_docstring_is_the_tree():
@@ -41,9 +41,9 @@ def test_a_request_that_cannot_be_understood_has_an_exit_code_of_its_own():
 
 @pytest.mark.parametrize("error", ALL)
 def test_every_error_says_what_got_expected_and_remedy(error):
-    made = error("it broke", got=[1, 2], expected="a whole", remedy="glue it")
-    assert str(made) == "it broke\n  got:      [1, 2]\n  expected: a whole\n  remedy:   glue it"
-    assert (made.what, made.got, made.expected, made.remedy) == ("it broke", [1, 2], "a whole", "glue it")
+    built = error("it broke", got=[1, 2], expected="a whole", remedy="glue it")
+    assert str(built) == "it broke\n  got:      [1, 2]\n  expected: a whole\n  remedy:   glue it"
+    assert (built.what, built.got, built.expected, built.remedy) == ("it broke", [1, 2], "a whole", "glue it")
 
 
 def test_the_name_of_its_case_is_for_programs_and_goes_with_it_into_another_process():

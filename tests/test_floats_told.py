@@ -175,8 +175,8 @@ def test_inspect_and_the_record_agree(name, runtime):
     rows = rows_of(name, runtime)
     told = inspected(name).floats[runtime]
     # What a runtime fused without a trace counts as it was planned.
-    found = {r.name: r.reason for r in rows if r.macs and (r.executed or r.planned) != "int8"}
-    assert found == {site: reason for site, reason in told.items() if site in {r.name for r in rows if r.macs}}
+    reasons = {r.name: r.reason for r in rows if r.macs and (r.executed or r.planned) != "int8"}
+    assert reasons == {site: reason for site, reason in told.items() if site in {r.name for r in rows if r.macs}}
 
 
 @both
@@ -276,16 +276,16 @@ class Sums(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_an_artifact_without_an_integer_operator_is_not_called_int8(tmp_path):
     task = pj.Task(example=torch.randn(2, 8), calibration=[torch.randn(16, 8)])
-    made = pj.compress(Sums(), task, "minimize size_bytes, drop<=100%", seconds=0.01, threads=1, out=tmp_path / "run")
-    assert {c.precision for c in made.record.candidates} <= {"fp32", "fp16", "bf16"}
-    assert [w for w in made.record.warnings if "no integer operator" in w]
+    result = pj.compress(Sums(), task, "minimize size_bytes, drop<=100%", seconds=0.01, threads=1, out=tmp_path / "run")
+    assert {c.precision for c in result.record.candidates} <= {"fp32", "fp16", "bf16"}
+    assert [w for w in result.record.warnings if "no integer operator" in w]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_record_holds_the_shares_and_table_and_verdict_show_them(tmp_path):
     model, task = network("gru")
-    made = pj.compress(model, task, "drop<=100%, minimize size_bytes", seconds=0.01, threads=1, out=tmp_path / "run")
-    record = pj.records.read(tmp_path / "run") if hasattr(pj, "records") else made.record
+    result = pj.compress(model, task, "drop<=100%, minimize size_bytes", seconds=0.01, threads=1, out=tmp_path / "run")
+    record = pj.records.read(tmp_path / "run") if hasattr(pj, "records") else result.record
     integer = [c for c in record.candidates if c.precision == "int8"]
     assert integer
     assert all(c.float_macs_share > 0.9 and 0 <= c.float_bytes_share <= 1 for c in integer)

@@ -253,10 +253,10 @@ def test_values_that_no_file_of_ours_has(copy, name, edit, code, word):
     change(path, edit)
     read = {"record.json": records.read, "plan.json": lambda f: Plan.from_json(path.read_text())}.get(name)
     read = read or (lambda f: read_manifest(f / "artifact"))
-    with raises_case(PenjingError, code) as found:
+    with raises_case(PenjingError, code) as caught:
         read(copy)
-    assert word in str(found.value.got)
-    assert len(str(found.value)) < 2000
+    assert word in str(caught.value.got)
+    assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,10 @@ def test_values_that_no_file_of_ours_has(copy, name, edit, code, word):
     ids=range(11),
 )  # fmt: skip
 def test_recipes_that_are_none(text, word):
-    with raises_case(RecipeError, "unreadable") as found:
+    with raises_case(RecipeError, "unreadable") as caught:
         Recipe.from_yaml(text)
-    assert word in found.value.got
-    assert len(str(found.value)) < 2000
+    assert word in caught.value.got
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_setting_that_no_recipe_of_ours_has():
@@ -328,9 +328,9 @@ def test_a_configuration_of_a_million_layers(tmp_path):
     ):
         config = {"architectures": ["BertModel"], "model_type": "bert", key: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with raises_case(SourceError, "misfit") as found:
+        with raises_case(SourceError, "misfit") as caught:
             open_folder(tmp_path)
-        assert found.value.got.startswith(f"{key}: ")
+        assert caught.value.got.startswith(f"{key}: ")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
@@ -338,9 +338,9 @@ def test_a_link_out_of_the_artifact(copy, tmp_path):
     name = read_manifest(copy / "artifact").files()[0]
     (copy / "artifact" / name).rename(tmp_path / "elsewhere")
     (copy / "artifact" / name).symlink_to(tmp_path / "elsewhere")
-    with raises_case(ArtifactError, "outside") as found:
+    with raises_case(ArtifactError, "outside") as caught:
         runtimes.open_artifact(copy / "artifact", 1)
-    assert found.value.got == name
+    assert caught.value.got == name
 
 
 # --- mutations ----------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_killed_runs_end_in_the_same_files(stable, undisturbed, tmp_path, part):
                 break
             kills += 1
         assert files_of(folder) == whole, f"after {kills} kills"
-        found = intact.differences(folder, records.read(folder))
-        assert not (found.missing or found.changed or found.strange)
+        differences = intact.differences(folder, records.read(folder))
+        assert not (differences.missing or differences.changed or differences.strange)
         assert not (folder / LOCK).exists() and not (folder / "state").exists()
     print(f"{kills} kills in {rounds} runs of {length:.1f} s")

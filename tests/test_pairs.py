@@ -29,10 +29,10 @@ LEGAL = [order for order in ORDERS if refused(*order) is None]
 
 def one_per_family():
     """The first legal order of every two families."""
-    found = {}
+    orders = {}
     for first, second in LEGAL:
-        found.setdefault((pairs.TECHNIQUES[first][0], pairs.TECHNIQUES[second][0]), (first, second))
-    return list(found.values())
+        orders.setdefault((pairs.TECHNIQUES[first][0], pairs.TECHNIQUES[second][0]), (first, second))
+    return list(orders.values())
 
 
 FEW = one_per_family()
@@ -54,10 +54,10 @@ EVERY += [pytest.param(*order, id="-".join(order), marks=pytest.mark.slow) for o
 
 @pytest.mark.parametrize(("first", "second"), EVERY)
 def test_a_legal_order_gives_a_file_that_answers_as_torch(first, second, source, data, tmp_path):
-    found = pairs.artifact(Recipe(*pairs.steps(first, second)), copy.deepcopy(source), data, tmp_path)
-    assert found["snr_db"] >= PARITY_DB
+    figures = pairs.artifact(Recipe(*pairs.steps(first, second)), copy.deepcopy(source), data, tmp_path)
+    assert figures["snr_db"] >= PARITY_DB
     families = {pairs.TECHNIQUES[name][0] for name in (first, second)}
-    assert found["integers"] == bool(families & {"integers", "repair"})
+    assert figures["integers"] == bool(families & {"integers", "repair"})
 
 
 def test_every_step_is_in_the_matrix():

@@ -71,13 +71,13 @@ def test_the_names_of_steps():
 )
 def test_what_reads_evidence_imports_no_torch(modules):
     code = f"import {modules}, sys; print(*{{'torch', 'onnx', 'onnxruntime', 'openvino'}} & set(sys.modules))"
-    found = python(code)
-    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
+    completed = python(code)
+    assert (completed.returncode, completed.stdout.strip()) == (0, ""), completed.stderr
 
 
 def test_the_goal_alone_needs_no_torch():
-    found = python("import penjing as pj, sys; pj.Goal.parse('drop<=1%'); sys.exit('torch' in sys.modules)")
-    assert found.returncode == 0, found.stderr
+    completed = python("import penjing as pj, sys; pj.Goal.parse('drop<=1%'); sys.exit('torch' in sys.modules)")
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_the_version_is_that_of_the_package():

@@ -119,19 +119,19 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_every_table_that_a_benchmark_has_written_has_its_place():
-    made = runpy.run_path(str(ROOT / "docs" / "measured.py"))
+    script = runpy.run_path(str(ROOT / "docs" / "measured.py"))
     marks = [mark for page in PAGES for mark in re.findall(r"<!-- (.+?) -->", page.read_text(encoding="utf-8"))]
     opened, closed = marks[::2], marks[1::2]
     assert set(closed) == {"/measured"}
     assert len(opened) == len(closed)
-    measured = {name for name in made["TABLES"] if made["written"](name) is not None}
+    measured = {name for name in script["TABLES"] if script["written"](name) is not None}
     assert {mark.removeprefix("measured: ") for mark in opened} == measured
 
 
 def test_the_commands_of_the_readme_are_those_that_exist():
-    found = set(re.findall(r"\| `penjing (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    commands = set(re.findall(r"\| `penjing (\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     shown = run("penjing --help", "penjing --help", ROOT)
-    assert found == set(re.findall(r"^    (\w+) {2,}", shown, re.MULTILINE))
+    assert commands == set(re.findall(r"^    (\w+) {2,}", shown, re.MULTILINE))
 
 
 def test_a_block_is_found_with_its_title_and_its_line(tmp_path):

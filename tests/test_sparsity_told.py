@@ -97,19 +97,19 @@ def test_a_gain_that_was_seen_is_no_complaint(speedup, low, told):
 
 def test_the_twin_has_other_numbers_where_the_zeros_were_and_nothing_else():
     captured = capture_network(network(), *task().call())
-    made = pj.prune.Magnitude(sparsity=0.6)(Draft(captured), Context(task=task(), source=captured))
-    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
-    replica = filled(made, seed=0).network
+    pruned = pj.prune.Magnitude(sparsity=0.6)(Draft(captured), Context(task=task(), source=captured))
+    before = {name: p.detach().clone() for name, p in pruned.network.named_parameters()}
+    replica = filled(pruned, seed=0).network
     for name, parameter in replica.named_parameters():
         was, now = before[name].numpy(), parameter.detach().numpy()
-        if name not in made.sparse:
+        if name not in pruned.sparse:
             assert np.array_equal(was, now)
             continue
         assert (now != 0).all() and np.array_equal(now[was != 0], was[was != 0])
         assert np.abs(now).max() == np.abs(was).max()  # so the integers of a plan fit
         assert {-1.0, 1.0} == set(np.sign(now[was == 0]))
-    assert all(torch.equal(p, before[name]) for name, p in made.network.named_parameters())
-    empty = Draft(captured, edits=made.edits)
-    for name in made.sparse:
+    assert all(torch.equal(p, before[name]) for name, p in pruned.network.named_parameters())
+    empty = Draft(captured, edits=pruned.edits)
+    for name in pruned.sparse:
         empty.network.get_parameter(name).data.zero_()
-    assert all((filled(empty, 0).network.get_parameter(name).abs() == 1).all() for name in made.sparse)
+    assert all((filled(empty, 0).network.get_parameter(name).abs() == 1).all() for name in pruned.sparse)
