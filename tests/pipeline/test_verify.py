@@ -40,7 +40,7 @@ def test_a_run_holds_on_the_machine_that_made_it(digits_run, digits_task):
 
 
 @pytest.mark.parametrize(
-    ("recorded", "found", "same", "then", "now", "holds"),
+    ("recorded", "measured", "same", "then", "now", "holds"),
     [
         (4.0, 4.0, True, "", "", True),
         (4.0, 4.9, True, "", "", True),
@@ -52,8 +52,8 @@ def test_a_run_holds_on_the_machine_that_made_it(digits_run, digits_task):
         (4.0, 4.0, False, "", "", None),
     ],
 )
-def test_a_speedup_is_judged_where_two_timings_compare(recorded, found, same, then, now, holds):
-    judged, note = _speed_holds(recorded, found, same, then, now)
+def test_a_speedup_is_judged_where_two_timings_compare(recorded, measured, same, then, now, holds):
+    judged, note = _speed_holds(recorded, measured, same, then, now)
     assert judged is holds and bool(note) == (holds is None)
 
 

@@ -70,7 +70,7 @@ def formula(penalty, network, units):
 
 
 def beside_autograd(step, network, context):
-    """Value and gradients by name: (found, wanted)."""
+    """Value and gradients by name: (analytic, reference)."""
     penalty, units = penalty_for(step, network, context), list(units_of(step, network, context))
     network.double()
     expected = formula(step.penalty, network, units)

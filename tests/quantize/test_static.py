@@ -168,7 +168,7 @@ class TestNames:
     NAMES = ["layer1.0.conv1", "layer1.0.conv1@1", "layer1.0/add#0", "layer10.conv", "fc"]
 
     @pytest.mark.parametrize(
-        ("pattern", "found"),
+        ("pattern", "expected"),
         [
             ("fc", ["fc"]),
             ("layer1", ["layer1.0.conv1", "layer1.0.conv1@1", "layer1.0/add#0"]),
@@ -177,8 +177,8 @@ class TestNames:
             ("*/add#*", ["layer1.0/add#0"]),
         ],
     )
-    def test_patterns(self, pattern, found):
-        assert matches(pattern, self.NAMES) == found
+    def test_patterns(self, pattern, expected):
+        assert matches(pattern, self.NAMES) == expected
 
     @pytest.mark.parametrize("field", ["exclude", "settings"])
     def test_a_pattern_that_fits_nothing_names_the_nearest(self, draft, field):

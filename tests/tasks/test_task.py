@@ -132,16 +132,18 @@ def batches(count, size=2):
     return [torch.randn(size, 4, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
-@pytest.mark.parametrize(("count", "kept"), [(2, [0]), (3, [0, 1]), (4, [0, 1, 3]), (7, [0, 1, 3, 4, 6])])
-def test_every_third_batch_is_held_out(count, kept):
+@pytest.mark.parametrize(("count", "places"), [(2, [0]), (3, [0, 1]), (4, [0, 1, 3]), (7, [0, 1, 3, 4, 6])])
+def test_every_third_batch_is_held_out(count, places):
     data = batches(count)
     judged = agreement_task(Task(example=data[0], calibration=data), linear())
     remaining = [args[0] for args, _ in calibration_calls(judged)]
-    assert len(remaining) == len(kept) and all(torch.equal(a, data[i]) for a, i in zip(remaining, kept, strict=True))
+    assert len(remaining) == len(places) and all(
+        torch.equal(a, data[i]) for a, i in zip(remaining, places, strict=True)
+    )
     seen = []
     predict = numpy_predictor(linear())
     judged.evaluate(lambda x: (seen.append(x), predict(x))[1])
-    assert len(seen) == count - len(kept)
+    assert len(seen) == count - len(places)
     assert not any(np.array_equal(x, a.numpy()) for x in seen for a in remaining)
 
 

@@ -279,7 +279,7 @@ def test_images_without_objects_have_no_precision():
 
 
 @pytest.mark.parametrize(
-    "found",
+    "decoded",
     [
         None,
         [None] * 6,
@@ -288,8 +288,8 @@ def test_images_without_objects_have_no_precision():
         [(np.zeros((3, 4)), np.zeros((3, 1)), np.zeros(3))] * 6,
     ],
 )
-def test_what_a_decoder_gives_is_checked(found):
-    task = pj.tasks.detection(scene(), decode=lambda outputs: found)
+def test_what_a_decoder_gives_is_checked(decoded):
+    task = pj.tasks.detection(scene(), decode=lambda outputs: decoded)
     with raises_case(TaskError, "decode"):
         task.evaluate(lambda x: x)
     nothing = pj.tasks.detection(scene(), decode=lambda outputs: [([], [], [])] * 6)
