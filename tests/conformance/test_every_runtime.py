@@ -26,7 +26,7 @@ BATCHES = (1, 2, 5)
 
 
 @pytest.fixture
-def made(exported, name, precision):
+def artifact(exported, name, precision):
     """An artifact of a convolutional network with a residual addition."""
     return exported("residual", name, precision)
 
@@ -49,44 +49,44 @@ def test_it_has_the_functions_that_its_row_promises(name):
 
 
 @every_artifact
-def test_its_manifest_says_what_lies_in_the_folder(name, precision, made):
-    again = read_manifest(made.folder)
-    assert again == made.manifest and (again.runtime, again.precision) == (name, precision)
-    assert all((made.folder / file).is_file() for file in again.files())
+def test_its_manifest_says_what_lies_in_the_folder(name, precision, artifact):
+    again = read_manifest(artifact.folder)
+    assert again == artifact.manifest and (again.runtime, again.precision) == (name, precision)
+    assert all((artifact.folder / file).is_file() for file in again.files())
     pattern = runtimes.get(name).SETTINGS
     assert all(re.fullmatch(pattern[key], value) for key, value in again.settings.items() if key != "precision")
 
 
 @every_artifact
-def test_it_answers_as_torch_at_every_batch_and_again(name, precision, made):
-    session = runtimes.open_artifact(made.folder, 1)
-    limit = INTEGER_DB if made.draft.plan else FLOAT_DB
+def test_it_answers_as_torch_at_every_batch_and_again(name, precision, artifact):
+    session = runtimes.open_artifact(artifact.folder, 1)
+    limit = INTEGER_DB if artifact.draft.plan else FLOAT_DB
     for batch in BATCHES:
-        arrays = made.arrays(batch, seed=7)
+        arrays = artifact.arrays(batch, seed=7)
         outputs = session.run(arrays)
-        assert [x.shape for x in outputs] == [x.shape for x in made.answers(batch, seed=7)]
-        assert answers_db(outputs, made.answers(batch, seed=7)) >= limit
+        assert [x.shape for x in outputs] == [x.shape for x in artifact.answers(batch, seed=7)]
+        assert answers_db(outputs, artifact.answers(batch, seed=7)) >= limit
         assert all(np.array_equal(x, y) for x, y in zip(outputs, session.run(arrays), strict=True))
 
 
 @every_artifact
-def test_it_says_in_which_precision_it_computes_every_layer(name, precision, made):
-    operators = runtimes.executed(made.folder, made.manifest)
+def test_it_says_in_which_precision_it_computes_every_layer(name, precision, artifact):
+    operators = runtimes.executed(artifact.folder, artifact.manifest)
     if not SPECS[name].shows_operators:  # nothing is fused or changed: there is nothing to say
         assert operators == []
         return
     assert {operator.precision for operator in operators} <= {"int8", "bf16", "fp16", "fp32"}
-    precisions = building.executed_precisions(made.folder, made.manifest)
+    precisions = building.executed_precisions(artifact.folder, artifact.manifest)
     assert {layer: precisions.get(layer) for layer in ("stem", "body", "head")} == dict.fromkeys(
         ("stem", "body", "head"), precision
     )
 
 
 @every_artifact
-def test_its_loader_answers_as_its_session(name, precision, made):
-    spec = importlib.util.spec_from_file_location("load_of_a_test", made.folder / "load.py")
+def test_its_loader_answers_as_its_session(name, precision, artifact):
+    spec = importlib.util.spec_from_file_location("load_of_a_test", artifact.folder / "load.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (x,) = made.arrays(3, seed=8)
-    predict = predictor(runtimes.open_artifact(made.folder, 1), made.manifest)
+    (x,) = artifact.arrays(3, seed=8)
+    predict = predictor(runtimes.open_artifact(artifact.folder, 1), artifact.manifest)
     np.testing.assert_allclose(module.predict(x), predict(x), rtol=0, atol=1e-6)

@@ -154,10 +154,10 @@ def record(**fields):
 
 class TestRoundTrip:
     @given(RECORD)
-    def test_every_bit_comes_back(self, made):
-        text = to_json(made)
+    def test_every_bit_comes_back(self, record):
+        text = to_json(record)
         again = from_dict(Record, json.loads(text))
-        assert again == made
+        assert again == record
         assert to_json(again) == text
 
     def test_through_a_file_and_through_its_folder(self, tmp_path):
