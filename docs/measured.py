@@ -725,17 +725,6 @@ def quick() -> str:
     return _under(lines, data, f"Median of {data['repeats']} runs; ")
 
 
-def test_time() -> str:
-    """What the parts of the tests cost."""
-    data = _read("test_time")
-    lines = ["| | passed | skipped | wall-clock time | processor time |", "|---|---|---|---|---|"]
-    for row in [*data["rows"], data["total"]]:
-        times = f"{row['seconds'] / 60:.1f} min | {row['processor_s'] / 60:.1f} min"
-        lines.append(f"| {row['target']} | {row['passed']} | {row['skipped']} | {times} |")
-    idle = f"{data['jobs']} at a time on {data['machine']['cores']} cores, idle {data['total']['idle']:.0%}; "
-    return _under(lines, data, idle)
-
-
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -767,7 +756,6 @@ TABLES = {
     "detector_heads": detector_heads,
     "onnx_files": onnx_files,
     "quick": quick,
-    "test_time": test_time,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 
