@@ -79,8 +79,8 @@ def run(command, where, folder, fine=(0,)):
     return done.stdout
 
 
-def run_page(page, folder):
-    """What the page's blocks print."""
+def assert_page_runs(page, folder):
+    """Every block of the page ends as it should; what they print."""
     output = ""
     for kind, group in itertools.groupby(filter(runs, blocks(page)), key=lambda b: "file" if b.title else b.kind):
         if kind == "python":
@@ -95,7 +95,7 @@ def run_page(page, folder):
 
 
 def test_the_readme_runs_from_top_to_bottom(tmp_path):
-    output = run_page(ROOT / "README.md", tmp_path)
+    output = assert_page_runs(ROOT / "README.md", tmp_path)
     for run_folder in ("first", "second"):
         folder = tmp_path / "runs" / run_folder
         assert {"artifact", "load.py", "record.json", "report.html"} <= {p.name for p in folder.iterdir()}
@@ -109,7 +109,7 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path):
     "page", [page for page in PAGES[1:] if any(map(runs, blocks(page)))], ids=lambda page: page.name
 )
 def test_the_code_of_a_page_of_the_documentation_runs(page, tmp_path):
-    run_page(page, tmp_path)
+    assert_page_runs(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -474,7 +474,7 @@ class TestCheckpointsThatWouldRunCode:
         with zipfile.ZipFile(file, "w") as archive:
             for name, data in members.items():
                 archive.writestr(name, bomb.getvalue() if "sample_inputs" in name else data)
-        self.refusal(parts, capsys, file, mark, "foreign-code")
+        assert self.refusal(parts, capsys, file, mark, "foreign-code")["code"] == "foreign-code"
 
 
 def goes_on(run, source, task, *more, goal="drop<=2%, minimize size_bytes"):

@@ -35,7 +35,7 @@ def decibels(reference, got):
     return 10 * math.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30))
 
 
-def judge(net, data, runtime, folder, source=28.0, planned=30.0):
+def assert_costs_nothing(net, data, runtime, folder, source=28.0, planned=30.0):
     """Quantize, export and run; every output is compared with torch's and with the plan's, on another batch size."""
     net.eval()
     task = Task(example=data(2), calibration=[data(8 + i) for i in range(3)])
@@ -189,12 +189,12 @@ FUSED = {
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_a_mask_of_any_number_costs_nothing_that_is_seen(number, runtime, tmp_path):
-    judge(Several(eager(number)), boolean, runtime, tmp_path)
+    assert_costs_nothing(Several(eager(number)), boolean, runtime, tmp_path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_mask_of_torchs_own_attention(runtime, tmp_path):
-    judge(Several(FUSED), boolean, runtime, tmp_path)
+    assert_costs_nothing(Several(FUSED), boolean, runtime, tmp_path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -206,7 +206,7 @@ def test_a_mask_of_numbers_as_an_input(number, runtime, tmp_path):
         "behind a bias": lambda: Heads(lambda m, s, mask: s + m.bias + mask, bias=bias()),
         "torch's": lambda: Together(lambda m, mask: mask),
     }
-    judge(
+    assert_costs_nothing(
         Several(forms),
         lambda n: (ids(n), torch.zeros(n, 1, 1, LENGTH).masked_fill(~seen(n), number)),
         runtime,
@@ -223,7 +223,7 @@ def test_rows_that_see_nothing_stay_zeros(runtime, tmp_path):
         mask[0, 0, 2] = False
         return ids(n), mask
 
-    judge(Several({"hidden rows": lambda: Together(lambda m, mask: mask)}), nothing, runtime, tmp_path)
+    assert_costs_nothing(Several({"hidden rows": lambda: Together(lambda m, mask: mask)}), nothing, runtime, tmp_path)
 
 
 def test_products_before_and_behind_the_softmax_stay_integers_and_the_addition_does_not():

@@ -219,24 +219,13 @@ def test_a_silu_can_be_left_whole():
     assert [kind(draft.network, n) for n in draft.network.graph.nodes].count("silu") == 1
 
 
-def test_an_unfolded_silu_computes_the_same_and_is_replayed():
+@pytest.mark.parametrize(("network", "what"), [(GATES["silu"][0], "silu"), (HARD["hard swish"][0], "hardswish")])
+def test_an_unfolded_function_computes_the_same_and_is_replayed(network, what):
     torch.manual_seed(0)
-    model = Gated(GATES["silu"][0]).eval()
+    model = Gated(network).eval()
     draft, task = quantized(model)
-    edits = [edit for edit in draft.edits if edit["edit"] == "unfold_silu"]
-    assert [edit["site"] for edit in edits] == ["/silu#0", "/silu#1"]
-    again = replay(capture_network(model, *task.call()), draft.edits)
-    x = images(3)
-    torch.testing.assert_close(again(x), model(x))
-    assert torch.equal(again(x), draft.network(x))
-
-
-def test_an_unfolded_hard_swish_computes_the_same_and_is_replayed():
-    torch.manual_seed(0)
-    model = Gated(HARD["hard swish"][0]).eval()
-    draft, task = quantized(model)
-    edits = [edit for edit in draft.edits if edit["edit"] == "unfold_hardswish"]
-    assert [edit["site"] for edit in edits] == ["/hardswish#0", "/hardswish#1"]
+    edits = [edit for edit in draft.edits if edit["edit"] == f"unfold_{what}"]
+    assert [edit["site"] for edit in edits] == [f"/{what}#0", f"/{what}#1"]
     again = replay(capture_network(model, *task.call()), draft.edits)
     x = images(3)
     torch.testing.assert_close(again(x), model(x))

@@ -90,7 +90,7 @@ def test_empty():
 
 
 def test_not_iterable():
-    refusal("not-iterable", 5)
+    assert refusal("not-iterable", 5).code == "not-iterable"
 
 
 def test_a_generator_read_twice_is_told_from_an_empty_one():
@@ -129,7 +129,7 @@ def test_labels_in_a_dict_are_recognised():
 
 
 def test_a_missing_input_is_an_error():
-    refusal("inputs", [{"y": X}], {"x": torch.zeros(1, 3, 2)})
+    assert refusal("inputs", [{"y": X}], {"x": torch.zeros(1, 3, 2)}).code == "inputs"
 
 
 def test_the_batch_and_the_input_are_named():
