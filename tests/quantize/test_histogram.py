@@ -66,7 +66,7 @@ def test_every_value_is_counted_and_the_extremes_are_exact(batches):
     assert histogram.low >= -histogram.limit and histogram.high < histogram.limit
 
 
-@pytest.mark.parametrize("value", [1.0, -1.0, 0.5, 2.0**-130, -(2.0**60), 0.0, -1e-30])
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.5, 2.0**-130, -(2.0**60), 0.0, -1e-30, -(2.0**-149)])
 def test_a_value_on_the_edge_of_a_bin_stays_in_its_bin_when_the_range_grows(value):
     grown = filled([[value], [3.0], [1e6]])
     assert torch.equal(grown.counts, filled([[value, 3.0, 1e6]]).counts)

@@ -69,9 +69,11 @@ class Histogram:
             stride += 1
         values = x[::stride]
         # Scaling by a power of two and rounding down are exact, so a value's bin does not depend on when it was added.
+        # Except below float32's range, where a negative value becomes zero: it belongs into the bin left of zero.
         half = len(self.counts) // 2
-        places = (values * (half / self.limit)).floor_().int().add_(half)
-        counts = torch.bincount(places, minlength=len(self.counts))
+        places = (values * (half / self.limit)).floor_().int()
+        places -= ((values < 0) & (places == 0)).int()
+        counts = torch.bincount(places.add_(half), minlength=len(self.counts))
         self.counts += counts.double() * (x.numel() / values.numel())
 
     def _grow(self, largest: float) -> None:
