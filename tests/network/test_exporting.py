@@ -1,5 +1,7 @@
 """Exporting: sizes that vary, and what is advised where a network can't be exported."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,3 +211,18 @@ def test_two_inputs_of_one_name_are_refused():
     with raises_case(ExportError, "same-name") as error:
         capture_network(Twice(), (torch.ones(2, 4), torch.ones(2, 4)))
     assert "x_0" in error.value.got and "x_0" in error.value.remedy
+
+
+def test_a_tensor_computed_from_weights_before_the_call_is_a_constant():
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Linear(4, 4).weight[0] * 2  # neither a parameter nor a leaf
+
+        def forward(self, x):
+            return x + self.shift
+
+    module = Shifts()
+    network = copy.deepcopy(capture_network(module, (torch.ones(2, 4),)))
+    assert torch.equal(network(torch.ones(3, 4)), module(torch.ones(3, 4)))
+    assert module.shift.requires_grad

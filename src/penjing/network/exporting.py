@@ -77,7 +77,18 @@ def export_module(
                 raise _export_error(model, error) from error
     _check_outputs(model, program)
     _set_origins(model, program)
+    _detach_constants(program)
     return program
+
+
+def _detach_constants(program: ExportedProgram) -> None:
+    """A tensor that was computed from weights before the call is a constant: what it came from is not in the program.
+
+    Without its history it can be copied, which torch refuses otherwise.
+    """
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            program.constants[name] = value.detach()
 
 
 def _set_origins(model: nn.Module, program: ExportedProgram) -> None:
