@@ -36,6 +36,7 @@ def tensors(*shapes):
         (tensors((4, 3, 8, 8), (4,)), None, [0, 0]),
         (tensors((4, 5, 8), (2, 4, 8), (4, 4, 8)), None, [0, 1, 0]),  # nothing tells the last one's apart
         (tensors((2, 5, 8), (2, 2, 8), (2, 2, 8)), STATES, [0, 1, 1]),
+        (tensors((2, 4, 8), (4, 5, 8), (2, 4, 8)), {0: {1: "n"}, 1: {0: "n"}, 2: {1: "n"}}, [1, 0, 1]),  # states first
         (tensors((1, 5, 8), (1, 1, 8), (3, 1, 8)), STATES, [0, 1, 1]),
         (tensors((4, 3), (4, 7)), {0: {0: "n"}}, [0, None]),  # a table that is as long as the batch
         (tensors((4, 3), (4, 7)), {0: {0: "n"}, 1: {0: "m"}}, [0, 0]),

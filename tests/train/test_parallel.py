@@ -12,7 +12,7 @@ from torch import distributed, nn
 from penjing import distill
 from penjing.architectures import build
 from penjing.architectures.bert import BERT
-from penjing.errors import TaskError, TrainingError
+from penjing.errors import TrainingError
 from penjing.network.capture import capture_network
 from penjing.network.portable import Portable
 from penjing.steps.step import Context
@@ -156,19 +156,6 @@ def test_settings_that_make_no_sense(wrong, name):
         Finetune(**wrong)
 
 
-def test_a_batch_without_one_number_of_samples_is_not_shared():
-    lists = [{"boxes": torch.zeros(n, 4)} for n in (3, 1)]
-    for inputs, target in ((torch.zeros(2, 3), lists), (torch.zeros(4, 3), torch.zeros(2)), ([], [])):
-        with raises_case(TaskError, "unshareable"):
-            Group(0, 2).part(inputs, target)
-
-
-@pytest.mark.parametrize("target", [[0, 1, 2, 3], ["a", "b", "c", "d"], {"ids": [0, 1, 2, 3]}])
-def test_a_list_with_an_entry_a_sample_is_not_shared(target):
-    with raises_case(TaskError, "unshareable"):
-        Group(0, 2).part(((torch.zeros(4, 3),), {}), target)
-
-
 def test_doubles_are_summed_as_doubles(tmp_path):
     distributed.init_process_group("gloo", init_method=(tmp_path / "at").as_uri(), rank=0, world_size=1)
     try:
@@ -178,19 +165,6 @@ def test_doubles_are_summed_as_doubles(tmp_path):
     finally:
         distributed.destroy_process_group()
     assert torch.equal(weight.grad, torch.full((2,), 1 / 3, dtype=torch.float64))
-
-
-def test_a_batch_without_samples():
-    with raises_case(TaskError, "no-sample"):
-        Group(0, 2).part(((torch.zeros(0, 3),), {}), torch.zeros(0))
-
-
-def test_parts_are_whole_batches_together():
-    x, y = torch.arange(7), torch.arange(7) + 10
-    parts = [Group(rank, 3).part({"x": x, "k": 3}, y) for rank in range(3)]
-    assert torch.equal(torch.cat([p[0]["x"] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
-    assert sum(p[2] for p in parts) == pytest.approx(1) and [len(p[1]) for p in parts] == [2, 2, 3]
-    assert Group(1, 3).part(torch.zeros(1, 2), torch.zeros(1))[2] in (0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "bert", "lstm_tagger", "shufflenet_v2_x0_5"])

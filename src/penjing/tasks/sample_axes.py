@@ -21,13 +21,14 @@ def along_samples(call: Call, dynamic: Dynamic, change: Callable[[torch.Tensor, 
     """The call with every tensor that holds samples changed along their axis.
 
     Args:
-        call: Its first tensor has its samples in axis 0.
+        call: The first tensor that has its samples in axis 0 tells how many there are: where `dynamic` says nothing,
+            the first one.
         dynamic: Axes that vary (see `Task.dynamic`): an axis of the name of that axis holds the samples, and an input
             of whose axes none varies holds none. Without, an axis 0 of the same size does, or an axis 1 of it in a
             state of recurrent layers, (layers, batch, hidden).
         change: Called with a tensor and the axis.
     """
-    axes = _axes(call, dynamic)
+    axes = axes_of(call, dynamic)
 
     def changed(value: Any) -> Any:
         axis = next(axes)
@@ -36,16 +37,19 @@ def along_samples(call: Call, dynamic: Dynamic, change: Callable[[torch.Tensor, 
     return tuple(map_leaves(changed, arg) for arg in call[0]), {k: map_leaves(changed, v) for k, v in call[1].items()}
 
 
-def _axes(call: Call, dynamic: Dynamic) -> Iterator[int | None]:
-    """The axis of the samples of each leaf of a call."""
+def axes_of(call: Call, dynamic: Dynamic) -> Iterator[int | None]:
+    """The axis of the samples of each leaf of a call, as `along_samples` takes it; None where it holds none."""
     size, batch = size_of(call), None
+    for key, _, value in leaves(call):
+        declared = _declared(dynamic, key, call)
+        if declared is not None and 0 in declared and isinstance(value, torch.Tensor) and value.dim():
+            size, batch = int(value.shape[0]), declared[0]  # a state that comes before has its samples elsewhere
+            break
     for key, _, value in leaves(call):
         if not isinstance(value, torch.Tensor) or not value.dim():
             yield None
             continue
         declared = _declared(dynamic, key, call)
-        if batch is None and declared is not None:
-            batch = declared.get(0)
         if declared is None:
             yield _by_size(value, size)
         else:

@@ -50,6 +50,7 @@ from penjing.train.optimizers import optimizer
 from penjing.train.parallel import Group
 from penjing.train.precision import caster, channels_last_pays
 from penjing.train.settings import TrainingSettings
+from penjing.train.sharing import by_argument
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 POINTS = 100  # of a training's curve
@@ -256,7 +257,8 @@ class Loop:
         call, target = to_tensors(as_call(inputs)), pytree.tree_map_only(np.ndarray, to_tensor, target)
         if self.group.size == 1:
             return self._gradients(call, target, part)
-        call, target, share = self.group.part(call, target)
+        axes = by_argument(self.context.task.dynamic, self.network, call)
+        call, target, share = self.group.part(call, target, axes)
         # What dropout draws is each worker's own; the loaders draw on as if there were one worker.
         with torch.random.fork_rng(devices=[]):
             batch = seed_of(seed_of(self.context.seed, self.epoch), position)

@@ -27,7 +27,10 @@ from torch.utils import _pytree as pytree
 from penjing.errors import MissingDependency, OutputError, PenjingError, TaskError, TrainingError
 from penjing.network.portable import Portable
 from penjing.steps.step import Context
+from penjing.tasks.calibration import Dynamic
+from penjing.tasks.call import Call
 from penjing.tasks.usercode import USER_MODULE
+from penjing.train.sharing import part
 
 STATE = "finetune.pt"
 
@@ -46,44 +49,20 @@ class Group:
     size: int = 1
     saved: Callable[[Path], None] = lambda path: None
 
-    def part(self, inputs: Any, target: Any) -> tuple[Any, Any, float]:
+    def part(self, call: Call, target: Any, dynamic: Dynamic = None) -> tuple[Call, Any, float]:
         """This worker's samples of a batch, and their fraction of the batch; it may have none.
+
+        Args:
+            call: The inputs.
+            target: Its first axis are the samples.
+            dynamic: Axes of the inputs that vary, see `penjing.train.sharing.part`.
 
         Raises:
             TaskError: Something in the batch has another number of samples, or is a list with an entry a sample.
         """
         if self.size == 1:
-            return inputs, target, 1.0
-        lengths = {len(x) for x in pytree.tree_leaves((inputs, target)) if hasattr(x, "shape") and len(x.shape)}
-        if len(lengths) != 1:
-            raise TaskError(
-                "a batch can't be shared by several workers",
-                code="unshareable",
-                got=f"arrays of {', '.join(map(str, sorted(lengths))) or 'no'} samples",
-                expected="inputs and targets whose first axis are the samples",
-                remedy="train with workers=1",
-            )
-        (samples,) = lengths
-        entries = pytree.tree_leaves((inputs, target), is_leaf=lambda x: isinstance(x, list) and len(x) == samples)
-        if any(isinstance(x, list) and not any(hasattr(y, "shape") for y in pytree.tree_leaves(x)) for x in entries):
-            raise TaskError(
-                "a batch can't be shared by several workers",
-                code="unshareable",
-                got=f"a list of {samples}, an entry a sample",
-                expected="inputs and targets whose first axis are the samples",
-                remedy="make it a tensor, or train with workers=1",
-            )
-        if not samples:
-            raise TaskError(
-                "the training data has a batch without samples", code="no-sample", got="(0, …)", expected="(samples, …)"
-            )
-        start, end = (samples * i // self.size for i in (self.rank, self.rank + 1))
-
-        def cut(x: Any) -> Any:
-            return x[start:end] if hasattr(x, "shape") and len(x.shape) else x
-
-        mine = pytree.tree_map(cut, (inputs, target))
-        return mine[0], mine[1], (end - start) / samples
+            return call, target, 1.0
+        return part(call, target, dynamic, self.rank, self.size)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the workers' gradients in place; a parameter without a gradient on any worker stays without one."""
