@@ -301,6 +301,34 @@ def test_attention_has_its_weights_as_linear_layers():
     assert "factor" in dict(network.named_parameters())
 
 
+class Towers(keras.Model):
+    """A subclassed network whose only argument is a dict or a list of its inputs, as Keras passes several."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layers.Dense(4, name="layer")
+
+    def call(self, towers, training=False):
+        first, second = (towers["query"], towers["item"]["picture"]) if isinstance(towers, dict) else towers
+        return {"score": self.layer(first) * 2 + self.layer(second)}
+
+
+@pytest.mark.parametrize(
+    ("arrange", "names"),
+    [
+        (lambda query, item: {"query": query, "item": {"picture": item}}, ["query", "item_picture"]),
+        (lambda query, item: [query, item], ["towers_0", "towers_1"]),
+        (lambda query, item: (query, item), ["towers_0", "towers_1"]),
+    ],
+)
+def test_a_subclassed_model_with_one_structure_of_inputs_takes_them_by_name(arrange, names):
+    model, (query, item) = Towers(), normal(3, 5, 6).unbind(1)[:2]
+    expected = model(arrange(query, item))["score"].detach()
+    network = capture_network(open_source(model).module, (), dict(zip(names, (query, item), strict=True)))
+    assert {node.name for node in network.graph.nodes if node.op == "placeholder"} == set(names)
+    torch.testing.assert_close(network(**dict(zip(names, (query, item), strict=True)))["score"], expected)
+
+
 def test_recurrent_layers_are_one_operator_each():
     network = capture_network(open_source(filled(recurrent())).module, NETWORKS["recurrent"][1])
     names = [str(node.target) for node in network.graph.nodes]

@@ -36,12 +36,15 @@ class KerasNetwork(Own):
 
     Attributes:
         channels_last: Tells the capture that permutations surround its layers.
-        inputs: Names of parameters of `forward` → names of the model's inputs; empty for a subclassed model.
+        inputs: Names of parameters of `forward` → names of the model's inputs; empty for a subclassed model that takes
+            its tensors one by one.
+        structure: How the model's first argument holds its inputs; None if it is a tensor, or the model declares it.
         ports: Names of inputs and outputs; see `penjing.network.exporting.port_names`.
     """
 
     channels_last = True
     inputs: Mapping[str, str] = {}
+    structure: Any = None
 
     def __init__(self, model: Any, file: str | None = None) -> None:
         super().__init__(model, _own_variables(model))
@@ -86,9 +89,10 @@ class KerasNetwork(Own):
 
         bound = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
         if len(args) > len(self.inputs) or bound.keys() != self.inputs.keys():
-            raise TypeError(f"the network takes {', '.join(self.inputs)}; got {len(args)} and {', '.join(kwargs) or 0}")
+            given = f"{len(args)} by position" + (f" and {', '.join(kwargs)} by name" if kwargs else "")
+            raise TypeError(f"the network takes the inputs {', '.join(self.inputs)}; it is called with {given}")
         flat = [bound[word] for word in self.inputs]
-        structure = getattr(self.layer, "_inputs_struct", None)
+        structure = self.structure or getattr(self.layer, "_inputs_struct", None)
         return flat[0] if structure is None else keras.tree.pack_sequence_as(structure, flat)
 
     @contextlib.contextmanager
@@ -126,7 +130,7 @@ def open_model(model: Any, file: str | None = None) -> KerasNetwork:
         SourceError: Keras runs on another backend; the model has no weights yet, computes in half precision, keeps
             states or is quantized.
     """
-    _keras()
+    keras = _keras()
     if not model.built:
         raise SourceError(
             "the Keras model has no weights yet",
@@ -137,14 +141,17 @@ def open_model(model: Any, file: str | None = None) -> KerasNetwork:
         )
     _check(model)
     tensors = list(getattr(model, "inputs", None) or []) if _has_graph(model) else []
-    inputs = _words([str(tensor.name) for tensor in tensors])
+    structure = None if _has_graph(model) else _structure(model)
+    names = [str(tensor.name) for tensor in tensors] or ([] if structure is None else keras.tree.flatten(structure))
+    inputs = _words(names)
     signature = _signature(model, list(inputs))
 
     def forward(self: KerasNetwork, *args: Any, **kwargs: Any) -> Any:
         return KerasNetwork.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    kind: type[KerasNetwork] = type("KerasNetwork", (KerasNetwork,), {"inputs": inputs, "forward": forward})
+    members = {"inputs": inputs, "structure": structure, "forward": forward}
+    kind: type[KerasNetwork] = type("KerasNetwork", (KerasNetwork,), members)
     return kind(model, file).eval()
 
 
@@ -273,13 +280,43 @@ def _words(names: list[str]) -> dict[str, str]:
     return words
 
 
+def _structure(model: Any) -> Any:
+    """The dict or list that a subclassed model was built with as its only argument, with names; None if a tensor.
+
+    Keras passes several inputs as one argument. An input of a dict is called after its key, one of a list after the
+    argument and its place.
+    """
+    shape = (model.get_build_config() or {}).get("input_shape")
+    needed = [p for p in _parameters(model) if p.default is p.empty]
+    if shape is None or len(needed) != 1 or _is_shape(shape):
+        return None
+    return _named(shape, needed[0].name, "")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(size is None or isinstance(size, int) for size in value)
+
+
+def _named(shapes: Any, argument: str, path: str) -> Any:
+    if isinstance(shapes, Mapping):
+        return {key: _named(value, argument, f"{path}_{key}" if path else str(key)) for key, value in shapes.items()}
+    if shapes is None or _is_shape(shapes):
+        return path
+    return [_named(value, argument, f"{path or argument}_{i}") for i, value in enumerate(shapes)]
+
+
+def _parameters(model: Any) -> list[inspect.Parameter]:
+    """What a subclassed model's call takes, itself first left out."""
+    given = list(inspect.signature(type(model).call).parameters.values())[1:]
+    return [parameter for parameter in given if parameter.name not in ("training", "mask")]
+
+
 def _signature(model: Any, inputs: list[str]) -> inspect.Signature:
     """Of the network's forward: the names of the inputs, or what a subclassed model's call takes."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if inputs:
         return inspect.Signature([inspect.Parameter(word, kind) for word in ("self", *inputs)])
-    given = inspect.signature(type(model).call).parameters.values()
-    return inspect.Signature([parameter for parameter in given if parameter.name not in ("training", "mask")])
+    return inspect.Signature([inspect.Parameter("self", kind), *_parameters(model)])
 
 
 def _output_names(model: Any) -> tuple[str, ...]:
