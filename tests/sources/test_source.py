@@ -225,6 +225,25 @@ def test_a_forward_that_fails_names_the_users_line(net):
     assert "x=float32[1, 4]" in refusal(f"{net}:ready", "forward", task=by_name).expected
 
 
+@pytest.mark.parametrize(
+    ("forward", "example", "remedy"),
+    [
+        (
+            lambda self, batch: batch["x"],
+            {"x": torch.ones(2), "y": torch.ones(2)},
+            "forward(self, x, y) that builds batch",
+        ),
+        (lambda self, x, y: x + y, {"x": torch.ones(2), "z": torch.ones(2)}, "those of forward(x, y)"),
+        (lambda self, x: x, (torch.ones(2), torch.ones(2)), "those of forward(x)"),
+    ],
+)
+def test_an_example_that_does_not_fit_the_forward_is_told_its_parameters(forward, example, remedy):
+    network = type("Network", (nn.Module,), {"forward": forward})()
+    with raises_case(SourceError, "forward") as error:
+        check_forward(open_source(network), Task(example=example))
+    assert remedy in error.value.remedy
+
+
 def test_a_forward_that_returns_no_tensors(net):
     assert "output['answer']" in refusal(f"{net}:Text", "not-a-tensor", task=open_task(f"{net}:task")).what
 

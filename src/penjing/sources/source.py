@@ -5,6 +5,7 @@ Weights may come from a file of their own; see `penjing.sources.weights`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -337,10 +338,27 @@ def forward(module: nn.Module, call: Call, name: str) -> Any:
             code="forward",
             got=f"{type(cause).__name__}: {str(cause).strip()} ({line_of(cause)})",
             expected=f"outputs for {describe_call(args, kwargs)}",
-            remedy="call the network on Task.example in a Python shell; shapes, types and names must fit its forward",
+            remedy=_how_to_call(module, call),
         ) from cause
     first_output(outputs)
     return outputs
+
+
+def _how_to_call(module: nn.Module, call: Call) -> str:
+    """What to do about a forward that failed: other names where those of the call are not its parameters."""
+    args, kwargs = call
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
+        if len(needed) == 1 and len(kwargs) > 1:
+            return (
+                f"the forward takes {needed[0]} alone, and the example's keys are its keyword arguments: wrap the "
+                f"network in a module with forward(self, {', '.join(kwargs)}) that builds {needed[0]} of them"
+            )
+        return f"the inputs of the example are those of forward{signature}: give them in this order, or by these names"
+    return "call the network on Task.example in a Python shell; shapes, types and names must fit its forward"
 
 
 def describe_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
