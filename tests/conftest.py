@@ -46,6 +46,24 @@ def trained():
 '''
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    """Workers are forks; `real_workers` undoes that."""
+    from tests.forked_workers import forked_workers
+
+    with forked_workers():
+        yield
+
+
+@pytest.fixture
+def real_workers(monkeypatch):
+    """Workers are started as they are outside tests."""
+    from penjing.measure import processes
+    from tests.forked_workers import start_worker
+
+    monkeypatch.setattr(processes, "start_worker", start_worker)
+
+
 @pytest.fixture(scope="session")
 def digits_task():
     """``examples/digits/task.py:task`` on the command line."""

@@ -15,6 +15,7 @@ from penjing.measure.machine import processors
 from penjing.records import Latency
 from tests.raises import raises_case
 
+pytestmark = pytest.mark.usefixtures("real_workers")
 QUICK = {"threads": 1, "seconds": 0.02, "warmup_seconds": 0.0, "warmup_calls": 1}
 
 

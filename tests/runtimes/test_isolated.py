@@ -17,7 +17,10 @@ from penjing.runtimes import isolated
 from tests.crashes import crash_at_next_request
 from tests.raises import raises_case
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="signals"),
+    pytest.mark.usefixtures("real_workers"),
+]
 
 
 @pytest.fixture(params=runtimes.DEPLOYED)

@@ -53,15 +53,7 @@ class Process:
         self._stderr = tempfile.TemporaryFile()  # a file: a pipe would fill up while nobody reads it
         self._stderr_start = 0  # offset in bytes at which the output of the current request starts
         self._exceeded_s: float | None = None  # the time limit after which it was killed
-        self._process = subprocess.Popen(
-            # -P: nothing is imported from the current folder
-            [sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=_environment() | _NO_TELEMETRY | (environment or {}),
-            start_new_session=True,  # a separate process group with its children; Ctrl-C reaches only the parent
-        )
+        self._process = start_worker(module, arguments, worker_environment(environment or {}), self._stderr)
         self._exit_watch = threading.Thread(target=self._watch_exit, daemon=True)
         self._exit_watch.start()
 
@@ -220,6 +212,21 @@ class Process:
         return self._stderr.read().decode(errors="replace").strip()
 
 
+def start_worker(
+    module: str, arguments: Sequence[str], environment: dict[str, str], stderr: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start a Python module as a process with pipes for its input and output; `environment` is all that it gets."""
+    return subprocess.Popen(
+        # -P: nothing is imported from the current folder
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=environment,
+        start_new_session=True,  # a separate process group with its children; Ctrl-C reaches only the parent
+    )
+
+
 def send(stream: IO[bytes], message: dict[str, Any], arrays: Arrays = ()) -> None:
     """Write a message: a line of JSON, then the bytes of the arrays in C order."""
     contiguous = [np.ascontiguousarray(x).reshape(x.shape) for x in arrays]
@@ -305,7 +312,8 @@ def _exit_cause(code: int) -> str:
         return f"signal {-code}"
 
 
-def _environment() -> dict[str, str]:
+def worker_environment(additional: dict[str, str]) -> dict[str, str]:
+    """The environment variables of a worker: those of this process, and additional ones."""
     env = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
     if root not in {str(Path(sysconfig.get_path(kind)).resolve()) for kind in ("purelib", "platlib")}:
@@ -313,4 +321,4 @@ def _environment() -> dict[str, str]:
         env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
     if "PYTHONPATH" in env:  # an empty entry is the current folder
         env["PYTHONPATH"] = os.pathsep.join(filter(None, env["PYTHONPATH"].split(os.pathsep)))
-    return env
+    return env | _NO_TELEMETRY | additional

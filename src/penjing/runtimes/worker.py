@@ -12,6 +12,7 @@ import importlib
 import itertools
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ class Worker:
         return {"result": getattr(module, function)(*arguments)}, []
 
 
-def main(runtime: str) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Import the runtime, then serve until the input ends or a request says stop; the exit code."""
+    (runtime,) = arguments
     requests, answers = channel()
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO's converter sends usage data with it
     faulthandler.enable()  # a crash in native code leaves its stack on standard error
@@ -98,4 +100,4 @@ def main(runtime: str) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1]))
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""Worker processes as forks of one that has the imports behind it: the same workers, a second of imports less each.
+
+`forked_workers` replaces how `penjing.measure.processes.Process` starts a worker. One process per test run imports
+torch and the runtimes, and stays without threads. For every worker it forks, and the fork calls the worker's `main`
+with its own pipes, arguments, environment and session. Linux alone: the forks become children of the test process,
+which the system grants to a "child subreaper".
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from penjing.measure import processes
+
+IMPORTS = (
+    *("torch", "torch.export", "torch._export.serde.serialize", "torch._dynamo", "onnxruntime", "openvino"),
+    *("penjing.measure.worker", "penjing.runtimes.worker"),
+    *("penjing.runtimes.eager", "penjing.runtimes.onnxruntime", "penjing.runtimes.openvino"),
+)
+start_worker = processes.start_worker
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+_MESSAGE_BYTES = 1 << 20
+
+
+class ForkedProcess:
+    """What `Process` uses of a `subprocess.Popen`."""
+
+    def __init__(self, pid, stdin, stdout):
+        self.pid, self.stdin, self.stdout = pid, stdin, stdout
+        self.returncode = None
+
+    def wait(self, timeout=None):
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, 0 if end is None else os.WNOHANG)
+            except ChildProcessError:
+                pid, status = self.pid, 0
+            if pid == self.pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            else:
+                time.sleep(0.002)
+        return self.returncode
+
+    def kill(self):
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class ForkServer:
+    """The process that forks, started with the first worker."""
+
+    def __init__(self):
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = processes.worker_environment({name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from tests.forked_workers import serve; serve({theirs.fileno()})"],
+            env=environment | {"PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), os.getcwd()])},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def start(self, module, arguments, environment, stderr):
+        """As `processes.start_worker`."""
+        stdin, to_worker = os.pipe()
+        from_worker, stdout = os.pipe()
+        request = {"module": module, "arguments": list(arguments), "environment": environment, "parent": os.getpid()}
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1)
+        try:
+            socket.send_fds(self.socket, [json.dumps(request).encode()], [stdin, stdout, stderr.fileno()])
+            pid = int(self.socket.recv(_MESSAGE_BYTES))
+        finally:
+            ctypes.CDLL(None).prctl(_SUBREAPER, 0)
+            os.close(stdin)
+            os.close(stdout)
+        return ForkedProcess(pid, os.fdopen(to_worker, "wb"), os.fdopen(from_worker, "rb"))
+
+    def close(self):
+        self.socket.close()
+        self.process.wait()
+
+
+def serve(descriptor):
+    """In the process that forks: a worker for every request, until the other end is closed."""
+    for name in IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    requests = socket.socket(fileno=descriptor)
+    while True:
+        message, streams, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
+        if not message:
+            return
+        read, write = os.pipe()
+        between = os.fork()
+        if between == 0:
+            pid = os.fork()
+            if pid == 0:
+                _work(json.loads(message), streams)
+            os.write(write, b"%d" % pid)
+            os._exit(0)
+        os.waitpid(between, 0)  # from here on the worker is a child of the test process
+        requests.send(os.read(read, 32))
+        for stream in (read, write, *streams):
+            os.close(stream)
+
+
+def _work(request, streams):
+    """In the fork: become the worker."""
+    try:
+        os.setsid()
+        while os.getppid() != request["parent"]:
+            time.sleep(0.0005)
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+        os.closerange(3, 256)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        module = importlib.import_module(request["module"])
+        sys.argv = [module.__file__, *request["arguments"]]
+        processes.leave(module.main(request["arguments"]))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def forked_workers():
+    """Inside the block workers are forked where the system can do it."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    servers = []
+
+    def start(*request):
+        if not servers:
+            servers.append(ForkServer())
+        return servers[0].start(*request)
+
+    processes.start_worker = start
+    try:
+        yield
+    finally:
+        processes.start_worker = start_worker
+        for server in servers:
+            server.close()
