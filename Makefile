@@ -31,7 +31,7 @@ test: setup
 	$(MAKE) --keep-going --jobs 2 $(addprefix tests-,$(PARTS)) lint
 
 $(addprefix tests-,$(PARTS)): setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)
 
 test-all: lint
 	$(PY) -m pytest
