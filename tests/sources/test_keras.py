@@ -694,3 +694,13 @@ def test_another_backend_is_refused_with_the_remedy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("backend ") and "KERAS_BACKEND=torch" in done.stdout, done.stderr
+
+
+def test_weights_that_are_nan_are_refused_by_the_name_of_the_layer(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="head")])
+    model.layers[0].set_weights([np.full((4, 2), np.nan, "float32"), np.zeros(2, "float32")])
+    model.save(tmp_path / "net.keras")
+    for source in (tmp_path / "net.keras", model):
+        with raises_case(SourceError, "weight-not-finite") as error:
+            open_source(source)
+        assert "head.weight" in error.value.what and "8 of 8" in error.value.got

@@ -19,7 +19,7 @@ from penjing.errors import CheckpointError, PenjingError, SourceError, UsageErro
 from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
-from penjing.sources import huggingface, keras, onnx, pt2, weights
+from penjing.sources import finite, huggingface, keras, onnx, pt2, weights
 from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
@@ -85,7 +85,8 @@ def open_source(
         ignore: Patterns of names in that file that the network need not have.
 
     Raises:
-        SourceError: It is missing, its factory raises, it is not a network, or its forward fails on the example.
+        SourceError: It is missing, its factory raises, it is not a network, a weight is NaN, or its forward fails on
+            the example.
         CheckpointError: Opening it would run code that the user did not name.
         MissingDependency: A package that this kind of source needs is not installed.
     """
@@ -99,6 +100,7 @@ def open_source(
         )
     if weights is not None:
         source = _with_weights(source, weights, ignore)
+    finite.check_module(source.module, source.name)
     if task is not None:
         check_forward(source, task)
     return source
@@ -121,7 +123,7 @@ def load_weights(model: str | Path | nn.Module, file: Path | str, *, ignore: Seq
         The network.
 
     Raises:
-        CheckpointError: The file can't be read, would run code, or does not fit; the network is unchanged.
+        CheckpointError: The file can't be read, would run code, holds NaN, or does not fit; the network is unchanged.
         SourceError: The SOURCE can't be opened.
     """
     source = open_source(model, weights=file, ignore=ignore)
@@ -171,7 +173,7 @@ def _open(spec: Any) -> Source:
     if not path.is_dir():
         _refuse_suffix(path, path.suffix.lower())
     if path.is_dir() or (path.suffix.lower() in _FILES and path.exists()):
-        return replace(open_file(path), spec=spec)
+        return replace(_open_file(path), spec=spec)
     plain = "/" not in spec and "\\" not in spec
     raise SourceError(
         "the source is missing",
@@ -188,10 +190,16 @@ def open_file(path: Path) -> Source:
     """Open a ``.pt2``, ``.onnx`` or ``.keras`` file or a Hugging Face folder without running code from it.
 
     Raises:
-        SourceError: The folder does not contain a network.
+        SourceError: The folder does not contain a network, or a weight is NaN.
         CheckpointError: The file is damaged, or would run code.
         MissingDependency: A package that this kind of source needs is not installed.
     """
+    source = _open_file(path)
+    finite.check_module(source.module, source.name)
+    return source
+
+
+def _open_file(path: Path) -> Source:
     if path.is_dir():
         return _open_folder(str(path), path)
     if path.suffix.lower() == ".onnx":

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from penjing.errors import CheckpointError
+from penjing.sources import finite
 from penjing.sources.weight_files import State, WeightFile, read
 
 SHOWN = 10  # of the names of each kind
@@ -77,7 +78,7 @@ def load(module: nn.Module, file: Path | str, ignore: Sequence[str] = ()) -> Loa
         ignore: Patterns of names in the file that the network need not have, such as ``"criterion.*"``.
 
     Raises:
-        CheckpointError: The file can't be read, does not fit, or several of its state dicts do.
+        CheckpointError: The file can't be read, does not fit or holds NaN, or several of its state dicts fit.
     """
     known = _tensors(module)
     weights = read(file)
@@ -107,6 +108,7 @@ def load(module: nn.Module, file: Path | str, ignore: Sequence[str] = ()) -> Loa
             expected="one",
             remedy=f"name it: {weights.path}:{key}",
         )
+    finite.check({n: t for n, t in state.items() if n in known}, weights.path.name, CheckpointError)
     with torch.no_grad():
         for name, tensor in known.items():
             if name in state:
@@ -228,6 +230,7 @@ def _by_its_own_rules(module: nn.Module, weights: WeightFile, ignore: Sequence[s
                 copy.deepcopy(module).load_state_dict(spelled)
             except Exception:  # names and shapes, or whatever hooks of the user's code raise
                 continue
+            finite.check(spelled, weights.path.name, CheckpointError)
             module.load_state_dict(spelled)
             return True
     return False
