@@ -879,6 +879,45 @@ def test_a_state_of_another_size_is_refused(tmp_path):
         network(torch.zeros(5, 3, 4))
 
 
+@pytest.mark.parametrize("operator", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("rows", ["zero", "one", "equal", "computed"])
+def test_a_state_with_equal_rows_is_that_of_every_sample(tmp_path, operator, rows):
+    """A runtime takes the batch of the state alone; the network, every batch."""
+    batch = 1 if rows == "one" else 3
+    state = np.zeros((1, 3, 6), np.float32) if rows == "zero" else values(1, 1, 6).repeat(batch, 1)
+    inputs = ["x", "w", "r", "b", "", "state", *(["state"] if operator == "LSTM" else [])]
+    more = {"linear_before_reset": 1} if operator == "GRU" else {}
+    nodes = [helper.make_node(operator, inputs, ["y"], hidden_size=6, **more)]
+    gates = {"LSTM": 24, "GRU": 18, "RNN": 6}[operator]
+    weights = {"w": values(1, gates, 4), "r": values(1, gates, 6, seed=1), "b": values(1, 2 * gates), "state": state}
+    if rows == "computed":
+        half = numpy_helper.from_array(np.array([0.5], np.float32))
+        nodes.insert(0, helper.make_node("ConstantOfShape", ["sizes"], ["state"], value=half))
+        weights = {**weights, "sizes": np.array([1, 3, 6])}
+        del weights["state"]
+    x = values(5, batch, 4)
+    network = assert_agrees(tmp_path, model(nodes, {"x": [5, "batch", 4]}, {"y": None}, weights), {"x": x})
+    captured = capture_network(network, (torch.zeros(5, 2, 4),), {}, {0: {1: "batch"}})
+    single = torch.from_numpy(x[:, :1])
+    with torch.no_grad():
+        torch.testing.assert_close(captured(torch.from_numpy(x)), network(torch.from_numpy(x)))
+        torch.testing.assert_close(captured(single.repeat(1, 7, 1))[:, :, 6], network(single)[:, :, 0])
+
+
+def test_a_stored_state_of_a_batch_is_refused_beside_a_batch_that_varies(tmp_path):
+    node = helper.make_node("LSTM", ["x", "w", "r", "b", "", "h", "h"], ["y"], hidden_size=6, name="bad")
+    weights = {"w": values(1, 24, 4), "r": values(1, 24, 6), "b": values(1, 48), "h": values(1, 2, 6)}
+    network, _, dynamic = open_network(stored(tmp_path, model([node], {"x": [5, "batch", 4]}, {"y": None}, weights)))
+    for batch in (1, 2, 3):
+        with raises_case(SourceError, "state-batch") as caught:
+            capture_network(network, (torch.zeros(5, batch, 4),), {}, dynamic)
+        assert "'bad'" in caught.value.got
+    captured = capture_network(network, (torch.zeros(5, 2, 4),), {}, {})
+    x = torch.from_numpy(values(5, 2, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(captured(x), network(x))
+
+
 def test_branches_have_as_many_outputs_as_their_node(tmp_path):
     inner = helper.make_graph([helper.make_node("Neg", ["x"], ["t"])], "branch", [],
                               [helper.make_tensor_value_info("t", TensorProto.FLOAT, [2, 4])])  # fmt: skip

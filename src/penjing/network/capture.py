@@ -31,6 +31,7 @@ from penjing.network.biases import as_bias
 from penjing.network.complex_pairs import complex_as_pairs
 from penjing.network.decompositions import decomposed
 from penjing.network.exporting import Dynamic, export_module
+from penjing.network.first_states import with_the_batch_of_the_input
 from penjing.network.functional import functional, mutates
 from penjing.network.graph import operator_name
 from penjing.network.higher_order import in_line
@@ -38,7 +39,6 @@ from penjing.network.layers import BUILDERS, Tensors
 from penjing.network.layouts import channels_first
 from penjing.network.naming import safe_names
 from penjing.network.products import as_linear
-from penjing.network.recurrent_steps import follow_batch
 from penjing.network.single_precision import single_program
 from penjing.network.stored_weights import fold
 
@@ -68,7 +68,8 @@ def capture_network(
     """
     program = model if isinstance(model, ExportedProgram) else export_module(model, args, kwargs, dynamic)
     program, owned = safe_names(single_program(program))
-    program = complex_as_pairs(functional(decomposed(in_line(program))))
+    program = with_the_batch_of_the_input(in_line(program))
+    program = complex_as_pairs(functional(decomposed(program)))
     flat = program.module(check_guards=False)
     state = {**program.state_dict, **program.constants}
     capture = _Capture(flat, state, operators=bool(getattr(model, "of_operators", False)))
@@ -128,7 +129,6 @@ class _Capture(Tensors):
         _drop_copies_of_constants(graph)
         if channels_last:
             channels_first(graph, self.tensors)
-        follow_batch(graph)
         as_linear(graph, self.tensors)
         as_bias(graph, self.tensors)
         _sweep(graph)  # unused operators must not keep weights alive

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from penjing.errors import ExportError, PenjingError, TaskError
 from penjing.modes import in_eval_mode
+from penjing.network.first_states import CODE, EXPECTED, REMEDY, fixed_layer
 from penjing.network.graph import line
 from penjing.network.wrappers import unwrapped
 
@@ -74,7 +75,8 @@ def export_module(
             elif re.search(UNPROVEN, str(error)) and not defer:
                 defer = True  # sizes that torch can't prove equal, for example after strides and pooling
             else:
-                raise _export_error(model, error) from error
+                stuck = fixed_layer(model, args, kwargs, axes)
+                raise _export_error(model, error, stuck) from error
     _check_outputs(model, program)
     _set_origins(model, program)
     _detach_constants(program)
@@ -278,14 +280,16 @@ def _by_parameter(model: nn.Module, names: list[str], shapes: list[Any]) -> Any:
     return {name: spec for name, spec in specs.items() if name in by_name or (name in starred and collected)}
 
 
-def _export_error(model: nn.Module, error: Exception) -> ExportError:
+def _export_error(model: nn.Module, error: Exception, stuck: str | None = None) -> ExportError:
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if not f.filename.startswith(("<", *_FOREIGN))]
     where = f"{inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}" if inside else type(model).__name__
     message = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {error}"
     code, expected, remedy = next(advice for symptom, advice in _ADVICE.items() if re.search(symptom, text))
-    if "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+    if stuck is not None:
+        where, code, expected, remedy = f"the first state of the layer {stuck}", CODE, EXPECTED, REMEDY
+    elif "Constraints violated" in text and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
         code, expected, remedy = _RECURRENT
     elif any(frame.name == "_detect_is_causal_mask" for frame in frames):
         code, expected, remedy = _CAUSAL

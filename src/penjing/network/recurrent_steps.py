@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.network.graph import RECURRENT, arguments, operator_name
+from penjing.network.graph import operator_name
 from penjing.network.rewriting import Builder, Rewrite
 
 aten = torch.ops.aten
@@ -101,32 +101,6 @@ def add(build: Builder, one: fx.Node, two: fx.Node) -> fx.Node:
     total: fx.Node = build(aten.add.Tensor, one, two)
     total.meta["float"] = _SUM
     return total
-
-
-def follow_batch(graph: fx.Graph) -> None:
-    """Rewrite, in place, zero states of recurrent layers so that their batch is that of the layer's input.
-
-    Torch's operators do not check it: with a state that is a literal of a smaller batch they write past its end.
-    """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or operator_name(node) not in RECURRENT or "hx" not in arguments(node):
-            continue
-        a = arguments(node)
-        for state in dict.fromkeys(a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]):
-            name = operator_name(state) if state.op == "call_function" else ""
-            if name not in ("zeros", "new_zeros", "full") or not is_zero(state):
-                continue
-            place = int(name == "new_zeros")
-            shape = state.args[place]
-            if not isinstance(shape, list | tuple) or len(shape) != 3 or not isinstance(shape[1], int):
-                continue
-            with graph.inserting_before(node):
-                batch = graph.call_function(aten.sym_size.int, (a["input"], 0 if a["batch_first"] else 1))
-                batch.meta = {"val": shape[1], **{k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}}
-                args = [*state.args[:place], [shape[0], batch, shape[2]], *state.args[place + 1 :]]
-                zeros = graph.call_function(state.target, tuple(args), state.kwargs)
-                zeros.meta = dict(state.meta)
-            node.replace_input_with(state, zeros)
 
 
 def _gates(build: Builder, a: dict[str, Any], state: fx.Node) -> fx.Node:

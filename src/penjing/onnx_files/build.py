@@ -15,6 +15,7 @@ import torch
 from penjing.errors import SourceError
 from penjing.onnx_files.branches import Branch, all_nodes, branches, check_given
 from penjing.onnx_files.constants import check_constants
+from penjing.onnx_files.first_states import in_one_row
 from penjing.onnx_files.layer_weights import moved_weights
 from penjing.onnx_files.network import Graph, OnnxNetwork, Operation, reads
 from penjing.onnx_files.node import FAILURES, Node, is_known
@@ -54,7 +55,7 @@ def build(model: Any, file: str = "model.onnx") -> OnnxNetwork:
             readers.setdefault(name, []).append((node, position))
     computed = {name: value for name, value in constants.items() if _is_weight(value, readers.get(name, []))}
     numbers = _among_sizes(whole.nodes, constants)
-    weights = {name: value for name, value in computed.items() if name not in numbers}
+    weights = in_one_row({name: value for name, value in computed.items() if name not in numbers}, readers)
     statistics = [
         name
         for name in weights

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from penjing.onnx_files.first_states import one_row
 from penjing.onnx_files.node import Node, Value, from_array, is_known, tensor
 
 _ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
@@ -125,7 +126,20 @@ class _Recurrent:
         def state(given: Value) -> torch.Tensor:
             if given is None or (is_known(given) and given.dtype != object and not given.any()):
                 return value.new_zeros(directions, batch, size)
+            if is_known(given) and given.dtype != object and given.ndim == 3:
+                given = one_row(given, batch_first)
             whole = tensor(given).transpose(0, 1) if batch_first else tensor(given)
+            own = whole.shape[1]
+            if isinstance(own, int) and own == 1:
+                whole = whole.expand(-1, batch, -1)
+            elif isinstance(own, int) and isinstance(batch, torch.SymInt):
+                raise node.refuse(
+                    "its first state is of a fixed batch, and the batch of its input varies",
+                    f"a state of batch {own}",
+                    remedy="fix the batch to the state's by Task.dynamic: {} fixes all sizes to the example's; or store "
+                    "one row, which is repeated for every sample",
+                    code="state-batch",
+                )
             if len(whole) != directions or whole.shape[2] != size or whole.shape[1] != batch:
                 raise node.refuse(  # torch would read past its end
                     "its first state is of another size than its input and its weights",
