@@ -136,8 +136,8 @@ class _Recurrent:
                 raise node.refuse(
                     "its first state is of a fixed batch, and the batch of its input varies",
                     f"a state of batch {own}",
-                    remedy="fix the batch to the state's by Task.dynamic: {} fixes all sizes to the example's; or store "
-                    "one row, which is repeated for every sample",
+                    remedy="fix the batch to the state's by Task.dynamic: {} fixes all sizes to the example's; or "
+                    "store one row, which is repeated for every sample",
                     code="state-batch",
                 )
             if len(whole) != directions or whole.shape[2] != size or whole.shape[1] != batch:
