@@ -8,14 +8,18 @@ which the system grants to a "child subreaper".
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from penjing.measure import processes
 
@@ -25,6 +29,8 @@ IMPORTS = (
     *("penjing.runtimes.eager", "penjing.runtimes.onnxruntime", "penjing.runtimes.openvino"),
 )
 start_worker = processes.start_worker
+POSSIBLE = sys.platform.startswith("linux")
+TESTED = str(Path(__file__).resolve().parents[1])  # the checkout, from which tests and examples are imported
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _MESSAGE_BYTES = 1 << 20
 
@@ -65,7 +71,7 @@ class ForkServer:
         environment = processes.worker_environment({name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from tests.forked_workers import serve; serve({theirs.fileno()})"],
-            env=environment | {"PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), os.getcwd()])},
+            env=environment | {"PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), TESTED])},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -75,20 +81,47 @@ class ForkServer:
         """As `processes.start_worker`."""
         stdin, to_worker = os.pipe()
         from_worker, stdout = os.pipe()
-        request = {"module": module, "arguments": list(arguments), "environment": environment, "parent": os.getpid()}
+        pid = self._fork(
+            {"module": module, "arguments": list(arguments), "environment": environment}, stdin, stdout, stderr.fileno()
+        )
+        os.close(stdin)
+        os.close(stdout)
+        return ForkedProcess(pid, os.fdopen(to_worker, "wb"), os.fdopen(from_worker, "rb"))
+
+    def run(self, script, folder, environment, limit_s):
+        """Run a script in its folder to its end; returns the exit code, and what it printed and complained about."""
+        with open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            request = {"script": str(script), "folder": str(folder), "environment": environment}
+            process = ForkedProcess(self._fork(request, *(x.fileno() for x in (nothing, stdout, stderr))), None, None)
+            try:
+                code = process.wait(limit_s)
+            finally:
+                process.kill()
+            texts = []
+            for stream in (stdout, stderr):
+                stream.seek(0)
+                texts.append(stream.read().decode())
+        return code, *texts
+
+    def _fork(self, request, *streams):
+        """A fork with these as its first three descriptors; returns its process id."""
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
         try:
-            socket.send_fds(self.socket, [json.dumps(request).encode()], [stdin, stdout, stderr.fileno()])
-            pid = int(self.socket.recv(_MESSAGE_BYTES))
+            message = json.dumps(request | {"parent": os.getpid()}).encode()
+            socket.send_fds(self.socket, [message], streams)
+            return int(self.socket.recv(_MESSAGE_BYTES))
         finally:
             ctypes.CDLL(None).prctl(_SUBREAPER, 0)
-            os.close(stdin)
-            os.close(stdout)
-        return ForkedProcess(pid, os.fdopen(to_worker, "wb"), os.fdopen(from_worker, "rb"))
 
     def close(self):
         self.socket.close()
         self.process.wait()
+
+
+@functools.cache
+def fork_server():
+    """The one of this test run, started when it is first needed."""
+    return ForkServer()
 
 
 def serve(descriptor):
@@ -126,31 +159,34 @@ def _work(request, streams):
         os.closerange(3, 256)
         os.environ.clear()
         os.environ.update(request["environment"])
+        if "script" in request:
+            os.chdir(request["folder"])
+            sys.argv = [request["script"]]
+            sys.path[:] = [request["folder"], *(path for path in sys.path if path != TESTED)]
+            runpy.run_path(request["script"], run_name="__main__")
+            sys.stdout.flush()
+            processes.leave(0)
         module = importlib.import_module(request["module"])
         sys.argv = [module.__file__, *request["arguments"]]
         processes.leave(module.main(request["arguments"]))
     except BaseException:
         sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(1)
 
 
 @contextlib.contextmanager
 def forked_workers():
     """Inside the block workers are forked where the system can do it."""
-    if not sys.platform.startswith("linux"):
+    if not POSSIBLE:
         yield
         return
-    servers = []
-
-    def start(*request):
-        if not servers:
-            servers.append(ForkServer())
-        return servers[0].start(*request)
-
-    processes.start_worker = start
+    processes.start_worker = lambda *request: fork_server().start(*request)
     try:
         yield
     finally:
         processes.start_worker = start_worker
-        for server in servers:
-            server.close()
+        if fork_server.cache_info().currsize:
+            fork_server().close()
+            fork_server.cache_clear()

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked_workers
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LIMIT_S = 280  # of one command
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,7 +57,12 @@ def run_python(group, page, folder):
         lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
     script = folder / f"line_{group[0].line}.py"
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return run([sys.executable, script.name], f"{page.name}:{group[0].line}", folder)
+    where = f"{page.name}:{group[0].line}"
+    if page.name == "README.md" or not forked_workers.POSSIBLE:
+        return run([sys.executable, script.name], where, folder)
+    code, printed, complaints = forked_workers.fork_server().run(script, folder, environment(), LIMIT_S)
+    assert code == 0, f"{where} failed with {code}\n{printed}\n{complaints}"
+    return printed
 
 
 def run_shell(block, page, folder):
@@ -73,7 +81,7 @@ def run(command, where, folder, fine=(0,)):
         shell=isinstance(command, str),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_S,
     )
     assert done.returncode in fine, f"{where} failed with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
