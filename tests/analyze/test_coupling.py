@@ -211,6 +211,51 @@ def test_two_sizes_that_are_computed_or_open_hold_what_they_read():
     assert coupling.not_prunable["a.weight:0"] == "/reshape#0: the size is computed, and another one is open"
 
 
+class Positions(nn.Module):
+    """Token ids (batch, length): a table of positions is cut to the length by `cut`."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.embed, self.table = nn.Embedding(9, 8), nn.Parameter(torch.randn(1, 16, 8))
+        self.out, self.cut = nn.Linear(8, 3), cut
+
+    def forward(self, ids):
+        return self.out(self.embed(ids) + self.cut(self.table, ids.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda table, n: table[:, :n],
+        lambda table, n: table[:, 16 - n :],
+        lambda table, n: table.narrow(1, 0, n),
+        lambda table, n: table[:, 1::3][:, :1] + table[:, :n],
+    ],
+)
+def test_the_width_of_what_is_cut_at_a_computed_place_is_free(cut):
+    ids = torch.arange(10).reshape(2, 5) % 9
+    network = capture_network(scattered(Positions(cut)), (ids,), dynamic={"ids": {0: "batch", 1: "length"}})
+    coupling = couple(network, ((ids,), {}))
+    assert {name: group.units for name, group in coupling.groups.items()} == {"embed": 8}
+    agree(network, coupling, {"embed": [0, 3, 6]}, (ids[:, :4],), 1e-5)
+
+
+@pytest.mark.parametrize("axes", [(1,), (2,), (1, -1)])
+def test_what_is_flipped_is_free(axes):
+    class Flips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.c(F.relu(self.a(x).flip(axes)) + self.b(x))
+
+    x = torch.randn(2, 5, 4)
+    network, coupling = coupled(Flips(), x)
+    assert {name: group.units for name, group in coupling.groups.items()} == {"a": 8}
+    agree(network, coupling, {"a": [0, 1, 5]}, (x,), 1e-5)
+
+
 def test_an_operator_without_a_rule_holds_what_it_reads():
     class Odd(nn.Module):
         def __init__(self):

@@ -212,6 +212,14 @@ def roll(walk: Walk, node: fx.Node) -> Labels:
 # --- indexing ------------------------------------------------------------------------------------------------------
 
 
+def flip(walk: Walk, node: fx.Node) -> Labels:
+    """The positions of some axes in the opposite order."""
+    given = arguments(node)
+    x = walk.of(given["self"])
+    flipped = {int(d) % len(x) for d in given["dims"]}
+    return tuple(a if a is None or d not in flipped else a[..., ::-1] for d, a in enumerate(x))
+
+
 def filled(walk: Walk, node: fx.Node) -> Labels:
     """A value made from a shape: constant lengths can follow what it is combined with."""
     given = arguments(node)
@@ -260,6 +268,7 @@ MOVING = {
     "col2im": col2im,
     "unfold": unfold,
     "roll": roll,
+    "flip": flip,
     "index_select": index_select,
     "index": index,
     "gather": gather,

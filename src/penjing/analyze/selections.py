@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx
 
 from penjing.analyze.atoms import Labels, Literal, Reordering, Walk, fixed
-from penjing.analyze.relations import hold_all, refuse
+from penjing.analyze.relations import hold_all
 from penjing.network.graph import arguments, kind, site
 
 
@@ -47,11 +47,11 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
         return x
     start, end, step = (given[w] for w in ("start", "end", "step"))
     if not all(isinstance(n, int) or n is None for n in (start, end, step)):
-        return refuse(walk, node, "its bounds are computed")  # type: ignore[no-any-return]
+        return _held(walk, node, x, dim, "its bounds are computed")
     first, last, _ = slice(start, end).indices(size)
     if step not in (1, None):
         if size % step or first >= step or last < size:
-            return refuse(walk, node, f"it takes one of every {step} positions, and not to the end")  # type: ignore[no-any-return]
+            return _held(walk, node, x, dim, f"it takes one of every {step} positions, and not to the end")
         rows = axis.reshape(-1, step)
         for k in range(1, step):
             walk.join(rows[:, 0], rows[:, k], f"{site(node)} takes one of every {step}")
@@ -65,6 +65,12 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
     return (*x[:dim], axis[first:last], *x[dim + 1 :])
 
 
+def _held(walk: Walk, node: fx.Node, x: Labels, dim: int, why: str) -> Labels:
+    """One axis keeps all of its positions; the others pass as they are: the width of a table cut to a sequence's length."""
+    hold_all(walk, node, [x[dim]], why)
+    return (*x[:dim], None, *x[dim + 1 :])
+
+
 def narrow(walk: Walk, node: fx.Node) -> Labels:
     """Consecutive positions of an axis, given by start and length."""
     given = arguments(node)
@@ -75,7 +81,7 @@ def narrow(walk: Walk, node: fx.Node) -> Labels:
         return x
     start, length = given["start"], given["length"]
     if not isinstance(start, int) or not isinstance(length, int):
-        return refuse(walk, node, "its bounds are computed")  # type: ignore[no-any-return]
+        return _held(walk, node, x, dim, "its bounds are computed")
     part = axis[start : start + length]
     walk.changes.append(Literal(site(node), ("length",), part))
     if start:
