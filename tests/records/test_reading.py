@@ -159,3 +159,19 @@ class TestSafetensors:
     def test_is_refused(self, file, content):
         with pytest.raises(ValueError):
             reading.safetensors_header(file(content))
+
+    def test_a_long_shape_is_not_multiplied_out(self, file):
+        # Each step of the whole product takes longer than the one before: minutes here, hours in the largest header.
+        entry = {"dtype": "F32", "shape": [2**62] * 200_000, "data_offsets": [0, 4]}
+        header = json.dumps({"w": entry}).encode()
+        with pytest.raises(ValueError, match="claims the shape") as error:
+            reading.safetensors_header(file(struct.pack("<Q", len(header)) + header + bytes(4)))
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "fit"),
+    [([], 1, True), ([], 0, False), ([2, 3], 6, True), ([2, 3], 5, False), ([9, 9, 0], 1, True), ([1] * 99, 1, True)],
+)
+def test_whether_a_shape_fits(shape, most, fit):
+    assert reading.fits(shape, most) is fit

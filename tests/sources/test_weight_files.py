@@ -12,6 +12,7 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import CheckpointError, SourceError, UsageError
+from penjing.sources import weights
 from penjing.sources.source import open_source
 from tests.raises import raises_case
 
@@ -228,6 +229,28 @@ def test_all_that_does_not_fit_is_listed_with_the_nearest_names(tmp_path, state)
     assert "1 unexpected" in got and "heads.weight (nearest in the network: head.weight)" in got
     assert "conv.weight ([4, 1, 5, 5], and [4, 1, 3, 3] in the network)" in got
     assert "bn.bias (int64, and float32 in the network)" in got
+
+
+def test_among_many_names_few_are_compared_and_none_is_loaded_on_trial(tmp_path, state, monkeypatch):
+    compared, tried = [], []
+
+    class Watched(Net):
+        def load_state_dict(self, *args, **kwargs):
+            tried.append(args)
+            return super().load_state_dict(*args, **kwargs)
+
+    def matches(word, names, **options):
+        compared.append(len(names))
+        return find(word, names, **options)
+
+    find = weights.difflib.get_close_matches
+    monkeypatch.setattr(weights.difflib, "get_close_matches", matches)
+    many = {f"block.{i}.{part}": torch.zeros(1) for i in range(1500) for part in ("weight", "bias")}
+    many["heads.weight"] = state["head.weight"]
+    torch.save(many, tmp_path / "net.pth")
+    error = assert_unchanged_on("misfit", tmp_path / "net.pth", Watched())
+    assert "head.weight (nearest in the file: heads.weight)" in error.got
+    assert max(compared) <= weights.COMPARED and not tried
 
 
 def test_another_number_of_classes(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import keyword
-import math
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from penjing.errors import CheckpointError, MissingDependency, PenjingError, SourceError
 from penjing.network.naming import free_name
+from penjing.records import reading
 from penjing.sources import keras_files
 from penjing.sources.keras_layers import part_for
 from penjing.sources.keras_parts import Own, Part, Shared
@@ -341,7 +341,8 @@ def _example(model: Any) -> tuple[torch.Tensor, ...] | None:
     for tensor in (model.inputs if _has_graph(model) else None) or []:
         shape = [1, *tensor.shape[1:]]
         dtype = getattr(torch, str(tensor.dtype), None)
-        if any(size is None for size in shape) or not isinstance(dtype, torch.dtype) or math.prod(shape) > _LARGEST:
+        known = isinstance(dtype, torch.dtype) and not any(size is None for size in shape)
+        if not known or not reading.fits(shape, _LARGEST):
             return None
         values.append(torch.zeros(shape, dtype=dtype))
     return tuple(values) or None

@@ -5,7 +5,6 @@ Tensors that lie in files of their own are read from the folder of the file alon
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -257,7 +256,7 @@ def declared_inputs(model: Any) -> tuple[tuple[torch.Tensor, ...] | None, dict[s
                 firsts |= {word} if axis == 0 or "batch" in word.lower() else set()
                 if not recurrent or word in firsts:
                     dynamic.setdefault(position, {})[axis] = word
-        known &= kind.elem_type in TYPES and math.prod(shape) <= LARGEST
+        known &= kind.elem_type in TYPES and reading.fits(shape, LARGEST)
         values.append(torch.zeros(shape, dtype=TYPES.get(kind.elem_type, torch.float32)) if known else torch.zeros(0))
     return (tuple(values) if known and values else None), dynamic
 

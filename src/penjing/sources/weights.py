@@ -21,6 +21,8 @@ from penjing.sources import finite
 from penjing.sources.weight_files import State, WeightFile, read
 
 SHOWN = 10  # of the names of each kind
+COMPARED = 2_000  # names, in search of the nearest: of hundreds of thousands it would take minutes
+RENAMED = 8  # times as many names as a network's are no older version of it
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names that torch gives to what it wraps: no network has them of its own."""
 _AVERAGES = "n_averaged"  # how many `torch.optim.swa_utils.AveragedModel` has seen, beside the network
@@ -224,8 +226,11 @@ def _closeness(misfit: Misfit) -> tuple[int, int]:
 
 def _by_its_own_rules(module: nn.Module, weights: WeightFile, ignore: Sequence[str]) -> bool:
     """Load as the network itself does it, where it takes names of an older version; whether it could."""
+    most = RENAMED * len(_tensors(module))
     for state in weights.states.values():
         for spelled in _spellings(_without(state, ignore)):
+            if len(spelled) > most:  # torch goes through all of them at every layer
+                break
             try:  # on a copy: what fails must leave nothing behind
                 copy.deepcopy(module).load_state_dict(spelled)
             except Exception:  # names and shapes, or whatever hooks of the user's code raise
@@ -277,8 +282,12 @@ def _remedy(misfit: Misfit, state: State) -> str:
 
 
 def _near(names: Sequence[str], others: Sequence[str], where: str) -> dict[str, str]:
-    """The nearest names on the other side, of those that are shown."""
-    pairs = {name: difflib.get_close_matches(name, others, n=1, cutoff=0.6) for name in names[:SHOWN]}
+    """The nearest names on the other side, of those that are shown; among many, of those with the same last part."""
+    pairs = {}
+    for name in names[:SHOWN]:
+        last = name.rpartition(".")[2]
+        near = others if len(others) <= COMPARED else [other for other in others if other.rpartition(".")[2] == last]
+        pairs[name] = difflib.get_close_matches(name, near[:COMPARED], n=1, cutoff=0.6)
     return {name: f"nearest {where}: {near[0]}" for name, near in pairs.items() if near}
 
 
