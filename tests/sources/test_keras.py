@@ -618,6 +618,33 @@ def test_sizes_beyond_the_weights_take_no_memory(tmp_path, name):
     assert f"{name} = 2,147,483,648 in layer" in caught.value.got
 
 
+FACTORS = {
+    "width by width": (
+        layers.Dense(1500),
+        {'"units": 1500': '"units": 30000', "8, 8, 4": "80, 80, 40", "256": "256000"},
+    ),
+    "window": (layers.Conv2D(6, 3, padding="same"), {'"kernel_size": [3, 3]': '"kernel_size": [9000, 9000]'}),
+    "outputs": (layers.EinsumDense("ahwc,cde->ahwde", (8, 8, 3, 5)), {"[8, 8, 3, 5]": "[8, 8, 90000, 90000]"}),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_small_sizes_whose_product_is_beyond_the_weights_take_no_memory(tmp_path, name):
+    layer, change = FACTORS[name]
+    inputs = keras.Input((8, 8, 4))
+    outputs = layer(layers.Flatten()(inputs) if "width" == name[:5] else inputs)
+    keras.Model(inputs, layers.Dense(2, name="head")(outputs)).save(tmp_path / "net.keras")
+    with zipfile.ZipFile(tmp_path / "net.keras") as archive:
+        config = archive.read("config.json").decode()
+    for old, new in change.items():
+        assert old in config, config
+        config = config.replace(old, new)
+    before = keras.Variable.__init__
+    with raises_case(CheckpointError, "larger-than-weights") as caught:
+        open_source(rewritten(tmp_path / "net.keras", tmp_path / "huge.keras", {"config.json": config.encode()}))
+    assert layer.name in caught.value.got and keras.Variable.__init__ is before
+
+
 def test_other_members_and_damaged_files_are_refused(file, tmp_path):
     with raises_case(CheckpointError, "foreign-code") as caught:
         open_source(rewritten(file[0], tmp_path / "more.keras", {"assets/run.py": b"print()"}))

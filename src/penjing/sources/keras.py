@@ -26,6 +26,7 @@ from penjing.sources import keras_files
 from penjing.sources.keras_layers import part_for
 from penjing.sources.keras_parts import Own, Part, Shared
 from penjing.sources.keras_recurrent import Stepwise, check_stateless
+from penjing.sources.keras_sizes import bounded
 
 _STEPWISE = frozenset(("LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"))
 _LARGEST = 1 << 28  # elements of an example
@@ -159,14 +160,15 @@ def open_file(path: Path) -> tuple[KerasNetwork, tuple[torch.Tensor, ...] | None
     """The network of a ``.keras`` file, and example inputs of zeros where the file says their sizes.
 
     Raises:
-        CheckpointError: The file is damaged, or needs code that it does not hold.
+        CheckpointError: The file is damaged, needs code that it does not hold, or claims more than it stores.
         SourceError: As `open_model`.
         MissingDependency: Keras is not installed.
     """
-    keras_files.check(path)
+    stored = keras_files.check(path)
     keras = _keras()
     try:
-        model = keras.saving.load_model(str(path), compile=False, safe_mode=True)
+        with bounded(path, stored):
+            model = keras.saving.load_model(str(path), compile=False, safe_mode=True)
     except PenjingError:
         raise
     except Exception as error:  # of zip, HDF5, and each layer's from_config

@@ -42,8 +42,8 @@ _SIZES = ("filters", "units", "input_dim", "output_dim")
 _EXPANSION = 50  # times that weights in HDF5 may be larger than what is stored
 
 
-def check(path: Path) -> None:
-    """Refuse a file that would run code, read other files, or grow beyond its size.
+def check(path: Path) -> int:
+    """Refuse a file that would run code, read other files, or grow beyond its size; how many values its weights have.
 
     Raises:
         CheckpointError: With the name of the class, or of the member of the archive.
@@ -61,7 +61,7 @@ def check(path: Path) -> None:
                 _check_part(path, part, place)
                 _check_sizes(part, place, stored)
             with archive.open(WEIGHTS) as weights:
-                _check_weights(path, weights, stored)
+                return _check_weights(path, weights, stored)
     except PenjingError:
         raise
     except reading.UNREADABLE as error:
@@ -182,7 +182,8 @@ def _check_part(path: Path, part: dict[str, Any], place: str) -> None:
         raise _refused(path, f"the custom object {kind!r}, in layer {place!r}", own, "custom-object")
 
 
-def _check_weights(path: Path, file: Any, stored: int) -> None:
+def _check_weights(path: Path, file: Any, stored: int) -> int:
+    """Refuse weights that lie elsewhere, or are far larger than what is stored; how many values there are."""
     try:
         import h5py
     except ImportError:
@@ -194,7 +195,7 @@ def _check_weights(path: Path, file: Any, stored: int) -> None:
             remedy="pip install 'penjing[keras]'",
         ) from None
     with h5py.File(file, "r") as weights:
-        size = 0
+        size = count = 0
         waiting = [("", weights)]
         seen: set[Any] = set()
         while waiting:
@@ -213,8 +214,10 @@ def _check_weights(path: Path, file: Any, stored: int) -> None:
                     raise _refused(path, f"the weights {place!r} lie in another file", _AGAIN)
                 elif isinstance(inside, h5py.Dataset):
                     size += inside.nbytes
+                    count += inside.size
         if size > reading.TEXT_BYTES and size > _EXPANSION * stored:
             raise ValueError(f"{size:,} bytes of weights in a file of {stored:,}")
+    return count
 
 
 _FACTORY = (
