@@ -188,3 +188,94 @@ def test_what_stands_out(values, told):
     histogram = Histogram()
     histogram.update(values)
     assert mask_values.standing_out(histogram) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (torch.cat([torch.randn(500), torch.full((500,), -1e4)]), True),
+        (torch.cat([torch.randn(500), torch.randn(500) - 1e4]), True),  # added, not filled in
+        (torch.cat([torch.randn(500), torch.full((500,), -1e4), torch.full((9,), -2e4)]), True),  # added twice
+        (torch.cat([torch.randn(500), torch.full((1,), SMALLEST / 2)]), True),
+        (torch.cat([torch.randn(500), torch.randint(1990, 2025, (500,)).float()]), False),  # years
+        (torch.cat([torch.randn(500), 1013 + 10 * torch.randn(500)]), False),  # a pressure
+        (torch.cat([torch.randn(500), torch.tensor([1990.0, 2003.0, 2024.0])]), False),
+    ],
+)
+def test_a_mask_is_one_number_and_large_values_are_many(values, expected):
+    histogram = Histogram()
+    histogram.update(values)
+    assert mask_values.standing_out(histogram)
+    assert mask_values.alike(histogram) is expected
+
+
+class Features(nn.Module):
+    """Two layers with a function between input and first layer, and one between the layers."""
+
+    def __init__(self, before, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.before, self.between = nn.Linear(8, 8), nn.Linear(8, 8), before, between
+        self.register_buffer("mean", torch.tensor([0.5, 3.0, 1013.0, 7.0, 0.0, 0.0, 1.0, 2.0]))
+        self.register_buffer("offset", torch.full((8,), 1500.0))
+        self.register_buffer("hidden", torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1e4, -1e4]))
+
+    def forward(self, x):
+        return self.second(self.between(self, self.first(self.before(self, x))))
+
+
+def around_a_thousand(seed):
+    return 1000 + 20 * torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def of_one_column(seed, low=1003.0, high=1023.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 8, generator=g)
+    x[:, 2] = low + (high - low) * torch.rand(64, generator=g)
+    return x
+
+
+def reasons(data, before=lambda s, x: x, between=lambda s, h: h):
+    """The plan, and why layers read values far beyond others."""
+    network = capture_network(Features(before, between).eval(), (data(0),))
+    task = Task(example=data(0), calibration=[data(1), data(2)])
+    plan = Static()(Draft(network), Context(task=task)).plan
+    return {name: reason for name, reason in plan.floats.items() if "dominate" in reason}
+
+
+ORDINARY = {
+    "a limit": (around_a_thousand, lambda s, x: torch.where(x > 1000, 1000.0, x)),
+    "filled in": (around_a_thousand, lambda s, x: x.masked_fill(x < 960, 1000.0)),
+    "a border": (around_a_thousand, lambda s, x: F.pad(x[:, 1:], (1, 0), value=1000.0)),
+    "a price of an option": (around_a_thousand, lambda s, x: x + (x > 1000).float() * 1500),
+    "beside others": (around_a_thousand, lambda s, x: torch.cat([x[:, 4:], torch.full_like(x[:, 4:], 1000.0)], 1)),
+    "a mean": (of_one_column, lambda s, x: (x - s.mean) / 3),
+}
+SHIFTED = {
+    "by a number": lambda s, h: h * 300 + 1500,
+    "by a stored number": lambda s, h: h * 300 + s.offset,
+    "by a stored vector": lambda s, h: h + s.mean,
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_number_that_the_values_around_it_reach_is_no_mask(name):
+    data, before = ORDINARY[name]
+    assert not reasons(data, before)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_a_number_that_is_added_to_all_alike_is_no_mask(name):
+    assert mask_values.REASON not in reasons(lambda seed: torch.randn(64, 8), between=SHIFTED[name]).values()
+
+
+def test_a_constant_of_two_levels_is_a_mask_whatever_is_calibrated():
+    def narrow(seed):
+        return torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+
+    assert reasons(narrow, lambda s, x: x + s.hidden) == {"first": mask_values.REASON}
+    assert reasons(narrow, lambda s, x: x.masked_fill(x > 99, -1e4)) == {"first": mask_values.REASON}
+
+
+def test_a_column_far_beyond_the_others_is_called_that():
+    assert reasons(of_one_column) == {"first": mask_values.DISTANT}

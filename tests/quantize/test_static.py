@@ -315,7 +315,7 @@ class TestCollecting:
         assert collect(changed, {"conv2d"}, context, 32)[0]["conv2d"].high == pytest.approx(3 * one.high, rel=1e-5)
 
     def test_histograms_hold_what_the_network_computed(self, draft):
-        histograms, _ = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
+        histograms, *_ = collect(draft.network, {"x", "conv2d"}, context_of(SHAPE), 32)
         data = torch.cat(batches(*SHAPE))
         with torch.no_grad():
             expected = draft.network.get_submodule("conv1")(data)

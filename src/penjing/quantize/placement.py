@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -56,6 +56,8 @@ def place(
     capabilities: Capabilities,
     excluded: dict[str, str],
     seen: Mapping[str, frozenset[int]] | None = None,
+    distant: Collection[str] = (),
+    reach: Mapping[str, float] | None = None,
 ) -> Placement:
     """Decide the edges for one runtime.
 
@@ -67,10 +69,14 @@ def place(
         network: A network as returned by `static.prepare`.
         capabilities: What the runtime computes in integers.
         excluded: Site → why it is excluded.
-        seen: Name of a node → signs of the mask values that calibration has detected in it.
+        seen: Name of a node → signs of the values, far beyond all others, that calibration has detected in it.
+        distant: Those of them that are many numbers, and so no mask.
+        reach: Name of a node in `mask_values.beside` → its largest magnitude in calibration.
     """
     floats = dict(excluded)
-    masked, hold = before_softmax(network), mask_values.holders(network, seen)
+    masked, hold = before_softmax(network), mask_values.holders(network, seen, reach)
+    alike = {name: signs for name, signs in (seen or {}).items() if name not in distant}
+    hide = mask_values.holders(network, alike, reach)
     decoded, steep = in_floats(network), before_steep(network)
     integer: list[fx.Node] = []
     written: set[fx.Node] = set()
@@ -91,7 +97,8 @@ def place(
         if reason is None and node in fixed:
             reason = FIXED
         if reason is None and any(t.name in hold for t in tensor_inputs(node)):
-            reason = mask_values.REASON
+            hidden = any(t.name in hide for t in tensor_inputs(node))
+            reason = mask_values.REASON if hidden else mask_values.DISTANT
         if site(node) in excluded or not node.meta.get("floating", True):  # indices and masks are integers already
             continue
         if reason is None:

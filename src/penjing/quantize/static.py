@@ -137,15 +137,19 @@ class Static:
         excluded = {name: reason for name, reason in excluded.items() if name in sites(draft.network)}
         for pattern in self.settings:
             matches(pattern, names)
-        seen: dict[str, frozenset[int]] = {}  # mask values
+        seen: dict[str, frozenset[int]] = {}  # values far beyond all others
+        distant: set[str] = set()  # those that are no mask
+        reach: Mapping[str, float] = {}
+        beside = mask_values.beside(draft.network)
         while True:
-            placement = place(draft.network, capabilities, excluded, seen)
+            placement = place(draft.network, capabilities, excluded, seen, distant, reach)
             values, watched = set(placement.edges.values()), to_watch(draft.network, placement)
-            statistics, columns = collect(draft.network, values, context, self.samples, watched)
+            statistics, columns, near = collect(draft.network, values, context, self.samples, watched, beside)
             revealed = {name: signs for name in values if (signs := mask_values.standing_out(statistics[name]))}
-            if revealed.keys() <= seen.keys():
+            if revealed.keys() <= seen.keys() and near == reach:
                 break
-            seen |= revealed
+            seen, reach = seen | revealed, near
+            distant |= {name for name in revealed if not mask_values.alike(statistics[name])}
         known = pixels.grids(draft.network, context.task.call())
         entries = self._activations(placement, statistics, capabilities, known)
         entries |= self._cells(draft.network, placement, statistics, capabilities)

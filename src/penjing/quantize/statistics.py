@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,34 +21,49 @@ class Statistics(NamedTuple):
 
     histograms: dict[str, Histogram]
     columns: dict[str, Columns]
+    reach: dict[str, float]  # largest finite magnitudes
 
 
 def collect(
-    network: fx.GraphModule, values: set[str], context: Context, samples: int, columns: Collection[str] = ()
+    network: fx.GraphModule,
+    values: set[str],
+    context: Context,
+    samples: int,
+    columns: Collection[str] = (),
+    reach: Collection[str] = (),
 ) -> Statistics:
-    """Collect histograms of the named values over the calibration data, and column statistics of some, in one pass.
+    """Collect histograms of the named values over the calibration data in one pass, and more of some.
 
-    They are cached in `context.cache`; what was collected before is reused.
+    What is collected is cached in `context.cache` and reused.
+
+    Args:
+        network: The network.
+        values: Names of nodes whose histograms are needed.
+        context: With the calibration data.
+        samples: How many of them are used.
+        columns: Names of nodes whose columns are needed, too.
+        reach: Names of nodes whose largest magnitude is needed, whatever else they hold.
     """
     key = cache_key(Statistics, network, context, samples)
-    statistics = context.cache.once(key, lambda: Statistics({}, {}))
-    new, beside = values - set(statistics.histograms), set(columns) - set(statistics.columns)
-    if new | beside:
-        more = {name: Histogram() for name in sorted(new)}
-        watched = {name: Columns() for name in sorted(beside)}
-        _observe(network, more, watched, context, samples)
-        statistics.histograms.update(more)
-        statistics.columns.update(watched)
+    statistics = context.cache.once(key, lambda: Statistics({}, {}, {}))
+    both = ((values, statistics.histograms), (columns, statistics.columns), (reach, statistics.reach))
+    histograms, watched, magnitudes = (sorted(set(names) - known.keys()) for names, known in both)
+    if histograms or watched or magnitudes:
+        more = Statistics(
+            {name: Histogram() for name in histograms},
+            {name: Columns() for name in watched},
+            dict.fromkeys(magnitudes, 0.0),
+        )
+        _observe(network, more, context, samples)
+        statistics.histograms.update(more.histograms)
+        statistics.columns.update(more.columns)
+        statistics.reach.update(more.reach)
     return statistics
 
 
-def _observe(
-    network: fx.GraphModule,
-    histograms: Mapping[str, Histogram],
-    columns: Mapping[str, Columns],
-    context: Context,
-    samples: int,
-) -> None:
+def _observe(network: fx.GraphModule, statistics: Statistics, context: Context, samples: int) -> None:
+    histograms, columns, reach = statistics
+
     class Observer(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
@@ -56,6 +71,8 @@ def _observe(
                 histograms[n.name].update(result, share=share, more=more)  # of the observer below
             if n.name in columns and isinstance(result, torch.Tensor):
                 columns[n.name].update(result)
+            if n.name in reach and isinstance(result, torch.Tensor) and result.numel():
+                reach[n.name] = max(reach[n.name], float(result.detach().float().nan_to_num(0, 0, 0).abs().max()))
             return result
 
     network.eval()
