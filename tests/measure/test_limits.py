@@ -112,6 +112,26 @@ def test_further_tries_are_taken_until_the_artifact_is_clear_of_the_limit(tries_
     assert len(list(tries)) == len(tries_db) - taken
 
 
+@pytest.mark.parametrize(
+    ("few_db", "above_db", "taken", "limit_db"),
+    [
+        (25, 23, 0, 22),  # clear of the limit of a few samples
+        (20, 22.5, 0, 17),  # further away
+        (25, 22.5, 1, 19),  # too close to it: the few samples count no more
+        (28, 17, 2, 17),
+    ],
+)
+def test_a_few_samples_suffice_where_the_artifact_is_clear_of_their_limit(few_db, above_db, taken, limit_db):
+    few, *rest = ([differences([REFERENCE], [at(db)], split([REFERENCE]))][0] for db in (few_db, 22, 20))
+    tries = iter(rest)
+    rows = limits.judged(
+        differences([REFERENCE], [at(above_db + 0.01)], split([REFERENCE])), ["a"], "int8", lambda _: tries,
+        few=lambda rounding: few,
+    )  # fmt: skip
+    assert rows[0].limit_db == pytest.approx(limit_db, abs=0.05)
+    assert len(list(tries)) == len(rest) - taken
+
+
 def test_a_network_that_keeps_nothing_of_itself_is_no_excuse():
     rows, rejection = judged("int8", at(limits.LEAST_DB + 0.5), itself=at(3))
     assert rejection is None and rows[0].limit_db == pytest.approx(limits.LEAST_DB)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.markup import escape
 from rich.table import Table
 
+from penjing.allocator import reused_memory
 from penjing.cli import blockers, quantizing, sources
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser(COMMANDS).parse_args(arguments)
     messages = Terminal(stderr=True)
     try:
-        with _stopped_as_by_hand(), never_exiting():
+        with _stopped_as_by_hand(), never_exiting(), reused_memory():
             return int(parsed.command(parsed, messages))
     except PenjingError as error:
         return _told(error, parsed, messages)

@@ -60,8 +60,9 @@ class _Rounds(fx.Interpreter):
         """The next errors from -1 to 1, cyclically: to draw each takes longer than the network itself."""
         start = self.next
         self.next = (start + count) % _DRAWN
-        first, rest = self.drawn[start : start + count], max(0, count - (_DRAWN - start))
-        return torch.cat([first, *[self.drawn] * (rest // _DRAWN), self.drawn[: rest % _DRAWN]])
+        if start + count > len(self.drawn):
+            self.drawn = self.drawn[:_DRAWN].repeat(-(-(start + count) // _DRAWN))
+        return self.drawn[start : start + count]
 
 
 __all__ = ["rounded_elsewhere"]

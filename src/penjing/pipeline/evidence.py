@@ -31,6 +31,7 @@ SAMPLES = 32
 MOST_BYTES = 1 << 33  # of what is stored
 PROBES = (3, 1)
 """Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
+FEW = 8  # samples of a first try, which is enough in most cases
 TRIES = 3  # of rounding elsewhere, at most: one may be lucky
 
 
@@ -147,9 +148,14 @@ def compared(
         for seed in range(TRIES):
             yield measure.differences(planned, rounded_elsewhere(network, whole, rounding, seed), parts)
 
+    def on_few(rounding: float) -> Sequence[measure.Difference]:
+        call = one_call(task, FEW)
+        return measure.differences(_outputs(network, call), rounded_elsewhere(network, call, rounding, TRIES), parts)
+
+    few = on_few if varies(task) and samples == SAMPLES else None
     least = measure.limits.SELECTED_DB if selects_boxes(draft.network) else measure.limits.LEAST_DB
     rows = {
-        "planned": measure.limits.judged(near, names, manifest.precision, elsewhere, least),
+        "planned": measure.limits.judged(near, names, manifest.precision, elsewhere, least, few),
         "source": measure.limits.told(far, names),
     }
     return (

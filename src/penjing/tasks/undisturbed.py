@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from penjing.allocator import reused_memory
 from penjing.randomness import preserve_rng_state
 
 _CONTAINERS = (list, dict, set, deque)
@@ -134,9 +135,12 @@ def same_state(module: nn.Module) -> Iterator[ModuleState]:
 
 @contextlib.contextmanager
 def same_process() -> Iterator[None]:
-    """Restore torch's threads and grad mode, the global generators and the warning filters after the block."""
+    """Restore torch's threads and grad mode, the global generators and the warning filters after the block.
+
+    Inside it, freed memory is kept for the next tensors.
+    """
     threads, gradients, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
-    with warnings.catch_warnings(), preserve_rng_state():
+    with warnings.catch_warnings(), preserve_rng_state(), reused_memory():
         try:
             yield
         finally:
