@@ -66,7 +66,7 @@ def slice_(walk: Walk, node: fx.Node) -> Labels:
 
 
 def _held(walk: Walk, node: fx.Node, x: Labels, dim: int, why: str) -> Labels:
-    """One axis keeps all of its positions; the others pass as they are: the width of a table cut to a sequence's length."""
+    """One axis keeps all of its positions, the others pass: the width of a table that is cut to a sequence's length."""
     hold_all(walk, node, [x[dim]], why)
     return (*x[:dim], None, *x[dim + 1 :])
 
