@@ -1,8 +1,10 @@
 """Networks of Keras as sources: they compute what Keras says, become layers, and are compressed like any other."""
 
+import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -282,6 +284,42 @@ def test_layers_are_layers_under_their_names_and_permutations_are_gone():
     assert not any(word in name for name in names for word in ("aten.to", "contiguous", "reshape"))
     node = next(node for node in network.graph.nodes if node.target == "stem")
     assert "Conv2D: stem" in line(node)
+
+
+class Wave(layers.Layer):
+    """A layer of the user's."""
+
+    def call(self, x):
+        return ops.sin(x)
+
+
+class Wavy(keras.Model):
+    """A model of the user's, with an operator between its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.sep, self.wave = layers.SeparableConv2D(4, 3, name="sep"), Wave(name="wave")
+
+    def call(self, x):
+        return ops.exp(self.wave(self.sep(x)))
+
+
+def test_operators_are_told_by_their_layer_and_no_line_is_of_the_code_that_reads_it():
+    model = Wavy()
+    model(np.zeros((1, 8, 8, 3), "float32"))
+    x = keras.Input((8, 8, 3))
+    graph = keras.Model(x, ops.exp(layers.SeparableConv2D(4, 3, name="sep")(x)), name="net")
+    calls = [inspect.getsourcelines(kind.call)[1] for kind in (Wave, Wavy)]
+    for source, expected in (
+        (model, {"sep.depthwise": "SeparableConv2D: sep", "sin": f"test_keras.py:{calls[0]} in Wave.call: wave",
+                 "exp": f"test_keras.py:{calls[1]} in Wavy.call: {model.name}"}),
+        (graph, {"sep.pointwise": "SeparableConv2D: sep", "exp": "net.keras:0 in Functional: net"}),
+    ):  # fmt: skip
+        network = capture_network(open_source(source).module, (images(2, 8),))
+        nodes = [node for node in network.graph.nodes if node.op in ("call_module", "call_function") and line(node)]
+        for name, place in expected.items():
+            assert [place in line(node) for node in nodes if name in str(node.target)] == [True]
+        assert not [line(node) for node in nodes if re.search(r"\Wkeras\w*\.py", line(node))]
 
 
 def test_a_network_with_branches_keeps_two_permutations():

@@ -99,10 +99,19 @@ def _set_origins(model: nn.Module, program: ExportedProgram) -> None:
         name: part.origin for name, part in model.named_modules() if isinstance(getattr(part, "origin", None), str)
     }
     for node in program.graph.nodes if origins else ():
-        stack = node.meta.get("nn_module_stack") or {}
-        path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
-        if path in origins:
-            node.meta["stack_trace"] = origins[path]
+        stack = [str(entry[0]).split("@")[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+        if stack and stack[-1] in origins:
+            node.meta["stack_trace"] = origins[stack[-1]]
+        elif not _in_users_code(str(node.meta.get("stack_trace") or "")):
+            node.meta["stack_trace"] = next(
+                (origins[path] for path in reversed(stack) if path in origins), node.meta.get("stack_trace")
+            )
+
+
+def _in_users_code(trace: str) -> bool:
+    """Whether the innermost frame of a stack trace is in a file of the user's."""
+    files = re.findall(r'File "(.+)", line', trace)
+    return bool(files) and not files[-1].startswith(_FOREIGN) and "site-packages" not in files[-1]
 
 
 def _check_outputs(model: nn.Module, program: ExportedProgram) -> None:

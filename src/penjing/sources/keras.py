@@ -51,7 +51,9 @@ class KerasNetwork(Own):
         super().__init__(model, _own_variables(model))
         self.ports = {"inputs": dict(self.inputs), "outputs": _output_names(model)}
         self._called: list[tuple[Shared, Part]] = []
-        self._add(self, model, file or f"{model.name}.keras")
+        file = file or f"{model.name}.keras"
+        self.origin = _origin(model, file, 0, model.name)  # of operators between its layers
+        self._add(self, model, file)
 
     def _add(self, owner: Part, layer: Any, file: str) -> None:
         """Make the layers within a layer parts of its part, each once."""
@@ -65,8 +67,7 @@ class KerasNetwork(Own):
             name = free_name(owner, re.sub(r"[^\w-]", "_", child.name))
             part.path = f"{owner.path}.{name}" if owner.path else name
             self._called.append((Shared(child), part))
-            if type(child).__module__.startswith("keras."):
-                part.origin = f'File "{file}", line {len(self._called)}, in {type(child).__name__}\n    {part.path}'
+            part.origin = _origin(child, file, len(self._called), part.path)
             owner.add_module(name, part)
             if isinstance(part, Own):
                 self._add(part, child, file)
@@ -245,6 +246,26 @@ def _check(layer: Any) -> None:
 def _own(layer: Any) -> Own:
     kind = Stepwise if type(layer).__name__ in _STEPWISE else Own
     return kind(layer, _own_variables(layer))
+
+
+def _origin(layer: Any, file: str, number: int, path: str) -> str:
+    """Where a layer stands, as a frame of a stack trace says it: in a file of Keras, or in the user's own code.
+
+    Args:
+        layer: The layer, or the model.
+        file: The name of the file of Keras.
+        number: Which layer of it; that is its line.
+        path: Its name in the network.
+    """
+    kind = type(layer)
+    if not kind.__module__.startswith("keras."):
+        try:  # the class itself may be made anew, by a decorator for example
+            code = inspect.unwrap(kind.call).__code__
+            if "site-packages" not in code.co_filename:
+                return f'File "{code.co_filename}", line {code.co_firstlineno}, in {kind.__name__}.call\n    {path}'
+        except (AttributeError, TypeError, ValueError):  # it is no function of Python
+            pass
+    return f'File "{file}", line {number}, in {kind.__name__}\n    {path}'
 
 
 def _layers(layer: Any) -> list[Any]:

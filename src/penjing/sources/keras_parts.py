@@ -28,7 +28,7 @@ class Part(nn.Module):
 
     Attributes:
         path: Its name in the network.
-        origin: Where the layer stands, as a frame of a stack trace says it; None for the user's own code.
+        origin: Where the layer stands, as a frame of a stack trace says it; None within a layer.
     """
 
     path: str = ""
