@@ -11,7 +11,7 @@ from penjing.network.capture import capture_network
 from penjing.network.graph import sites
 from penjing.pipeline import building
 from penjing.quantize import Static
-from penjing.quantize.placement import FIXED, place
+from penjing.quantize.placement import CONSTANT, FIXED, place
 from penjing.runtimes import isolated
 from penjing.steps.draft import Draft
 from penjing.steps.plan import GENERIC
@@ -231,3 +231,56 @@ def test_a_layer_of_stored_values_is_computed_once_and_no_runtime_fails_at_it(ru
     with torch.no_grad():
         expected = insert(draft.network, draft.plan)(data[2])
     assert 10 * torch.log10(expected.square().mean() / (expected - torch.as_tensor(got)).square().mean()) > 40
+
+
+class Positions(nn.Module):
+    """Two layers, and between them something that is computed from stored tensors and sizes."""
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.head, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+        self.scale, self.shift, self.table = (nn.Parameter(torch.randn(*n, 8)) for n in ((), (), (5,)))
+        self.rows = nn.Embedding(5, 8)
+
+    def forward(self, x):
+        return self.head(self.between(self, self.up(x)))
+
+
+CONSTANTS = {
+    "a sum": lambda m, h: h + (m.scale + m.shift),
+    "a product": lambda m, h: h + m.scale * m.shift,
+    "places times a weight": lambda m, h: torch.arange(h.shape[1])[:, None] * m.scale + h,
+    "a part of a table": lambda m, h: h + m.table[: h.shape[1]],
+    "a function": lambda m, h: h + torch.sin(m.table),
+    "a layer": lambda m, h: h + m.head(m.table),
+    "for every sample": lambda m, h: h + (m.table + m.shift).unsqueeze(0).expand(h.shape[0], -1, -1),
+    "rows and a vector": lambda m, h: h + (m.rows(torch.arange(h.shape[1])) + m.shift),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_sum_with_what_is_computed_from_constants_is_one_with_a_constant(name):
+    network, placement = placed(Positions(CONSTANTS[name]), 5, 8)
+    sums = [site for site in sites(network) if site.startswith("/add")]
+    assert [placement.floats[site] for site in sums] == [*[FIXED] * (len(sums) - 1), CONSTANT]
+    assert {edge for edge in placement.edges if "/add" in edge} == set()
+
+
+def test_rows_of_an_embedding_are_integers_that_a_sum_reads_also_at_fixed_places():
+    _, placement = placed(Positions(lambda m, h: h + m.rows(torch.arange(h.shape[1]))), 5, 8)
+    assert {"/add#0:in0", "/add#0:in1"} <= set(placement.edges) and placement.floats == {}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_computes_beside_constants_what_was_planned(runtime, tmp_path):
+    model = Positions(lambda m, h: CONSTANTS["a sum"](m, CONSTANTS["a part of a table"](m, h))).eval()
+    x = torch.randn(4, 5, 8)
+    task = Task(example=x, calibration=[torch.randn(32, 5, 8)])
+    captured = capture_network(model, (x,))
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    draft = Static()(Draft(captured), Context(task=task, capabilities=capabilities, source=captured))
+    manifest = building.build(draft, runtime, "int8", task, {"kind": "tensor"}, tmp_path)
+    rows = building.executed_rows(draft.network, draft.plan, task.call(), manifest, tmp_path)[0]
+    planned = {row.name: row.executed for row in rows if row.planned == "int8"}
+    assert planned == {"up": "int8", "head": "int8"}

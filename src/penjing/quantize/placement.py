@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from penjing.analyze.cost import multiplies
-from penjing.network.graph import RECURRENT, arguments, kind, operator_name, site, tensor_inputs
+from penjing.network.graph import RECURRENT, arguments, is_tensor, kind, operator_name, site, tensor_inputs
 from penjing.quantize import gates, mask_values
-from penjing.quantize.masking import before_softmax
+from penjing.quantize.masking import MOVING, before_softmax
 from penjing.quantize.steep import before_steep
 from penjing.quantize.toward_outputs import in_floats
 from penjing.steps.plan import Capabilities
 from penjing.surgery import recurrent
 
 FIXED = "its result is the same for every input: a runtime folds it into a constant"
+CONSTANT = "one of its inputs is a constant"
 SILENT = frozenset({"dropout", "identity"})  # operators that the export removes
 FUNCTIONS = frozenset(
     "celu elu gelu hardsigmoid hardswish leaky_relu mish prelu selu sigmoid silu softplus softsign tanh".split()
@@ -82,11 +83,14 @@ def place(
     written: set[fx.Node] = set()
     moves = capabilities.fuses | capabilities.passthrough | SILENT
     fixed: set[fx.Node] = set()
+    constant = _constants(network)
     for node in network.graph.nodes:
         what = kind(network, node)
         if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
         reason = masked.get(node.name) or _refusal(network, node, what, capabilities)
+        if what == "add" and reason in (None, CONSTANT) and any(t in constant for t in tensor_inputs(node)):
+            reason = FIXED if node in fixed else CONSTANT
         sigmoids = () if reason else gates.gate(network, node, written, moves)
         behind = any(gates.writer(network, x, moves) in written for x in tensor_inputs(node))
         if what in gates.KINDS and (not sigmoids or any(site(s) in excluded for s in sigmoids)):
@@ -131,6 +135,28 @@ def place(
     convolutions = [n for n in integer if kind(network, n) == "conv" and _pads(network, n)]
     padded = {edges[edge] for n in convolutions if (edge := f"{site(n)}:in0") in edges}
     return Placement(edges, weights, stored, floats, frozenset(centred), frozenset(padded), frozenset(edges) - read)
+
+
+def _constants(network: fx.GraphModule) -> set[fx.Node]:
+    """Values that are computed from stored tensors and sizes alone, such as positions; not the rows of an embedding.
+
+    An embedding's table is stored in integers, so that its rows meet a sum as such.
+    """
+    constant: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        inputs = tensor_inputs(node)
+        if node.op == "get_attr" or (
+            is_tensor(node) and node.op != "placeholder" and all(n in constant for n in inputs)
+        ):
+            constant.add(node)
+    for node in network.graph.nodes:
+        if node in constant and kind(network, node) == "embedding":
+            rows = [node]
+            while rows:  # and where they are moved to
+                row = rows.pop()
+                constant.discard(row)
+                rows += [user for user in row.users if kind(network, user) in MOVING | {"slice", "select"}]
+    return constant
 
 
 def _pads(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -184,7 +210,7 @@ def _refusal(network: fx.GraphModule, node: fx.Node, what: str, capabilities: Ca
         return "its weight is computed, not stored"
     tensors = tensor_inputs(node)
     if what != "matmul" and any(t.op == "get_attr" for t in tensors):  # of a product it is the weight
-        return "one of its inputs is a constant"
+        return CONSTANT
     if what in ("add", "mul", "matmul") and len(tensors) < 2:
         return "one of its inputs is a number"
     if what == "add" and node.kwargs.get("alpha", 1) != 1:
