@@ -13,7 +13,7 @@ from penjing import runtimes
 from penjing.measure import machine
 from penjing.network.capture import capture_network
 from penjing.onnx_files import write as onnx_file
-from penjing.onnx_files.rewrites import pad_in_convolutions, store_in_half, turn_for_each
+from penjing.onnx_files.rewrites import pad_in_convolutions, read_sizes_behind, store_in_half, turn_for_each
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.runtimes import isolated
@@ -342,3 +342,66 @@ def test_a_weight_is_turned_for_each_product_that_reads_it_so():
         assert [t.name for t in after.graph.initializer] == [t.name for t in before.graph.initializer]
         for mine, theirs in zip(answers(after), answers(before), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_are_read_behind_activations_and_quantizers():
+    """The second reader of a convolution's result keeps it in floating point."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["conv"]),
+        helper.make_node("Shape", ["conv"], ["size"], start=2),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("QuantizeLinear", ["relu", "scale", "zero"], ["integers"]),
+        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["floats"]),
+        helper.make_node("MaxPool", ["floats"], ["pool"], kernel_shape=[2, 2]),
+        helper.make_node("Concat", ["four", "size"], ["sizes"], axis=0),
+        helper.make_node("Resize", ["pool", "", "", "sizes"], ["large"]),
+        helper.make_node("Add", ["large", "floats"], ["y"]),
+    ]
+    constants = [constant("scale", 0.1), constant("zero", 0, np.uint8), constant("four", [2, 4], np.int64)]
+    model = built(nodes, constants)
+    before = answers(model)
+    read_sizes_behind(model)
+    onnx.checker.check_model(model)
+    assert [node.input[0] for node in model.graph.node if node.op_type == "Shape"] == ["floats"]
+    assert np.array_equal(answers(model)[0], before[0])
+
+
+def test_sizes_stay_in_front_of_what_needs_them():
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["conv"]),
+        helper.make_node("Shape", ["conv"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("Add", ["relu", "zeros"], ["y"]),
+    ]
+    model = built(nodes, [])
+    read_sizes_behind(model)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == [node.op_type for node in nodes]
+
+
+class ComesBack(nn.Module):
+    """Half the size, and back to the size that a convolution's activation has."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.small = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+
+    def forward(self, x):
+        fine = F.relu(self.fine(x))
+        low = self.up(self.small(F.max_pool2d(fine, 2))) + fine
+        return F.interpolate(low, size=fine.shape[2:]) * 2
+
+
+@torch.no_grad()
+def test_a_convolution_whose_size_is_asked_for_is_integer_with_its_activation(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(8, 3, 8, 8)
+    task = Task(example=data[:2], calibration=[data], dynamic={"x": {0: "batch", 2: "height", 3: "width"}})
+    network = capture_network(ComesBack().eval(), *task.call(), task.dynamic)
+    capabilities = runtimes.get("onnxruntime").capabilities(machine(1).instruction_sets)
+    draft = Static()(Draft(network), Context(task=task, capabilities=capabilities))
+    manifest = building.build(draft, "onnxruntime", "int8", task, flatten_outputs(network(data))[1], tmp_path)
+    rows = building.executed_rows(draft.network, draft.plan, task.call(), manifest, tmp_path)[0]
+    assert [row.name for row in rows if row.reason and row.name in ("fine", "small")] == []

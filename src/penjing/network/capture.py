@@ -40,6 +40,7 @@ from penjing.network.layouts import channels_first
 from penjing.network.naming import safe_names
 from penjing.network.products import as_linear
 from penjing.network.single_precision import single_program
+from penjing.network.size_readers import read_behind
 from penjing.network.stored_weights import fold
 
 CHOSEN = "its rows are selected by values: the calibration data may not reach it"
@@ -132,6 +133,7 @@ class _Capture(Tensors):
         as_linear(graph, self.tensors)
         as_bias(graph, self.tensors)
         _sweep(graph)  # unused operators must not keep weights alive
+        read_behind(graph)
         folded = fold(graph, self.tensors, _module_path)
         self.tensors = {**self.tensors, **folded.tensors}
         self.sources = folded.sources

@@ -178,6 +178,45 @@ def turn_for_each(model: Any) -> None:
             graph.node.insert(position + 1, copy)
 
 
+_SAME_SIZES = frozenset(
+    "Relu LeakyRelu PRelu Elu Selu Clip Sigmoid HardSigmoid HardSwish Tanh Gelu Mish Softplus Erf Neg Abs Sqrt Exp "
+    "Cast Identity QuantizeLinear DequantizeLinear".split()
+)
+
+
+def read_sizes_behind(model: Any) -> None:
+    """A shape is read of the last value of a chain of activations and quantizers, whose values all have it.
+
+    The exporter reads it wherever its sizes first occur, such as at a convolution. ONNX Runtime computes in floating
+    point what has a second reader between it and its quantizer.
+    """
+    graph = model.graph
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(node)
+    outputs = {port.name for port in graph.output}
+    place = {node.output[0]: i for i, node in enumerate(graph.node)}
+    moved: dict[str, list[Any]] = {}
+    for shape in [node for node in graph.node if node.op_type == "Shape"]:
+        value = before = shape.input[0]
+        first = min((place[reader.output[0]] for reader in readers.get(shape.output[0], ())), default=len(place))
+        while value not in outputs:
+            others = [node for node in readers.get(value, ()) if node.op_type != "Shape"]
+            if len(others) != 1 or others[0].op_type not in _SAME_SIZES or others[0].input[0] != value:
+                break
+            if place[others[0].output[0]] >= first:
+                break
+            (value,) = others[0].output
+        if value != before:
+            shape.input[0] = value
+            moved.setdefault(value, []).append(shape)
+    nodes = [node for node in graph.node if not any(node is shape for shapes in moved.values() for shape in shapes)]
+    ordered = [each for node in nodes for each in (node, *moved.get(node.output[0], ()))]
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
 def weights_of_their_own(model: Any) -> bool:
     """A quantized weight that several layers read becomes one for each; whether there was any.
 

@@ -107,6 +107,7 @@ def _exported(
     onnx_rewrites.pool_globally(model)
     onnx_rewrites.pad_in_convolutions(model)
     onnx_rewrites.turn_for_each(model)
+    onnx_rewrites.read_sizes_behind(model)
     name_nodes(model, network)
     onnx_rewrites.drop_unread(model)
     _tidy(model, inputs, call, dynamic)
