@@ -67,6 +67,27 @@ def test_huge_channels_are_mitigated_and_the_plan_says_how(runtime):
     assert decibels(model, CoordinateRounding()(mitigated, context), x) > 20
 
 
+@pytest.mark.parametrize(("worse_from", "asked"), [(1.0, 8), (300.0, 32)])
+def test_a_few_samples_are_asked_where_their_noise_is_far_below_the_limit(monkeypatch, worse_from, asked):
+    model = Blocks().eval()
+    with torch.no_grad():
+        for norm, up in zip(model.norms, model.up, strict=True):
+            norm.weight[[3, 40]] *= worse_from / 300
+            up.weight[:, [3, 40]] *= 300 / worse_from
+    data = [torch.randn(8, 6, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    samples = []
+
+    def counted(network, plan):
+        quantized = insert(network, plan)
+        quantized.register_forward_hook(lambda module, args, output: samples.append(len(output)))
+        return quantized
+
+    monkeypatch.setattr("penjing.quantize.outlier_mitigation.insert", counted)
+    draft = Draft(capture_network(model, (torch.zeros(2, 6, 64),)))
+    Static(outliers="mitigate")(draft, context_of("onnxruntime", 6, 64, data=data))
+    assert sum(samples[: asked // 8]) == asked and (len(samples) == 1) == (asked == 8)
+
+
 class WideAndDeep(nn.Module):
     """Most of the columns that the last layer reads are raw measurements of up to thousands, the rest is below 1."""
 

@@ -18,7 +18,8 @@ from penjing.records.events import Listener
 from penjing.sources.source import Source
 from penjing.tasks.task import Task
 
-FEWER_SAMPLES = 200  # calibration samples of the recipe that does not search the rounding
+FEWER_SAMPLES = 150  # calibration samples of the recipe that does not search the rounding
+BIAS_SAMPLES = 48  # of those, for its biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Rec
     static = Static(exclude=tuple(exclude), outliers="mitigate")
     if rounding:
         return Recipe(static, CoordinateRounding())
-    return Recipe(replace(static, samples=FEWER_SAMPLES), BiasCorrection())
+    return Recipe(replace(static, samples=FEWER_SAMPLES), BiasCorrection(samples=BIAS_SAMPLES))
 
 
 def as_goal(goal: Goal | str) -> Goal:

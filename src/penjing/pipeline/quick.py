@@ -154,7 +154,7 @@ def quantize_to(
             folder of images, an ``.npy`` or ``.npz`` file, ``file.py:task``.
         out: The file to write: ``small.onnx`` for ONNX Runtime, ``small.xml`` (and ``small.bin``) for OpenVINO.
         runtime: Its name, where the file's suffix does not tell.
-        fast: Correct biases instead of searching the rounding of every weight, and read 200 calibration samples.
+        fast: Correct biases instead of searching the rounding of every weight, and read 150 calibration samples.
         exclude: Name patterns of operators that stay in floating point.
         seed: Same seed, data, machine kind and threads: same file.
         threads: None takes every core.

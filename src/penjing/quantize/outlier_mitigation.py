@@ -27,14 +27,16 @@ from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.surgery.outliers import FLOAT
 from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.sample_axes import size_of
 from penjing.tasks.task import Call
 
 POOR_DB = 15.0  # of an output: below it the cause is looked for
 GOOD_DB = 20.0  # from here on no costlier remedy is tried
+CLEAR_DB = 21.0  # after a few samples: the others are not asked
 GAIN_DB = 3.0  # half of the noise: a smaller gain does not justify another plan
 FACTOR = 6.0  # a channel this many times larger than the median one is an outlier, as in `SplitOutliers`
 FAINT = 64.0  # a channel this many times smaller than the largest one is left with two levels of 8 bits
-SAMPLES = 32
+SAMPLES, FEW = 32, 8
 ALPHA = 0.75  # of `SmoothQuant` with additions in floating point
 Quantize = Callable[..., Draft]
 
@@ -128,14 +130,20 @@ def _in_floats(quantized: Draft, names: tuple[str, ...]) -> Draft:
 
 
 def _worst(reference: fx.GraphModule, quantized: Draft, calls: list[Call]) -> float:
-    """Signal-to-noise ratio of the noisiest floating-point output, in dB."""
+    """Signal-to-noise ratio of the noisiest floating-point output, in dB: of a few samples if those are clear of it."""
     network = insert(quantized.network, quantized.plan)
     signal: list[float] = []
     lost: list[float] = []
+    samples, worst = 0, float("inf")
     with torch.no_grad():
-        for args, kwargs in calls:
+        for call in calls:
+            args, kwargs = call
             pairs = zip(*(flatten_outputs(n(*args, **kwargs))[0] for n in (reference, network)), strict=True)
             sums = [(noise.energy(a), noise.energy(a - b)) for a, b in pairs if a.is_floating_point()]
             signal = [x + s for x, (s, _) in zip(signal or [0.0] * len(sums), sums, strict=True)]
             lost = [x + n for x, (_, n) in zip(lost or [0.0] * len(sums), sums, strict=True)]
-    return min((noise.decibels(n / s) for s, n in zip(signal, lost, strict=True) if s), default=float("inf"))
+            samples += size_of(call)
+            worst = min((noise.decibels(n / s) for s, n in zip(signal, lost, strict=True) if s), default=float("inf"))
+            if samples >= FEW and worst >= CLEAR_DB:
+                break
+    return worst
