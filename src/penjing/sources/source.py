@@ -19,7 +19,7 @@ from penjing.errors import CheckpointError, PenjingError, SourceError, UsageErro
 from penjing.modes import in_eval_mode
 from penjing.network.single_precision import single_module
 from penjing.network.wrappers import unwrapped
-from penjing.sources import finite, huggingface, keras, onnx, pt2, weights
+from penjing.sources import finite, huggingface, keras, keras_h5, onnx, pt2, weights
 from penjing.tasks.outputs import first_output
 from penjing.tasks.single_precision import single_task
 from penjing.tasks.task import Call, Task
@@ -27,7 +27,7 @@ from penjing.tasks.undisturbed import same_state
 from penjing.tasks.usercode import call_named, line_of, load_named, public_callables, split_spec, suggest, suggest_file
 
 _PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
-_WEIGHTS = (".safetensors", ".npz", ".h5")
+_WEIGHTS = (".safetensors", ".npz", *keras_h5.SUFFIXES)
 _FORMS = (
     "file.py:factory, package.module:factory, a .pt2, .onnx or .keras file, a Hugging Face folder or a built-in "
     "architecture"
@@ -272,6 +272,8 @@ def _refuse_suffix(path: Path, suffix: str) -> None:
             expected=_FORMS,
             remedy=_PAIRED.format(path.name),
         )
+    if suffix in keras_h5.SUFFIXES and (refusal := keras_h5.refusal(path, as_weights=False)):
+        raise refusal
     if suffix in _WEIGHTS:
         raise SourceError(
             "a file of weights is not a network",

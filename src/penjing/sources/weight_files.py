@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from penjing.errors import CheckpointError
 from penjing.records import reading
+from penjing.sources import keras_h5
 from penjing.tasks.usercode import suggest, suggest_file
 
 State = Mapping[str, torch.Tensor]
@@ -138,6 +139,8 @@ def _one(path: Path, head: bytes) -> tuple[Any, str]:
         return load_file(path), _sha256(path)
     if head[:1] == b"\x80" and _SAVED not in head:
         raise _foreign(path, "a pickle that torch.save did not write")
+    if head.startswith(keras_h5.MAGIC) and (refusal := keras_h5.refusal(path, as_weights=True)):
+        raise refusal
     if head[:2] != b"PK" and head[:1] != b"\x80":
         raise CheckpointError(
             f"{path.name} is not a file of weights",
