@@ -126,9 +126,11 @@ def fork_server():
 
 def serve(descriptor):
     """In the process that forks: a worker for every request, until the other end is closed."""
+    sys.modules["openvino_telemetry"] = None  # it starts a thread, and a fork has none but the one that forked
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1
     requests = socket.socket(fileno=descriptor)
     while True:
         message, streams, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
