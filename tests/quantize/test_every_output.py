@@ -6,6 +6,7 @@ from torch import nn
 
 import penjing as pj
 from penjing.network.capture import capture_network
+from penjing.quantize import every_output
 from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.every_output import without_losses
 from penjing.quantize.static import Static
@@ -14,6 +15,7 @@ from penjing.steps.plan import GENERIC
 from penjing.steps.step import Context
 from penjing.surgery import insert
 from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.sample_axes import size_of
 
 LAYERS = ("body", "large", "small")
 
@@ -66,6 +68,28 @@ def test_the_layer_that_costs_an_output_most_is_taken_back_and_no_other(quantize
     after = changed(before, small=0.1, large=1e-5)
     result = without_losses(before, after, context, LAYERS)
     assert same_layers(result, before) == {"body", "small"} and same_layers(result, after) == {"body", "large"}
+
+
+@pytest.mark.parametrize(("held", "piece"), [(0, 1), (200, 70), (every_output.HELD, 1)])
+def test_little_memory_changes_no_judgement(quantized, monkeypatch, held, piece):
+    before, context = quantized(Heads())
+    after = changed(before, small=0.1, large=1e-5)
+    whole = every_output._Judge(before, context)
+    monkeypatch.setattr(every_output, "HELD", held)
+    monkeypatch.setattr(every_output, "PIECE", piece)
+    judge = every_output._Judge(before, context)
+    assert judge.gain(after) == pytest.approx(whole.gain(after))
+    outputs = [output for outputs in judge.references.values() for output in outputs]
+    assert sum(output.numel() for output in outputs) <= held
+    assert max(size_of(call) for calls in judge.parts for call in calls) == max(1, piece // 10)  # of 8 + 2 outputs
+    assert sum(size_of(call) for calls in judge.parts for call in calls) == 96
+    assert (len(outputs) > 0) == (held > 0)
+
+
+def test_a_fixed_batch_is_not_cut():
+    call = (torch.zeros(4, 3),), {}
+    assert every_output._pieces(call, 1, {}) == [call]
+    assert [size_of(piece) for piece in every_output._pieces(call, 3, None)] == [3, 1]
 
 
 def test_what_no_output_loses_by_is_kept_as_it_is(quantized):

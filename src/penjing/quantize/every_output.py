@@ -17,13 +17,16 @@ from penjing.analyze.samples import batches, part
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import insert
-from penjing.tasks.call import leaves
+from penjing.tasks.calibration import Dynamic
+from penjing.tasks.call import Call, leaves
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.sample_axes import size_of
 
 LOSS_DB = 0.1  # less is nothing: what an output gains or loses on other samples differs by far more
 FEWEST, MOST = 48, 300  # samples that decide
 ELEMENTS = 20_000_000  # of the inputs of all of them
+HELD = 1 << 26  # numbers of the outputs in floating point that are held, a quarter of a gigabyte
+PIECE = 1 << 24  # numbers of the outputs that are computed at once, if a sample has no more
 PARTS = 2  # of the samples: a few large errors make most of an output's noise
 PART_DB = 2.0  # that an output may lose in one part, if it loses nothing in all
 GROUPS = 8  # of layers, in which a repair is taken back
@@ -71,9 +74,15 @@ class _Judge:
         calls = [part(call, 0, max(1, round(share * size_of(call))), dynamic) for call in calls]
         calls = calls[:: max(1, sum(map(size_of, calls)) // MOST)]
         self.parts = [calls[n * len(calls) // PARTS : (n + 1) * len(calls) // PARTS] for n in range(PARTS)]
-        self.parts = [calls for calls in self.parts if calls]
-        self.references = [[_outputs(before.network, call) for call in calls] for calls in self.parts]
-        self.outputs = len(self.references[-1][0])
+        one = _outputs(before.network, part(calls[0], 0, 1, dynamic))
+        self.outputs = len(one)
+        most = max(1, PIECE // max(1, sum(output.numel() for output in one)))
+        self.parts = [
+            [piece for call in calls for piece in _pieces(call, most, dynamic)] for calls in self.parts if calls
+        ]
+        self.network = before.network
+        self.references: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.room = HELD  # numbers that may still be held in them
         self.before = self._ratios(before)
 
     def gain(self, draft: Draft) -> float:
@@ -89,13 +98,33 @@ class _Judge:
         """Signal-to-noise ratios of the outputs in dB: in all samples, then in each part of them."""
         network = insert(draft.network, draft.plan)
         powers = torch.zeros(len(self.parts), self.outputs, 2, dtype=torch.float64)
-        for row, calls, all_references in zip(powers, self.parts, self.references, strict=True):
-            for call, references in zip(calls, all_references, strict=True):
+        for number, (row, calls) in enumerate(zip(powers, self.parts, strict=True)):
+            for position, call in enumerate(calls):
+                references = self._references(number, position, call)
                 for output, value, reference in zip(row, _outputs(network, call), references, strict=True):
                     output += torch.tensor([energy(reference), energy(value - reference)])
         # An output without signal or noise neither gains nor loses.
         every = [pair for row in (powers.sum(0), *powers) for pair in row.tolist()]
         return [decibels(max(noise, 1e-12 * signal) / signal) if signal else 0.0 for signal, noise in every]
+
+    def _references(self, number: int, position: int, call: Call) -> list[torch.Tensor]:
+        """The outputs in floating point, computed once where there is room for them and anew every time elsewhere."""
+        if (number, position) in self.references:
+            return self.references[number, position]
+        outputs = _outputs(self.network, call)
+        elements = sum(output.numel() for output in outputs)
+        if elements <= self.room:
+            self.references[number, position] = outputs
+            self.room -= elements
+        return outputs
+
+
+def _pieces(call: Call, most: int, dynamic: Dynamic) -> list[Call]:
+    """The call in pieces of so many samples; whole where its batch is fixed."""
+    size = size_of(call)
+    if size <= most or (dynamic is not None and not any(0 in axes for axes in dynamic.values())):
+        return [call]
+    return [part(call, first, min(first + most, size), dynamic) for first in range(0, size, most)]
 
 
 def _outputs(network: fx.GraphModule, call: Any) -> list[torch.Tensor]:
