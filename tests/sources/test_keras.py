@@ -27,7 +27,8 @@ from penjing.errors import CheckpointError, ExportError, SourceError
 from penjing.network.capture import capture_network
 from penjing.network.graph import line
 from penjing.records.manifest import read_manifest
-from penjing.sources.source import open_source
+from penjing.sources.source import in_single_precision, open_source
+from penjing.tasks.task import Task
 from tests.raises import raises_case
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -769,3 +770,23 @@ def test_weights_that_are_nan_are_refused_by_the_name_of_the_layer(tmp_path):
         with raises_case(SourceError, "weight-not-finite") as error:
             open_source(source)
         assert "head.weight" in error.value.what and "8 of 8" in error.value.got
+
+
+def test_sizes_that_a_model_leaves_open_are_told_with_what_lets_them_vary():
+    x = keras.Input((None, None, 1), name="scan")
+    source = open_source(keras.Model(x, layers.Conv2D(2, 3, padding="same")(x)))
+    example = torch.zeros(1, 6, 8, 1)
+    told = in_single_precision(source, Task(example=example))[2]
+    assert "the axis 1 of scan and the axis 2 of scan have the example's size" in told
+    names = {"scan": {0: "batch", 1: "scan_1", 2: "scan_2"}}
+    assert f"Task(dynamic={names}) lets them vary" in told
+    assert in_single_precision(source, Task(example=example, dynamic=names))[2] is None
+    network = capture_network(source.module, (example,), {}, names)
+    assert network(torch.zeros(2, 9, 5, 1)).shape == (2, 9, 5, 2)
+
+
+def test_the_length_of_a_recurrent_model_is_told_to_be_the_examples():
+    x = keras.Input((None, 3), name="x")
+    source = open_source(keras.Model(x, layers.GRU(4)(x)))
+    told = in_single_precision(source, Task(example=torch.zeros(1, 6, 3)))[2]
+    assert told.startswith("the axis 1 of x has the example's size") and "recurrent" in told

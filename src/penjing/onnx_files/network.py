@@ -132,6 +132,7 @@ class OnnxNetwork(Graph):
         inputs: Names of parameters of `forward` → names in the file.
         declared: The inputs as the file declares them, in words.
         fixed_axes: Axes that the file declares as varying and that can't be, in words.
+        fixed_because: Why they can't.
         of_operators: That its modules are operators, after which capturing names the layers whose weights' names are
             numbers (``onnx::Conv_311``).
         types: Of the outputs, as the file declares them.
@@ -140,6 +141,7 @@ class OnnxNetwork(Graph):
     inputs: dict[str, str]
     declared: tuple[str, ...] = ()
     fixed_axes: tuple[str, ...] = ()
+    fixed_because = "the steps of recurrent layers are written out when a network is captured"
     of_operators = True
     types: Mapping[str, torch.dtype] = {}
     _stored: Mapping[str, str] = {}

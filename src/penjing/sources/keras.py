@@ -37,6 +37,8 @@ class KerasNetwork(Own):
 
     Attributes:
         channels_last: Tells the capture that permutations surround its layers.
+        fixed_axes: Axes in words that the model declares without a size, and that have the example's.
+        fixed_because: Why they have, or what lets them vary.
         inputs: Names of parameters of `forward` → names of the model's inputs; empty for a subclassed model that takes
             its tensors one by one.
         structure: How the model's first argument holds its inputs; None if it is a tensor, or the model declares it.
@@ -49,6 +51,7 @@ class KerasNetwork(Own):
 
     def __init__(self, model: Any, file: str | None = None) -> None:
         super().__init__(model, _own_variables(model))
+        self.fixed_axes, self.fixed_because = _fixed_axes(model, list(self.inputs))
         self.ports = {"inputs": dict(self.inputs), "outputs": _output_names(model)}
         self._called: list[tuple[Shared, Part]] = []
         file = file or f"{model.name}.keras"
@@ -356,6 +359,20 @@ def _output_names(model: Any) -> tuple[str, ...]:
             word, n = f"{name}_{n}", n + 1
         unique[word] = None
     return tuple(unique)
+
+
+def _fixed_axes(model: Any, inputs: list[str]) -> tuple[tuple[str, ...], str]:
+    """Axes besides the batch without a declared size, and what is to be said of them."""
+    tensors = model.inputs if _has_graph(model) else []
+    axes = {
+        word: [axis for axis, size in enumerate(tensor.shape) if axis and size is None]
+        for word, tensor in zip(inputs, tensors, strict=False)
+    }
+    words = tuple(f"the axis {axis} of {word}" for word, positions in axes.items() for axis in positions)
+    if any(type(layer).__name__ in _STEPWISE for layer in model._flatten_layers()):
+        return words, "the steps of recurrent layers are written out when a network is captured"
+    names = {word: {0: "batch"} | {axis: f"{word}_{axis}" for axis in positions} for word, positions in axes.items()}
+    return words, f"Task(dynamic={names}) lets {'it' if len(words) == 1 else 'them'} vary"
 
 
 def _example(model: Any) -> tuple[torch.Tensor, ...] | None:

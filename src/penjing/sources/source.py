@@ -51,7 +51,6 @@ class Source:
         dynamic: Axes that vary in the form of `Task.dynamic`, if the source declares them.
         loaded: The weights that it was given from a file of their own.
         inputs: Its inputs in words, if the source declares them.
-        fixed_axes: Axes in words that the source declares as varying and that can't.
         notes: What else the user is to know of what was opened.
     """
 
@@ -62,7 +61,6 @@ class Source:
     dynamic: Mapping[str | int, Mapping[int, str]] | None = None
     loaded: weights.Loaded | None = None
     inputs: tuple[str, ...] = ()
-    fixed_axes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -211,7 +209,6 @@ def _open_file(path: Path) -> Source:
             example=example,
             dynamic=dynamic,
             inputs=network.declared,
-            fixed_axes=network.fixed_axes,
         )
     if path.suffix.lower() == ".keras":
         model, inputs = keras.open_file(path)
@@ -305,10 +302,12 @@ def in_single_precision(source: Source, task: Task) -> tuple[Source, Task, str |
         note = "the task's inputs are given to the network in float32"
     loaded = source.loaded.notes if source.loaded is not None else ()
     notes = [*source.notes, *loaded, *([note] if note else [])]
-    if source.fixed_axes and task.dynamic is source.dynamic:
+    axes = getattr(source.module, "fixed_axes", ())
+    if axes and task.dynamic is source.dynamic:
+        has, it = ("has", "it") if len(axes) == 1 else ("have", "them")
         notes.append(
-            f"{' and '.join(source.fixed_axes)} has the example's size in every artifact, although {source.name} "
-            "declares it as varying: the steps of recurrent layers are written out when a network is captured"
+            f"{' and '.join(axes)} {has} the example's size in every artifact, although {source.name} declares {it} as "
+            f"varying: {getattr(source.module, 'fixed_because', '')}"
         )
     return source, single, "; ".join(notes) or None
 
