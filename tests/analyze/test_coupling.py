@@ -16,6 +16,7 @@ from penjing.network.capture import capture_network
 from penjing.surgery import replay, resize
 from tests.analyze.dynamic_kernels import KERNELS
 from tests.analyze.gates_and_heads import CASES, ONE_KEY
+from tests.analyze.listed import assert_every_weight_is_listed
 from tests.analyze.more_topologies import MORE
 from tests.analyze.topologies import TOPOLOGIES, Attention, Patches, Residual, Shuffle, scattered
 from tests.raises import raises_case
@@ -84,6 +85,12 @@ def test_every_topology_takes_another_batch_and_trains_after_pruning(name):
     pruned.train()
     pruned(torch.cat([x, x, x[:1]])).sum().backward()
     assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_weight_is_in_a_group_or_it_is_told_why_not(name):
+    network, coupling, *_ = case(name)
+    assert_every_weight_is_listed(network, coupling)
 
 
 @pytest.mark.parametrize("name", FREE)

@@ -26,6 +26,7 @@ from penjing.analyze.layers import COMPUTED, LAYERS
 from penjing.analyze.rearrangements import MOVING, single
 from penjing.analyze.relations import POINTWISE, RULES, elementwise, refuse
 from penjing.analyze.reshaping import MOVES
+from penjing.analyze.unlisted import INPUTS, unlisted
 from penjing.errors import RecipeError
 from penjing.network.graph import is_tensor, kind, shapes, site, tensor_inputs
 from penjing.steps.draft import Edit
@@ -337,6 +338,8 @@ def _grouped(walk: Walk) -> Coupling:
         because = dict.fromkeys(text for c in unit_components for text in joined.get(c, ()))
         groups[name] = Group(name, len(unit_components), members, tuple(because), taken)
         units[name] = np.array(unit_components)
+    removed = {member.tensor for group in groups.values() for member in group.members if member.role not in INPUTS}
+    fixed_axes |= unlisted(walk, unit, not_prunable, removed | {name.rpartition(":")[0] for name in fixed_axes})
     return Coupling(groups, fixed_axes, walk, unit, units, layouts)
 
 

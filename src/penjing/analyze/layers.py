@@ -282,8 +282,11 @@ def recurrent(walk: Walk, node: fx.Node) -> Any:
         gates = walk.stored_tensors[names[0]].shape[0] // width
         walk.join(walk.stored(names[0], 1, "its inputs"), x, f"{site(node)} reads it")
         walk.join(walk.stored(names[1], 1, "its state"), units, why)
+        walk.name_role(names[0], 1, "the inputs of its gates")
+        walk.name_role(names[1], 1, "the state that its gates read")
         for name in (names[0], *names[1:]):
             walk.join(walk.stored(name, 0, "its gates"), np.tile(units, gates), why)
+            walk.name_role(name, 0, "its gates")
         outputs.append(units)
     output = np.concatenate([units, units]) if directions == 2 else units
     sequence = (*walk.of(given["input"])[:-1], output)
