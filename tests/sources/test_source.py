@@ -104,6 +104,16 @@ def test_two_files_of_one_name_do_not_meet(tmp_path):
     assert widths == [2, 3]
 
 
+@pytest.mark.parametrize(("given", "backend"), [(None, "torch"), ("jax", "jax")])
+def test_code_that_imports_keras_gets_the_backend_that_can_be_captured(tmp_path, monkeypatch, given, backend):
+    monkeypatch.setenv("KERAS_BACKEND", given or "")
+    if given is None:
+        monkeypatch.delenv("KERAS_BACKEND")
+    lines = ["import os", "from torch import nn", "net = nn.Identity()", 'net.backend = os.environ["KERAS_BACKEND"]']
+    (tmp_path / f"of_{backend}.py").write_text("\n".join(lines))
+    assert open_source(f"{tmp_path}/of_{backend}.py:net").module.backend == backend
+
+
 def test_a_module_on_the_path(net, monkeypatch):
     monkeypatch.chdir(net.parent)
     assert type(open_source("parts:Small").module).__name__ == "Small"

@@ -71,6 +71,8 @@ def load_named(where: str, name: str, *, error: type[PenjingError], role: str) -
     Raises:
         error: The file or the attribute is missing, or importing it raised (chained, with file and line).
     """
+    # Code that imports Keras decides its backend; only one of torch can be captured.
+    os.environ.setdefault("KERAS_BACKEND", "torch")
     module = _import_file(Path(where), error, role) if where.endswith(".py") else _import_module(where, error, role)
     if hasattr(module, name):
         return getattr(module, name)
