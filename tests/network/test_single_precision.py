@@ -37,8 +37,8 @@ def test_double_precision_is_computed_in_float32():
         train=[(x, torch.zeros(5, 4, dtype=torch.float64))],
         evaluate=lambda predict: float(predict(x.numpy()).dtype == np.float32),
     )
-    source, single, told = in_single_precision(Source(name="net", module=model), task)
-    assert "float64" in told and "float32" in told
+    source, single, note = in_single_precision(Source(name="net", module=model), task)
+    assert "float64" in note and "float32" in note
     assert {t.dtype for t in source.module.parameters()} == {torch.float32}
     assert {t.dtype for t in model.parameters()} == {torch.float64}  # the user's own stays
     (call,) = calibration_calls(single)

@@ -219,8 +219,8 @@ def test_what_a_class_does_not_read_is_told(folder):
     edit(folder, architectures=["BertModel"])
     source = open_source(folder)
     assert len(source.notes) == 1 and "classifier.weight" in source.notes[0]
-    _, _, told = in_single_precision(source, Task(example=source.example))
-    assert source.notes[0] in told
+    _, _, note = in_single_precision(source, Task(example=source.example))
+    assert source.notes[0] in note
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

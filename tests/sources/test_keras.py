@@ -776,10 +776,10 @@ def test_sizes_that_a_model_leaves_open_are_told_with_what_lets_them_vary():
     x = keras.Input((None, None, 1), name="scan")
     source = open_source(keras.Model(x, layers.Conv2D(2, 3, padding="same")(x)))
     example = torch.zeros(1, 6, 8, 1)
-    told = in_single_precision(source, Task(example=example))[2]
-    assert "the axis 1 of scan and the axis 2 of scan have the example's size" in told
+    note = in_single_precision(source, Task(example=example))[2]
+    assert "the axis 1 of scan and the axis 2 of scan have the example's size" in note
     names = {"scan": {0: "batch", 1: "scan_1", 2: "scan_2"}}
-    assert f"Task(dynamic={names}) lets them vary" in told
+    assert f"Task(dynamic={names}) lets them vary" in note
     assert in_single_precision(source, Task(example=example, dynamic=names))[2] is None
     network = capture_network(source.module, (example,), {}, names)
     assert network(torch.zeros(2, 9, 5, 1)).shape == (2, 9, 5, 2)
@@ -788,5 +788,5 @@ def test_sizes_that_a_model_leaves_open_are_told_with_what_lets_them_vary():
 def test_the_length_of_a_recurrent_model_is_told_to_be_the_examples():
     x = keras.Input((None, 3), name="x")
     source = open_source(keras.Model(x, layers.GRU(4)(x)))
-    told = in_single_precision(source, Task(example=torch.zeros(1, 6, 3)))[2]
-    assert told.startswith("the axis 1 of x has the example's size") and "recurrent" in told
+    note = in_single_precision(source, Task(example=torch.zeros(1, 6, 3)))[2]
+    assert note.startswith("the axis 1 of x has the example's size") and "recurrent" in note

@@ -380,8 +380,8 @@ def test_an_axis_that_the_file_declares_and_a_recurrent_layer_fixes_is_told(tmp_
     example = torch.zeros(5, 2, 4)
     silent = pj.Task(example=example, dynamic={0: {1: "batch"}})
     assert in_single_precision(source, silent)[2] is None  # what the task says itself is what it wants
-    told = in_single_precision(source, with_declared_axes(source, pj.Task(example=example)))[2]
-    assert told.startswith("the axis length of x has the example's size in every artifact")
+    note = in_single_precision(source, with_declared_axes(source, pj.Task(example=example)))[2]
+    assert note.startswith("the axis length of x has the example's size in every artifact")
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path):

@@ -27,7 +27,7 @@ def one_row(state: np.ndarray, batch_first: bool) -> np.ndarray:
 def in_one_row(
     weights: Mapping[str, np.ndarray], readers: Mapping[str, Sequence[tuple[Node, int]]]
 ) -> dict[str, np.ndarray]:
-    """The weights; of a first state with equal rows one row, and none of zeros, which are no weights.
+    """The weights; of a first state with equal rows one row, and none of zeros, which are not weights.
 
     Args:
         weights: Stored tensors by name.

@@ -3,7 +3,7 @@
 A later selection discards them (a maximum, top-k, max pooling, softmax). In integers they would dominate the range and
 leave no resolution for the other values.
 
-A large number alone is no mask: it may be one of a network's ordinary values. It hides something where it takes the
+A large number alone is not a mask: it may be one of a network's ordinary values. It hides something where it takes the
 place of a value, or is added to some elements and not to others, and where the values that it stands among are far
 smaller. Whether they are is seen in calibration.
 """
@@ -25,7 +25,7 @@ DISTANT = "the largest values among its inputs are far beyond all others and wou
 LEAST = 1e3  # a filled-in number of at least this magnitude is a mask value
 APART = 100.0  # a mask value is at least this many times larger than all other values
 BEYOND = 16.0  # a number this many times larger than all others leaves them less than half of 8 bits
-HALF_PRECISION = 65504.0  # beyond float16, in which networks compute, a literal is no ordinary value
+HALF_PRECISION = 65504.0  # beyond float16, in which networks compute, a literal is not an ordinary value
 NUMBERS = 256  # magnitude classes that half of a histogram is divided into
 
 _FILL = frozenset(

@@ -138,7 +138,7 @@ class Static:
         for pattern in self.settings:
             matches(pattern, names)
         seen: dict[str, frozenset[int]] = {}  # values far beyond all others
-        distant: set[str] = set()  # those that are no mask
+        distant: set[str] = set()  # those that are not masks
         reach: Mapping[str, float] = {}
         beside = mask_values.beside(draft.network)
         while True:

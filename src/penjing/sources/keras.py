@@ -266,7 +266,7 @@ def _origin(layer: Any, file: str, number: int, path: str) -> str:
             code = inspect.unwrap(kind.call).__code__
             if "site-packages" not in code.co_filename:
                 return f'File "{code.co_filename}", line {code.co_firstlineno}, in {kind.__name__}.call\n    {path}'
-        except (AttributeError, TypeError, ValueError):  # it is no function of Python
+        except (AttributeError, TypeError, ValueError):  # not a function written in Python
             pass
     return f'File "{file}", line {number}, in {kind.__name__}\n    {path}'
 

@@ -16,7 +16,7 @@ MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def refusal(path: Path, *, as_weights: bool) -> PenjingError | None:
-    """The error for an HDF5 file; None where it is no such file, or is missing.
+    """The error for an HDF5 file; None if it is another kind of file, or is missing.
 
     Args:
         path: The file.
@@ -60,7 +60,7 @@ def _convert(path: Path) -> str:
 
 
 def _kind(path: Path) -> str | None:
-    """Whether an HDF5 file is a "network" of Keras, "weights" of it, or "other"; None for what is no HDF5."""
+    """Whether an HDF5 file is a "network" of Keras, "weights" of it, or "other"; None if it is not an HDF5 file."""
     try:
         with reading.regular(path) as file:
             if file.read(len(MAGIC)) != MAGIC:

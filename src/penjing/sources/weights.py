@@ -22,7 +22,7 @@ from penjing.sources.weight_files import State, WeightFile, read
 
 SHOWN = 10  # of the names of each kind
 COMPARED = 2_000  # names, in search of the nearest: of hundreds of thousands it would take minutes
-RENAMED = 8  # times as many names as a network's are no older version of it
+RENAMED = 8  # times as many names as the network has: not an older version of it
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names that torch gives to what it wraps: no network has them of its own."""
 _AVERAGES = "n_averaged"  # how many `torch.optim.swa_utils.AveragedModel` has seen, beside the network
