@@ -16,8 +16,8 @@ PARTS  := quantize pipeline rest whole training pruning
 demo: setup
 	$(PY) examples/fashion_mnist/demo.py
 
-# Several processes, two at a time: what a runtime's native code does to one ends with it. The longest come first, so
-# that both end together.
+# Several processes, three at a time, for each waits for others: what a runtime's native code does to one ends with it.
+# The longest come first, so that all end together.
 tests-whole: FILES = tests/test_*.py
 tests-pipeline: FILES = tests/pipeline tests/cli tests/goals tests/report
 tests-quantize: FILES = tests/quantize tests/surgery tests/runtimes tests/onnx_files
@@ -28,7 +28,7 @@ tests-rest: FILES = src $(filter-out tests/pipeline tests/cli tests/goals tests/
 	tests/recipes tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 test: setup
-	$(MAKE) --keep-going --jobs 2 $(addprefix tests-,$(PARTS)) lint
+	$(MAKE) --keep-going --jobs 3 $(addprefix tests-,$(PARTS)) lint
 
 $(addprefix tests-,$(PARTS)): setup
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -m "not slow" -p no:cacheprovider $(FILES)

@@ -3,7 +3,7 @@
 The parts and the linters are run as the Makefile runs them, several at a time, in its order. Processor time is that
 of a part with all processes that it started; `idle` is the share of the cores that nothing used.
 
-    python benchmarks/test_time.py [--jobs 2] [--parts quantize pipeline]
+    python benchmarks/test_time.py [--jobs 3] [--parts quantize pipeline]
 """
 
 import argparse
@@ -68,7 +68,7 @@ def shown(row: dict) -> str:
 def main() -> int:
     """Run, print the table, write JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="targets at a time (default: 2, as the Makefile)")
+    parser.add_argument("--jobs", type=int, default=3, help="targets at a time (default: 3, as the Makefile)")
     parser.add_argument("--parts", nargs="+", help="of the Makefile's PARTS (default: all, and lint)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/test_time.json")
     arguments = parser.parse_args()
