@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.allocator import reused_memory
-from penjing.cli import blockers, quantizing, sources
+from penjing.cli import blockers, packing, quantizing, sources
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import show_branches, show_floats
@@ -382,5 +382,7 @@ COMMANDS = {
     "quantize": quantizing.quantize,
     "measure": _measure,
     "verify": _verify,
+    "pack": packing.pack,
+    "unpack": packing.unpack,
     "runtimes": _runtimes,
 }

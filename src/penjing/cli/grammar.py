@@ -197,6 +197,19 @@ def _verify(command: argparse.ArgumentParser) -> None:
     _timing(command, 2.0)
 
 
+def _pack(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="FOLDER", help="a run folder, an artifact, a checkpoint, or one file")
+    command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
+    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--force", action="store_true", help="replace the file")
+
+
+def _unpack(command: argparse.ArgumentParser) -> None:
+    command.add_argument("packed", metavar="FILE.pj", help="what `penjing pack` wrote")
+    command.add_argument("-o", "--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+
+
 def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
     parser.add_argument(
@@ -239,6 +252,18 @@ _COMMANDS = (
         "Re-measure the figures of a record on this machine and report which hold.",
         "penjing verify runs/first --task net.py:task",
         _verify,
+    ),
+    _Command(
+        "pack",
+        "One small file of an artifact's or a checkpoint's files, entropy-coded, equal to the bit when unpacked.",
+        "penjing pack runs/first -o first.pj",
+        _pack,
+    ),
+    _Command(
+        "unpack",
+        "The files of a packed network, as they were.",
+        "penjing unpack first.pj -o first",
+        _unpack,
     ),
     _Command(
         "runtimes",

@@ -1,1 +1,1 @@
-"""Storage formats of a network: the trainable checkpoint."""
+"""Storage formats of a network: the trainable checkpoint, and packed files."""

@@ -1,0 +1,165 @@
+"""A chunk of a packed file: some values of one number type, or bytes, in the coding that takes the fewest bytes."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from penjing.numerics import entropy
+from penjing.storage.regions import BITS, Bytes
+
+VALUES = 1 << 20  # of a chunk, at most
+_FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}
+"""Number type → bits of the exponent and of the mantissa."""
+_INTEGERS = ("i8", "u8", "i4", "u4")
+_PALETTE = 256  # different values, at most
+_HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
+_XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+
+
+def encode(content: Bytes, dtype: str, columns: int) -> tuple[str, bytes]:
+    """Return the coding's name and the coded bytes of a part of a tensor.
+
+    Args:
+        content: Its bytes, of whole values but for the last half byte.
+        dtype: A key of `BITS`, or "bytes".
+        columns: Values of one row, as the tensor lies.
+    """
+    candidates = [("raw", content.tobytes())]
+    if dtype in _INTEGERS:
+        candidates.append(("integers", _integers(content, dtype, columns)))
+    elif dtype in _FLOATS:
+        candidates.append(("floats", _floats(content, dtype, columns)))
+        patterns = _patterns(content, dtype)
+        palette = np.unique(patterns[: _PALETTE * 16])
+        if len(palette) <= _PALETTE and len(palette := np.unique(patterns)) <= min(_PALETTE, len(patterns) // 4):
+            candidates.append(("palette", _palette(patterns, palette, columns)))
+    else:
+        candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_XZ)))
+    return min(candidates, key=lambda c: len(c[1]))
+
+
+def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    """Return what `encode` coded, `size` bytes.
+
+    Raises:
+        ValueError: The bytes are damaged.
+    """
+    back = _CODINGS.get(coding)
+    if back is None:
+        raise ValueError(f"the coding {coding[:20]!r}, which this version does not know")
+    content = back(coded, dtype, columns, size)
+    if len(content) != size:
+        raise ValueError(f"a chunk of {len(content):,} bytes in the place of {size:,}")
+    return content
+
+
+def _integers(content: Bytes, dtype: str, columns: int) -> bytes:
+    values = _unpacked(content, dtype)
+    center = int(np.bincount(values + 128).argmax()) - 128
+    return struct.pack("<h", center) + _joined(entropy.encode_integers(values - center, min(columns, len(values))))
+
+
+def _integers_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    count = size * 8 // BITS[dtype]
+    (center,) = struct.unpack_from("<h", coded)
+    values = entropy.decode_integers(_split(coded, 2), count, min(columns, count)) + center
+    low = 0 if dtype[0] == "u" else -(1 << BITS[dtype] - 1)
+    if count and not low <= values.min() <= values.max() < low + (1 << BITS[dtype]):
+        raise ValueError(f"a value outside {dtype}")
+    if BITS[dtype] == 4:
+        halves = (values & 15).astype(np.uint8)
+        return bytes(halves[::2] | halves[1::2] << 4)
+    return bytes((values & 255).astype(np.uint8))
+
+
+def _unpacked(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
+    """Integers of a byte or half a byte each; an unused last half is one too."""
+    if BITS[dtype] == 8:
+        return content.view(np.uint8 if dtype == "u8" else np.int8).astype(np.int64)
+    halves = np.stack([content & 15, content >> 4], -1).reshape(-1).astype(np.int64)
+    return halves if dtype == "u4" else halves - 16 * (halves > 7)
+
+
+def _floats(content: Bytes, dtype: str, columns: int) -> bytes:
+    patterns = _patterns(content, dtype)
+    return _joined(entropy.encode_floats(patterns, min(columns, len(patterns)), *_FLOATS[dtype]))
+
+
+def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    count = size * 8 // BITS[dtype]
+    return _written(entropy.decode_floats(_split(coded), count, min(columns, count), *_FLOATS[dtype]), dtype)
+
+
+def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], columns: int) -> bytes:
+    """The different values, then the place of each value among them, around the most frequent one."""
+    places = np.searchsorted(palette, patterns)
+    center = int(np.bincount(places).argmax())
+    listed = palette.astype("<u4").tobytes()
+    return (
+        struct.pack("<HH", len(palette), center)
+        + listed
+        + _joined(entropy.encode_integers(places - center, min(columns, len(places))))
+    )
+
+
+def _palette_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    count = size * 8 // BITS[dtype]
+    length, center = struct.unpack_from("<HH", coded)
+    palette = np.frombuffer(coded, "<u4", length, 4).astype(np.int64)
+    places = entropy.decode_integers(_split(coded, 4 + 4 * length), count, min(columns, count)) + center
+    if count and not 0 <= places.min() <= places.max() < length:
+        raise ValueError("a place outside the palette")
+    return _written(palette[places], dtype)
+
+
+def _patterns(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
+    return content.view(f"<u{BITS[dtype] // 8}").astype(np.int64)
+
+
+def _written(patterns: npt.NDArray[np.int64], dtype: str) -> bytes:
+    if len(patterns) and not 0 <= patterns.min() <= patterns.max() < 1 << BITS[dtype]:
+        raise ValueError(f"a value outside {dtype}")
+    return patterns.astype(f"<u{BITS[dtype] // 8}").tobytes()
+
+
+def _joined(coded: entropy.Coded) -> bytes:
+    state, words, plain = coded
+    return _HEAD.pack(state, len(words), len(plain)) + words.astype("<u2").tobytes() + plain.tobytes()
+
+
+def _split(coded: bytes, start: int = 0) -> entropy.Coded:
+    state, words, plain = _HEAD.unpack_from(coded, start)
+    start += _HEAD.size
+    if len(coded) != start + 2 * words + plain:
+        raise ValueError("a chunk that ends too early or too late")
+    listed = np.frombuffer(coded, "<u2", words, start).astype(np.uint16)
+    return state, listed, np.frombuffer(coded, np.uint8, plain, start + 2 * words)
+
+
+def _xz_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    try:
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_XZ).decompress(coded, size)
+    except lzma.LZMAError as error:
+        raise ValueError(f"damaged bytes: {error}") from None
+
+
+_CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
+    "raw": lambda coded, dtype, columns, size: coded,
+    "integers": _integers_back,
+    "floats": _floats_back,
+    "palette": _palette_back,
+    "xz": _xz_back,
+}
+
+
+def split(count: int) -> Sequence[tuple[int, int]]:
+    """First and number of the values of every chunk of a tensor of so many values."""
+    return [(first, min(VALUES, count - first)) for first in range(0, count, VALUES)]
+
+
+__all__ = ["VALUES", "decode", "encode", "split"]

@@ -1,0 +1,246 @@
+"""Packed networks: files with their tensors entropy-coded, equal to the bit when they are unpacked.
+
+docs/packed.md describes the format. Chunks are independent: they are coded in parallel, and one tensor is read alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from penjing.errors import ArtifactError, OutputError
+from penjing.records.folder import ARTIFACT, check_writable, writing
+from penjing.storage import chunks
+from penjing.storage.packed_file import FORMAT, MAGIC, PIECE, TAIL, Opened, columns_of, in_order
+from penjing.storage.regions import BITS, Bytes, Region, regions
+
+_SPACE = "free some space, or choose another place"
+_NUMBERS = {"i8": np.int8, "u8": np.uint8, "f32": np.float32, "f16": np.float16}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a packed file holds.
+
+    Attributes:
+        path: The file.
+        size_bytes: Of the packed file.
+        files: Name of every file in it → its bytes when unpacked.
+        tensors: (name, number type, bytes unpacked, bytes packed) of every tensor, the largest first.
+    """
+
+    path: Path
+    size_bytes: int
+    files: dict[str, int]
+    tensors: tuple[tuple[str, str, int, int], ...]
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+
+def pack(source: Path | str, out: Path | str, *, threads: int | None = None, force: bool = False) -> Packed:
+    """Write the files of a network as one packed file.
+
+    Args:
+        source: A run folder (of which its artifact is packed), an artifact, a checkpoint, or one file.
+        out: The file to write.
+        threads: None takes every core.
+        force: Replace `out`.
+
+    Raises:
+        ArtifactError: There is nothing to pack.
+        OutputError: `out` exists, or can't be written.
+        MissingDependency: numba is not installed.
+    """
+    out = Path(out)
+    root, names = _files(Path(source))
+    check_writable(out)
+    if out.exists() and not force:
+        raise OutputError(
+            "the file exists already", code="exists", got=str(out), expected="a new name", remedy="--force replaces it"
+        )
+    with writing(out.parent, what="the folder of the file", remedy=_SPACE):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+                _write(file, root, names, pool)
+            os.replace(aside, out)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    return contents(out)
+
+
+def _files(source: Path) -> tuple[Path, list[str]]:
+    """The folder and the names of the files in it that are packed."""
+    if source.is_file():
+        return source.parent, [source.name]
+    root = source / ARTIFACT if (source / ARTIFACT).is_dir() else source
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+    if not names:
+        raise ArtifactError(
+            "there is nothing to pack",
+            code="missing",
+            got=f"no file in {root}" if root.is_dir() else f"nothing at {source}",
+            expected="a run folder, an artifact, a checkpoint, or a file such as model.onnx",
+        )
+    return root, names
+
+
+def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecutor) -> None:
+    file.write(MAGIC)
+    listed: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
+    for number, name in enumerate(names):
+        path = root / name
+        content: Bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        tensors = regions(path, content)
+        listed.append(
+            {
+                "name": name,
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content.data).hexdigest(),
+                "tensors": [[t.name, t.offset, t.dtype, list(t.shape)] for t in tensors],
+            }
+        )
+        for (tensor, first, count), (coding, coded) in _coded(content, tensors, pool):
+            rows.append((coding, file.tell(), len(coded), zlib.crc32(coded), number, tensor, first, count))
+            file.write(coded)
+    text = json.dumps({"format": FORMAT, "files": listed, "chunks": rows}, separators=(",", ":")).encode()
+    packed = lzma.compress(text)
+    place = file.tell()
+    file.write(packed + TAIL.pack(place, len(packed), hashlib.sha256(packed).digest(), MAGIC))
+
+
+def _coded(content: Bytes, tensors: list[Region], pool: ThreadPoolExecutor) -> Iterator[tuple[Any, Any]]:
+    """(tensor, first, count) and the coded bytes of every chunk of a file; a few are coded at a time."""
+
+    def jobs() -> Iterator[tuple[tuple[int, int, int], Bytes, str, int]]:
+        for number, tensor in enumerate(tensors):
+            for first, count in chunks.split(tensor.count):
+                yield (number, first, count), _part(content, tensor, first, count), tensor.dtype, columns_of(tensor)
+        between = _between(content, tensors)
+        for first in range(0, len(between), PIECE):
+            piece = between[first : first + PIECE]
+            yield (-1, first, len(piece)), piece, "bytes", 1
+
+    return in_order(pool, lambda job: (job[0], chunks.encode(*job[1:])), jobs())
+
+
+def _part(content: Bytes, tensor: Region, first: int, count: int) -> Bytes:
+    bits = BITS[tensor.dtype]
+    start = tensor.offset + first * bits // 8
+    return np.ascontiguousarray(content[start : start + -(-count * bits // 8)])
+
+
+def _between(content: Bytes, tensors: list[Region]) -> Bytes:
+    """The bytes that are not of a tensor."""
+    ends = [0, *(t.offset + t.size for t in tensors)]
+    starts = [*(t.offset for t in tensors), len(content)]
+    return np.concatenate([content[a:b] for a, b in zip(ends, starts, strict=True)])
+
+
+def contents(path: Path | str) -> Packed:
+    """What a packed file holds; its tensors are not decoded.
+
+    Raises:
+        ArtifactError: It is not a packed file, is damaged, or is of a newer version.
+    """
+    with Opened(Path(path)) as opened:
+        sizes: dict[tuple[int, int], int] = {}
+        for chunk in opened.chunks:
+            key = chunk.file, chunk.tensor
+            sizes[key] = sizes.get(key, 0) + chunk.length
+        rows = [
+            (tensor.name, tensor.dtype, tensor.size, sizes.get((i, j), 0))
+            for i, (_, _, _, tensors) in enumerate(opened.files)
+            for j, tensor in enumerate(tensors)
+        ]
+        files = {name: size for name, size, _, _ in opened.files}
+        return Packed(Path(path), opened.size, files, tuple(sorted(rows, key=lambda row: -row[2])))
+
+
+def unpack(path: Path | str, out: Path | str, *, threads: int | None = None) -> tuple[Path, ...]:
+    """Write the files of a packed network into a new or empty folder; returns them.
+
+    Raises:
+        ArtifactError: It is not a packed file, is damaged, or is of a newer version; nothing is written.
+        OutputError: The folder holds files, or can't be written.
+        MissingDependency: numba is not installed.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            "the output folder is not empty", code="foreign", got=str(out), expected="an empty folder, or a new name"
+        )
+    with Opened(Path(path)) as opened, writing(out.parent, what="the folder", remedy=_SPACE):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < (needed := sum(size for _, size, _, _ in opened.files)):
+            raise OutputError(
+                "the files do not fit on the disk", code="unwritable", got=f"{free:,} bytes free",
+                expected=f"{needed:,}", remedy=_SPACE,
+            )  # fmt: skip
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+                for number in range(len(opened.files)):
+                    opened.restore(number, aside, pool)
+            os.chmod(aside, 0o755)
+            if out.exists():
+                out.rmdir()
+            os.replace(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return tuple(out / name for name, _, _, _ in opened.files)
+
+
+def read(path: Path | str, name: str) -> npt.NDArray[Any]:
+    """One tensor of a packed file, by its name; no other is decoded.
+
+    Four-bit integers come as int8 or uint8, bfloat16 as float32.
+
+    Raises:
+        ArtifactError: There is no such tensor, or the file is damaged.
+    """
+    with Opened(Path(path)) as opened:
+        for i, (_, _, _, tensors) in enumerate(opened.files):
+            for j, tensor in enumerate(tensors):
+                if tensor.name == name:
+                    coded = [c for c in opened.chunks if (c.file, c.tensor) == (i, j)]
+                    data = b"".join(opened.decoded(c) for c in sorted(coded, key=lambda c: c.first))
+                    return _array(data, tensor)
+        raise ArtifactError(
+            "the packed file does not hold this tensor",
+            code="missing",
+            got=name,
+            expected=", ".join(t.name for _, _, _, tensors in opened.files for t in tensors[:5]) or "a file's tensors",
+        )
+
+
+def _array(data: bytes, tensor: Region) -> npt.NDArray[Any]:
+    if tensor.dtype in _NUMBERS:
+        return np.frombuffer(data, _NUMBERS[tensor.dtype]).reshape(tensor.shape)
+    if tensor.dtype == "bf16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    pairs = np.frombuffer(data, np.uint8)
+    halves = np.stack([pairs & 15, pairs >> 4], -1).reshape(-1)[: tensor.count]
+    signed = halves.astype(np.int8) - 16 * (halves > 7).astype(np.int8)
+    return (halves if tensor.dtype == "u4" else signed).reshape(tensor.shape)
+
+
+__all__ = ["Packed", "contents", "pack", "read", "unpack"]

@@ -1,0 +1,219 @@
+"""Packed files: equal to the bit when unpacked, smaller than what a general compressor writes, and safe to open."""
+
+import json
+import lzma
+import random
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+
+pytest.importorskip("numba")
+
+from penjing import cli
+from penjing.errors import ArtifactError, OutputError
+from penjing.records.folder import ARTIFACT
+from penjing.storage import packed
+from penjing.storage.packed_file import TAIL
+from tests.raises import raises_case
+
+RANDOM = np.random.default_rng(0)
+
+
+def laplace(shape, scale):
+    return np.clip(np.round(RANDOM.laplace(0, scale, shape)), -127, 127)
+
+
+def every_type(folder):
+    """A safetensors file with a tensor of every kind."""
+    pruned = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    pruned[torch.rand(64, 100, generator=torch.Generator().manual_seed(1)) < 0.8] = 0
+    tensors = {
+        "int8": torch.tensor(laplace((32, 9, 3), 20), dtype=torch.int8),
+        "uint8": torch.tensor(laplace((40, 30), 20) + 128, dtype=torch.uint8),
+        "float32": torch.randn(50, 30),
+        "float16": torch.randn(50, 31).half(),
+        "bfloat16": torch.randn(51, 30).bfloat16(),
+        "pruned": pruned,
+        "codebook": torch.randn(16)[torch.randint(16, (80, 40))],
+        "infinite": torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40]),
+        "one": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "int64": torch.arange(5),
+    }
+    save_file(tensors, folder / "weights.safetensors")
+    return tensors
+
+
+def onnx_file(path):
+    """Initializers of 4 and 8 bits, of which one has an odd number of values."""
+    raw = [
+        helper.make_tensor("w4", TensorProto.INT4, (33, 21), RANDOM.integers(-8, 8, (33, 21)).tolist()),
+        helper.make_tensor("w8", TensorProto.INT8, (64, 32), laplace((64, 32), 15).astype(np.int8).tobytes(), raw=True),
+    ]
+    half = (RANDOM.integers(0, 256, 347, dtype=np.uint8)).tobytes()
+    raw.append(TensorProto(name="odd", data_type=TensorProto.UINT4, dims=(3, 231), raw_data=half))
+    graph = helper.make_graph([], "net", [], [], raw)
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+
+
+def assert_returns(source, folder):
+    """Packed and unpacked, every file is what it was; what the packed file holds."""
+    done = packed.pack(source, folder / "net.pj")
+    files = packed.unpack(folder / "net.pj", folder / "again")
+    root = source if source.is_dir() else source.parent
+    assert {f.relative_to(folder / "again") for f in files} == {(root / name).relative_to(root) for name in done.files}
+    for file in files:
+        assert file.read_bytes() == (root / file.relative_to(folder / "again")).read_bytes()
+    return done
+
+
+def test_tensors_of_every_type_return(tmp_path):
+    (tmp_path / "net").mkdir()
+    tensors = every_type(tmp_path / "net")
+    done = assert_returns(tmp_path / "net", tmp_path)
+    sizes = {name: after / before for name, _, before, after in done.tensors}
+    assert sizes["pruned"] < 0.3 and sizes["codebook"] < 0.2 and sizes["bfloat16"] < 0.75 and sizes["float32"] < 0.9
+    for name, dtype, _, _ in done.tensors:
+        expected = tensors[name].float() if dtype == "bf16" else tensors[name]
+        assert np.array_equal(
+            packed.read(done.path, name), expected.numpy(), equal_nan=tensors[name].is_floating_point()
+        )
+
+
+def test_initializers_of_an_onnx_file_return(tmp_path):
+    onnx_file(tmp_path / "model.onnx")
+    done = assert_returns(tmp_path / "model.onnx", tmp_path)
+    assert {"w8", "odd"} <= {name for name, _, _, _ in done.tensors}
+    assert packed.read(done.path, "odd").shape == (3, 231)
+
+
+def test_a_run_gives_its_artifact_and_the_command_says_what_it_takes(tmp_path, capsys, digits_run):
+    out = tmp_path / "run.pj"
+    assert cli.main(["pack", str(digits_run.folder), "-o", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["size_bytes"] == out.stat().st_size < told["unpacked_bytes"]
+    assert cli.main(["unpack", str(out), "-o", str(tmp_path / "back")]) == 0
+    for file in (digits_run.folder / ARTIFACT).iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_integer_artifact_is_smaller_than_a_general_compressor_makes_it(tmp_path, exported, runtime):
+    artifact = exported("residual", runtime, "int8")
+    done = assert_returns(artifact.folder, tmp_path)
+    assert any(dtype in ("i8", "u8") for _, dtype, _, _ in done.tensors)
+
+
+@pytest.mark.parametrize(("scale", "share"), [(12, 1), (2, 0.98), (0.3, 0.85)])  # about 8 and 4 bits, and sparse
+def test_integers_take_less_than_with_a_general_compressor(tmp_path, scale, share):
+    weights = {f"layer{i}": torch.tensor(laplace((128, 300), scale), dtype=torch.int8) for i in range(4)}
+    save_file(weights, tmp_path / "net.safetensors")
+    done = packed.pack(tmp_path / "net.safetensors", tmp_path / "net.pj")
+    assert done.size_bytes < share * len(lzma.compress((tmp_path / "net.safetensors").read_bytes(), preset=9))
+
+
+def test_large_tensors_come_in_chunks_that_are_read_alone(tmp_path, monkeypatch):
+    save_file({"a": torch.randn(300, 70), "b": torch.randn(10)}, tmp_path / "net.safetensors")
+    monkeypatch.setattr("penjing.storage.chunks.VALUES", 1000)
+    done = assert_returns(tmp_path / "net.safetensors", tmp_path)
+    assert packed.read(done.path, "a").shape == (300, 70)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_file_is_the_same_whatever_the_threads(tmp_path, threads):
+    (tmp_path / "net").mkdir()
+    torch.manual_seed(0)
+    every_type(tmp_path / "net")
+    one, other = (packed.pack(tmp_path / "net", tmp_path / f"{n}.pj", threads=n).path for n in (threads, 3))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_mutated_files_are_refused_and_nothing_is_written(tmp_path):
+    (tmp_path / "net").mkdir()
+    every_type(tmp_path / "net")
+    whole = packed.pack(tmp_path / "net", tmp_path / "net.pj").path.read_bytes()
+    chance = random.Random(0)
+    for case in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 3])):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        if case % 4 == 0:
+            data = data[: chance.randrange(len(data))]
+        (tmp_path / "bad.pj").write_bytes(data)
+        with raises_case(ArtifactError, "unreadable"):
+            packed.unpack(tmp_path / "bad.pj", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
+
+
+def rewritten(path, change):
+    """A packed file whose contents were changed, with hashes that are right."""
+    import hashlib
+
+    data = path.read_bytes()
+    place, length, _, magic = TAIL.unpack(data[-TAIL.size :])
+    contents = json.loads(lzma.decompress(data[place : place + length]))
+    change(contents)
+    text = lzma.compress(json.dumps(contents).encode())
+    tail = TAIL.pack(place, len(text), hashlib.sha256(text).digest(), magic)
+    path.write_bytes(data[:place] + text + tail)
+
+
+HOSTILE = {
+    "a name outside": lambda c: c["files"][0].update(name="../other"),
+    "an absolute name": lambda c: c["files"][0].update(name="/tmp/other"),
+    "a drive": lambda c: c["files"][0].update(name="C:other"),
+    "the same name twice": lambda c: c["files"].append(c["files"][0]),
+    "a newer format": lambda c: c.update(format=2),
+    "a negative size": lambda c: c["files"][0].update(bytes=-1),
+    "a size that is a text": lambda c: c["files"][0].update(bytes="5"),
+    "a tensor outside its file": lambda c: c["files"][0]["tensors"][0].__setitem__(1, 10**9),
+    "an unknown type": lambda c: c["files"][0]["tensors"][0].__setitem__(2, "f64"),
+    "a shape of absurd size": lambda c: c["files"][0]["tensors"][0].__setitem__(3, [2**40, 2**40]),
+    "a chunk outside": lambda c: c["chunks"][0].__setitem__(1, 10**9),
+    "a chunk of more values than its tensor": lambda c: c["chunks"][0].__setitem__(7, 10**6),
+    "a chunk of another file": lambda c: c["chunks"][0].__setitem__(4, 7),
+    "an unknown coding": lambda c: c["chunks"][0].__setitem__(0, "other"),
+    "a chunk that is missing": lambda c: c["chunks"].pop(),
+    "no chunks": lambda c: c.pop("chunks"),
+    "another hash": lambda c: c["files"][0].update(sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_contents_are_refused(tmp_path, change):
+    (tmp_path / "net").mkdir()
+    every_type(tmp_path / "net")
+    path = packed.pack(tmp_path / "net", tmp_path / "net.pj").path
+    rewritten(path, change)
+    with raises_case(ArtifactError, "unreadable"):
+        packed.unpack(path, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net", "net.pj"]
+
+
+def test_a_size_that_no_disk_has_is_refused(tmp_path):
+    save_file({"a": torch.randn(3)}, tmp_path / "net.safetensors")
+    path = packed.pack(tmp_path / "net.safetensors", tmp_path / "net.pj").path
+    rewritten(path, lambda c: c["files"][0].update(bytes=2**60))
+    with raises_case(OutputError, "unwritable"):
+        packed.unpack(path, tmp_path / "out")
+
+
+def test_places_that_are_taken_are_left_as_they_are(tmp_path):
+    save_file({"a": torch.randn(3)}, tmp_path / "net.safetensors")
+    path = packed.pack(tmp_path / "net.safetensors", tmp_path / "net.pj").path
+    before = path.read_bytes()
+    with raises_case(OutputError, "exists"):
+        packed.pack(tmp_path / "net.safetensors", path)
+    assert path.read_bytes() == before
+    with raises_case(OutputError, "foreign"):
+        packed.unpack(path, tmp_path)
+    with raises_case(ArtifactError, "missing"):
+        packed.pack(tmp_path / "nothing", tmp_path / "other.pj")
+    with raises_case(ArtifactError, "missing"):
+        packed.read(path, "b")
+    with raises_case(ArtifactError, "unreadable"):
+        packed.contents(tmp_path / "nothing.pj")
