@@ -725,6 +725,24 @@ def quick() -> str:
     return _under(lines, data, f"Median of {data['repeats']} runs; ")
 
 
+def packing() -> str:
+    """Packed files against general compressors: share of the file, and speed both ways."""
+    data = _read("packing")
+    tools = list(dict.fromkeys(row["tool"] for row in data["rows"]))
+    rows = {(row["network"], row["form"], row["tool"]): row for row in data["rows"]}
+    lines = [
+        f"| | bytes | {' | '.join(tools)} | penjing, × entropy | penjing, MB/s: pack, unpack |",
+        "|---|---|" + "---|" * len(tools) + "---|---|",
+    ]
+    for network, form in dict.fromkeys((row["network"], row["form"]) for row in data["rows"]):
+        mine = rows[network, form, "penjing"]
+        shares = " | ".join(f"{rows[network, form, t]['bytes'] / mine['file_bytes']:.1%}" for t in tools)
+        over = f"{mine['bytes'] / mine['entropy_bytes']:.3f}" if mine["entropy_bytes"] else ""
+        speed = ", ".join(f"{mine['file_bytes'] / 1e6 / mine[key]:.0f}" for key in ("pack_s", "unpack_s"))
+        lines.append(f"| {network}, {form} | {mine['file_bytes']:,} | {shares} | {over} | {speed} |")
+    return _under(lines, data, f"zstd {data['versions']['zstd']}; ")
+
+
 TABLES = {
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
@@ -756,6 +774,7 @@ TABLES = {
     "detector_heads": detector_heads,
     "onnx_files": onnx_files,
     "quick": quick,
+    "packing": packing,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

@@ -60,7 +60,9 @@ def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> by
 
 def _integers(content: Bytes, dtype: str, columns: int) -> bytes:
     values = _unpacked(content, dtype)
-    center = int(np.bincount(values + 128).argmax()) - 128
+    bits = BITS[dtype]
+    usual, middle = 0 if dtype[0] == "i" else 1 << (bits - 1), int(np.median(values))
+    center = usual if abs(middle - usual) <= 1 << (bits - 4) else middle
     return struct.pack("<h", center) + _joined(entropy.encode_integers(values - center, min(columns, len(values))))
 
 

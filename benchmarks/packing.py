@@ -1,0 +1,195 @@
+"""Packed files against general compressors: bytes, and seconds both ways, of the weights of real networks.
+
+ResNet-20, EfficientNet-Lite0 and MiniLM: weights of two and more axes, rounded to 8 and to 4 bits (symmetric, per
+output channel, the largest magnitude exact), 8 bits with the smallest 80 % of each tensor set to 0, bfloat16 and
+float32. Every form is one .safetensors file, which all contestants get; 4-bit values take a byte each in it, as they do
+in memory. `entropy` is that of every tensor's own distribution, which a coder without contexts can't go below; for
+floats it is not told. Seconds are those of the whole command or call on a warm file: median of the repeats,
+interleaved.
+
+    python benchmarks/packing.py [--repeats 3] [--only resnet20]
+"""
+
+import argparse
+import json
+import lzma
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+THREADS = 2
+FORMS = ("int8", "int4", "int8, 80 % zeros", "bf16", "fp32")
+NETWORKS = ("resnet20", "lite0", "minilm")
+
+
+def network(name: str):
+    """The trained network."""
+    if name == "resnet20":
+        from examples.fashion_mnist.network import resnet20
+
+        return resnet20()
+    if name == "lite0":
+        from examples.imagenet_lite0.network import lite0
+
+        return lite0()
+    from transformers import AutoModel
+
+    from examples import data
+
+    return AutoModel.from_pretrained(data.minilm())
+
+
+def tensors(module, form: str) -> dict:
+    """The weights of a network in one form."""
+    import torch
+
+    weights = {name: tensor.detach().float() for name, tensor in module.state_dict().items() if tensor.dim() > 1}
+    if form in ("bf16", "fp32"):
+        dtype = torch.bfloat16 if form == "bf16" else torch.float32
+        return {name: weight.to(dtype).contiguous().clone() for name, weight in weights.items()}
+    top = 7 if form == "int4" else 127
+    rounded = {}
+    for name, weight in weights.items():
+        step = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / top
+        values = (weight / step.view(-1, *[1] * (weight.dim() - 1))).round()
+        if "zeros" in form:
+            values[weight.abs() <= weight.abs().flatten().kthvalue(int(0.8 * weight.numel())).values] = 0
+        rounded[name] = values.to(torch.int8).contiguous()
+    return rounded
+
+
+def entropy_bytes(weights: dict) -> float | None:
+    """Bytes of all tensors at the entropy of their own distributions; None for floats."""
+    import numpy as np
+
+    total = 0.0
+    for weight in weights.values():
+        if weight.dtype.is_floating_point:
+            return None
+        _, counts = np.unique(weight.numpy(), return_counts=True)
+        total -= float((counts * np.log2(counts / counts.sum())).sum()) / 8
+    return total
+
+
+class Penjing:
+    """`penjing.storage.packed`."""
+
+    def there(self, file: Path, folder: Path) -> Path:
+        from penjing.storage import packed
+
+        return packed.pack(file, folder / "net.pj", threads=THREADS, force=True).path
+
+    def back(self, small: Path, folder: Path) -> bytes:
+        from penjing.storage import packed
+
+        shutil.rmtree(folder / "back", ignore_errors=True)
+        (file,) = packed.unpack(small, folder / "back", threads=THREADS)
+        return file.read_bytes()
+
+
+class Zstd:
+    """The command `zstd -19`, with as many threads."""
+
+    def there(self, file: Path, folder: Path) -> Path:
+        small = folder / "net.zst"
+        subprocess.run(["zstd", "-q", "-f", "-19", f"-T{THREADS}", str(file), "-o", str(small)], check=True)
+        return small
+
+    def back(self, small: Path, folder: Path) -> bytes:
+        subprocess.run(["zstd", "-q", "-f", "-d", str(small), "-o", str(folder / "back.zstd")], check=True)
+        return (folder / "back.zstd").read_bytes()
+
+
+class Xz:
+    """Python's lzma, preset 9."""
+
+    def there(self, file: Path, folder: Path) -> Path:
+        small = folder / "net.xz"
+        small.write_bytes(lzma.compress(file.read_bytes(), preset=9))
+        return small
+
+    def back(self, small: Path, folder: Path) -> bytes:
+        return lzma.decompress(small.read_bytes())
+
+
+TOOLS = {"penjing": Penjing(), "zstd -19": Zstd(), "xz -9": Xz()}
+
+
+def measured(name: str, form: str, repeats: int, folder: Path) -> list[dict]:
+    """A row for every tool."""
+    from safetensors.torch import save_file
+
+    weights = tensors(network(name), form)
+    file = folder / "weights.safetensors"
+    save_file(weights, file)
+    times = {tool: ([], []) for tool in TOOLS}
+    sizes = {}
+    for repeat in range(repeats):
+        for tool in list(TOOLS)[:: 1 if repeat % 2 == 0 else -1]:
+            start = time.perf_counter()
+            small = TOOLS[tool].there(file, folder)
+            middle = time.perf_counter()
+            content = TOOLS[tool].back(small, folder)
+            times[tool][0].append(middle - start)
+            times[tool][1].append(time.perf_counter() - middle)
+            sizes[tool] = small.stat().st_size
+            if content != file.read_bytes():
+                raise SystemExit(f"{tool} does not give back the weights of {name}, {form}")
+    entropy = entropy_bytes(weights)
+    return [
+        {
+            "network": name, "form": form, "tool": tool, "file_bytes": file.stat().st_size,
+            "values": sum(weight.numel() for weight in weights.values()), "bytes": sizes[tool],
+            "entropy_bytes": entropy, "pack_s": statistics.median(there), "unpack_s": statistics.median(back),
+        }
+        for tool, (there, back) in times.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Run all, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/packing.json")
+    arguments = parser.parse_args()
+    import numpy as np
+
+    from penjing.measure import machine, versions
+    from penjing.numerics import entropy
+
+    entropy.decode_integers(entropy.encode_integers(np.arange(5), 5), 5, 5)  # compiles the loops
+    entropy.decode_floats(entropy.encode_floats(np.arange(5), 5, 8, 7), 5, 5, 8, 7)
+    rows = []
+    titles = f"{'bytes':>12}{'share':>8}{'× entropy':>11}{'pack s':>9}{'unpack s':>9}"
+    print(f"{'network':<10}{'form':<18}{'tool':<10}{titles}")
+    for name in arguments.only:
+        for form in FORMS:
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measured(name, form, arguments.repeats, Path(folder))
+            for row in rows[-len(TOOLS) :]:
+                over = f"{row['bytes'] / row['entropy_bytes']:.3f}" if row["entropy_bytes"] else ""
+                print(
+                    f"{row['network']:<10}{row['form']:<18}{row['tool']:<10}{row['bytes']:>12,}"
+                    f"{row['bytes'] / row['file_bytes']:>8.1%}{over:>11}{row['pack_s']:>9.2f}{row['unpack_s']:>9.2f}",
+                    flush=True,
+                )
+    zstd = subprocess.run(["zstd", "--version"], capture_output=True, text=True).stdout.split()
+    data = {
+        "machine": vars(machine(THREADS)),
+        "versions": versions() | {"zstd": next((w for w in zstd if w.startswith("v")), "").strip("v,")},
+        "repeats": arguments.repeats,
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    print(f"\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
