@@ -1,5 +1,6 @@
 """What is coded comes back, whatever it is, and takes about as many bits as its distribution has."""
 
+import hashlib
 import sys
 
 import numpy as np
@@ -89,3 +90,15 @@ def test_without_numba_the_remedy_is_its_installation(monkeypatch):
     with raises_case(MissingDependency, "not-installed") as refusal:
         entropy.encode_integers(np.arange(5), 5)
     assert "penjing[pack]" in refusal.value.remedy
+
+
+def test_the_format_stays_the_same_on_every_machine():
+    """Files that were packed before are read with these tables: another one is another format."""
+    from penjing.numerics import entropy_loops as loops
+
+    tables = (loops.SIZES, loops.BITS, loops.SYMBOLS, loops.SCALES, loops.EXPECTED)
+    contents = b"".join(table.astype("<i8").tobytes() for table in tables)
+    assert hashlib.sha256(contents).hexdigest() == ("27480146a42e55afab2e8855a6f196e2ba574e0c59285ea2d9944dbf904d3566")
+    state, words, plain = entropy.encode_integers(np.arange(400) * 7919 % 61 - 30, 20)
+    coded = state.to_bytes(4, "little") + words.astype("<u2").tobytes() + plain.tobytes()
+    assert hashlib.sha256(coded).hexdigest() == "96d5422446275a7b49ebbac8d06ed7aa77e4cc7af69d47b56990e3f1f937c872"
