@@ -90,6 +90,15 @@ def test_initializers_of_an_onnx_file_return(tmp_path):
     assert packed.read(done.path, "odd").shape == (3, 231)
 
 
+def test_files_that_no_library_reads_return_as_bytes(tmp_path):
+    (tmp_path / "net" / "deep").mkdir(parents=True)
+    for name in ("bad.onnx", "bad.safetensors", "bad.bin", "deep/ü.onnx"):
+        (tmp_path / "net" / name).write_bytes(RANDOM.bytes(999))
+    (tmp_path / "net" / "bad.xml").write_text('<data element_type="i4" shape="3,x" offset="9" size="1"/>')
+    (tmp_path / "net" / "empty.onnx").write_bytes(b"")
+    assert not assert_returns(tmp_path / "net", tmp_path).tensors
+
+
 def test_a_run_gives_its_artifact_and_the_command_says_what_it_takes(tmp_path, capsys, digits_run):
     out = tmp_path / "run.pj"
     assert cli.main(["pack", str(digits_run.folder), "-o", str(out), "--json"]) == 0

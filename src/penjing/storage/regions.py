@@ -64,7 +64,7 @@ def regions(path: Path, content: Bytes) -> list[Region]:
         return []
     try:
         listed = reader(path, content)
-    except reading.UNREADABLE:
+    except Exception:  # whatever a library raises for a damaged file, or without that library: it is coded as bytes
         return []
     apart: list[Region] = []
     end = 0
