@@ -1,4 +1,8 @@
-"""The compiled loops of `penjing.numerics.entropy`, which says what they do. Importing this module needs numba."""
+"""The compiled loops of `penjing.numerics.entropy`, which says what they do. Importing this module needs numba.
+
+Reading words and plain bits is written out in every loop: as functions that the loops share, inlined, the compiler made
+decoding much slower.
+"""
 
 from __future__ import annotations
 
@@ -80,58 +84,6 @@ def scale_of(row, column, last, first):  # type: ignore[no-untyped-def]
     return SCALES[min(expected, 4095)]
 
 
-@njit(inline="always")
-def put(held, length, used, plain, value, bits):  # type: ignore[no-untyped-def]
-    """Append plain bits: the bits that no byte holds yet, their number, and the number of bytes."""
-    held |= np.uint64(value) << length
-    length += np.uint64(bits)
-    while length >= np.uint64(8):
-        plain[used] = held & np.uint64(255)
-        held >>= np.uint64(8)
-        length -= np.uint64(8)
-        used += 1
-    return held, length, used
-
-
-@njit(inline="always")
-def get(held, length, used, plain, bits):  # type: ignore[no-untyped-def]
-    """Take plain bits: their value, then as `put`; the number of bytes is -1 where there are no more."""
-    while length < np.uint64(bits) and used >= 0:
-        if used >= len(plain):
-            used = -1
-        else:
-            held |= np.uint64(plain[used]) << length
-            length += np.uint64(8)
-            used += 1
-    value = np.int64(held & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)))
-    return value, held >> np.uint64(bits), length - np.uint64(bits), used
-
-
-@njit(inline="always")
-def take(table, seen, context, state, words, word):  # type: ignore[no-untyped-def]
-    """Decode a symbol: it, the next state, and the number of words read, -1 where there are no more."""
-    slot = state & (TOTAL - 1)
-    symbol = np.int64(symbol_at(table, context, slot))
-    start, share = part_of(table, context, symbol)
-    state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
-    if state < LOWEST:
-        if word >= len(words):
-            word = -1
-        else:
-            state = (state << 16) | np.int64(words[word])
-            word += 1
-    adapt(table, seen, context, symbol)
-    return symbol, state, word
-
-
-@njit(inline="always")
-def follow(size, row, last, above, column, first, slow, slower):  # type: ignore[no-untyped-def]
-    """Move the means of the row, the latest values and the column towards a magnitude."""
-    size <<= 4
-    above[column] += size if first else (size - above[column]) >> slow
-    return row + ((size - row) >> slower), last + ((size - last) >> 1)
-
-
 @njit(nogil=True, cache=True)
 def integers(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain):  # type: ignore[no-untyped-def]
     """Symbols of integers as parts of the probabilities, and their plain bits; the number of each."""
@@ -158,10 +110,24 @@ def integers(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain
                 k += 1
                 adapt(fine, fine_seen, symbol, part)
                 bits, more = over, more & ((1 << over) - 1)
-            held, length, used = put(held, length, used, plain, more, bits)
+            held |= np.uint64(more) << length
+            length += np.uint64(bits)
+            while length >= np.uint64(8):
+                plain[used] = held & np.uint64(255)
+                held >>= np.uint64(8)
+                length -= np.uint64(8)
+                used += 1
         if size:
-            held, length, used = put(held, length, used, plain, value < 0, 1)
-        row, last = follow(size, row, last, above, column, first, 4, 5)
+            held |= np.uint64(value < 0) << length
+            length += np.uint64(1)
+            if length == np.uint64(8):
+                plain[used] = held
+                held, length = np.uint64(0), np.uint64(0)
+                used += 1
+        size <<= 4
+        row += (size - row) >> 5
+        last += (size - last) >> 1
+        above[column] += size if first else (size - above[column]) >> 4
     if length:
         plain[used] = held
         used += 1
@@ -179,29 +145,55 @@ def integers_back(state, words, plain, columns, exponent_bits, mantissa_bits, va
     for i in range(len(values)):
         column, first = i % columns, i < columns
         context = scale_of(row, above[column], last, first)
-        symbol, state, word = take(table, seen, context, state, words, word)
-        if word < 0:
-            return False
+        slot = state & (TOTAL - 1)
+        symbol = symbol_at(table, context, slot)
+        start, share = part_of(table, context, symbol)
+        state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
+        if state < LOWEST:
+            if word >= len(words):
+                return False
+            state = (state << 16) | np.int64(words[word])
+            word += 1
+        adapt(table, seen, context, symbol)
         size = SIZES[symbol]
         if symbol > 4:
             bits, part = BITS[symbol], np.int64(0)
             if bits < 31:
-                part, state, word = take(fine, fine_seen, symbol, state, words, word)
-                if word < 0:
-                    return False
+                slot = state & (TOTAL - 1)
+                part = np.int64(symbol_at(fine, symbol, slot))
+                start, share = part_of(fine, symbol, part)
+                state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
+                if state < LOWEST:
+                    if word >= len(words):
+                        return False
+                    state = (state << 16) | np.int64(words[word])
+                    word += 1
+                adapt(fine, fine_seen, symbol, part)
                 bits = max(bits - 4, 0)
-            more, held, length, used = get(held, length, used, plain, bits)
-            if used < 0:
-                return False
-            size += (part << bits) + more
+            while length < np.uint64(bits):
+                if used >= len(plain):
+                    return False
+                held |= np.uint64(plain[used]) << length
+                length += np.uint64(8)
+                used += 1
+            size += (part << bits) + np.int64(held & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)))
+            held >>= np.uint64(bits)
+            length -= np.uint64(bits)
         values[i] = size
         if size:
-            negative, held, length, used = get(held, length, used, plain, 1)
-            if used < 0:
-                return False
-            if negative:
+            if length == np.uint64(0):
+                if used >= len(plain):
+                    return False
+                held, length = np.uint64(plain[used]), np.uint64(8)
+                used += 1
+            if held & np.uint64(1):
                 values[i] = -size
-        row, last = follow(size, row, last, above, column, first, 4, 5)
+            held >>= np.uint64(1)
+            length -= np.uint64(1)
+        size <<= 4
+        row += (size - row) >> 5
+        last += (size - last) >> 1
+        above[column] += size if first else (size - above[column]) >> 4
     return word == len(words) and used == len(plain) and state == LOWEST
 
 
@@ -233,8 +225,17 @@ def floats(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain):
             if below == FAR:
                 more |= exponent << bits
                 bits += exponent_bits
-            held, length, used = put(held, length, used, plain, more, bits)
-            row, last = follow(below, row, last, above, column, first, 2, 4)
+            held |= np.uint64(more) << length
+            length += np.uint64(bits)
+            while length >= np.uint64(8):
+                plain[used] = held & np.uint64(255)
+                held >>= np.uint64(8)
+                length -= np.uint64(8)
+                used += 1
+            below <<= 4
+            row += (below - row) >> 4
+            last += (below - last) >> 1
+            above[column] += below if first else (below - above[column]) >> 2
     if length:
         plain[used] = held
         used += 1
@@ -255,21 +256,37 @@ def floats_back(state, words, plain, columns, exponent_bits, mantissa_bits, valu
     for i in range(len(values)):
         column, first = i % columns, i < columns
         context = 2 * scale_of(row, above[column], last, first) + zero
-        symbol, state, word = take(table, seen, context, state, words, word)
-        if word < 0:
-            return False
+        slot = state & (TOTAL - 1)
+        symbol = np.int64(symbol_at(table, context, slot))
+        start, share = part_of(table, context, symbol)
+        state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
+        if state < LOWEST:
+            if word >= len(words):
+                return False
+            state = (state << 16) | np.int64(words[word])
+            word += 1
+        adapt(table, seen, context, symbol)
         zero = np.int64(symbol == ZERO)
         values[i] = 0
         if not zero:
             bits = mantissa_bits + 1 + (exponent_bits if symbol == FAR else 0)
-            more, held, length, used = get(held, length, used, plain, bits)
-            if used < 0:
-                return False
+            while length < np.uint64(bits):
+                if used >= len(plain):
+                    return False
+                held |= np.uint64(plain[used]) << length
+                length += np.uint64(8)
+                used += 1
+            more = np.int64(held & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)))
+            held >>= np.uint64(bits)
+            length -= np.uint64(bits)
             exponent = more >> (mantissa_bits + 1) if symbol == FAR else largest - symbol
             sign = (more >> mantissa_bits) & 1
             mantissa = more & ((1 << mantissa_bits) - 1)
             values[i] = mantissa | (exponent << mantissa_bits) | (sign << (mantissa_bits + exponent_bits))
-            row, last = follow(symbol, row, last, above, column, first, 2, 4)
+            below = symbol << 4
+            row += (below - row) >> 4
+            last += (below - last) >> 1
+            above[column] += below if first else (below - above[column]) >> 2
     return word == len(words) and used == len(plain) and state == LOWEST
 
 
