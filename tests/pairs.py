@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from penjing import distill, measure, prune, quantize, runtimes
+from penjing import distill, measure, prune, quantize, runtimes, share
 from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.recipes.recipe import Recipe
@@ -44,6 +44,7 @@ TECHNIQUES = {
     "prune.SparseGPT": ("zeros", prune.SparseGPT(sparsity=0.5)),
     "prune.Movement": ("zeros", prune.Movement(sparsity=0.5, finetune=SHORT)),
     "prune.Gradual": ("zeros", prune.Gradual(step=prune.Magnitude(sparsity=0.5), finetune=SHORT)),
+    "share.Codebook": ("codebooks", share.Codebook(bits=4)),
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
     "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),
     "quantize.SplitOutliers": ("equalization", quantize.SplitOutliers(most=0.1)),

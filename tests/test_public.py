@@ -28,6 +28,7 @@ PUBLIC = [
     "recipes",
     "records",
     "run",
+    "share",
     "tasks",
 ]
 

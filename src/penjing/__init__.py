@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weight
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 if TYPE_CHECKING:
-    from penjing import architectures, distill, postprocess, preprocess, prune, quantize, recipes, records, tasks
+    from penjing import architectures, distill, postprocess, preprocess, prune, quantize, recipes, records, share, tasks
     from penjing.errors import PenjingError
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
@@ -47,7 +47,18 @@ _HOME = {
     "quantize_to": "penjing.pipeline.quick",
     "run": "penjing.pipeline.compress",
 }
-_MODULES = ("architectures", "distill", "postprocess", "preprocess", "prune", "quantize", "recipes", "records", "tasks")
+_MODULES = (
+    "architectures",
+    "distill",
+    "postprocess",
+    "preprocess",
+    "prune",
+    "quantize",
+    "recipes",
+    "records",
+    "share",
+    "tasks",
+)
 
 __all__ = [
     "Clip",
@@ -72,6 +83,7 @@ __all__ = [
     "recipes",
     "records",
     "run",
+    "share",
     "tasks",
 ]
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penjing import distill, quantize
+from penjing import distill, quantize, share
 from penjing.distill import DKD, Logits
 from penjing.errors import RecipeError
 from penjing.prune import Channels, Iterative
@@ -98,6 +98,7 @@ EXAMPLES = {
     "replace": distill.Student(architecture="resnet20"),
     "structure": Channels(macs=0.5),
     "train": Finetune(),
+    "share": share.Codebook(),
     "prepare": quantize.SmoothQuant(),
     "quantize": Static(),
     "quantize at run time": quantize.Dynamic(),
@@ -109,6 +110,8 @@ FLOATS = ("replace", "structure", "train", "prepare")
 PLANS = ("quantize", "quantize at run time", "quantize and repair")
 ALLOWED = {
     *((before, after) for before in FLOATS for after in (*FLOATS[1:], *PLANS)),
+    *((before, "share") for before in (*FLOATS, "share")),
+    *(("share", after) for after in ("train", *PLANS)),
     *((plan, "train integers") for plan in ("quantize", "quantize and repair")),
     *((plan, "repair") for plan in ("quantize", "quantize at run time")),
 }

@@ -16,8 +16,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from penjing.analyze.coupling import Coupling
+from penjing.analyze.output_gradients import all_trainable
 from penjing.modes import in_eval_mode
-from penjing.prune.by_gradient import all_trainable, losses
+from penjing.prune.by_gradient import losses
 from penjing.prune.scoring import Criterion, Evidence, Scores, WeightScores, per_unit, rows, zeros_last
 
 

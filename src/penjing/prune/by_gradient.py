@@ -15,15 +15,14 @@ placed after whatever function lies between.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze.coupling import Coupling
+from penjing.analyze.output_gradients import all_trainable, projected
 from penjing.errors import TaskError
 from penjing.modes import in_eval_mode
 from penjing.prune.scoring import Criterion, Evidence, Scores, WeightScores, per_unit, readers, rows, zeros_last
@@ -101,27 +100,7 @@ def directions(evidence: Evidence) -> Iterator[torch.Tensor]:
     """Outputs projected on random signs: the expected squared derivative is the mean over all outputs."""
     generator = evidence.generator()
     for args, kwargs in calibration_calls(evidence.context.task, limit=evidence.batches):
-        outputs = [x for x in pytree.tree_leaves(evidence.network(*args, **kwargs)) if isinstance(x, torch.Tensor)]
-        terms = [
-            (x * (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1)).sum() / x.numel() ** 0.5
-            for x in outputs
-            if x.is_floating_point()
-        ]
-        yield torch.stack(terms).sum()
-
-
-@contextmanager
-def all_trainable(network: nn.Module) -> Iterator[None]:
-    """Enable gradients for every floating-point parameter, frozen ones too, and restore the flags afterwards."""
-    before = {p: p.requires_grad for p in network.parameters()}
-    for p in before:
-        p.requires_grad_(p.is_floating_point())
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for p, trainable in before.items():
-            p.requires_grad_(trainable)
+        yield projected(evidence.network(*args, **kwargs), generator)
 
 
 GRADIENT = Criterion(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from penjing.errors import PruningError, RecipeError
+from penjing.errors import PruningError
 from penjing.network.graph import kind
+from penjing.network.selection import named
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import mark_sparse
@@ -49,8 +49,8 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
         if what in LAYERS and owners[id(module.weight)] <= fitting and id(module.weight) not in seen:
             seen.add(id(module.weight))
             candidates[name] = module
-    named, left_out = _named(candidates, network, layers), _named(candidates, network, keep)
-    chosen = {n: m for n, m in candidates.items() if n not in left_out and (n in named or not tuple(layers))}
+    chosen_names, left_out = named(candidates, network, layers), named(candidates, network, keep)
+    chosen = {n: m for n, m in candidates.items() if n not in left_out and (n in chosen_names or not tuple(layers))}
     if not chosen:
         raise PruningError(
             "no layer is left whose weights can be pruned",
@@ -59,23 +59,6 @@ def prunable(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
             expected="at least one",
         )
     return chosen
-
-
-def _named(known: Mapping[str, Any], network: fx.GraphModule, words: Iterable[str]) -> set[str]:
-    modules = {name for name, _ in network.named_modules()}
-    names: set[str] = set()
-    for word in words:
-        if word not in modules:
-            near = difflib.get_close_matches(word, known, n=3)
-            raise RecipeError(
-                "this layer does not exist",
-                code="no-layer",
-                got=word,
-                expected="the name of a layer or of a part of the network",
-                remedy=f"did you mean {' or '.join(near)}?" if near else None,
-            )
-        names |= {name for name in known if name == word or name.startswith(f"{word}.")}
-    return names
 
 
 def by_output(module: nn.Module, stored: torch.Tensor) -> torch.Tensor:

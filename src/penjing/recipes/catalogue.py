@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from penjing import distill, prune, quantize
+from penjing import distill, prune, quantize, share
 from penjing.errors import PenjingError, RecipeError
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
@@ -26,6 +26,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "prune.Movement": prune.Movement,
     "prune.Gradual": prune.Gradual,
     "prune.Regularized": prune.Regularized,
+    "share.Codebook": share.Codebook,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,

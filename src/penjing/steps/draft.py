@@ -33,6 +33,11 @@ class Draft:
         marked = (edit["tensors"] for edit in self.edits if edit.get("edit") == "sparse")
         return tuple(dict.fromkeys(name for tensors in marked for name in tensors))
 
+    @property
+    def codebooks(self) -> tuple[Edit, ...]:
+        """The entries of the log that mark parameters as values of a codebook; training keeps them so."""
+        return tuple(edit for edit in self.edits if edit.get("edit") == "codebook")
+
     def copy(self) -> Draft:
         """Return a draft whose network can be edited without affecting this one."""
         return replace(self, network=copy.deepcopy(self.network))

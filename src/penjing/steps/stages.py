@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 WORK = "work"  # the network was changed
 PLAN = "plan"  # ranges and scales were chosen
 DYNAMIC = "dynamic ranges"  # activation ranges are computed at run time
+SHARED = "shared weights"  # weights are values of a codebook
 REPAIRED = "repaired"  # the weights are no longer those the plan was made for
 
 
@@ -35,6 +36,7 @@ _TWICE = (
     "one step that quantizes: the second would choose its scales for values that the first has already rounded; "
     "quantize.MixedPrecision gives layers other bits in one step"
 )
+_NOT_SHARED = {SHARED: "this step before share.Codebook: it would give weights values that are not in their codebook"}
 _NEEDS_PLAN = {PLAN: "a step that quantizes before it, such as quantize.Static"}
 _UNROUNDED = (
     "one of BiasCorrection, CoordinateRounding (which corrects biases too) and Rollback (which repairs by itself): "
@@ -49,7 +51,8 @@ STAGES: dict[str, Stage] = {
     ),
     "structure": Stage(
         refuses={
-            PLAN: "this step before the one that quantizes: ranges and scales belong to the channels of their network"
+            PLAN: "this step before the one that quantizes: ranges and scales belong to the channels of their network",
+            **_NOT_SHARED,
         }
     ),
     "train": Stage(
@@ -57,9 +60,14 @@ STAGES: dict[str, Stage] = {
             PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to weights"
         }
     ),
+    "share": Stage(
+        refuses={PLAN: "this step before the one that quantizes: a plan is made for the weights that it finds"},
+        leaves=frozenset({SHARED}),
+    ),
     "prepare": Stage(
         refuses={
-            PLAN: "this step before the one that quantizes: it scales weights and activations, to which ranges belong"
+            PLAN: "this step before the one that quantizes: it scales weights and activations, to which ranges belong",
+            **_NOT_SHARED,
         },
         only_prepares=True,
     ),

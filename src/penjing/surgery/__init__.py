@@ -13,6 +13,7 @@ weight from tied tensors gets a separate copy).
 
 from penjing.surgery.attention import unfold_attentions
 from penjing.surgery.build import build, building
+from penjing.surgery.codebooks import mark_codebooks, read_codebook
 from penjing.surgery.edits import replay
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.freezing import freeze
@@ -35,9 +36,11 @@ __all__ = [
     "fold_batch_norms",
     "freeze",
     "insert",
+    "mark_codebooks",
     "mark_sparse",
     "own_weights",
     "quantizer_calls",
+    "read_codebook",
     "replay",
     "resize",
     "skip",

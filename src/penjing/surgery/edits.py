@@ -11,6 +11,7 @@ from penjing.errors import CheckpointError
 from penjing.steps.draft import Edit
 from penjing.surgery.attention import unfold_attention
 from penjing.surgery.build import build
+from penjing.surgery.codebooks import mark_codebooks
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import give_own_weights
@@ -22,6 +23,9 @@ from penjing.surgery.sparse import mark_sparse
 
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "build": lambda network, edit: build(edit),
+    "codebook": lambda network, edit: mark_codebooks(
+        network, edit["tensors"], rows=edit["rows"], dimension=edit["dimension"]
+    ),
     "divide_inputs": lambda network, edit: divide_inputs(network, edit["layers"]),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "own_weights": lambda network, edit: give_own_weights(network, edit["sites"]),

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from penjing.distill.teaching import opened
-from penjing.steps.draft import Draft
+from penjing.steps.draft import Draft, Edit
 from penjing.steps.step import Context
+from penjing.surgery.codebooks import Kept
 from penjing.train.loop import carry_out
 from penjing.train.parallel import Group, spread
 from penjing.train.settings import TrainingSettings
@@ -71,12 +72,20 @@ class Finetune(TrainingSettings):
     for_floats: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
-        """Return a draft with trained weights; the zeros of `draft.sparse` stay."""
+        """Return a draft with trained weights; zeros of `draft.sparse` stay, and so do shared entries."""
         settings = self.resolved(context, changed=bool(draft.edits))
-        return replace(draft, network=train(copy.deepcopy(draft.network), context, settings, draft.sparse))
+        return replace(
+            draft, network=train(copy.deepcopy(draft.network), context, settings, draft.sparse, draft.codebooks)
+        )
 
 
-def train(network: M, context: Context, settings: TrainingSettings, keep_zeros: Sequence[str] = ()) -> M:
+def train(
+    network: M,
+    context: Context,
+    settings: TrainingSettings,
+    keep_zeros: Sequence[str] = (),
+    codebooks: Sequence[Edit] = (),
+) -> M:
     """Train `network` in place and return it in eval mode, where it was. Same seed, data and threads: same bits.
 
     The loader must start anew at every pass and draw its order and its augmentation from the global generators of
@@ -88,6 +97,7 @@ def train(network: M, context: Context, settings: TrainingSettings, keep_zeros: 
         context: Its task has the data, and the loss where labels are used.
         settings: Of the training.
         keep_zeros: Names of parameters in which what is exactly 0 stays 0.
+        codebooks: Edits of `penjing.surgery.mark_codebooks`: weights that share an entry move together.
 
     Raises:
         TaskError: The task has no training data or no loss, or they are of the wrong form.
@@ -95,7 +105,7 @@ def train(network: M, context: Context, settings: TrainingSettings, keep_zeros: 
         CheckpointError: The saved state is damaged, holds code, or belongs to other settings or another network.
         OutputError: The state can't be saved.
     """
-    work = functools.partial(carry_out, keep_zeros=tuple(keep_zeros))
+    work = functools.partial(carry_out, kept=Kept(keep_zeros, codebooks))
     if settings.workers > 1 and settings.cluster is not None:
         home = next((p.device for p in network.parameters()), None)
         resolved = settings.resolved(context, changed=False)

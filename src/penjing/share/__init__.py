@@ -1,0 +1,5 @@
+"""Weight sharing: weights take their values from codebooks, and layers share weights. One technique, one file."""
+
+from penjing.share.codebook import Codebook
+
+__all__ = ["Codebook"]

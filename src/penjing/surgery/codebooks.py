@@ -1,0 +1,161 @@
+"""Tensors whose values come from codebooks: the entry in the edit log, and keeping them so in training.
+
+The network is not changed by the entry: its weights are floating-point numbers of which only a few are different. Which
+weights share an entry follows from the numbers themselves, so nothing else has to be stored or resumed.
+
+Training through a codebook: Han et al., "Deep Compression", ICLR 2016. The gradient of an entry is the sum of its
+weights' gradients, and which weights belong to it stays. Here the step is that sum divided by their number: it is the
+gradient of the network projected on weights that move together, so that the learning rates of plain training fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from penjing.steps.draft import Edit
+from penjing.surgery.sparse import freeze_zeros
+
+
+def mark_codebooks(
+    network: fx.GraphModule, tensors: Iterable[str], *, rows: int | None = None, dimension: int = 1
+) -> Edit:
+    """The edit that marks these parameters as values of one codebook; the network is not changed.
+
+    Args:
+        network: Has the parameters.
+        tensors: Their names. Those of one edit have one codebook in common.
+        rows: Each part of so many positions of the first axis has a codebook of its own; None: all have one.
+        dimension: Neighbouring values that are one entry together.
+
+    Raises:
+        AttributeError: The network has no such parameter.
+        ValueError: The parameters can't be cut so.
+    """
+    names = list(tensors)
+    for name in names:
+        if network.get_parameter(name).numel() % dimension or (rows is not None and len(names) > 1):
+            raise ValueError(f"{name} can't be cut into {dimension} values, or has parts of {rows} rows")
+    return {"edit": "codebook", "tensors": names, "rows": rows, "dimension": dimension}
+
+
+@dataclass
+class Codebook:
+    """The entries of one mark, and where they stand.
+
+    Attributes:
+        entries: (entries, dimension), float32, as they stand in the tensors; all different.
+        indices: Tensor → the index of each of its vectors, (vectors,), int64.
+    """
+
+    entries: torch.Tensor
+    indices: dict[str, torch.Tensor]
+
+
+def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
+    """The codebook of a mark, read from the network's weights. With parts of rows it has the entries of all parts."""
+    dimension = int(mark["dimension"])
+    vectors = {name: _vectors(network.get_parameter(name).detach(), dimension) for name in mark["tensors"]}
+    every = torch.cat(list(vectors.values()))
+    key = _pattern(every)
+    if mark["rows"] is not None:
+        (name,) = vectors
+        rows = torch.arange(len(network.get_parameter(name)), device=key.device) // int(mark["rows"])
+        key = key * 1_000_003 + rows.repeat_interleave(len(key) // len(rows))
+    _, inverse = torch.unique(key, return_inverse=True)
+    count = int(inverse.max()) + 1
+    entries = every.new_empty(count, dimension).index_copy_(0, inverse, every)
+    parts = inverse.split([len(v) for v in vectors.values()])
+    return Codebook(entries, dict(zip(vectors, parts, strict=True)))
+
+
+def _vectors(weight: torch.Tensor, dimension: int) -> torch.Tensor:
+    """Neighbouring values together, (vectors, dimension); −0 as 0."""
+    return weight.reshape(-1, dimension) + 0.0
+
+
+def _pattern(vectors: torch.Tensor) -> torch.Tensor:
+    """A number for the bits of every vector, (vectors,), int64: of one value the bits themselves, of several a hash."""
+    bits = vectors.float().contiguous().view(torch.int32).long()
+    key = bits[:, 0].clone()
+    for column in range(1, bits.shape[1]):
+        key = (key ^ (key >> 29)) * -7046029254386353131 + bits[:, column]
+    return key
+
+
+class Kept:
+    """What a training leaves as it is: zeros that stay zeros, and weights that share an entry.
+
+    Args:
+        zeros: Parameters in which what is exactly 0 stays 0.
+        codebooks: Edits of `mark_codebooks`. A zero of these parameters stays 0, too.
+    """
+
+    def __init__(self, zeros: Sequence[str] = (), codebooks: Sequence[Edit] = ()) -> None:
+        self.zeros, self.marks = tuple(zeros), tuple(codebooks)
+        self._shared: list[_Shared] = []
+
+    def begin(self, network: nn.Module) -> None:
+        """Read which weights share an entry, before the first step."""
+        self._shared = [_Shared(network, mark) for mark in self.marks]
+
+    def gradients(self, network: nn.Module) -> None:
+        """Change the gradients in place, between the backward pass and the update."""
+        for shared in self._shared:
+            shared.gradients(network)
+        freeze_zeros(network, self.zeros)
+
+    def weights(self, network: nn.Module) -> None:
+        """Make weights that share an entry equal to the bit, after the update: they differ by its rounding alone."""
+        for shared in self._shared:
+            shared.weights(network)
+
+
+class _Shared:
+    """The weights of one codebook in training."""
+
+    def __init__(self, network: nn.Module, mark: Edit) -> None:
+        book = read_codebook(network, mark)
+        self.dimension = int(mark["dimension"])
+        self.indices = book.indices
+        every = torch.cat(list(book.indices.values()))
+        count = len(book.entries)
+        self.counts = torch.bincount(every, minlength=count)
+        self.zero = book.entries == 0
+        # The first vector of every entry stands for all: tensor by tensor, its positions and the entries there.
+        places = torch.arange(len(every), device=every.device)
+        first = torch.full((count,), len(every), device=every.device).scatter_reduce_(0, every, places, "amin")
+        self.first, start = {}, 0
+        for name, indices in self.indices.items():
+            here = ((first >= start) & (first < start + len(indices))).nonzero().reshape(-1)
+            self.first[name] = (here, first[here] - start)
+            start += len(indices)
+
+    def gradients(self, network: nn.Module) -> None:
+        sums = torch.zeros(len(self.counts), self.dimension, dtype=torch.float64, device=self.counts.device)
+        for name, indices in self.indices.items():
+            gradient = network.get_parameter(name).grad
+            if gradient is None:
+                continue
+            for column, values in enumerate(_vectors(gradient, self.dimension).unbind(1)):
+                sums[:, column] += torch.bincount(indices, values.double(), minlength=len(sums))
+        means = (sums / self.counts[:, None]).masked_fill_(self.zero, 0.0)
+        for name, indices in self.indices.items():
+            parameter = network.get_parameter(name)
+            if parameter.grad is not None:
+                parameter.grad.copy_(means.to(parameter.dtype)[indices].reshape(parameter.shape))
+
+    def weights(self, network: nn.Module) -> None:
+        parameters = {name: network.get_parameter(name) for name in self.indices}
+        entries = next(iter(parameters.values())).new_zeros(len(self.counts), self.dimension)
+        with torch.no_grad():
+            for name, (here, positions) in self.first.items():
+                entries[here] = _vectors(parameters[name], self.dimension)[positions]
+            for name, indices in self.indices.items():
+                parameters[name].copy_(entries[indices].reshape(parameters[name].shape))
+
+
+__all__ = ["Codebook", "Kept", "mark_codebooks", "read_codebook"]
