@@ -1,5 +1,6 @@
 """Packed files: equal to the bit when unpacked, smaller than what a general compressor writes, and safe to open."""
 
+import hashlib
 import json
 import lzma
 import random
@@ -15,8 +16,8 @@ pytest.importorskip("numba")
 from penjing import cli
 from penjing.errors import ArtifactError, OutputError
 from penjing.records.folder import ARTIFACT
-from penjing.storage import packed
-from penjing.storage.packed_file import TAIL
+from penjing.storage import chunks, packed
+from penjing.storage.packed_file import LENGTH, TAIL
 from tests.raises import raises_case
 
 RANDOM = np.random.default_rng(0)
@@ -160,15 +161,21 @@ def test_mutated_files_are_refused_and_nothing_is_written(tmp_path):
 
 def rewritten(path, change):
     """A packed file whose contents were changed, with hashes that are right."""
-    import hashlib
-
     data = path.read_bytes()
     place, length, _, magic = TAIL.unpack(data[-TAIL.size :])
-    contents = json.loads(lzma.decompress(data[place : place + length]))
+    plain = lzma.decompress(data[place : place + length], lzma.FORMAT_RAW, filters=chunks.XZ)
+    end = LENGTH.size + LENGTH.unpack_from(plain)[0]
+    contents = json.loads(plain[LENGTH.size : end])
     change(contents)
-    text = lzma.compress(json.dumps(contents).encode())
-    tail = TAIL.pack(place, len(text), hashlib.sha256(text).digest(), magic)
-    path.write_bytes(data[:place] + text + tail)
+    text = json.dumps(contents).encode()
+    coded = lzma.compress(LENGTH.pack(len(text)) + text + plain[end:], lzma.FORMAT_RAW, filters=chunks.XZ)
+    tail = TAIL.pack(place, len(coded), hashlib.sha256(coded).digest(), magic)
+    path.write_bytes(data[:place] + coded + tail)
+
+
+def of_chunk(key, value, chunk=1):
+    """A change of one chunk; the first one lies within the contents."""
+    return lambda contents: contents["chunks"][key].__setitem__(chunk, value)
 
 
 HOSTILE = {
@@ -179,14 +186,21 @@ HOSTILE = {
     "a newer format": lambda c: c.update(format=2),
     "a negative size": lambda c: c["files"][0].update(bytes=-1),
     "a size that is a text": lambda c: c["files"][0].update(bytes="5"),
-    "a tensor outside its file": lambda c: c["files"][0]["tensors"][0].__setitem__(1, 10**9),
-    "an unknown type": lambda c: c["files"][0]["tensors"][0].__setitem__(2, "f64"),
-    "a shape of absurd size": lambda c: c["files"][0]["tensors"][0].__setitem__(3, [2**40, 2**40]),
-    "a chunk outside": lambda c: c["chunks"][0].__setitem__(1, 10**9),
-    "a chunk of more values than its tensor": lambda c: c["chunks"][0].__setitem__(7, 10**6),
-    "a chunk of another file": lambda c: c["chunks"][0].__setitem__(4, 7),
-    "an unknown coding": lambda c: c["chunks"][0].__setitem__(0, "other"),
-    "a chunk that is missing": lambda c: c["chunks"].pop(),
+    "a tensor outside its file": lambda c: c["files"][0]["gaps"].__setitem__(0, 10**9),
+    "a tensor within another": lambda c: c["files"][0]["gaps"].__setitem__(1, -5),
+    "an unknown type": lambda c: c["files"][0]["types"].__setitem__(0, "f64"),
+    "a shape of absurd size": lambda c: c["files"][0]["shapes"].__setitem__(0, [2**40, 2**40]),
+    "fewer shapes than names": lambda c: c["files"][0]["shapes"].pop(),
+    "a chunk outside": of_chunk("length", 10**9),
+    "a chunk of negative length": of_chunk("length", -1),
+    "a chunk of more values than its tensor": of_chunk("count", 10**6),
+    "more bytes than the contents hold": of_chunk("count", 10**6, chunk=0),
+    "a negative number of bytes": of_chunk("count", -1, chunk=0),
+    "a chunk of another file": of_chunk("file", 7),
+    "an unknown coding": of_chunk("coding", "other"),
+    "bytes within the contents as a tensor": of_chunk("coding", "contents"),
+    "a chunk that is missing": lambda c: [column.pop() for column in c["chunks"].values()],
+    "lists of different lengths": lambda c: c["chunks"]["first"].pop(),
     "no chunks": lambda c: c.pop("chunks"),
     "another hash": lambda c: c["files"][0].update(sha256="0" * 64),
 }

@@ -8,14 +8,13 @@ tensors pay nothing for a table.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from penjing.errors import MissingDependency
+from penjing.numerics.compiled import loops
 
 Coded = tuple[int, npt.NDArray[np.uint16], npt.NDArray[np.uint8]]
 """State, words and plain bits of a coded array."""
@@ -31,7 +30,7 @@ def encode_integers(values: npt.NDArray[np.int64], columns: int) -> Coded:
     Raises:
         MissingDependency: numba is not installed.
     """
-    return _encoded(_loops().integers, values, columns, 0, 0)
+    return _encoded(loops("entropy_loops").integers, values, columns, 0, 0)
 
 
 def decode_integers(coded: Coded, count: int, columns: int) -> npt.NDArray[np.int64]:
@@ -41,19 +40,19 @@ def decode_integers(coded: Coded, count: int, columns: int) -> npt.NDArray[np.in
         ValueError: These are not `count` coded integers.
         MissingDependency: numba is not installed.
     """
-    return _decoded(_loops().integers_back, coded, count, columns, 0, 0)
+    return _decoded(loops("entropy_loops").integers_back, coded, count, columns, 0, 0)
 
 
 def encode_floats(patterns: npt.NDArray[np.int64], columns: int, exponent_bits: int, mantissa_bits: int) -> Coded:
     """Code floats, given as their bit patterns, (n,). Arguments and errors as in `encode_integers`."""
-    return _encoded(_loops().floats, patterns, columns, exponent_bits, mantissa_bits)
+    return _encoded(loops("entropy_loops").floats, patterns, columns, exponent_bits, mantissa_bits)
 
 
 def decode_floats(
     coded: Coded, count: int, columns: int, exponent_bits: int, mantissa_bits: int
 ) -> npt.NDArray[np.int64]:
     """Return the bit patterns that `encode_floats` coded. Errors as in `decode_integers`."""
-    return _decoded(_loops().floats_back, coded, count, columns, exponent_bits, mantissa_bits)
+    return _decoded(loops("entropy_loops").floats_back, coded, count, columns, exponent_bits, mantissa_bits)
 
 
 def _encoded(kernel: Callable[..., Any], values: npt.NDArray[np.int64], columns: int, *format_bits: int) -> Coded:
@@ -61,7 +60,7 @@ def _encoded(kernel: Callable[..., Any], values: npt.NDArray[np.int64], columns:
     plain = np.empty(5 * len(values) + 16, np.uint8)
     symbols, used = kernel(values, columns, *format_bits, starts, sizes, plain)
     words = np.empty(symbols + 1, np.uint16)
-    state, first = _loops().backwards(starts, sizes, symbols, words)
+    state, first = loops("entropy_loops").backwards(starts, sizes, symbols, words)
     return int(state), words[first:], plain[:used]
 
 
@@ -73,17 +72,3 @@ def _decoded(
     if not kernel(state, words, plain, columns, *format_bits, values):
         raise ValueError("the coded values end too early or too late")
     return values
-
-
-def _loops() -> Any:
-    """The compiled loops; compiling them takes seconds, once for a machine."""
-    try:
-        return importlib.import_module("penjing.numerics.entropy_loops")
-    except ImportError:
-        raise MissingDependency(
-            "packing needs compiled loops",
-            code="not-installed",
-            got="numba is not installed",
-            expected="numba",
-            remedy="pip install 'penjing[pack]'",
-        ) from None

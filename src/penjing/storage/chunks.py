@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from penjing.numerics import entropy
+from penjing.numerics import entropy, scaled_integers
 from penjing.storage.regions import BITS, Bytes
 
 VALUES = 1 << 20  # of a chunk, at most
@@ -18,28 +18,31 @@ _FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _PALETTE = 256  # different values, at most
 _HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
-_XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+"""How bytes are compressed, without a container."""
 
 
-def encode(content: Bytes, dtype: str, columns: int) -> tuple[str, bytes]:
+def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, bytes]:
     """Return the coding's name and the coded bytes of a part of a tensor.
 
     Args:
         content: Its bytes, of whole values but for the last half byte.
         dtype: A key of `BITS`, or "bytes".
         columns: Values of one row, as the tensor lies.
+        width: Of a convolution's kernel, otherwise 1.
     """
     candidates = [("raw", content.tobytes())]
     if dtype in _INTEGERS:
-        candidates.append(("integers", _integers(content, dtype, columns)))
+        candidates.append(("integers", _integers(content, dtype, columns, width)))
     elif dtype in _FLOATS:
-        candidates.append(("floats", _floats(content, dtype, columns)))
         patterns = _patterns(content, dtype)
         palette = np.unique(patterns[: _PALETTE * 16])
         if len(palette) <= _PALETTE and len(palette := np.unique(patterns)) <= min(_PALETTE, len(patterns) // 4):
-            candidates.append(("palette", _palette(patterns, palette, columns)))
+            candidates.append(("palette", _palette(patterns, palette, columns, width)))
+        else:
+            candidates.append(("floats", _floats(content, dtype, columns)))
     else:
-        candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_XZ)))
+        candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=XZ)))
     return min(candidates, key=lambda c: len(c[1]))
 
 
@@ -58,18 +61,19 @@ def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> by
     return content
 
 
-def _integers(content: Bytes, dtype: str, columns: int) -> bytes:
+def _integers(content: Bytes, dtype: str, columns: int, width: int) -> bytes:
     values = _unpacked(content, dtype)
     bits = BITS[dtype]
     usual, middle = 0 if dtype[0] == "i" else 1 << (bits - 1), int(np.median(values))
     center = usual if abs(middle - usual) <= 1 << (bits - 4) else middle
-    return struct.pack("<h", center) + _joined(entropy.encode_integers(values - center, min(columns, len(values))))
+    coded = scaled_integers.encode(values - center, min(columns, len(values)), width)
+    return struct.pack("<h", center) + coded
 
 
 def _integers_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     count = size * 8 // BITS[dtype]
     (center,) = struct.unpack_from("<h", coded)
-    values = entropy.decode_integers(_split(coded, 2), count, min(columns, count)) + center
+    values = scaled_integers.decode(coded[2:], count, min(columns, count)) + np.int16(center)
     low = 0 if dtype[0] == "u" else -(1 << BITS[dtype] - 1)
     if count and not low <= values.min() <= values.max() < low + (1 << BITS[dtype]):
         raise ValueError(f"a value outside {dtype}")
@@ -97,15 +101,14 @@ def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     return _written(entropy.decode_floats(_split(coded), count, min(columns, count), *_FLOATS[dtype]), dtype)
 
 
-def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], columns: int) -> bytes:
+def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], columns: int, width: int) -> bytes:
     """The different values, then the place of each value among them, around the most frequent one."""
     places = np.searchsorted(palette, patterns)
     center = int(np.bincount(places).argmax())
-    listed = palette.astype("<u4").tobytes()
     return (
         struct.pack("<HH", len(palette), center)
-        + listed
-        + _joined(entropy.encode_integers(places - center, min(columns, len(places))))
+        + palette.astype("<u4").tobytes()
+        + scaled_integers.encode(places - center, min(columns, len(places)), width)
     )
 
 
@@ -113,7 +116,7 @@ def _palette_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     count = size * 8 // BITS[dtype]
     length, center = struct.unpack_from("<HH", coded)
     palette = np.frombuffer(coded, "<u4", length, 4).astype(np.int64)
-    places = entropy.decode_integers(_split(coded, 4 + 4 * length), count, min(columns, count)) + center
+    places = scaled_integers.decode(coded[4 + 4 * length :], count, min(columns, count)).astype(np.int64) + center
     if count and not 0 <= places.min() <= places.max() < length:
         raise ValueError("a place outside the palette")
     return _written(palette[places], dtype)
@@ -145,7 +148,7 @@ def _split(coded: bytes, start: int = 0) -> entropy.Coded:
 
 def _xz_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_XZ).decompress(coded, size)
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=XZ).decompress(coded, size)
     except lzma.LZMAError as error:
         raise ValueError(f"damaged bytes: {error}") from None
 
@@ -159,9 +162,11 @@ _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
 }
 
 
-def split(count: int) -> Sequence[tuple[int, int]]:
-    """First and number of the values of every chunk of a tensor of so many values."""
-    return [(first, min(VALUES, count - first)) for first in range(0, count, VALUES)]
+def split(count: int, columns: int) -> Sequence[tuple[int, int]]:
+    """First and number of the values of every chunk of a tensor of so many values: whole rows where these are short."""
+    rows = VALUES // columns // 2 * 2  # an even number of values, of which two may share a byte
+    step = rows * columns or VALUES
+    return [(first, min(step, count - first)) for first in range(0, count, step)]
 
 
-__all__ = ["VALUES", "decode", "encode", "split"]
+__all__ = ["VALUES", "XZ", "decode", "encode", "split"]

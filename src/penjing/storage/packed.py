@@ -24,7 +24,20 @@ import numpy.typing as npt
 from penjing.errors import ArtifactError, OutputError
 from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
-from penjing.storage.packed_file import FORMAT, MAGIC, PIECE, TAIL, Opened, columns_of, in_order
+from penjing.storage.packed_file import (
+    ASIDE,
+    FORMAT,
+    LENGTH,
+    MAGIC,
+    PIECE,
+    ROW,
+    TAIL,
+    WITHIN,
+    Opened,
+    columns_of,
+    in_order,
+    width_of,
+)  # fmt: skip
 from penjing.storage.regions import BITS, Bytes, Region, regions
 
 _SPACE = "free some space, or choose another place"
@@ -106,38 +119,52 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
     file.write(MAGIC)
     listed: list[dict[str, Any]] = []
     rows: list[tuple[Any, ...]] = []
+    aside: list[bytes] = []
     for number, name in enumerate(names):
         path = root / name
         content: Bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         tensors = regions(path, content)
+        ends = [0, *(t.offset + t.size for t in tensors)]
         listed.append(
             {
                 "name": name,
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content.data).hexdigest(),
-                "tensors": [[t.name, t.offset, t.dtype, list(t.shape)] for t in tensors],
+                "tensors": [t.name for t in tensors],
+                "gaps": [t.offset - end for t, end in zip(tensors, ends, strict=False)],
+                "types": [t.dtype for t in tensors],
+                "shapes": [t.shape for t in tensors],
             }
         )
-        for (tensor, first, count), (coding, coded) in _coded(content, tensors, pool):
-            rows.append((coding, file.tell(), len(coded), zlib.crc32(coded), number, tensor, first, count))
+        between = _between(content, tensors)
+        small = len(between) <= ASIDE
+        if small and len(between):
+            aside.append(between.tobytes())
+            rows.append((WITHIN, 0, 0, number, -1, 0, len(between)))
+        for (tensor, first, count), (coding, coded) in _coded(content, tensors, between[: 0 if small else None], pool):
+            rows.append((coding, len(coded), zlib.crc32(coded), number, tensor, first, count))
             file.write(coded)
-    text = json.dumps({"format": FORMAT, "files": listed, "chunks": rows}, separators=(",", ":")).encode()
-    packed = lzma.compress(text)
+    columns = dict(zip(ROW, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(ROW, ())
+    text = json.dumps({"format": FORMAT, "files": listed, "chunks": columns}, separators=(",", ":")).encode()
+    packed = lzma.compress(LENGTH.pack(len(text)) + text + b"".join(aside), lzma.FORMAT_RAW, filters=chunks.XZ)
     place = file.tell()
     file.write(packed + TAIL.pack(place, len(packed), hashlib.sha256(packed).digest(), MAGIC))
 
 
-def _coded(content: Bytes, tensors: list[Region], pool: ThreadPoolExecutor) -> Iterator[tuple[Any, Any]]:
+def _coded(
+    content: Bytes, tensors: list[Region], between: Bytes, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Any, Any]]:
     """(tensor, first, count) and the coded bytes of every chunk of a file; a few are coded at a time."""
 
-    def jobs() -> Iterator[tuple[tuple[int, int, int], Bytes, str, int]]:
+    def jobs() -> Iterator[tuple[tuple[int, int, int], Bytes, str, int, int]]:
         for number, tensor in enumerate(tensors):
-            for first, count in chunks.split(tensor.count):
-                yield (number, first, count), _part(content, tensor, first, count), tensor.dtype, columns_of(tensor)
-        between = _between(content, tensors)
+            columns = columns_of(tensor)
+            for first, count in chunks.split(tensor.count, columns):
+                part = _part(content, tensor, first, count)
+                yield (number, first, count), part, tensor.dtype, columns, width_of(tensor)
         for first in range(0, len(between), PIECE):
             piece = between[first : first + PIECE]
-            yield (-1, first, len(piece)), piece, "bytes", 1
+            yield (-1, first, len(piece)), piece, "bytes", 1, 1
 
     return in_order(pool, lambda job: (job[0], chunks.encode(*job[1:])), jobs())
 

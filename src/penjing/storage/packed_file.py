@@ -22,8 +22,15 @@ from penjing.storage.regions import BITS, Region
 FORMAT = 1
 MAGIC = b"PENJING\0"
 TAIL = struct.Struct("<QQ32s8s")  # place and length of the contents, their SHA-256, and the magic bytes
+LENGTH = struct.Struct("<I")
 PIECE = 1 << 20  # bytes of a chunk of bytes
+ROW = ("coding", "length", "checksum", "file", "tensor", "first", "count")
+"""What the contents tell of a chunk, in lists of their own."""
+WITHIN = "contents"
+"""The coding of bytes that follow the contents' text: a few, such as a header, which has the same names in it."""
+ASIDE = 1 << 16  # bytes between the tensors of a file, at most, that are a part of the contents
 _CONTENTS_BYTES = 1 << 28
+_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -82,18 +89,16 @@ class Opened:
         packed = file.read(length)
         if hashlib.sha256(packed).digest() != digest:
             raise ValueError("its contents are damaged")
-        unpacker = lzma.LZMADecompressor(memlimit=_CONTENTS_BYTES)
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=chunks.XZ)
         text = unpacker.decompress(packed, _CONTENTS_BYTES)
         if not unpacker.eof:
             raise ValueError("its contents are too large")
-        data = reading.json_text(text.decode())
+        end = LENGTH.size + LENGTH.unpack_from(text)[0]
+        data = reading.json_text(text[LENGTH.size : end].decode())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}: a newer version of Penjing wrote it")
-        self.files = [
-            (str(f["name"]), _whole(f["bytes"]), str(f["sha256"]), [_region(t) for t in f["tensors"]])
-            for f in data["files"]
-        ]
-        self.chunks = [Chunk(str(row[0]), *map(_whole, row[1:5]), *map(_number, row[5:])) for row in data["chunks"]]
+        self.files = [(str(f["name"]), _whole(f["bytes"]), str(f["sha256"]), _regions(f)) for f in data["files"]]
+        self.chunks, self._within = _chunks(data["chunks"]), text[end:]
         self._check(place)
 
     def _check(self, end: int) -> None:
@@ -110,7 +115,8 @@ class Opened:
                     raise ValueError(f"the tensor {t.name[:100]!r} is outside its file")
                 last = t.offset + t.size
         for c in self.chunks:
-            if c.place + c.length > end or c.file >= len(self.files) or c.first < 0 or c.count < 1:
+            last, room = (c.place + c.count, len(self._within)) if c.coding == WITHIN else (c.place + c.length, end)
+            if last > room or c.file >= len(self.files) or c.first < 0 or c.count < 1:
                 raise ValueError("a chunk is outside the file")
             _, size, _, tensors = self.files[c.file]
             most = tensors[c.tensor].count if 0 <= c.tensor < len(tensors) else size if c.tensor == -1 else -1
@@ -119,6 +125,8 @@ class Opened:
 
     def decoded(self, chunk: Chunk) -> bytes:
         """The bytes of a chunk."""
+        if chunk.coding == WITHIN:
+            return self._within[chunk.place : chunk.place + chunk.count]
         with open(self.path, "rb") as file:
             file.seek(chunk.place)
             coded = file.read(chunk.length)
@@ -169,12 +177,30 @@ def _over(gaps: list[tuple[int, int]], first: int, count: int) -> Iterator[tuple
         before += length
 
 
-def _region(row: Any) -> Region:
-    name, offset, dtype, shape = row
-    sizes = tuple(_whole(n) for n in shape)
-    if not reading.fits(sizes, 1 << 48):
-        raise ValueError("a tensor is too large")
-    return Region(str(name), _whole(offset), str(dtype), sizes)
+def _regions(file: Any) -> list[Region]:
+    """The tensors of a file, each at its gap behind the one before."""
+    listed: list[Region] = []
+    end = 0
+    for name, gap, dtype, shape in zip(file["tensors"], file["gaps"], file["types"], file["shapes"], strict=True):
+        sizes = tuple(_whole(n) for n in shape)
+        if not reading.fits(sizes, 1 << 48) or dtype not in BITS:
+            raise ValueError("a tensor is too large, or of an unknown type")
+        listed.append(Region(str(name), end + _whole(gap), str(dtype), sizes))
+        end = listed[-1].offset + listed[-1].size
+    return listed
+
+
+def _chunks(lists: Any) -> list[Chunk]:
+    """The chunks; they lie one after another, those within the contents apart from the others."""
+    listed: list[Chunk] = []
+    places = {True: 0, False: len(MAGIC)}
+    for coding, *row in zip(*(lists[key] for key in ROW), strict=True):
+        length, checksum, file, tensor, first, count = map(_number, row)
+        within = coding == WITHIN
+        place = places[within]
+        places[within] += _whole(count if within else length)
+        listed.append(Chunk(str(coding), place, length, checksum, _whole(file), tensor, first, count))
+    return listed
 
 
 def _whole(value: Any) -> int:
@@ -198,5 +224,12 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], jobs: Iterato
 
 
 def columns_of(tensor: Region) -> int:
-    """Values of one output channel, as they lie."""
-    return max(1, tensor.count // tensor.shape[0]) if len(tensor.shape) > 1 else max(1, tensor.count)
+    """Values of one row: of one output channel as they lie, or `_ROW` where there are few and long ones."""
+    count = max(1, tensor.count)
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    return count // rows if rows and (rows >= 4 or count < 4 * _ROW) else min(count, _ROW)
+
+
+def width_of(tensor: Region) -> int:
+    """Values of one row of a convolution's kernel; 1 for other tensors."""
+    return min(max(1, tensor.shape[-1]), 255) if len(tensor.shape) > 3 else 1

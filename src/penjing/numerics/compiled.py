@@ -1,0 +1,29 @@
+"""Loops that numba compiles; compiling them takes seconds, once for a machine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from penjing.errors import MissingDependency
+
+
+def loops(module: str) -> Any:
+    """The module of this room with the loops.
+
+    Raises:
+        MissingDependency: numba is not installed.
+    """
+    try:
+        return importlib.import_module(f"penjing.numerics.{module}")
+    except ImportError:
+        raise MissingDependency(
+            "packing needs compiled loops",
+            code="not-installed",
+            got="numba is not installed",
+            expected="numba",
+            remedy="pip install 'penjing[pack]'",
+        ) from None
+
+
+__all__ = ["loops"]

@@ -1,0 +1,279 @@
+"""The compiled loops of `penjing.numerics.scaled_integers`, which says what they do. Importing this module needs numba.
+
+Coder: a range variant of asymmetric numeral systems (Duda, 2014, arXiv:1311.2540) with states of 64 bits, words of 32
+bits and probabilities of 16 bits. Up to four lanes, each with a state of its own, decode parts of the rows side by
+side, so that the processor does not wait for one value before it begins with the next.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+TOTAL_BITS = 16
+TOTAL = 1 << TOTAL_BITS
+LOWEST = 1 << 31  # of a state between two symbols
+COARSE_BITS = 10  # of a slot, which find the first symbol that may hold it
+LEVELS = 5  # of the neighbours' sum
+EXACT_BITS = 46  # of a ratio; counts, the tables' unit and these have room in 63 bits
+ZERO_STRENGTH = 8  # how many values the prior share of zeros counts as
+
+
+@njit(nogil=True, cache=True)
+def refresh(prior, strength, zero_prior, counts, zero, ends, coarse):  # type: ignore[no-untyped-def]
+    """Probabilities of one table from its prior and its counts.
+
+    Args:
+        prior: Of every symbol, in any unit; that of zero is not read.
+        strength: How many values the prior counts as.
+        zero_prior: Share of zeros, in 1/256.
+        counts: Of every symbol.
+        zero: The symbol of the value 0.
+        ends: Filled with cumulative probabilities.
+        coarse: Filled with the first symbol that may hold a slot, by the upper bits of the slot.
+    """
+    size = len(counts)
+    everything = unit = 0
+    for i in range(size):
+        everything += counts[i]
+        unit += prior[i] if i != zero else 0
+    free = TOTAL - size
+    zeros = free * (np.int64(counts[zero]) * 256 + ZERO_STRENGTH * zero_prior)
+    zeros //= (everything + ZERO_STRENGTH) * 256
+    whole = (everything - counts[zero] + strength) * unit
+    ratio = ((free - zeros) << EXACT_BITS) // whole if whole else np.int64(0)
+    used, most = 0, zero
+    for i in range(size):
+        if i == zero:
+            share = zeros + 1
+        else:
+            share = (((np.int64(counts[i]) * unit + strength * prior[i]) * ratio) >> EXACT_BITS) + 1
+        ends[i + 1] = share
+        used += share
+        if share > ends[most + 1]:
+            most = i
+    ends[most + 1] += TOTAL - used
+    ends[0] = 0
+    bucket = 0
+    for i in range(size):
+        ends[i + 1] += ends[i]
+        while bucket < (1 << COARSE_BITS) and (bucket << (TOTAL_BITS - COARSE_BITS)) < ends[i + 1]:
+            coarse[bucket] = i
+            bucket += 1
+
+
+@njit(nogil=True, cache=True)
+def refresh_due(prior, levels, strength, zero_priors, counts, totals, due, zero, ends, coarse):  # type: ignore[no-untyped-def]
+    """Refresh the tables that have counted enough values since they were refreshed, and set when they are due again."""
+    for t in range(len(counts)):
+        if totals[t] >= due[t]:
+            due[t] = totals[t] + max(32, totals[t] >> 1)
+            at = t // levels
+            refresh(prior[at], strength, zero_priors[at], counts[t], zero, ends[t], coarse[t])
+
+
+@njit(nogil=True, cache=True)
+def model(values, row_class, column_class, lag, lanes, low, size, prior, strength, zero_priors, bounds, parts):  # type: ignore[no-untyped-def]
+    """Fill `parts`, in the order of decoding, with start, size less 1 and lane; return their number."""
+    columns, count = len(column_class), len(values)
+    rows = len(row_class)
+    lane_rows = -(-rows // lanes)
+    levels = LEVELS if lag else 1
+    tables = len(prior) * levels
+    counts, totals, due = np.zeros((tables, size), np.int32), np.zeros(tables, np.int64), np.zeros(tables, np.int64)
+    ends, coarse = np.zeros((tables, size + 1), np.int32), np.zeros((tables, 1 << COARSE_BITS), np.uint8)
+    refresh_due(prior, levels, strength, zero_priors, counts, totals, due, -low, ends, coarse)
+    step, update, k = 0, 32, 0
+    for r in range(lane_rows):
+        for c in range(columns):
+            for lane in range(lanes):
+                row = lane * lane_rows + r
+                i = row * columns + c
+                if i >= count or row >= rows:
+                    continue
+                table, value = row_class[row] + column_class[c], values[i]
+                if lag:
+                    near = values[i - 1] if c else 0
+                    if lag > 1 and c >= lag:
+                        near += values[i - lag]
+                    far = abs(near)
+                    at = table
+                    table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1])
+                    table += far > bounds[at, 2]
+                    if near < 0:
+                        value = -value
+                symbol = value - low
+                start = np.int64(ends[table, symbol])
+                parts[k] = start | (np.int64(ends[table, symbol + 1]) - start - 1) << 16 | lane << 32
+                k += 1
+                counts[table, symbol] += 1
+                totals[table] += 1
+            step += 1
+            if step == update:
+                update += min(max(16, step >> 3), 4096)
+                refresh_due(prior, levels, strength, zero_priors, counts, totals, due, -low, ends, coarse)
+    return k
+
+
+@njit(nogil=True, cache=True)
+def backwards(parts, count, states, words):  # type: ignore[no-untyped-def]
+    """Code the parts from the last to the first; return where the words begin."""
+    place = len(words)
+    for lane in range(len(states)):
+        states[lane] = LOWEST
+    for k in range(count - 1, -1, -1):
+        part = parts[k]
+        start, share, lane = np.uint64(part & 0xFFFF), np.uint64(((part >> 16) & 0xFFFF) + 1), part >> 32
+        state = np.uint64(states[lane])
+        if state >= share << np.uint64(47):
+            place -= 1
+            words[place] = state & np.uint64(0xFFFFFFFF)
+            state >>= np.uint64(32)
+        whole = state // share
+        states[lane] = np.int64((whole << np.uint64(TOTAL_BITS)) + (state - whole * share) + start)
+    return place
+
+
+@njit(nogil=True, cache=True)
+def restore(states, words, row_class, column_class, lag, low, size, prior, strength, zero_priors, bounds, values):  # type: ignore[no-untyped-def]
+    """Fill `values`; False where the words end too early or too late. The states are used up."""
+    lanes, columns, count = len(states), len(column_class), len(values)
+    rows = len(row_class)
+    lane_rows = -(-rows // lanes)
+    levels = LEVELS if lag else 1
+    tables = len(prior) * levels
+    counts, totals, due = np.zeros((tables, size), np.int32), np.zeros(tables, np.int64), np.zeros(tables, np.int64)
+    ends, coarse = np.zeros((tables, size + 1), np.int32), np.zeros((tables, 1 << COARSE_BITS), np.uint8)
+    refresh_due(prior, levels, strength, zero_priors, counts, totals, due, -low, ends, coarse)
+    step, update, word = 0, 32, 0
+    for r in range(lane_rows):
+        for c in range(columns):
+            for lane in range(lanes):
+                row = lane * lane_rows + r
+                i = row * columns + c
+                if i >= count or row >= rows:
+                    continue
+                table = row_class[row] + column_class[c]
+                near = 0
+                if lag:
+                    near = values[i - 1] if c else 0
+                    if lag > 1 and c >= lag:
+                        near += values[i - lag]
+                    far = abs(near)
+                    at = table
+                    table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1])
+                    table += far > bounds[at, 2]
+                state = states[lane]
+                slot = state & (TOTAL - 1)
+                symbol = np.int64(coarse[table, slot >> (TOTAL_BITS - COARSE_BITS)])
+                while ends[table, symbol + 1] <= slot:
+                    symbol += 1
+                start = ends[table, symbol]
+                state = np.int64(ends[table, symbol + 1] - start) * (state >> TOTAL_BITS) + slot - start
+                if state < LOWEST:
+                    if word >= len(words):
+                        return False
+                    state = (state << 32) | np.int64(words[word])
+                    word += 1
+                states[lane] = state
+                counts[table, symbol] += 1
+                totals[table] += 1
+                values[i] = -(symbol + low) if near < 0 else symbol + low
+            step += 1
+            if step == update:
+                update += min(max(16, step >> 3), 4096)
+                refresh_due(prior, levels, strength, zero_priors, counts, totals, due, -low, ends, coarse)
+    for lane in range(lanes):
+        if states[lane] != LOWEST:
+            return False
+    return word == len(words)
+
+
+@njit(nogil=True, cache=True)
+def scales(values, columns, over_rows, over_columns, rows_mean, columns_mean):  # type: ignore[no-untyped-def]
+    """Fill mean magnitudes by row and, relative to these, by column; where both are wanted, in turns."""
+    rows = len(rows_mean)
+    rows_mean[:] = 1.0
+    columns_mean[:] = 1.0
+    for _ in range(3 if over_rows and over_columns else 1):
+        if over_rows:
+            for row in range(rows):
+                total, number = 0.0, 0
+                for c in range(columns):
+                    if row * columns + c < len(values):
+                        total += (abs(values[row * columns + c]) + 0.25) / columns_mean[c]
+                        number += 1
+                rows_mean[row] = total / max(number, 1)
+        if over_columns:
+            columns_mean[:] = 0.0
+            for row in range(rows):
+                inverse = 1.0 / rows_mean[row]
+                for c in range(columns):
+                    if row * columns + c < len(values):
+                        columns_mean[c] += (abs(values[row * columns + c]) + 0.25) * inverse
+            for c in range(columns):
+                number = rows if (rows - 1) * columns + c < len(values) else rows - 1
+                columns_mean[c] /= max(number, 1)
+
+
+@njit(nogil=True, cache=True)
+def histogram(values, row_class, column_class, lag, low, bounds, counts):  # type: ignore[no-untyped-def]
+    """Count the symbols of every table."""
+    columns = len(column_class)
+    row, c = 0, 0
+    for i in range(len(values)):
+        table, value = row_class[row] + column_class[c], values[i]
+        if lag:
+            near = values[i - 1] if c else 0
+            if lag > 1 and c >= lag:
+                near += values[i - lag]
+            far = abs(near)
+            at = table
+            table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1]) + (far > bounds[at, 2])
+            if near < 0:
+                value = -value
+        counts[table, value - low] += 1
+        c += 1
+        if c == columns:
+            row, c = row + 1, 0
+
+
+@njit(nogil=True, cache=True)
+def bits(counts, levels, prior, strength, zero_priors, zero):  # type: ignore[no-untyped-def]
+    """What the counts take, coded one after another with probabilities that follow them (Dirichlet distribution)."""
+    total = 0.0
+    for t in range(len(counts)):
+        everything = 0
+        for v in counts[t]:
+            everything += v
+        if not everything:
+            continue
+        zeros = counts[t, zero]
+        other = everything - zeros
+        at = t // levels
+        a = ZERO_STRENGTH * zero_priors[at] / 256
+        b = ZERO_STRENGTH - a
+        total += math.lgamma(ZERO_STRENGTH + everything) - math.lgamma(ZERO_STRENGTH)
+        total -= math.lgamma(a + zeros) - math.lgamma(a) + math.lgamma(b + other) - math.lgamma(b)
+        unit = 0.0
+        for i in range(counts.shape[1]):
+            unit += prior[at, i] if i != zero else 0
+        total += math.lgamma(strength + other) - math.lgamma(strength)
+        for i in range(counts.shape[1]):
+            if i != zero and counts[t, i]:
+                weight = max(strength * prior[at, i] / unit, 1e-6)
+                total -= math.lgamma(weight + counts[t, i]) - math.lgamma(weight)
+    return total / math.log(2.0)
+
+
+@njit(nogil=True, cache=True)
+def cross_entropy(counts, levels, logarithms, zero):  # type: ignore[no-untyped-def]
+    """Bits of the values other than 0 at fixed probabilities of one shape: (classes, magnitudes) logarithms."""
+    total = 0.0
+    for t in range(len(counts)):
+        for i in range(counts.shape[1]):
+            if i != zero and counts[t, i]:
+                total -= counts[t, i] * logarithms[t // levels, abs(i - zero)]
+    return total
