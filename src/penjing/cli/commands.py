@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.allocator import reused_memory
-from penjing.cli import blockers, packing, quantizing, sources
+from penjing.cli import blockers, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import show_branches, show_floats
@@ -384,5 +384,7 @@ COMMANDS = {
     "verify": _verify,
     "pack": packing.pack,
     "unpack": packing.unpack,
+    "delta": updating.delta,
+    "patch": updating.patch,
     "runtimes": _runtimes,
 }

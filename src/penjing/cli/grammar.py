@@ -210,6 +210,25 @@ def _unpack(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
 
 
+def _delta(command: argparse.ArgumentParser) -> None:
+    what = "a run folder, an artifact, a checkpoint, one file, or a packed file"
+    command.add_argument("old", metavar="OLD", help=f"the version that is there: {what}")
+    command.add_argument("new", metavar="NEW", help="the version that it becomes, of any of these kinds")
+    command.add_argument("-o", "--out", required=True, metavar="UPDATE.pjd", help="the file to write")
+    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--force", action="store_true", help="replace the file")
+
+
+def _patch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("old", metavar="OLD", help="what the update was made from")
+    command.add_argument("update", metavar="UPDATE.pjd", help="what `penjing delta` wrote")
+    command.add_argument(
+        "-o", "--out", required=True, metavar="NEW", help="the file or folder to write; NEW.pj is written packed"
+    )
+    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--force", action="store_true", help="replace what is there, which may be OLD")
+
+
 def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
     parser.add_argument(
@@ -264,6 +283,18 @@ _COMMANDS = (
         "The files of a packed network, as they were.",
         "penjing unpack first.pj -o first",
         _unpack,
+    ),
+    _Command(
+        "delta",
+        "What changed between two versions of a network, entropy-coded: an update to send.",
+        "penjing delta first.onnx second.onnx -o update.pjd\npenjing delta runs/first runs/second -o update.pjd",
+        _delta,
+    ),
+    _Command(
+        "patch",
+        "The new version of a network from its old one and an update, equal to the bit.",
+        "penjing patch first.onnx update.pjd -o second.onnx",
+        _patch,
     ),
     _Command(
         "runtimes",

@@ -81,7 +81,7 @@ def pack(source: Path | str, out: Path | str, *, threads: int | None = None, for
         MissingDependency: numba is not installed.
     """
     out = Path(out)
-    root, names = _files(Path(source))
+    root, names = files(Path(source))
     check_writable(out)
     if out.exists() and not force:
         raise OutputError(
@@ -99,7 +99,7 @@ def pack(source: Path | str, out: Path | str, *, threads: int | None = None, for
     return contents(out)
 
 
-def _files(source: Path) -> tuple[Path, list[str]]:
+def files(source: Path) -> tuple[Path, list[str]]:
     """The folder and the names of the files in it that are packed."""
     if source.is_file():
         return source.parent, [source.name]
