@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from penjing import distill, measure, prune, quantize, runtimes, share
+from penjing import decompose, distill, measure, prune, quantize, runtimes, share
 from penjing.network.capture import capture_network
 from penjing.pipeline import building
 from penjing.recipes.recipe import Recipe
@@ -35,6 +35,7 @@ TECHNIQUES = {
     "Finetune with a teacher": ("training", Finetune(steps=3, autocast="off", distill=distill.Logits())),
     "distill.Student": ("student", distill.Student(architecture="resnet20", settings={"width": 4})),
     "distill.FewerLayers": ("student", distill.FewerLayers(of="blocks", keep=2)),
+    "decompose.LowRank": ("low rank", decompose.LowRank(macs=0.6)),
     "prune.Blocks": ("channels", prune.Blocks(blocks=1)),
     "prune.Channels": ("channels", prune.Channels(macs=0.6)),
     "prune.Iterative": ("channels", prune.Iterative(step=prune.Channels(macs=0.6), finetune=SHORT, rounds=2)),

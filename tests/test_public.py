@@ -16,6 +16,7 @@ PUBLIC = [
     "apply",
     "architectures",
     "compress",
+    "decompose",
     "deliver",
     "distill",
     "load_checkpoint",

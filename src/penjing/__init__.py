@@ -19,7 +19,19 @@ warnings.filterwarnings("ignore", message=r"The tensor attributes .*_flat_weight
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
 
 if TYPE_CHECKING:
-    from penjing import architectures, distill, postprocess, preprocess, prune, quantize, recipes, records, share, tasks
+    from penjing import (
+        architectures,
+        decompose,
+        distill,
+        postprocess,
+        preprocess,
+        prune,
+        quantize,
+        recipes,
+        records,
+        share,
+        tasks,
+    )
     from penjing.errors import PenjingError
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
@@ -49,6 +61,7 @@ _HOME = {
 }
 _MODULES = (
     "architectures",
+    "decompose",
     "distill",
     "postprocess",
     "preprocess",
@@ -71,6 +84,7 @@ __all__ = [
     "apply",
     "architectures",
     "compress",
+    "decompose",
     "deliver",
     "distill",
     "load_checkpoint",

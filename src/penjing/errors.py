@@ -13,6 +13,7 @@
     ├── MissingDependency        an optional package is not installed
     ├── QuantizationError        a plan that the chosen runtime can't run
     ├── PruningError             a target that can't be reached, or a network that can't be pruned
+    ├── DecompositionError       a target that low rank can't reach, or a network that can't be decomposed
     ├── SharingError             weights or layers that can't be shared
     ├── ArtifactError            an artifact that can't be opened
     │   └── ParityError          exit code 3: an artifact that does not compute what was planned
@@ -142,6 +143,10 @@ class QuantizationError(PenjingError):
 
 class PruningError(PenjingError):
     """A target that can't be reached by pruning, or a network that can't be pruned."""
+
+
+class DecompositionError(PenjingError):
+    """A target that can't be reached by low rank, or a network that can't be decomposed."""
 
 
 class SharingError(PenjingError):

@@ -80,6 +80,7 @@ class TestSteps:
         limit = {
             "quantize.Rollback": {"snr_db": 20.0},
             "quantize.MixedPrecision": {"average_bits": 5.0},
+            "decompose.LowRank": {"macs": 0.5},
             "distill.FewerLayers": {"of": "blocks", "keep": 3},
             "distill.Student": {"architecture": "resnet20"},
             "prune.Blocks": {"blocks": 1},

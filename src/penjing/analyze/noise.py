@@ -129,6 +129,31 @@ def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[C
     return {name: noise / signal for name, noise in power.items()}
 
 
+def of_weights(network: fx.GraphModule, weights: Mapping[str, torch.Tensor], calls: Iterable[Call]) -> dict[str, float]:
+    """Noise power over signal power at the outputs when one layer alone has another weight, by its name.
+
+    Args:
+        network: A captured network in eval mode.
+        weights: Convolution or linear layer that is called once → a weight of the same shape.
+        calls: Chunks of samples; all activations of one chunk are held at a time.
+    """
+    nodes = sites(network)
+    power = dict.fromkeys(weights, 0.0)
+    signal = 0.0
+    with torch.no_grad():
+        for call in calls:
+            once = _Once(network, call)
+            signal += _power(once.output)
+            for name, weight in weights.items():
+                node, module = nodes[name], network.get_submodule(name)
+                producer = node.args[0]
+                assert isinstance(producer, fx.Node)
+                value = apply(module, once.values[producer], weight, getattr(module, "bias", None))
+                power[name] += _power(_difference(once.rerun(node, value), once.output))
+    signal = max(signal, 1e-30)
+    return {name: noise / signal for name, noise in power.items()}
+
+
 def in_columns(network: fx.GraphModule, entries: Mapping[str, Entry], calls: Iterable[Call]) -> dict[str, float]:
     """Signal-to-noise ratio of the worst column of any output when one value alone is rounded, in dB, by its node.
 

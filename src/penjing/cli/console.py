@@ -90,6 +90,12 @@ class Progressing:
             self.console.print(text, highlight=False)
         elif kind == "rolled_back":
             self.console.print(f"          {event['site']}: {event['reason']}", highlight=False, markup=False)
+        elif kind == "decomposed":
+            shown = [f"{name}: {reason}" for name, reason in list(event["refused"].items())[:3]]
+            more = len(event["refused"]) - len(shown)
+            text = f"          {len(event['layers'])} layers decomposed, {event['macs']:.0%} of the MACs"
+            stay = f"; these stay: {', '.join(shown)}{f' and {more} more' if more else ''}" if shown else ""
+            self.console.print(text + stay, highlight=False, markup=False)
         elif kind == "covered":
             text = f"          {event['step']} covers {event['layers']} of {event['total']} layers"
             if text not in self.covered:

@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 from penjing.analyze import meter
 from penjing.analyze.coupling import Coupling, couple
+from penjing.analyze.least_squares import samples
 from penjing.analyze.masked import masked
 from penjing.errors import CalibrationError, PruningError, RecipeError
 from penjing.prune import criteria, sensitivity
 from penjing.prune.ranking import Ranking, Removed
-from penjing.prune.reconstruction import reconstructed, samples
+from penjing.prune.reconstruction import reconstructed
 from penjing.steps.draft import Draft
 from penjing.steps.settings import FLAG, NAMES, check, number, one_of, optional, whole
 from penjing.steps.step import Context

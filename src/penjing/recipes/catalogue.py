@@ -8,13 +8,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from penjing import distill, prune, quantize, share
+from penjing import decompose, distill, prune, quantize, share
 from penjing.errors import PenjingError, RecipeError
 from penjing.train.clipping import Clip
 from penjing.train.finetune import Finetune
 
 CATALOGUE: dict[str, type[Any]] = {
     "Finetune": Finetune,
+    "decompose.LowRank": decompose.LowRank,
     "distill.FewerLayers": distill.FewerLayers,
     "distill.Student": distill.Student,
     "prune.Blocks": prune.Blocks,

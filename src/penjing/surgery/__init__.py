@@ -1,20 +1,21 @@
 """The only code that edits a network. Every edit is logged as one JSON object, and an edit log can be replayed.
 
-The edits: ``build`` (a built-in architecture replaces the network), ``fold`` (a batch norm is merged into
-the preceding layer), ``slice`` (positions of an axis are removed from a stored tensor), ``literal`` (a number in an
-operator or layer is changed), ``partition`` (a split gets explicit lengths), ``reorder`` (one selection replaces
-operators that permute an axis), ``skip`` (one operator's value replaces another's, and unused operators are removed),
-``sparse`` (tensors whose zeros are preserved; the network is unchanged), ``split_outliers`` (a linear layer's input
-channels with outliers move to a separate layer), ``divide_inputs`` (input channels of linear layers are divided by a
-vector, and their weights multiplied by it), ``unfold_attention`` (an attention becomes its operators), ``unfold_silu``
-and ``unfold_hardswish`` (the function becomes its gate and a product), ``own_weights`` (a layer that computes its
-weight from tied tensors gets a separate copy).
+The edits: ``build`` (a built-in architecture replaces the network), ``factorize`` (a layer is replaced by a product of
+smaller ones), ``fold`` (a batch norm is merged into the preceding layer), ``slice`` (positions of an axis are removed
+from a stored tensor), ``literal`` (a number in an operator or layer is changed), ``partition`` (a split gets explicit
+lengths), ``reorder`` (one selection replaces operators that permute an axis), ``skip`` (one operator's value replaces
+another's, and unused operators are removed), ``sparse`` (tensors whose zeros are preserved; the network is unchanged),
+``split_outliers`` (a linear layer's input channels with outliers move to a separate layer), ``divide_inputs`` (input
+channels of linear layers are divided by a vector, and their weights multiplied by it), ``unfold_attention`` (an
+attention becomes its operators), ``unfold_silu`` and ``unfold_hardswish`` (the function becomes its gate and a
+product), ``own_weights`` (a layer that computes its weight from tied tensors gets a separate copy).
 """
 
 from penjing.surgery.attention import unfold_attentions
 from penjing.surgery.build import build, building
 from penjing.surgery.codebooks import mark_codebooks, read_codebook
 from penjing.surgery.edits import replay
+from penjing.surgery.factorize import factorize
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.freezing import freeze
 from penjing.surgery.outliers import split_outliers
@@ -33,6 +34,7 @@ __all__ = [
     "build",
     "building",
     "divide_inputs",
+    "factorize",
     "fold_batch_norms",
     "freeze",
     "insert",

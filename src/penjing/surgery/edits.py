@@ -12,6 +12,7 @@ from penjing.steps.draft import Edit
 from penjing.surgery.attention import unfold_attention
 from penjing.surgery.build import build
 from penjing.surgery.codebooks import mark_codebooks
+from penjing.surgery.factorize import factorize
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import give_own_weights
@@ -27,6 +28,7 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
         network, edit["tensors"], rows=edit["rows"], dimension=edit["dimension"]
     ),
     "divide_inputs": lambda network, edit: divide_inputs(network, edit["layers"]),
+    "factorize": lambda network, edit: factorize(network, edit["layer"], edit["form"], edit["ranks"]),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "own_weights": lambda network, edit: give_own_weights(network, edit["sites"]),
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),

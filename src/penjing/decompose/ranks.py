@@ -1,0 +1,246 @@
+"""The ways of choosing ranks: named ones, by noise, by energy, and under a budget for all layers together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from penjing.analyze import meter, noise
+from penjing.analyze.samples import chunks
+from penjing.decompose import svd
+from penjing.decompose.allocation import Chosen, Walk, refilled
+from penjing.decompose.candidates import Candidate, Place, by_noise, candidates, gains, priced
+from penjing.decompose.eligible import Eligible
+from penjing.decompose.moments import Basis
+from penjing.errors import DecompositionError, RecipeError
+from penjing.steps.draft import Draft
+from penjing.steps.step import Context
+from penjing.surgery.factorize import factorize
+
+NO_GAIN = "no rank saves multiply-accumulates and parameters"
+PROBED = 64  # samples on which the error of every layer is weighed by the error of the outputs
+PROBE = 0.9  # of the energy of a layer's outputs that is kept for it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What ranks are chosen for.
+
+    Attributes:
+        draft: Of the network.
+        context: Its task and runtime.
+        layers: Those that can be decomposed; `refused` is added to.
+        bases: Layer → the basis of its inputs.
+        round_to: Ranks are multiples of this.
+        weighed: Whether calibration data may be read to weigh the layers' errors.
+    """
+
+    draft: Draft
+    context: Context
+    layers: Eligible
+    bases: Mapping[str, Basis]
+    round_to: int
+    weighed: bool
+
+
+def named(problem: Problem, ranks: Mapping[str, Any]) -> Chosen:
+    """Ranks by layer.
+
+    Raises:
+        RecipeError: A layer can't be decomposed, or a rank is above what its matrix has.
+    """
+    chosen: Chosen = {}
+    layers = problem.layers
+    for name, of_layer in ranks.items():
+        if name not in layers.places:
+            raise RecipeError(
+                f"LowRank can't decompose {name}",
+                code="no-layer",
+                field="ranks",
+                got=layers.refused.get(name, f"no such layer, or one that is left out: {name}"),
+                expected=f"one of {', '.join(list(layers.places)[:8])}",
+            )
+        place, form = layers.places[name], layers.forms[name][0]
+        numbers = tuple(of_layer) if isinstance(of_layer, tuple | list) else (of_layer,)
+        out, inputs, _ = place.sizes
+        most = {"svd": [min(out, inputs)], "tucker": [inputs, out], "cp": [place.params // max(out, inputs)]}[form]
+        if len(numbers) != len(most) or any(n > limit for n, limit in zip(numbers, most, strict=True)):
+            raise RecipeError(
+                f"a rank of {name} is above what its weight has",
+                code="rank",
+                field="ranks",
+                got=f"{name}: {of_layer}",
+                expected=f"{form}: " + " and ".join(f"at most {limit}" for limit in most),
+            )
+        candidate = priced(place, form, numbers, math.nan)
+        if _saves(problem, place, candidate):
+            chosen[name] = candidate
+    return chosen
+
+
+def by_vbmf(problem: Problem) -> Chosen:
+    """The ranks at which weights stand out of their noise."""
+    chosen: Chosen = {}
+    for name, place in problem.layers.places.items():
+        form = problem.layers.forms[name][0]
+        candidate = priced(place, form, by_noise(place, form, problem.round_to), math.nan)
+        if _saves(problem, place, candidate):
+            chosen[name] = candidate
+    return chosen
+
+
+def by_energy(problem: Problem, energy: float) -> Chosen:
+    """For every layer the cheapest ranks that keep so much of the energy of its outputs."""
+    chosen: Chosen = {}
+    for name, options in _options(problem).items():
+        enough = [candidate for candidate in options if candidate.kept >= energy]
+        if enough:
+            chosen[name] = min(enough, key=lambda candidate: (candidate.macs, -candidate.kept))
+        elif options:
+            problem.layers.refused[name] = f"{NO_GAIN} and keeps {energy:g} of its energy"
+    return chosen
+
+
+def by_budget(problem: Problem, unit: str, target: float, precision: str) -> Chosen:
+    """The ranks of all layers together that keep this fraction of a cost, with the least noise at the outputs.
+
+    Args:
+        problem: The layers.
+        unit: "macs", "params", "size" or "latency".
+        target: The fraction to keep.
+        precision: That of a measured latency.
+
+    Raises:
+        DecompositionError: The target can't be reached.
+    """
+    if target == 1:
+        return {}
+    options, places = _options(problem), problem.layers.places
+    bytes_each = {name: place.module.weight.element_size() for name, place in places.items()}
+
+    def price(candidate: Candidate | Place) -> float:
+        return float(candidate.macs if unit in ("macs", "latency") else candidate.params)
+
+    weight = _weights(problem)
+    walk = Walk.of(
+        options,
+        {name: price(places[name]) for name in options},
+        price,
+        error := lambda name, candidate: weight[name] * (1 - candidate.kept),
+    )
+    call, network = problem.context.task.call(), problem.draft.network
+    if unit == "latency":
+        measured = meter.latency_left(problem.context, precision)
+        steps = _reached(problem, walk, lambda chosen: measured(problem.draft, shaped(problem.draft, chosen)), target)
+        return _measured(problem, walk.at(steps), precision)
+    total = max(1.0, meter.amount(unit, network, call))
+
+    def left(chosen: Chosen) -> float:
+        saved = sum(
+            (price(places[name]) - price(c)) * (bytes_each[name] if unit == "size" else 1) for name, c in chosen.items()
+        )
+        return 1 - saved / total
+
+    chosen = walk.at(_reached(problem, walk, left, target))
+    each = max(bytes_each.values()) if unit == "size" else 1
+    return refilled(chosen, options, (target - left(chosen)) * total / each, price, error)
+
+
+def shaped(draft: Draft, chosen: Chosen) -> Draft:
+    """A draft of the same shape as the decomposed one, without its weights: enough to be timed."""
+    network = copy.deepcopy(draft.network)
+    edits = [factorize(network, name, c.form, c.ranks) for name, c in chosen.items()]
+    return replace(draft, network=network, edits=(*draft.edits, *edits))
+
+
+def _options(problem: Problem) -> dict[str, list[Candidate]]:
+    """Layer → its candidates; a layer without one is refused."""
+    options: dict[str, list[Candidate]] = {}
+    layers = problem.layers
+    for number, (name, place) in enumerate(layers.places.items()):
+        problem.context.events("progress", label="spectra", done=number, total=len(layers.places))
+        options[name] = [
+            candidate
+            for form in layers.forms[name]
+            for candidate in candidates(place, problem.bases[name], form, problem.round_to)
+        ]
+        if not options[name]:
+            layers.refused[name] = NO_GAIN
+    return {name: of_layer for name, of_layer in options.items() if of_layer}
+
+
+def _saves(problem: Problem, place: Place, candidate: Candidate) -> bool:
+    """Whether a candidate gains something; otherwise its layer is refused."""
+    if gains(place, candidate):
+        return True
+    macs, params = candidate.macs / place.macs, candidate.params / place.params
+    problem.layers.refused[place.name] = f"{candidate.text} takes {macs:.2f}× its MACs and {params:.2f}× its parameters"
+    return False
+
+
+def _weights(problem: Problem) -> dict[str, float]:
+    """Layer → noise at the network's outputs per lost energy of its own; 1 without data."""
+    places = problem.layers.places
+    weights = dict.fromkeys(places, 1.0)
+    if not problem.weighed:
+        return weights
+    changed, lost = {}, {}
+    for name, place in places.items():
+        kept = svd.kept(place.weight, problem.bases[name])
+        rank = max(1, int((kept <= PROBE).sum()) - 1)
+        first, second = svd.factors(place.weight, problem.bases[name], rank)
+        product = second.flatten(1) @ first.flatten(1)
+        changed[name] = product.reshape(place.module.weight.shape).to(place.module.weight)
+        lost[name] = 1 - float(kept[rank])
+    calls = chunks(problem.context, problem.draft.network, PROBED)
+    noises = noise.of_weights(problem.draft.network, changed, calls)
+    return {name: noises[name] / lost[name] if lost[name] > 1e-6 else 1.0 for name in places}
+
+
+def _reached(problem: Problem, walk: Walk, left: Any, target: float) -> int:
+    """The fewest steps after which at most the target is left."""
+    low, high = 0, len(walk.steps)
+    smallest = left(walk.at(high)) if high else 1.0
+    if smallest > target:
+        refused = [f"{name} ({reason})" for name, reason in list(problem.layers.refused.items())[:3]]
+        raise DecompositionError(
+            "the target is below what low rank can reach",
+            code="unreachable",
+            got=f"{target:g}; with every layer at its smallest rank, {smallest:.3g} is left",
+            expected=f"a fraction of at least {smallest:.3g}",
+            remedy=f"they stay: {', '.join(refused)}" if refused else "prune.Channels before it makes layers narrower",
+        )
+    total = max(1, math.ceil(math.log2(max(2, high))))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(walk.at(middle)) <= target else (middle, high)
+        done = total - math.ceil(math.log2(max(1, high - low)))
+        problem.context.events("progress", label="ranks", done=min(done, total), total=total)
+    return high
+
+
+def _measured(problem: Problem, chosen: Chosen, precision: str) -> Chosen:
+    """Without the layers whose factors take longer than they did, where the runtime times its operators."""
+    if problem.context.profile is None:
+        return chosen
+    before = _times(problem.context.profile(problem.draft, precision), chosen)
+    after = _times(problem.context.profile(shaped(problem.draft, chosen), precision), chosen)
+    slower = {name for name in chosen if before[name] > 0 and after[name] >= before[name]}
+    for name in slower:
+        text = chosen[name].text
+        problem.layers.refused[name] = f"{text} takes {after[name]:.3g} ms, the layer {before[name]:.3g} ms"
+    return {name: candidate for name, candidate in chosen.items() if name not in slower}
+
+
+def _times(profile: list[tuple[tuple[str, ...], float]], chosen: Chosen) -> dict[str, float]:
+    """Layer → milliseconds of the operators that are called like it or its factors."""
+    roles = ("", "_in", "_core", "_axis0", "_axis1", "_axis2")
+    return {
+        name: sum(ms for names, ms in profile if any(f"{name}{role}" in names for role in roles)) for name in chosen
+    }
+
+
+__all__ = ["Problem", "by_budget", "by_energy", "by_vbmf", "named", "shaped"]
