@@ -7,6 +7,10 @@ the two is taken.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 BINS = 1024  # of the exact solution: its cost is entries · bins²
@@ -127,4 +131,26 @@ def nearest(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values, ((entries[1:].double() + entries[:-1].double()) / 2).to(values.dtype))
 
 
-__all__ = ["kmeans", "nearest"]
+@dataclass(frozen=True)
+class LookedUp:
+    """A tensor as values of a codebook.
+
+    Attributes:
+        entries: (entries, dimension), float32.
+        indices: (rows, vectors of a row), the index of every vector among all entries.
+        starts: (rows,), the first entry of each row's codebook; with one codebook they are 0.
+        shape: Of the tensor.
+    """
+
+    entries: npt.NDArray[np.float32]
+    indices: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """The tensor."""
+        return self.entries[self.indices].reshape(self.shape)
+
+
+__all__ = ["LookedUp", "kmeans", "nearest"]

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import fx
 from penjing.errors import ExportError
 from penjing.network.exporting import export, input_names, port_names, with_plain_outputs
 from penjing.network.graph import line
+from penjing.numerics.codebooks import LookedUp
 from penjing.onnx_files import export_cache
 from penjing.onnx_files import pooling as onnx_pooling
 from penjing.onnx_files import rewrites as onnx_rewrites
+from penjing.onnx_files.codebooks import look_up
 from penjing.onnx_files.decompositions import node_by_node
 from penjing.onnx_files.exporter_table import read_once
 from penjing.onnx_files.node_names import name_nodes
@@ -37,6 +39,7 @@ def write(
     outputs: list[str],
     path: Path,
     half: bool = False,
+    codebooks: Mapping[str, LookedUp] | None = None,
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """Write `path`; nodes are called by the sites of the network, inputs by the parameters of its forward.
 
@@ -47,6 +50,7 @@ def write(
         outputs: Names of the flat outputs.
         path: The file to write.
         half: Store weights in half precision; they are cast to float32 when the file is loaded.
+        codebooks: Parameter → its codebook; such weights are stored as indices and looked up when the file is loaded.
 
     Returns:
         The ports of the inputs and of the outputs.
@@ -62,8 +66,11 @@ def write(
         data = _exported(network, call, dynamic, outputs)
         export_cache.store(key, data)
     model = onnx.load_from_string(data)
+    if codebooks:
+        look_up(model, codebooks)
     if half:
         onnx_rewrites.store_in_half(model)
+    if half or codebooks:
         data = model.SerializeToString(deterministic=True)
     onnx.checker.check_model(model)
     path.write_bytes(data)

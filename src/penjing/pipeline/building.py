@@ -19,7 +19,7 @@ from penjing.runtimes import isolated
 from penjing.runtimes.loader import write_loader
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
-from penjing.surgery import freeze
+from penjing.surgery import freeze, looked_up
 from penjing.surgery.attention import zero_hidden_rows
 from penjing.tasks.task import Call, Task
 
@@ -33,6 +33,8 @@ TOLD = 0.1  # a share that stays in floating point and is larger is told
 def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any, folder: Path) -> Manifest:
     """Export a draft into an empty folder: the runtime's files, `manifest.json`, `load.py`."""
     network = zero_hidden_rows(freeze(draft.network, draft.plan if precision in INTEGER else Plan()))
+    if precision not in INTEGER:
+        network.meta["codebooks"] = looked_up(draft.network, draft.codebooks)
     manifest = runtimes.get(runtime).export(network, task.call(), task.dynamic, precision, structure, folder)
     write_loader(folder / "load.py", manifest, ".", 1)
     write_manifest(folder, manifest)

@@ -17,6 +17,7 @@ from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multipl
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
 
+_AT_LOAD = ("Cast", "Add", "Gather", "Reshape", "Mul")  # how stored weights become those it computes with
 _BETWEEN = ("sigmoid", "hardsigmoid", "mul", "leaky_relu")  # kernels that read integers and write them
 
 SETTINGS = {"disabled_optimizers": "[A-Za-z0-9_ ]*"}
@@ -62,7 +63,9 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     from penjing.tasks.outputs import output_names
 
     path = folder / "model.onnx"
-    inputs, outputs = onnx_file.write(network, call, dynamic, output_names(structure), path, half=precision == "fp16")
+    half, codebooks = precision == "fp16", network.meta.get("codebooks")
+    names = output_names(structure)
+    inputs, outputs = onnx_file.write(network, call, dynamic, names, path, half=half, codebooks=codebooks)
     if precision == "int8":
         model = onnx.load(str(path))
         hard_sigmoids_as_sums(model)
@@ -122,8 +125,13 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     nodes = graph.node
     if manifest.precision in ("fp32", "fp16"):
         # It never lowers a precision of its own accord, and its layout transformer drops the nodes' names.
-        stored = {tensor.name for tensor in graph.initializer}  # what is cast from there, is cast at load
-        run = [node for node in nodes if node.op_type != "Cast" or node.input[0] not in stored]
+        stored = {tensor.name for tensor in graph.initializer}  # what is computed from there alone, is so at load
+        run = []
+        for node in nodes:
+            if node.op_type in _AT_LOAD and stored.issuperset(node.input):
+                stored.update(node.output)
+            else:
+                run.append(node)
         return [Executed((node.name,), node.op_type, "fp32") for node in run]
     sites = {node.name for node in nodes}
     with tempfile.TemporaryDirectory() as aside:

@@ -13,7 +13,7 @@ product), ``own_weights`` (a layer that computes its weight from tied tensors ge
 
 from penjing.surgery.attention import unfold_attentions
 from penjing.surgery.build import build, building
-from penjing.surgery.codebooks import mark_codebooks, read_codebook
+from penjing.surgery.codebooks import looked_up, mark_codebooks, read_codebook
 from penjing.surgery.edits import replay
 from penjing.surgery.factorize import factorize
 from penjing.surgery.fold import fold_batch_norms
@@ -38,6 +38,7 @@ __all__ = [
     "fold_batch_norms",
     "freeze",
     "insert",
+    "looked_up",
     "mark_codebooks",
     "mark_sparse",
     "own_weights",

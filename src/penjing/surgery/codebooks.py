@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from penjing.numerics.codebooks import LookedUp
 from penjing.steps.draft import Edit
 from penjing.surgery.sparse import freeze_zeros
 
@@ -56,20 +57,40 @@ class Codebook:
 
 
 def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
-    """The codebook of a mark, read from the network's weights. With parts of rows it has the entries of all parts."""
+    """The codebook of a mark, read from the network's weights; entries of one value ascend.
+
+    With parts of rows it has the entries of all parts, part by part.
+    """
     dimension = int(mark["dimension"])
     vectors = {name: _vectors(network.get_parameter(name).detach(), dimension) for name in mark["tensors"]}
     every = torch.cat(list(vectors.values()))
-    key = _pattern(every)
+    _, inverse = torch.unique(_pattern(every), return_inverse=True)
     if mark["rows"] is not None:
         (name,) = vectors
-        rows = torch.arange(len(network.get_parameter(name)), device=key.device) // int(mark["rows"])
-        key = key * 1_000_003 + rows.repeat_interleave(len(key) // len(rows))
-    _, inverse = torch.unique(key, return_inverse=True)
+        part = torch.arange(len(network.get_parameter(name)), device=inverse.device) // int(mark["rows"])
+        inverse += part.repeat_interleave(len(inverse) // len(part)) * (int(inverse.max()) + 1)
+        _, inverse = torch.unique(inverse, return_inverse=True)
     count = int(inverse.max()) + 1
     entries = every.new_empty(count, dimension).index_copy_(0, inverse, every)
     parts = inverse.split([len(v) for v in vectors.values()])
     return Codebook(entries, dict(zip(vectors, parts, strict=True)))
+
+
+def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
+    """Parameter → its entries and indices, for all parameters of these marks."""
+    tensors: dict[str, LookedUp] = {}
+    for mark in marks:
+        book = read_codebook(network, mark)
+        for name, indices in book.indices.items():
+            shape = tuple(network.get_parameter(name).shape)
+            each = indices.reshape(shape[0], -1) if mark["rows"] is not None else indices.reshape(1, -1)
+            parts = torch.split(each, int(mark["rows"] or 1))
+            starts = torch.cat([part.min().expand(len(part)) for part in parts])
+            used, inside = torch.unique(each, return_inverse=True)
+            tensors[name] = LookedUp(
+                book.entries[used].cpu().numpy(), inside.cpu().numpy(), torch.searchsorted(used, starts).numpy(), shape
+            )
+    return tensors
 
 
 def _vectors(weight: torch.Tensor, dimension: int) -> torch.Tensor:
@@ -78,9 +99,9 @@ def _vectors(weight: torch.Tensor, dimension: int) -> torch.Tensor:
 
 
 def _pattern(vectors: torch.Tensor) -> torch.Tensor:
-    """A number for the bits of every vector, (vectors,), int64: of one value the bits themselves, of several a hash."""
+    """A number for the bits of every vector, (vectors,), int64: of one value in its order, of several a hash."""
     bits = vectors.float().contiguous().view(torch.int32).long()
-    key = bits[:, 0].clone()
+    key = bits[:, 0] ^ ((bits[:, 0] >> 31) & 0x7FFFFFFF)
     for column in range(1, bits.shape[1]):
         key = (key ^ (key >> 29)) * -7046029254386353131 + bits[:, column]
     return key
@@ -158,4 +179,4 @@ class _Shared:
                 parameters[name].copy_(entries[indices].reshape(parameters[name].shape))
 
 
-__all__ = ["Codebook", "Kept", "mark_codebooks", "read_codebook"]
+__all__ = ["Codebook", "Kept", "looked_up", "mark_codebooks", "read_codebook"]

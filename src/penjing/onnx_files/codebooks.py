@@ -1,0 +1,108 @@
+"""Weights with few different values in a file: the values, and for each weight the index of its own, in a byte.
+
+The weight is looked up by Gather behind a Cast. ONNX Runtime and OpenVINO fold both when they load the file, so that
+they compute with the same weights as from a file that holds them in full, and in the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from penjing.numerics.codebooks import LookedUp
+
+_SCALED = 1e-5  # relative; a weight and its batch norm's scale are multiplied in 32 bits
+
+
+def look_up(model: Any, tensors: Mapping[str, LookedUp]) -> None:
+    """Store these tensors of a model as entries and indices, in place, where that takes less than half of the bytes.
+
+    A tensor that is not found by its name and shape is left as it is. The exporter multiplies the weights of a
+    convolution by the scale of a batch norm behind it; such a scale is stored beside the codebook.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    nodes: list[Any] = []
+    for tensor in list(graph.initializer):
+        known = tensors.get(tensor.name)
+        if known is None or list(tensor.dims) != list(known.shape):
+            continue
+        scale = _scale(numpy_helper.to_array(tensor), known.values)
+        part = _Part(tensor.name, known, scale) if scale is not None else None
+        if part is not None and part.size_bytes < len(tensor.raw_data) / 2:
+            graph.initializer.remove(tensor)
+            graph.initializer.extend(part.stored)
+            nodes += part.nodes
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+
+
+def _scale(stored: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    """By what each slice of an axis is multiplied, in a shape that broadcasts; empty if by nothing; None if it is not.
+
+    Args:
+        stored: The tensor of the file.
+        values: The values that it had before.
+    """
+    if stored.dtype != np.float32:
+        return None
+    if np.array_equal(stored, values):
+        return np.zeros(0, np.float32)
+    for axis in (0, 1):
+        others = tuple(a for a in range(values.ndim) if a != axis)
+        size = np.abs(values).max(axis=others, keepdims=True)
+        largest = np.abs(values) == size
+        ratio = np.where(largest, stored / np.where(largest & (values != 0), values, 1), 0)
+        mean = ratio.sum(axis=others, keepdims=True, dtype=np.float64) / largest.sum(axis=others, keepdims=True)
+        scale: npt.NDArray[np.float32] = mean.astype(np.float32)
+        if np.allclose(values * scale, stored, rtol=_SCALED, atol=0):
+            return scale
+    return None
+
+
+class _Part:
+    """What stands for one tensor: initializers and nodes, whose last one writes the tensor's name."""
+
+    def __init__(self, name: str, known: LookedUp, scale: npt.NDArray[np.float32]) -> None:
+        from onnx import TensorProto
+
+        self.name = name
+        self.stored: list[Any] = []
+        self.nodes: list[Any] = []
+        several = bool(known.starts.any())
+        inside = known.indices - known.starts[:, None]
+        width = np.uint8 if inside.max() < 1 << 8 else np.uint16
+        entries = known.entries if known.entries.shape[1] > 1 else known.entries[:, 0]
+        index = self._node("Cast", [self._store("indices", inside.astype(width))], "numbers", to=TensorProto.INT32)
+        if several:
+            starts = self._store("starts", known.starts[:, None].astype(np.int32))
+            index = self._node("Add", [index, starts], "places")
+        looked = self._node("Gather", [self._store("entries", entries), index], "values", axis=0)
+        shape = self._store("shape", np.array(known.shape, np.int64))
+        if not scale.size:
+            self._node("Reshape", [looked, shape], None)
+            return
+        shaped = self._node("Reshape", [looked, shape], "shaped")
+        self._node("Mul", [shaped, self._store("scale", scale)], None)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what is stored."""
+        return sum(len(tensor.raw_data) for tensor in self.stored)
+
+    def _store(self, what: str, values: npt.NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        self.stored.append(numpy_helper.from_array(values, f"{self.name}_{what}"))
+        return f"{self.name}_{what}"
+
+    def _node(self, kind: str, inputs: list[str], what: str | None, **attributes: Any) -> str:
+        from onnx import helper
+
+        output = self.name if what is None else f"{self.name}_{what}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", **attributes))
+        return output
