@@ -1,9 +1,9 @@
 """VGG-16 in its CIFAR form for Fashion-MNIST, trained with Penjing's loop: the large network of several benchmarks.
 
-Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. Input (batch, 1,
-28, 28), output (batch, 10) logits. With 32 channels in the first stage it has 3.7 million parameters, with the usual 64
-14.7 million. The weights go into the cache of the examples, under a name with a digest of the settings; an interrupted
-training continues where it was saved.
+Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. Input (batch,
+1, 28, 28), output (batch, 10) logits. With 32 channels in the first stage it has 3.7 million parameters, with the usual
+64 it has 14.7 million. The weights go into the cache of the examples, under a name with a digest of the settings; an
+interrupted training continues where it was saved.
 
     python benchmarks/vgg.py [--width 32]       trains where nothing is cached, and prints the accuracy
 """
