@@ -45,6 +45,7 @@ TECHNIQUES = {
     "prune.SparseGPT": ("zeros", prune.SparseGPT(sparsity=0.5)),
     "prune.Movement": ("zeros", prune.Movement(sparsity=0.5, finetune=SHORT)),
     "prune.Gradual": ("zeros", prune.Gradual(step=prune.Magnitude(sparsity=0.5), finetune=SHORT)),
+    "share.Layers": ("channels", share.Layers(of="blocks", every=2)),
     "share.Codebook": ("codebooks", share.Codebook(bits=4)),
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
     "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),

@@ -28,6 +28,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "prune.Gradual": prune.Gradual,
     "prune.Regularized": prune.Regularized,
     "share.Codebook": share.Codebook,
+    "share.Layers": share.Layers,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,

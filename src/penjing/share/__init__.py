@@ -1,5 +1,6 @@
 """Weight sharing: weights take their values from codebooks, and layers share weights. One technique, one file."""
 
 from penjing.share.codebook import Codebook
+from penjing.share.layers import Layers
 
-__all__ = ["Codebook"]
+__all__ = ["Codebook", "Layers"]

@@ -8,7 +8,8 @@ another's, and unused operators are removed), ``sparse`` (tensors whose zeros ar
 ``split_outliers`` (a linear layer's input channels with outliers move to a separate layer), ``divide_inputs`` (input
 channels of linear layers are divided by a vector, and their weights multiplied by it), ``unfold_attention`` (an
 attention becomes its operators), ``unfold_silu`` and ``unfold_hardswish`` (the function becomes its gate and a
-product), ``own_weights`` (a layer that computes its weight from tied tensors gets a separate copy).
+product), ``own_weights`` (a layer that computes its weight from tied tensors gets a separate copy), ``tie`` (several
+parameters become one), ``codebook`` (tensors that share the entries of a codebook; the network is unchanged).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -27,6 +28,7 @@ from penjing.surgery.self_gates import unfold_self_gates
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.straight_through import Grid
+from penjing.surgery.ties import tie
 
 __all__ = [
     "FakeQuantize",
@@ -48,6 +50,7 @@ __all__ = [
     "resize",
     "skip",
     "split_outliers",
+    "tie",
     "unfold_attentions",
     "unfold_self_gates",
 ]

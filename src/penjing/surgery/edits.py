@@ -21,6 +21,7 @@ from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import GATES, unfold_self_gate
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
+from penjing.surgery.ties import tie
 
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "build": lambda network, edit: build(edit),
@@ -34,6 +35,7 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),
+    "tie": lambda network, edit: tie(network, edit["groups"]),
     "unfold_attention": lambda network, edit: unfold_attention(network, edit["site"]),
     **dict.fromkeys(
         (f"unfold_{what}" for what in GATES),
