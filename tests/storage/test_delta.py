@@ -244,7 +244,7 @@ def test_mutated_updates_are_refused_and_nothing_is_written(tmp_path):
     old, new = versions(tmp_path, first(), trained(first()))
     whole = delta.delta(old, new, tmp_path / "update.pjd").path.read_bytes()
     place, length, _, _ = TAIL.unpack(whole[-TAIL.size :])
-    chance = random.Random(0)
+    chance, harmless = random.Random(0), 0
     for case in range(300):
         data = bytearray(whole)
         hashed = case % 2  # half of them have a hash that is right
@@ -256,8 +256,15 @@ def test_mutated_updates_are_refused_and_nothing_is_written(tmp_path):
         elif case % 4 == 0:
             data = data[: chance.randrange(len(data))]
         (tmp_path / "bad.pjd").write_bytes(data)
-        with raises_case(ArtifactError, "unreadable"):
-            delta.patch(old, tmp_path / "bad.pjd", tmp_path / "out")
+        try:
+            (out,) = delta.patch(old, tmp_path / "bad.pjd", tmp_path / "out")
+        except ArtifactError as error:
+            assert error.code == "unreadable"
+        else:  # what was changed has no meaning, as a weight of neighbours that no tensor has
+            assert hashed and out.read_bytes() == new.read_bytes()
+            out.unlink()
+            harmless += 1
+    assert harmless < 10
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pjd", "new.safetensors", "old.safetensors", "update.pjd"]
 
 
@@ -286,9 +293,11 @@ HOSTILE = {
     "values of absurd number": lambda c: c["files"][0][4][0].__setitem__(2, 2**60),
     "rows of absurd width": lambda c: c["files"][0][4][0].__setitem__(3, 2**62),
     "rows of no width": lambda c: c["files"][0][4][0].__setitem__(3, 0),
-    "an unknown mode": lambda c: c["files"][0][4][0].__setitem__(4, 3),
-    "a tensor outside the old file": lambda c: c["files"][0][4][0].__setitem__(6, 10**9),
-    "a tensor before the old file": lambda c: c["files"][0][4][0].__setitem__(6, -(10**9)),
+    "a kernel of no width": lambda c: c["files"][0][4][0].__setitem__(4, 0),
+    "a kernel of absurd size": lambda c: c["files"][0][4][0].__setitem__(5, 2**62),
+    "an unknown mode": lambda c: c["files"][0][4][0].__setitem__(6, 3),
+    "a tensor outside the old file": lambda c: c["files"][0][4][0].__setitem__(8, 10**9),
+    "a tensor before the old file": lambda c: c["files"][0][4][0].__setitem__(8, -(10**9)),
     "an unknown coding": lambda c: c["files"][0][5][0].__setitem__(0, "other"),
     "a chunk of another length": lambda c: c["files"][0][5][0].__setitem__(1, 5),
     "a chunk of no parts": lambda c: c["files"][0][5][0].__setitem__(2, 0),

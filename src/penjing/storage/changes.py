@@ -11,44 +11,42 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics import copies, delta
-from penjing.numerics.entropy import Coded
 from penjing.storage import chunks
 from penjing.storage.regions import BITS, Bytes
 
 FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}
 """Number type → bits of the exponent and of the mantissa."""
 CHANGES, COPIES = "changes", "copies"
-_HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
 
 
 class Part(NamedTuple):
-    """A part of a tensor: its bytes now and before, and the values of one row."""
+    """A part of a tensor: its bytes now (none where they are asked for) and before, and how the values lie."""
 
     new: Bytes
     old: Bytes
-    width: int
+    shape: tuple[int, int, int]  # values of a row; width and values of a kernel; each at least 1
 
 
 def encode(parts: Sequence[Part], dtype: str) -> bytes:
     """Code parts of tensors of one number type, given those before."""
-    old, ends, widths, center = _arranged([p.old for p in parts], [p.width for p in parts], dtype)
+    old, ends, widths, kernels, center = _arranged(parts, dtype)
     new = np.concatenate([values(p.new, dtype) for p in parts])
     if dtype in FLOATS:
-        return _joined(delta.encode_floats(old, new, ends, widths, *FLOATS[dtype]))
-    return _joined(delta.encode_integers(old - center, new - center, ends, widths))
+        return delta.encode_floats(old, new, ends, widths, *FLOATS[dtype])
+    return delta.encode_integers(old - center, new - center, ends, widths, kernels)
 
 
-def decode(coded: bytes, before: Sequence[Bytes], widths: Sequence[int], dtype: str) -> list[bytes]:
+def decode(coded: bytes, parts: Sequence[Part], dtype: str) -> list[bytes]:
     """The parts that `encode` coded, from those before.
 
     Raises:
         ValueError: The bytes are damaged.
     """
-    old, ends, rows, center = _arranged(before, widths, dtype)
+    old, ends, widths, kernels, center = _arranged(parts, dtype)
     if dtype in FLOATS:
-        new = delta.decode_floats(_split(coded), old, ends, rows, *FLOATS[dtype])
+        new = delta.decode_floats(coded, old, ends, widths, *FLOATS[dtype])
     else:
-        new = delta.decode_integers(_split(coded), old - center, ends, rows) + center
+        new = delta.decode_integers(coded, old - center, ends, widths, kernels) + center
     return [written(part, dtype) for part in np.split(new, ends[:-1])]
 
 
@@ -105,27 +103,17 @@ def written(numbers: npt.NDArray[np.int64], dtype: str) -> bytes:
 
 
 def _arranged(
-    before: Sequence[Bytes], widths: Sequence[int], dtype: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Values before, end and row of every part, and the middle of the values."""
-    listed = [values(part, dtype) for part in before]
+    parts: Sequence[Part], dtype: str
+) -> tuple[delta.Integers, delta.Integers, delta.Integers, delta.Integers, int]:
+    """Values before; end, row and kernel of every part; and the middle of the values."""
+    listed = [values(part.old, dtype) for part in parts]
     ends = np.cumsum([len(part) for part in listed])
-    rows = np.array([max(1, min(width, len(part))) for width, part in zip(widths, listed, strict=True)], np.int64)
+    widths = np.array([min(p.shape[0], len(old)) for p, old in zip(parts, listed, strict=True)], np.int64)
+    kernels = np.array(
+        [(min(max(1, w), 255), min(max(1, n), 65_025)) for _, w, n in (p.shape for p in parts)], np.int64
+    )
     old = np.concatenate(listed)
-    return old, ends, rows, int(np.median(old)) if dtype[0] == "u" and dtype not in FLOATS else 0
-
-
-def _joined(coded: Coded) -> bytes:
-    state, words, plain = coded
-    return _HEAD.pack(state, len(words), len(plain)) + words.astype("<u2").tobytes() + plain.tobytes()
-
-
-def _split(coded: bytes) -> Coded:
-    state, words, plain = _HEAD.unpack_from(coded)
-    if len(coded) != _HEAD.size + 2 * words + plain:
-        raise ValueError("a chunk that ends too early or too late")
-    listed = np.frombuffer(coded, "<u2", words, _HEAD.size).astype(np.uint16)
-    return state, listed, np.frombuffer(coded, np.uint8, plain, _HEAD.size + 2 * words)
+    return old, ends, widths, kernels, int(np.median(old)) if dtype in ("u8", "u4") else 0
 
 
 __all__ = ["CHANGES", "COPIES", "Part", "decode", "decode_bytes", "encode", "encode_bytes"]

@@ -29,6 +29,7 @@ from penjing.storage import changes, chunks, packed
 from penjing.storage.delta_file import (
     CHANGED,
     FORMAT,
+    KERNEL,
     MAGIC,
     NEW,
     SAME,
@@ -231,7 +232,7 @@ def _write(file: IO[bytes], old: _Old, new: _Old, single: bool, pool: ThreadPool
             f.base = known[f.digest]
         f.tensors = [_tensor(region, content, matched.get(Place(number, region)), olds) for region in after[number][1]]
         rows = []
-        for coding, coded, parts in in_order(pool, lambda job: job(), _jobs(f, content, olds, after[number][1])):
+        for coding, coded, parts in in_order(pool, lambda job: job(), _jobs(f, content, olds)):
             file.write(coded)
             rows.append((coding, len(coded), parts))
         listed.append((f.name, f.size, f.digest, f.base, _listed(f.tensors, len(olds)), rows))
@@ -258,7 +259,7 @@ def _bases_of(old: _Old, new: _Old) -> list[int]:
 def _tensor(region: Region, content: Bytes, before: Place | None, olds: Sequence[Bytes]) -> Tensor:
     """How a tensor is stored: not at all where it is as before, and alone where the old one does not help."""
     width = columns_of(region)
-    alone = Tensor(region.offset, region.dtype, region.count, width, NEW, -1, 0)
+    alone = Tensor(region.offset, region.dtype, region.count, width, *_kernel(region), NEW, -1, 0)
     if before is None:
         return alone
     old, start = olds[before.file], before.region.offset
@@ -269,14 +270,20 @@ def _tensor(region: Region, content: Bytes, before: Place | None, olds: Sequence
     first = max(0, (region.size - _TRIED) // 2) // 4 * 4
     size = min(_TRIED, region.size - first)
     now = np.ascontiguousarray(content[region.offset + first :][:size])
-    part = changes.Part(now, np.ascontiguousarray(old[start + first :][:size]), width)
+    part = changes.Part(now, np.ascontiguousarray(old[start + first :][:size]), alone.lies)
     helps = len(changes.encode([part], region.dtype)) < len(
         chunks.encode(now, region.dtype, width, width_of(region))[1]
     )
     return changed if helps else alone
 
 
-def _jobs(file: File, content: Bytes, olds: Sequence[Bytes], listed: Sequence[Region]) -> Iterator[Any]:
+def _kernel(region: Region) -> tuple[int, int]:
+    """Width and values of a convolution's kernel; 1 and 1 of other tensors."""
+    width = width_of(region)
+    return width, min(width * region.shape[-2], KERNEL) if len(region.shape) > 3 else 1
+
+
+def _jobs(file: File, content: Bytes, olds: Sequence[Bytes]) -> Iterator[Any]:
     """What encodes each chunk of a file: its coding, its bytes, and of how many parts it is."""
     some: list[Part] = []
     for part in parts_of(file.tensors, CHANGED):
@@ -287,9 +294,8 @@ def _jobs(file: File, content: Bytes, olds: Sequence[Bytes], listed: Sequence[Re
         some.append(part)
     if some:
         yield partial(_changes, some, content, olds)
-    kernels = {region.offset: width_of(region) for region in listed}
     for part in parts_of(file.tensors, NEW):
-        yield partial(_alone, part, content, kernels[part.tensor.offset])
+        yield partial(_alone, part, content)
     spans = gaps(file.size, [(t.offset, t.offset + t.size) for t in file.tensors])
     copier = Copier(old_bytes(file, olds[file.base]) if file.base >= 0 else np.empty(0, np.uint8))
     for piece in pieces(spans):
@@ -297,12 +303,12 @@ def _jobs(file: File, content: Bytes, olds: Sequence[Bytes], listed: Sequence[Re
 
 
 def _changes(some: Sequence[Part], content: Bytes, olds: Sequence[Bytes]) -> tuple[str, bytes, int]:
-    parts = [changes.Part(p.now(content), p.before(olds[p.tensor.base]), p.tensor.width) for p in some]
+    parts = [changes.Part(p.now(content), p.before(olds[p.tensor.base]), p.tensor.lies) for p in some]
     return changes.CHANGES, changes.encode(parts, some[0].tensor.dtype), len(some)
 
 
-def _alone(part: Part, content: Bytes, kernel: int) -> tuple[str, bytes, int]:
-    return *chunks.encode(part.now(content), part.tensor.dtype, max(1, part.tensor.width), kernel), 1
+def _alone(part: Part, content: Bytes) -> tuple[str, bytes, int]:
+    return *chunks.encode(part.now(content), part.tensor.dtype, part.tensor.width, part.tensor.kernel_width), 1
 
 
 def _other(piece: Sequence[tuple[int, int]], content: Bytes, copier: Copier) -> tuple[str, bytes, int]:
@@ -314,7 +320,7 @@ def _listed(tensors: Sequence[Tensor], bases: int) -> list[tuple[Any, ...]]:
     rows, end, ends = [], 0, [0] * bases
     for t in tensors:
         gap = t.base_offset - ends[t.base] if t.mode != NEW else 0
-        rows.append((t.offset - end, t.dtype, t.values, t.width, t.mode, t.base, gap))
+        rows.append((t.offset - end, t.dtype, t.values, *t.lies, t.mode, t.base, gap))
         end = t.offset + t.size
         if t.mode != NEW:
             ends[t.base] = t.base_offset + t.size

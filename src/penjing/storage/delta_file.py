@@ -28,6 +28,7 @@ FORMAT = 1
 MAGIC = b"PENJING\1"
 NEW, CHANGED, SAME = range(3)
 """How a tensor is stored: alone, as changes of an old one, or not at all."""
+KERNEL = 1 << 16  # values, at most
 Pieces = list[tuple[int, bytes]]
 """Places of a file, and what is written there."""
 _CONTENTS_BYTES = 1 << 28
@@ -40,9 +41,16 @@ class Tensor(NamedTuple):
     dtype: str
     values: int
     width: int
+    kernel_width: int
+    kernel_values: int
     mode: int
     base: int
     base_offset: int
+
+    @property
+    def lies(self) -> tuple[int, int, int]:
+        """Values of a row, width and values of a kernel."""
+        return self.width, self.kernel_width, self.kernel_values
 
     @property
     def size(self) -> int:
@@ -205,15 +213,18 @@ class Opened:
     def _tensors(self, rows: Any) -> list[Tensor]:
         """From rows whose places are told from the end of the tensor before."""
         tensors, end, ends = [], 0, [0] * len(self.bases)
-        for gap, dtype, count, width, mode, base, base_gap in rows:
-            if dtype not in BITS or mode not in (NEW, CHANGED, SAME) or not 0 < _whole(count) < 1 << 48:
+        for gap, dtype, values, width, kernel_width, kernel_values, mode, base, base_gap in rows:
+            if dtype not in BITS or mode not in (NEW, CHANGED, SAME) or not 0 < _whole(values) < 1 << 48:
                 raise ValueError("a tensor of another kind")
             offset = end + _whole(gap)
+            lies = _whole(width), _whole(kernel_width), _whole(kernel_values)
+            if not 0 < width < 1 << 48 or not 0 < kernel_width <= kernel_values <= KERNEL:
+                raise ValueError("a tensor with rows or kernels of no size, or of too large a one")
             if mode == NEW:
-                tensors.append(Tensor(offset, dtype, count, _whole(width), mode, -1, 0))
+                tensors.append(Tensor(offset, dtype, values, *lies, mode, -1, 0))
             else:
                 base_offset = ends[_whole(base)] + _number(base_gap)
-                tensors.append(Tensor(offset, dtype, count, _whole(width), mode, base, base_offset))
+                tensors.append(Tensor(offset, dtype, values, *lies, mode, base, base_offset))
                 ends[base] = base_offset + tensors[-1].size
                 if not 0 <= base_offset <= ends[base] <= self.bases[base][1]:
                     raise ValueError("a tensor outside the old file")
@@ -277,13 +288,14 @@ class Opened:
             raise ValueError("a chunk too many")
 
     def _changed(self, row: Coded, some: Sequence[Part], olds: Sequence[Bytes]) -> Pieces:
-        before = [p.before(olds[p.tensor.base]) for p in some]
-        after = changes.decode(self._read(row), before, [p.tensor.width for p in some], some[0].tensor.dtype)
+        nothing = np.empty(0, np.uint8)
+        parts = [changes.Part(nothing, p.before(olds[p.tensor.base]), p.tensor.lies) for p in some]
+        after = changes.decode(self._read(row), parts, some[0].tensor.dtype)
         return [(p.tensor.offset + p.first, content) for p, content in zip(some, after, strict=True)]
 
     def _new(self, row: Coded, part: Part) -> Pieces:
         tensor = part.tensor
-        content = chunks.decode(row.coding, self._read(row), tensor.dtype, max(1, tensor.width), part.size)
+        content = chunks.decode(row.coding, self._read(row), tensor.dtype, tensor.width, part.size)
         return [(tensor.offset + part.first, content)]
 
     def _bytes(self, row: Coded, piece: Sequence[tuple[int, int]], old: Bytes) -> Pieces:
