@@ -2,12 +2,14 @@
 
 ResNet-20, EfficientNet-Lite0 and MiniLM: weights of two and more axes, rounded to 8 and to 4 bits (symmetric, per
 output channel, the largest magnitude exact), 8 bits with the smallest 80 % of each tensor set to 0, bfloat16 and
-float32. Every form is one .safetensors file, which all contestants get; 4-bit values take a byte each in it, as they do
-in memory. `entropy` is that of every tensor's own distribution, which a coder without contexts can't go below; for
-floats it is not told. Seconds are those of the whole command or call on a warm file: median of the repeats,
-interleaved.
+float32. Two blocks of SmolLM2-135M, whose weights have been of 4 bits, as bfloat16 and float32. Every form is one
+.safetensors file, which all contestants get; 4-bit values take a byte each in it, as they do in memory. `entropy` is
+that of every tensor's own distribution, which a coder without contexts can't go below; `huffman` is a Huffman code of
+every tensor without its table. For floats they are not told. nncodec codes integers without loss, and the header that
+the file needs is not counted for it. Seconds are those of the whole command or call on a warm file: median of the
+repeats, interleaved; nncodec runs in a process that has been started before.
 
-    python benchmarks/packing.py [--repeats 3] [--only resnet20]
+    python benchmarks/packing.py [--repeats 3] [--only resnet20] [--nncodec-python PATH]
 """
 
 import argparse
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 THREADS = 2
 FORMS = ("int8", "int4", "int8, 80 % zeros", "bf16", "fp32")
-NETWORKS = ("resnet20", "lite0", "minilm")
+NETWORKS = ("resnet20", "lite0", "minilm", "smollm2")
 
 
 def network(name: str):
@@ -45,11 +47,25 @@ def network(name: str):
     return AutoModel.from_pretrained(data.minilm())
 
 
-def tensors(module, form: str) -> dict:
-    """The weights of a network in one form."""
+def state(name: str) -> dict:
+    """The weights of two and more axes of a trained network."""
+    if name == "smollm2":
+        import gguf
+        import torch
+
+        from examples import data
+
+        blocks = [t for t in gguf.GGUFReader(data.smollm2()).tensors if t.name.startswith(("blk.0.", "blk.1."))]
+        listed = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in blocks}
+    else:
+        listed = network(name).state_dict()
+    return {key: tensor.detach().float() for key, tensor in listed.items() if tensor.dim() > 1}
+
+
+def tensors(weights: dict, form: str) -> dict:
+    """The weights in one form."""
     import torch
 
-    weights = {name: tensor.detach().float() for name, tensor in module.state_dict().items() if tensor.dim() > 1}
     if form in ("bf16", "fp32"):
         dtype = torch.bfloat16 if form == "bf16" else torch.float32
         return {name: weight.to(dtype).contiguous().clone() for name, weight in weights.items()}
@@ -62,6 +78,25 @@ def tensors(module, form: str) -> dict:
             values[weight.abs() <= weight.abs().flatten().kthvalue(int(0.8 * weight.numel())).values] = 0
         rounded[name] = values.to(torch.int8).contiguous()
     return rounded
+
+
+def huffman_bytes(weights: dict) -> float | None:
+    """Bytes of all tensors in Huffman codes of their own, without these; None for floats."""
+    import heapq
+
+    import numpy as np
+
+    total = 0
+    for weight in weights.values():
+        if weight.dtype.is_floating_point:
+            return None
+        nodes = np.unique(weight.numpy(), return_counts=True)[1].tolist()
+        heapq.heapify(nodes)
+        while len(nodes) > 1:
+            joined = heapq.heappop(nodes) + heapq.heappop(nodes)
+            total += joined
+            heapq.heappush(nodes, joined)
+    return total / 8
 
 
 def entropy_bytes(weights: dict) -> float | None:
@@ -118,20 +153,44 @@ class Xz:
         return lzma.decompress(small.read_bytes())
 
 
+class Nncodec:
+    """nncodec in an environment of its own, by `benchmarks/nncodec_coder.py`."""
+
+    def __init__(self, python: str) -> None:
+        script = Path(__file__).with_name("nncodec_coder.py")
+        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def _ask(self, *words: str) -> None:
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+        if self.process.stdout.readline() != "\n":
+            raise SystemExit("nncodec failed; its error is above")
+
+    def there(self, file: Path, folder: Path) -> Path:
+        self._ask("encode", str(file), str(folder / "net.nnc"))
+        return folder / "net.nnc"
+
+    def back(self, small: Path, folder: Path) -> bytes:
+        self._ask("decode", str(small), str(folder / "back.nncodec"))
+        return (folder / "back.nncodec").read_bytes()
+
+
 TOOLS = {"penjing": Penjing(), "zstd -19": Zstd(), "xz -9": Xz()}
 
 
-def measured(name: str, form: str, repeats: int, folder: Path) -> list[dict]:
+def measured(name: str, weights: dict, form: str, repeats: int, folder: Path) -> list[dict]:
     """A row for every tool."""
     from safetensors.torch import save_file
 
-    weights = tensors(network(name), form)
+    floats = form in ("bf16", "fp32")
+    weights = tensors(weights, form)
     file = folder / "weights.safetensors"
     save_file(weights, file)
-    times = {tool: ([], []) for tool in TOOLS}
+    contestants = [tool for tool in TOOLS if not (floats and tool == "nncodec")]
+    times = {tool: ([], []) for tool in contestants}
     sizes = {}
     for repeat in range(repeats):
-        for tool in list(TOOLS)[:: 1 if repeat % 2 == 0 else -1]:
+        for tool in contestants[:: 1 if repeat % 2 == 0 else -1]:
             start = time.perf_counter()
             small = TOOLS[tool].there(file, folder)
             middle = time.perf_counter()
@@ -141,12 +200,13 @@ def measured(name: str, form: str, repeats: int, folder: Path) -> list[dict]:
             sizes[tool] = small.stat().st_size
             if content != file.read_bytes():
                 raise SystemExit(f"{tool} does not give back the weights of {name}, {form}")
-    entropy = entropy_bytes(weights)
+    entropy, huffman = entropy_bytes(weights), huffman_bytes(weights)
     return [
         {
             "network": name, "form": form, "tool": tool, "file_bytes": file.stat().st_size,
             "values": sum(weight.numel() for weight in weights.values()), "bytes": sizes[tool],
-            "entropy_bytes": entropy, "pack_s": statistics.median(there), "unpack_s": statistics.median(back),
+            "entropy_bytes": entropy, "huffman_bytes": huffman,
+            "pack_s": statistics.median(there), "unpack_s": statistics.median(back),
         }
         for tool, (there, back) in times.items()
     ]  # fmt: skip
@@ -157,23 +217,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--nncodec-python", help="Python of an environment with nncodec")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/packing.json")
     arguments = parser.parse_args()
     import numpy as np
 
     from penjing.measure import machine, versions
-    from penjing.numerics import entropy
+    from penjing.numerics import entropy, scaled_integers
 
-    entropy.decode_integers(entropy.encode_integers(np.arange(5), 5), 5, 5)  # compiles the loops
+    if arguments.nncodec_python:
+        TOOLS["nncodec"] = Nncodec(arguments.nncodec_python)
+    scaled_integers.decode(scaled_integers.encode(np.arange(5), 5), 5, 5)  # compiles the loops
     entropy.decode_floats(entropy.encode_floats(np.arange(5), 5, 8, 7), 5, 5, 8, 7)
     rows = []
     titles = f"{'bytes':>12}{'share':>8}{'× entropy':>11}{'pack s':>9}{'unpack s':>9}"
     print(f"{'network':<10}{'form':<18}{'tool':<10}{titles}")
     for name in arguments.only:
-        for form in FORMS:
+        weights = state(name)
+        for form in FORMS if name != "smollm2" else FORMS[-2:]:
             with tempfile.TemporaryDirectory() as folder:
-                rows += measured(name, form, arguments.repeats, Path(folder))
-            for row in rows[-len(TOOLS) :]:
+                listed = measured(name, weights, form, arguments.repeats, Path(folder))
+            rows += listed
+            for row in listed:
                 over = f"{row['bytes'] / row['entropy_bytes']:.3f}" if row["entropy_bytes"] else ""
                 print(
                     f"{row['network']:<10}{row['form']:<18}{row['tool']:<10}{row['bytes']:>12,}"

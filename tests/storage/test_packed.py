@@ -125,6 +125,25 @@ def test_integers_take_less_than_with_a_general_compressor(tmp_path, scale, shar
     assert done.size_bytes < share * len(lzma.compress((tmp_path / "net.safetensors").read_bytes(), preset=9))
 
 
+def packed_share(folder, tensor):
+    """Bytes of the packed tensor by those of the tensor."""
+    save_file({"a": tensor}, folder / "net.safetensors")
+    ((_, _, before, after),) = assert_returns(folder / "net.safetensors", folder).tensors
+    return after / before
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.34), (torch.float16, 0.43)])
+def test_floats_that_were_of_a_shorter_type_take_no_more_than_in_it(tmp_path, dtype, share):
+    assert packed_share(tmp_path, torch.randn(300, 400).to(dtype).float()) < share
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_were_of_4_bits_take_what_a_general_compressor_takes(tmp_path, dtype):
+    blocks = torch.randn(2000, 1) * torch.randint(-8, 8, (2000, 32)) + torch.randn(2000, 1)  # a step for every 32
+    plain = lzma.compress(blocks.to(dtype).view(torch.uint8).numpy().tobytes())
+    assert packed_share(tmp_path, blocks.to(dtype).reshape(500, -1)) < len(plain) / (64000 * dtype.itemsize)
+
+
 def test_large_tensors_come_in_chunks_that_are_read_alone(tmp_path, monkeypatch):
     save_file({"a": torch.randn(300, 70), "b": torch.randn(10)}, tmp_path / "net.safetensors")
     monkeypatch.setattr("penjing.storage.chunks.VALUES", 1000)

@@ -7,7 +7,6 @@ decoding much slower.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
 TOTAL_BITS = 15  # of a probability
@@ -15,28 +14,8 @@ TOTAL = 1 << TOTAL_BITS
 FINE_BITS = 8  # by which a probability is held more exactly than it is used
 LOWEST = 1 << 16  # of the coder's state between two symbols
 CONTEXTS = 32
-SIZES = np.array([0, 1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129], np.int64)
-"""Symbol → the smallest magnitude of an integer that it stands for."""
-BITS = np.array([0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 31], np.int64)
-"""Symbol → how many bits tell which of its magnitudes it is."""
-SYMBOLS = np.searchsorted(SIZES, np.arange(130), side="right") - 1
 SCALES = np.clip(np.round(np.log2(np.arange(4096) / 16 + 0.06) * 2.5 + 10), 0, CONTEXTS - 1).astype(np.int64)
 """Sixteen times an expected magnitude → its context."""
-
-
-def _expected() -> npt.NDArray[np.int32]:
-    """The probabilities that a context begins with: a Laplace distribution of the magnitude that it expects."""
-    mean = 2 ** ((np.arange(CONTEXTS)[:, None] - 10) / 2.5)
-    decay = (np.sqrt(1 + mean**2) - 1) / mean  # of the two-sided geometric distribution
-    beyond = np.where(SIZES[1:] > 0, 2 / (1 + decay) * decay ** SIZES[None, 1:], 0)  # at least such a magnitude
-    least = 32 / TOTAL * np.arange(1, 16) / 16
-    table = np.zeros((CONTEXTS, 17))
-    table[:, 1:16] = (1 - beyond) * (1 - 32 / TOTAL) + least
-    table[:, 16] = 1
-    return np.round(table * (TOTAL << FINE_BITS)).astype(np.int32)
-
-
-EXPECTED = _expected()
 ZERO, FAR = 15, 14  # symbols of floats: positive zero, and an exponent far below the largest
 
 
@@ -82,119 +61,6 @@ def scale_of(row, column, last, first):  # type: ignore[no-untyped-def]
     """The context, from sixteen times the mean magnitudes of the row, the column and the latest values."""
     expected = (3 * row + last) >> 2 if first else (3 * row + 3 * column + 2 * last) >> 3
     return SCALES[min(expected, 4095)]
-
-
-@njit(nogil=True, cache=True)
-def integers(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain):  # type: ignore[no-untyped-def]
-    """Symbols of integers as parts of the probabilities, and their plain bits; the number of each."""
-    table, seen = EXPECTED.copy(), np.full(CONTEXTS, 6, np.int32)
-    fine, fine_seen = fresh(16)
-    above = np.zeros(columns, np.int64)
-    held, length, used, k = np.uint64(0), np.uint64(0), 0, 0
-    row = last = np.int64(128)
-    for i in range(len(values)):
-        column, first = i % columns, i < columns
-        value = values[i]
-        size = abs(value)
-        context = scale_of(row, above[column], last, first)
-        symbol = SYMBOLS[min(size, 129)]
-        starts[k], sizes[k] = part_of(table, context, symbol)
-        k += 1
-        adapt(table, seen, context, symbol)
-        if symbol > 4:
-            more, bits = size - SIZES[symbol], BITS[symbol]
-            if bits < 31:
-                over = max(bits - 4, 0)
-                part = more >> over
-                starts[k], sizes[k] = part_of(fine, symbol, part)
-                k += 1
-                adapt(fine, fine_seen, symbol, part)
-                bits, more = over, more & ((1 << over) - 1)
-            held |= np.uint64(more) << length
-            length += np.uint64(bits)
-            while length >= np.uint64(8):
-                plain[used] = held & np.uint64(255)
-                held >>= np.uint64(8)
-                length -= np.uint64(8)
-                used += 1
-        if size:
-            held |= np.uint64(value < 0) << length
-            length += np.uint64(1)
-            if length == np.uint64(8):
-                plain[used] = held
-                held, length = np.uint64(0), np.uint64(0)
-                used += 1
-        size <<= 4
-        row += (size - row) >> 5
-        last += (size - last) >> 1
-        above[column] += size if first else (size - above[column]) >> 4
-    if length:
-        plain[used] = held
-        used += 1
-    return k, used
-
-
-@njit(nogil=True, cache=True)
-def integers_back(state, words, plain, columns, exponent_bits, mantissa_bits, values):  # type: ignore[no-untyped-def]
-    """Fill `values`; False where the coded values end too early or too late."""
-    table, seen = EXPECTED.copy(), np.full(CONTEXTS, 6, np.int32)
-    fine, fine_seen = fresh(16)
-    above = np.zeros(columns, np.int64)
-    held, length, used, word = np.uint64(0), np.uint64(0), 0, 0
-    row = last = np.int64(128)
-    for i in range(len(values)):
-        column, first = i % columns, i < columns
-        context = scale_of(row, above[column], last, first)
-        slot = state & (TOTAL - 1)
-        symbol = symbol_at(table, context, slot)
-        start, share = part_of(table, context, symbol)
-        state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
-        if state < LOWEST:
-            if word >= len(words):
-                return False
-            state = (state << 16) | np.int64(words[word])
-            word += 1
-        adapt(table, seen, context, symbol)
-        size = SIZES[symbol]
-        if symbol > 4:
-            bits, part = BITS[symbol], np.int64(0)
-            if bits < 31:
-                slot = state & (TOTAL - 1)
-                part = np.int64(symbol_at(fine, symbol, slot))
-                start, share = part_of(fine, symbol, part)
-                state = np.int64(share) * (state >> TOTAL_BITS) + slot - start
-                if state < LOWEST:
-                    if word >= len(words):
-                        return False
-                    state = (state << 16) | np.int64(words[word])
-                    word += 1
-                adapt(fine, fine_seen, symbol, part)
-                bits = max(bits - 4, 0)
-            while length < np.uint64(bits):
-                if used >= len(plain):
-                    return False
-                held |= np.uint64(plain[used]) << length
-                length += np.uint64(8)
-                used += 1
-            size += (part << bits) + np.int64(held & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1)))
-            held >>= np.uint64(bits)
-            length -= np.uint64(bits)
-        values[i] = size
-        if size:
-            if length == np.uint64(0):
-                if used >= len(plain):
-                    return False
-                held, length = np.uint64(plain[used]), np.uint64(8)
-                used += 1
-            if held & np.uint64(1):
-                values[i] = -size
-            held >>= np.uint64(1)
-            length -= np.uint64(1)
-        size <<= 4
-        row += (size - row) >> 5
-        last += (size - last) >> 1
-        above[column] += size if first else (size - above[column]) >> 4
-    return word == len(words) and used == len(plain) and state == LOWEST
 
 
 @njit(nogil=True, cache=True)

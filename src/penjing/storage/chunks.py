@@ -17,6 +17,7 @@ _FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}
 """Number type → bits of the exponent and of the mantissa."""
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _PALETTE = 256  # different values, at most
+_WINDOW = 64  # values among which a value returns
 _HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 """How bytes are compressed, without a container."""
@@ -40,7 +41,9 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
         if len(palette) <= _PALETTE and len(palette := np.unique(patterns)) <= min(_PALETTE, len(patterns) // 4):
             candidates.append(("palette", _palette(patterns, palette, columns, width)))
         else:
-            candidates.append(("floats", _floats(content, dtype, columns)))
+            candidates.append(("floats", _floats(patterns, dtype, columns)))
+            if _repeats(patterns):
+                candidates.append(("words", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype))))
     else:
         candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=XZ)))
     return min(candidates, key=lambda c: len(c[1]))
@@ -91,14 +94,36 @@ def _unpacked(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
     return halves if dtype == "u4" else halves - 16 * (halves > 7)
 
 
-def _floats(content: Bytes, dtype: str, columns: int) -> bytes:
-    patterns = _patterns(content, dtype)
-    return _joined(entropy.encode_floats(patterns, min(columns, len(patterns)), *_FLOATS[dtype]))
+def _floats(patterns: npt.NDArray[np.int64], dtype: str, columns: int) -> bytes:
+    """The number of lowest bits that no value uses, as in floats that were of a shorter type, then the values."""
+    exponent, mantissa = _FLOATS[dtype]
+    used = int(np.bitwise_or.reduce(patterns))
+    unused = min((used & -used).bit_length() - 1, mantissa) if used else mantissa
+    coded = entropy.encode_floats(patterns >> unused, min(columns, len(patterns)), exponent, mantissa - unused)
+    return bytes([unused]) + _joined(coded)
 
 
 def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
-    count = size * 8 // BITS[dtype]
-    return _written(entropy.decode_floats(_split(coded), count, min(columns, count), *_FLOATS[dtype]), dtype)
+    exponent, mantissa = _FLOATS[dtype]
+    count, unused = size * 8 // BITS[dtype], int.from_bytes(coded[:1])
+    if unused > mantissa:
+        raise ValueError("more unused bits than there are")
+    patterns = entropy.decode_floats(_split(coded, 1), count, min(columns, count), exponent, mantissa - unused)
+    return _written(patterns << unused, dtype)
+
+
+def _repeats(patterns: npt.NDArray[np.int64]) -> bool:
+    """Whether values other than 0 often return within a few, as those of weights that were of 4 bits do."""
+    windows = patterns[: len(patterns) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
+    windows = np.sort(windows[:: max(1, len(windows) // 512)], axis=1)
+    again = (windows[:, 1:] == windows[:, :-1]) & (windows[:, 1:] != 0)
+    return bool(windows.size and again.mean() > 0.25)
+
+
+def _words(dtype: str) -> list[dict[str, int]]:
+    """LZMA2's settings for words of this size."""
+    bits = BITS[dtype].bit_length() - 4
+    return [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": bits, "pb": bits}]
 
 
 def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], columns: int, width: int) -> bytes:
@@ -147,8 +172,16 @@ def _split(coded: bytes, start: int = 0) -> entropy.Coded:
 
 
 def _xz_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    return _unpressed(coded, XZ, size)
+
+
+def _words_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    return _unpressed(coded, _words(dtype), size)
+
+
+def _unpressed(coded: bytes, filters: list[dict[str, int]], size: int) -> bytes:
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=XZ).decompress(coded, size)
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(coded, size)
     except lzma.LZMAError as error:
         raise ValueError(f"damaged bytes: {error}") from None
 
@@ -159,6 +192,7 @@ _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
     "floats": _floats_back,
     "palette": _palette_back,
     "xz": _xz_back,
+    "words": _words_back,
 }
 
 
