@@ -54,7 +54,7 @@ def encoded(source: str, out: str) -> None:
 def decoded(source: str, out: str) -> None:
     """Write the file that `encoded` read."""
     with open(source, "rb") as file, contextlib.redirect_stdout(io.StringIO()):
-        tensors = decode(file.read())
+        tensors = decode(bytearray(file.read()))
     with open(source + ".header", "rb") as file:
         header = file.read()
     entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
