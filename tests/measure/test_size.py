@@ -1,11 +1,10 @@
 import hashlib
-import lzma
 
 import numpy as np
 import pytest
 
 from penjing.errors import ArtifactError
-from penjing.measure.size import packed_bytes, sha256, size_bytes
+from penjing.measure.size import sha256, size_bytes
 from tests.raises import raises_case
 
 
@@ -29,19 +28,11 @@ def test_hash_is_of_the_whole_file(folder):
         assert sha256(folder / name) == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
-def test_packed_size_is_that_of_xz_files(folder):
-    paths = [folder / "model.bin", folder / "model.xml"]
-    expected = sum(len(lzma.compress(path.read_bytes(), preset=6)) for path in paths)
-    assert packed_bytes(paths) == expected
-    assert packed_bytes(paths) < size_bytes(folder, ["model.bin", "model.xml"]) / 2  # five values fit in 2.4 bits
-
-
 @pytest.mark.parametrize("name", ["gone.bin", "."])
 def test_missing_file_is_named(folder, name):
     for call in (
         lambda: size_bytes(folder, [name]),
         lambda: sha256(folder / name),
-        lambda: packed_bytes([folder / name]),
     ):
         with raises_case(ArtifactError, "missing") as caught:
             call()

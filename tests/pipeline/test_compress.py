@@ -10,7 +10,15 @@ import torch
 
 import penjing as pj
 from penjing import records, runtimes
-from penjing.errors import CalibrationError, OutputError, RecipeError, TaskError, TrainingError, UsageError
+from penjing.errors import (
+    CalibrationError,
+    MissingDependency,
+    OutputError,
+    RecipeError,
+    TaskError,
+    TrainingError,
+    UsageError,
+)
 from penjing.records.folder import ARTIFACT, CANDIDATES
 from penjing.records.manifest import read_manifest
 from penjing.report import verdict
@@ -244,6 +252,12 @@ class TestRefusals:
         bare = pj.Task(example=task.example)
         error = self.refusal(tmp_path, TaskError, "no-metric", digits_source, bare, "drop<=1%, minimize size_bytes")
         assert "evaluate" in error.remedy
+
+    @pytest.mark.parametrize("goal", ["minimize packed_bytes", "minimize latency_ms, packed_bytes<=1MB"])
+    def test_a_goal_on_the_packed_size_where_nothing_packs(self, tmp_path, digits_source, task, goal, monkeypatch):
+        monkeypatch.setattr("penjing.numerics.compiled.available", lambda: False)
+        error = self.refusal(tmp_path, MissingDependency, "not-installed", digits_source, task, goal)
+        assert "penjing[pack]" in error.remedy
 
     @pytest.mark.parametrize("example", [(torch.ones(2, 4), True), ([torch.ones(2, 4)],), {"x": torch.ones(2), "k": 3}])
     def test_inputs_that_are_no_tensors(self, tmp_path, example):

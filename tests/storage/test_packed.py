@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("numba")
 from penjing import cli
 from penjing.errors import ArtifactError, OutputError
 from penjing.records.folder import ARTIFACT
+from penjing.records.manifest import read_manifest
 from penjing.storage import chunks, packed
 from penjing.storage.packed_file import LENGTH, TAIL
 from tests.raises import raises_case
@@ -108,6 +110,19 @@ def test_a_run_gives_its_artifact_and_the_command_says_what_it_takes(tmp_path, c
     assert cli.main(["unpack", str(out), "-o", str(tmp_path / "back")]) == 0
     for file in (digits_run.folder / ARTIFACT).iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_packed_size_of_a_record_is_that_of_the_packed_files(tmp_path, digits_run):
+    folder = digits_run.folder / ARTIFACT
+    names = read_manifest(folder).files()
+    (tmp_path / "program").mkdir()
+    for name in names:
+        shutil.copy(folder / name, tmp_path / "program" / name)
+    size = packed.pack(tmp_path / "program", tmp_path / "program.pj").size_bytes
+    assert digits_run.record.artifact.packed_bytes == packed.packed_bytes(folder, names) == size
+    with raises_case(ArtifactError, "missing") as refusal:
+        packed.packed_bytes(folder, ["gone.bin"])
+    assert "gone.bin" in refusal.value.got
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -222,6 +222,11 @@ def needs_metric(goal: Goal) -> bool:
     return any(map(of_the_metric, (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))))
 
 
+def needs_packing(goal: Goal) -> bool:
+    """Whether judging this goal needs the packed size."""
+    return "packed_bytes" in (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))
+
+
 def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
     """Whether a candidate is within every limit and has the objective's figure, and the reason in words.
 

@@ -8,7 +8,7 @@ from penjing.measure.latency import Target, Timing, compare, ratio
 from penjing.measure.machine import check_threads, machine, versions
 from penjing.measure.memory import peak_memory_bytes, reset_peak, rss_bytes
 from penjing.measure.parity import parity
-from penjing.measure.size import packed_bytes, sha256, size_bytes
+from penjing.measure.size import sha256, size_bytes
 
 __all__ = [
     "IDENTICAL_DB",
@@ -23,7 +23,6 @@ __all__ = [
     "differences",
     "limits",
     "machine",
-    "packed_bytes",
     "parity",
     "peak_memory_bytes",
     "ratio",

@@ -1,15 +1,12 @@
-"""File sizes, raw and losslessly compressed, and file hashes."""
+"""File sizes and hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import lzma
 from collections.abc import Iterable
 from pathlib import Path
 
 from penjing.errors import ArtifactError
-
-_CHUNK = 1 << 20  # bytes read at a time: memory does not grow with the file
 
 
 def size_bytes(folder: Path | str, files: Iterable[str]) -> int:
@@ -29,24 +26,6 @@ def sha256(path: Path | str) -> str:
     """
     with open(_present(Path(path)), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def packed_bytes(paths: Iterable[Path | str]) -> int:
-    """Total size in bytes of files, each compressed losslessly by xz (LZMA2, preset 6).
-
-    An estimate of the size of a download with a general-purpose compressor; a format for weights can be smaller.
-
-    Raises:
-        ArtifactError: A file is missing.
-    """
-    total = 0
-    for path in dict.fromkeys(Path(p) for p in paths):
-        compressor = lzma.LZMACompressor(preset=6)
-        with open(_present(path), "rb") as file:
-            while chunk := file.read(_CHUNK):
-                total += len(compressor.compress(chunk))
-        total += len(compressor.flush())
-    return total
 
 
 def _present(path: Path) -> Path:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from penjing.errors import MissingDependency
+
+
+def available() -> bool:
+    """Whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
 
 
 def loops(module: str) -> Any:
@@ -26,4 +32,4 @@ def loops(module: str) -> Any:
         ) from None
 
 
-__all__ = ["loops"]
+__all__ = ["available", "loops"]

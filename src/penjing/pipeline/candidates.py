@@ -10,6 +10,7 @@ from typing import Any
 
 from penjing import measure, runtimes
 from penjing.errors import PenjingError, TaskError
+from penjing.numerics import compiled
 from penjing.pipeline import building, drafts, evidence
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
@@ -25,6 +26,7 @@ from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
+from penjing.storage.packed import packed_bytes
 from penjing.tasks.witness import Witness
 
 
@@ -180,11 +182,11 @@ def rejected(run: Run, draft: Draft, manifest: Manifest, folder: Path, parity: S
         return located(rejection, parity, draft, run.task, folder, manifest, run.threads)
 
 
-def _packed(run: Run, folder: Path, manifest: Manifest) -> int:
-    total = 0
-    for name in manifest.files():
-        key = measure.sha256(folder / name)
-        if key not in run.packed:
-            run.packed[key] = measure.packed_bytes([folder / name])
-        total += run.packed[key]
-    return total
+def _packed(run: Run, folder: Path, manifest: Manifest) -> int | None:
+    """Bytes of the artifact's files as one packed file; None where the coder's loops can't be compiled."""
+    if not compiled.available():
+        return None
+    key = "".join(measure.sha256(folder / name) for name in sorted(set(manifest.files())))
+    if key not in run.packed:
+        run.packed[key] = packed_bytes(folder, manifest.files())
+    return run.packed[key]

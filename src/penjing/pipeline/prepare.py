@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from penjing import measure, records
 from penjing.analyze.cost import cost
 from penjing.measure import time_limits
+from penjing.numerics import compiled
 from penjing.pipeline import evidence, questions, reference
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import Applied
@@ -28,6 +32,7 @@ from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
 from penjing.records.manifest import Manifest, read_manifest
 from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
+from penjing.storage.packed import packed_bytes
 from penjing.tasks import finite
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task, agreement_task
@@ -192,12 +197,15 @@ def store_source(run: Run) -> tuple[Manifest, Any]:
 
 
 def source_figures(run: Run) -> tuple[Measured, tuple[LayerRow, ...]]:
-    """Size, parameters and MACs of the source; its size is that of its weights and buffers alone."""
+    """Size, parameters and MACs of the source; its sizes are those of its weights and buffers alone."""
     rows = cost(run.network, run.task.call())
     state = run.network.state_dict().values()
     packed = run.folder.read_state("packed-source")
-    if packed is None:
-        packed = measure.packed_bytes([run.folder.path / SOURCE / "model.pt2"])
+    if packed is None and compiled.available():
+        with tempfile.TemporaryDirectory() as folder:
+            weights = {name: tensor.detach().contiguous().clone() for name, tensor in run.network.state_dict().items()}
+            save_file(weights, f"{folder}/{WEIGHTS_FILE}")
+            packed = packed_bytes(Path(folder), [WEIGHTS_FILE])
         run.folder.write_state("packed-source", packed)
     figures = Measured(
         size_bytes=sum(t.numel() * t.element_size() for t in state),

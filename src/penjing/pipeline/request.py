@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from penjing.distill import Student, TeacherCache
 from penjing.distill.stored import CachedTeacher
 from penjing.distill.teaching import opened
-from penjing.errors import OutputError, TaskError, UsageError
-from penjing.goals.goal import Goal, needs_metric
+from penjing.errors import MissingDependency, OutputError, TaskError, UsageError
+from penjing.goals.goal import Goal, needs_metric, needs_packing
 from penjing.network import weights
 from penjing.network.graph import sites
+from penjing.numerics import compiled
 from penjing.pipeline import intact
 from penjing.pipeline.reference import Original
 from penjing.pipeline.rehearsal import rehearse
@@ -39,7 +40,20 @@ BEYOND_ONE = 1.5  # a metric above it is not a fraction
 
 
 def check_goal(goal: Goal, task: Task) -> None:
-    """Raise TaskError where a goal speaks of a metric that nothing can give."""
+    """Refuse a goal on a figure that nothing can give here.
+
+    Raises:
+        TaskError: It speaks of a metric, and the task has none.
+        MissingDependency: It speaks of the packed size, and nothing packs.
+    """
+    if needs_packing(goal) and not compiled.available():
+        raise MissingDependency(
+            "the goal names the packed size, and packing needs compiled loops",
+            code="not-installed",
+            got="numba is not installed",
+            expected="numba",
+            remedy="pip install 'penjing[pack]', or leave packed_bytes out of the goal",
+        )
     if task.evaluate is None and task.calibration is None and needs_metric(goal):
         raise TaskError(
             "the goal names the metric, and the task has none",

@@ -46,7 +46,7 @@ class Run:
         start: The draft that the steps begin with, where it is more than the source: with a plan and edits.
         cache: Statistics that steps share.
         drafts: What each step made, or how it failed, by where it ran, its position and its branch.
-        packed: Bytes of compressed files, by the hash of what they hold.
+        packed: Bytes of packed artifacts, by the hashes of their files.
         costs: Of all stages, those before an interruption among them.
         trainings: Those that came to their end.
     """

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,26 @@ def pack(source: Path | str, out: Path | str, *, threads: int | None = None, for
         finally:
             Path(aside).unlink(missing_ok=True)
     return contents(out)
+
+
+def packed_bytes(folder: Path, names: Sequence[str]) -> int:
+    """Size in bytes of these files, packed as one.
+
+    Raises:
+        ArtifactError: A file is missing.
+        MissingDependency: numba is not installed.
+    """
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ArtifactError(
+            "a file of the artifact is missing",
+            code="missing",
+            got=f"no file at {folder / missing[0]}",
+            expected="every file that the artifact's manifest names",
+            remedy="copy the whole folder, or build the artifact again",
+        )
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        _write(file, folder, sorted(set(names)), pool)
+        return file.tell()
 
 
 def files(source: Path) -> tuple[Path, list[str]]:
@@ -270,4 +290,4 @@ def _array(data: bytes, tensor: Region) -> npt.NDArray[Any]:
     return (halves if tensor.dtype == "u4" else signed).reshape(tensor.shape)
 
 
-__all__ = ["Packed", "contents", "pack", "read", "unpack"]
+__all__ = ["Packed", "contents", "pack", "packed_bytes", "read", "unpack"]
