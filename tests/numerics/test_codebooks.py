@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from penjing.numerics.codebooks import kmeans, nearest
+from penjing.numerics.codebooks import GRIDS, kmeans, nearest, placed
 
 
 def error(values, weights, entries):
@@ -56,3 +56,33 @@ def test_few_distinct_values_are_the_entries():
     values = torch.tensor([3.0, -1.0, 3.0, 0.5])
     assert kmeans(values, None, 8).tolist() == [-1.0, 0.5, 3.0]
     assert nearest(torch.tensor([-9.0, 0.6, 2.9]), torch.tensor([-1.0, 0.5, 3.0])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_grid_is_symmetric_holds_zero_and_takes_its_bits(grid, bits):
+    torch.manual_seed(0)
+    entries = placed(torch.randn(5000).double(), None, grid, bits)
+    assert 2 < len(entries) <= 2**bits and 0.0 in entries.tolist()
+    torch.testing.assert_close(entries, -entries.flip(0))
+
+
+def test_the_steps_are_those_of_the_grid():
+    torch.manual_seed(0)
+    values = torch.randn(5000).double() ** 3
+    positive = {grid: (e := placed(values, None, grid, 4))[e > 0] for grid in GRIDS}
+    assert positive["uniform"].diff().unique().numel() <= 2 or positive["uniform"].diff().std() < 1e-12
+    torch.testing.assert_close(positive["powers_of_two"][1:], 2 * positive["powers_of_two"][:-1])
+    steps = positive["piecewise"].diff()
+    assert steps[0] < 0.5 * steps[-1] and torch.allclose(steps[0], steps[1]) and torch.allclose(steps[-1], steps[-2])
+    errors = {grid: error(values, torch.ones(5000).double(), placed(values, None, grid, 4)) for grid in GRIDS}
+    assert errors["piecewise"] < 0.8 * errors["uniform"]
+    assert error(values, torch.ones(5000).double(), kmeans(values, None, 15)) < min(errors.values())
+
+
+def test_the_scale_follows_the_weights():
+    values = torch.cat([torch.linspace(-1, 1, 200), torch.tensor([20.0])])
+    weights = torch.ones(201)
+    assert placed(values, weights, "uniform", 4).max() > 15
+    weights[-1] = 1e-6
+    assert placed(values, weights, "uniform", 4).max() < 6

@@ -137,6 +137,22 @@ def test_training_moves_entries_and_keeps_who_shares_them(draft, scope, settings
         assert torch.equal(after.network.get_parameter(name) == 0, shared.network.get_parameter(name) == 0)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("scope", ["tensor", "channels"])
+def test_training_scales_a_grid_as_a_whole(draft, scope, optimizer):
+    shared = run(share.Codebook(bits=3, grid="powers_of_two", scope=scope, rows=8), draft)
+    after = trained(shared, optimizer=optimizer)
+    for name in ("conv.weight", "head.weight"):
+        before, now = (d.network.get_parameter(name).detach().split(8) for d in (shared, after))
+        for old, new in zip(before, now, strict=True) if scope == "channels" else [(before[0], now[0])]:
+            ratio = (new / old)[old != 0]
+            assert ratio[0] != 1
+            torch.testing.assert_close(ratio, ratio[0].expand_as(ratio))
+            exponents = new[new != 0].abs().log2()
+            torch.testing.assert_close(exponents - exponents[0], (exponents - exponents[0]).round(), atol=1e-4, rtol=0)
+    assert not same(shared.network, after.network)
+
+
 def test_an_entry_moves_by_the_mean_of_its_weights_gradients(draft):
     shared = run(share.Codebook(bits=2, layers=("head",)), draft)
     x, y = TASK.train[0]
@@ -189,6 +205,9 @@ def test_what_can_not_be_shared_is_refused(draft):
     for field, value in {"entries": 1, "bits": 9, "rows": 0, "scope": "layer", "samples": 0}.items():
         with raises_setting(field):
             share.Codebook(**{field: value})
+    for settings in ({"bits": 7}, {"bits": {"conv": 4, "linear": 1}}, {"entries": 9}):
+        with raises_case(RecipeError, "contradiction"):
+            share.Codebook(grid="uniform", **settings)
     for bits in ({}, {"norm": 4}, {"conv": 0}, {"conv": True}):
         with raises_setting("bits"):
             share.Codebook(bits=bits)

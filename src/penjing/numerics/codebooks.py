@@ -3,6 +3,10 @@
 Weighted k-means in one dimension: MacQueen, 1967; started linearly as in Han et al., "Deep Compression", ICLR 2016, and
 from the exact solution on bins by dynamic programming (Wang & Song, "Ckmeans.1d.dp", The R Journal 2011); the better of
 the two is taken.
+
+Grids: powers of two: Zhou et al., "Incremental Network Quantization", ICLR 2017; sums of powers of two: Li et al.,
+"Additive Powers-of-Two Quantization", ICLR 2020; piecewise, with smaller steps in the middle than in the tails: Fang et
+al., "Post-Training Piecewise Linear Quantization for Deep Neural Networks", ECCV 2020.
 """
 
 from __future__ import annotations
@@ -13,8 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from penjing.steps.plan import magnitudes
+
 BINS = 1024  # of the exact solution: its cost is entries · bins²
 ITERATIONS = 200  # of Lloyd's algorithm, which usually stands still much earlier
+GRIDS = ("uniform", "powers_of_two", "additive_powers_of_two", "piecewise")
+SCALES = 80  # that are tried up to the largest magnitude
 _NOTHING = 1e-30  # weight of a bin without values
 
 
@@ -121,6 +129,45 @@ def _optimal(line: _Line, entries: int) -> torch.Tensor:
     return means
 
 
+def placed(values: torch.Tensor, weights: torch.Tensor | None, grid: str, bits: int) -> torch.Tensor:
+    """The entries of a grid whose scale (and whose breakpoint) minimize Σ w·(v − nearest entry)²; they are symmetric.
+
+    Args:
+        values: (n,), finite.
+        weights: (n,), at least 0; None weights all values alike.
+        grid: One of `GRIDS`.
+        bits: 2 to 6, with the sign. One of the entries is 0.
+
+    Returns:
+        (entries,), ascending, in the dtype of the values; at most 2 to the power of `bits`.
+
+    >>> placed(torch.tensor([-4.0, -1.0, 0.5, 2.0]), None, "powers_of_two", 4).tolist()
+    [-4.0, -2.0, -1.0, -0.5, -0.25, -0.125, -0.0625, 0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0]
+    """
+    line = _Line.of(values.detach().double(), None if weights is None else weights.detach().double())
+    largest = float(line.places.abs().max())
+    shapes = _shapes(grid, bits)
+    candidates = (shape * (largest * step / SCALES) for shape in shapes for step in range(SCALES // 4, SCALES + 1))
+    return min(candidates, key=line.error).to(values.dtype)
+
+
+def _shapes(grid: str, bits: int) -> list[torch.Tensor]:
+    """The entries of a grid for a largest magnitude of 1; of a piecewise grid for several breakpoints."""
+    half = 1 << (bits - 1)
+    if grid == "piecewise":
+        positive = []
+        for part in range(2, 12):
+            inner = torch.linspace(0, part / 16, half - half // 2 + 1, dtype=torch.float64)
+            outer = torch.linspace(part / 16, 1, half // 2, dtype=torch.float64)
+            positive.append(torch.unique(torch.cat([inner[:-1], outer])))
+    elif grid == "uniform":
+        positive = [torch.linspace(0, 1, half, dtype=torch.float64)]
+    else:
+        whole = torch.tensor(magnitudes(grid, bits - 1), dtype=torch.float64)
+        positive = [whole / whole[-1]]
+    return [torch.unique(torch.cat([-p, p])) for p in positive]
+
+
 def nearest(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     """The index of the nearest entry for every value, int64; ties go to the smaller entry.
 
@@ -153,4 +200,4 @@ class LookedUp:
         return self.entries[self.indices].reshape(self.shape)
 
 
-__all__ = ["LookedUp", "kmeans", "nearest"]
+__all__ = ["GRIDS", "LookedUp", "kmeans", "nearest", "placed"]

@@ -17,14 +17,15 @@ import torch
 from torch import fx
 
 from penjing.analyze.output_gradients import squared_gradients
-from penjing.errors import SharingError
-from penjing.numerics.codebooks import kmeans, nearest
+from penjing.errors import RecipeError, SharingError
+from penjing.numerics.codebooks import GRIDS, kmeans, nearest, placed
 from penjing.share.weights import KINDS, matrices
 from penjing.steps.draft import Draft
 from penjing.steps.settings import NAMES, Rule, check, one_of, optional, whole
 from penjing.steps.step import Context
 from penjing.surgery import mark_codebooks
 
+GRID_BITS = range(2, 7)
 MOST_BITS = 8  # an index is stored in a byte
 
 
@@ -57,6 +58,9 @@ class Codebook:
             calibration data without labels; "none" the same for all; "auto" is "outputs" where there is calibration
             data.
         samples: Calibration samples for the sensitivity.
+        grid: "kmeans" places every entry by itself; "uniform", "powers_of_two", "additive_powers_of_two" and
+            "piecewise" (smaller steps in the middle than in the tails) place a grid of 2 to the power of `bits`, by its
+            scale: 2 to 6 bits, one of whose entries is 0. Training scales a grid as a whole.
         layers: Layers, or parts of the network; empty takes all.
         keep: Layers, or parts of the network, that are left as they are.
     """
@@ -71,6 +75,7 @@ class Codebook:
     rows: int = 32
     sensitivity: Literal["auto", "outputs", "none"] = "auto"
     samples: int = 256
+    grid: str = "kmeans"
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
@@ -83,9 +88,20 @@ class Codebook:
             rows=whole(),
             sensitivity=one_of("auto", "outputs", "none"),
             samples=whole(),
+            grid=one_of("kmeans", *GRIDS),
             layers=NAMES,
             keep=NAMES,
         )
+        each = self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,)
+        if self.grid != "kmeans" and (self.entries is not None or not set(each) <= set(GRID_BITS)):
+            raise RecipeError(
+                "Codebook can't place this grid",
+                code="contradiction",
+                field="grid",
+                got=f"grid={self.grid!r}, bits={self.bits}, entries={self.entries}",
+                expected=f"{GRID_BITS[0]} to {GRID_BITS[-1]} bits, and no entries=",
+                remedy='grid="kmeans" takes any number of entries',
+            )
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft whose weights are values of codebooks.
@@ -104,8 +120,8 @@ class Codebook:
             tensors = [draft.network.get_parameter(name).detach() for name in names]
             scores = [weights[name] if weights else torch.ones_like(t) for name, t in zip(names, tensors, strict=True)]
             for part in zip(*(_blocks(t, rows) for t in (*tensors, *scores)), strict=True):
-                share(part[: len(names)], part[len(names) :], counts[names[0]])
-            edits.append(mark_codebooks(draft.network, names, rows=rows))
+                share(part[: len(names)], part[len(names) :], counts[names[0]], self.grid)
+            edits.append(mark_codebooks(draft.network, names, rows=rows, proportional=self.grid != "kmeans"))
         context.events("shared", step="Codebook", tensors=len(counts), codebooks=len(edits))
         return replace(draft, edits=(*draft.edits, *edits))
 
@@ -163,13 +179,16 @@ def _blocks(tensor: torch.Tensor, rows: int | None) -> tuple[torch.Tensor, ...]:
     return (tensor,) if rows is None else torch.split(tensor, rows)
 
 
-def share(weights: Sequence[torch.Tensor], sensitivities: Sequence[torch.Tensor], entries: int) -> None:
+def share(
+    weights: Sequence[torch.Tensor], sensitivities: Sequence[torch.Tensor], entries: int, grid: str = "kmeans"
+) -> None:
     """Give the weights the values of one codebook, in place; what is exactly 0 stays 0 and is no entry.
 
     Args:
         weights: Any shapes.
         sensitivities: What the squared error of each weight counts, in the same shapes.
         entries: Of the codebook. With zeros beside them 256 are one too many for a byte: 255 are taken.
+        grid: How entries are placed, see `Codebook`.
     """
     every = torch.cat([w.reshape(-1) for w in weights])
     zero = every == 0
@@ -177,7 +196,10 @@ def share(weights: Sequence[torch.Tensor], sensitivities: Sequence[torch.Tensor]
         return
     importance = torch.cat([s.reshape(-1) for s in sensitivities])
     most = min(entries, (1 << MOST_BITS) - bool(zero.any()))
-    book = kmeans(every[~zero], importance[~zero], most)
+    if grid == "kmeans":
+        book = kmeans(every[~zero], importance[~zero], most)
+    else:
+        book = placed(every[~zero], importance[~zero], grid, entries.bit_length() - 1)
     for weight in weights:
         weight.copy_(torch.where(weight == 0, weight, book[nearest(weight, book)]))
 

@@ -22,7 +22,12 @@ from penjing.surgery.sparse import freeze_zeros
 
 
 def mark_codebooks(
-    network: fx.GraphModule, tensors: Iterable[str], *, rows: int | None = None, dimension: int = 1
+    network: fx.GraphModule,
+    tensors: Iterable[str],
+    *,
+    rows: int | None = None,
+    dimension: int = 1,
+    proportional: bool = False,
 ) -> Edit:
     """The edit that marks these parameters as values of one codebook; the network is not changed.
 
@@ -31,6 +36,7 @@ def mark_codebooks(
         tensors: Their names. Those of one edit have one codebook in common.
         rows: Each part of so many positions of the first axis has a codebook of its own; None: all have one.
         dimension: Neighbouring values that are one entry together.
+        proportional: Training scales the entries of a codebook together: they are a grid.
 
     Raises:
         AttributeError: The network has no such parameter.
@@ -40,7 +46,7 @@ def mark_codebooks(
     for name in names:
         if network.get_parameter(name).numel() % dimension or (rows is not None and len(names) > 1):
             raise ValueError(f"{name} can't be cut into {dimension} values, or has parts of {rows} rows")
-    return {"edit": "codebook", "tensors": names, "rows": rows, "dimension": dimension}
+    return {"edit": "codebook", "tensors": names, "rows": rows, "dimension": dimension, "proportional": proportional}
 
 
 @dataclass
@@ -50,10 +56,12 @@ class Codebook:
     Attributes:
         entries: (entries, dimension), float32, as they stand in the tensors; all different.
         indices: Tensor → the index of each of its vectors, (vectors,), int64.
+        parts: (entries,), the number of the part of rows that an entry belongs to.
     """
 
     entries: torch.Tensor
     indices: dict[str, torch.Tensor]
+    parts: torch.Tensor
 
 
 def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
@@ -65,15 +73,17 @@ def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
     vectors = {name: _vectors(network.get_parameter(name).detach(), dimension) for name in mark["tensors"]}
     every = torch.cat(list(vectors.values()))
     _, inverse = torch.unique(_pattern(every), return_inverse=True)
+    part = torch.zeros_like(inverse)
     if mark["rows"] is not None:
         (name,) = vectors
-        part = torch.arange(len(network.get_parameter(name)), device=inverse.device) // int(mark["rows"])
-        inverse += part.repeat_interleave(len(inverse) // len(part)) * (int(inverse.max()) + 1)
-        _, inverse = torch.unique(inverse, return_inverse=True)
+        rows = torch.arange(len(network.get_parameter(name)), device=inverse.device) // int(mark["rows"])
+        part = rows.repeat_interleave(len(inverse) // len(rows))
+        _, inverse = torch.unique(inverse + part * (int(inverse.max()) + 1), return_inverse=True)
     count = int(inverse.max()) + 1
     entries = every.new_empty(count, dimension).index_copy_(0, inverse, every)
-    parts = inverse.split([len(v) for v in vectors.values()])
-    return Codebook(entries, dict(zip(vectors, parts, strict=True)))
+    indices = inverse.split([len(v) for v in vectors.values()])
+    parts = torch.zeros(count, dtype=torch.int64, device=inverse.device).index_copy_(0, inverse, part)
+    return Codebook(entries, dict(zip(vectors, indices, strict=True)), parts)
 
 
 def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
@@ -146,6 +156,8 @@ class _Shared:
         count = len(book.entries)
         self.counts = torch.bincount(every, minlength=count)
         self.zero = book.entries == 0
+        self.parts = book.parts
+        self.grid = book.entries.double() if mark["proportional"] else None
         # The first vector of every entry stands for all: tensor by tensor, its positions and the entries there.
         places = torch.arange(len(every), device=every.device)
         first = torch.full((count,), len(every), device=every.device).scatter_reduce_(0, every, places, "amin")
@@ -175,8 +187,17 @@ class _Shared:
         with torch.no_grad():
             for name, (here, positions) in self.first.items():
                 entries[here] = _vectors(parameters[name], self.dimension)[positions]
+            if self.grid is not None:
+                entries = self._on_grid(self.grid, entries)
             for name, indices in self.indices.items():
                 parameters[name].copy_(entries[indices].reshape(parameters[name].shape))
+
+    def _on_grid(self, grid: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """The nearest multiple of each part's grid, with the weights of an entry counted."""
+        both = torch.stack([(grid * entries.double()).sum(1), grid.square().sum(1)], 1) * self.counts[:, None]
+        sums = both.new_zeros(int(self.parts.max()) + 1, 2).index_add_(0, self.parts, both)
+        scale = sums[:, 0] / sums[:, 1].clamp(min=1e-300)
+        return (grid * scale[self.parts][:, None]).to(entries.dtype)
 
 
 __all__ = ["Codebook", "Kept", "looked_up", "mark_codebooks", "read_codebook"]

@@ -26,7 +26,7 @@ from penjing.surgery.ties import tie
 _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "build": lambda network, edit: build(edit),
     "codebook": lambda network, edit: mark_codebooks(
-        network, edit["tensors"], rows=edit["rows"], dimension=edit["dimension"]
+        network, edit["tensors"], **{word: edit[word] for word in ("rows", "dimension", "proportional")}
     ),
     "divide_inputs": lambda network, edit: divide_inputs(network, edit["layers"]),
     "factorize": lambda network, edit: factorize(network, edit["layer"], edit["form"], edit["ranks"]),
