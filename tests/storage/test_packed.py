@@ -5,6 +5,7 @@ import json
 import lzma
 import random
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from penjing import cli
 from penjing.errors import ArtifactError, OutputError
 from penjing.records.folder import ARTIFACT
 from penjing.records.manifest import read_manifest
+from penjing.report.numbers import figure
 from penjing.storage import chunks, packed
 from penjing.storage.packed_file import LENGTH, TAIL
 from tests.raises import raises_case
@@ -110,6 +112,21 @@ def test_a_run_gives_its_artifact_and_the_command_says_what_it_takes(tmp_path, c
     assert cli.main(["unpack", str(out), "-o", str(tmp_path / "back")]) == 0
     for file in (digits_run.folder / ARTIFACT).iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_picture_shows_every_tensor_before_and_after(tmp_path, capsys):
+    every_type(tmp_path)
+    picture = tmp_path / "bytes.svg"
+    source, out = tmp_path / "weights.safetensors", tmp_path / "net.pj"
+    assert cli.main(["pack", str(source), "-o", str(out), "--picture", str(picture)]) == 0
+    text = picture.read_text()
+    ElementTree.fromstring(text)
+    done = packed.contents(out)
+    assert all(f">{name}<" in text for name, _, _, _ in done.tensors)
+    (after,) = [after for name, _, _, after in done.tensors if name == "bfloat16"]
+    assert f"bf16: 6.12 kB → 3.06 kB → {figure(after, 'bytes')}" in text
+    assert cli.main(["pack", str(source), "-o", str(out), "--force", "--picture", str(tmp_path)]) == 1
+    assert "folder" in capsys.readouterr().err
 
 
 def test_the_packed_size_of_a_record_is_that_of_the_packed_files(tmp_path, digits_run):

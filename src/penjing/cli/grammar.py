@@ -202,6 +202,7 @@ def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
+    command.add_argument("--picture", metavar="FILE.svg", help="write an image of what every tensor takes")
 
 
 def _unpack(command: argparse.ArgumentParser) -> None:

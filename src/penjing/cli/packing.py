@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 from penjing.cli.console import Terminal
+from penjing.records.files import write_text
+from penjing.records.folder import check_writable
+from penjing.report import packed_bars
 from penjing.report.numbers import figure
 
 _SHOWN = 12  # tensors, unless --all
@@ -17,8 +21,14 @@ def pack(parsed: argparse.Namespace, messages: Terminal) -> int:
     from rich.table import Table
 
     from penjing.storage import packed
+    from penjing.storage.regions import BITS
 
+    if parsed.picture:
+        check_writable(Path(parsed.picture))
     done = packed.pack(parsed.source, parsed.out, threads=parsed.threads, force=parsed.force)
+    if parsed.picture:
+        rows = [(name, kind, before * 32 // BITS[kind], before, after) for name, kind, before, after in done.tensors]
+        write_text(Path(parsed.picture), packed_bars.picture(rows, f"Bytes of the tensors of {done.path.name}"))
     if parsed.json:
         data = dataclasses.asdict(done) | {"path": str(done.path), "unpacked_bytes": done.unpacked_bytes}
         print(json.dumps(data, indent=2))
