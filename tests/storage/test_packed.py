@@ -1,10 +1,12 @@
 """Packed files: equal to the bit when unpacked, smaller than what a general compressor writes, and safe to open."""
 
 import hashlib
+import itertools
 import json
 import lzma
 import random
 import shutil
+import zlib
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,7 +23,7 @@ from penjing.records.folder import ARTIFACT
 from penjing.records.manifest import read_manifest
 from penjing.report.numbers import figure
 from penjing.storage import chunks, packed
-from penjing.storage.packed_file import LENGTH, TAIL
+from penjing.storage.packed_file import LENGTH, MAGIC, TAIL
 from tests.raises import raises_case
 
 RANDOM = np.random.default_rng(0)
@@ -210,18 +212,27 @@ def test_mutated_files_are_refused_and_nothing_is_written(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
 
 
+def contents_of(data):
+    """The contents of a packed file, and the bytes that follow them."""
+    place, length, _, _ = TAIL.unpack(data[-TAIL.size :])
+    plain = lzma.decompress(data[place : place + length], lzma.FORMAT_RAW, filters=chunks.XZ)
+    end = LENGTH.size + LENGTH.unpack_from(plain)[0]
+    return json.loads(plain[LENGTH.size : end]), plain[end:]
+
+
+def with_contents(chunk_bytes, contents, rest):
+    """A packed file with these contents, and hashes that are right."""
+    text = json.dumps(contents).encode()
+    coded = lzma.compress(LENGTH.pack(len(text)) + text + rest, lzma.FORMAT_RAW, filters=chunks.XZ)
+    return chunk_bytes + coded + TAIL.pack(len(chunk_bytes), len(coded), hashlib.sha256(coded).digest(), MAGIC)
+
+
 def rewritten(path, change):
     """A packed file whose contents were changed, with hashes that are right."""
     data = path.read_bytes()
-    place, length, _, magic = TAIL.unpack(data[-TAIL.size :])
-    plain = lzma.decompress(data[place : place + length], lzma.FORMAT_RAW, filters=chunks.XZ)
-    end = LENGTH.size + LENGTH.unpack_from(plain)[0]
-    contents = json.loads(plain[LENGTH.size : end])
+    contents, rest = contents_of(data)
     change(contents)
-    text = json.dumps(contents).encode()
-    coded = lzma.compress(LENGTH.pack(len(text)) + text + plain[end:], lzma.FORMAT_RAW, filters=chunks.XZ)
-    tail = TAIL.pack(place, len(coded), hashlib.sha256(coded).digest(), magic)
-    path.write_bytes(data[:place] + coded + tail)
+    path.write_bytes(with_contents(data[: TAIL.unpack(data[-TAIL.size :])[0]], contents, rest))
 
 
 def of_chunk(key, value, chunk=1):
@@ -255,6 +266,53 @@ HOSTILE = {
     "no chunks": lambda c: c.pop("chunks"),
     "another hash": lambda c: c["files"][0].update(sha256="0" * 64),
 }
+
+
+STRANGE = [0, -1, 1, 3, 2**31, 2**63, 2**70, 1.5, None, "i4", [2], []]
+
+
+def altered_behind_checksums(chance, data, contents):
+    """A packed file with a few bytes of a chunk or numbers of the contents altered, and checksums that are right."""
+    place = TAIL.unpack(data[-TAIL.size :])[0]
+    chunk_bytes, contents = bytearray(data[:place]), json.loads(json.dumps(contents))
+    columns = contents["chunks"]
+    if chance.random() < 0.7:
+        for _ in range(chance.choice([1, 1, 2, 8])):
+            chunk_bytes[chance.randrange(8, place)] = chance.randrange(256)
+        ends = np.cumsum([8, *columns["length"]])
+        columns["checksum"] = [zlib.crc32(chunk_bytes[a:b]) for a, b in itertools.pairwise(ends.tolist())]
+    else:
+        lists = [*columns.values(), *contents["files"][0].values()]
+        numbers = [column for column in lists if isinstance(column, list) and column]
+        column = chance.choice(numbers)
+        column[chance.randrange(len(column))] = chance.choice(
+            [0, -1, 1, 3, 2**31, 2**63, 2**70, 1.5, None, "i4", [2], []]
+        )
+    return bytes(chunk_bytes), contents
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutations_behind_right_checksums_are_refused(tmp_path, count):
+    (tmp_path / "net").mkdir()
+    tensors = every_type(tmp_path / "net")
+    for name in ("int8", "uint8", "pruned"):  # rows and columns of different scales
+        scales = torch.exp(torch.randn(60, 1)) * torch.exp(torch.randn(70))
+        tensors[f"scaled {name}"] = (torch.randn(60, 70) * scales * 9).clamp(-127, 127).to(torch.int8)
+    save_file(tensors, tmp_path / "net" / "weights.safetensors")
+    data = packed.pack(tmp_path / "net", tmp_path / "net.pj").path.read_bytes()
+    contents, rest = contents_of(data)
+    chance = random.Random(0)
+    for _ in range(count):
+        chunk_bytes, changed = altered_behind_checksums(chance, data, contents)
+        (tmp_path / "bad.pj").write_bytes(with_contents(chunk_bytes, changed, rest))
+        try:
+            packed.unpack(tmp_path / "bad.pj", tmp_path / "out")
+        except ArtifactError as error:
+            assert error.code == "unreadable"
+            assert not (tmp_path / "out").exists()
+            continue
+        assert changed == contents or chunk_bytes == data[: len(chunk_bytes)]  # nothing that matters was altered
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
