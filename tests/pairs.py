@@ -47,6 +47,8 @@ TECHNIQUES = {
     "prune.Gradual": ("zeros", prune.Gradual(step=prune.Magnitude(sparsity=0.5), finetune=SHORT)),
     "share.Layers": ("channels", share.Layers(of="blocks", every=2)),
     "share.Codebook": ("codebooks", share.Codebook(bits=4)),
+    "share.ProductCodebook": ("codebooks", share.ProductCodebook(dimension=4, bits=4)),
+    "share.ProductCodebook, two levels": ("codebooks", share.ProductCodebook(dimension=4, bits=3, levels=2)),
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
     "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),
     "quantize.SplitOutliers": ("equalization", quantize.SplitOutliers(most=0.1)),

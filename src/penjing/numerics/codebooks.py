@@ -179,25 +179,39 @@ def nearest(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class LookedUp:
-    """A tensor as values of a codebook.
+class Table:
+    """A codebook and its indices.
 
     Attributes:
         entries: (entries, dimension), float32.
         indices: (rows, vectors of a row), the index of every vector among all entries.
-        starts: (rows,), the first entry of each row's codebook; with one codebook they are 0.
-        shape: Of the tensor.
+        starts: (rows,), the first entry of each row's codebook; None with one codebook.
     """
 
     entries: npt.NDArray[np.float32]
     indices: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A tensor as values of a codebook, or as the sum of such values.
+
+    Attributes:
+        tables: One, or several that are added up.
+        shape: Of the tensor.
+    """
+
+    tables: tuple[Table, ...]
     shape: tuple[int, ...]
 
     @property
     def values(self) -> npt.NDArray[np.float32]:
         """The tensor."""
-        return self.entries[self.indices].reshape(self.shape)
+        first, *others = (table.entries[table.indices].reshape(self.shape) for table in self.tables)
+        for other in others:
+            first = first + other
+        return first
 
 
-__all__ = ["GRIDS", "LookedUp", "kmeans", "nearest", "placed"]
+__all__ = ["GRIDS", "LookedUp", "Table", "kmeans", "nearest", "placed"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from penjing.numerics.codebooks import LookedUp
+from penjing.numerics.codebooks import LookedUp, Table
 
 _SCALED = 1e-5  # relative; a weight and its batch norm's scale are multiplied in 32 bits
 
@@ -68,26 +68,33 @@ class _Part:
     """What stands for one tensor: initializers and nodes, whose last one writes the tensor's name."""
 
     def __init__(self, name: str, known: LookedUp, scale: npt.NDArray[np.float32]) -> None:
-        from onnx import TensorProto
-
         self.name = name
         self.stored: list[Any] = []
         self.nodes: list[Any] = []
-        several = bool(known.starts.any())
-        inside = known.indices - known.starts[:, None]
-        width = np.uint8 if inside.max() < 1 << 8 else np.uint16
-        entries = known.entries if known.entries.shape[1] > 1 else known.entries[:, 0]
-        index = self._node("Cast", [self._store("indices", inside.astype(width))], "numbers", to=TensorProto.INT32)
-        if several:
-            starts = self._store("starts", known.starts[:, None].astype(np.int32))
-            index = self._node("Add", [index, starts], "places")
-        looked = self._node("Gather", [self._store("entries", entries), index], "values", axis=0)
+        looked = self._table(known.tables[0], "")
+        for number, table in enumerate(known.tables[1:], 2):
+            looked = self._node("Add", [looked, self._table(table, f"_{number}")], f"sum_{number}")
         shape = self._store("shape", np.array(known.shape, np.int64))
         if not scale.size:
             self._node("Reshape", [looked, shape], None)
             return
         shaped = self._node("Reshape", [looked, shape], "shaped")
         self._node("Mul", [shaped, self._store("scale", scale)], None)
+
+    def _table(self, table: Table, number: str) -> str:
+        """What looks up the values of one table, and its output's name."""
+        from onnx import TensorProto
+
+        starts = None if table.starts is None or not table.starts.any() else table.starts[:, None]
+        inside = table.indices if starts is None else table.indices - starts
+        width = np.uint8 if inside.max() < 1 << 8 else np.uint16
+        stored = self._store(f"indices{number}", inside.astype(width))
+        index = self._node("Cast", [stored], f"numbers{number}", to=TensorProto.INT32)
+        if starts is not None:
+            first = self._store(f"starts{number}", starts.astype(np.int32))
+            index = self._node("Add", [index, first], f"places{number}")
+        entries = table.entries if table.entries.shape[1] > 1 else table.entries[:, 0]
+        return self._node("Gather", [self._store(f"entries{number}", entries), index], f"values{number}", axis=0)
 
     @property
     def size_bytes(self) -> int:

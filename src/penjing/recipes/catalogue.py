@@ -29,6 +29,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "prune.Regularized": prune.Regularized,
     "share.Codebook": share.Codebook,
     "share.Layers": share.Layers,
+    "share.ProductCodebook": share.ProductCodebook,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,

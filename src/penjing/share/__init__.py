@@ -2,5 +2,6 @@
 
 from penjing.share.codebook import Codebook
 from penjing.share.layers import Layers
+from penjing.share.product import ProductCodebook
 
-__all__ = ["Codebook", "Layers"]
+__all__ = ["Codebook", "Layers", "ProductCodebook"]

@@ -36,7 +36,7 @@ class Draft:
     @property
     def codebooks(self) -> tuple[Edit, ...]:
         """The entries of the log that mark parameters as values of a codebook; training keeps them so."""
-        return tuple(edit for edit in self.edits if edit.get("edit") == "codebook")
+        return tuple(edit for edit in self.edits if edit.get("edit") in ("codebook", "residual_codebook"))
 
     def copy(self) -> Draft:
         """Return a draft whose network can be edited without affecting this one."""

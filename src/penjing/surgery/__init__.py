@@ -9,7 +9,8 @@ another's, and unused operators are removed), ``sparse`` (tensors whose zeros ar
 channels of linear layers are divided by a vector, and their weights multiplied by it), ``unfold_attention`` (an
 attention becomes its operators), ``unfold_silu`` and ``unfold_hardswish`` (the function becomes its gate and a
 product), ``own_weights`` (a layer that computes its weight from tied tensors gets a separate copy), ``tie`` (several
-parameters become one), ``codebook`` (tensors that share the entries of a codebook; the network is unchanged).
+parameters become one), ``codebook`` (tensors that share the entries of a codebook; the network is
+unchanged), ``residual_codebook`` (a tensor that is a sum of entries, which stand in a buffer).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -22,6 +23,7 @@ from penjing.surgery.freezing import freeze
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import own_weights
 from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
+from penjing.surgery.residual_codebooks import store_residual
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import unfold_self_gates
@@ -50,6 +52,7 @@ __all__ = [
     "resize",
     "skip",
     "split_outliers",
+    "store_residual",
     "tie",
     "unfold_attentions",
     "unfold_self_gates",

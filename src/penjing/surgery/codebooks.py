@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from penjing.numerics.codebooks import LookedUp
+from penjing.numerics.codebooks import LookedUp, Table
 from penjing.steps.draft import Edit
+from penjing.surgery.patterns import as_vectors, pattern
+from penjing.surgery.residual_codebooks import ResidualShared, looked_up_sum
 from penjing.surgery.sparse import freeze_zeros
 
 
@@ -70,9 +72,9 @@ def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
     With parts of rows it has the entries of all parts, part by part.
     """
     dimension = int(mark["dimension"])
-    vectors = {name: _vectors(network.get_parameter(name).detach(), dimension) for name in mark["tensors"]}
+    vectors = {name: as_vectors(network.get_parameter(name).detach(), dimension) for name in mark["tensors"]}
     every = torch.cat(list(vectors.values()))
-    _, inverse = torch.unique(_pattern(every), return_inverse=True)
+    _, inverse = torch.unique(pattern(every), return_inverse=True)
     part = torch.zeros_like(inverse)
     if mark["rows"] is not None:
         (name,) = vectors
@@ -90,6 +92,9 @@ def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
     """Parameter → its entries and indices, for all parameters of these marks."""
     tensors: dict[str, LookedUp] = {}
     for mark in marks:
+        if mark["edit"] == "residual_codebook":
+            tensors[mark["tensor"]] = looked_up_sum(network, mark)
+            continue
         book = read_codebook(network, mark)
         for name, indices in book.indices.items():
             shape = tuple(network.get_parameter(name).shape)
@@ -97,24 +102,9 @@ def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
             parts = torch.split(each, int(mark["rows"] or 1))
             starts = torch.cat([part.min().expand(len(part)) for part in parts])
             used, inside = torch.unique(each, return_inverse=True)
-            tensors[name] = LookedUp(
-                book.entries[used].cpu().numpy(), inside.cpu().numpy(), torch.searchsorted(used, starts).numpy(), shape
-            )
+            first = torch.searchsorted(used, starts).cpu().numpy()
+            tensors[name] = LookedUp((Table(book.entries[used].cpu().numpy(), inside.cpu().numpy(), first),), shape)
     return tensors
-
-
-def _vectors(weight: torch.Tensor, dimension: int) -> torch.Tensor:
-    """Neighbouring values together, (vectors, dimension); −0 as 0."""
-    return weight.reshape(-1, dimension) + 0.0
-
-
-def _pattern(vectors: torch.Tensor) -> torch.Tensor:
-    """A number for the bits of every vector, (vectors,), int64: of one value in its order, of several a hash."""
-    bits = vectors.float().contiguous().view(torch.int32).long()
-    key = bits[:, 0] ^ ((bits[:, 0] >> 31) & 0x7FFFFFFF)
-    for column in range(1, bits.shape[1]):
-        key = (key ^ (key >> 29)) * -7046029254386353131 + bits[:, column]
-    return key
 
 
 class Kept:
@@ -122,16 +112,19 @@ class Kept:
 
     Args:
         zeros: Parameters in which what is exactly 0 stays 0.
-        codebooks: Edits of `mark_codebooks`. A zero of these parameters stays 0, too.
+        codebooks: Edits of `mark_codebooks` and `store_residual`. A zero of these parameters stays 0, too.
     """
 
     def __init__(self, zeros: Sequence[str] = (), codebooks: Sequence[Edit] = ()) -> None:
         self.zeros, self.marks = tuple(zeros), tuple(codebooks)
-        self._shared: list[_Shared] = []
+        self._shared: list[_Shared | ResidualShared] = []
 
     def begin(self, network: nn.Module) -> None:
         """Read which weights share an entry, before the first step."""
-        self._shared = [_Shared(network, mark) for mark in self.marks]
+        self._shared = [
+            ResidualShared(network, mark) if mark["edit"] == "residual_codebook" else _Shared(network, mark)
+            for mark in self.marks
+        ]
 
     def gradients(self, network: nn.Module) -> None:
         """Change the gradients in place, between the backward pass and the update."""
@@ -173,7 +166,7 @@ class _Shared:
             gradient = network.get_parameter(name).grad
             if gradient is None:
                 continue
-            for column, values in enumerate(_vectors(gradient, self.dimension).unbind(1)):
+            for column, values in enumerate(as_vectors(gradient, self.dimension).unbind(1)):
                 sums[:, column] += torch.bincount(indices, values.double(), minlength=len(sums))
         means = (sums / self.counts[:, None]).masked_fill_(self.zero, 0.0)
         for name, indices in self.indices.items():
@@ -186,7 +179,7 @@ class _Shared:
         entries = next(iter(parameters.values())).new_zeros(len(self.counts), self.dimension)
         with torch.no_grad():
             for name, (here, positions) in self.first.items():
-                entries[here] = _vectors(parameters[name], self.dimension)[positions]
+                entries[here] = as_vectors(parameters[name], self.dimension)[positions]
             if self.grid is not None:
                 entries = self._on_grid(self.grid, entries)
             for name, indices in self.indices.items():
