@@ -5,14 +5,15 @@ output channel, the largest magnitude exact), 8 bits with the smallest 80 % of e
 float32. Two blocks of SmolLM2-135M, whose weights have been of 4 bits, as bfloat16 and float32. Every form is one
 .safetensors file, which all contestants get; 4-bit values take a byte each in it, as they do in memory. `entropy` is
 that of every tensor's own distribution, which a coder without contexts can't go below; `huffman` is a Huffman code of
-every tensor without its table. For floats they are not told. nncodec codes integers without loss, and the header that
-the file needs is not counted for it. Seconds are those of the whole command or call on a warm file: median of the
-repeats, interleaved; nncodec runs in a process that has been started before.
+every tensor without its table. For floats they are not told. nncodec and the library constriction code integers alone;
+the header that the file needs is not counted for nncodec. Seconds are those of the whole command or call on a warm
+file: median of the repeats, interleaved; nncodec runs in a process that has been started before.
 
     python benchmarks/packing.py [--repeats 3] [--only resnet20] [--nncodec-python PATH]
 """
 
 import argparse
+import importlib.util
 import json
 import lzma
 import shutil
@@ -153,6 +154,51 @@ class Xz:
         return lzma.decompress(small.read_bytes())
 
 
+class Constriction:
+    """The library constriction: range asymmetric numeral systems, a table of frequencies for every tensor."""
+
+    def there(self, file: Path, folder: Path) -> Path:
+        import constriction
+        import numpy as np
+        from safetensors.numpy import load_file
+
+        coded = []
+        for tensor in load_file(file).values():
+            symbols = tensor.reshape(-1).astype(np.int32) + 128
+            counts = np.bincount(symbols, minlength=256).astype(np.uint32)
+            coder = constriction.stream.stack.AnsCoder()
+            coder.encode_reverse(symbols, self._model(counts))
+            words = coder.get_compressed()
+            coded.append(lzma.compress(counts.tobytes()) + len(words).to_bytes(4, "little") + words.tobytes())
+        small, header = folder / "net.ans", file.read_bytes()
+        small.write_bytes(header[: 8 + int.from_bytes(header[:8], "little")] + b"".join(coded))
+        return small
+
+    def back(self, small: Path, folder: Path) -> bytes:
+        import constriction
+        import numpy as np
+
+        content = small.read_bytes()
+        place = 8 + int.from_bytes(content[:8], "little")
+        tensors = json.loads(content[8:place])
+        header, parts = content[:place], []
+        for entry in sorted(tensors.values(), key=lambda entry: entry["data_offsets"]):
+            unpacker = lzma.LZMADecompressor()
+            counts = np.frombuffer(unpacker.decompress(content[place:]), np.uint32)
+            rest = unpacker.unused_data
+            length = int.from_bytes(rest[:4], "little")
+            coder = constriction.stream.stack.AnsCoder(np.frombuffer(rest, np.uint32, length, 4))
+            first, last = entry["data_offsets"]
+            parts.append((coder.decode(self._model(counts), last - first) - 128).astype(np.int8).tobytes())
+            place = len(content) - len(rest) + 4 + 4 * length
+        return header + b"".join(parts)
+
+    def _model(self, counts):
+        import constriction
+
+        return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+
+
 class Nncodec:
     """nncodec in an environment of its own, by `benchmarks/nncodec_coder.py`."""
 
@@ -186,7 +232,7 @@ def measured(name: str, weights: dict, form: str, repeats: int, folder: Path) ->
     weights = tensors(weights, form)
     file = folder / "weights.safetensors"
     save_file(weights, file)
-    contestants = [tool for tool in TOOLS if not (floats and tool == "nncodec")]
+    contestants = [tool for tool in TOOLS if not (floats and tool in ("constriction", "nncodec"))]
     times = {tool: ([], []) for tool in contestants}
     sizes = {}
     for repeat in range(repeats):
@@ -225,6 +271,8 @@ def main() -> None:
     from penjing.measure import machine, versions
     from penjing.numerics import entropy, scaled_integers
 
+    if importlib.util.find_spec("constriction"):
+        TOOLS["constriction"] = Constriction()
     if arguments.nncodec_python:
         TOOLS["nncodec"] = Nncodec(arguments.nncodec_python)
     scaled_integers.decode(scaled_integers.encode(np.arange(5), 5), 5, 5)  # compiles the loops
