@@ -204,7 +204,14 @@ class Nncodec:
 
     def __init__(self, python: str) -> None:
         script = Path(__file__).with_name("nncodec_coder.py")
-        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.folder = tempfile.TemporaryDirectory()  # it writes a file of its own where it works
+        self.process = subprocess.Popen(
+            [Path(python).absolute(), script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self.folder.name,
+        )
 
     def _ask(self, *words: str) -> None:
         self.process.stdin.write(json.dumps(words) + "\n")

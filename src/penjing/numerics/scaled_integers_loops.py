@@ -138,7 +138,10 @@ def backwards(parts, count, states, words):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def restore(states, words, row_class, column_class, lag, low, size, prior, strength, zero_priors, bounds, values):  # type: ignore[no-untyped-def]
-    """Fill `values`; False where the words end too early or too late. The states are used up."""
+    """Fill `values`; False where the words end too early or too late. The states are used up.
+
+    Places are unsigned, so that no code is there for places counted from the end.
+    """
     lanes, columns, count = len(states), len(column_class), len(values)
     rows = len(row_class)
     lane_rows = -(-rows // lanes)
@@ -147,7 +150,9 @@ def restore(states, words, row_class, column_class, lag, low, size, prior, stren
     counts, totals, due = np.zeros((tables, size), np.int32), np.zeros(tables, np.int64), np.zeros(tables, np.int64)
     ends, coarse = np.zeros((tables, size + 1), np.int32), np.zeros((tables, 1 << COARSE_BITS), np.uint8)
     refresh_due(prior, levels, strength, zero_priors, counts, totals, due, -low, ends, coarse)
-    step, update, word = 0, 32, 0
+    flat_coarse, flat_ends, flat_counts = coarse.reshape(-1), ends.reshape(-1), counts.reshape(-1)
+    step, update, word = 0, 32, np.uint64(0)
+    word_count = np.uint64(len(words))
     for r in range(lane_rows):
         for c in range(columns):
             for lane in range(lanes):
@@ -155,32 +160,38 @@ def restore(states, words, row_class, column_class, lag, low, size, prior, stren
                 i = row * columns + c
                 if i >= count or row >= rows:
                     continue
-                table = row_class[row] + column_class[c]
+                table = row_class[np.uint64(row)] + column_class[np.uint64(c)]
                 near = 0
                 if lag:
-                    near = values[i - 1] if c else 0
+                    near = values[np.uint64(i - 1)] if c else 0
                     if lag > 1 and c >= lag:
-                        near += values[i - lag]
+                        near += values[np.uint64(i - lag)]
                     far = abs(near)
-                    at = table
-                    table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1])
-                    table += far > bounds[at, 2]
-                state = states[lane]
+                    scale = table
+                    table = table * LEVELS + (far > 0) + (far > bounds[np.uint64(scale), 0])
+                    table += (far > bounds[np.uint64(scale), 1]) + (far > bounds[np.uint64(scale), 2])
+                state = states[np.uint64(lane)]
                 slot = state & (TOTAL - 1)
-                symbol = np.int64(coarse[table, slot >> (TOTAL_BITS - COARSE_BITS)])
-                while ends[table, symbol + 1] <= slot:
-                    symbol += 1
-                start = ends[table, symbol]
-                state = np.int64(ends[table, symbol + 1] - start) * (state >> TOTAL_BITS) + slot - start
+                at_coarse = np.uint64(table << COARSE_BITS | slot >> (TOTAL_BITS - COARSE_BITS))
+                at_table = np.uint64(table * (size + 1))
+                at = at_table + np.uint64(flat_coarse[at_coarse])
+                start = np.int64(flat_ends[at])
+                after = np.int64(flat_ends[at + np.uint64(1)])
+                while after <= slot:
+                    at += np.uint64(1)
+                    start = after
+                    after = np.int64(flat_ends[at + np.uint64(1)])
+                symbol = np.int64(at - at_table)
+                state = (after - start) * (state >> TOTAL_BITS) + slot - start
                 if state < LOWEST:
-                    if word >= len(words):
+                    if word >= word_count:
                         return False
                     state = (state << 32) | np.int64(words[word])
-                    word += 1
-                states[lane] = state
-                counts[table, symbol] += 1
-                totals[table] += 1
-                values[i] = -(symbol + low) if near < 0 else symbol + low
+                    word += np.uint64(1)
+                states[np.uint64(lane)] = state
+                flat_counts[np.uint64(table * size + symbol)] += 1
+                totals[np.uint64(table)] += 1
+                values[np.uint64(i)] = -(symbol + low) if near < 0 else symbol + low
             step += 1
             if step == update:
                 update += min(max(16, step >> 3), 4096)
@@ -188,7 +199,7 @@ def restore(states, words, row_class, column_class, lag, low, size, prior, stren
     for lane in range(lanes):
         if states[lane] != LOWEST:
             return False
-    return word == len(words)
+    return word == word_count
 
 
 @njit(nogil=True, cache=True)
