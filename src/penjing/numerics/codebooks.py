@@ -175,7 +175,7 @@ def nearest(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         values: Any shape.
         entries: (entries,), ascending.
     """
-    return torch.bucketize(values, ((entries[1:].double() + entries[:-1].double()) / 2).to(values.dtype))
+    return torch.bucketize(values.contiguous(), ((entries[1:].double() + entries[:-1].double()) / 2).to(values.dtype))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def matrices(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
         raise SharingError(
             "no layer is left whose weights can be shared",
             code="nothing-to-share",
-            got=f"{len(owners)} layers with matrices, all of them left out by layers= and keep=",
+            got=f"{len(owners)} layers with matrices, layers={layers}, keep={keep}",
             expected=f"at least one of the kinds {', '.join(KINDS)}",
         )
     return tensors
