@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 pytest.importorskip("numba")
 
 from penjing import cli
-from penjing.errors import ArtifactError, OutputError
+from penjing.errors import ArtifactError, CheckpointError, OutputError
 from penjing.records.folder import ARTIFACT
 from penjing.records.manifest import read_manifest
 from penjing.report.numbers import figure
-from penjing.storage import chunks, packed
+from penjing.storage import checkpoint, chunks, packed
 from penjing.storage.packed_file import LENGTH, MAGIC, TAIL
 from tests.raises import raises_case
 
@@ -64,6 +64,12 @@ def onnx_file(path):
     raw.append(TensorProto(name="odd", data_type=TensorProto.UINT4, dims=(3, 231), raw_data=half))
     graph = helper.make_graph([], "net", [], [], raw)
     path.write_bytes(helper.make_model(graph).SerializeToString())
+
+
+def assert_state_equal(network, other):
+    assert list(network.state_dict()) == list(other.state_dict())
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def assert_returns(source, folder):
@@ -114,6 +120,26 @@ def test_a_run_gives_its_artifact_and_the_command_says_what_it_takes(tmp_path, c
     assert cli.main(["unpack", str(out), "-o", str(tmp_path / "back")]) == 0
     for file in (digits_run.folder / ARTIFACT).iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_packed_checkpoint_is_loaded_equal_to_the_bit(tmp_path, digits_run, digits_source, digits_task):
+    out = tmp_path / "checkpoint.pj"
+    assert cli.main(["pack", str(digits_run.folder), "--checkpoint", "-o", str(out)]) == 0
+    assert set(packed.contents(out).files) == set(checkpoint.FILES)
+    whole = checkpoint.restore(digits_run.folder, digits_source, digits_task)
+    again = checkpoint.restore(out, digits_source, digits_task)
+    assert again.edits == whole.edits and again.plan == whole.plan
+    assert_state_equal(again.network, whole.network)
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path, capsys, digits_run, digits_source, digits_task):
+    artifact = packed.pack(digits_run.folder, tmp_path / "artifact.pj").path
+    with raises_case(CheckpointError, "incomplete") as refusal:
+        checkpoint.restore(artifact, digits_source, digits_task)
+    assert "--checkpoint" in refusal.value.remedy
+    assert cli.main(["pack", str(digits_run.folder / ARTIFACT), "--checkpoint", "-o", str(tmp_path / "no.pj")]) == 1
+    assert "edits.json" in capsys.readouterr().err
+    assert not (tmp_path / "no.pj").exists()
 
 
 def test_a_picture_shows_every_tensor_before_and_after(tmp_path, capsys):

@@ -202,6 +202,7 @@ def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
+    command.add_argument("--checkpoint", action="store_true", help="a run's trainable checkpoint, not its artifact")
     command.add_argument("--picture", metavar="FILE.svg", help="write an image of what every tensor takes")
 
 
@@ -276,7 +277,8 @@ _COMMANDS = (
     _Command(
         "pack",
         "One small file of an artifact's or a checkpoint's files, entropy-coded, equal to the bit when unpacked.",
-        "penjing pack runs/first -o first.pj",
+        "penjing pack runs/first -o first.pj\n"
+        "penjing pack runs/first --checkpoint -o checkpoint.pj --picture bytes.svg",
         _pack,
     ),
     _Command(

@@ -20,12 +20,13 @@ def pack(parsed: argparse.Namespace, messages: Terminal) -> int:
     """Write the packed file, and tell what the largest tensors take in it."""
     from rich.table import Table
 
-    from penjing.storage import packed
+    from penjing.storage import checkpoint, packed
     from penjing.storage.regions import BITS
 
     if parsed.picture:
         check_writable(Path(parsed.picture))
-    done = packed.pack(parsed.source, parsed.out, threads=parsed.threads, force=parsed.force)
+    only = checkpoint.FILES if parsed.checkpoint else ()
+    done = packed.pack(parsed.source, parsed.out, only=only, threads=parsed.threads, force=parsed.force)
     if parsed.picture:
         rows = [(name, kind, before * 32 // BITS[kind], before, after) for name, kind, before, after in done.tensors]
         write_text(Path(parsed.picture), packed_bars.picture(rows, f"Bytes of the tensors of {done.path.name}"))

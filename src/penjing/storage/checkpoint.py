@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ from penjing.records.files import umask, write_text
 from penjing.sources.source import in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.plan import Plan
+from penjing.storage import packed
 from penjing.surgery import replay
 from penjing.tasks.opening import as_task
 from penjing.tasks.task import Task
 
-EDITS, WEIGHTS, PLAN = "edits.json", "weights.safetensors", "plan.json"
+EDITS, WEIGHTS, PLAN = FILES = ("edits.json", "weights.safetensors", "plan.json")
 FORMAT = 1
 
 
@@ -62,18 +65,22 @@ def save(draft: Draft, folder: Path) -> None:
 def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     """Rebuild the draft that `save` wrote on a freshly captured `source`; its outputs are bit-identical.
 
+    Args:
+        folder: With the three files, or the packed file of a checkpoint.
+        source: A captured network.
+
     Raises:
         CheckpointError: A file is missing or damaged, or the source is a different network.
+        ArtifactError: The packed file is damaged.
+        MissingDependency: It is a packed file, and numba is not installed.
     """
     folder = Path(folder)
-    if missing := [name for name in (EDITS, WEIGHTS, PLAN) if not (folder / name).is_file()]:
-        raise CheckpointError(
-            "the checkpoint is incomplete",
-            code="incomplete",
-            got=f"no {', '.join(missing)} in {folder}",
-            expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
-            remedy="give the folder of a finished run",
-        )
+    if folder.is_file():
+        _check_complete(folder, packed.contents(folder).files, "pack it with `penjing pack RUN --checkpoint`")
+        with tempfile.TemporaryDirectory() as aside:
+            packed.unpack(folder, Path(aside, "checkpoint"))
+            return load(Path(aside, "checkpoint"), source)
+    _check_complete(folder, [f.name for f in folder.glob("*") if f.is_file()], "give the folder of a finished run")
     try:
         edits, ties = _read_log(folder)
         reading.safetensors_header(folder / WEIGHTS)
@@ -104,6 +111,17 @@ def load(folder: Path | str, source: fx.GraphModule) -> Draft:
     return Draft(network.eval(), plan, edits)
 
 
+def _check_complete(place: Path, names: Collection[str], remedy: str) -> None:
+    if missing := [name for name in FILES if name not in names]:
+        raise CheckpointError(
+            "the checkpoint is incomplete",
+            code="incomplete",
+            got=f"no {', '.join(missing)} in {place}",
+            expected=f"{EDITS}, {WEIGHTS} and {PLAN}",
+            remedy=remedy,
+        )
+
+
 def _read_log(folder: Path) -> tuple[tuple[Edit, ...], dict[str, str]]:
     log = reading.json_file(folder / EDITS, finite=False)
     if log["format"] > FORMAT:
@@ -125,7 +143,7 @@ def restore(folder: Path | str, model: str | Path | nn.Module | ExportedProgram,
     """Restore the draft of a run folder from the original model: the trainable network, its plan and its edits.
 
     Args:
-        folder: A run folder.
+        folder: A run folder, or the packed file of its checkpoint.
         model: The SOURCE of the run, or a model from the same factory, with any weights.
         task: The run's task; only its example and dynamic axes are used.
 

@@ -66,12 +66,20 @@ class Packed:
         return sum(self.files.values())
 
 
-def pack(source: Path | str, out: Path | str, *, threads: int | None = None, force: bool = False) -> Packed:
+def pack(
+    source: Path | str,
+    out: Path | str,
+    *,
+    only: Sequence[str] = (),
+    threads: int | None = None,
+    force: bool = False,
+) -> Packed:
     """Write the files of a network as one packed file.
 
     Args:
         source: A run folder (of which its artifact is packed), an artifact, a checkpoint, or one file.
         out: The file to write.
+        only: The names of the files of the folder `source` to pack; empty packs as said there.
         threads: None takes every core.
         force: Replace `out`.
 
@@ -81,7 +89,8 @@ def pack(source: Path | str, out: Path | str, *, threads: int | None = None, for
         MissingDependency: numba is not installed.
     """
     out = Path(out)
-    root, names = files(Path(source))
+    root, names = (Path(source), list(only)) if only else files(Path(source))
+    _check_present(root, names)
     check_writable(out)
     if out.exists() and not force:
         raise OutputError(
@@ -106,17 +115,21 @@ def packed_bytes(folder: Path, names: Sequence[str]) -> int:
         ArtifactError: A file is missing.
         MissingDependency: numba is not installed.
     """
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ArtifactError(
-            "a file of the artifact is missing",
-            code="missing",
-            got=f"no file at {folder / missing[0]}",
-            expected="every file that the artifact's manifest names",
-            remedy="copy the whole folder, or build the artifact again",
-        )
+    _check_present(folder, names)
     with tempfile.TemporaryFile() as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         _write(file, folder, sorted(set(names)), pool)
         return file.tell()
+
+
+def _check_present(folder: Path, names: Sequence[str]) -> None:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ArtifactError(
+            "a file of the network is missing",
+            code="missing",
+            got=f"no file at {folder / missing[0]}",
+            expected=", ".join(names),
+            remedy="copy the whole folder, or build it again",
+        )
 
 
 def files(source: Path) -> tuple[Path, list[str]]:
