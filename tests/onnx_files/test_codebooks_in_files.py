@@ -17,6 +17,7 @@ from penjing.steps.draft import Draft
 from penjing.steps.step import Context
 from penjing.surgery import looked_up
 from penjing.tasks.task import Task
+from tests import pairs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -76,6 +77,20 @@ def test_the_batch_norm_that_the_exporter_multiplies_in_stands_beside_the_codebo
     stored = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     assert list(stored["conv.weight_scale"].dims) == [32, 1, 1, 1]
     assert list(stored["conv.weight_entries"].dims) == [4]
+
+
+def test_matrices_that_the_exporter_transposes_are_looked_up_too(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 32)  # of three axes: a product, not a Gemm
+    task = Task(example=x[:2], calibration=[x])
+    draft = Draft(capture_network(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)), *task.call()))
+    for step in (share.Codebook(bits=4), share.ProductCodebook(dimension=2, bits=4, levels=2)):
+        shared = step(draft, Context(task=task))
+        folder = tmp_path / type(step).__name__
+        folder.mkdir()
+        assert pairs.parity_db(shared, task, folder) > 100
+        graph = onnx.load(str(folder / "model.onnx")).graph
+        assert {t.data_type for t in graph.initializer if len(t.raw_data) >= 32 * 48 / 2} == {onnx.TensorProto.UINT8}
 
 
 def test_the_runtime_looks_up_when_it_loads(draft, tmp_path):

@@ -200,10 +200,12 @@ class LookedUp:
     Attributes:
         tables: One, or several that are added up.
         shape: Of the tensor.
+        transposed: Where it is stored, it is so transposed.
     """
 
     tables: tuple[Table, ...]
     shape: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def values(self) -> npt.NDArray[np.float32]:

@@ -6,7 +6,8 @@ they compute with the same weights as from a file that holds them in full, and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,31 +15,48 @@ import numpy.typing as npt
 
 from penjing.numerics.codebooks import LookedUp, Table
 
+_AS_IT_IS = np.zeros(0, np.float32)  # by nothing
 _SCALED = 1e-5  # relative; a weight and its batch norm's scale are multiplied in 32 bits
 
 
 def look_up(model: Any, tensors: Mapping[str, LookedUp]) -> None:
     """Store these tensors of a model as entries and indices, in place, where that takes less than half of the bytes.
 
-    A tensor that is not found by its name and shape is left as it is. The exporter multiplies the weights of a
-    convolution by the scale of a batch norm behind it; such a scale is stored beside the codebook.
+    The exporter multiplies the weights of a convolution by the scale of a batch norm behind it; such a scale is stored
+    beside the codebook. Matrices that it has transposed are transposed when the file is loaded. A tensor that is found
+    neither by its name nor by its values is left as it is.
     """
     from onnx import numpy_helper
 
     graph = model.graph
     nodes: list[Any] = []
+    stored = {tensor.name for tensor in graph.initializer}
+    turned = [known for name, known in tensors.items() if name not in stored and len(known.shape) == 2]
     for tensor in list(graph.initializer):
         known = tensors.get(tensor.name)
-        if known is None or list(tensor.dims) != list(known.shape):
-            continue
-        scale = _scale(numpy_helper.to_array(tensor), known.values)
-        part = _Part(tensor.name, known, scale) if scale is not None else None
+        scale = None
+        if known is not None and tuple(tensor.dims) == known.shape:
+            scale = _scale(numpy_helper.to_array(tensor), known.values)
+        elif known is None and (known := _transposed(tensor, turned)) is not None:
+            scale = _AS_IT_IS
+        part = _Part(tensor.name, known, scale) if known is not None and scale is not None else None
         if part is not None and part.size_bytes < len(tensor.raw_data) / 2:
             graph.initializer.remove(tensor)
             graph.initializer.extend(part.stored)
             nodes += part.nodes
     for node in reversed(nodes):
         graph.node.insert(0, node)
+
+
+def _transposed(tensor: Any, turned: Sequence[LookedUp]) -> LookedUp | None:
+    """The codebook whose values, transposed, are this initializer's."""
+    from onnx import TensorProto, numpy_helper
+
+    for known in turned:
+        if tensor.data_type == TensorProto.FLOAT and tuple(tensor.dims) == known.shape[::-1]:
+            if np.array_equal(numpy_helper.to_array(tensor), known.values.T):
+                return replace(known, transposed=True)
+    return None
 
 
 def _scale(stored: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
@@ -51,7 +69,7 @@ def _scale(stored: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt.NDA
     if stored.dtype != np.float32:
         return None
     if np.array_equal(stored, values):
-        return np.zeros(0, np.float32)
+        return _AS_IT_IS
     for axis in (0, 1):
         others = tuple(a for a in range(values.ndim) if a != axis)
         size = np.abs(values).max(axis=others, keepdims=True)
@@ -75,6 +93,9 @@ class _Part:
         for number, table in enumerate(known.tables[1:], 2):
             looked = self._node("Add", [looked, self._table(table, f"_{number}")], f"sum_{number}")
         shape = self._store("shape", np.array(known.shape, np.int64))
+        if known.transposed:
+            self._node("Transpose", [self._node("Reshape", [looked, shape], "shaped")], None, perm=[1, 0])
+            return
         if not scale.size:
             self._node("Reshape", [looked, shape], None)
             return

@@ -17,7 +17,7 @@ from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multipl
 # Of ONNX Runtime's documentation, "Quantize ONNX models", and its QDQ selectors (qdq_selector_action_transformer).
 _INTEGER_TYPES = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention", "QMoE")
 
-_AT_LOAD = ("Cast", "Add", "Gather", "Reshape", "Mul")  # how stored weights become those it computes with
+_AT_LOAD = ("Cast", "Add", "Gather", "Reshape", "Mul", "Transpose")  # how stored weights become those it computes with
 _BETWEEN = ("sigmoid", "hardsigmoid", "mul", "leaky_relu")  # kernels that read integers and write them
 
 SETTINGS = {"disabled_optimizers": "[A-Za-z0-9_ ]*"}
