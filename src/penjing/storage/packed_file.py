@@ -146,7 +146,8 @@ class Opened:
         starts = _gaps(size, tensors)
         with path.open("wb+") as file:
             file.truncate(size)
-            mine = (chunk for chunk in self.chunks if chunk.file == number)
+            # The largest first, so that no thread begins with one when the others are done.
+            mine = iter(sorted((c for c in self.chunks if c.file == number), key=lambda c: -c.length))
             for chunk, content in in_order(pool, lambda c: (c, self.decoded(c)), mine):
                 if chunk.tensor >= 0:
                     tensor = tensors[chunk.tensor]
