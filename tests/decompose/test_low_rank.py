@@ -108,6 +108,15 @@ def test_without_data_it_works_on_the_weights_alone(prepared):
         ran((draft, bare), LowRank(macs=0.8, activations=True))
 
 
+def test_data_that_can_be_read_once_are_read_once(prepared):
+    draft, task = prepared
+    calls = [x for x in task.calibration]
+    expected, _ = ran(prepared, LowRank(macs=0.8))
+    result, told = ran((draft, Task(example=task.example, calibration=iter(calls))), LowRank(macs=0.8))
+    assert "warning" not in told and result.edits == expected.edits
+    assert torch.equal(result.network(task.example), expected.network(task.example))
+
+
 def test_cp_is_used_where_it_is_asked_for(prepared):
     result, _ = ran(prepared, LowRank(macs=0.9, methods=("cp",)))
     assert {edit["form"] for edit in result.edits} == {"cp"}
@@ -118,6 +127,8 @@ def test_ranks_by_layer_are_taken_as_they_are(prepared):
     assert [(e["layer"], e["form"], e["ranks"]) for e in result.edits] == [
         ("down", "tucker", [9, 10]), ("wide", "svd", [7]),
     ]  # fmt: skip
+    both, _ = ran(prepared, LowRank(ranks={"down": (20,), "stem": (2, 8)}, methods=("tucker", "cp")))
+    assert [(e["layer"], e["form"]) for e in both.edits] == [("stem", "tucker"), ("down", "cp")]
 
 
 def test_full_rank_gains_nothing_and_is_refused(prepared):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,7 +22,6 @@ from penjing.steps.draft import Draft
 from penjing.steps.settings import FLAG, NAMES, Rule, check, number, optional, whole
 from penjing.steps.step import Context
 from penjing.surgery import factorize
-from penjing.tasks.task import Call
 
 BUDGETS = ("macs", "params", "size", "latency")
 WAYS = ("energy", "ranks", *BUDGETS)
@@ -75,7 +74,7 @@ class LowRank:
         round_to: Ranks are multiples of this; None takes the multiple that the runtime is fast with, or 8.
         layers: Layers, or parts of the network, that are decomposed; empty takes all.
         keep: Layers, or parts of the network, that stay.
-        samples: At most so many calibration samples are read for the second moments.
+        samples: At most so many calibration samples are read.
         precision: The precision at which the latency is measured.
     """
 
@@ -94,7 +93,7 @@ class LowRank:
     round_to: int | None = None
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
-    samples: int = 256
+    samples: int = 512
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -141,13 +140,17 @@ class LowRank:
             MissingDependency: tensorly is not installed.
         """
         layers = eligible(draft, context.task.call(), self.layers, self.keep, self.methods)
-        bases, weighed = self._bases(draft, context, layers)
+        data = self._data(context)
+        weighed = data if self.activations is not False else None
+        bases = self._bases(draft, layers, weighed)
         round_to = self.round_to or (context.capabilities.channel_multiple if context.capabilities else 8)
         chosen = self._chosen(Problem(draft, context, layers, bases, round_to, weighed))
         if lost := [name for name in chosen if f"{name}.weight" in draft.sparse]:
             text = f"the zeros of {len(lost)} pruned layers are lost in their factors; prune weights after LowRank"
             context.events("warning", text=text)
-        factored = self._factored(draft, context, layers, bases, chosen)
+        factored = _factored(context, layers, bases, chosen)
+        if factored and data is not None and self.refit is not False:
+            factored = refitted(draft.network, factored, samples(data, draft.network))
         network = copy.deepcopy(draft.network)
         edits = [
             factorize(network, name, each.candidate.form, each.candidate.ranks, each.weights, each.bias)
@@ -158,35 +161,37 @@ class LowRank:
         context.events(
             "decomposed",
             step="LowRank",
-            layers={name: candidate.text for name, candidate in chosen.items()},
+            layers={name: each.candidate.text for name, each in factored.items()},
             refused=layers.refused,
             macs=left(decomposed),
         )
         return decomposed
 
-    def _bases(self, draft: Draft, context: Context, layers: Eligible) -> tuple[dict[str, Basis], bool]:
-        """Layer → the basis of its inputs, and whether data were read for it."""
-        plain = {name: moments.plain(place.module) for name, place in layers.places.items()}
-        calls = self._data(self.activations, context, lambda: list(batches(context, self.samples)))
-        if not calls:
-            return plain, False
-        context.events("progress", label="second moments", done=0, total=1)
-        modules = {name: place.module for name, place in layers.places.items()}
-        measured = moments.bases(draft.network, modules, calls)
-        context.events("progress", label="second moments", done=1, total=1)
-        return {**plain, **measured}, True
-
-    def _data(self, asked: bool | None, context: Context, read: Callable[[], list[Call]]) -> list[Call]:
-        """Calibration samples; none where they are not wanted, or where that was left open and there are none."""
-        if asked is False or (asked is None and context.task.calibration is None):
-            return []
+    def _data(self, context: Context) -> Context | None:
+        """The context with the samples that are read, in memory; None where data are not wanted or there are none."""
+        asked = self.activations or self.refit
+        unwanted = self.activations is False and self.refit is False
+        if unwanted or (not asked and context.task.calibration is None):
+            return None
         try:
-            return read()
+            calls = list(batches(context, self.samples))
         except CalibrationError as error:
             if asked:
                 raise
             context.events("warning", text=f"decomposed without data: {error.what}")
-            return []
+            return None
+        return replace(context, task=replace(context.task, calibration=[call[1] or call[0] for call in calls]))
+
+    def _bases(self, draft: Draft, layers: Eligible, data: Context | None) -> dict[str, Basis]:
+        """Layer → the basis of its inputs."""
+        plain = {name: moments.plain(place.module) for name, place in layers.places.items()}
+        if data is None:
+            return plain
+        data.events("progress", label="second moments", done=0, total=1)
+        modules = {name: place.module for name, place in layers.places.items()}
+        measured = moments.bases(draft.network, modules, batches(data, self.samples))
+        data.events("progress", label="second moments", done=1, total=1)
+        return {**plain, **measured}
 
     def _chosen(self, problem: Problem) -> Chosen:
         if isinstance(self.ranks, Mapping):
@@ -197,20 +202,18 @@ class LowRank:
             return ranks.by_energy(problem, self.energy)
         return ranks.by_budget(problem, self.unit, float(getattr(self, self.unit)), self.precision)
 
-    def _factored(
-        self, draft: Draft, context: Context, layers: Eligible, bases: Mapping[str, Basis], chosen: Chosen
-    ) -> dict[str, Factored]:
-        """The weights of everything that is replaced, in execution order."""
-        factored: dict[str, Factored] = {}
-        for name, place in layers.places.items():
-            if name not in chosen:
-                continue
-            context.events("progress", label="factors", done=len(factored), total=len(chosen))
-            weights = tuple(w.to(place.module.weight) for w in factors(place, bases[name], chosen[name]))
-            bias = place.module.bias
-            factored[name] = Factored(chosen[name], weights, None if bias is None else bias.detach().clone())
-        calls = self._data(self.refit, context, lambda: samples(context, draft.network)) if factored else []
-        return refitted(draft.network, factored, calls) if calls else factored
+
+def _factored(context: Context, layers: Eligible, bases: Mapping[str, Basis], chosen: Chosen) -> dict[str, Factored]:
+    """The weights of everything that is replaced, in execution order."""
+    factored: dict[str, Factored] = {}
+    for name, place in layers.places.items():
+        if name not in chosen:
+            continue
+        context.events("progress", label="factors", done=len(factored), total=len(chosen))
+        weights = tuple(w.to(place.module.weight) for w in factors(place, bases[name], chosen[name]))
+        bias = place.module.bias
+        factored[name] = Factored(chosen[name], weights, None if bias is None else bias.detach().clone())
+    return factored
 
 
 __all__ = ["LowRank"]

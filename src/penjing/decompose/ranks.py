@@ -21,7 +21,7 @@ from penjing.steps.step import Context
 from penjing.surgery.factorize import factorize
 
 NO_GAIN = "no rank saves multiply-accumulates and parameters"
-PROBED = 64  # samples on which the error of every layer is weighed by the error of the outputs
+PROBED = 32  # samples on which the error of every layer is weighed by the error of the outputs
 PROBE = 0.9  # of the energy of a layer's outputs that is kept for it
 
 
@@ -35,7 +35,7 @@ class Problem:
         layers: Those that can be decomposed; `refused` is added to.
         bases: Layer → the basis of its inputs.
         round_to: Ranks are multiples of this.
-        weighed: Whether calibration data may be read to weigh the layers' errors.
+        data: A context with the samples on which the layers' errors are weighed; None without data.
     """
 
     draft: Draft
@@ -43,7 +43,7 @@ class Problem:
     layers: Eligible
     bases: Mapping[str, Basis]
     round_to: int
-    weighed: bool
+    data: Context | None
 
 
 def named(problem: Problem, ranks: Mapping[str, Any]) -> Chosen:
@@ -63,8 +63,9 @@ def named(problem: Problem, ranks: Mapping[str, Any]) -> Chosen:
                 got=layers.refused.get(name, f"no such layer, or one that is left out: {name}"),
                 expected=f"one of {', '.join(list(layers.places)[:8])}",
             )
-        place, form = layers.places[name], layers.forms[name][0]
+        place, forms = layers.places[name], layers.forms[name]
         numbers = tuple(of_layer) if isinstance(of_layer, tuple | list) else (of_layer,)
+        form = next((form for form in forms if (form == "tucker") == (len(numbers) == 2)), forms[0])
         out, inputs, _ = place.sizes
         most = {"svd": [min(out, inputs)], "tucker": [inputs, out], "cp": [place.params // max(out, inputs)]}[form]
         if len(numbers) != len(most) or any(n > limit for n, limit in zip(numbers, most, strict=True)):
@@ -96,7 +97,7 @@ def by_energy(problem: Problem, energy: float) -> Chosen:
     """For every layer the cheapest ranks that keep so much of the energy of its outputs."""
     chosen: Chosen = {}
     for name, options in _options(problem).items():
-        enough = [candidate for candidate in options if candidate.kept >= energy]
+        enough = [candidate for candidate in options if candidate.kept >= energy - 1e-9]
         if enough:
             chosen[name] = min(enough, key=lambda candidate: (candidate.macs, -candidate.kept))
         elif options:
@@ -185,7 +186,7 @@ def _weights(problem: Problem) -> dict[str, float]:
     """Layer → noise at the network's outputs per lost energy of its own; 1 without data."""
     places = problem.layers.places
     weights = dict.fromkeys(places, 1.0)
-    if not problem.weighed:
+    if problem.data is None:
         return weights
     changed, lost = {}, {}
     for name, place in places.items():
@@ -195,7 +196,7 @@ def _weights(problem: Problem) -> dict[str, float]:
         product = second.flatten(1) @ first.flatten(1)
         changed[name] = product.reshape(place.module.weight.shape).to(place.module.weight)
         lost[name] = 1 - float(kept[rank])
-    calls = chunks(problem.context, problem.draft.network, PROBED)
+    calls = chunks(problem.data, problem.draft.network, PROBED)
     noises = noise.of_weights(problem.draft.network, changed, calls)
     return {name: noises[name] / lost[name] if lost[name] > 1e-6 else 1.0 for name in places}
 
