@@ -99,7 +99,7 @@ def test_the_file_holds_indices_of_vectors(draft, name, tmp_path):
     assert pairs.parity_db(shared, TASK, tmp_path) > 100
     stored = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     levels = [stored[f"2.weight_indices{n}"] for n in (("", "_2") if name == "sums" else ("",))]
-    assert [len(t.raw_data) for t in levels] == [32 * 16 * 9 // 4 // 2] * len(levels)  # two indices in a byte
+    assert [len(t.raw_data) for t in levels] == [32 * 16 * 9 // 4] * len(levels)
 
 
 @pytest.mark.parametrize("name", ["vectors", "sums"])
