@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from penjing.decompose import cp, svd, tucker
+from penjing.decompose import cp, moments, svd, tucker
 from penjing.decompose.allocation import Walk, hull, refilled
 from penjing.decompose.candidates import Candidate
 from penjing.decompose.moments import Basis, bases, plain
@@ -118,6 +118,35 @@ def test_the_moments_are_those_of_a_loop_over_patches():
     seen = basis.taps @ basis.taps.T
     expected = (taps / taps.diagonal().mean()).double()
     torch.testing.assert_close(seen, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_of_a_wide_layer_the_mean_squares_are_counted_and_many_layers_take_several_passes(monkeypatch):
+    torch.manual_seed(0)
+    network = capture_network(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), (torch.zeros(2, 6),))
+    x = torch.randn(40, 6) * torch.arange(1, 7)
+    layers, calls = {name: network.get_submodule(name) for name in ("0", "2")}, [((x,), {})]
+    whole = bases(network, layers, calls)
+    monkeypatch.setattr(moments, "PASS_BYTES", 1)
+    again = bases(network, layers, calls)
+    assert all(torch.equal(whole[name].channels, again[name].channels) for name in ("0", "2"))
+    monkeypatch.setattr(moments, "WIDE", 5)
+    scales = bases(network, layers, calls)["0"].channels
+    torch.testing.assert_close(scales, x.double().square().mean(0).sqrt(), rtol=0.03, atol=0)
+    assert whole["2"].channels.shape == (5, 5)
+
+
+def test_a_diagonal_basis_goes_there_and_back():
+    weight, scales = drawn(7, 5, 3, 3), drawn(5).abs() + 1
+    basis = Basis(scales, 1 / scales)
+    torch.testing.assert_close(basis.back(basis.into(weight)), weight)
+    torch.testing.assert_close(basis.into(weight), Basis(scales.diag(), scales.diag()).into(weight))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
+def test_full_rank_is_exact_whichever_side_is_shorter(shape):
+    weight = drawn(*shape)
+    first, second = svd.factors(weight, basis_of(shape[1]), min(shape))
+    torch.testing.assert_close(second @ first, weight)
 
 
 def at(macs, kept):

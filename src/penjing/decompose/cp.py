@@ -51,7 +51,7 @@ def factors(weight: torch.Tensor, basis: Basis, rank: int) -> tuple[tuple[torch.
     ones = [1] * (weight.dim() - 2)
     for vector in along:
         inputs = inputs * vector[0] if len(vector) == 1 else inputs
-    first = (inputs.T @ basis.channels_back).reshape(rank, -1, *ones)
+    first = basis.back(inputs.T, taps=False).reshape(rank, -1, *ones)
     axes = [
         vector.T.reshape(rank, 1, *(len(vector) if i == axis else 1 for i in range(len(along))))
         for axis, vector in enumerate(along)

@@ -189,7 +189,7 @@ class LowRank:
             return plain
         data.events("progress", label="second moments", done=0, total=1)
         modules = {name: place.module for name, place in layers.places.items()}
-        measured = moments.bases(draft.network, modules, batches(data, self.samples))
+        measured = moments.bases(draft.network, modules, list(batches(data, self.samples)))
         data.events("progress", label="second moments", done=1, total=1)
         return {**plain, **measured}
 

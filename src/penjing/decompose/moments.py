@@ -8,7 +8,7 @@ patches are approximated by a product of those between channels and those betwee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from penjing.analyze.layer_inputs import observe
 from penjing.tasks.call import Call
 
 RIDGE = 1e-3  # added to every moment, relative to their mean: few samples leave directions open
-POSITIONS = 64  # of an image, evenly spaced, that a convolution is observed at
+POSITIONS = 64  # of an image or a text, evenly spaced, that a layer is observed at
+WIDE = 5000  # inputs above which only their mean squares are counted: the moments grow with the square of them
+PASS_BYTES = 1 << 30  # of moments that are collected in one pass over the data
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Basis:
     """A change of the basis of a layer's inputs.
 
     Attributes:
-        channels: S, (in, in): S·Sᵀ are the second moments of the input channels.
-        channels_back: The inverse of S.
+        channels: S, (in, in): S·Sᵀ are the second moments of the input channels; (in,) where S is diagonal.
+        channels_back: The inverse of S, of the same shape.
         taps: The same of the positions of the kernel, (taps, taps); None for a linear layer or a kernel of 1.
         taps_back: Its inverse.
     """
@@ -49,56 +51,83 @@ class Basis:
 
 
 def _turned(weight: torch.Tensor, channels: torch.Tensor, taps: torch.Tensor | None) -> torch.Tensor:
-    turned = torch.einsum("oi...,ij->oj...", weight, channels)
+    if channels.dim() == 1:
+        turned = weight * channels.reshape(-1, *[1] * (weight.dim() - 2))
+    else:
+        turned = torch.einsum("oi...,ij->oj...", weight, channels)
     return turned if taps is None else (turned.flatten(2) @ taps).reshape(weight.shape)
 
 
 def plain(module: Any) -> Basis:
     """The basis in which a weight's own error counts: that of no data."""
-    own = torch.eye(module.weight.shape[1], dtype=torch.float64)
+    own = torch.ones(module.weight.shape[1], dtype=torch.float64)
     return Basis(own, own)
 
 
-def bases(network: fx.GraphModule, layers: Mapping[str, Any], calls: Iterable[Call]) -> dict[str, Basis]:
-    """Layer → the basis of what it reads, in one pass over the data; layers that no sample reaches are left out.
+def bases(network: fx.GraphModule, layers: Mapping[str, Any], calls: Sequence[Call]) -> dict[str, Basis]:
+    """Layer → the basis of what it reads; layers that no sample reaches are left out.
 
     Args:
         network: A captured network.
         layers: Linear layers, and convolutions without groups, by name.
-        calls: The data.
+        calls: The data; they are run through the network once for every `PASS_BYTES` of moments.
     """
-    channels = {name: Gram(module.weight.shape[1]) for name, module in layers.items()}
-    taps = {name: Gram(module.weight[0, 0].numel()) for name, module in layers.items() if module.weight.dim() > 2}
+    every: dict[str, Basis] = {}
+    group: dict[str, Any] = {}
+    for name, module in layers.items():
+        if group and size_bytes([*group.values(), module]) > PASS_BYTES:
+            every |= _observed(network, group, calls)
+            group = {}
+        group[name] = module
+    return every | _observed(network, group, calls)
+
+
+def size_bytes(modules: Iterable[Any]) -> int:
+    """Bytes of the moments of these layers."""
+    return sum(8 * width * (width if width <= WIDE else 1) for width in (m.weight.shape[1] for m in modules))
+
+
+def _observed(network: fx.GraphModule, layers: Mapping[str, Any], calls: Iterable[Call]) -> dict[str, Basis]:
+    """The bases of these layers in one pass."""
+    channels = {name: Gram(m.weight.shape[1]) for name, m in layers.items() if m.weight.shape[1] <= WIDE}
+    taps = {name: Gram(m.weight[0, 0].numel()) for name, m in layers.items() if m.weight.dim() > 2}
+    squares: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
 
     def observer(name: str, x: torch.Tensor) -> None:
         module = layers[name]
-        for piece in pieces(module, x) if x.numel() else ():
-            if isinstance(module, nn.Linear):
-                channels[name].add(piece.float())
-                continue
-            rows = patches(module, piece.float(), positions=POSITIONS)[0]  # (rows, in · taps)
-            rows = rows.reshape(len(rows), module.weight.shape[1], -1)
-            channels[name].add(rows.transpose(1, 2).flatten(0, 1))
-            taps[name].add(rows.flatten(0, 1))
+        for piece in () if not x.numel() else [x] if isinstance(module, nn.Linear) else pieces(module, x):
+            rows = patches(module, piece.float(), positions=POSITIONS)[0]
+            rows = rows.reshape(len(rows), module.weight.shape[1], -1)  # (rows, in, taps)
+            own = rows.transpose(1, 2).flatten(0, 1)
+            if name in channels:
+                channels[name].add(own)
+            else:
+                squares[name] = squares.get(name, 0) + own.double().square().sum(0)
+                counts[name] = counts.get(name, 0) + len(own)
+            if name in taps:
+                taps[name].add(rows.flatten(0, 1))
 
     observe(network, layers, calls, observer)
-    reached = {
-        name: gram
-        for name, gram in channels.items()
-        if gram.count and bool(gram.own.isfinite().all()) and bool(gram.own.any())
+    roots = {
+        name: _roots(gram, gram.own.diagonal().mean() / gram.count) for name, gram in channels.items() if _any(gram.own)
     }
-    return {name: _basis(gram, taps.get(name)) for name, gram in reached.items()}
+    for name, total in squares.items():
+        if _any(total):
+            scale = (total / counts[name] + RIDGE * total.mean() / counts[name]).sqrt()
+            roots[name] = scale, 1 / scale
+    return {
+        name: Basis(*of_layer, *(_roots(taps[name], 1.0) if name in taps and len(taps[name].own) > 1 else ()))
+        for name, of_layer in roots.items()
+    }
 
 
-def _basis(channels: Gram, taps: Gram | None) -> Basis:
-    scale = float(channels.own.diagonal().mean() / channels.count)
-    roots = _roots(channels, scale)
-    if taps is None or len(taps.own) == 1:
-        return Basis(*roots)
-    return Basis(*roots, *_roots(taps, 1.0))
+def _any(moments: torch.Tensor) -> bool:
+    """Whether something was observed, all of it finite."""
+    return bool(moments.isfinite().all()) and bool(moments.any())
 
 
-def _roots(gram: Gram, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _roots(gram: Gram, scale: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """S with S·Sᵀ = the moments, their mean square being `scale`, and the inverse of S."""
     moments = gram.own / gram.own.diagonal().mean()
     values, vectors = torch.linalg.eigh(moments)

@@ -20,9 +20,15 @@ def kept(weight: torch.Tensor, basis: Basis) -> np.ndarray:
         weight: (out, in, …), float64.
         basis: Of its inputs.
     """
-    squares = torch.linalg.svdvals(basis.into(weight).flatten(1)).square()
+    matrix = basis.into(weight).flatten(1)
+    squares = torch.linalg.eigvalsh(_smaller(matrix)).flip(0).clamp(min=0)
     sums = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     return np.asarray(sums / sums[-1].clamp(min=1e-300))
+
+
+def _smaller(matrix: torch.Tensor) -> torch.Tensor:
+    """The products of its rows, or of its columns where they are fewer: much less work than the matrix itself."""
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
 
 
 def factors(weight: torch.Tensor, basis: Basis, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +42,13 @@ def factors(weight: torch.Tensor, basis: Basis, rank: int) -> tuple[torch.Tensor
     Returns:
         (r, in, …) and (out, r, 1, …), or (out, r) of a linear layer.
     """
-    u, s, vt = torch.linalg.svd(basis.into(weight).flatten(1), full_matrices=False)
-    first = basis.back((s[:rank, None] * vt[:rank]).reshape(rank, *weight.shape[1:]))
-    return first, u[:, :rank].reshape(len(u), rank, *[1] * (weight.dim() - 2))
+    matrix = basis.into(weight).flatten(1)
+    vectors = torch.linalg.eigh(_smaller(matrix)).eigenvectors.flip(1)[:, :rank]  # of the largest singular values
+    ones = [1] * (weight.dim() - 2)
+    if matrix.shape[0] <= matrix.shape[1]:  # outputs projected on `rank` directions: the basis goes in and out again
+        return (vectors.T @ weight.flatten(1)).reshape(rank, *weight.shape[1:]), vectors.reshape(-1, rank, *ones)
+    first = basis.back(vectors.T.reshape(rank, *weight.shape[1:]))
+    return first, (matrix @ vectors).reshape(-1, rank, *ones)
 
 
 __all__ = ["factors", "kept"]

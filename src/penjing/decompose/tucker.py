@@ -28,7 +28,7 @@ def kept(weight: torch.Tensor, basis: Basis) -> np.ndarray:
         basis: Of its inputs.
     """
     turned = basis.into(weight).flatten(2)
-    out, inputs = (torch.linalg.svd(turned.movedim(axis, 0).flatten(1), full_matrices=False)[0] for axis in (0, 1))
+    out, inputs = (_directions(turned.movedim(axis, 0).flatten(1)) for axis in (0, 1))
     core = torch.einsum("oit,or,is->srt", turned, out, inputs).square().sum(2)
     rows, columns = core.shape  # a mode has at most as many components as the other two together
     sums = np.zeros((weight.shape[1] + 1, weight.shape[0] + 1))
@@ -36,6 +36,13 @@ def kept(weight: torch.Tensor, basis: Basis) -> np.ndarray:
     sums[rows + 1 :] = sums[rows]
     sums[:, columns + 1 :] = sums[:, columns, None]
     return np.asarray(sums / max(sums[-1, -1], 1e-300))
+
+
+def _directions(matrix: torch.Tensor) -> torch.Tensor:
+    """Its left singular vectors, those of the largest values first; as many as its smaller side."""
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    largest: torch.Tensor = vectors.flip(1)[:, : min(matrix.shape)]
+    return largest
 
 
 def factors(weight: torch.Tensor, basis: Basis, ranks: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -68,11 +75,11 @@ def factors(weight: torch.Tensor, basis: Basis, ranks: Sequence[int]) -> tuple[t
     small = torch.from_numpy(np.ascontiguousarray(middle))
     small = small if basis.taps_back is None else small @ basis.taps_back
     if 1 not in used:
-        small = torch.einsum("oit,ij->ojt", small, basis.channels_back)
+        small = basis.back(small, taps=False)
     ones = [1] * (weight.dim() - 2)
     parts = [small.reshape(*small.shape[:2], *weight.shape[2:])]
     if 1 in used:
-        parts.insert(0, (by_mode[1].T @ basis.channels_back).reshape(reduced, -1, *ones))
+        parts.insert(0, basis.back(by_mode[1].T, taps=False).reshape(reduced, -1, *ones))
     if 0 in used:
         parts.append(by_mode[0].reshape(-1, core, *ones))
     return tuple(parts)
