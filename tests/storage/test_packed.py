@@ -204,6 +204,27 @@ def test_weights_that_were_of_4_bits_take_what_a_general_compressor_takes(tmp_pa
     assert packed_share(tmp_path, blocks.to(dtype).reshape(500, -1)) < len(plain) / (64000 * dtype.itemsize)
 
 
+def test_a_file_that_is_packed_is_not_replaced(tmp_path):
+    save_file({"a": torch.zeros(9)}, tmp_path / "net.safetensors")
+    before = (tmp_path / "net.safetensors").read_bytes()
+    for source in (tmp_path, tmp_path / "net.safetensors"):
+        with raises_case(OutputError, "source"):
+            packed.pack(source, tmp_path / "net.safetensors", force=True)
+    assert (tmp_path / "net.safetensors").read_bytes() == before
+
+
+def test_links_to_files_are_followed_and_others_may_read_the_packed_file(tmp_path):
+    """A snapshot in Hugging Face's cache is a folder of links."""
+    (tmp_path / "snapshot").mkdir()
+    save_file({"a": torch.zeros(9)}, tmp_path / "blob")
+    (tmp_path / "snapshot" / "net.safetensors").symlink_to("../blob")
+    (tmp_path / "snapshot" / "gone").symlink_to("nowhere")
+    done = assert_returns(tmp_path / "snapshot", tmp_path)
+    assert done.files == {"net.safetensors": (tmp_path / "blob").stat().st_size}
+    (tmp_path / "plain").write_bytes(b"")
+    assert done.path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_large_tensors_come_in_chunks_that_are_read_alone(tmp_path, monkeypatch):
     save_file({"a": torch.randn(300, 70), "b": torch.randn(10)}, tmp_path / "net.safetensors")
     monkeypatch.setattr("penjing.storage.chunks.VALUES", 1000)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.errors import ArtifactError, OutputError
+from penjing.records.files import umask
 from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
 from penjing.storage.packed_file import (
@@ -85,7 +86,7 @@ def pack(
 
     Raises:
         ArtifactError: There is nothing to pack.
-        OutputError: `out` exists, or can't be written.
+        OutputError: `out` exists, is one of the files to pack, or can't be written.
         MissingDependency: numba is not installed.
     """
     out = Path(out)
@@ -96,12 +97,17 @@ def pack(
         raise OutputError(
             "the file exists already", code="exists", got=str(out), expected="a new name", remedy="--force replaces it"
         )
+    if out.exists() and any((root / name).samefile(out) for name in names):
+        raise OutputError(
+            "the packed file would replace a file that it packs", code="source", got=str(out), expected="a new name"
+        )
     with writing(out.parent, what="the folder of the file", remedy=_SPACE):
         out.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
         try:
             with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
                 _write(file, root, names, pool)
+            os.chmod(aside, 0o666 & ~umask())
             os.replace(aside, out)
         finally:
             Path(aside).unlink(missing_ok=True)
@@ -137,7 +143,8 @@ def files(source: Path) -> tuple[Path, list[str]]:
     if source.is_file():
         return source.parent, [source.name]
     root = source / ARTIFACT if (source / ARTIFACT).is_dir() else source
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+    # Links to files are followed: a snapshot in Hugging Face's cache has nothing else.
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     if not names:
         raise ArtifactError(
             "there is nothing to pack",
@@ -260,7 +267,7 @@ def unpack(path: Path | str, out: Path | str, *, threads: int | None = None) -> 
             with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
                 for number in range(len(opened.files)):
                     opened.restore(number, aside, pool)
-            os.chmod(aside, 0o755)
+            os.chmod(aside, 0o777 & ~umask())
             if out.exists():
                 out.rmdir()
             os.replace(aside, out)
