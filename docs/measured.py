@@ -751,7 +751,37 @@ def packing() -> str:
     return _under(lines, data, f"zstd {data['versions']['zstd']}; ")
 
 
+def deep_compression() -> str:
+    """Deep Compression by stage: accuracy of the artifact, its file, its packed file, and how much smaller that is."""
+    data = _read("deep_compression")
+    whole = data["source"]["file_bytes"]
+    lines = ["| | accuracy | points lost | model.onnx | packed | fp32 over packed |", "|---|---|---|---|---|---|"]
+
+    def line(label: str, row: dict) -> str:
+        lost = 100 * (data["source"]["accuracy"] - row["accuracy"])
+        size = f"{row['file_bytes']:,} | {row['packed_bytes']:,} | {whole / row['packed_bytes']:.1f}×"
+        return f"| {label} | {row['accuracy']:.2%} | {lost:.2f} | {size} |"
+
+    lines.append(line("fp32", data["source"]))
+    for name, stages in data["rows"].items():
+        way, sparsity, bits = name.split()
+        label = f"{way}, {float(sparsity):.1%} zeros".replace(".0%", "%")
+        lines += [
+            line(label, stages["pruned"]),
+            line(f"{label}, {bits} bits", stages["shared"]),
+            line(f"{label}, {bits} bits, trained through", stages["trained through"]),
+        ]
+    asked = data["settings"]
+    note = (
+        f"VGG-16 with {asked['base']['width']} channels in its first stage, {data['parameters']:,} parameters, trained "
+        f"for {asked['base']['epochs']:g} epochs; {asked['epochs']:g} epochs with or after pruning, "
+        f"{asked['through']:g} through the codebook; bytes; one seed; "
+    )
+    return _under(lines, data, note)
+
+
 TABLES = {
+    "deep_compression": deep_compression,
     "resnet20": lambda: candidates("resnet20"),
     "lite0": lambda: candidates("lite0"),
     "ptq_cost": cost,
