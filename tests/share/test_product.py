@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from penjing import share
-from penjing.errors import RecipeError, SharingError
+from penjing.errors import CheckpointError, RecipeError, SharingError
 from penjing.network.capture import capture_network
 from penjing.prune import Magnitude
 from penjing.recipes.recipe import Recipe
 from penjing.steps.draft import Draft
 from penjing.storage import checkpoint
-from penjing.surgery import looked_up
+from penjing.surgery import looked_up, replay
 from penjing.tasks.task import Task
 from penjing.train.finetune import Finetune
 from tests import pairs
@@ -136,6 +136,20 @@ def test_weights_that_were_changed_by_hand_are_told(draft):
         shared.network.get_parameter("5.weight")[0, 0] += 1
     with raises_case(SharingError, "changed"):
         run(Finetune(steps=1), shared)
+
+
+@pytest.mark.parametrize("shape", [[2, 1 << 40, 4], [9, 256, 4], [2, 256, 0], [2, 256, 7], [2, 256], "abc"], ids=str)
+def test_an_edit_that_claims_other_entries_is_refused(captured, shape):
+    edit = {"edit": "residual_codebook", "tensor": "5.weight", "entries": "books", "shape": shape}
+    with raises_case(CheckpointError, "misfit"):
+        replay(captured, [edit])
+
+
+@pytest.mark.parametrize("settings", [{"dimension": 0}, {"rows": 0}, {"rows": "8"}], ids=str)
+def test_a_mark_that_claims_other_parts_is_refused(captured, settings):
+    mark = {"edit": "codebook", "tensors": ["5.weight"], "rows": None, "dimension": 1, "proportional": False}
+    with raises_case(CheckpointError, "misfit"):
+        replay(captured, [mark | settings])
 
 
 def test_yaml_holds_it():

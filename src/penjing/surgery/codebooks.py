@@ -45,6 +45,8 @@ def mark_codebooks(
         ValueError: The parameters can't be cut so.
     """
     names = list(tensors)
+    if dimension < 1 or (rows is not None and rows < 1):
+        raise ValueError(f"vectors of {dimension} values, parts of {rows} rows")
     for name in names:
         if network.get_parameter(name).numel() % dimension or (rows is not None and len(names) > 1):
             raise ValueError(f"{name} can't be cut into {dimension} values, or has parts of {rows} rows")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import fx
 
 from penjing.errors import CheckpointError
@@ -17,7 +16,7 @@ from penjing.surgery.factorize import factorize
 from penjing.surgery.fold import fold_batch_norm
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import give_own_weights
-from penjing.surgery.residual_codebooks import store_residual
+from penjing.surgery.residual_codebooks import make_room
 from penjing.surgery.resize import RESIZING, resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import GATES, unfold_self_gate
@@ -34,9 +33,7 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "factorize": lambda network, edit: factorize(network, edit["layer"], edit["form"], edit["ranks"]),
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "own_weights": lambda network, edit: give_own_weights(network, edit["sites"]),
-    "residual_codebook": lambda network, edit: store_residual(
-        network, edit["tensor"], torch.zeros(edit["shape"]), edit["entries"]
-    ),
+    "residual_codebook": make_room,
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),

@@ -6,6 +6,8 @@ its bits. Training: the gradient is projected level by level, as in `penjing.sur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx, nn
 
@@ -14,6 +16,9 @@ from penjing.network.naming import free_name
 from penjing.numerics.codebooks import LookedUp, Table
 from penjing.steps.draft import Edit
 from penjing.surgery.patterns import as_vectors, pattern
+
+LEVELS, ENTRIES = 2, 1 << 8
+"""At most: all sums of entries are compared with the weights, and an index is stored in a byte."""
 
 
 def store_residual(network: fx.GraphModule, tensor: str, entries: torch.Tensor, path: str | None = None) -> Edit:
@@ -27,13 +32,30 @@ def store_residual(network: fx.GraphModule, tensor: str, entries: torch.Tensor, 
 
     Raises:
         AttributeError: The network has no such parameter.
-        ValueError: The parameter can't be cut into vectors of this dimension.
+        ValueError: The parameter can't be cut into vectors of this dimension, or there are more levels or entries than
+            `LEVELS` and `ENTRIES`.
     """
-    if network.get_parameter(tensor).numel() % entries.shape[2]:
-        raise ValueError(f"{tensor} can't be cut into {entries.shape[2]} values")
+    _check(network, tensor, entries.shape)
     path = path or free_name(network, f"codebooks_{tensor.replace('.', '_')}")
     network.register_buffer(path, entries.clone())
     return {"edit": "residual_codebook", "tensor": tensor, "entries": path, "shape": list(entries.shape)}
+
+
+def make_room(network: fx.GraphModule, edit: Edit) -> Edit:
+    """Do what an edit of `store_residual` says, with entries of 0 that are loaded later.
+
+    Raises:
+        AttributeError, TypeError, ValueError: It does not fit the network; no memory is taken for what it claims.
+    """
+    _check(network, edit["tensor"], edit["shape"])
+    return store_residual(network, edit["tensor"], torch.zeros(edit["shape"]), edit["entries"])
+
+
+def _check(network: fx.GraphModule, tensor: str, shape: Sequence[int]) -> None:
+    levels, entries, dimension = shape
+    size = network.get_parameter(tensor).numel()
+    if not (0 < levels <= LEVELS and 0 < entries <= ENTRIES and 0 < dimension <= size) or size % dimension:
+        raise ValueError(f"{tensor} can't be sums of {levels} of {entries} vectors of {dimension} values")
 
 
 def read_residual(network: nn.Module, mark: Edit) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,4 +138,4 @@ class ResidualShared:
         return torch.stack(parts)
 
 
-__all__ = ["ResidualShared", "looked_up_sum", "read_residual", "store_residual"]
+__all__ = ["ResidualShared", "looked_up_sum", "make_room", "read_residual", "store_residual"]
