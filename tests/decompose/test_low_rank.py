@@ -50,9 +50,9 @@ def prepared():
 
 def ran(prepared, step, **fields):
     draft, task = prepared
-    told = {}
-    context = Context(task=task, events=lambda kind, **values: told.update({kind: values}), **fields)
-    return step(draft, context), told
+    events = {}
+    context = Context(task=task, events=lambda kind, **values: events.update({kind: values}), **fields)
+    return step(draft, context), events
 
 
 def left(prepared, result, unit="macs"):
@@ -67,15 +67,15 @@ def snr_db(prepared, result):
 
 @pytest.mark.parametrize("unit", ["macs", "params", "size"])
 def test_a_budget_is_met_and_hardly_undershot(prepared, unit):
-    result, told = ran(prepared, LowRank(**{unit: 0.8}))
+    result, events = ran(prepared, LowRank(**{unit: 0.8}))
     assert 0.75 <= left(prepared, result, unit) <= 0.8
-    assert told["decomposed"]["macs"] == pytest.approx(left(prepared, result))
-    assert set(told["decomposed"]["layers"]) == {edit["layer"] for edit in result.edits}
+    assert events["decomposed"]["macs"] == pytest.approx(left(prepared, result))
+    assert set(events["decomposed"]["layers"]) == {edit["layer"] for edit in result.edits}
 
 
 def test_layers_that_can_not_be_decomposed_stay_and_the_reasons_are_told(prepared):
-    result, told = ran(prepared, LowRank(energy=0.9))
-    refused = told["decomposed"]["refused"]
+    result, events = ran(prepared, LowRank(energy=0.9))
+    refused = events["decomposed"]["refused"]
     assert refused["grouped"] == "a convolution in 4 groups"
     assert refused["shared"] == "it is called several times, or shares its weights"
     assert refused["up"] == "a transposed convolution"
@@ -102,8 +102,8 @@ def test_moments_of_the_inputs_and_the_refit_each_bring_the_outputs_closer(prepa
 def test_without_data_it_works_on_the_weights_alone(prepared):
     draft, task = prepared
     bare = Task(example=task.example)
-    result, told = ran((draft, bare), LowRank(macs=0.8))
-    assert left(prepared, result) <= 0.8 and "warning" not in told
+    result, events = ran((draft, bare), LowRank(macs=0.8))
+    assert left(prepared, result) <= 0.8 and "warning" not in events
     with raises_case(CalibrationError, "no-calibration"):
         ran((draft, bare), LowRank(macs=0.8, activations=True))
 
@@ -112,8 +112,8 @@ def test_data_that_can_be_read_once_are_read_once(prepared):
     draft, task = prepared
     calls = [x for x in task.calibration]
     expected, _ = ran(prepared, LowRank(macs=0.8))
-    result, told = ran((draft, Task(example=task.example, calibration=iter(calls))), LowRank(macs=0.8))
-    assert "warning" not in told and result.edits == expected.edits
+    result, events = ran((draft, Task(example=task.example, calibration=iter(calls))), LowRank(macs=0.8))
+    assert "warning" not in events and result.edits == expected.edits
     assert torch.equal(result.network(task.example), expected.network(task.example))
 
 
@@ -132,9 +132,9 @@ def test_ranks_by_layer_are_taken_as_they_are(prepared):
 
 
 def test_full_rank_gains_nothing_and_is_refused(prepared):
-    result, told = ran(prepared, LowRank(ranks={"wide": 32, "down": (9, 10)}))
+    result, events = ran(prepared, LowRank(ranks={"wide": 32, "down": (9, 10)}))
     assert [e["layer"] for e in result.edits] == ["down"]
-    assert told["decomposed"]["refused"]["wide"] == "svd 32 takes 1.33× its MACs and 1.33× its parameters"
+    assert events["decomposed"]["refused"]["wide"] == "svd 32 takes 1.33× its MACs and 1.33× its parameters"
 
 
 def test_vbmf_finds_the_rank_that_was_planted(prepared):
@@ -158,17 +158,17 @@ def test_a_layer_whose_factors_take_longer_stays(prepared):
     def latency(drafts, _):
         return [meter.amount("macs", d.network, prepared[1].call()) for d in drafts]
 
-    result, told = ran(prepared, LowRank(latency=0.72), latency=latency, profile=profile)
+    result, events = ran(prepared, LowRank(latency=0.72), latency=latency, profile=profile)
     assert LowRank(latency=0.72).per_runtime and not LowRank(macs=0.8).per_runtime
     assert [edit["layer"] for edit in result.edits] == ["down"]
-    assert "ms, the layer" in told["decomposed"]["refused"]["point"]
+    assert "ms, the layer" in events["decomposed"]["refused"]["point"]
 
 
 def test_weights_that_were_pruned_lose_their_zeros_and_a_warning_says_so(prepared):
     draft, task = prepared
     pruned = pj.prune.Magnitude(sparsity=0.5)(draft, Context(task=task))
-    _, told = ran((pruned, task), LowRank(macs=0.8))
-    assert "zeros" in told["warning"]["text"]
+    _, events = ran((pruned, task), LowRank(macs=0.8))
+    assert "zeros" in events["warning"]["text"]
 
 
 def test_it_works_again_on_its_own_factors(prepared):

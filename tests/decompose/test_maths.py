@@ -39,7 +39,7 @@ def test_svd_in_the_inputs_basis_has_the_least_output_error():
     outputs = x @ weight.T
     u, s, vt = torch.linalg.svd(outputs, full_matrices=False)  # no approximation of rank 3 is closer to the outputs
     torch.testing.assert_close(error, s[3:].square().sum())
-    assert svd.kept(weight, basis)[3] == pytest.approx(float(1 - error / outputs.square().sum()))
+    assert svd.energies(weight, basis)[3] == pytest.approx(float(1 - error / outputs.square().sum()))
     plain_first, plain_second = svd.factors(weight, plain(nn.Linear(6, 8)), 3)
     assert error < (x @ (weight - plain_second @ plain_first).T).square().sum()
 
@@ -62,25 +62,25 @@ def test_tucker_of_a_weight_of_that_rank_is_exact(ranks):
     )
     parts = tucker.factors(exact, basis, ranks)
     torch.testing.assert_close(product_of(parts, exact.shape), exact, rtol=1e-6, atol=1e-6)
-    assert tucker.kept(exact, basis)[ranks] == pytest.approx(1)
+    assert tucker.energies(exact, basis)[ranks] == pytest.approx(1)
 
 
 def test_the_energy_that_tucker_keeps_is_at_least_the_one_that_is_told():
     weight, basis = drawn(7, 5, 3, 3), basis_of(5, 9)
-    energy = tucker.kept(weight, basis)
+    energy = tucker.energies(weight, basis)
     assert energy.shape == (6, 8) and energy[0].max() == energy[:, 0].max() == 0 and energy[5, 7] == pytest.approx(1)
     assert (np.diff(energy, axis=0) >= 0).all() and (np.diff(energy, axis=1) >= 0).all()
     for ranks in ((2, 3), (4, 6), (5, 2)):
         lost = basis.into(weight - product_of(tucker.factors(weight, basis, ranks), weight.shape))
-        told = 1 - float(lost.square().sum() / basis.into(weight).square().sum())
-        assert told >= energy[ranks] - 1e-9
-        torch.testing.assert_close(told, float(energy[ranks]), rtol=0, atol=0.05)
+        exact_energy = 1 - float(lost.square().sum() / basis.into(weight).square().sum())
+        assert exact_energy >= energy[ranks] - 1e-9
+        torch.testing.assert_close(exact_energy, float(energy[ranks]), rtol=0, atol=0.05)
 
 
 def test_cp_of_a_sum_of_products_is_near_and_tells_what_it_keeps():
     parts = [drawn(7, 3), drawn(5, 3, seed=1), drawn(3, 3, seed=2), drawn(3, 3, seed=3)]
     exact, basis = torch.einsum("or,ir,ar,br->oiab", *parts), basis_of(5)
-    (first, down, across, last), kept = cp.factors(exact, basis, 3)
+    (first, down, across, last), energy = cp.factors(exact, basis, 3)
     assert [tuple(p.shape) for p in (first, down, across, last)] == [
         (3, 5, 1, 1),
         (3, 1, 3, 1),
@@ -89,12 +89,12 @@ def test_cp_of_a_sum_of_products_is_near_and_tells_what_it_keeps():
     ]
     product = torch.einsum("or,ri,ra,rb->oiab", last.flatten(1), first.flatten(1), down.flatten(1), across.flatten(1))
     lost = basis.into(exact - product).square().sum() / basis.into(exact).square().sum()
-    assert kept == pytest.approx(1 - float(lost)) and kept > 0.99
+    assert energy == pytest.approx(1 - float(lost)) and energy > 0.99
 
 
 def test_cp_folds_a_kernel_of_one_into_its_first_layer():
     weight = drawn(6, 5, 1, 4)
-    parts, kept = cp.factors(weight, basis_of(5), 15)
+    parts, energy = cp.factors(weight, basis_of(5), 15)
     assert [tuple(p.shape) for p in parts] == [(15, 5, 1, 1), (15, 1, 1, 4), (6, 15, 1, 1)]
     product = torch.einsum("or,ri,rb->oib", parts[2].flatten(1), parts[0].flatten(1), parts[1].flatten(1))[:, :, None]
     assert float((weight - product).square().sum() / weight.square().sum()) == pytest.approx(0, abs=0.2)
@@ -149,8 +149,8 @@ def test_full_rank_is_exact_whichever_side_is_shorter(shape):
     torch.testing.assert_close(second @ first, weight)
 
 
-def at(macs, kept):
-    return Candidate("svd", (1,), kept, macs, macs)
+def at(macs, energy):
+    return Candidate("svd", (1,), energy, macs, macs)
 
 
 OPTIONS = {"a": [at(6, 0.9), at(3, 0.5), at(4, 0.1)], "b": [at(8, 0.99), at(5, 0.97), at(2, 0.2)]}
@@ -162,7 +162,7 @@ def macs(candidate):
 
 
 def lost(_, candidate):
-    return 1 - candidate.kept
+    return 1 - candidate.energy
 
 
 def test_the_walk_takes_the_least_error_per_cost_first_and_is_optimal_where_it_stops():
@@ -171,8 +171,8 @@ def test_the_walk_takes_the_least_error_per_cost_first_and_is_optimal_where_it_s
     every = [{"a": a, "b": b} for a in [at(10, 1), *OPTIONS["a"]] for b in [at(10, 1), *OPTIONS["b"]]]
     for count in range(len(walk.steps) + 1):
         chosen = {"a": at(10, 1), "b": at(10, 1)} | walk.at(count)
-        error, cost = (sum(f(c) for c in chosen.values()) for f in (lambda c: 1 - c.kept, macs))
-        slow = min(sum(1 - c.kept for c in way.values()) for way in every if sum(map(macs, way.values())) <= cost)
+        error, cost = (sum(f(c) for c in chosen.values()) for f in (lambda c: 1 - c.energy, macs))
+        slow = min(sum(1 - c.energy for c in way.values()) for way in every if sum(map(macs, way.values())) <= cost)
         assert error == pytest.approx(slow)
 
 

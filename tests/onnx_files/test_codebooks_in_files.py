@@ -113,8 +113,8 @@ def test_the_runtime_looks_up_when_it_loads(draft, tmp_path):
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     run = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
     assert not run & {"Gather", "Cast", "Mul"} and run & {"Conv", "FusedConv"}
-    told = {operator.type for operator in isolated.executed(tmp_path, read_manifest(tmp_path))}
-    assert not told & {"Gather", "Cast", "Mul"} and "Conv" in told
+    types = {operator.type for operator in isolated.executed(tmp_path, read_manifest(tmp_path))}
+    assert not types & {"Gather", "Cast", "Mul"} and "Conv" in types
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -229,8 +229,8 @@ def test_the_commands_say_what_it_takes(tmp_path, capsys):
     old, new = versions(tmp_path, first(), trained(first()))
     update, again = str(tmp_path / "u.pjd"), str(tmp_path / "again.safetensors")
     assert cli.main(["delta", str(old), str(new), "-o", update, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["size_bytes"] == os.path.getsize(update) and told["new_bytes"] == new.stat().st_size
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["size_bytes"] == os.path.getsize(update) and printed["new_bytes"] == new.stat().st_size
     assert cli.main(["delta", str(old), str(new), "-o", update, "--force"]) == 0
     assert "changed" in capsys.readouterr().out
     assert cli.main(["patch", str(old), update, "-o", again]) == 0

@@ -157,13 +157,11 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The inputs of the remaining weights, (rows, inputs), and the output errors there, (rows, outputs)."""
     if isinstance(module, nn.Linear):
-        return inputs[..., in_channels].reshape(-1, len(in_channels)), error[..., out_channels].reshape(
-            -1, len(out_channels)
-        )
+        x, e = inputs[..., in_channels], error[..., out_channels]
+        return x.reshape(-1, len(in_channels)), e.reshape(-1, len(out_channels))
     errors = error.flatten(2)[:, out_channels]
-    rows = patches(module, inputs[:, in_channels])[
-        0
-    ]  # all positions of the first sample, then those of the second one, …
+    # All positions of the first sample, then those of the second one, …
+    rows = patches(module, inputs[:, in_channels])[0]
     columns = rows.reshape(len(inputs), errors.shape[2], rows.shape[1]).transpose(1, 2)
     places = torch.linspace(0, errors.shape[2] - 1, min(POSITIONS, errors.shape[2])).round().long()
     x, e = (each.index_select(2, places) for each in (columns, errors))  # (samples, …, positions)

@@ -64,23 +64,24 @@ class Candidate:
     Attributes:
         form: One of `penjing.surgery.factorize.FORMS`.
         ranks: As in `penjing.surgery.factorize`.
-        kept: The part of the energy of the layer's outputs, from 0 to 1.
+        energy: The fraction of the energy of the layer's outputs that is left, from 0 to 1; NaN: it was not computed.
         macs: Of one sample.
         params: Of the weights.
     """
 
     form: str
     ranks: tuple[int, ...]
-    kept: float
+    energy: float
     macs: float
     params: float
 
     @property
     def text(self) -> str:
-        """
+        """The form and its ranks.
+
         >>> Candidate("tucker", (16, 24), 0.9, 1.0, 1.0).text
         'tucker 16×24'
-        """  # noqa: D400
+        """
         return f"{self.form} {'×'.join(map(str, self.ranks))}"
 
 
@@ -103,7 +104,7 @@ def places(network: fx.GraphModule, modules: dict[str, Any], call: Call) -> dict
     return every
 
 
-def priced(place: Place, form: str, ranks: Sequence[int], kept: float) -> Candidate:
+def priced(place: Place, form: str, ranks: Sequence[int], energy: float) -> Candidate:
     """The candidate with what it costs."""
     out, inputs, taps = place.sizes
     if form == "svd":
@@ -120,10 +121,10 @@ def priced(place: Place, form: str, ranks: Sequence[int], kept: float) -> Candid
         along = zip(place.module.kernel_size, place.between, strict=True)
         parts += [(rank * size, positions) for size, positions in along if size > 1]
     macs = sum(weights * positions for weights, positions in parts)
-    return Candidate(form, tuple(ranks), kept, macs, sum(weights for weights, _ in parts))
+    return Candidate(form, tuple(ranks), energy, macs, sum(weights for weights, _ in parts))
 
 
-def form_of(module: Any, methods: Sequence[str]) -> tuple[str, ...]:
+def forms_of(module: Any, methods: Sequence[str]) -> tuple[str, ...]:
     """The forms that a layer can have, of those that are allowed."""
     pointwise = module.weight.dim() == 2 or module.weight[0, 0].numel() == 1
     if pointwise:
@@ -161,16 +162,16 @@ def candidates(place: Place, basis: Basis, form: str, round_to: int) -> list[Can
     weight = place.weight
     every: list[Candidate] = []
     if form == "svd":
-        kept = svd.kept(weight, basis)
-        step = multiple(len(kept) - 1, round_to)
-        every = [priced(place, form, (r,), float(kept[r])) for r in range(step, len(kept), step)]
+        energies = svd.energies(weight, basis)
+        step = multiple(len(energies) - 1, round_to)
+        every = [priced(place, form, (r,), float(energies[r])) for r in range(step, len(energies), step)]
     elif form == "tucker":
-        energy = tucker.kept(weight, basis)
+        of_ranks = tucker.energies(weight, basis)
         narrow, wide = multiple(inputs, round_to), multiple(out, round_to)
         for reduced in {*range(narrow, inputs, narrow), inputs}:
             for core in {*range(wide, out, wide), out}:
                 if reduced < inputs or core < out:
-                    every.append(priced(place, form, (reduced, core), float(energy[reduced, core])))
+                    every.append(priced(place, form, (reduced, core), float(of_ranks[reduced, core])))
     else:
         one = priced(place, form, (1,), 0.0)
         step = multiple(max(out, inputs), round_to)
@@ -215,5 +216,5 @@ def factors(place: Place, basis: Basis, candidate: Candidate) -> tuple[torch.Ten
 
 
 __all__ = [
-    "Candidate", "Place", "by_noise", "candidates", "factors", "form_of", "gains", "multiple", "places", "priced",
+    "Candidate", "Place", "by_noise", "candidates", "factors", "forms_of", "gains", "multiple", "places", "priced",
 ]  # fmt: skip

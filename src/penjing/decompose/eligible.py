@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from penjing.analyze.lockstep import countable
-from penjing.decompose.candidates import Place, form_of, places
+from penjing.decompose.candidates import Place, forms_of, places
 from penjing.errors import DecompositionError
 from penjing.network.graph import kind
 from penjing.network.selection import named
@@ -63,7 +63,7 @@ def eligible(draft: Draft, call: Call, layers: Sequence[str], keep: Sequence[str
             continue
         if reason := _reason(name, module, single, read):
             refused[name] = reason
-        elif of_layer := form_of(module, methods):
+        elif of_layer := forms_of(module, methods):
             forms[name] = of_layer
         else:
             refused[name] = f"methods={tuple(methods)} has no form for it"

@@ -97,9 +97,9 @@ def by_energy(problem: Problem, energy: float) -> Chosen:
     """For every layer the cheapest ranks that keep so much of the energy of its outputs."""
     chosen: Chosen = {}
     for name, options in _options(problem).items():
-        enough = [candidate for candidate in options if candidate.kept >= energy - 1e-9]
+        enough = [candidate for candidate in options if candidate.energy >= energy - 1e-9]
         if enough:
-            chosen[name] = min(enough, key=lambda candidate: (candidate.macs, -candidate.kept))
+            chosen[name] = min(enough, key=lambda candidate: (candidate.macs, -candidate.energy))
         elif options:
             problem.layers.refused[name] = f"{NO_GAIN} and keeps {energy:g} of its energy"
     return chosen
@@ -130,7 +130,7 @@ def by_budget(problem: Problem, unit: str, target: float, precision: str) -> Cho
         options,
         {name: price(places[name]) for name in options},
         price,
-        error := lambda name, candidate: weight[name] * (1 - candidate.kept),
+        error := lambda name, candidate: weight[name] * (1 - candidate.energy),
     )
     call, network = problem.context.task.call(), problem.draft.network
     if unit == "latency":
@@ -190,12 +190,12 @@ def _weights(problem: Problem) -> dict[str, float]:
         return weights
     changed, lost = {}, {}
     for name, place in places.items():
-        kept = svd.kept(place.weight, problem.bases[name])
-        rank = max(1, int((kept <= PROBE).sum()) - 1)
+        energies = svd.energies(place.weight, problem.bases[name])
+        rank = max(1, int((energies <= PROBE).sum()) - 1)
         first, second = svd.factors(place.weight, problem.bases[name], rank)
         product = second.flatten(1) @ first.flatten(1)
         changed[name] = product.reshape(place.module.weight.shape).to(place.module.weight)
-        lost[name] = 1 - float(kept[rank])
+        lost[name] = 1 - float(energies[rank])
     calls = chunks(problem.data, problem.draft.network, PROBED)
     noises = noise.of_weights(problem.draft.network, changed, calls)
     return {name: noises[name] / lost[name] if lost[name] > 1e-6 else 1.0 for name in places}
@@ -212,7 +212,9 @@ def _reached(problem: Problem, walk: Walk, left: Any, target: float) -> int:
             code="unreachable",
             got=f"{target:g}; with every layer at its smallest rank, {smallest:.3g} is left",
             expected=f"a fraction of at least {smallest:.3g}",
-            remedy=f"they stay: {', '.join(refused)}" if refused else "prune.Channels before it makes layers narrower",
+            remedy=f"these layers stay whole: {', '.join(refused)}"
+            if refused
+            else "prune.Channels before it makes layers narrower",
         )
     total = max(1, math.ceil(math.log2(max(2, high))))
     while high - low > 1:

@@ -13,8 +13,8 @@ import torch
 from penjing.decompose.moments import Basis
 
 
-def kept(weight: torch.Tensor, basis: Basis) -> np.ndarray:
-    """The part of the outputs' energy that every rank keeps, (ranks + 1,), from 0 at rank 0 to 1.
+def energies(weight: torch.Tensor, basis: Basis) -> np.ndarray:
+    """The fraction of the outputs' energy that is left at every rank, (ranks + 1,), from 0 at rank 0 to 1.
 
     Args:
         weight: (out, in, …), float64.
@@ -51,4 +51,4 @@ def factors(weight: torch.Tensor, basis: Basis, rank: int) -> tuple[torch.Tensor
     return first, (matrix @ vectors).reshape(-1, rank, *ones)
 
 
-__all__ = ["factors", "kept"]
+__all__ = ["energies", "factors"]

@@ -18,8 +18,8 @@ from penjing.decompose.tensors import tensorly
 ITERATIONS, TOLERANCE = 10, 1e-4
 
 
-def kept(weight: torch.Tensor, basis: Basis) -> np.ndarray:
-    """The part of the outputs' energy that ranks (r_in, r_out) keep, (in + 1, out + 1), from 0 to 1.
+def energies(weight: torch.Tensor, basis: Basis) -> np.ndarray:
+    """The fraction of the outputs' energy that is left at ranks (r_in, r_out), (in + 1, out + 1), from 0 to 1.
 
     It is that of the truncated higher-order singular value decomposition, which iterating improves a little.
 
@@ -85,4 +85,4 @@ def factors(weight: torch.Tensor, basis: Basis, ranks: Sequence[int]) -> tuple[t
     return tuple(parts)
 
 
-__all__ = ["factors", "kept"]
+__all__ = ["energies", "factors"]

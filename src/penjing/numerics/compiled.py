@@ -22,11 +22,11 @@ def loops(module: str) -> Any:
     """
     try:
         return importlib.import_module(f"penjing.numerics.{module}")
-    except ImportError:
+    except ImportError as error:
         raise MissingDependency(
             "packing needs compiled loops",
             code="not-installed",
-            got="numba is not installed",
+            got=str(error),
             expected="numba",
             remedy="pip install 'penjing[pack]'",
         ) from None

@@ -54,8 +54,8 @@ def _row(row: Row, top: float, most: int) -> list[str]:
             f'height="{_ROW - 5 - 2 * inset}" fill="{_BARS[i][0]}">'
             f"<title>{escape(name)}, {_BARS[i][1]}: {numbers.figure(sizes[i], 'bytes')}</title></rect>"
         )
-    told = f"{kind}: {' → '.join(numbers.figure(size, 'bytes') for size in sizes)}"
-    parts.append(_words(_LABEL + _BAR + 12, top + 13, told, _QUIET))
+    text = f"{kind}: {' → '.join(numbers.figure(size, 'bytes') for size in sizes)}"
+    parts.append(_words(_LABEL + _BAR + 12, top + 13, text, _QUIET))
     return parts
 
 

@@ -95,7 +95,7 @@ TOLD = 0.1
 GAIN = 1.05
 """A speed-up below this, or whose lower quartile over the rounds is not above 1, counts as none."""
 PACKS = 0.75
-"""Packing saves about 17 % on floats without zeros: a packed share above this is not due to the zeros."""
+"""Floats without zeros pack to more than this (docs/packed.md): a packed share above it is not due to the zeros."""
 
 
 def narrow_weights(bits: int, stored: int, candidate: records.Candidate) -> str:

@@ -119,10 +119,10 @@ class Layers:
             assert self.count is not None
             if self.count >= len(layers):
                 raise RecipeError(
-                    f"{self.of} has no more layers than shall be left of it",
+                    f"{self.of} has fewer layers than are asked for, or as many",
                     code="no-layer",
                     got=f"count={self.count}",
-                    expected=f"less than {len(layers)}",
+                    expected=f"a number below {len(layers)}, the number of its layers",
                 )
             _alike(network, layers)  # before anything is computed
             parts = grouped(layers, self._distances(network, layers, context), self.count)

@@ -24,6 +24,7 @@ import numpy as np
 
 from penjing.errors import ArtifactError, OutputError
 from penjing.numerics.copies import Copier
+from penjing.records.files import umask
 from penjing.records.folder import check_writable, writing
 from penjing.storage import changes, chunks, packed
 from penjing.storage.delta_file import (
@@ -121,7 +122,7 @@ def delta(
             try:
                 with os.fdopen(handle, "wb+") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
                     _write(file, before, after, Path(new).is_file() and len(after.names) == 1, pool)
-                os.chmod(aside, 0o644)
+                os.chmod(aside, 0o666 & ~umask())
                 os.replace(aside, out)
             finally:
                 Path(aside).unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
     return tensors
 
 
-class Kept:
+class Constraints:
     """What a training leaves as it is: zeros that stay zeros, and weights that share an entry.
 
     Args:
@@ -195,4 +195,4 @@ class _Shared:
         return (grid * scale[self.parts][:, None]).to(entries.dtype)
 
 
-__all__ = ["Codebook", "Kept", "looked_up", "mark_codebooks", "read_codebook"]
+__all__ = ["Codebook", "Constraints", "looked_up", "mark_codebooks", "read_codebook"]

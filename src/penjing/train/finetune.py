@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from penjing.distill.teaching import opened
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.step import Context
-from penjing.surgery.codebooks import Kept
+from penjing.surgery.codebooks import Constraints
 from penjing.train.loop import carry_out
 from penjing.train.parallel import Group, spread
 from penjing.train.settings import TrainingSettings
@@ -105,7 +105,7 @@ def train(
         CheckpointError: The saved state is damaged, holds code, or belongs to other settings or another network.
         OutputError: The state can't be saved.
     """
-    work = functools.partial(carry_out, kept=Kept(keep_zeros, codebooks))
+    work = functools.partial(carry_out, constraints=Constraints(keep_zeros, codebooks))
     if settings.workers > 1 and settings.cluster is not None:
         home = next((p.device for p in network.parameters()), None)
         resolved = settings.resolved(context, changed=False)

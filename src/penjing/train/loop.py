@@ -24,7 +24,7 @@ from penjing.randomness import preserve_rng_state, rng_state, seed_everything, s
 from penjing.steps.hooks import TrainingEvent
 from penjing.steps.identity import identity
 from penjing.steps.step import Context
-from penjing.surgery.codebooks import Kept
+from penjing.surgery.codebooks import Constraints
 from penjing.tasks.call import Call, as_call, fingerprint, to_tensors
 from penjing.tasks.outputs import to_tensor
 from penjing.train import budget
@@ -62,14 +62,16 @@ def _frozen(module: nn.Module) -> bool:
     return bool(own) and not any(p.requires_grad for p in own)
 
 
-def carry_out(network: nn.Module, context: Context, settings: TrainingSettings, group: Group, kept: Kept) -> nn.Module:
+def carry_out(
+    network: nn.Module, context: Context, settings: TrainingSettings, group: Group, constraints: Constraints
+) -> nn.Module:
     """Train to the end, resuming from a saved state; returns the network in eval mode, on its original device."""
     settings = settings.resolved(context, changed=False)
     data = loader(context.task, settings.task_loss_weight)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng_state(context.device))
         stack.enter_context(same_generators(data))
-        loop = Loop(network, context, settings, data, group, stack, kept)
+        loop = Loop(network, context, settings, data, group, stack, constraints)
         return loop.run()
 
 
@@ -84,7 +86,7 @@ class Loop:
         data: Any,
         group: Group,
         stack: contextlib.ExitStack,
-        kept: Kept,
+        constraints: Constraints,
     ) -> None:
         self.objective = Objective(context.task, settings.losses, settings.task_loss_weight, settings.label_smoothing)
         self.home = next((p.device for p in network.parameters() if p.requires_grad), None)
@@ -92,7 +94,7 @@ class Loop:
             got = "no parameter that requires a gradient"
             raise TrainingError("the network has no trainable parameters", code="nothing-to-train", got=got)
         self.context, self.settings, self.data, self.group = context, settings, data, group
-        self.kept = kept
+        self.constraints = constraints
         self.network = network.to(context.device)
         conv = any(p.dim() == 4 for p in network.parameters())
         last = settings.channels_last and conv and channels_last_pays(context.device)
@@ -133,7 +135,7 @@ class Loop:
         if not self._restore():
             self.steps = self.group.first(self._count_steps())
             self._save()  # the count may come from timings: a resumed run must not count again
-        self.kept.begin(self.network)
+        self.constraints.begin(self.network)
         seed_everything(self.context.seed)
         self._hook("start")
         saved = time.monotonic()
@@ -157,8 +159,8 @@ class Loop:
         self.clips.tell(self.context.events, self.step)
         self.context.events("trained", curve=self.curve)
         if self.average is not None:
-            self.average.into(self.network, self.kept.zeros)
-            self.kept.weights(self.network)
+            self.average.into(self.network, self.constraints.zeros)
+            self.constraints.weights(self.network)
         self._hook("end")
         return self._finished()
 
@@ -223,11 +225,11 @@ class Loop:
                 raise not_finite(self.step, to_tensors(as_call(inputs)), self.terms, value)
         self.group.sum_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self._hook("gradients")
-        self.kept.gradients(self.network)
+        self.constraints.gradients(self.network)
         self.clips.apply("gradients", self.network)
         self.optimizer.step()
         self.clips.apply("weights", self.network)
-        self.kept.weights(self.network)
+        self.constraints.weights(self.network)
         self.group.average(statistics(self.network))
         self.step += 1
         self.position += len(batches)
@@ -393,6 +395,6 @@ class Loop:
         """What must be the same for a resumed run to end in the same bits."""
         stream = self.settings.minutes is not None and not sized(self.data)  # it is counted in the time there is
         asked = vars(self.settings) | {"seed": self.context.seed, "number of batches": None if stream else self.length}
-        asked |= {"keep_zeros": self.kept.zeros, "codebooks": self.kept.marks}
+        asked |= {"keep_zeros": self.constraints.zeros, "codebooks": self.constraints.marks}
         asked["teacher"] = self.teaching.digest() if self.teaching else None
         return {name: value for name, value in asked.items() if name not in ("save_every_s", "cluster")}
