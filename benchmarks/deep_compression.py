@@ -1,13 +1,14 @@
 """Deep Compression on VGG-16 and Fashion-MNIST: bytes and accuracy after each stage, prune, share, code.
 
 Han et al., "Deep Compression", ICLR 2016, reach 49 times on VGG-16 and ImageNet. Here the network is
-benchmarks/vgg.py. A row is a way to prune, a sparsity and a number of bits: pruning with training
-(`prune.Gradual`, or `prune.Magnitude` and then `Finetune`, with the same number of epochs), `share.Codebook`, training
-through the codebook. After each stage the network is exported for ONNX Runtime; accuracy is that of the artifact on the
-10,000 test images, bytes are those of model.onnx and of its packed file, which unpacks to it to the bit. The rate is
-the fp32 file over the packed one.
+benchmarks/vgg.py. A row is a way to prune, a sparsity and a number of bits: pruning with training (`prune.Gradual`, or
+`prune.Magnitude` and then `Finetune`, with the same number of epochs), more training of what is left, `share.Codebook`,
+training through the codebook. After each stage the network is exported for ONNX Runtime; accuracy is that of the
+artifact on the 10,000 test images, bytes are those of model.onnx and of its packed file, which unpacks to it to the
+bit. The rate is the fp32 file over the packed one.
 
-    python benchmarks/deep_compression.py [--width 32] [--rows "Gradual 0.95 4" ...] [--epochs 2] [--through 0.5]
+    python benchmarks/deep_compression.py [--width 32] [--rows "Gradual 0.95 4" ...]
+        [--epochs 2] [--retrain 3] [--through 0.5]
 
 Stages and rows that are finished are kept in the cache of the examples: a second call goes on where the first stopped.
 """
@@ -36,8 +37,11 @@ def steps(row, arguments):
     training = pj.Finetune(epochs=arguments.epochs, learning_rate=RATE)
     zeros = pj.prune.Magnitude(sparsity=float(sparsity))
     pruned = (pj.prune.Gradual(step=zeros, finetune=training),) if way == "Gradual" else (zeros, training)
+    again = pj.Finetune(epochs=arguments.retrain, learning_rate=RATE)
     through = pj.Finetune(epochs=arguments.through, learning_rate=THROUGH_RATE)
-    return {"pruned": pruned, "shared": (pj.share.Codebook(bits=int(bits)),), "trained through": (through,)}
+    stages = {"pruned": pruned, "retrained": (again,), "shared": (pj.share.Codebook(bits=int(bits)),)}
+    stages["trained through"] = (through,)
+    return {name: some for name, some in stages.items() if name != "retrained" or arguments.retrain}
 
 
 def measured(draft, task):
@@ -98,13 +102,15 @@ def main():
     parser.add_argument("--width", type=int, default=Settings.width, help="channels of the first stage")
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--epochs", type=float, default=2.0, help="of the training while or after pruning")
+    parser.add_argument("--retrain", type=float, default=3.0, help="epochs of a training behind that; 0 leaves it out")
     parser.add_argument("--through", type=float, default=0.5, help="epochs of the training through the codebook")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "deep_compression.json")
     arguments = parser.parse_args()
     settings = Settings(width=arguments.width)
     network, task = trained(settings)
     source = capture_network(network, *task.call(), task.dynamic)
-    asked = {"base": vars(settings), "epochs": arguments.epochs, "through": arguments.through, "rate": RATE}
+    asked = {"base": vars(settings), "rate": RATE, "through rate": THROUGH_RATE}
+    asked |= {name: getattr(arguments, name) for name in ("epochs", "retrain", "through")}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     data = {"settings": asked, "parameters": sum(p.numel() for p in source.parameters()), "rows": {}}
     data["source"] = measured(Draft(source), task)

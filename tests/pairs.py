@@ -63,6 +63,8 @@ TECHNIQUES = {
     "quantize.QAT": ("repair", quantize.QAT(finetune=Finetune(epochs=0.1, weight_decay=1e-4))),
 }
 
+NORMS = share.Layers(groups=(("blocks.0.norm2", "blocks.2.norm2"),))
+
 
 class Block(nn.Module):
     def __init__(self, width):
@@ -116,8 +118,21 @@ def steps(first: str, second: str) -> tuple:
                 sequence.append(quantize.Static())
         if sequence and isinstance(sequence[0], distill.Student) and isinstance(step, distill.FewerLayers):
             step = distill.FewerLayers(of="stages.0", keep=2)  # the new network's layers have other names
+        if isinstance(step, decompose.LowRank) and sequence and isinstance(sequence[0], share.Layers):
+            sequence = [NORMS]  # what is shared is not decomposed
+        if sequence and isinstance(step, share.Layers):
+            step = _alike(sequence[0], step)
         sequence.append(step)
     return tuple(sequence)
+
+
+def _alike(first, step: share.Layers) -> share.Layers:
+    """Layers that have equal shapes after the first step too."""
+    if isinstance(first, distill.Student):
+        return share.Layers(groups=(("stages.0.1", "stages.0.2"),))
+    if isinstance(first, prune.Channels | prune.Iterative | decompose.LowRank):  # blocks are not alike inside any more
+        return NORMS
+    return step
 
 
 def context_of(source, data: Task, runtime: str = "onnxruntime", **fields) -> Context:
