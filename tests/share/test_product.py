@@ -130,6 +130,20 @@ def test_what_can_not_be_shared_is_refused(draft):
             share.ProductCodebook(**{field: value})
 
 
+@pytest.mark.parametrize("first", [STEPS["sums"], share.Codebook(bits=3, scope="global")], ids=["sums", "global"])
+@pytest.mark.parametrize("second", [share.Codebook(bits=2, layers=("5",)), STEPS["vectors"]], ids=["single", "vectors"])
+def test_a_second_codebook_replaces_the_first_where_it_stands(draft, first, second):
+    twice = run(second, run(first, draft))
+    trained = run(Finetune(steps=2, learning_rate=0.05, autocast="off"), twice)
+    dimension = 1 if isinstance(second, share.Codebook) else 4
+    count = len(vectors(twice, "5.weight", dimension))
+    assert len(vectors(trained, "5.weight", dimension)) == count == (4 if dimension == 1 else 16)
+    books = looked_up(trained.network, trained.codebooks)
+    assert {"2.weight", "5.weight"} <= books.keys()
+    for name, book in books.items():
+        assert (book.values == trained.network.get_parameter(name).detach().numpy()).all()
+
+
 def test_weights_that_were_changed_by_hand_are_told(draft):
     shared = run(STEPS["sums"], draft)
     with torch.no_grad():

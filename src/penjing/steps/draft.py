@@ -35,8 +35,20 @@ class Draft:
 
     @property
     def codebooks(self) -> tuple[Edit, ...]:
-        """The entries of the log that mark parameters as values of a codebook; training keeps them so."""
-        return tuple(edit for edit in self.edits if edit.get("edit") in ("codebook", "residual_codebook"))
+        """The entries of the log that mark parameters as values of a codebook; training keeps them so.
+
+        Of a parameter that was marked twice, the later mark counts: its values replaced those of the earlier one.
+        """
+        marks: list[Edit] = []
+        marked: set[str] = set()
+        for edit in reversed(self.edits):
+            if edit.get("edit") == "residual_codebook" and edit["tensor"] not in marked:
+                marks.append(edit)
+                marked.add(edit["tensor"])
+            elif edit.get("edit") == "codebook" and (names := [n for n in edit["tensors"] if n not in marked]):
+                marks.append(edit if len(names) == len(edit["tensors"]) else edit | {"tensors": names})
+                marked.update(names)
+        return tuple(reversed(marks))
 
     def copy(self) -> Draft:
         """Return a draft whose network can be edited without affecting this one."""
