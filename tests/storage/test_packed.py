@@ -10,9 +10,10 @@ import zlib
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 pytest.importorskip("numba")
@@ -49,6 +50,14 @@ def every_type(folder):
         "one": torch.tensor(3.0),
         "none": torch.zeros(0, 4),
         "int64": torch.arange(5),
+        "int16": torch.tensor(laplace((40, 50), 20) * 100, dtype=torch.int16),
+        "int32": torch.arange(-900, 900, dtype=torch.int32),
+        "bool": torch.rand(40, 40) < 0.1,
+        "float8_e4m3": (torch.randn(60, 40) * 0.1).to(torch.float8_e4m3fn),
+        "float8_e5m2": (torch.randn(60, 40) * 0.1).to(torch.float8_e5m2),
+        "float64": torch.randn(40, 30).double() * 1.1,
+        "double": torch.randn(40, 30).double(),
+        "index": torch.randint(-3, 3, (40, 30)),
     }
     save_file(tensors, folder / "weights.safetensors")
     return tensors
@@ -88,9 +97,11 @@ def test_tensors_of_every_type_return(tmp_path):
     tensors = every_type(tmp_path / "net")
     done = assert_returns(tmp_path / "net", tmp_path)
     sizes = {name: after / before for name, _, before, after in done.tensors}
+    assert set(sizes) == {*tensors} - {"none"}
+    assert sizes["double"] < 0.5 and sizes["index"] < 0.1 and sizes["float8_e4m3"] < 0.85 and sizes["bool"] < 0.1
     assert sizes["pruned"] < 0.3 and sizes["codebook"] < 0.2 and sizes["bfloat16"] < 0.75 and sizes["float32"] < 0.9
     for name, dtype, _, _ in done.tensors:
-        expected = tensors[name].float() if dtype == "bf16" else tensors[name]
+        expected = tensors[name].float() if dtype == "bf16" or dtype.startswith("f8") else tensors[name]
         assert np.array_equal(
             packed.read(done.path, name), expected.numpy(), equal_nan=tensors[name].is_floating_point()
         )
@@ -101,6 +112,79 @@ def test_initializers_of_an_onnx_file_return(tmp_path):
     done = assert_returns(tmp_path / "model.onnx", tmp_path)
     assert {"w8", "odd"} <= {name for name, _, _, _ in done.tensors}
     assert packed.read(done.path, "odd").shape == (3, 231)
+
+
+def plain_tensor(name, values):
+    """A tensor in `float_data`, not in `raw_data`."""
+    return helper.make_tensor(name, TensorProto.FLOAT, values.shape, values.reshape(-1).tolist())
+
+
+def test_constants_subgraphs_and_functions_of_an_onnx_file_are_told(tmp_path):
+    weights = {name: RANDOM.normal(size=(40, 30)).astype(np.float32) for name in ("field", "constant", "inside", "f")}
+    branch = helper.make_graph([], "branch", [], [], [numpy_helper.from_array(weights["inside"], "inside")])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(weights["constant"], "constant")),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    body = [helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(weights["f"], "f"))]
+    function = helper.make_function("other", "F", [], ["c"], body, [helper.make_opsetid("", 20)])
+    graph = helper.make_graph(nodes, "net", [], [], [plain_tensor("field", weights["field"])])
+    (tmp_path / "net.onnx").write_bytes(helper.make_model(graph, functions=[function]).SerializeToString())
+    done = assert_returns(tmp_path / "net.onnx", tmp_path)
+    assert sorted(name for name, _, _, _ in done.tensors) == ["constant", "f", "field", "inside", "inside"]
+    for name, values in weights.items():
+        assert np.array_equal(packed.read(done.path, name), values)
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_external_data_of_an_onnx_file_is_told_by_the_file_beside_it(tmp_path, one_file):
+    weights = {f"w{i}": RANDOM.normal(size=(50, 40)).astype(np.float32) for i in range(3)}
+    graph = helper.make_graph([], "net", [], [], [numpy_helper.from_array(w, n) for n, w in weights.items()])
+    (tmp_path / "net").mkdir()
+    onnx.save(
+        helper.make_model(graph), tmp_path / "net" / "model.onnx", save_as_external_data=True,
+        all_tensors_to_one_file=one_file, location="model.onnx.data" if one_file else None, size_threshold=0,
+    )  # fmt: skip
+    (tmp_path / "net" / "other.onnx").write_bytes(RANDOM.bytes(99))
+    done = assert_returns(tmp_path / "net", tmp_path)
+    assert {name: kind for name, kind, _, _ in done.tensors} == dict.fromkeys(weights, "f32")
+    assert np.array_equal(packed.read(done.path, "w1"), weights["w1"])
+
+
+def test_tensors_that_are_equal_are_stored_once(tmp_path):
+    weight = torch.randn(100, 90)
+    save_file({"a": weight, "b": torch.randn(7, 5), "c": weight.clone()}, tmp_path / "net.safetensors")
+    done = assert_returns(tmp_path / "net.safetensors", tmp_path)
+    assert {name: after for name, _, _, after in done.tensors}["c"] == 4
+    assert np.array_equal(packed.read(done.path, "c"), weight.numpy())
+
+
+@pytest.mark.parametrize("kind", ["biases", "matrices", "kernels"])
+def test_many_small_tensors_take_less_than_with_a_general_compressor(tmp_path, kind):
+    shape = {"biases": (16,), "matrices": (9, 8), "kernels": (16, 1, 3, 3)}[kind]
+    tensors = {f"layer.{i}.{kind}": torch.randn(shape) for i in range(100)}
+    save_file(tensors, tmp_path / "net.safetensors")
+    done = assert_returns(tmp_path / "net.safetensors", tmp_path)
+    assert done.size_bytes < 0.97 * len(lzma.compress((tmp_path / "net.safetensors").read_bytes(), preset=9))
+    name = f"layer.57.{kind}"
+    assert np.array_equal(packed.read(done.path, name), tensors[name].numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_infinite_value_does_not_cost_the_others(tmp_path, dtype):
+    weight = torch.randn(100, 90).to(dtype)
+    before = packed_share(tmp_path, weight)
+    weight[3, 5] = float("inf")
+    (tmp_path / "net.pj").unlink()
+    shutil.rmtree(tmp_path / "again")
+    assert packed_share(tmp_path, weight) < before + 0.005
+
+
+def test_weights_that_were_rounded_in_every_row_take_no_more_than_with_a_general_compressor(tmp_path):
+    weight = torch.randn(200, 500) * torch.exp(torch.randn(200, 1))
+    step = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / step).round() * step
+    assert packed_share(tmp_path, rounded) < len(lzma.compress(rounded.numpy().tobytes())) / (4 * weight.numel())
 
 
 def test_files_that_no_library_reads_return_as_bytes(tmp_path):
@@ -297,7 +381,7 @@ HOSTILE = {
     "a size that is a text": lambda c: c["files"][0].update(bytes="5"),
     "a tensor outside its file": lambda c: c["files"][0]["gaps"].__setitem__(0, 10**9),
     "a tensor within another": lambda c: c["files"][0]["gaps"].__setitem__(1, -5),
-    "an unknown type": lambda c: c["files"][0]["types"].__setitem__(0, "f64"),
+    "an unknown type": lambda c: c["files"][0]["types"].__setitem__(0, "f65"),
     "a shape of absurd size": lambda c: c["files"][0]["shapes"].__setitem__(0, [2**40, 2**40]),
     "fewer shapes than names": lambda c: c["files"][0]["shapes"].pop(),
     "a chunk outside": of_chunk("length", 10**9),
@@ -306,6 +390,7 @@ HOSTILE = {
     "more bytes than the contents hold": of_chunk("count", 10**6, chunk=0),
     "a negative number of bytes": of_chunk("count", -1, chunk=0),
     "a chunk of another file": of_chunk("file", 7),
+    "a copy of nothing": of_chunk("coding", "copy"),
     "an unknown coding": of_chunk("coding", "other"),
     "bytes within the contents as a tensor": of_chunk("coding", "contents"),
     "a chunk that is missing": lambda c: [column.pop() for column in c["chunks"].values()],

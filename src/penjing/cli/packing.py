@@ -21,7 +21,7 @@ def pack(parsed: argparse.Namespace, messages: Terminal) -> int:
     from rich.table import Table
 
     from penjing.storage import checkpoint, packed
-    from penjing.storage.regions import BITS
+    from penjing.storage.regions import ALL_BITS as BITS
 
     if parsed.picture:
         check_writable(Path(parsed.picture))

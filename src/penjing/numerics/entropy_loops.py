@@ -16,7 +16,7 @@ LOWEST = 1 << 16  # of the coder's state between two symbols
 CONTEXTS = 32
 SCALES = np.clip(np.round(np.log2(np.arange(4096) / 16 + 0.06) * 2.5 + 10), 0, CONTEXTS - 1).astype(np.int64)
 """Sixteen times an expected magnitude → its context."""
-ZERO, FAR = 15, 14  # symbols of floats: positive zero, and an exponent far below the largest
+ZERO, FAR = 15, 14  # symbols of floats: positive zero, and an exponent that has no symbol
 
 
 @njit(inline="always")
@@ -64,15 +64,32 @@ def scale_of(row, column, last, first):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
+def usual_largest(values, exponent_bits, mantissa_bits):  # type: ignore[no-untyped-def]
+    """The exponent from which downwards symbols tell the most values: one infinity does not move all of them."""
+    counts = np.zeros((1 << exponent_bits) + FAR, np.int64)
+    for i in range(len(values)):
+        if values[i] != 0:
+            counts[FAR + ((values[i] >> mantissa_bits) & ((1 << exponent_bits) - 1))] += 1
+    within = most = best = np.int64(0)
+    for k in range(FAR, len(counts)):
+        within += counts[k] - counts[k - FAR]
+        if within > 0 and within >= most and (within > most or counts[k]):
+            most, best = within, np.int64(k - FAR)
+    return best
+
+
+@njit(nogil=True, cache=True)
 def floats(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain):  # type: ignore[no-untyped-def]
-    """Symbols of the exponents of floats, and the other bits; the number of each. The first byte is the largest one."""
+    """Symbols of the exponents of floats, and the other bits; the number of each.
+
+    The first bytes, two where an exponent has more than 8 bits, are the largest exponent that is told by a symbol.
+    """
     table, seen = fresh(2 * CONTEXTS)
     above = np.zeros(columns, np.int64)
-    largest = np.int64(0)
-    for i in range(len(values)):
-        largest = max(largest, (values[i] >> mantissa_bits) & ((1 << exponent_bits) - 1))
-    plain[0] = largest
-    held, length, used = np.uint64(0), np.uint64(0), 1
+    largest = usual_largest(values, exponent_bits, mantissa_bits)
+    plain[0] = largest & 255
+    plain[1] = largest >> 8
+    held, length, used = np.uint64(0), np.uint64(0), 1 + (exponent_bits > 8)
     row = last = np.int64(48)
     zero = np.int64(0)
     for i in range(len(values)):
@@ -81,7 +98,9 @@ def floats(values, columns, exponent_bits, mantissa_bits, starts, sizes, plain):
         exponent = (value >> mantissa_bits) & ((1 << exponent_bits) - 1)
         context = 2 * scale_of(row, above[column], last, first) + zero
         zero = np.int64(value == 0)
-        below = min(largest - exponent, FAR)
+        below = largest - exponent
+        if below < 0 or below > FAR:
+            below = FAR
         symbol = ZERO if zero else below
         starts[i], sizes[i] = part_of(table, context, symbol)
         adapt(table, seen, context, symbol)
@@ -113,10 +132,11 @@ def floats_back(state, words, plain, columns, exponent_bits, mantissa_bits, valu
     """Fill `values` with bit patterns; False where the coded values end too early or too late."""
     table, seen = fresh(2 * CONTEXTS)
     above = np.zeros(columns, np.int64)
-    if len(plain) == 0:
+    used = 1 + (exponent_bits > 8)
+    if len(plain) < used:
         return False
-    largest = np.int64(plain[0])
-    held, length, used, word = np.uint64(0), np.uint64(0), 1, 0
+    largest = np.int64(plain[0]) | (np.int64(plain[1]) << 8 if used > 1 else 0)
+    held, length, word = np.uint64(0), np.uint64(0), 0
     row = last = np.int64(48)
     zero = np.int64(0)
     for i in range(len(values)):

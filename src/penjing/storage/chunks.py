@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics import entropy, scaled_integers
-from penjing.storage.regions import BITS, Bytes
+from penjing.storage.regions import ALL_BITS as BITS
+from penjing.storage.regions import Bytes
 
 VALUES = 1 << 20  # of a chunk, at most
-_FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}
+_FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7), "f8e4m3": (4, 3), "f8e5m2": (5, 2), "f64": (11, 52)}
 """Number type → bits of the exponent and of the mantissa."""
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _PALETTE = 256  # different values, at most
-_WINDOW = 64  # values among which a value returns
+_MANTISSA = 24  # bits, at most, that floats are coded with
+_SAMPLE = 1 << 16  # bytes in which it is looked whether words return
 _HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 """How bytes are compressed, without a container."""
@@ -28,25 +30,27 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
 
     Args:
         content: Its bytes, of whole values but for the last half byte.
-        dtype: A key of `BITS`, or "bytes".
+        dtype: A key of `ALL_BITS`, or "bytes".
         columns: Values of one row, as the tensor lies.
         width: Of a convolution's kernel, otherwise 1.
     """
     candidates = [("raw", content.tobytes())]
     if dtype in _INTEGERS:
         candidates.append(("integers", _integers(content, dtype, columns, width)))
-    elif dtype in _FLOATS:
+    elif dtype in BITS:
         patterns = _patterns(content, dtype)
         palette = np.unique(patterns[: _PALETTE * 16])
         if len(palette) <= _PALETTE and len(palette := np.unique(patterns)) <= min(_PALETTE, len(patterns) // 4):
-            candidates.append(("palette", _palette(patterns, palette, columns, width)))
-        else:
-            candidates.append(("floats", _floats(patterns, dtype, columns)))
-            if _repeats(patterns):
-                candidates.append(("words", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype))))
+            candidates.append(("palette", _palette(patterns, palette, dtype, columns, width)))
+        if dtype in _FLOATS and (len(candidates) == 1 or BITS[dtype] == 8):
+            candidates += _floats(patterns, dtype, columns)
     else:
         candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=XZ)))
-    return min(candidates, key=lambda c: len(c[1]))
+    best = min(candidates, key=lambda c: len(c[1]))
+    if dtype in BITS and _return(content, dtype, len(best[1])):
+        words = lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype))
+        best = min(best, ("words", words), key=lambda c: len(c[1]))
+    return best
 
 
 def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> bytes:
@@ -94,45 +98,58 @@ def _unpacked(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
     return halves if dtype == "u4" else halves - 16 * (halves > 7)
 
 
-def _floats(patterns: npt.NDArray[np.int64], dtype: str, columns: int) -> bytes:
-    """The number of lowest bits that no value uses, as in floats that were of a shorter type, then the values."""
+def _floats(patterns: npt.NDArray[np.int64], dtype: str, columns: int) -> list[tuple[str, bytes]]:
+    """The number of lowest bits that no value uses, as in floats that were of a shorter type, then the values.
+
+    Nothing where they use more bits than are coded, as those of 64 bits may.
+    """
     exponent, mantissa = _FLOATS[dtype]
     used = int(np.bitwise_or.reduce(patterns))
     unused = min((used & -used).bit_length() - 1, mantissa) if used else mantissa
-    coded = entropy.encode_floats(patterns >> unused, min(columns, len(patterns)), exponent, mantissa - unused)
-    return bytes([unused]) + _joined(coded)
+    if mantissa - unused > _MANTISSA:
+        return []
+    short = (patterns.view(np.uint64) >> np.uint64(unused)).view(np.int64)
+    coded = entropy.encode_floats(short, min(columns, len(patterns)), exponent, mantissa - unused)
+    return [("floats", bytes([unused]) + _joined(coded))]
 
 
 def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     exponent, mantissa = _FLOATS[dtype]
     count, unused = size * 8 // BITS[dtype], int.from_bytes(coded[:1])
-    if unused > mantissa:
-        raise ValueError("more unused bits than there are")
+    if not mantissa - _MANTISSA <= unused <= mantissa:
+        raise ValueError("other bits than there are")
     patterns = entropy.decode_floats(_split(coded, 1), count, min(columns, count), exponent, mantissa - unused)
     return _written(patterns << unused, dtype)
 
 
-def _repeats(patterns: npt.NDArray[np.int64]) -> bool:
-    """Whether values other than 0 often return within a few, as those of weights that were of 4 bits do."""
-    windows = patterns[: len(patterns) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
-    windows = np.sort(windows[:: max(1, len(windows) // 512)], axis=1)
-    again = (windows[:, 1:] == windows[:, :-1]) & (windows[:, 1:] != 0)
-    return bool(windows.size and again.mean() > 0.25)
+def _return(content: Bytes, dtype: str, best: int) -> bool:
+    """Whether words seem to return so often that LZMA2 takes less than `best` bytes.
+
+    Such are weights that were of 4 bits, or have been rounded in every row, tables of sines, and repeated rows.
+    """
+    if not content.size or best * 32 < content.size:
+        return content.size > 0
+    start = max(0, (content.size - _SAMPLE) // 2) // 8 * 8
+    sample = content[start : start + _SAMPLE]
+    quick = lzma.compress(sample.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype, preset=0))
+    return bool(len(quick) * content.size < 1.01 * best * sample.size)
 
 
-def _words(dtype: str) -> list[dict[str, int]]:
+def _words(dtype: str, preset: int = 6) -> list[dict[str, int]]:
     """LZMA2's settings for words of this size."""
-    bits = BITS[dtype].bit_length() - 4
-    return [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": bits, "pb": bits}]
+    bits = max(0, BITS[dtype].bit_length() - 4)
+    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "lc": min(2, 4 - bits), "lp": bits, "pb": bits}]
 
 
-def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], columns: int, width: int) -> bytes:
+def _palette(
+    patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], dtype: str, columns: int, width: int
+) -> bytes:
     """The different values, then the place of each value among them, around the most frequent one."""
     places = np.searchsorted(palette, patterns)
     center = int(np.bincount(places).argmax())
     return (
         struct.pack("<HH", len(palette), center)
-        + palette.astype("<u4").tobytes()
+        + palette.astype(_entry(dtype)).tobytes()
         + scaled_integers.encode(places - center, min(columns, len(places)), width)
     )
 
@@ -140,11 +157,15 @@ def _palette(patterns: npt.NDArray[np.int64], palette: npt.NDArray[np.int64], co
 def _palette_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     count = size * 8 // BITS[dtype]
     length, center = struct.unpack_from("<HH", coded)
-    palette = np.frombuffer(coded, "<u4", length, 4).astype(np.int64)
-    places = scaled_integers.decode(coded[4 + 4 * length :], count, min(columns, count)).astype(np.int64) + center
+    palette = np.frombuffer(coded, _entry(dtype), length, 4)
+    places = scaled_integers.decode(coded[4 + palette.nbytes :], count, min(columns, count)).astype(np.int64) + center
     if count and not 0 <= places.min() <= places.max() < length:
         raise ValueError("a place outside the palette")
-    return _written(palette[places], dtype)
+    return _written(palette.astype(np.int64)[places], dtype)
+
+
+def _entry(dtype: str) -> str:
+    return "<u8" if BITS[dtype] == 64 else "<u4"
 
 
 def _patterns(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
@@ -152,7 +173,7 @@ def _patterns(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
 
 
 def _written(patterns: npt.NDArray[np.int64], dtype: str) -> bytes:
-    if len(patterns) and not 0 <= patterns.min() <= patterns.max() < 1 << BITS[dtype]:
+    if len(patterns) and BITS[dtype] < 64 and not 0 <= patterns.min() <= patterns.max() < 1 << BITS[dtype]:
         raise ValueError(f"a value outside {dtype}")
     return patterns.astype(f"<u{BITS[dtype] // 8}").tobytes()
 
@@ -196,10 +217,11 @@ _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
 }
 
 
-def split(count: int, columns: int) -> Sequence[tuple[int, int]]:
+def split(count: int, columns: int, values: int | None = None) -> Sequence[tuple[int, int]]:
     """First and number of the values of every chunk of a tensor of so many values: whole rows where these are short."""
-    rows = VALUES // columns // 2 * 2  # an even number of values, of which two may share a byte
-    step = rows * columns or VALUES
+    values = values or VALUES
+    rows = values // columns // 2 * 2  # an even number of values, of which two may share a byte
+    step = rows * columns or values
     return [(first, min(step, count - first)) for first in range(0, count, step)]
 
 

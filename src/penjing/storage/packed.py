@@ -27,6 +27,7 @@ from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
 from penjing.storage.packed_file import (
     ASIDE,
+    COPY,
     FORMAT,
     LENGTH,
     MAGIC,
@@ -35,14 +36,24 @@ from penjing.storage.packed_file import (
     TAIL,
     WITHIN,
     Opened,
-    columns_of,
     in_order,
-    width_of,
 )  # fmt: skip
-from penjing.storage.regions import BITS, Bytes, Region, regions
+from penjing.storage.regions import ALL_BITS as BITS
+from penjing.storage.regions import Bytes, Region, regions
+from penjing.storage.streams import BETWEEN, Stream, streams
 
 _SPACE = "free some space, or choose another place"
-_NUMBERS = {"i8": np.int8, "u8": np.uint8, "f32": np.float32, "f16": np.float16}
+_NUMBERS = {
+    "i8": "<i1", "u8": "<u1", "i16": "<i2", "u16": "<u2", "i32": "<i4", "u32": "<u4", "i64": "<i8", "u64": "<u8",
+    "f16": "<f2", "f32": "<f4", "f64": "<f8",
+}  # fmt: skip
+
+
+_BYTES = np.arange(256)
+_E4M3 = np.where(_BYTES & 127 == 127, np.nan, np.where(
+    _BYTES & 120, np.ldexp(8.0 + (_BYTES & 7), (_BYTES >> 3 & 15) - 10), np.ldexp(_BYTES & 7, -9),
+) * np.where(_BYTES & 128, -1, 1)).astype(np.float32)  # fmt: skip
+"""Values of floats with 4 bits of exponent and 3 of mantissa, without infinity (OCP 8-bit floating point, 2023)."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +171,11 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
     listed: list[dict[str, Any]] = []
     rows: list[tuple[Any, ...]] = []
     aside: list[bytes] = []
+    known: dict[tuple[Any, ...], int] = {}
     for number, name in enumerate(names):
         path = root / name
         content: Bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-        tensors = regions(path, content)
+        tensors = regions(path, content, BITS)
         ends = [0, *(t.offset + t.size for t in tensors)]
         listed.append(
             {
@@ -176,12 +188,14 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
                 "shapes": [t.shape for t in tensors],
             }
         )
-        between = _between(content, tensors)
-        small = len(between) <= ASIDE
-        if small and len(between):
-            aside.append(between.tobytes())
-            rows.append((WITHIN, 0, 0, number, -1, 0, len(between)))
-        for (tensor, first, count), (coding, coded) in _coded(content, tensors, between[: 0 if small else None], pool):
+        parts = streams(tensors, len(content))
+        between = parts.pop(BETWEEN)
+        if between.size > ASIDE:
+            parts[BETWEEN] = between
+        elif between.size:
+            aside.append(between.part(content, 0, between.count).tobytes())
+            rows.append((WITHIN, 0, 0, number, BETWEEN, 0, between.count))
+        for (tensor, first, count), (coding, coded) in in_order(pool, _coded, _jobs(content, parts, known, len(rows))):
             rows.append((coding, len(coded), zlib.crc32(coded), number, tensor, first, count))
             file.write(coded)
     columns = dict(zip(ROW, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(ROW, ())
@@ -191,35 +205,33 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
     file.write(packed + TAIL.pack(place, len(packed), hashlib.sha256(packed).digest(), MAGIC))
 
 
-def _coded(
-    content: Bytes, tensors: list[Region], between: Bytes, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Any, Any]]:
-    """(tensor, first, count) and the coded bytes of every chunk of a file; a few are coded at a time."""
+def _jobs(
+    content: Bytes, parts: dict[int, Stream], known: dict[tuple[Any, ...], int], number: int
+) -> Iterator[tuple[Any, ...]]:
+    """For every chunk of a file, what it is of, and what `_coded` needs: the values, or the chunk that is the same.
 
-    def jobs() -> Iterator[tuple[tuple[int, int, int], Bytes, str, int, int]]:
-        for number, tensor in enumerate(tensors):
-            columns = columns_of(tensor)
-            for first, count in chunks.split(tensor.count, columns):
-                part = _part(content, tensor, first, count)
-                yield (number, first, count), part, tensor.dtype, columns, width_of(tensor)
-        for first in range(0, len(between), PIECE):
-            piece = between[first : first + PIECE]
-            yield (-1, first, len(piece)), piece, "bytes", 1, 1
+    Args:
+        content: The bytes of the file.
+        parts: Its streams.
+        known: Of all chunks before, what they hold → their numbers; grows.
+        number: Of the first chunk.
+    """
+    for stream in parts.values():
+        size = PIECE if stream.number == BETWEEN else chunks.VALUES
+        for first, count in chunks.split(stream.count, stream.columns, size):
+            part = stream.part(content, first, count)
+            key = hashlib.sha256(part.data).digest(), stream.dtype, count
+            same = known.setdefault(key, number)
+            if same < number and len(part) > LENGTH.size:
+                yield (stream.number, first, count), same
+            else:
+                yield (stream.number, first, count), part, stream.dtype, stream.columns, stream.width
+            number += 1
 
-    return in_order(pool, lambda job: (job[0], chunks.encode(*job[1:])), jobs())
 
-
-def _part(content: Bytes, tensor: Region, first: int, count: int) -> Bytes:
-    bits = BITS[tensor.dtype]
-    start = tensor.offset + first * bits // 8
-    return np.ascontiguousarray(content[start : start + -(-count * bits // 8)])
-
-
-def _between(content: Bytes, tensors: list[Region]) -> Bytes:
-    """The bytes that are not of a tensor."""
-    ends = [0, *(t.offset + t.size for t in tensors)]
-    starts = [*(t.offset for t in tensors), len(content)]
-    return np.concatenate([content[a:b] for a, b in zip(ends, starts, strict=True)])
+def _coded(job: tuple[Any, ...]) -> tuple[Any, tuple[str, bytes]]:
+    of, *rest = job
+    return of, (COPY, LENGTH.pack(*rest)) if len(rest) == 1 else chunks.encode(*rest)
 
 
 def contents(path: Path | str) -> Packed:
@@ -229,12 +241,14 @@ def contents(path: Path | str) -> Packed:
         ArtifactError: It is not a packed file, is damaged, or is of a newer version.
     """
     with Opened(Path(path)) as opened:
-        sizes: dict[tuple[int, int], int] = {}
+        sizes: dict[tuple[int, int], float] = {}
         for chunk in opened.chunks:
-            key = chunk.file, chunk.tensor
-            sizes[key] = sizes.get(key, 0) + chunk.length
+            stream = opened.streams[chunk.file][chunk.tensor]
+            for member, (_, size) in zip(stream.members, stream.spans, strict=False):  # joined ones: their shares
+                key = chunk.file, member
+                sizes[key] = sizes.get(key, 0) + chunk.length * size / stream.size
         rows = [
-            (tensor.name, tensor.dtype, tensor.size, sizes.get((i, j), 0))
+            (tensor.name, tensor.dtype, tensor.size, round(sizes.get((i, j), 0)))
             for i, (_, _, _, tensors) in enumerate(opened.files)
             for j, tensor in enumerate(tensors)
         ]
@@ -279,7 +293,7 @@ def unpack(path: Path | str, out: Path | str, *, threads: int | None = None) -> 
 def read(path: Path | str, name: str) -> npt.NDArray[Any]:
     """One tensor of a packed file, by its name; no other is decoded.
 
-    Four-bit integers come as int8 or uint8, bfloat16 as float32.
+    Four-bit integers come as int8 or uint8, bfloat16 and floats of 8 bits as float32, truth values as uint8.
 
     Raises:
         ArtifactError: There is no such tensor, or the file is damaged.
@@ -288,9 +302,7 @@ def read(path: Path | str, name: str) -> npt.NDArray[Any]:
         for i, (_, _, _, tensors) in enumerate(opened.files):
             for j, tensor in enumerate(tensors):
                 if tensor.name == name:
-                    coded = [c for c in opened.chunks if (c.file, c.tensor) == (i, j)]
-                    data = b"".join(opened.decoded(c) for c in sorted(coded, key=lambda c: c.first))
-                    return _array(data, tensor)
+                    return _array(opened.tensor(i, j), tensor)
         raise ArtifactError(
             "the packed file does not hold this tensor",
             code="missing",
@@ -305,6 +317,10 @@ def _array(data: bytes, tensor: Region) -> npt.NDArray[Any]:
     if tensor.dtype == "bf16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
     pairs = np.frombuffer(data, np.uint8)
+    if tensor.dtype == "f8e5m2":
+        return (pairs.astype(np.uint16) << 8).view(np.float16).astype(np.float32).reshape(tensor.shape)
+    if tensor.dtype == "f8e4m3":
+        return _E4M3[pairs].reshape(tensor.shape)
     halves = np.stack([pairs & 15, pairs >> 4], -1).reshape(-1)[: tensor.count]
     signed = halves.astype(np.int8) - 16 * (halves > 7).astype(np.int8)
     return (halves if tensor.dtype == "u4" else signed).reshape(tensor.shape)

@@ -17,7 +17,11 @@ from typing import IO, Any
 from penjing.errors import ArtifactError
 from penjing.records import reading
 from penjing.storage import chunks
-from penjing.storage.regions import BITS, Region
+from penjing.storage.regions import ALL_BITS as BITS
+from penjing.storage.regions import Region
+from penjing.storage.streams import Stream, streams
+from penjing.storage.streams import columns_of as columns_of
+from penjing.storage.streams import width_of as width_of
 
 FORMAT = 1
 MAGIC = b"PENJING\0"
@@ -26,11 +30,12 @@ LENGTH = struct.Struct("<I")
 PIECE = 1 << 20  # bytes of a chunk of bytes
 ROW = ("coding", "length", "checksum", "file", "tensor", "first", "count")
 """What the contents tell of a chunk, in lists of their own."""
+COPY = "copy"
+"""The coding of a chunk that is another one: its bytes are the number of that, which lies before it."""
 WITHIN = "contents"
 """The coding of bytes that follow the contents' text: a few, such as a header, which has the same names in it."""
 ASIDE = 1 << 16  # bytes between the tensors of a file, at most, that are a part of the contents
 _CONTENTS_BYTES = 1 << 28
-_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Chunk:
     length: int
     checksum: int
     file: int
-    tensor: int  # of the file; -1: the bytes between tensors
+    tensor: int  # of the file; below 0: another of its streams
     first: int  # value, or byte
     count: int
 
@@ -52,6 +57,7 @@ class Opened:
 
     files: list[tuple[str, int, str, list[Region]]]
     chunks: list[Chunk]
+    streams: list[dict[int, Stream]]  # of every file
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,12 +120,13 @@ class Opened:
                 if t.dtype not in BITS or t.offset < last or t.offset + t.size > size:
                     raise ValueError(f"the tensor {t.name[:100]!r} is outside its file")
                 last = t.offset + t.size
+        self.streams = [streams(tensors, size) for _, size, _, tensors in self.files]
         for c in self.chunks:
             last, room = (c.place + c.count, len(self._within)) if c.coding == WITHIN else (c.place + c.length, end)
             if last > room or c.file >= len(self.files) or c.first < 0 or c.count < 1:
                 raise ValueError("a chunk is outside the file")
-            _, size, _, tensors = self.files[c.file]
-            most = tensors[c.tensor].count if 0 <= c.tensor < len(tensors) else size if c.tensor == -1 else -1
+            stream = self.streams[c.file].get(c.tensor)
+            most = stream.count if stream else -1
             if c.first + c.count > most or c.count > max(chunks.VALUES, PIECE):
                 raise ValueError("a chunk is outside its tensor")
 
@@ -132,50 +139,43 @@ class Opened:
             coded = file.read(chunk.length)
         if zlib.crc32(coded) != chunk.checksum:
             raise ValueError("a chunk is damaged")
-        if chunk.tensor < 0:
-            return chunks.decode(chunk.coding, coded, "bytes", 1, chunk.count)
-        tensor = self.files[chunk.file][3][chunk.tensor]
-        size = -(-chunk.count * BITS[tensor.dtype] // 8)
-        return chunks.decode(chunk.coding, coded, tensor.dtype, columns_of(tensor), size)
+        if chunk.coding == COPY:
+            (number,) = LENGTH.unpack(coded)
+            source = self.chunks[number]
+            if source.place >= chunk.place or source.coding == COPY or self._kind(source) != self._kind(chunk):
+                raise ValueError("a copy of another chunk")
+            return self.decoded(source)
+        stream = self.streams[chunk.file][chunk.tensor]
+        _, size = stream.bytes_of(chunk.first, chunk.count)
+        return chunks.decode(chunk.coding, coded, stream.dtype, stream.columns, size)
+
+    def _kind(self, chunk: Chunk) -> tuple[str, int]:
+        return self.streams[chunk.file][chunk.tensor].dtype, chunk.count
+
+    def tensor(self, file: int, number: int) -> bytes:
+        """The bytes of one tensor."""
+        _, _, _, tensors = self.files[file]
+        (stream,) = (s for s in self.streams[file].values() if number in s.members)
+        mine = sorted((c for c in self.chunks if (c.file, c.tensor) == (file, stream.number)), key=lambda c: c.first)
+        before = sum(tensors[i].size for i in stream.members if i < number)
+        return b"".join(self.decoded(c) for c in mine)[before : before + tensors[number].size]
 
     def restore(self, number: int, folder: Path, pool: ThreadPoolExecutor) -> None:
         """Write one file, and compare it with its hash."""
-        name, size, digest, tensors = self.files[number]
+        name, size, digest, _ = self.files[number]
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        starts = _gaps(size, tensors)
         with path.open("wb+") as file:
             file.truncate(size)
             # The largest first, so that no thread begins with one when the others are done.
             mine = iter(sorted((c for c in self.chunks if c.file == number), key=lambda c: -c.length))
             for chunk, content in in_order(pool, lambda c: (c, self.decoded(c)), mine):
-                if chunk.tensor >= 0:
-                    tensor = tensors[chunk.tensor]
-                    file.seek(tensor.offset + chunk.first * BITS[tensor.dtype] // 8)
-                    file.write(content)
-                    continue
-                for place, first, count in _over(starts, chunk.first, chunk.count):
+                for place, first, count in self.streams[number][chunk.tensor].places(chunk.first, chunk.count):
                     file.seek(place)
                     file.write(content[first : first + count])
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise ValueError(f"{name!r} does not come out as it was packed")
-
-
-def _gaps(size: int, tensors: list[Region]) -> list[tuple[int, int]]:
-    """Place and number of the bytes between tensors."""
-    ends = [0, *(t.offset + t.size for t in tensors)]
-    return [(a, b - a) for a, b in zip(ends, [*(t.offset for t in tensors), size], strict=True)]
-
-
-def _over(gaps: list[tuple[int, int]], first: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Where bytes `first` to `first + count` of all gaps together lie: place in the file, first of them, number."""
-    before = 0
-    for place, length in gaps:
-        start, end = max(first, before), min(first + count, before + length)
-        if start < end:
-            yield place + start - before, start - first, end - start
-        before += length
 
 
 def _regions(file: Any) -> list[Region]:
@@ -222,15 +222,3 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], jobs: Iterato
     while waiting:
         yield waiting.pop(0).result()
         waiting += [pool.submit(work, job) for job in islice(jobs, 1)]
-
-
-def columns_of(tensor: Region) -> int:
-    """Values of one row: of one output channel as they lie, or `_ROW` where there are few and long ones."""
-    count = max(1, tensor.count)
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return count // rows if rows and (rows >= 4 or count < 4 * _ROW) else min(count, _ROW)
-
-
-def width_of(tensor: Region) -> int:
-    """Values of one row of a convolution's kernel; 1 for other tensors."""
-    return min(max(1, tensor.shape[-1]), 255) if len(tensor.shape) > 3 else 1
