@@ -200,10 +200,10 @@ class Constriction:
 
 
 class Nncodec:
-    """nncodec in an environment of its own, by `benchmarks/nncodec_coder.py`."""
+    """nncodec in an environment of its own, by `benchmarks/peers/nncodec_coder.py`."""
 
     def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("nncodec_coder.py")
+        script = Path(__file__).parent / "peers" / "nncodec_coder.py"
         self.folder = tempfile.TemporaryDirectory()  # it writes a file of its own where it works
         self.process = subprocess.Popen(
             [Path(python).absolute(), script],

@@ -744,7 +744,7 @@ def packing() -> str:
             both = [f"{mine['file_bytes'] / 1e6 / row[key]:.3g}" for key in ("pack_s", "unpack_s")] if row else []
             speeds.append(", ".join(both))
         for key in ("huffman_bytes", "entropy_bytes"):
-            cells.append(f"{mine[key] / mine['file_bytes']:.1%}" if mine[key] else "")
+            cells.append(f"{mine[key] / mine['file_bytes']:.1%}" if mine.get(key) else "")
         lines.append(f"| {network}, {form} | {mine['file_bytes']:,} | {' | '.join(cells)} |")
         times.append(f"| {network}, {form} | {' | '.join(speeds)} |")
     lines += ["", "MB of the file per second, there and back:", "", *times]
