@@ -49,10 +49,15 @@ TASK = task()
 MATRICES = ("table.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "conv.weight", "up.weight", "head.weight")
 
 
-@pytest.fixture
-def draft():
+@pytest.fixture(scope="module")
+def captured():
     torch.manual_seed(0)
-    return Draft(capture_network(Net().eval(), *TASK.call()))
+    return capture_network(Net().eval(), *TASK.call())
+
+
+@pytest.fixture
+def draft(captured):
+    return Draft(captured).copy()
 
 
 def values(draft, name):
@@ -182,10 +187,10 @@ def test_a_resumed_training_ends_in_the_same_bits(draft, tmp_path):
     assert same(resumed.network, whole.network)
 
 
-def test_a_checkpoint_reloads_to_the_bit_and_trains_on(draft, tmp_path):
+def test_a_checkpoint_reloads_to_the_bit_and_trains_on(draft, captured, tmp_path):
     shared = run(share.Codebook(bits=3), draft)
     checkpoint.save(shared, tmp_path)
-    again = checkpoint.load(tmp_path, capture_network(Net().eval(), *TASK.call()))
+    again = checkpoint.load(tmp_path, captured)
     assert again.codebooks == shared.codebooks and same(again.network, shared.network)
     assert same(trained(again).network, trained(shared).network)
 
