@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import tempfile
 from typing import Any
 
 from penjing.errors import MissingDependency
@@ -20,8 +22,13 @@ def loops(module: str) -> Any:
     Raises:
         MissingDependency: numba is not installed.
     """
+    name = f"penjing.numerics.{module}"
     try:
-        return importlib.import_module(f"penjing.numerics.{module}")
+        try:
+            return importlib.import_module(name)
+        except RuntimeError:  # numba may write neither beside the module nor in the home folder
+            _keep_aside()
+            return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependency(
             "packing needs compiled loops",
@@ -30,6 +37,16 @@ def loops(module: str) -> Any:
             expected="numba",
             remedy="pip install 'penjing[pack]'",
         ) from None
+
+
+@functools.cache
+def _keep_aside() -> tempfile.TemporaryDirectory[str]:
+    """Have compiled loops stored in a folder that lives as long as this process; others could alter a lasting one."""
+    import numba
+
+    folder = tempfile.TemporaryDirectory(prefix="penjing-")
+    numba.config.CACHE_DIR = folder.name  # type: ignore[attr-defined]
+    return folder
 
 
 __all__ = ["available", "loops"]
