@@ -19,7 +19,7 @@ from penjing import cli
 from penjing.errors import ArtifactError, OutputError
 from penjing.records.folder import ARTIFACT
 from penjing.storage import delta, packed
-from penjing.storage.packed_file import TAIL
+from penjing.storage.opened import TAIL
 from tests.raises import raises_case
 
 

@@ -24,7 +24,8 @@ from penjing.records.folder import ARTIFACT
 from penjing.records.manifest import read_manifest
 from penjing.report.numbers import figure
 from penjing.storage import checkpoint, chunks, packed
-from penjing.storage.packed_file import LENGTH, MAGIC, TAIL
+from penjing.storage.opened import TAIL
+from penjing.storage.packed_file import LENGTH, MAGIC
 from tests.raises import raises_case
 
 RANDOM = np.random.default_rng(0)
@@ -456,6 +457,26 @@ def test_hostile_contents_are_refused(tmp_path, change):
     with raises_case(ArtifactError, "unreadable"):
         packed.unpack(path, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net", "net.pj"]
+
+
+def test_a_tensor_of_more_chunks_than_it_has_is_refused(tmp_path):
+    every_type(tmp_path)
+    path = packed.pack(tmp_path / "weights.safetensors", tmp_path / "net.pj").path
+    assert packed.read(path, "float32").shape == (50, 30)
+    rewritten(path, lambda c: [column.extend(column[1:] * 3) for column in c["chunks"].values()])
+    with raises_case(ArtifactError, "unreadable"):
+        packed.read(path, "float32")
+
+
+def test_many_small_files_return(tmp_path, monkeypatch):
+    """Where the contents have no more room for them, their bytes are chunks like those of large ones."""
+    monkeypatch.setattr("penjing.storage.packed.ALL_ASIDE", 1000)
+    (tmp_path / "net").mkdir()
+    for i in range(9):
+        (tmp_path / "net" / f"{i}.txt").write_bytes(RANDOM.bytes(300))
+    assert_returns(tmp_path / "net", tmp_path)
+    with packed.Opened(tmp_path / "net.pj") as opened:
+        assert [c.coding for c in opened.chunks] == ["contents"] * 3 + ["raw"] * 6
 
 
 def test_a_size_that_no_disk_has_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -217,12 +217,19 @@ _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
 }
 
 
-def split(count: int, columns: int, values: int | None = None) -> Sequence[tuple[int, int]]:
-    """First and number of the values of every chunk of a tensor of so many values: whole rows where these are short."""
+def split(count: int, columns: int, values: int | None = None) -> Iterator[tuple[int, int]]:
+    """First and number of the values of every chunk of a tensor: whole rows where these are short.
+
+    Args:
+        count: Values of the tensor.
+        columns: Values of one row.
+        values: Of a chunk, at most; None takes `VALUES`.
+    """
     values = values or VALUES
     rows = values // columns // 2 * 2  # an even number of values, of which two may share a byte
     step = rows * columns or values
-    return [(first, min(step, count - first)) for first in range(0, count, step)]
+    for first in range(0, count, step):
+        yield first, min(step, count - first)
 
 
 __all__ = ["VALUES", "XZ", "decode", "encode", "split"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -45,8 +46,9 @@ from penjing.storage.delta_file import (
     parts_of,
     pieces,
 )
+from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import MAGIC as PACKED
-from penjing.storage.packed_file import TAIL, columns_of, in_order, width_of
+from penjing.storage.packed_file import columns_of, in_order, width_of
 from penjing.storage.pairing import Place, pairs
 from penjing.storage.regions import Bytes, Region, regions
 
@@ -193,7 +195,8 @@ def _rows(file: File, mode: int) -> list[Any]:
     if mode == SAME:
         return []
     first = sum(row.coding == changes.CHANGES for row in file.chunks)
-    last = first + sum(1 for _ in parts_of(file.tensors, NEW))
+    # A tensor may claim any size: there are no more parts than chunks.
+    last = first + sum(1 for _ in itertools.islice(parts_of(file.tensors, NEW), len(file.chunks)))
     return file.chunks[:first] if mode == CHANGED else file.chunks[first:last] if mode == NEW else file.chunks[last:]
 
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from penjing.errors import ArtifactError
 from penjing.records import reading
 from penjing.storage import changes, chunks
-from penjing.storage.packed_file import PIECE, TAIL, in_order
+from penjing.storage.opened import TAIL, OpenedFile, check_names, number, whole
+from penjing.storage.packed_file import PIECE, in_order
 from penjing.storage.regions import BITS, Bytes
 
 FORMAT = 1
@@ -31,7 +30,7 @@ NEW, CHANGED, SAME = range(3)
 KERNEL = 1 << 16  # values, at most
 Pieces = list[tuple[int, bytes]]
 """Places of a file, and what is written there."""
-_CONTENTS_BYTES = 1 << 28
+_LZMA_BYTES = 1 << 28  # of memory that decompressing the contents may take
 
 
 class Tensor(NamedTuple):
@@ -143,67 +142,39 @@ def old_bytes(file: File, content: Bytes) -> Bytes:
     return joined(content, gaps(len(content), spans))
 
 
-class Opened:
-    """An opened update; damage of any kind is an ArtifactError that names it."""
+class Opened(OpenedFile):
+    """An opened update."""
 
     single: bool
     bases: list[tuple[str, int, str]]
     files: list[File]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Opened:
-        try:
-            with reading.regular(self.path) as file:
-                self.size = os.fstat(file.fileno()).st_size
-                self._open(file)
-        except reading.UNREADABLE as error:
-            raise self.damaged(error) from None
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, reading.UNREADABLE) and not isinstance(error, OSError):
-            raise self.damaged(error) from None
-
-    def damaged(self, error: BaseException) -> ArtifactError:
-        """The error that tells what is wrong with it."""
-        return ArtifactError(
-            "the update can't be read",
-            code="unreadable",
-            got=f"{self.path}: {error or type(error).__name__}",
-            expected=f"a file that `penjing delta` wrote, of format {FORMAT}",
-            remedy="copy the file again",
-        )
+    magic = MAGIC
+    what = "the update"
+    expected = f"a file that `penjing delta` wrote, of format {FORMAT}"
 
     def _open(self, file: IO[bytes]) -> None:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError("it does not begin as an update")
-        end = self.size - TAIL.size
-        file.seek(max(0, end))
-        place, length, digest, magic = TAIL.unpack(file.read(TAIL.size))
-        if magic != MAGIC or not len(MAGIC) <= place <= place + length == end:
-            raise ValueError("it does not end as an update: a part is missing")
+        place, length, digest = self._ends(file)
         file.seek(0)
-        if digest_of(file, end) != digest:
+        if digest_of(file, self.size - TAIL.size) != digest:
             raise ValueError("it is damaged")
         file.seek(place)
-        unpacker = lzma.LZMADecompressor(memlimit=_CONTENTS_BYTES)
-        text = unpacker.decompress(file.read(length), _CONTENTS_BYTES)
+        unpacker = lzma.LZMADecompressor(memlimit=_LZMA_BYTES)
+        text = unpacker.decompress(file.read(length), reading.TEXT_BYTES)
         if not unpacker.eof:
             raise ValueError("its contents are too large")
         data = reading.json_text(text.decode())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}: a newer version of Penjing wrote it")
         self.single = bool(data["single"])
-        self.bases = [(str(name), _whole(size), str(sha)) for name, size, sha in data["base"]]
+        self.bases = [(str(name), whole(size), str(sha)) for name, size, sha in data["base"]]
         at = len(MAGIC)
         self.files = []
         for row in data["files"]:
             name, size, sha, base, tensors, coded = row
-            new = File(str(name), _whole(size), str(sha), _number(base), self._tensors(tensors))
+            new = File(str(name), whole(size), str(sha), number(base), self._tensors(tensors))
             for coding, extent, parts in coded:
-                new.chunks.append(Coded(str(coding), at, _whole(extent), _whole(parts)))
+                new.chunks.append(Coded(str(coding), at, whole(extent), whole(parts)))
                 at += extent
             self.files.append(new)
         if at != place:
@@ -214,16 +185,16 @@ class Opened:
         """From rows whose places are told from the end of the tensor before."""
         tensors, end, ends = [], 0, [0] * len(self.bases)
         for gap, dtype, values, width, kernel_width, kernel_values, mode, base, base_gap in rows:
-            if dtype not in BITS or mode not in (NEW, CHANGED, SAME) or not 0 < _whole(values) < 1 << 48:
+            if dtype not in BITS or mode not in (NEW, CHANGED, SAME) or not 0 < whole(values) < 1 << 48:
                 raise ValueError("a tensor of another kind")
-            offset = end + _whole(gap)
-            lies = _whole(width), _whole(kernel_width), _whole(kernel_values)
+            offset = end + whole(gap)
+            lies = whole(width), whole(kernel_width), whole(kernel_values)
             if not 0 < width < 1 << 48 or not 0 < kernel_width <= kernel_values <= KERNEL:
                 raise ValueError("a tensor with rows or kernels of no size, or of too large a one")
             if mode == NEW:
                 tensors.append(Tensor(offset, dtype, values, *lies, mode, -1, 0))
             else:
-                base_offset = ends[_whole(base)] + _number(base_gap)
+                base_offset = ends[whole(base)] + number(base_gap)
                 tensors.append(Tensor(offset, dtype, values, *lies, mode, base, base_offset))
                 ends[base] = base_offset + tensors[-1].size
                 if not 0 <= base_offset <= ends[base] <= self.bases[base][1]:
@@ -233,11 +204,9 @@ class Opened:
 
     def _check(self) -> None:
         """Names stay inside the folder, tensors inside their files."""
-        names = [PurePosixPath(f.name) for f in self.files]
-        inside = all(name.parts and not name.is_absolute() and ".." not in name.parts for name in names)
-        plain = not any(set(str(name)) & set("\\:\0") for name in names)
-        if not inside or not plain or len(set(names)) != len(names) or not names or (self.single and len(names) > 1):
-            raise ValueError("the name of a file leads elsewhere")
+        check_names([f.name for f in self.files])
+        if not self.files or (self.single and len(self.files) > 1):
+            raise ValueError("a version without a file, or a single file of several")
         for f in self.files:
             if not -1 <= f.base < len(self.bases) or (f.tensors and f.tensors[-1].offset + f.tensors[-1].size > f.size):
                 raise ValueError(f"{f.name[:100]!r} does not fit its contents")
@@ -342,15 +311,3 @@ def _row(rows: Iterator[Coded]) -> Coded:
     if row is None:
         raise ValueError("a chunk is missing")
     return row
-
-
-def _whole(value: Any) -> int:
-    if _number(value) < 0:
-        raise ValueError("a negative size")
-    return int(value)
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError("a size that is not a whole number")
-    return value

@@ -25,7 +25,9 @@ from penjing.errors import ArtifactError, OutputError
 from penjing.records.files import umask
 from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
+from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import (
+    ALL_ASIDE,
     ASIDE,
     COPY,
     FORMAT,
@@ -33,7 +35,6 @@ from penjing.storage.packed_file import (
     MAGIC,
     PIECE,
     ROW,
-    TAIL,
     WITHIN,
     Opened,
     in_order,
@@ -171,6 +172,7 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
     listed: list[dict[str, Any]] = []
     rows: list[tuple[Any, ...]] = []
     aside: list[bytes] = []
+    room = ALL_ASIDE
     known: dict[tuple[Any, ...], int] = {}
     for number, name in enumerate(names):
         path = root / name
@@ -190,10 +192,11 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
         )
         parts = streams(tensors, len(content))
         between = parts.pop(BETWEEN)
-        if between.size > ASIDE:
+        if between.size > min(ASIDE, room):
             parts[BETWEEN] = between
         elif between.size:
             aside.append(between.part(content, 0, between.count).tobytes())
+            room -= between.size
             rows.append((WITHIN, 0, 0, number, BETWEEN, 0, between.count))
         for (tensor, first, count), (coding, coded) in in_order(pool, _coded, _jobs(content, parts, known, len(rows))):
             rows.append((coding, len(coded), zlib.crc32(coded), number, tensor, first, count))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
-from penjing.errors import ArtifactError
 from penjing.records import reading
 from penjing.storage import chunks
+from penjing.storage.opened import OpenedFile, check_names, number, whole
 from penjing.storage.regions import ALL_BITS as BITS
 from penjing.storage.regions import Region
 from penjing.storage.streams import Stream, streams
@@ -25,7 +24,6 @@ from penjing.storage.streams import width_of as width_of
 
 FORMAT = 1
 MAGIC = b"PENJING\0"
-TAIL = struct.Struct("<QQ32s8s")  # place and length of the contents, their SHA-256, and the magic bytes
 LENGTH = struct.Struct("<I")
 PIECE = 1 << 20  # bytes of a chunk of bytes
 ROW = ("coding", "length", "checksum", "file", "tensor", "first", "count")
@@ -35,7 +33,8 @@ COPY = "copy"
 WITHIN = "contents"
 """The coding of bytes that follow the contents' text: a few, such as a header, which has the same names in it."""
 ASIDE = 1 << 16  # bytes between the tensors of a file, at most, that are a part of the contents
-_CONTENTS_BYTES = 1 << 28
+ALL_ASIDE = 1 << 24  # of all files
+_CONTENTS_BYTES = reading.TEXT_BYTES + ALL_ASIDE
 
 
 @dataclass(frozen=True)
@@ -52,45 +51,19 @@ class Chunk:
     count: int
 
 
-class Opened:
-    """An opened packed file; damage of any kind is an ArtifactError that names the file."""
+class Opened(OpenedFile):
+    """An opened packed file."""
 
     files: list[tuple[str, int, str, list[Region]]]
     chunks: list[Chunk]
     streams: list[dict[int, Stream]]  # of every file
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Opened:
-        try:
-            with reading.regular(self.path) as file:
-                self.size = os.fstat(file.fileno()).st_size
-                self._open(file)
-        except reading.UNREADABLE as error:
-            raise self._damaged(error) from None
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, reading.UNREADABLE) and not isinstance(error, OSError):
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: BaseException) -> ArtifactError:
-        return ArtifactError(
-            "the packed file can't be read",
-            code="unreadable",
-            got=f"{self.path}: {error or type(error).__name__}",
-            expected=f"a file that `penjing pack` wrote, of format {FORMAT}",
-            remedy="copy the file again",
-        )
+    magic = MAGIC
+    what = "the packed file"
+    expected = f"a file that `penjing pack` wrote, of format {FORMAT}"
 
     def _open(self, file: IO[bytes]) -> None:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError("it does not begin as a packed file")
-        file.seek(max(0, self.size - TAIL.size))
-        place, length, digest, magic = TAIL.unpack(file.read(TAIL.size))
-        if magic != MAGIC or not len(MAGIC) <= place <= place + length == self.size - TAIL.size:
-            raise ValueError("it does not end as a packed file: a part is missing")
+        place, length, digest = self._ends(file)
         file.seek(place)
         packed = file.read(length)
         if hashlib.sha256(packed).digest() != digest:
@@ -100,20 +73,18 @@ class Opened:
         if not unpacker.eof:
             raise ValueError("its contents are too large")
         end = LENGTH.size + LENGTH.unpack_from(text)[0]
+        if end > reading.TEXT_BYTES:
+            raise ValueError(f"contents of {end:,} bytes, and at most {reading.TEXT_BYTES:,} are read")
         data = reading.json_text(text[LENGTH.size : end].decode())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}: a newer version of Penjing wrote it")
-        self.files = [(str(f["name"]), _whole(f["bytes"]), str(f["sha256"]), _regions(f)) for f in data["files"]]
+        self.files = [(str(f["name"]), whole(f["bytes"]), str(f["sha256"]), _regions(f)) for f in data["files"]]
         self.chunks, self._within = _chunks(data["chunks"]), text[end:]
         self._check(place)
 
     def _check(self, end: int) -> None:
         """Names stay inside the folder, tensors inside their files, chunks inside this one."""
-        names = [PurePosixPath(name) for name, _, _, _ in self.files]
-        inside = all(name.parts and not name.is_absolute() and ".." not in name.parts for name in names)
-        plain = not any(set(str(name)) & set("\\:\0") for name in names)
-        if not inside or not plain or len(set(names)) != len(names):
-            raise ValueError("the name of a file leads elsewhere")
+        check_names([name for name, _, _, _ in self.files])
         for _, size, _, tensors in self.files:
             last = 0
             for t in tensors:
@@ -157,6 +128,8 @@ class Opened:
         _, _, _, tensors = self.files[file]
         (stream,) = (s for s in self.streams[file].values() if number in s.members)
         mine = sorted((c for c in self.chunks if (c.file, c.tensor) == (file, stream.number)), key=lambda c: c.first)
+        if sum(c.count for c in mine) != stream.count:
+            raise ValueError("chunks that are not those of the tensor")
         before = sum(tensors[i].size for i in stream.members if i < number)
         return b"".join(self.decoded(c) for c in mine)[before : before + tensors[number].size]
 
@@ -183,10 +156,10 @@ def _regions(file: Any) -> list[Region]:
     listed: list[Region] = []
     end = 0
     for name, gap, dtype, shape in zip(file["tensors"], file["gaps"], file["types"], file["shapes"], strict=True):
-        sizes = tuple(_whole(n) for n in shape)
+        sizes = tuple(whole(n) for n in shape)
         if not reading.fits(sizes, 1 << 48) or dtype not in BITS:
             raise ValueError("a tensor is too large, or of an unknown type")
-        listed.append(Region(str(name), end + _whole(gap), str(dtype), sizes))
+        listed.append(Region(str(name), end + whole(gap), str(dtype), sizes))
         end = listed[-1].offset + listed[-1].size
     return listed
 
@@ -196,24 +169,12 @@ def _chunks(lists: Any) -> list[Chunk]:
     listed: list[Chunk] = []
     places = {True: 0, False: len(MAGIC)}
     for coding, *row in zip(*(lists[key] for key in ROW), strict=True):
-        length, checksum, file, tensor, first, count = map(_number, row)
+        length, checksum, file, tensor, first, count = map(number, row)
         within = coding == WITHIN
         place = places[within]
-        places[within] += _whole(count if within else length)
-        listed.append(Chunk(str(coding), place, length, checksum, _whole(file), tensor, first, count))
+        places[within] += whole(count if within else length)
+        listed.append(Chunk(str(coding), place, length, checksum, whole(file), tensor, first, count))
     return listed
-
-
-def _whole(value: Any) -> int:
-    if _number(value) < 0:
-        raise ValueError("a negative size")
-    return int(value)
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError("a size that is not a whole number")
-    return value
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], jobs: Iterator[Any]) -> Iterator[Any]:
