@@ -244,8 +244,6 @@ def integers(file: Path) -> dict:
     content = np.memmap(file, np.uint8, "r")
     tensors = {}
     for region in regions(file, content):
-        if region.count == 1:
-            continue  # nncodec gives none back that has a single value
         part = np.ascontiguousarray(content[region.offset : region.offset + region.size])
         values = changes.values(part, region.dtype)
         if region.dtype in changes.FLOATS:
@@ -301,7 +299,8 @@ def nncodec_work(folder: Path) -> None:
         middle = time.perf_counter()
         again = nnc.decompress(bits, approx_param_base=base)
         end = time.perf_counter()
-        if any((np.reshape(again[n], t.shape) != t).any() for n, t in change.items()):
+        # What did not change is not told.
+        if any((np.reshape(again.get(n, np.zeros_like(t)), t.shape) != t).any() for n, t in change.items()):
             raise SystemExit("nncodec does not give back the changes")
         rows.append({"bytes": len(bits), "there_s": middle - start, "back_s": end - middle, "context": context})
     print(json.dumps(min(rows, key=lambda row: row["bytes"])))
