@@ -780,6 +780,24 @@ def deep_compression() -> str:
     return _under(lines, data, note)
 
 
+def deltas() -> str:
+    """Updates against other tools: share of the new version."""
+    data = _read("deltas")
+    tools = list(dict.fromkeys(row["tool"] for row in data["rows"]))
+    rows = {(row["network"], row["form"], row["tool"]): row for row in data["rows"]}
+    lines = [
+        f"| | bytes | {' | '.join(tools)} | penjing, s: delta, patch |",
+        "|---|---|" + "---|" * len(tools) + "---|",
+    ]
+    for network, form in dict.fromkeys((row["network"], row["form"]) for row in data["rows"]):
+        mine = rows[network, form, "penjing"]
+        sizes = (rows.get((network, form, tool)) for tool in tools)
+        shares = " | ".join(f"{row['bytes'] / row['file_bytes']:.1%}" if row else "" for row in sizes)
+        times = f"{mine['there_s']:.1f}, {mine['back_s']:.1f}"
+        lines.append(f"| {network}, {form} | {mine['file_bytes']:,} | {shares} | {times} |")
+    return _under(lines, data, f"zstd {data['versions']['zstd']}, nncodec {data['versions']['nncodec']}; ")
+
+
 TABLES = {
     "deep_compression": deep_compression,
     "resnet20": lambda: candidates("resnet20"),
@@ -813,6 +831,7 @@ TABLES = {
     "onnx_files": onnx_files,
     "quick": quick,
     "packing": packing,
+    "deltas": deltas,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

@@ -3,10 +3,10 @@
 An integer is predicted by the one in its place before, times the ratio that the row has shown so far (its scale has
 changed where the row's largest weight has), and by what this left of the row and of the values to the left and above in
 the same kernel of a convolution, because a step of the training changes these alike. The difference is coded; how far
-the prediction is from a whole number is part of the context. Of a float it is the difference of the bit patterns
-without sign, in units of the last place: a symbol for its length, at the length that the changes before let expect at
-this exponent; where the sign or much of the exponent changed, the float itself. Coder and form of the probabilities are
-those of floats in `penjing.numerics.entropy`.
+the prediction is from a whole number is part of the context. A row that did not change takes one symbol. Of a float it
+is the difference of the bit patterns without sign, in units of the last place: a symbol for its length, at the length
+that the changes before let expect at this exponent; where the sign or much of the exponent changed, the float itself.
+Coder and form of the probabilities are those of floats in `penjing.numerics.entropy`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def encode_integers(old: Integers, new: Integers, ends: Integers, widths: Intege
         MissingDependency: numba is not installed.
     """
     squares, products = np.zeros((4, 4, 4), np.int64), np.zeros((4, 4), np.int64)
-    loops("delta_loops").moments(old, new, ends, widths, kernels, squares, products)
+    loops("delta_integers_loops").moments(old, new, ends, widths, kernels, squares, products)
     weights = np.zeros((4, 4), np.int64)
     for kind, some in enumerate(_NEIGHBOURS):
         best, *_ = np.linalg.lstsq(squares[kind][np.ix_(some, some)] + np.eye(len(some)), products[kind][some])
@@ -61,7 +61,7 @@ def decode_integers(coded: bytes, old: Integers, ends: Integers, widths: Integer
     for kind, some in enumerate(_NEIGHBOURS):
         weights[kind, some] = listed[: len(some)]
         listed = listed[len(some) :]
-    return _decoded("integers_back", split(coded[_WEIGHTS:]), old, ends, widths, kernels, weights)
+    return _decoded("integers", split(coded[_WEIGHTS:]), old, ends, widths, kernels, weights)
 
 
 def encode_floats(
@@ -75,7 +75,7 @@ def decode_floats(
     coded: bytes, old: Integers, ends: Integers, widths: Integers, exponent_bits: int, mantissa_bits: int
 ) -> Integers:
     """Return the bit patterns that `encode_floats` coded. Errors as in `decode_integers`."""
-    return _decoded("floats_back", split(coded), old, ends, widths, exponent_bits, mantissa_bits)
+    return _decoded("floats", split(coded), old, ends, widths, exponent_bits, mantissa_bits)
 
 
 def joined(coded: Coded) -> bytes:
@@ -98,9 +98,10 @@ def split(coded: bytes) -> Coded:
 
 
 def _encoded(kernel: str, old: Integers, new: Integers, ends: Integers, widths: Integers, *more: Any) -> Coded:
+    module = f"delta_{kernel}_loops"
     starts, sizes = np.empty(3 * len(new), np.int32), np.empty(3 * len(new), np.int32)
     plain = np.empty(5 * len(new) + 16, np.uint8)
-    symbols, used = getattr(loops("delta_loops"), kernel)(old, new, ends, widths, *more, starts, sizes, plain)
+    symbols, used = getattr(loops(module), kernel)(old, new, ends, widths, *more, starts, sizes, plain)
     words = np.empty(symbols + 1, np.uint16)
     state, first = loops("entropy_loops").backwards(starts, sizes, symbols, words)
     return int(state), words[first:], plain[:used]
@@ -109,6 +110,7 @@ def _encoded(kernel: str, old: Integers, new: Integers, ends: Integers, widths: 
 def _decoded(kernel: str, coded: Coded, old: Integers, ends: Integers, widths: Integers, *more: Any) -> Integers:
     state, words, plain = coded
     new = np.empty(len(old), np.int64)
-    if not getattr(loops("delta_loops"), kernel)(state, words, plain, old, ends, widths, *more, new):
+    module = f"delta_{kernel}_loops"
+    if not getattr(loops(module), f"{kernel}_back")(state, words, plain, old, ends, widths, *more, new):
         raise ValueError("the coded changes end too early or too late")
     return new

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics import entropy, scaled_integers
+from penjing.storage import grids
 from penjing.storage.regions import ALL_BITS as BITS
 from penjing.storage.regions import Bytes
 
@@ -44,6 +45,9 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
             candidates.append(("palette", _palette(patterns, palette, dtype, columns, width)))
         if dtype in _FLOATS and (len(candidates) == 1 or BITS[dtype] == 8):
             candidates += _floats(patterns, dtype, columns)
+        on_grids = grids.encode(content.view("<f4"), min(columns, len(patterns)), width) if dtype == "f32" else None
+        if on_grids is not None:
+            candidates.append(("grids", on_grids))
     else:
         candidates.append(("xz", lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=XZ)))
     best = min(candidates, key=lambda c: len(c[1]))
@@ -207,11 +211,18 @@ def _unpressed(coded: bytes, filters: list[dict[str, int]], size: int) -> bytes:
         raise ValueError(f"damaged bytes: {error}") from None
 
 
+def _grids_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    if dtype != "f32":
+        raise ValueError(f"a grid of {dtype}")
+    return bytes(grids.decode(coded, size // 4, min(columns, size // 4)).astype("<f4").tobytes())
+
+
 _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
     "raw": lambda coded, dtype, columns, size: coded,
     "integers": _integers_back,
     "floats": _floats_back,
     "palette": _palette_back,
+    "grids": _grids_back,
     "xz": _xz_back,
     "words": _words_back,
 }
