@@ -115,18 +115,7 @@ def in_bfloat16(network: fx.GraphModule, names: Iterable[str], calls: Iterable[C
         names: Sites.
         calls: Chunks of samples.
     """
-    nodes = sites(network)
-    power = dict.fromkeys(names, 0.0)
-    signal = 0.0
-    with torch.no_grad():
-        for call in calls:
-            once = _Once(network, call)
-            signal += _power(once.output)
-            for name in power:
-                outputs = once.rerun(nodes[name], _halved(once, nodes[name]))
-                power[name] += _power(_difference(outputs, once.output))
-    signal = max(signal, 1e-30)
-    return {name: noise / signal for name, noise in power.items()}
+    return _alone_each(network, names, calls, lambda once, name, node: _halved(once, node))
 
 
 def of_weights(network: fx.GraphModule, weights: Mapping[str, torch.Tensor], calls: Iterable[Call]) -> dict[str, float]:
@@ -137,19 +126,29 @@ def of_weights(network: fx.GraphModule, weights: Mapping[str, torch.Tensor], cal
         weights: Convolution or linear layer that is called once → a weight of the same shape.
         calls: Chunks of samples; all activations of one chunk are held at a time.
     """
+
+    def changed(once: _Once, name: str, node: fx.Node) -> torch.Tensor:
+        module, producer = network.get_submodule(name), node.args[0]
+        assert isinstance(producer, fx.Node)
+        return apply(module, once.values[producer], weights[name], getattr(module, "bias", None))
+
+    return _alone_each(network, weights, calls, changed)
+
+
+def _alone_each(
+    network: fx.GraphModule, names: Iterable[str], calls: Iterable[Call], value: Callable[[_Once, str, fx.Node], Any]
+) -> dict[str, float]:
+    """Noise power over signal power at the outputs when one operator alone gives another value, by its site."""
     nodes = sites(network)
-    power = dict.fromkeys(weights, 0.0)
+    power = dict.fromkeys(names, 0.0)
     signal = 0.0
     with torch.no_grad():
         for call in calls:
             once = _Once(network, call)
             signal += _power(once.output)
-            for name, weight in weights.items():
-                node, module = nodes[name], network.get_submodule(name)
-                producer = node.args[0]
-                assert isinstance(producer, fx.Node)
-                value = apply(module, once.values[producer], weight, getattr(module, "bias", None))
-                power[name] += _power(_difference(once.rerun(node, value), once.output))
+            for name in power:
+                outputs = once.rerun(nodes[name], value(once, name, nodes[name]))
+                power[name] += _power(_difference(outputs, once.output))
     signal = max(signal, 1e-30)
     return {name: noise / signal for name, noise in power.items()}
 

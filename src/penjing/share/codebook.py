@@ -9,17 +9,16 @@ that share an entry together (`penjing.surgery.codebooks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 
-from penjing.analyze.output_gradients import squared_gradients
 from penjing.errors import RecipeError, SharingError
 from penjing.numerics.codebooks import GRIDS, kmeans, nearest, placed
-from penjing.share.weights import KINDS, matrices
+from penjing.share.weights import KINDS, matrices, sensitivities
 from penjing.steps.draft import Draft
 from penjing.steps.settings import NAMES, Rule, check, one_of, optional, whole
 from penjing.steps.step import Context
@@ -113,12 +112,12 @@ class Codebook:
         """
         draft = draft.copy()
         counts = self._counts(draft.network)
-        weights = self._sensitivities(draft.network, context, counts)
+        weights = sensitivities(draft.network, counts, context, self.sensitivity, self.samples)
         rows = self.rows if self.scope == "channels" else None
         edits = []
         for names in self._books(counts):
             tensors = [draft.network.get_parameter(name).detach() for name in names]
-            scores = [weights[name] if weights else torch.ones_like(t) for name, t in zip(names, tensors, strict=True)]
+            scores = [weights[name] for name in names]
             for part in zip(*(_blocks(t, rows) for t in (*tensors, *scores)), strict=True):
                 share(part[: len(names)], part[len(names) :], counts[names[0]], self.grid)
             edits.append(mark_codebooks(draft.network, names, rows=rows, proportional=self.grid != "kmeans"))
@@ -157,15 +156,6 @@ class Codebook:
                 remedy="take fewer bits",
             )
         return counts
-
-    def _sensitivities(
-        self, network: fx.GraphModule, context: Context, names: Iterable[str]
-    ) -> dict[str, torch.Tensor] | None:
-        """Parameter → what an error of each weight counts; None where all count the same."""
-        known = context.task.calibration is not None
-        if self.sensitivity == "none" or (self.sensitivity == "auto" and not known):
-            return None
-        return squared_gradients(network, names, context, self.samples)
 
     def _books(self, counts: Mapping[str, int]) -> list[list[str]]:
         """The parameters that have codebooks in common."""

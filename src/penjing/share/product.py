@@ -12,10 +12,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from penjing.analyze.output_gradients import squared_gradients
 from penjing.errors import RecipeError, SharingError
 from penjing.numerics.vector_codebooks import residual_kmeans
-from penjing.share.weights import matrices
+from penjing.share.weights import matrices, sensitivities
 from penjing.steps.draft import Draft, Edit
 from penjing.steps.settings import NAMES, check, one_of, whole
 from penjing.steps.step import Context
@@ -89,14 +88,12 @@ class ProductCodebook:
         """
         draft = draft.copy()
         names = self._names(draft)
-        known = context.task.calibration is not None
-        weighted = self.sensitivity == "outputs" or (self.sensitivity == "auto" and known)
-        weights = squared_gradients(draft.network, names, context, self.samples) if weighted else {}
+        weights = sensitivities(draft.network, names, context, self.sensitivity, self.samples)
         generator = torch.Generator().manual_seed(context.seed % 2**63)
         edits: list[Edit] = []
         for name in names:
             parameter = draft.network.get_parameter(name).detach()
-            entries = self._share(parameter, weights.get(name), generator)
+            entries = self._share(parameter, weights[name], generator)
             if self.levels == 1:
                 edits.append(mark_codebooks(draft.network, [name], dimension=self.dimension))
             else:
@@ -145,13 +142,11 @@ class ProductCodebook:
                 "linear layer",
             )
 
-    def _share(
-        self, parameter: torch.Tensor, sensitivity: torch.Tensor | None, generator: torch.Generator
-    ) -> torch.Tensor:
+    def _share(self, parameter: torch.Tensor, sensitivity: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Give a parameter the values of its codebooks, in place; their entries (levels, entries, dimension)."""
         vectors = parameter.reshape(-1, self.dimension)
         weights = torch.ones_like(vectors)
-        if sensitivity is not None and bool(sensitivity.any()):
+        if bool(sensitivity.any()):
             weights = (sensitivity / sensitivity.mean()).clamp(min=LEAST).reshape(-1, self.dimension)
         zero = (vectors == 0).all(1)
         count = (1 << self.bits) - int(zero.any())

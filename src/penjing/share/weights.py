@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
+from penjing.analyze.output_gradients import squared_gradients
 from penjing.errors import SharingError
 from penjing.network.graph import RECURRENT, kind
 from penjing.network.selection import named
+from penjing.steps.step import Context
 
 KINDS = ("conv", "linear", "conv_transpose", "embedding", *RECURRENT)
 """The kinds of layers whose matrices can be values of a codebook."""
@@ -58,3 +61,24 @@ def matrices(network: fx.GraphModule, layers: Iterable[str] = (), keep: Iterable
             expected=f"at least one of the kinds {', '.join(KINDS)}",
         )
     return tensors
+
+
+def sensitivities(
+    network: fx.GraphModule, names: Iterable[str], context: Context, setting: str, samples: int
+) -> dict[str, torch.Tensor]:
+    """Parameter → what a squared error of each of its weights counts, in its shape.
+
+    Args:
+        network: It is left unchanged.
+        names: The parameters.
+        context: Has the calibration data and the seed.
+        setting: "outputs": the mean squared derivative of the network's outputs; "none": 1 for every weight; "auto":
+            "outputs" where there is calibration data.
+        samples: Calibration samples that are read.
+
+    Raises:
+        CalibrationError: There is no calibration data for "outputs".
+    """
+    if setting == "none" or (setting == "auto" and context.task.calibration is None):
+        return {name: torch.ones_like(network.get_parameter(name).detach()) for name in names}
+    return squared_gradients(network, names, context, samples)
