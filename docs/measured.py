@@ -18,11 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def conditions(machine: dict, versions: dict) -> str:
     """Processor, versions, and threads where they are the same for the whole table, in one line."""
-    shown = ", ".join(
-        f"{name} {versions[name]}"
-        for name in ("torch", "onnxruntime", "openvino", "nncf", "brevitas", "torch-pruning", "transformers")
-        if name in versions
-    )
+    names = ("torch", "onnxruntime", "openvino", "nncf", "brevitas", "torch-pruning", "tensorly", "transformers")
+    shown = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, " if "threads" in machine else ""
     return f"{machine['processor']}, {threads}{shown}."
 
@@ -322,6 +319,33 @@ def minilm_pruning() -> str:
     if data.get("speed"):
         lines += ["", _pruned_speed("MiniLM", data["speed"])]
     return _under(lines, data, "Spread: interquartile range / median. ")
+
+
+def low_rank() -> str:
+    """Accuracy and speed at half of the multiply-accumulates: low rank, tensorly's with VBMF ranks, and pruning."""
+    data = _read("low_rank")
+    names = {"vgg16": "VGG-16, Fashion-MNIST", "minilm": "MiniLM, 20 Newsgroups"}
+    sides = {"penjing": "`LowRank`", "tensorly": "tensorly, VBMF ranks", "channels": "`prune.Channels`"}
+    lines: list[str] = []
+    for name, network in data["networks"].items():
+        batches = dict.fromkeys(label.rpartition(", ")[2] for label in network["speed"])
+        head = " | ".join(f"{batch}, speed-up" for batch in batches)
+        lines += ["", f"| {names[name]} | MACs left | accuracy, untrained | trained | {head} |"] if lines else [
+            f"| {names[name]} | MACs left | accuracy, untrained | trained | {head} |"
+        ]  # fmt: skip
+        lines.append("|---" * (4 + len(batches)) + "|")
+        for side in ("whole", *network["runs"]):
+            times = [network["speed"][f"{side}, {batch}"] for batch in batches]
+            shown = " | ".join(f"{t['median_ms']:.2f} ms ±{t['spread'] / 2:.0%}, {t['speedup']:.2f}×" for t in times)
+            if side == "whole":
+                lines.append(f"| as it was | 100% | {network['source']['accuracy']:.2%} | | {shown} |")
+                continue
+            row = network["runs"][side]
+            figures = f"{row['macs']:.1%} | {row['untrained']:.2%} | {row['accuracy']:.2%}"
+            lines.append(f"| {sides[side]} | {figures} | {shown} |")
+    trained = {"vgg16": f"on {data['epochs'] * 100:g}% of the images", "minilm": f"on {data['texts']} texts"}
+    text = f"Trained {' and '.join(trained[name] for name in data['networks'])}, one seed; "
+    return _under(lines, data, text + "± half of the interquartile range / median; ")
 
 
 def _pruned_row(title: str, row: dict, length: str = "epochs") -> str:
@@ -818,6 +842,7 @@ TABLES = {
     "sparse_runtimes": sparse_runtimes,
     "joint": joint,
     "joint_limit": joint_limit,
+    "low_rank": low_rank,
     "pairs": pairs,
     "training_cost": training_cost,
     "resume": resume,
