@@ -152,6 +152,27 @@ def test_external_data_of_an_onnx_file_is_told_by_the_file_beside_it(tmp_path, o
     assert np.array_equal(packed.read(done.path, "w1"), weights["w1"])
 
 
+@pytest.mark.parametrize("name", ["f32.pth", "bf16.bin", "f16.pt2", "f64.pt", "i8.pt", "f32.npz"])
+def test_weights_within_an_archive_are_told(tmp_path, name):
+    kind = name.partition(".")[0]
+    weights = [torch.randn(200, 80) * 0.05 for _ in range(2)]
+    if kind == "i8":
+        weights = [(weight * 400).round().to(torch.int8) for weight in weights]
+    else:
+        weights = [
+            w.to({"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}[kind])
+            for w in weights
+        ]
+    if name.endswith("npz"):
+        np.savez(tmp_path / name, *[weight.numpy() for weight in weights])
+    else:
+        torch.save(weights, tmp_path / name)
+    done = assert_returns(tmp_path / name, tmp_path)
+    assert [dtype for _, dtype, _, _ in done.tensors] == [kind, kind]
+    assert done.size_bytes < len(lzma.compress((tmp_path / name).read_bytes(), preset=9))
+    assert np.array_equal(packed.read(done.path, done.tensors[0][0])[:80], weights[0][0].float().numpy())
+
+
 def test_tensors_that_are_equal_are_stored_once(tmp_path):
     weight = torch.randn(100, 90)
     save_file({"a": weight, "b": torch.randn(7, 5), "c": weight.clone()}, tmp_path / "net.safetensors")

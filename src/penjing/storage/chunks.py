@@ -53,7 +53,8 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
     best = min(candidates, key=lambda c: len(c[1]))
     if dtype in BITS and _return(content, dtype, len(best[1])):
         words = lzma.compress(content.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype))
-        best = min(best, ("words", words), key=lambda c: len(c[1]))
+        if len(words) < 0.99 * len(best[1]):  # they are slower to unpack
+            return "words", words
     return best
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.records import reading
-from penjing.storage import onnx_places
+from penjing.storage import archives, onnx_places
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,12 +71,13 @@ def regions(path: Path, content: Bytes, types: Collection[str] = tuple(BITS)) ->
 
     Args:
         path: Its name tells the kind: ``.safetensors``, ``.onnx``, ``.bin`` (with OpenVINO's ``.xml`` beside it), or
-            any file in which an ``.onnx`` beside it stores tensors.
+            any file in which an ``.onnx`` beside it stores tensors. Zip archives, such as ``.pth``, begin as such.
         content: Its bytes.
         types: Number types of the tensors that are told.
     """
     listed: list[Region] = []
-    for reader in _READERS.get(path.suffix, (_external,)):
+    archived = content[:4].tobytes() == b"PK\3\4"
+    for reader in (_archived,) if archived else _READERS.get(path.suffix, (_external,)):
         with contextlib.suppress(Exception):  # whatever a damaged file raises: it is coded as bytes
             listed += reader(path, content)
     apart: list[Region] = []
@@ -105,6 +106,11 @@ def _onnx(path: Path, content: Bytes) -> list[Region]:
 
 def _external(path: Path, content: Bytes) -> list[Region]:
     return _stored(onnx_places.outside(path))
+
+
+def _archived(path: Path, content: Bytes) -> list[Region]:
+    members = archives.members(path, content)
+    return [Region(m.name, m.place, m.dtype, (m.size * 8 // ALL_BITS[m.dtype],)) for m in members]
 
 
 def _stored(tensors: list[onnx_places.Stored]) -> list[Region]:
