@@ -256,15 +256,15 @@ def integers(file: Path) -> dict:
     """Every tensor of a file as 32-bit integers: floats as their bit patterns, of which negative ones are turned."""
     import numpy as np
 
-    from penjing.storage import changes
+    from penjing.storage import number_types
     from penjing.storage.regions import BITS, regions
 
     content = np.memmap(file, np.uint8, "r")
     tensors = {}
     for region in regions(file, content):
         part = np.ascontiguousarray(content[region.offset : region.offset + region.size])
-        values = changes.values(part, region.dtype)
-        if region.dtype in changes.FLOATS:
+        values = number_types.numbers(part, region.dtype)
+        if region.dtype in number_types.FLOATS:
             sign = 1 << (BITS[region.dtype] - 1)
             values = np.where(values >= sign, sign - values, values)
         tensors[region.name] = values.astype(np.int32).reshape(region.shape or (1,))

@@ -23,7 +23,8 @@ from penjing.errors import ArtifactError, CheckpointError, OutputError
 from penjing.records.folder import ARTIFACT
 from penjing.records.manifest import read_manifest
 from penjing.report.numbers import figure
-from penjing.storage import checkpoint, chunks, packed
+from penjing.storage import checkpoint, packed
+from penjing.storage.lzma2 import XZ, compressed
 from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import LENGTH, MAGIC
 from tests.raises import raises_case
@@ -368,7 +369,7 @@ def test_mutated_files_are_refused_and_nothing_is_written(tmp_path):
 def contents_of(data):
     """The contents of a packed file, and the bytes that follow them."""
     place, length, _, _ = TAIL.unpack(data[-TAIL.size :])
-    plain = lzma.decompress(data[place : place + length], lzma.FORMAT_RAW, filters=chunks.XZ)
+    plain = lzma.decompress(data[place : place + length], lzma.FORMAT_RAW, filters=XZ)
     end = LENGTH.size + LENGTH.unpack_from(plain)[0]
     return json.loads(plain[LENGTH.size : end]), plain[end:]
 
@@ -376,7 +377,7 @@ def contents_of(data):
 def with_contents(chunk_bytes, contents, rest):
     """A packed file with these contents, and hashes that are right."""
     text = json.dumps(contents).encode()
-    coded = lzma.compress(LENGTH.pack(len(text)) + text + rest, lzma.FORMAT_RAW, filters=chunks.XZ)
+    coded = compressed(LENGTH.pack(len(text)) + text + rest)
     return chunk_bytes + coded + TAIL.pack(len(chunk_bytes), len(coded), hashlib.sha256(coded).digest(), MAGIC)
 
 

@@ -11,17 +11,15 @@ Coder and form of the probabilities are those of floats in `penjing.numerics.ent
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics.compiled import loops
-from penjing.numerics.entropy import Coded
+from penjing.numerics.entropy import Coded, from_bytes, to_bytes
 
 Integers = npt.NDArray[np.int64]
-_HEAD = struct.Struct("<III")
 _NEIGHBOURS = ([0, 3], [0, 3], [0, 1, 3], [0, 1, 2, 3])
 """Of left, above, both and the row's mean, which have a weight: without any, with one to the left, above, and both."""
 _WEIGHTS = sum(map(len, _NEIGHBOURS))
@@ -47,7 +45,7 @@ def encode_integers(old: Integers, new: Integers, ends: Integers, widths: Intege
         best, *_ = np.linalg.lstsq(squares[kind][np.ix_(some, some)] + np.eye(len(some)), products[kind][some])
         weights[kind, some] = np.clip(np.round(64 * best), -128, 127)
     listed = np.concatenate([weights[kind, some] for kind, some in enumerate(_NEIGHBOURS)]).astype(np.int8)
-    return listed.tobytes() + joined(_encoded("integers", old, new, ends, widths, kernels, weights))
+    return listed.tobytes() + to_bytes(_encoded("integers", old, new, ends, widths, kernels, weights))
 
 
 def decode_integers(coded: bytes, old: Integers, ends: Integers, widths: Integers, kernels: Integers) -> Integers:
@@ -61,40 +59,21 @@ def decode_integers(coded: bytes, old: Integers, ends: Integers, widths: Integer
     for kind, some in enumerate(_NEIGHBOURS):
         weights[kind, some] = listed[: len(some)]
         listed = listed[len(some) :]
-    return _decoded("integers", split(coded[_WEIGHTS:]), old, ends, widths, kernels, weights)
+    return _decoded("integers", from_bytes(coded, _WEIGHTS), old, ends, widths, kernels, weights)
 
 
 def encode_floats(
     old: Integers, new: Integers, ends: Integers, widths: Integers, exponent_bits: int, mantissa_bits: int
 ) -> bytes:
     """Code floats, given as their bit patterns, (n,). Arguments and errors as in `encode_integers`."""
-    return joined(_encoded("floats", old, new, ends, widths, exponent_bits, mantissa_bits))
+    return to_bytes(_encoded("floats", old, new, ends, widths, exponent_bits, mantissa_bits))
 
 
 def decode_floats(
     coded: bytes, old: Integers, ends: Integers, widths: Integers, exponent_bits: int, mantissa_bits: int
 ) -> Integers:
     """Return the bit patterns that `encode_floats` coded. Errors as in `decode_integers`."""
-    return _decoded("floats", split(coded), old, ends, widths, exponent_bits, mantissa_bits)
-
-
-def joined(coded: Coded) -> bytes:
-    """State, number of words and of plain bytes, words, plain bytes."""
-    state, words, plain = coded
-    return _HEAD.pack(state, len(words), len(plain)) + words.astype("<u2").tobytes() + plain.tobytes()
-
-
-def split(coded: bytes) -> Coded:
-    """Undo `joined`.
-
-    Raises:
-        ValueError: There are more bytes or fewer.
-    """
-    state, words, plain = _HEAD.unpack_from(coded)
-    if len(coded) != _HEAD.size + 2 * words + plain:
-        raise ValueError("a chunk that ends too early or too late")
-    listed = np.frombuffer(coded, "<u2", words, _HEAD.size).astype(np.uint16)
-    return state, listed, np.frombuffer(coded, np.uint8, plain, _HEAD.size + 2 * words)
+    return _decoded("floats", from_bytes(coded), old, ends, widths, exponent_bits, mantissa_bits)
 
 
 def _encoded(kernel: str, old: Integers, new: Integers, ends: Integers, widths: Integers, *more: Any) -> Coded:

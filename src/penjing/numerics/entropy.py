@@ -8,6 +8,8 @@ stored, so that small tensors pay nothing for a table. Integers: `penjing.numeri
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,7 @@ from penjing.numerics.compiled import loops
 
 Coded = tuple[int, npt.NDArray[np.uint16], npt.NDArray[np.uint8]]
 """State, words and plain bits of a coded array."""
+_HEAD = struct.Struct("<III")
 
 
 def encode_floats(patterns: npt.NDArray[np.int64], columns: int, exponent_bits: int, mantissa_bits: int) -> Coded:
@@ -54,4 +57,25 @@ def decode_floats(
     return patterns
 
 
-__all__ = ["Coded", "decode_floats", "encode_floats"]
+def to_bytes(coded: Coded) -> bytes:
+    """State, number of words and of plain bytes, words, plain bytes."""
+    state, words, plain = coded
+    return _HEAD.pack(state, len(words), len(plain)) + words.astype("<u2").tobytes() + plain.tobytes()
+
+
+def from_bytes(coded: bytes, start: int = 0) -> Coded:
+    """What `to_bytes` wrote, from the byte `start` on.
+
+    Raises:
+        ValueError: There are more bytes or fewer.
+        struct.error: There are not even the lengths.
+    """
+    state, words, plain = _HEAD.unpack_from(coded, start)
+    start += _HEAD.size
+    if len(coded) != start + 2 * words + plain:
+        raise ValueError("a chunk that ends too early or too late")
+    listed = np.frombuffer(coded, "<u2", words, start).astype(np.uint16)
+    return state, listed, np.frombuffer(coded, np.uint8, plain, start + 2 * words)
+
+
+__all__ = ["Coded", "decode_floats", "encode_floats", "from_bytes", "to_bytes"]

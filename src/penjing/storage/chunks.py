@@ -11,19 +11,15 @@ import numpy.typing as npt
 
 from penjing.numerics import entropy, scaled_integers
 from penjing.storage import grids
+from penjing.storage.lzma2 import XZ, decompressed
+from penjing.storage.number_types import FLOATS, INTEGERS, numbers, written
 from penjing.storage.regions import ALL_BITS as BITS
 from penjing.storage.regions import Bytes
 
 VALUES = 1 << 20  # of a chunk, at most
-_FLOATS = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7), "f8e4m3": (4, 3), "f8e5m2": (5, 2), "f64": (11, 52)}
-"""Number type → bits of the exponent and of the mantissa."""
-_INTEGERS = ("i8", "u8", "i4", "u4")
 _PALETTE = 256  # different values, at most
 _MANTISSA = 24  # bits, at most, that floats are coded with
 _SAMPLE = 1 << 16  # bytes in which it is looked whether words return
-_HEAD = struct.Struct("<III")  # state, number of words, number of bytes of plain bits
-XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
-"""How bytes are compressed, without a container."""
 
 
 def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, bytes]:
@@ -36,14 +32,14 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
         width: Of a convolution's kernel, otherwise 1.
     """
     candidates = [("raw", content.tobytes())]
-    if dtype in _INTEGERS:
+    if dtype in INTEGERS:
         candidates.append(("integers", _integers(content, dtype, columns, width)))
     elif dtype in BITS:
-        patterns = _patterns(content, dtype)
+        patterns = numbers(content, dtype)
         palette = np.unique(patterns[: _PALETTE * 16])
         if len(palette) <= _PALETTE and len(palette := np.unique(patterns)) <= min(_PALETTE, len(patterns) // 4):
             candidates.append(("palette", _palette(patterns, palette, dtype, columns, width)))
-        if dtype in _FLOATS and (len(candidates) == 1 or BITS[dtype] == 8):
+        if dtype in FLOATS and (len(candidates) == 1 or BITS[dtype] == 8):
             candidates += _floats(patterns, dtype, columns)
         on_grids = grids.encode(content.view("<f4"), min(columns, len(patterns)), width) if dtype == "f32" else None
         if on_grids is not None:
@@ -74,7 +70,7 @@ def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> by
 
 
 def _integers(content: Bytes, dtype: str, columns: int, width: int) -> bytes:
-    values = _unpacked(content, dtype)
+    values = numbers(content, dtype)
     bits = BITS[dtype]
     usual, middle = 0 if dtype[0] == "i" else 1 << (bits - 1), int(np.median(values))
     center = usual if abs(middle - usual) <= 1 << (bits - 4) else middle
@@ -86,21 +82,7 @@ def _integers_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     count = size * 8 // BITS[dtype]
     (center,) = struct.unpack_from("<h", coded)
     values = scaled_integers.decode(coded[2:], count, min(columns, count)) + np.int16(center)
-    low = 0 if dtype[0] == "u" else -(1 << BITS[dtype] - 1)
-    if count and not low <= values.min() <= values.max() < low + (1 << BITS[dtype]):
-        raise ValueError(f"a value outside {dtype}")
-    if BITS[dtype] == 4:
-        halves = (values & 15).astype(np.uint8)
-        return bytes(halves[::2] | halves[1::2] << 4)
-    return bytes((values & 255).astype(np.uint8))
-
-
-def _unpacked(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
-    """Integers of a byte or half a byte each; an unused last half is one too."""
-    if BITS[dtype] == 8:
-        return content.view(np.uint8 if dtype == "u8" else np.int8).astype(np.int64)
-    halves = np.stack([content & 15, content >> 4], -1).reshape(-1).astype(np.int64)
-    return halves if dtype == "u4" else halves - 16 * (halves > 7)
+    return written(values, dtype)
 
 
 def _floats(patterns: npt.NDArray[np.int64], dtype: str, columns: int) -> list[tuple[str, bytes]]:
@@ -108,23 +90,25 @@ def _floats(patterns: npt.NDArray[np.int64], dtype: str, columns: int) -> list[t
 
     Nothing where they use more bits than are coded, as those of 64 bits may.
     """
-    exponent, mantissa = _FLOATS[dtype]
+    exponent, mantissa = FLOATS[dtype]
     used = int(np.bitwise_or.reduce(patterns))
     unused = min((used & -used).bit_length() - 1, mantissa) if used else mantissa
     if mantissa - unused > _MANTISSA:
         return []
     short = (patterns.view(np.uint64) >> np.uint64(unused)).view(np.int64)
     coded = entropy.encode_floats(short, min(columns, len(patterns)), exponent, mantissa - unused)
-    return [("floats", bytes([unused]) + _joined(coded))]
+    return [("floats", bytes([unused]) + entropy.to_bytes(coded))]
 
 
 def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
-    exponent, mantissa = _FLOATS[dtype]
+    exponent, mantissa = FLOATS[dtype]
     count, unused = size * 8 // BITS[dtype], int.from_bytes(coded[:1])
     if not mantissa - _MANTISSA <= unused <= mantissa:
         raise ValueError("other bits than there are")
-    patterns = entropy.decode_floats(_split(coded, 1), count, min(columns, count), exponent, mantissa - unused)
-    return _written(patterns << unused, dtype)
+    patterns = entropy.decode_floats(
+        entropy.from_bytes(coded, 1), count, min(columns, count), exponent, mantissa - unused
+    )
+    return written(patterns << unused, dtype)
 
 
 def _return(content: Bytes, dtype: str, best: int) -> bool:
@@ -166,50 +150,19 @@ def _palette_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     places = scaled_integers.decode(coded[4 + palette.nbytes :], count, min(columns, count)).astype(np.int64) + center
     if count and not 0 <= places.min() <= places.max() < length:
         raise ValueError("a place outside the palette")
-    return _written(palette.astype(np.int64)[places], dtype)
+    return written(palette.astype(np.int64)[places], dtype)
 
 
 def _entry(dtype: str) -> str:
     return "<u8" if BITS[dtype] == 64 else "<u4"
 
 
-def _patterns(content: Bytes, dtype: str) -> npt.NDArray[np.int64]:
-    return content.view(f"<u{BITS[dtype] // 8}").astype(np.int64)
-
-
-def _written(patterns: npt.NDArray[np.int64], dtype: str) -> bytes:
-    if len(patterns) and BITS[dtype] < 64 and not 0 <= patterns.min() <= patterns.max() < 1 << BITS[dtype]:
-        raise ValueError(f"a value outside {dtype}")
-    return patterns.astype(f"<u{BITS[dtype] // 8}").tobytes()
-
-
-def _joined(coded: entropy.Coded) -> bytes:
-    state, words, plain = coded
-    return _HEAD.pack(state, len(words), len(plain)) + words.astype("<u2").tobytes() + plain.tobytes()
-
-
-def _split(coded: bytes, start: int = 0) -> entropy.Coded:
-    state, words, plain = _HEAD.unpack_from(coded, start)
-    start += _HEAD.size
-    if len(coded) != start + 2 * words + plain:
-        raise ValueError("a chunk that ends too early or too late")
-    listed = np.frombuffer(coded, "<u2", words, start).astype(np.uint16)
-    return state, listed, np.frombuffer(coded, np.uint8, plain, start + 2 * words)
-
-
 def _xz_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
-    return _unpressed(coded, XZ, size)
+    return decompressed(coded, size)
 
 
 def _words_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
-    return _unpressed(coded, _words(dtype), size)
-
-
-def _unpressed(coded: bytes, filters: list[dict[str, int]], size: int) -> bytes:
-    try:
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(coded, size)
-    except lzma.LZMAError as error:
-        raise ValueError(f"damaged bytes: {error}") from None
+    return decompressed(coded, size, _words(dtype))
 
 
 def _grids_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
@@ -244,4 +197,4 @@ def split(count: int, columns: int, values: int | None = None) -> Iterator[tuple
         yield first, min(step, count - first)
 
 
-__all__ = ["VALUES", "XZ", "decode", "encode", "split"]
+__all__ = ["VALUES", "decode", "encode", "split"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import struct
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics import quarter_octaves, scaled_integers
+from penjing.storage.lzma2 import compressed, decompressed
 
 _HEAD = struct.Struct("<II")  # bytes of the steps, and of the numbers
 _TRIED = 1 << 12  # values that are looked at first
 _END = 127  # magnitude that stands for a larger one, which is told behind
-_XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 
 
 def encode(values: npt.NDArray[np.float32], columns: int, width: int) -> bytes | None:
@@ -50,12 +49,11 @@ def decode(coded: bytes, count: int, columns: int) -> npt.NDArray[np.float32]:
 
 
 def _compressed(numbers: npt.NDArray[np.int64]) -> bytes:
-    return lzma.compress(numbers.astype("<i2").tobytes(), lzma.FORMAT_RAW, filters=_XZ)
+    return compressed(numbers.astype("<i2").tobytes())
 
 
 def _restored(coded: bytes, count: int) -> npt.NDArray[Any]:
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_XZ)
-    numbers = np.frombuffer(unpacker.decompress(coded, 2 * count + 1), "<i2").astype(np.int64)
+    numbers = np.frombuffer(decompressed(coded, 2 * count + 1), "<i2").astype(np.int64)
     if len(numbers) != count:
         raise ValueError("more numbers or fewer than there should be")
     return numbers

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from penjing.errors import ArtifactError, OutputError
 from penjing.records.files import umask
 from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
+from penjing.storage.lzma2 import compressed
 from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import (
     ALL_ASIDE,
@@ -203,7 +203,7 @@ def _write(file: IO[bytes], root: Path, names: list[str], pool: ThreadPoolExecut
             file.write(coded)
     columns = dict(zip(ROW, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(ROW, ())
     text = json.dumps({"format": FORMAT, "files": listed, "chunks": columns}, separators=(",", ":")).encode()
-    packed = lzma.compress(LENGTH.pack(len(text)) + text + b"".join(aside), lzma.FORMAT_RAW, filters=chunks.XZ)
+    packed = compressed(LENGTH.pack(len(text)) + text + b"".join(aside))
     place = file.tell()
     file.write(packed + TAIL.pack(place, len(packed), hashlib.sha256(packed).digest(), MAGIC))
 

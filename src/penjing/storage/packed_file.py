@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from penjing.records import reading
 from penjing.storage import chunks
+from penjing.storage.lzma2 import XZ
 from penjing.storage.opened import OpenedFile, check_names, number, whole
 from penjing.storage.regions import ALL_BITS as BITS
 from penjing.storage.regions import Region
@@ -68,7 +69,7 @@ class Opened(OpenedFile):
         packed = file.read(length)
         if hashlib.sha256(packed).digest() != digest:
             raise ValueError("its contents are damaged")
-        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=chunks.XZ)
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=XZ)
         text = unpacker.decompress(packed, _CONTENTS_BYTES)
         if not unpacker.eof:
             raise ValueError("its contents are too large")

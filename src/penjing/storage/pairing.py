@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from penjing.storage import changes
+from penjing.storage.number_types import numbers
 from penjing.storage.regions import Bytes, Region
 
 _SAMPLE = 1024  # bytes by which likeness is judged
@@ -84,7 +84,7 @@ def _digest(content: Bytes, region: Region) -> bytes:
 def _sample(content: Bytes, region: Region) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     start = region.offset + (region.size - _SAMPLE) // 8 * 4 if region.size > _SAMPLE else region.offset
     part = np.ascontiguousarray(content[start : min(start + _SAMPLE, region.offset + region.size)])
-    return changes.values(part, region.dtype).astype(np.float64)
+    return numbers(part, region.dtype).astype(np.float64)
 
 
 __all__ = ["Place", "pairs"]
