@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 THREADS = 2
-SHAPES = ((32000, 2048), (2048, 2048), (2048, 8192), (8192, 2048), (512, 512, 3, 3), (2048,))
+SHAPES = ((16000, 2048), (2048, 2048), (2048, 8192), (8192, 2048), (512, 512, 3, 3), (2048,))
 
 
 def write(path: Path, gigabytes: float) -> None:
@@ -40,7 +40,7 @@ def write(path: Path, gigabytes: float) -> None:
                 tensor = (weight * scale * top / 5).round().clamp(-top, top).to(torch.int8)
             else:
                 tensor = (weight * scale * 0.03).to(torch.bfloat16 if form == "bf16" else torch.float32)
-            tensors[f"{form}.{number}"] = tensor
+            tensors[f"{form}.{number}"] = tensor[: max(1, int(left // (tensor.nbytes / len(tensor))))].clone()
             left -= tensor.numel() * tensor.element_size()
             number += 1
     save_file(tensors, path)

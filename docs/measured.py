@@ -822,6 +822,18 @@ def deltas() -> str:
     return _under(lines, data, f"zstd {data['versions']['zstd']}, nncodec {data['versions']['nncodec']}; ")
 
 
+def packing_large() -> str:
+    """A network of 1 GB, packed and unpacked: seconds, speed and memory."""
+    data = _read("packing_large")
+    lines = ["| | s | MB/s | memory |", "|---|---|---|---|"]
+    for action in ("pack", "unpack"):
+        row = data[action]
+        speed = data["bytes"] / 1e6 / row["seconds"]
+        lines.append(f"| {action} | {row['seconds']:.1f} | {speed:.0f} | {row['memory_bytes'] / 1e6:.0f} MB |")
+    share = data["packed_bytes"] / data["bytes"]
+    return _under(lines, data, f"{data['bytes'] / 1e9:.2f} GB become {share:.1%}; ")
+
+
 TABLES = {
     "deep_compression": deep_compression,
     "resnet20": lambda: candidates("resnet20"),
@@ -857,6 +869,7 @@ TABLES = {
     "quick": quick,
     "packing": packing,
     "deltas": deltas,
+    "packing_large": packing_large,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

@@ -231,8 +231,8 @@ def _fitted(values: npt.NDArray[np.int16], columns: int, width: int) -> _Model:
         near = replace(best[1], low=-reach, high=reach, lag=width)
         best = min(best, _shaped(values, near), key=lambda c: c[0])
     _, model, counts = best
-    choices = [replace(model, strength=i) for i in range(len(STRENGTHS))]
-    return min(choices, key=lambda choice: _bits(counts, choice))
+    a = model.arguments()
+    return replace(model, strength=min(range(len(STRENGTHS)), key=lambda i: _bits(counts, model, a, i)))
 
 
 def _scaled(values: npt.NDArray[np.int16], simple: _Model, over_rows: bool, over_columns: bool) -> _Model:
@@ -265,7 +265,7 @@ def _shaped(values: npt.NDArray[np.int16], model: _Model) -> tuple[float, _Model
     side = sum(
         _side_bits(c) for c, used in ((model.rows, model.scaled_rows), (model.columns, model.scaled_columns)) if used
     )
-    return _bits(counts, model) + side, model, counts
+    return _bits(counts, model, model.arguments(), model.strength) + side, model, counts
 
 
 @functools.cache
@@ -278,11 +278,11 @@ def _logarithms(hole: int) -> npt.NDArray[np.float64]:
     return logarithms
 
 
-def _bits(counts: npt.NDArray[np.int32], model: _Model) -> float:
+def _bits(counts: npt.NDArray[np.int32], model: _Model, a: dict[str, Any], strength: int) -> float:
+    """What the values take with these arguments of the model, at another strength than its own."""
     compiled = loops("scaled_integers_loops")
-    a = model.arguments()
     levels = compiled.LEVELS if model.lag else 1
-    return float(compiled.bits(counts, levels, a["prior"], STRENGTHS[model.strength], a["zero_priors"], -model.low))
+    return float(compiled.bits(counts, levels, a["prior"], STRENGTHS[strength], a["zero_priors"], -model.low))
 
 
 def _side_bits(classes: Integers) -> float:
