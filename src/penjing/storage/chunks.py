@@ -120,12 +120,12 @@ def _return(content: Bytes, dtype: str, best: int) -> bool:
     if not content.size or best * 32 < content.size:
         return content.size > 0
     start = max(0, (content.size - _SAMPLE) // 2) // 8 * 8
-    sample = content[start : start + _SAMPLE]
+    sample = content[start : start + _SAMPLE].tobytes()
     alone = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
     if len(zlib.compress(sample, 1)) > 0.98 * len(alone.compress(sample) + alone.flush()):
         return False  # told in a fraction of the time that LZMA2 takes: it makes nothing of sequences that return
-    quick = lzma.compress(sample.tobytes(), lzma.FORMAT_RAW, filters=_words(dtype, preset=0))
-    return bool(len(quick) * content.size < 1.01 * best * sample.size)
+    quick = lzma.compress(sample, lzma.FORMAT_RAW, filters=_words(dtype, preset=0))
+    return bool(len(quick) * content.size < 1.01 * best * len(sample))
 
 
 def _words(dtype: str, preset: int = 6) -> list[dict[str, int]]:
