@@ -786,20 +786,20 @@ def deep_compression() -> str:
         size = f"{row['file_bytes']:,} | {row['packed_bytes']:,} | {whole / row['packed_bytes']:.1f}×"
         return f"| {label} | {row['accuracy']:.2%} | {lost:.2f} | {size} |"
 
-    lines.append(line("fp32", data["source"]))
+    rows = [("fp32", data["source"])]
     for name, stages in data["rows"].items():
-        way, sparsity, bits = name.split()
-        label = f"{way}, {float(sparsity):.1%} zeros".replace(".0%", "%")
-        lines += [
-            line(label, stages["pruned"]),
-            line(f"{label}, {bits} bits", stages["shared"]),
-            line(f"{label}, {bits} bits, trained through", stages["trained through"]),
-        ]
+        way, sparsity, *bits = name.split()
+        words = {"shared": f", {bits[0]} bits", "trained through": f", {bits[0]} bits, trained through"} if bits else {}
+        for stage, row in stages.items():
+            label = f"{way}, {float(sparsity):.0%} zeros{words.get(stage, ', ' + stage)}"
+            if (label, row) not in rows:  # rows that differ in their bits have pruning in common
+                rows.append((label, row))
+    lines += [line(label, row) for label, row in rows]
     asked = data["settings"]
     note = (
         f"VGG-16 with {asked['base']['width']} channels in its first stage, {data['parameters']:,} parameters, trained "
         f"for {asked['base']['epochs']:g} epochs; {asked['epochs']:g} epochs with or after pruning, "
-        f"{asked['through']:g} through the codebook; bytes; one seed; "
+        f"{asked['retrain']:g} of retraining, {asked['through']:g} through the codebook; bytes; one seed; "
     )
     return _under(lines, data, note)
 

@@ -105,6 +105,26 @@ def test_matrices_that_the_exporter_transposes_are_looked_up_too(tmp_path):
         assert {t.data_type for t in graph.initializer if len(t.raw_data) >= 32 * 48 / 2} == {onnx.TensorProto.UINT8}
 
 
+def test_a_table_that_the_output_layer_shares_is_looked_up_under_both_names(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(64, 32)
+            self.head = nn.Linear(32, 64, bias=False)
+            self.head.weight = self.tokens.weight
+
+        def forward(self, x):
+            return self.head(self.tokens(x))
+
+    torch.manual_seed(0)
+    x = torch.randint(0, 64, (8, 5))
+    task = Task(example=x[:2], calibration=[x])
+    shared = share.Codebook(bits=4)(Draft(capture_network(Tied(), *task.call())), Context(task=task))
+    assert pairs.parity_db(shared, task, tmp_path) > 100
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    assert {t.data_type for t in graph.initializer if len(t.raw_data) >= 64 * 32 / 2} == {onnx.TensorProto.UINT8}
+
+
 def test_the_runtime_looks_up_when_it_loads(draft, tmp_path):
     shared = share.Codebook(bits=4)(draft, Context(task=TASK))
     built(shared, tmp_path)

@@ -91,7 +91,7 @@ def read_codebook(network: nn.Module, mark: Edit) -> Codebook:
 
 
 def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
-    """Parameter → its entries and indices, for all parameters of these marks."""
+    """Parameter → its entries and indices, for all parameters of these marks, by all of their names."""
     tensors: dict[str, LookedUp] = {}
     for mark in marks:
         if mark["edit"] == "residual_codebook":
@@ -106,7 +106,10 @@ def looked_up(network: nn.Module, marks: Iterable[Edit]) -> dict[str, LookedUp]:
             used, inside = torch.unique(each, return_inverse=True)
             first = torch.searchsorted(used, starts).cpu().numpy()
             tensors[name] = LookedUp((Table(book.entries[used].cpu().numpy(), inside.cpu().numpy(), first),), shape)
-    return tensors
+    same: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    return {other: table for name, table in tensors.items() for other in same[id(network.get_parameter(name))]}
 
 
 class Constraints:
