@@ -225,6 +225,19 @@ def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "again", "b", "update.pjd"]
 
 
+def test_a_folder_with_more_than_a_version_is_not_replaced(tmp_path):
+    for name, tensors in (("a", first()), ("b", trained(first()))):
+        (tmp_path / name / ARTIFACT).mkdir(parents=True)
+        save_file(tensors, tmp_path / name / ARTIFACT / "net.safetensors")
+        (tmp_path / name / "record.json").write_text("{}")
+    update = delta.delta(tmp_path / "a", tmp_path / "b", tmp_path / "update.pjd").path
+    with raises_case(OutputError, "foreign") as refusal:
+        delta.patch(tmp_path / "a", update, tmp_path / "a", force=True)
+    assert "record.json" in refusal.value.got and (tmp_path / "a" / "record.json").exists()
+    delta.patch(tmp_path / "a", update, tmp_path / "a" / ARTIFACT, force=True)
+    assert load_file(tmp_path / "a" / ARTIFACT / "net.safetensors").keys() == first().keys()
+
+
 def test_the_commands_say_what_it_takes(tmp_path, capsys):
     old, new = versions(tmp_path, first(), trained(first()))
     update, again = str(tmp_path / "u.pjd"), str(tmp_path / "again.safetensors")
@@ -333,6 +346,9 @@ def test_versions_that_are_missing_or_in_the_way(tmp_path):
         delta.delta(old, new, old)
     with raises_case(OutputError, "exists"):
         delta.delta(old, new, old, force=True)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        delta.delta(old, new, tmp_path / "folder", force=True)
     with raises_case(ArtifactError, "unreadable"):
         delta.contents(old)
     with raises_case(ArtifactError, "unreadable"):

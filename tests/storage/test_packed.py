@@ -260,6 +260,8 @@ def test_a_picture_shows_every_tensor_before_and_after(tmp_path, capsys):
     assert all(f">{name}<" in text for name, _, _, _ in done.tensors)
     (after,) = [after for name, _, _, after in done.tensors if name == "bfloat16"]
     assert f"bf16: 6.12 kB → 3.06 kB → {figure(after, 'bytes')}" in text
+    deep = tmp_path / "deep" / "bytes.svg"
+    assert cli.main(["pack", str(source), "-o", str(out), "--force", "--picture", str(deep)]) == 0 and deep.exists()
     assert cli.main(["pack", str(source), "-o", str(out), "--force", "--picture", str(tmp_path)]) == 1
     assert "folder" in capsys.readouterr().err
 

@@ -29,6 +29,7 @@ def pack(parsed: argparse.Namespace, messages: Terminal) -> int:
     done = packed.pack(parsed.source, parsed.out, only=only, threads=parsed.threads, force=parsed.force)
     if parsed.picture:
         rows = [(name, kind, before * 32 // BITS[kind], before, after) for name, kind, before, after in done.tensors]
+        Path(parsed.picture).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(parsed.picture), packed_bars.picture(rows, f"Bytes of the tensors of {done.path.name}"))
     if parsed.json:
         data = dataclasses.asdict(done) | {"path": str(done.path), "unpacked_bytes": done.unpacked_bytes}

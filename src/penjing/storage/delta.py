@@ -25,7 +25,6 @@ import numpy as np
 
 from penjing.errors import ArtifactError, OutputError
 from penjing.numerics.copies import Copier
-from penjing.records.files import umask
 from penjing.records.folder import check_writable, writing
 from penjing.storage import changes, chunks, packed
 from penjing.storage.delta_file import (
@@ -46,13 +45,13 @@ from penjing.storage.delta_file import (
     parts_of,
     pieces,
 )
+from penjing.storage.destination import SPACE, beside, check_free, check_no_stranger, check_space, replaced
 from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import MAGIC as PACKED
 from penjing.storage.packed_file import columns_of, in_order, width_of
 from penjing.storage.pairing import Place, pairs
 from penjing.storage.regions import Bytes, Region, regions
 
-_SPACE = "free some space, or choose another place"
 _TRIED = 1 << 16  # bytes of a tensor by which it is decided whether the old one helps
 _SMALL = 256  # values of a tensor that is not tried
 
@@ -113,21 +112,14 @@ def delta(
     """
     out = Path(out)
     with _version(Path(old)) as before, _version(Path(new)) as after:
-        _check_free(out, force)
+        check_writable(out)
+        check_free(out, force)
         if any(out.exists() and out.samefile(v.root / name) for v in (before, after) for name in v.names):
             raise OutputError(
                 "the update would replace a version", code="exists", got=str(out), expected="the name of another file"
             )
-        with writing(out.parent, what="the folder of the file", remedy=_SPACE):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-            try:
-                with os.fdopen(handle, "wb+") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-                    _write(file, before, after, Path(new).is_file() and len(after.names) == 1, pool)
-                os.chmod(aside, 0o666 & ~umask())
-                os.replace(aside, out)
-            finally:
-                Path(aside).unlink(missing_ok=True)
+        with beside(out) as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            _write(file, before, after, Path(new).is_file() and len(after.names) == 1, pool)
     return contents(out)
 
 
@@ -145,16 +137,18 @@ def patch(
 
     Raises:
         ArtifactError: The update was made from other files, or is damaged; nothing is written.
-        OutputError: `out` exists, or can't be written.
+        OutputError: `out` exists, can't be written, or is a folder with other files than those of a version.
         MissingDependency: numba is not installed.
     """
     out = Path(out)
     with Opened(Path(update)) as opened, _version(Path(old)) as before:
         olds = _bases(opened, before)
-        _check_free(out, force)
-        with writing(out.parent, what="the folder of the new version", remedy=_SPACE):
+        names = [file.name for file in opened.files]
+        check_free(out, force)
+        check_no_stranger(out, {*(before.root / name for name in before.names), *(out / name for name in names)})
+        with writing(out.parent, what="the folder of the new version", remedy=SPACE):
             out.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(opened, out)
+            check_space(out.parent, sum(file.size for file in opened.files))
             aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
             try:
                 files = aside / "files"
@@ -162,7 +156,11 @@ def patch(
                 with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
                     for file in opened.files:
                         opened.restore(file, olds, files / file.name, pool)
-                return _placed(aside, files, [f.name for f in opened.files], opened.single, out, threads)
+                result = files / names[0] if opened.single else files
+                if out.suffix == ".pj":
+                    result = packed.pack(result, aside / "new.pj", threads=threads).path
+                replaced(out, result, aside)
+                return tuple(out / name for name in names) if out.is_dir() else (out,)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
 
@@ -345,47 +343,6 @@ def _bases(opened: Opened, old: _Old) -> list[Bytes]:
                 remedy="patch the version that the update was made from",
             )
     return [there[size, digest] for _, size, digest in opened.bases]
-
-
-def _check_free(out: Path, force: bool) -> None:
-    if not out.is_dir():
-        check_writable(out)
-    if out.exists() and not force:
-        what = "the folder exists already" if out.is_dir() else "the file exists already"
-        raise OutputError(what, code="exists", got=str(out), expected="a new name", remedy="--force replaces it")
-
-
-def _check_space(opened: Opened, out: Path) -> None:
-    free, needed = shutil.disk_usage(out.parent).free, sum(f.size for f in opened.files)
-    if free < needed:
-        raise OutputError(
-            "the files do not fit on the disk",
-            code="unwritable",
-            got=f"{free:,} bytes free",
-            expected=f"{needed:,}",
-            remedy=_SPACE,
-        )
-
-
-def _placed(
-    aside: Path, files: Path, names: list[str], single: bool, out: Path, threads: int | None
-) -> tuple[Path, ...]:
-    """Move what was written and compared to its place."""
-    result = files / names[0] if single else files
-    if out.suffix == ".pj":
-        result = packed.pack(result, aside / "new.pj", threads=threads).path
-    if out.is_dir() or (result.is_dir() and out.exists()):
-        # One folder can't take another's place at once: the old one waits beside it.
-        waiting = aside / "old"
-        os.replace(out, waiting)
-        try:
-            os.replace(result, out)
-        except OSError:
-            os.replace(waiting, out)
-            raise
-    else:
-        os.replace(result, out)
-    return tuple(out / name for name in names) if out.is_dir() else (out,)
 
 
 def _sha(content: Bytes) -> str:

@@ -24,6 +24,7 @@ from penjing.errors import ArtifactError, OutputError
 from penjing.records.files import umask
 from penjing.records.folder import ARTIFACT, check_writable, writing
 from penjing.storage import chunks
+from penjing.storage.destination import SPACE, beside, check_space
 from penjing.storage.lzma2 import compressed
 from penjing.storage.opened import TAIL
 from penjing.storage.packed_file import (
@@ -43,7 +44,6 @@ from penjing.storage.regions import ALL_BITS as BITS
 from penjing.storage.regions import Bytes, Region, regions
 from penjing.storage.streams import BETWEEN, Stream, streams
 
-_SPACE = "free some space, or choose another place"
 _NUMBERS = {
     "i8": "<i1", "u8": "<u1", "i16": "<i2", "u16": "<u2", "i32": "<i4", "u32": "<u4", "i64": "<i8", "u64": "<u8",
     "f16": "<f2", "f32": "<f4", "f64": "<f8",
@@ -113,16 +113,8 @@ def pack(
         raise OutputError(
             "the packed file would replace a file that it packs", code="source", got=str(out), expected="a new name"
         )
-    with writing(out.parent, what="the folder of the file", remedy=_SPACE):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-                _write(file, root, names, pool)
-            os.chmod(aside, 0o666 & ~umask())
-            os.replace(aside, out)
-        finally:
-            Path(aside).unlink(missing_ok=True)
+    with beside(out) as file, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        _write(file, root, names, pool)
     return contents(out)
 
 
@@ -272,13 +264,9 @@ def unpack(path: Path | str, out: Path | str, *, threads: int | None = None) -> 
         raise OutputError(
             "the output folder is not empty", code="foreign", got=str(out), expected="an empty folder, or a new name"
         )
-    with Opened(Path(path)) as opened, writing(out.parent, what="the folder", remedy=_SPACE):
+    with Opened(Path(path)) as opened, writing(out.parent, what="the folder", remedy=SPACE):
         out.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(out.parent).free) < (needed := sum(size for _, size, _, _ in opened.files)):
-            raise OutputError(
-                "the files do not fit on the disk", code="unwritable", got=f"{free:,} bytes free",
-                expected=f"{needed:,}", remedy=_SPACE,
-            )  # fmt: skip
+        check_space(out.parent, sum(size for _, size, _, _ in opened.files))
         aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
             with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
