@@ -771,7 +771,7 @@ def packing() -> str:
             cells.append(f"{mine[key] / mine['file_bytes']:.1%}" if mine.get(key) else "")
         lines.append(f"| {network}, {form} | {mine['file_bytes']:,} | {' | '.join(cells)} |")
         times.append(f"| {network}, {form} | {' | '.join(speeds)} |")
-    lines += ["", "MB of the file per second, there and back:", "", *times]
+    lines += ["", "MB of the file per second, packing and unpacking:", "", *times]
     return _under(lines, data, f"zstd {data['versions']['zstd']}; ")
 
 

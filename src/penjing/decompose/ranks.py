@@ -70,11 +70,11 @@ def named(problem: Problem, ranks: Mapping[str, Any]) -> Chosen:
         most = {"svd": [min(out, inputs)], "tucker": [inputs, out], "cp": [place.params // max(out, inputs)]}[form]
         if len(numbers) != len(most) or any(n > limit for n, limit in zip(numbers, most, strict=True)):
             raise RecipeError(
-                f"a rank of {name} is above what its weight has",
+                f"the ranks of {name} do not fit its weight",
                 code="rank",
                 field="ranks",
                 got=f"{name}: {of_layer}",
-                expected=f"{form}: " + " and ".join(f"at most {limit}" for limit in most),
+                expected=f"{form}: " + ", ".join(f"a rank of at most {limit}" for limit in most),
             )
         candidate = priced(place, form, numbers, math.nan)
         if _saves(problem, place, candidate):
