@@ -164,6 +164,28 @@ def test_a_layer_whose_factors_take_longer_stays(prepared):
     assert "ms, the layer" in events["decomposed"]["refused"]["point"]
 
 
+def test_a_latency_budget_is_spent_on_the_layers_that_take_the_time(prepared):
+    """A runtime whose time goes into the linear layer `wide`, a hundredth of all multiply-accumulates."""
+
+    def milliseconds(network):
+        sizes = {name: p.numel() for name, p in network.named_parameters() if p.dim() > 1}
+        return {
+            name.removesuffix(".weight"): size * (1 if name.startswith("wide") else 1e-4)
+            for name, size in sizes.items()
+        }
+
+    def latency(drafts, _):
+        return [sum(milliseconds(d.network).values()) for d in drafts]
+
+    def profile(draft, _):
+        return [((name,), ms) for name, ms in milliseconds(draft.network).items()]
+
+    by_time, _ = ran(prepared, LowRank(latency=0.7), latency=latency, profile=profile)
+    assert [edit["layer"] for edit in by_time.edits] == ["wide"]
+    by_macs, _ = ran(prepared, LowRank(latency=0.7), latency=latency)
+    assert len(by_macs.edits) > 1
+
+
 def test_weights_that_were_pruned_lose_their_zeros_and_a_warning_says_so(prepared):
     draft, task = prepared
     pruned = pj.prune.Magnitude(sparsity=0.5)(draft, Context(task=task))

@@ -157,7 +157,7 @@ OPTIONS = {"a": [at(6, 0.9), at(3, 0.5), at(4, 0.1)], "b": [at(8, 0.99), at(5, 0
 WHOLE = {"a": 10.0, "b": 10.0}
 
 
-def macs(candidate):
+def macs(_, candidate):
     return candidate.macs
 
 
@@ -171,8 +171,10 @@ def test_the_walk_takes_the_least_error_per_cost_first_and_is_optimal_where_it_s
     every = [{"a": a, "b": b} for a in [at(10, 1), *OPTIONS["a"]] for b in [at(10, 1), *OPTIONS["b"]]]
     for count in range(len(walk.steps) + 1):
         chosen = {"a": at(10, 1), "b": at(10, 1)} | walk.at(count)
-        error, cost = (sum(f(c) for c in chosen.values()) for f in (lambda c: 1 - c.energy, macs))
-        slow = min(sum(1 - c.energy for c in way.values()) for way in every if sum(map(macs, way.values())) <= cost)
+        error, cost = (sum(f(name, c) for name, c in chosen.items()) for f in (lost, macs))
+        slow = min(
+            sum(1 - c.energy for c in way.values()) for way in every if sum(c.macs for c in way.values()) <= cost
+        )
         assert error == pytest.approx(slow)
 
 

@@ -30,7 +30,7 @@ class Walk:
         cls,
         options: Mapping[str, Sequence[Candidate]],
         whole: Mapping[str, float],
-        price: Callable[[Candidate], float],
+        price: Callable[[str, Candidate], float],
         error: Callable[[str, Candidate], float],
     ) -> Walk:
         """Put the steps of all layers in order.
@@ -38,12 +38,12 @@ class Walk:
         Args:
             options: Layer → its candidates.
             whole: Layer → its cost as it is.
-            price: The cost of a candidate.
+            price: The cost of a candidate for a layer.
             error: The error of a candidate in a layer.
         """
         steps: list[tuple[float, str, Candidate]] = []
         for name, candidates in options.items():
-            points = [(whole[name], 0.0, None), *((price(c), error(name, c), c) for c in candidates)]
+            points = [(whole[name], 0.0, None), *((price(name, c), error(name, c), c) for c in candidates)]
             slope = 0.0
             for (cost, noise, _), (less, more, candidate) in _pairs(hull(points)):
                 assert candidate is not None
@@ -89,7 +89,7 @@ def refilled(
     chosen: Chosen,
     options: Mapping[str, Sequence[Candidate]],
     room: float,
-    price: Callable[[Candidate], float],
+    price: Callable[[str, Candidate], float],
     error: Callable[[str, Candidate], float],
 ) -> Chosen:
     """The same with the room that the last step left given to where it lowers the error most.
@@ -98,7 +98,7 @@ def refilled(
         chosen: What replaces the layers.
         options: Layer → its candidates.
         room: By how much the cost may rise.
-        price: The cost of a candidate.
+        price: The cost of a candidate for a layer.
         error: The error of a candidate in a layer.
     """
     chosen = dict(chosen)
@@ -107,12 +107,12 @@ def refilled(
             (error(name, now) - error(name, other), name, other)
             for name, now in chosen.items()
             for other in options[name]
-            if 0 < price(other) - price(now) <= room and error(name, other) < error(name, now)
+            if 0 < price(name, other) - price(name, now) <= room and error(name, other) < error(name, now)
         ]
         if not better:
             return chosen
         _, name, other = max(better, key=lambda b: b[0])
-        room -= price(other) - price(chosen[name])
+        room -= price(name, other) - price(name, chosen[name])
         chosen[name] = other
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,34 +120,41 @@ def by_budget(problem: Problem, unit: str, target: float, precision: str) -> Cho
     if target == 1:
         return {}
     options, places = _options(problem), problem.layers.places
-    bytes_each = {name: place.module.weight.element_size() for name, place in places.items()}
+    price, weight = _price(problem, unit, precision), _weights(problem)
+    whole = {name: price(name, places[name]) for name in options}
 
-    def price(candidate: Candidate | Place) -> float:
-        return float(candidate.macs if unit in ("macs", "latency") else candidate.params)
+    def error(name: str, candidate: Candidate) -> float:
+        return weight[name] * (1 - candidate.energy)
 
-    weight = _weights(problem)
-    walk = Walk.of(
-        options,
-        {name: price(places[name]) for name in options},
-        price,
-        error := lambda name, candidate: weight[name] * (1 - candidate.energy),
-    )
-    call, network = problem.context.task.call(), problem.draft.network
+    walk = Walk.of(options, whole, price, error)
     if unit == "latency":
         measured = meter.latency_left(problem.context, precision)
         steps = _reached(problem, walk, lambda chosen: measured(problem.draft, shaped(problem.draft, chosen)), target)
         return _measured(problem, walk.at(steps), precision)
-    total = max(1.0, meter.amount(unit, network, call))
+    total = max(1.0, meter.amount(unit, problem.draft.network, problem.context.task.call()))
 
     def left(chosen: Chosen) -> float:
-        saved = sum(
-            (price(places[name]) - price(c)) * (bytes_each[name] if unit == "size" else 1) for name, c in chosen.items()
-        )
-        return 1 - saved / total
+        return 1 - sum(whole[name] - price(name, candidate) for name, candidate in chosen.items()) / total
 
     chosen = walk.at(_reached(problem, walk, left, target))
-    each = max(bytes_each.values()) if unit == "size" else 1
-    return refilled(chosen, options, (target - left(chosen)) * total / each, price, error)
+    return refilled(chosen, options, (target - left(chosen)) * total, price, error)
+
+
+def _price(problem: Problem, unit: str, precision: str) -> Callable[[str, Candidate | Place], float]:
+    """What a layer, or a candidate for it, costs; a latency is that of the layer in proportion to its MACs."""
+    places = problem.layers.places
+    each = {name: 1.0 for name in places}
+    if unit == "size":
+        each = {name: float(place.module.weight.element_size()) for name, place in places.items()}
+    if unit == "latency" and problem.context.profile is not None:
+        times = _times(problem.context.profile(problem.draft, precision), {name: [name] for name in places})
+        mean = sum(times.values()) / sum(place.macs for place in places.values()) or 1.0
+        each = {name: times[name] / place.macs or mean for name, place in places.items()}
+
+    def price(name: str, layer: Candidate | Place) -> float:
+        return each[name] * (layer.macs if unit in ("macs", "latency") else layer.params)
+
+    return price
 
 
 def shaped(draft: Draft, chosen: Chosen) -> Draft:
@@ -229,21 +236,20 @@ def _measured(problem: Problem, chosen: Chosen, precision: str) -> Chosen:
     """Without the layers whose factors take longer than they did, where the runtime times its operators."""
     if problem.context.profile is None:
         return chosen
-    before = _times(problem.context.profile(problem.draft, precision), chosen)
-    after = _times(problem.context.profile(shaped(problem.draft, chosen), precision), chosen)
-    slower = {name for name in chosen if before[name] > 0 and after[name] >= before[name]}
+    after = shaped(problem.draft, chosen)
+    old, new = (dict(draft.network.named_modules()) for draft in (problem.draft, after))
+    own = {name: [name, *(n for n in new if n.rpartition("_")[0] == name and n not in old)] for name in chosen}
+    before_ms, after_ms = (_times(problem.context.profile(d, precision), own) for d in (problem.draft, after))
+    slower = {name for name in chosen if before_ms[name] > 0 and after_ms[name] >= before_ms[name]}
     for name in slower:
         text = chosen[name].text
-        problem.layers.refused[name] = f"{text} takes {after[name]:.3g} ms, the layer {before[name]:.3g} ms"
+        problem.layers.refused[name] = f"{text} takes {after_ms[name]:.3g} ms, the layer {before_ms[name]:.3g} ms"
     return {name: candidate for name, candidate in chosen.items() if name not in slower}
 
 
-def _times(profile: list[tuple[tuple[str, ...], float]], chosen: Chosen) -> dict[str, float]:
-    """Layer → milliseconds of the operators that are called like it or its factors."""
-    roles = ("", "_in", "_core", "_axis0", "_axis1", "_axis2")
-    return {
-        name: sum(ms for names, ms in profile if any(f"{name}{role}" in names for role in roles)) for name in chosen
-    }
+def _times(profile: list[tuple[tuple[str, ...], float]], own: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Layer → milliseconds of the operators that stem from one of its sites."""
+    return {name: sum(ms for seen, ms in profile if set(sites) & set(seen)) for name, sites in own.items()}
 
 
 __all__ = ["Problem", "by_budget", "by_energy", "by_vbmf", "named", "shaped"]
