@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from penjing import share
-from penjing.errors import RecipeError, SharingError
+from penjing.errors import RecipeError, SharingError, TaskError
 from penjing.network.capture import capture_network
 from penjing.quantize import Static
 from penjing.recipes.recipe import Recipe
@@ -168,6 +168,22 @@ def test_without_calibration_data_weights_are_compared(draft):
     auto = share.Layers(of="layers", count=2)(draft, Context(task=blind))
     named = run(share.Layers(of="layers", count=2, similarity="weights"), draft)
     assert owners(auto) == owners(named)
+
+
+class Classes(Net):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+def test_outputs_that_are_classes_tell_nothing_of_weights():
+    task = replace(TASK, train=None, loss=None)
+    draft = Draft(capture_network(Classes(depth=2).eval(), *task.call()))
+    for step in (share.Layers(of="layers", count=1), share.Codebook(bits=4), share.ProductCodebook(bits=4)):
+        with raises_case(TaskError, "integer-outputs") as refusal:
+            run(step, draft, task)
+        assert refusal.value.got == "int64"
+    assert owners(run(share.Layers(of="layers", count=1, similarity="weights"), draft, task), count=2) == [0, 0]
+    assert run(share.Codebook(bits=4, sensitivity="none"), draft, task).codebooks
 
 
 def test_yaml_holds_groups():

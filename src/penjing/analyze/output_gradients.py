@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from penjing.analyze.samples import chunks
+from penjing.errors import TaskError
 from penjing.modes import in_eval_mode
 from penjing.steps.step import Context
 
@@ -31,14 +32,36 @@ def projected(outputs: Any, generator: torch.Generator) -> torch.Tensor:
 
     Returns:
         A number, ().
+
+    Raises:
+        TaskError: No output is in floating point.
     """
-    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    tensors = in_floating_point(outputs)
     return torch.stack(
         [
             (x * (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x.device)).sum() / x.numel() ** 0.5
             for x in tensors
         ]
     ).sum()
+
+
+def in_floating_point(outputs: Any) -> list[torch.Tensor]:
+    """The floating-point tensors among the outputs of a network.
+
+    Raises:
+        TaskError: There are none.
+    """
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+    floats = [x for x in tensors if x.is_floating_point()]
+    if not floats:
+        raise TaskError(
+            "the network's outputs do not tell how much a weight moves them",
+            code="integer-outputs",
+            got=", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in tensors})) or "no tensor",
+            expected="an output in floating point, such as the scores of the classes",
+            remedy="return the scores too, or choose a measure that reads the weights alone",
+        )
+    return floats
 
 
 def squared_gradients(
@@ -54,6 +77,7 @@ def squared_gradients(
 
     Raises:
         CalibrationError: There is no calibration data.
+        TaskError: No output is in floating point.
     """
     parameters = {name: network.get_parameter(name) for name in names}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}

@@ -17,6 +17,7 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import fx
 
+from penjing.analyze.output_gradients import in_floating_point
 from penjing.analyze.samples import batches
 from penjing.errors import RecipeError, SharingError
 from penjing.modes import in_eval_mode
@@ -24,7 +25,6 @@ from penjing.steps.draft import Draft
 from penjing.steps.settings import Rule, check, instance, one_of, optional, whole
 from penjing.steps.step import Context
 from penjing.surgery import tie
-from penjing.tasks.outputs import flatten_outputs
 
 
 def _groups(value: Any) -> bool:
@@ -249,8 +249,7 @@ def _answers(network: fx.GraphModule, calls: Sequence[Any]) -> torch.Tensor:
     values = []
     with torch.no_grad(), in_eval_mode(network):
         for args, kwargs in calls:
-            leaves, _ = flatten_outputs(network(*args, **kwargs))
-            values += [leaf.reshape(-1).double() for leaf in leaves if leaf.is_floating_point()]
+            values += [tensor.reshape(-1).double() for tensor in in_floating_point(network(*args, **kwargs))]
     return torch.cat(values)
 
 
