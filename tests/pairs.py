@@ -47,6 +47,7 @@ TECHNIQUES = {
     "prune.Gradual": ("zeros", prune.Gradual(step=prune.Magnitude(sparsity=0.5), finetune=SHORT)),
     "share.Layers": ("channels", share.Layers(of="blocks", every=2)),
     "share.Codebook": ("codebooks", share.Codebook(bits=4)),
+    "share.Grid": ("codebooks", share.Grid(snr_db=20)),
     "share.ProductCodebook": ("codebooks", share.ProductCodebook(dimension=4, bits=4)),
     "share.ProductCodebook, two levels": ("codebooks", share.ProductCodebook(dimension=4, bits=3, levels=2)),
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
@@ -62,8 +63,6 @@ TECHNIQUES = {
     "quantize.Rollback": ("repair", quantize.Rollback(snr_db=10)),
     "quantize.QAT": ("repair", quantize.QAT(finetune=Finetune(epochs=0.1, weight_decay=1e-4))),
 }
-
-NORMS = share.Layers(groups=(("blocks.0.norm2", "blocks.2.norm2"),))
 
 
 class Block(nn.Module):
@@ -118,21 +117,8 @@ def steps(first: str, second: str) -> tuple:
                 sequence.append(quantize.Static())
         if sequence and isinstance(sequence[0], distill.Student) and isinstance(step, distill.FewerLayers):
             step = distill.FewerLayers(of="stages.0", keep=2)  # the new network's layers have other names
-        if isinstance(step, decompose.LowRank) and sequence and isinstance(sequence[0], share.Layers):
-            sequence = [NORMS]  # what is shared is not decomposed
-        if sequence and isinstance(step, share.Layers):
-            step = _alike(sequence[0], step)
         sequence.append(step)
     return tuple(sequence)
-
-
-def _alike(first, step: share.Layers) -> share.Layers:
-    """Layers that have equal shapes after the first step too."""
-    if isinstance(first, distill.Student):
-        return share.Layers(groups=(("stages.0.1", "stages.0.2"),))
-    if isinstance(first, prune.Channels | prune.Iterative | decompose.LowRank):  # blocks are not alike inside any more
-        return NORMS
-    return step
 
 
 def context_of(source, data: Task, runtime: str = "onnxruntime", **fields) -> Context:

@@ -78,6 +78,11 @@ class Gram:
                 sums += (rows if root is None else rows * root).sum(-2).to(sums.dtype)
         self.count += x.shape[-2] if root is None else float(root.square().sum())
 
+    def means(self) -> torch.Tensor:
+        """E[x], (groups, columns), or (columns,) without groups; it needs `means`."""
+        assert self._sums is not None, "Gram(means=True) has means"
+        return self._sums / self.count
+
     def covariances(self) -> tuple[torch.Tensor, torch.Tensor]:
         """E[x·xᵀ] − E[x]·E[x]ᵀ and E[y·xᵀ] − E[y]·E[x]ᵀ, of the shapes of `own` and `cross`; it needs `means`."""
         assert self._sums is not None, "Gram(means=True) has covariances"

@@ -28,6 +28,7 @@ CATALOGUE: dict[str, type[Any]] = {
     "prune.Gradual": prune.Gradual,
     "prune.Regularized": prune.Regularized,
     "share.Codebook": share.Codebook,
+    "share.Grid": share.Grid,
     "share.Layers": share.Layers,
     "share.ProductCodebook": share.ProductCodebook,
     "quantize.Static": quantize.Static,

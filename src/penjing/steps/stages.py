@@ -12,6 +12,7 @@ WORK = "work"  # the network was changed
 PLAN = "plan"  # ranges and scales were chosen
 DYNAMIC = "dynamic ranges"  # activation ranges are computed at run time
 SHARED = "shared weights"  # weights are values of a codebook
+ON_GRIDS = "weights on grids"  # weights are whole numbers of a step
 REPAIRED = "repaired"  # the weights are no longer those the plan was made for
 
 
@@ -57,12 +58,23 @@ STAGES: dict[str, Stage] = {
     ),
     "train": Stage(
         refuses={
-            PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to weights"
+            PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to weights",
+            ON_GRIDS: "this step before share.Grid: it would move weights off their grids",
         }
     ),
     "share": Stage(
-        refuses={PLAN: "this step before the one that quantizes: a plan is made for the weights that it finds"},
+        refuses={
+            PLAN: "this step before the one that quantizes: a plan is made for the weights that it finds",
+            ON_GRIDS: "either this step or share.Grid: each decides which values weights have",
+        },
         leaves=frozenset({SHARED}),
+    ),
+    "round": Stage(
+        refuses={
+            PLAN: "this step without one that quantizes: integers have grids of their own",
+            SHARED: "either this step or share.Codebook: each decides which values weights have",
+        },
+        leaves=frozenset({SHARED, ON_GRIDS}),
     ),
     "prepare": Stage(
         refuses={
