@@ -117,6 +117,19 @@ def test_data_that_can_be_read_once_are_read_once(prepared):
     assert torch.equal(result.network(task.example), expected.network(task.example))
 
 
+class Classes(Network):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+def test_outputs_that_are_classes_show_no_noise_and_layers_keep_their_own_energy(prepared):
+    _, task = prepared
+    torch.manual_seed(0)
+    draft = Draft(capture_network(Classes(), *task.call()).eval())
+    result, _ = ran((draft, task), LowRank(macs=0.8))
+    assert result.edits and all(min(edit["ranks"]) > 1 for edit in result.edits)  # none at its smallest rank
+
+
 def test_cp_is_used_where_it_is_asked_for(prepared):
     result, _ = ran(prepared, LowRank(macs=0.9, methods=("cp",)))
     assert {edit["form"] for edit in result.edits} == {"cp"}

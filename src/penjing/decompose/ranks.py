@@ -190,7 +190,7 @@ def _saves(problem: Problem, place: Place, candidate: Candidate) -> bool:
 
 
 def _weights(problem: Problem) -> dict[str, float]:
-    """Layer → noise at the network's outputs per lost energy of its own; 1 without data."""
+    """Layer → noise at the network's outputs per lost energy of its own; 1 without data, and where there is none."""
     places = problem.layers.places
     weights = dict.fromkeys(places, 1.0)
     if problem.data is None:
@@ -205,6 +205,8 @@ def _weights(problem: Problem) -> dict[str, float]:
         lost[name] = 1 - float(energies[rank])
     calls = chunks(problem.data, problem.draft.network, PROBED)
     noises = noise.of_weights(problem.draft.network, changed, calls)
+    if not any(noises.values()):  # outputs that are classes show none
+        return weights
     return {name: noises[name] / lost[name] if lost[name] > 1e-6 else 1.0 for name in places}
 
 
