@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from penjing.analyze import noise
-from penjing.errors import RecipeError, TaskError
+from penjing.errors import RecipeError, SharingError, TaskError
 from penjing.numerics import quarter_octaves, rate_distortion
 from penjing.recipes.recipe import Recipe
 from penjing.share import Codebook, Grid
@@ -70,9 +70,15 @@ def test_limits_are_asked_for_and_can_be_measured(source):
         on_grid(source, drop=0.01)
 
 
+def test_a_limit_that_no_grid_holds_is_refused(source):
+    with raises_case(SharingError, "unreachable") as refusal:
+        on_grid(source, snr_db=400)
+    assert "snr_db" in refusal.value.got and refusal.value.expected == "snr_db=400"
+
+
 @pytest.mark.parametrize("after", [Finetune(steps=1), Codebook(bits=2)])
 def test_what_would_move_weights_off_their_grids_comes_before(after):
-    with pytest.raises(RecipeError):
+    with raises_case(RecipeError, "order"):
         Recipe(Grid(snr_db=20), after)
     Recipe(Finetune(steps=1), Grid(snr_db=20))
 

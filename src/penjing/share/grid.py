@@ -25,7 +25,7 @@ from torch import fx, nn
 from penjing.analyze import gram, noise
 from penjing.analyze.layer_inputs import observe
 from penjing.analyze.samples import batches, chunks, split
-from penjing.errors import RecipeError, TaskError
+from penjing.errors import RecipeError, SharingError, TaskError
 from penjing.network.graph import kind
 from penjing.numerics.quarter_octaves import MOST, nearest_step
 from penjing.numerics.rate_distortion import factor, quantized
@@ -40,6 +40,7 @@ from penjing.tasks.task import Call
 MEASURED = 16  # samples on which the noise of a tensor is measured
 MEASURED_STEP = 1 / 12  # of the deviation of its weights: about 6 bits
 POSITIONS = 64  # of an image that a layer's second moments are taken from
+LIMITS = ("snr_db", "agreement", "drop")
 UNITS = 8  # of an octave of the steps, in which they are searched
 TRIALS = 12
 
@@ -101,7 +102,7 @@ class Grid:
 
         Raises:
             RecipeError: `layers` or `keep` names what does not exist.
-            SharingError: No weight is left.
+            SharingError: No weight is left, or no steps hold the limit.
             TaskError: `drop` without `Task.select`.
             CalibrationError: There is no calibration data, or a single sample.
         """
@@ -118,7 +119,7 @@ class Grid:
         edits = fold_batch_norms(network)
         fitting, held_out = split(context)
         layers = _layers(network, matrices(network, self.layers, self.keep), fitting, self.samples)
-        trials: dict[int, tuple[bool, float]] = {}
+        trials: dict[int, tuple[bool, dict[str, float]]] = {}
 
         def on_grids(place: int) -> fx.GraphModule:
             changed = copy.deepcopy(network)
@@ -131,13 +132,25 @@ class Grid:
                 trials[place] = self._judged(network, on_grids(place), held_out, context, place)
             return trials[place][0]
 
-        chosen = _coarsest(holds, lambda place: trials[place][1], _first(layers, self.snr_db or 30.0), self.snr_db)
+        chosen = _coarsest(
+            holds, lambda place: trials[place][1]["snr_db"], _first(layers, self.snr_db or 30.0), self.snr_db
+        )
+        if not holds(chosen):
+            raise SharingError(
+                "no grid that was tried holds the limit",
+                code="unreachable",
+                got=", ".join(f"{name} {value:.4g}" for name, value in trials[chosen][1].items()),
+                expected=", ".join(
+                    f"{name}={value:g}" for name in LIMITS if (value := getattr(self, name)) is not None
+                ),
+                remedy="allow more, or leave layers out with keep=",
+            )
         return replace(draft, network=on_grids(chosen), edits=(*draft.edits, *edits))
 
     def _judged(
         self, before: fx.GraphModule, after: fx.GraphModule, held_out: list[Call], context: Context, place: int
-    ) -> tuple[bool, float]:
-        """Whether the limits hold, and the signal-to-noise ratio."""
+    ) -> tuple[bool, dict[str, float]]:
+        """Whether the limits hold, and the figures that they are on."""
         figures = {"snr_db": noise.signal_to_noise(before, after, held_out)}
         holds = self.snr_db is None or figures["snr_db"] >= self.snr_db
         if self.agreement is not None:
@@ -148,7 +161,7 @@ class Grid:
             figures["drop"] = old - new if context.task.higher_is_better else new - old
             holds = holds and figures["drop"] <= self.drop
         context.events("grid", step=2 ** (place / UNITS), met=holds, **figures)
-        return holds, figures["snr_db"]
+        return holds, figures
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ def _first(layers: Iterable[_Layer], snr_db: float) -> int:
 
 
 def _coarsest(holds: Callable[[int], bool], snr_of: Callable[[int], float], place: int, snr_db: float | None) -> int:
-    """The place of the largest steps with which the limit holds, or of the last ones tried."""
+    """The place of the largest steps with which the limit holds, or of ones that were tried where none do."""
     if not holds(place) and snr_db is not None:
         place -= max(0, round(UNITS * (snr_db - snr_of(place)) / 6.02) - 1)
     low: int | None = None
