@@ -59,18 +59,11 @@ def factorize(
         raise TypeError(f"{layer} is not a layer that is called once")
     ranks = [int(rank) for rank in ranks]
     parts = layers_of(module, form, ranks)
-    with torch.no_grad():
-        for (_, part), weight in zip(parts, [0.0] * len(parts) if weights is None else weights, strict=True):
-            part.weight.copy_(torch.as_tensor(weight))
-    for _, part in parts:
-        part.to(module.weight).train(network.training)
-        part.weight.requires_grad_(module.weight.requires_grad)
+    _fill(module, [part for _, part in parts], weights, bias)
     last = parts[-1][1]
-    if module.bias is not None:
-        with torch.no_grad():
-            last.bias.copy_(module.bias if bias is None else bias)
-        last.bias.requires_grad_(module.bias.requires_grad)
     value: Any = node.args[0]
+    for _, part in parts:
+        part.train(network.training)
     for role, part in parts[:-1]:
         name = _free(network, f"{layer}_{role}")
         network.add_submodule(name, part)
@@ -86,6 +79,18 @@ def factorize(
     network.graph.lint()
     network.recompile()
     return {"edit": "factorize", "layer": layer, "form": form, "ranks": ranks}
+
+
+def _fill(module: Any, parts: Sequence[Any], weights: Sequence[torch.Tensor] | None, bias: torch.Tensor | None) -> None:
+    """Give the factors of a layer their weights, and what else the layer has: device, type, and which are trained."""
+    with torch.no_grad():
+        for part, weight in zip(parts, [0.0] * len(parts) if weights is None else weights, strict=True):
+            part.weight.copy_(torch.as_tensor(weight))
+            part.to(module.weight)
+            part.weight.requires_grad_(module.weight.requires_grad)
+        if module.bias is not None:
+            parts[-1].bias.copy_(module.bias if bias is None else bias)
+            parts[-1].bias.requires_grad_(module.bias.requires_grad)
 
 
 def layers_of(module: Any, form: str, ranks: Sequence[int]) -> list[tuple[str, Any]]:
