@@ -31,15 +31,15 @@ class Basis:
 
     Attributes:
         channels: S, (in, in): S·Sᵀ are the second moments of the input channels; (in,) where S is diagonal.
-        channels_back: The inverse of S, of the same shape.
+        channels_inverse: The inverse of S, of the same shape.
         taps: The same of the positions of the kernel, (taps, taps); None for a linear layer or a kernel of 1.
-        taps_back: Its inverse.
+        taps_inverse: Its inverse.
     """
 
     channels: torch.Tensor
-    channels_back: torch.Tensor
+    channels_inverse: torch.Tensor
     taps: torch.Tensor | None = None
-    taps_back: torch.Tensor | None = None
+    taps_inverse: torch.Tensor | None = None
 
     def into(self, weight: torch.Tensor, *, taps: bool = True) -> torch.Tensor:
         """The weight (out, in, …) in this basis; without `taps` the positions of the kernel stay as they are."""
@@ -47,7 +47,7 @@ class Basis:
 
     def back(self, weight: torch.Tensor, *, taps: bool = True) -> torch.Tensor:
         """The inverse of `into`."""
-        return _turned(weight, self.channels_back, self.taps_back if taps else None)
+        return _turned(weight, self.channels_inverse, self.taps_inverse if taps else None)
 
 
 def _turned(weight: torch.Tensor, channels: torch.Tensor, taps: torch.Tensor | None) -> torch.Tensor:

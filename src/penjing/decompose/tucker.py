@@ -73,7 +73,7 @@ def factors(weight: torch.Tensor, basis: Basis, ranks: Sequence[int]) -> tuple[t
         )
     by_mode = {mode: torch.from_numpy(np.ascontiguousarray(d)) for mode, d in zip(used, directions, strict=True)}
     small = torch.from_numpy(np.ascontiguousarray(middle))
-    small = small if basis.taps_back is None else small @ basis.taps_back
+    small = small if basis.taps_inverse is None else small @ basis.taps_inverse
     if 1 not in used:
         small = basis.back(small, taps=False)
     ones = [1] * (weight.dim() - 2)
