@@ -86,6 +86,8 @@ class TestSteps:
             "prune.Blocks": {"blocks": 1},
             "prune.Channels": {"macs": 0.5},
             "prune.Iterative": {"step": Channels(macs=0.5), "finetune": Finetune()},
+            "share.Grid": {"snr_db": 25},
+            "share.Layers": {"of": "blocks", "every": 2},
         }.get(name, {})
         step = CATALOGUE[name](**limit)
         assert isinstance(step, Step)
@@ -100,6 +102,7 @@ EXAMPLES = {
     "structure": Channels(macs=0.5),
     "train": Finetune(),
     "share": share.Codebook(),
+    "round": share.Grid(snr_db=25),
     "prepare": quantize.SmoothQuant(),
     "quantize": Static(),
     "quantize at run time": quantize.Dynamic(),
@@ -113,6 +116,8 @@ ALLOWED = {
     *((before, after) for before in FLOATS for after in (*FLOATS[1:], *PLANS)),
     *((before, "share") for before in (*FLOATS, "share")),
     *(("share", after) for after in ("train", *PLANS)),
+    *((before, "round") for before in FLOATS),
+    *(("round", after) for after in PLANS),
     *((plan, "train integers") for plan in ("quantize", "quantize and repair")),
     *((plan, "repair") for plan in ("quantize", "quantize at run time")),
 }
