@@ -49,6 +49,7 @@ def every_type(folder):
         "pruned": pruned,
         "codebook": torch.randn(16)[torch.randint(16, (80, 40))],
         "infinite": torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40]),
+        "rounded": torch.randint(-9, 9, (40, 50)) * torch.randn(40, 1),
         "one": torch.tensor(3.0),
         "none": torch.zeros(0, 4),
         "int64": torch.arange(5),
@@ -208,6 +209,27 @@ def test_weights_that_were_rounded_in_every_row_take_no_more_than_with_a_general
     step = weight.abs().amax(1, keepdim=True) / 127
     rounded = (weight / step).round() * step
     assert packed_share(tmp_path, rounded) < len(lzma.compress(rounded.numpy().tobytes())) / (4 * weight.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group", "share"), [(8, 500, 0.95), (4, 500, 0.45), (4, 50, None), (4, 32, 0.58)])
+def test_floats_that_were_rounded_take_what_their_integers_take(tmp_path, dtype, bits, group, share):
+    """Quantized weights of a checkpoint are floats; every row, or every few values, have a step of their own."""
+    columns = 480 if group == 32 else 500
+    blocks = (torch.randn(100, columns) * torch.exp(torch.randn(100, 1))).reshape(-1, group)
+    top = 2 ** (bits - 1) - 1
+    step = blocks.abs().amax(1, keepdim=True) / top
+    weight = ((blocks / step).round() * step).to(dtype).reshape(100, columns)
+    weight[3] = 0
+    taken = packed_share(tmp_path, weight) * dtype.itemsize
+    assert share is None or taken < share
+
+
+def test_a_step_is_told_though_values_were_rounded_once_more(tmp_path):
+    weight = torch.randn(100, 300)
+    largest = weight.abs().amax(1, keepdim=True)
+    rounded = (weight / largest * 127).round() * largest / 127  # not the same as multiples of `largest / 127`
+    assert packed_share(tmp_path, rounded) < 0.3
 
 
 def test_files_that_no_library_reads_return_as_bytes(tmp_path):

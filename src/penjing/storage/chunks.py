@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penjing.numerics import entropy, scaled_integers
-from penjing.storage import grids
+from penjing.storage import grids, row_steps
 from penjing.storage.lzma2 import XZ, decompressed
 from penjing.storage.number_types import FLOATS, INTEGERS, numbers, written
 from penjing.storage.regions import ALL_BITS as BITS
@@ -42,6 +42,9 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
             candidates.append(("palette", _palette(patterns, palette, dtype, columns, width)))
         if dtype in FLOATS and (len(candidates) == 1 or BITS[dtype] == 8):
             candidates += _floats(patterns, dtype, columns)
+        if dtype in row_steps.MANTISSA and candidates[-1][0] != "palette":
+            steps = row_steps.encode(patterns, dtype, min(columns, len(patterns)), width)
+            candidates += [("steps", steps)] if steps else []
         on_grids = grids.encode(content.view("<f4"), min(columns, len(patterns)), width) if dtype == "f32" else None
         if on_grids is not None:
             candidates.append(("grids", on_grids))
@@ -112,6 +115,11 @@ def _floats_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
     return written(patterns << unused, dtype)
 
 
+def _steps_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
+    count = size * 8 // BITS[dtype]
+    return written(row_steps.decode(coded, dtype, count, min(columns, count)), dtype)
+
+
 def _return(content: Bytes, dtype: str, best: int) -> bool:
     """Whether words seem to return so often that LZMA2 takes less than `best` bytes.
 
@@ -119,6 +127,8 @@ def _return(content: Bytes, dtype: str, best: int) -> bool:
     """
     if not content.size or best * 32 < content.size:
         return content.size > 0
+    if content.size <= _SAMPLE // 4:
+        return True
     start = max(0, (content.size - _SAMPLE) // 2) // 8 * 8
     sample = content[start : start + _SAMPLE].tobytes()
     alone = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
@@ -181,6 +191,7 @@ _CODINGS: dict[str, Callable[[bytes, str, int, int], bytes]] = {
     "floats": _floats_back,
     "palette": _palette_back,
     "grids": _grids_back,
+    "steps": _steps_back,
     "xz": _xz_back,
     "words": _words_back,
 }
