@@ -129,15 +129,20 @@ def _bounds(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The smallest and the largest step that rounds to the values of each row, (n,), and the multiples, (n, values)."""
     sizes = np.abs(values)
-    whole = np.round(values * (np.reshape(tops, (-1, 1)) / sizes.max(1, keepdims=True)))
-    # The largest value is rounded too, so that others may be off by one: the step of all together is nearer.
-    whole = np.round(values * ((whole * whole).sum(1, keepdims=True) / (whole * values).sum(1, keepdims=True)))
     parts, exponents = np.frexp(sizes)
     half = np.ldexp(0.5 + _OFF[dtype], np.maximum(exponents - 1, _LOWEST[dtype]) - MANTISSA[dtype])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # Below a power of two, the next value is half as far away.
-        low = np.where(whole != 0, (sizes - np.where(parts == 0.5, half / 2, half)) / np.abs(whole), 0).max(1)
-        high = np.where(whole != 0, (sizes + half) / np.abs(whole), np.inf).min(1)
+    # Below a power of two, the next value is half as far away.
+    lowest, highest = sizes - np.where(parts == 0.5, half / 2, half), sizes + half
+    tops = np.reshape(tops, (-1, 1))
+    whole = np.round(values * (tops / sizes.max(1, keepdims=True)))
+    for part in (16, 4, 2, 1):
+        counted = (whole != 0) & (np.abs(whole) * part <= tops)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low = np.where(counted, lowest / np.abs(whole), 0).max(1)
+            high = np.where(counted, highest / np.abs(whole), np.inf).min(1)
+            if part > 1:  # small values first: the largest one is rounded too, and by it others might be off by one
+                step = np.where(np.isfinite(high), (low + high) / 2, sizes.max(1) / tops[:, 0])
+                whole = np.round(values / step[:, None])
     return low, high, whole
 
 
