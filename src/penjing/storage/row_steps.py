@@ -91,9 +91,11 @@ def _plain(coded: bytes, size: int) -> bytes:
 def _fitted(patterns: Patterns, dtype: str, group: int) -> tuple[npt.NDArray[np.float32], Patterns] | None:
     """Step of every row of `group` values and the multiples; None where a row has none."""
     rows = patterns.reshape(-1, group)
+    tried = rows[np.unique(np.linspace(0, len(rows) - 1, _TRIED).astype(int))]
+    if not all(_top(row, values, dtype) for row, values in zip(tried, _floats(tried, dtype), strict=True)):
+        return None
     values = _floats(rows, dtype)
-    tried = np.unique(np.linspace(0, len(rows) - 1, _TRIED).astype(int))
-    if not np.isfinite(values).all() or not values.any() or not all(_top(rows[i], values[i], dtype) for i in tried):
+    if not np.isfinite(values).all() or not values.any():
         return None
     steps, multiples = np.zeros(len(rows), np.float32), np.zeros(rows.shape, np.int64)
     pending = np.flatnonzero(values.any(1))
@@ -111,7 +113,7 @@ def _fitted(patterns: Patterns, dtype: str, group: int) -> tuple[npt.NDArray[np.
 def _top(row: Patterns, values: npt.NDArray[np.float64], dtype: str) -> int:
     """The largest multiple in a row; the smallest number that it can be; 0 where there is none."""
     sizes = np.unique(np.abs(values))
-    if len(sizes) > _LARGEST + 1:
+    if len(sizes) > _LARGEST + 1 or not np.isfinite(sizes[-1]):
         return 0
     sizes = sizes[sizes > 0]
     if not len(sizes):
