@@ -328,21 +328,22 @@ def low_rank() -> str:
     sides = {"penjing": "`LowRank`", "tensorly": "tensorly, VBMF ranks", "channels": "`prune.Channels`"}
     lines: list[str] = []
     for name, network in data["networks"].items():
-        batches = dict.fromkeys(label.rpartition(", ")[2] for label in network["speed"])
-        head = " | ".join(f"{batch}, speed-up" for batch in batches)
-        lines += ["", f"| {names[name]} | MACs left | accuracy, untrained | trained | {head} |"] if lines else [
-            f"| {names[name]} | MACs left | accuracy, untrained | trained | {head} |"
-        ]  # fmt: skip
-        lines.append("|---" * (4 + len(batches)) + "|")
+        speed = network.get("speed", {})
+        batches = dict.fromkeys(label.rpartition(", ")[2] for label in speed)
+        head = "".join(f" {batch}, speed-up |" for batch in batches)
+        lines += [""] * bool(lines) + [
+            f"| {names[name]} | MACs left | accuracy, untrained | trained |{head}",
+            "|---" * (4 + len(batches)) + "|",
+        ]
         for side in ("whole", *network["runs"]):
-            times = [network["speed"][f"{side}, {batch}"] for batch in batches]
-            shown = " | ".join(f"{t['median_ms']:.2f} ms ±{t['spread'] / 2:.0%}, {t['speedup']:.2f}×" for t in times)
+            times = [speed[f"{side}, {batch}"] for batch in batches]
+            shown = "".join(f" {t['median_ms']:.2f} ms ±{t['spread'] / 2:.0%}, {t['speedup']:.2f}× |" for t in times)
             if side == "whole":
-                lines.append(f"| as it was | 100% | {network['source']['accuracy']:.2%} | | {shown} |")
+                lines.append(f"| as it was | 100% | {network['source']['accuracy']:.2%} | |{shown}")
                 continue
             row = network["runs"][side]
             figures = f"{row['macs']:.1%} | {row['untrained']:.2%} | {row['accuracy']:.2%}"
-            lines.append(f"| {sides[side]} | {figures} | {shown} |")
+            lines.append(f"| {sides[side]} | {figures} |{shown}")
     trained = {"vgg16": f"on {data['epochs'] * 100:g}% of the images", "minilm": f"on {data['texts']} texts"}
     text = f"Trained {' and '.join(trained[name] for name in data['networks'])}, one seed; "
     return _under(lines, data, text + "± half of the interquartile range / median; ")
