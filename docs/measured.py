@@ -835,6 +835,23 @@ def packing_large() -> str:
     return _under(lines, data, f"{data['bytes'] / 1e9:.2f} GB become {share:.1%}; ")
 
 
+def lossy() -> str:
+    """Packing with loss: bytes, agreement and noise."""
+    data = _read("lossy")
+    rows = {row["name"]: row for row in data["rows"]}
+    names = {"grid": "share.Grid, packed", "int8": "INT8 file, packed", "nncodec": "nncodec, weights alone"}
+    lines = ["| | bytes | agreement | noise | × share.Grid |", "|---|---|---|---|---|"]
+    for name, label in names.items():
+        if row := rows.get(name):
+            more = row["bytes"] / rows["grid"]["bytes"]
+            label += f" (qp {row['qp']})" if "qp" in row else ""
+            lines.append(
+                f"| {label} | {row['bytes']:,} | {row['agreement']:.1%} | {row['snr_db']:.1f} dB | {more:.2f} |"
+            )
+    note = f"Agreement with the fp32 network on 496 other pictures; the limit was {data['limit_db']:g} dB; "
+    return _under(lines, data, note)
+
+
 TABLES = {
     "deep_compression": deep_compression,
     "resnet20": lambda: candidates("resnet20"),
@@ -871,6 +888,7 @@ TABLES = {
     "packing": packing,
     "deltas": deltas,
     "packing_large": packing_large,
+    "lossy": lossy,
     "minilm_ways": lambda: minilm_layers("minilm_ways"),
 }
 

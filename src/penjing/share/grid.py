@@ -38,8 +38,8 @@ from penjing.tasks.outputs import numpy_predictor
 from penjing.tasks.task import Call
 
 MEASURED = 16  # samples on which the noise of a tensor is measured
-MEASURED_STEP = 1 / 12  # of the deviation of its weights: about 6 bits
-POSITIONS = 64  # of an image that a layer's second moments are taken from
+MEASURED_STEP = 1 / 48  # of the deviation of its weights: about 8 bits, where the noise is quadratic in every layer
+POSITIONS = 256  # of an image that a layer's second moments are taken from
 LIMITS = ("snr_db", "agreement", "drop")
 UNITS = 8  # of an octave of the steps, in which they are searched
 TRIALS = 12
@@ -76,7 +76,7 @@ class Grid:
     agreement: float | None = None
     drop: float | None = None
     slope: float = 0.1
-    samples: int = 128
+    samples: int = 256
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
