@@ -98,14 +98,6 @@ class LowRank:
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in WAYS if getattr(self, name) is not None}
-        if len(given) != 1:
-            raise RecipeError(
-                "LowRank takes exactly one way of choosing the ranks",
-                code="one-target",
-                got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
-                expected=" or ".join(f"{name}=" for name in WAYS),
-                remedy="for example LowRank(macs=0.5) keeps half of the multiply-accumulates",
-            )
         check(self, **{name: FRACTION_KEPT for name in given if name in BUDGETS})
         check(
             self,
@@ -119,6 +111,14 @@ class LowRank:
             keep=NAMES,
             samples=whole(),
         )
+        if len(given) != 1:
+            raise RecipeError(
+                "LowRank takes exactly one way of choosing the ranks",
+                code="one-target",
+                got=", ".join(f"{k}={v}" for k, v in given.items()) or "none",
+                expected=" or ".join(f"{name}=" for name in WAYS),
+                remedy="for example LowRank(macs=0.5) keeps half of the multiply-accumulates",
+            )
 
     @property
     def unit(self) -> str:

@@ -165,7 +165,7 @@ def _shapes(grid: str, bits: int) -> list[torch.Tensor]:
     else:
         whole = torch.tensor(magnitudes(grid, bits - 1), dtype=torch.float64)
         positive = [whole / whole[-1]]
-    return [torch.unique(torch.cat([-p, p])) for p in positive]
+    return [torch.unique(torch.cat([-p, p])) + 0.0 for p in positive]  # the sum of -0 and 0 is 0
 
 
 def nearest(values: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:

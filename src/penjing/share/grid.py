@@ -81,11 +81,6 @@ class Grid:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.snr_db is None and self.agreement is None and self.drop is None:
-            raise RecipeError(
-                "Grid needs a limit", code="limits", got="no setting", expected="snr_db=, agreement= or drop=",
-                remedy="for example Grid(snr_db=30)",
-            )  # fmt: skip
         check(
             self,
             snr_db=optional(number()),
@@ -96,6 +91,11 @@ class Grid:
             layers=NAMES,
             keep=NAMES,
         )
+        if self.snr_db is None and self.agreement is None and self.drop is None:
+            raise RecipeError(
+                "Grid needs a limit", code="limits", got="no setting", expected="snr_db=, agreement= or drop=",
+                remedy="for example Grid(snr_db=30)",
+            )  # fmt: skip
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft whose weights lie on grids.
