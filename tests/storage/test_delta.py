@@ -347,7 +347,7 @@ def test_versions_that_are_missing_or_in_the_way(tmp_path):
     with raises_case(OutputError, "exists"):
         delta.delta(old, new, old, force=True)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="is a folder"):
+    with raises_case(OutputError, "folder"):
         delta.delta(old, new, tmp_path / "folder", force=True)
     with raises_case(ArtifactError, "unreadable"):
         delta.contents(old)
