@@ -274,26 +274,9 @@ def integers(file: Path) -> dict:
 def nncodec_work(folder: Path) -> None:
     """Code the differences, alone and with the old values as temporal context; print the smaller as JSON."""
     import copy
-    import importlib.abc
-    import importlib.machinery
-    from unittest.mock import MagicMock
 
-    class Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        """Packages that nncodec imports for its examples, and that are not there, in an empty form."""
-
-        def find_spec(self, name, path, target=None):
-            needed = name.split(".")[0] in ("torchvision", "wandb", "cv2", "flwr", "PIL", "h5py", "timm", "matplotlib")
-            return importlib.machinery.ModuleSpec(name, self, is_package=True) if needed else None
-
-        def create_module(self, spec):
-            module = MagicMock()
-            module.__spec__, module.__path__, module.__name__ = spec, [], spec.name
-            return module
-
-        def exec_module(self, module):
-            """Nothing is run."""
-
-    sys.meta_path.append(Missing())
+    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    import nncodec_imports  # noqa: F401  before nncodec
     import numpy as np
     from nncodec import nnc
 

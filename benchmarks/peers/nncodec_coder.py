@@ -2,8 +2,7 @@
 
 Started by that environment's Python, it reads lines of JSON from its standard input: `["encode", SOURCE, OUT]` codes
 the integers of a .safetensors file without loss, `["decode", SOURCE, OUT]` writes them back as one. Each is answered
-with an empty line. Packages that only its data sets and its federated learning use are replaced by placeholders, so
-that they need not be there.
+with an empty line.
 
     python -m venv nncodec && nncodec/bin/pip install "numpy<2" torch==2.13.0 nncodec==2.1.3
 """
@@ -13,14 +12,9 @@ import io
 import json
 import struct
 import sys
-from unittest.mock import MagicMock
 
+import nncodec_imports  # noqa: F401  before nncodec
 import numpy as np
-
-UNUSED = "cv2 flwr flwr.common h5py pandas sentencepiece sklearn sklearn.metrics torchvision wandb".split()
-for name in (*UNUSED, *(f"torchvision.{part}" for part in ("datasets", "models", "transforms"))):
-    sys.modules.setdefault(name, MagicMock())
-
 from nncodec.nn import decode, encode
 
 TYPES = {"I8": np.int8, "U8": np.uint8, "F32": np.float32}

@@ -172,7 +172,7 @@ def _blocks(tensor: torch.Tensor, rows: int | None) -> tuple[torch.Tensor, ...]:
 def share(
     weights: Sequence[torch.Tensor], sensitivities: Sequence[torch.Tensor], entries: int, grid: str = "kmeans"
 ) -> None:
-    """Give the weights the values of one codebook, in place; what is exactly 0 stays 0 and is no entry.
+    """Give the weights the values of one codebook, in place. A weight that is exactly 0 stays 0 and takes no entry.
 
     Args:
         weights: Any shapes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, Self
@@ -14,7 +15,7 @@ from penjing.records import reading
 TAIL = struct.Struct("<QQ32s8s")  # place and length of the contents, a SHA-256, and the magic bytes
 
 
-class OpenedFile:
+class OpenedFile(ABC):
     """An opened file; damage of any kind is an ArtifactError that names it.
 
     Attributes:
@@ -51,8 +52,9 @@ class OpenedFile:
             remedy="copy the file again",
         )
 
+    @abstractmethod
     def _open(self, file: IO[bytes]) -> None:
-        raise NotImplementedError
+        """Read the contents."""
 
     def _ends(self, file: IO[bytes]) -> tuple[int, int, bytes]:
         """Place and length of the contents, and the hash.

@@ -74,7 +74,7 @@ def read_residual(network: nn.Module, mark: Edit) -> tuple[torch.Tensor, torch.T
     place = torch.searchsorted(known, key).clamp(max=len(known) - 1)
     if not torch.equal(known[place], key):
         raise SharingError(
-            f"{mark['tensor']} is no longer a sum of entries of its codebooks",
+            f"the weights of {mark['tensor']} have changed since its codebooks were fitted",
             code="changed",
             got=f"{int((known[place] != key).sum())} vectors that are none of {len(known)} sums",
             expected="the weights that share.ProductCodebook left",
