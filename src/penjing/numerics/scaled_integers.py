@@ -31,6 +31,7 @@ _HEAD = struct.Struct("<hhBBBbBBH")
 _LENGTH = struct.Struct("<I")
 _LANES = 4
 _LANE_VALUES = 1024  # values from which on a lane is worth its state
+_COUNTED, _COUNTED_ROWS = 1 << 18, 32  # values and rows that are enough to compare models
 _ROWS, _COLUMNS, _MANY_LANES = 1, 2, 4
 
 
@@ -70,22 +71,35 @@ class _Model:
     def size(self) -> int:
         return self.high - self.low + 1
 
-    def arguments(self) -> dict[str, Any]:
-        """What the loops read, with classes counted from the lowest one that occurs."""
-        first = int(self.rows.min() + self.columns.min())
-        classes = np.arange(first, int(self.rows.max() + self.columns.max()) + 1)
-        looked_up = np.clip(classes + self.shift, 0, magnitudes.CLASSES - 1)
-        table = magnitudes.shapes()[self.shape][looked_up]
-        sizes = np.abs(np.arange(self.low, self.high + 1))
-        prior = np.where(sizes >= self.hole, table[:, sizes], 0)
-        zeros = np.clip(table[:, 0] >> (magnitudes.UNIT_BITS - 8), 5, 250)
+    @functools.cached_property
+    def classes(self) -> tuple[int, int]:
+        """The lowest one that occurs, and the one behind the highest."""
+        return int(self.rows.min() + self.columns.min()), int(self.rows.max() + self.columns.max()) + 1
+
+    def places(self) -> dict[str, Any]:
+        """What tells the table of a value, with classes counted from the lowest one that occurs."""
         return {
             "row_class": self.rows - self.rows.min(),
             "column_class": self.columns - self.columns.min(),
-            "prior": np.ascontiguousarray(prior),
-            "zero_priors": np.full(len(table), self.zeros) if self.zeros else zeros,
-            "bounds": magnitudes.thresholds()[classes],
+            "bounds": magnitudes.thresholds()[slice(*self.classes)],
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """What the loops read."""
+        same = {"lag": self.lag, "low": self.low, "size": self.size, "strength": STRENGTHS[self.strength]}
+        return same | self.places() | self.beginnings()
+
+    def beginnings(self) -> dict[str, Any]:
+        """What tables begin with: weights of symbols, (classes, size), and shares of zeros, (classes,)."""
+        first, end = self.classes
+        looked_up = np.minimum(np.maximum(np.arange(first, end) + self.shift, 0), magnitudes.CLASSES - 1)
+        table = magnitudes.shapes()[self.shape][looked_up]
+        sizes = np.abs(np.arange(self.low, self.high + 1))
+        prior = np.take(table, sizes, axis=1)
+        if self.hole > 1:
+            prior[:, sizes < self.hole] = 0
+        zeros = np.minimum(np.maximum(table[:, 0] >> (magnitudes.UNIT_BITS - 8), 5), 250)
+        return {"prior": prior, "zero_priors": np.full(len(table), self.zeros) if self.zeros else zeros}
 
 
 def encode(values: Integers, columns: int, width: int = 1) -> bytes:
@@ -103,7 +117,6 @@ def encode(values: Integers, columns: int, width: int = 1) -> bytes:
     small = values.astype(np.int16)
     model = _fitted(small, columns, width if width < columns else 1)
     lanes = _LANES if len(values) >= _LANES * _LANE_VALUES and len(model.rows) >= _LANES else 1
-    a = model.arguments()
     coded = [_HEAD.pack(
         model.low, model.high,
         model.scaled_rows * _ROWS | model.scaled_columns * _COLUMNS | (lanes > 1) * _MANY_LANES,
@@ -117,11 +130,7 @@ def encode(values: Integers, columns: int, width: int = 1) -> bytes:
     if model.size > 1:
         parts = np.empty(len(values), np.int64)
         states, words = np.empty(lanes, np.int64), np.empty(len(values) + 1, np.uint32)
-        strength = STRENGTHS[model.strength]
-        count = compiled.model(
-            small, a["row_class"], a["column_class"], model.lag, lanes, model.low, model.size, a["prior"], strength,
-            a["zero_priors"], a["bounds"], parts,
-        )  # fmt: skip
+        count = compiled.model(values=small, lanes=lanes, parts=parts, **model.arguments())
         place = compiled.backwards(parts, count, states, words)
         coded += [states.astype("<i8").tobytes(), words[place:].astype("<u4").tobytes()]
     return b"".join(coded)
@@ -178,11 +187,8 @@ def _decoded(
     words = np.frombuffer(coded, "<u4", (end - start) // 4 - 2 * lanes, start + 8 * lanes).astype(np.uint32)
     if states.min() < 0:
         raise ValueError("a state of the coder that can't be")
-    a = model.arguments()
-    if not loops("scaled_integers_loops").restore(
-        states, words, a["row_class"], a["column_class"], lag, low, model.size, a["prior"], STRENGTHS[strength],
-        a["zero_priors"], a["bounds"], values,
-    ):  # fmt: skip
+    restore = loops("scaled_integers_loops").restore
+    if not restore(states=states, words=words, values=values, **model.arguments()):
         raise ValueError("the coded values end too early or too late")
     return values, end
 
@@ -221,18 +227,19 @@ def _fitted(values: npt.NDArray[np.int16], columns: int, width: int) -> _Model:
     )
     if low == high or len(values) < 64:
         return simple
-    best = _shaped(values, simple)
+    every = max(1, min(len(values) // _COUNTED, rows // _COUNTED_ROWS))
+    best = _shaped(values, simple, every)
     for over_rows, over_columns in ((True, False), (False, True), (True, True)):
         if (over_rows and rows < 2) or (over_columns and columns < 2) or (over_columns and rows < 2):
             continue
-        best = min(best, _shaped(values, _scaled(values, simple, over_rows, over_columns)), key=lambda c: c[0])
+        best = min(best, _shaped(values, _scaled(values, simple, over_rows, over_columns), every), key=lambda c: c[0])
     reach = max(-low, high)
     if reach <= SPAN // 2 and columns > 1:
         near = replace(best[1], low=-reach, high=reach, lag=width)
-        best = min(best, _shaped(values, near), key=lambda c: c[0])
-    _, model, counts = best
-    a = model.arguments()
-    return replace(model, strength=min(range(len(STRENGTHS)), key=lambda i: _bits(counts, model, a, i)))
+        best = min(best, _shaped(values, near, every), key=lambda c: c[0])
+    _, model, counts = _shaped(values, best[1], 1) if every > 1 else best
+    beginnings = model.beginnings()
+    return replace(model, strength=min(range(len(STRENGTHS)), key=lambda i: _bits(counts, model, beginnings, i)))
 
 
 def _scaled(values: npt.NDArray[np.int16], simple: _Model, over_rows: bool, over_columns: bool) -> _Model:
@@ -247,25 +254,23 @@ def _scaled(values: npt.NDArray[np.int16], simple: _Model, over_rows: bool, over
     return replace(simple, rows=rows, columns=columns, scaled_rows=over_rows, scaled_columns=over_columns)
 
 
-def _shaped(values: npt.NDArray[np.int16], model: _Model) -> tuple[float, _Model, npt.NDArray[np.int32]]:
-    """Bits, the model with the best of the shapes and shifts, and the counts of every table."""
+def _shaped(values: npt.NDArray[np.int16], model: _Model, every: int) -> tuple[float, _Model, npt.NDArray[np.int32]]:
+    """Bits, the model with the best of the shapes and shifts, and the counts of tables, from one of so many rows."""
     compiled = loops("scaled_integers_loops")
-    a = model.arguments()
+    first, end = model.classes
     levels = compiled.LEVELS if model.lag else 1
-    counts = np.zeros((len(a["prior"]) * levels, model.size), np.int32)
-    compiled.histogram(values, a["row_class"], a["column_class"], model.lag, model.low, a["bounds"], counts)
-    classes = np.arange(len(a["prior"])) + int(model.rows.min() + model.columns.min())
-    costs = {}
-    for shift in _SHIFTS if model.hole > 1 else (0,):
-        looked_up = np.clip(classes + shift, 0, magnitudes.CLASSES - 1)
-        for shape, table in enumerate(_logarithms(model.hole)):
-            costs[shape, shift] = compiled.cross_entropy(counts, levels, table[looked_up], -model.low)
-    shape, shift = min(costs, key=costs.__getitem__)
-    model = replace(model, shape=shape, shift=shift)
+    counts = np.zeros(((end - first) * levels, model.size), np.int32)
+    compiled.histogram(values=values, lag=model.lag, low=model.low, every=every, counts=counts, **model.places())
+    shifts = _SHIFTS if model.hole > 1 else (0,)
+    logarithms = _logarithms(model.hole)
+    costs = np.empty((len(logarithms), len(shifts)))
+    compiled.cross_entropies(counts, levels, logarithms, first, shifts, -model.low, costs)
+    shape, shift = divmod(int(costs.argmin()), len(shifts))
+    model = replace(model, shape=shape, shift=shifts[shift])
     side = sum(
         _side_bits(c) for c, used in ((model.rows, model.scaled_rows), (model.columns, model.scaled_columns)) if used
     )
-    return _bits(counts, model, model.arguments(), model.strength) + side, model, counts
+    return _bits(counts, model, model.beginnings(), model.strength) + side, model, counts
 
 
 @functools.cache
@@ -278,11 +283,13 @@ def _logarithms(hole: int) -> npt.NDArray[np.float64]:
     return logarithms
 
 
-def _bits(counts: npt.NDArray[np.int32], model: _Model, a: dict[str, Any], strength: int) -> float:
-    """What the values take with these arguments of the model, at another strength than its own."""
+def _bits(counts: npt.NDArray[np.int32], model: _Model, beginnings: dict[str, Any], strength: int) -> float:
+    """What the values take with these beginnings of its tables, at a strength."""
     compiled = loops("scaled_integers_loops")
     levels = compiled.LEVELS if model.lag else 1
-    return float(compiled.bits(counts, levels, a["prior"], STRENGTHS[strength], a["zero_priors"], -model.low))
+    return float(
+        compiled.bits(counts=counts, levels=levels, strength=STRENGTHS[strength], zero=-model.low, **beginnings)
+    )
 
 
 def _side_bits(classes: Integers) -> float:

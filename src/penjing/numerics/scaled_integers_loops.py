@@ -230,25 +230,26 @@ def scales(values, columns, over_rows, over_columns, rows_mean, columns_mean):  
 
 
 @njit(nogil=True, cache=True)
-def histogram(values, row_class, column_class, lag, low, bounds, counts):  # type: ignore[no-untyped-def]
-    """Count the symbols of every table."""
+def histogram(values, row_class, column_class, lag, low, bounds, every, counts):  # type: ignore[no-untyped-def]
+    """Count the symbols of every table, in each of so many rows one, as if the others were like it."""
     columns = len(column_class)
-    row, c = 0, 0
-    for i in range(len(values)):
-        table, value = row_class[row] + column_class[c], values[i]
-        if lag:
-            near = values[i - 1] if c else 0
-            if lag > 1 and c >= lag:
-                near += values[i - lag]
-            far = abs(near)
-            at = table
-            table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1]) + (far > bounds[at, 2])
-            if near < 0:
-                value = -value
-        counts[table, value - low] += 1
-        c += 1
-        if c == columns:
-            row, c = row + 1, 0
+    for row in range(0, len(row_class), every):
+        start = row * columns
+        of_row = row_class[row]
+        for c in range(min(columns, len(values) - start)):
+            i = start + c
+            table, value = of_row + column_class[c], values[i]
+            if lag:
+                near = values[i - 1] if c else 0
+                if lag > 1 and c >= lag:
+                    near += values[i - lag]
+                far = abs(near)
+                at = table
+                table = table * LEVELS + (far > 0) + (far > bounds[at, 0]) + (far > bounds[at, 1])
+                table += far > bounds[at, 2]
+                if near < 0:
+                    value = -value
+            counts[table, value - low] += every
 
 
 @njit(nogil=True, cache=True)
@@ -280,11 +281,31 @@ def bits(counts, levels, prior, strength, zero_priors, zero):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
-def cross_entropy(counts, levels, logarithms, zero):  # type: ignore[no-untyped-def]
-    """Bits of the values other than 0 at fixed probabilities of one shape: (classes, magnitudes) logarithms."""
-    total = 0.0
-    for t in range(len(counts)):
-        for i in range(counts.shape[1]):
-            if i != zero and counts[t, i]:
-                total -= counts[t, i] * logarithms[t // levels, abs(i - zero)]
-    return total
+def cross_entropies(counts, levels, logarithms, first, shifts, zero, costs):  # type: ignore[no-untyped-def]
+    """Fill (shapes, shifts) with the bits of the values other than 0 at fixed probabilities.
+
+    Args:
+        counts: Of every symbol in every table.
+        levels: Tables of one class.
+        logarithms: Of probabilities: (shapes, classes, magnitudes).
+        first: Class of the first table.
+        shifts: Added to classes.
+        zero: The symbol of the value 0.
+        costs: (shapes, shifts).
+    """
+    tables, size = counts.shape
+    reach = max(zero, size - 1 - zero)
+    classes = -(-tables // levels)
+    magnitudes = np.zeros((classes, reach + 1), np.int64)
+    for t in range(tables):
+        for i in range(size):
+            magnitudes[t // levels, abs(i - zero)] += counts[t, i]
+    for shape in range(len(logarithms)):
+        for s in range(len(shifts)):
+            total = 0.0
+            for c in range(classes):
+                at = min(max(first + c + shifts[s], 0), logarithms.shape[1] - 1)
+                for m in range(1, reach + 1):
+                    if magnitudes[c, m]:
+                        total -= magnitudes[c, m] * logarithms[shape, at, m]
+            costs[shape, s] = total
