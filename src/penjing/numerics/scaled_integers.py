@@ -215,13 +215,10 @@ def _check(model: _Model, flags: int, columns: int) -> None:
 
 def _fitted(values: npt.NDArray[np.int16], columns: int, width: int) -> _Model:
     """The model in which the values take the fewest bytes."""
-    low, high = min(int(values.min()), 0), max(int(values.max()), 0)
+    low, high, hole, none, total = loops("scaled_integers_loops").extent(values)
     rows = -(-len(values) // columns)
-    sizes = np.abs(values)
-    other = sizes[sizes > 0]
-    hole = int(other.min()) if len(other) else 1
-    zeros = int(np.clip(256 - 256 * len(other) / len(values), 1, 255)) if hole > 1 else 0
-    base = magnitudes.class_of(np.array([sizes.mean() + 0.25]))
+    zeros = min(max(256 * none // len(values), 1), 255) if hole > 1 else 0
+    base = magnitudes.class_of(np.array([total / len(values) + 0.25]))
     simple = _Model(
         low, high, 1, 3, 0, zeros, hole, 0, np.repeat(base, rows), np.zeros(columns, np.int64), False, False
     )

@@ -203,6 +203,21 @@ def restore(states, words, row_class, column_class, lag, low, size, prior, stren
 
 
 @njit(nogil=True, cache=True)
+def extent(values):  # type: ignore[no-untyped-def]
+    """Lowest and highest value, at most and at least 0; smallest magnitude but 0; number of zeros; sum of magnitudes."""
+    low = high = none = total = np.int64(0)
+    hole = np.int64(1 << 16)
+    for i in range(len(values)):
+        value = np.int64(values[i])
+        size = abs(value)
+        low, high = min(low, value), max(high, value)
+        none += size == 0
+        hole = min(hole, size if size else np.int64(1 << 16))
+        total += size
+    return low, high, hole if none < len(values) else np.int64(1), none, total
+
+
+@njit(nogil=True, cache=True)
 def scales(values, columns, over_rows, over_columns, rows_mean, columns_mean):  # type: ignore[no-untyped-def]
     """Fill mean magnitudes by row and, relative to these, by column; where both are wanted, in turns."""
     rows = len(rows_mean)

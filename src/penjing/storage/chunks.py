@@ -128,7 +128,7 @@ def _return(content: Bytes, dtype: str, best: int) -> bool:
     """
     if not content.size or best * 32 < content.size:
         return content.size > 0
-    if content.size <= _SAMPLE // 4:
+    if content.size <= _SAMPLE // 4 and BITS[dtype] != 8:
         return True
     start = max(0, (content.size - _SAMPLE) // 2) // 8 * 8
     sample = content[start : start + _SAMPLE].tobytes()
