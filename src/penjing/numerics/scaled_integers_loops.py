@@ -204,7 +204,7 @@ def restore(states, words, row_class, column_class, lag, low, size, prior, stren
 
 @njit(nogil=True, cache=True)
 def extent(values):  # type: ignore[no-untyped-def]
-    """Lowest and highest value, at most and at least 0; smallest magnitude but 0; number of zeros; sum of magnitudes."""
+    """Lowest value or 0, highest value or 0, smallest magnitude but 0, number of zeros, sum of magnitudes."""
     low = high = none = total = np.int64(0)
     hole = np.int64(1 << 16)
     for i in range(len(values)):
