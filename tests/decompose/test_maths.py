@@ -1,5 +1,7 @@
 """The decompositions beside slow or exact ones, and the moments beside loops."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from penjing.decompose import cp, moments, svd, tucker
 from penjing.decompose.allocation import Walk, hull, refilled
 from penjing.decompose.candidates import Candidate
 from penjing.decompose.moments import Basis, bases, plain
+from penjing.decompose.tensors import contracted
 from penjing.network.capture import capture_network
 
 pytest.importorskip("tensorly")
@@ -98,6 +101,24 @@ def test_cp_folds_a_kernel_of_one_into_its_first_layer():
     assert [tuple(p.shape) for p in parts] == [(15, 5, 1, 1), (15, 1, 1, 4), (6, 15, 1, 1)]
     product = torch.einsum("or,ri,rb->oib", parts[2].flatten(1), parts[0].flatten(1), parts[1].flatten(1))[:, :, None]
     assert float((weight - product).square().sum() / weight.square().sum()) == pytest.approx(0, abs=0.2)
+
+
+def test_products_with_the_other_factors_are_tensorlys_and_need_no_matrix_of_every_weight():
+    """The matrix that tensorly builds for the axes of the kernel would have 64·64·3·64 numbers here, 6 MB."""
+    unfolded = pytest.importorskip("tensorly.tenalg").unfolding_dot_khatri_rao
+    generator = np.random.default_rng(0)
+    tensor, factors = generator.normal(size=(5, 7, 3, 2)), [generator.normal(size=(n, 4)) for n in (5, 7, 3, 2)]
+    for mode in range(4):
+        for weights in (None, generator.random(4)):
+            expected = unfolded(tensor, (weights, factors), mode)
+            np.testing.assert_allclose(contracted(tensor, (weights, factors), mode), expected, rtol=1e-12, atol=1e-12)
+    weight, basis = drawn(64, 64, 3, 3), plain(nn.Conv2d(64, 64, 3))
+    cp.factors(weight, basis, 1)  # what is imported is not counted
+    tracemalloc.start()
+    cp.factors(weight, basis, 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
 
 
 def test_the_moments_are_those_of_a_loop_over_patches():
