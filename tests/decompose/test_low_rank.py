@@ -99,6 +99,37 @@ def test_moments_of_the_inputs_and_the_refit_each_bring_the_outputs_closer(prepa
     assert plain < moments < both
 
 
+def test_whole_layers_behind_decomposed_ones_are_refitted_where_that_is_asked_for(prepared):
+    draft, _ = prepared
+    ranks = {"down": (16, 16)}
+    for refit in (False, True):
+        as_they_were, _ = ran(prepared, LowRank(ranks=ranks, refit=refit))
+        fitted, _ = ran(prepared, LowRank(ranks=ranks, refit=refit, reconstruct=True))
+        assert snr_db(prepared, fitted) > snr_db(prepared, as_they_were) + 0.5
+        old, new = (dict(d.network.named_parameters()) for d in (as_they_were, fitted))
+        changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+        assert {"point", "wide"} <= changed <= {"point", "wide", "head"}
+        assert all(torch.equal(old[name], p) for name, p in draft.network.named_parameters() if name in changed)
+
+
+def test_whole_layers_that_are_sparse_or_shared_keep_their_weights(prepared):
+    draft, task = prepared
+    pruned = pj.prune.Magnitude(sparsity=0.5, layers=("wide",))(draft, Context(task=task))
+    result, _ = ran((pruned, task), LowRank(ranks={"down": (16, 16)}, reconstruct=True))
+    assert torch.equal(result.network.get_submodule("wide").weight, pruned.network.get_submodule("wide").weight)
+    assert not torch.equal(result.network.get_submodule("head").weight, draft.network.get_submodule("head").weight)
+
+    class Tied(Network):
+        def forward(self, x):
+            return super().forward(x) + self.wide.weight[:8].sum(1)
+
+    torch.manual_seed(0)
+    tied = Draft(capture_network(Tied(), *task.call()).eval())
+    result, events = ran((tied, task), LowRank(ranks={"down": (16, 16)}, reconstruct=True))
+    assert torch.equal(result.network.get_submodule("wide").weight, tied.network.get_submodule("wide").weight)
+    assert "shares its weights" in events["decomposed"]["refused"]["wide"]
+
+
 def test_without_data_it_works_on_the_weights_alone(prepared):
     draft, task = prepared
     bare = Task(example=task.example)
@@ -106,6 +137,8 @@ def test_without_data_it_works_on_the_weights_alone(prepared):
     assert left(prepared, result) <= 0.8 and "warning" not in events
     with raises_case(CalibrationError, "no-calibration"):
         ran((draft, bare), LowRank(macs=0.8, activations=True))
+    with raises_case(CalibrationError, "no-calibration"):
+        ran((draft, bare), LowRank(macs=0.8, activations=False, refit=False, reconstruct=True))
 
 
 def test_data_that_can_be_read_once_are_read_once(prepared):
@@ -266,8 +299,10 @@ def test_without_tensorly_svd_works_and_tucker_says_what_to_install(prepared, mo
 def test_the_backend_that_somebody_has_set_stays():
     tensorly = pytest.importorskip("tensorly")
     tensorly.set_backend("pytorch", local_threadsafe=True)
+    tensorly.tenalg.set_backend("einsum", local_threadsafe=True)
     try:
         cp.factors(torch.randn(4, 3, 3, 3).double(), moments.plain(nn.Conv2d(3, 4, 3)), 2)
-        assert tensorly.get_backend() == "pytorch"
+        assert (tensorly.get_backend(), tensorly.tenalg.get_backend()) == ("pytorch", "einsum")
     finally:
         tensorly.set_backend("numpy", local_threadsafe=True)
+        tensorly.tenalg.set_backend("core", local_threadsafe=True)

@@ -234,6 +234,10 @@ def countable(network: fx.GraphModule) -> tuple[str, ...]:
         if node.op == "call_module" and kind(network, node) in LAYERS and not node.meta.get("chosen"):
             called[str(node.target)] = called.get(str(node.target), 0) + 1
     owners: dict[int, int] = {}
+    read = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}  # by functional operators
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if name in read:
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
-
 from penjing.analyze.lockstep import countable
 from penjing.decompose.candidates import Place, forms_of, places
 from penjing.errors import DecompositionError
@@ -55,13 +53,13 @@ def eligible(draft: Draft, call: Call, layers: Sequence[str], keep: Sequence[str
         if node.op == "call_module" and kind(network, node) in KINDS
     }
     listed, left_out = named(every, network, layers) if layers else set(every), named(every, network, keep)
-    single, read = set(countable(network)), _read(network)
+    single = set(countable(network))
     refused: dict[str, str] = {}
     forms: dict[str, tuple[str, ...]] = {}
     for name, module in every.items():
         if name in left_out or name not in listed:
             continue
-        if reason := _reason(name, module, single, read):
+        if reason := _reason(name, module, single):
             refused[name] = reason
         elif of_layer := forms_of(module, methods):
             forms[name] = of_layer
@@ -78,19 +76,13 @@ def eligible(draft: Draft, call: Call, layers: Sequence[str], keep: Sequence[str
     return Eligible(places(network, {name: every[name] for name in forms}, call), forms, refused)
 
 
-def _read(network: fx.GraphModule) -> set[int]:
-    """Identities of the parameters that functional operators read."""
-    names = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
-    return {id(p) for name, p in network.named_parameters(remove_duplicate=False) if name in names}
-
-
-def _reason(name: str, module: Any, single: set[str], read: set[int]) -> str | None:
+def _reason(name: str, module: Any, single: set[str]) -> str | None:
     """Why a layer stays; None where it can be decomposed."""
     if getattr(module, "transposed", False):
         return "a transposed convolution"
     if getattr(module, "groups", 1) != 1:
         return f"a convolution in {module.groups} groups"
-    if name not in single or id(module.weight) in read:
+    if name not in single:
         return "it is called several times, or shares its weights"
     if not module.weight.is_floating_point() or min(module.weight.shape[:2]) < 2:
         return "its matrix has a single row or column"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from penjing.analyze import meter
 from penjing.analyze.least_squares import samples
+from penjing.analyze.lockstep import countable
 from penjing.analyze.samples import batches
 from penjing.decompose import moments, ranks
 from penjing.decompose.allocation import Chosen
@@ -71,6 +72,8 @@ class LowRank:
             small, not that of the weights; None does so where the task has calibration data.
         refit: Fit the factors by least squares to the outputs that the layers had, without labels; None does so where
             the task has calibration data.
+        reconstruct: Fit the layers that stay whole and read decomposed ones too, as `prune.Channels` fits those behind
+            removed channels. Sparse layers, whose zeros have to stay, are not fitted.
         round_to: Ranks are multiples of this; None takes the multiple that the runtime is fast with, or 8.
         layers: Layers, or parts of the network, that are decomposed; empty takes all.
         keep: Layers, or parts of the network, that stay.
@@ -90,6 +93,7 @@ class LowRank:
     methods: tuple[str, ...] = ("svd", "tucker")
     activations: bool | None = None
     refit: bool | None = None
+    reconstruct: bool = False
     round_to: int | None = None
     layers: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -106,6 +110,7 @@ class LowRank:
             methods=CHOICE,
             activations=optional(FLAG),
             refit=optional(FLAG),
+            reconstruct=FLAG,
             round_to=optional(whole()),
             layers=NAMES,
             keep=NAMES,
@@ -149,9 +154,17 @@ class LowRank:
             text = f"the zeros of {len(lost)} pruned layers are lost in their factors; prune weights after LowRank"
             context.events("warning", text=text)
         factored = _factored(context, layers, bases, chosen)
-        if factored and data is not None and self.refit is not False:
-            factored = refitted(draft.network, factored, samples(data, draft.network))
         network = copy.deepcopy(draft.network)
+        if factored and data is not None and (self.refit is not False or self.reconstruct):
+            factored, whole = refitted(
+                draft.network,
+                factored,
+                samples(data, draft.network),
+                factors=self.refit is not False,
+                behind=self._behind(draft) if self.reconstruct else (),
+            )
+            for parameter, value in whole.items():
+                network.get_parameter(parameter).data.copy_(value)
         edits = [
             factorize(network, name, each.candidate.form, each.candidate.ranks, each.weights, each.bias)
             for name, each in factored.items()
@@ -167,10 +180,14 @@ class LowRank:
         )
         return decomposed
 
+    def _behind(self, draft: Draft) -> set[str]:
+        """The layers that may be fitted without being decomposed."""
+        return {name for name in countable(draft.network) if f"{name}.weight" not in draft.sparse}
+
     def _data(self, context: Context) -> Context | None:
         """The context with the samples that are read, in memory; None where data are not wanted or there are none."""
-        asked = self.activations or self.refit
-        unwanted = self.activations is False and self.refit is False
+        asked = self.activations or self.refit or self.reconstruct
+        unwanted = self.activations is False and self.refit is False and not self.reconstruct
         if unwanted or (not asked and context.task.calibration is None):
             return None
         try:
