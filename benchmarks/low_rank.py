@@ -8,22 +8,27 @@ optimizer and length; for VGG-16 the learning rate is selected for each side on 
 - *tensorly*: Kim et al., ICLR 2016: VBMF ranks of every layer, all multiplied with the one factor that gives the same
   multiply-accumulates, weights by `tensorly.decomposition.partial_tucker`, linear layers by truncated SVD.
 - *channels*: `prune.Channels`, at the fraction of the multiply-accumulates at which its ONNX file takes as long as that
-  of *penjing*.
+  of *penjing* at the larger batch. It is read between the latencies of networks pruned to `FRACTIONS`, which have to
+  lie on both sides.
 
 *Untrained* is the accuracy before any training. Speed: ONNX files in ONNX Runtime, in interleaved rounds.
 
     python benchmarks/low_rank.py [--networks vgg16 minilm] [--target 0.5] [--epochs 0.3] [--texts 500] [--judged 400]
+        [--parts files search accuracy speed]
 
-Every finished run is written immediately; a second call resumes where the first stopped.
+Every finished run is written immediately; a second call resumes where the first stopped. The ONNX files stay in the
+cache of the examples, so that the parts that time them can be run by themselves on a quiet machine: `files` builds what
+the search for an equal latency needs, `search` times it; `accuracy` trains and judges all sides and builds their files,
+`speed` times them. `--again` forgets what these parts have measured.
 """
 
 import argparse
-import contextlib
+import functools
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 THREADS = 2
 UNITS = ("macs", "params")
 SIDES = ("penjing", "tensorly", "channels")
-FRACTIONS = (0.4, 0.55, 0.75)  # of the multiply-accumulates: where the latency of `channels` is measured
+FRACTIONS = (0.4, 0.55, 0.7, 0.85)  # of the multiply-accumulates: where the latency of `channels` is measured
+PARTS = ("files", "search", "accuracy", "speed")
 RATES = {"vgg16": (0.02, 0.002), "minilm": (1e-4,), "resnet20": (0.05, 0.005)}
 BATCHES = {"vgg16": (1, 32), "minilm": (1, 16), "resnet20": (1, 32)}
 
@@ -127,12 +133,13 @@ def tensorly_weights(weight, candidate):
     return [part for part, of_use in zip(parts, used, strict=True) if of_use]
 
 
-def by_pruning(draft, task, target, seed):
+def by_pruning(draft, task, target, seed, reconstruct=None):
     """By `prune.Channels`."""
     from penjing.prune import Channels
     from penjing.steps.step import Context
 
-    return Channels(macs=target, round_to=8)(draft, Context(task=task, seed=seed, source=draft.network))
+    step = Channels(macs=target, round_to=8, reconstruct=reconstruct)
+    return step(draft, Context(task=task, seed=seed, source=draft.network))
 
 
 WAYS = {"penjing": decomposed, "tensorly": by_tensorly, "channels": by_pruning}
@@ -152,97 +159,166 @@ def trained(name, network, task, rate, arguments):
     return train(network, Context(task=task, seed=0, events=shown("training")), settings).eval()
 
 
-@contextlib.contextmanager
-def built(name, drafts, task):
-    """Side → folder of its ONNX file."""
-    from penjing.pipeline import building
+class Networks:
+    """Everything of one network: its source, what is made of it, and the ONNX files, each built once."""
 
-    with tempfile.TemporaryDirectory() as aside:
-        folders = {}
-        for side, draft in drafts.items():
-            folders[side] = Path(aside) / side.replace(" ", "-")
-            folders[side].mkdir()
-            building.build(draft, "onnxruntime", "fp32", task, {"kind": "tensor"}, folders[side])
-        yield folders
+    def __init__(self, name, arguments):
+        self.name, self.arguments = name, arguments
 
+    @functools.cached_property
+    def loaded(self):
+        return source(self.name, self.arguments)
 
-def timed(name, drafts, task, batches, seconds):
-    """(side, batch) → its timing in ONNX Runtime, all in interleaved rounds."""
-    from penjing.measure import Target, compare
+    @property
+    def task(self):
+        return self.loaded[1]
 
-    def inputs(batch):
-        if name == "minilm":
-            call = {k: v[:batch].numpy() for k, v in task.calibration[0].items()}
-            return [call["input_ids"], call["attention_mask"]]
-        return [task.calibration[0][:batch].numpy()]
+    @functools.cached_property
+    def whole(self):
+        """The captured source."""
+        from penjing.network.capture import capture_network
+        from penjing.steps.draft import Draft
 
-    with built(name, drafts, task) as folders:
+        return Draft(capture_network(self.loaded[0], *self.task.call(), self.task.dynamic))
+
+    def made(self, side, fraction):
+        """The draft of a side; of "channels 0.4", which is only timed, nothing is fitted."""
+        if side == "whole":
+            return self.whole
+        if side in WAYS:
+            return WAYS[side](self.whole, self.task, fraction, 0)
+        return by_pruning(self.whole, self.task, fraction, 0, reconstruct=False)
+
+    def folder(self, label):
+        from examples.data import cache
+
+        return cache() / "low-rank" / f"{self.name}-{self.arguments.target:g}" / label.replace(" ", "-")
+
+    def write(self, label, draft):
+        """Its ONNX file."""
+        from penjing.pipeline import building
+
+        folder = self.folder(label)
+        aside = folder.with_name(f"{folder.name}.part")
+        for old in (aside, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir(parents=True)
+        building.build(draft, "onnxruntime", "fp32", self.task, {"kind": "tensor"}, aside)
+        aside.rename(folder)
+
+    def timed(self, labels, batches):
+        """(label, batch) → its timing in ONNX Runtime, all in interleaved rounds."""
+        from penjing.measure import Target, compare
+
+        def inputs(batch):
+            if self.name == "minilm":
+                call = {k: v[:batch].numpy() for k, v in self.task.calibration[0].items()}
+                return [call["input_ids"], call["attention_mask"]]
+            return [self.task.calibration[0][:batch].numpy()]
+
         targets = [
-            Target(f"{side}, batch {batch}", folder, inputs(batch), batch)
-            for side, folder in folders.items()
+            Target(f"{label}, batch {batch}", self.folder(label), inputs(batch), batch)
+            for label in labels
             for batch in batches
         ]
-        timings = compare(targets, threads=THREADS, seconds=seconds)
-    return {(side, batch): timings[f"{side}, batch {batch}"].latency for side in folders for batch in batches}
+        timings = compare(targets, threads=THREADS, seconds=self.arguments.seconds)
+        return {(label, batch): timings[f"{label}, batch {batch}"].latency for label in labels for batch in batches}
 
 
-def equal_fraction(name, draft, task, penjing, arguments):
-    """The fraction of the multiply-accumulates at which a pruned network takes as long as `penjing`, batch 1."""
+SEARCHED = {f"channels {fraction:g}": fraction for fraction in FRACTIONS}
+
+
+def files(networks, save, data):
+    """The ONNX files that are still to be timed, but for those of the sides that are trained."""
+    needed = {} if "speed" in data else {"whole": 1.0}
+    if "equal" not in data:
+        needed |= {"penjing": networks.arguments.target, **SEARCHED}
+    for label, fraction in needed.items():
+        if not networks.folder(label).exists():
+            start = time.perf_counter()
+            networks.write(label, networks.made(label, fraction))
+            print(f"{networks.name:<8}{label:<14} built in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def search(networks, save, data):
+    """The fraction of the multiply-accumulates at which a pruned network takes as long as `penjing`."""
     import numpy as np
 
-    batch = BATCHES[name][-1]
-    drafts = {f"channels {f:g}": by_pruning(draft, task, f, 0) for f in FRACTIONS}
-    timings = timed(name, {"penjing": penjing, **drafts}, task, (batch,), arguments.seconds)
-    times = np.maximum.accumulate([timings[f"channels {f:g}", batch].median for f in FRACTIONS])
-    return float(np.interp(timings["penjing", batch].median, times, FRACTIONS))
+    if "equal" in data:
+        return
+    batch = BATCHES[networks.name][-1]
+    timings = networks.timed(["penjing", *SEARCHED], (batch,))
+    ours, times = timings["penjing", batch], [timings[label, batch] for label in SEARCHED]
+    rising = np.maximum.accumulate([each.median for each in times])
+    if not rising[0] <= ours.median <= rising[-1]:
+        sys.exit(f"{ours.median:.1f} ms are not between those of {FRACTIONS}: {rising[0]:.1f} to {rising[-1]:.1f} ms")
+    data["search"] = {
+        "batch": batch,
+        "penjing": {"median_ms": ours.median, "spread": ours.spread},
+        "channels": {
+            f"{f:g}": {"median_ms": t.median, "spread": t.spread} for f, t in zip(FRACTIONS, times, strict=True)
+        },
+    }
+    data["equal"] = float(np.interp(ours.median, rising, FRACTIONS))
+    save("search")
+    for label, row in {"LowRank": data["search"]["penjing"], **data["search"]["channels"]}.items():
+        print(f"  {label:<10}{row['median_ms']:>9.3f} ms ±{row['spread'] / 2:.0%}")
+    print(f"{networks.name} equal at {data['equal']:.3f} of the MACs", flush=True)
 
 
-def measured(name, arguments, save, data):
-    """Everything of one network that is missing."""
+def accuracy(networks, save, data):
+    """Every side untrained and trained, and its ONNX file."""
     from penjing.analyze import meter
-    from penjing.network.capture import capture_network
-    from penjing.steps.draft import Draft
     from penjing.tasks.outputs import numpy_predictor
 
-    module, task = source(name, arguments)
-    draft = Draft(capture_network(module, *task.call(), task.dynamic))
-    whole = meter.amount("macs", draft.network, task.call())
+    name, task = networks.name, networks.task
     if "source" not in data:
-        data["source"] = {"accuracy": task.evaluate(numpy_predictor(draft.network)), "macs": whole}
-        save()
+        whole = meter.amount("macs", networks.whole.network, task.call())
+        data["source"] = {"accuracy": task.evaluate(numpy_predictor(networks.whole.network)), "macs": whole}
+        save("accuracy")
     print(f"{name} {data['source']['accuracy']:.4f}", flush=True)
-    drafts, runs = {}, data.setdefault("runs", {})
+    runs = data.setdefault("runs", {})
     for side in SIDES:
-        start = time.perf_counter()
-        fraction = arguments.target
-        if side == "channels":
-            fraction = data.get("equal") or equal_fraction(name, draft, task, drafts["penjing"], arguments)
-            data["equal"] = fraction
-            save()
-        drafts[side] = WAYS[side](draft, task, fraction, 0)
-        seconds = time.perf_counter() - start
-        run = runs.setdefault(side, {"seconds": seconds, "rates": {}})
-        if "untrained" not in run:
-            run["untrained"] = task.evaluate(numpy_predictor(drafts[side].network))
-            print(f"{name:<8}{side:<10} untrained {run['untrained']:.4f} after {seconds:.0f} s", flush=True)
-            amounts = [[meter.amount(u, d.network, task.call()) for u in UNITS] for d in (drafts[side], draft)]
-            run |= {unit: part / of for unit, part, of in zip(UNITS, *amounts, strict=True)}
-        for rate in RATES[name]:
-            if str(rate) not in run["rates"]:
-                start = time.perf_counter()
-                network = trained(name, drafts[side].copy().network, task, rate, arguments)
-                judges = task.select if RATES[name][1:] else lambda _: 0.0, task.evaluate
-                judged = [judge(numpy_predictor(network)) for judge in judges]
-                seconds = time.perf_counter() - start
-                run["rates"][str(rate)] = {"held_out": judged[0], "accuracy": judged[1], "training_s": seconds}
-                save()
-        run["rate"] = max(run["rates"], key=lambda rate: run["rates"][rate]["held_out"])
-        run["accuracy"] = run["rates"][run["rate"]]["accuracy"]
-        save()
+        run = runs.setdefault(side, {"rates": {}})
+        if "accuracy" not in run or not ("speed" in data or networks.folder(side).exists()):
+            start = time.perf_counter()
+            draft = networks.made(side, data["equal"] if side == "channels" else networks.arguments.target)
+            run.setdefault("seconds", time.perf_counter() - start)
+            networks.write(side, draft)
+            _judged(networks, draft, run, lambda: save("accuracy"))
         print(f"{name:<8}{side:<10}{run['accuracy']:>8.4f} ({run['untrained']:.4f} untrained) at rate {run['rate']}"
               f"{run['macs']:>8.1%} of the MACs, {run['params']:.1%} of the parameters", flush=True)  # fmt: skip
+
+
+def _judged(networks, draft, run, save):
+    """What of a side's accuracies and costs is missing."""
+    from penjing.analyze import meter
+    from penjing.tasks.outputs import numpy_predictor
+
+    name, task = networks.name, networks.task
+    if "untrained" not in run:
+        run["untrained"] = task.evaluate(numpy_predictor(draft.network))
+        amounts = [[meter.amount(u, d.network, task.call()) for u in UNITS] for d in (draft, networks.whole)]
+        run |= {unit: part / of for unit, part, of in zip(UNITS, *amounts, strict=True)}
+        save()
+    for rate in RATES[name]:
+        if str(rate) not in run["rates"]:
+            start = time.perf_counter()
+            network = trained(name, draft.copy().network, task, rate, networks.arguments)
+            judges = task.select if RATES[name][1:] else lambda _: 0.0, task.evaluate
+            judged = [judge(numpy_predictor(network)) for judge in judges]
+            seconds = time.perf_counter() - start
+            run["rates"][str(rate)] = {"held_out": judged[0], "accuracy": judged[1], "training_s": seconds}
+            save()
+    run["rate"] = max(run["rates"], key=lambda rate: run["rates"][rate]["held_out"])
+    run["accuracy"] = run["rates"][run["rate"]]["accuracy"]
+    save()
+
+
+def speed(networks, save, data):
+    """Latencies of all sides at both batches."""
     if "speed" not in data:
-        timings = timed(name, {"whole": draft, **drafts}, task, BATCHES[name], arguments.seconds)
+        timings = networks.timed(["whole", *SIDES], BATCHES[networks.name])
         data["speed"] = {
             f"{side}, batch {batch}": {
                 "median_ms": latency.median,
@@ -251,15 +327,28 @@ def measured(name, arguments, save, data):
             }
             for (side, batch), latency in timings.items()
         }
-        save()
+        save("speed")
     for label, row in data["speed"].items():
         print(f"  {label:<24}{row['median_ms']:>9.3f} ms ±{row['spread'] / 2:.0%}{row['speedup']:>8.2f}×")
+
+
+def forget(networks, part, data):
+    """What a part has measured; after a new search `channels` is another network."""
+    for key in {"files": ["search", "equal"], "search": ["search", "equal"], "accuracy": ["runs"]}.get(part, [part]):
+        data.pop(key, None)
+    if part == "files":
+        shutil.rmtree(networks.folder("whole").parent, ignore_errors=True)
+    if "equal" not in data:
+        data.get("runs", {}).pop("channels", None)
+        shutil.rmtree(networks.folder("channels"), ignore_errors=True)
 
 
 def main() -> None:
     """Run all that is missing, print it, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["vgg16", "minilm"], choices=list(BATCHES))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--again", action="store_true", help="measure these parts anew")
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--epochs", type=float, default=0.3, help="of Fashion-MNIST")
     parser.add_argument("--train-texts", type=int, default=3000, help="that MiniLM's classifier is trained on")
@@ -280,14 +369,23 @@ def main() -> None:
     if arguments.out.exists():
         data["networks"] = json.loads(arguments.out.read_text())["networks"]
 
-    def save():
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
-
     for name in arguments.networks:
-        measured(name, arguments, save, data["networks"].setdefault(name, {}))
+        of_network = data["networks"].setdefault(name, {})
+
+        def save(part, of_network=of_network):
+            of_network.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d", time.gmtime())
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+        networks = Networks(name, arguments)
+        for part in arguments.parts if arguments.again else ():
+            forget(networks, part, of_network)
+        for part in (part for part in PARTS if part in arguments.parts):
+            WORK[part](networks, save, of_network)
     print(f"\n{arguments.out}")
 
+
+WORK = {"files": files, "search": search, "accuracy": accuracy, "speed": speed}
 
 if __name__ == "__main__":
     main()
