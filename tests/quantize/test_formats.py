@@ -15,7 +15,7 @@ from penjing.pipeline.building import build
 from penjing.quantize import Static
 from penjing.runtimes import isolated
 from penjing.steps.draft import Draft
-from penjing.steps.plan import GRIDS, Formats, QuantSpec
+from penjing.steps.plan import GRIDS, LISTED, Formats, QuantSpec
 from penjing.steps.step import Context
 from penjing.surgery import freeze, insert
 from penjing.tasks.task import Task
@@ -30,6 +30,7 @@ SETTINGS = {
     "scales that shift": {"scale": "power_of_two"},
     "powers of two": {"weight_bits": 4, "weight_grid": "powers_of_two"},
     "sums of powers of two": {"weight_bits": 4, "weight_grid": "additive_powers_of_two"},
+    "few integers": {"weight_entries": 6},
     "asymmetric weights": {"weight_symmetric": False},
     "symmetric activations": {"activation_symmetric": True},
     "activations on powers of two": {"activation_bits": 3, "activation_grid": "powers_of_two"},
@@ -61,7 +62,7 @@ def test_every_weight_and_value_lies_on_its_grid(prepared, name):
         scales = torch.tensor(entry.scale)
         if entry.spec.scale == "power_of_two":
             assert torch.equal(torch.log2(scales).round(), torch.log2(scales))
-        assert entry.spec.grid in GRIDS and len(levels(entry.spec)) <= 2**entry.spec.bits
+        assert entry.spec.grid in (*GRIDS, LISTED) and len(levels(entry.spec)) <= 2**entry.spec.bits
         if edge.endswith(":weight"):
             weight = draft.network.get_submodule(edge.removesuffix(":weight")).weight
             assert len(rows(weight, entry.spec)) == len(scales)
@@ -109,6 +110,8 @@ def test_what_no_kernel_takes_is_refused_with_what_it_takes(prepared, name, says
      ({"weight_grid": "additive_powers_of_two", "weight_bits": 7}, "weight_bits"),
      ({"activation_grid": "powers_of_two", "activation_bits": 4}, "activation_bits"),
      ({"weight_group": 0}, "weight_group"), ({"weight_per": "row"}, "weight_per"), ({"scale": "half"}, "scale"),
+     ({"weight_entries": 1}, "weight_entries"), ({"weight_entries": 16, "weight_symmetric": False}, "weight_entries"),
+     ({"weight_entries": 4, "weight_bits": 4, "weight_grid": "powers_of_two"}, "weight_entries"),
      ({"weight_symmetric": 1.5}, "weight_symmetric"), ({"weight_grid": "logarithmic"}, "weight_grid")],
 )  # fmt: skip
 def test_formats_that_make_no_sense_are_refused(settings, field):

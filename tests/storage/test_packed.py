@@ -275,6 +275,15 @@ def test_integers_take_less_than_with_a_general_compressor(tmp_path, scale, shar
     assert done.size_bytes < share * len(lzma.compress((tmp_path / "net.safetensors").read_bytes(), preset=9))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_few_integers_take_what_their_places_take(tmp_path, dtype):
+    values = torch.tensor(
+        [0, 31, 47, 60, 66, 80, 97, 127] if dtype == torch.uint8 else [-120, -99, -60, -31, 2, 29, 61, 127]
+    )
+    places = torch.randint(0, 8, (256, 300), generator=torch.Generator().manual_seed(0))
+    assert packed_share(tmp_path, values.to(dtype)[places]) < 0.385  # 3 bits of 8 are 0.375
+
+
 def packed_share(folder, tensor):
     """Bytes of the packed tensor by those of the tensor."""
     save_file({"a": tensor}, folder / "net.safetensors")

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from penjing.steps.plan import QuantSpec, magnitudes
+from penjing.steps.plan import LISTED, QuantSpec, magnitudes
 
 
 def rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -47,7 +47,7 @@ def broadcast(values: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> torch.T
 def integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Quantize: q = clamp(round(x / scale) + zero_point, low, high), in the dtype of x; ties to even.
 
-    On a power-of-two grid, q is the nearest integer of that grid.
+    On a grid that is not uniform, q is the nearest of its integers.
 
     Args:
         x: Any shape, floating point.
@@ -60,7 +60,7 @@ def integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spe
     if spec.grid == "uniform":
         return torch.div(x, scale).round_().add_(zero).clamp_(low, high)
     allowed = levels(spec).to(x.device, x.dtype)
-    places = torch.bucketize(torch.div(x, scale).add_(zero), (allowed[1:] + allowed[:-1]) / 2)
+    places = torch.bucketize(torch.div(x, scale).add_(zero).contiguous(), (allowed[1:] + allowed[:-1]) / 2)
     return allowed[places]
 
 
@@ -93,6 +93,8 @@ def levels(spec: QuantSpec) -> torch.Tensor:
     low, high = spec.limits
     if spec.grid == "uniform":
         return torch.arange(low, high + 1, dtype=torch.float32)
+    if spec.grid == LISTED:
+        return torch.tensor(spec.values, dtype=torch.float32)
     return torch.tensor(_nonuniform(spec.grid, spec.bits, spec.signed), dtype=torch.float32)
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from penjing.analyze import lockstep
 from penjing.analyze.gram import Gram, columns_of, patches
-from penjing.numerics.grid import broadcast, integers
+from penjing.numerics.grid import broadcast, integers, levels
 from penjing.quantize.every_output import without_losses
 from penjing.quantize.repair import repaired
 from penjing.steps.draft import Draft
-from penjing.steps.plan import Entry
+from penjing.steps.plan import Entry, QuantSpec
 from penjing.steps.settings import at_least, check, whole
 from penjing.steps.step import Context
 
@@ -89,10 +89,7 @@ class CoordinateRounding:
         steps, origin = broadcast(scale, given, entry.spec), broadcast(zero, given, entry.spec)
         start = integers(given, scale, zero, entry.spec) - origin
         exact = given / steps
-        low, high = entry.spec.limits
-        # Up or down only: with more freedom a layer overfits the calibration samples.
-        lowest = torch.minimum(torch.maximum(torch.floor(exact), low - origin), start).expand_as(given)
-        highest = torch.maximum(torch.minimum(torch.ceil(exact), high - origin), start).expand_as(given)
+        lowest, highest = _beside(exact, start, origin, entry.spec)
         groups = own.shape[0]
 
         def matrix(x: torch.Tensor) -> torch.Tensor:
@@ -103,6 +100,24 @@ class CoordinateRounding:
             damping=self.damping, sweeps=self.sweeps,
         )  # fmt: skip
         return q.reshape(given.shape) * steps
+
+
+def _beside(
+    exact: torch.Tensor, start: torch.Tensor, origin: torch.Tensor, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers of the grid below and above, in the shape of `exact`; `start` is one of them.
+
+    Up or down only: with more freedom a layer overfits the calibration samples.
+    """
+    if spec.grid == "uniform":
+        low, high = spec.limits
+        below, above = torch.maximum(torch.floor(exact), low - origin), torch.minimum(torch.ceil(exact), high - origin)
+    else:
+        allowed = levels(spec)
+        place = (exact + origin).contiguous()
+        below = allowed[(torch.searchsorted(allowed, place, right=True) - 1).clamp(min=0)] - origin
+        above = allowed[torch.searchsorted(allowed, place).clamp(max=len(allowed) - 1)] - origin
+    return torch.minimum(below, start).expand_as(exact), torch.maximum(above, start).expand_as(exact)
 
 
 def covariances(layer: lockstep.Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -140,7 +155,7 @@ def descend(
         exact: Same shape, W / steps.
         steps: Same shape.
         lowest: Same shape, the smallest integer allowed.
-        highest: Same shape, the largest.
+        highest: Same shape, the largest; where they are more than 1 apart, none between them is.
         own: A, (groups, columns, columns).
         cross: C, same shape.
         damping: λ as a fraction of the mean of A's diagonal.
@@ -163,6 +178,7 @@ def descend(
 
     # The inner loop is thousands of operations on a few hundred numbers each, where NumPy's calls cost least.
     place, step, least, most = (by_column(x) for x in (q, steps, lowest, highest))
+    apart = bool((most - least > 1).any())  # a grid that leaves integers out
     rate = 1 / (product.diagonal().T.numpy()[:, :, None] * step)
     for _ in range(sweeps):
         moved = 0
@@ -173,8 +189,12 @@ def descend(
             change = np.empty_like(here)
             for j in range(last - first):
                 column = first + j
-                best = np.rint(place[column] - here[j] * rate[column])
-                np.clip(best, least[column], most[column], out=best)
+                best = place[column] - here[j] * rate[column]
+                if apart:
+                    best = np.where(2 * best < least[column] + most[column], least[column], most[column])
+                else:
+                    np.rint(best, out=best)
+                    np.clip(best, least[column], most[column], out=best)
                 np.multiply(best - place[column], step[column], out=change[j])
                 place[column] = best
                 here[j + 1 :] += inside[j, j + 1 :] * change[j]

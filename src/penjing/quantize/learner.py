@@ -17,27 +17,44 @@ from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
 from penjing.network.graph import site, sites
 from penjing.steps.draft import Draft
-from penjing.steps.plan import Entry
+from penjing.steps.plan import LISTED, Entry
 from penjing.steps.step import Context
-from penjing.surgery import FakeQuantize, Grid, insert, quantizer_calls
+from penjing.surgery import FakeQuantize, Grid, Listed, insert, listed, quantizer_calls
 
 
 class Learner(nn.Module):
-    """A fake quantizer with a trainable scale."""
+    """A fake quantizer with a trainable scale; of a codebook the integers are trained too, and 0 stays 0."""
 
     zero_point: torch.Tensor
+    nonzero: torch.Tensor
 
     def __init__(self, entry: Entry, method: str) -> None:
         super().__init__()
         self.spec, self.method = entry.spec, method
         self.scale = nn.Parameter(torch.tensor(entry.scale), requires_grad=method != "ste")
         self.register_buffer("zero_point", torch.tensor(entry.zero_point, dtype=torch.int32))
+        self.entries: nn.Parameter | None = None
+        if entry.spec.grid == LISTED:
+            values = torch.tensor(entry.spec.values, dtype=torch.float32)
+            self.entries = nn.Parameter(values / entry.spec.limits[1])
+            self.register_buffer("nonzero", values != 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize x: any shape to the same shape, float32."""
         scale = self.scale.abs() + 1e-12
+        if self.entries is not None:
+            entries = self.entries * self.nonzero
+            few: torch.Tensor = Listed.apply(x, scale, entries, self.zero_point, self.spec, self.method)  # type: ignore[no-untyped-call]
+            return few
         result: torch.Tensor = Grid.apply(x, scale, self.zero_point, self.spec, self.method)  # type: ignore[no-untyped-call]
         return result
+
+    def learned(self, entry: Entry) -> Entry:
+        """The entry with what was trained."""
+        if self.entries is not None:
+            integers = torch.unique(listed(self.entries.detach() * self.nonzero, self.spec)).int()
+            entry = replace(entry, spec=replace(entry.spec, values=tuple(integers.tolist())))
+        return replace(entry, scale=tuple((self.scale.detach().abs() + 1e-12).float().tolist()))
 
 
 def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:
@@ -135,7 +152,7 @@ def learned(draft: Draft, network: fx.GraphModule) -> Draft:
                 parameter.copy_(state[name])
         for edge, node in quantizer_calls(network, draft.plan).items():
             module: Any = network.get_submodule(str(node.target))
-            scale = (module.scale.detach().abs() + 1e-12).float()
+            entry = module.learned(entries[edge])
             layer = edge.removesuffix(":weight")
             norm: Any = getattr(network.get_submodule("norms"), layer.replace(".", "_"), None)
             if edge.endswith(":weight") and norm is not None:
@@ -144,6 +161,7 @@ def learned(draft: Draft, network: fx.GraphModule) -> Draft:
                 mine: Any = draft.network.get_submodule(layer)
                 mine.weight *= factor.reshape(-1, *[1] * (mine.weight.dim() - 1))
                 mine.bias.copy_((mine.bias - norm.running_mean) * factor + norm.bias)
-                scale = scale * factor.abs().clamp(min=1e-12)
-            entries[edge] = replace(entries[edge], scale=tuple(scale.tolist()))
+                scale = torch.tensor(entry.scale) * factor.abs().clamp(min=1e-12)
+                entry = replace(entry, scale=tuple(scale.tolist()))
+            entries[edge] = entry
     return replace(draft, plan=replace(draft.plan, entries=entries))

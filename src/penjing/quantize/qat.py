@@ -20,6 +20,7 @@ from penjing.errors import RecipeError, TaskError
 from penjing.quantize.learner import Learner, learned, learner
 from penjing.steps.draft import Draft
 from penjing.steps.hooks import TrainingEvent
+from penjing.steps.plan import LISTED
 from penjing.steps.settings import between, check, instance, one_of
 from penjing.steps.step import Context
 from penjing.tasks.task import Call, Task
@@ -46,7 +47,7 @@ class QAT:
             Without `clip`, gradients are clipped by `Clip()`: the first steps at few bits are far from the teacher.
             `autocast="auto"` is off if weights have more than 4 bits, because bfloat16 has only 8.
         method: "lsq" learns the scales of weights and activations, "pact" the upper bounds of activations, "ste" leaves
-            all ranges as calibrated.
+            all ranges as calibrated. Integers of a codebook (`Static(weight_entries=...)`) are learned with each.
         data: "train" takes `Task.train`; "calibration" takes `Task.calibration` and no labels, with the teacher alone
             as the target.
         freeze_norms: Fraction of the steps after which batch-norm statistics are frozen.
@@ -129,9 +130,15 @@ class QAT:
         task = context.task
         if self.data == "calibration":
             task = replace(task, train=_Unlabelled(context), loss=None)
-        settings = replace(settings, hooks=(*settings.hooks, _Freeze(self.freeze_norms, self.freeze_ranges)))
-        bits = [e.spec.bits for edge, e in draft.plan.entries.items() if edge.endswith(":weight")]
-        if settings.autocast == "auto" and max(bits, default=8) > 4:
+        weights = {e.removesuffix(":weight"): v.spec for e, v in draft.plan.entries.items() if e.endswith(":weight")}
+        few = tuple(layer for layer, spec in weights.items() if spec.grid == LISTED)
+        hooks = (
+            *settings.hooks,
+            _Freeze(self.freeze_norms, self.freeze_ranges),
+            *((_NoSignFlips(few),) if few else ()),
+        )
+        settings = replace(settings, hooks=hooks)
+        if settings.autocast == "auto" and max((spec.bits for spec in weights.values()), default=8) > 4:
             settings = replace(settings, autocast="off")
         return learned(draft, train(network, replace(context, task=task, source=teacher), settings, draft.sparse))
 
@@ -149,8 +156,24 @@ class _Freeze:
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and done >= self.norms:
                 module.eval()
             if isinstance(module, Learner) and done >= self.ranges:
-                module.scale.requires_grad_(False)
-                module.scale.grad = None
+                for trained in module.parameters():
+                    trained.requires_grad_(False)
+                    trained.grad = None
+
+
+@dataclass(frozen=True)
+class _NoSignFlips:
+    """Keeps factors of batch norms from turning the sign of a channel, whose integers need not be in a codebook."""
+
+    layers: tuple[str, ...]
+
+    def __call__(self, moment: TrainingEvent) -> None:
+        norms = getattr(moment.network, "norms", None)
+        for layer in self.layers if moment.name == "step" else ():
+            norm: Any = getattr(norms, layer.replace(".", "_"), None)
+            if norm is not None:
+                with torch.no_grad():
+                    norm.weight.clamp_(min=0)
 
 
 class _Unlabelled:

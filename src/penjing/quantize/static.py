@@ -18,7 +18,7 @@ from torch import fx, nn
 from penjing.analyze.samples import in_chunks
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
-from penjing.quantize import mask_values, pixels
+from penjing.quantize import few_integers, mask_values, pixels
 from penjing.quantize.affine import centred_where_cheap, scale_and_zero_point, shiftable, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.outlier_mitigation import mitigated
@@ -43,6 +43,7 @@ RULES = {
     "weight_group": optional(whole()),
     "weight_grid": one_of(*GRIDS),
     "activation_grid": one_of(*GRIDS),
+    "weight_entries": optional(whole(2, 128)),
     "weight_symmetric": optional(FLAG),
     "activation_symmetric": optional(FLAG),
     "scale": one_of("free", "power_of_two"),
@@ -68,6 +69,8 @@ class Static:
             channels it does not divide has per-channel scales.
         weight_grid: "uniform", "powers_of_two" (up to 4 bits) or "additive_powers_of_two" (up to 6).
         activation_grid: The same for activations; unsigned ones take one bit less.
+        weight_entries: How many different integers a weight tensor has at most. The fewer, the smaller the file is when
+            it is packed; it runs as before. `QAT` trains them.
         weight_symmetric: Whether weights have a zero point of 0; None follows the runtime.
         activation_symmetric: The same for activations, which are then signed; None follows the runtime.
         scale: "free", or "power_of_two" for processors that rescale by shifting.
@@ -90,6 +93,7 @@ class Static:
     weight_group: int | None = None
     weight_grid: str = "uniform"
     activation_grid: str = "uniform"
+    weight_entries: int | None = None
     weight_symmetric: bool | None = None
     activation_symmetric: bool | None = None
     scale: str = "free"
@@ -101,6 +105,7 @@ class Static:
     def __post_init__(self) -> None:
         check(self, **RULES, samples=whole(), exclude=NAMES, outliers=one_of("keep", "mitigate"))
         _check_grids("", vars(self))
+        few_integers.check("", vars(self))
         if not isinstance(self.settings, Mapping) or not all(isinstance(v, Mapping) for v in self.settings.values()):
             expected = "{'layer3.*': {'activation_range': 'minmax'}}"
             raise RecipeError(
@@ -115,6 +120,7 @@ class Static:
             for name, value in values.items():
                 require(f"Static({name}=...) for {pattern!r}", value, RULES[name], field=name)
             _check_grids(f" for {pattern!r}", {**vars(self), **values})
+            few_integers.check(f" for {pattern!r}", {**vars(self), **values})
 
     def __call__(self, draft: Draft, context: Context) -> Draft:
         """Return a draft with batch norms folded and a plan."""
@@ -156,6 +162,8 @@ class Static:
         few = (call for batch in in_chunks(context, draft.network, SAMPLES) for call in batch)
         separate = apart(draft.network, placement, entries, statistics, columns, few)
         entries |= self._weights(draft.network, placement, entries, capabilities)
+        counts = {edge: self._for(edge.rpartition(":")[0]).weight_entries for edge in entries}
+        entries |= few_integers.chosen(draft.network, entries, counts, context, self.samples)
         entries = {edge: entry for edge, entry in sorted(entries.items()) if edge not in separate.edges}
         plan = Plan(entries, {**placement.floats, **separate.floats})
         return replace(draft, plan=plan, edits=draft.edits + edits)

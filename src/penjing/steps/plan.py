@@ -18,6 +18,7 @@ from penjing.records import reading
 
 GRIDS = ("uniform", "powers_of_two", "additive_powers_of_two")
 LARGEST = 127  # of a non-uniform grid: its integers are stored in 8 bits
+LISTED = "listed"  # the grid of a codebook: `QuantSpec.values`
 
 
 def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
@@ -59,6 +60,8 @@ class QuantSpec:
     (-128, 127)
     >>> QuantSpec(bits=4, grid="powers_of_two").limits
     (-64, 64)
+    >>> QuantSpec(grid="listed", values=(-90, -31, 0, 28, 77)).limits
+    (-127, 127)
     """
 
     bits: int = 8
@@ -69,12 +72,13 @@ class QuantSpec:
     range: str = "minmax"  # the range estimator; "dynamic": computed from every input at run time
     group: int | None = None  # group size: so many neighbouring values share a scale; None: per channel
     scale: str = "free"  # or "power_of_two": scales that can be applied by shifting
-    grid: str = "uniform"  # one of GRIDS: which of the integers are representable
+    grid: str = "uniform"  # one of GRIDS, or LISTED: which of the integers are representable
+    values: tuple[int, ...] = ()  # of the grid LISTED: these, ascending
 
     @property
     def limits(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
-        if self.grid != "uniform":
+        if self.grid not in ("uniform", LISTED):
             largest = magnitudes(self.grid, self.bits - self.signed)[-1]
             return (-largest if self.signed else 0), largest
         if not self.signed:
@@ -120,7 +124,7 @@ class Plan:
     def to_json(self) -> str:
         """Return stable JSON, in which floats round-trip to the same bits."""
         rows = {
-            edge: {"spec": vars(e.spec), "scale": e.scale, "zero_point": e.zero_point}
+            edge: {"spec": _written(e.spec), "scale": e.scale, "zero_point": e.zero_point}
             for edge, e in sorted(self.entries.items())
         }
         data = {"entries": rows, "floats": dict(sorted(self.floats.items())), "remedy": self.remedy}
@@ -151,9 +155,14 @@ class Plan:
             ) from None
 
 
+def _written(spec: QuantSpec) -> dict[str, Any]:
+    """A spec as plain data; `values` only where there are some."""
+    return {name: value for name, value in vars(spec).items() if name != "values" or value}
+
+
 def _entry(row: Any) -> Entry:
     """An entry from plain data. Raises ValueError, TypeError or KeyError if it is malformed."""
-    spec = QuantSpec(**row["spec"])
+    spec = QuantSpec(**row["spec"] | {"values": tuple(row["spec"].get("values", ()))})
     for name, value in vars(spec).items():
         default = getattr(QuantSpec, name)
         optional = name in ("axis", "group")
@@ -163,7 +172,9 @@ def _entry(row: Any) -> Entry:
     for name, size, most in sizes:
         if size is not None and not (0 if name == "axis" else 1) <= size <= most:
             raise ValueError(f"{name} = {size}")
-    if spec.grid not in GRIDS or (spec.grid != "uniform" and spec.bits > 8):
+    if spec.grid == LISTED:
+        _check_values(spec)
+    elif spec.grid not in GRIDS or (spec.grid != "uniform" and spec.bits > 8) or spec.values:
         raise ValueError(f"grid = {spec.grid!r} of {spec.bits} bits"[:100])
     scales, zeros = row["scale"], row["zero_point"]
     if not all(type(x) in (int, float) for x in scales) or not all(type(x) is int for x in zeros):
@@ -171,6 +182,14 @@ def _entry(row: Any) -> Entry:
     if any(not 0 <= x < 1e38 for x in scales) or any(not -(2**31) <= x < 2**31 for x in zeros):
         raise ValueError("a scale or zero point that no integer type has")
     return Entry(spec, tuple(scales), tuple(zeros))
+
+
+def _check_values(spec: QuantSpec) -> None:
+    """Raise ValueError unless the values of a codebook are integers of its grid, ascending."""
+    low, high = spec.limits
+    whole = all(type(value) is int and low <= value <= high for value in spec.values)
+    if spec.bits > 8 or not spec.values or not whole or list(spec.values) != sorted(set(spec.values)):
+        raise ValueError(f"values = {spec.values!r}"[:100])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from penjing.storage.regions import Bytes
 
 VALUES = 1 << 20  # of a chunk, at most
 _PALETTE = 256  # different values, at most
+_FEW = 64  # different integers, at most, with which it is tried whether their places take less
 _MANTISSA = 24  # bits, at most, that floats are coded with
 _LOOKED_AT = 1 << 12  # values that tell the middle of all
 _SAMPLE = 1 << 16  # bytes in which it is looked whether words return
@@ -36,6 +37,9 @@ def encode(content: Bytes, dtype: str, columns: int, width: int) -> tuple[str, b
     candidates = [("raw", content.tobytes())]
     if dtype in INTEGERS:
         candidates.append(("integers", _integers(content, dtype, columns, width)))
+        values = numbers(content, dtype)
+        if _gaps(values[: _FEW * 64]) and _gaps(values):
+            candidates.append(("palette", _palette(values, np.unique(values), dtype, columns, width)))
     elif dtype in BITS:
         patterns = numbers(content, dtype)
         palette = np.unique(patterns[: _PALETTE * 16])
@@ -72,6 +76,12 @@ def decode(coding: str, coded: bytes, dtype: str, columns: int, size: int) -> by
     if len(content) != size:
         raise ValueError(f"a chunk of {len(content):,} bytes in the place of {size:,}")
     return content
+
+
+def _gaps(values: npt.NDArray[np.int64]) -> bool:
+    """Whether few of the integers between the smallest and the largest are there, as of a codebook."""
+    different = np.unique(values)
+    return 1 < len(different) <= min(_FEW, len(values) // 4) and 2 * len(different) <= different[-1] - different[0]
 
 
 def _integers(content: Bytes, dtype: str, columns: int, width: int) -> bytes:
@@ -173,7 +183,7 @@ def _palette_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:
 
 
 def _entry(dtype: str) -> str:
-    return "<u8" if BITS[dtype] == 64 else "<u4"
+    return "<u8" if BITS[dtype] == 64 else "<i4" if dtype in INTEGERS else "<u4"
 
 
 def _xz_back(coded: bytes, dtype: str, columns: int, size: int) -> bytes:

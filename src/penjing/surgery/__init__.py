@@ -29,12 +29,13 @@ from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import unfold_self_gates
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
-from penjing.surgery.straight_through import Grid
+from penjing.surgery.straight_through import Grid, Listed, listed
 from penjing.surgery.ties import tie
 
 __all__ = [
     "FakeQuantize",
     "Grid",
+    "Listed",
     "build",
     "building",
     "divide_inputs",
@@ -42,6 +43,7 @@ __all__ = [
     "fold_batch_norms",
     "freeze",
     "insert",
+    "listed",
     "looked_up",
     "mark_codebooks",
     "mark_sparse",
