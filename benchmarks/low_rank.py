@@ -206,18 +206,24 @@ class Networks:
         building.build(draft, "onnxruntime", "fp32", self.task, {"kind": "tensor"}, aside)
         aside.rename(folder)
 
+    @functools.cached_property
+    def inputs(self):
+        """Arrays for the largest batch, beside the ONNX files: timing them needs nothing else."""
+        import numpy as np
+
+        path = self.folder("inputs").with_suffix(".npz")
+        if not path.exists():
+            call, largest = self.task.calibration[0], BATCHES[self.name][-1]
+            arrays = [call["input_ids"], call["attention_mask"]] if self.name == "minilm" else [call]
+            np.savez(path, *(array[:largest].numpy() for array in arrays))
+        return list(np.load(path).values())
+
     def timed(self, labels, batches):
         """(label, batch) → its timing in ONNX Runtime, all in interleaved rounds."""
         from penjing.measure import Target, compare
 
-        def inputs(batch):
-            if self.name == "minilm":
-                call = {k: v[:batch].numpy() for k, v in self.task.calibration[0].items()}
-                return [call["input_ids"], call["attention_mask"]]
-            return [self.task.calibration[0][:batch].numpy()]
-
         targets = [
-            Target(f"{label}, batch {batch}", self.folder(label), inputs(batch), batch)
+            Target(f"{label}, batch {batch}", self.folder(label), [array[:batch] for array in self.inputs], batch)
             for label in labels
             for batch in batches
         ]
@@ -238,6 +244,8 @@ def files(networks, save, data):
             start = time.perf_counter()
             networks.write(label, networks.made(label, fraction))
             print(f"{networks.name:<8}{label:<14} built in {time.perf_counter() - start:.0f} s", flush=True)
+    if needed:
+        assert networks.inputs
 
 
 def search(networks, save, data):
@@ -310,6 +318,7 @@ def _judged(networks, draft, run, save):
             seconds = time.perf_counter() - start
             run["rates"][str(rate)] = {"held_out": judged[0], "accuracy": judged[1], "training_s": seconds}
             save()
+    run["measured"] = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())
     run["rate"] = max(run["rates"], key=lambda rate: run["rates"][rate]["held_out"])
     run["accuracy"] = run["rates"][run["rate"]]["accuracy"]
     save()
@@ -373,7 +382,7 @@ def main() -> None:
         of_network = data["networks"].setdefault(name, {})
 
         def save(part, of_network=of_network):
-            of_network.setdefault("measured", {})[part] = time.strftime("%Y-%m-%d", time.gmtime())
+            of_network.setdefault("measured", {})[part] = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
 

@@ -349,6 +349,23 @@ def low_rank() -> str:
     return _under(lines, data, text + "± half of the interquartile range / median; ")
 
 
+def low_rank_behind() -> str:
+    """What fitting the factors, and the whole layers behind them, gains before any training."""
+    data = _read("low_rank_behind")
+    names = {"vgg16": "VGG-16", "minilm": "MiniLM"}
+    lines = [
+        "| MACs left | fitted | accuracy | SNR of the logits | whole layers fitted |",
+        "|---|---|---|---|---|",
+    ]
+    for key, row in data["rows"].items():
+        name, left, way = key.split(", ")
+        lines.append(
+            f"| {names[name]}, {float(left):.0%} | {way} | {row['accuracy']:.2%} | {row['logits_db']:.1f} dB "
+            f"| {len(row['fitted'])} of {row['whole']} |"
+        )
+    return _under(lines, data, "Untrained, on test data; ")
+
+
 def _pruned_row(title: str, row: dict, length: str = "epochs") -> str:
     return (
         f"| {title.replace('torch-pruning', 'Torch-Pruning').replace('penjing', 'Penjing')} | {row['macs']:.1%} "
@@ -897,6 +914,7 @@ TABLES = {
     "joint": joint,
     "joint_limit": joint_limit,
     "low_rank": low_rank,
+    "low_rank_behind": low_rank_behind,
     "pairs": pairs,
     "training_cost": training_cost,
     "resume": resume,
