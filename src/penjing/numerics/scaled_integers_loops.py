@@ -3,6 +3,9 @@
 Coder: a range variant of asymmetric numeral systems (Duda, 2014, arXiv:1311.2540) with states of 64 bits, words of 32
 bits and probabilities of 16 bits. Up to four lanes, each with a state of its own, decode parts of the rows side by
 side, so that the processor does not wait for one value before it begins with the next.
+
+`model`, `histogram` and `restore` each have the choice of a value's table written out: as a common function, even an
+inlined one, it makes packing and unpacking much slower.
 """
 
 from __future__ import annotations
