@@ -282,7 +282,9 @@ def main() -> None:
         TOOLS["constriction"] = Constriction()
     if arguments.nncodec_python:
         TOOLS["nncodec"] = Nncodec(arguments.nncodec_python)
-    scaled_integers.decode(scaled_integers.encode(np.arange(5), 5), 5, 5)  # compiles the loops
+    values = np.random.default_rng(0).integers(-9, 10, 6400)  # enough for every loop, which are compiled here
+    for few in (values, 3 * (values // 3)):
+        scaled_integers.decode(scaled_integers.encode(few, 64, 3), len(few), 64)
     entropy.decode_floats(entropy.encode_floats(np.arange(5), 5, 8, 7), 5, 5, 8, 7)
     rows = []
     titles = f"{'bytes':>12}{'share':>8}{'× entropy':>11}{'pack s':>9}{'unpack s':>9}"

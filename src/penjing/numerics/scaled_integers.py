@@ -258,12 +258,12 @@ def _shaped(values: npt.NDArray[np.int16], model: _Model, every: int) -> tuple[f
     levels = compiled.LEVELS if model.lag else 1
     counts = np.zeros(((end - first) * levels, model.size), np.int32)
     compiled.histogram(values=values, lag=model.lag, low=model.low, every=every, counts=counts, **model.places())
-    shifts = _SHIFTS if model.hole > 1 else (0,)
+    shifts = np.array(_SHIFTS if model.hole > 1 else (0,))
     logarithms = _logarithms(model.hole)
     costs = np.empty((len(logarithms), len(shifts)))
     compiled.cross_entropies(counts, levels, logarithms, first, shifts, -model.low, costs)
     shape, shift = divmod(int(costs.argmin()), len(shifts))
-    model = replace(model, shape=shape, shift=shifts[shift])
+    model = replace(model, shape=shape, shift=int(shifts[shift]))
     side = sum(
         _side_bits(c) for c, used in ((model.rows, model.scaled_rows), (model.columns, model.scaled_columns)) if used
     )
