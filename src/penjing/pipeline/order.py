@@ -83,7 +83,7 @@ def as_goal(goal: Goal | str) -> Goal:
 
 
 def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The runtimes of a request: one or several by name, or all that are installed.
+    """The runtimes of a request: by name, "all" that are installed, or those that are considered by default.
 
     Raises:
         UsageError: There is no such runtime.
@@ -101,6 +101,8 @@ def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
             )
         return names
     names = tuple(asked.replace(",", " ").split()) if isinstance(asked, str) else tuple(asked)
+    if names == (runtimes.ALL,):
+        names = tuple(n for n, spec in runtimes.SPECS.items() if spec.deployed and runtimes.installed(n))
     for name in names:
         runtimes.get(name)
     return names

@@ -31,7 +31,9 @@ class RuntimeSpec:
         module: Of `penjing.runtimes`, with the functions of `Runtime`.
         suffixes: Of an artifact's files, where all are of one name: of the one that it opens, and of those beside it.
         packages: What has to be installed, as pip names it and as Python imports it.
-        deployed: Whether it loads an artifact without torch; `compress` considers these when none is named.
+        deployed: Whether it loads an artifact without torch.
+        by_default: Whether `compress` considers it when no runtime is named; the others are for other devices than
+            this one, or take minutes.
         in_process: Whether it works in the process of the run, and not in one of its own: what the run stands on.
         compiles: Whether it needs a C++ compiler: the one that the environment variable CXX names, or the system's.
         shows_operators: Whether it makes a graph of its own of an artifact, which `executed` tells.
@@ -44,6 +46,7 @@ class RuntimeSpec:
     packages: tuple[str, ...]
     suffixes: tuple[str, ...] = ()
     deployed: bool = True
+    by_default: bool = True
     in_process: bool = False
     compiles: bool = False
     shows_operators: bool = True
@@ -88,7 +91,11 @@ SPECS: dict[str, RuntimeSpec] = {
 }
 """Every runtime, each in one row."""
 
-DEPLOYED = tuple(name for name, spec in SPECS.items() if spec.deployed)
+DEPLOYED = tuple(name for name, spec in SPECS.items() if spec.deployed and spec.by_default)
+"""Those that are considered when none is named."""
+
+ALL = "all"
+"""What stands for every runtime that is installed and loads an artifact without torch."""
 
 
 class Session(Protocol):
