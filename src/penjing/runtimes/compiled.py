@@ -7,7 +7,6 @@ computes in integers what it finds between PyTorch's own operators `quantized_de
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -18,22 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import fx
 from torch._inductor import config as inductor
 
-from penjing.network.graph import arguments, compute, kind
-from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
+from penjing.network.graph import arguments, kind
 from penjing.records.manifest import Manifest, sample_axes
 from penjing.runtimes import eager
 from penjing.runtimes.artifact import Executed
+from penjing.runtimes.decomposed import in_operators_of_torch, site
 from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
 SETTINGS = eager.SETTINGS
 APART = ()
 """What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
 
-_SITE = "penjing_site"  # of an operator, in the metadata that torch carries from the file through to the compiled graph
 OPENING_S = 900  # ResNet-20's 22 layers took 27 s on a busy machine
 _INTEGER = ("onednn.qconv", "onednn.qlinear")
 
@@ -60,52 +57,13 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.pt2, quantized by operators that inductor knows."""
-    manifest = eager.export(_in_operators_of_torch(network), call, dynamic, precision, structure, folder)
+    network = in_operators_of_torch(network, _computed_in_integers, by_channel=True)
+    manifest = eager.export(network, call, dynamic, precision, structure, folder)
     return replace(manifest, runtime="torch-compile", opening_s=OPENING_S)
 
 
-def _in_operators_of_torch(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a frozen network with PyTorch's operators in the place of Penjing's."""
-    network = copy.deepcopy(network)
-    graph, torch_ops = network.graph, torch.ops.quantized_decomposed
-    integers: dict[fx.Node, tuple[Any, ...]] = {}  # quantizer → its scale, zero point, limits and type
-
-    def stored(node: Any) -> torch.Tensor:
-        tensor: torch.Tensor = compute(network, node, (), {}).detach()
-        return tensor
-
-    def constant(value: torch.Tensor) -> fx.Node:
-        name = f"constant{sum(1 for _ in network.buffers())}"
-        network.register_buffer(name, value)
-        return graph.get_attr(name)
-
-    for node in list(graph.nodes):
-        if node.op in ("call_module", "call_function"):
-            node.meta["custom"] = {_SITE: str(node.meta.get("site", ""))}
-        if node.target not in (torch.ops.penjing.quantize.default, torch.ops.penjing.dequantize.default):
-            continue
-        x, scale, zero_point = node.args[0], stored(node.args[1]), stored(node.args[2])
-        with graph.inserting_before(node):
-            numbers: tuple[Any, ...]
-            if node.target is torch.ops.penjing.quantize.default:
-                low, high = node.args[4:]
-                numbers = (float(scale), int(zero_point), low, high, operators.integer_dtype(low, high))
-                result = graph.call_function(torch_ops.quantize_per_tensor.default, (x, *numbers))
-                integers[result] = numbers
-            elif x in integers:
-                result = graph.call_function(torch_ops.dequantize_per_tensor.default, (x, *integers[x]))
-            elif (value := stored(x)).dtype == torch.int8 and all(_has_kernel(network, r, value) for r in node.users):
-                axis, channels = node.args[3], value.shape[node.args[3]]
-                each = (constant(scale.expand(channels).clone()), constant(zero_point.long().expand(channels).clone()))
-                numbers = (*each, axis, -128, 127, torch.int8)
-                result = graph.call_function(torch_ops.dequantize_per_channel.default, (x, *numbers))
-            else:  # for example a bias, which the kernels read in floating point
-                result = constant(torch.ops.penjing.dequantize(value, scale, zero_point, node.args[3]))
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    network.recompile()
-    return network
+def _computed_in_integers(network: fx.GraphModule, readers: list[fx.Node], value: torch.Tensor) -> bool:
+    return value.dtype == torch.int8 and all(_has_kernel(network, reader, value) for reader in readers)
 
 
 def _has_kernel(network: fx.GraphModule, reader: fx.Node, weight: torch.Tensor) -> bool:
@@ -168,11 +126,11 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     def read_scales(graph: fx.Graph) -> None:
         for node in graph.nodes:
             if node.target is torch.ops.quantized_decomposed.dequantize_per_channel.default:
-                layers[node.args[1].name] = next(map(_site, node.users), "")
+                layers[node.args[1].name] = next(map(site, node.users), "")
 
     def read_operators(graph: fx.Graph) -> None:
         for node in (node for node in graph.nodes if node.op == "call_function"):
-            name, sites = str(node.target), {_site(node)}
+            name, sites = str(node.target), {site(node)}
             if integer := name.startswith(_INTEGER):
                 sites.add(layers.get(node.args[4].name, ""))
             if sites := sites - {""}:
@@ -187,10 +145,6 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
         if not isinstance(error.inner_exception, _Read):
             raise
     return operators
-
-
-def _site(node: fx.Node) -> str:
-    return str(node.meta.get("custom", {}).get(_SITE, ""))
 
 
 _LOAD = {  # of eager torch's loader, in the place of
