@@ -15,6 +15,7 @@
     ├── PruningError             a target that can't be reached, or a network that can't be pruned
     ├── DecompositionError       a target that low rank can't reach, or a network that can't be decomposed
     ├── SharingError             weights or layers that can't be shared
+    ├── TargetError              a device profile that can't be read, or what a device can't take
     ├── ArtifactError            an artifact that can't be opened
     │   └── ParityError          exit code 3: an artifact that does not compute what was planned
     ├── RecordError              a record that can't be read
@@ -151,6 +152,10 @@ class DecompositionError(PenjingError):
 
 class SharingError(PenjingError):
     """Weights or layers that can't be shared."""
+
+
+class TargetError(PenjingError):
+    """A device profile that can't be read, or a network, plan or artifact that a device can't take."""
 
 
 class ArtifactError(PenjingError):

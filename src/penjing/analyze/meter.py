@@ -60,14 +60,15 @@ def latency_left(context: Context, precision: str) -> Callable[[Draft, Draft], f
     """A function that measures two drafts side by side: the latency of the second as a fraction of the first's.
 
     Raises:
-        PruningError: Latency can't be measured, because no runtime was named.
+        PruningError: Latency can't be measured: no runtime was named, or the artifact is for another machine.
     """
     if context.latency is None:
         raise PruningError(
-            "a latency target needs a runtime",
+            "a latency target needs a runtime, and the machine that it is measured on",
             code="no-runtime",
-            got="no runtime",
-            expected="pj.run(..., runtime=...) or penjing compress",
+            got="no runtime, or a target that is another device",
+            expected="pj.run(..., runtime=...) or penjing compress, for this machine",
+            remedy="for another device, name macs= or params=",
         )
     measure = context.latency
 

@@ -25,7 +25,7 @@ from penjing.allocator import reused_memory
 from penjing.cli import blockers, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
-from penjing.cli.inspecting import show_branches, show_floats
+from penjing.cli.inspecting import show_branches, show_floats, show_group, show_sensitivity
 from penjing.errors import OutputError, PenjingError, UsageError
 from penjing.tasks.usercode import never_exiting
 
@@ -111,7 +111,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.report import table, verdict
     from penjing.tasks.opening import open_task
 
-    goal = Goal.parse(parsed.goal)
+    goal = Goal.parse(parsed.goal) if parsed.goal is not None else None
     recipe = _recipe(parsed.recipe) if parsed.recipe else None
     task = open_task(parsed.task)
     from penjing.cli.console import Progressing
@@ -133,6 +133,7 @@ def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
             resume=parsed.resume,
             force=parsed.force,
             listeners=[progress],
+            target=parsed.target,
         )
     record = result.record
     if parsed.json:
@@ -170,9 +171,9 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
         markup=False,
     )
     if parsed.group:
-        return _show_group(inspection, parsed, out)
+        return show_group(inspection, parsed, out)
     if inspection.sensitivity:
-        return _show_sensitivity(inspection, parsed, out)
+        return show_sensitivity(inspection, parsed, out)
     out.print("\n[bold]coupled channels[/bold]")
     out.print(table.groups(inspection.groups, inspection.not_prunable))
     show_branches(inspection, out)
@@ -215,49 +216,23 @@ def _inspected(parsed: argparse.Namespace, messages: Terminal) -> Inspection:
     asked = blockers.asked(parsed.runtime, parsed.save_failing)
     if not (parsed.noise or parsed.sensitivity or asked):
         with messages.status("exporting and analysing"):
-            return inspect(source, task)
+            return inspect(source, task, target=parsed.target)
     sensitivity_file = Path(parsed.sensitivity) if parsed.sensitivity else None
     with Progressing(messages) as progress:
         events, failing = (
             Events(listeners=(progress,)),
             Path(parsed.save_failing) if parsed.save_failing is not None else None,
         )
-        return inspect(source, task, parsed.noise, events, sensitivity_file, asked=asked, save_failing=failing)
-
-
-def _show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
-    from penjing.records import files
-    from penjing.report import sensitivity
-
-    out.print(sensitivity.text(inspection.sensitivity), markup=False, highlight=False, soft_wrap=True)
-    if parsed.picture:
-        files.write_text(Path(parsed.picture), sensitivity.picture(inspection.sensitivity))
-        out.print(parsed.picture, markup=False, highlight=False)
-    return MET
-
-
-def _show_group(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
-    import difflib
-
-    from penjing.records import files
-    from penjing.report import strips
-
-    row = next((group for group in inspection.groups if group.name == parsed.group), None)
-    if row is None:
-        names = [group.name for group in inspection.groups]
-        near = difflib.get_close_matches(parsed.group, names, n=3)
-        raise UsageError(
-            "there is no such group of channels",
-            code="unknown-group",
-            got=parsed.group,
-            expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",
-            remedy=f"did you mean {' or '.join(near)}?" if near else None,
+        return inspect(
+            source,
+            task,
+            parsed.noise,
+            events,
+            sensitivity_file,
+            asked=asked,
+            save_failing=failing,
+            target=parsed.target,
         )
-    out.print(strips.text(row), markup=False, highlight=False)
-    if parsed.picture:
-        files.write_text(Path(parsed.picture), strips.picture(row))
-        out.print(parsed.picture, markup=False, highlight=False)
-    return MET
 
 
 def _measure(parsed: argparse.Namespace, messages: Terminal) -> int:
@@ -349,12 +324,18 @@ def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
     return MET
 
 
+def _targets(parsed: argparse.Namespace, messages: Terminal) -> int:
+    from penjing.cli import profiles
+
+    return profiles.targets(parsed, messages)
+
+
 def _recipe(name: str) -> Recipe:
     """A recipe by its name, or from a file."""
     from penjing import recipes
     from penjing.recipes.recipe import Recipe
-    from penjing.recipes.yaml_text import RECIPE_BYTES
     from penjing.records import reading
+    from penjing.records.yaml_text import RECIPE_BYTES
 
     if name in recipes.NAMES:
         return recipes.NAMES[name]()
@@ -387,4 +368,5 @@ COMMANDS = {
     "delta": updating.delta,
     "patch": updating.patch,
     "runtimes": _runtimes,
+    "targets": _targets,
 }

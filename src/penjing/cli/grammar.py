@@ -104,13 +104,14 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", required=True, metavar="TASK", help=TASK_HELP)
     command.add_argument(
         "--goal",
-        default="minimize latency_ms, drop<=1%",
         help="limits and an objective; drop is the loss of the metric in its own unit (1%% = 0.01), "
-        "relative_drop is relative to the source's metric (default: %(default)s)",
+        "relative_drop is relative to the source's metric "
+        "(default: minimize latency_ms, drop<=1%%; with --target: minimize size_bytes, drop<=1%%)",
     )
     command.add_argument(
         "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all installed)"
     )
+    _targeting(command)
     command.add_argument(
         "--recipe",
         metavar="R.yaml",
@@ -147,6 +148,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
         help="export for these runtimes, open and run there, and tell which operators they can't take; "
         "all: those that are installed",
     )
+    _targeting(command)
     command.add_argument(
         "--save-failing",
         metavar="FILE",
@@ -168,6 +170,19 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
+
+
+def _targeting(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--target",
+        metavar="NAME",
+        help="a device other than this machine: one of `penjing targets`, or a profile of your own (mine.yaml)",
+    )
+
+
+def _targets(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", metavar="NAME", help="show this profile, or a file mine.yaml")
+    command.add_argument("--yaml", action="store_true", help="print the profile's file, to start your own from")
 
 
 def _excluding(command: argparse.ArgumentParser) -> None:
@@ -304,5 +319,11 @@ _COMMANDS = (
         "Which runtimes are installed, and what each accelerates.",
         "penjing runtimes --json",
         lambda command: None,
+    ),
+    _Command(
+        "targets",
+        "The devices that artifacts can be made for: formats, operators, limits, and where that is written.",
+        "penjing targets\npenjing targets ethos-u55\npenjing targets pi4 --yaml > mine.yaml",
+        _targets,
     ),
 )

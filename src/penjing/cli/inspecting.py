@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penjing.cli.console import Terminal
+from penjing.errors import UsageError
 
 if TYPE_CHECKING:
     from penjing.pipeline.inspection import Inspection
@@ -31,6 +35,41 @@ def show_floats(inspection: Inspection, out: Terminal) -> None:
             out.print(f"  {line}", markup=False, highlight=False)
         for note in inspection.notes[runtime]:
             out.print(f"  note: {note}", markup=False, highlight=False)
+
+
+def show_sensitivity(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
+    """Print what the outputs lose by every group that is pruned alone; returns the exit code."""
+    from penjing.records import files
+    from penjing.report import sensitivity
+
+    out.print(sensitivity.text(inspection.sensitivity), markup=False, highlight=False, soft_wrap=True)
+    if parsed.picture:
+        files.write_text(Path(parsed.picture), sensitivity.picture(inspection.sensitivity))
+        out.print(parsed.picture, markup=False, highlight=False)
+    return 0
+
+
+def show_group(inspection: Inspection, parsed: argparse.Namespace, out: Terminal) -> int:
+    """Print everything that is coupled with the channels of a layer; returns the exit code."""
+    from penjing.records import files
+    from penjing.report import strips
+
+    row = next((group for group in inspection.groups if group.name == parsed.group), None)
+    if row is None:
+        names = [group.name for group in inspection.groups]
+        near = difflib.get_close_matches(parsed.group, names, n=3)
+        raise UsageError(
+            "there is no such group of channels",
+            code="unknown-group",
+            got=parsed.group,
+            expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",
+            remedy=f"did you mean {' or '.join(near)}?" if near else None,
+        )
+    out.print(strips.text(row), markup=False, highlight=False)
+    if parsed.picture:
+        files.write_text(Path(parsed.picture), strips.picture(row))
+        out.print(parsed.picture, markup=False, highlight=False)
+    return 0
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:

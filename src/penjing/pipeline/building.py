@@ -18,7 +18,7 @@ from penjing.records.manifest import Manifest, write_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.loader import write_loader
 from penjing.steps.draft import Draft
-from penjing.steps.plan import Plan
+from penjing.steps.plan import Capabilities, Plan
 from penjing.surgery import freeze, looked_up
 from penjing.surgery.attention import zero_hidden_rows
 from penjing.tasks.task import Call, Task
@@ -42,7 +42,12 @@ def build(draft: Draft, runtime: str, precision: str, task: Task, structure: Any
 
 
 def executed_rows(
-    network: fx.GraphModule, plan: Plan, call: Call, manifest: Manifest, folder: Path
+    network: fx.GraphModule,
+    plan: Plan,
+    call: Call,
+    manifest: Manifest,
+    folder: Path,
+    capabilities: Capabilities | None = None,
 ) -> tuple[tuple[LayerRow, ...], dict[str, int], dict[str, int]]:
     """The cost of every layer with what the runtime really executed, and why it is not what was planned.
 
@@ -52,10 +57,13 @@ def executed_rows(
         call: Example inputs.
         manifest: Of the artifact.
         folder: Where the artifact lies.
+        capabilities: What the plan was made for; None: what the runtime accelerates on this machine.
 
     Returns:
         Rows, and the operators by kind that ran in integers and in floating point.
     """
+    if capabilities is None:
+        capabilities = runtimes.get(manifest.runtime).capabilities(measure.machine(1).instruction_sets)
     precision = executed_precisions(folder, manifest)
     nodes = sites(network)
     rows = []
@@ -68,7 +76,7 @@ def executed_rows(
         matters = row.kind in COUNTED or row.macs or row.parameters
         reason = None
         if manifest.precision in INTEGER and executed != "int8" and matters:
-            reason = plan.floats.get(row.name) or _why_float(row.kind, planned, executed, manifest.runtime)
+            reason = plan.floats.get(row.name) or _why_float(row.kind, planned, executed, capabilities)
         weights = _stored_edges(network, nodes.get(row.name), row.name) & plan.entries.keys()
         size = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, nodes, row, plan)
         stored = "int8" if weights else None
@@ -183,10 +191,10 @@ def _weight_bytes(network: fx.GraphModule, nodes: Mapping[str, fx.Node], row: La
     return row.weight_bytes - int(saved)
 
 
-def _why_float(kind: str, planned: str, executed: str | None, runtime: str) -> str:
+def _why_float(kind: str, planned: str, executed: str | None, capabilities: Capabilities) -> str:
     if kind in TABLES and planned == "int8":
         return LOOKED_UP
-    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    runtime = capabilities.runtime
     if kind not in capabilities.integer | capabilities.fuses | capabilities.passthrough:
         return f"{runtime} has no integer kernel for {kind}"
     if planned != "int8":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penjing import measure, runtimes
+from penjing import measure
 from penjing.errors import PenjingError, TaskError
 from penjing.numerics import compiled
 from penjing.pipeline import building, drafts, evidence
@@ -76,7 +76,7 @@ def _variants(prepared: Prepared) -> list[Variant]:
     return [
         Variant(name, precision)
         for name in prepared.order.runtimes
-        for precision in runtimes.get(name).capabilities(prepared.run.instruction_sets).precisions
+        for precision in prepared.run.capabilities(name).precisions
         if quantizes or precision not in INTEGER
     ]
 
@@ -104,8 +104,14 @@ def candidate(
     draft = draft if integers else replace(draft, plan=Plan())
     with run.costing(f"evaluate {variant.name}"):
         value, parity, rejection = _evaluated(run, variant.name, draft, manifest, folder, metric)
-        rows, integer, floating = executed_rows(draft.network, draft.plan, run.task.call(), manifest, folder)
+        capabilities = run.capabilities(variant.runtime)
+        rows, integer, floating = executed_rows(
+            draft.network, draft.plan, run.task.call(), manifest, folder, capabilities
+        )
         packed = _packed(run, folder, manifest)
+    if run.target is not None:
+        # What runs in integers there is not seen here: it counts as planned.
+        rows = tuple(replace(r, executed=None, reason=None if r.planned == "int8" else r.reason) for r in rows)
     shares = float_shares(rows) if integers else (None, None)
     told: tuple[str, ...] = ()
     if rejection is None:

@@ -14,7 +14,7 @@ from penjing import measure
 from penjing.errors import UsageError
 from penjing.goals.goal import Goal
 from penjing.measure import time_limits
-from penjing.pipeline import pretrained
+from penjing.pipeline import pretrained, targeting
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import drafted, refuse_quantized
 from penjing.pipeline.candidates import build
@@ -32,6 +32,7 @@ from penjing.report import verdict as verdicts
 from penjing.sources.source import Source
 from penjing.steps.draft import Draft
 from penjing.steps.step import Step
+from penjing.targets import Target
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.opening import as_task
 from penjing.tasks.task import Task
@@ -89,14 +90,14 @@ class Result:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
-# Sixteen arguments: the public contract of a run. The body is short; its length is their documentation.
+# Seventeen arguments: the public contract of a run. The body is short; its length is their documentation.
 @suggesting
 @never_exiting()
 @same_process()
 def compress(
     model: str | nn.Module | ExportedProgram | Source,
     task: Task | str | Path,
-    goal: Goal | str = DEFAULT_GOAL,
+    goal: Goal | str | None = None,
     *,
     runtime: str | Sequence[str] | None = None,
     recipe: Recipe | Step | Sequence[Step] | None = None,
@@ -111,6 +112,7 @@ def compress(
     force: bool = False,
     listeners: Sequence[Listener] = (),
     reference: str | nn.Module | ExportedProgram | None = None,
+    target: str | Path | Target | None = None,
 ) -> Result:
     """Find the best artifact that meets a goal.
 
@@ -121,7 +123,8 @@ def compress(
     Args:
         model: The network, or a SOURCE as on the command line.
         task: The user's data and metric, or TASK as on the command line.
-        goal: For example ``"minimize latency_ms, drop<=0.5%"``; `drop` is in the metric's own unit (1% is 0.01).
+        goal: For example ``"minimize latency_ms, drop<=1%"``; `drop` is in the metric's own unit (1% is 0.01).
+            None is that, or the smallest file for a `target`.
         runtime: One or several of ``penjing runtimes``; None takes all that are installed.
         recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
         out: The run folder.
@@ -136,6 +139,8 @@ def compress(
         listeners: Called with every event (a dict).
         reference: The network that `drop` is against, where that is not `model`: for a second run on a pruned
             network, the one before pruning. Parity stays against `model`.
+        target: One of ``penjing targets``, or a profile of your own (``mine.yaml``): formats are chosen for that
+            device and its limits hold. What is timed on this machine is none of its figures.
 
     Raises:
         PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
@@ -151,17 +156,19 @@ def compress(
         )
     steps = Recipe.of(recipe) if recipe is not None else default_recipe(exclude)
     requests.check_device(device)
+    device_profile = targeting.as_target(target)
     order = Order(
-        goal=as_goal(goal),
+        goal=as_goal(goal or (DEFAULT_GOAL if device_profile is None else targeting.GOAL)),
         model=model,
         task=as_task(task),
         recipe=steps,
         reference=reference,
-        runtimes=runtime_names(runtime),
+        runtimes=runtime_names(runtime, device_profile),
         seed=seed,
         device=device,
         bench=_bench(threads, batch, seconds),
         listeners=tuple(listeners),
+        target=device_profile,
     )
     return _carry_out(order, out, resume=resume, force=force)
 
@@ -198,8 +205,13 @@ def run(
     goal: Goal | str | None = None,
     **options: Any,
 ) -> Result:
-    """Run one recipe for one runtime; `options` as in `compress`. Without a goal, the smallest latency is chosen."""
-    return compress(model, task, goal or Goal(minimize="latency_ms"), runtime=runtime, recipe=recipe, **options)
+    """Run one recipe for one runtime; `options` as in `compress`.
+
+    Without a goal, the smallest latency is chosen, or the smallest file for a `target`.
+    """
+    if goal is None and options.get("target") is None:
+        goal = Goal(minimize="latency_ms")
+    return compress(model, task, goal, runtime=runtime, recipe=recipe, **options)
 
 
 # Thirteen arguments: the public contract, as of `compress`.

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 
 from penjing import measure
-from penjing.pipeline import drafts, evidence, intact
+from penjing.pipeline import drafts, evidence, intact, targeting
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.judging import Judged
 from penjing.pipeline.prepare import Prepared
@@ -71,5 +71,6 @@ def _record(prepared: Prepared, judged: Judged) -> Record:
         selected=prepared.metrics["select"],
         floors=judged.timed.floors,
         reference=None if prepared.original is None else prepared.original.row(prepared.beside),
+        target=None if order.target is None else targeting.row(order.target),
         rejected=tuple(c for c in judged.candidates if c.rejection is not None),
     )

@@ -14,6 +14,7 @@ from penjing import measure, runtimes
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
+from penjing.pipeline import targeting
 from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
@@ -25,6 +26,7 @@ from penjing.records import BranchesRow, CutRow, GroupRow, LayerRow, NoiseRow, S
 from penjing.sources.source import Source, check_forward
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
+from penjing.targets import Target
 from penjing.tasks.task import Task
 
 
@@ -63,6 +65,7 @@ def inspect(
     *,
     asked: Sequence[str] = (),
     save_failing: Path | None = None,
+    target: str | Path | Target | None = None,
 ) -> Inspection:
     """Analyse a source; needs the example of the task alone.
 
@@ -75,7 +78,9 @@ def inspect(
             or read from there.
         asked: Runtimes in which the network is exported, opened and run, to tell which operators they can't take.
         save_failing: The smallest part that fails is written there (see `penjing.pipeline.refusals.refused`).
+        target: A device other than this machine, for which floats and notes are told.
     """
+    device = targeting.as_target(target)
     if save_failing is not None:
         check_files(save_failing)
     check_forward(source, task)
@@ -85,7 +90,7 @@ def inspect(
     peak = peak_activation_bytes(network, task.call())
     explained: tuple[NoiseRow, ...] = ()
     if noise is not None:
-        capabilities = runtimes.get(noise).capabilities(measure.machine(1).instruction_sets)
+        capabilities = targeting.capabilities(noise, measure.machine(1).instruction_sets, device)
         context = Context(task=task, capabilities=capabilities, source=network)
         explained = explain(Draft(network), replace(context, events=events) if events else context)
     coupling = couple(network, task.call())
@@ -105,7 +110,7 @@ def inspect(
             )
             for name, curve in curves.items()
         )
-    floats, notes = _blockers(network)
+    floats, notes = _blockers(network, device)
     macs = sum(r.macs for r in rows)
     return Inspection(
         source.name,
@@ -168,14 +173,21 @@ def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]
     )
 
 
-def _blockers(network: fx.GraphModule) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+def _blockers(
+    network: fx.GraphModule, target: Target | None
+) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+    """What stays in floating point, and what is to be said, by runtime; for a target by its name too."""
     sets = measure.machine(1).instruction_sets
+    if target is None:
+        known = {n: runtimes.get(n).capabilities(sets) for n in runtimes.DEPLOYED if runtimes.installed(n)}
+    else:
+        here = targeting.usable(target)
+        known = {f"{n} on {target.name}": targeting.capabilities(n, sets, target) for n in here}
+        known = known or {f"any runtime on {target.name}": targeting.expected(target)}
     floats, notes = {}, {}
-    for name in runtimes.DEPLOYED:
-        if runtimes.installed(name):
-            capabilities = runtimes.get(name).capabilities(sets)
-            mine = copy.deepcopy(network)
-            prepare(mine, capabilities)
-            floats[name] = place(mine, capabilities, {}).floats
-            notes[name] = capabilities.notes
+    for name, capabilities in known.items():
+        mine = copy.deepcopy(network)
+        prepare(mine, capabilities)
+        floats[name] = place(mine, capabilities, {}).floats
+        notes[name] = capabilities.notes
     return floats, notes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from penjing import runtimes
 from penjing.goals import goal as goals
 from penjing.goals.goal import Goal
 from penjing.pipeline import drafts, questions, zeros
@@ -139,7 +138,7 @@ def _tell_of_plan(prepared: Prepared, chosen: Candidate | None) -> None:
     plan = drafts.draft(run, prepared.recipe, Variant(chosen.runtime, chosen.precision)).plan
     if plan.remedy and any(isinstance(step, Static) and step.outliers == "mitigate" for step in prepared.recipe):
         run.warn(f"{chosen.name}: {plan.remedy}")
-    own = runtimes.get(chosen.runtime).capabilities(run.instruction_sets).weight.bits
+    own = run.capabilities(chosen.runtime).weight.bits
     bits = min((e.spec.bits for edge, e in plan.entries.items() if edge.endswith(":weight")), default=own)
     if bits < own:
         run.warn(verdicts.narrow_weights(bits, 8, chosen))

@@ -11,11 +11,13 @@ from torch.export import ExportedProgram
 from penjing import runtimes
 from penjing.errors import MissingDependency
 from penjing.goals.goal import Goal
+from penjing.pipeline import targeting
 from penjing.pipeline.applied import Applied
 from penjing.quantize import BiasCorrection, CoordinateRounding, Static
 from penjing.recipes.recipe import Recipe
 from penjing.records.events import Listener
 from penjing.sources.source import Source
+from penjing.targets import Target
 from penjing.tasks.task import Task
 
 FEWER_SAMPLES = 150  # calibration samples of the recipe that does not search the rounding
@@ -45,6 +47,7 @@ class Order:
         model: The source, open or to be opened, or an applied draft that is trained already.
         recipe: The steps that are still to be taken.
         runtimes: Their names, all of them installed.
+        target: The device that artifacts are for; None: this machine.
     """
 
     model: str | nn.Module | ExportedProgram | Source | Applied
@@ -57,6 +60,7 @@ class Order:
     device: str
     bench: Bench
     listeners: tuple[Listener, ...]
+    target: Target | None = None
 
 
 def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Recipe:
@@ -82,13 +86,19 @@ def as_goal(goal: Goal | str) -> Goal:
     return Goal.parse(goal) if isinstance(goal, str) else goal
 
 
-def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
+def runtime_names(asked: str | Sequence[str] | None, target: Target | None = None) -> tuple[str, ...]:
     """The runtimes of a request: by name, "all" that are installed, or those that are considered by default.
 
+    Args:
+        asked: Names, "all", or None.
+        target: The device that artifacts are for: those that run there alone.
+
     Raises:
-        UsageError: There is no such runtime.
+        UsageError: There is no such runtime, or it does not run on the target.
         MissingDependency: It is not installed, or none is.
     """
+    if target is not None and asked in (None, runtimes.ALL, (runtimes.ALL,), [runtimes.ALL]):
+        return targeting.runtime_names(target, targeting.usable(target) or None if asked else None)
     if asked is None:
         names = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
         if not names:
@@ -105,4 +115,4 @@ def runtime_names(asked: str | Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(n for n, spec in runtimes.SPECS.items() if spec.deployed and runtimes.installed(n))
     for name in names:
         runtimes.get(name)
-    return names
+    return names if target is None else targeting.runtime_names(target, names)

@@ -15,7 +15,7 @@ from penjing import measure, records
 from penjing.analyze.cost import cost
 from penjing.measure import time_limits
 from penjing.numerics import compiled
-from penjing.pipeline import evidence, questions, reference
+from penjing.pipeline import evidence, questions, reference, targeting
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import Applied
 from penjing.pipeline.building import build
@@ -91,6 +91,8 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
     torch.set_num_threads(order.bench.threads)
     seed_everything(order.seed)
     requests.check_goal(order.goal, order.task)
+    if order.target is not None:
+        targeting.check_goal(order.goal, order.target)
     requests.check_inputs(order.task)
     direction = questions.check_direction(order.task)
     opened, task, told = _opened(order)
@@ -111,6 +113,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         return finished
     run.events.into(folder.path / EVENTS)
     notes = [requests.untrained(recipe), requests.undropped(recipe, opened.module), told]
+    notes += [targeting.told(order.target) if order.target is not None else None]
     notes += [direction.text if direction is not None else None]
     notes += [order.model.planned_for_another(order.runtimes) if isinstance(order.model, Applied) else None]
     for text in filter(None, notes):
@@ -176,6 +179,7 @@ def _started(
         batch=evidence.batch_size(task, order.bench.batch),
         seconds=order.bench.seconds,
         instruction_sets=machine.instruction_sets,
+        target=order.target,
     )
 
 

@@ -282,6 +282,7 @@ def request(
         "data": data,
         "loss": identity(run.task.loss),
         "reference": None if original is None else original.weights,
+        "target": None if run.target is None else run.target.sha256,
         "plan": None if run.start is None else hashlib.sha256(run.start.plan.to_json().encode()).hexdigest(),
     }
 
@@ -295,6 +296,7 @@ def asked(record: Record) -> dict[str, Any]:
         "recipe": record.recipe,
         "seed": record.seed,
         "reference": None if record.reference is None else record.reference.weights,
+        "target": None if record.target is None else record.target.sha256,
         "batch": latency.batch if latency is not None else 1,
         "threads": record.machine.threads,
         "data": {

@@ -14,13 +14,16 @@ from torch import fx
 
 from penjing import measure, runtimes
 from penjing.errors import OutputError, UsageError
+from penjing.pipeline import targeting
 from penjing.pipeline.trial import Trial
 from penjing.records import StepCost, Training, from_dict
 from penjing.records.events import Events
 from penjing.records.folder import SOURCE, RunFolder
 from penjing.steps.cache import Cache
 from penjing.steps.draft import Draft
+from penjing.steps.plan import Capabilities
 from penjing.steps.step import Context
+from penjing.targets import Target
 from penjing.tasks.task import Task
 
 
@@ -43,6 +46,7 @@ class Run:
 
     Attributes:
         network: The source, captured.
+        target: The device that artifacts are for; None: this machine.
         start: The draft that the steps begin with, where it is more than the source: with a plan and edits.
         cache: Statistics that steps share.
         drafts: What each step made, or how it failed, by where it ran, its position and its branch.
@@ -62,6 +66,7 @@ class Run:
     seconds: float
     instruction_sets: tuple[str, ...]
     start: Draft | None = None
+    target: Target | None = None
     cache: Cache = field(default_factory=Cache)
     drafts: dict[tuple[str, int, str], Draft | Exception] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
@@ -79,9 +84,13 @@ class Run:
         self.warnings.append(text)
         self.events("warning", text=text)
 
+    def capabilities(self, runtime: str) -> Capabilities:
+        """What a runtime accelerates where the artifact is to run."""
+        return targeting.capabilities(runtime, self.instruction_sets, self.target)
+
     def context(self, runtime: str | None, folder: Path | None) -> Context:
         """What a step is told."""
-        capabilities = runtimes.get(runtime).capabilities(self.instruction_sets) if runtime else None
+        here = self.target is None  # otherwise nothing that is timed here is of use
         trial = Trial(
             runtime=runtime or "torch",
             source=self.network,
@@ -95,13 +104,13 @@ class Run:
             task=self.task,
             seed=self.seed,
             device=self.device,
-            capabilities=capabilities,
+            capabilities=self.capabilities(runtime) if runtime else None,
             events=self.events,
             folder=folder,
             source=self.network,
             cache=self.cache,
-            latency=trial.latency if runtime else None,
-            profile=trial.profile if runtime and runtimes.SPECS[runtime].times_operators else None,
+            latency=trial.latency if runtime and here else None,
+            profile=trial.profile if runtime and here and runtimes.SPECS[runtime].times_operators else None,
         )
 
     @contextmanager

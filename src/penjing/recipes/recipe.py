@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from penjing.errors import RecipeError
-from penjing.recipes import yaml_text
 from penjing.recipes.catalogue import CATALOGUE, not_plain, plain_data, step_of
-from penjing.records import reading
+from penjing.records import reading, yaml_text
 from penjing.steps.identity import identity
 from penjing.steps.stages import PLAN, STAGES, WORK, Stage
 from penjing.steps.step import Step

@@ -18,6 +18,7 @@ from penjing.records.record import (
     Record,
     Reference,
     StepCost,
+    TargetRow,
     Training,
     Zeros,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Rejection",
     "SensitivityRow",
     "StepCost",
+    "TargetRow",
     "Training",
     "WEIGHTS_FILE",
     "Zeros",

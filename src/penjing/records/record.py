@@ -144,6 +144,29 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetRow:
+    """The device that the artifact is for, where that is not the machine of the run.
+
+    Attributes:
+        name: Of its profile.
+        description: One line.
+        instruction_sets: Of its processor, for which formats were chosen.
+        storage_bytes: What its storage holds; None: no limit known.
+        memory_bytes: What its memory holds; None: no limit known.
+        commands: What is done with the artifact on the way to the device.
+        sha256: Of the profile's text.
+    """
+
+    name: str
+    description: str
+    instruction_sets: tuple[str, ...]
+    storage_bytes: int | None
+    memory_bytes: int | None
+    commands: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class GoalLimit:
     """A bound on one figure: `op` is "<=" or ">=", `value` in the figure's own unit, `text` as the goal has it."""
 
@@ -220,6 +243,7 @@ class Record:
     rejected: tuple[Candidate, ...] = ()  # built and not eligible, each with its `rejection`
     files: dict[str, str] = field(default_factory=dict)  # name in the run folder → SHA-256, of all but this record
     weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
+    target: TargetRow | None = None  # None: this machine
     format: int = FORMAT
 
     @property

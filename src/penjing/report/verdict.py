@@ -54,13 +54,13 @@ def changes(record: records.Record) -> tuple[str, ...]:
     """
     source, artifact = record.source, comparison.measured(record)
     before, after = source.latency_ms, artifact.latency_ms
-    speed = [comparison.faster(before, after, "torch")]
+    speed = [comparison.faster(before, after, "torch")] if record.target is None else [""]
     size = {"the source": comparison.smaller(source.size_bytes, artifact.size_bytes)}
     plain = comparison.floor(record, record.chosen) if record.chosen else None
     if record.chosen is not None and plain is record.chosen.measured:
         speed = [f"{text} by the runtime alone" for text in speed if text]
     elif plain is not None:
-        speed.append(comparison.faster(plain.latency_ms, after, FLOOR))
+        speed += [comparison.faster(plain.latency_ms, after, FLOOR)] if record.target is None else []
         size[FLOOR] = comparison.smaller(plain.size_bytes, artifact.size_bytes)
     elif speed[0] and record.chosen is not None:
         rejected = any((c.runtime, c.precision) == (record.chosen.runtime, "fp32") for c in record.rejected)
@@ -74,6 +74,8 @@ def changes(record: records.Record) -> tuple[str, ...]:
     share = record.chosen.float_macs_share if record.chosen else None
     if share is not None and share > TOLD:
         phrases.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
+    if record.target is not None:
+        phrases.append(f"for {record.target.name}, whose speed this machine can't tell")
     return tuple(f for f in phrases if f)
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing a recipe's YAML: YAML 1.2 scalars, bounded size, unique keys."""
+"""Reading and writing the YAML of recipes and device profiles: YAML 1.2 scalars, bounded size, unique keys."""
 
 from __future__ import annotations
 
