@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.allocator import reused_memory
-from penjing.cli import blockers, packing, quantizing, sources, updating
+from penjing.cli import blockers, devices, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import show_branches, show_floats, show_group, show_sensitivity
@@ -367,6 +367,8 @@ COMMANDS = {
     "unpack": packing.unpack,
     "delta": updating.delta,
     "patch": updating.patch,
+    "bench": devices.bench,
+    "record": devices.record,
     "runtimes": _runtimes,
     "targets": _targets,
 }

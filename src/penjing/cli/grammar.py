@@ -246,6 +246,19 @@ def _patch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace what is there, which may be OLD")
 
 
+def _bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="RUN", help="a run folder, or an artifact folder")
+    command.add_argument("-o", "--out", required=True, metavar="DIR", help="a new or empty folder")
+    command.add_argument("--threads", type=_positive, help="threads of the runtime there (default: the record's)")
+    command.add_argument("--force", action="store_true", help="replace a folder that this command wrote")
+
+
+def _record(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=["add"], help="add: take what bench.py measured into record and report")
+    command.add_argument("run", metavar="RUN", help="the run folder")
+    command.add_argument("bench", metavar="bench.json", help="what bench.py wrote on the device")
+
+
 def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
     parser.add_argument(
@@ -313,6 +326,18 @@ _COMMANDS = (
         "The new version of a network from its old one and an update, equal to the bit.",
         "penjing patch first.onnx update.pjd -o second.onnx",
         _patch,
+    ),
+    _Command(
+        "bench",
+        "A folder that measures an artifact on the device itself, with Python and the runtime alone.",
+        "penjing bench runs/first -o bench",
+        _bench,
+    ),
+    _Command(
+        "record",
+        "Take what was measured on a device into a run's record and report.",
+        "penjing record add runs/first bench.json",
+        _record,
     ),
     _Command(
         "runtimes",

@@ -71,16 +71,16 @@ def arrays(manifest: Manifest, call: Call) -> list[np.ndarray]:
 def store_source(folder: RunFolder, task: Task, manifest: Manifest, outputs: Sequence[torch.Tensor]) -> None:
     """Write the samples and the source network's answers to them (flat outputs)."""
     inputs = arrays(manifest, one_call(task, SAMPLES))
-    _write(folder, _named("input", inputs) | _named("source", [to_numpy(t) for t in outputs]))
+    _write(folder, named("input", inputs) | named("source", [to_numpy(t) for t in outputs]))
 
 
 def store_planned(folder: RunFolder, task: Task, network: fx.GraphModule, plan: Plan) -> None:
     """Add the chosen network's answers, so that `verify` can compare without torch code."""
     stored = {name: x for name, x in _read(folder).items() if not name.startswith(("planned_", "probe"))}
     simulated = insert(network, plan)
-    stored |= _named("planned", _outputs(simulated, one_call(task, SAMPLES)))
+    stored |= named("planned", _outputs(simulated, one_call(task, SAMPLES)))
     for size in PROBES if varies(task) else ():
-        stored |= _named(f"probe{size}", _tried(simulated, one_call(task, size)) or [])
+        stored |= named(f"probe{size}", _tried(simulated, one_call(task, size)) or [])
     _write(folder, stored)
 
 
@@ -232,5 +232,6 @@ def _write(folder: RunFolder, stored: dict[str, np.ndarray]) -> None:
         os.replace(aside, folder.path / EVIDENCE)
 
 
-def _named(prefix: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def named(prefix: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by the names that they are stored under."""
     return {f"{prefix}_{i:03d}": value for i, value in enumerate(values)}

@@ -96,7 +96,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 """Fields whose values are used in calculations, and between what they lie."""
 
 
-def _check_values(data: Any, where: str = "Record") -> None:
+def check_values(data: Any, where: str = "Record") -> None:
     """Raise RecordError where a number of plain data is beyond all that was ever measured."""
     inner: Iterable[tuple[Any, Any]] = data.items() if isinstance(data, dict) else ()
     if isinstance(data, list):
@@ -111,7 +111,7 @@ def _check_values(data: Any, where: str = "Record") -> None:
                 got=value,
                 expected=f"{low:g} to {high:g}",
             )
-        _check_values(value, f"{where}.{name}")
+        check_values(value, f"{where}.{name}")
 
 
 def read(path: Path | str) -> Record:
@@ -150,5 +150,5 @@ def read(path: Path | str) -> Record:
             remedy="pip install --upgrade penjing",
         )
     record = from_dict(Record, data)
-    _check_values(data)
+    check_values(data)
     return record

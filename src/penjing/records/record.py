@@ -212,6 +212,57 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceParity:
+    """How far one output was from what it was to be; see `penjing.records.ParityRow`."""
+
+    output: str
+    snr_db: float
+    largest: float
+    equal: float | None = None
+    limit_db: float | None = None
+    limit_equal: float | None = None
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRun:
+    """Figures of an artifact on the device itself.
+
+    Attributes:
+        runtime: That it ran in.
+        precision: Of the artifact.
+        sha256: File name → hash of every file of the artifact, as the device read them.
+        created: ISO 8601, UTC, by the device's clock.
+        device: The machine.
+        versions: Of the runtime's packages there.
+        latency_ms: Of one call.
+        load_ms: To import the runtime and open the artifact.
+        peak_memory_bytes: Peak resident memory of the process; None where the device does not tell.
+        energy_mj: Of one call; None where the device has no meter.
+        against: What the answers were compared with, in words.
+        parity: One row for every output.
+    """
+
+    runtime: str
+    precision: str
+    sha256: dict[str, str]
+    created: str
+    device: Machine
+    versions: dict[str, str] = field(default_factory=dict)
+    latency_ms: Latency
+    load_ms: float
+    peak_memory_bytes: int | None = None
+    energy_mj: Energy | None = None
+    against: str = ""
+    parity: tuple[DeviceParity, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether every output was as near as it has to be."""
+        return bool(self.parity) and all(row.holds for row in self.parity)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """All the evidence of one run; `record.json` in a run folder."""
 
@@ -242,6 +293,7 @@ class Record:
     reference: Reference | None = None  # None: the source
     rejected: tuple[Candidate, ...] = ()  # built and not eligible, each with its `rejection`
     files: dict[str, str] = field(default_factory=dict)  # name in the run folder → SHA-256, of all but this record
+    devices: tuple[DeviceRun, ...] = ()  # what was measured elsewhere and added afterwards
     weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
     target: TargetRow | None = None  # None: this machine
     format: int = FORMAT

@@ -303,3 +303,37 @@ def plural(number: int, noun: str) -> str:
     ('1 thread', '2 threads')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def devices(record: records.Record) -> tuple[tuple[str, ...], ...]:
+    """Device, threads, latency, time to load, peak memory, energy and parity in words: the record's machine first."""
+    rows: list[tuple[str, ...]] = []
+    chosen = record.chosen
+    if chosen is not None:
+        here = chosen.measured
+        planned = next((parity for parity in chosen.parity if parity.against == "planned"), None)
+        rows.append(
+            (
+                f"{record.machine.processor}, {record.machine.system} (the record's machine)",
+                str(here.latency_ms.threads) if here.latency_ms else numbers.ABSENT,
+                numbers.figure(here.latency_ms.median if here.latency_ms else None, "ms"),
+                numbers.figure(here.load_ms, "ms"),
+                numbers.figure(here.peak_memory_bytes, "bytes"),
+                numbers.figure(here.energy_mj.value if here.energy_mj else None, "mJ"),
+                numbers.ABSENT if planned is None else numbers.figure(planned.least_db, "dB"),
+            )
+        )
+    for told in record.devices:
+        worst = min(told.parity, key=lambda row: (row.holds, row.snr_db))
+        rows.append(
+            (
+                f"{told.device.processor}, {told.device.system}",
+                str(told.latency_ms.threads),
+                numbers.figure(told.latency_ms.median, "ms"),
+                numbers.figure(told.load_ms, "ms"),
+                numbers.figure(told.peak_memory_bytes, "bytes"),
+                numbers.figure(told.energy_mj.value if told.energy_mj else None, "mJ"),
+                numbers.figure(worst.snr_db, "dB") + ("" if worst.holds else ": too far"),
+            )
+        )
+    return tuple(rows)

@@ -71,6 +71,7 @@ def render(record: records.Record) -> str:
         stayed_float=stayed_float(record),
         recipe=recipe(record.recipe),
         charts=curves.charts(record.trainings),
+        devices=comparison.devices(record) if record.devices else (),
     )
 
 

@@ -94,6 +94,17 @@ def comparison(record: records.Record) -> Table:
     return table
 
 
+def devices(record: records.Record) -> Table:
+    """The artifact on this machine, and on every device that was added: a row each."""
+    table = _table()
+    _column(table, "device")
+    for title in ("threads", "latency", "loading", "peak memory", "energy", "parity"):
+        _column(table, title, "right")
+    for row in compared.devices(record):
+        table.add_row(*map(_cell, row))
+    return table
+
+
 def measurements(rows: Mapping[str, records.Measured]) -> Table:
     """The results of `penjing measure`: a figure per row, an artifact per column; without figures that none has.
 

@@ -174,6 +174,22 @@ def _origin(name: str, sites: set[str]) -> str | None:
     return max(known, key=len) if known else None
 
 
+COMMANDS = """
+With ONNX Runtime's own program (C++; built with it, `onnxruntime_perf_test`):
+
+```
+onnxruntime_perf_test -e cpu -x @THREADS@ -y 1 -I -t 10 @SIZES@ @FILE@
+```
+
+On Android, with the program built for it:
+
+```
+adb push @FILES@ onnxruntime_perf_test /data/local/tmp/
+adb shell "cd /data/local/tmp && ./onnxruntime_perf_test -e cpu -x @THREADS@ -y 1 -I -t 10 @SIZES@ @FILE@"
+```
+"""
+"""How the runtime's own programs measure the artifact."""
+
 LOAD = '''\
 """Open this artifact with ONNX Runtime alone: ``from load import predict``. Needs: numpy, onnxruntime."""
 @ALONE@import json, os, pathlib

@@ -308,6 +308,23 @@ def _origin(name: str) -> str:
     return name.removesuffix("_original")
 
 
+COMMANDS = """
+With OpenVINO's own program (C++; `benchmark_app` of the package, `pip install openvino`):
+
+```
+benchmark_app -m @FILE@ -d CPU -hint none -nstreams 1 -nthreads @THREADS@ -api sync -t 10 -data_shape "@SHAPES@"
+```
+
+On Android, with the program built for it (arm64):
+
+```
+adb push @FILES@ benchmark_app libopenvino*.so /data/local/tmp/
+adb shell "cd /data/local/tmp && LD_LIBRARY_PATH=. ./benchmark_app -m @FILE@ -d CPU -hint none -nstreams 1 \\
+  -nthreads @THREADS@ -api sync -t 10 -data_shape '@SHAPES@'"
+```
+"""
+"""How the runtime's own programs measure the artifact."""
+
 LOAD = '''\
 """Open this artifact with OpenVINO alone: ``from load import predict``. Needs: numpy, openvino."""
 @ALONE@import json, os, pathlib

@@ -1,0 +1,66 @@
+"""Reading what an artifact's `bench.py` measured on a device: with care, for it comes from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from penjing.errors import RecordError
+from penjing.records import json_form, reading
+from penjing.records.record import DeviceRun
+
+FORMAT = 1
+BENCH_BYTES = 1 << 20
+MOST_ROUNDS = 1000
+
+
+def read_bench(path: Path | str) -> DeviceRun:
+    """Read the JSON that `bench.py` wrote on a device.
+
+    Raises:
+        RecordError: It is missing, damaged, of a newer format, or holds numbers that can't be right.
+    """
+    try:
+        data = reading.json_file(path, BENCH_BYTES)
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            "the device's figures can't be read",
+            code="unreadable",
+            got=f"{path}: {error}",
+            expected="the JSON that bench.py wrote",
+            remedy="run it again on the device: python bench.py -o bench.json",
+        ) from None
+    if data.get("format") != FORMAT:
+        raise RecordError(
+            "the device's figures have another format",
+            code="newer",
+            got=f"format {data.get('format')!r}"[:100],
+            expected=f"format {FORMAT}",
+            remedy="pip install --upgrade penjing, or write the folder again with `penjing bench`",
+        )
+    return _run(data)
+
+
+def _run(data: dict[str, Any]) -> DeviceRun:
+    latency = data.get("latency_ms")
+    machine = data.get("device")
+    told = dict(data)
+    if isinstance(latency, dict) and isinstance(machine, dict):
+        told["latency_ms"] = latency | {"batch": data.get("batch"), "threads": machine.get("threads")}
+    energy = data.get("energy_mj")
+    told["energy_mj"] = None
+    if energy is not None:
+        told["energy_mj"] = {"value": energy, "method": f"measured, {data.get('energy_method')}"[:200]}
+    run = json_form.from_dict(DeviceRun, told)
+    json_form.check_values(told, "DeviceRun")
+    if len(run.latency_ms.rounds) > MOST_ROUNDS or not run.parity:
+        raise RecordError(
+            "the device's figures are not those of a whole run",
+            code="incomplete",
+            got=f"{len(run.latency_ms.rounds)} rounds, {len(run.parity)} outputs compared",
+            expected=f"at most {MOST_ROUNDS} rounds, and one output or more",
+            remedy="run it again on the device: python bench.py -o bench.json",
+        )
+    return run
