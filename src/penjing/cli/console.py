@@ -29,6 +29,10 @@ class Terminal(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(emoji=False, **options)
 
+    def on_broken_pipe(self) -> None:
+        """Let the error through to `main`, where rich would end the process."""
+        raise BrokenPipeError
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Text of a string; its markup is the caller's, who escapes what is not."""
         return super().render_str(legible(text, self.encoding), **options)
