@@ -35,6 +35,27 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.5% or 0.005")
+    return value
+
+
+def _decibels(text: str) -> float:
+    try:
+        value = float(text.lower().removesuffix("db"))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of decibels such as 25dB")
+    return value
+
+
 def _duration(text: str) -> float:
     try:
         seconds = float(text)
@@ -83,7 +104,7 @@ def _source(command: argparse.ArgumentParser) -> None:
     _weights(command, "the SOURCE's weights")
 
 
-def _weights(command: argparse.ArgumentParser, what: str) -> None:
+def _weights(command: argparse._ActionsContainer, what: str) -> None:
     command.add_argument(
         "--weights",
         metavar="FILE",
@@ -213,12 +234,25 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 
 def _pack(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="FOLDER", help="a run folder, an artifact, a checkpoint, or one file")
+    command.add_argument(
+        "source", metavar="FOLDER", help="a run folder, an artifact, a checkpoint, or one file; with a limit a SOURCE"
+    )
     command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
     command.add_argument("--checkpoint", action="store_true", help="a run's trainable checkpoint, not its artifact")
     command.add_argument("--picture", metavar="FILE.svg", help="write an image of what every tensor takes")
+    lossy = command.add_argument_group(
+        "with loss", "weights become whole numbers of a step, as coarse as every limit allows; needs --calibration"
+    )
+    lossy.add_argument("--noise", type=_decibels, metavar="DB", help="for example 25dB: the outputs' signal over noise")
+    lossy.add_argument("--agreement", type=_share, metavar="SHARE", help="for example 97%%: samples in the same class")
+    lossy.add_argument(
+        "--drop", type=_share, metavar="LOSS", help="for example 0.5%%: of the metric, by the select of a TASK"
+    )
+    lossy.add_argument("--calibration", metavar="DATA", help=CALIBRATION_HELP)
+    _weights(lossy, "the SOURCE's weights")
+    lossy.add_argument("--seed", type=int, help="default: 0")
 
 
 def _unpack(command: argparse.ArgumentParser) -> None:
@@ -306,6 +340,7 @@ _COMMANDS = (
         "pack",
         "One small file of an artifact's or a checkpoint's files, entropy-coded, equal to the bit when unpacked.",
         "penjing pack runs/first -o first.pj\n"
+        "penjing pack net.onnx -o small.pj --noise 25dB --calibration pictures/\n"
         "penjing pack runs/first --checkpoint -o checkpoint.pj --picture bytes.svg",
         _pack,
     ),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -97,9 +98,9 @@ class QuantizedFile:
         lines = [
             f"{self.path} for {self.runtime}: {figure(self.size_bytes, 'bytes')}, {share:.0%} of the source's weights",
             f"takes {'; '.join(self.inputs)}",
-            f"parity with the source: {_decibels(source)}"
+            f"parity with the source: {decibels(source)}"
             + (f", {source.agreement:.1%} of the samples in the same class" if source.agreement is not None else "")
-            + f" ({source.samples} samples); with what was planned: {_decibels(planned)}",
+            + f" ({source.samples} samples); with what was planned: {decibels(planned)}",
             f"in integers: {_counts(self.integer_operators)}; in floating point: {_counts(self.float_operators)}",
         ]
         reasons: dict[str, list[str]] = {}
@@ -115,7 +116,7 @@ class QuantizedFile:
         return lines
 
 
-def _decibels(parity: Parity) -> str:
+def decibels(parity: Parity) -> str:
     """Of all outputs together, and of the one that comes out worst, such as a detector's scores beside its boxes."""
     if len({row.place for row in parity.rows}) < 2:
         return f"{parity.snr_db:.1f} dB"
@@ -167,31 +168,12 @@ def quantize_to(
         PenjingError: Anything else, with what, got, expected and remedy.
     """
     target = _Target(Path(out), runtime, force)
-    refuse_quantized(model)
-    events = Events(listeners=tuple(listeners))
-    clock = _Clock(events)
+    clock = Clock(Events(listeners=tuple(listeners)))
     used = measure.check_threads(threads or measure.machine(1).cores)
-    torch.set_num_threads(used)
-    seed_everything(seed)
     try:
-        with clock("open"):
-            source = open_source(model)
-            task = calibration_task(calibration, source.example, source.dynamic)
-            requests.check_inputs(task)
-            source, task, told = in_single_precision(source, with_declared_axes(source, task))
-            check_forward(source, task)
-        isolated.begin(target.runtime)
-        with clock("capture"):
-            network = capture_repeatable(source, task)
-        context = Context(
-            task=task,
-            seed=seed,
-            capabilities=runtimes.get(target.runtime).capabilities(measure.machine(used).instruction_sets),
-            events=events,
-            source=network,
-        )
+        context, network, told = opened(clock, model, calibration, target.runtime, used, seed)
         recipe = default_recipe(exclude, rounding=not fast)
-        requests.check_recipe(recipe, network, task, seed)
+        requests.check_recipe(recipe, network, context.task, seed)
         draft = Draft(network)
         for step in recipe:
             with clock(type(step).__name__):
@@ -201,16 +183,52 @@ def quantize_to(
             target.path.parent.mkdir(parents=True, exist_ok=True)
             aside = tempfile.TemporaryDirectory(prefix=f".{target.path.stem}-", dir=target.path.parent)
         with aside as folder:
-            return _written(target, draft, network, task, used, clock, Path(folder), [told] if told else [])
+            return _written(target, draft, network, context.task, used, clock, Path(folder), told)
     finally:
         time_limits.expect_nothing()
 
 
-def _written(
-    target: _Target, draft: Draft, network: fx.GraphModule, task: Task, threads: int, clock: _Clock, folder: Path,
-    told: list[str],
-) -> QuantizedFile:  # fmt: skip
-    """Export into a folder, compare, and put the files in their place."""
+def opened(
+    clock: Clock, model: Any, calibration: Any, runtime: str, threads: int, seed: int
+) -> tuple[Context, fx.GraphModule, list[str]]:
+    """What steps are told, the captured network, and what the user should know of it."""
+    refuse_quantized(model)
+    torch.set_num_threads(threads)
+    seed_everything(seed)
+    with clock("open"):
+        source = open_source(model)
+        task = calibration_task(calibration, source.example, source.dynamic)
+        requests.check_inputs(task)
+        source, task, told = in_single_precision(source, with_declared_axes(source, task))
+        check_forward(source, task)
+    isolated.begin(runtime)
+    with clock("capture"):
+        network = capture_repeatable(source, task)
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(threads).instruction_sets)
+    context = Context(task=task, seed=seed, capabilities=capabilities, events=clock.events, source=network)
+    return context, network, [told] if told else []
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An artifact that computes what was planned, with the network's answers, its own, and how outputs are nested."""
+
+    manifest: Manifest
+    parity: tuple[Parity, Parity]
+    original: list[np.ndarray]
+    answers: Sequence[np.ndarray]
+    structure: Any
+
+
+def exported(
+    draft: Draft, network: fx.GraphModule, task: Task, runtime: str, precision: str, threads: int, clock: Clock,
+    folder: Path,
+) -> Exported:  # fmt: skip
+    """Export into a folder, and compare in the runtime.
+
+    Raises:
+        ParityError: The artifact does not compute what was planned.
+    """
     args, kwargs = evidence.one_call(task, evidence.SAMPLES)
     start = time.perf_counter()
     with torch.no_grad():
@@ -218,7 +236,7 @@ def _written(
     time_limits.expect(time.perf_counter() - start, sum(t.numel() for t in (*args, *kwargs.values())))
     finite.check_answers(leaves, structure)
     with clock("export"):
-        manifest = build(draft, target.runtime, "int8", task, structure, folder)
+        manifest = build(draft, runtime, precision, task, structure, folder)
     with clock("compare"):
         session = isolated.open_artifact(folder, threads)
         answers = session.run(evidence.arrays(manifest, (args, kwargs)))
@@ -226,9 +244,19 @@ def _written(
         parity = evidence.compared(original, task, session, answers, draft, network, manifest)
         del session
         _check(parity, draft, task, folder, manifest, threads)
-        rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
+    return Exported(manifest, parity, original, answers, structure)
+
+
+def _written(
+    target: _Target, draft: Draft, network: fx.GraphModule, task: Task, threads: int, clock: Clock, folder: Path,
+    told: list[str],
+) -> QuantizedFile:  # fmt: skip
+    """Export into a folder, compare, and put the files in their place."""
+    done = exported(draft, network, task, target.runtime, "int8", threads, clock, folder)
+    manifest, parity = done.manifest, done.parity
+    rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
     name = target.path.name
-    lost = doubts(name, "int8", parity, draft, task) or hidden_samples(name, original, answers)
+    lost = doubts(name, "int8", parity, draft, task) or hidden_samples(name, done.original, done.answers)
     warnings = (*told, *lost, *float_doubts(name, rows))
     for text in warnings:
         clock.events("warning", text=text)
@@ -313,7 +341,7 @@ class _Target:
                 os.replace(by_suffix[file.suffix], file)
 
 
-class _Clock:
+class Clock:
     """Seconds by stage; each is told when it begins."""
 
     def __init__(self, events: Events) -> None:
@@ -322,6 +350,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Time the block."""
         self.events("stage", name=stage)
         start = time.perf_counter()
         yield
