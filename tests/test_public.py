@@ -21,6 +21,7 @@ PUBLIC = [
     "distill",
     "load_checkpoint",
     "load_weights",
+    "pack_to",
     "postprocess",
     "preprocess",
     "prune",

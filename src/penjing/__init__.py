@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
     from penjing.pipeline.compress import Result, compress, deliver, run
+    from penjing.pipeline.lossy import pack_to
     from penjing.pipeline.quick import quantize_to
     from penjing.recipes.recipe import Recipe
     from penjing.sources.source import load_weights
@@ -56,6 +57,7 @@ _HOME = {
     "compress": "penjing.pipeline.compress",
     "deliver": "penjing.pipeline.compress",
     "load_weights": "penjing.sources.source",
+    "pack_to": "penjing.pipeline.lossy",
     "quantize_to": "penjing.pipeline.quick",
     "run": "penjing.pipeline.compress",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "distill",
     "load_checkpoint",
     "load_weights",
+    "pack_to",
     "postprocess",
     "preprocess",
     "prune",

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from penjing.analyze.lockstep import apply, mean_difference, rounded, shifted
+from penjing.errors import TaskError
 from penjing.network.graph import OUTPUT, compute, flat_inputs, is_tensor, sites
 from penjing.steps.plan import Entry, Plan
 from penjing.tasks.outputs import flatten_outputs
@@ -57,11 +58,23 @@ def signal_to_noise(reference: nn.Module, network: nn.Module, calls: Iterable[Ca
 
 
 def agreement(reference: nn.Module, network: nn.Module, calls: Iterable[Call]) -> float:
-    """Fraction of the rows of the first output with the same argmax."""
+    """Fraction of the rows of the first output with the same argmax.
+
+    Raises:
+        TaskError: The last axis of the first output has one entry, so that every network would agree.
+    """
     same = total = 0
     with torch.no_grad():
         for args, kwargs in calls:
             reference_output, output = (flatten_outputs(n(*args, **kwargs))[0][0] for n in (reference, network))
+            if reference_output.dim() < 2 or reference_output.shape[-1] < 2:
+                raise TaskError(
+                    "agreement needs classes",
+                    code="no-classes",
+                    got=f"a first output of the shape {tuple(reference_output.shape)}",
+                    expected="two or more values along its last axis, of which the largest is the class",
+                    remedy="limit the noise instead, or the drop of a metric",
+                )
             same += int((reference_output.argmax(-1) == output.argmax(-1)).sum())
             total += reference_output.numel() // reference_output.shape[-1]
     return same / max(1, total)

@@ -51,8 +51,8 @@ def _decibels(text: str) -> float:
         value = float(text.lower().removesuffix("db"))
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of decibels such as 25dB")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of decibels above 0, such as 25dB")
     return value
 
 
@@ -235,7 +235,10 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "source", metavar="FOLDER", help="a run folder, an artifact, a checkpoint, or one file; with a limit a SOURCE"
+        "source",
+        metavar="FOLDER",
+        help="a run folder, an artifact, a checkpoint, or one file; with a limit a SOURCE: file.py:factory, "
+        "package.module:factory, a .pt2, .onnx or .keras file, or an artifact for ONNX Runtime in fp32",
     )
     command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
     command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
@@ -243,14 +246,19 @@ def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", action="store_true", help="a run's trainable checkpoint, not its artifact")
     command.add_argument("--picture", metavar="FILE.svg", help="write an image of what every tensor takes")
     lossy = command.add_argument_group(
-        "with loss", "weights become whole numbers of a step, as coarse as every limit allows; needs --calibration"
+        "with loss", "weights become whole numbers of a step, as coarse as all limits allow; needs --calibration"
     )
-    lossy.add_argument("--noise", type=_decibels, metavar="DB", help="for example 25dB: the outputs' signal over noise")
+    lossy.add_argument(
+        "--noise", type=_decibels, metavar="DB", help="for example 25dB: signal over noise of the outputs"
+    )
     lossy.add_argument("--agreement", type=_share, metavar="SHARE", help="for example 97%%: samples in the same class")
     lossy.add_argument(
         "--drop", type=_share, metavar="LOSS", help="for example 0.5%%: of the metric, by the select of a TASK"
     )
     lossy.add_argument("--calibration", metavar="DATA", help=CALIBRATION_HELP)
+    lossy.add_argument(
+        "--keep", action="append", default=[], metavar="LAYER", help="leave its weights as they are; repeatable"
+    )
     _weights(lossy, "the SOURCE's weights")
     lossy.add_argument("--seed", type=int, help="default: 0")
 
@@ -338,7 +346,7 @@ _COMMANDS = (
     ),
     _Command(
         "pack",
-        "One small file of an artifact's or a checkpoint's files, entropy-coded, equal to the bit when unpacked.",
+        "One small file of an artifact's or a checkpoint's files, equal to the bit; or of a network, within a limit.",
         "penjing pack runs/first -o first.pj\n"
         "penjing pack net.onnx -o small.pj --noise 25dB --calibration pictures/\n"
         "penjing pack runs/first --checkpoint -o checkpoint.pj --picture bytes.svg",

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penjing.cli import sources
 from penjing.cli.console import Progressing, Terminal
@@ -36,8 +36,7 @@ def pack(parsed: argparse.Namespace, messages: Terminal) -> int:
     done = packed.pack(parsed.source, parsed.out, only=only, threads=parsed.threads, force=parsed.force)
     _draw(parsed.picture, done)
     if parsed.json:
-        data = dataclasses.asdict(done) | {"path": str(done.path), "unpacked_bytes": done.unpacked_bytes}
-        print(json.dumps(data, indent=2))
+        print(json.dumps(_plain(done), indent=2))
         return 0
     out = Terminal()
     _show(done, out)
@@ -60,7 +59,7 @@ def _limits(parsed: argparse.Namespace) -> dict[str, float]:
     limits = {name: getattr(parsed, option) for option, name in options.items() if getattr(parsed, option) is not None}
     needing = {
         "--calibration": parsed.calibration, "--weights": parsed.weights, "--ignore-weights": parsed.ignore_weights,
-        "--seed": parsed.seed,
+        "--keep": parsed.keep, "--seed": parsed.seed,
     }  # fmt: skip
     given = [option for option, value in needing.items() if value not in (None, [])]
     if given and not limits:
@@ -96,18 +95,22 @@ def _lossy(parsed: argparse.Namespace, messages: Terminal, limits: dict[str, flo
 
     with Progressing(messages) as progress:
         done = pack_to(
-            sources.source(parsed), parsed.calibration, parsed.out, **limits, seed=parsed.seed or 0,
+            sources.source(parsed), parsed.calibration, parsed.out, **limits, keep=parsed.keep, seed=parsed.seed or 0,
             threads=parsed.threads, force=parsed.force, listeners=[progress],
         )  # fmt: skip
     _draw(parsed.picture, done.packed)
     if parsed.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2, default=str))
+        print(json.dumps(dataclasses.asdict(done) | {"packed": _plain(done.packed)}, indent=2))
         return 0
     out = Terminal()
     _show(done.packed, out)
     for text in [*done.lines(), f"{sum(done.seconds.values()):.1f} s"]:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _plain(done: Packed) -> dict[str, Any]:
+    return dataclasses.asdict(done) | {"path": str(done.path), "unpacked_bytes": done.unpacked_bytes}
 
 
 def _draw(picture: str | None, done: Packed) -> None:

@@ -31,7 +31,7 @@ from penjing.numerics.quarter_octaves import MOST, nearest_step
 from penjing.numerics.rate_distortion import factor, quantized
 from penjing.share.weights import matrices
 from penjing.steps.draft import Draft
-from penjing.steps.settings import NAMES, at_least, between, check, number, optional, whole
+from penjing.steps.settings import NAMES, above, at_least, between, check, number, optional, whole
 from penjing.steps.step import Context
 from penjing.surgery import fold_batch_norms
 from penjing.tasks.outputs import numpy_predictor
@@ -83,7 +83,7 @@ class Grid:
     def __post_init__(self) -> None:
         check(
             self,
-            snr_db=optional(number()),
+            snr_db=optional(above(0)),
             agreement=optional(between(0, 1)),
             drop=optional(number()),
             slope=at_least(0),
@@ -103,21 +103,23 @@ class Grid:
         Raises:
             RecipeError: `layers` or `keep` names what does not exist.
             SharingError: No weight is left, or no steps hold the limit.
-            TaskError: `drop` without `Task.select`.
+            TaskError: `drop` without `Task.select`, or `agreement` without classes.
             CalibrationError: There is no calibration data, or a single sample.
         """
         if self.drop is not None and context.task.select is None:
             raise TaskError(
-                "Grid(drop=...) needs a metric",
+                "a limit on the drop needs a metric",
                 code="no-metric",
                 got="Task.select is None",
                 expected="select(predict) -> float, on data that the verdict does not use",
-                remedy="give Task(select=...), or Grid(agreement=...) for calibration data without labels",
+                remedy="give Task(select=...), or limit agreement, which needs no labels",
             )
         draft = draft.copy()
         network = draft.network.eval()
         edits = fold_batch_norms(network)
         fitting, held_out = split(context)
+        if self.agreement is not None:
+            noise.agreement(network, network, held_out[:1])  # refused here where there are no classes
         layers = _layers(network, matrices(network, self.layers, self.keep), fitting, self.samples)
         trials: dict[int, tuple[bool, dict[str, float]]] = {}
 
