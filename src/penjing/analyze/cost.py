@@ -66,7 +66,7 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
         Rows with parameters (a shared tensor counts once, for the first layer that has it), MACs, bytes of the output
         and bytes of the parameters.
     """
-    values = _shapes(network, call)
+    values = sample_shapes(network, call)
     counted: set[int] = set()
     rows: list[LayerRow] = []
     for node in network.graph.nodes:
@@ -141,13 +141,13 @@ def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
     A tensor is alive from the operator that computes it to the last one that reads it or a view of it; the network's
     outputs are alive to the end. Weights are not counted. A runtime that fuses operators needs less.
     """
-    values = _shapes(network, call)
+    values = sample_shapes(network, call)
     order = {node: i for i, node in enumerate(network.graph.nodes)}
     sizes: dict[int, int] = {}
     born: dict[int, int] = {}
     dies: dict[int, int] = {}
     for node, position in order.items():
-        if node.name not in values or _is_constant(network, node) or node.op == "output":
+        if node.name not in values or fixed_value(network, node) or node.op == "output":
             continue
         storage = values[node.name].untyped_storage()
         key = storage._cdata  # views share it; `values` keeps every storage alive, so none is used twice
@@ -167,7 +167,8 @@ def peak_activation(network: fx.GraphModule, call: Call) -> Peak:
     return peak
 
 
-def _shapes(network: fx.GraphModule, call: Call) -> Shapes:
+def sample_shapes(network: fx.GraphModule, call: Call) -> Shapes:
+    """Node name → fake tensor of a call with one sample, or with the whole example where the batch is fixed."""
     for one in (_one_sample(call), _one_sample(call, states=True)):
         try:
             return shapes(network, one)
@@ -197,18 +198,18 @@ def _is_operator(node: fx.Node) -> bool:
     return node.op in ("call_module", "call_function") and is_tensor(node)
 
 
-def _is_constant(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a stored tensor or a view of one."""
+def fixed_value(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a stored tensor, or a view of one."""
     if node.op == "get_attr":
         return True
     inputs = tensor_inputs(node) if _is_operator(node) and kind(network, node) in _FREE else []
-    return len(inputs) > 0 and _is_constant(network, inputs[0])
+    return len(inputs) > 0 and fixed_value(network, inputs[0])
 
 
 def _stored(network: fx.GraphModule, node: fx.Node) -> list[Any]:
     if node.op == "get_attr":
         return [_attribute(network, str(node.target))]
-    return _stored(network, tensor_inputs(node)[0]) if _is_constant(network, node) else []
+    return _stored(network, tensor_inputs(node)[0]) if fixed_value(network, node) else []
 
 
 def _attribute(network: fx.GraphModule, path: str) -> Any:

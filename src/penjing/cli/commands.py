@@ -25,7 +25,7 @@ from penjing.allocator import reused_memory
 from penjing.cli import blockers, devices, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
-from penjing.cli.inspecting import show_branches, show_floats, show_group, show_sensitivity
+from penjing.cli.inspecting import show_activations, show_branches, show_floats, show_group, show_sensitivity
 from penjing.errors import OutputError, PenjingError, UsageError
 from penjing.tasks.usercode import never_exiting
 
@@ -170,6 +170,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
         highlight=False,
         markup=False,
     )
+    show_activations(inspection, out)
     if parsed.group:
         return show_group(inspection, parsed, out)
     if inspection.sensitivity:

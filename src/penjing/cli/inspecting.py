@@ -25,6 +25,26 @@ def show_branches(inspection: Inspection, out: Terminal) -> None:
             out.print(f"  {line}", markup=False, highlight=False)
 
 
+def show_activations(inspection: Inspection, out: Terminal) -> None:
+    """Print what the activations need in the best order, and what is alive at the peak."""
+    from penjing.report.numbers import figure
+
+    best, narrow = inspection.activations, inspection.int8_activations
+    if best is None or narrow is None:
+        return
+    known = "no order needs less" if best.proved else "the best order that was found"
+    given = figure(best.graph_bytes, "bytes")
+    out.print(
+        f"with elementwise operators in place: {given} in this order, {figure(best.size_bytes, 'bytes')} in the order "
+        f"that needs least ({known}); {figure(narrow.size_bytes, 'bytes')} with 8 bits a value",
+        *(f"  while {best.site} runs: {name} {figure(size, 'bytes')}" for name, size in list(best.alive.items())[:3]),
+        sep="\n",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def show_floats(inspection: Inspection, out: Terminal) -> None:
     """Print what stays in floating point in each runtime, and why."""
     for runtime, reasons in inspection.floats.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import fx
 
 from penjing import measure, runtimes
+from penjing.analyze.activations import Activations, activations
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
@@ -49,6 +50,8 @@ class Inspection:
     sensitivity: tuple[SensitivityRow, ...] = ()
     branches: tuple[BranchesRow, ...] = ()  # where values of different kinds meet on the way to an output
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)  # by runtime, of those that were asked
+    activations: Activations | None = None  # in the order that needs least, elementwise operators in place
+    int8_activations: Activations | None = None  # the same with one byte for every value
 
     @property
     def runs(self) -> bool:
@@ -126,6 +129,8 @@ def inspect(
         scan,
         branches=_branches(network, task),
         refused=_refused(network, task, asked, save_failing, events),
+        activations=activations(network, task.call()),
+        int8_activations=activations(network, task.call(), 1),
     )
 
 
