@@ -1,0 +1,77 @@
+"""The kernels in plain C99, for processors that LLVM does not know or that have no vectors.
+
+Functions have the names, pointers and layouts of the kernels that TVM generates, with one lane.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from penjing.kernels.binary import Convolution, Layout
+
+POPCOUNT = """
+#include <stdint.h>
+
+static inline int32_t ones(uint64_t x) {
+  x -= (x >> 1) & 0x5555555555555555u;
+  x = (x & 0x3333333333333333u) + ((x >> 2) & 0x3333333333333333u);
+  return (int32_t)((((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u) >> 56);
+}
+"""
+
+
+def convolution(shape: Convolution, lay: Layout, name: str = "binary_conv") -> str:
+    """Return the source of a convolution of packed inputs; `penjing.kernels.binary.functions` lists its pointers."""
+    (oh, ow), (sh, sw), (dh, dw), (kh, kw) = shape.outputs, shape.stride, shape.dilation, shape.kernel
+    h, w = shape.height + 2 * shape.pad[0], shape.width + 2 * shape.pad[1]
+    word = f"uint{lay.word}_t"
+    return f"""{POPCOUNT}
+void {name}(const {word} *in, const {word} *weights, const int32_t *table, const int32_t *rows, const int32_t *columns,
+            const float *scale, const float *shift, float *out, int32_t begin, int32_t end) {{
+  for (int32_t row = begin; row < end; row++) {{
+    int32_t y = row % {oh};
+    const {word} *image = in + (int64_t)(row / {oh}) * {h * w * lay.words};
+    for (int32_t x = 0; x < {ow}; x++) {{
+      const int32_t *base = table + (int64_t)(rows[y] + columns[x]) * {lay.filters};
+      float *to = out + ((int64_t)row * {ow} + x) * {lay.filters};
+      for (int32_t o = 0; o < {lay.filters}; o++) {{
+        const {word} *b = weights + (int64_t)o * {kh * kw * lay.words};
+        int32_t count = 0;
+        for (int32_t i = 0; i < {kh}; i++)
+          for (int32_t j = 0; j < {kw}; j++) {{
+            const {word} *a = image + ((int64_t)(y * {sh} + i * {dh}) * {w} + x * {sw} + j * {dw}) * {lay.words};
+            for (int32_t c = 0; c < {lay.words}; c++) count += ones(({word})(a[c] ^ *b++));
+          }}
+        to[o] = (float)(base[o] - 2 * count) * scale[o] + shift[o];
+      }}
+    }}
+  }}
+}}
+"""
+
+
+def pack(shape: Convolution, lay: Layout, name: str = "binary_pack") -> str:
+    """Return the source that packs rows of an input into the inside of a padded buffer of bits."""
+    h, w = shape.height + 2 * shape.pad[0], shape.width + 2 * shape.pad[1]
+    return f"""
+#include <stdint.h>
+
+void {name}(const float *in, const float *threshold, uint8_t *bits, int32_t begin, int32_t end) {{
+  for (int32_t row = begin; row < end; row++)
+    for (int32_t x = 0; x < {shape.width}; x++) {{
+      const float *from = in + ((int64_t)row * {shape.width} + x) * {shape.channels};
+      uint8_t *to = bits + (((int64_t)(row / {shape.height}) * {h} + row % {shape.height} + {shape.pad[0]}) * {w}
+                            + x + {shape.pad[1]}) * {lay.bytes};
+      for (int32_t b = 0; b < {lay.bytes}; b++) {{
+        uint8_t word = 0;
+        for (int32_t i = 0, c = b; c < {shape.channels}; i++, c += {lay.bytes})
+          word |= (uint8_t)((from[c] >= threshold[c]) << i);
+        to[b] = word;
+      }}
+    }}
+}}
+"""
+
+
+__all__ = ["POPCOUNT", "convolution", "pack"]
