@@ -87,6 +87,13 @@ SPECS: dict[str, RuntimeSpec] = {
             deployed=False,
             compiles=True,
         ),
+        RuntimeSpec(
+            name="litert",
+            module="penjing.runtimes.litert",
+            packages=("ai_edge_litert", "litert_torch"),
+            suffixes=(".tflite",),
+            by_default=False,
+        ),
     )
 }
 """Every runtime, each in one row."""

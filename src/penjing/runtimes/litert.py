@@ -1,0 +1,234 @@
+"""LiteRT (TensorFlow Lite) on the processor: what it accelerates, export, load, and what it really executes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from penjing.records.manifest import Manifest, Port, Program
+from penjing.runtimes.artifact import Executed
+from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
+
+SETTINGS = {"output_sites": r"[^\x00-\x1f\x7f]*"}
+"""What a manifest may tell it, and how that reads."""
+
+ADDED = "added"
+"""The site, in a file, of what the export added to the network's own operators."""
+_CONVERTING = ("QUANTIZE", "DEQUANTIZE", "CAST")
+_PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV", "CONV_3D")
+_MOVING = ("TRANSPOSE", "RESHAPE", "PAD", "PADV2", "SQUEEZE", "EXPAND_DIMS", "SLICE", "STRIDED_SLICE", "BROADCAST_TO")
+_FUNCTIONS = frozenset({"sigmoid", "tanh", "hardswish", "gelu", "elu", "leaky_relu"})
+_INTEGER = frozenset({"conv", "linear", "add", "mul", "cat", "avg_pool", "matmul"}) | _FUNCTIONS
+
+
+def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
+    """Signed activations of any zero point, signed weights without; every integer kernel writes integers."""
+    return Capabilities(
+        runtime="litert",
+        precisions=("fp32", "int8"),
+        weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
+        activation=QuantSpec(bits=8, signed=True, symmetric=False),
+        integer=_INTEGER,
+        fuses=frozenset({"relu", "clip"}),
+        passthrough=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        quantized_output=_INTEGER,
+        weights=Formats(symmetric=(True,), per=("tensor", "channel")),
+        activations=Formats(per=("tensor",), grids=("uniform",)),
+        dynamic=None,
+        channel_multiple=channel_multiple(instruction_sets),
+        notes=("it runs samples one by one: the sizes of a file are fixed",),
+    )
+
+
+def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+    """Write model.tflite, for one sample."""
+    from penjing.runtimes import isolated, litert_program
+    from penjing.tasks.outputs import output_names
+
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / "crossing.pt2"
+        inputs, outputs, sites = litert_program.save(network, call, dynamic, output_names(structure), path)
+        names = [[port.name for port in ports] for ports in (inputs, outputs)]
+        isolated.call("litert", "convert", path, str(folder.absolute() / "model.tflite"), *names)
+    return Manifest(
+        runtime="litert",
+        precision=precision,
+        programs=(Program(name="main", files=("model.tflite",), inputs=inputs, outputs=outputs),),
+        structure=structure,
+        settings={"output_sites": ";".join(sites)},
+    )
+
+
+def convert(program_path: str, path: str, inputs: list[str], outputs: list[str]) -> None:
+    """See `penjing.runtimes.litert_convert.convert`, which brings torch."""
+    from penjing.runtimes import litert_convert
+
+    litert_convert.convert(program_path, path, inputs, outputs)
+
+
+APART = ("convert",)
+"""What is done in a process of its own (see `penjing.runtimes.isolated`)."""
+
+
+def _interpreter(folder: Path, manifest: Manifest, threads: int, **options: Any) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = str(folder / manifest.programs[0].files[0])
+    return Interpreter(model_path=path, num_threads=threads, **options)
+
+
+class _Session:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        program = manifest.programs[0]
+        self.interpreter = _interpreter(folder, manifest, threads)
+        self.interpreter.allocate_tensors()
+        runner = self.interpreter.get_signature_runner()
+        self.inputs = [runner.get_input_details()[port.name]["index"] for port in program.inputs]
+        self.outputs = [runner.get_output_details()[port.name]["index"] for port in program.outputs]
+        self.input_axes, self.output_axes = (
+            [_sample_axis(port) for port in p] for p in (program.inputs, program.outputs)
+        )
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """One call, sample by sample."""
+        counts = [x.shape[axis] for x, axis in zip(inputs, self.input_axes, strict=True) if axis is not None]
+        if not counts or counts[0] == 1:
+            return self._one(inputs)
+        samples = [
+            self._one([_take(x, i, a) for x, a in zip(inputs, self.input_axes, strict=True)]) for i in range(counts[0])
+        ]
+        return [
+            sample[0] if axis is None else np.concatenate(sample, axis)
+            for sample, axis in zip(zip(*samples, strict=True), self.output_axes, strict=True)
+        ]
+
+    def _one(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        for index, x in zip(self.inputs, inputs, strict=True):
+            self.interpreter.set_tensor(index, x)
+        self.interpreter.invoke()
+        return [self.interpreter.get_tensor(index) for index in self.outputs]
+
+
+def _sample_axis(port: Port) -> int | None:
+    return next((axis for axis, size in enumerate(port.shape) if isinstance(size, str)), None)
+
+
+def _take(x: np.ndarray, sample: int, axis: int | None) -> np.ndarray:
+    return x if axis is None else np.take(x, [sample], axis)
+
+
+def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+    """Open model.tflite with that many threads, and with XNNPACK where it knows an operator."""
+    return _Session(folder, manifest, threads)
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """The operators of the file: its kernels compute in the types that it names, with XNNPACK or without."""
+    from ai_edge_litert.interpreter import OpResolverType
+
+    resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = _interpreter(folder, manifest, 1, experimental_op_resolver_type=resolver)
+    tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
+    results = interpreter.get_signature_runner().get_output_details()
+    ports = [results[port.name]["index"] for port in manifest.programs[0].outputs]
+    names = {index: tensor["name"] for index, tensor in tensors.items()}
+    names |= dict(zip(ports, (f"{site};" for site in manifest.settings["output_sites"].split(";")), strict=False))
+    operators = []
+    for row in interpreter._get_ops_details():
+        if row["op_name"] in _CONVERTING:
+            continue
+        types = {tensors[i]["dtype"] for i in (*row["inputs"][:1], *row["outputs"])}
+        sites = tuple(dict.fromkeys(site for index in row["outputs"] for site in sites_of(names[index])))
+        operators.append(Executed(sites, row["op_name"], "int8" if types == {np.int8} else "fp32"))
+    return _by_weight(operators)
+
+
+def _by_weight(operators: list[Executed]) -> list[Executed]:
+    """Operators with the sites of which they are the most important part; a part in floating point before an integer.
+
+    Products before sums and functions, and these before what only moves values. What fusions and layouts leave of a
+    site besides says nothing about its precision.
+    """
+
+    def weight(operator: Executed) -> tuple[int, bool]:
+        moves = operator.type in _MOVING
+        return (2 if operator.type in _PRODUCTS else 0 if moves else 1), operator.precision != "int8"
+
+    most: dict[str, tuple[int, bool]] = {}
+    for operator in operators:
+        for site in operator.sites:
+            most[site] = max(weight(operator), most.get(site, (0, False)))
+    return [
+        replace(operator, sites=tuple(site for site in operator.sites if weight(operator) == most[site]))
+        for operator in operators
+    ]
+
+
+def named(site: str) -> str:
+    """A site as a name in the file; its writer cuts a name at an @, and joins names with semicolons."""
+    return quote(site, safe="/#")
+
+
+def sites_of(name: str) -> list[str]:
+    """The sites in the name of a tensor: "/relu#0;;norm;;stem;2" is what a fusion of three operators writes."""
+    return [unquote(part) for part in name.split(";")[:-1] if part and part != ADDED]
+
+
+COMMANDS = """
+With LiteRT's own program (C++; `benchmark_model`, https://ai.google.dev/edge/litert/models/measurement):
+
+```
+benchmark_model --graph=@FILE@ --num_threads=@THREADS@ --use_xnnpack=true
+```
+
+On Android, with the program built for it:
+
+```
+adb push @FILES@ benchmark_model /data/local/tmp/
+adb shell "cd /data/local/tmp && ./benchmark_model --graph=@FILE@ --num_threads=@THREADS@ --use_xnnpack=true"
+```
+"""
+"""How the runtime's own programs measure the artifact: one sample a call."""
+
+LOAD = '''\
+"""Open this artifact with LiteRT alone: ``from load import predict``. Needs: ai-edge-litert, numpy."""
+@ALONE@import json, os, pathlib
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
+MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+PROGRAM = MANIFEST["programs"][0]
+interpreter = Interpreter(
+    model_path=str(HERE / PROGRAM["files"][0]), num_threads=int(os.environ.get("THREADS", @THREADS@))
+)
+interpreter.allocate_tensors()
+runner = interpreter.get_signature_runner()
+INPUTS = [runner.get_input_details()[port["name"]]["index"] for port in PROGRAM["inputs"]]
+OUTPUTS = [runner.get_output_details()[port["name"]]["index"] for port in PROGRAM["outputs"]]
+del runner  # it would keep the interpreter from allocating
+AXES = [[next((i for i, n in enumerate(port["shape"]) if isinstance(n, str)), None) for port in PROGRAM[key]]
+        for key in ("inputs", "outputs")]  # of the samples
+
+
+def one(inputs):
+    """A call with one sample, for which the file was made."""
+    for index, x in zip(INPUTS, inputs):
+        interpreter.set_tensor(index, x)
+    interpreter.invoke()
+    return [interpreter.get_tensor(index) for index in OUTPUTS]
+
+
+def run(inputs):
+    """Flat list of arrays in, flat list of arrays out; sample by sample."""
+    counts = [x.shape[axis] for x, axis in zip(inputs, AXES[0]) if axis is not None] or [1]
+    samples = [one([x if axis is None else np.take(x, [i], axis) for x, axis in zip(inputs, AXES[0])])
+               for i in range(counts[0])]
+    return [parts[0] if axis is None else np.concatenate(parts, axis) for parts, axis in zip(zip(*samples), AXES[1])]
+
+'''

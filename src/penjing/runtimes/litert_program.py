@@ -1,0 +1,273 @@
+"""A frozen network as an exported program for one sample, in quantizers that LiteRT's converter turns into integers.
+
+The converter (litert-torch 0.10) knows no varying sizes and no stored integers. So the program is for a single sample,
+and the artifact is called sample by sample; weights and biases are stored as the floats that their integers stand for,
+in front of quantizers with the plan's scales, which give the same integers again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from penjing.errors import ExportError
+from penjing.network.exporting import export, input_names, port_names, with_plain_outputs
+from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
+from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
+from penjing.records.manifest import Port
+from penjing.runtimes.decomposed import in_operators_of_torch
+from penjing.tasks.outputs import flatten_outputs
+
+_NARROW = {"int64": "int32", "float64": "float32"}  # the converter's, of inputs and outputs too
+_TOLERANCE = 1e-3  # of the largest output: sums in another order differ by less
+
+
+def save(
+    network: fx.GraphModule,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    dynamic: Mapping[str | int, Mapping[int, str]] | None,
+    outputs: list[str],
+    path: Path,
+) -> tuple[tuple[Port, ...], tuple[Port, ...], list[str]]:
+    """Write the program of one sample to `path`, a .pt2 file.
+
+    Args:
+        network: A frozen network.
+        call: Example inputs (args, kwargs).
+        dynamic: See `Task.dynamic`.
+        outputs: Names of the flat outputs.
+        path: The file to write.
+
+    Returns:
+        The ports of inputs and outputs, where the axis of the samples has its name in the place of its size, and the
+        sites of the operators that write the outputs.
+
+    Raises:
+        ExportError: More than the number of samples varies, or the samples of a batch affect each other.
+    """
+    inputs = input_names(network, *call)
+    axes = _sample_axes(inputs, dynamic)
+    single = _slice(call, axes, 0)
+    with torch.no_grad():
+        alone, _ = flatten_outputs(network(*single[0], **single[1]))
+    places = _output_axes(network, call, axes, alone) if any(a is not None for a, _ in axes) else [None] * len(alone)
+    program = export(with_plain_outputs(requantized(network)), single, {})
+    for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
+        node.meta.pop("from_node", None)
+        node.meta.pop("stack_trace", None)
+    torch.export.save(program, path)
+    names, words = port_names(network, inputs, outputs)
+    word = next((name for axis, name in axes if axis is not None), "batch")
+    values = [*single[0], *single[1].values()]
+    given = [axis for axis, _ in axes]
+    return (
+        tuple(_port(n, v, axis, word) for n, v, axis in zip(names, values, given, strict=True)),
+        tuple(_port(n or "output", v, axis, word) for n, v, axis in zip(words, alone, places, strict=True)),
+        [site(_writer(node)) for node in tensor_inputs(network.graph.output_node())],
+    )
+
+
+def _writer(node: fx.Node) -> fx.Node:
+    """The operator whose values a node gives, in front of quantizers."""
+    while node.target in (torch.ops.penjing.quantize.default, torch.ops.penjing.dequantize.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def requantized(network: fx.GraphModule) -> fx.GraphModule:
+    """A copy in PyTorch's quantizers, with a float tensor and a quantizer in the place of every stored integer tensor.
+
+    Biases, in int32, become floats alone: the converter gives them the scale that their layer's kernel needs, which is
+    the plan's.
+    """
+    network = in_operators_of_torch(network, by_channel=True)
+    _unpadded(network)
+    decomposed, graph = torch.ops.quantized_decomposed, network.graph
+    back = decomposed.dequantize_per_channel.default
+    for number, node in enumerate([n for n in graph.nodes if n.target is back and n.args[0].op == "get_attr"]):
+        read, scales, zeros, axis, low, high, dtype = node.args
+        owner, _, leaf = str(read.target).rpartition(".")
+        q = getattr(network.get_submodule(owner), leaf)
+        scale, zero = (getattr(network, str(n.target)) for n in (scales, zeros))
+        shape = [-1 if i == axis else 1 for i in range(q.dim())]
+        value = (q.to(torch.float64) - zero.reshape(shape)) * scale.double().reshape(shape)
+        network.register_buffer(name := f"requantized{number}", value.float())
+        with graph.inserting_before(node):
+            numbers = (scales, zeros, axis, low, high, dtype)
+            forth = graph.call_function(decomposed.quantize_per_channel.default, (graph.get_attr(name), *numbers))
+        node.args = (forth, *numbers)
+    _in_equal_scales(network)
+    _for_each_reader(network)
+    network.recompile()
+    return network
+
+
+def _unpadded(network: fx.GraphModule) -> None:
+    """Crop what transposed convolutions give without padding: the converter knows no others."""
+    graph = network.graph
+    edited: dict[str, tuple[list[int], list[int]]] = {}  # layer → what it padded and appended, until its first call
+    for node in [n for n in graph.nodes if kind(network, n) == "conv_transpose"]:
+        layer: Any = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        named = vars(layer) if layer is not None else arguments(node)
+        rank = len(named["stride"])
+        padding, further = edited.get(str(node.target)) or (
+            [named[name][0]] * rank if len(named[name]) == 1 else list(named[name])
+            for name in ("padding", "output_padding")
+        )
+        if not any(padding) or any(more > less for more, less in zip(further, padding, strict=True)):
+            continue
+        none = dict.fromkeys(("padding", "output_padding"), (0,) * rank)
+        if layer is None:
+            node.args, node.kwargs = tuple({**named, **none}.values()), {}
+        else:
+            edited[str(node.target)] = (padding, further)
+            vars(layer).update(none)
+        end = node
+        for axis, (less, more) in enumerate(zip(padding, further, strict=True), 2):
+            stop = more - less if less > more else torch.iinfo(torch.int64).max
+            with graph.inserting_after(end):
+                cut = graph.call_function(torch.ops.aten.slice.Tensor, (end, axis, less, stop))
+            cut.meta = {"custom": node.meta.get("custom", {})}
+            end.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+            end = cut
+
+
+def _for_each_reader(network: fx.GraphModule) -> None:
+    """Give every reader of a quantized value a dequantizer of its own.
+
+    The converter's layout pass forgets the layout of one that has several readers, of which some are channels-last.
+    """
+    back = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in [n for n in network.graph.nodes if n.target is back]:
+        for reader in list(node.users)[1:]:
+            with network.graph.inserting_after(node):
+                reader.replace_input_with(node, network.graph.node_copy(node))
+
+
+def _in_equal_scales(network: fx.GraphModule) -> None:
+    """Requantize in front of kernels whose inputs have to be on the grid of their output, and behind some others.
+
+    A concatenation reads the grid that it writes; average pooling over a window writes the grid that it reads; a
+    sigmoid or hyperbolic tangent writes a grid of the kernel's own.
+    """
+    decomposed = torch.ops.quantized_decomposed
+    forth, back = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
+    graph = network.graph
+
+    def requantized(value: fx.Node, numbers: tuple[Any, ...]) -> fx.Node:
+        with graph.inserting_after(value):
+            q = graph.call_function(forth, (value, *numbers))
+        with graph.inserting_after(q):
+            x = graph.call_function(back, (q, *numbers))
+        q.meta = x.meta = {"custom": value.meta.get("custom", {})}
+        return x
+
+    for node in list(graph.nodes):
+        what = kind(network, node)
+        quantizers = [user for user in node.users if user.target is forth]
+        inputs = tensor_inputs(node)
+        if not quantizers or not inputs or not all(x.target is back for x in inputs):
+            continue
+        numbers = quantizers[0].args[1:]
+        if what == "cat":
+            for x in dict.fromkeys(inputs):
+                if x.args[1:] != numbers:
+                    between = requantized(x, numbers)
+                    node.replace_input_with(x, between)
+        else:
+            own = _FIXED.get(what) or (inputs[0].args[1:] if operator_name(node) in _KEEPING else numbers)
+            if any(user.args[1:] != own for user in quantizers):
+                between = requantized(node, own)
+                for user in quantizers:
+                    user.replace_input_with(node, between)
+
+
+_KEEPING = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
+"""Operators whose kernel writes the grid that it reads, although their values are new ones."""
+_FIXED = {
+    "sigmoid": (1 / 256, -128, -128, 127, torch.int8),
+    "tanh": (1 / 128, 0, -128, 127, torch.int8),
+}
+"""Kinds of operator whose integer kernels write one grid: scale, zero point, smallest, largest, type."""
+
+
+def _sample_axes(names: list[str], dynamic: Mapping[str | int, Mapping[int, str]] | None) -> list[tuple[Any, str]]:
+    """The axis of each input that holds its samples, or None, and its name."""
+    if dynamic is None:
+        return [(0, "batch")] * len(names)
+    varying = [dynamic.get(name, dynamic.get(i, {})) for i, name in enumerate(names)]
+    words = list(dict.fromkeys(word for axes in varying for word in axes.values()))
+    if len(words) > 1 or any(len(axes) > 1 for axes in varying):
+        raise ExportError(
+            "LiteRT runs a network with the sizes that it was converted for",
+            code="varying-sizes",
+            got=f"inputs whose axes {', '.join(words)} vary",
+            expected="inputs of which the number of samples alone varies",
+            remedy="fix the other sizes to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter inputs",
+        )
+    return [next(iter(axes.items()), (None, "")) for axes in varying]
+
+
+def _slice(
+    call: tuple[tuple[Any, ...], dict[str, Any]], axes: list[tuple[Any, str]], start: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One sample of the example inputs."""
+    args, kwargs = call
+    values = [
+        value if axis is None else value.narrow(axis, min(start, value.shape[axis] - 1), 1).contiguous()
+        for value, (axis, _) in zip([*args, *kwargs.values()], axes, strict=True)
+    ]
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def _output_axes(
+    network: fx.GraphModule,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    axes: list[tuple[Any, str]],
+    alone: list[torch.Tensor],
+) -> list[int | None]:
+    """The axis of each output that holds its samples; None where it is the same for any number of samples."""
+
+    def two(one: Any, other: Any, axis: Any) -> Any:
+        return one if axis is None else torch.cat([one, other], axis)
+
+    first, second = (_slice(call, axes, start) for start in (0, 1))
+    leaves = [[*args, *kwargs.values()] for args, kwargs in (first, second)]
+    values = [two(a, b, axis) for a, b, (axis, _) in zip(*leaves, axes, strict=True)]
+    count = len(first[0])
+    with torch.no_grad():
+        pair, _ = flatten_outputs(network(*values[:count], **dict(zip(first[1], values[count:], strict=True))))
+        other, _ = flatten_outputs(network(*second[0], **second[1]))
+    places = []
+    for number, (both, a, b) in enumerate(zip(pair, alone, other, strict=True)):
+        longer = [i for i, (n, m) in enumerate(zip(both.shape, a.shape, strict=True)) if n != m]
+        place = longer[0] if len(longer) == 1 and both.shape[longer[0]] == 2 * a.shape[longer[0]] else None
+        expected = torch.cat([a, b], place) if place is not None else a
+        if expected.shape != both.shape or not _alike(expected, both) or (place is None and not _alike(a, b)):
+            raise ExportError(
+                "LiteRT runs a network sample by sample, and the samples of a batch affect each other here",
+                code="samples-together",
+                got=f"output {number} of two samples differs from the outputs of each",
+                expected="a network whose answer to a sample does not depend on the others of its batch",
+                remedy="fix the batch, Task(dynamic={}), or choose another runtime",
+            )
+        places.append(place)
+    return places
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool((a != b).double().mean() <= 0.01) if a.numel() else True  # ranks of nearly equal values may differ
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    limit = _TOLERANCE * float(a[finite].abs().max()) + 1e-6 if finite.any() else 0.0
+    return bool((a[finite] - b[finite]).abs().max() <= limit) if finite.any() else True
+
+
+def _port(name: str, value: torch.Tensor, axis: int | None, word: str) -> Port:
+    dtype = str(value.dtype).removeprefix("torch.")
+    shape = tuple(word if i == axis else size for i, size in enumerate(value.shape))
+    return Port(name=name, dtype=_NARROW.get(dtype, dtype), shape=shape)
