@@ -25,14 +25,14 @@ from penjing.tasks.sample_axes import along_samples
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Shapes = dict[str, torch.Tensor]
 
-# Views and copies: no row of their own.
-_FREE = frozenset(
+FREE = frozenset(
     {
         *("reshape", "transpose", "identity", "dropout", "getitem", "select", "slice", "split", "split_with_sizes"),
         *("chunk", "unbind", "narrow", "expand", "expand_as", "view_as", "movedim", "swapaxes", "diagonal", "detach"),
         *("to", "_to_copy", "type_as", "lift_fresh_copy", "unfold", "numpy_T", "broadcast_to"),
     }
 )
+"""Kinds of views and copies: no row of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def cost(network: fx.GraphModule, call: Call) -> tuple[LayerRow, ...]:
     counted: set[int] = set()
     rows: list[LayerRow] = []
     for node in network.graph.nodes:
-        if not _is_operator(node) or kind(network, node) in _FREE or not tensor_inputs(node):
+        if not _is_operator(node) or kind(network, node) in FREE or not tensor_inputs(node):
             continue
         parameters = [p for p in _parameters(network, node) if id(p) not in counted]
         outputs = _outputs(node, values)
@@ -103,7 +103,7 @@ def resized_macs(
     values = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
     total = 0
     for node in network.graph.nodes:
-        if _is_operator(node) and kind(network, node) not in _FREE:
+        if _is_operator(node) and kind(network, node) not in FREE:
             weight = stored.get(f"{node.target}.weight") if node.op == "call_module" else None
             total += _macs(network, node, values, None if weight is None else torch.empty(weight, device="meta"))
     return total
@@ -202,7 +202,7 @@ def fixed_value(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a stored tensor, or a view of one."""
     if node.op == "get_attr":
         return True
-    inputs = tensor_inputs(node) if _is_operator(node) and kind(network, node) in _FREE else []
+    inputs = tensor_inputs(node) if _is_operator(node) and kind(network, node) in FREE else []
     return len(inputs) > 0 and fixed_value(network, inputs[0])
 
 

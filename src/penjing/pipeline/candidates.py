@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from penjing import measure
-from penjing.errors import PenjingError, TaskError
+from penjing.analyze.activations import Activations
+from penjing.errors import PenjingError, TargetError, TaskError
 from penjing.numerics import compiled
-from penjing.pipeline import building, drafts, evidence
+from penjing.pipeline import building, drafts, evidence, fitting
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
 from penjing.pipeline.causes import doubts
@@ -27,6 +28,7 @@ from penjing.runtimes.artifact import predictor
 from penjing.steps.draft import Draft
 from penjing.steps.plan import Plan
 from penjing.storage.packed import packed_bytes
+from penjing.surgery import reorder
 from penjing.tasks.witness import Witness
 
 
@@ -37,6 +39,14 @@ def build(prepared: Prepared) -> tuple[Candidate, ...]:
     was chosen for another precision is not a candidate.
     """
     run, recipe, variants = prepared.run, prepared.recipe, _variants(prepared)
+    if not variants and run.target is not None:
+        raise TargetError(
+            f"{run.target.name} runs integers alone, and the recipe makes none",
+            code="no-precision",
+            got=f"{run.target.name}: {', '.join(run.target.precisions)}",
+            expected="a recipe with a step that quantizes, such as quantize.Static",
+            remedy="leave the recipe out: what is taken then quantizes",
+        )
     if not all(run.folder.read_state(variant.name) for variant in variants):
         drafts.shared(run, recipe)  # what all candidates need fails once, and by its own name
     metric = getattr(run.task, prepared.looked_at)
@@ -98,8 +108,9 @@ def candidate(
     if integers:
         check_integers(variant.name, draft.plan)
     where = f"{CANDIDATES}/{variant.name}"
+    needs, ordered = _for_device(run, draft, variant)
     with run.costing(f"export {variant.name}"), run.folder.building(where) as aside:
-        manifest = building.build(draft, variant.runtime, variant.precision, run.task, structure, aside)
+        manifest = building.build(ordered, variant.runtime, variant.precision, run.task, structure, aside)
     folder = run.folder.path / where
     draft = draft if integers else replace(draft, plan=Plan())
     with run.costing(f"evaluate {variant.name}"):
@@ -109,7 +120,10 @@ def candidate(
             draft.network, draft.plan, run.task.call(), manifest, folder, capabilities
         )
         packed = _packed(run, folder, manifest)
-    if run.target is not None:
+    device = None
+    if run.target is not None and needs is not None:
+        device = fitting.figures(run.target, needs, measure.size_bytes(folder, manifest.files()))
+        rejection = rejection or fitting.rejection(run.target, draft.network, draft.plan, rows, device)
         # What runs in integers there is not seen here: it counts as planned.
         rows = tuple(replace(r, executed=None, reason=None if r.planned == "int8" else r.reason) for r in rows)
     shares = float_shares(rows) if integers else (None, None)
@@ -138,12 +152,26 @@ def candidate(
         float_macs_share=shares[0],
         float_bytes_share=shares[1],
         doubts=told,
+        device=device,
     )
     run.folder.write_state(variant.name, dataclasses.asdict(built))
     run.events("candidate", name=variant.name, metric=value, size_bytes=built.measured.size_bytes)
     if rejection is not None:
         run.events("rejected", candidate=variant.name, reason=rejection.reason, operator=rejection.operator)
     return built
+
+
+def _for_device(run: Run, draft: Draft, variant: Variant) -> tuple[Activations | None, Draft]:
+    """What the artifact's activations need on the target, and the draft with its operators in the order for that."""
+    if run.target is None:
+        return None, draft
+    plan = draft.plan if variant.precision in INTEGER else Plan()
+    needs = fitting.needed(draft.network, run.task.call(), plan, variant.precision)
+    if needs.size_bytes == needs.graph_bytes:
+        return needs, draft
+    ordered = draft.copy()
+    reorder(ordered.network, needs.order)
+    return needs, ordered
 
 
 def _evaluated(

@@ -16,6 +16,7 @@ from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
 from penjing.pipeline import targeting
+from penjing.pipeline.fitting import Excess, would_break
 from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
 from penjing.prune.channels import scanned
@@ -51,12 +52,13 @@ class Inspection:
     branches: tuple[BranchesRow, ...] = ()  # where values of different kinds meet on the way to an output
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)  # by runtime, of those that were asked
     activations: Activations | None = None  # in the order that needs least, elementwise operators in place
+    excesses: tuple[Excess, ...] = ()  # limits of the target that the network breaks
     int8_activations: Activations | None = None  # the same with one byte for every value
 
     @property
     def runs(self) -> bool:
-        """Whether every runtime that was asked takes the network."""
-        return not any(self.refused.values())
+        """Whether every runtime that was asked takes the network, and it fits into the target."""
+        return not any(self.refused.values()) and not self.excesses
 
 
 def inspect(
@@ -131,6 +133,7 @@ def inspect(
         refused=_refused(network, task, asked, save_failing, events),
         activations=activations(network, task.call()),
         int8_activations=activations(network, task.call(), 1),
+        excesses=() if device is None else would_break(device, network, task.call()),
     )
 
 

@@ -15,7 +15,7 @@ from penjing import measure, records
 from penjing.analyze.cost import cost
 from penjing.measure import time_limits
 from penjing.numerics import compiled
-from penjing.pipeline import evidence, questions, reference, targeting
+from penjing.pipeline import evidence, fitting, questions, reference, targeting
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import Applied
 from penjing.pipeline.building import build
@@ -100,6 +100,8 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
     run = _started(order, opened, original, task, folder, machine)
     recipe = requests.with_teachers(order.recipe, run.task)
     requests.check_recipe(recipe, run.network, run.task, order.seed)
+    if order.target is not None:
+        fitting.check_source(order.target, run.network, run.task.call(), recipe)
     data = requests.data_hashes(run.task, recipe)
     if opened.loaded is not None:
         data[WEIGHTS_FILE] = opened.loaded.sha256

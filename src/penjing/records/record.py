@@ -60,6 +60,33 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceFigures:
+    """What an artifact needs on the device that it is for, calculated and not measured.
+
+    Attributes:
+        storage_bytes: Of its files.
+        memory_bytes: Of its activations at their peak, and of its weights where the device reads them into the memory.
+        activation_bytes: Of activations at their peak, one sample, in the order that needs least.
+        activation_bytes_as_given: The same in the order of the source.
+        site: The operator that runs at the peak.
+        alive: What is alive then: the operator or input that computed it → bytes.
+        proved: Whether no order needs less.
+        compiler: What estimated `estimate`, with its version; "" where there is none for the device.
+        estimate: Its figures, by name with the unit.
+    """
+
+    storage_bytes: int
+    memory_bytes: int
+    activation_bytes: int
+    activation_bytes_as_given: int
+    site: str
+    alive: dict[str, int]
+    proved: bool
+    compiler: str = ""
+    estimate: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One artifact that was built and measured."""
 
@@ -81,6 +108,7 @@ class Candidate:
     sha256: dict[str, str] = field(default_factory=dict)  # file name → hash of every file of the artifact
     rejection: Rejection | None = None  # of a candidate that is not eligible
     doubts: tuple[str, ...] = ()  # what is to be known about it beside its figures
+    device: DeviceFigures | None = None  # where it is for another device than the machine of the run
 
 
 @dataclass(frozen=True, kw_only=True)

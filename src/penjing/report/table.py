@@ -91,6 +91,8 @@ def comparison(record: records.Record) -> Table:
         if row.floor is not None:
             blank = () if record.reference is None else ("",)
             table.add_row(*map(_cell, (f"  {verdict.FLOOR}", *blank, row.floor_text, "", row.floor_words)))
+    if record.target is not None:
+        table.caption = f"latency, throughput and memory are this machine's, not those of {record.target.name}"
     return table
 
 

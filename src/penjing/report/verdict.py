@@ -75,8 +75,17 @@ def changes(record: records.Record) -> tuple[str, ...]:
     if share is not None and share > TOLD:
         phrases.append(f"{numbers.share(share)} of the multiply-accumulates in floating point")
     if record.target is not None:
-        phrases.append(f"for {record.target.name}, whose speed this machine can't tell")
+        phrases += _on_device(record.target, record.chosen)
     return tuple(f for f in phrases if f)
+
+
+def _on_device(target: records.TargetRow, chosen: records.Candidate | None) -> list[str]:
+    """That no speed is known, and what the artifact needs of the device's memory."""
+    phrases = [f"for {target.name}, whose speed this machine can't tell"]
+    if chosen is not None and chosen.device is not None:
+        limit = "" if target.memory_bytes is None else f" of {numbers.figure(target.memory_bytes, 'bytes')}"
+        phrases.append(f"{numbers.figure(chosen.device.memory_bytes, 'bytes')}{limit} of its memory at the peak")
+    return phrases
 
 
 def _sizes(changes: dict[str, str]) -> list[str]:

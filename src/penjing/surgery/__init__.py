@@ -20,6 +20,7 @@ from penjing.surgery.edits import replay
 from penjing.surgery.factorize import factorize
 from penjing.surgery.fold import fold_batch_norms
 from penjing.surgery.freezing import freeze
+from penjing.surgery.order import reorder
 from penjing.surgery.outliers import split_outliers
 from penjing.surgery.own_weights import own_weights
 from penjing.surgery.quantizers import FakeQuantize, insert, quantizer_calls
@@ -50,6 +51,7 @@ __all__ = [
     "own_weights",
     "quantizer_calls",
     "read_codebook",
+    "reorder",
     "replay",
     "resize",
     "skip",
