@@ -180,7 +180,7 @@ def expose(folder: Path, manifest: Manifest, sites: Sequence[str], into: Path) -
     return [str(site) for site in answer["sites"]]
 
 
-def call(runtime: str, function: str, path: Path, *arguments: Any) -> Any:
+def call(runtime: str, function: str, path: Path, *arguments: Any, more_s: float = 0.0) -> Any:
     """Call one of the functions that a runtime's file lists as `APART` in the runtime's process; plain data alone.
 
     Args:
@@ -188,9 +188,10 @@ def call(runtime: str, function: str, path: Path, *arguments: Any) -> Any:
         function: The function's name.
         path: Its first argument, whose size makes the time limit.
         arguments: The others.
+        more_s: Seconds that it may take beyond what the path's size explains.
     """
     request = {"cmd": "call", "runtime": runtime, "function": function, "arguments": [str(path), *arguments]}
-    return _worker(runtime).ask(request, limit_s=opening_s(path))[0]["result"]
+    return _worker(runtime).ask(request, limit_s=opening_s(path) + more_s)[0]["result"]
 
 
 def apart(runtime: str) -> bool:

@@ -10,8 +10,9 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from penjing.records.manifest import Manifest, Port, Program
+from penjing.records.manifest import Manifest, Program
 from penjing.runtimes.artifact import Executed
+from penjing.runtimes.sample_by_sample import axes, each
 from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
 SETTINGS = {"output_sites": r"[^\x00-\x1f\x7f]*"}
@@ -90,36 +91,17 @@ class _Session:
         runner = self.interpreter.get_signature_runner()
         self.inputs = [runner.get_input_details()[port.name]["index"] for port in program.inputs]
         self.outputs = [runner.get_output_details()[port.name]["index"] for port in program.outputs]
-        self.input_axes, self.output_axes = (
-            [_sample_axis(port) for port in p] for p in (program.inputs, program.outputs)
-        )
+        self.axes = axes(program)
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """One call, sample by sample."""
-        counts = [x.shape[axis] for x, axis in zip(inputs, self.input_axes, strict=True) if axis is not None]
-        if not counts or counts[0] == 1:
-            return self._one(inputs)
-        samples = [
-            self._one([_take(x, i, a) for x, a in zip(inputs, self.input_axes, strict=True)]) for i in range(counts[0])
-        ]
-        return [
-            sample[0] if axis is None else np.concatenate(sample, axis)
-            for sample, axis in zip(zip(*samples, strict=True), self.output_axes, strict=True)
-        ]
+        return each(inputs, self.axes, self._one)
 
     def _one(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         for index, x in zip(self.inputs, inputs, strict=True):
             self.interpreter.set_tensor(index, x)
         self.interpreter.invoke()
         return [self.interpreter.get_tensor(index) for index in self.outputs]
-
-
-def _sample_axis(port: Port) -> int | None:
-    return next((axis for axis, size in enumerate(port.shape) if isinstance(size, str)), None)
-
-
-def _take(x: np.ndarray, sample: int, axis: int | None) -> np.ndarray:
-    return x if axis is None else np.take(x, [sample], axis)
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:

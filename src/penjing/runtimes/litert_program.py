@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.errors import ExportError
-from penjing.network.exporting import export, input_names, port_names, with_plain_outputs
 from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
 from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
 from penjing.records.manifest import Port
 from penjing.runtimes.decomposed import in_operators_of_torch
-from penjing.tasks.outputs import flatten_outputs
+from penjing.runtimes.single_sample import exported
 
 _NARROW = {"int64": "int32", "float64": "float32"}  # the converter's, of inputs and outputs too
-_TOLERANCE = 1e-3  # of the largest output: sums in another order differ by less
 
 
 def save(
@@ -49,26 +46,9 @@ def save(
     Raises:
         ExportError: More than the number of samples varies, or the samples of a batch affect each other.
     """
-    inputs = input_names(network, *call)
-    axes = _sample_axes(inputs, dynamic)
-    single = _slice(call, axes, 0)
-    with torch.no_grad():
-        alone, _ = flatten_outputs(network(*single[0], **single[1]))
-    places = _output_axes(network, call, axes, alone) if any(a is not None for a, _ in axes) else [None] * len(alone)
-    program = export(with_plain_outputs(requantized(network)), single, {})
-    for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
-        node.meta.pop("from_node", None)
-        node.meta.pop("stack_trace", None)
+    program, given, results = exported(network, call, dynamic, outputs, "LiteRT", requantized, _NARROW)
     torch.export.save(program, path)
-    names, words = port_names(network, inputs, outputs)
-    word = next((name for axis, name in axes if axis is not None), "batch")
-    values = [*single[0], *single[1].values()]
-    given = [axis for axis, _ in axes]
-    return (
-        tuple(_port(n, v, axis, word) for n, v, axis in zip(names, values, given, strict=True)),
-        tuple(_port(n or "output", v, axis, word) for n, v, axis in zip(words, alone, places, strict=True)),
-        [site(_writer(node)) for node in tensor_inputs(network.graph.output_node())],
-    )
+    return given, results, [site(_writer(node)) for node in tensor_inputs(network.graph.output_node())]
 
 
 def _writer(node: fx.Node) -> fx.Node:
@@ -193,81 +173,3 @@ _FIXED = {
     "tanh": (1 / 128, 0, -128, 127, torch.int8),
 }
 """Kinds of operator whose integer kernels write one grid: scale, zero point, smallest, largest, type."""
-
-
-def _sample_axes(names: list[str], dynamic: Mapping[str | int, Mapping[int, str]] | None) -> list[tuple[Any, str]]:
-    """The axis of each input that holds its samples, or None, and its name."""
-    if dynamic is None:
-        return [(0, "batch")] * len(names)
-    varying = [dynamic.get(name, dynamic.get(i, {})) for i, name in enumerate(names)]
-    words = list(dict.fromkeys(word for axes in varying for word in axes.values()))
-    if len(words) > 1 or any(len(axes) > 1 for axes in varying):
-        raise ExportError(
-            "LiteRT runs a network with the sizes that it was converted for",
-            code="varying-sizes",
-            got=f"inputs whose axes {', '.join(words)} vary",
-            expected="inputs of which the number of samples alone varies",
-            remedy="fix the other sizes to the example's, Task(dynamic={'x': {0: 'batch'}}), and pad shorter inputs",
-        )
-    return [next(iter(axes.items()), (None, "")) for axes in varying]
-
-
-def _slice(
-    call: tuple[tuple[Any, ...], dict[str, Any]], axes: list[tuple[Any, str]], start: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One sample of the example inputs."""
-    args, kwargs = call
-    values = [
-        value if axis is None else value.narrow(axis, min(start, value.shape[axis] - 1), 1).contiguous()
-        for value, (axis, _) in zip([*args, *kwargs.values()], axes, strict=True)
-    ]
-    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-
-
-def _output_axes(
-    network: fx.GraphModule,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
-    axes: list[tuple[Any, str]],
-    alone: list[torch.Tensor],
-) -> list[int | None]:
-    """The axis of each output that holds its samples; None where it is the same for any number of samples."""
-
-    def two(one: Any, other: Any, axis: Any) -> Any:
-        return one if axis is None else torch.cat([one, other], axis)
-
-    first, second = (_slice(call, axes, start) for start in (0, 1))
-    leaves = [[*args, *kwargs.values()] for args, kwargs in (first, second)]
-    values = [two(a, b, axis) for a, b, (axis, _) in zip(*leaves, axes, strict=True)]
-    count = len(first[0])
-    with torch.no_grad():
-        pair, _ = flatten_outputs(network(*values[:count], **dict(zip(first[1], values[count:], strict=True))))
-        other, _ = flatten_outputs(network(*second[0], **second[1]))
-    places = []
-    for number, (both, a, b) in enumerate(zip(pair, alone, other, strict=True)):
-        longer = [i for i, (n, m) in enumerate(zip(both.shape, a.shape, strict=True)) if n != m]
-        place = longer[0] if len(longer) == 1 and both.shape[longer[0]] == 2 * a.shape[longer[0]] else None
-        expected = torch.cat([a, b], place) if place is not None else a
-        if expected.shape != both.shape or not _alike(expected, both) or (place is None and not _alike(a, b)):
-            raise ExportError(
-                "LiteRT runs a network sample by sample, and the samples of a batch affect each other here",
-                code="samples-together",
-                got=f"output {number} of two samples differs from the outputs of each",
-                expected="a network whose answer to a sample does not depend on the others of its batch",
-                remedy="fix the batch, Task(dynamic={}), or choose another runtime",
-            )
-        places.append(place)
-    return places
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if not a.is_floating_point():
-        return bool((a != b).double().mean() <= 0.01) if a.numel() else True  # ranks of nearly equal values may differ
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    limit = _TOLERANCE * float(a[finite].abs().max()) + 1e-6 if finite.any() else 0.0
-    return bool((a[finite] - b[finite]).abs().max() <= limit) if finite.any() else True
-
-
-def _port(name: str, value: torch.Tensor, axis: int | None, word: str) -> Port:
-    dtype = str(value.dtype).removeprefix("torch.")
-    shape = tuple(word if i == axis else size for i, size in enumerate(value.shape))
-    return Port(name=name, dtype=_NARROW.get(dtype, dtype), shape=shape)
