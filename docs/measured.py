@@ -6,6 +6,7 @@ A table is between ``<!-- measured: NAME -->`` and ``<!-- /measured -->``; no ot
 import json
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from penjing.records import Latency, from_dict
@@ -633,6 +634,9 @@ def pairs() -> str:
     refused = len(data["orders"]) - len(ratios_db)
     lowest = min(ratios_db)
     note = f"{len(ratios_db)} orders built, with a lowest signal-to-noise ratio of {lowest:.0f} dB; {refused} refused; "
+    here = data["machine"]["processor"]
+    others = Counter(row["processor"] for row in data["orders"].values() if row["processor"] != here)
+    note += "".join(f"{count} of these orders on {name}, the others on " for name, count in others.items())
     return _under(lines, data, note)
 
 

@@ -5,6 +5,8 @@ A technique joins by a line in `TECHNIQUES`; tests/conformance holds each of the
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -115,8 +117,9 @@ def steps(first: str, second: str) -> tuple:
         if family == "repair" and not any(TECHNIQUES[n][0] == "integers" for n in (first,) if name == second):
             if not any(isinstance(s, quantize.Static) for s in sequence):
                 sequence.append(quantize.Static())
-        if sequence and isinstance(sequence[0], distill.Student) and isinstance(step, distill.FewerLayers):
-            step = distill.FewerLayers(of="stages.0", keep=2)  # the new network's layers have other names
+        renamed = bool(sequence) and isinstance(sequence[0], distill.Student)
+        if renamed and isinstance(step, distill.FewerLayers | share.Layers):
+            step = dataclasses.replace(step, of="stages.0")  # the new network's layers have other names
         sequence.append(step)
     return tuple(sequence)
 

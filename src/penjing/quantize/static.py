@@ -70,7 +70,7 @@ class Static:
         weight_grid: "uniform", "powers_of_two" (up to 4 bits) or "additive_powers_of_two" (up to 6).
         activation_grid: The same for activations; unsigned ones take one bit less.
         weight_entries: How many different integers a weight tensor has at most. The fewer, the smaller the file is when
-            it is packed; it runs as before. `QAT` trains them.
+            it is packed; it runs as before. `QAT` trains them. Matrices of recurrent layers keep all of theirs.
         weight_symmetric: Whether weights have a zero point of 0; None follows the runtime.
         activation_symmetric: The same for activations, which are then signed; None follows the runtime.
         scale: "free", or "power_of_two" for processors that rescale by shifting.
