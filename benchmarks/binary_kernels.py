@@ -4,8 +4,9 @@ Binary convolutions are compared with torch's fp32 (oneDNN, the faster of both m
 ONNX Runtime's INT8 (QLinearConv, 8-bit inputs and outputs), all on the same shapes and threads. "binary" takes packed
 inputs and writes float32, as a layer that follows another binary layer would; "binary with packing" takes float32.
 
-Packed products, y = W·x, are compared with torch's fp32 and ONNX Runtime's fp32 and MatMulNBits. All sides of a row run
-in turn; the median, and the quartiles' distance divided by it, are of the rounds.
+Packed products, y = W·x in groups of 128, are compared with torch's fp32 (the faster of `mv` and `linear`) and ONNX
+Runtime's MatMulNBits. All sides of a row run in turn; the median, and the quartiles' distance divided by it, are of the
+calls.
 
     python benchmarks/binary_kernels.py [--parts conv] [--seconds 2] [--threads 1 2]
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "binary_kernels.json"
+SIZES = (1024, 4096, 8192)  # of square products: 4 MB, 64 MB and 256 MB in fp32
 BLOCK, REST = 12, 0.02
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side: the stages of ResNet-18
 
@@ -149,7 +151,61 @@ def convolutions(threads, seconds):
     return rows
 
 
-PARTS = {"conv": convolutions}
+def nbits_model(q, scales, shape, level):
+    """ONNX Runtime's own product of 4-bit weights, in blocks of the same groups."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nibbles = q.reshape(shape.outputs, -1, shape.group // 2, 2)
+    blob = (nibbles[..., 0] | nibbles[..., 1] << 4).astype("uint8")
+    node = helper.make_node(
+        "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=shape.inputs, N=shape.outputs, bits=4,
+        block_size=shape.group, accuracy_level=level,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node], "product", [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, shape.inputs))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, shape.outputs))],
+        [numpy_helper.from_array(blob, "w"), numpy_helper.from_array(scales.reshape(-1), "s")],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+def products(threads, seconds):
+    """One row for every size of a square product."""
+    import numpy as np
+    import torch
+
+    from penjing.kernels.packed_weights import PackedProduct, Product, rounded
+
+    torch.set_num_threads(threads)
+    rows = []
+    for size in SIZES:
+        rng = np.random.default_rng(0)
+        weights = rng.standard_normal((size, size), dtype=np.float32)
+        x = rng.standard_normal(size, dtype=np.float32)
+        sides, agreement = {}, {}
+        exact = weights @ x
+        for bits in (4, 2):
+            shape = Product(outputs=size, inputs=size, bits=bits)
+            q, scales = rounded(weights, bits, shape.group)
+            product = PackedProduct(shape, q, scales)
+            sides[f"{bits} bits"] = lambda product=product, x=x: product(x, threads)
+            error = product(x, threads) - exact
+            agreement[f"{bits} bits"] = float(10 * np.log10((exact**2).sum() / (error**2).sum()))
+            if bits == 4:
+                for level, name in ((1, "onnxruntime 4 bits, fp32"), (4, "onnxruntime 4 bits, int8 inputs")):
+                    sides[name] = session(nbits_model(q, scales, shape, level), threads)(x[None])
+        tensor, vector = torch.from_numpy(weights), torch.from_numpy(x)
+        sides["torch fp32 mv"] = lambda a=tensor, b=vector: torch.mv(a, b)
+        sides["torch fp32 linear"] = lambda a=tensor, b=vector[None]: torch.nn.functional.linear(b, a)
+        row = {"size": size, "threads": threads, "sides": timed(sides, seconds), "snr_db": agreement}
+        rows.append(row)
+        print(size, threads, {name: round(side["median_ms"], 3) for name, side in row["sides"].items()}, flush=True)
+    return rows
+
+
+PARTS = {"conv": convolutions, "product": products}
 
 
 def main():

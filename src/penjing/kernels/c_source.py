@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from penjing.kernels.binary import Convolution, Layout
+    from penjing.kernels.packed_weights import Product
 
 POPCOUNT = """
 #include <stdint.h>
@@ -74,4 +75,32 @@ void {name}(const float *in, const float *threshold, uint8_t *bits, int32_t begi
 """
 
 
-__all__ = ["POPCOUNT", "convolution", "pack"]
+def packed_product(shape: Product, name: str = "packed_product") -> str:
+    """Return the source of a product of packed weights; `packed_programs.product` lists its pointers."""
+    words, groups = shape.group // shape.per_word, shape.inputs // shape.group
+    return f"""
+#include <stdint.h>
+
+void {name}(const float *x, const float *sums, const int32_t *weights, const float *scales, float *y, int32_t begin,
+            int32_t end) {{
+  for (int32_t o = begin; o < end; o++) {{
+    const int32_t *w = weights + (int64_t)o * {groups * words};
+    float total = 0;
+    for (int32_t g = 0; g < {groups}; g++) {{
+      const float *from = x + (int64_t)g * {shape.group};
+      float part = sums[g];
+      for (int32_t n = 0; n < {words}; n++, w++) {{
+        uint32_t word = (uint32_t)*w;
+        for (int32_t k = 0; k < {shape.per_word - 1}; k++)
+          part += *from++ * (float)(word & ((uint32_t){2**shape.bits - 1} << ({shape.bits} * k)));
+        part += *from++ * (float)(word >> {32 - shape.bits});
+      }}
+      total += part * scales[(int64_t)o * {groups} + g];
+    }}
+    y[o] = total;
+  }}
+}}
+"""
+
+
+__all__ = ["POPCOUNT", "convolution", "pack", "packed_product"]

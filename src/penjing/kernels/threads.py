@@ -13,10 +13,11 @@ from penjing.kernels.instruction_sets import INSTRUCTION_SETS
 
 SOURCE = """
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 
 #define MOST 64
-#define SPINS 100000
+#define SPINS 1000000  /* somewhat less than a millisecond */
 
 typedef void (*rows_function)(void **, int32_t, int32_t);
 
@@ -37,7 +38,10 @@ static void *work(void *number) {
   for (;;) {
     int32_t spins = 0;
     while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) {
-      if (++spins < SPINS) continue;
+      if (++spins < SPINS) {
+        if (spins % 1024 == 0) sched_yield();  /* the caller may have been put on this very core */
+        continue;
+      }
       pthread_mutex_lock(&lock);
       while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&wake, &lock);
       pthread_mutex_unlock(&lock);
@@ -70,7 +74,8 @@ void penjing_run(rows_function f, void **a, int32_t rows, int32_t threads) {
   pthread_cond_broadcast(&wake);
   pthread_mutex_unlock(&lock);
   part(0);
-  while (__atomic_load_n(&remaining, __ATOMIC_ACQUIRE)) {}
+  for (int32_t spins = 1; __atomic_load_n(&remaining, __ATOMIC_ACQUIRE); spins++)
+    if (spins % 1024 == 0) sched_yield();
   pthread_mutex_unlock(&callers);
 }
 """
