@@ -73,6 +73,13 @@ SPECS: dict[str, RuntimeSpec] = {
             shows_values=True,
         ),
         RuntimeSpec(
+            name="ncnn",
+            module="penjing.runtimes.ncnn",
+            packages=("ncnn", "pnnx"),
+            suffixes=(".param", ".bin"),
+            by_default=False,
+        ),
+        RuntimeSpec(
             name="torch",
             module="penjing.runtimes.eager",
             packages=("torch",),

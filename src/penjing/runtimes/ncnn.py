@@ -1,0 +1,336 @@
+"""ncnn on the processor, made for phones: what it accelerates, export by way of pnnx, load, and what it executes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penjing.errors import ArtifactError, ExportError
+from penjing.records.manifest import Manifest, Port, Program, sample_axes
+from penjing.runtimes.artifact import Executed
+from penjing.runtimes.ncnn_files import MULTIPLIES, Layer, plain, read_param, write_param
+from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
+
+PARAM, BIN = "model.param", "model.bin"
+
+SETTINGS = {"batch": "([0-9]|-)(,([0-9]|-))*;([0-9]|-)(,([0-9]|-))*", "half": "on|off"}
+"""What a manifest may tell it, and how that reads: the axis of every input and output that ncnn takes for the batch."""
+APART = ()
+"""What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
+
+_NO_BATCH = 233  # ncnn's word for an array without a batch
+_HALF = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage")
+
+
+def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
+    """Symmetric integers, rounded at the inputs of convolutions and linear layers; what they give is in floats."""
+    return Capabilities(
+        runtime="ncnn",
+        precisions=("fp32", "fp16"),
+        weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
+        activation=QuantSpec(bits=8, signed=True, symmetric=True),
+        integer=frozenset({"conv", "linear"}),
+        fuses=frozenset({"relu", "clip"}),
+        passthrough=frozenset(),
+        weights=Formats(symmetric=(True,), per=("tensor", "channel")),
+        activations=Formats(symmetric=(True,), per=("tensor",), grids=("uniform",)),
+        dynamic=None,
+        stored=frozenset(),
+        channel_multiple=channel_multiple(instruction_sets),
+    )
+
+
+def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
+    """Write model.param and model.bin by way of TorchScript and pnnx, from an example of one sample."""
+    from penjing.network.exporting import input_names, port_names
+    from penjing.runtimes.ncnn_graph import in_floats, scripted
+    from penjing.runtimes.ncnn_ports import ports, resized
+    from penjing.tasks.outputs import output_names
+
+    floats, weighted = in_floats(network)
+    single = resized(call, dynamic, 1)
+    with tempfile.TemporaryDirectory() as aside:
+        (Path(aside) / "model.pt").write_bytes(scripted(floats, single))
+        converted = _converted(Path(aside))
+        layers, data = read_param(converted["param"].decode()), converted["bin"]
+        halved = _converted(Path(aside), half=True)["bin"] if precision == "fp16" else data
+    _refuse_unknown(layers, network)
+    names = port_names(network, input_names(network, *call), output_names(structure))
+    inputs, outputs = ports(network, call, dynamic, *names)
+    layers = named(layers, data, weighted)
+    (folder / PARAM).write_text(write_param(layers), encoding="utf-8")
+    (folder / BIN).write_bytes(halved)
+    return Manifest(
+        runtime="ncnn",
+        precision=precision,
+        programs=(Program(name="main", files=(PARAM, BIN), inputs=inputs, outputs=outputs),),
+        structure=structure,
+        settings={
+            "batch": _batches(converted["py"].decode(), inputs, outputs),
+            "half": "on" if precision == "fp16" else "off",
+        },
+    )
+
+
+def _converted(aside: Path, half: bool = False) -> dict[str, bytes]:
+    """What pnnx writes for `model.pt`: "param" and "bin" of ncnn, and "py", an example of their use, which is read.
+
+    Raises:
+        ExportError: pnnx can't convert it.
+    """
+    from penjing.measure.time_limits import opening_s
+
+    try:
+        done = subprocess.run(
+            [str(_pnnx()), "model.pt", f"fp16={int(half)}"],
+            cwd=aside,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=opening_s(aside),
+            env={"PATH": "", "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        ended, words = f"exit code {done.returncode}", done.stderr
+    except subprocess.TimeoutExpired as error:
+        ended, words = f"no answer in {error.timeout:.0f} s", ""
+    files = {"param": aside / "model.ncnn.param", "bin": aside / "model.ncnn.bin", "py": aside / "model_ncnn.py"}
+    if not all(path.is_file() for path in files.values()):
+        last = " ".join(line for line in words.splitlines()[-4:] if line.strip())
+        raise ExportError(
+            "pnnx can't convert the network",
+            code="unreadable",
+            got=f"{ended}: {last}"[:400],
+            expected="operators of torch that pnnx knows",
+            remedy="write that operator with others, or choose another runtime",
+        )
+    return {word: path.read_bytes() for word, path in files.items()}
+
+
+def _pnnx() -> Path:
+    """The program in pnnx's wheel."""
+    spec = importlib.util.find_spec("pnnx")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0])
+    return next(path for path in (folder / "pnnx", folder / "pnnx.exe") if path.is_file())
+
+
+def _refuse_unknown(layers: Sequence[Layer], network: Any) -> None:
+    """Raise ExportError for layers that ncnn does not have: pnnx passes on what it can't translate."""
+    import ncnn
+
+    from penjing.network.graph import line, operator_name, site
+
+    unknown = [layer.type for layer in layers if ncnn.layer_to_index(layer.type) < 0]
+    if not unknown:
+        return
+    named = [kind for kind in unknown if not kind.startswith("pnnx.")]  # what pnnx could not compute itself, mostly
+    words = [re.split(r"[.:]+", kind)[-1] for kind in named]
+    nodes = [n for n in network.graph.nodes if n.op == "call_function"]
+    culprit = next((n for word in words for n in nodes if operator_name(n).endswith(word)), None)
+    where = f" for {site(culprit)}{line(culprit)}" if culprit is not None else ""
+    raise ExportError(
+        f"ncnn has no layer{where}",
+        code="no-operator",
+        got=", ".join(dict.fromkeys(named or unknown)),
+        expected="operators of torch that pnnx translates to layers of ncnn",
+        remedy="write it with other operators, or choose another runtime",
+    )
+
+
+def _batches(text: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
+    """The axis of the batch of every input, then of every output, as a setting; "-" where ncnn sees none.
+
+    Whether there is one is for pnnx to say, in its example of how the files are used. Where it is, the network knows
+    better: of an output that is only a transposed view pnnx tells the axis of what is behind it.
+    """
+    read = dict(re.findall(r'ex\.input\("in(\d+)", ncnn\.Mat\(in\d+\.numpy\(\), batch_index=(\d+)\)', text))
+    written = dict(re.findall(r"out(\d+)\.numpy\(batch_index=(\d+)\)", text))
+    axes = sample_axes((*inputs, *outputs))
+    told = [*(read.get(str(i)) for i in range(len(inputs))), *(written.get(str(i)) for i in range(len(outputs)))]
+    words = [
+        "-" if word in (None, str(_NO_BATCH)) else word if axis is None else str(axis)
+        for word, axis in zip(told, axes, strict=True)
+    ]
+    return ";".join(",".join(side) for side in (words[: len(inputs)], words[len(inputs) :]))
+
+
+def named(layers: Sequence[Layer], data: bytes, weighted: Sequence[Any]) -> list[Layer]:
+    """Layers under the names of the sites that they compute: those of the same weights, or else of the same size."""
+    remaining = list(weighted)
+    renamed, position = [], 0
+    for layer in layers:
+        of = None
+        if layer.type in MULTIPLIES and (count := layer.weights()):
+            alike = [w for w in remaining if w.weight.size == count]
+            places = {i: data.find(plain(w.weight), position) for i, w in enumerate(alike)}
+            places = {i: place for i, place in places.items() if place >= 0}
+            if places:
+                first = min(places, key=lambda i: (places[i], i))
+                of, position = alike[first], places[first] + 4 * count
+            elif alike:
+                of = alike[0]
+        if of is not None:
+            remaining.remove(of)
+        renamed.append(layer.called(of.site if of is not None else ""))
+    return renamed
+
+
+def _opened(folder: Path, manifest: Manifest, threads: int) -> Any:
+    import ncnn
+
+    net = ncnn.Net()
+    for option in _HALF:
+        setattr(net.opt, option, manifest.settings["half"] == "on" and "bf16" not in option)
+    net.opt.use_vulkan_compute = False
+    net.opt.num_threads = threads
+    param, weights = (str(folder / name) for name in manifest.programs[0].files)
+    for load, path in ((net.load_param, param), (net.load_model, weights)):
+        if load(path) != 0:
+            raise ArtifactError(
+                "ncnn can't read a file of the artifact",
+                code="unopenable",
+                got=path,
+                expected="the file that was written, of a version that this ncnn reads",
+                remedy="`penjing verify` checks whether the files are unchanged",
+            )
+    return net
+
+
+class _Session:
+    """One call a sample: an array is handed over with a batch of one, whatever its axis."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        program = manifest.programs[0]
+        self.net = _opened(folder, manifest, threads)
+        sides = manifest.settings["batch"].split(";")
+        self.batches = [[_NO_BATCH if a == "-" else int(a) for a in side.split(",")] for side in sides]
+        count = len(program.inputs)
+        axes = sample_axes((*program.inputs, *program.outputs))
+        self.axes, self.joined, self.outputs = axes[:count], axes[count:], program.outputs
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        sizes = {x.shape[a] for x, a in zip(inputs, self.axes, strict=True) if a is not None}
+        if not sizes:
+            return self._one(inputs)
+        samples = range(max(sizes))
+        parts = [
+            self._one([x if a is None else np.take(x, [i], a) for x, a in zip(inputs, self.axes, strict=True)])
+            for i in samples
+        ]
+        return [
+            results[0] if axis is None else np.concatenate(results, axis)
+            for axis, results in zip(self.joined, zip(*parts, strict=True), strict=True)
+        ]
+
+    def _one(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        import ncnn
+
+        with self.net.create_extractor() as extractor:
+            for i, (x, axis) in enumerate(zip(inputs, self.batches[0], strict=True)):
+                x = np.ascontiguousarray(x, dtype=np.float32 if x.dtype.kind == "f" else np.int32)
+                extractor.input(f"in{i}", ncnn.Mat(x, batch_index=axis).clone())
+            results = []
+            for i, (port, axis) in enumerate(zip(self.outputs, self.batches[1], strict=True)):
+                code, mat = extractor.extract(f"out{i}")
+                if code != 0:
+                    raise RuntimeError(f"ncnn returned {code} for the output {port.name}")
+                results.append(np.array(mat.numpy(batch_index=axis)).astype(port.dtype))
+        return results
+
+
+def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
+    """Open model.param and model.bin with that many threads."""
+    return _Session(folder, manifest, threads)
+
+
+def executed(folder: Path, manifest: Manifest) -> list[Executed]:
+    """The layers that ncnn makes of model.param on this processor.
+
+    It computes in integers where scales of integers follow a layer's weights, and has no other kernel for those; in
+    half precision where the layer says so: on many processors weights alone are halved.
+    """
+    opened = {layer.name: layer for layer in _opened(folder, manifest, 1).layers()}
+    halves = manifest.settings["half"] == "on"
+    operators = []
+    for layer in read_param((folder / PARAM).read_text(encoding="utf-8")):
+        if layer.type not in ("Input", "Split"):
+            floats = "fp16" if halves and opened[layer.name].support_fp16_storage else "fp32"
+            sites = (layer.site,) if layer.site else ()
+            operators.append(Executed(sites, layer.type, "int8" if layer.integer else floats))
+    return operators
+
+
+COMMANDS = """
+With ncnn's own program (C++; `benchncnn`, built with it; it takes the layers of the file, and weights of its own):
+
+```
+benchncnn 10 @THREADS@ 0 -1 0 param=@FILE@ shape=@SHAPES@
+```
+
+On Android, with the program built for it:
+
+```
+adb push @FILES@ benchncnn /data/local/tmp/
+adb shell "cd /data/local/tmp && ./benchncnn 10 @THREADS@ 2 -1 0 param=@FILE@ shape=@SHAPES@"
+```
+"""
+"""How the runtime's own programs measure the artifact."""
+
+LOAD = '''\
+"""Open this artifact with ncnn alone: ``from load import predict``. Needs: numpy, ncnn."""
+@ALONE@import json, os, pathlib
+import numpy as np
+import ncnn
+
+HERE = pathlib.Path(__file__).resolve().parent / "@FOLDER@"
+MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+PROGRAM = MANIFEST["programs"][0]
+net = ncnn.Net()
+for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
+    setattr(net.opt, option, MANIFEST["settings"]["half"] == "on")
+net.opt.use_bf16_packed = net.opt.use_bf16_storage = net.opt.use_vulkan_compute = False
+net.opt.num_threads = int(os.environ.get("THREADS", @THREADS@))
+if net.load_param(str(HERE / PROGRAM["files"][0])) or net.load_model(str(HERE / PROGRAM["files"][1])):
+    raise SystemExit("ncnn can't read the artifact")
+BATCHES = [[233 if a == "-" else int(a) for a in side.split(",")] for side in MANIFEST["settings"]["batch"].split(";")]
+names = [port["shape"][0] for port in PROGRAM["inputs"] if port["shape"] and isinstance(port["shape"][0], str)]
+
+
+def axes(ports):
+    """The axis of each that holds the samples."""
+    return [p["shape"].index(names[0]) if names and names[0] in p["shape"] else None for p in ports]
+
+
+def one(inputs):
+    """One sample."""
+    results = []
+    with net.create_extractor() as extractor:
+        for i, (x, axis) in enumerate(zip(inputs, BATCHES[0])):
+            x = np.ascontiguousarray(x, dtype=np.float32 if x.dtype.kind == "f" else np.int32)
+            extractor.input(f"in{i}", ncnn.Mat(x, batch_index=axis).clone())
+        for i, (port, axis) in enumerate(zip(PROGRAM["outputs"], BATCHES[1])):
+            code, mat = extractor.extract(f"out{i}")
+            if code:
+                raise RuntimeError(f"ncnn returned {code}")
+            results.append(np.array(mat.numpy(batch_index=axis)).astype(port["dtype"]))
+    return results
+
+
+def run(inputs):
+    """Flat list of arrays in, flat list of arrays out; ncnn is called for one sample after the other."""
+    held = axes(PROGRAM["inputs"])
+    count = max((x.shape[a] for x, a in zip(inputs, held) if a is not None), default=None)
+    if count is None:
+        return one(inputs)
+    parts = [one([x if a is None else np.take(x, [i], a) for x, a in zip(inputs, held)]) for i in range(count)]
+    return [r[0] if a is None else np.concatenate(r, a) for a, r in zip(axes(PROGRAM["outputs"]), zip(*parts))]
+
+'''

@@ -1,0 +1,192 @@
+"""A frozen network as TorchScript, which pnnx reads, and what is known of its layers' integers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from penjing.network.exporting import with_plain_outputs
+from penjing.network.graph import arguments, compute, kind, operator_name, site
+from penjing.network.naming import free_name
+
+_LAYERS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_SETTINGS = ("stride", "padding", "dilation")
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """A convolution or a linear layer: its weights as pnnx writes them, and the integers that they stand for.
+
+    Attributes:
+        site: Of the network.
+        weight: (out, in / groups, …), float32.
+        bias: (out,), float32, or None.
+        integers: Of the shape of `weight`, int8, where the layer computes in integers; None: in floating point.
+        scales: (out,), float32: what one step of the integers stands for.
+        input_scale: The same of its input, which is rounded where the layer reads it.
+    """
+
+    site: str
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+    integers: np.ndarray | None = None
+    scales: np.ndarray | None = None
+    input_scale: float = 0.0
+
+
+def in_floats(network: fx.GraphModule) -> tuple[fx.GraphModule, list[Weighted]]:
+    """Return a copy of a frozen network in floating point, and its convolutions and linear layers in their order.
+
+    Weights and biases have the values of their integers. A layer that ncnn computes in integers rounds its input
+    itself, so that the quantizer before it is gone; the others are written with operators of torch.
+    """
+    network = copy.deepcopy(network)
+    writer = _Writer(network)
+    for node in list(network.graph.nodes):
+        writer.write(node)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return network, writer.layers
+
+
+class _Writer:
+    """Writes operators of torch in the place of Penjing's, into one network."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.network, self.call = network, network.graph.call_function
+        self.layers: list[Weighted] = []
+        self.stored: dict[fx.Node, _Stored] = {}  # a constant in floating point → the integers that it stands for
+        self.rounded: dict[fx.Node, tuple[fx.Node, torch.Tensor, Any]] = {}  # behind a quantizer → what is before it
+
+    def write(self, node: fx.Node) -> None:
+        """Rewrite one operator; those before it are rewritten already."""
+        if node.op == "call_module":
+            module: Any = self.network.get_submodule(str(node.target))
+            if isinstance(module, _WEIGHTED):
+                self.layers.append(Weighted(site(node), _array(module.weight), _array(module.bias)))
+        elif node.target is torch.ops.penjing.dequantize.default:
+            self._dequantize(node)
+        elif node.op == "call_function" and kind(self.network, node) in ("conv", "linear"):
+            self._layer(node)
+
+    def value(self, node: Any) -> torch.Tensor:
+        """The tensor that a node reads from the network."""
+        tensor: torch.Tensor = compute(self.network, node, (), {}).detach()
+        return tensor
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """Store a tensor and read it."""
+        name = free_name(self.network, f"constant{sum(1 for _ in self.network.buffers())}")
+        self.network.register_buffer(name, value)
+        return self.network.graph.get_attr(name)
+
+    def _dequantize(self, node: fx.Node) -> None:
+        q, scale, zero, axis = node.args
+        assert isinstance(q, fx.Node)
+        with self.network.graph.inserting_before(node):
+            if q.target is torch.ops.penjing.quantize.default:
+                new = self._round(q)
+            else:
+                integers, scales, zeros = map(self.value, (q, scale, zero))
+                new = self.constant(torch.ops.penjing.dequantize(integers, scales, zeros, axis))
+                self.stored[new] = _Stored(integers, scales, zeros, int(axis))  # type: ignore[arg-type]
+        node.replace_all_uses_with(new)
+
+    def _round(self, node: fx.Node) -> fx.Node:
+        """A quantizer and its dequantizer in floating point, for readers that do not round their input themselves."""
+        x, scale, zero, axis, low, high = node.args
+        assert isinstance(x, fx.Node)
+        step, offset = self.value(scale), self.value(zero)
+        aten = torch.ops.aten
+        steps = self.call(aten.round.default, (self.call(aten.div.Tensor, (x, float(step))),))
+        shifted = self.call(aten.add.Tensor, (steps, float(offset))) if int(offset) else steps
+        inside = self.call(aten.clamp.default, (shifted, float(low), float(high)))  # type: ignore[arg-type]
+        back = self.call(aten.sub.Tensor, (inside, float(offset))) if int(offset) else inside
+        new = self.call(aten.mul.Tensor, (back, float(step)))
+        self.rounded[new] = (x, step, (int(offset), low, high))
+        return new
+
+    def _layer(self, node: fx.Node) -> None:
+        """A functional convolution or linear layer whose weight is stored, as a layer."""
+        named = arguments(node)
+        weight, bias, x = named["weight"], named["bias"], named["input"]
+        if not all(n is None or n.op == "get_attr" for n in (weight, bias)):
+            return
+        values = self.value(weight), None if bias is None else self.value(bias)
+        layer = _layer_of(node, *values)
+        if layer is None:
+            return
+        path = free_name(self.network, f"layer{len(self.layers)}")
+        self.network.add_module(path, layer)
+        integers = self._integers(layer, weight, x)
+        with self.network.graph.inserting_before(node):
+            new = self.network.graph.call_module(path, (self.rounded[x][0] if integers else x,))
+        new.meta["site"] = site(node)
+        self.layers.append(Weighted(site(node), _array(values[0]), _array(values[1]), **integers))
+        node.replace_all_uses_with(new)
+
+    def _integers(self, layer: nn.Module, weight: fx.Node, x: fx.Node) -> dict[str, Any]:
+        """What the integers of a layer are, as fields of `Weighted`; empty where ncnn has no kernel for it."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    integers: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    axis: int
+
+
+def _array(value: torch.Tensor | None) -> Any:
+    return None if value is None else value.detach().contiguous().numpy()
+
+
+def _layer_of(node: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The layer of a functional operator with these parameters; None for one that has none."""
+    name = operator_name(node)
+    layer: Any = None
+    outputs, inputs = weight.shape[:2]
+    if name == "linear":
+        layer = nn.Linear(inputs, outputs, bias is not None)
+    elif name in _LAYERS:
+        named: Any = arguments(node)
+        settings = {key: named[key] if isinstance(named[key], str) else tuple(named[key]) for key in _SETTINGS}
+        settings |= {"groups": named["groups"], "bias": bias is not None}
+        layer = _LAYERS[name](inputs * named["groups"], outputs, tuple(weight.shape[2:]), **settings)
+    if layer is not None:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def scripted(network: fx.GraphModule, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bytes:
+    """A network in floating point as TorchScript, traced with these inputs: flat inputs, flat outputs."""
+    network = with_plain_outputs(network).eval()
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data = tensor.data.contiguous()
+    count = len(call[0])
+    names = list(call[1])
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            return self.network(*inputs[:count], **dict(zip(names, inputs[count:], strict=True)))
+
+    buffer = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values = tuple(x.contiguous() for x in (*call[0], *call[1].values()))
+        torch.jit.save(torch.jit.trace(Flat(), values, check_trace=False), buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
