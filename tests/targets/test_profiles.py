@@ -61,10 +61,11 @@ class TestFaults:
         assert "mine.yaml" in error.what and error.got and error.remedy
 
     @pytest.mark.parametrize(
-        ("outer", "inner"), [(o, i) for o in ("operators", "limits") for i in plain()[o]] + [("formats", "weights")]
+        ("outer", "inner"),
+        [(o, i) for o in ("operators", "limits", "check") for i in plain("ethos-u55")[o]] + [("formats", "weights")],
     )
     def test_so_is_one_within_another(self, outer, inner):
-        data = plain()
+        data = plain("ethos-u55")
         del data[outer][inner]
         with raises_case(TargetError, "missing-field") as caught:
             parsed(text(data), "mine.yaml")
@@ -184,7 +185,7 @@ class TestCommand:
     def test_it_shows_one_with_its_sources(self, capsys):
         assert cli.main(["targets", "ethos-u55"]) == 0
         shown = capsys.readouterr().out
-        assert "checked with vela" in shown and "source: " in shown
+        assert "checked with vela: ethos-u55-128" in shown and "source: " in shown
 
     def test_what_it_prints_as_yaml_is_a_profile(self, capsys, tmp_path):
         assert cli.main(["targets", "phone", "--yaml"]) == 0

@@ -96,7 +96,9 @@ def _lines(target: Target) -> list[str]:
         f"storage: {storage or 'no limit known'}; memory: {memory or 'no limit known'}, "
         f"weights are read from {target.limits.weights_in}"
     )
-    lines += [f"checked with {target.check}"] if target.check else []
+    if target.check is not None:
+        settings = f"{target.check.accelerator}, {target.check.system}, {target.check.memory}"
+        lines.append(f"checked with {target.check.compiler}: {settings}")
     lines += [f"then: {command}" for command in target.commands]
     lines += [f"note: {note}" for note in target.notes]
     return lines + [f"source: {source.fact}: {source.at}" for source in target.sources]

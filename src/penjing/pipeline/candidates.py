@@ -10,7 +10,7 @@ from typing import Any
 
 from penjing import measure
 from penjing.analyze.activations import Activations
-from penjing.errors import PenjingError, TargetError, TaskError
+from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
 from penjing.numerics import compiled
 from penjing.pipeline import building, drafts, evidence, fitting
 from penjing.pipeline.bisecting import located
@@ -20,7 +20,7 @@ from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.prepare import Prepared
 from penjing.pipeline.run import Run, Variant, ends_run
 from penjing.recipes.recipe import Recipe
-from penjing.records import Candidate, Measured, Parity, Rejection, from_dict
+from penjing.records import Candidate, DeviceFigures, Measured, Parity, Rejection, from_dict
 from penjing.records.folder import CANDIDATES
 from penjing.records.manifest import Manifest
 from penjing.runtimes import isolated
@@ -120,10 +120,12 @@ def candidate(
             draft.network, draft.plan, run.task.call(), manifest, folder, capabilities
         )
         packed = _packed(run, folder, manifest)
-    device = None
+    device: DeviceFigures | None = None
+    left: tuple[str, ...] = ()
     if run.target is not None and needs is not None:
         device = fitting.figures(run.target, needs, measure.size_bytes(folder, manifest.files()))
-        rejection = rejection or fitting.rejection(run.target, draft.network, draft.plan, rows, device)
+        device, refused, left = _checked(run, variant.name, device, folder / manifest.programs[0].files[0])
+        rejection = rejection or refused or fitting.rejection(run.target, draft.network, draft.plan, rows, device)
         # What runs in integers there is not seen here: it counts as planned.
         rows = tuple(replace(r, executed=None, reason=None if r.planned == "int8" else r.reason) for r in rows)
     shares = float_shares(rows) if integers else (None, None)
@@ -131,6 +133,7 @@ def candidate(
     if rejection is None:
         told = doubts(variant.name, variant.precision, parity, draft, run.task)
         told += float_doubts(variant.name, rows) if integers else ()
+        told += left
     built = Candidate(
         name=variant.name,
         runtime=variant.runtime,
@@ -172,6 +175,26 @@ def _for_device(run: Run, draft: Draft, variant: Variant) -> tuple[Activations |
     ordered = draft.copy()
     reorder(ordered.network, needs.order)
     return needs, ordered
+
+
+def _checked(
+    run: Run, name: str, device: DeviceFigures, file: Path
+) -> tuple[DeviceFigures, Rejection | None, tuple[str, ...]]:
+    """The figures with the estimate of the device's compiler, why it refuses the file, and what it leaves undone."""
+    assert run.target is not None
+    try:
+        if run.target.check is None:
+            return device, None, ()
+        with run.costing(f"check {name} for {run.target.name}"):
+            device, left = fitting.compiled(run.target, file, device)
+    except MissingDependency as error:
+        return device, None, (f"{name}: {error.what}, which is not here: {error.remedy}",)
+    except ArtifactError as error:
+        return device, Rejection(reason=f"{error.what}: {error.got}"), ()
+    if not left:
+        return device, None, ()
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return device, None, (f"{name}: {device.compiler} leaves to the processor {'; '.join(left[:3])}{more}",)
 
 
 def _evaluated(

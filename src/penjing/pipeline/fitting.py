@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import fx
 
 from penjing.analyze.activations import Activations, activations
 from penjing.analyze.cost import FREE, cost
 from penjing.errors import TargetError
+from penjing.measure import vela
 from penjing.network.graph import is_tensor, kind, line, sites, tensor_inputs
 from penjing.recipes.recipe import Recipe
 from penjing.records import DeviceFigures, LayerRow, Rejection
@@ -120,7 +122,27 @@ def broken(
         *_illegal_formats(target, plan),
         *_storage(target, needs.storage_bytes, sizes),
         *_memory(target, needs.memory_bytes, needs.activation_bytes, needs.site, needs.alive),
+        *_estimated(target, needs),
     )
+
+
+def compiled(target: Target, file: Path, needs: DeviceFigures) -> tuple[DeviceFigures, tuple[str, ...]]:
+    """The figures with the estimate of the device's compiler, and the operators that it leaves to the processor.
+
+    Args:
+        target: The device; without a compiler, nothing is added.
+        file: What the compiler takes.
+        needs: The figures as far as they are known.
+
+    Raises:
+        MissingDependency: The compiler is not installed.
+        ArtifactError: It can't compile the file.
+    """
+    check = target.check
+    if check is None:
+        return needs, ()
+    told = vela.estimate(file, check.accelerator, check.system, check.memory)
+    return replace(needs, compiler=told.compiler, estimate=told.figures), told.left
 
 
 def rejection(
@@ -215,6 +237,21 @@ def _memory(target: Target, size: int, live: int, site: str, alive: Mapping[str,
         limit=f"{target.name} has {_bytes(limit)}",
         remedy="smaller inputs, an earlier stride or pooling, or fewer channels there (prune.Channels)",
     )
+
+
+def _estimated(target: Target, needs: DeviceFigures) -> Iterator[Excess]:
+    """What the device's compiler needs beyond a limit."""
+    memory, storage = target.limits.memory_bytes, target.limits.storage_bytes
+    for name, code, limit in (("sram_bytes", "memory", memory), ("flash_bytes", "storage", storage)):
+        size = needs.estimate.get(name, 0.0)
+        if limit is not None and size > limit:
+            yield Excess(
+                code=code,
+                site=needs.site,
+                got=f"{needs.compiler} needs {_bytes(int(size))} of {name.removesuffix('_bytes')}",
+                limit=f"{target.name} has {_bytes(limit)}",
+                remedy="smaller inputs, fewer channels at the peak, or another memory mode in the profile",
+            )
 
 
 def _bytes(size: int) -> str:

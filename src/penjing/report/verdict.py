@@ -85,7 +85,18 @@ def _on_device(target: records.TargetRow, chosen: records.Candidate | None) -> l
     if chosen is not None and chosen.device is not None:
         limit = "" if target.memory_bytes is None else f" of {numbers.figure(target.memory_bytes, 'bytes')}"
         phrases.append(f"{numbers.figure(chosen.device.memory_bytes, 'bytes')}{limit} of its memory at the peak")
+        phrases += _estimated(chosen.device)
     return phrases
+
+
+def _estimated(device: records.DeviceFigures) -> list[str]:
+    """The estimate of the device's own compiler."""
+    if "cycles" not in device.estimate:
+        return []
+    clock, cycles = device.estimate.get("clock_mhz", 0.0), device.estimate["cycles"]
+    sram = numbers.figure(int(device.estimate["sram_bytes"]), "bytes")
+    time = f"{cycles / clock / 1000:.3g} ms at {clock:.0f} MHz"
+    return [f"{device.compiler} estimates {cycles:,.0f} cycles ({time}) and {sram} of SRAM"]
 
 
 def _sizes(changes: dict[str, str]) -> list[str]:

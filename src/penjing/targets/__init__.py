@@ -6,7 +6,7 @@ a user's own has the same fields. Reading one runs nothing.
 
 from __future__ import annotations
 
-from penjing.targets.profile import Limits, NumberFormats, Source, Target
+from penjing.targets.profile import Check, Limits, NumberFormats, Source, Target
 from penjing.targets.reading import load, names
 
-__all__ = ["Limits", "NumberFormats", "Source", "Target", "load", "names"]
+__all__ = ["Check", "Limits", "NumberFormats", "Source", "Target", "load", "names"]

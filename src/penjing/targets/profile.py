@@ -47,6 +47,23 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """A compiler that judges artifacts for a device, and what it is told.
+
+    Attributes:
+        compiler: "vela", Arm's compiler for the Ethos-U.
+        accelerator: Its `--accelerator-config`.
+        system: Its `--system-config`.
+        memory: Its `--memory-mode`.
+    """
+
+    compiler: str
+    accelerator: str
+    system: str
+    memory: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A document, and the fact that it is given for."""
 
@@ -70,7 +87,7 @@ class Target:
         weights: Formats of quantized weights.
         activations: Formats of quantized activations.
         limits: What fits into it.
-        check: The compiler that judges artifacts for it, such as "vela"; None where there is none.
+        check: The compiler that artifacts are checked with; None where there is none.
         commands: What is done with the artifact on the way to the device, as command lines.
         notes: Sentences for the user.
         sources: Where the facts come from.
@@ -88,7 +105,7 @@ class Target:
     weights: NumberFormats
     activations: NumberFormats
     limits: Limits
-    check: str | None
+    check: Check | None
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     sources: tuple[Source, ...]

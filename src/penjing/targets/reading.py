@@ -11,13 +11,13 @@ from typing import Any
 
 from penjing.errors import TargetError, UsageError
 from penjing.records import reading, yaml_text
-from penjing.targets.profile import ANY, Limits, NumberFormats, Source, Target
+from penjing.targets.profile import ANY, Check, Limits, NumberFormats, Source, Target
 
 PROFILES = Path(__file__).parent / "profiles"
 PROFILE_BYTES = 1 << 16
 SUFFIXES = (".yaml", ".yml")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-bf16")
-CHECKS = ("vela",)
+COMPILERS = ("vela",)
 _EXAMPLE = "`penjing targets pi4 --yaml` prints a complete profile to start from"
 
 _FIELDS = {
@@ -30,7 +30,7 @@ _FIELDS = {
     "operators": "a mapping with legal and integer",
     "formats": "a mapping with weights and activations",
     "limits": "a mapping with storage_bytes, memory_bytes and weights_in",
-    "check": f"null, or one of {', '.join(CHECKS)}",
+    "check": "null, or a mapping with compiler, accelerator, system and memory",
     "commands": "a list of lines; [] where there are none",
     "notes": "a list of lines; [] where there are none",
     "sources": "a list of mappings with fact and at",
@@ -50,6 +50,12 @@ _LIMITS = {
     "storage_bytes": "a whole number from 1, or null",
     "memory_bytes": "a whole number from 1, or null",
     "weights_in": "memory or storage",
+}
+_CHECK = {
+    "compiler": f"one of {', '.join(COMPILERS)}",
+    "accelerator": "a word, such as ethos-u55-128",
+    "system": "a word, such as Ethos_U55_High_End_Embedded",
+    "memory": "a word, such as Shared_Sram",
 }
 _SOURCE = {"fact": "a line", "at": "an address or a document"}
 
@@ -140,11 +146,20 @@ def parsed(text: str, where: str) -> Target:
             memory_bytes=limits.count_or_none("memory_bytes"),
             weights_in=limits.one_of("weights_in", ("memory", "storage")),
         ),
-        check=None if fields.data["check"] is None else fields.one_of("check", CHECKS),
+        check=None if fields.data["check"] is None else _check(fields.inner("check", _CHECK)),
         commands=fields.lines("commands"),
         notes=fields.lines("notes"),
         sources=tuple(Source(fact=s.line("fact"), at=s.line("at")) for s in fields.rows("sources", _SOURCE)),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def _check(fields: _Fields) -> Check:
+    return Check(
+        compiler=fields.one_of("compiler", COMPILERS),
+        accelerator=fields.word("accelerator"),
+        system=fields.word("system"),
+        memory=fields.word("memory"),
     )
 
 
