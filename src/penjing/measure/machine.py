@@ -26,6 +26,8 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "ai_edge_litert",
+    "litert_torch",
     "safetensors",
 )
 

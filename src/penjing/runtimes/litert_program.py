@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from penjing.network.graph import arguments, kind, operator_name, site, tensor_inputs
+from penjing.network.graph import arguments, kind, operator_name, tensor_inputs
 from penjing.numerics import operators  # noqa: F401  registers the operators that are translated here
 from penjing.records.manifest import Port
 from penjing.runtimes.decomposed import in_operators_of_torch
@@ -29,7 +29,7 @@ def save(
     dynamic: Mapping[str | int, Mapping[int, str]] | None,
     outputs: list[str],
     path: Path,
-) -> tuple[tuple[Port, ...], tuple[Port, ...], list[str]]:
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """Write the program of one sample to `path`, a .pt2 file.
 
     Args:
@@ -40,22 +40,14 @@ def save(
         path: The file to write.
 
     Returns:
-        The ports of inputs and outputs, where the axis of the samples has its name in the place of its size, and the
-        sites of the operators that write the outputs.
+        The ports of inputs and outputs; the axis of the samples has its name in the place of its size.
 
     Raises:
         ExportError: More than the number of samples varies, or the samples of a batch affect each other.
     """
     program, given, results = exported(network, call, dynamic, outputs, "LiteRT", requantized, _NARROW)
     torch.export.save(program, path)
-    return given, results, [site(_writer(node)) for node in tensor_inputs(network.graph.output_node())]
-
-
-def _writer(node: fx.Node) -> fx.Node:
-    """The operator whose values a node gives, in front of quantizers."""
-    while node.target in (torch.ops.penjing.quantize.default, torch.ops.penjing.dequantize.default):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    return given, results
 
 
 def requantized(network: fx.GraphModule) -> fx.GraphModule:
