@@ -31,7 +31,7 @@ class RuntimeSpec:
         module: Of `penjing.runtimes`, with the functions of `Runtime`.
         suffixes: Of an artifact's files, where all are of one name: of the one that it opens, and of those beside it.
         packages: What has to be installed, as pip names it and as Python imports it.
-        deployed: Whether it loads an artifact without torch.
+        deployed: Whether a device loads an artifact without torch; of some, the package for Python brings it along.
         by_default: Whether `compress` considers it when no runtime is named; the others are for other devices than
             this one, or take minutes.
         in_process: Whether it works in the process of the run, and not in one of its own: what the run stands on.
@@ -77,6 +77,13 @@ SPECS: dict[str, RuntimeSpec] = {
             module="penjing.runtimes.ncnn",
             packages=("ncnn", "pnnx"),
             suffixes=(".param", ".bin"),
+            by_default=False,
+        ),
+        RuntimeSpec(
+            name="executorch",
+            module="penjing.runtimes.executorch",
+            packages=("executorch",),
+            suffixes=(".pte",),
             by_default=False,
         ),
         RuntimeSpec(

@@ -1,0 +1,394 @@
+"""From an exported program to ExecuTorch's file: delegates, bounds of sizes that vary, where operators come from.
+
+It runs in the process of the runtime, which has ExecuTorch imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from penjing.errors import ExportError
+from penjing.runtimes.decomposed import site
+
+SITES = "penjing_sites"
+"""The method of the file that returns, as JSON, which operators of the network its operators come from."""
+PLANNED_BYTES = 32 << 20  # of memory that is set aside when the file is loaded, for the largest sizes that it takes
+WHOLE_BYTES = 1 << 30  # the same, of a network whose samples can't be passed in several calls
+
+
+def lower(path: str, file: str, axes: list[dict[str, str]], divisible: bool) -> list[list[Any]]:
+    """Write `file` from the exported program in `path`.
+
+    Args:
+        path: A .pt2 file, with quantizers of `quantized_decomposed` where it is quantized.
+        file: The .pte file to write.
+        axes: For every input its axes that vary, by number, each with its name.
+        divisible: Whether its samples may be passed in several calls, so that fewer have to fit into one.
+
+    Returns:
+        For every output its type and its sizes, a name where one varies.
+
+    Raises:
+        ExportError: ExecuTorch has no kernel for an operator, or can't lower it.
+    """
+    with _quiet():
+        program = torch.export.load(path)
+        manager = _lowered(program)
+        lowered = manager.exported_program()
+        _restore_ranges(lowered)
+        names = _named_symbols(lowered, axes)
+        _bound(lowered, axes, PLANNED_BYTES if divisible else WHOLE_BYTES)
+        manager._config_methods = {SITES: json.dumps(_sites(lowered), separators=(",", ":"))}
+        check_kernels(lowered)
+        data = _emitted(manager)
+    Path(file).write_bytes(data)
+    return [[str(v.dtype).removeprefix("torch."), _sizes(v, names)] for v in _outputs(lowered)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ExecuTorch and torchao warn of what they themselves call, and of libraries for other processors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _lowered(program: Any) -> Any:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    # Its check of types asks how long the first result of a split is, which fixes the number of samples to the
+    # example's (1.5.1, arg_validator.py). Kernels that are missing are found by `check_kernels`.
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    try:
+        return to_edge_transform_and_lower(
+            program, transform_passes=[prepare], partitioner=[XnnpackPartitioner()], compile_config=config
+        )
+    except Exception as error:
+        raise _refusal(error) from error
+
+
+def _emitted(manager: Any) -> bytes:
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+
+    # An input is read where it lies. An output is not: it would be set aside at its largest size in every call.
+    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=True)
+    try:
+        data: bytes = manager.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
+        return data
+    except Exception as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> ExportError:
+    return ExportError(
+        "ExecuTorch can't lower the network",
+        code="unreadable",
+        got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+        expected="operators that ExecuTorch lowers",
+        remedy="write that operator with others, or choose another runtime",
+    )
+
+
+def check_kernels(program: Any) -> None:
+    """Raise ExportError for an operator outside of delegates that the runtime has no kernel for; it names the layer."""
+    from executorch.runtime import Runtime
+
+    known = Runtime.get().operator_registry.operator_names
+    spaces = {name.partition("::")[0] for name in known}
+    for node, whole in _portable(program):
+        space, _, name = whole.partition("::")
+        if any(known_name.startswith(f"{space}::{name}.") for known_name in known) and space in spaces:
+            continue
+        where = site(node)
+        raise ExportError(
+            f"ExecuTorch has no kernel for {space}::{name}" + (f", which {where} computes" if where else ""),
+            code="no-kernel",
+            got=f"{space}::{name}" + (f" at {where}" if where else ""),
+            expected="operators of XNNPACK, or of ExecuTorch's portable kernels",
+            remedy="write that operator with others, or choose another runtime",
+        )
+
+
+def _portable(program: Any) -> list[tuple[fx.Node, str]]:
+    """The operators of a lowered program that no delegate computes, with their names."""
+    operators = [(node, getattr(node.target, "_op", None)) for node in program.graph.nodes]
+    return [(node, op._schema.name) for node, op in operators if isinstance(op, torch._ops.OpOverload)]
+
+
+def _sites(program: Any) -> dict[str, Any]:
+    """Sites by the number that XNNPACK's operators carry, and those of other operators in the order of their calls."""
+    handles: dict[str, str] = {}
+    for node in program.graph.nodes:
+        module: Any = getattr(program.graph_module, str(node.target), None) if node.op == "get_attr" else None
+        for inner in module.original_module.graph.nodes if hasattr(module, "original_module") else ():
+            if site(inner) and "debug_handle" in inner.meta:
+                handles[str(inner.meta["debug_handle"])] = site(inner)
+    portable: dict[str, list[str]] = {}
+    for node, name in _portable(program):
+        portable.setdefault(name, []).append(site(node))
+    return {"delegated": handles, "portable": portable}
+
+
+@dataclass(frozen=True)
+class _Quantizers:
+    """Writes pairs of a quantizer and a dequantizer into a graph of ExecuTorch's dialect."""
+
+    graph: fx.Graph
+    quantize: Any
+    dequantize: Any
+
+    def grid(self, node: Any) -> tuple[Any, ...] | None:
+        """Scale, zero point, limits and type of a quantizer or dequantizer; None for another node."""
+        quantizer = isinstance(node, fx.Node) and node.target in (self.quantize, self.dequantize)
+        return tuple(node.args[1:]) if quantizer else None
+
+    def behind(self, node: fx.Node, grid: tuple[Any, ...]) -> fx.Node:
+        """The value of `node`, on a grid; its readers stay as they are."""
+        value = node.meta["val"]
+        with self.graph.inserting_after(node):
+            q = self.graph.call_function(self.quantize, (node, *grid))
+        with self.graph.inserting_after(q):
+            x = self.graph.call_function(self.dequantize, (q, *grid))
+        q.meta, x.meta = {"val": value.to(grid[-1])}, {"val": value.to(torch.float32)}
+        return x
+
+
+def prepare(module: fx.GraphModule) -> Any:
+    """Write what XNNPACK has operators for in the form that its partitioner takes; the values stay what they are."""
+    from executorch.exir.dialects._ops import ops
+    from executorch.exir.pass_base import PassResult
+
+    aten, integers = ops.edge.aten, ops.edge.quantized_decomposed
+    quantizers = _Quantizers(module.graph, integers.quantize_per_tensor.default, integers.dequantize_per_tensor.default)
+    moves: tuple[Any, ...] = (
+        aten.view_copy.default,
+        aten.permute_copy.default,
+        aten.slice_copy.Tensor,
+        aten.unsqueeze_copy.default,
+    )
+    moves += (aten.max_pool2d.default, aten.relu.default)
+    for node in list(module.graph.nodes):
+        if node.target is aten.mean.dim:
+            _mean_with_axes(node, quantizers, aten.view_copy.default)
+        elif node.target is aten.cat.default:
+            _parts_on_one_grid(node, quantizers)
+        elif node.target in (aten.relu.default, aten.hardtanh.default, aten.clamp.default):
+            before = node.args[0].target
+            gemm = before in (aten.convolution.default, aten.linear.default, aten.addmm.default, aten.mm.default)
+            fused = node.target is aten.relu.default and before is aten.add.Tensor
+            if not fused and not (gemm and node.target is not aten.clamp.default):
+                _quantized_before_it_is_clamped(node, quantizers)
+    for node in list(module.graph.nodes):
+        if node.target is quantizers.dequantize:
+            _one_for_every_reader(node, quantizers)
+    for node in list(module.graph.nodes):
+        if node.target in moves:
+            _moved_on_one_grid(node, quantizers)
+        if node.target is aten.view_copy.default:
+            _with_one_free_size(node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return PassResult(module, True)
+
+
+def _mean_with_axes(node: fx.Node, quantizers: _Quantizers, view_copy: Any) -> None:
+    """A mean over height and width keeps these axes, as XNNPACK's operator does, and a view drops them."""
+    x: Any = node.args[0]
+    dims: Any = node.args[1]
+    if x.meta["val"].dim() != 4 or node.kwargs.get("dtype") or (len(node.args) > 2 and node.args[2]):
+        return
+    if sorted(axis % 4 for axis in dims) != [2, 3]:
+        return
+    readers, flat = list(node.users), node.meta["val"]
+    node.args = (x, [2, 3], True)
+    node.meta["val"] = flat[:, :, None, None]
+    grids = {quantizers.grid(reader) for reader in readers}
+    grid = grids.pop() if len(grids) == 1 else None
+    # Quantized before it is viewed too, on the grid that it gets anyway: then it is a mean of integers.
+    end = node if grid is None else quantizers.behind(node, grid)
+    with quantizers.graph.inserting_after(end):
+        view = quantizers.graph.call_function(view_copy, (end, [-1, flat.shape[1]]))
+    view.meta = {"val": flat}
+    for reader in readers:
+        reader.replace_input_with(node, view)
+
+
+def _parts_on_one_grid(node: fx.Node, quantizers: _Quantizers) -> None:
+    """Parts of a concatenation get the grid of the whole: XNNPACK's operator copies integers, and fails otherwise."""
+    grids = {quantizers.grid(reader) for reader in node.users}
+    grid = grids.pop() if len(grids) == 1 else None
+    parts: Any = node.args[0]
+    if grid is not None:
+        each = [part if quantizers.grid(part) == grid else quantizers.behind(part, grid) for part in parts]
+        node.args = (each, *node.args[1:])
+
+
+def _quantized_before_it_is_clamped(node: fx.Node, quantizers: _Quantizers) -> None:
+    """What the partitioner does not fuse into the operator before it: that writes integers, and integers are clamped.
+
+    Rounding keeps the order of values, so that it does not matter which of both is first.
+    """
+    grids = {quantizers.grid(reader) for reader in node.users}
+    grid = grids.pop() if len(grids) == 1 else None
+    before: Any = node.args[0]
+    if grid is not None and quantizers.grid(before) is None and len(before.users) == 1:
+        node.replace_input_with(before, quantizers.behind(before, grid))
+
+
+def _one_for_every_reader(node: fx.Node, quantizers: _Quantizers) -> None:
+    """A dequantizer has one reader: one that an integer operator has taken in would not be computed for the others."""
+    for reader in list(node.users)[1:]:
+        with quantizers.graph.inserting_after(node):
+            copy = quantizers.graph.call_function(quantizers.dequantize, node.args)
+        copy.meta = dict(node.meta)
+        reader.replace_input_with(node, copy)
+
+
+def _moved_on_one_grid(node: fx.Node, quantizers: _Quantizers) -> None:
+    """What only moves or selects values stays on the grid of its input, behind which it gets the one of its reader."""
+    before: Any = node.args[0]
+    grid = quantizers.grid(before)
+    readers = list(node.users)
+    if grid is None or len(readers) != 1 or quantizers.grid(readers[0]) in (None, grid):
+        return
+    readers[0].replace_input_with(node, quantizers.behind(node, grid))
+
+
+def _with_one_free_size(node: fx.Node) -> None:
+    """A size that varies is written as -1: XNNPACK's reshape takes one such size, and no computed one."""
+    sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+    if sizes.count(-1) == 1:
+        node.args = (node.args[0], sizes)
+
+
+def _leaves(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def _environment(program: Any) -> Any:
+    """What torch knows of the sizes that vary; None without such sizes."""
+    for node in program.graph.nodes:
+        for value in _leaves(node):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    return size.node.shape_env
+    return None
+
+
+def _restore_ranges(program: Any) -> None:
+    """Undo what tracing the operators again has narrowed.
+
+    For a convolution torch 2.13 asks whether a batch is below 16, to choose one of its own kernels, and takes the
+    answer for the example as a bound of all: for an example of 2, ExecuTorch would refuse 16 samples.
+    """
+    environment = _environment(program)
+    for symbol, limits in program.range_constraints.items() if environment is not None else ():
+        environment.var_to_range[symbol] = limits
+
+
+def _inputs(program: Any) -> list[torch.Tensor]:
+    names = set(program.graph_signature.user_inputs)
+    return [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+
+
+def _outputs(program: Any) -> list[torch.Tensor]:
+    return [n.meta["val"] for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
+
+
+def _named_symbols(program: Any, axes: list[dict[str, str]]) -> dict[Any, str]:
+    """Size that varies, as an expression → the name of the axis."""
+    sizes: list[tuple[Any, str]] = [
+        (value.shape[int(axis)], word)
+        for value, words in zip(_inputs(program), axes, strict=True)
+        for axis, word in words.items()
+    ]
+    return {size.node.expr: word for size, word in sizes if isinstance(size, torch.SymInt)}
+
+
+def _sizes(value: Any, names: Mapping[Any, str]) -> list[Any]:
+    return [s if isinstance(s, int) else names.get(s.node.expr, str(s.node.expr)) for s in value.shape]
+
+
+def _bound(program: Any, axes: list[dict[str, str]], budget: int) -> None:
+    """Lower the largest sizes until the memory that is set aside for them fits; samples first, down to two.
+
+    Raises:
+        ExportError: A size depends on the values of the inputs.
+    """
+    environment = _environment(program)
+    if environment is None:
+        return
+    shapes: list[Any] = [
+        v.shape[int(a)] for v, words in zip(_inputs(program), axes, strict=True) for a in sorted(words, key=int)
+    ]
+    varying = [size.node for size in shapes if isinstance(size, torch.SymInt)]
+    symbols = list(dict.fromkeys(symbol for node in varying for symbol in sorted(node.expr.free_symbols, key=str)))
+    least = {symbol: int(environment.backed_var_to_val[symbol]) for symbol in symbols}
+    least |= {symbol: 2 for symbol in symbols[:1]}
+    while (planned := planned_bytes(program)) > budget:
+        largest = {symbol: int(environment.var_to_range[symbol].upper) for symbol in symbols}
+        free = [symbol for symbol in symbols if largest[symbol] > least[symbol]]
+        if not free:
+            return
+        symbol = free[0] if free[0] is symbols[0] else max(free, key=lambda s: largest[s] / least[s])
+        by = budget / planned if symbol is symbols[0] else 0.5
+        upper = max(least[symbol], int(largest[symbol] * by))
+        environment.var_to_range[symbol] = ValueRanges(environment.var_to_range[symbol].lower, upper)
+
+
+def planned_bytes(program: Any) -> int:
+    """The most memory that values between delegates take at one time, at the largest sizes, in bytes."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        for read in node.all_input_nodes:
+            last[read] = node
+    now = most = 0
+    sizes: dict[fx.Node, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not isinstance(node.meta.get("val"), tuple | list):
+            sizes[node] = sum(math.prod(map(_largest, v.shape)) * v.element_size() for v in _leaves(node))
+            now += sizes[node]
+            most = max(most, now)
+        for read in node.all_input_nodes:
+            if last[read] is node:
+                now -= sizes.pop(read, 0)
+    return most
+
+
+def _largest(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    upper = bound_sympy(size.node.expr, size.node.shape_env.var_to_range).upper
+    if not upper.is_finite:
+        raise ExportError(
+            "ExecuTorch sets memory aside for the largest sizes, and a size here depends on values",
+            code="unbounded",
+            got=str(size.node.expr),
+            expected="sizes that follow from those of the inputs",
+            remedy="choose among a fixed number of values, as of torch.topk, or choose another runtime",
+        )
+    return int(upper)
+
+
+__all__ = ["SITES", "check_kernels", "lower", "planned_bytes"]
