@@ -108,6 +108,14 @@ SPECS: dict[str, RuntimeSpec] = {
             suffixes=(".tflite",),
             by_default=False,
         ),
+        RuntimeSpec(
+            name="tvm",
+            module="penjing.runtimes.tvm",
+            packages=("tvm",),
+            suffixes=(".so",),
+            by_default=False,
+            shows_operators=False,
+        ),
     )
 }
 """Every runtime, each in one row."""

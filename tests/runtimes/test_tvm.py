@@ -1,0 +1,129 @@
+"""TVM: compiled for one sample and this processor, with tuned schedules that are kept, and no foreign machine code."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing import runtimes
+from penjing.errors import ArtifactError, ExportError, UsageError
+from penjing.network.capture import capture_network
+from penjing.records.manifest import read_manifest, write_manifest
+from penjing.runtimes import isolated, trusted
+from penjing.tasks.outputs import flatten_outputs
+from tests.raises import raises_case
+
+pytest.importorskip("tvm")
+
+
+class Several(nn.Module):
+    """Convolutions of three kinds, batch norm, a residual addition, pooling, attention and layer norm, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.query, self.layer_norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = self.point(F.hardswish(self.depthwise(x))) + x
+        tokens = F.max_pool2d(x, 2).flatten(2).transpose(1, 2)
+        scores = (self.query(tokens) @ tokens.transpose(1, 2) / 8**0.5).softmax(-1)
+        tokens = self.layer_norm(F.gelu(scores @ tokens))
+        return {"classes": self.head(tokens.mean(1)), "picture": torch.sigmoid(x)}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The network, its artifact, and the folder of what was compiled and tuned."""
+    torch.manual_seed(0)
+    network = Several().eval()
+    folder, cache = tmp_path_factory.mktemp("artifact"), tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENJING_CACHE", str(cache))
+        patch.setenv("PENJING_TVM_SECONDS", "2")
+        isolated.close()
+        _export(network, (torch.randn(2, 3, 16, 16),), folder)
+        yield network, folder, cache
+    isolated.close()
+
+
+def _export(network, args, folder):
+    captured = capture_network(network, args)
+    structure = flatten_outputs(network(*args))[1]
+    manifest = runtimes.get("tvm").export(captured, (args, {}), None, "fp32", structure, folder)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_answers_as_the_network(built, batch):
+    network, folder, _ = built
+    x = torch.randn(batch, 3, 16, 16)
+    outputs = isolated.open_artifact(folder, 1).run([x.numpy()])
+    with torch.no_grad():
+        expected = network(x)
+    for output, wanted in zip(outputs, expected.values(), strict=True):
+        np.testing.assert_allclose(output, wanted.numpy(), atol=1e-5)
+
+
+def test_schedules_are_kept_and_the_time_is_kept_to(built, tmp_path):
+    network, folder, cache = built
+    sampled = {path: json.loads(path.read_text())["sampled"] for path in (cache / "tvm").iterdir()}
+    assert sum(sampled.values()) > 0
+    start = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PENJING_TVM_SECONDS", "0")
+        _export(network, (torch.randn(2, 3, 16, 16),), tmp_path)
+    assert time.monotonic() - start < 120
+    assert {path: json.loads(path.read_text())["sampled"] for path in sampled} == sampled
+    assert read_manifest(tmp_path) == read_manifest(folder)
+
+
+def test_machine_code_of_others_is_not_opened(built, tmp_path, monkeypatch):
+    _, folder, _ = built
+    library = tmp_path / "model.so"
+    library.write_bytes((folder / "model.so").read_bytes() + b"\0")
+    (tmp_path / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
+    with raises_case(ArtifactError, "foreign-code") as refusal:
+        runtimes.open_artifact(tmp_path, 1)
+    assert trusted.VARIABLE in refusal.value.remedy
+    monkeypatch.setenv(trusted.VARIABLE, refusal.value.remedy.rpartition("=")[2])
+    trusted.check(library)
+
+
+def test_an_artifact_for_another_processor_is_refused(built, tmp_path):
+    _, folder, _ = built
+    data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    data["settings"]["processor"] = "cortex-a72"
+    (tmp_path / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "model.so").write_bytes((folder / "model.so").read_bytes())
+    with raises_case(ArtifactError, "processor"):
+        runtimes.open_artifact(tmp_path, 1)
+
+
+class Sorts(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x)
+
+
+def test_an_operator_that_tvm_lacks_is_named(built, tmp_path):
+    with raises_case(ExportError, "unreadable") as refusal:
+        _export(Sorts(), (torch.randn(2, 4, 4),), tmp_path)
+    assert "svd" in refusal.value.got and not list(tmp_path.iterdir())
+
+
+def test_a_time_that_is_none_is_refused(monkeypatch):
+    from penjing.runtimes import tvm
+
+    for text in ("soon", "-1", "nan"):
+        monkeypatch.setenv(tvm.SECONDS_VARIABLE, text)
+        with raises_case(UsageError, "seconds"):
+            tvm.seconds()
+    monkeypatch.setenv(tvm.SECONDS_VARIABLE, "2.5")
+    assert tvm.seconds() == 2.5
