@@ -1,11 +1,13 @@
-"""ncnn: it answers as torch does, and what it has no layer for is named."""
+"""ncnn: it answers as torch and the plan do, in the plan's integers; what it has no layer for is named."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from penjing import measure, runtimes
 from penjing.errors import ArtifactError, ExportError
+from penjing.numerics import grid
 from penjing.runtimes import isolated
 from tests.pairs import FLOAT_DB
 from tests.raises import raises_case
@@ -15,6 +17,7 @@ ncnn = pytest.importorskip("ncnn")
 pytest.importorskip("pnnx")
 
 HALF_DB = 50
+WIDTH = 65536  # of a layer of many products
 
 
 def worst_db(artifact, batch):
@@ -42,6 +45,48 @@ class Words(nn.Module):
         return x, x.transpose(0, 1)
 
 
+class Layers(nn.Module):
+    """Layers with integer kernels beside some without; one is called twice, one twice on the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(4, 8, 3, padding="same")
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, stride=2)
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.rows = nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = self.depthwise(nn.functional.hardswish(self.grouped(torch.relu(self.wide(x)))))
+        x = self.twice(torch.sigmoid(self.twice(x)))
+        x = x.permute(0, 2, 3, 1)
+        return self.rows(x), self.rows(x) * 2
+
+
+class Sums(nn.Module):
+    """So many products that their sum in floating point is not exact, of factors on the grid of their integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 4, bias=False)
+        self.layer.weight.data = _whole(4, seed=1) * 0.1
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class SumsCase(Case):
+    def inputs(self, samples, seed):
+        return (_whole(samples, seed) * 0.3,)
+
+
+def _whole(rows, seed):
+    """Whole numbers whose largest is 127."""
+    numbers = torch.randint(-126, 127, (rows, WIDTH), generator=torch.Generator().manual_seed(seed)).float()
+    numbers[:, 0] = 127
+    return numbers
+
+
 class WordsCase(Case):
     def inputs(self, samples, seed):
         return (torch.randint(0, 20, (samples, 7), generator=torch.Generator().manual_seed(seed)),)
@@ -56,10 +101,56 @@ class Sorts(nn.Module):
         return self.layer(x).sort(1)[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("case", ["branches", "tokens", "two inputs"])
-def test_it_answers_as_torch_at_every_batch(exported, case):
-    artifact = exported(case, "ncnn", "fp32")
+def test_it_answers_as_torch_at_every_batch(exported, case, precision):
+    artifact = exported(case, "ncnn", precision)
     assert min(worst_db(artifact, batch) for batch in (1, 3)) >= FLOAT_DB
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory):
+    """An int8 artifact of `Layers`."""
+    return export(Case(Layers, ((4, 6, 6),), {}, ()), "ncnn", "int8", tmp_path_factory.mktemp("layers"))
+
+
+def test_what_it_computes_in_integers_is_the_plan(layers):
+    # Far beyond what integers and floating point have in common.
+    assert min(worst_db(layers, batch) for batch in (1, 3)) >= 100
+    source = layers.answers(2, seed=3, network=layers.network)
+    assert measure.parity([source], [layers.answers(2, seed=3)], "planned").snr_db < 60
+
+
+def test_it_tells_which_layers_are_computed_in_integers(layers):
+    operators = runtimes.executed(layers.folder, layers.manifest)
+    precisions = {site: op.precision for op in operators for site in op.sites}
+    assert precisions == dict.fromkeys(("wide", "depthwise", "twice", "twice@1", "rows"), "int8") | {"grouped": "fp32"}
+
+
+def test_the_integers_in_its_file_are_those_of_the_plan(layers):
+    data = (layers.folder / "model.bin").read_bytes()
+    for name in ("wide", "depthwise", "twice", "rows"):
+        entry = layers.draft.plan.entries[f"{name}:weight"]
+        weight = layers.draft.network.get_submodule(name).weight.detach()
+        assert grid.integers(weight, *_numbers(entry), entry.spec).to(torch.int8).numpy().tobytes() in data
+        scale = layers.draft.plan.entries[f"{name}:in0"].scale[0]
+        assert np.float32(1 / scale).tobytes() in data
+
+
+def test_its_sums_are_exact_where_those_of_floating_point_are_not(tmp_path):
+    artifact = export(SumsCase(Sums, (), {}, ()), "ncnn", "int8", tmp_path)
+    weight, x = (artifact.draft.plan.entries[f"layer:{edge}"] for edge in ("weight", "in0"))
+    factors = artifact.network.layer.weight.detach(), artifact.case.inputs(2, seed=9)[0]
+    w, q = (torch.round(f.double() / e.scale[0]) for f, e in zip(factors, (weight, x), strict=True))
+    exact = (q @ w.T).numpy() * weight.scale[0] * x.scale[0]
+    (answer,) = runtimes.open_artifact(artifact.folder, 1).run(artifact.arrays(2, seed=9))
+    one_rounding = 2.0**-23
+    assert np.abs(answer / exact - 1).max() < one_rounding
+    assert np.abs(artifact.answers(2, seed=9)[0] / exact - 1).max() > 8 * one_rounding
+
+
+def _numbers(entry):
+    return torch.tensor(entry.scale), torch.tensor(entry.zero_point, dtype=torch.int32)
 
 
 def test_integers_go_in_and_samples_come_out_in_any_axis(tmp_path):

@@ -15,7 +15,8 @@ import numpy as np
 from penjing.errors import ArtifactError, ExportError
 from penjing.records.manifest import Manifest, Port, Program, sample_axes
 from penjing.runtimes.artifact import Executed
-from penjing.runtimes.ncnn_files import MULTIPLIES, Layer, plain, read_param, write_param
+from penjing.runtimes.ncnn_files import Layer, read_param, write_param
+from penjing.runtimes.ncnn_integers import in_integers, placed
 from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
 PARAM, BIN = "model.param", "model.bin"
@@ -33,7 +34,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """Symmetric integers, rounded at the inputs of convolutions and linear layers; what they give is in floats."""
     return Capabilities(
         runtime="ncnn",
-        precisions=("fp32", "fp16"),
+        precisions=("fp32", "fp16", "int8"),
         weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0),
         activation=QuantSpec(bits=8, signed=True, symmetric=True),
         integer=frozenset({"conv", "linear"}),
@@ -64,7 +65,10 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     _refuse_unknown(layers, network)
     names = port_names(network, input_names(network, *call), output_names(structure))
     inputs, outputs = ports(network, call, dynamic, *names)
-    layers = named(layers, data, weighted)
+    places = placed(layers, data, weighted)
+    layers = [layer.called(places[i][0].site if i in places else "") for i, layer in enumerate(layers)]
+    if precision == "int8":
+        layers, halved = in_integers(layers, data, places, weighted)
     (folder / PARAM).write_text(write_param(layers), encoding="utf-8")
     (folder / BIN).write_bytes(halved)
     return Manifest(
@@ -132,10 +136,9 @@ def _refuse_unknown(layers: Sequence[Layer], network: Any) -> None:
     if not unknown:
         return
     named = [kind for kind in unknown if not kind.startswith("pnnx.")]  # what pnnx could not compute itself, mostly
-    words = [re.split(r"[.:]+", kind)[-1] for kind in named]
-    nodes = [n for n in network.graph.nodes if n.op == "call_function"]
-    culprit = next((n for word in words for n in nodes if operator_name(n).endswith(word)), None)
-    where = f" for {site(culprit)}{line(culprit)}" if culprit is not None else ""
+    words = tuple(re.split(r"[.:]+", kind)[-1] for kind in named)
+    nodes = [n for n in network.graph.nodes if n.op == "call_function" and operator_name(n).endswith(words)]
+    where = f" for {' or '.join(site(node) + line(node) for node in nodes[:3])}" if words and nodes else ""
     raise ExportError(
         f"ncnn has no layer{where}",
         code="no-operator",
@@ -160,27 +163,6 @@ def _batches(text: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
         for word, axis in zip(told, axes, strict=True)
     ]
     return ";".join(",".join(side) for side in (words[: len(inputs)], words[len(inputs) :]))
-
-
-def named(layers: Sequence[Layer], data: bytes, weighted: Sequence[Any]) -> list[Layer]:
-    """Layers under the names of the sites that they compute: those of the same weights, or else of the same size."""
-    remaining = list(weighted)
-    renamed, position = [], 0
-    for layer in layers:
-        of = None
-        if layer.type in MULTIPLIES and (count := layer.weights()):
-            alike = [w for w in remaining if w.weight.size == count]
-            places = {i: data.find(plain(w.weight), position) for i, w in enumerate(alike)}
-            places = {i: place for i, place in places.items() if place >= 0}
-            if places:
-                first = min(places, key=lambda i: (places[i], i))
-                of, position = alike[first], places[first] + 4 * count
-            elif alike:
-                of = alike[0]
-        if of is not None:
-            remaining.remove(of)
-        renamed.append(layer.called(of.site if of is not None else ""))
-    return renamed
 
 
 def _opened(folder: Path, manifest: Manifest, threads: int) -> Any:

@@ -18,6 +18,7 @@ from penjing.network.naming import free_name
 
 _LAYERS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+LIMITS = (-127, 127)  # what ncnn rounds the input of a layer to
 _SETTINGS = ("stride", "padding", "dilation")
 
 
@@ -64,7 +65,7 @@ class _Writer:
         self.network, self.call = network, network.graph.call_function
         self.layers: list[Weighted] = []
         self.stored: dict[fx.Node, _Stored] = {}  # a constant in floating point → the integers that it stands for
-        self.rounded: dict[fx.Node, tuple[fx.Node, torch.Tensor, Any]] = {}  # behind a quantizer → what is before it
+        self.rounded: dict[fx.Node, _Rounded] = {}  # the value behind a quantizer → the quantizer
 
     def write(self, node: fx.Node) -> None:
         """Rewrite one operator; those before it are rewritten already."""
@@ -102,16 +103,15 @@ class _Writer:
 
     def _round(self, node: fx.Node) -> fx.Node:
         """A quantizer and its dequantizer in floating point, for readers that do not round their input themselves."""
-        x, scale, zero, axis, low, high = node.args
-        assert isinstance(x, fx.Node)
-        step, offset = self.value(scale), self.value(zero)
-        aten = torch.ops.aten
-        steps = self.call(aten.round.default, (self.call(aten.div.Tensor, (x, float(step))),))
-        shifted = self.call(aten.add.Tensor, (steps, float(offset))) if int(offset) else steps
-        inside = self.call(aten.clamp.default, (shifted, float(low), float(high)))  # type: ignore[arg-type]
-        back = self.call(aten.sub.Tensor, (inside, float(offset))) if int(offset) else inside
-        new = self.call(aten.mul.Tensor, (back, float(step)))
-        self.rounded[new] = (x, step, (int(offset), low, high))
+        x, scale, zero, _, low, high = node.args
+        step, offset = float(self.value(scale)), int(self.value(zero))
+        aten, limits = torch.ops.aten, (int(low), int(high))  # type: ignore[arg-type]
+        steps = self.call(aten.round.default, (self.call(aten.div.Tensor, (x, step)),))
+        shifted = self.call(aten.add.Tensor, (steps, float(offset))) if offset else steps
+        inside = self.call(aten.clamp.default, (shifted, *map(float, limits)))
+        back = self.call(aten.sub.Tensor, (inside, float(offset))) if offset else inside
+        new = self.call(aten.mul.Tensor, (back, step))
+        self.rounded[new] = _Rounded(x, step, offset, limits)  # type: ignore[arg-type]
         return new
 
     def _layer(self, node: fx.Node) -> None:
@@ -128,14 +128,41 @@ class _Writer:
         self.network.add_module(path, layer)
         integers = self._integers(layer, weight, x)
         with self.network.graph.inserting_before(node):
-            new = self.network.graph.call_module(path, (self.rounded[x][0] if integers else x,))
+            # What is rounded to fewer steps than ncnn has is so when it gets there, and stays as it is.
+            rounds = integers and self.rounded[x].limits == LIMITS
+            new = self.network.graph.call_module(path, (self.rounded[x].before if rounds else x,))
         new.meta["site"] = site(node)
         self.layers.append(Weighted(site(node), _array(values[0]), _array(values[1]), **integers))
         node.replace_all_uses_with(new)
 
     def _integers(self, layer: nn.Module, weight: fx.Node, x: fx.Node) -> dict[str, Any]:
         """What the integers of a layer are, as fields of `Weighted`; empty where ncnn has no kernel for it."""
-        return {}
+        if not _has_kernel(layer) or weight not in self.stored or x not in self.rounded:
+            return {}
+        stored, rounded = self.stored[weight], self.rounded[x]
+        by_rows = stored.scales.numel() == 1 or stored.axis == 0
+        symmetric = rounded.offset == 0 and rounded.step > 0 and not stored.zeros.any()
+        if stored.integers.dtype != torch.int8 or not by_rows or not symmetric:
+            return {}
+        scales = stored.scales.expand(len(stored.integers))
+        return {"integers": _array(stored.integers), "scales": _array(scales), "input_scale": rounded.step}
+
+
+def _has_kernel(layer: nn.Module) -> bool:
+    """Whether ncnn computes a layer in integers with a scale for every output: of convolutions over images alone."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 or layer.groups == layer.in_channels == layer.out_channels
+    return isinstance(layer, nn.Linear)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A quantizer: the value before it, one step, and the limits and the offset of its integers."""
+
+    before: fx.Node
+    step: float
+    offset: int
+    limits: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
