@@ -102,5 +102,6 @@ _KNOWN = {*_LINEAR, "6", "7", "8", "9", "10"}
 
 def _per_unit(scales: np.ndarray) -> np.ndarray:
     """How many steps make 1, which ncnn multiplies by; 0 of a channel without a range."""
-    scales = scales.astype(np.float64)
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    steps = np.zeros(scales.shape)
+    np.divide(1, scales, out=steps, where=scales > 0, dtype=np.float64)
+    return steps
