@@ -52,6 +52,8 @@ TECHNIQUES = {
     "share.Grid": ("codebooks", share.Grid(snr_db=20)),
     "share.ProductCodebook": ("codebooks", share.ProductCodebook(dimension=4, bits=4)),
     "share.ProductCodebook, two levels": ("codebooks", share.ProductCodebook(dimension=4, bits=3, levels=2)),
+    "quantize.Binary": ("codebooks", quantize.Binary(finetune=SHORT)),
+    "quantize.Ternary": ("codebooks", quantize.Ternary(finetune=SHORT)),
     "quantize.CrossLayerEqualization": ("equalization", quantize.CrossLayerEqualization()),
     "quantize.SmoothQuant": ("equalization", quantize.SmoothQuant()),
     "quantize.SplitOutliers": ("equalization", quantize.SplitOutliers(most=0.1)),

@@ -103,6 +103,7 @@ EXAMPLES = {
     "train": Finetune(),
     "share": share.Codebook(),
     "round": share.Grid(snr_db=25),
+    "levels": quantize.Binary(),
     "prepare": quantize.SmoothQuant(),
     "quantize": Static(),
     "quantize at run time": quantize.Dynamic(),
@@ -118,6 +119,8 @@ ALLOWED = {
     *(("share", after) for after in ("train", *PLANS)),
     *((before, "round") for before in FLOATS),
     *(("round", after) for after in PLANS),
+    *((before, "levels") for before in FLOATS),
+    *(("levels", after) for after in PLANS),
     *((plan, "train integers") for plan in ("quantize", "quantize and repair")),
     *((plan, "repair") for plan in ("quantize", "quantize at run time")),
 }

@@ -12,6 +12,7 @@ from penjing.kernels import building
 from penjing.kernels.instruction_sets import INSTRUCTION_SETS
 
 SOURCE = """
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
@@ -33,15 +34,29 @@ static void part(int32_t i) {
   if (begin < end) job.f(job.a, begin, end);
 }
 
+/* A worker that wakes would often be put on the caller's core, where it waits: each gets a core of those allowed. */
+static void stay(int32_t mine) {
+#ifdef __linux__
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  int32_t skip = mine % CPU_COUNT(&allowed);
+  for (int32_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed) || skip-- > 0) continue;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof one, &one);
+    return;
+  }
+#endif
+}
+
 static void *work(void *number) {
   int32_t mine = (int32_t)(intptr_t)number, seen = first_seen[mine];
+  stay(mine);
   for (;;) {
     int32_t spins = 0;
     while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) {
-      if (++spins < SPINS) {
-        if (spins % 1024 == 0) sched_yield();  /* the caller may have been put on this very core */
-        continue;
-      }
+      if (++spins < SPINS) continue;
       pthread_mutex_lock(&lock);
       while (__atomic_load_n(&round_number, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&wake, &lock);
       pthread_mutex_unlock(&lock);
@@ -74,8 +89,7 @@ void penjing_run(rows_function f, void **a, int32_t rows, int32_t threads) {
   pthread_cond_broadcast(&wake);
   pthread_mutex_unlock(&lock);
   part(0);
-  for (int32_t spins = 1; __atomic_load_n(&remaining, __ATOMIC_ACQUIRE); spins++)
-    if (spins % 1024 == 0) sched_yield();
+  while (__atomic_load_n(&remaining, __ATOMIC_ACQUIRE)) {}
   pthread_mutex_unlock(&callers);
 }
 """

@@ -2,6 +2,7 @@
 
 from penjing.quantize.best import Best
 from penjing.quantize.bias_correction import BiasCorrection
+from penjing.quantize.binary import Binary
 from penjing.quantize.coordinate_rounding import CoordinateRounding
 from penjing.quantize.dynamic import Dynamic
 from penjing.quantize.equalization import CrossLayerEqualization
@@ -11,6 +12,7 @@ from penjing.quantize.qat import QAT
 from penjing.quantize.rollback import Rollback
 from penjing.quantize.smoothquant import SmoothQuant
 from penjing.quantize.static import Static
+from penjing.quantize.ternary import Ternary
 from penjing.quantize.weight_clipping import WeightClipping
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "CoordinateRounding",
     "Best",
     "BiasCorrection",
+    "Binary",
     "CrossLayerEqualization",
     "Dynamic",
     "MixedPrecision",
@@ -25,5 +28,6 @@ __all__ = [
     "SmoothQuant",
     "SplitOutliers",
     "Static",
+    "Ternary",
     "WeightClipping",
 ]

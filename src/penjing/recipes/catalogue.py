@@ -31,6 +31,8 @@ CATALOGUE: dict[str, type[Any]] = {
     "share.Grid": share.Grid,
     "share.Layers": share.Layers,
     "share.ProductCodebook": share.ProductCodebook,
+    "quantize.Binary": quantize.Binary,
+    "quantize.Ternary": quantize.Ternary,
     "quantize.Static": quantize.Static,
     "quantize.Dynamic": quantize.Dynamic,
     "quantize.BiasCorrection": quantize.BiasCorrection,

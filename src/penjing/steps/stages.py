@@ -59,13 +59,13 @@ STAGES: dict[str, Stage] = {
     "train": Stage(
         refuses={
             PLAN: "this step before the one that quantizes, or quantize.QAT after that one: ranges belong to weights",
-            ON_GRIDS: "this step before share.Grid: it would move weights off their grids",
+            ON_GRIDS: "this step before the one that puts weights on grids: it would move them off",
         }
     ),
     "share": Stage(
         refuses={
             PLAN: "this step before the one that quantizes: a plan is made for the weights that it finds",
-            ON_GRIDS: "either this step or share.Grid: each decides which values weights have",
+            ON_GRIDS: "either this step or the one that put weights on grids: each decides which values they have",
         },
         leaves=frozenset({SHARED}),
     ),
@@ -73,6 +73,14 @@ STAGES: dict[str, Stage] = {
         refuses={
             PLAN: "this step without one that quantizes: integers have grids of their own",
             SHARED: "either this step or share.Codebook: each decides which values weights have",
+        },
+        leaves=frozenset({SHARED, ON_GRIDS}),
+    ),
+    "levels": Stage(
+        refuses={
+            PLAN: "this step without one that quantizes: its weights have two or three levels of their own",
+            SHARED: "either this step or share.Codebook: each decides which values weights have",
+            ON_GRIDS: "either this step or share.Grid: each decides which values weights have",
         },
         leaves=frozenset({SHARED, ON_GRIDS}),
     ),

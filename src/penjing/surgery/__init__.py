@@ -10,7 +10,8 @@ channels of linear layers are divided by a vector, and their weights multiplied 
 attention becomes its operators), ``unfold_silu`` and ``unfold_hardswish`` (the function becomes its gate and a
 product), ``own_weights`` (a layer that computes its weight from tied tensors gets a separate copy), ``tie`` (several
 parameters become one), ``codebook`` (tensors that share the entries of a codebook; the network is
-unchanged), ``residual_codebook`` (a tensor that is a sum of entries, which stand in a buffer).
+unchanged), ``residual_codebook`` (a tensor that is a sum of entries, which stand in a buffer), ``sign_inputs`` (layers
+read the signs of their inputs).
 """
 
 from penjing.surgery.attention import unfold_attentions
@@ -28,6 +29,7 @@ from penjing.surgery.residual_codebooks import store_residual
 from penjing.surgery.resize import resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import unfold_self_gates
+from penjing.surgery.sign_inputs import Sign, sign_inputs
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.straight_through import Grid, Listed, listed
@@ -37,6 +39,7 @@ __all__ = [
     "FakeQuantize",
     "Grid",
     "Listed",
+    "Sign",
     "build",
     "building",
     "divide_inputs",
@@ -54,6 +57,7 @@ __all__ = [
     "reorder",
     "replay",
     "resize",
+    "sign_inputs",
     "skip",
     "split_outliers",
     "store_residual",

@@ -20,6 +20,7 @@ from penjing.surgery.residual_codebooks import make_room
 from penjing.surgery.resize import RESIZING, resize
 from penjing.surgery.scaling import divide_inputs
 from penjing.surgery.self_gates import GATES, unfold_self_gate
+from penjing.surgery.sign_inputs import sign_inputs
 from penjing.surgery.skip import skip
 from penjing.surgery.sparse import mark_sparse
 from penjing.surgery.ties import tie
@@ -34,6 +35,7 @@ _EDITS: dict[str, Callable[[fx.GraphModule, Edit], object]] = {
     "fold": lambda network, edit: fold_batch_norm(network, edit["layer"], edit["norm"]),
     "own_weights": lambda network, edit: give_own_weights(network, edit["sites"]),
     "residual_codebook": make_room,
+    "sign_inputs": lambda network, edit: sign_inputs(network, edit["layers"]),
     "skip": lambda network, edit: skip(network, edit["last"], edit["by"]),
     "sparse": lambda network, edit: mark_sparse(network, edit["tensors"]),
     "split_outliers": lambda network, edit: split_outliers(network, edit["layers"], edit["channels"]),

@@ -1,0 +1,99 @@
+"""Binary and ternary ResNet-20 on Fashion-MNIST: accuracy after a few epochs, and the artifact beside ORT's fp32.
+
+The source is the example's trained network. The first and the last layer and the projections of shortcuts stay in
+floating point. Accuracy is of the test images, which no setting was chosen on.
+
+    python benchmarks/binary_resnet20.py [--parts binary ternary artifact] [--epochs 4] [--work runs/binary]
+
+Training resumes where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "binary_resnet20.json"
+
+
+def prepared():
+    """Captured network and task."""
+    from examples.fashion_mnist.network import resnet20
+    from examples.fashion_mnist.task import task
+    from penjing.network.capture import capture_network
+
+    told = task()
+    return capture_network(resnet20(), *told.call(), told.dynamic), told
+
+
+def trained(step, options, name):
+    """Train with a step, or take what was trained before; write its accuracy."""
+    from dataclasses import replace
+
+    import torch
+
+    from penjing.steps.draft import Draft
+    from penjing.steps.step import Context
+    from penjing.storage import checkpoint
+    from penjing.tasks.outputs import numpy_predictor
+
+    torch.set_num_threads(options.threads)
+    network, task = prepared()
+    folder = options.work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    step = replace(step, finetune=replace(step.finetune, epochs=options.epochs))
+    draft = step(Draft(network), Context(task=task, source=network, seed=0, folder=folder, events=shown))
+    checkpoint.save(draft, options.work / f"{name}-checkpoint")
+    accuracy = task.evaluate(numpy_predictor(draft.network))
+    source = task.evaluate(numpy_predictor(network))
+    row = {"accuracy": accuracy, "source": source, "epochs": options.epochs, "seconds": time.time() - start}
+    print(name, row, flush=True)
+    return row
+
+
+def shown(kind, **values):
+    """Print the progress of the training now and then."""
+    if kind == "progress" and values["done"] % 40 == 0:
+        print(values["label"], values["done"], values["total"], flush=True)
+
+
+def binary(options):
+    from penjing import quantize
+
+    return trained(quantize.Binary(), options, "binary")
+
+
+def ternary(options):
+    from penjing import quantize
+
+    return trained(quantize.Ternary(), options, "ternary")
+
+
+PARTS = {"binary": binary, "ternary": ternary}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "binary")
+    options = parser.parse_args()
+    from penjing import measure
+
+    for part in options.parts:
+        row = PARTS[part](options)
+        written = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        written[part] = row
+        written["machine"] = {"processor": measure.machine(options.threads).processor, "threads": options.threads}
+        RESULTS.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
