@@ -896,7 +896,66 @@ def integer_codebooks() -> str:
     return _under(lines, data, note)
 
 
+def _kernels() -> dict:
+    return json.loads((RESULTS / "binary_kernels.json").read_text(encoding="utf-8"))
+
+
+def _kernel_machine(run: dict) -> str:
+    shown = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "numpy")
+    return f"{run['machine']['processor']}; {shown}."
+
+
+def _timed(side: dict) -> str:
+    return f"{side['median_ms']:.3f} ({side['spread']:.0%})"
+
+
+def binary_convolutions() -> str:
+    """Binary 3×3 convolutions beside fp32 and INT8."""
+    run = _kernels()
+    lines = [
+        "| channels, pixels | threads | binary, ms (IQR/median) | torch fp32 | ONNX Runtime fp32 | ONNX Runtime INT8 "
+        "| over torch fp32 | over ONNX Runtime fp32 | over INT8 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["conv"]["rows"]:
+        sides = row["sides"]
+        ours, packing = sides["binary"], sides["binary with packing"]
+        eager = min((sides["torch fp32"], sides["torch fp32 channels-last"]), key=lambda side: side["median_ms"])
+        others = (eager, sides["onnxruntime fp32"], sides["onnxruntime int8"])
+        ratios = [
+            f"{o['median_ms'] / ours['median_ms']:.1f}× ({o['median_ms'] / packing['median_ms']:.1f}×)" for o in others
+        ]
+        lines.append(
+            f"| {row['channels']}, {row['side']}×{row['side']} | {row['threads']} | {_timed(ours)} "
+            f"| {' | '.join(map(_timed, others))} | {' | '.join(ratios)} |"
+        )
+    return "\n".join([*lines, "", f"Kernels for {run['conv']['instructions']}. Batch 1; {_kernel_machine(run)}"])
+
+
+def packed_products() -> str:
+    """Products of packed weights beside fp32 and ONNX Runtime's own."""
+    run = _kernels()
+    names = ("4 bits", "2 bits", "torch fp32", "onnxruntime 4 bits, fp32", "onnxruntime 4 bits, int8 inputs")
+    lines = [
+        f"| weights | threads | {names[0]}, ms (IQR/median) | {names[1]} | {names[2]} | ONNX Runtime, 4 bits "
+        "| ONNX Runtime, 4 bits, INT8 inputs | 4 bits over fp32 | 2 bits over fp32 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["product"]["rows"]:
+        sides = row["sides"]
+        eager = min((sides["torch fp32 mv"], sides["torch fp32 linear"]), key=lambda side: side["median_ms"])
+        sides = sides | {"torch fp32": eager}
+        ratios = [f"{eager['median_ms'] / sides[name]['median_ms']:.1f}×" for name in names[:2]]
+        lines.append(
+            f"| {row['size']}×{row['size']} | {row['threads']} | {' | '.join(_timed(sides[name]) for name in names)} "
+            f"| {' | '.join(ratios)} |"
+        )
+    return "\n".join([*lines, "", f"Groups of 128. {_kernel_machine(run)}"])
+
+
 TABLES = {
+    "binary_convolutions": binary_convolutions,
+    "packed_products": packed_products,
     "integer_codebooks": integer_codebooks,
     "deep_compression": deep_compression,
     "resnet20": lambda: candidates("resnet20"),
