@@ -182,7 +182,7 @@ class TestRuntimes:
         assert cli.main(["runtimes", "--json"]) == 0
         row = next(r for r in json.loads(capsys.readouterr().out)["runtimes"] if r["runtime"] == "openvino")
         assert row["installed"] is False
-        assert row["notes"] == ["pip install openvino"]
+        assert row["notes"] == ["pip install 'penjing[openvino]'"]
 
     def test_as_a_table(self, capsys):
         assert cli.main(["runtimes"]) == 0
@@ -367,7 +367,7 @@ class TestBadInput:
     def test_a_runtime_that_is_not_installed(self, parts, capsys, monkeypatch):
         without(monkeypatch, "onnxruntime")
         assert compress(parts, f"{parts}:Fine", f"{parts}:good", "--runtime", "onnxruntime") == 1
-        assert "pip install onnxruntime" in error_of(capsys)
+        assert "pip install 'penjing[onnxruntime]'" in error_of(capsys)
         without(monkeypatch, "onnxruntime", "openvino")
         assert compress(parts, f"{parts}:Fine", f"{parts}:good") == 1
         assert "pip install 'penjing[onnxruntime]'" in error_of(capsys)

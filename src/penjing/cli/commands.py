@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.allocator import reused_memory
-from penjing.cli import blockers, devices, packing, quantizing, sources, updating
+from penjing.cli import blockers, devices, installed, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import show_activations, show_branches, show_floats, show_group, show_sensitivity
@@ -299,36 +299,6 @@ def _verify(parsed: argparse.Namespace, messages: Terminal) -> int:
     return NOT_MET if failed else MET
 
 
-def _runtimes(parsed: argparse.Namespace, messages: Terminal) -> int:
-    from penjing import measure, runtimes
-
-    machine = measure.machine(1)
-    versions = measure.versions()
-    rows: list[dict[str, Any]] = []
-    for name in runtimes.names():
-        refusal, version = runtimes.missing(name), versions.get(runtimes.SPECS[name].packages[0])
-        row: dict[str, Any] = {"runtime": name, "installed": refusal is None, "version": version}
-        row |= {"precisions": [], "integer_operators": [], "notes": [refusal.remedy] if refusal else []}
-        if row["installed"]:
-            capabilities = runtimes.get(name).capabilities(machine.instruction_sets)
-            integers = sorted(capabilities.integer) if "int8" in capabilities.precisions else []
-            row |= {"precisions": list(capabilities.precisions), "integer_operators": integers}
-            row["notes"] = list(capabilities.notes)
-        rows.append(row)
-    if parsed.json:
-        print(json.dumps({"machine": dataclasses.asdict(machine), "runtimes": rows}, indent=2))
-        return MET
-    out = Terminal()
-    out.print(f"{machine.processor}, {machine.cores} cores: {', '.join(machine.instruction_sets)}", highlight=False)
-    table = Table("runtime", "version", "precisions here", "integer operators", "notes")
-    for row in rows:
-        cells = (row["precisions"], row["integer_operators"], row["notes"])
-        version = row["version"] if row["installed"] else "not installed"
-        table.add_row(row["runtime"], version, *(", ".join(map(str, c)) for c in cells))
-    out.print(table)
-    return MET
-
-
 def _targets(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.cli import profiles
 
@@ -374,6 +344,6 @@ COMMANDS = {
     "patch": updating.patch,
     "bench": devices.bench,
     "record": devices.record,
-    "runtimes": _runtimes,
+    "runtimes": installed.runtimes,
     "targets": _targets,
 }

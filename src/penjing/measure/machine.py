@@ -28,6 +28,12 @@ PACKAGES = (
     "openvino",
     "ai_edge_litert",
     "litert_torch",
+    "executorch",
+    "ncnn",
+    "pnnx",
+    "apache-tvm",
+    "coremltools",
+    "ethos-u-vela",
     "safetensors",
 )
 

@@ -19,6 +19,7 @@ import numpy as np
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.records.manifest import Manifest, Port, read_manifest, write_manifest
 from penjing.runtimes.artifact import Executed, Timed
+from penjing.runtimes.versions import clashes
 from penjing.steps.plan import Capabilities
 
 
@@ -30,7 +31,8 @@ class RuntimeSpec:
         name: As users and manifests write it.
         module: Of `penjing.runtimes`, with the functions of `Runtime`.
         suffixes: Of an artifact's files, where all are of one name: of the one that it opens, and of those beside it.
-        packages: What has to be installed, as pip names it and as Python imports it.
+        packages: What has to be installed, as Python imports it.
+        distributions: What pip calls those of them that have another name there.
         deployed: Whether a device loads an artifact without torch; of some, the package for Python brings it along.
         by_default: Whether `compress` considers it when no runtime is named; the others are for other devices than
             this one, or take minutes.
@@ -44,6 +46,7 @@ class RuntimeSpec:
     name: str
     module: str
     packages: tuple[str, ...]
+    distributions: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
     deployed: bool = True
     by_default: bool = True
@@ -112,6 +115,7 @@ SPECS: dict[str, RuntimeSpec] = {
             name="tvm",
             module="penjing.runtimes.tvm",
             packages=("tvm",),
+            distributions=("apache-tvm",),
             suffixes=(".so",),
             by_default=False,
             shows_operators=False,
@@ -174,7 +178,7 @@ def names() -> tuple[str, ...]:
 
 
 def missing(name: str) -> MissingDependency | None:
-    """What the runtime needs for export and inference and is not here, as an error to raise; None where all is."""
+    """What the runtime needs for export and inference and is not here, or clashes, as an error to raise; or None."""
     spec = SPECS[name]
     packages = [package for package in spec.packages if importlib.util.find_spec(package) is None]
     if packages:
@@ -183,7 +187,15 @@ def missing(name: str) -> MissingDependency | None:
             code="not-installed",
             got=f"no package {', '.join(packages)}",
             expected=", ".join(spec.packages),
-            remedy=f"pip install {' '.join(packages)}",
+            remedy=_remedy(spec),
+        )
+    if clashing := clashes(name):
+        return MissingDependency(
+            f"the packages of the runtime {name} do not fit together",
+            code="clash",
+            got="; ".join(clashing[:3]),
+            expected="versions that all of them take",
+            remedy=f"{_remedy(spec)}, in an environment of its own where another package holds a version back",
         )
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if spec.compiles and shutil.which(compiler) is None:
@@ -196,6 +208,10 @@ def missing(name: str) -> MissingDependency | None:
             "Windows: Visual Studio's build tools), or set CXX to one",
         )
     return None
+
+
+def _remedy(spec: RuntimeSpec) -> str:
+    return "pip install torch" if spec.packages == ("torch",) else f"pip install 'penjing[{spec.name}]'"
 
 
 def installed(name: str) -> bool:
