@@ -25,7 +25,14 @@ from penjing.allocator import reused_memory
 from penjing.cli import blockers, devices, installed, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
-from penjing.cli.inspecting import show_activations, show_branches, show_floats, show_group, show_sensitivity
+from penjing.cli.inspecting import (
+    show_activations,
+    show_branches,
+    show_floats,
+    show_gains,
+    show_group,
+    show_sensitivity,
+)
 from penjing.errors import OutputError, PenjingError, UsageError
 from penjing.tasks.usercode import never_exiting
 
@@ -178,6 +185,7 @@ def _inspect(parsed: argparse.Namespace, messages: Terminal) -> int:
     out.print("\n[bold]coupled channels[/bold]")
     out.print(table.groups(inspection.groups, inspection.not_prunable))
     show_branches(inspection, out)
+    show_gains(inspection, out)
     show_floats(inspection, out)
     if inspection.noise:
         out.print(f"\n[bold]INT8 in {parsed.noise}[/bold]: noise of the outputs when a single operator is quantized")

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from penjing.pipeline.inspection import Inspection
 
 
+def show_gains(inspection: Inspection, out: Terminal) -> None:
+    """Print what each optimization before export removes."""
+    from penjing.report import table
+
+    if inspection.gains:
+        out.print("\n[bold]optimized before export[/bold]")
+        for line in table.gains(inspection.gains):
+            out.print(f"  {line}", markup=False, highlight=False)
+
+
 def show_branches(inspection: Inspection, out: Terminal) -> None:
     """Print where values of different kinds meet on the way to an output, with their layers."""
     from penjing.report import table

@@ -33,7 +33,7 @@ from penjing.network.decompositions import decomposed
 from penjing.network.exporting import Dynamic, export_module
 from penjing.network.first_states import with_the_batch_of_the_input
 from penjing.network.functional import functional, mutates
-from penjing.network.graph import operator_name
+from penjing.network.graph import is_tensor, operator_name
 from penjing.network.higher_order import in_line
 from penjing.network.layers import BUILDERS, Tensors
 from penjing.network.layouts import channels_first
@@ -126,13 +126,18 @@ class _Capture(Tensors):
         for node in list(graph.nodes):
             if node.op == "call_module" or _is_assertion(node) or _writes_input(node):
                 graph.erase_node(node)
+        gained = _Gained(graph)
         _drop_conversions(graph)
         _drop_copies_of_constants(graph)
+        gained("conversions and copies removed")
         if channels_last:
             channels_first(graph, self.tensors)
+            gained("permutations removed by one layout")
         as_linear(graph, self.tensors)
         as_bias(graph, self.tensors)
+        gained("products and sums made layers")
         _sweep(graph)  # unused operators must not keep weights alive
+        gained("dead branches removed")
         read_behind(graph)
         folded = fold(graph, self.tensors, _module_path)
         self.tensors = {**self.tensors, **folded.tensors}
@@ -146,6 +151,7 @@ class _Capture(Tensors):
             elif node.target is torch.ops.aten.view.default:  # the same values, in every memory format
                 node.target = torch.ops.aten.reshape.default
         _sweep(graph)
+        gained("constants folded")
         attributes: dict[str, Any] = dict(self.modules)
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -166,6 +172,7 @@ class _Capture(Tensors):
                 if value.dim() and isinstance(value.shape[-1], int):
                     node.meta["width"] = value.shape[-1]
         captured.meta["renamed"], captured.meta["folded"] = self.renamed, self.folded
+        captured.meta["gained"] = tuple(gained.rows)
         captured.recompile()
         return captured
 
@@ -236,6 +243,23 @@ class _Capture(Tensors):
             return True
         here, there = self.state.get(key), self.state.get(fqn)
         return here is not None and there is not None and here.data_ptr() == there.data_ptr()
+
+
+class _Gained:
+    """How many operators each optimization removed from a graph; fewer than 0 where it added some."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.rows: list[tuple[str, int]] = []
+        self.left = self._count()
+
+    def __call__(self, name: str) -> None:
+        before, self.left = self.left, self._count()
+        self.rows.append((name, before - self.left))
+
+    def _count(self) -> int:
+        # By the operator's kind: a layer is one as it was before, and what a stored tensor is read by is none.
+        return sum(node.op in ("call_function", "call_module") and is_tensor(node) for node in self.graph.nodes)
 
 
 def _sweep(graph: fx.Graph) -> None:

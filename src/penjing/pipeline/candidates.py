@@ -12,7 +12,7 @@ from penjing import measure
 from penjing.analyze.activations import Activations
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
 from penjing.numerics import compiled
-from penjing.pipeline import building, drafts, evidence, fitting
+from penjing.pipeline import building, drafts, evidence, fitting, gains
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
 from penjing.pipeline.causes import doubts
@@ -120,6 +120,7 @@ def candidate(
             draft.network, draft.plan, run.task.call(), manifest, folder, capabilities
         )
         packed = _packed(run, folder, manifest)
+    gained = gains.of_artifact(run.network, draft, rows, variant.runtime)
     device: DeviceFigures | None = None
     left: tuple[str, ...] = ()
     if run.target is not None and needs is not None:
@@ -155,6 +156,7 @@ def candidate(
         float_macs_share=shares[0],
         float_bytes_share=shares[1],
         doubts=told,
+        gains=gained,
         device=device,
     )
     run.folder.write_state(variant.name, dataclasses.asdict(built))

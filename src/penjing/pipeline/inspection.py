@@ -15,7 +15,7 @@ from penjing.analyze.activations import Activations, activations
 from penjing.analyze.cost import cost, peak_activation_bytes
 from penjing.analyze.coupling import Group, couple
 from penjing.analyze.samples import in_chunks
-from penjing.pipeline import targeting
+from penjing.pipeline import gains, targeting
 from penjing.pipeline.fitting import Excess, would_break
 from penjing.pipeline.refusals import Refusal, check_files, refused
 from penjing.pipeline.repeatable import capture_repeatable
@@ -24,9 +24,10 @@ from penjing.quantize.explanation import explain
 from penjing.quantize.output_branches import SAMPLES, meeting
 from penjing.quantize.placement import place
 from penjing.quantize.static import prepare
-from penjing.records import BranchesRow, CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.sources.source import Source, check_forward
 from penjing.steps.draft import Draft
+from penjing.steps.plan import Capabilities
 from penjing.steps.step import Context
 from penjing.targets import Target
 from penjing.tasks.task import Task
@@ -52,6 +53,7 @@ class Inspection:
     branches: tuple[BranchesRow, ...] = ()  # where values of different kinds meet on the way to an output
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)  # by runtime, of those that were asked
     activations: Activations | None = None  # in the order that needs least, elementwise operators in place
+    gains: tuple[GainRow, ...] = ()  # what optimizations before export remove
     excesses: tuple[Excess, ...] = ()  # limits of the target that the network breaks
     int8_activations: Activations | None = None  # the same with one byte for every value
 
@@ -133,6 +135,7 @@ def inspect(
         refused=_refused(network, task, asked, save_failing, events),
         activations=activations(network, task.call()),
         int8_activations=activations(network, task.call(), 1),
+        gains=gains.before_export(network, task.call(), _known(device).items()),
         excesses=() if device is None else would_break(device, network, task.call()),
     )
 
@@ -181,19 +184,21 @@ def _group_row(network: fx.GraphModule, group: Group, rows: tuple[LayerRow, ...]
     )
 
 
+def _known(target: Target | None) -> dict[str, Capabilities]:
+    """What the runtimes accelerate here, or on a target; by their names."""
+    sets = measure.machine(1).instruction_sets
+    if target is None:
+        return {n: runtimes.get(n).capabilities(sets) for n in runtimes.DEPLOYED if runtimes.installed(n)}
+    here = {f"{n} on {target.name}": targeting.capabilities(n, sets, target) for n in targeting.usable(target)}
+    return here or {f"any runtime on {target.name}": targeting.expected(target)}
+
+
 def _blockers(
     network: fx.GraphModule, target: Target | None
 ) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
     """What stays in floating point, and what is to be said, by runtime; for a target by its name too."""
-    sets = measure.machine(1).instruction_sets
-    if target is None:
-        known = {n: runtimes.get(n).capabilities(sets) for n in runtimes.DEPLOYED if runtimes.installed(n)}
-    else:
-        here = targeting.usable(target)
-        known = {f"{n} on {target.name}": targeting.capabilities(n, sets, target) for n in here}
-        known = known or {f"any runtime on {target.name}": targeting.expected(target)}
     floats, notes = {}, {}
-    for name, capabilities in known.items():
+    for name, capabilities in _known(target).items():
         mine = copy.deepcopy(network)
         prepare(mine, capabilities)
         floats[name] = place(mine, capabilities, {}).floats

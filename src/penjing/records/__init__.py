@@ -1,7 +1,7 @@
 """What a run writes: the record and its figures, manifest, events, run folder. Opens without torch."""
 
 from penjing.records.json_form import from_dict, read, to_json
-from penjing.records.layers import BranchesRow, CutRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
+from penjing.records.layers import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.records.parity import Parity, ParityRow, Rejection
 from penjing.records.record import (
     FORMAT,
@@ -36,6 +36,7 @@ __all__ = [
     "DeviceRun",
     "Energy",
     "FORMAT",
+    "GainRow",
     "GoalLimit",
     "GoalResult",
     "GroupRow",

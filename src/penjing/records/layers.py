@@ -6,6 +6,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class GainRow:
+    """What an optimization before export, or in the runtime, gained.
+
+    Attributes:
+        name: What was done.
+        operators: How many fewer there are.
+        parameters: How many fewer there are.
+        macs: How many multiply-accumulates fewer there are.
+    """
+
+    name: str
+    operators: int
+    parameters: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRow:
     """One layer (or functional operator): its cost, and how the runtime really executed it."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from penjing.records.layers import LayerRow
+from penjing.records.layers import GainRow, LayerRow
 from penjing.records.parity import Parity, Rejection
 
 FORMAT = 1
@@ -108,6 +108,7 @@ class Candidate:
     sha256: dict[str, str] = field(default_factory=dict)  # file name → hash of every file of the artifact
     rejection: Rejection | None = None  # of a candidate that is not eligible
     doubts: tuple[str, ...] = ()  # what is to be known about it beside its figures
+    gains: tuple[GainRow, ...] = ()  # what optimizations before export and in the runtime removed
     device: DeviceFigures | None = None  # where it is for another device than the machine of the run
 
 

@@ -20,7 +20,7 @@ import jinja2
 from penjing import records
 from penjing.records import files
 from penjing.report import arithmetic, comparison, curves, numbers, scatter, skyline, verdict
-from penjing.report.table import legible
+from penjing.report.table import gains, legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # keys of a recipe's entry that may hold its name
 _WORK = ("conv", "linear", "gemm", "matmul", "add")  # kinds whose float execution needs a reason
@@ -70,6 +70,7 @@ def render(record: records.Record) -> str:
         shares=skyline.shares(rows),
         stayed_float=stayed_float(record),
         recipe=recipe(record.recipe),
+        gains=gains(chosen.gains) if chosen else [],
         charts=curves.charts(record.trainings),
         devices=comparison.devices(record) if record.devices else (),
     )

@@ -96,6 +96,21 @@ def comparison(record: records.Record) -> Table:
     return table
 
 
+def gains(rows: Iterable[records.GainRow]) -> list[str]:
+    """A line for every optimization: what it removed.
+
+    >>> gains([records.GainRow(name="batch norms folded", operators=20, parameters=4_800)])
+    ['batch norms folded: 20 operators, 4.80 k parameters fewer']
+    """
+    lines = []
+    for row in rows:
+        parts = [compared.plural(abs(row.operators), "operator")]
+        parts += [f"{numbers.figure(row.parameters, 'count')} parameters"] if row.parameters else []
+        parts += [numbers.figure(row.macs, "MACs")] if row.macs else []
+        lines.append(f"{row.name}: {', '.join(parts)} {'more' if row.operators < 0 else 'fewer'}")
+    return lines
+
+
 def devices(record: records.Record) -> Table:
     """The artifact on this machine, and on every device that was added: a row each."""
     table = _table()
