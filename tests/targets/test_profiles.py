@@ -161,6 +161,11 @@ class TestNarrowed:
         assert there.weight == QuantSpec(bits=8, signed=True, symmetric=True, axis=0)
         assert there.dynamic is None  # its ranges would be unsigned
 
+    def test_unsigned_integers_without_a_zero_point_are_never_taken(self):
+        spec = narrowed(targets.load("fpga"), onnxruntime.capabilities(("neon",))).activation
+        assert targets.load("fpga").activations.signed == (True, False)
+        assert (spec.symmetric, spec.signed) == (True, True)
+
     def test_integer_operators_are_those_that_both_have(self):
         there = narrowed(targets.load("edge-tpu"), GENERIC)
         assert there.integer == GENERIC.integer & targets.load("edge-tpu").integer

@@ -81,6 +81,8 @@ def _near(spec: QuantSpec, device: NumberFormats) -> Iterator[QuantSpec]:
         for axis in axes:
             for symmetric in dict.fromkeys((spec.symmetric, *device.symmetric)):
                 for signed in dict.fromkeys((spec.signed, *device.signed)):
+                    if symmetric and not signed:
+                        continue  # without a zero point, unsigned integers have no negative value
                     same = (symmetric, signed) == (spec.symmetric, spec.signed)
                     # Files have no type for -127..127 of activations, and a clip would separate what is fused.
                     narrow = spec.narrow if same or spec.axis is not None else False
