@@ -60,11 +60,13 @@ def executed_rows(
         capabilities: What the plan was made for; None: what the runtime accelerates on this machine.
 
     Returns:
-        Rows, and the operators by kind that ran in integers and in floating point.
+        Rows, and the operators by kind that ran in integers and in floating point: as planned, where the runtime does
+        not run here.
     """
     if capabilities is None:
         capabilities = runtimes.get(manifest.runtime).capabilities(measure.machine(1).instruction_sets)
-    precision = executed_precisions(folder, manifest)
+    elsewhere = bool(runtimes.absent(manifest.runtime))
+    precision = {} if elsewhere else executed_precisions(folder, manifest)
     nodes = sites(network)
     rows = []
     for row in cost(network, call):
@@ -75,7 +77,11 @@ def executed_rows(
         planned = "int8" if integers else manifest.settings.get("precision", "fp32")
         matters = row.kind in COUNTED or row.macs or row.parameters
         reason = None
-        if manifest.precision in INTEGER and executed != "int8" and matters:
+        if elsewhere and integers and manifest.precision in INTEGER:
+            precision[row.name] = "int8"  # what it is planned to be, for the counts
+        elif elsewhere:
+            precision[row.name] = "fp16"
+        if manifest.precision in INTEGER and executed != "int8" and matters and not (elsewhere and integers):
             reason = plan.floats.get(row.name) or _why_float(row.kind, planned, executed, capabilities)
         weights = _stored_edges(network, nodes.get(row.name), row.name) & plan.entries.keys()
         size = row.weight_bytes // 2 if manifest.precision == "fp16" else _weight_bytes(network, nodes, row, plan)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penjing import measure
+from penjing import measure, runtimes
 from penjing.analyze.activations import Activations
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
 from penjing.numerics import compiled
@@ -129,6 +129,9 @@ def candidate(
         rejection = rejection or refused or fitting.rejection(run.target, draft.network, draft.plan, rows, device)
         # What runs in integers there is not seen here: it counts as planned.
         rows = tuple(replace(r, executed=None, reason=None if r.planned == "int8" else r.reason) for r in rows)
+    absent = runtimes.absent(variant.runtime)
+    if absent and rejection is None:
+        rejection = Rejection(reason=absent)
     shares = float_shares(rows) if integers else (None, None)
     told: tuple[str, ...] = ()
     if rejection is None:

@@ -66,6 +66,7 @@ def write_bench(source: Path | str, out: Path | str, *, threads: int | None = No
     files = (MANIFEST, *manifest.files())
     with _replacing(out, force) as aside:
         for name in files:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact / name, aside / name)
         with (aside / SAMPLES).open("wb") as stream:
             np.savez_compressed(stream, **stored, **evidence.named("timed", timed))  # type: ignore[arg-type]

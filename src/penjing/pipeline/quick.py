@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ class QuantizedFile:
     Attributes:
         path: The file that the runtime opens.
         files: It and what lies beside it.
+        absent: Why it was not run in its runtime here, and what computed its answers; empty where it was.
         inputs: Of the file, with the axes that vary by name: ``images float32 (batch, 3, 64, 64)``.
         runtime: Name of the runtime.
         settings: To open it with: those that its parity was measured with.
@@ -87,6 +89,7 @@ class QuantizedFile:
     remedy: str
     seconds: dict[str, float]
     warnings: tuple[str, ...]
+    absent: str = ""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -95,14 +98,18 @@ class QuantizedFile:
         """What there is to know: size, inputs, parity, the operators in integers, and how the file is opened."""
         planned, source = self.parity
         share = self.size_bytes / max(1, self.source_bytes)
+        planned_so = "planned: " if self.absent else ""
         lines = [
             f"{self.path} for {self.runtime}: {figure(self.size_bytes, 'bytes')}, {share:.0%} of the source's weights",
             f"takes {'; '.join(self.inputs)}",
             f"parity with the source: {decibels(source)}"
             + (f", {source.agreement:.1%} of the samples in the same class" if source.agreement is not None else "")
             + f" ({source.samples} samples); with what was planned: {decibels(planned)}",
-            f"in integers: {_counts(self.integer_operators)}; in floating point: {_counts(self.float_operators)}",
+            f"{planned_so}in integers: {_counts(self.integer_operators)}; "
+            f"in floating point: {_counts(self.float_operators)}",
         ]
+        if self.absent:
+            lines.insert(1, self.absent)
         reasons: dict[str, list[str]] = {}
         for name, reason in self.floats.items():
             reasons.setdefault(reason, []).append(name)
@@ -279,6 +286,7 @@ def _written(
         remedy=draft.plan.remedy,
         seconds=clock.seconds,
         warnings=warnings,
+        absent=runtimes.absent(target.runtime),
     )
 
 
@@ -332,12 +340,17 @@ class _Target:
             )
 
     def take(self, folder: Path, manifest: Manifest) -> None:
-        """Put an artifact's files in their place, the one that is opened last: until then there is none to open."""
-        by_suffix = {Path(name).suffix: folder / name for name in manifest.files()}
+        """Put an artifact's files in their place, the one that is opened last: until then there is none to open.
+
+        A folder, such as a Core ML package, counts as a file.
+        """
+        by_suffix = {Path(part).suffix: folder / part for part in (name.split("/")[0] for name in manifest.files())}
         with writing(self.path.parent, what="the folder of the file", remedy=_SPACE):
             if len(self.files) > 1:
                 self.path.unlink(missing_ok=True)
             for file in reversed(self.files):
+                if file.is_dir():
+                    shutil.rmtree(file)
                 os.replace(by_suffix[file.suffix], file)
 
 

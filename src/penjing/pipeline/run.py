@@ -90,7 +90,8 @@ class Run:
 
     def context(self, runtime: str | None, folder: Path | None) -> Context:
         """What a step is told."""
-        here = self.target is None  # otherwise nothing that is timed here is of use
+        # Otherwise nothing that is timed here is of use.
+        here = self.target is None and not (runtime and runtimes.absent(runtime))
         trial = Trial(
             runtime=runtime or "torch",
             source=self.network,

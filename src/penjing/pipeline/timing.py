@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penjing import measure
+from penjing import measure, runtimes
 from penjing.errors import PenjingError
 from penjing.pipeline import evidence
 from penjing.pipeline.building import build
@@ -37,8 +37,9 @@ class Timed:
 def measure_all(prepared: Prepared, candidates: Sequence[Candidate]) -> Timed:
     """Time all candidates interleaved with the source; rejected ones only if no other candidate is left."""
     run = prepared.run
-    offered = [c for c in candidates if c.rejection is None] or list(candidates)
-    plain = floors(run, candidates, prepared.source, prepared.structure)
+    here = [c for c in candidates if not runtimes.absent(c.runtime)]
+    offered = [c for c in here if c.rejection is None] or here
+    plain = floors(run, here, prepared.source, prepared.structure)
     timings = latencies(run, prepared.manifest, offered, plain)
     return Timed(
         source=timed(prepared.source, timings["source"]),

@@ -16,6 +16,7 @@ from penjing.numerics.grid import on_grid, rows
 from penjing.steps.plan import QuantSpec
 
 SMALLEST_SCALE = 1e-12  # for a range that is zero everywhere: any scale is correct, and this one is safe to divide by
+_LARGEST_HALF = 65504.0
 
 
 def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,17 +33,23 @@ def scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec)
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     smallest, largest = spec.limits
     if spec.symmetric and spec.signed:
-        scale = shiftable(torch.maximum(low / smallest, high / largest), spec)
+        scale = representable(torch.maximum(low / smallest, high / largest), spec)
         return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
-    scale = shiftable((high - low) / (largest - smallest), spec)
+    scale = representable((high - low) / (largest - smallest), spec)
     zero_point = torch.round(smallest - low / scale).clamp(smallest, largest)
     return scale.float(), zero_point.to(torch.int32)
 
 
-def shiftable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Return the scale itself, or the next larger power of two if the spec asks for one."""
+def representable(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Return the scale itself, or the next larger power of two or float16 if the spec asks for one."""
     scale = scale.clamp(min=SMALLEST_SCALE)
-    return torch.exp2(torch.ceil(torch.log2(scale) - 1e-6)) if spec.scale == "power_of_two" else scale
+    if spec.scale == "power_of_two":
+        return torch.exp2(torch.ceil(torch.log2(scale) - 1e-6))
+    if spec.scale == "half":
+        nearest = scale.clamp(max=_LARGEST_HALF).to(torch.float16)
+        larger = (nearest.view(torch.int16) + 1).view(torch.float16)  # of positive numbers the next
+        return torch.where(nearest.to(scale.dtype) < scale, larger, nearest).to(scale.dtype)
+    return scale
 
 
 def weight_range(weight: torch.Tensor, spec: QuantSpec, steps: int = 32) -> tuple[torch.Tensor, torch.Tensor]:

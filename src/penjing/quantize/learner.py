@@ -16,6 +16,7 @@ from torch import fx, nn
 from penjing.analyze import lockstep
 from penjing.analyze.samples import chunks
 from penjing.network.graph import site, sites
+from penjing.quantize.affine import representable
 from penjing.steps.draft import Draft
 from penjing.steps.plan import LISTED, Entry
 from penjing.steps.step import Context
@@ -54,7 +55,8 @@ class Learner(nn.Module):
         if self.entries is not None:
             integers = torch.unique(listed(self.entries.detach() * self.nonzero, self.spec)).int()
             entry = replace(entry, spec=replace(entry.spec, values=tuple(integers.tolist())))
-        return replace(entry, scale=tuple((self.scale.detach().abs() + 1e-12).float().tolist()))
+        scale = representable((self.scale.detach().abs() + 1e-12).float(), entry.spec)
+        return replace(entry, scale=tuple(scale.tolist()))
 
 
 def learner(draft: Draft, context: Context, method: str) -> fx.GraphModule:

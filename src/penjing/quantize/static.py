@@ -19,7 +19,7 @@ from penjing.analyze.samples import in_chunks
 from penjing.errors import RecipeError
 from penjing.network.graph import RECURRENT, kind, site, sites
 from penjing.quantize import few_integers, mask_values, pixels
-from penjing.quantize.affine import centred_where_cheap, scale_and_zero_point, shiftable, weight_range
+from penjing.quantize.affine import centred_where_cheap, representable, scale_and_zero_point, weight_range
 from penjing.quantize.histogram import Histogram
 from penjing.quantize.outlier_mitigation import mitigated
 from penjing.quantize.placement import Placement, place
@@ -174,11 +174,14 @@ class Static:
                 return replace(self, settings={}, **values)
         return self
 
+    def _scale(self, runtime: QuantSpec) -> str:
+        return self.scale if self.scale != "free" else runtime.scale
+
     def activation_spec(self, capabilities: Capabilities) -> QuantSpec:
         """Return the format of activations in a runtime."""
         spec = replace(
-            capabilities.activation, bits=self.activation_bits, range=self.activation_range, scale=self.scale,
-            grid=self.activation_grid,
+            capabilities.activation, bits=self.activation_bits, range=self.activation_range,
+            scale=self._scale(capabilities.activation), grid=self.activation_grid,
         )  # fmt: skip
         if self.activation_symmetric is not None:
             # Not narrow: files have no type for −127..127, and a clip would separate operators that are fused.
@@ -190,8 +193,9 @@ class Static:
         bits = min(self.weight_bits, capabilities.weight.bits)
         axis = capabilities.weight.axis if self.weight_per == "channel" else None
         spec = replace(
-            capabilities.weight, bits=bits, range=self.weight_range, scale=self.scale, grid=self.weight_grid, axis=axis
-        )
+            capabilities.weight, bits=bits, range=self.weight_range, scale=self._scale(capabilities.weight),
+            grid=self.weight_grid, axis=axis,
+        )  # fmt: skip
         if self.weight_symmetric is not None:
             spec = replace(spec, symmetric=self.weight_symmetric)
         if self.weight_group is not None and weight[0].numel() % self.weight_group == 0:
@@ -243,7 +247,7 @@ class Static:
                 # A bias is int32 on the grid weight scale × input scale: a dead channel's scale must not be too small.
                 finest = bias.detach().abs() / (BIAS_LIMIT * activations[f"{name}:in0"].scale[0])
                 scale = torch.maximum(scale, finest if spec.axis is not None else finest.max())
-                scale = shiftable(scale, spec)
+                scale = representable(scale, spec)
             entries[f"{name}:weight"] = Entry(spec, tuple(scale.tolist()), tuple(zero.tolist()))
         return entries | self._tables(network, placement.stored, entries, capabilities)
 

@@ -107,11 +107,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{MANIFEST} is damaged", code="damaged", got=f"{folder}: a program without files", expected="a program"
         )
     for name in manifest.files():
-        if Path(name).name != name or name in ("", ".", ".."):
+        if not _inside(name):
             raise ArtifactError(
-                f"{MANIFEST} names a file outside its folder", code="outside", got=name, expected="a plain file name"
+                f"{MANIFEST} names a file outside its folder",
+                code="outside",
+                got=name,
+                expected="the name of a file below it",
             )
-        if (folder / name).is_symlink() and (folder / name).resolve().parent != folder.resolve():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise ArtifactError(
                 f"{MANIFEST} names a link out of its folder", code="outside", got=name, expected="a file inside it"
             )
@@ -123,6 +126,12 @@ def read_manifest(folder: Path) -> Manifest:
                 expected=list(manifest.files()),
             )
     return manifest
+
+
+def _inside(name: str) -> bool:
+    """Whether it names a file of the folder, or of a folder in it, such as of a Core ML package."""
+    parts = name.split("/")
+    return all(Path(part).name == part and part not in ("", ".", "..") for part in parts)
 
 
 def _check(manifest: Manifest) -> None:

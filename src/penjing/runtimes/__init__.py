@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,27 @@ from penjing.records.manifest import Manifest, Port, read_manifest, write_manife
 from penjing.runtimes.artifact import Executed, Timed
 from penjing.runtimes.versions import clashes
 from penjing.steps.plan import Capabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a runtime works that does not work on every machine.
+
+    Attributes:
+        name: In words.
+        here: Whether this machine is one.
+    """
+
+    name: str
+    here: Callable[[], bool]
+
+
+def _nvidia() -> bool:
+    return importlib.util.find_spec("tensorrt") is not None and Path("/dev/nvidiactl").exists()
+
+
+MAC = Place(name="a Mac", here=lambda: sys.platform == "darwin")
+NVIDIA = Place(name="a machine with an NVIDIA GPU and the package tensorrt", here=_nvidia)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +62,10 @@ class RuntimeSpec:
         shows_operators: Whether it makes a graph of its own of an artifact, which `executed` tells.
         times_operators: Whether its module has `profile`.
         shows_values: Whether its module has `expose`.
+        importing_s: Seconds that importing it may take beyond what is usual, on a busy machine.
+        place: Where it runs what it exports everywhere; None: here. Elsewhere an artifact is not timed, and not
+            offered: `stand_in` computes it, to be compared with its plan.
+        stand_in: What computes an artifact where the runtime itself does not run, in words.
     """
 
     name: str
@@ -55,6 +80,9 @@ class RuntimeSpec:
     shows_operators: bool = True
     times_operators: bool = False
     shows_values: bool = False
+    importing_s: int = 0
+    place: Place | None = None
+    stand_in: str = ""
 
 
 SPECS: dict[str, RuntimeSpec] = {
@@ -119,6 +147,17 @@ SPECS: dict[str, RuntimeSpec] = {
             suffixes=(".so",),
             by_default=False,
             shows_operators=False,
+        ),
+        RuntimeSpec(
+            name="coreml",
+            module="penjing.runtimes.coreml",
+            packages=("coremltools",),
+            suffixes=(".mlpackage",),
+            by_default=False,
+            shows_operators=False,
+            importing_s=120,
+            place=MAC,
+            stand_in="Penjing's own reading of the package",
         ),
     )
 }
@@ -217,6 +256,14 @@ def _remedy(spec: RuntimeSpec) -> str:
 def installed(name: str) -> bool:
     """Whether everything that the runtime needs for export and inference is installed."""
     return missing(name) is None
+
+
+def absent(name: str) -> str:
+    """Why a runtime that is installed does not run here, in words; empty where it does."""
+    spec = SPECS[name]
+    if spec.place is None or spec.place.here():
+        return ""
+    return f"{name} runs on {spec.place.name} alone: it is not timed here, and its answers are those of {spec.stand_in}"
 
 
 def get(name: str) -> Runtime:

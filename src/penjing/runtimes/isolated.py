@@ -37,6 +37,7 @@ class _Worker:
     """The process of one runtime, how many artifacts are open in it, and which of them nobody needs any more."""
 
     def __init__(self, runtime: str) -> None:
+        self.runtime = runtime
         self.process = Process(runtime, "penjing.runtimes.worker", [runtime])
         self.owner = os.getpid()
         self.open = 0
@@ -52,6 +53,7 @@ class _Worker:
             forgotten, self.forgotten = self.forgotten, []
             self.open -= len(forgotten)
             try:
+                limit_s += runtimes.SPECS[self.runtime].importing_s
                 return self.process.ask({**request, "forget": forgotten}, arrays, limit_s=limit_s)
             finally:
                 self.rest()

@@ -71,7 +71,7 @@ class QuantSpec:
     axis: int | None = None  # the channel axis; None is one scale for the whole tensor
     range: str = "minmax"  # the range estimator; "dynamic": computed from every input at run time
     group: int | None = None  # group size: so many neighbouring values share a scale; None: per channel
-    scale: str = "free"  # or "power_of_two": scales that can be applied by shifting
+    scale: str = "free"  # or "power_of_two": scales that can be applied by shifting; "half": that float16 has
     grid: str = "uniform"  # one of GRIDS, or LISTED: which of the integers are representable
     values: tuple[int, ...] = ()  # of the grid LISTED: these, ascending
 
