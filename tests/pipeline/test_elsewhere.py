@@ -1,5 +1,6 @@
 """A runtime that does not run on this machine: its artifacts are built and compared, not timed, and never offered."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,14 @@ def test_why_is_told_in_words(elsewhere):
         "onnxruntime runs on the moon alone: it is not timed here, and its answers are those of a telescope"
     )
     assert runtimes.absent("openvino") == ""
+
+
+def test_penjing_runtimes_says_so(elsewhere, capsys):
+    from penjing.cli.commands import main
+
+    assert main(["runtimes", "--json"]) == 0
+    rows = {row["runtime"]: row for row in json.loads(capsys.readouterr().out)["runtimes"]}
+    assert elsewhere in rows["onnxruntime"]["notes"] and elsewhere not in rows["openvino"]["notes"]
 
 
 def test_an_artifact_that_was_not_run_where_it_runs_meets_no_goal(elsewhere, digits_source, digits_task, tmp_path):

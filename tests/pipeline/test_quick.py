@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_file_and_what_is_excluded_stays_in_floats(
 @pytest.mark.parametrize(
     ("name", "more", "kind", "code"),
     [
-        ("small.tflite", {}, UsageError, "suffix"),
+        ("small.weights", {}, UsageError, "suffix"),
         ("small.xml", {"runtime": "onnxruntime"}, UsageError, "suffix"),
         ("small.onnx", {"runtime": "onnx"}, UsageError, "unknown-runtime"),
         ("old.onnx", {}, OutputError, "exists"),

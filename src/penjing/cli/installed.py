@@ -66,6 +66,6 @@ def _rows(instruction_sets: tuple[str, ...]) -> list[dict[str, Any]]:
             capabilities = known.get(name).capabilities(instruction_sets)
             integers = sorted(capabilities.integer) if "int8" in capabilities.precisions else []
             row |= {"precisions": list(capabilities.precisions), "integer_operators": integers}
-            row["notes"] = list(capabilities.notes)
+            row["notes"] = [*filter(None, [known.absent(name)]), *capabilities.notes]
         rows.append(row)
     return rows

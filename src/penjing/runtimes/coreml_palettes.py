@@ -86,8 +86,8 @@ def arrays(codebooks: Mapping[str, LookedUp]) -> dict[str, npt.NDArray[Any]]:
     for known in codebooks.values():
         if (one := palette(known)) is not None:
             number = len(stored) // 4
-            parts: dict[str, Any] = {"values": one.values, "indices": one.indices, "lut": one.lut, "bits": np.array(one.bits)}
-            stored |= {f"{name}{number}": array for name, array in parts.items()}
+            stored |= {f"values{number}": one.values, f"indices{number}": one.indices, f"lut{number}": one.lut}
+            stored[f"bits{number}"] = np.array(one.bits)
     return stored
 
 
