@@ -13,6 +13,7 @@ through a table with a row for every distinct border. With `padding="minus"` pad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,7 +177,9 @@ def bases(
     return table, (of_row.reshape(-1) * len(columns)).astype(np.int32), of_column.reshape(-1).astype(np.int32)
 
 
-def functions(shape: Convolution, instructions: InstructionSet) -> tuple[building.Function, building.Function]:
+def functions(
+    shape: Convolution, instructions: InstructionSet, names: Sequence[str] = ("binary_pack", "binary_conv")
+) -> tuple[building.Function, building.Function]:
     """Return the two kernels: packing an input, and convolving what is packed."""
     lay = layout(shape, instructions)
     word = f"uint{lay.word}_t"
@@ -186,14 +189,14 @@ def functions(shape: Convolution, instructions: InstructionSet) -> tuple[buildin
     )  # fmt: skip
     if not instructions.triple:
         return (
-            building.Function("binary_pack", pack_pointers, lambda: c_source.pack(shape, lay)),
-            building.Function("binary_conv", pointers, lambda: c_source.convolution(shape, lay)),
+            building.Function(names[0], pack_pointers, lambda: c_source.pack(shape, lay, names[0])),
+            building.Function(names[1], pointers, lambda: c_source.convolution(shape, lay, names[1])),
         )
     from penjing.kernels import binary_programs as programs
 
     return (
-        building.Function("binary_pack", pack_pointers, lambda: programs.pack(shape, lay)),
-        building.Function("binary_conv", pointers, lambda: programs.convolution(shape, lay)),
+        building.Function(names[0], pack_pointers, lambda: programs.pack(shape, lay)),
+        building.Function(names[1], pointers, lambda: programs.convolution(shape, lay)),
     )
 
 

@@ -97,7 +97,11 @@ def _generator() -> str:
 
 
 def link(
-    functions: Sequence[Function], instructions: InstructionSet, scratch: Path, sources: Sequence[str] = ()
+    functions: Sequence[Function],
+    instructions: InstructionSet,
+    scratch: Path,
+    sources: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Build a shared library in the folder `scratch`, from generated functions and more C sources."""
     parts = [scratch / "rows.c"]
@@ -112,7 +116,7 @@ def link(
         parts.append(scratch / f"source{number}.c")
         parts[-1].write_text(source)
     path = scratch / "library.so"
-    _run([compiler(), *C_FLAGS, "-shared", "-o", str(path), *map(str, parts), "-lm", "-lpthread"])
+    _run([compiler(), *C_FLAGS, *flags, "-shared", "-o", str(path), *map(str, parts), "-lm", "-lpthread"])
     return path
 
 

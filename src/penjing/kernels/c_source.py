@@ -103,4 +103,63 @@ void {name}(const float *x, const float *sums, const int32_t *weights, const flo
 """
 
 
-__all__ = ["POPCOUNT", "convolution", "pack", "packed_product"]
+LAYERS = """
+#include <stdint.h>
+
+static inline void convolve(const float *in, const float *weights, const float *scale, const float *shift, float *out,
+                            int h, int w, int c, int oh, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw,
+                            int dh, int dw) {
+  for (int y = 0; y < oh; y++)
+    for (int x = 0; x < ow; x++, out += f) {
+      for (int o = 0; o < f; o++) out[o] = 0;
+      for (int i = 0; i < kh; i++)
+        for (int j = 0; j < kw; j++) {
+          int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
+          if (row < 0 || row >= h || column < 0 || column >= w) continue;
+          const float *from = in + ((int64_t)row * w + column) * c, *by = weights + ((int64_t)i * kw + j) * c * f;
+          for (int k = 0; k < c; k++)
+            for (int o = 0; o < f; o++) out[o] += from[k] * by[(int64_t)k * f + o];
+        }
+      for (int o = 0; o < f; o++) out[o] = out[o] * scale[o] + shift[o];
+    }
+}
+
+static inline void maximum(const float *in, float *out, int h, int w, int c, int oh, int ow, int kh, int kw, int sh,
+                           int sw, int ph, int pw, int dh, int dw) {
+  for (int y = 0; y < oh; y++)
+    for (int x = 0; x < ow; x++, out += c) {
+      int first = 1;
+      for (int i = 0; i < kh; i++)
+        for (int j = 0; j < kw; j++) {
+          int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
+          if (row < 0 || row >= h || column < 0 || column >= w) continue;
+          const float *from = in + ((int64_t)row * w + column) * c;
+          for (int k = 0; k < c; k++) out[k] = first || from[k] > out[k] ? from[k] : out[k];
+          first = 0;
+        }
+    }
+}
+
+static inline void add(const float *a, const float *b, float *out, int n) {
+  for (int i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+
+static inline void relu(const float *in, float *out, int n) {
+  for (int i = 0; i < n; i++) out[i] = in[i] > 0 ? in[i] : 0;
+}
+
+static inline void average(const float *in, float *out, int pixels, int c) {
+  for (int k = 0; k < c; k++) out[k] = 0;
+  for (int p = 0; p < pixels; p++)
+    for (int k = 0; k < c; k++) out[k] += in[(int64_t)p * c + k];
+  for (int k = 0; k < c; k++) out[k] /= (float)pixels;
+}
+
+static inline void drop(const float *in, float *out, int pixels, int from, int to) {
+  for (int p = 0; p < pixels; p++)
+    for (int k = 0; k < to; k++) out[(int64_t)p * to + k] = in[(int64_t)p * from + k];
+}
+"""
+"""The layers around the binary ones, NHWC; calls have constant sizes, for which the compiler unrolls."""
+
+__all__ = ["LAYERS", "POPCOUNT", "convolution", "pack", "packed_product"]

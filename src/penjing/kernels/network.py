@@ -1,0 +1,260 @@
+"""A captured network as a list of operations on NHWC values: what a library of kernels computes.
+
+Batch norms are folded into the convolution before them, exactly for binary ones too: their scale and shift are those of
+the kernel. A linear layer is a convolution whose window is the whole image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from penjing.errors import ExportError
+from penjing.kernels.binary import Convolution
+from penjing.network.graph import arguments, kind, line, operator_name, site
+
+Shape = tuple[int, int, int]  # height, width, channels
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on values of one sample.
+
+    Attributes:
+        kind: "convolution", "binary", "add", "relu", "average" (of all pixels), "maximum" (of a window).
+        inputs: Names of the values that it reads.
+        output: Name of the value that it writes.
+        window: Of a convolution or a maximum.
+        arrays: float32: "weights" (filters, height, width, channels), "scale", "shift" and, of binary layers,
+            "threshold".
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    window: Convolution | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class Described:
+    """A network as operations.
+
+    Attributes:
+        operations: In execution order.
+        shapes: Value → height, width, channels.
+        input: Name of the input's value.
+        output: Name of the output's value.
+    """
+
+    operations: list[Operation]
+    shapes: dict[str, Shape]
+    input: str
+    output: str
+
+
+def described(network: fx.GraphModule, input_shape: tuple[int, ...]) -> Described:
+    """Return the operations of a network of one input and one output.
+
+    Args:
+        network: A captured network in floating point, such as `penjing.quantize.Binary` leaves it.
+        input_shape: Channels, height, width.
+
+    Raises:
+        ExportError: There is an operator that these kernels lack; the error names it.
+    """
+    return _Reader(network, input_shape).read()
+
+
+class _Reader:
+    """Reads a graph, node by node."""
+
+    def __init__(self, network: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
+        self.network, self.input_shape = network, input_shape
+        self.operations: list[Operation] = []
+        self.shapes: dict[str, Shape] = {}
+        self.values: dict[fx.Node, str] = {}  # a node's value; nodes that change nothing share one
+        self.signs: dict[fx.Node, np.ndarray] = {}  # node of signs → thresholds
+
+    def read(self) -> Described:
+        entry = output = ""
+        for node in self.network.graph.nodes:
+            if node.op == "placeholder":
+                if entry:
+                    raise self._refused(node, "a second input")
+                channels, height, width = self.input_shape
+                entry = self._new(node, (height, width, channels))
+            elif node.op == "output":
+                given = node.args[0]
+                (given,) = given if isinstance(given, tuple | list) and len(given) == 1 else (given,)
+                if not isinstance(given, fx.Node) or given in self.signs:
+                    raise self._refused(node, "several outputs, or an output of signs")
+                output = self.values[given]
+            elif node.op != "get_attr":
+                handler = _HANDLERS.get(_word(self.network, node))
+                if handler is None:
+                    raise self._refused(node, _word(self.network, node))
+                handler(self, node)
+        return Described(self.operations, self.shapes, entry, output)
+
+    def _refused(self, node: fx.Node, what: str) -> ExportError:
+        return ExportError(
+            "a library of kernels can't compute this network",
+            code="operator",
+            got=f"{what} at {site(node)}{line(node)}",
+            expected=f"one of {', '.join(sorted(_HANDLERS))}",
+            remedy="take another runtime for this network, or keep these kernels for its binary layers",
+        )
+
+    def _new(self, node: fx.Node, shape: Shape) -> str:
+        self.values[node] = node.name
+        self.shapes[node.name] = shape
+        return node.name
+
+    def _value(self, node: fx.Node, place: int = 0) -> str:
+        given: Any = node.args[place]
+        if given not in self.values:
+            raise self._refused(node, "a constant, or signs outside a binary layer")
+        return self.values[given]
+
+    def _same(self, node: fx.Node) -> None:
+        self.values[node] = self._value(node)
+
+    def _last(self, name: str, node: fx.Node) -> Operation | None:
+        """The operation that writes this value, if `node` alone reads it."""
+        given: Any = node.args[0]
+        wrote = [o for o in self.operations if o.output == name]
+        return wrote[0] if wrote and len(given.users) == 1 and given.name == name else None
+
+    def convolution(self, node: fx.Node) -> None:
+        module: Any = self.network.get_submodule(str(node.target))
+        given: Any = node.args[0]
+        threshold = self.signs.get(given)
+        name = self.values[given.args[0]] if threshold is not None else self._value(node)
+        height, width, channels = self.shapes[name]
+        if isinstance(module, nn.Linear):
+            weight = module.weight.reshape(module.out_features, -1, height, width)
+            settings: dict[str, Any] = {"kernel": (height, width)}
+            if threshold is not None and height * width > 1:
+                raise self._refused(node, "a binary linear layer of an image")
+        else:
+            weight = module.weight
+            settings = {word: tuple(getattr(module, word)) for word in ("stride", "dilation")}
+            settings |= {"kernel": tuple(module.kernel_size), "pad": module.padding}
+            if module.groups != 1 or isinstance(module.padding, str) or module.padding_mode != "zeros":
+                raise self._refused(node, "a convolution with groups, or another padding than zeros")
+        filters = len(weight)
+        if weight.shape[1] != channels:
+            raise self._refused(node, "a layer of another input than its own")
+        window = Convolution(height=height, width=width, channels=channels, filters=filters, **settings)
+        arrays = {"weights": _array(weight).transpose(0, 2, 3, 1), "scale": np.ones(filters, np.float32)}
+        arrays["shift"] = np.zeros(filters, np.float32) if module.bias is None else _array(module.bias)
+        if threshold is not None:
+            scale = np.abs(arrays["weights"]).max((1, 2, 3))
+            if not (np.abs(arrays["weights"]) == scale[:, None, None, None]).all():
+                raise self._refused(node, "signs read by weights of more than two levels")
+            arrays |= {"scale": scale, "threshold": threshold, "weights": arrays["weights"] >= 0}
+        output = self._new(node, (*window.outputs, filters))
+        which = "convolution" if threshold is None else "binary"
+        self.operations.append(Operation(which, (name,), output, window, arrays))
+
+    def batch_norm(self, node: fx.Node) -> None:
+        name = self._value(node)
+        before = self._last(name, node)
+        if before is None or before.kind not in ("convolution", "binary"):
+            raise self._refused(node, "a batch norm that is not behind a convolution of its own")
+        module: Any = self.network.get_submodule(str(node.target))
+        factor = _array(
+            torch.rsqrt(module.running_var + module.eps) * (1.0 if module.weight is None else module.weight)
+        )
+        shift = -_array(module.running_mean) * factor + (0.0 if module.bias is None else _array(module.bias))
+        arrays = before.arrays | {
+            "scale": before.arrays["scale"] * factor, "shift": before.arrays["shift"] * factor + shift,
+        }  # fmt: skip
+        self.operations[self.operations.index(before)] = replace(before, arrays=arrays)
+        self._same(node)
+        self._rename(name, node)
+
+    def _rename(self, name: str, node: fx.Node) -> None:
+        """Let a value have the name of the node that is now its last."""
+        self.operations = [replace(o, output=node.name) if o.output == name else o for o in self.operations]
+        self.shapes[node.name] = self.shapes.pop(name)
+        self.values = {n: node.name if v == name else v for n, v in self.values.items()}
+
+    def sign(self, node: fx.Node) -> None:
+        self._value(node)
+        module: Any = self.network.get_submodule(str(node.target))
+        self.signs[node] = _array(module.threshold)
+
+    def relu(self, node: fx.Node) -> None:
+        name = self._value(node)
+        self.operations.append(Operation("relu", (name,), self._new(node, self.shapes[name])))
+
+    def add(self, node: fx.Node) -> None:
+        names = self._value(node), self._value(node, 1)
+        if self.shapes[names[0]] != self.shapes[names[1]]:
+            raise self._refused(node, "an addition that broadcasts")
+        self.operations.append(Operation("add", names, self._new(node, self.shapes[names[0]])))
+
+    def average(self, node: fx.Node) -> None:
+        name = self._value(node)
+        self.operations.append(Operation("average", (name,), self._new(node, (1, 1, self.shapes[name][2]))))
+
+    def maximum(self, node: fx.Node) -> None:
+        given, name = arguments(node), self._value(node)
+        height, width, channels = self.shapes[name]
+        if given["ceil_mode"]:
+            raise self._refused(node, "a maximum with ceil_mode")
+        window = Convolution(
+            height=height, width=width, channels=channels, filters=channels, kernel=_pair(given["kernel_size"]),
+            stride=_pair(given["stride"] or given["kernel_size"]), pad=_pair(given["padding"]),
+            dilation=_pair(given["dilation"]),
+        )  # fmt: skip
+        self.operations.append(Operation("maximum", (name,), self._new(node, (*window.outputs, channels)), window))
+
+
+def _word(network: fx.GraphModule, node: fx.Node) -> str:
+    """What a node does, in one word."""
+    if node.op == "call_module":
+        return kind(network, node)
+    name = operator_name(node)
+    if name == "mean" and kind(network, node) == "avg_pool":
+        return "mean of all pixels"
+    return "global average" if name == "adaptive_avg_pool2d" and list(node.args[1]) == [1, 1] else name  # type: ignore[arg-type]
+
+
+def _array(tensor: Any) -> np.ndarray:
+    out: np.ndarray = tensor.detach().float().cpu().numpy()
+    return out
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, *rest = [value] if isinstance(value, int) else value
+    return first, (rest or [first])[0]
+
+
+_HANDLERS: dict[str, Callable[[_Reader, fx.Node], None]] = {
+    "conv": _Reader.convolution,
+    "linear": _Reader.convolution,
+    "batch_norm": _Reader.batch_norm,
+    "batchnorm2d": _Reader.batch_norm,
+    "sign": _Reader.sign,
+    "relu": _Reader.relu,
+    "add": _Reader.add,
+    "global average": _Reader.average,
+    "mean of all pixels": _Reader.average,
+    "adaptiveavgpool2d": _Reader.average,
+    "max_pool2d": _Reader.maximum,
+    "flatten": _Reader._same,
+    "view": _Reader._same,
+    "reshape": _Reader._same,
+    "dropout": _Reader._same,
+    "identity": _Reader._same,
+}
+
+__all__ = ["Described", "Operation", "described"]
