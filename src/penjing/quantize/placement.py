@@ -20,6 +20,8 @@ from penjing.surgery import recurrent
 FIXED = "its result is the same for every input: a runtime folds it into a constant"
 CONSTANT = "one of its inputs is a constant"
 SILENT = frozenset({"dropout", "identity"})  # operators that the export removes
+PARTED = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
+"""Operators that give several parts of what they read."""
 FUNCTIONS = frozenset(
     "celu elu gelu hardsigmoid hardswish leaky_relu mish prelu selu sigmoid silu softplus softsign tanh".split()
 )
@@ -243,9 +245,11 @@ def _carry(
 def carries(network: fx.GraphModule, node: fx.Node, capabilities: Capabilities) -> bool:
     """Whether the output contains only input values or zeros; zero is on every grid."""
     what = kind(network, node)
-    if node.target is operator.getitem:  # the values of a maximum; the other result is their indices
+    if node.target is operator.getitem:  # a part, or the values of a maximum; its other result is their indices
         source = node.args[0]
-        return isinstance(source, fx.Node) and not node.args[1] and carries(network, source, capabilities)
+        if not isinstance(source, fx.Node) or (node.args[1] and kind(network, source) not in PARTED):
+            return False
+        return carries(network, source, capabilities)
     if what in ("max", "min") and len(tensor_inputs(node)) > 1:
         return False  # an elementwise maximum of two tensors
     if what != "pad" or what not in capabilities.passthrough:

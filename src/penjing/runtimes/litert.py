@@ -25,6 +25,7 @@ _CONVERTING = ("QUANTIZE", "DEQUANTIZE", "CAST")
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV", "CONV_3D")
 _MOVING = ("TRANSPOSE", "RESHAPE", "PAD", "PADV2", "SQUEEZE", "EXPAND_DIMS", "SLICE", "STRIDED_SLICE", "BROADCAST_TO")
 _FUNCTIONS = frozenset({"sigmoid", "tanh", "hardswish", "gelu", "elu", "leaky_relu"})
+_MOVED = frozenset("max_pool pad reshape transpose select slice split split_with_sizes chunk unbind".split())
 _INTEGER = frozenset({"conv", "linear", "add", "mul", "cat", "avg_pool", "matmul"}) | _FUNCTIONS
 
 
@@ -37,7 +38,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         activation=QuantSpec(bits=8, signed=True, symmetric=False),
         integer=_INTEGER,
         fuses=frozenset({"relu", "clip"}),
-        passthrough=frozenset({"max_pool", "pad", "reshape", "transpose"}),
+        passthrough=_MOVED,
         quantized_output=_INTEGER,
         weights=Formats(symmetric=(True,), per=("tensor", "channel")),
         activations=Formats(per=("tensor",), grids=("uniform",)),

@@ -7,6 +7,7 @@ in front of quantizers with the plan's scales, which give the same integers agai
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,45 +122,83 @@ def _for_each_reader(network: fx.GraphModule) -> None:
 
 
 def _in_equal_scales(network: fx.GraphModule) -> None:
-    """Requantize in front of kernels whose inputs have to be on the grid of their output, and behind some others.
+    """Let kernels that read and write one grid do so, and those that write a grid of their own.
 
-    A concatenation reads the grid that it writes; average pooling over a window writes the grid that it reads; a
-    sigmoid or hyperbolic tangent writes a grid of the kernel's own.
+    A concatenation reads the grid that it writes; average pooling over a window, and what only moves values, write the
+    grid that they read; a sigmoid or hyperbolic tangent writes a grid of the kernel's own. What reads them takes it
+    from there: a grid of its own would only round again, and XNNPACK rescales with factors of 8 bits. Where a quantizer
+    behind moved values is missing, the converter carries one of a later reader in front of them, past other readers.
     """
-    decomposed = torch.ops.quantized_decomposed
-    forth, back = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
-    graph = network.graph
-
-    def requantized(value: fx.Node, numbers: tuple[Any, ...]) -> fx.Node:
-        with graph.inserting_after(value):
-            q = graph.call_function(forth, (value, *numbers))
-        with graph.inserting_after(q):
-            x = graph.call_function(back, (q, *numbers))
-        q.meta = x.meta = {"custom": value.meta.get("custom", {})}
-        return x
-
-    for node in list(graph.nodes):
-        what = kind(network, node)
+    forth = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    back = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    node: Any
+    for node in list(network.graph.nodes):
+        what, inputs = kind(network, node), tensor_inputs(node)
         quantizers = [user for user in node.users if user.target is forth]
-        inputs = tensor_inputs(node)
-        if not quantizers or not inputs or not all(x.target is back for x in inputs):
+        if _moves(network, node) and inputs[0].target is back:
+            parts = [user for user in node.users if user.target is operator.getitem] or [node]
+            for part in parts:
+                if any(user.args[1:] != inputs[0].args[1:] for user in part.users):
+                    _requantized(network, part, inputs[0].args[1:], list(part.users))
+        elif not quantizers or not inputs or not all(x.target is back for x in inputs):
             continue
-        numbers = quantizers[0].args[1:]
-        if what == "cat":
+        elif what == "cat":
+            numbers = quantizers[0].args[1:]
             for x in dict.fromkeys(inputs):
-                if x.args[1:] != numbers:
-                    between = requantized(x, numbers)
-                    node.replace_input_with(x, between)
+                q: Any = x.args[0]
+                if x.args[1:] == numbers:
+                    continue
+                if len(x.users) == 1 and len(q.users) == 1 and not _moves(network, q.args[0]):
+                    _renumber(q, numbers)
+                else:
+                    _requantized(network, x, numbers, [node])
         else:
-            own = _FIXED.get(what) or (inputs[0].args[1:] if operator_name(node) in _KEEPING else numbers)
-            if any(user.args[1:] != own for user in quantizers):
-                between = requantized(node, own)
-                for user in quantizers:
-                    user.replace_input_with(node, between)
+            numbers = quantizers[0].args[1:]
+            own = _FIXED.get(what) or (inputs[0].args[1:] if _pools(node) else numbers)
+            for quantizer in quantizers:
+                _renumber(quantizer, own)
 
 
-_KEEPING = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
-"""Operators whose kernel writes the grid that it reads, although their values are new ones."""
+def _renumber(quantizer: Any, numbers: tuple[Any, ...]) -> None:
+    """Give a quantizer and its dequantizers another grid."""
+    for node in (quantizer, *quantizer.users):
+        node.args = (node.args[0], *numbers)
+
+
+def _requantized(network: fx.GraphModule, value: fx.Node, numbers: tuple[Any, ...], readers: list[fx.Node]) -> None:
+    """Let these readers of a value read it from a grid: scale, zero point, smallest, largest, type."""
+    decomposed, graph = torch.ops.quantized_decomposed, network.graph
+    with graph.inserting_after(value):
+        q = graph.call_function(decomposed.quantize_per_tensor.default, (value, *numbers))
+    with graph.inserting_after(q):
+        x = graph.call_function(decomposed.dequantize_per_tensor.default, (q, *numbers))
+    q.meta = x.meta = {"custom": value.meta.get("custom", {})}
+    for reader in readers:
+        reader.replace_input_with(value, x)
+
+
+def _moves(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an operator gives values that it reads, or zeros, which are on every grid."""
+    what = kind(network, node)
+    if what == "pad":
+        named = arguments(node)
+        return named.get("mode", "constant") == "constant" and not named["value"]
+    return what in _MOVING
+
+
+def _pools(node: fx.Node) -> bool:
+    """Whether an operator averages over windows: its kernel writes the grid that it reads; a mean has its own."""
+    name = operator_name(node)
+    if name.startswith("adaptive_avg_pool"):
+        size = arguments(node)["output_size"]
+        return any(n != 1 for n in (size if isinstance(size, list | tuple) else [size]))
+    return name.startswith("avg_pool")
+
+
+_MOVING = frozenset(
+    "reshape transpose select slice split split_with_sizes chunk unbind expand identity dropout max_pool".split()
+)
+"""Kinds of operator that move values, as one operator of integers each."""
 _FIXED = {
     "sigmoid": (1 / 256, -128, -128, 127, torch.int8),
     "tanh": (1 / 128, 0, -128, 127, torch.int8),
