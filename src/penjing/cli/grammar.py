@@ -130,7 +130,10 @@ def _compress(command: argparse.ArgumentParser) -> None:
         "(default: minimize latency_ms, drop<=1%%; with --target: minimize size_bytes, drop<=1%%)",
     )
     command.add_argument(
-        "--runtime", metavar="NAMES", help="for example openvino or onnxruntime,openvino (default: all installed)"
+        "--runtime",
+        metavar="NAMES",
+        help="for example openvino or onnxruntime,litert; all: every installed one; auto: the one that the source is "
+        "fastest in (default: those that `penjing runtimes` shows without a star)",
     )
     _targeting(command)
     command.add_argument(

@@ -12,7 +12,7 @@ from penjing import measure, runtimes
 from penjing.analyze.activations import Activations
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
 from penjing.numerics import compiled
-from penjing.pipeline import building, drafts, evidence, fitting, gains
+from penjing.pipeline import building, drafts, evidence, fitting, gains, picking
 from penjing.pipeline.bisecting import located
 from penjing.pipeline.building import INTEGER, check_integers, executed_rows, float_doubts, float_shares
 from penjing.pipeline.causes import doubts
@@ -85,7 +85,7 @@ def _variants(prepared: Prepared) -> list[Variant]:
     quantizes = prepared.recipe.quantizes or (start is not None and bool(start.plan))
     return [
         Variant(name, precision)
-        for name in prepared.order.runtimes
+        for name in picking.picked(prepared)
         for precision in prepared.run.capabilities(name).precisions
         if quantizes or precision not in INTEGER
     ]

@@ -20,7 +20,7 @@ from penjing.pipeline.applied import drafted, refuse_quantized
 from penjing.pipeline.candidates import build
 from penjing.pipeline.delivery import deliver as deliver_all
 from penjing.pipeline.judging import judge
-from penjing.pipeline.order import Bench, Order, as_goal, default_recipe, runtime_names
+from penjing.pipeline.order import Bench, Order, as_goal, default_recipe, is_auto, runtime_names
 from penjing.pipeline.prepare import prepare
 from penjing.pipeline.timing import measure_all
 from penjing.recipes.recipe import Recipe
@@ -125,7 +125,8 @@ def compress(
         task: The user's data and metric, or TASK as on the command line.
         goal: For example ``"minimize latency_ms, drop<=1%"``; `drop` is in the metric's own unit (1% is 0.01).
             None is that, or the smallest file for a `target`.
-        runtime: One or several of ``penjing runtimes``; None takes all that are installed.
+        runtime: One or several of ``penjing runtimes``. None considers those that it lists without a star, "all" the
+            others too, and "auto" picks one by timing the source in each.
         recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
         out: The run folder.
         seed: Same seed, data, machine kind and threads: same artifact.
@@ -169,6 +170,7 @@ def compress(
         bench=_bench(threads, batch, seconds),
         listeners=tuple(listeners),
         target=device_profile,
+        auto=is_auto(runtime) and device_profile is None,
     )
     return _carry_out(order, out, resume=resume, force=force)
 
@@ -268,6 +270,7 @@ def deliver(
         device="cpu",
         bench=_bench(threads, batch, seconds),
         listeners=tuple(listeners),
+        auto=is_auto(runtime),
     )
     return _carry_out(order, out, resume=resume, force=force)
 

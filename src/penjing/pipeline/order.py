@@ -48,6 +48,7 @@ class Order:
         recipe: The steps that are still to be taken.
         runtimes: Their names, all of them installed.
         target: The device that artifacts are for; None: this machine.
+        auto: Whether one of the runtimes is to be picked, by what the source takes in each.
     """
 
     model: str | nn.Module | ExportedProgram | Source | Applied
@@ -61,6 +62,7 @@ class Order:
     bench: Bench
     listeners: tuple[Listener, ...]
     target: Target | None = None
+    auto: bool = False
 
 
 def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Recipe:
@@ -86,11 +88,16 @@ def as_goal(goal: Goal | str) -> Goal:
     return Goal.parse(goal) if isinstance(goal, str) else goal
 
 
+def is_auto(asked: str | Sequence[str] | None) -> bool:
+    """Whether a runtime is to be picked."""
+    return asked == runtimes.AUTO or (asked is not None and tuple(asked) == (runtimes.AUTO,))
+
+
 def runtime_names(asked: str | Sequence[str] | None, target: Target | None = None) -> tuple[str, ...]:
     """The runtimes of a request: by name, "all" that are installed, or those that are considered by default.
 
     Args:
-        asked: Names, "all", or None.
+        asked: Names, "all", or None; "auto" is None here, for what it is picked from.
         target: The device that artifacts are for: those that run there alone.
 
     Raises:
@@ -99,7 +106,7 @@ def runtime_names(asked: str | Sequence[str] | None, target: Target | None = Non
     """
     if target is not None and asked in (None, runtimes.ALL, (runtimes.ALL,), [runtimes.ALL]):
         return targeting.runtime_names(target, targeting.usable(target) or None if asked else None)
-    if asked is None:
+    if asked is None or is_auto(asked):
         names = tuple(name for name in runtimes.DEPLOYED if runtimes.installed(name))
         if not names:
             raise MissingDependency(

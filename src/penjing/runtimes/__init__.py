@@ -166,6 +166,9 @@ SPECS: dict[str, RuntimeSpec] = {
 DEPLOYED = tuple(name for name, spec in SPECS.items() if spec.deployed and spec.by_default)
 """Those that are considered when none is named."""
 
+AUTO = "auto"
+"""What stands for the one of these that the source is fastest in."""
+
 ALL = "all"
 """What stands for every runtime that is installed and loads an artifact without torch."""
 
