@@ -75,7 +75,8 @@ def _preferred(spec: QuantSpec, runtime: Formats, device: NumberFormats) -> Quan
 
 
 def _near(spec: QuantSpec, device: NumberFormats) -> Iterator[QuantSpec]:
-    """The format itself, then with fewer bits, another sign, another zero point, and one scale a tensor."""
+    """The format on scales that the device has, then with fewer bits, one scale a tensor, and another zero point."""
+    spec = replace(spec, scale=spec.scale if spec.scale in device.scale else device.scale[0])
     axes = (spec.axis, None) if spec.axis is not None else (None,)
     for bits in sorted((b for b in device.bits if b <= spec.bits), reverse=True):
         for axis in axes:

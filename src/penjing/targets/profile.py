@@ -22,12 +22,15 @@ class NumberFormats:
     symmetric: tuple[bool, ...]
     signed: tuple[bool, ...]
     per: tuple[str, ...]
+    scale: tuple[str, ...] = ("free", "power_of_two")
 
     def refusal(self, spec: QuantSpec) -> Refusal | None:
         """The part of the spec that the device does not have, or None."""
         if spec.signed not in self.signed:
             words = {True: "signed", False: "unsigned"}
             return Refusal(f"{words[spec.signed]} integers", words[not spec.signed])
+        if spec.scale not in self.scale:
+            return Refusal(f"scales that are {spec.scale}", " or ".join(self.scale))
         return Formats(bits=self.bits, symmetric=self.symmetric, per=self.per).refusal(spec)
 
 

@@ -39,12 +39,13 @@ _OPERATORS = {
     "legal": f"{ANY}, or a list of kinds of operator, such as [conv, linear]",
     "integer": f"{ANY}, or a list of kinds of operator, such as [conv, linear]",
 }
-_FORMATS = dict.fromkeys(("weights", "activations"), "a mapping with bits, symmetric, signed and per")
+_FORMATS = dict.fromkeys(("weights", "activations"), "a mapping with bits, symmetric, signed, per and scale")
 _NUMBERS = {
     "bits": "a list of whole numbers from 1 to 16",
     "symmetric": "[true], [false] or [true, false]",
     "signed": "[true], [false] or [true, false]",
     "per": "a list of some of tensor, channel, group",
+    "scale": "a list of some of free, power_of_two",
 }
 _LIMITS = {
     "storage_bytes": "a whole number from 1, or null",
@@ -172,6 +173,7 @@ def _formats(fields: _Fields) -> NumberFormats:
         symmetric=fields.switches("symmetric"),
         signed=fields.switches("signed"),
         per=fields.words("per", among=("tensor", "channel", "group"), least=1),
+        scale=fields.words("scale", among=("free", "power_of_two"), least=1),
     )
 
 
