@@ -1,7 +1,8 @@
 """The integers of a plan in the files of ncnn.
 
 A layer with scales of integers (key 8) loads int8 weights, its bias in float32, then for every output how many steps
-make 1, then the same of its input. ncnn rounds the input to −127…127, sums products in int32, and gives floating point.
+make 1, then the same of its input. ncnn rounds the input to −127…127, sums products in int32, and gives floating point;
+or, where convolutions alone read a convolution, int8, with one number more: how many steps of its result make 1.
 (`load_model` and `forward` of ncnn's src/layer/convolution.cpp, convolutiondepthwise.cpp, innerproduct.cpp.)
 """
 
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import ExportError
-from penjing.runtimes.ncnn_files import INT8_TERM, INTEGER, MULTIPLIES, Layer, flagged, plain
+from penjing.runtimes.ncnn_files import CONVOLUTIONS, INT8_TERM, INTEGER, MULTIPLIES, Layer, flagged, plain
+
+GIVES_INTEGERS = 101  # behind INT8_TERM
 
 Places = Mapping[int, tuple[Any, int | None]]
 """Position of a layer → what is known of it (`ncnn_graph.Weighted`), and where its weights' flag lies in the file."""
@@ -51,20 +54,11 @@ def in_integers(
     Raises:
         ExportError: pnnx has made something else of a layer that the plan computes in integers.
     """
-    rewritten, parts, position = list(layers), [], 0
-    done = []
+    rewritten, done = list(layers), {}
     for i, (of, at) in places.items():
-        if of.integers is None or at is None or (layer := _with_scales(layers[i])) is None:
-            continue
-        parts += [data[position:at], flagged(of.integers)]
-        position = at + 4 + 4 * of.weight.size
-        if of.bias is not None:
-            position += len(flagged(of.bias) if layers[i].type == "Gemm" else plain(of.bias))
-            parts.append(plain(of.bias))
-        parts += [plain(_per_unit(of.scales)), plain(_per_unit(np.array([of.input_scale])))]
-        rewritten[i] = layer
-        done.append(of)
-    lost = [w.site for w in weighted if w.integers is not None and not any(_alike(w, of) for of in done)]
+        if of.integers is not None and at is not None and (layer := _with_scales(layers[i])) is not None:
+            rewritten[i], done[i] = layer, of
+    lost = [w.site for w in weighted if w.integers is not None and not any(_alike(w, of) for of in done.values())]
     if lost:
         raise ExportError(
             "pnnx has changed layers whose integers ncnn should compute with",
@@ -73,7 +67,35 @@ def in_integers(
             expected="convolutions and linear layers with the weights of the plan",
             remedy="leave them in floating point: quantize.Static(exclude=(...))",
         )
+    parts, position = [], 0
+    for i, of in done.items():
+        at = places[i][1]
+        steps = [of.scales, [of.input_scale]]
+        if (scale := _read_in_integers(rewritten, i, done)) is not None:
+            rewritten[i] = rewritten[i].put(INT8_TERM, GIVES_INTEGERS)
+            steps.append([scale])
+        parts += [data[position:at], flagged(of.integers)]
+        position = at + 4 + 4 * of.weight.size
+        if of.bias is not None:
+            position += len(flagged(of.bias) if layers[i].type == "Gemm" else plain(of.bias))
+            parts.append(plain(of.bias))
+        parts += [plain(_per_unit(np.array(values))) for values in steps]
     return rewritten, b"".join([*parts, data[position:]])
+
+
+def _read_in_integers(layers: Sequence[Layer], position: int, done: Mapping[int, Any]) -> float | None:
+    """What one step stands for in the inputs of all convolutions that read a convolution; None where others do, too."""
+    if layers[position].type not in CONVOLUTIONS:
+        return None
+    blobs, readers = set(layers[position].tops), []
+    for i, layer in enumerate(layers):
+        if blobs.intersection(layer.bottoms):
+            if layer.type == "Split":
+                blobs.update(layer.tops)
+            else:
+                readers.append(done[i].input_scale if i in done and layer.type in CONVOLUTIONS else None)
+    given = any(blob.startswith("out") for blob in blobs)
+    return None if given or not readers or len(set(readers)) > 1 else readers[0]
 
 
 def _alike(one: Any, other: Any) -> bool:
