@@ -21,8 +21,8 @@ from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multipl
 
 PARAM, BIN = "model.param", "model.bin"
 
-SETTINGS = {"batch": "([0-9]|-)(,([0-9]|-))*;([0-9]|-)(,([0-9]|-))*", "half": "on|off"}
-"""What a manifest may tell it, and how that reads: the axis of every input and output that ncnn takes for the batch."""
+SETTINGS = {"batch": "([0-9]|-)(,([0-9]|-))*", "half": "on|off"}
+"""What a manifest may tell it, and how that reads: the axis of every input that ncnn takes for the batch."""
 APART = ()
 """What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
 
@@ -77,7 +77,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         programs=(Program(name="main", files=(PARAM, BIN), inputs=inputs, outputs=outputs),),
         structure=structure,
         settings={
-            "batch": _batches(converted["py"].decode(), inputs, outputs),
+            "batch": _batches(converted["py"].decode(), inputs),
             "half": "on" if precision == "fp16" else "off",
         },
     )
@@ -148,21 +148,11 @@ def _refuse_unknown(layers: Sequence[Layer], network: Any) -> None:
     )
 
 
-def _batches(text: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
-    """The axis of the batch of every input, then of every output, as a setting; "-" where ncnn sees none.
-
-    Whether there is one is for pnnx to say, in its example of how the files are used. Where it is, the network knows
-    better: of an output that is only a transposed view pnnx tells the axis of what is behind it.
-    """
-    read = dict(re.findall(r'ex\.input\("in(\d+)", ncnn\.Mat\(in\d+\.numpy\(\), batch_index=(\d+)\)', text))
-    written = dict(re.findall(r"out(\d+)\.numpy\(batch_index=(\d+)\)", text))
-    axes = sample_axes((*inputs, *outputs))
-    told = [*(read.get(str(i)) for i in range(len(inputs))), *(written.get(str(i)) for i in range(len(outputs)))]
-    words = [
-        "-" if word in (None, str(_NO_BATCH)) else word if axis is None else str(axis)
-        for word, axis in zip(told, axes, strict=True)
-    ]
-    return ";".join(",".join(side) for side in (words[: len(inputs)], words[len(inputs) :]))
+def _batches(text: str, inputs: Sequence[Port]) -> str:
+    """The axis of the batch of every input as a setting, as pnnx tells it in its example; "-" where ncnn sees none."""
+    told = dict(re.findall(r'ex\.input\("in(\d+)", ncnn\.Mat\(in\d+\.numpy\(\), batch_index=(\d+)\)', text))
+    axes = [told.get(str(i), str(_NO_BATCH)) for i in range(len(inputs))]
+    return ",".join("-" if axis == str(_NO_BATCH) else axis for axis in axes)
 
 
 def _opened(folder: Path, manifest: Manifest, threads: int) -> Any:
@@ -192,8 +182,7 @@ class _Session:
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         program = manifest.programs[0]
         self.net = _opened(folder, manifest, threads)
-        sides = manifest.settings["batch"].split(";")
-        self.batches = [[_NO_BATCH if a == "-" else int(a) for a in side.split(",")] for side in sides]
+        self.batches = [_NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch"].split(",")]
         count = len(program.inputs)
         axes = sample_axes((*program.inputs, *program.outputs))
         self.axes, self.joined, self.outputs = axes[:count], axes[count:], program.outputs
@@ -216,15 +205,17 @@ class _Session:
         import ncnn
 
         with self.net.create_extractor() as extractor:
-            for i, (x, axis) in enumerate(zip(inputs, self.batches[0], strict=True)):
+            for i, (x, axis) in enumerate(zip(inputs, self.batches, strict=True)):
                 x = np.ascontiguousarray(x, dtype=np.float32 if x.dtype.kind == "f" else np.int32)
                 extractor.input(f"in{i}", ncnn.Mat(x, batch_index=axis).clone())
             results = []
-            for i, (port, axis) in enumerate(zip(self.outputs, self.batches[1], strict=True)):
+            for i, (port, axis) in enumerate(zip(self.outputs, self.joined, strict=True)):
                 code, mat = extractor.extract(f"out{i}")
                 if code != 0:
                     raise RuntimeError(f"ncnn returned {code} for the output {port.name}")
-                results.append(np.array(mat.numpy(batch_index=axis)).astype(port.dtype))
+                # A result that ncnn computes without the batch has an axis less.
+                batch = (axis or 0) if mat.dims < len(port.shape) else _NO_BATCH
+                results.append(np.array(mat.numpy(batch_index=batch)).astype(port.dtype))
         return results
 
 
@@ -282,7 +273,7 @@ net.opt.use_bf16_packed = net.opt.use_bf16_storage = net.opt.use_vulkan_compute 
 net.opt.num_threads = int(os.environ.get("THREADS", @THREADS@))
 if net.load_param(str(HERE / PROGRAM["files"][0])) or net.load_model(str(HERE / PROGRAM["files"][1])):
     raise SystemExit("ncnn can't read the artifact")
-BATCHES = [[233 if a == "-" else int(a) for a in side.split(",")] for side in MANIFEST["settings"]["batch"].split(";")]
+BATCHES = [233 if axis == "-" else int(axis) for axis in MANIFEST["settings"]["batch"].split(",")]
 names = [port["shape"][0] for port in PROGRAM["inputs"] if port["shape"] and isinstance(port["shape"][0], str)]
 
 
@@ -295,14 +286,15 @@ def one(inputs):
     """One sample."""
     results = []
     with net.create_extractor() as extractor:
-        for i, (x, axis) in enumerate(zip(inputs, BATCHES[0])):
+        for i, (x, axis) in enumerate(zip(inputs, BATCHES)):
             x = np.ascontiguousarray(x, dtype=np.float32 if x.dtype.kind == "f" else np.int32)
             extractor.input(f"in{i}", ncnn.Mat(x, batch_index=axis).clone())
-        for i, (port, axis) in enumerate(zip(PROGRAM["outputs"], BATCHES[1])):
+        for i, (port, axis) in enumerate(zip(PROGRAM["outputs"], axes(PROGRAM["outputs"]))):
             code, mat = extractor.extract(f"out{i}")
             if code:
                 raise RuntimeError(f"ncnn returned {code}")
-            results.append(np.array(mat.numpy(batch_index=axis)).astype(port["dtype"]))
+            batch = (axis or 0) if mat.dims < len(port["shape"]) else 233
+            results.append(np.array(mat.numpy(batch_index=batch)).astype(port["dtype"]))
     return results
 
 

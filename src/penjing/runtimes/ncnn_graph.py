@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from penjing.network.naming import free_name
 _LAYERS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LIMITS = (-127, 127)  # what ncnn rounds the input of a layer to
+_RECURRENT: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN}
 _SETTINGS = ("stride", "padding", "dilation")
 
 
@@ -77,6 +79,8 @@ class _Writer:
             self._dequantize(node)
         elif node.op == "call_function" and kind(self.network, node) in ("conv", "linear"):
             self._layer(node)
+        elif node.op == "call_function" and operator_name(node) in _RECURRENT:
+            self._recurrent(node)
 
     def value(self, node: Any) -> torch.Tensor:
         """The tensor that a node reads from the network."""
@@ -124,16 +128,47 @@ class _Writer:
         layer = _layer_of(node, *values)
         if layer is None:
             return
+        line = isinstance(layer, nn.Conv1d)
+        over_images = _over_images(layer) if line else layer
+        integers = self._integers(over_images, weight, x)
         path = free_name(self.network, f"layer{len(self.layers)}")
-        self.network.add_module(path, layer)
-        integers = self._integers(layer, weight, x)
+        self.network.add_module(path, over_images if integers else layer)
         with self.network.graph.inserting_before(node):
             # What is rounded to fewer steps than ncnn has is so when it gets there, and stays as it is.
-            rounds = integers and self.rounded[x].limits == LIMITS
-            new = self.network.graph.call_module(path, (self.rounded[x].before if rounds else x,))
+            before = self.rounded[x].before if integers and self.rounded[x].limits == LIMITS else x
+            if integers and line:
+                before = self.call(torch.ops.aten.unsqueeze.default, (before, 2))
+            new = self.network.graph.call_module(path, (before,))
+            if integers and line:
+                new = self.call(torch.ops.aten.squeeze.dim, (new, 2))
         new.meta["site"] = site(node)
         self.layers.append(Weighted(site(node), _array(values[0]), _array(values[1]), **integers))
         node.replace_all_uses_with(new)
+
+    def _recurrent(self, node: fx.Node) -> None:
+        """A functional stack of recurrent layers as a layer: pnnx knows no other form of it."""
+        named: Any = arguments(node)
+        if "hx" not in named or not all(n.op == "get_attr" for n in named["params"]):
+            return
+        name, several = operator_name(node), isinstance(named["hx"], list | tuple)
+        values = [self.value(n) for n in named["params"]]
+        settings = {"bias": named["has_biases"], "batch_first": named["batch_first"]}
+        settings |= {"bidirectional": named["bidirectional"], "num_layers": named["num_layers"]}
+        layer = _RECURRENT[name](values[0].shape[1], values[1].shape[1], **settings)
+        if [p.shape for p in layer.parameters()] != [v.shape for v in values]:
+            return  # with a projection of its state
+        for parameter, value in zip(layer.parameters(), values, strict=True):
+            parameter.data, parameter.requires_grad = value.contiguous(), False
+        path = free_name(self.network, f"recurrent{len(list(self.network.children()))}")
+        self.network.add_module(path, layer)
+        states = list(named["hx"]) if several else [named["hx"]]
+        first = () if all(n.target is torch.ops.aten.zeros.default for n in states) else (named["hx"],)
+        with self.network.graph.inserting_before(node):
+            new = self.network.graph.call_module(path, (named["input"], *map(_as_tuple, first)))
+            given, last = (self.call(operator.getitem, (new, i)) for i in range(2))
+            parts = [given, *(self.call(operator.getitem, (last, i)) for i in range(2))] if several else [given, last]
+        for user in list(node.users):
+            user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
 
     def _integers(self, layer: nn.Module, weight: fx.Node, x: fx.Node) -> dict[str, Any]:
         """What the integers of a layer are, as fields of `Weighted`; empty where ncnn has no kernel for it."""
@@ -146,6 +181,17 @@ class _Writer:
             return {}
         scales = stored.scales.expand(len(stored.integers))
         return {"integers": _array(stored.integers), "scales": _array(scales), "input_scale": rounded.step}
+
+
+def _over_images(layer: nn.Conv1d) -> nn.Conv2d:
+    """The same convolution over images of one row: only such have integer kernels."""
+    padding = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
+    across: Any = {"stride": (1, *layer.stride), "padding": padding, "dilation": (1, *layer.dilation)}
+    size = (1, *layer.kernel_size)
+    image = nn.Conv2d(layer.in_channels, layer.out_channels, size, groups=layer.groups, bias=False, **across)  # type: ignore[arg-type]
+    image.weight = nn.Parameter(layer.weight.unsqueeze(2), requires_grad=False)
+    image.bias = layer.bias
+    return image
 
 
 def _has_kernel(layer: nn.Module) -> bool:
@@ -171,6 +217,10 @@ class _Stored:
     scales: torch.Tensor
     zeros: torch.Tensor
     axis: int
+
+
+def _as_tuple(states: Any) -> Any:
+    return tuple(states) if isinstance(states, list | tuple) else states
 
 
 def _array(value: torch.Tensor | None) -> Any:
