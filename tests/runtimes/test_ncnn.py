@@ -63,6 +63,22 @@ class Layers(nn.Module):
         return self.rows(x), self.rows(x) * 2
 
 
+class Sequence(nn.Module):
+    """Convolutions over a sequence, recurrent layers, and their states, which have their samples in axis 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Conv1d(4, 6, 3, padding=1, stride=2)
+        self.depthwise = nn.Conv1d(6, 6, 3, groups=6, dilation=2, padding="same")
+        self.cells = nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True)
+        self.gates = nn.GRU(10, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.depthwise(torch.relu(self.line(x)))).transpose(1, 2)
+        x, (state, _) = self.cells(x)
+        return self.gates(x.transpose(0, 1))[1], state
+
+
 class Sums(nn.Module):
     """So many products that their sum in floating point is not exact, of factors on the grid of their integers."""
 
@@ -114,6 +130,14 @@ def layers(tmp_path_factory):
     return export(Case(Layers, ((4, 6, 6),), {}, ()), "ncnn", "int8", tmp_path_factory.mktemp("layers"))
 
 
+def test_sequences_are_convolved_in_integers_and_recurrent_layers_compute_beside_them(tmp_path):
+    artifact = export(Case(Sequence, ((4, 16),), {}, ()), "ncnn", "int8", tmp_path)
+    assert min(worst_db(artifact, batch) for batch in (1, 3)) >= FLOAT_DB
+    operators = runtimes.executed(artifact.folder, artifact.manifest)
+    assert {site for op in operators if op.precision == "int8" for site in op.sites} == {"line", "depthwise"}
+    assert [port.shape[1] for port in artifact.manifest.programs[0].outputs] == ["batch", "batch"]
+
+
 def test_what_it_computes_in_integers_is_the_plan(layers):
     # Far beyond what integers and floating point have in common.
     assert min(worst_db(layers, batch) for batch in (1, 3)) >= 100
@@ -135,6 +159,22 @@ def test_the_integers_in_its_file_are_those_of_the_plan(layers):
         assert grid.integers(weight, *_numbers(entry), entry.spec).to(torch.int8).numpy().tobytes() in data
         scale = layers.draft.plan.entries[f"{name}:in0"].scale[0]
         assert np.float32(1 / scale).tobytes() in data
+
+
+def test_between_convolutions_there_are_integers(exported):
+    artifact = exported("branches", "ncnn", "int8")
+    net = ncnn.Net()
+    net.load_param(str(artifact.folder / "model.param"))
+    net.load_model(str(artifact.folder / "model.bin"))
+    (image,) = artifact.arrays(1, seed=3)
+    sizes = {}
+    with net.create_extractor() as extractor:
+        extractor.input("in0", ncnn.Mat(image[0]).clone())
+        for layer in net.layers():
+            if layer.name in ("wide", "depthwise", "point", "merge"):
+                _, given = extractor.extract(net.blobs()[layer.tops[0]].name, 1)
+                sizes[layer.name] = given.elemsize // given.elempack
+    assert sizes == {"wide": 1, "depthwise": 1, "point": 4, "merge": 4}
 
 
 def test_its_sums_are_exact_where_those_of_floating_point_are_not(tmp_path):

@@ -209,12 +209,12 @@ class _Session:
                 x = np.ascontiguousarray(x, dtype=np.float32 if x.dtype.kind == "f" else np.int32)
                 extractor.input(f"in{i}", ncnn.Mat(x, batch_index=axis).clone())
             results = []
-            for i, (port, axis) in enumerate(zip(self.outputs, self.joined, strict=True)):
+            for i, (port, joined) in enumerate(zip(self.outputs, self.joined, strict=True)):
                 code, mat = extractor.extract(f"out{i}")
                 if code != 0:
                     raise RuntimeError(f"ncnn returned {code} for the output {port.name}")
                 # A result that ncnn computes without the batch has an axis less.
-                batch = (axis or 0) if mat.dims < len(port.shape) else _NO_BATCH
+                batch = (joined or 0) if mat.dims < len(port.shape) else _NO_BATCH
                 results.append(np.array(mat.numpy(batch_index=batch)).astype(port.dtype))
         return results
 

@@ -55,6 +55,9 @@ def in_floats(network: fx.GraphModule) -> tuple[fx.GraphModule, list[Weighted]]:
     writer = _Writer(network)
     for node in list(network.graph.nodes):
         writer.write(node)
+    # pnnx of 2026-10-20 crashes, or gives the wrong one, where not all of them are read: more outputs, at the end.
+    end: Any = network.graph.output_node()
+    end.args = ((*end.args[0], *writer.unread),)
     network.graph.eliminate_dead_code()
     network.recompile()
     return network, writer.layers
@@ -66,6 +69,7 @@ class _Writer:
     def __init__(self, network: fx.GraphModule) -> None:
         self.network, self.call = network, network.graph.call_function
         self.layers: list[Weighted] = []
+        self.unread: list[fx.Node] = []  # of a recurrent layer whose last state is read: what else it gives
         self.stored: dict[fx.Node, _Stored] = {}  # a constant in floating point → the integers that it stands for
         self.rounded: dict[fx.Node, _Rounded] = {}  # the value behind a quantizer → the quantizer
 
@@ -169,6 +173,8 @@ class _Writer:
             parts = [given, *(self.call(operator.getitem, (last, i)) for i in range(2))] if several else [given, last]
         for user in list(node.users):
             user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
+        if any(part.users for part in parts[1:]):
+            self.unread += [part for part in parts if not part.users]
 
     def _integers(self, layer: nn.Module, weight: fx.Node, x: fx.Node) -> dict[str, Any]:
         """What the integers of a layer are, as fields of `Weighted`; empty where ncnn has no kernel for it."""

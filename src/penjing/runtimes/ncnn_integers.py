@@ -69,7 +69,7 @@ def in_integers(
         )
     parts, position = [], 0
     for i, of in done.items():
-        at = places[i][1]
+        at = places[i][1] or 0
         steps = [of.scales, [of.input_scale]]
         if (scale := _read_in_integers(rewritten, i, done)) is not None:
             rewritten[i] = rewritten[i].put(INT8_TERM, GIVES_INTEGERS)
