@@ -313,12 +313,15 @@ class _Target:
 
     def __init__(self, path: Path, runtime: str | None, force: bool) -> None:
         self.path = path
-        by_suffix = {spec.suffixes[0]: name for name, spec in runtimes.SPECS.items() if spec.suffixes}
+        specs = {n: spec for n, spec in runtimes.SPECS.items() if spec.suffixes}
+        by_suffix = {spec.suffixes[0]: name for name, spec in reversed(specs.items())}  # of two the first
         self.runtime = by_suffix.get(path.suffix.lower(), "")
         if runtime is not None:
             runtimes.get(runtime)
+            if runtime in specs and specs[runtime].suffixes[0] == path.suffix.lower():
+                self.runtime = runtime
         if not self.runtime or runtime not in (None, self.runtime):
-            right = next((suffix for suffix, name in by_suffix.items() if name == runtime), None)
+            right = specs[runtime].suffixes[0] if runtime in specs else None
             raise UsageError(
                 f"{runtime} does not open such a file" if runtime else "the name of the file does not tell its runtime",
                 code="suffix",

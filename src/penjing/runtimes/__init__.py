@@ -159,6 +159,17 @@ SPECS: dict[str, RuntimeSpec] = {
             place=MAC,
             stand_in="Penjing's own reading of the package",
         ),
+        RuntimeSpec(
+            name="tensorrt",
+            module="penjing.runtimes.tensorrt",
+            packages=("onnxruntime", "onnx", "onnxscript"),
+            suffixes=(".onnx", ".sh"),
+            by_default=False,
+            shows_operators=False,
+            shows_values=True,
+            place=NVIDIA,
+            stand_in="ONNX Runtime, which computes the same file",
+        ),
     )
 }
 """Every runtime, each in one row."""
