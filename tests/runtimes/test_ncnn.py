@@ -7,8 +7,13 @@ from torch import nn
 
 from penjing import measure, runtimes
 from penjing.errors import ArtifactError, ExportError
+from penjing.network.capture import capture_network
 from penjing.numerics import grid
+from penjing.pipeline import building
 from penjing.runtimes import isolated
+from penjing.steps.draft import Draft
+from penjing.tasks.outputs import flatten_outputs
+from penjing.tasks.task import Task
 from tests.pairs import FLOAT_DB
 from tests.raises import raises_case
 from tests.tiny_networks import Case, export
@@ -197,6 +202,20 @@ def test_integers_go_in_and_samples_come_out_in_any_axis(tmp_path):
     artifact = export(WordsCase(Words, (), {}, ()), "ncnn", "fp32", tmp_path)
     assert artifact.manifest.programs[0].outputs[1].shape == (7, "batch", 6)
     assert min(worst_db(artifact, batch) for batch in (1, 3)) >= FLOAT_DB
+
+
+def test_an_axis_may_vary_beside_the_batch(tmp_path):
+    words = WordsCase(Words, (), {}, ()).inputs(2, seed=1)
+    task = Task(example=words, dynamic={0: {0: "batch", 1: "time"}})
+    network = capture_network(Words().eval(), *task.call(), task.dynamic)
+    structure = flatten_outputs(network(*words))[1]
+    manifest = building.build(Draft(network), "ncnn", "fp32", task, structure, tmp_path)
+    assert [port.shape for port in manifest.programs[0].inputs] == [("batch", "time")]
+    session = runtimes.open_artifact(tmp_path, 1)
+    for length in (3, 7, 12):
+        ids = torch.randint(0, 20, (2, length))
+        answers = [x.detach().numpy() for x in network(ids)]
+        assert measure.parity([answers], [session.run([ids.numpy()])], "planned").snr_db >= FLOAT_DB
 
 
 def test_half_precision_halves_the_file(exported):

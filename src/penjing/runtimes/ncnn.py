@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from penjing.errors import ArtifactError, ExportError
-from penjing.records.manifest import Manifest, Port, Program, sample_axes
+from penjing.errors import ArtifactError
+from penjing.records.manifest import Manifest, Program, sample_axes
 from penjing.runtimes.artifact import Executed
-from penjing.runtimes.ncnn_files import Layer, read_param, write_param
+from penjing.runtimes.ncnn_files import NO_BATCH, read_param, write_param
 from penjing.runtimes.ncnn_integers import in_integers, placed
 from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multiple
 
@@ -26,7 +22,6 @@ SETTINGS = {"batch": "([0-9]|-)(,([0-9]|-))*", "half": "on|off"}
 APART = ()
 """What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
 
-_NO_BATCH = 233  # ncnn's word for an array without a batch
 _HALF = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage")
 
 
@@ -51,20 +46,23 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
     """Write model.param and model.bin by way of TorchScript and pnnx, from an example of one sample."""
     from penjing.network.exporting import input_names, port_names
+    from penjing.runtimes.ncnn_convert import batches, converted, refuse_unknown
     from penjing.runtimes.ncnn_graph import in_floats, scripted
-    from penjing.runtimes.ncnn_ports import ports, resized
+    from penjing.runtimes.ncnn_ports import ports, resized, shapes
     from penjing.tasks.outputs import output_names
 
+    words = input_names(network, *call)
+    names = port_names(network, words, output_names(structure))
+    inputs, outputs = ports(network, call, dynamic, words, *names)
     floats, weighted = in_floats(network)
     single = resized(call, dynamic, 1)
+    sizes = shapes(single, dynamic, words)
     with tempfile.TemporaryDirectory() as aside:
         (Path(aside) / "model.pt").write_bytes(scripted(floats, single))
-        converted = _converted(Path(aside))
-        layers, data = read_param(converted["param"].decode()), converted["bin"]
-        halved = _converted(Path(aside), half=True)["bin"] if precision == "fp16" else data
-    _refuse_unknown(layers, network)
-    names = port_names(network, input_names(network, *call), output_names(structure))
-    inputs, outputs = ports(network, call, dynamic, *names)
+        written = converted(Path(aside), sizes)
+        layers, data = read_param(written["param"].decode()), written["bin"]
+        halved = converted(Path(aside), sizes, half=True)["bin"] if precision == "fp16" else data
+    refuse_unknown(layers, network)
     places = placed(layers, data, weighted)
     layers = [layer.called(places[i][0].site if i in places else "") for i, layer in enumerate(layers)]
     if precision == "int8":
@@ -77,82 +75,10 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         programs=(Program(name="main", files=(PARAM, BIN), inputs=inputs, outputs=outputs),),
         structure=structure,
         settings={
-            "batch": _batches(converted["py"].decode(), inputs),
+            "batch": batches(written["py"].decode(), inputs),
             "half": "on" if precision == "fp16" else "off",
         },
     )
-
-
-def _converted(aside: Path, half: bool = False) -> dict[str, bytes]:
-    """What pnnx writes for `model.pt`: "param" and "bin" of ncnn, and "py", an example of their use, which is read.
-
-    Raises:
-        ExportError: pnnx can't convert it.
-    """
-    from penjing.measure.time_limits import opening_s
-
-    try:
-        done = subprocess.run(
-            [str(_pnnx()), "model.pt", f"fp16={int(half)}"],
-            cwd=aside,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=opening_s(aside),
-            env={"PATH": "", "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        ended, words = f"exit code {done.returncode}", done.stderr
-    except subprocess.TimeoutExpired as error:
-        ended, words = f"no answer in {error.timeout:.0f} s", ""
-    files = {"param": aside / "model.ncnn.param", "bin": aside / "model.ncnn.bin", "py": aside / "model_ncnn.py"}
-    if not all(path.is_file() for path in files.values()):
-        last = " ".join(line for line in words.splitlines()[-4:] if line.strip())
-        raise ExportError(
-            "pnnx can't convert the network",
-            code="unreadable",
-            got=f"{ended}: {last}"[:400],
-            expected="operators of torch that pnnx knows",
-            remedy="write that operator with others, or choose another runtime",
-        )
-    return {word: path.read_bytes() for word, path in files.items()}
-
-
-def _pnnx() -> Path:
-    """The program in pnnx's wheel."""
-    spec = importlib.util.find_spec("pnnx")
-    assert spec is not None and spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0])
-    return next(path for path in (folder / "pnnx", folder / "pnnx.exe") if path.is_file())
-
-
-def _refuse_unknown(layers: Sequence[Layer], network: Any) -> None:
-    """Raise ExportError for layers that ncnn does not have: pnnx passes on what it can't translate."""
-    import ncnn
-
-    from penjing.network.graph import line, operator_name, site
-
-    unknown = [layer.type for layer in layers if ncnn.layer_to_index(layer.type) < 0]
-    if not unknown:
-        return
-    named = [kind for kind in unknown if not kind.startswith("pnnx.")]  # what pnnx could not compute itself, mostly
-    words = tuple(re.split(r"[.:]+", kind)[-1] for kind in named)
-    nodes = [n for n in network.graph.nodes if n.op == "call_function" and operator_name(n).endswith(words)]
-    where = f" for {' or '.join(site(node) + line(node) for node in nodes[:3])}" if words and nodes else ""
-    raise ExportError(
-        f"ncnn has no layer{where}",
-        code="no-operator",
-        got=", ".join(dict.fromkeys(named or unknown)),
-        expected="operators of torch that pnnx translates to layers of ncnn",
-        remedy="write it with other operators, or choose another runtime",
-    )
-
-
-def _batches(text: str, inputs: Sequence[Port]) -> str:
-    """The axis of the batch of every input as a setting, as pnnx tells it in its example; "-" where ncnn sees none."""
-    told = dict(re.findall(r'ex\.input\("in(\d+)", ncnn\.Mat\(in\d+\.numpy\(\), batch_index=(\d+)\)', text))
-    axes = [told.get(str(i), str(_NO_BATCH)) for i in range(len(inputs))]
-    return ",".join("-" if axis == str(_NO_BATCH) else axis for axis in axes)
 
 
 def _opened(folder: Path, manifest: Manifest, threads: int) -> Any:
@@ -182,7 +108,7 @@ class _Session:
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         program = manifest.programs[0]
         self.net = _opened(folder, manifest, threads)
-        self.batches = [_NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch"].split(",")]
+        self.batches = [NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch"].split(",")]
         count = len(program.inputs)
         axes = sample_axes((*program.inputs, *program.outputs))
         self.axes, self.joined, self.outputs = axes[:count], axes[count:], program.outputs
@@ -214,7 +140,7 @@ class _Session:
                 if code != 0:
                     raise RuntimeError(f"ncnn returned {code} for the output {port.name}")
                 # A result that ncnn computes without the batch has an axis less.
-                batch = (joined or 0) if mat.dims < len(port.shape) else _NO_BATCH
+                batch = (joined or 0) if mat.dims < len(port.shape) else NO_BATCH
                 results.append(np.array(mat.numpy(batch_index=batch)).astype(port.dtype))
         return results
 

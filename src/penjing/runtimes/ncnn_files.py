@@ -17,6 +17,9 @@ MAGIC = "7767517"
 FLOAT32, INT8 = 0, 0x000D4B38
 """Flags of weights."""
 
+NO_BATCH = 233
+"""The axis of the batch of an array without one."""
+
 OWN = "pnnx/"
 """What the names of layers begin with that are not sites of a network."""
 
