@@ -217,6 +217,30 @@ def _constants(data):
     ]
 
 
+class Padded(nn.Module):
+    """Zeros on two sides, as TensorFlow's networks have them, in front of convolutions."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, stride=2, groups=8)
+
+    def forward(self, x):
+        return self.deep(F.pad(F.relu6(self.stem(F.pad(x, (0, 1, 0, 1)))), (0, 1, 0, 1)))
+
+
+def test_padding_in_front_of_convolutions_becomes_theirs(tmp_path):
+    torch.manual_seed(0)
+    task = Task(example=inputs(Padded, 2, 0), calibration=[inputs(Padded, 16, 1)])
+    draft, manifest = built(capture_network(Padded().eval(), *task.call()), task, "int8", tmp_path)
+    types = [operator.type for operator in isolated.executed(tmp_path, manifest)]
+    assert types == ["TRANSPOSE", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE"]
+    x = inputs(Padded, 1, 7)
+    (outputs,) = isolated.open_artifact(tmp_path, 1).run([x.numpy()])
+    np.testing.assert_array_equal(outputs, answers(insert(draft.network, draft.plan), x)[0])
+
+
 def test_the_same_network_gives_the_same_file(made, tmp_path):
     _, draft, manifest, folder, task = made("Gates", "int8")
     building.build(draft, "litert", "int8", task, manifest.structure, tmp_path)

@@ -84,6 +84,26 @@ def _apart(program: Any) -> None:
     program.graph_module.recompile()
 
 
+def _pads_in_channels_last() -> None:
+    """Let the converter's layout pass pad pictures whose channels come last, too.
+
+    It would transpose them for this and back; in floating point later passes remove that, in front of integers not.
+    """
+    import torch
+    from litert_torch._convert.fx_passes.optimize_layout_transposes_pass import layout_rewrite
+
+    def pad(x: Any, sides: list[int], value: float = 0.0) -> Any:
+        pairs = [tuple(sides[i : i + 2]) for i in range(0, len(sides), 2)]  # of the last axis first
+        pairs += [(0, 0)] * (4 - len(pairs))
+        width, height, channels, samples = pairs
+        last = [n for pair in (channels, width, height, samples) for n in pair]
+        return torch.ops.aten.constant_pad_nd.default(x, last, value)
+
+    @layout_rewrite.rewriters.register(torch.ops.aten.constant_pad_nd.default)  # type: ignore[untyped-decorator]
+    def _rewrite(node: Any) -> None:
+        node.target = pad
+
+
 def _flatbuffer(program: Any, inputs: list[str], outputs: list[str]) -> bytes:
     """What `litert_torch.convert` does with a module, from a program, with names of inputs and outputs."""
     from litert_converter.mlir import passmanager
@@ -93,6 +113,7 @@ def _flatbuffer(program: Any, inputs: list[str], outputs: list[str]) -> bytes:
     from litert_torch.backend import inline_consts
 
     program = fx_infra.safe_run_decompositions(program, fx_infra.decomp.pre_convert_decomp(), can_skip=False)
+    _pads_in_channels_last()
     program = core._run_convert_passes(program)
     context = backend.export_utils.create_ir_context()
     lowered = backend.export.exported_program_to_mlir(

@@ -74,6 +74,7 @@ def requantized(network: fx.GraphModule) -> fx.GraphModule:
             forth = graph.call_function(decomposed.quantize_per_channel.default, (graph.get_attr(name), *numbers))
         node.args = (forth, *numbers)
     _in_equal_scales(network)
+    network.graph.eliminate_dead_code()
     _for_each_reader(network)
     network.recompile()
     return network
@@ -135,6 +136,8 @@ def _in_equal_scales(network: fx.GraphModule) -> None:
     for node in list(network.graph.nodes):
         what, inputs = kind(network, node), tensor_inputs(node)
         quantizers = [user for user in node.users if user.target is forth]
+        if what == "pad" and _moves(network, node) and _in_convolutions(network, node, quantizers):
+            continue
         if _moves(network, node) and inputs[0].target is back:
             parts = [user for user in node.users if user.target is operator.getitem] or [node]
             for part in parts:
@@ -157,6 +160,22 @@ def _in_equal_scales(network: fx.GraphModule) -> None:
             own = _FIXED.get(what) or (inputs[0].args[1:] if _pools(node) else numbers)
             for quantizer in quantizers:
                 _renumber(quantizer, own)
+
+
+def _in_convolutions(network: fx.GraphModule, pad: Any, quantizers: list[fx.Node]) -> bool:
+    """Let convolutions read zeros that are padded without a quantizer between, if nothing else reads these.
+
+    The converter then takes them for the convolution's own, and computes no transposed copy of what is padded.
+    """
+    read = tensor_inputs(pad)[0]
+    if len(quantizers) < len(pad.users) or any(q.args[1:] != read.args[1:] for q in quantizers):
+        return False
+    behind = [back for q in quantizers for back in q.users]
+    if not all(kind(network, reader) == "conv" for back in behind for reader in back.users):
+        return False
+    for back in behind:
+        back.replace_all_uses_with(pad)
+    return True
 
 
 def _renumber(quantizer: Any, numbers: tuple[Any, ...]) -> None:
