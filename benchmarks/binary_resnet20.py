@@ -49,7 +49,9 @@ def trained(step, options, name):
     start = time.time()
     step = replace(step, finetune=replace(step.finetune, epochs=options.epochs))
     draft = step(Draft(network), Context(task=task, source=network, seed=0, folder=folder, events=shown))
-    checkpoint.save(draft, options.work / f"{name}-checkpoint")
+    saved = options.work / f"{name}-checkpoint"
+    saved.mkdir(exist_ok=True)
+    checkpoint.save(draft, saved)
     accuracy = task.evaluate(numpy_predictor(draft.network))
     source = task.evaluate(numpy_predictor(network))
     row = {"accuracy": accuracy, "source": source, "epochs": options.epochs, "seconds": time.time() - start}
@@ -75,7 +77,58 @@ def ternary(options):
     return trained(quantize.Ternary(), options, "ternary")
 
 
-PARTS = {"binary": binary, "ternary": ternary}
+def artifact(options):
+    """The binary network as one library, beside the fp32 source in ONNX Runtime: size, latency, accuracy."""
+    import gc
+
+    import numpy as np
+    import onnxruntime as ort
+    import torch
+    from binary_kernels import timed
+
+    from penjing.kernels.artifact import open_artifact, write
+    from penjing.kernels.instruction_sets import here
+    from penjing.pipeline import building
+    from penjing.steps.draft import Draft
+    from penjing.storage import checkpoint
+    from penjing.tasks.outputs import numpy_predictor
+
+    torch.set_num_threads(options.threads)
+    network, task = prepared()
+    draft = checkpoint.load(options.work / "binary-checkpoint", network)
+    row = {"instructions": here().name}
+    for bits in (16, 32):
+        folder = write(draft.network, (1, 28, 28), options.work / f"artifact-{bits}", float_bits=bits)
+        predict = open_artifact(folder)
+        row[f"{bits} bits"] = {
+            "weights_bytes": (folder / "weights.bin").stat().st_size,
+            "library_bytes": (folder / "network.so").stat().st_size,
+            "folder_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+            "accuracy": task.evaluate(predict),
+        }
+    x = next(iter(task.calibration))
+    expected, exact = numpy_predictor(draft.network)(x.numpy()), open_artifact(options.work / "artifact-32")(x.numpy())
+    row["snr_db"] = float(10 * np.log10((expected**2).sum() / ((exact - expected) ** 2).sum()))
+    fp32 = options.work / "fp32"
+    fp32.mkdir(exist_ok=True)
+    building.build(Draft(network), "onnxruntime", "fp32", task, {"kind": "tensor"}, fp32)
+    row["fp32_bytes"] = sum(path.stat().st_size for path in fp32.rglob("*.onnx"))
+    image = x[:1].numpy()
+    predict = open_artifact(options.work / "artifact-16")
+    sides = {"binary": lambda: predict(image)}
+    for threads in (1, 2):
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        opened = ort.InferenceSession(str(next(fp32.rglob("*.onnx"))), settings, providers=["CPUExecutionProvider"])
+        name = opened.get_inputs()[0].name
+        sides[f"onnxruntime fp32, {threads} threads"] = lambda opened=opened, name=name: opened.run(None, {name: image})
+    gc.collect()
+    row["sides"] = timed(sides, options.seconds)
+    print(row, flush=True)
+    return row
+
+
+PARTS = {"binary": binary, "ternary": ternary, "artifact": artifact}
 
 
 def main():
@@ -83,6 +136,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "binary")
     options = parser.parse_args()
     from penjing import measure

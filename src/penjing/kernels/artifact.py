@@ -28,7 +28,6 @@ from penjing.kernels.instruction_sets import InstructionSet, here
 from penjing.kernels.network import Described, Operation, described
 
 FORMAT = 1
-_FLAGS = {"x86-vpopcnt": "-march=x86-64-v4", "x86-avx2": "-march=x86-64-v3"}
 
 
 def write(
@@ -62,8 +61,8 @@ def write(
     source = writer.source()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        flags = [flag for flag in (_FLAGS.get(instructions.name), "-s", "-Wl,--build-id=none") if flag]
-        built = building.link(writer.functions, instructions, Path(scratch), [source], flags)
+        small = ("-s", "-Wl,--build-id=none")  # without names, and the same bytes again
+        built = building.link(writer.functions, instructions, Path(scratch), [source], small)
         shutil.copyfile(built, folder / "network.so")
     (folder / "weights.bin").write_bytes(writer.file())
     names = ("network.so", "weights.bin")

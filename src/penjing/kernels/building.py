@@ -77,7 +77,10 @@ def library(functions: Sequence[Function], key: str, instructions: InstructionSe
         MissingDependency: TVM or a C compiler is missing.
     """
     folder = folder or cache()
-    versions = f"{_generator()} {importlib.metadata.version('apache-tvm') if instructions.triple else compiler()}"
+    versions = f"{_generator()} {compiler()}"
+    if instructions.triple:
+        needs_tvm()
+        versions += f" {importlib.metadata.version('apache-tvm')}"
     names = ",".join(f.name for f in functions)
     digest = hashlib.sha256(f"{names} {key} {instructions} {versions}".encode()).hexdigest()[:24]
     path = folder / f"{digest}.so"
@@ -106,17 +109,30 @@ def link(
     """Build a shared library in the folder `scratch`, from generated functions and more C sources."""
     parts = [scratch / "rows.c"]
     parts[0].write_text("\n".join(["#include <stdint.h>", *map(_rows, functions)]))
-    if instructions.triple:
+    programs = {f.name: f.program() for f in functions}
+    sources = (*sources, *(program for program in programs.values() if isinstance(program, str)))
+    module = {name: program for name, program in programs.items() if not isinstance(program, str)}
+    if module:
         parts.append(scratch / "kernels.o")
-        module = {f.name: f.program() for f in functions}
         compiled(module, instructions).write_to_file(str(parts[-1]), "o")
-    else:
-        sources = (*sources, *(f.program() for f in functions))
     for number, source in enumerate(sources):
         parts.append(scratch / f"source{number}.c")
         parts[-1].write_text(source)
     path = scratch / "library.so"
-    _run([compiler(), *C_FLAGS, *flags, "-shared", "-o", str(path), *map(str, parts), "-lm", "-lpthread"])
+    _run(
+        [
+            compiler(),
+            *C_FLAGS,
+            *instructions.c_flags,
+            *flags,
+            "-shared",
+            "-o",
+            str(path),
+            *map(str, parts),
+            "-lm",
+            "-lpthread",
+        ]
+    )
     return path
 
 
@@ -184,7 +200,8 @@ def needs_tvm() -> Any:
 
 def assembly(functions: Sequence[Function], instructions: InstructionSet) -> str:
     """Return the assembly of functions, for a processor that need not be this one."""
-    return str(compiled({f.name: f.program() for f in functions}, instructions).inspect_source("s"))
+    programs = {f.name: program for f in functions if not isinstance(program := f.program(), str)}
+    return str(compiled(programs, instructions).inspect_source("s"))
 
 
 def load(path: Path) -> ctypes.CDLL:

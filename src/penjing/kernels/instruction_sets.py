@@ -23,6 +23,7 @@ class InstructionSet:
         machine: `platform.machine()` there; "" is any.
         register_bits: Width of a vector register.
         registers: How many of them.
+        c_flags: What the C compiler is told, for the parts of a library that are C.
         words: The widths in bits whose 1s one instruction counts in every lane.
     """
 
@@ -34,6 +35,7 @@ class InstructionSet:
     machine: str = ""
     register_bits: int = 64
     registers: int = 16
+    c_flags: tuple[str, ...] = ()
     words: tuple[int, ...] = (64,)
 
     def target(self) -> dict[str, Any]:
@@ -55,12 +57,12 @@ INSTRUCTION_SETS = {
             name="x86-vpopcnt", triple="x86_64-linux-gnu", processor="x86-64-v4",
             features=("+avx512vpopcntdq", "+avx512bitalg"), machine="x86_64", register_bits=512, registers=32,
             flags=frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_bitalg"}),
-            words=(8, 16, 32, 64),
+            words=(8, 16, 32, 64), c_flags=("-march=x86-64-v4",),
         ),
         # Without an instruction that counts, 1s are looked up by halves of bytes (vpshufb), so bytes are the lanes.
         InstructionSet(
             name="x86-avx2", triple="x86_64-linux-gnu", processor="x86-64-v3", machine="x86_64", register_bits=256,
-            flags=frozenset({"avx2", "fma"}), words=(8,),
+            flags=frozenset({"avx2", "fma"}), words=(8,), c_flags=("-march=x86-64-v3",),
         ),
         InstructionSet(
             name="aarch64-neon", triple="aarch64-linux-gnu", features=("+neon",), machine="aarch64", register_bits=128,
