@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from penjing.errors import ArtifactError
+from penjing.errors import ArtifactError, TaskError
 from penjing.records.manifest import Manifest, Program, sample_axes
 from penjing.runtimes.artifact import Executed
 from penjing.runtimes.ncnn_files import NO_BATCH, read_param, write_param
@@ -111,16 +112,27 @@ class _Session:
         self.batches = [NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch"].split(",")]
         count = len(program.inputs)
         axes = sample_axes((*program.inputs, *program.outputs))
-        self.axes, self.joined, self.outputs = axes[:count], axes[count:], program.outputs
+        self.axes, self.joined = axes[:count], axes[count:]
+        self.inputs, self.outputs = program.inputs, program.outputs
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        for port, x in zip(self.inputs, inputs, strict=True):
+            if not _fits(port.shape, x.shape):  # ncnn itself would read beyond the weights
+                raise TaskError(
+                    f"the input {port.name} has another shape than the artifact takes",
+                    code="shape",
+                    got=list(x.shape),
+                    expected=list(port.shape),
+                )
         sizes = {x.shape[a] for x, a in zip(inputs, self.axes, strict=True) if a is not None}
         if not sizes:
             return self._one(inputs)
-        samples = range(max(sizes))
+        if not max(sizes):
+            empty = ([0 if isinstance(size, str) else size for size in port.shape] for port in self.outputs)
+            return [np.zeros(shape, port.dtype) for shape, port in zip(empty, self.outputs, strict=True)]
         parts = [
             self._one([x if a is None else np.take(x, [i], a) for x, a in zip(inputs, self.axes, strict=True)])
-            for i in samples
+            for i in range(max(sizes))
         ]
         return [
             results[0] if axis is None else np.concatenate(results, axis)
@@ -141,8 +153,16 @@ class _Session:
                     raise RuntimeError(f"ncnn returned {code} for the output {port.name}")
                 # A result that ncnn computes without the batch has an axis less.
                 batch = (joined or 0) if mat.dims < len(port.shape) else NO_BATCH
-                results.append(np.array(mat.numpy(batch_index=batch)).astype(port.dtype))
+                result = np.array(mat.numpy(batch_index=batch)).astype(port.dtype)
+                results.append(result if port.shape else result.reshape(()))
         return results
+
+
+def _fits(expected: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether a shape is one of a port: names of sizes stand for any."""
+    return len(expected) == len(shape) and all(
+        isinstance(e, str) or e == n for e, n in zip(expected, shape, strict=True)
+    )
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
@@ -220,13 +240,18 @@ def one(inputs):
             if code:
                 raise RuntimeError(f"ncnn returned {code}")
             batch = (axis or 0) if mat.dims < len(port["shape"]) else 233
-            results.append(np.array(mat.numpy(batch_index=batch)).astype(port["dtype"]))
+            result = np.array(mat.numpy(batch_index=batch)).astype(port["dtype"])
+            results.append(result if port["shape"] else result.reshape(()))
     return results
 
 
 def run(inputs):
     """Flat list of arrays in, flat list of arrays out; ncnn is called for one sample after the other."""
     held = axes(PROGRAM["inputs"])
+    for port, x in zip(PROGRAM["inputs"], inputs):
+        wrong = [e for e, n in zip(port["shape"], x.shape) if not isinstance(e, str) and e != n]
+        if wrong or len(port["shape"]) != len(x.shape):
+            raise ValueError(f"{port['name']} has the shape {x.shape}; expected {port['shape']}")
     count = max((x.shape[a] for x, a in zip(inputs, held) if a is not None), default=None)
     if count is None:
         return one(inputs)
