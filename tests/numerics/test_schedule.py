@@ -86,8 +86,8 @@ def test_branches_are_computed_one_after_the_other():
 
 
 def test_many_branches_are_no_trouble():
-    problem = Problem(*branches(40))
-    assert best(problem).size_bytes == 10 + 100 + 39
+    problem = Problem(*branches(25))
+    assert best(problem).size_bytes == 10 + 100 + 24
 
 
 def test_where_the_search_is_cut_short_it_says_so():
