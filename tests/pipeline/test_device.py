@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from penjing import records
+from penjing import records, runtimes
 from penjing.errors import OutputError, RecordError
-from penjing.pipeline.device import add_device, write_bench
+from penjing.pipeline.device import _packages, _script, add_device, write_bench
 from penjing.pipeline.verify import verify
 from penjing.records.device import read_bench
+from penjing.records.manifest import Manifest
 from penjing.runtimes import on_device
 from tests.raises import raises_case
 
@@ -184,3 +185,12 @@ def test_integer_outputs_and_nan_are_judged():
     assert not row["holds"]
     (row,) = on_device.parity([np.array([1.0, np.nan])], [np.array([1.0, np.nan])], limits)
     assert row["holds"]
+
+
+@pytest.mark.parametrize("name", [name for name in runtimes.SPECS if runtimes.installed(name)])
+def test_the_script_of_every_runtime_is_python(name):
+    manifest = Manifest(runtime=name, precision="fp32", programs=(), structure={"kind": "tensor"})
+    text = _script(manifest, {"threads": 2, "packages": _packages(name)})
+    compile(text, "bench.py", "exec")
+    assert "def run(inputs)" in text and "@" not in text.partition("def open_artifact")[2].partition("FACTS")[0]
+    assert _packages(name)

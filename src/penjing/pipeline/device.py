@@ -186,7 +186,8 @@ def _module(runtime: str) -> Any:
 def _script(manifest: Manifest, facts: dict[str, Any]) -> str:
     """`bench.py`: the measurement, the opener of the runtime's own `load.py`, and the facts."""
     head = _module(manifest.runtime).LOAD.replace("@ALONE@", "").replace("@FOLDER@", ".")
-    head = head.replace("@THREADS@", str(facts["threads"])).partition("\n")[2]  # without its first line, a docstring
+    head = head.replace("@THREADS@", str(facts["threads"]))
+    head = re.sub(r'\A""".*?"""\n', "", head, flags=re.DOTALL)  # its own docstring
     return (
         inspect.getsource(on_device)
         + "\n\ndef open_artifact():\n"
