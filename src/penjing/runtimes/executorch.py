@@ -60,7 +60,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         crossing = Path(aside) / "crossing.pt2"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.export.save(decomposed(network, _of_many(call, axes), dynamic), crossing)
+            torch.export.save(decomposed(network, _of_many(call, axes), dynamic, _for_kernels), crossing)
         target = str(folder.absolute() / "model.pte")
         results = isolated.call("executorch", "lower", crossing, target, axes, divisible, more_s=LOWERING_S)
     inputs, outputs = port_names(network, names, output_names(structure))
@@ -80,6 +80,30 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
     )
 
 
+def _for_kernels(network: Any, readers: list[Any], stored: Any) -> bool:
+    """Whether weights stay in integers: XNNPACK's kernels read integers, and write integers for one reader.
+
+    Where one of both is missing the layer computes in floating point, with the values that the integers stand for.
+    """
+    from penjing.runtimes.decomposed import narrow
+
+    return narrow(network, readers, stored) and all(_reads_and_writes_integers(network, node) for node in readers)
+
+
+def _reads_and_writes_integers(network: Any, node: Any) -> bool:
+    from penjing.network.graph import kind
+
+    if kind(network, node) not in ("conv", "conv_transpose", "linear"):
+        return False
+    end = node
+    while len(end.users) == 1 and kind(network, next(iter(end.users))) in ("relu", "clip", *SILENT):
+        end = next(iter(end.users))
+    # Penjing's quantizers, or torch's, if they have been written already.
+    before, behind = str(node.args[0].target), [str(user.target) for user in end.users]
+    return ".dequantize" in before and len(behind) == 1 and ".quantize" in behind[0]
+
+
+SILENT = ("dropout", "identity")  # the export removes them
 LOWERING_S = 300.0  # beyond what a file's size explains: a network of six layers took 12 s of one core
 MANY = 19
 """Samples of the example that is lowered: torch asks whether sizes are equal, and one of two would often equal another;

@@ -118,7 +118,7 @@ def check_kernels(program: Any) -> None:
         space, _, name = whole.partition("::")
         if any(known_name.startswith(f"{space}::{name}.") for known_name in known) and space in spaces:
             continue
-        where = site(node)
+        where = next(filter(None, map(site, (node, *node.users))), "")
         raise ExportError(
             f"ExecuTorch has no kernel for {space}::{name}" + (f", which {where} computes" if where else ""),
             code="no-kernel",
