@@ -1,6 +1,7 @@
 """ExecuTorch: a tiny network for every pattern, what is computed in integers, sizes that vary, refusals."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from torch import nn
 from penjing import measure, runtimes
 from penjing.errors import ArtifactError, ExportError
 from penjing.network.graph import kind, sites
+from penjing.pipeline import building
 from penjing.pipeline.building import counted, executed_precisions
 from penjing.runtimes import isolated
 from penjing.runtimes.executorch import _divisible
+from penjing.steps.plan import Plan
+from penjing.surgery import insert
 from tests.pairs import INTEGER_DB
 from tests.raises import raises_case
 from tests.tiny_networks import Case, conv, export
@@ -127,6 +131,18 @@ def test_int8_answers_as_the_plan_and_runs_in_integers(artifacts, name):
     kinds = {name: kind(network, node) for name, node in sites(network).items()}
     integer, _ = counted(kinds, executed_precisions(artifact.folder, artifact.manifest))
     assert integer.items() >= artifact.case.integer.items()
+
+
+def test_layers_without_integers_around_them_compute_in_floating_point(artifacts, tmp_path):
+    artifact = artifacts("line", "int8")
+    plan = Plan({edge: e for edge, e in artifact.draft.plan.entries.items() if edge != "/output:in0"})
+    draft = replace(artifact.draft, plan=plan)
+    manifest = building.build(draft, "executorch", "int8", artifact.task, artifact.structure, tmp_path)
+    precisions = executed_precisions(tmp_path, manifest)
+    assert (precisions["first"], precisions["second"]) == ("int8", "fp32")
+    (answer,) = isolated.open_artifact(tmp_path, 1).run(artifact.arrays(3, seed=3))
+    expected = artifact.answers(3, seed=3, network=insert(draft.network, plan))
+    assert measure.parity([expected], [[answer]], "planned").snr_db > INTEGER_DB
 
 
 class Backwards(nn.Module):

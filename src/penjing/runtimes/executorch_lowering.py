@@ -24,7 +24,10 @@ from penjing.runtimes.decomposed import site
 
 SITES = "penjing_sites"
 """The method of the file that returns, as JSON, which operators of the network its operators come from."""
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 PLANNED_BYTES = 32 << 20  # of memory that is set aside when the file is loaded, for the largest sizes that it takes
+COMPUTED_BYTES = 512 << 20  # of all values in floating point: XNNPACK lays them out for the largest sizes at first
+WHOLE_COMPUTED_BYTES = 8 << 30
 WHOLE_BYTES = 1 << 30  # the same, of a network whose samples can't be passed in several calls
 
 
@@ -45,6 +48,7 @@ def lower(path: str, file: str, axes: list[dict[str, str]], divisible: bool) -> 
     """
     with _quiet():
         program = torch.export.load(path)
+        _bound(program, axes, COMPUTED_BYTES if divisible else WHOLE_COMPUTED_BYTES)
         manager = _lowered(program)
         lowered = manager.exported_program()
         _restore_ranges(lowered)
@@ -205,6 +209,8 @@ def prepare(module: fx.GraphModule) -> Any:
             _moved_on_one_grid(node, quantizers)
         if node.target is aten.view_copy.default:
             _with_one_free_size(node)
+        if node.target is aten.convolution.default and quantizers.grid(node.args[0]) is not None:
+            _behind_floats(node, quantizers, aten.hardtanh.default)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -272,6 +278,21 @@ def _moved_on_one_grid(node: fx.Node, quantizers: _Quantizers) -> None:
     if grid is None or len(readers) != 1 or quantizers.grid(readers[0]) in (None, grid):
         return
     readers[0].replace_input_with(node, quantizers.behind(node, grid))
+
+
+def _behind_floats(node: fx.Node, quantizers: _Quantizers, clamp: Any) -> None:
+    """A convolution with weights in floating point reads floats: a clamp to all numbers before it says so.
+
+    Else XNNPACK's passes take the integers behind its dequantizer for what it computes with (1.5.1).
+    """
+    x: Any = node.args[0]
+    weight: Any = node.args[1]
+    if "dequantize" in str(weight.target):
+        return
+    with quantizers.graph.inserting_before(node):
+        same = quantizers.graph.call_function(clamp, (x, -_LARGEST_FLOAT, _LARGEST_FLOAT))
+    same.meta = {"val": x.meta["val"]}
+    node.replace_input_with(x, same)
 
 
 def _with_one_free_size(node: fx.Node) -> None:
@@ -354,7 +375,8 @@ def _bound(program: Any, axes: list[dict[str, str]], budget: int) -> None:
         symbol = free[0] if free[0] is symbols[0] else max(free, key=lambda s: largest[s] / least[s])
         by = budget / planned if symbol is symbols[0] else 0.5
         upper = max(least[symbol], int(largest[symbol] * by))
-        environment.var_to_range[symbol] = ValueRanges(environment.var_to_range[symbol].lower, upper)
+        limits = ValueRanges(environment.var_to_range[symbol].lower, upper)
+        environment.var_to_range[symbol] = program.range_constraints[symbol] = limits
 
 
 def planned_bytes(program: Any) -> int:
