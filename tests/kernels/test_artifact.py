@@ -30,7 +30,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(2, 11, 3, padding=1), nn.BatchNorm2d(11)
         self.down, self.norm2 = nn.Conv2d(11, 24, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(24)
-        self.body = nn.Conv2d(24, 24, 3, padding=1)
+        self.body = nn.Conv2d(24, 24, 3, padding="same")
         self.pool = nn.MaxPool2d(2)
         self.wide, self.norm3 = nn.Conv2d(24, 70, 3, padding=2, dilation=2), nn.BatchNorm2d(70, affine=False)
         self.shortcut = nn.Conv2d(24, 70, 1)

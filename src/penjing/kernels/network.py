@@ -145,9 +145,10 @@ class _Reader:
         else:
             weight = module.weight
             settings = {word: tuple(getattr(module, word)) for word in ("stride", "dilation")}
-            settings |= {"kernel": tuple(module.kernel_size), "pad": module.padding}
-            if module.groups != 1 or isinstance(module.padding, str) or module.padding_mode != "zeros":
-                raise self._refused(node, "a convolution with groups, or another padding than zeros")
+            pad = _padding(module)
+            settings |= {"kernel": tuple(module.kernel_size), "pad": pad}
+            if module.groups != 1 or not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or pad is None:
+                raise self._refused(node, "a convolution with groups, not in two dimensions, or with uneven padding")
         filters = len(weight)
         if weight.shape[1] != channels:
             raise self._refused(node, "a layer of another input than its own")
@@ -216,6 +217,15 @@ class _Reader:
             dilation=_pair(given["dilation"]),
         )  # fmt: skip
         self.operations.append(Operation("maximum", (name,), self._new(node, (*window.outputs, channels)), window))
+
+
+def _padding(module: Any) -> tuple[int, ...] | None:
+    """Of a convolution, in pixels at both ends of every axis; None where the ends differ."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    pairs = zip(module.kernel_size, module.dilation, strict=True)
+    reach = [d * (k - 1) if module.padding == "same" else 0 for k, d in pairs]
+    return None if any(n % 2 for n in reach) else tuple(n // 2 for n in reach)
 
 
 def _word(network: fx.GraphModule, node: fx.Node) -> str:

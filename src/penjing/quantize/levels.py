@@ -83,7 +83,7 @@ def chosen(network: fx.GraphModule, layers: Sequence[str], keep: Sequence[str], 
             code="no-layer",
             got=f"{len(weighted)} linear layers and convolutions, layers={tuple(layers)}, keep={tuple(keep)}",
             expected="a layer between the first and the last: linear, or a 2-D convolution of several taps, no groups",
-            remedy="name layers with layers=(...)",
+            remedy="name layers with layers=(...); convolutions of one tap are taken where they are named",
         )
     return [name for name in fitting if name in names]
 
@@ -150,9 +150,13 @@ def _calibrate(network: fx.GraphModule, context: Context) -> None:
         if isinstance(module, Sign):
             handles.append(module.register_forward_pre_hook(measure))
     calls = list(batches(context, SAMPLES))
+    args, kwargs = calls[0]
+    varies = context.task.dynamic is None or any(0 in axes for axes in context.task.dynamic.values())
+    same = all(call[0][0].shape[1:] == args[0].shape[1:] for call in calls) if args else False
+    if varies and same and not kwargs and len(args) == 1:
+        args = (torch.cat([call[0][0] for call in calls]),)  # else the first batch has to do
     with torch.no_grad():
-        args = [torch.cat([call[0][i] for call in calls]) for i in range(len(calls[0][0]))]
-        network(*args, **calls[0][1])
+        network(*args, **kwargs)
     for handle in handles:
         handle.remove()
 
