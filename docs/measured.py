@@ -953,7 +953,57 @@ def packed_products() -> str:
     return "\n".join([*lines, "", f"Groups of 128. {_kernel_machine(run)}"])
 
 
+def _levels() -> dict:
+    return json.loads((RESULTS / "binary_resnet20.json").read_text(encoding="utf-8"))
+
+
+def binary_training() -> str:
+    """Accuracy of ResNet-20 with weights of two and three levels."""
+    run = _levels()
+    names = {"binary": "Binary: weights and inputs are signs", "ternary": "Ternary weights"}
+    lines = ["| | epochs | accuracy | source | loss |", "|---|---|---|---|---|"]
+    for name, words in names.items():
+        if row := run.get(name):
+            lost = (row["source"] - row["accuracy"]) * 100
+            lines.append(
+                f"| {words} | {row['epochs']:g} | {row['accuracy']:.2%} | {row['source']:.2%} | {lost:.2f} points |"
+            )
+    return "\n".join([*lines, "", f"One seed, bfloat16 autocast; {run['machine']['processor']}."])
+
+
+def binary_artifact() -> str:
+    """The binary ResNet-20 as one library, beside fp32 in ONNX Runtime."""
+    run = _levels()
+    row, accuracy = run["artifact"], run["binary"]["source"]
+    lines = [
+        "| | accuracy | weights | smaller than the ONNX file | with library, manifest and loader | smaller |",
+        "|---|---|---|---|---|---|",
+        f"| source, fp32 in ONNX Runtime | {accuracy:.2%} | {row['fp32_bytes'] / 1e3:.1f} kB | | | |",
+    ]
+    for bits in (16, 32):
+        one = row[f"{bits} bits"]
+        lines.append(
+            f"| binary, other layers stored in {bits} bits | {one['accuracy']:.2%} "
+            f"| {one['weights_bytes'] / 1e3:.1f} kB "
+            f"| {row['fp32_bytes'] / one['weights_bytes']:.1f}× | {one['folder_bytes'] / 1e3:.1f} kB "
+            f"| {row['fp32_bytes'] / one['folder_bytes']:.1f}× |"
+        )
+    sides = row["sides"]
+    ours = sides["binary"]
+    lines += ["", "| batch 1 | ms (IQR/median) | binary is faster |", "|---|---|---|"]
+    lines.append(f"| binary, 1 thread | {_timed(ours)} | |")
+    for threads in (1, 2):
+        other = sides[f"onnxruntime fp32, {threads} threads"]
+        ratio = f"{other['median_ms'] / ours['median_ms']:.1f}×"
+        words = f"{threads} thread{'s' * (threads > 1)}"
+        lines.append(f"| source, fp32 in ONNX Runtime, {words} | {_timed(other)} | {ratio} |")
+    told = f"Kernels for {row['instructions']}; {run['machine']['processor']}. In 32 bits the library's outputs have "
+    return "\n".join([*lines, "", told + f"{row['snr_db']:.0f} dB beside torch's."])
+
+
 TABLES = {
+    "binary_training": binary_training,
+    "binary_artifact": binary_artifact,
     "binary_convolutions": binary_convolutions,
     "packed_products": packed_products,
     "integer_codebooks": integer_codebooks,
