@@ -61,7 +61,11 @@ def write(
     source = writer.source()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        small = ("-s", "-Wl,--build-id=none")  # without names, and the same bytes again
+        small = (
+            "-s",
+            "-Wl,--build-id=none,-z,noseparate-code",
+            "-fno-asynchronous-unwind-tables",
+        )  # without names, and the same bytes again
         built = building.link(writer.functions, instructions, Path(scratch), [source], small)
         shutil.copyfile(built, folder / "network.so")
     (folder / "weights.bin").write_bytes(writer.file())
