@@ -19,7 +19,7 @@ from penjing.tasks.task import Task
 @pytest.fixture
 def package(exported):
     """An integer package of a residual network, as it was planned, and the program that is read back."""
-    artifact = exported("residual", "coreml", "int8")
+    artifact = exported("residual", "coreml", "int8-fp16")
     return artifact, coreml_reading.program(artifact.folder / coreml.PACKAGE)
 
 
@@ -173,3 +173,26 @@ def test_what_a_package_has_no_form_for_stays_a_dense_weight():
     assert coreml_palettes.palette(book(many)) is None
     one = book(few)
     assert coreml_palettes.palette(LookedUp((*one.tables, *one.tables), one.shape)) is None
+
+
+def test_in_single_precision_the_package_is_the_plan(exported):
+    artifact = exported("residual", "coreml", "int8")
+    answers = coreml.open_session(artifact.folder, artifact.manifest, 1).run(artifact.arrays(5, seed=3))
+    assert measure.parity(artifact.answers(5, seed=3), answers, "planned").snr_db > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("thresholded_relu", {"x": [-1.0, 0.5, 2.0], "alpha": 1.0}, [0, 0, 2]),
+        ("reverse", {"x": [1.0, 2.0], "axes": [0]}, [2, 1]),
+        ("sigmoid_hard", {"x": [-9.0, 0.0, 9.0], "alpha": 0.5, "beta": 0.5}, [0, 0.5, 1]),
+        ("real_div", {"x": [4.0, 1.0], "y": 2.0}, [2, 0.5]),
+        ("quantize", {"input": [0.5, 1.5, 900.0], "scale": 1.0, "output_dtype": "int8"}, [0, 2, 127]),
+        ("reshape", {"x": [1.0, 2.0], "shape": [0, -1]}, [[1], [2]]),
+        ("reduce_mean", {"x": [1.0, 2.0], "axes": [0], "keep_dims": True}, [1.5]),
+    ],
+)
+def test_operators_compute_what_the_definitions_say(name, arguments, expected):
+    values = {key: torch.tensor(value) if key in ("x", "input") else value for key, value in arguments.items()}
+    assert coreml_operators.OPERATORS[name](**values).tolist() == expected

@@ -36,6 +36,7 @@ LIMITS = {
     "bf16": Limits(snr_db=30, equal=0.8, rounding=2.0**-9),
     "int8": Limits(snr_db=30, told_db=40, equal=0.8, rounding=_FLOAT32),
     "int8-bf16": Limits(snr_db=30, equal=0.8, rounding=_FLOAT32),  # below this the int8 candidate is the better one
+    "int8-fp16": Limits(snr_db=30, told_db=40, equal=0.8, rounding=2.0**-12),
 }
 """Precision → limits for the comparison with the torch network with the same quantizers ("planned")."""
 SOURCE_TOLD_DB = 15.0

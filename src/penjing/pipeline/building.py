@@ -23,7 +23,7 @@ from penjing.surgery import freeze, looked_up
 from penjing.surgery.attention import zero_hidden_rows
 from penjing.tasks.task import Call, Task
 
-INTEGER = ("int8", "int8-bf16")
+INTEGER = ("int8", "int8-bf16", "int8-fp16")
 COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool", *RECURRENT)
 TABLES = ("embedding",)  # nothing is multiplied: that they are stored in integers is all that is asked of them
 LOOKED_UP = "it is stored in 8 bits; what is looked up becomes floating point, and nothing is multiplied"

@@ -27,7 +27,7 @@ from penjing.pipeline import evidence
 from penjing.pipeline import request as requests
 from penjing.pipeline.applied import refuse_quantized
 from penjing.pipeline.bisecting import located
-from penjing.pipeline.building import build, check_integers, executed_rows, float_doubts
+from penjing.pipeline.building import INTEGER, build, check_integers, executed_rows, float_doubts
 from penjing.pipeline.causes import doubts, hidden_samples
 from penjing.pipeline.order import default_recipe
 from penjing.pipeline.repeatable import capture_repeatable
@@ -259,11 +259,12 @@ def _written(
     told: list[str],
 ) -> QuantizedFile:  # fmt: skip
     """Export into a folder, compare, and put the files in their place."""
-    done = exported(draft, network, task, target.runtime, "int8", threads, clock, folder)
+    precision = integers_of(target.runtime)
+    done = exported(draft, network, task, target.runtime, precision, threads, clock, folder)
     manifest, parity = done.manifest, done.parity
     rows, integer, floating = executed_rows(draft.network, draft.plan, task.call(), manifest, folder)
     name = target.path.name
-    lost = doubts(name, "int8", parity, draft, task) or hidden_samples(name, done.original, done.answers)
+    lost = doubts(name, precision, parity, draft, task) or hidden_samples(name, done.original, done.answers)
     warnings = (*told, *lost, *float_doubts(name, rows))
     for text in warnings:
         clock.events("warning", text=text)
@@ -288,6 +289,12 @@ def _written(
         warnings=warnings,
         absent=runtimes.absent(target.runtime),
     )
+
+
+def integers_of(runtime: str) -> str:
+    """The precision of integer files that a runtime puts first."""
+    capabilities = runtimes.get(runtime).capabilities(measure.machine(1).instruction_sets)
+    return next((p for p in capabilities.precisions if p in INTEGER), "int8")
 
 
 def _check(parity: Sequence[Parity], draft: Draft, task: Task, folder: Path, manifest: Manifest, threads: int) -> None:

@@ -32,7 +32,7 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
     """
     return Capabilities(
         runtime="coreml",
-        precisions=("fp32", "fp16", "int8"),
+        precisions=("fp32", "fp16", "int8-fp16", "int8"),
         weight=QuantSpec(bits=8, signed=True, symmetric=True, axis=0, scale="half"),
         activation=QuantSpec(bits=8, signed=True, symmetric=True, narrow=False, scale="half"),
         integer=frozenset({"conv", "linear", "add", "avg_pool", "matmul"}),
@@ -42,12 +42,12 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         activations=Formats(bits=(8,), symmetric=(True,), per=("tensor",), grids=("uniform",)),
         dynamic=None,
         stored=frozenset(),
-        notes=("INT8 packages compute the rest in float16",),
+        notes=("the Neural Engine takes fp16 and int8-fp16",),
     )
 
 
 def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any, folder: Path) -> Manifest:
-    """Write model.mlpackage. "int8" computes what is not in integers in float16, as the Neural Engine does."""
+    """Write model.mlpackage; "int8" computes what is not in integers in float32, "int8-fp16" in float16."""
     from penjing.runtimes import coreml_convert, coreml_program, isolated
     from penjing.tasks.outputs import output_names
 
@@ -55,7 +55,7 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         inputs, outputs = coreml_program.save(network, call, dynamic, output_names(structure), Path(aside))
         names = [[port.name for port in ports] for ports in (inputs, outputs)]
         package = str(folder.absolute() / PACKAGE)
-        isolated.call("coreml", "convert", Path(aside), package, precision != "fp32", *names)
+        isolated.call("coreml", "convert", Path(aside), package, precision in ("fp16", "int8-fp16"), *names)
     files = tuple(f"{PACKAGE}/{name}" for name in coreml_convert.FILES)
     program = Program(name="main", files=files, inputs=inputs, outputs=outputs)
     return Manifest(runtime="coreml", precision=precision, programs=(program,), structure=structure)

@@ -189,7 +189,7 @@ def gather(x: Tensor, indices: Any, axis: int = 0, batch_dims: int = 0, **rest: 
     """Slices of an axis."""
     if batch_dims:
         raise NotImplementedError("gather with batch_dims")
-    return torch.from_numpy(np.take(x.numpy(), torch.as_tensor(indices).long().numpy(), axis=axis))
+    return torch.from_numpy(np.asarray(np.take(x.numpy(), torch.as_tensor(indices).long().numpy(), axis=axis)))
 
 
 def pad(x: Tensor, pad: Any, mode: str = "constant", constant_val: float = 0.0) -> Tensor:
@@ -317,6 +317,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "elu": lambda x, alpha=1.0: F.elu(x, alpha),
     "leaky_relu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
     "prelu": lambda x, alpha: F.prelu(x, torch.as_tensor(alpha).reshape(-1)),
+    "thresholded_relu": lambda x, alpha=1.0: torch.where(x >= alpha, x, torch.zeros_like(x)),
+    "reverse": lambda x, axes=None: x.flip(tuple(_list(axes)) if axes is not None else tuple(range(x.dim()))),
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
     "sigmoid_hard": lambda x, alpha=0.2, beta=0.5: (x * alpha + beta).clamp(0, 1),
     "softmax": lambda x, axis=-1: torch.softmax(x, axis),

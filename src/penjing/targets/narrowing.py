@@ -9,7 +9,7 @@ from penjing.errors import TargetError
 from penjing.steps.plan import Capabilities, Formats, QuantSpec
 from penjing.targets.profile import NumberFormats, Target
 
-INTEGERS = ("int8", "int8-bf16")
+INTEGERS = ("int8", "int8-bf16", "int8-fp16")
 
 
 def narrowed(target: Target, capabilities: Capabilities) -> Capabilities:

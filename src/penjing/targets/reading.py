@@ -16,7 +16,7 @@ from penjing.targets.profile import ANY, Check, Limits, NumberFormats, Source, T
 PROFILES = Path(__file__).parent / "profiles"
 PROFILE_BYTES = 1 << 16
 SUFFIXES = (".yaml", ".yml")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-bf16", "int8-fp16")
 COMPILERS = ("vela",)
 _EXAMPLE = "`penjing targets pi4 --yaml` prints a complete profile to start from"
 
