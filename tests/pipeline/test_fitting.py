@@ -48,7 +48,7 @@ class TestSource:
         with raises_case(TargetError, "storage") as caught:
             self.check(profile(storage_bytes=100_000), MLP, 1, 64)
         error = caught.value
-        assert error.field == "2" and "350 kB, of 386 kB in all" in error.got  # 700 kB at 8 bits
+        assert error.field == "2" and "350 kB, of 386 kB in all at 4 bits a weight" in error.got  # 700 kB at 8 bits
         assert "tiny stores 100 kB" in error.expected and "prune" in error.remedy
         self.check(profile(storage_bytes=390_000), MLP, 1, 64)
 

@@ -202,7 +202,7 @@ def _over(
 ) -> Iterator[Excess]:
     sizes = {row.name: -(-row.parameters * bits // 8) for row in rows}
     size = sum(sizes.values())
-    yield from _storage(target, size, sizes)
+    yield from _storage(target, size, sizes, f" at {bits} bits a weight")
     if target.limits.memory_bytes is None:
         return
     needs = activations(network, call, element)
@@ -210,7 +210,7 @@ def _over(
     yield from _memory(target, needs.size_bytes + weights, needs.size_bytes, needs.site, needs.alive)
 
 
-def _storage(target: Target, size: int, sizes: Mapping[str, int]) -> Iterator[Excess]:
+def _storage(target: Target, size: int, sizes: Mapping[str, int], how: str = "") -> Iterator[Excess]:
     limit = target.limits.storage_bytes
     if limit is None or size <= limit:
         return
@@ -218,7 +218,7 @@ def _storage(target: Target, size: int, sizes: Mapping[str, int]) -> Iterator[Ex
     yield Excess(
         code="storage",
         site=name,
-        got=f"the largest layer with {_bytes(largest)}, of {_bytes(size)} in all",
+        got=f"the largest layer with {_bytes(largest)}, of {_bytes(size)} in all{how}",
         limit=f"{target.name} stores {_bytes(limit)}",
         remedy="prune it (--recipe joint), give its weights fewer bits or ranks (decompose.LowRank), or share them",
     )

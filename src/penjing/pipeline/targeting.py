@@ -101,7 +101,7 @@ def check_goal(goal: Goal, target: Target) -> None:
             code="not-of-the-target",
             got=goal.text(),
             expected=f"figures that hold anywhere: {', '.join(n for n in FIGURES if n not in OF_THIS_MACHINE)}",
-            remedy=f'--goal "{GOAL}", and measure the artifact on the device',
+            remedy=f'--goal "{GOAL}", and measure on the device: `penjing bench`',
         )
 
 
