@@ -73,7 +73,7 @@ class Gates(nn.Module):
 
 
 class Tokens(nn.Module):
-    """An embedding, layer norm, attention, GELU."""
+    """An embedding, layer norm, causal attention, GELU."""
 
     shape, integer = None, {"linear": 4, "matmul": 2, "add": 2}
 
@@ -84,7 +84,8 @@ class Tokens(nn.Module):
         )  # fmt: skip
 
     def forward(self, tokens):
-        return self.block(self.table(tokens))
+        later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+        return self.block(self.table(tokens), src_mask=later, is_causal=True)
 
 
 class Sequences(nn.Module):

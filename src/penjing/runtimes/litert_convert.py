@@ -66,10 +66,13 @@ def _apart(program: Any) -> None:
     forth = torch.ops.quantized_decomposed.quantize_per_tensor.default
     back = torch.ops.quantized_decomposed.dequantize_per_tensor.default
     aten, graph = torch.ops.aten, program.graph
-    for node in [n for n in graph.nodes if any(x.target is back for x in n.all_input_nodes)]:
+    if not any(node.target is back for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
         joins = node.target in (aten.cat.default, aten.stack.default)
         softmax = node.target in (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
-        if not softmax and not (joins and not any(user.target is forth for user in node.users)):
+        quantized = any(x.target is back for x in node.all_input_nodes)
+        if not softmax and not (joins and quantized and not any(user.target is forth for user in node.users)):
             continue
         parts = node.all_input_nodes
         barred = (*parts, parts[0]) if len(parts) == 1 else tuple(parts)  # its lowering takes two at least
