@@ -27,7 +27,7 @@ def main():
     import pairs
 
     from penjing import measure
-    from penjing.errors import DecompositionError, PruningError, RecipeError, SharingError
+    from penjing.errors import DecompositionError, PruningError, QuantizationError, RecipeError, SharingError
     from penjing.recipes.recipe import Recipe
 
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"orders": {}}
@@ -49,7 +49,12 @@ def main():
                 try:
                     with tempfile.TemporaryDirectory() as folder:
                         row = pairs.artifact(recipe, copy.deepcopy(source), data, Path(folder))
-                except (DecompositionError, PruningError, SharingError) as error:  # of what the first one leaves
+                except (
+                    DecompositionError,
+                    PruningError,
+                    QuantizationError,
+                    SharingError,
+                ) as error:  # of what the first one leaves
                     row = {"refused": error.what, "expected": str(error.expected)}
             print(f"{order:80} {row.get('refused') or '{:.0f} dB'.format(row['snr_db'])}", flush=True)
             results["orders"][order] = row | {"processor": results["machine"]["processor"]}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from penjing.errors import DecompositionError, RecipeError, SharingError
+from penjing.errors import DecompositionError, QuantizationError, RecipeError, SharingError
 from penjing.recipes.catalogue import CATALOGUE
 from penjing.recipes.recipe import Recipe
 from tests import pairs
@@ -17,6 +17,7 @@ UNFIT = {  # legal orders whose second step can't take what the first leaves of 
     ("prune.Iterative", "share.Layers"),  # layers of other widths
     *((first, f"share.ProductCodebook{more}") for first in ZEROS for more in ("", ", two levels")),
     ("share.Layers", "decompose.LowRank"),
+    *((first, "quantize.Binary") for first in ZEROS),  # binary weights have no 0
 }
 PARITY_DB = 35  # 120 and more is fp32's rounding; less where a value between two integers fell to the other side
 
@@ -61,7 +62,7 @@ EVERY += [pytest.param(*order, id="-".join(order), marks=pytest.mark.slow) for o
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), sorted(UNFIT))
 def test_what_the_first_leaves_and_the_second_cannot_take_is_told(first, second, source, data, tmp_path):
-    with pytest.raises((DecompositionError, SharingError)) as refusal:
+    with pytest.raises((DecompositionError, QuantizationError, SharingError)) as refusal:
         pairs.artifact(Recipe(*pairs.steps(first, second)), copy.deepcopy(source), data, tmp_path)
     assert refusal.value.expected and refusal.value.remedy
 

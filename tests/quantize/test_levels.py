@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from penjing import quantize
+from penjing import prune, quantize
 from penjing.errors import QuantizationError, RecipeError
 from penjing.network.capture import capture_network
 from penjing.numerics.signs import Signs, binary, ternary
@@ -110,6 +110,17 @@ def test_a_projection_is_taken_where_it_is_named():
         run(quantize.Binary(finetune=SHORT), network, task)
     draft = run(quantize.Binary(finetune=SHORT, layers=("mid",)), network, task)
     assert isinstance(draft.network.get_submodule("mid_sign"), Sign)
+
+
+def test_removed_weights_stay_removed_where_they_can(source, task):
+    context = Context(task=task, source=source, seed=0)
+    pruned = prune.Magnitude(sparsity=0.5)(Draft(source), context)
+    with pytest.raises(QuantizationError, match="have no 0"):
+        quantize.Binary(finetune=SHORT)(pruned, context)
+    ternary = quantize.Ternary(finetune=SHORT)(pruned, context)
+    name = "blocks.0.conv1.weight"
+    zeros = pruned.network.get_parameter(name) == 0
+    assert zeros.any() and (ternary.network.get_parameter(name)[zeros] == 0).all()
 
 
 @pytest.mark.parametrize("step, wrong", [("Binary", {"edges": 1}), ("Ternary", {"threshold": 0.0})])

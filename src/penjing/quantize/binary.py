@@ -62,7 +62,7 @@ class Binary:
 
         Raises:
             RecipeError: `layers` or `keep` names what does not exist.
-            QuantizationError: No layer is left.
+            QuantizationError: No layer is left, or weights were removed before, which can't stay 0.
             TaskError: The task has no training data or no loss.
         """
         layers = chosen(draft.network, self.layers, self.keep, self.edges)

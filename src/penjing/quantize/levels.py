@@ -100,7 +100,19 @@ def train_levels(
         finetune: The settings of the training.
         threshold: Of `penjing.numerics.signs.ternary`; 0 is two levels.
         activations: Whether the layers read the signs of their inputs.
+
+    Raises:
+        QuantizationError: There are two levels, and weights that were removed.
     """
+    removed = [name for name in layers if f"{name}.weight" in draft.sparse]
+    if removed and not threshold:
+        raise QuantizationError(
+            "weights that were removed would come back: binary weights have no 0",
+            code="sparse",
+            got=", ".join(removed),
+            expected="layers whose weights are all kept",
+            remedy="take quantize.Ternary, whose weights can be 0, or leave out the step that removes weights",
+        )
     draft = draft.copy()
     network = draft.network
     edits = [sign_inputs(network, layers)] if activations else []
