@@ -1,5 +1,9 @@
 """Binary kernels against the slowest obvious loops, on random shapes of odd sizes."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 
@@ -95,6 +99,24 @@ def test_the_machine_code_counts_bits_in_vectors(name):
     text = building.assembly([convolution], named(name))
     assert COUNTS[name] in text
     assert ("vpopcnt" in text) == (name == "x86-vpopcnt")
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    layer = BinaryProduct(64, np.random.default_rng(0).standard_normal((16, 64)))
+    x = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
+    expected = layer(x, 2).copy()
+    child = os.fork()
+    if not child:
+        os._exit(0 if (layer(x, 2) == expected).all() else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done and status == 0
 
 
 def test_a_library_that_was_altered_is_not_loaded(tmp_path):

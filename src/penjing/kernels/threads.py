@@ -16,6 +16,7 @@ SOURCE = """
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <unistd.h>
 
 #define MOST 64
 #define SPINS 1000000  /* somewhat less than a millisecond */
@@ -27,6 +28,16 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static int32_t round_number, remaining, workers, first_seen[MOST];
+
+static pid_t owner;
+
+/* A forked process has the pool's memory and none of its threads. */
+static void begin_anew(void) {
+  pthread_mutex_t free_lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t nobody = PTHREAD_COND_INITIALIZER;
+  lock = free_lock, callers = free_lock, wake = nobody;
+  workers = remaining = 0;
+}
 
 static void part(int32_t i) {
   int64_t rows = job.rows;
@@ -73,6 +84,8 @@ void penjing_run(rows_function f, void **a, int32_t rows, int32_t threads) {
   if (threads > MOST) threads = MOST;
   if (threads > rows) threads = rows;
   if (threads <= 1) { f(a, 0, rows); return; }
+  if (owner && owner != getpid()) begin_anew();
+  owner = getpid();
   pthread_mutex_lock(&callers);
   while (workers < threads - 1) {
     pthread_t thread;
