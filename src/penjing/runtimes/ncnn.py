@@ -18,7 +18,7 @@ from penjing.steps.plan import Capabilities, Formats, QuantSpec, channel_multipl
 
 PARAM, BIN = "model.param", "model.bin"
 
-SETTINGS = {"batch": "([0-9]|-)(,([0-9]|-))*", "half": "on|off"}
+SETTINGS = {"batch_axes": "([0-9]|-)(,([0-9]|-))*", "half_precision": "on|off"}
 """What a manifest may tell it, and how that reads: the axis of every input that ncnn takes for the batch."""
 APART = ()
 """What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
@@ -76,8 +76,8 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         programs=(Program(name="main", files=(PARAM, BIN), inputs=inputs, outputs=outputs),),
         structure=structure,
         settings={
-            "batch": batches(written["py"].decode(), inputs),
-            "half": "on" if precision == "fp16" else "off",
+            "batch_axes": batches(written["py"].decode(), inputs),
+            "half_precision": "on" if precision == "fp16" else "off",
         },
     )
 
@@ -87,7 +87,7 @@ def _opened(folder: Path, manifest: Manifest, threads: int) -> Any:
 
     net = ncnn.Net()
     for option in _HALF:
-        setattr(net.opt, option, manifest.settings["half"] == "on" and "bf16" not in option)
+        setattr(net.opt, option, manifest.settings["half_precision"] == "on" and "bf16" not in option)
     net.opt.use_vulkan_compute = False
     net.opt.num_threads = threads
     param, weights = (str(folder / name) for name in manifest.programs[0].files)
@@ -109,7 +109,7 @@ class _Session:
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         program = manifest.programs[0]
         self.net = _opened(folder, manifest, threads)
-        self.batches = [NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch"].split(",")]
+        self.batches = [NO_BATCH if axis == "-" else int(axis) for axis in manifest.settings["batch_axes"].split(",")]
         count = len(program.inputs)
         axes = sample_axes((*program.inputs, *program.outputs))
         self.axes, self.joined = axes[:count], axes[count:]
@@ -177,7 +177,7 @@ def executed(folder: Path, manifest: Manifest) -> list[Executed]:
     half precision where the layer says so: on many processors weights alone are halved.
     """
     opened = {layer.name: layer for layer in _opened(folder, manifest, 1).layers()}
-    halves = manifest.settings["half"] == "on"
+    halves = manifest.settings["half_precision"] == "on"
     operators = []
     for layer in read_param((folder / PARAM).read_text(encoding="utf-8")):
         if layer.type not in ("Input", "Split"):
@@ -214,12 +214,12 @@ MANIFEST = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
 PROGRAM = MANIFEST["programs"][0]
 net = ncnn.Net()
 for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic"):
-    setattr(net.opt, option, MANIFEST["settings"]["half"] == "on")
+    setattr(net.opt, option, MANIFEST["settings"]["half_precision"] == "on")
 net.opt.use_bf16_packed = net.opt.use_bf16_storage = net.opt.use_vulkan_compute = False
 net.opt.num_threads = int(os.environ.get("THREADS", @THREADS@))
 if net.load_param(str(HERE / PROGRAM["files"][0])) or net.load_model(str(HERE / PROGRAM["files"][1])):
     raise SystemExit("ncnn can't read the artifact")
-BATCHES = [233 if axis == "-" else int(axis) for axis in MANIFEST["settings"]["batch"].split(",")]
+BATCHES = [233 if axis == "-" else int(axis) for axis in MANIFEST["settings"]["batch_axes"].split(",")]
 names = [port["shape"][0] for port in PROGRAM["inputs"] if port["shape"] and isinstance(port["shape"][0], str)]
 
 
