@@ -190,6 +190,7 @@ def test_in_single_precision_the_package_is_the_plan(exported):
         ("real_div", {"x": [4.0, 1.0], "y": 2.0}, [2, 0.5]),
         ("quantize", {"input": [0.5, 1.5, 900.0], "scale": 1.0, "output_dtype": "int8"}, [0, 2, 127]),
         ("reshape", {"x": [1.0, 2.0], "shape": [0, -1]}, [[1], [2]]),
+        ("concat", {"values": [torch.tensor(2), 3, torch.tensor([4])], "axis": 0}, [2, 3, 4]),
         ("reduce_mean", {"x": [1.0, 2.0], "axes": [0], "keep_dims": True}, [1.5]),
     ],
 )

@@ -248,6 +248,11 @@ def _integer(x: Tensor, y: Any) -> bool:
     return not x.is_floating_point() and not (isinstance(y, Tensor) and y.is_floating_point())
 
 
+def _at_least_1d(value: Any) -> Tensor:
+    """A number among what is concatenated, such as a size, is a vector of one."""
+    return torch.atleast_1d(torch.as_tensor(value))
+
+
 def _floor_div(x: Tensor, y: Any) -> Tensor:
     return torch.div(torch.as_tensor(x), y, rounding_mode="floor")
 
@@ -325,7 +330,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "transpose": lambda x, perm: x.permute(_list(perm)),
     "expand_dims": lambda x, axes: torch.from_numpy(np.expand_dims(x.numpy(), tuple(_list(axes)))),
     "squeeze": lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(tuple(_list(axes))),
-    "concat": lambda values, axis, interleave=False: torch.cat([torch.as_tensor(v) for v in values], axis),
+    "concat": lambda values, axis, interleave=False: torch.cat([_at_least_1d(v) for v in values], axis),
     "stack": lambda values, axis: torch.stack([torch.as_tensor(v) for v in values], axis),
     "cast": lambda x, dtype: torch.as_tensor(x).to(_TYPES[dtype]),
     "shape": lambda x: torch.tensor(x.shape, dtype=torch.int32),
