@@ -250,7 +250,8 @@ def _integer(x: Tensor, y: Any) -> bool:
 
 def _at_least_1d(value: Any) -> Tensor:
     """A number among what is concatenated, such as a size, is a vector of one."""
-    return torch.atleast_1d(torch.as_tensor(value))
+    tensor = torch.as_tensor(value)
+    return tensor if tensor.dim() else tensor.reshape(1)
 
 
 def _floor_div(x: Tensor, y: Any) -> Tensor:
