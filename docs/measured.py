@@ -130,6 +130,24 @@ def lite0_int8() -> str:
     return _under(lines, data, "496 images; ")
 
 
+def litert_int8() -> str:
+    """Agreement, latency and size of EfficientNet-Lite0 in LiteRT, by quantizer."""
+    data = _read("litert_int8")
+    lines = [
+        "| | agreement (95 % interval) | SNR | latency, median (spread) | size | integer operators |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in data["rows"].items():
+        low, high = row["agreement_interval"]
+        counts = row["operators"]
+        lines.append(
+            f"| {_renamed(name)} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
+            f"| {_ms(row['latency_ms'])} ({row['latency_ms']['spread']:.0%}) | {row['size_bytes'] / 1e6:.2f} MB "
+            f"| {counts['integer']} of {sum(counts.values())} |"
+        )
+    return _under(lines, data, "496 images; ")
+
+
 def minilm_int8() -> str:
     """Quality and latency of the sentence encoder in INT8, by method."""
     data = _read("minilm_int8")
@@ -1012,6 +1030,7 @@ TABLES = {
     "lite0": lambda: candidates("lite0"),
     "ptq_cost": cost,
     "lite0_int8": lite0_int8,
+    "litert_int8": litert_int8,
     "minilm_int8": minilm_int8,
     "int8_latency": int8_latency,
     "int8_latency_amx": lambda: int8_latency("int8_latency_amx"),
