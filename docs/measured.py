@@ -148,6 +148,21 @@ def litert_int8() -> str:
     return _under(lines, data, "496 images; ")
 
 
+def executorch_ranges() -> str:
+    """INT8 files of ExecuTorch from Penjing's ranges and from those of XNNPACK's own quantizer."""
+    data = _read("executorch_ranges")
+    lines = ["| | agreement (95 % interval) | SNR | batch 1, median (IQR/median) | size |", "|---|---|---|---|---|"]
+    for name, row in data["rows"].items():
+        low, high = row["agreement_interval"]
+        latency = row["latency_ms"]
+        lines.append(
+            f"| {name} | {row['agreement']:.3f} ({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} dB "
+            f"| {_ms(latency)} ({latency['spread']:.0%}) | {row['size_bytes'] / 1e6:.2f} MB |"
+        )
+    versions = f"executorch {data['versions']['executorch']}, torchao {data['versions']['torchao']}; "
+    return _under(lines, data, f"{data['samples']} calibration images; {versions}")
+
+
 def minilm_int8() -> str:
     """Quality and latency of the sentence encoder in INT8, by method."""
     data = _read("minilm_int8")
@@ -1031,6 +1046,7 @@ TABLES = {
     "ptq_cost": cost,
     "lite0_int8": lite0_int8,
     "litert_int8": litert_int8,
+    "executorch_ranges": executorch_ranges,
     "minilm_int8": minilm_int8,
     "int8_latency": int8_latency,
     "int8_latency_amx": lambda: int8_latency("int8_latency_amx"),
