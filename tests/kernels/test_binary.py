@@ -11,6 +11,7 @@ from penjing.errors import ArtifactError
 from penjing.kernels import building
 from penjing.kernels.binary import BinaryConvolution, BinaryProduct, Convolution, functions, packed
 from penjing.kernels.instruction_sets import INSTRUCTION_SETS, named, runs_here
+from tests.raises import raises_case
 
 pytest.importorskip("tvm")
 
@@ -124,10 +125,10 @@ def test_a_library_that_was_altered_is_not_loaded(tmp_path):
     path = building.library(functions(shape, named("c")), str(shape), named("c"), tmp_path)
     assert building.library(functions(shape, named("c")), str(shape), named("c"), tmp_path) == path
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ArtifactError, match="altered"):
+    with raises_case(ArtifactError, "altered"):
         building.load(path)
 
 
 def test_a_window_larger_than_the_input_is_refused():
-    with pytest.raises(ArtifactError, match="no such shape"):
+    with raises_case(ArtifactError, "shape"):
         Convolution(height=2, width=2, channels=8, filters=8)
