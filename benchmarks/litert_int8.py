@@ -13,6 +13,7 @@ A contestant that is already in --folder is not built again.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -243,7 +244,9 @@ def main() -> None:
         latency = timings[name].latency
         rows[name]["latency_ms"] = vars(latency)
         print(f"  {name:<36}{latency.median:>8.2f} ms  spread {latency.spread:.0%}", flush=True)
-    data = {"machine": vars(machine(THREADS)), "versions": versions(), "rows": rows}
+    own = ("litert-torch", "ai-edge-litert", "ai-edge-quantizer")
+    known = versions() | {name: importlib.metadata.version(name) for name in own}
+    data = {"machine": vars(machine(THREADS)), "versions": known, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(data, indent=2, default=str) + "\n")
     print(f"\n{arguments.out}")
