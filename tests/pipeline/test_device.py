@@ -49,11 +49,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_the_script_measures_without_penjing(measured, digits_run):
     folder, path = measured
-    told = read_bench(path)
+    run = read_bench(path)
     chosen = digits_run.record.chosen
-    assert told.sha256 == chosen.sha256 and told.runtime == chosen.runtime
-    assert told.latency_ms.median > 0 and len(told.latency_ms.rounds) == on_device.ROUNDS
-    assert told.holds and told.parity[0].snr_db == pytest.approx(chosen.parity[0].snr_db, abs=1e-3)
+    assert run.sha256 == chosen.sha256 and run.runtime == chosen.runtime
+    assert run.latency_ms.median > 0 and len(run.latency_ms.rounds) == on_device.ROUNDS
+    assert run.holds and run.parity[0].snr_db == pytest.approx(chosen.parity[0].snr_db, abs=1e-3)
     assert "onnxruntime_perf_test" in (folder / "COMMANDS.md").read_text(encoding="utf-8")
 
 

@@ -35,9 +35,9 @@ def record(parsed: argparse.Namespace, messages: Terminal) -> int:
     from penjing.pipeline.device import add_device
     from penjing.report.table import devices
 
-    told = add_device(parsed.run, parsed.bench)
+    run = add_device(parsed.run, parsed.bench)
     if parsed.json:
-        print(json.dumps([dataclasses.asdict(device) for device in told.devices], indent=2))
+        print(json.dumps([dataclasses.asdict(device) for device in run.devices], indent=2))
     else:
-        Terminal().print(devices(told))
-    return 0 if told.devices[-1].holds else 3
+        Terminal().print(devices(run))
+    return 0 if run.devices[-1].holds else 3

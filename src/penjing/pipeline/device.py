@@ -105,18 +105,18 @@ def add_device(run: Path | str, bench: Path | str) -> Record:
     records.read(folder)  # before a lock makes a folder of a wrong name
     with locked(folder, "the run folder"):
         record = records.read(folder)
-        told = read_bench(bench)
+        measured = read_bench(bench)
         ours = record.chosen.sha256 if record.chosen is not None else {}
-        if told.sha256 != ours:
+        if measured.sha256 != ours:
             raise RecordError(
                 "the device's figures are of another artifact",
                 code="another",
-                got=f"{told.runtime} {told.precision}, {_hashes(told.sha256)}",
+                got=f"{measured.runtime} {measured.precision}, {_hashes(measured.sha256)}",
                 expected=f"the run's own, {_hashes(ours)}",
                 remedy="write the folder for the device with `penjing bench RUN -o bench/`, and run bench.py there",
             )
-        others = tuple(d for d in record.devices if _place(d) != _place(told))
-        record = replace(record, devices=(*others, told))
+        others = tuple(d for d in record.devices if _place(d) != _place(measured))
+        record = replace(record, devices=(*others, measured))
         html.write(record, folder / "report.html")
         record = replace(record, files=record.files | {"report.html": measure.sha256(folder / "report.html")})
         write_text(folder / RECORD, records.to_json(record))

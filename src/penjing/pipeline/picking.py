@@ -52,6 +52,6 @@ def picked(prepared: Prepared) -> tuple[str, ...]:
         timings = measure.compare(targets, threads=run.threads, seconds=SECONDS, rounds=ROUNDS)
     fastest = min(timings, key=lambda name: timings[name].latency.median)
     run.folder.write_state("runtime", fastest)
-    told = ", ".join(f"{timing.latency.median:.3g} ms in {name}" for name, timing in timings.items())
-    run.warn(f"the runtime is {fastest}: the source in fp32 takes {told}")
+    times = ", ".join(f"{timing.latency.median:.3g} ms in {name}" for name, timing in timings.items())
+    run.warn(f"the runtime is {fastest}: the source in fp32 takes {times}")
     return (fastest,)

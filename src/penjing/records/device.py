@@ -46,15 +46,15 @@ def read_bench(path: Path | str) -> DeviceRun:
 def _run(data: dict[str, Any]) -> DeviceRun:
     latency = data.get("latency_ms")
     machine = data.get("device")
-    told = dict(data)
+    fields = dict(data)
     if isinstance(latency, dict) and isinstance(machine, dict):
-        told["latency_ms"] = latency | {"batch": data.get("batch"), "threads": machine.get("threads")}
+        fields["latency_ms"] = latency | {"batch": data.get("batch"), "threads": machine.get("threads")}
     energy = data.get("energy_mj")
-    told["energy_mj"] = None
+    fields["energy_mj"] = None
     if energy is not None:
-        told["energy_mj"] = {"value": energy, "method": f"measured, {data.get('energy_method')}"[:200]}
-    run = json_form.from_dict(DeviceRun, told)
-    json_form.check_values(told, "DeviceRun")
+        fields["energy_mj"] = {"value": energy, "method": f"measured, {data.get('energy_method')}"[:200]}
+    run = json_form.from_dict(DeviceRun, fields)
+    json_form.check_values(fields, "DeviceRun")
     if len(run.latency_ms.rounds) > MOST_ROUNDS or not run.parity:
         raise RecordError(
             "the device's figures are not those of a whole run",

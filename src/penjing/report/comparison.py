@@ -323,16 +323,16 @@ def devices(record: records.Record) -> tuple[tuple[str, ...], ...]:
                 numbers.ABSENT if planned is None else numbers.figure(planned.least_db, "dB"),
             )
         )
-    for told in record.devices:
-        worst = min(told.parity, key=lambda row: (row.holds, row.snr_db))
+    for device_run in record.devices:
+        worst = min(device_run.parity, key=lambda row: (row.holds, row.snr_db))
         rows.append(
             (
-                f"{told.device.processor}, {told.device.system}",
-                str(told.latency_ms.threads),
-                numbers.figure(told.latency_ms.median, "ms"),
-                numbers.figure(told.load_ms, "ms"),
-                numbers.figure(told.peak_memory_bytes, "bytes"),
-                numbers.figure(told.energy_mj.value if told.energy_mj else None, "mJ"),
+                f"{device_run.device.processor}, {device_run.device.system}",
+                str(device_run.latency_ms.threads),
+                numbers.figure(device_run.latency_ms.median, "ms"),
+                numbers.figure(device_run.load_ms, "ms"),
+                numbers.figure(device_run.peak_memory_bytes, "bytes"),
+                numbers.figure(device_run.energy_mj.value if device_run.energy_mj else None, "mJ"),
                 numbers.figure(worst.snr_db, "dB") + ("" if worst.holds else ": too far"),
             )
         )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penjing.errors import ArtifactError
+
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 _AVERAGE = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
@@ -188,7 +190,9 @@ def slice_by_index(x: Tensor, begin: Any, end: Any, **rest: Any) -> Tensor:
 def gather(x: Tensor, indices: Any, axis: int = 0, batch_dims: int = 0, **rest: Any) -> Tensor:
     """Slices of an axis."""
     if batch_dims:
-        raise NotImplementedError("gather with batch_dims")
+        raise ArtifactError(
+            "the package can't be computed here", code="operator", got="gather with batch_dims", expected="0 of them"
+        )
     return torch.from_numpy(np.asarray(np.take(x.numpy(), torch.as_tensor(indices).long().numpy(), axis=axis)))
 
 

@@ -15,14 +15,14 @@ PENJING = "penjing"
 def clashes(extra: str) -> tuple[str, ...]:
     """What does not fit, as "litert-torch needs xdsl==0.28, 0.29 is installed", for the packages of an extra.
 
-    Nothing is imported. A package that is not installed is another matter: it is not told.
+    Nothing is imported. A package that is not installed is another matter.
     """
     own = list(_requirements(PENJING, extra))
-    told = [text for requirement in own for text in _misfit(PENJING, requirement)]
+    misfits = [text for requirement in own for text in _misfit(PENJING, requirement)]
     for requirement in own:
         for further in _requirements(requirement.name):
-            told += _misfit(requirement.name, further)
-    return tuple(dict.fromkeys(told))
+            misfits += _misfit(requirement.name, further)
+    return tuple(dict.fromkeys(misfits))
 
 
 def _requirements(package: str, extra: str = "") -> Iterator[Requirement]:
