@@ -132,7 +132,7 @@ def test_a_loader_beside_the_artifact_opens_it(exported, tmp_path):
         np.testing.assert_allclose(outputs[""], artifact.answers(2, seed=3)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", runtimes.names())
+@pytest.mark.parametrize("runtime", [name for name in runtimes.names() if not runtimes.absent(name)])
 @pytest.mark.parametrize("wrong", ["surplus", "unknown", "missing", "twice"])
 def test_inputs_that_it_does_not_have_are_an_error(exported, tmp_path, runtime, wrong):
     artifact = exported("residual", runtime, "fp32")

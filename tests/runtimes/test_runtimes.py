@@ -281,7 +281,7 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch, run
     with raises_case(MissingDependency, "not-installed") as caught:
         runtimes.get(runtime)
     assert caught.value.got == f"no package {runtime}"
-    assert f"pip install {runtime}" in caught.value.remedy
+    assert f"pip install 'penjing[{runtime}]'" in caught.value.remedy
 
 
 def test_the_source_is_stored_in_the_same_bytes_by_every_process(tmp_path):

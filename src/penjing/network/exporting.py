@@ -47,7 +47,8 @@ def export_module(
     def attempt(limits: Mapping[str, _Limit], defer: bool = False) -> ExportedProgram:
         dims = {name: _dim(name, limit) for name, limit in limits.items()}
         shapes = [_shape_spec(value, axes[name], dims) for name, value in zip(names, values, strict=True)]
-        with in_eval_mode(model), torch.no_grad():
+        # Where the package opt_einsum is installed, torch would contract einsums in an order of its own.
+        with in_eval_mode(model), torch.no_grad(), torch.backends.opt_einsum.flags(enabled=False):
             return torch.export.export(
                 model,
                 args,
