@@ -107,6 +107,28 @@ def test_an_artifact_for_another_processor_is_refused(built, tmp_path):
         runtimes.open_artifact(tmp_path, 1)
 
 
+def _operator(layer):
+    import tvm
+
+    from penjing.runtimes import tvm as runtime
+    from penjing.runtimes import tvm_tuning
+
+    program = torch.export.export(layer, (torch.randn(2, 3, 4),))
+    target = tvm.target.Target({"kind": "llvm", "num-cores": 1})
+    with target:
+        module = tvm_tuning._lowered(runtime._relax(program))
+        (operator,) = tvm_tuning._operators(tvm_tuning._import(), module, target)
+    return operator, target
+
+
+def test_a_schedule_that_computes_something_else_is_not_taken(built):
+    from penjing.runtimes import tvm_tuning
+
+    (halved, target), (other, _) = _operator(nn.Hardtanh(0, 0.5)), _operator(nn.Hardtanh(0, 0.6))
+    assert tvm_tuning._equal(halved, halved.module, target)
+    assert not tvm_tuning._equal(halved, other.module, target)
+
+
 class Sorts(nn.Module):
     def forward(self, x):
         return torch.linalg.svdvals(x)

@@ -24,6 +24,7 @@ import numpy as np
 
 SAMPLES = 64  # of one operator's schedules, at most
 _BATCH = 4
+_TOLERANCE = 1e-4  # of the largest value: sums in another order differ by less
 _TIMED_S = 0.004  # one timing, of which the best of three counts
 # Of other devices. Reading them takes over a minute where torch is imported, for every one asks who its caller was.
 _OTHERS = ("cuda", "rocm", "metal", "hexagon", "riscv_cpu")
@@ -62,13 +63,24 @@ def build(path: str, library: str, budget: float, threads: int) -> str:
         threads: That the artifact will have; schedules are chosen for them.
     """
     import tvm
-    from tvm import relax
 
     from penjing.runtimes.tvm import processor
 
     name = processor()
     target = tvm.target.Target({"kind": "llvm", "mcpu": name, "num-cores": threads})
     tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    with target, _quiet():
+        module = _lowered(Path(path).read_text(encoding="utf-8"))
+        _tune(module, target, budget)
+        tvm.compile(module, target=target).export_library(library)
+    return name
+
+
+def _lowered(text: str) -> Any:
+    """A Relax module in JSON, in fused operators of loops."""
+    import tvm
+    from tvm import relax
+
     transform = relax.transform
     passes = [
         transform.DecomposeOpsForInference(),
@@ -81,11 +93,7 @@ def build(path: str, library: str, budget: float, threads: int) -> str:
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
-    with target, _quiet():
-        module = tvm.transform.Sequential(passes)(tvm.ir.load_json(Path(path).read_text(encoding="utf-8")))
-        _tune(module, target, budget)
-        tvm.compile(module, target=target).export_library(library)
-    return name
+    return tvm.transform.Sequential(passes)(tvm.ir.load_json(text))
 
 
 def _tune(module: Any, target: Any, budget: float) -> None:
@@ -114,7 +122,7 @@ def _improve(operator: _Operator, samples: Iterator[Any], target: Any, end: floa
             return False
         operator.sampled += 1
         seconds = _timed(candidate, target, 3 * operator.seconds)
-        if seconds < operator.seconds:
+        if seconds < operator.seconds and _equal(operator, candidate, target):
             operator.seconds, operator.best = seconds, candidate
         if time.monotonic() >= end:
             break
@@ -129,6 +137,8 @@ def _operators(schedules: Any, module: Any, target: Any) -> list[_Operator]:
         key = hashlib.sha256(f"{_text(alone)} {target} {_version()}".encode()).hexdigest()[:32]
         operator = _Operator(key, alone, str(task.task_name), int(task.weight), alone)
         _recall(operator)
+        if operator.best is not alone and not _equal(operator, operator.best, target):
+            operator.best = alone
         operator.seconds = _timed(operator.best, target, 10.0)
         operators.append(operator)
     return operators
@@ -174,6 +184,25 @@ def _timed(module: Any, target: Any, limit: float) -> float:
     except Exception:  # a sample that LLVM or TVM does not take is one sample less
         logging.getLogger(__name__).debug("a schedule can't be built", exc_info=True)
         return float("inf")
+
+
+def _equal(operator: _Operator, module: Any, target: Any) -> bool:
+    """Whether a schedule computes what the operator does: not all that TVM samples do."""
+    expected, answers = (_answers(m, target) for m in (operator.module, module))
+    return all(
+        np.abs(a - b).max(initial=0.0) <= _TOLERANCE * np.abs(a).max(initial=0.0)
+        for a, b in zip(expected, answers, strict=True)
+    )
+
+
+def _answers(module: Any, target: Any) -> list[np.ndarray]:
+    """All arguments of an operator after two calls, what it wrote among them."""
+    import tvm
+
+    function, arguments = tvm.tirx.build(module, target=target)[_entry(module)], _arguments(module)
+    for _ in range(2):
+        function(*arguments)
+    return [x.numpy().astype(np.float64) for x in arguments]
 
 
 def _call(function: Callable[..., Any], arguments: list[Any], calls: int) -> float:
