@@ -148,6 +148,25 @@ def litert_int8() -> str:
     return _under(lines, data, "496 images; ")
 
 
+def runtime_table() -> str:
+    """Every runtime on EfficientNet-Lite0, the fastest first."""
+    data = _read("runtime_table")["networks"]["lite0"]
+    rows = sorted(data["cells"].items(), key=lambda item: item[1].get("median", float("inf")))
+    lines = [
+        "| EfficientNet-Lite0 | batch 1, median (IQR/median) | size | against its plan | against the source |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows:
+        if "refused" in row:
+            lines.append(f"| {name} | refused: {row['refused'].rstrip('.')} | | | |")
+            continue
+        lines.append(
+            f"| {name} | {row['median']:.2f} ms ({row['spread']:.0%}) | {row['size_bytes'] / 1e6:.2f} MB "
+            f"| {row['planned_db']:.1f} dB | {row['source_db']:.1f} dB |"
+        )
+    return _under(lines, data, "INT8 is `quantize.Static` alone, ranges from 64 images; ")
+
+
 def executorch_ranges() -> str:
     """INT8 files of ExecuTorch from Penjing's ranges and from those of XNNPACK's own quantizer."""
     data = _read("executorch_ranges")
@@ -1075,6 +1094,7 @@ TABLES = {
     "detector_heads": detector_heads,
     "onnx_files": onnx_files,
     "quick": quick,
+    "runtime_table": runtime_table,
     "packing": packing,
     "deltas": deltas,
     "packing_large": packing_large,
