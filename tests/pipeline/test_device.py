@@ -139,6 +139,10 @@ def test_a_folder_with_other_files_stays(digits_run, tmp_path):
     with raises_case(OutputError, "foreign"):
         write_bench(digits_run.folder, out)
     assert write_bench(digits_run.folder, out, force=True) == out
+    (out / "bench.json").write_text("measured", encoding="utf-8")
+    with raises_case(OutputError, "foreign") as refusal:  # --force does not take what the device measured
+        write_bench(digits_run.folder, out, force=True)
+    assert "bench.json" in refusal.value.got and (out / "bench.json").exists()
 
 
 def _write(path, value):

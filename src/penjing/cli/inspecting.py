@@ -89,7 +89,7 @@ def show_group(inspection: Inspection, parsed: argparse.Namespace, out: Terminal
         names = [group.name for group in inspection.groups]
         near = difflib.get_close_matches(parsed.group, names, n=3)
         raise UsageError(
-            "there is no such group of channels",
+            "the group of channels is unknown",
             code="unknown-group",
             got=parsed.group,
             expected=f"one of {len(names)} groups, for example {', '.join(names[:3])}",

@@ -123,6 +123,6 @@ def _figures(row: dict[str, str], told: str) -> dict[str, float]:
 
 def _left(told: str) -> tuple[str, ...]:
     """Operators that stay with the processor, by the pairs of lines that vela prints of them."""
-    found = re.findall(r"^Warning \([\w ]+\) operator: (\S+), ofm: '([^']*)'\n *Reason: (.*)", told, re.MULTILINE)
-    rows = [row for row in found if row[0] not in ("QUANTIZE", "DEQUANTIZE")]
+    warnings = re.findall(r"^Warning \([\w ]+\) operator: (\S+), ofm: '([^']*)'\n *Reason: (.*)", told, re.MULTILINE)
+    rows = [row for row in warnings if row[0] not in ("QUANTIZE", "DEQUANTIZE")]
     return tuple(f"{what} ({name}): {reason}" for what, name, reason in rows)

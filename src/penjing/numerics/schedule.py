@@ -160,9 +160,9 @@ def _beam(problem: Problem) -> tuple[int, ...]:
                 key = done | 1 << i
                 if key not in following or row < following[key]:
                     following[key] = row
-        kept = sorted(following.items(), key=lambda item: item[1])[:BEAM]
-        paths = {key: (*paths[row[2]], row[3]) for key, row in kept}
-        states = {key: (row[0], row[1]) for key, row in kept}
+        nearest = sorted(following.items(), key=lambda item: item[1])[:BEAM]
+        paths = {key: (*paths[row[2]], row[3]) for key, row in nearest}
+        states = {key: (row[0], row[1]) for key, row in nearest}
     return paths[problem.all]
 
 

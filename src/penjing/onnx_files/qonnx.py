@@ -71,11 +71,11 @@ def as_quant_nodes(model: Any) -> None:
         }
         nodes.append(helper.make_node("Quant", [source, *parts], [name], domain=DOMAIN, name=node.name, **settings))
     read = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    kept += [numpy_helper.from_array(value, name) for name, value in constants.items() if name in read]
+    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+    initializers += [numpy_helper.from_array(value, name) for name, value in constants.items() if name in read]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    graph.initializer.extend(initializers)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 

@@ -6,11 +6,10 @@ import contextlib
 import importlib
 import inspect
 import json
-import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from penjing import measure, records, runtimes
-from penjing.errors import OutputError, RecordError
+from penjing.errors import ArtifactError, OutputError, RecordError
 from penjing.pipeline import evidence
 from penjing.pipeline.verify import batch_of
 from penjing.records import Candidate, DeviceRun, Record
 from penjing.records.device import read_bench
 from penjing.records.files import write_text
-from penjing.records.folder import ARTIFACT, EVIDENCE, RECORD, writing
+from penjing.records.folder import ARTIFACT, EVIDENCE, RECORD, replacing, writing
 from penjing.records.lock import locked
 from penjing.records.manifest import MANIFEST, Manifest, Port, read_manifest, sample_axes
 from penjing.report import html
@@ -64,7 +63,9 @@ def write_bench(source: Path | str, out: Path | str, *, threads: int | None = No
     stored = _samples(source, artifact, manifest, record is not None)
     timed = batch_of(source, program.inputs, batch) if record is not None else _drawn(program.inputs, batch)
     files = (MANIFEST, *manifest.files())
-    with _replacing(out, force) as aside:
+    _check_free(out, force)
+    remedy = "free some space, or choose another folder"
+    with writing(out, what="the folder for the device", remedy=remedy), replacing(out.absolute()) as aside:
         for name in files:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact / name, aside / name)
@@ -236,32 +237,19 @@ Back where the run is: `penjing record add RUN bench.json`.
 """
 
 
-@contextlib.contextmanager
-def _replacing(out: Path, force: bool) -> Iterator[Path]:
-    """A folder that becomes `out` when all went well.
-
-    Raises:
-        OutputError: `out` is a file, or a folder with files that are not to be replaced.
-    """
-    there = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    ours = BENCH in there and SAMPLES in there
-    if (out.exists() and not out.is_dir()) or (there and not (ours and force)):
+def _check_free(out: Path, force: bool) -> None:
+    """Raise OutputError where the folder is a file, or has files that are not to be replaced."""
+    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    ours: set[str] = set()
+    if {BENCH, SAMPLES, MANIFEST} <= there:
+        with contextlib.suppress(ArtifactError):
+            ours = {BENCH, SAMPLES, COMMANDS, MANIFEST, *read_manifest(out).files()}
+    foreign = sorted(there - ours)
+    if (out.exists() and not out.is_dir()) or foreign or (there and not force):
         raise OutputError(
             "the folder for the device can't be written there",
             code="foreign",
-            got=f"{out} with {', '.join(there[:4])}" if there else f"{out}, a file",
+            got=f"{out} with {', '.join((foreign or sorted(there))[:4])}" if there else f"{out}, a file",
             expected="a new or an empty folder",
-            remedy="--force replaces what `penjing bench` wrote" if ours else "choose another folder",
+            remedy="choose another folder" if foreign or not there else "--force replaces what `penjing bench` wrote",
         )
-    remedy = "free some space, or choose another folder"
-    aside = out.absolute().parent / f".{out.absolute().name}.new"
-    with writing(out, what="the folder for the device", remedy=remedy):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            if out.exists():
-                shutil.rmtree(out)
-            os.replace(aside, out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)

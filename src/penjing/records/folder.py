@@ -125,18 +125,8 @@ class RunFolder:
     @contextmanager
     def building(self, name: str) -> Iterator[Path]:
         """A folder that becomes ``path/name`` when all went well, and vanishes otherwise."""
-        final = self.path / name
-        aside = final.parent / f".{final.name}.new"
-        with writing(self.path):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            try:
-                yield aside
-                if final.exists():
-                    shutil.rmtree(final)
-                os.replace(aside, final)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+        with writing(self.path), replacing(self.path / name) as aside:
+            yield aside
 
     def finish(self) -> None:
         """Drop what was kept to resume."""
@@ -156,6 +146,21 @@ def _difference(where: str, now: Any, then: Any) -> tuple[str, Any, Any]:
         place = next(i for i in range(len(now)) if now[i] != then[i])
         return _difference(f"{where}[{place}]", now[place], then[place])
     return where, now, then
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that takes its place when all went well, and vanishes otherwise."""
+    aside = final.parent / f".{final.name}.new"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def palette(known: LookedUp) -> Palette | None:
     full[:, : entries.shape[1]] = entries
     lut = full.reshape(len(entries), *[1] * (len(shape) - 1), 1 << bits, dimension)
     places = indices.astype(np.uint8).reshape(*shape[:-1], shape[-1] // dimension)
-    found = Palette(known.values, places, lut, bits)
-    return found if found.size_bytes < _SMALLER * 2 * known.values.size else None
+    palette = Palette(known.values, places, lut, bits)
+    return palette if palette.size_bytes < _SMALLER * 2 * known.values.size else None
 
 
 def _parts(table: Table, rows: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:

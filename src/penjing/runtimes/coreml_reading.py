@@ -1,4 +1,4 @@
-"""A Core ML package computed in torch, from its own files: what stands in for Core ML where there is no Mac.
+"""A Core ML package computed in torch, from its own files: the stand-in for Core ML on other systems than macOS.
 
 It reads the program and the weights back with coremltools, and computes operator by operator. Every result is rounded
 to the type that the package gives it; sums are float32. Core ML itself chooses kernels and orders of summation.
