@@ -91,7 +91,7 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
-    """Why a candidate is not offered: it does not compute what it was to compute.
+    """Why a candidate is not offered: it computes something else than its plan, or can't be judged here.
 
     Attributes:
         reason: In words, with figure and limit.
