@@ -132,3 +132,25 @@ def test_a_library_that_was_altered_is_not_loaded(tmp_path):
 def test_a_window_larger_than_the_input_is_refused():
     with raises_case(ArtifactError, "shape"):
         Convolution(height=2, width=2, channels=8, filters=8)
+
+
+@pytest.mark.parametrize("wrong", [{"stride": (0, 1)}, {"dilation": (1, 0)}, {"pad": (-1, 0)}, {"channels": 0}])
+def test_sizes_that_are_no_sizes_are_refused(wrong):
+    with raises_case(ArtifactError, "shape"):
+        Convolution(**({"height": 4, "width": 4, "channels": 8, "filters": 8} | wrong))
+
+
+def test_arrays_that_numpy_would_repeat_are_refused():
+    shape = Convolution(height=3, width=3, channels=4, filters=8)
+    signs = np.ones((8, 3, 3, 4), bool)
+    for name, count in (("scale", 1), ("shift", 9), ("threshold", 3)):
+        with raises_case(ArtifactError, "shape") as refusal:
+            BinaryConvolution(shape, signs, **{name: np.ones(count, np.float32)}, instructions=named("c"))
+        assert name in refusal.value.what
+    layer, product = (
+        BinaryConvolution(shape, signs, instructions=named("c")),
+        BinaryProduct(4, np.ones((3, 8)), instructions=named("c")),
+    )
+    for call, x in ((layer, np.ones((3, 3, 1))), (product, np.ones((1, 8)))):
+        with raises_case(ArtifactError, "shape"):
+            call(x)

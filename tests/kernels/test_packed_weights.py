@@ -71,3 +71,22 @@ def test_shapes_that_do_not_pack_are_refused(wrong):
 def test_an_integer_of_more_bits_is_refused():
     with raises_case(ArtifactError, "range"):
         PackedProduct(Product(outputs=2, inputs=16, group=16), np.full((2, 16), 16), np.ones((2, 1), np.float32))
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    shape = Product(outputs=2, inputs=16, group=16)
+    q, scales = np.zeros((2, 16), np.uint8), np.ones((2, 1), np.float32)
+    for case, wrong in (("shape", (q, scales[:1])), ("shape", (q[:, :8], scales)), ("range", (q + 0.5, scales))):
+        with raises_case(ArtifactError, case):
+            PackedProduct(shape, *wrong, instructions=named("c"))
+    with raises_case(ArtifactError, "shape"):
+        PackedProduct(shape, q, scales, instructions=named("c"))(np.float32(1.0) * np.ones(1))
+
+
+def test_weights_that_can_not_be_rounded_are_refused_and_tiny_ones_are_zero():
+    tiny = np.full((1, 16), 1e-45, np.float32)
+    q, scales = rounded(tiny, 4, 16)
+    assert (q == 8).all() and (scales == 1).all()
+    for weights, group in ((np.full((1, 16), np.nan), 16), (np.ones((1, 16)), 5), (np.ones(16), 16)):
+        with raises_case(ArtifactError, "weights"):
+            rounded(weights, 4, group)

@@ -54,10 +54,10 @@ class Convolution:
 
     def __post_init__(self) -> None:
         sizes = (self.batch, self.height, self.width, self.channels, self.filters, *self.kernel, *self.stride)
-        inside = all(n >= 1 for n in self.outputs)
         padded = (self.height + 2 * self.pad[0]) * (self.width + 2 * self.pad[1])
         most = self.batch * padded * max(self.channels, self.filters)  # indices are 32 bits wide
-        if min(*sizes, *self.dilation) < 1 or min(self.pad) < 0 or not inside or most >= 2**31:
+        positive = min(*sizes, *self.dilation) >= 1 and min(self.pad) >= 0
+        if not positive or min(self.outputs) < 1 or most >= 2**31:
             raise ArtifactError(
                 "a binary convolution has no such shape",
                 code="shape",
@@ -226,25 +226,18 @@ class BinaryConvolution:
             instructions: What to generate for; this processor's if None.
 
         Raises:
-            ArtifactError: The weights have another shape.
+            ArtifactError: The weights, or the numbers of a channel, have another shape.
             MissingDependency: TVM or a C compiler is missing.
         """
-        expected = (shape.filters, *shape.kernel, shape.channels)
-        if signs.shape != expected:
-            raise ArtifactError(
-                "the weights do not have the shape of the layer",
-                code="shape",
-                got=str(signs.shape),
-                expected=f"(filters, kernel height, kernel width, channels) = {expected}",
-            )
+        threads.check_shape("the weights", signs.shape, (shape.filters, *shape.kernel, shape.channels))
         positive = signs if signs.dtype == bool else signs >= 0
         instructions = instructions or here()
         self.shape, self.layout = shape, layout(shape, instructions)
         self.weights = packed_weights(positive, shape, self.layout)
         self.table, self.rows, self.columns = bases(positive, shape, self.layout, padding)
-        self.scale = _filled(self.layout.filters, scale, 1.0)
-        self.shift = _filled(self.layout.filters, shift, 0.0)
-        self.threshold = _filled(8 * self.layout.bytes, threshold, 0.0)
+        self.scale = _filled(self.layout.filters, scale, 1.0, "scale", shape.filters)
+        self.shift = _filled(self.layout.filters, shift, 0.0, "shift", shape.filters)
+        self.threshold = _filled(8 * self.layout.bytes, threshold, 0.0, "threshold", shape.channels)
         self.library = building.load(building.library(functions(shape, instructions), str(shape), instructions))
         down, right = shape.outputs
         height, width = (n + 2 * p for n, p in zip((shape.height, shape.width), shape.pad, strict=True))
@@ -257,7 +250,12 @@ class BinaryConvolution:
         )
 
     def pack(self, x: np.ndarray, threads_: int = 1) -> None:
-        """Pack an input, (batch, height, width, channels) float32, into `bits`."""
+        """Pack an input, (batch, height, width, channels) float32, into `bits`.
+
+        Raises:
+            ArtifactError: It has another shape.
+        """
+        threads.check_shape("the input", x.shape, self.inputs.shape)
         self.inputs[:] = x
         rows = self.shape.batch * self.shape.height
         threads.run(self.library, "binary_pack", self._packing, rows, threads_)
@@ -284,7 +282,7 @@ class BinaryProduct:
         threshold: np.ndarray | None = None, *, instructions: InstructionSet | None = None,
     ) -> None:  # fmt: skip
         """Generate the kernel for x of (rows, channels) and weights of (filters, channels), see `BinaryConvolution`."""
-        filters, channels = signs.shape
+        filters, channels = signs.shape if signs.ndim == 2 else (0, 0)
         width = min(self.ROW, rows)
         shape = Convolution(height=-(-rows // width), width=width, channels=channels, filters=filters, kernel=(1, 1))
         self.rows = rows
@@ -295,17 +293,20 @@ class BinaryProduct:
     def __call__(self, x: np.ndarray, threads_: int = 1) -> np.ndarray:
         """Return (rows, filters) float32 of x, (rows, channels) float32; the next call overwrites it."""
         inner, shape = self.convolution, self.convolution.shape
+        threads.check_shape("the input", x.shape, (self.rows, shape.channels))
         inner.inputs.reshape(-1, shape.channels)[: self.rows] = x
         threads.run(inner.library, "binary_pack", inner._packing, shape.height, threads_)
         inner.convolve(threads_)
         return inner.outputs.reshape(-1, inner.layout.filters)[: self.rows, : shape.filters]
 
 
-def _filled(size: int, values: np.ndarray | None, default: float) -> np.ndarray:
+def _filled(size: int, values: np.ndarray | None, default: float, name: str, count: int) -> np.ndarray:
+    """`count` values, and the default behind them."""
     out = threads.aligned((size,), np.float32)
     out[:] = default
     if values is not None:
-        out[: len(values)] = values
+        threads.check_shape(name, np.shape(values), (count,))
+        out[:count] = values
     return out
 
 

@@ -134,7 +134,7 @@ static inline void maximum(const float *in, float *out, int h, int w, int c, int
           int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
           if (row < 0 || row >= h || column < 0 || column >= w) continue;
           const float *from = in + ((int64_t)row * w + column) * c;
-          for (int k = 0; k < c; k++) out[k] = first || from[k] > out[k] ? from[k] : out[k];
+          for (int k = 0; k < c; k++) out[k] = first || from[k] > out[k] || from[k] != from[k] ? from[k] : out[k];
           first = 0;
         }
     }
@@ -145,7 +145,7 @@ static inline void add(const float *a, const float *b, float *out, int n) {
 }
 
 static inline void relu(const float *in, float *out, int n) {
-  for (int i = 0; i < n; i++) out[i] = in[i] > 0 ? in[i] : 0;
+  for (int i = 0; i < n; i++) out[i] = in[i] <= 0 ? 0 : in[i];
 }
 
 static inline void average(const float *in, float *out, int pixels, int c) {
@@ -160,6 +160,6 @@ static inline void drop(const float *in, float *out, int pixels, int from, int t
     for (int k = 0; k < to; k++) out[(int64_t)p * to + k] = in[(int64_t)p * from + k];
 }
 """
-"""The layers around the binary ones, NHWC; calls have constant sizes, for which the compiler unrolls."""
+"""The layers around the binary ones, NHWC; calls have constant sizes, for which the compiler unrolls. NaN stays NaN."""
 
 __all__ = ["LAYERS", "POPCOUNT", "convolution", "pack", "packed_product"]

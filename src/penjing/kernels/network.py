@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from penjing.errors import ExportError
 from penjing.kernels.binary import Convolution
-from penjing.network.graph import arguments, kind, line, operator_name, site
+from penjing.network.graph import arguments, kind, line, operator_name, shapes, site
 
 Shape = tuple[int, int, int]  # height, width, channels
 
@@ -76,6 +76,7 @@ class _Reader:
 
     def __init__(self, network: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
         self.network, self.input_shape = network, input_shape
+        self.real = shapes(network, ((torch.zeros(2, *input_shape),), {}))  # in torch, of two samples
         self.operations: list[Operation] = []
         self.shapes: dict[str, Shape] = {}
         self.values: dict[fx.Node, str] = {}  # a node's value; nodes that change nothing share one
@@ -92,15 +93,36 @@ class _Reader:
             elif node.op == "output":
                 given = node.args[0]
                 (given,) = given if isinstance(given, tuple | list) and len(given) == 1 else (given,)
-                if not isinstance(given, fx.Node) or given in self.signs:
-                    raise self._refused(node, "several outputs, or an output of signs")
-                output = self.values[given]
+                output = self._result(node, given)
+                if output == entry:
+                    raise self._refused(node, "an output that is the input")
             elif node.op != "get_attr":
                 handler = _HANDLERS.get(_word(self.network, node))
                 if handler is None:
                     raise self._refused(node, _word(self.network, node))
                 handler(self, node)
+                self._compare(node)
         return Described(self.operations, self.shapes, entry, output)
+
+    def _result(self, node: fx.Node, given: Any) -> str:
+        """The value of the output, whose axes are those in which it is computed."""
+        if not isinstance(given, fx.Node) or given not in self.values:
+            raise self._refused(node, "several outputs, or an output of signs")
+        name = self.values[given]
+        height, width, channels = self.shapes[name]
+        axes = (channels,) if height * width == 1 else (channels, height, width)
+        if self.real[given.name].shape[1:] != axes:
+            raise self._refused(given, f"an output of the shape {list(self.real[given.name].shape[1:])}, not {axes}")
+        return name
+
+    def _compare(self, node: fx.Node) -> None:
+        """Refuse a node whose value has other axes in torch: those of an image, or all of them as one."""
+        if node not in self.values:
+            return
+        height, width, channels = self.shapes[self.values[node]]
+        real = tuple(self.real[node.name].shape[1:])
+        if real not in ((channels, height, width), (channels * height * width,)):
+            raise self._refused(node, f"{_word(self.network, node)} to the shape {list(real)}")
 
     def _refused(self, node: fx.Node, what: str) -> ExportError:
         return ExportError(
@@ -138,6 +160,8 @@ class _Reader:
         name = self.values[given.args[0]] if threshold is not None else self._value(node)
         height, width, channels = self.shapes[name]
         if isinstance(module, nn.Linear):
+            if self.real[given.name].dim() != 2:
+                raise self._refused(node, "a linear layer along one axis of an image")
             weight = module.weight.reshape(module.out_features, -1, height, width)
             settings: dict[str, Any] = {"kernel": (height, width)}
             if threshold is not None and height * width > 1:
@@ -166,6 +190,8 @@ class _Reader:
 
     def batch_norm(self, node: fx.Node) -> None:
         name = self._value(node)
+        if node.op != "call_module" or self.network.get_submodule(str(node.target)).running_var is None:
+            raise self._refused(node, "a batch norm with the statistics of its batch")
         before = self._last(name, node)
         if before is None or before.kind not in ("convolution", "binary"):
             raise self._refused(node, "a batch norm that is not behind a convolution of its own")
@@ -198,6 +224,8 @@ class _Reader:
 
     def add(self, node: fx.Node) -> None:
         names = self._value(node), self._value(node, 1)
+        if arguments(node).get("alpha", 1) != 1:
+            raise self._refused(node, "a weighted addition")
         if self.shapes[names[0]] != self.shapes[names[1]]:
             raise self._refused(node, "an addition that broadcasts")
         self.operations.append(Operation("add", names, self._new(node, self.shapes[names[0]])))
@@ -258,7 +286,6 @@ _HANDLERS: dict[str, Callable[[_Reader, fx.Node], None]] = {
     "add": _Reader.add,
     "global average": _Reader.average,
     "mean of all pixels": _Reader.average,
-    "adaptiveavgpool2d": _Reader.average,
     "max_pool2d": _Reader.maximum,
     "flatten": _Reader._same,
     "view": _Reader._same,

@@ -77,18 +77,27 @@ def rounded(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.
     """Round weights to the nearest integers.
 
     Args:
-        weights: (outputs, inputs) float32.
+        weights: (outputs, inputs) float32, finite.
         bits: Of an integer.
-        group: Neighbouring inputs that share a scale.
+        group: Neighbouring inputs that share a scale; divides the inputs.
 
     Returns:
         q from 0 to 2^bits − 1, (outputs, inputs) uint8, and scales, (outputs, inputs / group) float32. The largest
         magnitude of a group is its lowest or highest integer.
+
+    Raises:
+        ArtifactError: The groups do not divide the inputs, or a weight is infinite or not a number.
     """
+    if weights.ndim != 2 or group < 1 or weights.shape[1] % group or not np.isfinite(weights).all():
+        raise ArtifactError(
+            "these weights can't be rounded", code="weights", got=f"{weights.shape} in groups of {group}",
+            expected="finite weights, (outputs, inputs), and groups that divide the inputs",
+        )  # fmt: skip
     blocks = weights.reshape(len(weights), -1, group)
     half = 2 ** (bits - 1)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    scales = np.where(extreme == 0, 1.0, extreme / -half).astype(np.float32)
+    scales = (extreme / -half).astype(np.float32)
+    scales[scales == 0] = 1  # of zeros, or of numbers so small that a step would be 0
     q = np.clip(np.rint(blocks / scales) + half, 0, 2**bits - 1).astype(np.uint8)
     return q.reshape(weights.shape), scales[..., 0]
 
@@ -129,14 +138,11 @@ class PackedProduct:
             MissingDependency: TVM or a C compiler is missing.
         """
         groups = shape.inputs // shape.group
-        if q.shape != (shape.outputs, shape.inputs) or scales.shape != (shape.outputs, groups):
-            raise ArtifactError(
-                "the weights do not have the shape of the product",
-                code="shape",
-                got=f"q {q.shape}, scales {scales.shape}",
-                expected=f"q {(shape.outputs, shape.inputs)}, scales {(shape.outputs, groups)}",
-            )
-        if q.size and not 0 <= int(q.min()) <= int(q.max()) < 2**shape.bits:
+        threads.check_shape("the array of integers", q.shape, (shape.outputs, shape.inputs))
+        threads.check_shape("the array of scales", scales.shape, (shape.outputs, groups))
+        if not np.issubdtype(q.dtype, np.integer):
+            raise ArtifactError("the weights are no integers", code="range", got=str(q.dtype), expected="uint8")
+        if not 0 <= int(q.min()) <= int(q.max()) < 2**shape.bits:
             raise ArtifactError(
                 "a weight is not an integer of its bits", code="range", got=f"{q.min()} to {q.max()}",
                 expected=f"0 to {2**shape.bits - 1}",
@@ -169,6 +175,7 @@ class PackedProduct:
 
     def __call__(self, x: np.ndarray, threads_: int = 1) -> np.ndarray:
         """Return W·x, (outputs,) float32, of x, (inputs,) float32; the next call overwrites it."""
+        threads.check_shape("the input", x.shape, self.x.shape)
         np.multiply(x, self.factors, out=self.x)
         half = 2 ** (self.shape.bits - 1)
         np.multiply(x.reshape(-1, self.shape.group).sum(1), -half, out=self.sums)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from penjing.errors import ArtifactError
 from penjing.kernels import building
 from penjing.kernels.instruction_sets import INSTRUCTION_SETS
 
@@ -139,6 +140,14 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return out
 
 
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise ArtifactError unless an array has a shape: NumPy would repeat a smaller one."""
+    if shape != expected:
+        raise ArtifactError(
+            f"{name} does not have the shape of the kernel", code="shape", got=str(shape), expected=str(expected)
+        )
+
+
 @functools.cache
 def _pool() -> Any:
     pool = building.Function("penjing_pool", ("void *",), lambda: SOURCE + _UNUSED)
@@ -147,4 +156,4 @@ def _pool() -> Any:
 
 _UNUSED = "void penjing_pool(void *a, int32_t begin, int32_t end) { (void)a; (void)begin; (void)end; }\n"
 
-__all__ = ["SOURCE", "addresses", "aligned", "run"]
+__all__ = ["SOURCE", "addresses", "aligned", "check_shape", "run"]
