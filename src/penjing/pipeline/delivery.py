@@ -72,5 +72,6 @@ def _record(prepared: Prepared, judged: Judged) -> Record:
         floors=judged.timed.floors,
         reference=None if prepared.original is None else prepared.original.row(prepared.beside),
         target=None if order.target is None else targeting.row(order.target),
+        pairs=judged.pairs,
         rejected=tuple(c for c in judged.candidates if c.rejection is not None),
     )

@@ -32,6 +32,8 @@ MOST_BYTES = 1 << 33  # of what is stored
 PROBES = (3, 1)
 """Calls of so many samples are compared too, in the same session: some runtimes go wrong when the batch changes."""
 FEW = 8  # samples of a first try, which is enough in most cases
+COMPARED = "int8"
+"""Artifacts of this precision are compared with each other too, across runtimes."""
 TRIES = 3  # of rounding elsewhere, at most: one may be lucky
 
 
@@ -111,9 +113,34 @@ def parity(
         source: The source network.
         manifest: Of the artifact.
     """
-    stored = _read(folder)
-    original = [stored[k] for k in stored if k.startswith("source_")]
-    return compared(original, task, session, answers, draft, source, manifest)
+    simulated = insert(draft.network, draft.plan)
+    planned = _outputs(simulated, one_call(task, SAMPLES))
+    if manifest.precision == COMPARED:
+        both = named("planned", planned) | named("answer", answers)
+        _write(folder, both, _answers_of(folder, manifest.runtime))
+    return compared(originals(folder), task, session, answers, simulated, source, manifest, planned)
+
+
+def originals(folder: RunFolder) -> list[np.ndarray]:
+    """The source network's answers to the stored samples."""
+    return [value for name, value in _read(folder).items() if name.startswith("source_")]
+
+
+def integer_answers(folder: RunFolder, runtime: str) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """A runtime's integers: what their plan answers in torch to the stored samples, and what the artifact did.
+
+    `parity` keeps both while the run lasts; None where it did not.
+    """
+    path = _answers_of(folder, runtime)
+    if not path.exists():
+        return None
+    stored = _arrays(path)
+    plan, artifact = ([x for name, x in stored.items() if name.startswith(word)] for word in ("planned", "answer"))
+    return plan, artifact
+
+
+def _answers_of(folder: RunFolder, runtime: str) -> Path:
+    return folder.path / STATE / f"answers-{runtime}.npz"
 
 
 def compared(
@@ -121,16 +148,19 @@ def compared(
     task: Task,
     session: Any,
     answers: Sequence[np.ndarray],
-    draft: Draft,
+    network: fx.GraphModule,
     source: fx.GraphModule,
     manifest: Manifest,
+    planned: Sequence[np.ndarray] | None = None,
 ) -> tuple[Parity, Parity]:
-    """As `parity`, with the source network's answers to the samples given, and `answers` the artifact's."""
+    """As `parity`, with the source network's answers to the samples given, and `answers` the artifact's.
+
+    `network` is the plan's, with its quantizers, and `planned` what that answers, where that is known.
+    """
     names = [port.name for port in manifest.programs[0].outputs]
     parts = measure.split(original)
-    network = insert(draft.network, draft.plan)
     whole = one_call(task, SAMPLES)
-    planned = _outputs(network, whole)
+    planned = _outputs(network, whole) if planned is None else planned
     samples = len(planned[0]) if planned and planned[0].ndim else 1
     near = measure.differences(planned, answers, parts, samples)
     far = measure.differences(original, answers, parts, samples)
@@ -153,7 +183,7 @@ def compared(
         return measure.differences(_outputs(network, call), rounded_elsewhere(network, call, rounding, TRIES), parts)
 
     few = on_few if varies(task) and samples == SAMPLES else None
-    least = measure.limits.SELECTED_DB if selects_boxes(draft.network) else measure.limits.LEAST_DB
+    least = measure.limits.SELECTED_DB if selects_boxes(network) else measure.limits.LEAST_DB
     rows = {
         "planned": measure.limits.judged(near, names, manifest.precision, elsewhere, least, few),
         "source": measure.limits.told(far, names),
@@ -211,25 +241,29 @@ def stored(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         RecordError: They are missing or damaged.
     """
+    return _arrays(folder / EVIDENCE)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        return reading.arrays(folder / EVIDENCE, MOST_BYTES)
+        return reading.arrays(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         raise RecordError(
             "the evidence can't be read",
             code="unreadable",
-            got=f"{folder / EVIDENCE}: {error}",
+            got=f"{path}: {error}",
             expected="the samples and answers that the run stored",
             remedy="copy the whole run folder, or run `penjing compress` again",
         ) from None
 
 
-def _write(folder: RunFolder, stored: dict[str, np.ndarray]) -> None:
+def _write(folder: RunFolder, stored: dict[str, np.ndarray], path: Path | None = None) -> None:
     aside = folder.path / STATE / EVIDENCE
     with writing(folder.path):
         aside.parent.mkdir(exist_ok=True)
         with aside.open("wb") as file:
             np.savez(file, **stored)  # type: ignore[arg-type]
-        os.replace(aside, folder.path / EVIDENCE)
+        os.replace(aside, path or folder.path / EVIDENCE)
 
 
 def named(prefix: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

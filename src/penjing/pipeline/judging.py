@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from penjing.goals import goal as goals
 from penjing.goals.goal import Goal
-from penjing.pipeline import drafts, questions, zeros
+from penjing.pipeline import between, drafts, questions, zeros
 from penjing.pipeline.building import INTEGER
 from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.prepare import Prepared
@@ -15,7 +15,7 @@ from penjing.pipeline.questions import Doubt
 from penjing.pipeline.run import Variant
 from penjing.pipeline.timing import Timed
 from penjing.quantize import Static
-from penjing.records import Candidate, GoalResult, Measured, Zeros
+from penjing.records import Candidate, GoalResult, Measured, PairParity, Zeros
 from penjing.records.manifest import read_manifest
 from penjing.report import verdict as verdicts
 from penjing.runtimes import isolated
@@ -34,6 +34,7 @@ class Judged:
         verdict: Over all of them.
         artifact: The chosen one's figures.
         zeros: What its zeros gain; None where there are none.
+        pairs: Artifacts with integers of different runtimes, compared with each other.
     """
 
     timed: Timed
@@ -41,6 +42,7 @@ class Judged:
     verdict: GoalResult
     artifact: Measured | None
     zeros: Zeros | None
+    pairs: tuple[PairParity, ...] = ()
 
     @property
     def chosen(self) -> Candidate | None:
@@ -59,7 +61,7 @@ def judge(prepared: Prepared, timed: Timed) -> Judged:
     judged_all = Judged(timed=timed, candidates=candidates, verdict=verdict, artifact=artifact, zeros=None)
     gained = _zeros(prepared, judged_all.chosen)
     _tell_of_plan(prepared, judged_all.chosen)
-    return replace(judged_all, zeros=gained)
+    return replace(judged_all, zeros=gained, pairs=between.pairs(run, candidates))
 
 
 def judged(candidate: Candidate, goal: Goal, reference: float | None, task: Task) -> Candidate:

@@ -41,6 +41,7 @@ from penjing.runtimes import isolated
 from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
+from penjing.surgery import insert
 from penjing.tasks import finite
 from penjing.tasks.keywords import suggesting
 from penjing.tasks.outputs import flatten_outputs, to_numpy
@@ -248,7 +249,8 @@ def exported(
         session = isolated.open_artifact(folder, threads)
         answers = session.run(evidence.arrays(manifest, (args, kwargs)))
         original = [to_numpy(leaf) for leaf in leaves]
-        parity = evidence.compared(original, task, session, answers, draft, network, manifest)
+        simulated = insert(draft.network, draft.plan)
+        parity = evidence.compared(original, task, session, answers, simulated, network, manifest)
         del session
         _check(parity, draft, task, folder, manifest, threads)
     return Exported(manifest, parity, original, answers, structure)

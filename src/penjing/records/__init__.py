@@ -2,7 +2,7 @@
 
 from penjing.records.json_form import from_dict, read, to_json
 from penjing.records.layers import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
-from penjing.records.parity import Parity, ParityRow, Rejection
+from penjing.records.parity import PairParity, Parity, ParityRow, Rejection, furthest
 from penjing.records.record import (
     FORMAT,
     MOST_THREADS,
@@ -46,6 +46,7 @@ __all__ = [
     "Machine",
     "Measured",
     "NoiseRow",
+    "PairParity",
     "Parity",
     "ParityRow",
     "Record",
@@ -58,6 +59,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Zeros",
     "from_dict",
+    "furthest",
     "read",
     "to_json",
 ]

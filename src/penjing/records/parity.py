@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -87,6 +88,41 @@ class Parity:
             return -row.shortfall, row.limit_db is None, row.snr_db - (row.limit_db or 0.0)
 
         return min(self.rows, key=order, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairParity:
+    """How far apart two artifacts with integers are, of different runtimes, on the same samples.
+
+    Attributes:
+        first: Name of a candidate.
+        second: Name of another.
+        agreement: Share of samples with the same largest output; None where no output has classes.
+        rows: Per output and group of columns: power of the source's values over that of the differences. Their limits
+            are what the two plans and the limits of parity allow (see `penjing.measure.between`).
+    """
+
+    first: str
+    second: str
+    agreement: float | None
+    rows: tuple[ParityRow, ...]
+
+    @property
+    def worst(self) -> ParityRow | None:
+        """The row furthest below its limit; where all hold, the one with most noise. None without rows."""
+        return min(self.rows, key=lambda row: (-row.shortfall, row.equal is not None, row.snr_db), default=None)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every row is within what was stated."""
+        return all(row.holds for row in self.rows)
+
+
+def furthest(pairs: Sequence[PairParity]) -> PairParity | None:
+    """The pair furthest beyond what was stated; where all hold, the one that differs most. None without pairs."""
+    rows = [(pair, pair.worst) for pair in pairs]
+    told = [(pair, row) for pair, row in rows if row is not None]
+    return min(told, key=lambda each: (-each[1].shortfall, each[1].snr_db), default=(None, None))[0]
 
 
 @dataclass(frozen=True, kw_only=True)

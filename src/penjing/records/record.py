@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penjing.records.layers import GainRow, LayerRow
-from penjing.records.parity import Parity, Rejection
+from penjing.records.parity import PairParity, Parity, Rejection
 
 FORMAT = 1
 WEIGHTS_FILE = "weights file"  # the role of a file of weights among `Record.data`
@@ -325,6 +325,7 @@ class Record:
     devices: tuple[DeviceRun, ...] = ()  # what was measured elsewhere and added afterwards
     weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
     target: TargetRow | None = None  # None: this machine
+    pairs: tuple[PairParity, ...] = ()  # artifacts with integers of different runtimes, compared with each other
     format: int = FORMAT
 
     @property

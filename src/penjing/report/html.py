@@ -19,7 +19,7 @@ import jinja2
 
 from penjing import records
 from penjing.records import files
-from penjing.report import arithmetic, comparison, curves, numbers, scatter, skyline, verdict
+from penjing.report import arithmetic, between, comparison, curves, numbers, scatter, skyline, verdict
 from penjing.report.table import gains, legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # keys of a recipe's entry that may hold its name
@@ -61,6 +61,7 @@ def render(record: records.Record) -> str:
         record=record,
         verdict=verdict.of(record),
         comparison=comparison.rows(record),
+        between=between.line(record),
         trees=trees(record),
         plots=tuple(p for p in (scatter.plot(record), scatter.plot(record, 350, 400)) if p),
         rows=rows,

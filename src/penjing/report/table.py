@@ -19,7 +19,7 @@ from rich.text import Text
 
 from penjing import records
 from penjing.records.figures import FIGURES
-from penjing.report import arithmetic, numbers, scatter, verdict
+from penjing.report import arithmetic, between, numbers, scatter, verdict
 from penjing.report import comparison as compared
 
 _PLAIN = {"×": "x", "→": "->", "µ": "u", "…": "...", "·": "|", "–": "-", "−": "-", "—": "-", "≤": "<=", "≥": ">="}
@@ -191,7 +191,7 @@ def candidates(record: records.Record) -> Table:
     notes += [f"busy machine: {', '.join(whose)}: {text}" for text, whose in busy.items()]
     notes += filter(None, map(arithmetic.in_floats, record.candidates))
     notes += filter(None, (arithmetic.no_smaller(record, c) for c in record.candidates))
-    return _captioned(table, notes + _least_db(shown) + list(reasons))
+    return _captioned(table, [*notes, *_least_db(shown), *filter(None, [between.line(record)]), *reasons])
 
 
 def _least_db(shown: Sequence[records.Candidate]) -> list[str]:
