@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.allocator import reused_memory
-from penjing.cli import blockers, devices, installed, packing, quantizing, sources, updating
+from penjing.cli import blockers, comparing, devices, installed, packing, quantizing, sources, updating
 from penjing.cli.console import Terminal
 from penjing.cli.grammar import parser
 from penjing.cli.inspecting import (
@@ -346,6 +346,7 @@ COMMANDS = {
     "quantize": quantizing.quantize,
     "measure": _measure,
     "verify": _verify,
+    "compare": comparing.compare,
     "pack": packing.pack,
     "unpack": packing.unpack,
     "delta": updating.delta,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from penjing import __version__
+from penjing.cli import values
 
 SOURCE_HELP = (
     "file.py:factory, package.module:factory, a .pt2, .onnx or .keras file, a Hugging Face folder, or a built-in name"
@@ -17,53 +17,6 @@ CALIBRATION_HELP = (
     "inputs without labels: a folder of images, an .npy or .npz file, file.py:batches, or a TASK; a few hundred samples"
 )
 TASK_HELP = "file.py:task, package.module:task, a folder of images by class, or an .npz file"
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape of one sample, such as 3,224,224")
-    return sizes
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        value = float(number) / (100 if percent else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.5% or 0.005")
-    return value
-
-
-def _decibels(text: str) -> float:
-    try:
-        value = float(text.lower().removesuffix("db"))
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of decibels above 0, such as 25dB")
-    return value
-
-
-def _duration(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
-    return seconds
 
 
 def parser(run: Mapping[str, Callable[..., int]]) -> argparse.ArgumentParser:
@@ -146,7 +99,9 @@ def _compress(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help="resume the run in --out")
     command.add_argument("--force", action="store_true", help="replace the run in --out")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
+    command.add_argument(
+        "--batch", type=values.positive, default=1, help="samples per timed call (default: %(default)s)"
+    )
     command.add_argument("--device", default="cpu", help="device for training steps (default: %(default)s)")
     _excluding(command)
     _timing(command, 1.0)
@@ -155,7 +110,7 @@ def _compress(command: argparse.ArgumentParser) -> None:
 def _inspect(command: argparse.ArgumentParser) -> None:
     _source(command)
     command.add_argument("--task", metavar="TASK", help=TASK_HELP)
-    command.add_argument("--shape", type=_shape, metavar="C,H,W", help="shape of one sample, instead of a task")
+    command.add_argument("--shape", type=values.shape, metavar="C,H,W", help="shape of one sample, instead of a task")
     command.add_argument("--group", metavar="NAME", help="show everything coupled with the channels of this layer")
     command.add_argument("--picture", metavar="FILE.svg", help="with --group or --sensitivity: write an image")
     command.add_argument(
@@ -192,7 +147,7 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     )
     _excluding(command)
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--threads", type=values.positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
 
 
@@ -226,7 +181,9 @@ def _measure(command: argparse.ArgumentParser) -> None:
     )
     _weights(command, "weights of the SOURCE in --against")
     command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; measures the metric too")
-    command.add_argument("--batch", type=_positive, default=1, help="samples per timed call (default: %(default)s)")
+    command.add_argument(
+        "--batch", type=values.positive, default=1, help="samples per timed call (default: %(default)s)"
+    )
     _timing(command, 2.0)
 
 
@@ -234,6 +191,12 @@ def _verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="a run folder")
     command.add_argument("--task", metavar="TASK", help=TASK_HELP + "; checks the metric too")
     _timing(command, 2.0)
+
+
+def _compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
+    command.add_argument("--picture", metavar="FILE.svg", help="write the Pareto picture of all candidates")
+    command.add_argument("--html", metavar="FILE.html", help="write everything as one self-contained page")
 
 
 def _pack(command: argparse.ArgumentParser) -> None:
@@ -244,7 +207,7 @@ def _pack(command: argparse.ArgumentParser) -> None:
         "package.module:factory, a .pt2, .onnx or .keras file, or an artifact for ONNX Runtime in fp32",
     )
     command.add_argument("-o", "--out", required=True, metavar="FILE.pj", help="the file to write")
-    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--threads", type=values.positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
     command.add_argument("--checkpoint", action="store_true", help="a run's trainable checkpoint, not its artifact")
     command.add_argument("--picture", metavar="FILE.svg", help="write an image of what every tensor takes")
@@ -252,11 +215,13 @@ def _pack(command: argparse.ArgumentParser) -> None:
         "with loss", "weights become whole numbers of a step, as coarse as all limits allow; needs --calibration"
     )
     lossy.add_argument(
-        "--noise", type=_decibels, metavar="DB", help="for example 25dB: signal over noise of the outputs"
+        "--noise", type=values.decibels, metavar="DB", help="for example 25dB: signal over noise of the outputs"
     )
-    lossy.add_argument("--agreement", type=_share, metavar="SHARE", help="for example 97%%: samples in the same class")
     lossy.add_argument(
-        "--drop", type=_share, metavar="LOSS", help="for example 0.5%%: of the metric, by the select of a TASK"
+        "--agreement", type=values.share, metavar="SHARE", help="for example 97%%: samples in the same class"
+    )
+    lossy.add_argument(
+        "--drop", type=values.share, metavar="LOSS", help="for example 0.5%%: of the metric, by the select of a TASK"
     )
     lossy.add_argument("--calibration", metavar="DATA", help=CALIBRATION_HELP)
     lossy.add_argument(
@@ -269,7 +234,7 @@ def _pack(command: argparse.ArgumentParser) -> None:
 def _unpack(command: argparse.ArgumentParser) -> None:
     command.add_argument("packed", metavar="FILE.pj", help="what `penjing pack` wrote")
     command.add_argument("-o", "--out", required=True, metavar="DIR", help="a new or empty folder")
-    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--threads", type=values.positive, help="threads to use (default: every core)")
 
 
 def _delta(command: argparse.ArgumentParser) -> None:
@@ -277,7 +242,7 @@ def _delta(command: argparse.ArgumentParser) -> None:
     command.add_argument("old", metavar="OLD", help=f"the version that is there: {what}")
     command.add_argument("new", metavar="NEW", help="the version that it becomes, of any of these kinds")
     command.add_argument("-o", "--out", required=True, metavar="UPDATE.pjd", help="the file to write")
-    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--threads", type=values.positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace the file")
 
 
@@ -287,14 +252,14 @@ def _patch(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--out", required=True, metavar="NEW", help="the file or folder to write; NEW.pj is written packed"
     )
-    command.add_argument("--threads", type=_positive, help="threads to use (default: every core)")
+    command.add_argument("--threads", type=values.positive, help="threads to use (default: every core)")
     command.add_argument("--force", action="store_true", help="replace what is there, which may be OLD")
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="RUN", help="a run folder, or an artifact folder")
     command.add_argument("-o", "--out", required=True, metavar="DIR", help="a new or empty folder")
-    command.add_argument("--threads", type=_positive, help="threads of the runtime there (default: the record's)")
+    command.add_argument("--threads", type=values.positive, help="threads of the runtime there (default: the record's)")
     command.add_argument("--force", action="store_true", help="replace a folder that this command wrote")
 
 
@@ -305,9 +270,9 @@ def _record(command: argparse.ArgumentParser) -> None:
 
 
 def _timing(parser: argparse.ArgumentParser, seconds: float) -> None:
-    parser.add_argument("--threads", type=_positive, help="threads of the runtimes (default: every core)")
+    parser.add_argument("--threads", type=values.positive, help="threads of the runtimes (default: every core)")
     parser.add_argument(
-        "--seconds", type=_duration, default=seconds, help="timed seconds per artifact (default: %(default)s)"
+        "--seconds", type=values.duration, default=seconds, help="timed seconds per artifact (default: %(default)s)"
     )
 
 
@@ -346,6 +311,12 @@ _COMMANDS = (
         "Re-measure the figures of a record on this machine and report which hold.",
         "penjing verify runs/first --task net.py:task",
         _verify,
+    ),
+    _Command(
+        "compare",
+        "Several runs side by side: their artifacts, what differs, and what can't be compared.",
+        "penjing compare runs/first runs/second\npenjing compare runs/* --html runs.html --picture runs.svg",
+        _compare,
     ),
     _Command(
         "pack",

@@ -1,5 +1,7 @@
 """What a run writes: the record and its figures, manifest, events, run folder. Opens without torch."""
 
+from penjing.records.comparison import Comparison, Conflict, compare
+from penjing.records.differences import Difference
 from penjing.records.json_form import from_dict, read, to_json
 from penjing.records.layers import BranchesRow, CutRow, GainRow, GroupRow, LayerRow, NoiseRow, SensitivityRow
 from penjing.records.parity import PairParity, Parity, ParityRow, Rejection, furthest
@@ -25,15 +27,19 @@ from penjing.records.record import (
     Training,
     Zeros,
 )
+from penjing.records.runs import RunRow
 
 __all__ = [
     "BranchesRow",
     "Candidate",
+    "Comparison",
+    "Conflict",
     "CurvePoint",
     "CutRow",
     "DeviceFigures",
     "DeviceParity",
     "DeviceRun",
+    "Difference",
     "Energy",
     "FORMAT",
     "GainRow",
@@ -52,12 +58,14 @@ __all__ = [
     "Record",
     "Reference",
     "Rejection",
+    "RunRow",
     "SensitivityRow",
     "StepCost",
     "TargetRow",
     "Training",
     "WEIGHTS_FILE",
     "Zeros",
+    "compare",
     "from_dict",
     "furthest",
     "read",

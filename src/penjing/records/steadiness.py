@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from penjing.records import Latency
+from penjing.records.record import Latency
 
 SPREAD = 0.4
 """IQR over median of timed calls. On a quiet machine it is below 0.1, with a neighbour in the caches or a clock that

@@ -77,8 +77,13 @@ def render(record: records.Record) -> str:
     )
 
 
-@functools.cache
 def _template() -> jinja2.Template:
+    return environment().get_template("report.html.j2")
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """What templates are rendered in: everything is escaped, and what is not defined is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("penjing.report", "."),
         autoescape=True,
@@ -88,7 +93,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.globals.update(vocabulary())
-    return environment.get_template("report.html.j2")
+    return environment
 
 
 def _legible(value: Any) -> Any:
@@ -123,7 +128,7 @@ def vocabulary() -> Mapping[str, Any]:
         "parity": scatter.parity,
         "ring": scatter.RING,
         "percent_of": percent_of,
-        "setting": _setting,
+        "setting": setting,
         "measures": skyline.MEASURES,
         "absent": numbers.ABSENT,
     }
@@ -185,7 +190,7 @@ def recipe(entries: Sequence[Any]) -> tuple[RecipeStep, ...]:
         else:
             name = entry[key] if key else "step"
             rest = {k: v for k, v in entry.items() if k != key}
-        steps.append(RecipeStep(str(name), tuple((str(k), _setting(v)) for k, v in rest.items() if not _unset(v))))
+        steps.append(RecipeStep(str(name), tuple((str(k), setting(v)) for k, v in rest.items() if not _unset(v))))
     return tuple(steps)
 
 
@@ -193,20 +198,20 @@ def _unset(value: Any) -> bool:
     return value is None or value in ([], {}, ())
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
     """A setting as text; a step within a step as its name and its settings.
 
-    >>> _setting({"Finetune": {"epochs": 2, "minutes": None, "clip": [{"Clip": {"norm": "l2"}}]}})
+    >>> setting({"Finetune": {"epochs": 2, "minutes": None, "clip": [{"Clip": {"norm": "l2"}}]}})
     'Finetune(epochs 2, clip Clip(norm l2))'
     """
     if isinstance(value, Mapping):
         inner = [(k, v) for k, v in value.items() if not _unset(v)]
         if len(inner) == 1 and isinstance(inner[0][1], Mapping):
             name, settings = inner[0]
-            return f"{name}({', '.join(f'{k} {_setting(v)}' for k, v in settings.items() if not _unset(v))})"
-        return ", ".join(f"{k} {_setting(v)}" for k, v in inner)
+            return f"{name}({', '.join(f'{k} {setting(v)}' for k, v in settings.items() if not _unset(v))})"
+        return ", ".join(f"{k} {setting(v)}" for k, v in inner)
     if isinstance(value, list | tuple):
-        return ", ".join(_setting(v) for v in value)
+        return ", ".join(setting(v) for v in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -76,21 +76,21 @@ def comparison(record: records.Record) -> Table:
 
     If drops are relative to another network, its figures are in a separate column.
     """
-    table = _table()
-    _column(table, "")
+    table = plain_table()
+    column(table, "")
     if record.reference is not None:
-        _column(table, "reference", "right")
-    _column(table, "source", "right")
-    _column(table, record.chosen.name if record.chosen else "artifact", "right")
-    _column(table, "")
+        column(table, "reference", "right")
+    column(table, "source", "right")
+    column(table, record.chosen.name if record.chosen else "artifact", "right")
+    column(table, "")
     for row in compared.rows(record):
         style = {True: "green", False: "yellow", None: ""}[row.better]
         label = f"{row.label} ({row.note})" if row.note else row.label
         reference = () if record.reference is None else (row.reference_text,)
-        table.add_row(*map(_cell, (label, *reference, row.source_text, row.artifact_text)), _cell(row.words, style))
+        table.add_row(*map(cell, (label, *reference, row.source_text, row.artifact_text)), cell(row.words, style))
         if row.floor is not None:
             blank = () if record.reference is None else ("",)
-            table.add_row(*map(_cell, (f"  {verdict.FLOOR}", *blank, row.floor_text, "", row.floor_words)))
+            table.add_row(*map(cell, (f"  {verdict.FLOOR}", *blank, row.floor_text, "", row.floor_words)))
     if record.target is not None:
         table.caption = f"latency, throughput and memory are this machine's, not those of {record.target.name}"
     return table
@@ -113,12 +113,12 @@ def gains(rows: Iterable[records.GainRow]) -> list[str]:
 
 def devices(record: records.Record) -> Table:
     """The artifact on this machine, and on every device that was added: a row each."""
-    table = _table()
-    _column(table, "device")
+    table = plain_table()
+    column(table, "device")
     for title in ("threads", "latency", "loading", "peak memory", "energy", "parity"):
-        _column(table, title, "right")
+        column(table, title, "right")
     for row in compared.devices(record):
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(cell, row))
     return table
 
 
@@ -128,10 +128,10 @@ def measurements(rows: Mapping[str, records.Measured]) -> Table:
     Args:
         rows: Title of the column → figures of the artifact, including its latency.
     """
-    table = _table()
-    _column(table, "")
+    table = plain_table()
+    column(table, "")
     for name in rows:
-        _column(table, name, "right")
+        column(table, name, "right")
     for figure in FIGURES.values():
         values = [None if figure.read is None else figure.read(row) for row in rows.values()]
         if all(value is None for value in values) and figure.unit != "metric":
@@ -140,7 +140,7 @@ def measurements(rows: Mapping[str, records.Measured]) -> Table:
             words = [numbers.ABSENT if value is None else f"{value:.4f}" for value in values]
         else:
             words = [numbers.figure(value, figure.unit) for value in values]
-        table.add_row(*map(_cell, (figure.label or figure.name, *words)))
+        table.add_row(*map(cell, (figure.label or figure.name, *words)))
         if figure.name == "latency_ms":
             _timings(table, [row.latency_ms for row in rows.values() if row.latency_ms is not None])
     return table
@@ -155,7 +155,7 @@ def _timings(table: Table, latencies: Sequence[records.Latency]) -> None:
         "  batch, threads": lambda t: f"{t.batch}, {t.threads}",
     }
     for word, show in words.items():
-        table.add_row(*map(_cell, (word, *map(show, latencies))))
+        table.add_row(*map(cell, (word, *map(show, latencies))))
 
 
 def candidates(record: records.Record) -> Table:
@@ -166,17 +166,17 @@ def candidates(record: records.Record) -> Table:
     integer operators among those counted in the runtime's graph. Below the table are notes: the lowest signal-to-noise
     ratios against what was planned with their limits, and the reasons why candidates do not meet the goal.
     """
-    table = _table()
-    _column(table, "candidate")
+    table = plain_table()
+    column(table, "candidate")
     names = (record.metric_name, "drop", "latency", "×", "size", "dB", "agree", "int", "met")
     for name in names:
-        _column(table, name, "right")
+        column(table, name, "right")
     for c in (*record.candidates, *record.rejected):
         chosen = c.name == record.goal.chosen
         style = "bold" if chosen else ""
         cells = (f"{c.name} *" if chosen else c.name, *_figures(record, c))
-        goal = _cell("no", "red") if c.rejection else _cell(*(("yes", "green") if c.met else ("no", "yellow")))
-        table.add_row(*(_cell(text, style) for text in cells), goal)
+        goal = cell("no", "red") if c.rejection else cell(*(("yes", "green") if c.met else ("no", "yellow")))
+        table.add_row(*(cell(text, style) for text in cells), goal)
     shown = (*record.candidates, *record.rejected)
     reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in shown if c.reason and not c.met)
     notes = [] if record.selected is None else [f"{record.metric_name}: {compared.by_select(record)}"]
@@ -203,25 +203,25 @@ def _least_db(shown: Sequence[records.Candidate]) -> list[str]:
 
 def layers(rows: Sequence[records.LayerRow]) -> Table:
     """Cost and executed precision of every layer; reasons are listed once below the table."""
-    table = _table()
+    table = plain_table()
     seen = any(r.executed is not None for r in rows)
     heads = ("parameters", "MACs", "share", "activations", *(("executed",) if seen else ("planned",)))
-    _column(table, "layer")
-    _column(table, "kind")
+    column(table, "layer")
+    column(table, "kind")
     for head in heads:
-        _column(table, head, "left" if head in ("executed", "planned") else "right")
+        column(table, head, "left" if head in ("executed", "planned") else "right")
     total = sum(r.macs for r in rows)
     reasons = {text: i for i, text in enumerate(dict.fromkeys(r.reason for r in rows if r.reason), 1)}
     for r in rows:
         executed = (r.executed or "-") if seen else r.planned
         note = f" [{reasons[r.reason]}]" if r.reason else ""
         table.add_row(
-            *map(_cell, (r.name, r.kind)),
-            _cell(numbers.figure(r.parameters, "count") if r.parameters else "-"),
-            _cell(numbers.figure(r.macs, "count") if r.macs else "-"),
-            _cell(numbers.share(r.macs / total) if total and r.macs else "-"),
-            _cell(numbers.figure(r.activation_bytes, "bytes") if r.activation_bytes else "-"),
-            _cell(executed + note, _STYLES[arithmetic.family(executed)]),
+            *map(cell, (r.name, r.kind)),
+            cell(numbers.figure(r.parameters, "count") if r.parameters else "-"),
+            cell(numbers.figure(r.macs, "count") if r.macs else "-"),
+            cell(numbers.share(r.macs / total) if total and r.macs else "-"),
+            cell(numbers.figure(r.activation_bytes, "bytes") if r.activation_bytes else "-"),
+            cell(executed + note, _STYLES[arithmetic.family(executed)]),
         )
     return _captioned(table, [f"[{i}] {text}" for text, i in reasons.items()])
 
@@ -232,25 +232,25 @@ def noise(rows: Sequence[records.NoiseRow], limit: int = 20) -> Table:
     Decibels are the ratios at the network's outputs when only that operator is quantized; ``share`` is its share of the
     total noise after the repair.
     """
-    table = _table()
-    _column(table, "operator")
-    _column(table, "")
+    table = plain_table()
+    column(table, "operator")
+    column(table, "")
     for head in ("weights", "repaired", "inputs", "range", "clipped", "share"):
-        _column(table, head, "right")
-    _column(table, "remedy")
+        column(table, head, "right")
+    column(table, "remedy")
     noisy = sorted(rows, key=lambda r: -max(r.share, 10 ** (-(r.weights_db or 200) / 10)))[:limit]
     largest = max((r.share for r in noisy), default=0)
     for r in noisy:
         decibels = (f"{v:.1f} dB" if v is not None else "-" for v in (r.weights_db, r.repaired_db, r.activations_db))
         reach = f"{r.low:.3g}..{r.high:.3g}" if r.low is not None and r.high is not None else "-"
         table.add_row(
-            _cell(r.name),
+            cell(r.name),
             ProgressBar(total=max(largest, 1e-12), completed=r.share, width=10),
-            *map(_cell, decibels),
-            _cell(reach),
-            _cell("-" if r.clipped is None else numbers.share(r.clipped)),
-            _cell(numbers.share(r.share)),
-            _cell(r.remedy, "yellow" if r.remedy == "floating point" else "green"),
+            *map(cell, decibels),
+            cell(reach),
+            cell("-" if r.clipped is None else numbers.share(r.clipped)),
+            cell(numbers.share(r.share)),
+            cell(r.remedy, "yellow" if r.remedy == "floating point" else "green"),
         )
     return table
 
@@ -268,21 +268,21 @@ def branches(rows: Sequence[records.BranchesRow]) -> list[str]:
 
 def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int = 15) -> Table:
     """The `limit` groups of coupled channels with the most parameters; `held`: tensor that is not prunable → why."""
-    table = _table()
+    table = plain_table()
     for head, justify in (("channels made by", "left"), ("units", "right"), ("tensors", "right")):
-        _column(table, head, "right" if justify == "right" else "left")
+        column(table, head, "right" if justify == "right" else "left")
     for head in ("parameters", "MACs of its layers"):
-        _column(table, head, "right")
-    _column(table, "pruning is")
+        column(table, head, "right")
+    column(table, "pruning is")
     for row in sorted(rows, key=lambda r: -r.parameters)[:limit]:
         exact = f"approximate: {', '.join(row.statistics[:2])}" if row.statistics else "exact"
         table.add_row(
-            _cell(row.name),
-            _cell(str(row.units)),
-            _cell(str(len({cut.tensor for cut in row.cuts}))),
-            _cell(numbers.figure(row.parameters, "count")),
-            _cell(numbers.figure(row.macs, "MACs")),
-            _cell(exact),
+            cell(row.name),
+            cell(str(row.units)),
+            cell(str(len({cut.tensor for cut in row.cuts}))),
+            cell(numbers.figure(row.parameters, "count")),
+            cell(numbers.figure(row.macs, "MACs")),
+            cell(exact),
         )
     units = sum(row.units for row in rows)
     lines = [f"{len(rows)} groups with {units} units that can be removed"]
@@ -294,18 +294,18 @@ def groups(rows: Sequence[records.GroupRow], held: Mapping[str, str], limit: int
 
 def chart(rows: Sequence[records.LayerRow], limit: int = 15) -> Table:
     """The `limit` costliest layers, with bars for multiply-accumulates and for bytes of weights."""
-    table = _table()
-    _column(table, "the costliest layers")
+    table = plain_table()
+    column(table, "the costliest layers")
     for head in ("MACs", "", "weights", ""):
-        _column(table, head, "left" if head else "right")
+        column(table, head, "left" if head else "right")
     macs, weights = max((r.macs for r in rows), default=0), max((r.weight_bytes for r in rows), default=0)
     for r in sorted(rows, key=lambda r: -r.macs)[:limit]:
         table.add_row(
-            _cell(r.name),
+            cell(r.name),
             ProgressBar(total=max(macs, 1), completed=r.macs, width=16),
-            _cell(numbers.figure(r.macs, "count")),
+            cell(numbers.figure(r.macs, "count")),
             ProgressBar(total=max(weights, 1), completed=r.weight_bytes, width=16),
-            _cell(numbers.figure(r.weight_bytes, "bytes")),
+            cell(numbers.figure(r.weight_bytes, "bytes")),
         )
     return table
 
@@ -335,16 +335,19 @@ def _agreement(value: float) -> str:
     return "100 %" if value == 1 else numbers.share(value)
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """A table without frames, as tight as the terminal is narrow."""
     # One space between columns: ten columns have to fit into 80 characters.
     return _Roomy(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold", caption_justify="left")
 
 
-def _column(table: Table, head: str, justify: JustifyMethod = "left") -> None:
-    table.add_column(_cell(head, "bold"), justify=justify, overflow="fold")
+def column(table: Table, head: str, justify: JustifyMethod = "left") -> None:
+    """Add a column; text that is too long for it is folded."""
+    table.add_column(cell(head, "bold"), justify=justify, overflow="fold")
 
 
-def _cell(text: str, style: str = "") -> Legible:
+def cell(text: str, style: str = "") -> Legible:
+    """A cell whose text may come from anywhere."""
     return Legible(text, style, end="")
 
 
