@@ -12,6 +12,7 @@ import pytest
 
 from penjing import records, runtimes
 from penjing.errors import OutputError, RecordError
+from penjing.measure import meters
 from penjing.pipeline.device import _packages, _script, add_device, write_bench
 from penjing.pipeline.verify import verify
 from penjing.records.device import read_bench
@@ -153,32 +154,32 @@ def _write(path, value):
 def test_energy_of_a_counter_and_of_a_sensor(tmp_path):
     zone = tmp_path / "rapl/class/powercap/intel-rapl:0/energy_uj"
     _write(zone, 1000)
-    name, read = on_device.power_meter(tmp_path / "rapl")
-    with on_device.metered((name, read)) as energy:
+    name, read = meters.power_meter(tmp_path / "rapl")
+    with meters.metered((name, read)) as energy:
         _write(zone, 6000)
     assert name.startswith("RAPL") and energy["mj"] == 5.0
-    with on_device.metered((name, read)) as energy:
+    with meters.metered((name, read)) as energy:
         _write(zone, 10)  # it began again
     assert energy == {}
 
     chip = tmp_path / "ina/class/hwmon/hwmon1"
     for file, value in (("name", "ina3221"), ("in1_label", "VDD_IN"), ("in1_input", 5000), ("curr1_input", 400)):
         _write(chip / file, value)
-    name, read = on_device.power_meter(tmp_path / "ina")
+    name, read = meters.power_meter(tmp_path / "ina")
     assert "VDD_IN" in name and read() == pytest.approx(2.0)
-    with on_device.metered((name, read)) as energy:
+    with meters.metered((name, read)) as energy:
         start = time.perf_counter()
-        time.sleep(4 * on_device.SAMPLING_S)
+        time.sleep(4 * meters.SAMPLING_S)
         seconds = time.perf_counter() - start
     assert energy["mj"] == pytest.approx(2e3 * seconds, rel=0.2)
 
     supply = tmp_path / "battery/class/power_supply/BAT0"
     for file, value in (("status", "Discharging"), ("current_now", -500_000), ("voltage_now", 4_000_000)):
         _write(supply / file, value)
-    name, read = on_device.power_meter(tmp_path / "battery")
+    name, read = meters.power_meter(tmp_path / "battery")
     assert name.startswith("battery") and read() == pytest.approx(2.0)
     _write(supply / "status", "Charging")
-    assert on_device.power_meter(tmp_path / "battery") is None
+    assert meters.power_meter(tmp_path / "battery") is None
 
 
 def test_integer_outputs_and_nan_are_judged():

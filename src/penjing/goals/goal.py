@@ -249,9 +249,12 @@ def check(goal: Goal, candidate: Candidate) -> tuple[bool, str]:
             met.append(f"{limit.figure} {_words(limit.figure, value)} is {side} {_words(limit.figure, limit.value)}")
     objective, _ = goal.objective()
     latency = candidate.measured.latency_ms
-    busy = ""
-    if latency is not None and not latency.steady and {objective, *(m.figure for m in goal.all_limits())} & _TIMED:
+    busy, asked = "", {objective, *(m.figure for m in goal.all_limits())}
+    if latency is not None and not latency.steady and asked & _TIMED:
         busy = f"; busy machine, so its timing can't be trusted: {latency.doubt}"
+    energy = candidate.measured.energy_mj
+    if energy is not None and energy.method == "model" and "energy_mj" in asked:
+        busy += "; energy is modelled, not measured"
     if values[objective] is None and f"{objective} was not measured" not in failed:
         failed.append(f"{objective} was not measured")
     if failed:

@@ -110,7 +110,7 @@ def compare(
         children, load_ms = [], {}
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penjing-")))
         for index, target in enumerate(targets):
-            child = stack.enter_context(_child(target, folder / f"{index}.npz", threads, opener))
+            child = stack.enter_context(started(target, folder / f"{index}.npz", threads, opener))
             load_ms[target.name] = child.ready()
             child.run(seconds=warmup_seconds, max_calls=MAX_CALLS, min_calls=warmup_calls)
             children.append(child)
@@ -129,7 +129,7 @@ def compare(
     }
 
 
-def _child(target: Target, inputs: Path, threads: int, opener: str) -> Child:
+def started(target: Target, inputs: Path, threads: int, opener: str) -> Child:
     """Start a worker that opens a target; its inputs are written to the file `inputs`."""
     np.savez(inputs, *target.inputs)
     return Child(

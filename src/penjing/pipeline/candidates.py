@@ -11,6 +11,7 @@ from typing import Any
 from penjing import measure, runtimes
 from penjing.analyze.activations import Activations
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, TargetError, TaskError
+from penjing.measure import energy
 from penjing.numerics import compiled
 from penjing.pipeline import building, drafts, evidence, fitting, gains, picking
 from penjing.pipeline.bisecting import located
@@ -149,6 +150,7 @@ def candidate(
             packed_bytes=packed,
             parameters=sum(p.numel() for p in draft.network.parameters()),
             macs=sum(row.macs for row in rows),
+            energy_mj=energy.modelled(rows, run.batch),
         ),
         parity=parity,
         integer_operators=integer,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from penjing import measure
+from penjing import measure, records
 from penjing.errors import TaskError, UsageError
+from penjing.measure import energy
 from penjing.network.capture import capture_network
-from penjing.pipeline import building
+from penjing.pipeline import building, energies
 from penjing.pipeline.metrics import metric_of
 from penjing.pipeline.timing import timed
 from penjing.pipeline.verify import batch_of
-from penjing.records import Measured, steadiness
-from penjing.records.folder import ARTIFACT, SOURCE
+from penjing.records import Energy, LayerRow, Measured, steadiness
+from penjing.records.folder import ARTIFACT, RECORD, SOURCE
 from penjing.records.manifest import MANIFEST, read_manifest
 from penjing.runtimes import isolated
 from penjing.runtimes.artifact import predictor
@@ -69,7 +70,33 @@ def measure_artifact(
         targets = [measure.Target(name, folder, inputs, samples) for name, folder in folders.items()]
         patience = steadiness.PATIENCE if seconds >= steadiness.WORTH_SECONDS else 1
         timings = measure.compare(targets, threads=threads, seconds=seconds, patience=patience, events=events)
-        return {name: timed(_figures(folder, task, threads), timings[name]) for name, folder in folders.items()}
+        spent = _energies(Path(artifact), folders, targets, threads, seconds, events)
+        return {
+            name: timed(_figures(folder, task, threads), timings[name], spent.get(name))
+            for name, folder in folders.items()
+        }
+
+
+def _energies(
+    run: Path,
+    folders: Mapping[str, Path],
+    targets: Sequence[measure.Target],
+    threads: int,
+    seconds: float,
+    events: Callable[..., None] | None,
+) -> dict[str, Energy]:
+    """Measured energies where this machine has a meter for each of them, otherwise those that a run's record models."""
+    of = {name: energies.meter_of(read_manifest(folder).runtime) for name, folder in folders.items()}
+    spent: dict[str, Energy] = {}
+    for target in targets:
+        if (meter := of[target.name]) is not None and all(of.values()):
+            spent |= energy.measured([target], meter, threads=threads, seconds=seconds, events=events)
+    if len(spent) == len(targets) or not (run / RECORD).exists():
+        return spent if len(spent) == len(targets) else {}
+    record = records.read(run)
+    rows: dict[str, Sequence[LayerRow]] = {"source": record.layers}
+    rows |= {"artifact": record.chosen.layers} if record.chosen is not None else {}
+    return {t.name: energy.modelled(rows[t.name], t.batch) for t in targets if rows.get(t.name)}
 
 
 def _artifact_folder(path: Path) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 
 from penjing import measure, records, runtimes
 from penjing.errors import ArtifactError, OutputError, RecordError
+from penjing.measure import meters
 from penjing.pipeline import evidence
 from penjing.pipeline.verify import batch_of
 from penjing.records import Candidate, DeviceRun, Record
@@ -81,6 +82,7 @@ def write_bench(source: Path | str, out: Path | str, *, threads: int | None = No
             "samples": SAMPLES,
             "batch": batch,
             "threads": threads,
+            "gpu": runtimes.SPECS[manifest.runtime].place is runtimes.NVIDIA,
             "limits": _limits(manifest, chosen),
             "against": PLANNED if record is not None else OWN,
         }
@@ -189,8 +191,12 @@ def _script(manifest: Manifest, facts: dict[str, Any]) -> str:
     head = _module(manifest.runtime).LOAD.replace("@ALONE@", "").replace("@FOLDER@", ".")
     head = head.replace("@THREADS@", str(facts["threads"]))
     head = re.sub(r'\A""".*?"""\n', "", head, flags=re.DOTALL)  # its own docstring
+    meters_alone = inspect.getsource(meters).partition("from __future__ import annotations\n")[2]
+    measuring = re.sub(
+        r"from penjing\.measure\.meters import .*\n", lambda _: meters_alone, inspect.getsource(on_device)
+    )
     return (
-        inspect.getsource(on_device)
+        measuring
         + "\n\ndef open_artifact():\n"
         + textwrap.indent(head.strip("\n"), "    ")
         + "\n\n    return run\n\n\n"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from penjing import measure, records
 from penjing.analyze.cost import cost
-from penjing.measure import time_limits
+from penjing.measure import energy, time_limits
 from penjing.numerics import compiled
 from penjing.pipeline import evidence, fitting, questions, reference, targeting
 from penjing.pipeline import request as requests
@@ -218,5 +218,6 @@ def source_figures(run: Run) -> tuple[Measured, tuple[LayerRow, ...]]:
         packed_bytes=packed,
         parameters=sum(p.numel() for p in run.network.parameters()),
         macs=sum(row.macs for row in rows),
+        energy_mj=energy.modelled(rows, run.batch),
     )
     return figures, rows

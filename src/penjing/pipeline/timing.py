@@ -9,11 +9,11 @@ from typing import Any
 
 from penjing import measure, runtimes
 from penjing.errors import PenjingError
-from penjing.pipeline import evidence
+from penjing.pipeline import energies, evidence
 from penjing.pipeline.building import build
 from penjing.pipeline.prepare import Prepared
 from penjing.pipeline.run import Run
-from penjing.records import Candidate, Measured, from_dict, steadiness
+from penjing.records import Candidate, Energy, Measured, from_dict, steadiness
 from penjing.records.folder import SOURCE, STATE
 from penjing.records.manifest import Manifest, read_manifest
 from penjing.steps.draft import Draft
@@ -41,10 +41,12 @@ def measure_all(prepared: Prepared, candidates: Sequence[Candidate]) -> Timed:
     offered = [c for c in here if c.rejection is None] or here
     plain = floors(run, here, prepared.source, prepared.structure)
     timings = latencies(run, prepared.manifest, offered, plain)
+    known = energies.named_by(prepared.order.goal) and run.target is None
+    spent = _metered(run, prepared.manifest, [c for c in offered if c.name in timings]) if known else {}
     return Timed(
-        source=timed(prepared.source, timings["source"]),
+        source=timed(prepared.source, timings["source"], spent.get("source")),
         candidates=tuple(
-            replace(c, measured=timed(c.measured, timings[c.name])) if c.name in timings else c
+            replace(c, measured=timed(c.measured, timings[c.name], spent.get(c.name))) if c.name in timings else c
             for c in candidates
             if c.name in timings or c.rejection is not None
         ),
@@ -96,10 +98,7 @@ def latencies(
     """
     if stored := run.folder.read_state("latency"):
         return {name: from_dict(measure.Timing, value) for name, value in stored.items()}
-    inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
-    folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
-    folders |= {f"floor-{runtime}": run.folder.path / _floor(runtime) for runtime in floors}
-    targets = [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
+    targets = _targets(run, manifest, candidates, floors)
     timings: dict[str, measure.Timing] = {}
     with run.costing("measure latency"):
         while not timings:
@@ -121,8 +120,21 @@ def latencies(
     return timings
 
 
-def timed(measured: Measured, timing: measure.Timing) -> Measured:
-    """The figures with latency, throughput and memory filled in."""
+def _targets(
+    run: Run, manifest: Manifest, candidates: Sequence[Candidate], floors: Collection[str] = ()
+) -> list[measure.Target]:
+    inputs = evidence.arrays(manifest, evidence.one_call(run.task, run.batch))
+    folders = {"source": run.folder.path / SOURCE} | {c.name: run.folder.path / c.folder for c in candidates}
+    folders |= {f"floor-{runtime}": run.folder.path / _floor(runtime) for runtime in floors}
+    return [measure.Target(name, folder, inputs, run.batch) for name, folder in folders.items()]
+
+
+def _metered(run: Run, manifest: Manifest, candidates: Sequence[Candidate]) -> dict[str, Energy]:
+    return energies.metered(run, candidates, _targets(run, manifest, candidates))
+
+
+def timed(measured: Measured, timing: measure.Timing, energy: Energy | None = None) -> Measured:
+    """The figures with latency, throughput and memory filled in, and an energy that was measured."""
     latency = timing.latency
     return replace(
         measured,
@@ -130,4 +142,5 @@ def timed(measured: Measured, timing: measure.Timing) -> Measured:
         throughput_per_s=1000 * latency.batch / latency.median,
         peak_memory_bytes=timing.peak_memory_bytes,
         load_ms=timing.load_ms,
+        energy_mj=energy or measured.energy_mj,
     )

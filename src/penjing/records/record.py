@@ -37,10 +37,19 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Millijoules of one call; `method` is "measured" or "model"."""
+    """Millijoules of one call.
+
+    Attributes:
+        value: Of all samples of the call together.
+        method: "measured" or "model".
+        source: Of a measurement the meter and what became of idle power, of a model where its constants are from.
+        spread: Of a measurement, the interquartile range over the turns divided by the median.
+    """
 
     value: float
     method: str
+    source: str = ""
+    spread: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,11 +280,22 @@ def _p95(source: records.Measured, artifact: records.Measured) -> Row:
 
 
 def _energy(row: Row, source: records.Measured, artifact: records.Measured, plain: records.Measured | None) -> Row:
-    return replace(row, source_note=_by(source.energy_mj), artifact_note=_by(artifact.energy_mj))
+    before, after = source.energy_mj, artifact.energy_mj
+    if before is None or after is None or before.method == after.method == "model":
+        return replace(row, note=by(before or after))
+    return replace(row, source_note=by(before), artifact_note=by(after))
 
 
-def _by(energy: records.Energy | None) -> str:
-    return "" if energy is None else "from a model" if energy.method == "model" else energy.method
+def by(energy: records.Energy | None) -> str:
+    """How an energy is known, in words.
+
+    >>> by(records.Energy(value=1.0, method="model")), by(records.Energy(value=1.0, method="measured", source="RAPL"))
+    ('modelled', 'measured, RAPL')
+    """
+    if energy is None or energy.method == "model":
+        return "" if energy is None else "modelled"
+    spread = "" if energy.spread is None else f", spread {numbers.share(energy.spread)}"
+    return f"{energy.method}{f', {energy.source}' if energy.source else ''}{spread}"
 
 
 _P95 = replace(

@@ -9,6 +9,7 @@ ABSENT = "not measured"
 
 # Smallest value, divisor, and suffix.
 _TIMES_MS = ((1e3, 1e3, "s"), (1e-2, 1.0, "ms"), (1e-5, 1e-3, "µs"), (0.0, 1e-6, "ns"))
+_TIMES_MJ = ((1e3, 1e3, "J"), (1e-2, 1.0, "mJ"), (0.0, 1e-3, "µJ"))
 _THOUSANDS = tuple((f, f, p) for f, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))) + ((0.0, 1.0, ""),)
 _SHARES = re.compile(
     r"accuracy|agreement|precision|recall|top.?\d|\b(acc|f1|m?ap|m?iou|auc|auroc|dice)\b", re.IGNORECASE
@@ -25,8 +26,8 @@ def figure(value: float | None, unit: str) -> str:
 
     >>> figure(0.2814, "ms"), figure(1_117_000, "bytes"), figure(40_813_184, "MACs"), figure(0.934, "%")
     ('0.281 ms', '1.12 MB', '40.8 M MACs', '93.40 %')
-    >>> figure(None, "ms")
-    'not measured'
+    >>> figure(None, "ms"), figure(0.0042, "mJ")
+    ('not measured', '4.20 µJ')
     """
     if value is None:
         return ABSENT
@@ -34,6 +35,8 @@ def figure(value: float | None, unit: str) -> str:
         return _endless(value)
     if unit == "ms":
         return _scaled(value, _TIMES_MS)
+    if unit == "mJ":
+        return _scaled(value, _TIMES_MJ)
     if unit == "s":
         return duration(value)
     if unit == "%":

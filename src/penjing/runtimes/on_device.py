@@ -1,7 +1,8 @@
 """What `bench.py` does on a device: hashes, latency, memory, energy and parity of an artifact, as JSON.
 
 `penjing bench` writes this file's text into a folder, with the artifact's facts and its opener behind it. It runs there
-with Python, NumPy and the artifact's runtime alone, so nothing of Penjing is imported here.
+with Python, NumPy and the artifact's runtime alone: the text of `penjing.measure.meters` stands there in place of the
+import from it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ import math
 import os
 import pathlib
 import platform
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from penjing.measure.meters import gpu_meter, metered, power_meter, text_of
 
 ROUNDS = 7  # of timed calls; their medians show whether the device was steady
 WARM_UP_S, WARM_UP_CALLS = 0.5, 5
-SAMPLING_S = 0.05  # between two readings of a power meter
 HELD, FAILED = 0, 3
 Run = Callable[[list[Any]], list[Any]]
 """One call of the artifact: a flat list of arrays in, a flat list of arrays out."""
@@ -44,7 +44,7 @@ def main(
     """Measure, and print JSON; the exit code: 0, or 3 where the parity does not hold.
 
     Args:
-        facts: What `penjing bench` wrote: hashes, files, batch, limits, packages.
+        facts: What `penjing bench` wrote: hashes, files, batch, limits, packages, whether it runs on a GPU.
         folder: Where the files lie.
         opener: Opens the artifact with as many threads as the environment variable THREADS says.
         arguments: Of the command line.
@@ -68,7 +68,8 @@ def main(
     except ModuleNotFoundError as error:
         sys.exit(f"the package {error.name} is not installed here; try: pip install {' '.join(facts['packages'])}")
     load_ms = 1e3 * (time.perf_counter() - start)
-    timed = timings(run, _named(samples, "timed"), parsed.seconds, power_meter(sysfs))
+    meter = gpu_meter() if facts.get("gpu") else power_meter(sysfs)
+    timed = timings(run, _named(samples, "timed"), parsed.seconds, meter)
     peak = _status("VmHWM")
     rows = parity(run(_named(samples, "input")), _named(samples, "expected"), facts["limits"])
     result = {
@@ -149,63 +150,6 @@ def _percentile(ordered: list[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def power_meter(sysfs: pathlib.Path) -> tuple[str, Callable[[], Any]] | None:
-    """What the device tells of its energy: the name of a meter and how to read it; None where there is none.
-
-    A function that returns an int tells microjoules since some moment; one that returns a float tells watts.
-    """
-    zones = [z / "energy_uj" for z in sorted((sysfs / "class/powercap").glob("*-rapl:?")) if _number(z / "energy_uj")]
-    if zones:
-        return "RAPL: the processor package, idle power included", lambda: sum(int(_number(z) or 0) for z in zones)
-    for chip in sorted((sysfs / "class/hwmon").glob("hwmon*")):
-        if _text(chip / "name").startswith("ina"):
-            volts, amperes = sorted(chip.glob("in1_input")), sorted(chip.glob("curr1_input"))
-            if volts and amperes:  # millivolts and milliamperes
-                name = f"{_text(chip / 'name')} {_text(chip / 'in1_label')}".strip()
-                return f"{name}: the whole board, idle power included", partial(_watts, volts[0], amperes[0], 1e6)
-    for supply in sorted((sysfs / "class/power_supply").glob("*")):
-        current, voltage = supply / "current_now", supply / "voltage_now"  # microamperes and microvolts
-        if _text(supply / "status") == "Discharging" and _number(current) and _number(voltage):
-            return "battery: the whole device, idle power included", partial(_watts, current, voltage, 1e12)
-    return None
-
-
-def _watts(first: pathlib.Path, second: pathlib.Path, scale: float) -> float:
-    return abs((_number(first) or 0.0) * (_number(second) or 0.0)) / scale
-
-
-@contextlib.contextmanager
-def metered(meter: tuple[str, Callable[[], Any]] | None) -> Iterator[dict[str, float]]:
-    """Fills in "mj", the millijoules that the block took, where there is a meter."""
-    energy: dict[str, float] = {}
-    if meter is None:
-        yield energy
-        return
-    read = meter[1]
-    before, start = read(), time.perf_counter()
-    if isinstance(before, int):
-        yield energy
-        used = read() - before
-        if used > 0:  # a counter that began again at 0 tells nothing
-            energy["mj"] = used / 1e3
-        return
-    watts: list[float] = []
-    over = threading.Event()
-
-    def sample() -> None:
-        while not over.wait(SAMPLING_S):
-            watts.append(read())
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    yield energy
-    seconds = time.perf_counter() - start
-    over.set()
-    sampler.join()
-    if watts:
-        energy["mj"] = 1e3 * seconds * sum(watts) / len(watts)
-
-
 def parity(outputs: list[Any], expected: list[Any], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The difference of every output from what is expected; of integers the share of equal values is judged.
 
@@ -248,15 +192,15 @@ def parity(outputs: list[Any], expected: list[Any], limits: list[dict[str, Any]]
 
 def device(threads: int) -> dict[str, Any]:
     """What the device says of itself."""
-    processor = _text(pathlib.Path("/proc/device-tree/model")).rstrip("\0")
+    processor = text_of(pathlib.Path("/proc/device-tree/model")).rstrip("\0")
     fields: dict[str, str] = {}
-    for line in _text(pathlib.Path("/proc/cpuinfo")).splitlines():
+    for line in text_of(pathlib.Path("/proc/cpuinfo")).splitlines():
         key, colon, value = line.partition(":")
         if colon:
             fields.setdefault(key.strip().lower(), value.strip())
     processor = processor or fields.get("model name") or fields.get("hardware") or platform.processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = _text(pathlib.Path("/proc/meminfo")).split()
+    memory = text_of(pathlib.Path("/proc/meminfo")).split()
     return {
         "processor": processor or platform.machine(),
         "instruction_sets": sorted((fields.get("flags") or fields.get("features") or "").split()),
@@ -279,7 +223,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def _status(field: str) -> int | None:
     """Bytes of a field of /proc/self/status; elsewhere the peak that the system tells, or None."""
-    for line in _text(pathlib.Path("/proc/self/status")).splitlines():
+    for line in text_of(pathlib.Path("/proc/self/status")).splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     if field != "VmHWM" or sys.platform == "win32":
@@ -292,17 +236,3 @@ def _status(field: str) -> int | None:
 
 def _named(samples: dict[str, Any], prefix: str) -> list[Any]:
     return [samples[name] for name in sorted(samples) if name.startswith(f"{prefix}_")]
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _number(path: pathlib.Path) -> float | None:
-    try:
-        return float(_text(path))
-    except ValueError:
-        return None
