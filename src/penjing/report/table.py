@@ -144,7 +144,7 @@ def measurements(rows: Mapping[str, records.Measured]) -> Table:
         if figure.name == "latency_ms":
             _timings(table, [row.latency_ms for row in rows.values() if row.latency_ms is not None])
         if figure.name == "energy_mj":
-            table.add_row(*map(_cell, ("  known by", *(compared.by(row.energy_mj) for row in rows.values()))))
+            table.add_row(*map(cell, ("  known by", *(compared.by(row.energy_mj) for row in rows.values()))))
     return table
 
 
