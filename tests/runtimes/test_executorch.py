@@ -1,6 +1,8 @@
 """ExecuTorch: a tiny network for every pattern, what is computed in integers, sizes that vary, refusals."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from penjing.pipeline import building
 from penjing.pipeline.building import counted, executed_precisions
 from penjing.runtimes import isolated
 from penjing.runtimes.executorch import _divisible
+from penjing.runtimes.loader import write_loader
 from penjing.steps.plan import Plan
 from penjing.surgery import insert
 from tests.pairs import INTEGER_DB
@@ -166,7 +169,27 @@ def test_more_samples_than_memory_is_set_aside_for_are_passed_in_several_calls(t
     assert artifact.manifest.settings == {"samples": "apart"}
     session = isolated.open_artifact(tmp_path, 1)
     inputs = artifact.arrays(60, seed=3)
-    np.testing.assert_allclose(session.run(inputs)[0], artifact.answers(60, seed=3)[0], rtol=1e-3, atol=1e-2)
+    expected = artifact.answers(60, seed=3)[0]
+    np.testing.assert_allclose(session.run(inputs)[0], expected, rtol=1e-3, atol=1e-2)
+    write_loader(tmp_path / "load.py", artifact.manifest, ".", 1)
+    np.savez(tmp_path / "inputs.npz", fits=inputs[0], other=inputs[0][:4, :-1])
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "(60, 3)", done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), expected, rtol=1e-3, atol=1e-2)
+    assert "is (4, 1023), and the file takes at most" in done.stdout
+
+
+LOADED = """
+import numpy as np
+from load import predict
+with np.load("inputs.npz") as given:
+    np.save("answer.npy", answer := predict(given["fits"]))
+    print(answer.shape)
+    try:
+        predict(given["other"])
+    except ValueError as error:
+        print(error)
+"""
 
 
 @pytest.mark.parametrize(("couples", "divisible"), [(lambda x: x - x.mean(0), False), (torch.tanh, True)])

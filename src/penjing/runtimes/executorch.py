@@ -300,10 +300,33 @@ PROGRAM = MANIFEST["programs"][0]
 _unsafe_reset_threadpool(int(os.environ.get("THREADS", @THREADS@)))  # before anything is loaded
 program = Runtime.get().load_program(HERE / PROGRAM["files"][0])
 method = program.load_method("forward")
+PORTS = PROGRAM["inputs"]
+LARGEST = [tuple(method.metadata.input_tensor_meta(i).sizes()) for i in range(len(PORTS))]  # memory is set aside for
+BATCH = next((port["shape"][0] for port in PORTS if port["shape"] and isinstance(port["shape"][0], str)), None)
+AXES = [port["shape"].index(BATCH) if BATCH in port["shape"] else None for port in PORTS]  # of the samples
+
+
+def call(inputs):
+    """One call. ExecuTorch compares numbers of values alone, and would read other sizes as its own."""
+    for x, port, most in zip(inputs, PORTS, LARGEST):
+        if len(x.shape) != len(most) or any(
+            n > m or (n != m and not isinstance(own, str)) for n, m, own in zip(x.shape, most, port["shape"])
+        ):
+            raise ValueError(f"{port['name']} is {x.shape}, and the file takes at most {most}")
+    return [x.numpy() for x in method.execute([torch.from_numpy(x) for x in inputs])]
 
 
 def run(inputs):
-    """Flat list of arrays in, flat list of arrays out; at most as many samples as method.metadata tells."""
-    return [x.numpy() for x in method.execute([torch.from_numpy(x) for x in inputs])]
+    """Flat list of arrays in, flat list of arrays out; more samples than the file takes are passed in several calls."""
+    counts = [(x.shape[a], most[a]) for x, a, most in zip(inputs, AXES, LARGEST) if a is not None]
+    samples, most = max((n for n, _ in counts), default=0), min((m for _, m in counts), default=0)
+    if samples <= most or MANIFEST["settings"].get("samples") != "apart":  # samples may depend on each other
+        return call(inputs)
+    parts = [
+        call([x if a is None else np.ascontiguousarray(np.take(x, range(i, min(i + most, samples)), a))
+              for x, a in zip(inputs, AXES)])
+        for i in range(0, samples, most)
+    ]
+    return [np.concatenate(results) for results in zip(*parts)]
 
 '''

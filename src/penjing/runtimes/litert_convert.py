@@ -132,7 +132,7 @@ def _flatbuffer(program: Any, inputs: list[str], outputs: list[str]) -> bytes:
     config.unsafe_fuse_dynamic_shaped_broadcast = True
     config.canonicalizing_inf_as_min_max_float = False
     config.enable_x64 = False
-    config.strict_qdq_mode = not os.environ.get("LOOSE")
+    config.strict_qdq_mode = True
     with context:
         converter_api_ext.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
         data: bytes = converter_api_ext.export_flatbuffer_to_bytes(module.operation)
