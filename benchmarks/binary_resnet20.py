@@ -11,6 +11,7 @@ Training resumes where it was stopped.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -78,17 +79,16 @@ def ternary(options):
 
 
 def artifact(options):
-    """The binary network as one library, beside the fp32 source in ONNX Runtime: size, latency, accuracy."""
+    """The binary network in the runtime of kernels, beside the fp32 source in ONNX Runtime: size, latency, accuracy."""
     import gc
 
     import numpy as np
-    import onnxruntime as ort
     import torch
     from binary_kernels import timed
 
-    from penjing.kernels.artifact import open_artifact, write
-    from penjing.kernels.instruction_sets import here
+    from penjing import measure, runtimes
     from penjing.pipeline import building
+    from penjing.runtimes.artifact import predictor
     from penjing.steps.draft import Draft
     from penjing.storage import checkpoint
     from penjing.tasks.outputs import numpy_predictor
@@ -96,36 +96,39 @@ def artifact(options):
     torch.set_num_threads(options.threads)
     network, task = prepared()
     draft = checkpoint.load(options.work / "binary-checkpoint", network)
-    row = {"instructions": here().name}
-    for bits in (16, 32):
-        folder = write(draft.network, (1, 28, 28), options.work / f"artifact-{bits}", float_bits=bits)
-        predict = open_artifact(folder)
-        row[f"{bits} bits"] = {
-            "weights_bytes": (folder / "weights.bin").stat().st_size,
-            "library_bytes": (folder / "network.so").stat().st_size,
+    image = next(iter(task.calibration))
+    expected = numpy_predictor(draft.network)(image.numpy())
+    row, sessions = {}, {}
+    for name, built in {"fp16": draft, "fp32": draft, "source": Draft(network)}.items():
+        folder = options.work / f"artifact-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        runtime, precision = ("onnxruntime", "fp32") if name == "source" else ("kernels", name)
+        manifest = building.build(built, runtime, precision, task, {"kind": "tensor"}, folder)
+        sessions[name] = runtimes.open_artifact(folder, 1)
+        row["instructions"] = manifest.settings.get("instructions", row.get("instructions"))
+        answers = sessions[name].run([image.numpy()])[0]
+        row[name] = {
+            "size_bytes": measure.size_bytes(folder, manifest.files()),
             "folder_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-            "accuracy": task.evaluate(predict),
+            "accuracy": task.evaluate(predictor(sessions[name], manifest)),
+            "snr_db": float(10 * np.log10((expected**2).sum() / ((answers - expected) ** 2).sum())),
         }
-    x = next(iter(task.calibration))
-    expected, exact = numpy_predictor(draft.network)(x.numpy()), open_artifact(options.work / "artifact-32")(x.numpy())
-    row["snr_db"] = float(10 * np.log10((expected**2).sum() / ((exact - expected) ** 2).sum()))
-    fp32 = options.work / "fp32"
-    fp32.mkdir(exist_ok=True)
-    building.build(Draft(network), "onnxruntime", "fp32", task, {"kind": "tensor"}, fp32)
-    row["fp32_bytes"] = sum(path.stat().st_size for path in fp32.rglob("*.onnx"))
-    image = x[:1].numpy()
-    predict = open_artifact(options.work / "artifact-16")
-    sides = {"binary": lambda: predict(image)}
-    for threads in (1, 2):
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads
-        opened = ort.InferenceSession(str(next(fp32.rglob("*.onnx"))), settings, providers=["CPUExecutionProvider"])
-        name = opened.get_inputs()[0].name
-        sides[f"onnxruntime fp32, {threads} threads"] = lambda opened=opened, name=name: opened.run(None, {name: image})
+    weights = [draft.network.get_submodule(name).weight.numel() for name in binary_layers(draft)]
+    row["bits_bytes"] = sum(weights) // 8
+    one = image[:1].numpy()
+    two = runtimes.open_artifact(options.work / "artifact-source", 2)
+    sides = {"binary": sessions["fp16"], "onnxruntime fp32, 1 threads": sessions["source"]}
+    sides |= {"onnxruntime fp32, 2 threads": two}
     gc.collect()
-    row["sides"] = timed(sides, options.seconds)
+    row["sides"] = timed({name: lambda s=session: s.run([one]) for name, session in sides.items()}, options.seconds)
     print(row, flush=True)
     return row
+
+
+def binary_layers(draft):
+    """The binary layers of a draft."""
+    return [name for edit in draft.edits if edit["edit"] == "sign_inputs" for name in edit["layers"]]
 
 
 PARTS = {"binary": binary, "ternary": ternary, "artifact": artifact}

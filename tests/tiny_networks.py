@@ -11,13 +11,14 @@ from torch import fx, nn
 from penjing import runtimes
 from penjing.measure import machine
 from penjing.network.capture import capture_network
+from penjing.numerics.signs import binary
 from penjing.pipeline import building
 from penjing.quantize import Static
 from penjing.records.manifest import Manifest
 from penjing.runtimes.artifact import arrange
 from penjing.steps.draft import Draft
 from penjing.steps.step import Context
-from penjing.surgery import insert
+from penjing.surgery import insert, sign_inputs
 from penjing.tasks.outputs import flatten_outputs
 from penjing.tasks.task import Task, as_call
 
@@ -152,6 +153,8 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
             nn.init.uniform_(part.running_var, 0.5, 2.0)
     task = Task(example=case.inputs(2, seed=0), calibration=[case.inputs(16, seed=seed) for seed in (1, 2)])
     network = capture_network(module.eval(), *task.call())
+    if runtimes.SPECS[runtime].levels:
+        _make_binary(network, "body")
     draft = Draft(network)
     if precision in building.INTEGER:
         capabilities = runtimes.get(runtime).capabilities(machine(1).instruction_sets)
@@ -161,3 +164,12 @@ def export(case: Case, runtime: str, precision: str, folder: Path) -> Exported:
     manifest = building.build(draft, runtime, precision, task, structure, folder)
     reference = insert(draft.network, draft.plan) if draft.plan else network
     return Exported(case, network, reference, draft, manifest, folder, task, structure)
+
+
+def _make_binary(network: fx.GraphModule, layer: str) -> None:
+    """Let a layer multiply signs, around thresholds among its inputs."""
+    sign_inputs(network, [layer])
+    with torch.no_grad():
+        weight = network.get_parameter(f"{layer}.weight")
+        weight.copy_(binary(weight))
+        network.get_parameter(f"{layer}_sign.threshold").uniform_(0.0, 0.5)

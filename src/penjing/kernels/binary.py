@@ -162,19 +162,31 @@ def bases(
         a row of the table.
     """
     taps = signs.sum(-1, dtype=np.int64)  # 1s of every tap, (filters, kernel height, kernel width)
-    inside = []
-    for axis, size in enumerate((shape.height, shape.width)):
-        at = np.arange(shape.outputs[axis])[:, None] * shape.stride[axis] - shape.pad[axis]
-        at = at + np.arange(shape.kernel[axis]) * shape.dilation[axis]
-        inside.append(((at >= 0) & (at < size)) | (padding == "minus"))
-    rows, of_row = np.unique(inside[0], axis=0, return_inverse=True)
-    columns, of_column = np.unique(inside[1], axis=0, return_inverse=True)
+    (rows, of_row), (columns, of_column) = _borders(shape, padding)
     table = threads.aligned((len(rows) * len(columns), lay.filters), np.int32)
     for r, row in enumerate(rows):
         for c, column in enumerate(columns):
             real = row[:, None] & column[None, :]
             table[r * len(columns) + c, : len(taps)] = shape.channels * real.sum() + 2 * (taps * ~real).sum((1, 2))
     return table, (of_row.reshape(-1) * len(columns)).astype(np.int32), of_column.reshape(-1).astype(np.int32)
+
+
+def distinct_borders(shape: Convolution) -> int:
+    """Return how many rows the table of `bases` has for a padding of zeros."""
+    (rows, _), (columns, _) = _borders(shape, "zeros")
+    return len(rows) * len(columns)
+
+
+def _borders(shape: Convolution, padding: Literal["zeros", "minus"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For both axes, which taps can lie inside, (distinct, kernel) bool, and which of these a row or column has."""
+    axes = []
+    for axis, size in enumerate((shape.height, shape.width)):
+        at = np.arange(shape.outputs[axis])[:, None] * shape.stride[axis] - shape.pad[axis]
+        at = at + np.arange(shape.kernel[axis]) * shape.dilation[axis]
+        inside = ((at >= 0) & (at < size)) | (padding == "minus")
+        distinct, which = np.unique(inside, axis=0, return_inverse=True)
+        axes.append((distinct, which))
+    return axes
 
 
 def functions(
@@ -326,4 +338,7 @@ def chunks(shape: Convolution, lay: Layout) -> tuple[tuple[int, int, int], tuple
     return (down, right, words // run), (1, 1, run)
 
 
-__all__ = ["BinaryConvolution", "BinaryProduct", "Convolution", "Layout", "bases", "functions", "layout", "packed"]
+__all__ = [
+    "BinaryConvolution", "BinaryProduct", "Convolution", "Layout", "bases", "distinct_borders", "functions", "layout",
+    "packed", "packed_weights",
+]  # fmt: skip

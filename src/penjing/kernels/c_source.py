@@ -5,6 +5,7 @@ Functions have the names, pointers and layouts of the kernels that TVM generates
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -103,29 +104,63 @@ void {name}(const float *x, const float *sums, const int32_t *weights, const flo
 """
 
 
-LAYERS = """
+HEAD = """
 #include <stdint.h>
 
-static inline void convolve(const float *in, const float *weights, const float *scale, const float *shift, float *out,
-                            int h, int w, int c, int oh, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw,
-                            int dh, int dw) {
+#ifdef __GNUC__
+#define ONCE static __attribute__((noinline, noclone))
+#define SHOWN __attribute__((visibility("default")))
+#else
+#define ONCE static
+#define SHOWN
+#endif
+"""
+"""Of a library: `ONCE` marks functions that are not copied into those that call them, for the library's size."""
+
+
+def included(data: Path) -> str:
+    """Return the source that makes the bytes of a file ``penjing_data``, at an address that is a multiple of 64."""
+    name = str(data).replace("\\", "\\\\").replace('"', '\\"')
+    code = f'.section .rodata\n.balign 64\npenjing_data: .incbin "{name}"\n.previous\n'
+    quoted = code.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'extern const char penjing_data[] __attribute__((visibility("hidden")));\n__asm__("{quoted}");\n'
+
+
+LAYERS = """
+#define BLOCK 16  /* numbers that are computed together: loops of a known length become vectors in little code */
+#define EACH(i, n, ...) \\
+  for (int at_##i = 0; at_##i < (n); at_##i += BLOCK) { \\
+    if (at_##i + BLOCK <= (n)) for (int i = at_##i; i < at_##i + BLOCK; i++) { __VA_ARGS__; } \\
+    else for (int i = at_##i; i < (n); i++) { __VA_ARGS__; } \\
+  }
+
+ONCE void convolve(const float *in, const float *weights, const float *scale, const float *shift, float *out,
+                   int h, int w, int c, int oh, int ow, int f, int kh, int kw, int sh, int sw, int ph, int pw, int dh,
+                   int dw) {
   for (int y = 0; y < oh; y++)
-    for (int x = 0; x < ow; x++, out += f) {
-      for (int o = 0; o < f; o++) out[o] = 0;
-      for (int i = 0; i < kh; i++)
-        for (int j = 0; j < kw; j++) {
-          int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
-          if (row < 0 || row >= h || column < 0 || column >= w) continue;
-          const float *from = in + ((int64_t)row * w + column) * c, *by = weights + ((int64_t)i * kw + j) * c * f;
-          for (int k = 0; k < c; k++)
-            for (int o = 0; o < f; o++) out[o] += from[k] * by[(int64_t)k * f + o];
-        }
-      for (int o = 0; o < f; o++) out[o] = out[o] * scale[o] + shift[o];
-    }
+    for (int x = 0; x < ow; x++, out += f)
+      for (int o = 0; o < f; o += BLOCK) {
+        float sum[BLOCK] = {0};
+        int some = f - o < BLOCK ? f - o : BLOCK;
+        for (int i = 0; i < kh; i++)
+          for (int j = 0; j < kw; j++) {
+            int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
+            if (row < 0 || row >= h || column < 0 || column >= w) continue;
+            const float *from = in + ((int64_t)row * w + column) * c;
+            const float *by = weights + ((int64_t)i * kw + j) * c * f + o;
+            if (some == BLOCK)
+              for (int k = 0; k < c; k++, by += f)
+                for (int l = 0; l < BLOCK; l++) sum[l] += from[k] * by[l];
+            else
+              for (int k = 0; k < c; k++, by += f)
+                for (int l = 0; l < some; l++) sum[l] += from[k] * by[l];
+          }
+        for (int l = 0; l < some; l++) out[o + l] = sum[l] * scale[o + l] + shift[o + l];
+      }
 }
 
-static inline void maximum(const float *in, float *out, int h, int w, int c, int oh, int ow, int kh, int kw, int sh,
-                           int sw, int ph, int pw, int dh, int dw) {
+ONCE void maximum(const float *in, float *out, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw,
+                  int ph, int pw, int dh, int dw) {
   for (int y = 0; y < oh; y++)
     for (int x = 0; x < ow; x++, out += c) {
       int first = 1;
@@ -134,32 +169,91 @@ static inline void maximum(const float *in, float *out, int h, int w, int c, int
           int row = y * sh - ph + i * dh, column = x * sw - pw + j * dw;
           if (row < 0 || row >= h || column < 0 || column >= w) continue;
           const float *from = in + ((int64_t)row * w + column) * c;
-          for (int k = 0; k < c; k++) out[k] = first || from[k] > out[k] || from[k] != from[k] ? from[k] : out[k];
+          EACH(k, c, out[k] = first || from[k] > out[k] || from[k] != from[k] ? from[k] : out[k])
           first = 0;
         }
     }
 }
 
-static inline void add(const float *a, const float *b, float *out, int n) {
-  for (int i = 0; i < n; i++) out[i] = a[i] + b[i];
+ONCE void add(const float *a, const float *b, float *out, int n) {
+  EACH(i, n, out[i] = a[i] + b[i])
 }
 
-static inline void relu(const float *in, float *out, int n) {
-  for (int i = 0; i < n; i++) out[i] = in[i] <= 0 ? 0 : in[i];
+ONCE void relu(const float *in, float *out, int n) {
+  EACH(i, n, out[i] = in[i] <= 0 ? 0 : in[i])
 }
 
-static inline void average(const float *in, float *out, int pixels, int c) {
+ONCE void average(const float *in, float *out, int pixels, int c) {
   for (int k = 0; k < c; k++) out[k] = 0;
   for (int p = 0; p < pixels; p++)
-    for (int k = 0; k < c; k++) out[k] += in[(int64_t)p * c + k];
+    EACH(k, c, out[k] += in[(int64_t)p * c + k])
   for (int k = 0; k < c; k++) out[k] /= (float)pixels;
 }
 
-static inline void drop(const float *in, float *out, int pixels, int from, int to) {
+ONCE void drop(const float *in, float *out, int pixels, int from, int to) {
   for (int p = 0; p < pixels; p++)
     for (int k = 0; k < to; k++) out[(int64_t)p * to + k] = in[(int64_t)p * from + k];
 }
-"""
-"""The layers around the binary ones, NHWC; calls have constant sizes, for which the compiler unrolls. NaN stays NaN."""
 
-__all__ = ["LAYERS", "POPCOUNT", "convolution", "pack", "packed_product"]
+/* (planes, size) to (size, planes) */
+ONCE void to_pixels(const float *in, float *out, int planes, int size) {
+  for (int i = 0; i < size; i++)
+    for (int k = 0; k < planes; k++) *out++ = in[(int64_t)k * size + i];
+}
+
+/* 16 bits to 32: sign, exponent, fraction; a number of the smallest exponent is a multiple of 2^-24 */
+ONCE void widen(const uint16_t *in, float *out, int n) {
+  for (int i = 0; i < n; i++) {
+    uint32_t rest = in[i] & 0x7fffu;
+    union { uint32_t bits; float value; } number;
+    if (rest < 0x400u) number.value = (float)rest / 16777216.0f;
+    else number.bits = (rest << 13) + 0x38000000u;
+    number.bits |= (uint32_t)(in[i] & 0x8000u) << 16;
+    out[i] = number.value;
+  }
+}
+
+/* Which taps of an axis lie inside, for every place of the output: numbers of distinct sets; returns how many. */
+ONCE int inside(int n, int size, int taps, int stride, int pad, int apart, uint64_t *sets, int32_t *of, int times) {
+  int count = 0;
+  for (int y = 0; y < n; y++) {
+    uint64_t set = 0;
+    for (int i = 0; i < taps; i++) {
+      int at = y * stride - pad + i * apart;
+      if (at >= 0 && at < size) set |= (uint64_t)1 << i;
+    }
+    int j = 0;
+    while (j < count && sets[j] != set) j++;
+    if (j == count) sets[count++] = set;
+    of[y] = j * times;
+  }
+  return count;
+}
+
+/* What a binary layer adds to its counts: of taps on padding, the 1s of the weights are taken back. */
+ONCE void borders(const uint8_t *weights, const int32_t *s, int32_t *table, int32_t *rows, int32_t *columns) {
+  uint64_t across[64], down[64];
+  int right = inside(s[3], s[1], s[5], s[7], s[9], s[11], across, columns, 1);
+  int below = inside(s[2], s[0], s[4], s[6], s[8], s[10], down, rows, right);
+  int channels = s[12], bytes = s[13], words = s[14], filters = s[15], tiles = s[16];
+  for (int r = 0; r < below; r++)
+    for (int q = 0; q < right; q++)
+      for (int o = 0; o < tiles * filters; o++, table++) {
+        const uint8_t *tap = weights + ((int64_t)(o / filters) * s[4] * s[5] * words * filters + o % filters) * bytes;
+        *table = 0;
+        for (int i = 0; i < s[4]; i++)
+          for (int j = 0; j < s[5]; j++)
+            for (int n = 0; n < words; n++, tap += filters * bytes) {
+              if ((down[r] >> i & 1) && (across[q] >> j & 1)) {
+                *table += n ? 0 : channels;
+                continue;
+              }
+              for (int b = 0; b < bytes; b++)
+                for (int bit = 0; bit < 8; bit++) *table += 2 * (tap[b] >> bit & 1);
+            }
+      }
+}
+"""
+"""The layers around the binary ones, NHWC, and what is computed once when a library is opened. NaN stays NaN."""
+
+__all__ = ["HEAD", "LAYERS", "POPCOUNT", "convolution", "included", "pack", "packed_product"]

@@ -40,7 +40,8 @@ class InstructionSet:
 
     def target(self) -> dict[str, Any]:
         """Return what TVM calls a target."""
-        told: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple}
+        # At higher levels loops whose bodies are unrolled already are unrolled again: twice the code, no faster.
+        told: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "opt-level": 1}
         if self.processor:
             told["mcpu"] = self.processor
         return told | ({"mattr": list(self.features)} if self.features else {})

@@ -18,6 +18,7 @@ from penjing.errors import ExportError
 from penjing.kernels.binary import Convolution
 from penjing.network.graph import arguments, kind, line, operator_name, shapes, site
 
+MOST_TAPS = 31  # of a binary window along an axis, whose borders a library tells apart
 Shape = tuple[int, int, int]  # height, width, channels
 
 
@@ -26,12 +27,14 @@ class Operation:
     """One operation on values of one sample.
 
     Attributes:
-        kind: "convolution", "binary", "add", "relu", "average" (of all pixels), "maximum" (of a window).
+        kind: "convolution", "binary", "add", "relu", "average" (of all pixels), "maximum" (of a window), "planes" (an
+            image laid out as a vector, channel by channel).
         inputs: Names of the values that it reads.
         output: Name of the value that it writes.
         window: Of a convolution or a maximum.
         arrays: float32: "weights" (filters, height, width, channels), "scale", "shift" and, of binary layers,
             "threshold".
+        site: The network's name of it; "" where it has none.
     """
 
     kind: str
@@ -39,6 +42,7 @@ class Operation:
     output: str
     window: Convolution | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    site: str = ""
 
 
 @dataclass
@@ -63,7 +67,7 @@ def described(network: fx.GraphModule, input_shape: tuple[int, ...]) -> Describe
 
     Args:
         network: A captured network in floating point, such as `penjing.quantize.Binary` leaves it.
-        input_shape: Channels, height, width.
+        input_shape: Channels, height, width of an image, or channels of a vector.
 
     Raises:
         ExportError: There is an operator that these kernels lack; the error names it.
@@ -88,7 +92,7 @@ class _Reader:
             if node.op == "placeholder":
                 if entry:
                     raise self._refused(node, "a second input")
-                channels, height, width = self.input_shape
+                channels, height, width = (*self.input_shape, 1, 1)[:3]
                 entry = self._new(node, (height, width, channels))
             elif node.op == "output":
                 given = node.args[0]
@@ -105,15 +109,10 @@ class _Reader:
         return Described(self.operations, self.shapes, entry, output)
 
     def _result(self, node: fx.Node, given: Any) -> str:
-        """The value of the output, whose axes are those in which it is computed."""
+        """The value of the output."""
         if not isinstance(given, fx.Node) or given not in self.values:
             raise self._refused(node, "several outputs, or an output of signs")
-        name = self.values[given]
-        height, width, channels = self.shapes[name]
-        axes = (channels,) if height * width == 1 else (channels, height, width)
-        if self.real[given.name].shape[1:] != axes:
-            raise self._refused(given, f"an output of the shape {list(self.real[given.name].shape[1:])}, not {axes}")
-        return name
+        return self.values[given]
 
     def _compare(self, node: fx.Node) -> None:
         """Refuse a node whose value has other axes in torch: those of an image, or all of them as one."""
@@ -163,9 +162,10 @@ class _Reader:
             if self.real[given.name].dim() != 2:
                 raise self._refused(node, "a linear layer along one axis of an image")
             weight = module.weight.reshape(module.out_features, -1, height, width)
-            settings: dict[str, Any] = {"kernel": (height, width)}
             if threshold is not None and height * width > 1:
-                raise self._refused(node, "a binary linear layer of an image")
+                name, height, width, channels = self._vector(name, node)
+                weight = module.weight[..., None, None]
+            settings: dict[str, Any] = {"kernel": (height, width)}
         else:
             weight = module.weight
             settings = {word: tuple(getattr(module, word)) for word in ("stride", "dilation")}
@@ -180,13 +180,23 @@ class _Reader:
         arrays = {"weights": _array(weight).transpose(0, 2, 3, 1), "scale": np.ones(filters, np.float32)}
         arrays["shift"] = np.zeros(filters, np.float32) if module.bias is None else _array(module.bias)
         if threshold is not None:
+            if max(window.kernel) > MOST_TAPS:
+                raise self._refused(node, f"a binary window of more than {MOST_TAPS} taps along an axis")
             scale = np.abs(arrays["weights"]).max((1, 2, 3))
             if not (np.abs(arrays["weights"]) == scale[:, None, None, None]).all():
                 raise self._refused(node, "signs read by weights of more than two levels")
             arrays |= {"scale": scale, "threshold": threshold, "weights": arrays["weights"] >= 0}
         output = self._new(node, (*window.outputs, filters))
         which = "convolution" if threshold is None else "binary"
-        self.operations.append(Operation(which, (name,), output, window, arrays))
+        self.operations.append(Operation(which, (name,), output, window, arrays, site(node)))
+
+    def _vector(self, name: str, node: fx.Node) -> tuple[str, int, int, int]:
+        """An image as a vector whose channels are those of a flattened image; its name, height, width, channels."""
+        height, width, channels = self.shapes[name]
+        laid = f"{node.name}_vector"
+        self.shapes[laid] = (1, 1, height * width * channels)
+        self.operations.append(Operation("planes", (name,), laid))
+        return laid, *self.shapes[laid]
 
     def batch_norm(self, node: fx.Node) -> None:
         name = self._value(node)
@@ -228,7 +238,7 @@ class _Reader:
             raise self._refused(node, "a weighted addition")
         if self.shapes[names[0]] != self.shapes[names[1]]:
             raise self._refused(node, "an addition that broadcasts")
-        self.operations.append(Operation("add", names, self._new(node, self.shapes[names[0]])))
+        self.operations.append(Operation("add", names, self._new(node, self.shapes[names[0]]), site=site(node)))
 
     def average(self, node: fx.Node) -> None:
         name = self._value(node)

@@ -24,6 +24,7 @@ from penjing.surgery.attention import zero_hidden_rows
 from penjing.tasks.task import Call, Task
 
 INTEGER = ("int8", "int8-bf16", "int8-fp16")
+WHOLE = ("int8", "binary")  # how a runtime computes what it computes in integers
 COUNTED = ("conv", "linear", "add", "matmul", "attention", "conv_transpose", "cat", "avg_pool", *RECURRENT)
 TABLES = ("embedding",)  # nothing is multiplied: that they are stored in integers is all that is asked of them
 LOOKED_UP = "it is stored in 8 bits; what is looked up becomes floating point, and nothing is multiplied"
@@ -111,7 +112,7 @@ def counted(kinds: Mapping[str, str], precision: Mapping[str, str]) -> tuple[dic
     floating: dict[str, int] = {}
     for name, what in kinds.items():
         if what in COUNTED and name in precision:
-            group = integer if precision[name] == "int8" else floating
+            group = integer if precision[name] in WHOLE else floating
             group[what] = group.get(what, 0) + 1
     return integer, floating
 

@@ -65,7 +65,7 @@ def floors(run: Run, candidates: Sequence[Candidate], source: Measured, structur
     can't be built, the runtime is left out.
     """
     floors = {}
-    for runtime in dict.fromkeys(c.runtime for c in candidates):
+    for runtime in dict.fromkeys(c.runtime for c in candidates if not runtimes.SPECS[c.runtime].levels):
         plain = next((c for c in candidates if (c.runtime, c.precision) == (runtime, "fp32")), None)
         if plain is not None and plain.rejection is not None:
             continue  # and so would this be

@@ -10,7 +10,7 @@ from penjing.report import numbers
 INTEGER, HALF, FLOAT, UNSEEN = "integer", "half", "float", "unseen"
 TITLES = {INTEGER: "integer", HALF: "bf16 or fp16", FLOAT: "float", UNSEEN: "fused, or not visible in the runtime"}
 
-_INTEGER = re.compile(r"(?<![a-z0-9])(u?int(eger)?\d*|[iusq][1248]|[iu]16|w\d+a\d+)(?![a-z0-9])", re.IGNORECASE)
+_INTEGER = re.compile(r"(?<![a-z0-9])(u?int(eger)?\d*|[iusq][1248]|[iu]16|w\d+a\d+|binary)(?![a-z0-9])", re.IGNORECASE)
 _HALF = re.compile(r"(?<![a-z0-9])(bf16|bfloat16|f16|fp16|float16|half)(?![a-z0-9])", re.IGNORECASE)
 _FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double)(?![a-z0-9])", re.IGNORECASE)
 
@@ -18,8 +18,8 @@ _FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double)(?![a-z0-9
 def family(name: str | None) -> str:
     """The family of a precision, in any runtime's spelling.
 
-    >>> [family(n) for n in ("int8", "u8", "integer", "bf16", "fp32", None, "fused into conv1")]
-    ['integer', 'integer', 'integer', 'half', 'float', 'unseen', 'unseen']
+    >>> [family(n) for n in ("int8", "u8", "integer", "binary", "bf16", "fp32", None, "fused into conv1")]
+    ['integer', 'integer', 'integer', 'integer', 'half', 'float', 'unseen', 'unseen']
     """
     for kind, pattern in ((INTEGER, _INTEGER), (HALF, _HALF), (FLOAT, _FLOAT)):
         if name is not None and pattern.search(name):

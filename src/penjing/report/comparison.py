@@ -87,9 +87,14 @@ def measured(record: records.Record) -> records.Measured:
 def floor(record: records.Record, candidate: records.Candidate) -> records.Measured | None:
     """The source in fp32 in a candidate's runtime: the effect of the runtime alone. None if it was not built.
 
-    It is the fp32 candidate, unless that has another network than the source.
+    It is the fp32 candidate, unless that has another network than the source, such as one with binary layers.
     """
-    plain = (c.measured for c in record.candidates if (c.runtime, c.precision) == (candidate.runtime, "fp32"))
+    plain = (
+        c.measured
+        for c in record.candidates
+        if (c.runtime, c.precision) == (candidate.runtime, "fp32")
+        and not any(row.executed == "binary" for row in c.layers)
+    )
     return record.floors.get(candidate.runtime) or next(plain, None)
 
 

@@ -63,6 +63,7 @@ class RuntimeSpec:
         times_operators: Whether its module has `profile`.
         shows_values: Whether its module has `expose`.
         importing_s: Seconds that importing it may take beyond what is usual, on a busy machine.
+        levels: Whether it takes networks alone that have binary layers: the source itself is not measured in it.
         place: Where it runs what it exports everywhere; None: here. Elsewhere an artifact is not timed, and not
             offered: `stand_in` computes it, to be compared with its plan.
         stand_in: What computes an artifact where the runtime itself does not run, in words.
@@ -81,6 +82,7 @@ class RuntimeSpec:
     times_operators: bool = False
     shows_values: bool = False
     importing_s: int = 0
+    levels: bool = False
     place: Place | None = None
     stand_in: str = ""
 
@@ -147,6 +149,15 @@ SPECS: dict[str, RuntimeSpec] = {
             suffixes=(".so",),
             by_default=False,
             shows_operators=False,
+        ),
+        RuntimeSpec(
+            name="kernels",
+            module="penjing.runtimes.kernels",
+            packages=("tvm",),
+            distributions=("apache-tvm",),
+            suffixes=(".so",),
+            by_default=False,
+            levels=True,
         ),
         RuntimeSpec(
             name="coreml",

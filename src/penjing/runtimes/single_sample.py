@@ -5,7 +5,7 @@ The artifact is called sample by sample; the number of samples stays an axis wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,25 +47,49 @@ def exported(
         ExportError: More than the number of samples varies, or the samples of a batch affect each other.
     """
     inputs = input_names(network, *call)
-    axes = _sample_axes(inputs, dynamic, runtime)
+    given, answers, single = ports(network, call, dynamic, *port_names(network, inputs, outputs), runtime, types)
+    program = export(with_plain_outputs(prepare(network)), single, {})
+    for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
+        node.meta.pop("from_node", None)
+        node.meta.pop("stack_trace", None)
+    return program, given, answers
+
+
+def ports(
+    network: fx.GraphModule,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    dynamic: Mapping[str | int, Mapping[int, str]] | None,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    runtime: str,
+    types: Mapping[str, str] | None = None,
+) -> tuple[tuple[Port, ...], tuple[Port, ...], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The ports of inputs and outputs, as `exported` gives them, and the first sample of the call.
+
+    Args:
+        network: A frozen network.
+        call: Example inputs (args, kwargs).
+        dynamic: See `Task.dynamic`.
+        inputs: Names of the inputs in the artifact.
+        outputs: Names of the outputs in the artifact.
+        runtime: What the runtime is called in errors.
+        types: Type → the type that the runtime has in its place.
+
+    Raises:
+        ExportError: More than the number of samples varies, or the samples of a batch affect each other.
+    """
+    axes = _sample_axes(input_names(network, *call), dynamic, runtime)
     single = _slice(call, axes, 0)
     with torch.no_grad():
         alone, _ = flatten_outputs(network(*single[0], **single[1]))
     varies = any(axis is not None for axis, _ in axes)
     places = _output_axes(network, call, axes, alone, runtime) if varies else [None] * len(alone)
-    program = export(with_plain_outputs(prepare(network)), single, {})
-    for node in program.graph.nodes:  # addresses in this process's memory, and paths of this machine
-        node.meta.pop("from_node", None)
-        node.meta.pop("stack_trace", None)
-    names, words = port_names(network, inputs, outputs)
     word = next((name for axis, name in axes if axis is not None), "batch")
-    values = [*single[0], *single[1].values()]
-    given = [axis for axis, _ in axes]
-    types = types or {}
+    values, types = [*single[0], *single[1].values()], types or {}
     return (
-        program,
-        tuple(_port(n, v, axis, word, types) for n, v, axis in zip(names, values, given, strict=True)),
-        tuple(_port(n or "output", v, axis, word, types) for n, v, axis in zip(words, alone, places, strict=True)),
+        tuple(_port(n, v, axis, word, types) for n, v, (axis, _) in zip(inputs, values, axes, strict=True)),
+        tuple(_port(n or "output", v, axis, word, types) for n, v, axis in zip(outputs, alone, places, strict=True)),
+        single,
     )
 
 

@@ -1,0 +1,311 @@
+"""A network as one shared library: generated kernels, plain C around them, and the weights.
+
+The library exports three C functions, and needs nothing but the C library:
+
+- ``int64_t penjing_bytes(void)``: so many bytes of memory it works in;
+- ``void penjing_prepare(char *memory)``: called once, with that memory: zeros, at an address that is a multiple of 64;
+- ``void penjing_network(const float *in, float *out, char *memory, int32_t samples)``: samples of (channels, height,
+  width), one after the other, on one thread.
+
+A binary weight takes one bit in the file and is read where it lies; other numbers take 32 or 16 bits there, and 32 in
+memory.
+
+**Opening a library runs its code.** `penjing.runtimes.kernels` makes artifacts of libraries, and opens those alone that
+it wrote itself or that the user trusts.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from penjing.kernels import binary, building, c_source
+from penjing.kernels.binary import Convolution
+from penjing.kernels.instruction_sets import InstructionSet, here
+from penjing.kernels.network import Described, Operation
+
+LINE = 64  # bytes at whose multiples arrays begin
+_SMALL = (
+    "-s", "-nostartfiles", "-fvisibility=hidden", "-ffunction-sections", "-fno-asynchronous-unwind-tables",
+    "-fno-ident", "-Wl,--build-id=none,--as-needed,--gc-sections,-z,noseparate-code,-z,norelro",
+)  # fmt: skip
+"""Flags of a library without names and what starts programs, whose bytes are the same when it is built again."""
+
+
+def write(
+    network: Described, path: Path, instructions: InstructionSet | None = None, *, float_bits: Literal[16, 32] = 32
+) -> dict[str, str]:
+    """Write the library of a network of one image, or vector, in and one tensor out.
+
+    Args:
+        network: Of `penjing.kernels.network.described`.
+        path: The file.
+        instructions: What to generate for; this processor's if None.
+        float_bits: In which the numbers of layers that are not binary are stored; they are computed in 32. Rounding
+            moves values across thresholds, which changes signs behind them.
+
+    Returns:
+        Site of a layer or an addition → how it is computed: "binary" or "fp32".
+
+    Raises:
+        ArtifactError: The C compiler failed.
+        MissingDependency: TVM or a C compiler is missing.
+    """
+    instructions = instructions or here()
+    writer = _Writer(network, instructions, float_bits)
+    body = writer.body()
+    with tempfile.TemporaryDirectory() as scratch:
+        data, exported = Path(scratch) / "data.bin", Path(scratch) / "exported.map"
+        data.write_bytes(writer.file())
+        exported.write_text("{ global: penjing_*; local: *; };\n")
+        source = c_source.HEAD + c_source.included(data) + c_source.LAYERS + body
+        # Plain C is all that there is without a triple; with one, what surrounds the generated kernels is kept short.
+        flags = (*_SMALL, "-O2" if instructions.triple else "-O3", f"-Wl,--version-script={exported}")
+        built = building.link(writer.functions, instructions, Path(scratch), [source], flags)
+        shutil.copyfile(built, path)
+    return {o.site: "binary" if o.kind == "binary" else "fp32" for o in network.operations if o.site}
+
+
+class _Writer:
+    """Lays out constants and values, and writes the C functions that call the kernels."""
+
+    def __init__(self, network: Described, instructions: InstructionSet, float_bits: int) -> None:
+        self.network, self.instructions, self.float_bits = network, instructions, float_bits
+        self.data = bytearray()  # of the file: what is used where it lies
+        self.halves: list[np.ndarray] = []  # of the file, behind `data`: float16, which `penjing_prepare` widens
+        self.widened = 0  # numbers of `halves`
+        self.tables = 0  # bytes of what `penjing_prepare` computes
+        self.arena = 0  # bytes of values and packed inputs
+        self.functions: list[building.Function] = []
+        self.declared: list[str] = []  # C functions, one for every shape
+        self.shapes: dict[Convolution, _Shape] = {}
+        self.packs: dict[Any, tuple[str, int]] = {}  # what a packing kernel depends on → its name, place of the bits
+        self.preparing: list[str] = []
+        self.lines: list[str] = []
+        self.places: dict[str, int] = {}
+
+    def body(self) -> str:
+        """The C source behind the layers: one function for every shape of a binary layer, and those exported."""
+        network = self.network
+        last = {name: i for i, o in enumerate(network.operations) for name in o.inputs}
+        free: list[tuple[int, int]] = []  # (bytes, place)
+        fixed = self._ends(free)
+        for i, operation in enumerate(network.operations):
+            if operation.output not in fixed:
+                self._place(operation.output, free)
+            names = (*operation.inputs, operation.output)
+            where = {n: fixed.get(n, f"(float *)(m + ARENA + {self.places.get(n)})") for n in names}
+            _WRITERS[operation.kind](self, operation, where)
+            for name in {n for n in operation.inputs if last[n] == i and n not in fixed}:
+                free.append((self._bytes(name), self.places[name]))
+        self._leave(fixed)
+        sizes = [math.prod(network.shapes[name]) for name in (network.input, network.output)]
+        kernels = [f"void {f.name}({', '.join(f.pointers)}, int32_t, int32_t);" for f in self.functions]
+        tables = self.widened * 4
+        return "\n".join(
+            [
+                f"#define TABLES {tables}\n#define ARENA {tables + self.tables}", *kernels, *self.declared,
+                f"SHOWN int64_t penjing_bytes(void) {{ return ARENA + {self.arena}; }}",
+                "SHOWN void penjing_prepare(char *m) {",
+                f"  widen((const uint16_t *)(penjing_data + {len(self.data)}), (float *)m, {self.widened});",
+                *self.preparing,
+                "}",
+                "SHOWN void penjing_network(const float *in, float *out, char *m, int32_t samples) {",
+                f"  for (int32_t n = 0; n < samples; n++, in += {sizes[0]}, out += {sizes[1]}) {{",
+                *self.lines,
+                "  }\n}\n",
+            ]
+        )  # fmt: skip
+
+    def file(self) -> bytes:
+        """The constants as they lie in the library."""
+        return bytes(self.data) + b"".join(half.tobytes() for half in self.halves)
+
+    def _ends(self, free: list[tuple[int, int]]) -> dict[str, str]:
+        """Where input and output lie; an image of several channels is laid out anew at first, pixel by pixel."""
+        fixed = {}
+        for name, pointer in ((self.network.input, "in"), (self.network.output, "out")):
+            height, width, channels = self.network.shapes[name]
+            if channels == 1 or height * width == 1:
+                fixed[name] = pointer
+            else:
+                self._place(name, free)
+                fixed[name] = f"(float *)(m + ARENA + {self.places[name]})"
+                if pointer == "in":
+                    self.lines.append(f"    to_pixels(in, {fixed[name]}, {channels}, {height * width});")
+        return fixed
+
+    def _leave(self, fixed: dict[str, str]) -> None:
+        """Give what the last operation did not write to the output itself."""
+        name = self.network.output
+        height, width, channels = self.network.shapes[name]
+        if name == self.network.input:
+            self.lines.append(f"    to_pixels(in, out, 1, {height * width * channels});")
+        elif fixed[name] != "out":
+            self.lines.append(f"    to_pixels({fixed[name]}, out, {height * width}, {channels});")
+
+    def _bytes(self, name: str) -> int:
+        return _lines(math.prod(self.network.shapes[name]) * 4)
+
+    def _place(self, name: str, free: list[tuple[int, int]]) -> None:
+        size = self._bytes(name)
+        fitting = sorted(block for block in free if block[0] >= size)
+        if fitting:
+            free.remove(fitting[0])
+            self.places[name] = fitting[0][1]
+        else:
+            self.places[name] = self._room(size)
+
+    def _room(self, size: int) -> int:
+        place, self.arena = self.arena, self.arena + _lines(size)
+        return place
+
+    def _raw(self, array: np.ndarray) -> str:
+        """Store an array that is used where it lies; its address in C."""
+        place = len(self.data)
+        data = array.tobytes()
+        self.data += data + bytes(_lines(len(data)) - len(data))
+        return f"(penjing_data + {place})"
+
+    def _numbers(self, *arrays: np.ndarray) -> tuple[str, list[int]]:
+        """Store numbers in 32 or 16 bits; the address in C of the first array, and all places from there, in bytes."""
+        size = LINE // 4
+        padded = [np.pad(a.reshape(-1).astype(np.float32), (0, -a.size % size)) for a in arrays]
+        places = [4 * sum(len(p) for p in padded[:i]) for i in range(len(padded))]
+        whole = np.concatenate(padded)
+        magnitudes = np.abs(whole[whole != 0])
+        known = np.finfo(np.float16)
+        if self.float_bits == 32 or not len(magnitudes) or magnitudes.max() > known.max:
+            return self._raw(whole), places
+        address = f"(m + {4 * self.widened})"
+        self.halves.append(_halved(whole))
+        self.widened += len(whole)
+        return address, places
+
+    def convolution(self, o: Operation, where: dict[str, str]) -> None:
+        assert o.window is not None
+        w = o.window
+        address, places = self._numbers(o.arrays["weights"].transpose(1, 2, 3, 0), o.arrays["scale"], o.arrays["shift"])
+        sizes = (w.height, w.width, w.channels, *w.outputs, w.filters, *w.kernel, *w.stride, *w.pad, *w.dilation)
+        pointers = ", ".join(f"(const float *)({address} + {place})" for place in places)
+        self.lines.append(
+            f"    convolve({where[o.inputs[0]]}, {pointers}, {where[o.output]}, {', '.join(map(str, sizes))});"
+        )
+
+    def binary(self, o: Operation, where: dict[str, str]) -> None:
+        assert o.window is not None
+        known = self._shape(o.window)
+        lay, arrays = known.layout, o.arrays
+        weights = self._raw(binary.packed_weights(arrays["weights"], o.window, lay))
+        padded = [np.pad(arrays[name], (0, lay.filters - o.window.filters)) for name in ("scale", "shift")]
+        address, _ = self._numbers(arrays["threshold"], *padded)
+        table, self.tables = f"m + TABLES + {self.tables}", self.tables + known.tables
+        self.preparing.append(f"  prepare_{known.number}({weights}, {table});")
+        given = f"{where[o.inputs[0]]}, {where[o.output]}, m, {weights}, {address}, {table}"
+        self.lines.append(f"    binary_{known.number}({given});")
+
+    def _shape(self, shape: Convolution) -> _Shape:
+        """The C functions of a shape, written when it is first met."""
+        if shape in self.shapes:
+            return self.shapes[shape]
+        lay, number = binary.layout(shape, self.instructions), len(self.shapes)
+        names = [f"binary_pack_{number}", f"binary_conv_{number}"]
+        pack, convolve = binary.functions(shape, self.instructions, names)
+        packing, bits = self._packed(shape, lay, pack)
+        self.functions.append(convolve)
+        entries, (down, right) = lay.filters * binary.distinct_borders(shape), shape.outputs
+        rows = _lines(4 * entries)
+        columns = rows + _lines(4 * down)
+        tables = f"(int32_t *)t, (int32_t *)(t + {rows}), (int32_t *)(t + {columns})"
+        scale = _lines(4 * shape.channels)
+        shift = scale + _lines(4 * lay.filters)
+        word, last, out = f"uint{lay.word}_t", "", "out"
+        if lay.filters != shape.filters:
+            out = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
+            last = f"\n  drop({out}, out, {down * right}, {lay.filters}, {shape.filters});"
+        self.declared.append(f"""
+static void prepare_{number}(const char *w, char *t) {{
+  static const int32_t sizes[] = {{{", ".join(map(str, _geometry(shape, lay)))}}};
+  borders((const uint8_t *)w, sizes, {tables});
+}}
+ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, const char *p, const char *t) {{
+  {packing}(in, (const float *)p, (uint8_t *)(m + ARENA + {bits}), 0, {shape.height});
+  {names[1]}((const {word} *)(m + ARENA + {bits}), (const {word} *)w, {tables},
+             (const float *)(p + {scale}), (const float *)(p + {shift}), {out}, 0, {down});{last}
+}}""")
+        self.shapes[shape] = _Shape(number, lay, columns + _lines(4 * right))
+        return self.shapes[shape]
+
+    def _packed(self, shape: Convolution, lay: binary.Layout, pack: building.Function) -> tuple[str, int]:
+        """The name of the kernel that packs a shape's input, and the place of the bits; shapes of an input share it."""
+        key = (shape.height, shape.width, shape.channels, shape.pad, lay.word, lay.words)
+        if key not in self.packs:
+            down, right = (n + 2 * p for n, p in zip((shape.height, shape.width), shape.pad, strict=True))
+            self.packs[key] = pack.name, self._room(down * right * lay.bytes)  # of its own: the border stays 0
+            self.functions.append(pack)
+        return self.packs[key]
+
+    def simple(self, o: Operation, where: dict[str, str]) -> None:
+        height, width, channels = self.network.shapes[o.inputs[0]]
+        sizes = {"average": f"{height * width}, {channels}"}.get(o.kind, str(height * width * channels))
+        given = ", ".join(where[name] for name in (*o.inputs, o.output))
+        self.lines.append(f"    {o.kind}({given}, {sizes});")
+
+    def planes(self, o: Operation, where: dict[str, str]) -> None:
+        height, width, channels = self.network.shapes[o.inputs[0]]
+        self.lines.append(f"    to_pixels({where[o.inputs[0]]}, {where[o.output]}, {height * width}, {channels});")
+
+    def maximum(self, o: Operation, where: dict[str, str]) -> None:
+        assert o.window is not None
+        w = o.window
+        sizes = (w.height, w.width, w.channels, *w.outputs, *w.kernel, *w.stride, *w.pad, *w.dilation)
+        self.lines.append(f"    maximum({where[o.inputs[0]]}, {where[o.output]}, {', '.join(map(str, sizes))});")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A shape of binary layers: the number in the names of its functions, its layout, bytes of a layer's tables."""
+
+    number: int
+    layout: binary.Layout
+    tables: int
+
+
+def _geometry(shape: Convolution, lay: binary.Layout) -> tuple[int, ...]:
+    """What the C function `borders` reads."""
+    across = (*shape.outputs, *shape.kernel, *shape.stride, *shape.pad, *shape.dilation)
+    memory = (lay.word // 8, lay.words, lay.vectors * lay.lanes, lay.tiles)
+    return (shape.height, shape.width, *across, shape.channels, *memory)
+
+
+def _halved(numbers: np.ndarray) -> np.ndarray:
+    """Numbers in 16 bits. None becomes 0: an input of exactly 0 stays on its side of a threshold."""
+    halves = numbers.astype(np.float16)
+    least = np.copysign(np.finfo(np.float16).smallest_subnormal, numbers).astype(np.float16)
+    return np.where((halves == 0) & (numbers != 0), least, halves)
+
+
+def _lines(size: int) -> int:
+    """Bytes of so many, with those to the next line."""
+    return -(-size // LINE) * LINE
+
+
+_WRITERS: dict[str, Callable[[_Writer, Operation, dict[str, str]], None]] = {
+    "convolution": _Writer.convolution,
+    "binary": _Writer.binary,
+    "add": _Writer.simple,
+    "relu": _Writer.simple,
+    "average": _Writer.simple,
+    "maximum": _Writer.maximum,
+    "planes": _Writer.planes,
+}
+
+
+__all__ = ["write"]

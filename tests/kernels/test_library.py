@@ -1,0 +1,160 @@
+"""Networks as one library: answers as torch's, what is stored, and what can't be written."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from penjing.errors import ExportError, TaskError
+from penjing.kernels.instruction_sets import INSTRUCTION_SETS, named, runs_here
+from penjing.kernels.library import write
+from penjing.kernels.network import described
+from penjing.kernels.opened import Opened
+from penjing.network.capture import capture_network
+from penjing.numerics.signs import binary
+from penjing.surgery import sign_inputs
+from tests.raises import raises_case
+
+pytest.importorskip("tvm")
+
+HERE = [name for name, row in INSTRUCTION_SETS.items() if runs_here(row)]
+BINARY, SHAPE = ("down", "body", "wide"), (2, 8, 9)
+
+
+class Net(nn.Module):
+    """Odd widths, strides, a projection, a pool, biases and batch norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 11, 3, padding=1), nn.BatchNorm2d(11)
+        self.down, self.norm2 = nn.Conv2d(11, 24, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(24)
+        self.body = nn.Conv2d(24, 24, 3, padding="same")
+        self.pool = nn.MaxPool2d(2)
+        self.wide, self.norm3 = nn.Conv2d(24, 70, 3, padding=2, dilation=2), nn.BatchNorm2d(70, affine=False)
+        self.shortcut = nn.Conv2d(24, 70, 1)
+        self.head = nn.Linear(70, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = self.norm2(self.down(x))
+        x = self.pool(F.relu(self.body(x) + x))
+        x = F.relu(self.norm3(self.wide(x)) + self.shortcut(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    module = Net()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(std=0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    captured = capture_network(module.eval(), (torch.rand(2, 2, 8, 9),), {})
+    sign_inputs(captured, BINARY)
+    with torch.no_grad():
+        for name in BINARY:
+            weight = captured.get_parameter(f"{name}.weight")
+            weight.copy_(binary(weight))
+            captured.get_parameter(f"{name}_sign.threshold").uniform_(-0.2, 0.4)
+    return captured
+
+
+def opened(network, path, **settings):
+    library = path / "model.so"
+    write(described(network, SHAPE), library, **settings)
+    return Opened(library, (SHAPE, (3,)))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_it_answers_as_torch(network, name, tmp_path):
+    predict = opened(network, tmp_path, instructions=named(name))
+    for batch in (1, 5):
+        x = torch.randn(batch, *SHAPE)
+        with torch.no_grad():
+            np.testing.assert_allclose(predict(x.numpy()), network(x).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_told_by_how_they_are_computed(network, tmp_path):
+    executed = write(described(network, SHAPE), tmp_path / "model.so", named("c"))
+    assert {site for site, how in executed.items() if how == "binary"} == set(BINARY)
+    assert executed["stem"] == executed["head"] == executed["/add#0"] == "fp32"
+
+
+def test_two_that_are_open_do_not_disturb_each_other(network, tmp_path):
+    first = opened(network, tmp_path, instructions=named("c"))
+    second = Opened(tmp_path / "model.so", (SHAPE, (3,)))
+    x, y = (np.random.default_rng(seed).standard_normal((1, *SHAPE)).astype(np.float32) for seed in (0, 1))
+    expected = first(x)
+    assert not np.array_equal(second(y), expected)
+    np.testing.assert_array_equal(first(x), expected)
+
+
+def test_the_bytes_are_the_same_again_and_a_weight_takes_a_bit(network, tmp_path):
+    sizes = {}
+    for bits in (32, 16):
+        for number in (0, 1):
+            write(described(network, SHAPE), tmp_path / f"{bits}-{number}.so", named("c"), float_bits=bits)
+        first, again = ((tmp_path / f"{bits}-{number}.so").read_bytes() for number in (0, 1))
+        assert first == again
+        sizes[bits] = len(first)
+    floats = 11 * 2 * 9 + 70 * 24 + 3 * 70  # weights
+    floats += 2 * (11 + 24 + 24 + 70 + 70 + 3) + 11 + 24 + 24  # scales, shifts, thresholds
+    assert sizes[32] - sizes[16] == pytest.approx(2 * floats, rel=0.15)
+
+
+def test_numbers_in_16_bits_are_those_of_numpy_and_none_becomes_0(tmp_path):
+    linear = nn.Linear(7, 1, bias=False)
+    numbers = torch.tensor([1.0, -2.5, 65504.0, 6.1e-5, -5.9e-8, 1e-9, 3.14159])
+    with torch.no_grad():
+        linear.weight.copy_(numbers[None])
+    captured = capture_network(nn.Sequential(linear).eval(), (torch.rand(2, 7),), {})
+    write(described(captured, (7,)), tmp_path / "model.so", named("c"), float_bits=16)
+    answers = Opened(tmp_path / "model.so", ((7,), (1,)))(np.eye(7, dtype=np.float32))[:, 0]
+    expected = numbers.numpy().astype(np.float16).astype(np.float32)
+    assert expected[5] == 0 and answers[5] == np.float32(2.0**-24)
+    np.testing.assert_array_equal(np.delete(answers, 5), np.delete(expected, 5))
+
+
+def test_an_image_may_become_a_vector_for_a_binary_layer_or_leave_as_one(tmp_path):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.hidden, self.last = nn.Conv2d(2, 3, 3), nn.Linear(3 * 2 * 4, 9), nn.Conv2d(2, 5, 2)
+
+        def forward(self, x):
+            return self.last(x).flatten(1).relu() if self.images else self.hidden(self.stem(x).flatten(1))
+
+    for images, outputs in ((False, 9), (True, 5 * 3 * 5)):
+        module = Flat().eval()
+        module.images = images
+        captured = capture_network(module, (torch.rand(2, 2, 4, 6),), {})
+        if not images:
+            sign_inputs(captured, ["hidden"])
+            with torch.no_grad():
+                captured.hidden.weight.copy_(binary(captured.hidden.weight))
+        write(described(captured, (2, 4, 6)), tmp_path / f"{images}.so", named("c"))
+        x = torch.randn(3, 2, 4, 6)
+        answers = Opened(tmp_path / f"{images}.so", ((2, 4, 6), (outputs,)))(x.numpy())
+        np.testing.assert_allclose(answers, captured(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_of_another_shape_is_refused(network, tmp_path):
+    with raises_case(TaskError, "shape"):
+        opened(network, tmp_path, instructions=named("c"))(np.zeros((1, 2, 9, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        (nn.Softmax(dim=1), "softmax"),
+        (nn.Conv2d(2, 2, 3, groups=2), "groups"),
+        (nn.BatchNorm2d(2), "batch norm"),
+    ],
+)
+def test_an_operator_that_is_lacking_is_named(layer, said):
+    captured = capture_network(nn.Sequential(layer).eval(), (torch.rand(2, 2, 4, 6),), {})
+    with raises_case(ExportError, "operator") as refusal:
+        described(captured, (2, 4, 6))
+    assert said in str(refusal.value)
