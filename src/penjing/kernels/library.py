@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from penjing.kernels import binary, building, c_source
-from penjing.kernels.binary import Convolution
+from penjing.kernels.binary import Convolution, Layout
 from penjing.kernels.instruction_sets import InstructionSet, here
 from penjing.kernels.network import Described, Operation
 
@@ -243,7 +243,7 @@ ONCE void binary_{number}(const float *in, float *out, char *m, const char *w, c
         self.shapes[shape] = _Shape(number, lay, columns + _lines(4 * right))
         return self.shapes[shape]
 
-    def _packed(self, shape: Convolution, lay: binary.Layout, pack: building.Function) -> tuple[str, int]:
+    def _packed(self, shape: Convolution, lay: Layout, pack: building.Function) -> tuple[str, int]:
         """The name of the kernel that packs a shape's input, and the place of the bits; shapes of an input share it."""
         key = (shape.height, shape.width, shape.channels, shape.pad, lay.word, lay.words)
         if key not in self.packs:
@@ -274,11 +274,11 @@ class _Shape:
     """A shape of binary layers: the number in the names of its functions, its layout, bytes of a layer's tables."""
 
     number: int
-    layout: binary.Layout
+    layout: Layout
     tables: int
 
 
-def _geometry(shape: Convolution, lay: binary.Layout) -> tuple[int, ...]:
+def _geometry(shape: Convolution, lay: Layout) -> tuple[int, ...]:
     """What the C function `borders` reads."""
     across = (*shape.outputs, *shape.kernel, *shape.stride, *shape.pad, *shape.dilation)
     memory = (lay.word // 8, lay.words, lay.vectors * lay.lanes, lay.tiles)
