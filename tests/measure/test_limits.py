@@ -49,6 +49,19 @@ def test_the_limits_are_those_that_were_agreed():
     assert limits.of("int8-bf16").snr_db == limits.of("bf16").snr_db
 
 
+def test_a_runtime_that_rounds_more_is_judged_beside_that():
+    asked = []
+
+    def elsewhere(rounding):
+        asked.append(rounding)
+        return [differences([REFERENCE], [at(20)], split([REFERENCE]))]
+
+    measured = differences([REFERENCE], [at(25)], split([REFERENCE]), 32)
+    for rounding, expected in ((2.0**-18, 2.0**-18), (2.0**-30, limits.of("int8").rounding)):
+        [row] = limits.judged(measured, ["y"], "int8", elsewhere, rounding=rounding)
+        assert row.holds and row.why and asked[-1] == expected
+
+
 def test_a_comparison_with_the_source_is_told_alone():
     measured = differences([REFERENCE], [-REFERENCE], split([REFERENCE]), 32)
     rows = limits.told(measured, ["logits"])

@@ -64,6 +64,7 @@ def judged(
     elsewhere: Callable[[float], Iterable[Sequence[Difference]]] | None = None,
     least_db: float = LEAST_DB,
     few: Callable[[float], Sequence[Difference]] | None = None,
+    rounding: float = 0.0,
 ) -> tuple[ParityRow, ...]:
     """Rows with limits, for the comparison with the plan.
 
@@ -79,8 +80,10 @@ def judged(
             no more of them are taken than are needed.
         least_db: The lowest limit that such errors can give.
         few: As one of the tries, on a few of the samples. It counts if it suffices: then there are no others.
+        rounding: Relative error of the runtime's own numbers, where that is larger than the precision's.
     """
     limits = of(precision)
+    rounding = max(limits.rounding, rounding)
     rows = tuple(
         replace(row, limit_db=limits.snr_db) if row.equal is None else replace(row, limit_equal=limits.equal)
         for row in told(differences, names)
@@ -101,11 +104,11 @@ def judged(
         return all(_clear(row) for row, fails in zip(lowered(), failing, strict=True) if fails)
 
     if few is not None:
-        itself |= {d.columns: d for d in few(limits.rounding)}
+        itself |= {d.columns: d for d in few(rounding)}
         if sufficient():
             return lowered()
         itself.clear()
-    for one in elsewhere(limits.rounding) if elsewhere is not None else ():
+    for one in elsewhere(rounding) if elsewhere is not None else ():
         itself |= {d.columns: min(d, itself.get(d.columns, d), key=lambda try_: try_.snr_db) for d in one}
         if sufficient():
             break

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from penjing import measure
+from penjing import measure, runtimes
 from penjing.errors import ArtifactError, RecordError
 from penjing.numerics.suppression import SELECTIONS
 from penjing.pipeline.conditioning import rounded_elsewhere
@@ -185,13 +185,19 @@ def compared(
     few = on_few if varies(task) and samples == SAMPLES else None
     least = measure.limits.SELECTED_DB if selects_boxes(network) else measure.limits.LEAST_DB
     rows = {
-        "planned": measure.limits.judged(near, names, manifest.precision, elsewhere, least, few),
+        "planned": measure.limits.judged(near, names, manifest.precision, elsewhere, least, few, _rounding(manifest)),
         "source": measure.limits.told(far, names),
     }
     return (
         replace(measure.parity([planned], [answers], "planned"), rows=rows["planned"]),
         replace(measure.parity([original], [answers], "source"), rows=rows["source"]),
     )
+
+
+def _rounding(manifest: Manifest) -> float:
+    """Relative error of the numbers by which the runtime's integer kernels rescale; 0 for other artifacts."""
+    integers = manifest.precision.startswith("int8")
+    return runtimes.get(manifest.runtime).capabilities(()).rounding if integers else 0.0
 
 
 def selects_boxes(network: fx.GraphModule) -> bool:

@@ -250,6 +250,8 @@ class Capabilities:
             its kernels are faster; 0 where they are not.
         stored: Kinds that compute in floating point with weights stored as integers, for smaller files.
         recurrent: Kinds of recurrent layer with integer kernels whose ranges are computed at run time.
+        rounding: Relative error of the fixed-point numbers by which its integer kernels rescale results; 0 where
+            these are floating-point numbers.
         channel_multiple: Vector width of its kernels in channels: other widths are padded to a multiple of it.
         notes: Sentences for the user about this processor.
     """
@@ -269,6 +271,7 @@ class Capabilities:
     centred_db: float = 0.0
     stored: frozenset[str] = frozenset({"embedding"})
     recurrent: frozenset[str] = frozenset()
+    rounding: float = 0.0
     channel_multiple: int = 8
     notes: tuple[str, ...] = ()
 
