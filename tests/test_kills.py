@@ -29,7 +29,7 @@ import os, sys
 import onnx, onnxruntime, onnxscript, torch
 from torch import nn
 import penjing as pj
-import penjing.pipeline.compress, penjing.onnx_files.write
+import penjing.search.compress, penjing.onnx_files.write
 
 def go(out):
     torch.manual_seed(0)

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.goals.goal import Goal
     from penjing.pipeline.applied import apply
-    from penjing.pipeline.compress import Result, compress, deliver, run
+    from penjing.pipeline.compress import Result, deliver, run
     from penjing.pipeline.lossy import pack_to
     from penjing.pipeline.quick import quantize_to
     from penjing.recipes.recipe import Recipe
+    from penjing.search.compress import compress
     from penjing.sources.source import load_weights
     from penjing.storage.checkpoint import restore as load_checkpoint
     from penjing.tasks.task import Task
@@ -54,7 +55,7 @@ _HOME = {
     "Result": "penjing.pipeline.compress",
     "Task": "penjing.tasks.task",
     "apply": "penjing.pipeline.applied",
-    "compress": "penjing.pipeline.compress",
+    "compress": "penjing.search.compress",
     "deliver": "penjing.pipeline.compress",
     "load_weights": "penjing.sources.source",
     "pack_to": "penjing.pipeline.lossy",

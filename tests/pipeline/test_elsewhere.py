@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from penjing import runtimes
-from penjing.pipeline.compress import compress
 from penjing.pipeline.quick import quantize_to
 from penjing.recipes.recipe import Recipe
 from penjing.records.manifest import read_manifest
+from penjing.search.compress import compress
 
 MOON = runtimes.Place(name="the moon", here=lambda: False)
 

@@ -163,13 +163,13 @@ def test_what_can_not_be_saved(result, saved, bert, tmp_path):
 
 
 def test_a_source_that_is_open_keeps_its_folder(bert):
-    from penjing.pipeline.compress import _pretrained
+    from penjing.pipeline.compress import pretrained_folder
     from penjing.sources.source import open_source
 
     class Order:
         model = open_source(bert[0])
 
-    assert _pretrained(Order) == Path(bert[0]).resolve()
+    assert pretrained_folder(Order) == Path(bert[0]).resolve()
 
 
 def test_a_folder_that_can_not_be_filled_is_left_empty(result, tmp_path, monkeypatch):

@@ -114,8 +114,8 @@ def _plain_error(error: PenjingError) -> dict[str, Any]:
 def _compress(parsed: argparse.Namespace, messages: Terminal) -> int:
     sources.check_files(parsed)
     from penjing.goals.goal import Goal
-    from penjing.pipeline.compress import compress
     from penjing.report import table, verdict
+    from penjing.search.compress import compress
     from penjing.tasks.opening import open_task
 
     goal = Goal.parse(parsed.goal) if parsed.goal is not None else None

@@ -222,6 +222,12 @@ def needs_metric(goal: Goal) -> bool:
     return any(map(of_the_metric, (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))))
 
 
+def needs_timing(goal: Goal) -> bool:
+    """Whether judging this goal needs artifacts to be run against the clock, in processes of their own."""
+    named = (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))
+    return any(name in _TIMED or name == "peak_memory_bytes" for name in named)
+
+
 def needs_packing(goal: Goal) -> bool:
     """Whether judging this goal needs the packed size."""
     return "packed_bytes" in (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))

@@ -88,7 +88,8 @@ def _variants(prepared: Prepared) -> list[Variant]:
         Variant(name, precision)
         for name in picking.picked(prepared)
         for precision in prepared.run.capabilities(name).precisions
-        if quantizes or precision not in INTEGER
+        if (quantizes or precision not in INTEGER)
+        and (prepared.order.precisions is None or precision in prepared.order.precisions)
     ]
 
 

@@ -1,4 +1,4 @@
-"""From a goal to the best artifact: candidates are built, measured side by side, and the best that meets it wins."""
+"""One recipe, all the way: candidates are built, measured side by side, and the best that meets the goal wins."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ from penjing.sources.source import Source
 from penjing.steps.draft import Draft
 from penjing.steps.step import Step
 from penjing.targets import Target
-from penjing.tasks.keywords import suggesting
+from penjing.tasks.keywords import check_keywords, suggesting
 from penjing.tasks.opening import as_task
 from penjing.tasks.task import Task
 from penjing.tasks.undisturbed import same_process
 from penjing.tasks.usercode import never_exiting
 
 DEFAULT_GOAL = "minimize latency_ms, drop<=1%"
+OPTIONS = ["seed", "threads", "batch", "device", "seconds", "listeners", "reference", "target"]  # of `run`
 
 
 @dataclass(frozen=True)
@@ -90,61 +91,29 @@ class Result:
         return f"{self.record.goal.reason}; {verdicts.of(self.record).headline} ({self.folder})"
 
 
-# Seventeen arguments: the public contract of a run. The body is short; its length is their documentation.
-@suggesting
-@never_exiting()
-@same_process()
-def compress(
+# Fourteen arguments: those of `penjing.search.compress.compress` that say what is asked for.
+def order_of(
     model: str | nn.Module | ExportedProgram | Source,
     task: Task | str | Path,
     goal: Goal | str | None = None,
     *,
     runtime: str | Sequence[str] | None = None,
     recipe: Recipe | Step | Sequence[Step] | None = None,
-    out: Path | str = "runs/compress",
     seed: int = 0,
     threads: int | None = None,
     batch: int = 1,
     device: str = "cpu",
     exclude: Sequence[str] = (),
     seconds: float = 1.0,
-    resume: bool = False,
-    force: bool = False,
     listeners: Sequence[Listener] = (),
     reference: str | nn.Module | ExportedProgram | None = None,
     target: str | Path | Target | None = None,
-) -> Result:
-    """Find the best artifact that meets a goal.
-
-    Every precision of every runtime that is installed is built, opened in its own runtime and measured: the task's
-    metric, latency side by side with the source, size, memory, parity. The measured best that meets the goal becomes
-    the artifact. When none does, the nearest is kept, with the Pareto set and the reason.
-
-    Args:
-        model: The network, or a SOURCE as on the command line.
-        task: The user's data and metric, or TASK as on the command line.
-        goal: For example ``"minimize latency_ms, drop<=1%"``; `drop` is in the metric's own unit (1% is 0.01).
-            None is that, or the smallest file for a `target`.
-        runtime: One or several of ``penjing runtimes``. None considers those that it lists without a star, "all" the
-            others too, and "auto" picks one by timing the source in each.
-        recipe: Steps to take, or one step; None is post-training static quantization with adaptive rounding.
-        out: The run folder.
-        seed: Same seed, data, machine kind and threads: same artifact.
-        threads: Threads of the runtimes; None takes every core.
-        batch: Samples of a timed call.
-        device: Where training steps run.
-        exclude: Name patterns that stay in floating point, when `recipe` is None.
-        seconds: Timed seconds per artifact.
-        resume: Go on with the run in `out`.
-        force: Replace the run in `out`.
-        listeners: Called with every event (a dict).
-        reference: The network that `drop` is against, where that is not `model`: for a second run on a pruned
-            network, the one before pruning. Parity stays against `model`.
-        target: One of ``penjing targets``, or a profile of your own (``mine.yaml``): formats are chosen for that
-            device and its limits hold. What is timed on this machine is none of its figures.
+) -> Order:
+    """The request of a run as a value, with everything that needs no data checked; see `compress` for the arguments.
 
     Raises:
-        PenjingError: With what, got, expected and remedy; nothing half-written is left in place of an artifact.
+        UsageError: Arguments that do not fit together.
+        PenjingError: One of them can't be used here.
     """
     refuse_quantized(model)
     if recipe is not None and exclude:
@@ -158,7 +127,7 @@ def compress(
     steps = Recipe.of(recipe) if recipe is not None else default_recipe(exclude)
     requests.check_device(device)
     device_profile = targeting.as_target(target)
-    order = Order(
+    return Order(
         goal=as_goal(goal or (DEFAULT_GOAL if device_profile is None else targeting.GOAL)),
         model=model,
         task=as_task(task),
@@ -172,16 +141,15 @@ def compress(
         target=device_profile,
         auto=is_auto(runtime) and device_profile is None,
     )
-    return _carry_out(order, out, resume=resume, force=force)
 
 
-def _carry_out(order: Order, out: Path | str, *, resume: bool, force: bool) -> Result:
+def carry_out(order: Order, out: Path | str, *, resume: bool, force: bool) -> Result:
     """Run all stages, from a source or from an applied draft."""
     with locked(out):
         folder = RunFolder(out, resume=resume, force=force)
         try:
             prepared = prepare(order, folder)
-            opened_from = _pretrained(order)
+            opened_from = pretrained_folder(order)
             if isinstance(prepared, Record):
                 return Result(prepared, folder.path, opened_from)
             built = build(prepared)
@@ -192,12 +160,14 @@ def _carry_out(order: Order, out: Path | str, *, resume: bool, force: bool) -> R
             time_limits.expect_nothing()
 
 
-def _pretrained(order: Order) -> Path | None:
+def pretrained_folder(order: Order) -> Path | None:
     """The folder that the source was opened from."""
     spec = order.model.spec if isinstance(order.model, Source) else order.model
     return Path(spec).resolve() if isinstance(spec, str) and Path(spec).is_dir() else None
 
 
+@never_exiting()
+@same_process()
 def run(
     recipe: Recipe | Step | Sequence[Step],
     model: str | nn.Module | ExportedProgram,
@@ -205,15 +175,20 @@ def run(
     *,
     runtime: str,
     goal: Goal | str | None = None,
+    out: Path | str = "runs/compress",
+    resume: bool = False,
+    force: bool = False,
     **options: Any,
 ) -> Result:
-    """Run one recipe for one runtime; `options` as in `compress`.
+    """Run one recipe for one runtime; `options` and the others as in `compress`.
 
     Without a goal, the smallest latency is chosen, or the smallest file for a `target`.
     """
+    check_keywords("run", options, OPTIONS)
     if goal is None and options.get("target") is None:
         goal = Goal(minimize="latency_ms")
-    return compress(model, task, goal, runtime=runtime, recipe=recipe, **options)
+    order = order_of(model, task, goal, runtime=runtime, recipe=recipe, **options)
+    return carry_out(order, out, resume=resume, force=force)
 
 
 # Thirteen arguments: the public contract, as of `compress`.
@@ -272,7 +247,7 @@ def deliver(
         listeners=tuple(listeners),
         auto=is_auto(runtime),
     )
-    return _carry_out(order, out, resume=resume, force=force)
+    return carry_out(order, out, resume=resume, force=force)
 
 
 def _bench(threads: int | None, batch: int, seconds: float) -> Bench:

@@ -71,6 +71,7 @@ def _record(prepared: Prepared, judged: Judged) -> Record:
         selected=prepared.metrics["select"],
         floors=judged.timed.floors,
         reference=None if prepared.original is None else prepared.original.row(prepared.beside),
+        search=prepared.search,
         target=None if order.target is None else targeting.row(order.target),
         pairs=judged.pairs,
         rejected=tuple(c for c in judged.candidates if c.rejection is not None),

@@ -49,6 +49,8 @@ class Order:
         runtimes: Their names, all of them installed.
         target: The device that artifacts are for; None: this machine.
         auto: Whether one of the runtimes is to be picked, by what the source takes in each.
+        searches: Whether many recipes are tried, of which none is in `recipe`.
+        precisions: That are built; None: all that a runtime has.
     """
 
     model: str | nn.Module | ExportedProgram | Source | Applied
@@ -63,6 +65,8 @@ class Order:
     listeners: tuple[Listener, ...]
     target: Target | None = None
     auto: bool = False
+    searches: bool = False
+    precisions: tuple[str, ...] | None = None
 
 
 def default_recipe(exclude: Sequence[str] = (), *, rounding: bool = True) -> Recipe:

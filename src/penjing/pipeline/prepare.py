@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ from penjing.records import WEIGHTS_FILE, LayerRow, Machine, Measured, Record
 from penjing.records.events import Events
 from penjing.records.folder import EVENTS, EVIDENCE, RECORD, SOURCE, RunFolder
 from penjing.records.manifest import Manifest, read_manifest
+from penjing.records.search import SearchRow
 from penjing.sources.source import Source, check_forward, in_single_precision, open_source, with_declared_axes
 from penjing.steps.draft import Draft
 from penjing.storage.packed import packed_bytes
@@ -60,6 +63,7 @@ class Prepared:
         manifest: Of the source as a torch artifact.
         structure: How the outputs are nested.
         doubts: About the metric, as far as the source alone shows them.
+        search: What was tried, at the end of a search.
     """
 
     order: Order
@@ -79,6 +83,7 @@ class Prepared:
     manifest: Manifest
     structure: Any
     doubts: tuple[Doubt | None, ...]
+    search: SearchRow | None = None
 
 
 def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
@@ -108,6 +113,7 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
     recipe_data = (order.model.recipe if isinstance(order.model, Applied) else []) + order.recipe.to_data()
     finished = records.read(folder.path) if folder.resumed and (folder.path / RECORD).exists() else None
     request = requests.request(run, opened.name, order.goal, recipe_data, order.runtimes, data, original)
+    request |= {"searches": order.searches}
     folder.claim(request, requests.asked(finished) if finished is not None else None)
     if finished is not None:
         folder.finish()
@@ -146,6 +152,41 @@ def prepare(order: Order, folder: RunFolder) -> Prepared | Record:
         structure=structure,
         doubts=(direction, destroyed),
     )
+
+
+def again(prepared: Prepared, recipe: Recipe, folder: RunFolder, *, seconds: float) -> Prepared:
+    """The same source and task for another recipe in another folder; what is prepared already is not computed again.
+
+    Args:
+        prepared: Of the run that this one belongs to.
+        recipe: Other steps.
+        folder: Of the new run, resumed where it was begun.
+        seconds: Timed seconds per artifact.
+
+    Raises:
+        PenjingError: The recipe does not fit the source or the task.
+    """
+    run, order = prepared.run, replace(prepared.order, recipe=recipe)
+    opened = requests.with_teachers(recipe, run.task)
+    requests.check_recipe(opened, run.network, run.task, run.seed)
+    recipe_data = recipe.to_data()
+    data = {role: sha for role, sha in prepared.data.items() if not role.startswith("teacher")}
+    folder.claim(requests.request(run, prepared.name, order.goal, recipe_data, order.runtimes, data, prepared.original))
+    if not (folder.path / SOURCE).exists():
+        with folder.building(SOURCE) as aside:
+            shutil.copytree(run.folder.path / SOURCE, aside, dirs_exist_ok=True, copy_function=_linked)
+    if not (folder.path / EVIDENCE).exists():
+        _linked(run.folder.path / EVIDENCE, folder.path / EVIDENCE)
+    own = replace(run, folder=folder, seconds=seconds, drafts={}, warnings=[])
+    return replace(prepared, order=order, run=own, recipe=opened, recipe_data=recipe_data)
+
+
+def _linked(file: Path | str, other: Path | str) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
 def _opened(order: Order) -> tuple[Source, Task, str | None]:

@@ -16,10 +16,10 @@ from penjing.records import reading
 from penjing.records.files import write_text
 from penjing.records.lock import LOCK
 
-STATE, CANDIDATES, SOURCE, ARTIFACT = "state", "candidates", "source", "artifact"
+STATE, CANDIDATES, SOURCE, ARTIFACT, SEARCH = "state", "candidates", "source", "artifact", "search"
 RECORD, EVENTS, EVIDENCE = "record.json", "events.jsonl", "evidence.npz"
 _OURS = (
-    STATE, CANDIDATES, SOURCE, ARTIFACT, RECORD, EVENTS, EVIDENCE, "report.html", "load.py",
+    STATE, CANDIDATES, SOURCE, ARTIFACT, SEARCH, RECORD, EVENTS, EVIDENCE, "report.html", "load.py",
     "weights.safetensors", "edits.json", "plan.json",
 )  # fmt: skip
 _REMEDY = "free some space and continue with --resume, or choose another folder with --out"

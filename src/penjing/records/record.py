@@ -10,6 +10,7 @@ from typing import Any
 
 from penjing.records.layers import GainRow, LayerRow
 from penjing.records.parity import PairParity, Parity, Rejection
+from penjing.records.search import SearchRow
 
 FORMAT = 1
 WEIGHTS_FILE = "weights file"  # the role of a file of weights among `Record.data`
@@ -335,6 +336,7 @@ class Record:
     weights: str = ""  # the file that the source's weights were loaded from, as it was named; its hash is in `data`
     target: TargetRow | None = None  # None: this machine
     pairs: tuple[PairParity, ...] = ()  # artifacts with integers of different runtimes, compared with each other
+    search: SearchRow | None = None  # where recipes were searched
     format: int = FORMAT
 
     @property

@@ -1,0 +1,130 @@
+"""What a choice is worth for a goal: expected improvement of the objective, times the probability of its limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from penjing.goals.goal import Goal
+from penjing.pipeline.building import INTEGER
+from penjing.records import Candidate
+from penjing.records.figures import FIGURES
+from penjing.search.beliefs import FLOOR, Beliefs, Believed
+from penjing.search.choice import Choice
+
+_SHOWN = ("latency_ms", "size_bytes", "packed_bytes", "drop")
+_OF_METRIC = ("metric", "drop", "relative_drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a choice is worth in the artifact that it is best in.
+
+    Attributes:
+        choice: The choice.
+        worth: Expected improvement of the objective's logarithm, times `meets`.
+        meets: The probability that it keeps every limit.
+        artifact: Runtime and precision: "openvino-int8".
+        figures: Predicted there, medians in their own units; `drop` in the metric's own unit.
+    """
+
+    choice: Choice
+    worth: float
+    meets: float
+    artifact: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A goal in the figures that beliefs speak of.
+
+    Attributes:
+        objective: The figure; `drop` for the metric.
+        sign: 1 where smaller is better, -1 where larger is.
+        limits: Figure, comparison and bound; drops relative to the metric.
+        metric: Of the network that drops are against; None without one.
+    """
+
+    objective: str
+    sign: int
+    limits: tuple[tuple[str, str, float], ...]
+    metric: float | None
+
+    @classmethod
+    def of(cls, goal: Goal, metric: float | None) -> Wanted:
+        """The goal of a user, with the metric of the network that drops are against."""
+        figure, sign = goal.objective()
+        limits = [_modelled(m.figure, m.op, m.value, metric) for m in goal.all_limits()]
+        if figure in _OF_METRIC:
+            figure, sign = "drop", 1
+        return cls(objective=figure, sign=sign, limits=tuple(limits), metric=metric)
+
+    @property
+    def scale(self) -> float:
+        """What drops are relative to."""
+        return abs(self.metric or 0.0) or 1.0
+
+    def value(self, candidate: Candidate) -> float | None:
+        """The objective of a candidate that was measured, in the unit that beliefs have."""
+        value = FIGURES[self.objective].of(candidate)
+        return max(value / self.scale, FLOOR) if value is not None and self.objective == "drop" else value
+
+
+def _modelled(figure: str, op: str, value: float, metric: float | None) -> tuple[str, str, float]:
+    scale = abs(metric or 0.0) or 1.0
+    if figure == "metric":
+        value = ((metric or 0.0) - value if op == ">=" else value - (metric or 0.0)) / scale
+        return "drop", "<=", max(value, FLOOR)
+    if figure in _OF_METRIC:
+        return "drop", op, max(value / (scale if figure == "drop" else 1.0), FLOOR)
+    return figure, op, value
+
+
+def promises(beliefs: Beliefs, wanted: Wanted, choices: Iterable[Choice], best: float) -> list[Promise]:
+    """Every choice of which something is known, the worthiest first; equals stay in their order.
+
+    Args:
+        beliefs: Of this search.
+        wanted: The goal.
+        choices: That may be tried.
+        best: The objective of the best artifact so far that meets the goal; where none does, the source's.
+    """
+    ranked = [promise(beliefs, wanted, choice, best) for choice in choices]
+    return sorted((p for p in ranked if p is not None), key=lambda p: -p.worth)
+
+
+def promise(beliefs: Beliefs, wanted: Wanted, choice: Choice, best: float) -> Promise | None:
+    """What one choice is worth; None where nothing is known of any artifact of it."""
+    of_artifacts = []
+    for artifact in beliefs.artifacts:
+        integers = artifact.partition("-")[2] in INTEGER or any(artifact.endswith(f"-{word}") for word in INTEGER)
+        if integers and choice.integers == "none":
+            continue
+        seen = choice if integers else as_floats(choice)
+        objective = beliefs.figure(wanted.objective, seen, artifact)
+        if objective is None:
+            continue
+        aimed = objective if wanted.sign > 0 else Believed(-objective.mean, objective.sd)
+        gain = aimed.improvement(best if wanted.sign > 0 else 1 / best)
+        meets = math.prod(_kept(beliefs, limit, seen, artifact) for limit in wanted.limits)
+        figures = {name: b.value for name in _SHOWN if (b := beliefs.figure(name, seen, artifact)) is not None}
+        if "drop" in figures:
+            figures["drop"] *= wanted.scale
+        of_artifacts.append(Promise(choice=choice, worth=gain * meets, meets=meets, artifact=artifact, figures=figures))
+    return max(of_artifacts, key=lambda p: p.worth, default=None)
+
+
+def _kept(beliefs: Beliefs, limit: tuple[str, str, float], choice: Choice, artifact: str) -> float:
+    figure, op, value = limit
+    believed = beliefs.figure(figure, choice, artifact)
+    if believed is None:
+        return 1.0  # nothing tells them apart in this figure
+    below = believed.below(value)
+    return below if op == "<=" else 1 - below
+
+
+def as_floats(choice: Choice) -> Choice:
+    """The choice as it is in an artifact in floating point: without its integers."""
+    return replace(choice, integers="none", weight_bits=8)
