@@ -293,7 +293,8 @@ def asked(record: Record) -> dict[str, Any]:
     return {
         "source": record.name,
         "goal": record.goal.text,
-        "recipe": record.recipe,
+        "recipe": record.recipe if record.search is None else [],
+        "searches": record.search is not None,
         "seed": record.seed,
         "reference": None if record.reference is None else record.reference.weights,
         "target": None if record.target is None else record.target.sha256,

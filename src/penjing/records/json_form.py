@@ -59,6 +59,12 @@ def _build(kind: Any, data: Any, where: str) -> Any:
                     f"{where} has no field {f.name!r}", code="no-field", field=where, got=sorted(data), expected=f.name
                 )
         return typing.cast(Any, kind)(**values)
+    if origin is typing.Literal:
+        if data not in args:
+            raise RecordError(
+                f"{where} can't be read", code="value", field=where, got=repr(data)[:100], expected=f"one of {args}"
+            )
+        return data
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise RecordError(

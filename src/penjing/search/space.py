@@ -17,7 +17,7 @@ from penjing.pipeline.prepare import Prepared
 from penjing.search.choice import INTEGERS, Choice, Integers, Learning, Technique
 from penjing.steps.draft import Draft
 
-KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+KEEPS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)
 EPOCHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 FEW_BITS = (8, 4)
 METHODS = ("svd", "tucker")
