@@ -225,7 +225,7 @@ def needs_metric(goal: Goal) -> bool:
 def needs_timing(goal: Goal) -> bool:
     """Whether judging this goal needs artifacts to be run against the clock, in processes of their own."""
     named = (goal.objective()[0], *(limit.figure for limit in goal.all_limits()))
-    return any(name in _TIMED or name == "peak_memory_bytes" for name in named)
+    return any(name in _TIMED or name in ("peak_memory_bytes", "energy_mj") for name in named)
 
 
 def needs_packing(goal: Goal) -> bool:
