@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from penjing.cli import searching
 from penjing.report.numbers import metric
 from penjing.report.table import legible
 
@@ -71,6 +72,11 @@ class Progressing:
         kind = event["kind"]
         if kind == "progress":
             self._advance(event)
+        elif "trial" in event:
+            return  # what happens within one of many: the trial's own line tells how it ended
+        elif kind in ("search", "trial", "tried"):
+            for line in searching.lines(event):
+                self.console.print(line, highlight=False, markup=False)
         elif kind == "stage":
             self.stage = event["name"]
             self.console.print(

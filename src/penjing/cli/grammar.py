@@ -93,7 +93,17 @@ def _compress(command: argparse.ArgumentParser) -> None:
         "--recipe",
         metavar="R.yaml",
         help="a YAML file of steps, or a built-in recipe: joint or label-free (pruned, trained, quantized) "
-        "(default: post-training static quantization)",
+        "(default: post-training static quantization; not with --minutes or --trials)",
+    )
+    command.add_argument(
+        "--minutes",
+        type=values.minutes,
+        metavar="N",
+        help="search for recipes: the artifact is there within a fifth more",
+    )
+    command.add_argument("--trials", type=values.positive, metavar="N", help="search until so many recipes were tried")
+    command.add_argument(
+        "--study", metavar="URL", help="the database for a search's study, e.g. postgresql://… (default: in --out)"
     )
     command.add_argument("--out", default="runs/compress", metavar="DIR", help="the run folder (default: %(default)s)")
     command.add_argument("--resume", action="store_true", help="resume the run in --out")
@@ -281,6 +291,7 @@ _COMMANDS = (
         "compress",
         "Find the smallest or fastest artifact that meets a goal, with the evidence.",
         'penjing compress net.py:trained --task net.py:task --goal "minimize latency_ms, drop<=0.5%" --out runs/first\n'
+        'penjing compress net.py:trained --task net.py:task --goal "minimize size_bytes, drop<=1%" --minutes 10\n'
         "penjing compress resnet18 --weights best.pth --task task.py:task --runtime openvino",
         _compress,
     ),

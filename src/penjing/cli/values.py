@@ -47,6 +47,17 @@ def decibels(text: str) -> float:
     return value
 
 
+def minutes(text: str) -> float:
+    """Minutes above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return number
+
+
 def duration(text: str) -> float:
     """Seconds, at least 0 and less than an hour."""
     try:

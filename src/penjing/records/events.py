@@ -25,6 +25,7 @@ class Events:
     def __init__(self, path: Path | None = None, listeners: tuple[Listener, ...] = ()) -> None:
         self.path = path
         self.listeners = listeners
+        self._context: dict[str, Any] = {}
         self._shown: dict[str, float] = {}
 
     def into(self, path: Path) -> None:
@@ -41,6 +42,16 @@ class Events:
         finally:
             self.listeners = before
 
+    @contextmanager
+    def within(self, **context: Any) -> Iterator[None]:
+        """Values that every event has while the block lasts."""
+        before = self._context
+        self._context = before | context
+        try:
+            yield
+        finally:
+            self._context = before
+
     def __call__(self, kind: str, **values: Any) -> None:
         """Report one event."""
         if kind == "progress":
@@ -48,7 +59,8 @@ class Events:
             if now - self._shown.get(label, 0.0) < PROGRESS_EVERY_S and values.get("done") != values.get("total"):
                 return
             self._shown[label] = now
-        event = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), "kind": kind, **values}
+        event = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), "kind": kind}
+        event |= self._context | values
         if self.path is not None:
             try:
                 with self.path.open("a", encoding="utf-8") as file:

@@ -43,6 +43,7 @@ class SearchRow:
 
     Attributes:
         trials: All that ended.
+        objective: The figure of the goal that was made small or large.
         stopped: Why it came to its end, in words.
         seconds: It took, without what came before an interruption.
         minutes: It was given; None without a limit.
@@ -52,6 +53,7 @@ class SearchRow:
     """
 
     trials: tuple[TrialRow, ...]
+    objective: str
     stopped: str
     seconds: float = 0.0
     minutes: float | None = None

@@ -20,6 +20,7 @@ import jinja2
 from penjing import records
 from penjing.records import files
 from penjing.report import arithmetic, between, comparison, curves, numbers, scatter, skyline, verdict
+from penjing.report import trials as trial_rows
 from penjing.report.table import gains, legible
 
 _NAMES = ("step", "name", "kind", "type", "technique")  # keys of a recipe's entry that may hold its name
@@ -73,6 +74,7 @@ def render(record: records.Record) -> str:
         recipe=recipe(record.recipe),
         gains=gains(chosen.gains) if chosen else [],
         charts=curves.charts(record.trainings),
+        trials=trial_rows.of(record),
         devices=comparison.devices(record) if record.devices else (),
     )
 

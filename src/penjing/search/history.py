@@ -103,7 +103,7 @@ class History:
 
     def rows(self, stopped: str) -> SearchRow:
         """All trials as the record tells them."""
-        return SearchRow(trials=tuple(map(self._row, self.trials)), stopped=stopped)
+        return SearchRow(trials=tuple(map(self._row, self.trials)), objective=self.goal.objective()[0], stopped=stopped)
 
     def _row(self, trial: Trial) -> TrialRow:
         best, outcome = self.best_of(trial), trial.outcome

@@ -59,6 +59,10 @@ class Here:
         """
         number, choice, learning, folder = self._next.pop(0)
         run = self.prepared.run
-        with run.costing(f"trial {number}: {choice.words()}"), run.events.heard(self.clock):
+        with (
+            run.costing(f"trial {number}: {choice.words()}"),
+            run.events.heard(self.clock),
+            run.events.within(trial=number),
+        ):
             carry_out(self.prepared, choice, recipe(choice, learning), folder)
         return number
