@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from penjing import measure, runtimes
+from penjing.errors import TaskError, UsageError
 from penjing.pipeline import building
 from penjing.records.manifest import read_manifest
 from penjing.runtimes import SPECS
 from penjing.runtimes.artifact import predictor
 from tests.pairs import FLOAT_DB, INTEGER_DB
+from tests.raises import raises_case
 
 every_runtime = pytest.mark.parametrize("name", SPECS)
 ARTIFACTS = [
@@ -83,13 +85,56 @@ def test_it_says_in_which_precision_it_computes_every_layer(name, precision, art
     }  # fmt: skip
 
 
+OTHERS = {
+    "another size": lambda x: x[:, :, :6, :6],
+    "as many values in other axes": lambda x: x.transpose(0, 2, 3, 1),
+    "one axis less": lambda x: x[0],
+    "one channel more": lambda x: np.concatenate([x, x[:, :1]], 1),
+}
+
+
+@every_artifact
+def test_it_takes_no_inputs_but_its_own_and_goes_on(name, precision, artifact):
+    session = runtimes.open_artifact(artifact.folder, 1)
+    (x,) = artifact.arrays(2, seed=3)
+    before = session.run([x])
+    for other in OTHERS.values():
+        with raises_case(TaskError, "shape"):
+            session.run([np.ascontiguousarray(other(x))])
+    for other in (x.astype(np.float64), x.astype(">f4"), x.astype(np.int64), x.astype(object)):
+        with raises_case(TaskError, "dtype"):
+            session.run([other])
+    for count in (0, 2):
+        with raises_case(TaskError, "inputs"):
+            session.run([x] * count)
+    assert [y.shape for y in session.run([x[:0]])] == [(0, *y.shape[1:]) for y in before]
+    assert all(np.array_equal(a, b) for a, b in zip(session.run([x[::-1][::-1]]), before, strict=True))
+
+
+@every_artifact
+def test_threads_are_one_or_more(name, precision, artifact):
+    for threads in (0, -1):
+        with raises_case(UsageError, "threads"):
+            runtimes.open_artifact(artifact.folder, threads)
+
+
+def loaded(folder):
+    """The module of an artifact's `load.py`."""
+    spec = importlib.util.spec_from_file_location("load_of_a_test", folder / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @every_artifact
 def test_its_loader_answers_as_its_session(name, precision, artifact):
     if runtimes.absent(name):
         pytest.skip(runtimes.absent(name))
-    spec = importlib.util.spec_from_file_location("load_of_a_test", artifact.folder / "load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(artifact.folder)
     (x,) = artifact.arrays(3, seed=8)
     predict = predictor(runtimes.open_artifact(artifact.folder, 1), artifact.manifest)
     np.testing.assert_allclose(module.predict(x), predict(x), rtol=0, atol=1e-6)
+    assert module.predict(x[:0]).shape == (0, *predict(x).shape[1:])
+    for other in OTHERS.values():
+        with pytest.raises(ValueError, match="expected"):
+            module.predict(other(x))

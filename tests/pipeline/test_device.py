@@ -1,5 +1,6 @@
 """An artifact measured on a device, and its figures in the record: the device here is a Python without Penjing."""
 
+import ast
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def test_the_script_measures_without_penjing(measured, digits_run):
     assert "onnxruntime_perf_test" in (folder / "COMMANDS.md").read_text(encoding="utf-8")
 
 
+def test_without_numpy_it_says_what_to_install(measured):
+    command = [sys.executable, "-S", "-I", str(measured[0] / "bench.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "pip install numpy onnxruntime" in done.stderr
+
+
 def test_the_figures_go_into_record_and_report(measured, digits_copy):
     record = add_device(digits_copy, measured[1])
     assert records.read(digits_copy).devices == record.devices and len(record.devices) == 1
@@ -69,13 +76,22 @@ def test_the_figures_go_into_record_and_report(measured, digits_copy):
 
 def test_figures_of_another_artifact_are_refused(measured, digits_copy, tmp_path):
     data = json.loads(measured[1].read_text(encoding="utf-8"))
-    data["sha256"] = dict.fromkeys(data["sha256"], "0" * 64)
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(data), encoding="utf-8")
     before = (digits_copy / "record.json").read_bytes()
-    with raises_case(RecordError, "another"):
-        add_device(digits_copy, other)
+    for change in ({"sha256": dict.fromkeys(data["sha256"], "0" * 64)}, {"runtime": "ncnn"}, {"precision": "int4"}):
+        other.write_text(json.dumps(data | change), encoding="utf-8")
+        with raises_case(RecordError, "another"):
+            add_device(digits_copy, other)
     assert (digits_copy / "record.json").read_bytes() == before
+
+
+def test_words_of_a_device_are_text_in_the_report(measured, digits_copy, tmp_path):
+    data = json.loads(measured[1].read_text(encoding="utf-8"))
+    data["device"]["processor"] = "<script>alert(1)</script>\x1b[31m"
+    (tmp_path / "bench.json").write_text(json.dumps(data), encoding="utf-8")
+    add_device(digits_copy, tmp_path / "bench.json")
+    page = (digits_copy / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)" in page and "<script>alert(1)" not in page
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,15 @@ def test_figures_of_another_artifact_are_refused(measured, digits_copy, tmp_path
         (lambda data: data.update(parity=[]), "incomplete"),
         (lambda data: data["device"].update(threads="many"), "type"),
         (lambda data: data.update(energy_mj="much"), "type"),
+        (lambda data: data.update(energy_mj=-1.0), "value"),
+        (lambda data: data.update(load_ms=-1.0), "value"),
+        (lambda data: data["latency_ms"].update(rounds=[-1.0]), "value"),
+        (lambda data: data["latency_ms"].update(median=0.0), "value"),
+        (lambda data: data["latency_ms"].update(p95=0.0), "value"),
+        (lambda data: data["parity"][0].update(holds=False), "value"),
+        (lambda data: data["parity"][0].update(snr_db=-300.0), "value"),
+        (lambda data: data["parity"][0].update(limit_db=None), "value"),
+        (lambda data: data["device"].update(processor="x" * 2000), "value"),
     ],
 )
 def test_damaged_figures_are_refused(measured, tmp_path, change, code):
@@ -151,6 +176,13 @@ def _write(path, value):
     path.write_text(f"{value}\n", encoding="ascii")
 
 
+@pytest.mark.parametrize("wrong", [("--threads", "0"), ("--threads", "-1"), ("--seconds", "nan"), ("--seconds", "inf")])
+def test_what_can_not_be_timed_is_said_before_anything_is_opened(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        on_device.main({"threads": 1}, tmp_path, lambda: None, wrong)
+    assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
 def test_energy_of_a_counter_and_of_a_sensor(tmp_path):
     zone = tmp_path / "rapl/class/powercap/intel-rapl:0/energy_uj"
     _write(zone, 1000)
@@ -196,6 +228,9 @@ def test_integer_outputs_and_nan_are_judged():
 def test_the_script_of_every_runtime_is_python(name):
     manifest = Manifest(runtime=name, precision="fp32", programs=(), structure={"kind": "tensor"})
     text = _script(manifest, {"threads": 2, "packages": _packages(name)})
-    compile(text, "bench.py", "exec")
+    tree = ast.parse(text, feature_version=(3, 9))
+    newer = {"UTC", "pairwise", "batched"}  # of the standard library, since 3.10 and later
+    assert not newer & {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not any(word.arg == "strict" for word in ast.walk(tree) if isinstance(word, ast.keyword))
     assert "def run(inputs)" in text and "@" not in text.partition("def open_artifact")[2].partition("FACTS")[0]
     assert _packages(name) or runtimes.SPECS[name].levels  # a library needs nothing

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from penjing.errors import OutputError
+from penjing.records import files
 from penjing.records.files import write_text
 from tests.raises import raises_case
 
@@ -57,3 +58,31 @@ def test_text_that_has_no_bytes_leaves_nothing_behind(tmp_path):
 def test_a_missing_folder_is_said(tmp_path):
     with raises_case(OutputError, "unwritable"):
         write_text(tmp_path / "no" / "a.json", "text")
+
+
+class TestCache:
+    def test_it_is_made_for_its_user_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PENJING_CACHE", str(tmp_path / "deep" / "cache"))
+        folder = files.cache("kernels")
+        assert folder == tmp_path / "deep" / "cache" / "kernels" and files.cache("kernels") == folder
+        assert os.name != "posix" or folder.stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.skipif(os.name != "posix", reason="permissions")
+    def test_one_that_others_may_write_or_own_is_not_read(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PENJING_CACHE", str(tmp_path))
+        for mode in (0o777, 0o770, 0o702):
+            files.cache("kernels").chmod(mode)
+            with raises_case(OutputError, "foreign-cache") as refusal:
+                files.cache("kernels")
+            (tmp_path / "kernels").chmod(0o755)
+            assert f"{mode:o}" in refusal.value.got
+        files.cache("kernels")
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with raises_case(OutputError, "foreign-cache"):
+            files.cache("kernels")
+
+    def test_one_that_can_not_be_made_is_an_error(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("PENJING_CACHE", str(tmp_path / "file"))
+        with raises_case(OutputError, "unwritable"):
+            files.cache("tvm")

@@ -197,11 +197,12 @@ def test_samples_that_depend_on_each_other_stay_together(couples, divisible):
     assert _divisible(couples, ((torch.randn(1, 3),), {}), [{"0": "batch"}]) is divisible
 
 
-def test_other_sizes_than_those_of_the_file_are_refused(artifacts):
-    session = isolated.open_artifact(artifacts("line", "fp32").folder, 1)
+def test_more_than_there_is_memory_set_aside_for_is_refused_where_samples_stay_together(artifacts):
+    session = runtimes.open_artifact(artifacts("line", "fp32").folder, 1).session
+    session.apart, most = False, session.largest[0]
     with raises_case(ArtifactError, "size") as refusal:
-        session.run([np.zeros((1, 4, 20), np.float32)])
-    assert "(1, 4, 20)" in refusal.value.got
+        session.run([np.zeros((most[0] + 1, *most[1:]), np.float32)])
+    assert refusal.value.expected == f"at most {most}"
 
 
 def test_sessions_with_other_numbers_of_threads_take_turns(artifacts):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from penjing import runtimes
-from penjing.errors import ArtifactError
+from penjing.errors import ArtifactError, TaskError
 from penjing.measure import time_limits
 from penjing.measure.processes import Process
 from penjing.records.manifest import read_manifest
@@ -41,6 +41,27 @@ def test_the_answers_are_those_of_the_runtime_in_this_process_to_the_bit(artifac
         assert one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
     manifest = read_manifest(folder)
     assert isolated.executed(folder, manifest) == runtimes.executed(folder, manifest)
+
+
+def test_what_can_not_be_sent_is_refused_before_anything_is(artifact):
+    folder, inputs = artifact
+    session = isolated.open_artifact(folder, 1)
+    begun = pid(session)
+    for wrong in (inputs[0].astype(object), inputs[0].astype("U8"), inputs[0][:, :2]):
+        with pytest.raises(TaskError):
+            session.run([wrong])
+    assert session.run(inputs)[0].shape[0] == 3 and pid(session) == begun
+
+
+def test_a_process_whose_request_was_broken_off_is_replaced_at_the_next(artifact, monkeypatch):
+    folder, inputs = artifact
+    session = isolated.open_artifact(folder, 1)
+    begun = pid(session)
+    with monkeypatch.context() as patch:
+        patch.setattr("penjing.measure.processes.send", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.run(inputs)
+    assert session.run(inputs)[0].shape[0] == 3 and pid(session) != begun
 
 
 def test_one_process_serves_all_artifacts_of_a_runtime(artifact):
@@ -93,12 +114,12 @@ def test_a_process_that_stands_still_is_ended_after_its_limit(artifact, monkeypa
     assert not psutil.pid_exists(stopped)
 
 
-def test_an_input_that_does_not_fit_is_an_error_and_ends_nothing(artifact):
+def test_a_request_that_fails_is_an_error_and_ends_nothing(artifact):
     folder, inputs = artifact
     session = isolated.open_artifact(folder, 1)
     alive = pid(session)
     with raises_case(ArtifactError, "failed"):
-        session.run([np.zeros((1, 2), np.float32)])
+        session.worker.ask({"cmd": "run", "handle": session.handle + 1}, inputs, limit_s=60)
     assert session.run(inputs)[0].shape[0] == 3 and pid(session) == alive
 
 

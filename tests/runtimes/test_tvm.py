@@ -129,6 +129,21 @@ def test_a_schedule_that_computes_something_else_is_not_taken(built):
     assert not tvm_tuning._equal(halved, other.module, target)
 
 
+def test_a_stored_schedule_that_is_damaged_or_of_another_operator_is_not_taken(built, monkeypatch):
+    from penjing.runtimes import tvm_tuning
+
+    monkeypatch.setenv("PENJING_CACHE", str(built[2]))
+    own, (other, _) = _operator(nn.Hardtanh(0, 0.5))[0], _operator(nn.Softmax(-1))
+    path = tvm_tuning._file(own.key)
+    for stored in ("{", "[]", {"sampled": 1, "module": "{}"}, {"sampled": 1, "module": tvm_tuning._text(other.module)}):
+        path.write_text(stored if isinstance(stored, str) else json.dumps(stored))
+        again, _ = _operator(nn.Hardtanh(0, 0.5))
+        assert again.best is again.module
+    path.write_text(json.dumps({"sampled": 2**40, "module": tvm_tuning._text(own.module)}))
+    assert _operator(nn.Hardtanh(0, 0.5))[0].sampled == tvm_tuning.SAMPLES
+    path.unlink()
+
+
 class Sorts(nn.Module):
     def forward(self, x):
         return torch.linalg.svdvals(x)

@@ -21,6 +21,7 @@ from typing import Any
 
 from penjing.errors import ArtifactError, MissingDependency
 from penjing.kernels.instruction_sets import InstructionSet
+from penjing.records import files
 
 C_FLAGS = ("-std=c99", "-O3", "-fPIC", "-ffp-contract=off")
 
@@ -60,8 +61,7 @@ def compiler() -> str:
 
 def cache() -> Path:
     """Return the folder of compiled kernels: ``$PENJING_CACHE/kernels`` or ``~/.cache/penjing/kernels``."""
-    base = os.environ.get("PENJING_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "penjing") / "kernels"
+    return files.cache("kernels")
 
 
 def library(functions: Sequence[Function], key: str, instructions: InstructionSet, folder: Path | None = None) -> Path:

@@ -115,6 +115,7 @@ class Process:
             raise
         except BaseException:  # Ctrl-C: the pending answer would be read as that of the next request
             self._kill()
+            self._exit_watch.join(_STOP_S)  # `alive` tells it at once
             raise
         finally:
             timer.cancel()

@@ -109,8 +109,10 @@ def add_device(run: Path | str, bench: Path | str) -> Record:
     with locked(folder, "the run folder"):
         record = records.read(folder)
         measured = read_bench(bench)
-        ours = record.chosen.sha256 if record.chosen is not None else {}
-        if measured.sha256 != ours:
+        chosen = record.chosen
+        ours = chosen.sha256 if chosen is not None else {}
+        kinds = (chosen.runtime, chosen.precision) if chosen is not None else ()
+        if measured.sha256 != ours or (measured.runtime, measured.precision) != kinds:
             raise RecordError(
                 "the device's figures are of another artifact",
                 code="another",

@@ -12,6 +12,8 @@ from penjing.records.record import DeviceRun
 FORMAT = 1
 BENCH_BYTES = 1 << 20
 MOST_ROUNDS = 1000
+MOST = 1e12  # milliseconds, or millijoules
+WORD = 1000  # characters of what a device says of itself
 
 
 def read_bench(path: Path | str) -> DeviceRun:
@@ -55,6 +57,7 @@ def _run(data: dict[str, Any]) -> DeviceRun:
         fields["energy_mj"] = {"value": energy, "method": f"measured, {data.get('energy_method')}"[:200]}
     run = json_form.from_dict(DeviceRun, fields)
     json_form.check_values(fields, "DeviceRun")
+    _check(run)
     if len(run.latency_ms.rounds) > MOST_ROUNDS or not run.parity:
         raise RecordError(
             "the device's figures are not those of a whole run",
@@ -64,3 +67,27 @@ def _run(data: dict[str, Any]) -> DeviceRun:
             remedy="run it again on the device: python bench.py -o bench.json",
         )
     return run
+
+
+def _check(run: DeviceRun) -> None:
+    """Raise RecordError where values can't be right by themselves, or do not agree with each other."""
+    latency, energy = run.latency_ms, run.energy_mj
+    times = [run.load_ms, *latency.rounds, *([energy.value] if energy else [])]
+    wrong = [f"{value:g}" for value in times if not 0 <= value <= MOST]
+    if not 0 < latency.median <= latency.p95:
+        wrong.append(f"a median of {latency.median:g} ms, a 95th percentile of {latency.p95:g} ms")
+    for row in run.parity:
+        share = row.equal is not None
+        value, limit = (row.equal, row.limit_equal) if share else (row.snr_db, row.limit_db)
+        if value is None or limit is None or row.holds != (value >= limit) or row.largest < 0:
+            wrong.append(f"{row.output[:40]!r}: {value} of {limit}, {'holds' if row.holds else 'does not hold'}")
+    words = [run.runtime, run.precision, run.created, run.device.processor, run.device.system, *run.versions.values()]
+    wrong += [f"{word[:40]!r}, {len(word):,} characters" for word in words if len(word) > WORD]
+    if wrong:
+        raise RecordError(
+            "the device's figures can't be right",
+            code="value",
+            got="; ".join(wrong[:3]),
+            expected=f"times and energies from 0 to {MOST:g}, parities that are held against their limits, short words",
+            remedy="run it again on the device: python bench.py -o bench.json",
+        )

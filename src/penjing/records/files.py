@@ -1,4 +1,4 @@
-"""Text files that are there whole or not at all. This module never imports torch."""
+"""Text files that are there whole or not at all, and the user's own cache. This module never imports torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,38 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def cache(name: str) -> Path:
+    """The folder ``$PENJING_CACHE/NAME`` or ``~/.cache/penjing/NAME``, made if it is not there.
+
+    What lies in it is loaded as machine code, so another user must not be able to put anything there.
+
+    Raises:
+        OutputError: It can't be made, it is another user's, or others may write it.
+    """
+    base = os.environ.get("PENJING_CACHE")
+    folder = (Path(base) if base else Path.home() / ".cache" / "penjing") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise OutputError(
+            "the cache can't be written",
+            code="unwritable",
+            got=f"{folder}: {error.strerror or error}",
+            expected="a folder with write permission",
+            remedy="set PENJING_CACHE to another folder",
+        ) from error
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise OutputError(
+            "the cache of compiled code is open to other users",
+            code="foreign-cache",
+            got=f"{folder} of the user {status.st_uid}, mode {status.st_mode & 0o777:o}",
+            expected=f"a folder of the user {os.geteuid()}, which nobody else may write",
+            remedy=f"chmod 700 {folder}, or set PENJING_CACHE to another folder",
+        )
+    return folder
 
 
 def write_text(path: Path | str, text: str) -> None:

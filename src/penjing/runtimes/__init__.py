@@ -18,7 +18,7 @@ import numpy as np
 
 from penjing.errors import ArtifactError, MissingDependency, PenjingError, UsageError
 from penjing.records.manifest import Manifest, Port, read_manifest, write_manifest
-from penjing.runtimes.artifact import Executed, Timed
+from penjing.runtimes.artifact import Checked, Executed, Timed
 from penjing.runtimes.versions import clashes
 from penjing.steps.plan import Capabilities
 
@@ -313,12 +313,16 @@ def open_artifact(folder: Path | str, threads: int) -> Session:
 
     Raises:
         ArtifactError: There is no artifact, or the runtime can't read it.
+        UsageError: There is no such number of threads.
     """
+    from penjing.measure.machine import check_threads
+
     folder = Path(folder)
     manifest = read_manifest(folder)
     runtime = get(manifest.runtime)
+    check_threads(threads)
     with _opening(folder, manifest, runtime):
-        return runtime.open_session(folder, manifest, threads)
+        return Checked(runtime.open_session(folder, manifest, threads), manifest.programs[0])
 
 
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from penjing.errors import TaskError
-from penjing.records.manifest import Manifest, Port, read_manifest
+from penjing.records.manifest import Manifest, Port, Program, read_manifest, sample_axes
 
-__all__ = ["Executed", "Timed", "arrange", "predictor", "read_manifest"]
+__all__ = ["Checked", "Executed", "Timed", "arrange", "check_inputs", "predictor", "read_manifest"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,77 @@ class Timed:
     sites: tuple[str, ...]
     type: str
     ms: float
+
+
+class Checked:
+    """A session whose inputs are compared with the manifest before a runtime sees them.
+
+    Some runtimes read an array of another shape or type as if it were their own, or end the process.
+    """
+
+    def __init__(self, session: Any, program: Program) -> None:
+        self.session, self.program = session, program
+        self.form: list[Any] = []  # of the last inputs: those of a loop have one
+        self.empty: list[tuple[int, ...]] | None = None
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """One call; inputs and outputs in the order of the manifest.
+
+        Raises:
+            TaskError: The inputs are not those of the manifest.
+        """
+        form = [(x.shape, x.dtype) for x in inputs]
+        if form != self.form:
+            check_inputs(self.program.inputs, inputs)
+            self.form, self.empty = form, _of_nothing(self.program, inputs)
+        if self.empty is not None:
+            return [np.zeros(size, p.dtype) for size, p in zip(self.empty, self.program.outputs, strict=True)]
+        results: list[np.ndarray] = self.session.run(inputs)
+        return results
+
+
+def check_inputs(ports: tuple[Port, ...], inputs: list[np.ndarray]) -> None:
+    """Compare arrays with the inputs of a program.
+
+    Raises:
+        TaskError: Their number, the type or the shape of one differs, or sizes of one name do.
+    """
+    if len(inputs) != len(ports):
+        raise TaskError(
+            "the artifact was called with another number of inputs",
+            code="inputs", got=f"{len(inputs)} arrays", expected=[port.name for port in ports],
+        )  # fmt: skip
+    sizes: dict[str, int] = {}
+    for port, x in zip(ports, inputs, strict=True):
+        if x.dtype != np.dtype(port.dtype):  # in the byte order of this machine
+            raise TaskError(
+                f"the input {port.name} is of another type", code="dtype", got=str(x.dtype), expected=port.dtype
+            )
+        fits = len(port.shape) == x.ndim and all(
+            sizes.setdefault(own, n) == n if isinstance(own, str) else own == n
+            for own, n in zip(port.shape, x.shape, strict=True)
+        )
+        if not fits:
+            raise TaskError(
+                f"the input {port.name} has another shape than the artifact takes",
+                code="shape", got=list(x.shape), expected=[sizes.get(n, n) for n in port.shape],
+                remedy="sizes that vary are named in Task(dynamic=…)",
+            )  # fmt: skip
+
+
+def _of_nothing(program: Program, inputs: list[np.ndarray]) -> list[tuple[int, ...]] | None:
+    """The shapes of the outputs of no sample at all, if there is none and they have none either."""
+    axes = sample_axes(program.inputs)
+    axis, x, port = next(
+        ((a, x, port) for a, x, port in zip(axes, inputs, program.inputs, strict=True) if a is not None),
+        (None, None, None),
+    )
+    if axis is None or x is None or port is None or x.shape[axis]:
+        return None
+    word = port.shape[axis]
+    shapes = [tuple(0 if n == word else n for n in output.shape) for output in program.outputs]
+    known = all(isinstance(n, int) for shape in shapes for n in shape)
+    return shapes if known and all(word in output.shape for output in program.outputs) else None
 
 
 def predictor(session: Any, manifest: Manifest) -> Callable[..., Any]:
@@ -59,4 +130,8 @@ def arrange(ports: tuple[Port, ...], args: tuple[Any, ...], kwargs: dict[str, An
             got=f"{len(args)} positional and {sorted(kwargs)}",
             expected=f"{[p.name for p in ports]}",
         )
-    return [np.ascontiguousarray(np.asarray(v), dtype=p.dtype) for v, p in zip(values, ports, strict=True)]
+    # NumPy gives an array without axes one.
+    return [
+        np.ascontiguousarray(np.asarray(v), dtype=p.dtype).reshape(np.shape(v))
+        for v, p in zip(values, ports, strict=True)
+    ]

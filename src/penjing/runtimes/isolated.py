@@ -25,7 +25,7 @@ from penjing.measure.processes import Process
 from penjing.measure.time_limits import call_s, opening_s
 from penjing.records import from_dict
 from penjing.records.manifest import Manifest, read_manifest
-from penjing.runtimes.artifact import Executed, Timed
+from penjing.runtimes.artifact import Executed, Timed, check_inputs
 
 IDLE_S = 60.0  # after which a process without open artifacts ends
 
@@ -114,6 +114,7 @@ class Session:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         self.folder, self.runtime, self.threads = folder, manifest.runtime, threads
+        self.ports = manifest.programs[0].inputs
         self.worker, self.handle = self._opened()
 
     def _opened(self) -> tuple[_Worker, int]:
@@ -128,7 +129,9 @@ class Session:
 
         Raises:
             ArtifactError: The runtime raised, crashed, or did not answer in time.
+            TaskError: The inputs are not those of the manifest.
         """
+        check_inputs(self.ports, inputs)
         if not self.worker.process.alive or self.worker.owner != os.getpid():
             self.worker, self.handle = self._opened()
         return self.worker.ask({"cmd": "run", "handle": self.handle}, inputs, limit_s=call_s(inputs))[1]

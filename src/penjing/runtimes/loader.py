@@ -23,8 +23,20 @@ def predict(*args, **kwargs):
     if len(args) > len(names) or set(kwargs) != set(names[len(args):]):
         raise TypeError(f"predict takes {names}; got {len(args)} positional inputs and {sorted(kwargs)}")
     values = list(args) + [kwargs[name] for name in names[len(args):]]
-    inputs = [np.ascontiguousarray(np.asarray(x), dtype=port["dtype"]) for x, port in zip(values, ports)]
-    outputs = iter(run(inputs))
+    inputs = [np.ascontiguousarray(np.asarray(x), dtype=port["dtype"]).reshape(np.shape(x))
+              for x, port in zip(values, ports)]  # of no axes, NumPy makes one
+    sizes = {}
+    for x, port in zip(inputs, ports):  # some runtimes read another shape as their own
+        own = port["shape"]
+        if len(own) != x.ndim or not all(sizes.setdefault(n, m) == m if isinstance(n, str) else n == m
+                                         for n, m in zip(own, x.shape)):
+            raise ValueError(f"{port['name']} has the shape {x.shape}; expected {own}")
+    samples = next((p["shape"][0] for p in ports if p["shape"] and isinstance(p["shape"][0], str)), None)
+    shapes = [[0 if n == samples else n for n in p["shape"]] for p in PROGRAM["outputs"]]
+    if sizes.get(samples) == 0 and all(0 in s and all(isinstance(n, int) for n in s) for s in shapes):
+        outputs = iter([np.zeros(s, p["dtype"]) for s, p in zip(shapes, PROGRAM["outputs"])])  # of no samples
+    else:
+        outputs = iter(run(inputs))
 
     def nest(part):
         if part["kind"] == "tuple":

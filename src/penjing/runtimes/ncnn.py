@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from penjing.errors import ArtifactError, TaskError
+from penjing.errors import ArtifactError
 from penjing.records.manifest import Manifest, Program, sample_axes
 from penjing.runtimes.artifact import Executed
 from penjing.runtimes.ncnn_files import NO_BATCH, read_param, write_param
@@ -113,23 +112,12 @@ class _Session:
         count = len(program.inputs)
         axes = sample_axes((*program.inputs, *program.outputs))
         self.axes, self.joined = axes[:count], axes[count:]
-        self.inputs, self.outputs = program.inputs, program.outputs
+        self.outputs = program.outputs
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        for port, x in zip(self.inputs, inputs, strict=True):
-            if not _fits(port.shape, x.shape):  # ncnn itself would read beyond the weights
-                raise TaskError(
-                    f"the input {port.name} has another shape than the artifact takes",
-                    code="shape",
-                    got=list(x.shape),
-                    expected=list(port.shape),
-                )
         sizes = {x.shape[a] for x, a in zip(inputs, self.axes, strict=True) if a is not None}
         if not sizes:
             return self._one(inputs)
-        if not max(sizes):
-            empty = ([0 if isinstance(size, str) else size for size in port.shape] for port in self.outputs)
-            return [np.zeros(shape, port.dtype) for shape, port in zip(empty, self.outputs, strict=True)]
         parts = [
             self._one([x if a is None else np.take(x, [i], a) for x, a in zip(inputs, self.axes, strict=True)])
             for i in range(max(sizes))
@@ -156,13 +144,6 @@ class _Session:
                 result = np.array(mat.numpy(batch_index=batch)).astype(port.dtype)
                 results.append(result if port.shape else result.reshape(()))
         return results
-
-
-def _fits(expected: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether a shape is one of a port: names of sizes stand for any."""
-    return len(expected) == len(shape) and all(
-        isinstance(e, str) or e == n for e, n in zip(expected, shape, strict=True)
-    )
 
 
 def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:

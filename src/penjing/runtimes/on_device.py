@@ -29,6 +29,7 @@ from penjing.measure.meters import gpu_meter, metered, power_meter, text_of
 
 ROUNDS = 7  # of timed calls; their medians show whether the device was steady
 WARM_UP_S, WARM_UP_CALLS = 0.5, 5
+MOST_THREADS, MOST_SECONDS = 1024, 86_400
 HELD, FAILED = 0, 3
 Run = Callable[[list[Any]], list[Any]]
 """One call of the artifact: a flat list of arrays in, a flat list of arrays out."""
@@ -55,9 +56,15 @@ def main(
     parser.add_argument("--seconds", type=float, default=5.0, help="timed seconds (%(default)s)")
     parser.add_argument("-o", "--out", help="also write the JSON to this file, for `penjing record add`")
     parsed = parser.parse_args(arguments)
+    if not 1 <= parsed.threads <= MOST_THREADS:
+        parser.error(f"--threads is from 1 to {MOST_THREADS}")
+    if not 0 < parsed.seconds <= MOST_SECONDS:  # NaN is not
+        parser.error(f"--seconds is above 0, and at most {MOST_SECONDS}")
     check_hashes(folder, facts["sha256"])
-    import numpy as np
-
+    try:
+        import numpy as np
+    except ModuleNotFoundError as error:
+        sys.exit(_install(error, facts))
     with np.load(folder / facts["samples"], allow_pickle=False) as stored:
         samples = {name: stored[name] for name in stored.files}
     os.environ["THREADS"] = str(parsed.threads)  # what the opener reads
@@ -66,7 +73,7 @@ def main(
     try:
         run = opener()
     except ModuleNotFoundError as error:
-        sys.exit(f"the package {error.name} is not installed here; try: pip install {' '.join(facts['packages'])}")
+        sys.exit(_install(error, facts))
     load_ms = 1e3 * (time.perf_counter() - start)
     meter = gpu_meter() if facts.get("gpu") else power_meter(sysfs)
     timed = timings(run, _named(samples, "timed"), parsed.seconds, meter)
@@ -77,7 +84,7 @@ def main(
         "runtime": facts["runtime"],
         "precision": facts["precision"],
         "sha256": {name: facts["sha256"][name] for name in facts["artifact"]},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017  # 3.9
         "device": device(parsed.threads),
         "versions": versions(facts["packages"]),
         "batch": facts["batch"],
@@ -90,12 +97,19 @@ def main(
         "holds": all(row["holds"] for row in rows),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
+    print(text, flush=True)
     if parsed.out:
         aside = pathlib.Path(f"{parsed.out}.new")
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, parsed.out)
-    print(text)
+        try:
+            aside.write_text(text + "\n", encoding="utf-8")
+            os.replace(aside, parsed.out)
+        except OSError as error:
+            sys.exit(f"{parsed.out} can't be written ({error.strerror}); what it was to hold is printed above")
     return HELD if result["holds"] else FAILED
+
+
+def _install(error: ModuleNotFoundError, facts: dict[str, Any]) -> str:
+    return f"the package {error.name} is not installed here; try: pip install numpy {' '.join(facts['packages'])}"
 
 
 def check_hashes(folder: pathlib.Path, expected: dict[str, str]) -> None:

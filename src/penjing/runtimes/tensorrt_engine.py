@@ -52,7 +52,7 @@ class Engine:
             held.append(tensor)
         empty = [np.empty(tuple(self.context.get_tensor_shape(n)), self.types[n]) for n in outputs]
         results = [torch.from_numpy(x).cuda() for x in empty]
-        for name, tensor in zip(outputs, results, strict=True):
+        for name, tensor in zip(outputs, results):  # noqa: B905  # also in `load.py`, which may run in Python 3.9
             self.context.set_tensor_address(name, tensor.data_ptr())
         self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         torch.cuda.synchronize()

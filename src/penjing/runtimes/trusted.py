@@ -11,21 +11,21 @@ import os
 from pathlib import Path
 
 from penjing.errors import ArtifactError
+from penjing.records.files import cache
 
 VARIABLE = "PENJING_TRUST"
+FOLDER = "compiled"  # of the cache: a file named after every hash
 
 
 def remember(path: Path) -> None:
     """Note the hash of a library that was compiled here."""
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (folder / _hash(path)).touch()
+    (cache(FOLDER) / _hash(path)).touch()
 
 
 def check(path: Path) -> None:
     """Raise ArtifactError unless the library was compiled here, or its hash is what the user trusts."""
     sha = _hash(path)
-    if (_folder() / sha).is_file() or sha in os.environ.get(VARIABLE, "").split(","):
+    if (cache(FOLDER) / sha).is_file() or sha in os.environ.get(VARIABLE, "").split(","):
         return
     raise ArtifactError(
         "the artifact is machine code that was not compiled here, and opening it would run it",
@@ -34,12 +34,6 @@ def check(path: Path) -> None:
         expected="a library that Penjing compiled for this user on this machine",
         remedy=f"compress the network here; or, where you trust who wrote it, set {VARIABLE}={sha}",
     )
-
-
-def _folder() -> Path:
-    """Where the hashes are: ``$PENJING_CACHE/compiled`` or ``~/.cache/penjing/compiled``."""
-    base = os.environ.get("PENJING_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "penjing") / "compiled"
 
 
 def _hash(path: Path) -> str:

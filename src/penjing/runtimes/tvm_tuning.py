@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 import types
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from penjing.records import reading
+from penjing.records.files import cache, write_text
 
 SAMPLES = 64  # of one operator's schedules, at most
 _BATCH = 4
@@ -187,9 +189,13 @@ def _timed(module: Any, target: Any, limit: float) -> float:
 
 
 def _equal(operator: _Operator, module: Any, target: Any) -> bool:
-    """Whether a schedule computes what the operator does: not all that TVM samples do."""
-    expected, answers = (_answers(m, target) for m in (operator.module, module))
-    return all(
+    """Whether a schedule computes what the operator does: not all that TVM samples do, and a file may be damaged."""
+    try:
+        expected, answers = (_answers(m, target) for m in (operator.module, module))
+    except Exception:  # it can't be built, or takes other arguments
+        logging.getLogger(__name__).debug("a schedule can't be compared", exc_info=True)
+        return False
+    return [x.shape for x in expected] == [x.shape for x in answers] and all(
         np.abs(a - b).max(initial=0.0) <= _TOLERANCE * np.abs(a).max(initial=0.0)
         for a, b in zip(expected, answers, strict=True)
     )
@@ -255,25 +261,28 @@ def _text(module: Any) -> str:
 
 
 def _file(key: str) -> Path:
-    base = os.environ.get("PENJING_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "penjing") / "tvm" / f"{key}.json"
+    return cache("tvm") / f"{key}.json"
 
 
 def _recall(operator: _Operator) -> None:
-    """Take the best schedule that is on disk, if there is one."""
+    """Take the best schedule that is on disk, if there is one; a damaged file is as none."""
     import tvm
 
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        data = json.loads(_file(operator.key).read_text(encoding="utf-8"))
-        operator.best, operator.sampled = tvm.ir.load_json(data["module"]), int(data["sampled"])
+    path = _file(operator.key)
+    try:
+        data = reading.json_file(path)
+        best, sampled = tvm.ir.load_json(data["module"]), int(data["sampled"])
+        _entry(best)
+    except FileNotFoundError:
+        return
+    except Exception:  # TVM raises errors of its own
+        logging.getLogger(__name__).debug("a stored schedule can't be read", exc_info=True)
+        return
+    operator.best, operator.sampled = best, min(max(sampled, 0), SAMPLES)
 
 
 def _store(operator: _Operator) -> None:
-    from penjing.records.files import write_text
-
-    path = _file(operator.key)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(path, json.dumps({"sampled": operator.sampled, "module": _text(operator.best)}))
+    write_text(_file(operator.key), json.dumps({"sampled": operator.sampled, "module": _text(operator.best)}))
 
 
 def _version() -> str:
