@@ -12,7 +12,7 @@ from penjing.kernels.library import write
 from penjing.kernels.network import described
 from penjing.kernels.opened import Opened
 from penjing.network.capture import capture_network
-from penjing.numerics.signs import binary
+from penjing.numerics.signs import binary, ternary
 from penjing.surgery import sign_inputs
 from tests.raises import raises_case
 
@@ -43,22 +43,29 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture(scope="module")
-def network():
+def made(levels, signs=True):
+    """A captured network whose inner layers have weights of these levels, and read signs."""
     torch.manual_seed(0)
     module = Net()
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.running_mean.normal_(std=0.1)
             part.running_var.uniform_(0.5, 1.5)
-    captured = capture_network(module.eval(), (torch.rand(2, 2, 8, 9),), {})
-    sign_inputs(captured, BINARY)
+    captured = capture_network(module.eval(), (torch.rand(2, *SHAPE),), {})
+    if signs:
+        sign_inputs(captured, BINARY)
     with torch.no_grad():
         for name in BINARY:
             weight = captured.get_parameter(f"{name}.weight")
-            weight.copy_(binary(weight))
-            captured.get_parameter(f"{name}_sign.threshold").uniform_(-0.2, 0.4)
+            weight.copy_(levels(weight))
+            if signs:
+                captured.get_parameter(f"{name}_sign.threshold").uniform_(-0.2, 0.4)
     return captured
+
+
+@pytest.fixture(scope="module")
+def network():
+    return made(binary)
 
 
 def opened(network, path, **settings):
@@ -80,6 +87,19 @@ def test_layers_are_told_by_how_they_are_computed(network, tmp_path):
     executed = write(described(network, SHAPE), tmp_path / "model.so", named("c"))
     assert {site for site, how in executed.items() if how == "binary"} == set(BINARY)
     assert executed["stem"] == executed["head"] == executed["/add#0"] == "fp32"
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("signs", [False, True], ids=["numbers", "signs"])
+def test_ternary_weights_take_two_bits_and_answer_as_torch(name, signs, tmp_path):
+    captured = made(ternary, signs)
+    executed = write(described(captured, SHAPE), tmp_path / "model.so", named(name))
+    assert {site for site, how in executed.items() if how == "ternary"} == set(BINARY)
+    x = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        expected = captured(x).numpy()
+    answers = Opened(tmp_path / "model.so", (SHAPE, (3,)))(x.numpy())
+    np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_two_that_are_open_do_not_disturb_each_other(network, tmp_path):

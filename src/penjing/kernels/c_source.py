@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from penjing.kernels.binary import Convolution, Layout
     from penjing.kernels.packed_weights import Product
+    from penjing.kernels.ternary import Layout as TernaryLayout
 
 POPCOUNT = """
 #include <stdint.h>
@@ -104,6 +105,36 @@ void {name}(const float *x, const float *sums, const int32_t *weights, const flo
 """
 
 
+def ternary(shape: Convolution, lay: TernaryLayout, name: str = "ternary_conv") -> str:
+    """Return the source of a convolution of ternary weights; `penjing.kernels.ternary.function` lists its pointers."""
+    (oh, ow), (sh, sw), (dh, dw), (kh, kw) = shape.outputs, shape.stride, shape.dilation, shape.kernel
+    h, w = shape.height + 2 * shape.pad[0], shape.width + 2 * shape.pad[1]
+    return f"""
+#include <stdint.h>
+
+void {name}(const float *in, const int32_t *weights, const float *scale, const float *shift, float *out, int32_t begin,
+            int32_t end) {{
+  for (int32_t row = begin; row < end; row++)
+    for (int32_t x = 0; x < {ow}; x++)
+      for (int32_t o = 0; o < {lay.filters}; o++) {{
+        const int32_t *b = weights + (int64_t)o * {kh * kw * lay.words};
+        float sum = 0;
+        for (int32_t i = 0; i < {kh}; i++)
+          for (int32_t j = 0; j < {kw}; j++) {{
+            int64_t y = row / {oh} * {h} + row % {oh} * {sh} + i * {dh};
+            const float *a = in + (y * {w} + x * {sw} + j * {dw}) * {lay.channels};
+            for (int32_t c = 0; c < {lay.words}; c++, b++)
+              for (int32_t k = 0; k < 16; k++) {{
+                int32_t bits = (int32_t)((uint32_t)*b >> (2 * k) & 3);
+                sum += *a++ * (float)(bits == 3 ? -1 : bits);
+              }}
+          }}
+        out[((int64_t)row * {ow} + x) * {lay.filters} + o] = sum * scale[o] + shift[o];
+      }}
+}}
+"""
+
+
 HEAD = """
 #include <stdint.h>
 
@@ -183,6 +214,10 @@ ONCE void relu(const float *in, float *out, int n) {
   EACH(i, n, out[i] = in[i] <= 0 ? 0 : in[i])
 }
 
+ONCE void sign(const float *in, const float *threshold, float *out, int pixels, int c) {
+  for (int p = 0; p < pixels; p++, in += c, out += c) EACH(k, c, out[k] = in[k] >= threshold[k] ? 1 : -1)
+}
+
 ONCE void average(const float *in, float *out, int pixels, int c) {
   for (int k = 0; k < c; k++) out[k] = 0;
   for (int p = 0; p < pixels; p++)
@@ -193,6 +228,14 @@ ONCE void average(const float *in, float *out, int pixels, int c) {
 ONCE void drop(const float *in, float *out, int pixels, int from, int to) {
   for (int p = 0; p < pixels; p++)
     for (int k = 0; k < to; k++) out[(int64_t)p * to + k] = in[(int64_t)p * from + k];
+}
+
+/* An image of c channels in the middle of one with a border and more channels, which are 0 */
+ONCE void frame(const float *in, float *out, int h, int w, int c, int ph, int pw, int channels) {
+  for (int y = 0; y < h; y++)
+    for (int x = 0; x < w; x++)
+      for (int k = 0; k < c; k++)
+        out[((int64_t)(y + ph) * (w + 2 * pw) + x + pw) * channels + k] = in[((int64_t)y * w + x) * c + k];
 }
 
 /* (planes, size) to (size, planes) */
@@ -256,4 +299,4 @@ ONCE void borders(const uint8_t *weights, const int32_t *s, int32_t *table, int3
 """
 """The layers around the binary ones, NHWC, and what is computed once when a library is opened. NaN stays NaN."""
 
-__all__ = ["HEAD", "LAYERS", "POPCOUNT", "convolution", "included", "pack", "packed_product"]
+__all__ = ["HEAD", "LAYERS", "POPCOUNT", "convolution", "included", "pack", "packed_product", "ternary"]

@@ -26,16 +26,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from penjing.kernels import binary, building, c_source
+from penjing.kernels import binary, building, c_source, ternary
 from penjing.kernels.binary import Convolution, Layout
 from penjing.kernels.instruction_sets import InstructionSet, here
 from penjing.kernels.network import Described, Operation
+from penjing.kernels.ternary import Layout as TernaryLayout
 
+LEVELS = ("binary", "ternary")  # kinds of operations whose weights are packed
 LINE = 64  # bytes at whose multiples arrays begin
 _SMALL = (
     "-s", "-nostartfiles", "-fvisibility=hidden", "-ffunction-sections", "-fno-asynchronous-unwind-tables",
     "-fno-ident", "-Wl,--build-id=none,--as-needed,--gc-sections,-z,noseparate-code,-z,norelro",
 )  # fmt: skip
+_SHORT = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")
+"""Flags of the C that surrounds generated kernels: vectors as at -O3, and no further copies of loops."""
 """Flags of a library without names and what starts programs, whose bytes are the same when it is built again."""
 
 
@@ -52,7 +56,8 @@ def write(
             moves values across thresholds, which changes signs behind them.
 
     Returns:
-        Site of a layer or an addition → how it is computed: "binary" or "fp32".
+        Site of a layer or an addition → how it is computed: "binary" (bits are counted), "ternary" (weights of two
+        bits, inputs in floating point) or "fp32".
 
     Raises:
         ArtifactError: The C compiler failed.
@@ -67,10 +72,10 @@ def write(
         exported.write_text("{ global: penjing_*; local: *; };\n")
         source = c_source.HEAD + c_source.included(data) + c_source.LAYERS + body
         # Plain C is all that there is without a triple; with one, what surrounds the generated kernels is kept short.
-        flags = (*_SMALL, "-O2" if instructions.triple else "-O3", f"-Wl,--version-script={exported}")
+        flags = (*_SMALL, *(_SHORT if instructions.triple else ()), f"-Wl,--version-script={exported}")
         built = building.link(writer.functions, instructions, Path(scratch), [source], flags)
         shutil.copyfile(built, path)
-    return {o.site: "binary" if o.kind == "binary" else "fp32" for o in network.operations if o.site}
+    return {o.site: o.kind if o.kind in LEVELS else "fp32" for o in network.operations if o.site}
 
 
 class _Writer:
@@ -87,6 +92,8 @@ class _Writer:
         self.declared: list[str] = []  # C functions, one for every shape
         self.shapes: dict[Convolution, _Shape] = {}
         self.packs: dict[Any, tuple[str, int]] = {}  # what a packing kernel depends on → its name, place of the bits
+        self.ternaries: dict[Convolution, str] = {}  # the names of their kernels
+        self.frames: dict[Any, int] = {}
         self.preparing: list[str] = []
         self.lines: list[str] = []
         self.places: dict[str, int] = {}
@@ -211,6 +218,43 @@ class _Writer:
         given = f"{where[o.inputs[0]]}, {where[o.output]}, m, {weights}, {address}, {table}"
         self.lines.append(f"    binary_{known.number}({given});")
 
+    def ternary(self, o: Operation, where: dict[str, str]) -> None:
+        assert o.window is not None
+        w, lay = o.window, ternary.layout(o.window, self.instructions)
+        weights = self._raw(ternary.packed(o.arrays["weights"], lay))
+        padded = [np.pad(o.arrays[name], (0, lay.filters - w.filters)) for name in ("scale", "shift")]
+        address, places = self._numbers(*padded)
+        given, target, (down, right) = where[o.inputs[0]], where[o.output], w.outputs
+        if any(w.pad) or lay.channels != w.channels:
+            given = f"(float *)(m + ARENA + {self._frame(w, lay)})"
+            sizes = (w.height, w.width, w.channels, *w.pad, lay.channels)
+            self.lines.append(f"    frame({where[o.inputs[0]]}, {given}, {', '.join(map(str, sizes))});")
+        if lay.filters != w.filters:
+            target = f"(float *)(m + ARENA + {self._room(down * right * lay.filters * 4)})"
+        if w not in self.ternaries:
+            self.ternaries[w] = f"ternary_conv_{len(self.ternaries)}"
+            self.functions.append(ternary.function(w, self.instructions, self.ternaries[w]))
+        floats = ", ".join(f"(const float *)({address} + {place})" for place in places)
+        self.lines.append(
+            f"    {self.ternaries[w]}({given}, (const int32_t *){weights}, {floats}, {target}, 0, {down});"
+        )
+        if lay.filters != w.filters:
+            self.lines.append(f"    drop({target}, {where[o.output]}, {down * right}, {lay.filters}, {w.filters});")
+
+    def _frame(self, shape: Convolution, lay: TernaryLayout) -> int:
+        """The place of an input with its border, whose zeros stay; shapes of an input share it."""
+        key = (shape.height, shape.width, shape.channels, shape.pad)
+        if key not in self.frames:
+            down, right = (n + 2 * p for n, p in zip((shape.height, shape.width), shape.pad, strict=True))
+            self.frames[key] = self._room(down * right * lay.channels * 4)
+        return self.frames[key]
+
+    def sign(self, o: Operation, where: dict[str, str]) -> None:
+        height, width, channels = self.network.shapes[o.output]
+        address, _ = self._numbers(o.arrays["threshold"])
+        given = f"{where[o.inputs[0]]}, (const float *){address}, {where[o.output]}"
+        self.lines.append(f"    sign({given}, {height * width}, {channels});")
+
     def _shape(self, shape: Convolution) -> _Shape:
         """The C functions of a shape, written when it is first met."""
         if shape in self.shapes:
@@ -305,6 +349,8 @@ _WRITERS: dict[str, Callable[[_Writer, Operation, dict[str, str]], None]] = {
     "average": _Writer.simple,
     "maximum": _Writer.maximum,
     "planes": _Writer.planes,
+    "ternary": _Writer.ternary,
+    "sign": _Writer.sign,
 }
 
 

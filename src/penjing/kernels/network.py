@@ -27,8 +27,8 @@ class Operation:
     """One operation on values of one sample.
 
     Attributes:
-        kind: "convolution", "binary", "add", "relu", "average" (of all pixels), "maximum" (of a window), "planes" (an
-            image laid out as a vector, channel by channel).
+        kind: "convolution", "binary", "ternary" (of weights), "add", "relu", "average" (of all pixels), "maximum"
+            (of a window), "planes" (an image laid out as a vector, channel by channel), "sign" (as numbers).
         inputs: Names of the values that it reads.
         output: Name of the value that it writes.
         window: Of a convolution or a maximum.
@@ -156,7 +156,10 @@ class _Reader:
         module: Any = self.network.get_submodule(str(node.target))
         given: Any = node.args[0]
         threshold = self.signs.get(given)
-        name = self.values[given.args[0]] if threshold is not None else self._value(node)
+        if threshold is not None and not _two_levels(module.weight):
+            name, threshold = self._signs(node, given, threshold), None
+        else:
+            name = self.values[given.args[0]] if threshold is not None else self._value(node)
         height, width, channels = self.shapes[name]
         if isinstance(module, nn.Linear):
             if self.real[given.name].dim() != 2:
@@ -183,12 +186,23 @@ class _Reader:
             if max(window.kernel) > MOST_TAPS:
                 raise self._refused(node, f"a binary window of more than {MOST_TAPS} taps along an axis")
             scale = np.abs(arrays["weights"]).max((1, 2, 3))
-            if not (np.abs(arrays["weights"]) == scale[:, None, None, None]).all():
-                raise self._refused(node, "signs read by weights of more than two levels")
             arrays |= {"scale": scale, "threshold": threshold, "weights": arrays["weights"] >= 0}
-        output = self._new(node, (*window.outputs, filters))
         which = "convolution" if threshold is None else "binary"
+        if threshold is None and (scale := _levels(arrays["weights"])) is not None:
+            arrays |= {"weights": np.sign(arrays["weights"]).astype(np.int8), "scale": scale}
+            which = "ternary"
+        output = self._new(node, (*window.outputs, filters))
         self.operations.append(Operation(which, (name,), output, window, arrays, site(node)))
+
+    def _signs(self, node: fx.Node, given: fx.Node, threshold: np.ndarray) -> str:
+        """Signs as numbers, for weights of more than two levels; the name of the value."""
+        before: Any = given.args[0]
+        name = self.values[before]
+        if self.shapes[name][2] != len(threshold):
+            raise self._refused(node, "signs of a flattened image that weights of more than two levels read")
+        self.shapes[given.name] = self.shapes[name]
+        self.operations.append(Operation("sign", (name,), given.name, arrays={"threshold": threshold}))
+        return given.name
 
     def _vector(self, name: str, node: fx.Node) -> tuple[str, int, int, int]:
         """An image as a vector whose channels are those of a flattened image; its name, height, width, channels."""
@@ -203,7 +217,7 @@ class _Reader:
         if node.op != "call_module" or self.network.get_submodule(str(node.target)).running_var is None:
             raise self._refused(node, "a batch norm with the statistics of its batch")
         before = self._last(name, node)
-        if before is None or before.kind not in ("convolution", "binary"):
+        if before is None or before.kind not in ("convolution", "binary", "ternary"):
             raise self._refused(node, "a batch norm that is not behind a convolution of its own")
         module: Any = self.network.get_submodule(str(node.target))
         factor = _array(
@@ -255,6 +269,20 @@ class _Reader:
             dilation=_pair(given["dilation"]),
         )  # fmt: skip
         self.operations.append(Operation("maximum", (name,), self._new(node, (*window.outputs, channels)), window))
+
+
+def _levels(weights: np.ndarray) -> np.ndarray | None:
+    """α of every filter where all weights, (filters, …), are −α, 0 or α, and some filter has several; else None."""
+    rows = np.abs(weights).reshape(len(weights), -1)
+    scale: np.ndarray = rows.max(1)
+    fits = ((rows == 0) | (rows == scale[:, None])).all() and rows.shape[1] > 1 and scale.any()
+    return scale if fits else None
+
+
+def _two_levels(weight: Any) -> bool:
+    """Whether all weights of every filter have one magnitude."""
+    rows = weight.detach().abs().flatten(1)
+    return bool((rows == rows[:, :1]).all())
 
 
 def _padding(module: Any) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ TITLES = {INTEGER: "integer", HALF: "bf16 or fp16", FLOAT: "float", UNSEEN: "fus
 
 _INTEGER = re.compile(r"(?<![a-z0-9])(u?int(eger)?\d*|[iusq][1248]|[iu]16|w\d+a\d+|binary)(?![a-z0-9])", re.IGNORECASE)
 _HALF = re.compile(r"(?<![a-z0-9])(bf16|bfloat16|f16|fp16|float16|half)(?![a-z0-9])", re.IGNORECASE)
-_FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double)(?![a-z0-9])", re.IGNORECASE)
+_FLOAT = re.compile(r"(?<![a-z0-9])(t?f(loat|p)?(32|64)?|float|double|ternary)(?![a-z0-9])", re.IGNORECASE)
 
 
 def family(name: str | None) -> str:

@@ -93,7 +93,7 @@ def floor(record: records.Record, candidate: records.Candidate) -> records.Measu
         c.measured
         for c in record.candidates
         if (c.runtime, c.precision) == (candidate.runtime, "fp32")
-        and not any(row.executed == "binary" for row in c.layers)
+        and not any(row.executed in ("binary", "ternary") for row in c.layers)
     )
     return record.floors.get(candidate.runtime) or next(plain, None)
 

@@ -63,7 +63,8 @@ class RuntimeSpec:
         times_operators: Whether its module has `profile`.
         shows_values: Whether its module has `expose`.
         importing_s: Seconds that importing it may take beyond what is usual, on a busy machine.
-        levels: Whether it takes networks alone that have binary layers: the source itself is not measured in it.
+        levels: Whether it takes networks alone that have binary or ternary layers, so that the source itself is not
+            measured in it.
         place: Where it runs what it exports everywhere; None: here. Elsewhere an artifact is not timed, and not
             offered: `stand_in` computes it, to be compared with its plan.
         stand_in: What computes an artifact where the runtime itself does not run, in words.

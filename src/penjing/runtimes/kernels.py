@@ -1,6 +1,7 @@
-"""Kernels of Penjing's own on the processor: a binary network as one shared library, which needs no runtime at all.
+"""Kernels of Penjing's own on the processor: a binary or ternary network as one library, which needs no runtime at all.
 
-Binary layers count bits (`penjing.kernels.binary`); what is around them is computed in 32 bits by plain C.
+Binary layers count bits (`penjing.kernels.binary`), ternary weights take two bits (`penjing.kernels.ternary`); what is
+around them is computed in 32 bits by plain C.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from penjing.steps.plan import GENERIC, Capabilities, channel_multiple
 LIBRARY = "model.so"
 _SITES = r"([^,]{1,200}(,[^,]{1,200})*)?"
 
-SETTINGS = {"instructions": r"[a-z0-9-]{1,32}", "flags": r"[a-z0-9_,]{0,400}", "binary": _SITES, "fp32": _SITES}
+_COMPUTED = {"binary": "count bits", "ternary": "packed weights", "fp32": "plain C"}
+
+SETTINGS = {"instructions": r"[a-z0-9-]{1,32}", "flags": r"[a-z0-9_,]{0,400}"} | dict.fromkeys(_COMPUTED, _SITES)
 """What a manifest may tell it, and how that reads: what the library was generated for, and how layers are computed."""
 APART = ()
 """What else is done in a process of its own (see `penjing.runtimes.isolated`)."""
@@ -39,7 +42,8 @@ def capabilities(instruction_sets: tuple[str, ...]) -> Capabilities:
         stored=frozenset(),
         channel_multiple=channel_multiple(instruction_sets),
         notes=(
-            "layers of quantize.Binary count bits; others are computed in fp32, and stored in 16 bits for fp16",
+            "layers of quantize.Binary count bits, weights of quantize.Ternary take two bits",
+            "other layers are computed in fp32, and stored in 16 bits for fp16",
             "it takes networks with such layers alone, and a C compiler links them",
         ),
     )
@@ -81,23 +85,23 @@ def export(network: Any, call: Any, dynamic: Any, precision: str, structure: Any
         settings={
             "instructions": instructions.name,
             "flags": ",".join(sorted(instructions.flags)),
-            **{kind: ",".join(site for site, how in executed.items() if how == kind) for kind in ("binary", "fp32")},
+            **{kind: ",".join(site for site, how in executed.items() if how == kind) for kind in _COMPUTED},
         },
     )
 
 
 def _check_levels(operations: Any) -> None:
-    """Raise ExportError where no layer has weights of two levels: other runtimes are faster then."""
-    if any(o.kind == "binary" for o in operations):
+    """Raise ExportError where no layer has weights of two or three levels: other runtimes are faster then."""
+    if any(o.kind in _COMPUTED for o in operations):
         return
     layers = [o for o in operations if "weights" in o.arrays]
     largest = max(layers, key=lambda o: o.arrays["weights"].size, default=None)
     raise ExportError(
-        "the runtime kernels is for networks with binary layers, and this network has none",
+        "the runtime kernels is for networks with binary or ternary layers, and this network has none",
         code="no-levels",
         got="no layer with weights" if largest is None else f"floating-point weights of {largest.site}, the largest",
-        expected="layers whose inputs are signs and whose weights have two levels",
-        remedy="put quantize.Binary(...) into the recipe, or choose another runtime",
+        expected="layers whose weights have two or three levels",
+        remedy="put quantize.Binary(...) or quantize.Ternary(...) into the recipe, or choose another runtime",
     )
 
 
@@ -135,10 +139,13 @@ def open_session(folder: Path, manifest: Manifest, threads: int) -> _Session:
 
 
 def executed(folder: Path, manifest: Manifest) -> list[Executed]:
-    """Layers and additions as the library computes them: "binary" counts bits, what is around it is "fp32"."""
+    """Layers and additions as the library computes them.
+
+    "binary" counts bits; "ternary" multiplies weights of two bits in fp32; what is around them is "fp32".
+    """
     return [
-        Executed((site,), "count bits" if kind == "binary" else "plain C", kind)
-        for kind in ("binary", "fp32")
+        Executed((site,), name, kind)
+        for kind, name in _COMPUTED.items()
         for site in filter(None, manifest.settings[kind].split(","))
     ]
 
